@@ -1,0 +1,645 @@
+"""Pretraining: predict the next token, on one CPU core or on many GPUs.
+
+    L = −(1/n) Σ log π(token_t | tokens before t)          n = all tokens of the optimizer step, on all ranks
+
+The text becomes one long stream of ids on disk, cut into windows of `context` tokens; each step reads the next
+batch of windows of a shuffled epoch. What is in a step is a pure function of (seed, step), so a resumed run sees
+what an uninterrupted one would have seen, and two ranks see what one rank with twice the batch sees.
+
+The optimizer is AdamW (arXiv:1711.05101) with decay on the matrices alone, a linear warm-up (Adam's second moments
+are noise at first) and a cosine to a tenth of the peak; or, for the matrices inside the blocks, Muon (see
+`Muon`), which learns about twice as fast at this size. Gradients are clipped by their global norm.
+
+Mixed precision: fp32 on CPU; bf16 autocast on GPUs that have it; fp16 with a loss scaler on the rest. The weights
+stay fp32. DDP: `torchrun` starts a process per GPU, each holds the whole model and a share of the batch, and
+`backward` averages the gradients. Both stand in the loop below, in sight.
+
+This file also owns the plumbing that every later stage imports: set-up, autocast, schedule, optimizer, checkpoint,
+log, curves. Each is a plain function; the loop is never inside one.
+
+Run it:
+    python pretrain.py                                                  # built-in stories, about 2 minutes on 2 cores
+    python pretrain.py --data input.txt --tokenizer char --name shakespeare --steps 1000
+    torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256
+    python pretrain.py --resume true --name shakespeare                 # with the flags of the run it continues
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import batch_at, load_text, narrative_entropy, open_stream, write_stream
+from generate import ConfigError, generate, open_checkpoint, run
+from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
+from transformer import CheckpointError, Transformer, TransformerConfig
+
+RUNS = Path("runs")
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing, written here because a reader needs it here first.
+
+
+@dataclass
+class Dist:
+    """Who am I among the processes, and on which device do I compute."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def sum(self, *values):
+        """Sums of numbers over all ranks: the same list of floats on every rank."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.device)
+        distributed.all_reduce(total)
+        return total.tolist()
+
+
+def setup(device="auto"):
+    """Join the process group if torchrun started us (RANK, WORLD_SIZE, LOCAL_RANK), and choose the device."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
+        if device == "cuda":
+            device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    elif device != "cpu":
+        raise ConfigError(f"--device {device!r} is not known; use auto, cpu or cuda")
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
+
+
+def precision(dtype, dist):
+    """--dtype -> (the autocast context, the gradient scaler). auto: fp32 on CPU, bf16 on GPUs that have it."""
+    if dtype == "auto":
+        on_gpu = dist.device.type == "cuda"
+        dtype = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
+    if dtype not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"--dtype {dtype!r} is not known; use auto, fp32, bf16 or fp16")
+    # fp16 reaches only down to 6e-8: gradients are scaled up before they are made, and back before they are used.
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[dtype]
+
+    def autocast():
+        if kind is None:
+            return contextlib.nullcontext()
+        return torch.autocast(dist.device.type, kind)
+
+    return autocast, scaler
+
+
+def lr_at(step, steps, peak, warmup, floor=0.1):
+    """Learning rate of step 0 … steps−1: up a line to `peak` in `warmup` steps, down a cosine to floor · peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (K. Jordan et al. 2024; scaled as in arXiv:2502.16982).
+
+    A matrix's momentum M = U S Vᵀ is dominated by a few directions. Muon steps along U Vᵀ instead: every direction
+    moves at the same pace. U Vᵀ comes without an SVD from five rounds of the odd polynomial
+    X ← aX + b(XXᵀ)X + c(XXᵀ)²X, which drives all singular values of X towards 1. In fp32: bf16 would do on a GPU.
+    The factor 0.2 √max(rows, columns) gives the update the size of AdamW's, so both share a learning rate.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p.grad)
+                m = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(m, group["momentum"]))  # Nesterov: look one step ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+
+
+def orthogonalise(m, rounds=5):
+    """(rows, columns) -> the nearest matrix with singular values 1, roughly (they end between 0.7 and 1.2)."""
+    x = m / (m.norm() + 1e-7)  # the iteration needs singular values of at most 1
+    wide = m.shape[0] <= m.shape[1]
+    x = x if wide else x.t()  # so that X Xᵀ is the smaller product
+    for _ in range(rounds):
+        a = x @ x.t()
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x if wide else x.t()
+
+
+def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest. Returns a list.
+
+    Decay pulls matrices towards zero; gains, biases and positions have no business there.
+    """
+    if kind not in ("adamw", "muon"):
+        raise ConfigError(f"--optimizer {kind!r} is not known; use adamw or muon")
+    named = list(raw.named_parameters())
+    inner = [p for n, p in named if kind == "muon" and p.dim() == 2 and n.startswith("blocks.")]
+    chosen = {id(p) for p in inner}
+    decayed = [p for n, p in named if p.dim() == 2 and "learned" not in n and id(p) not in chosen]
+    chosen |= {id(p) for p in decayed}
+    plain = [p for _, p in named if id(p) not in chosen]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)]
+    return optimizers + ([Muon(inner, lr, weight_decay=weight_decay)] if inner else [])
+
+
+def optimizer_step(raw, optimizers, scaler, lr, clip):
+    """Unscale, clip by the global norm, step, clear. Returns the norm before clipping."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf)
+    for optimizer in optimizers:
+        scaler.step(optimizer)  # skipped by itself if an fp16 gradient overflowed
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return norm.item()
+
+
+def open_run(config, dist):
+    """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
+    path = RUNS / config.name
+    if not re.fullmatch(r"[A-Za-z0-9._/-]+", config.name) or ".." in config.name:
+        raise ConfigError(f"--name {config.name!r} cannot be a directory name; use letters, digits, . _ and -")
+    if config.resume and not any((path / last / "trainer_state.pt").is_file() for last in ("last", "last.old")):
+        raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
+    if dist.is_main:
+        if not config.resume and path.exists():
+            n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
+            path.rename(f"{path}.{n}")
+            print(f"{path} held an earlier run: moved to {path}.{n}")
+        path.mkdir(parents=True, exist_ok=True)
+    if dist.world > 1:
+        distributed.barrier()
+    return path
+
+
+def rng_state(dist):
+    """Every rank's random number generators; the same list on each rank."""
+    mine = {"torch": torch.get_rng_state()}
+    if dist.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(dist.device)
+    if dist.world == 1:
+        return [mine]
+    states = [None] * dist.world
+    distributed.all_gather_object(states, mine)
+    return states
+
+
+def save(run_dir, name, dist, raw, tokenizer, chat, state=None):
+    """Write the checkpoint runs/NAME/name as a whole: into name.tmp, then renamed. A crash leaves the old one.
+
+    state: what resuming needs besides the weights (all ranks must call: it gathers their generators).
+    """
+    if state is not None:
+        state = state | {"rng": rng_state(dist)}
+    if dist.is_main:
+        new, old, final = (run_dir / f"{name}{end}" for end in (".tmp", ".old", ""))
+        shutil.rmtree(new, ignore_errors=True)
+        raw.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        stop = [int(i) for i in tokenizer.stop_ids] if chat else [tokenizer.endoftext_id]
+        decoding = {"eos_token_id": stop, "pad_token_id": tokenizer.endoftext_id, "do_sample": False}
+        (new / "generation_config.json").write_text(json.dumps(decoding, indent=2) + "\n")
+        if state is not None:
+            torch.save(state, new / "trainer_state.pt")
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    if dist.world > 1:
+        distributed.barrier()
+
+
+def load_state(run_dir, dist, raw, optimizers, scaler, config):
+    """Put a saved run back: weights, optimizers, scaler, generators. Returns its state, with `step` done so far."""
+    path = run_dir / ("last" if (run_dir / "last" / "trainer_state.pt").is_file() else "last.old")
+    try:
+        state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the unpickler trips over
+        raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
+    if len(state["rng"]) != dist.world:
+        raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
+    free = {"steps", "resume", "save_every", "eval_every", "sample_every", "wandb", "device", "name"}
+    now, then = asdict(config), state["config"]
+    changed = [k for k in now if k not in free and now[k] != then.get(k)]
+    if changed:
+        said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
+        raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
+    raw.load_state_dict(Transformer.from_pretrained(path).state_dict())
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    scaler.load_state_dict(state["scaler"])
+    mine = state["rng"][dist.rank]
+    torch.set_rng_state(mine["torch"])
+    if dist.device.type == "cuda" and "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"], dist.device)
+    return state
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and, if asked for, Weights & Biases: one record per call. Silent off rank 0.
+
+    A resumed run's file is cut back to the step it resumes from, so each step stands in it once.
+    """
+
+    def __init__(self, run_dir, config, dist, first_step=0):
+        self.active, self.path, self.wandb = dist.is_main, run_dir / "metrics.jsonl", None
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
+
+        kept = []
+        if first_step and self.path.exists():
+            kept = [x for x in self.path.read_text().splitlines() if json.loads(x).get("step", -1) <= first_step]
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        header = {
+            "config": asdict(config),
+            "commit": commit.stdout.strip(),
+            "torch": torch.__version__,
+            "device": str(dist.device),
+            "world": dist.world,
+        }
+        self.path.write_text("".join(line + "\n" for line in kept or [json.dumps(header)]))
+        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project=config.wandb, name=config.name, config=header, resume="allow")
+
+    def __call__(self, step, **record):
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+        for name, value in record.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(record, step=step)
+
+    def close(self):
+        if self.active:
+            self.board.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+class Interrupt:
+    """Ctrl-C (or SIGTERM) asks the loop to stop at its top, where everything is consistent; a second one kills."""
+
+    def __init__(self, dist):
+        self.dist, self.asked = dist, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: then nobody can press Ctrl-C either
+                signal.signal(number, self._ask)
+
+    def _ask(self, number, _):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.dist.sum(self.asked)[0] > 0  # all ranks stop at the same step or none
+
+
+def read_metrics(run_dir):
+    """metrics.jsonl as {name: (steps, values)}, for drawing."""
+    series = {}
+    for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name, value in record.items():
+            if "step" in record and name != "step" and isinstance(value, int | float):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    return series
+
+
+def smooth(values, width):
+    """Centred running mean, shorter at the ends."""
+    values = np.asarray(values, dtype=float)
+    return [values[max(0, i - width) : i + width + 1].mean() for i in range(len(values))]
+
+
+def draw_curves(run_dir, title, panels):
+    """curves.png: a panel per (heading, {metric: label}, y-axis label, {label: level of a dashed line}).
+
+    A metric of more than 60 points is drawn faintly, with its running mean on top.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    series = read_metrics(run_dir)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 3.1 * rows), squeeze=False)
+    for axis, (heading, metrics, ylabel, lines) in zip(axes.flat, panels, strict=False):
+        for i, (name, label) in enumerate(metrics.items()):
+            steps, values = series.get(name, ([], []))
+            if len(values) > 60:
+                axis.plot(steps, values, color=f"C{i}", alpha=0.2, linewidth=0.8)
+                axis.plot(steps, smooth(values, len(values) // 40), color=f"C{i}", label=label)
+            else:
+                axis.plot(steps, values, color=f"C{i}", marker="o", markersize=3, label=label)
+        for label, level in lines.items():
+            axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=label)
+        axis.set(title=heading, xlabel="step", ylabel=ylabel)
+        axis.grid(alpha=0.25)
+        if len(metrics) + len(lines) > 1:
+            axis.legend(fontsize=8)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(Path(run_dir) / "curves.png", dpi=130)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stage.
+
+
+@dataclass
+class Config:
+    """Pretrain a decoder on text."""
+
+    data: str = "word"
+    """word (built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
+    tokenizer: str = "bpe"
+    """bpe, char or byte, trained on the text; or a directory that holds a tokenizer.json."""
+    vocab_size: int = 512
+    """Of a BPE tokenizer, special tokens included."""
+    init: str | None = None
+    """Checkpoint to continue from (its architecture and tokenizer are used); default: random weights."""
+    name: str = "pretrain"
+    """Run directory below runs/."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 32
+    """Windows per optimizer step, over all ranks."""
+    micro_batch: int = 32
+    """Windows per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    optimizer: str = "muon"
+    """adamw, or muon for the matrices of the blocks."""
+    lr: float = 4e-3
+    """Peak learning rate."""
+    warmup: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    eval_every: int = 50
+    """Steps between validations (and text samples)."""
+    eval_tokens: int = 30_000
+    """Validation tokens read each time; the last validation reads all of them."""
+    save_every: int = 200
+    """Steps between checkpoints of last/."""
+    seed: int = 0
+    """Of the weights, the data order and the dropout."""
+    resume: bool = False
+    """Continue runs/NAME/last as if it had never stopped."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, fp32, bf16 or fp16."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well."""
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    """The architecture."""
+
+    def __post_init__(self):
+        check_positive(self, "steps", "batch", "micro_batch", "eval_every", "save_every")
+
+
+def check_positive(config, *names):
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def make_tokenizer(kind, texts, vocab_size):
+    if kind == "bpe":
+        return BPETokenizer.train(texts, vocab_size)
+    if kind == "char":
+        return CharTokenizer.train(texts)
+    if kind == "byte":
+        return ByteTokenizer()
+    return load_tokenizer(kind)
+
+
+def make_streams(config, run_dir, dist, tokenizer, context, texts):
+    """Tokenise once into runs/NAME/data, on rank 0; every rank maps the files into memory."""
+    paths = {split: run_dir / "data" / f"{split}.bin" for split in ("train", "valid")}
+    if dist.is_main and not (config.resume and all(p.exists() for p in paths.values())):
+        for split, path in paths.items():
+            ids = (tokenizer.encode(text) for text in texts[split])
+            separator = tokenizer.endoftext_id if len(texts[split]) > 1 else None
+            write_stream(path, ids, tokenizer.vocab_size, tokenizer.fingerprint, separator)
+    if dist.world > 1:
+        distributed.barrier()
+    streams = {split: open_stream(path, tokenizer.fingerprint) for split, path in paths.items()}
+    for split, stream in streams.items():
+        if len(stream) <= context:
+            raise ConfigError(
+                f"the {split} text of {config.data} has {len(stream)} tokens, a window needs {context + 1}: "
+                "give more text or a smaller --model.context"
+            )
+    return streams
+
+
+@torch.no_grad()
+def validate(model, stream, context, dist, autocast, most_tokens=None):
+    """Mean loss in nats per token over the stream's windows, spread evenly over the ranks."""
+    model.eval()
+    windows = (len(stream) - 1) // context
+    wanted = windows if most_tokens is None else max(1, min(windows, most_tokens // context))
+    starts = np.linspace(0, windows - 1, wanted).astype(int)[dist.rank :: dist.world] * context
+    total = 0.0
+    for chunk in np.array_split(starts, max(1, len(starts) // 16)):
+        if len(chunk) == 0:
+            continue
+        rows = torch.from_numpy(np.stack([stream[s : s + context + 1] for s in chunk]).astype(np.int64))
+        rows = rows.to(dist.device)  # (b, context + 1)
+        with autocast():
+            total -= model(rows[:, :-1], targets=rows[:, 1:]).sum().item()
+    model.train()
+    total, n = dist.sum(total, len(starts) * context)
+    return total / n
+
+
+def main(config):
+    """Train; returns {"valid_loss", "path"}."""
+    dist = setup(config.device)
+    if config.batch % dist.world:
+        raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
+    autocast, scaler = precision(config.dtype, dist)
+    texts = {split: load_text(config.data, split) for split in ("train", "valid")}
+    if config.init:
+        raw, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
+        config = replace(config, model=raw.config)
+    run_dir = open_run(config, dist)
+    if not config.init:
+        saved = run_dir / "last"
+        tokenizer = load_tokenizer(saved) if config.resume else make_tokenizer(
+            config.tokenizer, texts["train"], config.vocab_size
+        )
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+        torch.manual_seed(config.seed)
+        raw = Transformer(config.model)
+    raw.to(dist.device)
+    torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
+    context = config.model.context
+    streams = make_streams(config, run_dir, dist, tokenizer, context, texts)
+    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
+    first, best = 0, math.inf
+    if config.resume:
+        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
+        first, best = state["step"], state["best"]
+    model = raw
+    if dist.world > 1:
+        model = DistributedDataParallel(raw, broadcast_buffers=False)
+    log = Log(run_dir, config, dist, first)
+    interrupt = Interrupt(dist)
+
+    floor = None
+    if config.data == "word":  # the built-in stories' entropy is known: no model can go below it
+        per_document = sum(len(tokenizer.encode(t)) + 1 for t in texts["valid"]) / len(texts["valid"])
+        floor = narrative_entropy()[0] / per_document
+    if dist.is_main:
+        tokens = config.batch * context
+        print(
+            f"{raw.num_params():,} parameters, vocabulary {tokenizer.vocab_size}, {len(streams['train']):,} training "
+            f"tokens; {config.steps} steps of {tokens:,} = {config.steps * tokens / len(streams['train']):.1f} epochs"
+        )
+
+    def checkpoint(name, step):
+        state = None
+        if name == "last":
+            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
+            state["optimizers"] = [o.state_dict() for o in optimizers]
+        save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
+
+    rows = config.batch // dist.world
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
+    for step in bar:
+        # ------------------------------------------------------------------ once in a while
+        if interrupt:
+            checkpoint("last", step)
+            bar.close()
+            if dist.is_main:
+                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
+            raise SystemExit(130)
+        if step and step % config.save_every == 0 and step != first:
+            checkpoint("last", step)
+
+        # ------------------------------------------------------------------ one optimizer step
+        started = time.perf_counter()
+        inputs, targets = batch_at(streams["train"], step, rows, context, config.seed, dist.rank, dist.world)
+        inputs, targets = torch.from_numpy(inputs).to(dist.device), torch.from_numpy(targets).to(dist.device)
+        n_tokens = config.batch * context  # of the whole step, all ranks, before the batch is cut
+        loss_sum = 0.0
+        for i in range(0, rows, config.micro_batch):
+            x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, context)
+            last = i + config.micro_batch >= rows
+            # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
+            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                with autocast():
+                    loss = -model(x, targets=y).sum() / n_tokens
+                scaler.scale(loss * dist.world).backward()
+            loss_sum += loss.item()
+        lr = lr_at(step, config.steps, config.lr, config.warmup)
+        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        (loss_sum,) = dist.sum(loss_sum)
+        if not math.isfinite(loss_sum):
+            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+
+        done = step + 1
+        record = {
+            "loss": loss_sum,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": n_tokens / (time.perf_counter() - started),
+        }
+        if done % config.eval_every == 0 or done == config.steps:
+            most = None if done == config.steps else config.eval_tokens
+            record["valid_loss"] = validate(raw, streams["valid"], context, dist, autocast, most)
+            if dist.is_main:
+                text = sample_text(raw, tokenizer, config.seed)
+                bar.write(f"step {done}  loss {loss_sum:.3f}  valid {record['valid_loss']:.3f}  | {text!r}")
+                with (run_dir / "samples.md").open("a") as file:
+                    file.write(f"**step {done}** (validation loss {record['valid_loss']:.3f})\n\n{text}\n\n")
+            if record["valid_loss"] < best:
+                best = record["valid_loss"]
+                checkpoint("best", done)
+        log(done, **record)
+        bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", tok_s=f"{record['tokens_per_second']:,.0f}")
+    checkpoint("last", config.steps)
+    log.close()
+    if dist.is_main:
+        lines = {"entropy of the text": floor} if floor else {}
+        draw_curves(
+            run_dir,
+            f"{config.name}: pretraining on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
+            [
+                ("loss", {"loss": "train", "valid_loss": "validation"}, "nats per token", lines),
+                ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
+                ("learning rate", {"lr": "lr"}, "learning rate", {}),
+            ],
+        )
+        known = f", entropy of the text {floor:.3f}" if floor else ""
+        print(f"validation loss {best:.4f} nats per token{known}; {run_dir}/best, {run_dir}/curves.png")
+    return {"valid_loss": best, "path": str(run_dir / "best")}
+
+
+def sample_text(raw, tokenizer, seed, length=60):
+    """What the model writes after a document border, at temperature 0.8."""
+    length = min(length, raw.config.context - 1)
+    generator = torch.Generator().manual_seed(seed)
+    rollout = generate(
+        raw, [[tokenizer.endoftext_id]], length, 1, 0.8, stop_ids=(tokenizer.endoftext_id,), generator=generator
+    )
+    return rollout.texts(tokenizer)[0].strip()
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

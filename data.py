@@ -5,43 +5,46 @@ Four things stand here, in this order:
 1. **Built-in word problems.** English problems in GSM8K's shape (Cobbe et al. 2021, arXiv:2110.14168): a
    question, one worked line per arithmetic step, a last line `#### ANSWER`. They need no download, so every
    stage of the pipeline runs offline: `narrative` for pretraining, `word_problems` for SFT, `corrupt` for
-   preference pairs, and prompts with a verifier (`extract_answer`) for reinforcement learning.
-2. **Real data**: GSM8K, Tiny Shakespeare, TinyStories, any text file, any JSONL of the documented keys. Looked
-   for at a path that the user gives, then in `$ALIGN_DATA` (default `downloads/`), then downloaded.
-3. **Token streams**: one long array of token ids on disk, and `batch_at`, which is a pure function of the step.
-4. The verifier, `extract_answer`: the one place that says what counts as a right answer.
+   preference pairs, and prompts with a verifier for reinforcement learning.
+2. **The verifier**, `extract_answer`: the one place that says what counts as a right answer.
+3. **Real data**: GSM8K, Tiny Shakespeare, TinyStories, any text file, any JSONL of the documented keys. It is
+   looked for at a path that the user gives, then in `$ALIGN_DATA` (default `downloads/`), then downloaded.
+4. **Token streams**: one long array of token ids on disk, and `batch_at`, a pure function of the step.
 
-**How a problem is made.** A theme (food, a shop, a bus, ...) is a table of rows. A story opens with a starting
-row, walks through middle rows (buys, gives away, loses) that each do one addition or subtraction to the running
-total, and may close with an ending row (shares, packs, sells, compares) that turns the total into something else.
-Each row says three things: how the event is *told*, how its arithmetic is *worked*, what is *asked* after it.
-So one walk through the tables gives a problem (told sentences + question), its solution (worked lines) and a
-narrative (told and worked sentences in turn). Every step feeds the next: no intermediate result is idle.
+**How a problem is made.** A theme (food, a shop, a bus, ...) is a table of rows. A story opens with a row
+from `open`, walks through rows from `then` (buys, gives away, loses), each one addition or subtraction on the
+running total, and may close with a row from `end` (shares, packs, sells, compares) that turns the total into
+something else. Each row says three things: how the event is *told*, how its arithmetic is *worked*, what is
+*asked* if the story stops there. So one walk gives a problem (told sentences and the question), its solution
+(worked lines) and a narrative (told and worked sentences in turn). Every step feeds the next: no intermediate
+result is idle.
 
-**The split.** `split_of` hashes the question itself (blake2b, 80/10/10). Generators for a split draw again until
-the hash agrees, so a test question cannot occur in train, whatever the seed, the level or the sample size.
+**The split.** `split_of` hashes the question itself (blake2b, 80/10/10). The generator for a split draws
+again until the hash agrees, so a test question cannot occur in train, whatever the seed, the level or the
+sample size.
 
-**Entropy.** All choices of the generator are uniform over a finite list: p(choice) = 1 / number of options. The
-grammar is unambiguous: from a text one can read back every choice that made it (tests/test_data.py enumerates
-a cut-down grammar and checks that no two walks give the same text). Then p(text) = Π 1/options, and
+**Entropy.** Every choice of the generator is uniform over a finite list, whose length may depend on the
+choices before it ("gives away k of n"). The grammar is unambiguous: a text can be made in one way only
+(tests/test_data.py enumerates a cut-down grammar and checks it). Then p(text) is the product of 1 / options,
+and
 
-    nats(text) = −log p(text) = Σ log(options)          exactly, for this one text
-    H = E[nats(text)]                                   the entropy of one document
+    nats(text) = -log p(text) = sum over the choices of log(options)       exact, for this one text
+    H = E[nats(text)]                                                      the entropy of a document
 
-By Gibbs' inequality no model's expected loss per document, end marker included, is below H: a floor known in
-advance. Divide by the mean tokens per document for the floor per token. Small print: a split keeps the texts
-with one hash value, so strictly its entropy is H − log(1 / share), up to 2.3 nats less, for a model that could
-invert blake2b. None will.
+By Gibbs' inequality the expected loss per document of any model, end marker included, is at least H: a floor
+known in advance. Divided by the mean number of tokens per document it is the floor per token. Small print: a
+split keeps the texts of one hash class, so strictly its floor is H - log(1 / share), 0.2 nats (train) or 2.3
+(valid) lower, for a model that could compute blake2b. And a train set of n documents can be memorised, so the
+floor speaks of fresh documents, that is, of the validation loss.
 
-**Simplified.** Uniform choices, so numbers have no Benford law and names no Zipf law. No distractors, integers
-0 to 60 only, present tense only. A running total stays in 1..50 so that a small vocabulary of numbers recurs.
+**Simplified.** Uniform choices, so no Zipf law of words and no Benford law of numbers; no distractors; whole
+numbers 1 to 60; present tense. Running totals stay in 1..50, so that a small vocabulary of numbers recurs.
 
 Run: `python data.py` prints problems of each level, their corruptions and a narrative, and checks them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -52,7 +55,7 @@ import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +68,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """`solution` ends in `#### answer`; `answer` is canonical (see `extract_answer`), "" if it cannot be verified.
+    """`solution` ends in `#### answer`; `answer` is canonical (see `extract_answer`), or "" if unknown.
 
     `level` is the number of arithmetic steps; `story` the theme, or "gsm8k", or "file".
     """
@@ -77,31 +80,393 @@ class Problem:
     story: str
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The vocabulary. Small on purpose: words recur, so a model of a million parameters can learn all of them.
+# -----------------------------------------------------------------------------------------------------------
+# The grammar. A block per theme, with the nouns it is about. A row is one event:
+#
+#   +  told | told     an operator and what is told, in other words. + - * / act on the running total,
+#                      "k-" subtracts the total from the row's own number, "=" opens with a number
+#   -> worked [unit]   the solution line, and what its result counts if that is not the theme's noun
+#   ?  asked           the question if the story ends here
+#
+# -> and ? under a section's name serve all rows of the section that have none (?+ and ?- by operator). [<= 5]
+# bounds the row's number: nobody eats 20 eggs. "use" pastes a shared block.
+#
+# Slots: N the hero, he/He/his/him the pronouns, F a friend (of the other sex, so that a pronoun has one
+# reading), thing/things the noun, k the row's number, ks "3 apples", more "3 more apples", fewer "3 fewer
+# apples", a and b the operands, e "5 + 3 = 8", eq "5 + 3 = 8 apples", unit "apples". Names of POOLS are drawn
+# when a template has them.
+
+GRAMMAR = """
+owning-open
+    -> {N} has {eq} in all. | In all, {he} has {eq}.
+    ?  How many {things} does {N} have in all? | How many {things} does {he} have?
+
+owning-then
+    -> {N} has {eq}. | Now {he} has {eq}. | {He} has {eq} now.
+    ?+ How many {things} does {N} have now? | How many {things} does {he} have in all?
+    ?- How many {things} does {N} have left? | How many {things} does {he} still have?
+
+start
+    =  {N} has {ks}. | {N} buys {ks} {at}. | {N} starts the day with {ks}.
+    +  {N} has {a} big {things} and {b} small {things}.
+    +  {N} buys {a} {things} on {day} and {b} on {next}.
+
+buy
+    +  {He} buys {more} {at}. | Then {he} buys {more}.
+    +  {F} gives {him} {more}. | {He} gets {more} from {F}.
+
+give
+    -  {He} gives {ks} to {F}. | {He} gives {F} {ks}.
+
+eat
+    -  {He} eats {ks}. | {He} eats {k} of {his} {things} for lunch. [<= 5]
+
+share
+    /  {He} shares {his} {things} equally among {k} friends. | Then {k} friends share {his} {things} equally.
+    -> Each friend gets {eq}. | Each of them gets {eq}.
+    ?  How many {things} does each friend get? | How many {things} are there for each friend?
+
+pack
+    /  {He} packs all {his} {things} in bags of {k}. | {He} puts {his} {things} in bags, {k} in each bag.
+    -> {He} fills {eq}. | {He} needs {eq}. [bag]
+    ?  How many bags does {he} fill? | How many bags does {N} need?
+
+sell
+    *  {He} sells all {his} {things} for ${k} each. | {He} sells each of {his} {things} for ${k}.
+    -> {He} gets {eq}. | {N} earns {eq}. [dollar]
+    ?  How much money does {he} get? | How many dollars does {N} earn?
+
+compare
+    +  {F} has {ks}.
+    -> Together they have {eq}. | They have {eq} in all.
+    ?  How many {things} do they have together? | How many {things} do {N} and {F} have in all?
+    -  {F} has {ks}.
+    -> {N} has {e} more {unit}.
+    ?  How many more {things} does {N} have than {F}?
+    +  {F} has {more} than {N}.
+    -> {F} has {eq}.
+    ?  How many {things} does {F} have?
+    -  {F} has {fewer} than {N}.
+    -> {F} has {eq}.
+    ?  How many {things} does {F} have?
+    *  {F} has {k} times as many {things} as {N}.
+    -> {F} has {eq}.
+    ?  How many {things} does {F} have?
+
+food: apple orange pear egg plum carrot
+  open
+    use owning-open
+    use start
+    *  {N} has {a} baskets with {ks} in each basket. | {N} has {a} baskets of {ks} each.
+  then
+    use owning-then
+    use buy
+    use give
+    use eat
+  end
+    use share
+    use pack
+    use sell
+    use compare
+
+things: book pencil marble sticker card shell coin stamp balloon toy
+  open
+    use owning-open
+    use start
+    *  {N} has {a} boxes with {ks} in each box. | {N} has {a} boxes of {ks} each.
+  then
+    use owning-then
+    use buy
+    use give
+    +  {He} finds {more} {where}.
+    -  {He} loses {ks} {where}. | Then {he} loses {k} of {his} {things}.
+  end
+    use share
+    use sell
+    use compare
+    /  {He} sorts all {his} {things} into piles of {k}. | {He} puts {his} {things} in piles of {k}.
+    -> {He} makes {eq}. [pile]
+    ?  How many piles does {he} make? | How many piles does {N} make?
+
+baking: cookie muffin bun cupcake
+  open
+    use owning-open
+    =  {N} bakes {ks}. | {N} bakes {ks} for a party.
+    *  {N} bakes {a} trays of {ks} each. | {N} bakes {a} trays with {ks} on each tray.
+    +  {N} bakes {a} {things} in the morning and {b} in the evening.
+  then
+    use owning-then
+    +  {He} bakes {more}. | {F} brings {him} {more}.
+    use give
+    use eat
+    -  {His} family eats {ks}. [<= 12]
+  end
+    use share
+    use pack
+    use sell
+    /  {He} puts {his} {things} on plates, {k} on each plate.
+    -> {He} fills {eq}. | {He} needs {eq}. [plate]
+    ?  How many plates does {he} need? | How many plates does {N} fill?
+
+garden: rose tulip daisy flower
+  open
+    use owning-open
+    =  {N} plants {ks}. | {N} has {ks} in {his} garden.
+    *  {N} plants {a} rows of {ks} each. | {N} plants {a} rows with {ks} in each row.
+    +  {N} plants {a} {things} on {day} and {b} on {next}.
+  then
+    use owning-then
+    +  {He} plants {more}. | {F} plants {more} for {him}.
+    -  A rabbit eats {ks}. | A storm breaks {k} of {his} {things}. [<= 9]
+    -  {He} picks {ks} for {F}.
+  end
+    use sell
+    /  {He} picks all {his} {things} and puts {k} in each vase.
+    -> {He} fills {eq}. | {He} needs {eq}. [vase]
+    ?  How many vases does {he} fill? | How many vases does {N} need?
+    *  Each of {his} {things} needs {k} cups of water.
+    -> They need {eq} of water. [cup]
+    ?  How many cups of water do they need? | How many cups of water does {N} need?
+
+shop: dollar
+  open
+    -> {N} pays {eq}. | {He} spends {eq}.
+    ?  How much does {N} pay in all? | How many dollars does {he} spend?
+    =  {N} buys a {toy} for ${k}. | {N} buys a {toy} that costs ${k}.
+    *  {N} buys {a} {toys} for ${k} each. | {N} buys {a} {toys}. Each {toy} costs ${k}.
+    +  {N} buys a {toy} for ${a} and a {toy2} for ${b}.
+  then
+    -> {N} pays {eq}. | Now {he} pays {eq}. | The cost is {eq}.
+    ?  How much does {N} pay in all? | How many dollars does {he} spend?
+    +  {He} also buys a {toy} for ${k}. | Then {he} buys a {toy} for ${k}.
+    -  The shop takes ${k} off the price. | {He} uses a coupon for ${k} off.
+  end
+    k- {He} pays with ${k}. | {He} gives the shop ${k}.
+    -> {He} gets {eq} back.
+    ?  How much change does {he} get? | How many dollars does {N} get back?
+    /  Then {k} friends share the cost equally. | A group of {k} friends shares the cost equally.
+    -> Each friend pays {eq}.
+    ?  How much does each friend pay? | How many dollars does each friend pay?
+    +  {F} spends ${k} more than {N}.
+    -> {F} spends {eq}.
+    ?  How much does {F} spend?
+    -  {F} spends ${k} less than {N}.
+    -> {F} spends {eq}.
+    ?  How much does {F} spend?
+    *  {F} spends {k} times as much as {N}.
+    -> {F} spends {eq}.
+    ?  How much does {F} spend?
+
+savings: dollar
+  open
+    -> {N} has {eq} in all. | In all, {he} has {eq}.
+    ?  How much money does {N} have in all? | How many dollars does {he} get?
+    =  {N} has ${k}. | {N} has ${k} in {his} piggy bank.
+    *  {N} saves ${k} a week for {a} weeks. | {N} earns ${k} an hour and works for {a} hours.
+    +  {N} earns ${a} on {day} and ${b} on {next}.
+  then
+    -> {N} has {eq}. | Now {he} has {eq}. | {He} has {eq} now.
+    ?+ How much money does {N} have now? | How many dollars does {he} have in all?
+    ?- How much money does {N} have left? | How many dollars does {he} have left?
+    +  {F} gives {him} ${k}. | {He} gets ${k} from {F}.
+    +  {He} earns ${k} more by {job}.
+    -  {He} buys a {toy} for ${k}. | {He} spends ${k} on a {toy}.
+    -  {He} gives ${k} to {F}.
+  end
+    k- {He} wants a {toy} that costs ${k}. | A {toy} costs ${k}.
+    -> {He} needs {e} more {unit}.
+    ?  How much more money does {he} need for the {toy}?
+    /  {He} spends it all on {toys} that cost ${k} each. | {He} spends it all on {toys} for ${k} each.
+    -> {He} buys {eq}. [toy]
+    ?  How many {toys} does {he} buy?
+    /  {He} shares all {his} money equally among {k} friends.
+    -> Each friend gets {eq}.
+    ?  How much money does each friend get? | How many dollars does each friend get?
+    *  {F} has {k} times as much money as {N}.
+    -> {F} has {eq}.
+    ?  How much money does {F} have?
+    +  {F} has ${k} more than {N}.
+    -> {F} has {eq}.
+    ?  How much money does {F} have?
+    -  {F} has ${k} less than {N}.
+    -> {F} has {eq}.
+    ?  How much money does {F} have?
+
+trip: mile
+  open
+    -> {N} goes {eq}. | In all, {he} goes {eq}.
+    ?  How many miles does {N} go in all? | How far does {he} go in all?
+    =  {N} rides {ks} on {day}. | {N} rides {his} bike for {ks}.
+    *  {N} walks {ks} a day for {a} days. | {N} rides {ks} a day for {a} days.
+    +  {N} rides {a} {things} on {day} and {b} on {next}.
+  then
+    -> {N} goes {eq}. | In all, {he} goes {eq}. | That makes {eq}.
+    ?  How many miles does {N} go in all? | How far does {he} go in all?
+    +  Then {he} rides {more}. | After a rest, {he} rides {more}.
+    +  Then {he} walks {more}. | {He} walks {more} with {F}. [<= 5]
+  end
+    k- {He} wants to go {ks} in all. | {His} goal is {ks}.
+    -> {He} has {eq} to go.
+    ?  How many miles does {he} still have to go? | How many more miles does {N} have to go?
+    *  Each mile takes {him} {k} minutes.
+    -> {He} needs {eq}. [minute]
+    ?  How many minutes does {he} need? | How many minutes does it take {him}?
+    /  {He} goes {ks} an hour.
+    -> {He} needs {eq}. [hour]
+    ?  How many hours does {he} need? | How many hours does it take {him}?
+    +  {F} goes {more} than {N}.
+    -> {F} goes {eq}.
+    ?  How many miles does {F} go?
+    -  {F} goes {fewer} than {N}.
+    -> {F} goes {eq}.
+    ?  How many miles does {F} go?
+    *  {F} goes {k} times as far as {N}.
+    -> {F} goes {eq}.
+    ?  How many miles does {F} go?
+
+reading: page
+  open
+    -> {N} has {eq} to read. | {He} has to read {eq}.
+    ?  How many pages does {N} have to read? | How many pages are there in all?
+    =  {N} has a book of {ks}. | {N} starts a book that has {ks}.
+    *  {N} has {a} books of {ks} each. | {N} wants to read {a} books. Each book has {ks}.
+    +  {N} has to read {a} {things} for school and {b} for fun.
+  then
+    -> {N} has {eq} to read. | Now {he} has {eq} left. | {He} still has {eq} left.
+    ?  How many pages are left? | How many pages does {he} still have to read?
+    -  {He} reads {ks} on the bus. | {He} reads {ks} in bed.
+    -  {He} reads {ks} {where}. | {He} reads {ks} to {F}.
+  end
+    /  From now on, {he} reads {ks} a day. | Each day from now on, {he} reads {ks}.
+    -> {He} needs {eq}. [day]
+    ?  How many days does {he} need to finish? | How many days does it take {him} to finish?
+    *  Each page takes {him} {k} minutes. | {He} needs {k} minutes for each page.
+    -> {He} needs {eq}. [minute]
+    ?  How many minutes does {he} need to finish? | How many minutes does it take {him} to finish?
+
+ride: person
+  open
+    -> It carries {eq}. | In all, it carries {eq}.
+    ?  How many people does it carry? | How many people are there in all?
+    =  There are {ks} on a {ride}. | A {ride} leaves the {stop} with {ks}.
+    *  A train has {a} cars with {ks} in each car. | A train has {a} cars. Each car carries {ks}.
+    +  There are {a} children and {b} adults on a {ride}.
+  then
+    -> It carries {eq}. | Now it carries {eq}. | It has {eq} on it.
+    ?+ How many people does it carry now? | How many people are there now?
+    ?- How many people are left on it? | How many people are still on it?
+    +  At the {stop}, {k} more people get on. | Then {k} more people get on.
+    -  At the {stop}, {k} people get off. | Then {k} people get off.
+  end
+    *  Each person on it pays ${k}. | Each person on it buys a ticket for ${k}.
+    -> They pay {eq}. [dollar]
+    ?  How much do they pay in all? | How many dollars do they pay in all?
+    /  At the last stop, the people on it take taxis, {k} in each taxi.
+    -> They need {eq}. [taxi]
+    ?  How many taxis do they need? | How many taxis do they fill?
+    /  The people on it sit in rows of {k}.
+    -> They fill {eq}. [row]
+    ?  How many rows do they fill?
+
+class: child
+  open
+    -> The class has {eq}. | That makes {eq}.
+    ?  How many children are there in all? | How many children are in the class?
+    =  There are {ks} in a class. | A class has {ks}.
+    *  A class has {a} tables with {ks} at each table. | In a class, {ks} sit at each of {a} tables.
+    +  A class has {a} boys and {b} girls. | There are {a} boys and {b} girls in a class.
+  then
+    -> The class has {eq}. | Now the class has {eq}. | The class has {eq} now.
+    ?+ How many children are there now? | How many children are in the class now?
+    ?- How many children are left? | How many children are still there?
+    +  Then {k} new children join the class. | Soon {k} more children come.
+    -  Then {k} children go home. | Soon {k} of the children go home.
+  end
+    /  The teacher makes teams of {k}. | The class plays in teams of {k}.
+    -> This makes {eq}. | The class makes {eq}. [team]
+    ?  How many teams does the class make? | How many teams are there?
+    *  Each child in the class gets {k} {gifts}. | The teacher gives each child in the class {k} {gifts}.
+    -> They get {eq}. [gift]
+    ?  How many {gifts} do they get in all? | How many {gifts} does the teacher need?
+"""
+
+# The vocabulary is small on purpose: words recur, so that a model of a million parameters can learn them all.
 
 MEN = ("Tom", "Ben", "Sam", "Max", "Leo", "Jack", "Adam", "Luke", "Noah", "Paul")
 WOMEN = ("Anna", "Mia", "Jane", "Emma", "Kate", "Sara", "Zoe", "Lucy", "Nora", "Ella")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
-POOLS = {  # slots that are drawn when a template names them
+POOLS = {
     "at": ("at the market", "at the shop", "at the fair"),
     "where": ("at home", "at school", "in the park", "in the garden"),
-    "stop": ("market", "school", "park", "beach"),
-    "ride": ("bus", "train", "boat"),
+    "stop": ("market", "bridge", "park", "beach", "museum"),
+    "ride": ("bus", "tram", "boat"),
     "job": ("washing a car", "walking a dog", "painting a fence"),
     "toy": ("ball", "kite", "cap", "game", "puzzle", "lamp"),
     "gift": ("book", "pencil", "card", "balloon"),
 }
 WEATHER = ("sunny", "rainy", "cold", "warm", "windy")
 HOURS = ("day", "morning", "afternoon", "evening")
+START = {"reading": range(10, 41)}  # what a "=" row may open with, where that is not 5..20
+IRREGULAR = {"daisy": "daisies", "person": "people", "child": "children"}
 
-FOOD = ("apple", "orange", "pear", "egg", "plum", "carrot")
-THINGS = ("book", "pencil", "marble", "sticker", "card", "shell", "coin", "stamp", "balloon", "toy car")
-BAKED = ("cookie", "muffin", "bun", "cupcake")
-FLOWERS = ("rose", "tulip", "daisy", "flower")
-UNITS = ("dollar", "mile", "page", "minute", "hour", "bag", "pile", "plate", "vase", "cup", "taxi", "row", "team")
-PLURAL = {noun: noun + "s" for noun in (*FOOD, *THINGS, *BAKED, *FLOWERS, *UNITS, "car", *POOLS["toy"])}
-PLURAL |= {"daisy": "daisies", "person": "people", "child": "children"}
+
+class Row(NamedTuple):
+    op: str
+    told: tuple[str, ...]
+    worked: tuple[str, ...]
+    ask: tuple[str, ...]
+    unit: str  # "" = the theme's noun
+    most: int  # the largest number of a middle row
+
+
+class Theme(NamedTuple):
+    things: tuple[str, ...]
+    open: tuple[Row, ...]
+    then: tuple[Row, ...]  # only + and -: they keep the unit, so any number of them can follow
+    end: tuple[Row, ...]  # last step only: they change the unit or the owner
+    person: bool  # has a hero
+    start: range
+    least: int  # smallest number of a middle row: 2 without a hero, where "1 people get off" would come out
+
+
+def parse(grammar: str) -> dict[str, Theme]:
+    """GRAMMAR as tables: {"food": Theme(...), ...}."""
+    blocks, themes = {}, {}
+    for block in grammar.strip().split("\n\n"):
+        title, *lines = block.split("\n")
+        name, _, nouns = title.partition(":")
+        lines = [new for line in lines for new in blocks.get(line.removeprefix("    use "), [line])]
+        blocks[name] = lines
+        if nouns:
+            rows = {"open": [], "then": [], "end": []}
+            for line in lines:
+                mark, _, text = line.strip().partition(" ")
+                text, _, note = text.strip().removesuffix("]").partition(" [")
+                texts = tuple(text.split(" | "))
+                if mark in rows:
+                    section, default, last = rows[mark], {}, None
+                elif mark not in ("->", "?", "?+", "?-"):
+                    most = int(note.removeprefix("<= ") or 20)
+                    ask = default.get("?" + mark, default.get("?", ()))
+                    last = Row(mark, texts, default.get("->", ()), ask, "", most)
+                    section.append(last)
+                elif last is None:
+                    default[mark] = texts
+                else:
+                    new = dict(worked=texts, unit=note) if mark == "->" else dict(ask=texts)
+                    section[-1] = last = last._replace(**new)
+            person = "{N}" in rows["open"][0].told[0]
+            tables = (tuple(section) for section in rows.values())
+            start = START.get(name, range(5, 21))
+            themes[name] = Theme(tuple(nouns.split()), *tables, person, start, 1 if person else 2)
+    return themes
+
+
+THEMES = parse(GRAMMAR)
+STORIES = tuple(THEMES)
+NOUNS = {noun for theme in THEMES.values() for noun in theme.things} | {*POOLS["toy"], *POOLS["gift"]}
+NOUNS |= {row.unit for theme in THEMES.values() for row in theme.end if row.unit}
+PLURAL = {noun: IRREGULAR.get(noun, noun + "s") for noun in sorted(NOUNS)}
 SINGULAR = {plural: noun for noun, plural in PLURAL.items()}
 
 
@@ -110,391 +475,6 @@ def count(n: int, noun: str, adjective: str = "") -> str:
     return f"{n} {adjective}{noun if n == 1 else PLURAL[noun]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The grammar. In a template: N the hero, he/He/his/him the hero's pronouns, F a friend (of the other sex, so that a
-# pronoun has one reading, and new in each row), thing/things the theme's noun, k the number that the row brings, ks
-# "3 apples", more "3 more apples", fewer "3 fewer apples", a and b the operands, e "5 + 3 = 8", eq "5 + 3 = 8
-# apples", any name in POOLS a draw from that pool. Alternatives are separated by "|".
-
-
-class Row(NamedTuple):
-    op: str  # "" opens with a plain number; "k-" subtracts the total from the row's number
-    told: tuple[str, ...]
-    worked: tuple[str, ...]  # () = the theme's
-    ask: tuple[str, ...]  # () = the theme's for this operator
-    unit: str  # what the result counts; "" = the theme's noun
-
-
-def row(op: str, told: str, worked: str = "", ask: str = "", unit: str = "") -> Row:
-    told_, worked_, ask_ = (tuple(text.split("|")) if text else () for text in (told, worked, ask))
-    return Row(op, told_, worked_, ask_, unit)
-
-
-class Theme(NamedTuple):
-    things: tuple[str, ...]
-    starts: tuple[Row, ...]
-    middles: tuple[Row, ...]  # only "+" and "-": they keep the unit, so any number of them can follow
-    endings: tuple[Row, ...]  # last step only: they change the unit or the owner
-    worked: tuple[str, ...]
-    ask: dict[str, tuple[str, ...]]
-    person: bool = True
-    start: range = range(5, 21)
-    least: int = 1  # smallest k of a middle row; 2 where "1 person get off" would need another verb form
-
-
-BUY = row("+", "{He} buys {more} {at}.|Then {he} buys {more}.")
-GET = row("+", "{F} gives {him} {more}.|{He} gets {more} from {F}.")
-FIND = row("+", "{He} finds {more} {where}.")
-GIVE = row("-", "{He} gives {ks} to {F}.|{He} gives {F} {ks}.")
-LOSE = row("-", "{He} loses {ks} {where}.|Then {he} loses {k} of them.")
-EAT = row("-", "{He} eats {ks}.|{He} eats {k} of them for lunch.")
-SHARE = row(
-    "/",
-    "{He} shares them equally among {k} friends.|{k} friends share them equally.",
-    "Each friend gets {eq}.|Each of them gets {eq}.",
-    "How many {things} does each friend get?|How many {things} are there for each friend?",
-)
-PACK = row(
-    "/",
-    "{He} packs them in bags of {k}.|{He} puts {k} of them in each bag.",
-    "{He} fills {eq}.|{He} needs {eq}.",
-    "How many bags does {he} fill?|How many bags does {N} need?",
-    "bag",
-)
-SELL = row(
-    "*",
-    "{He} sells them all for ${k} each.|{He} sells each {thing} for ${k}.",
-    "{He} gets {eq}.|{N} earns {eq}.",
-    "How much money does {he} get?|How many dollars does {N} earn?",
-    "dollar",
-)
-COMPARE = (
-    row(
-        "+",
-        "{F} has {ks}.",
-        "Together they have {eq}.|They have {eq} in all.",
-        "How many {things} do they have together?|How many {things} do {N} and {F} have in all?",
-    ),
-    row("-", "{F} has {ks}.", "{N} has {e} more {unit}.", "How many more {things} does {N} have than {F}?"),
-    row("+", "{F} has {more} than {N}.", "{F} has {eq}.", "How many {things} does {F} have?"),
-    row("-", "{F} has {fewer} than {N}.", "{F} has {eq}.", "How many {things} does {F} have?"),
-    row("*", "{F} has {k} times as many {things} as {N}.", "{F} has {eq}.", "How many {things} does {F} have?"),
-)
-
-
-def owning(starts, middles, endings, things) -> Theme:
-    """A theme about what somebody has: the commonest kind, so its wording is written once."""
-    worked = ("{N} has {eq}.", "Now {he} has {eq}.", "{He} has {eq} now.")
-    ask = {
-        "+": ("How many {things} does {N} have now?", "How many {things} does {he} have in all?"),
-        "-": ("How many {things} does {N} have left?", "How many {things} does {he} still have?"),
-        "*": ("How many {things} does {N} have in all?", "How many {things} does {he} have?"),
-    }
-    return Theme(things, starts, middles, endings, worked, ask)
-
-
-def has(container: str, containers: str) -> tuple[Row, ...]:
-    """How a story of owning may open."""
-    return (
-        row("", "{N} has {ks}.|{N} buys {ks} {at}.|{N} starts the day with {ks}."),
-        row("*", f"{{N}} has {{a}} {containers} with {{ks}} in each {container}.|{{N}} has {{a}} {containers} of {{ks}}."),
-        row("+", "{N} has {a} big {things} and {b} small {things}."),
-        row("+", "{N} buys {a} {things} on {day} and {b} on {next}."),
-    )
-
-
-THEMES: dict[str, Theme] = {
-    "food": owning(has("basket", "baskets"), (BUY, GET, GIVE, EAT), (SHARE, PACK, SELL, *COMPARE), FOOD),
-    "things": owning(
-        has("box", "boxes"),
-        (BUY, GET, FIND, GIVE, LOSE),
-        (
-            SHARE,
-            SELL,
-            *COMPARE,
-            row(
-                "/",
-                "{He} sorts them into piles of {k}.|{He} puts them in piles of {k}.",
-                "{He} makes {eq}.",
-                "How many piles does {he} make?|How many piles does {N} make?",
-                "pile",
-            ),
-        ),
-        THINGS,
-    ),
-    "baking": owning(
-        (
-            row("", "{N} bakes {ks}.|{N} bakes {ks} for a party."),
-            row("*", "{N} bakes {a} trays of {ks}.|{N} bakes {a} trays with {ks} on each tray."),
-            row("+", "{N} bakes {a} {things} in the morning and {b} in the evening."),
-        ),
-        (row("+", "{He} bakes {more}.|{F} brings {him} {more}."), GIVE, EAT, row("-", "{His} family eats {ks}.")),
-        (
-            SHARE,
-            PACK,
-            SELL,
-            row(
-                "/",
-                "{He} puts {k} of them on each plate.",
-                "{He} needs {eq}.|{He} fills {eq}.",
-                "How many plates does {he} need?|How many plates does {N} fill?",
-                "plate",
-            ),
-        ),
-        BAKED,
-    ),
-    "garden": owning(
-        (
-            row("", "{N} plants {ks}.|{N} has {ks} in {his} garden."),
-            row("*", "{N} plants {a} rows of {ks}.|{N} plants {a} rows with {ks} in each row."),
-            row("+", "{N} plants {a} {things} on {day} and {b} on {next}."),
-        ),
-        (
-            row("+", "{He} plants {more}.|{F} plants {more} for {him}."),
-            row("-", "A rabbit eats {ks}.|A storm breaks {k} of them."),
-            row("-", "{He} picks {ks} for {F}."),
-        ),
-        (
-            SELL,
-            row(
-                "/",
-                "{He} picks them all and puts {k} in each vase.",
-                "{He} fills {eq}.|{He} needs {eq}.",
-                "How many vases does {he} fill?|How many vases does {N} need?",
-                "vase",
-            ),
-            row(
-                "*",
-                "Each {thing} needs {k} cups of water.",
-                "They need {eq} of water.",
-                "How many cups of water do they need?|How many cups of water does {N} need?",
-                "cup",
-            ),
-        ),
-        FLOWERS,
-    ),
-    "shop": Theme(
-        ("dollar",),
-        (
-            row("", "{N} buys a {toy} for ${k}.|{N} buys a {toy} that costs ${k}."),
-            row("*", "{N} buys {a} {toys} for ${k} each.|{N} buys {a} {toys}. Each {toy} costs ${k}."),
-            row("+", "{N} buys a {toy} for ${a} and a {toy2} for ${b}."),
-        ),
-        (
-            row("+", "{He} also buys a {toy} for ${k}.|Then {he} buys a {toy} for ${k}."),
-            row("-", "The shop takes ${k} off the price.|{He} uses a coupon for ${k} off."),
-        ),
-        (
-            row(
-                "k-",
-                "{He} pays with ${k}.|{He} gives the shop ${k}.",
-                "{He} gets {eq} back.",
-                "How much change does {he} get?|How many dollars does {N} get back?",
-            ),
-            row(
-                "/",
-                "{k} friends share the cost equally.",
-                "Each friend pays {eq}.",
-                "How much does each friend pay?|How many dollars does each friend pay?",
-            ),
-            row("+", "{F} spends ${k} more than {N}.", "{F} spends {eq}.", "How much does {F} spend?"),
-            row("-", "{F} spends ${k} less than {N}.", "{F} spends {eq}.", "How much does {F} spend?"),
-            row("*", "{F} spends {k} times as much as {N}.", "{F} spends {eq}.", "How much does {F} spend?"),
-        ),
-        ("{N} pays {eq}.", "{He} spends {eq}.", "The cost is {eq}."),
-        dict.fromkeys("+-*", ("How much does {N} pay in all?", "How many dollars does {he} spend?")),
-    ),
-    "savings": Theme(
-        ("dollar",),
-        (
-            row("", "{N} has ${k}.|{N} has ${k} in {his} piggy bank."),
-            row("*", "{N} saves ${k} a week for {a} weeks.|{N} earns ${k} an hour and works for {a} hours."),
-            row("+", "{N} earns ${a} on {day} and ${b} on {next}."),
-        ),
-        (
-            row("+", "{F} gives {him} ${k}.|{He} gets ${k} from {F}."),
-            row("+", "{He} earns ${k} more by {job}."),
-            row("-", "{He} buys a {toy} for ${k}.|{He} spends ${k} on a {toy}."),
-            row("-", "{He} gives ${k} to {F}."),
-        ),
-        (
-            row(
-                "k-",
-                "{He} wants a {toy} that costs ${k}.|A {toy} costs ${k}.",
-                "{He} needs {e} more {unit}.",
-                "How much more money does {he} need for the {toy}?",
-            ),
-            row(
-                "/",
-                "{He} spends it all on {toys} that cost ${k} each.|{He} buys {toys} for ${k} each with all of it.",
-                "{He} buys {eq}.",
-                "How many {toys} does {he} buy?",
-                "toy",
-            ),
-            row(
-                "/",
-                "{He} shares the money equally among {k} friends.",
-                "Each friend gets {eq}.",
-                "How much money does each friend get?|How many dollars does each friend get?",
-            ),
-            row("*", "{F} has {k} times as much money as {N}.", "{F} has {eq}.", "How much money does {F} have?"),
-            row("+", "{F} has ${k} more than {N}.", "{F} has {eq}.", "How much money does {F} have?"),
-            row("-", "{F} has ${k} less than {N}.", "{F} has {eq}.", "How much money does {F} have?"),
-        ),
-        ("{N} has {eq}.", "Now {he} has {eq}.", "{He} has {eq} now."),
-        {
-            "+": ("How much money does {N} have now?", "How many dollars does {he} have in all?"),
-            "-": ("How much money does {N} have left?", "How many dollars does {he} have left?"),
-            "*": ("How much money does {N} have in all?", "How many dollars does {he} get?"),
-        },
-    ),
-    "trip": Theme(
-        ("mile",),
-        (
-            row("", "{N} walks {ks} on {day}.|{N} rides {his} bike for {ks}."),
-            row("*", "{N} walks {ks} a day for {a} days.|{N} runs {ks} a day for {a} days."),
-            row("+", "{N} walks {a} {things} on {day} and {b} on {next}."),
-        ),
-        (
-            row("+", "Then {he} walks {more}.|After a rest, {he} walks {more}."),
-            row("+", "Then {he} runs {more}.|With {F}, {he} runs {more}."),
-        ),
-        (
-            row(
-                "k-",
-                "{He} wants to go {ks} in all.|{His} goal is {ks}.",
-                "{He} has {eq} to go.",
-                "How many miles does {he} still have to go?|How many more miles does {N} have to go?",
-            ),
-            row(
-                "*",
-                "Each mile takes {him} {k} minutes.",
-                "{He} needs {eq}.",
-                "How many minutes does {he} need?|How many minutes does it take {him}?",
-                "minute",
-            ),
-            row(
-                "/",
-                "{He} goes {ks} an hour.",
-                "{He} needs {eq}.",
-                "How many hours does {he} need?|How many hours does it take {him}?",
-                "hour",
-            ),
-            row("+", "{F} goes {more} than {N}.", "{F} goes {eq}.", "How many miles does {F} go?"),
-            row("-", "{F} goes {fewer} than {N}.", "{F} goes {eq}.", "How many miles does {F} go?"),
-            row("*", "{F} goes {k} times as far as {N}.", "{F} goes {eq}.", "How many miles does {F} go?"),
-        ),
-        ("{N} goes {eq}.", "In all, {he} goes {eq}.", "So far, {he} goes {eq}."),
-        dict.fromkeys("+*", ("How many miles does {N} go in all?", "How far does {he} go in all?")),
-    ),
-    "reading": Theme(
-        ("page",),
-        (
-            row("", "{N} has a book of {ks}.|{N} starts a book that has {ks}."),
-            row("*", "{N} has {a} books of {ks} each.|{N} wants to read {a} books. Each book has {ks}."),
-            row("+", "{N} has to read {a} {things} for school and {b} for fun."),
-        ),
-        (
-            row("-", "{He} reads {ks} on the bus.|{He} reads {ks} at home."),
-            row("-", "{He} reads {ks} {where} with {F}.|{He} reads {ks} to {F}."),
-        ),
-        (
-            row(
-                "/",
-                "From now on, {he} reads {ks} a day.|Each day from now on, {he} reads {ks}.",
-                "{He} needs {eq}.",
-                "How many days does {he} need to finish?|How many days does it take {him} to finish?",
-                "day",
-            ),
-            row(
-                "*",
-                "Each page takes {him} {k} minutes.|{He} needs {k} minutes for each page.",
-                "{He} needs {eq}.",
-                "How many minutes does {he} need to finish?|How many minutes does it take {him} to finish?",
-                "minute",
-            ),
-        ),
-        ("{N} has {eq} to read.", "Now {he} has {eq} to read.", "{He} has to read {eq}."),
-        {
-            "-": ("How many pages are left?", "How many pages does {he} still have to read?"),
-            **dict.fromkeys("+*", ("How many pages does {N} have to read?", "How many pages are there in all?")),
-        },
-        start=range(10, 41),
-    ),
-    "ride": Theme(
-        ("person",),
-        (
-            row("", "There are {ks} on a {ride}.|A {ride} leaves the {stop} with {ks}."),
-            row("*", "A train has {a} cars with {ks} in each car.|Each of the {a} cars of a train has {ks} in it."),
-            row("+", "There are {a} children and {b} adults on a {ride}."),
-        ),
-        (
-            row("+", "At the {stop}, {k} more people get on.|Then {k} more people get on."),
-            row("-", "At the {stop}, {k} people get off.|Then {k} people get off."),
-        ),
-        (
-            row(
-                "*",
-                "Each person pays ${k}.|A ticket costs ${k} for each person.",
-                "They pay {eq}.",
-                "How much do they pay in all?|How many dollars do they pay in all?",
-                "dollar",
-            ),
-            row(
-                "/",
-                "They get off and share taxis, {k} in each taxi.",
-                "They need {eq}.",
-                "How many taxis do they need?|How many taxis do they fill?",
-                "taxi",
-            ),
-            row("/", "They sit in rows of {k}.", "They fill {eq}.", "How many rows do they fill?", "row"),
-        ),
-        ("It carries {eq}.", "Now it carries {eq}.", "It has {eq} on it."),
-        {
-            "-": ("How many people are left?", "How many people stay on?"),
-            **dict.fromkeys("+*", ("How many people are there in all?", "How many people are there now?")),
-        },
-        person=False,
-        least=2,
-    ),
-    "class": Theme(
-        ("child",),
-        (
-            row("", "There are {ks} in a class.|A class has {ks}."),
-            row("*", "A class has {a} tables with {ks} at each table.|In a class, {ks} sit at each of {a} tables."),
-            row("+", "A class has {a} boys and {b} girls.|There are {a} boys and {b} girls in a class."),
-        ),
-        (
-            row("+", "Then {k} new children join the class.|On {day}, {k} new children come."),
-            row("-", "Then {k} children go home.|On {day}, {k} children are sick at home."),
-        ),
-        (
-            row(
-                "/",
-                "The teacher makes teams of {k}.|They play in teams of {k}.",
-                "There are {e} {unit}.|This makes {eq}.",
-                "How many teams does the teacher make?|How many teams are there?",
-                "team",
-            ),
-            row(
-                "*",
-                "Each child gets {k} {gifts}.|The teacher gives {k} {gifts} to each child.",
-                "They get {eq}.",
-                "How many {gifts} do they get in all?|How many {gifts} does the teacher need?",
-                "gift",
-            ),
-        ),
-        ("The class has {eq}.", "Now the class has {eq}.", "That makes {eq}."),
-        {
-            "-": ("How many children are left?", "How many children are still there?"),
-            **dict.fromkeys("+*", ("How many children are there in all?", "How many children are in the class now?")),
-        },
-        person=False,
-        least=2,
-    ),
-}
-
-STORIES = tuple(THEMES)
 SOLVE = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -503,25 +483,25 @@ SOLVE = {
 }
 
 
-@lru_cache(maxsize=None)
-def numbers(op: str, total: int, left: int, least: int) -> Sequence[int]:
-    """The numbers k that a row with `op` may bring when `left` more steps follow; empty if the row cannot stand here.
+@cache
+def numbers(op: str, total: int, left: int, least: int, most: int) -> Sequence[int]:
+    """The numbers that a row with `op` may bring when `left` more steps follow; empty: it cannot stand here.
 
     Totals stay in 1 + left .. 50 - left, so that a chain never runs dry before its last step.
     """
     if op == "+":
-        return range(least, min(20, 50 - left - total) + 1)
+        return range(least, min(most, 50 - left - total) + 1)
     if op == "-":
-        return range(least, min(20, total - 1 - left) + 1)
+        return range(least, min(most, total - 1 - left) + 1)
     if op == "k-":  # not 2 * total: k - total would equal total, and a skipped step would go unseen
-        return [k for k in range(total + 1, min(total + 20, 60) + 1) if k != 2 * total]
+        return [k for k in range(5, 61, 5) if total < k <= total + 30 and k != 2 * total]
     if op == "*":
         return range(2, 7) if 2 <= total <= 10 else ()
     return [k for k in range(2, 7) if total % k == 0 and total // k <= 10]
 
 
 class Draw(dict):
-    """The slots of one story, drawn from `rng` the moment a template names them, and the price in nats so far."""
+    """The slots of a story, each drawn from `rng` when a template first names it, and the nats so far."""
 
     def __init__(self, rng):
         self.rng, self.nats, self.used = rng, 0.0, []
@@ -529,6 +509,11 @@ class Draw(dict):
     def choice(self, options):
         self.nats += math.log(len(options))
         return options[self.rng.randrange(len(options))]
+
+    def new(self, options: Sequence[str]) -> str:
+        """A choice that this story has not made yet: a second friend is another friend."""
+        self.used.append(self.choice([option for option in options if option not in self.used]))
+        return self.used[-1]
 
     def fill(self, templates: Sequence[str]) -> str:
         return self.choice(templates).format_map(self)
@@ -538,12 +523,13 @@ class Draw(dict):
             i = self.choice(range(4))
             self["day"], self["next"] = DAYS[i], DAYS[i + 1]
         elif key == "F":
-            self["F"] = self.choice([name for name in self.friends if name not in self.used])
-            self.used.append(self["F"])
-        elif key in ("toy", "toys", "toy2"):
-            slot = "toy2" if key == "toy2" else "toy"
-            self[slot] = self.choice([toy for toy in POOLS["toy"] if toy not in self.used])
-            self.used.append(self[slot])
+            self["F"] = self.new(self.friends)
+        elif key == "stop":
+            self["stop"] = self.new(POOLS["stop"])
+        elif key == "toy2":
+            self["toy2"] = self.new(POOLS["toy"])
+        elif key in ("toy", "toys"):
+            self["toy"] = self.new(POOLS["toy"])
             self["toys"] = PLURAL[self["toy"]]
         elif key == "gifts":
             self["gift"] = self.choice(POOLS["gift"])
@@ -567,15 +553,14 @@ class Draw(dict):
         self.update(a=a, b=b, k=k, ks=count(k, thing))
         self.update(more=count(k, thing, "more "), fewer=count(k, thing, "fewer "))
         told = self.fill(row.told)
-        if not row.op:
+        if row.op == "=":
             return told, "", k
         op = row.op[-1]
         c = SOLVE[op](a, b)
-        unit = row.unit or thing
-        unit = self[unit] if unit in ("toy", "gift") else unit
+        unit = self[row.unit] if row.unit in POOLS else row.unit or thing
         self.update(e=f"{a} {op} {b} = {c}", eq=f"{a} {op} {b} = {count(c, unit)}")
         self["unit"] = unit if c == 1 else PLURAL[unit]
-        return told, self.fill(row.worked or theme.worked), c
+        return told, self.fill(row.worked), c
 
 
 class Tale(NamedTuple):
@@ -594,7 +579,7 @@ def tell(draw: Draw, level: int) -> Tale:
     draw["thing"] = draw.choice(theme.things)
     draw["things"] = PLURAL[draw["thing"]]
 
-    row = draw.choice(theme.starts)
+    row = draw.choice(theme.open)
     if row.op == "*":
         a = draw.choice(range(2, 7))
         b = draw.choice(range(2, min(10, 48 // a) + 1))
@@ -605,17 +590,18 @@ def tell(draw: Draw, level: int) -> Tale:
     told, worked, total = draw.beat(theme, row, a, b, k=b)
     beats = [(told, worked)]
 
-    for left in reversed(range(level - bool(row.op))):  # steps still to come after this one
-        rows = theme.middles if left else theme.middles + theme.endings
-        row = draw.choice([row for row in rows if numbers(row.op, total, left, theme.least)])
-        k = draw.choice(numbers(row.op, total, left, theme.least))
+    for left in reversed(range(level - (row.op != "="))):  # steps still to come after this one
+        rows = [new for new in theme.then if new is not row] + list(() if left else theme.end)
+        fits = [(row, ks) for row in rows if (ks := numbers(row.op, total, left, theme.least, row.most))]
+        row, ks = draw.choice(fits)
+        k = draw.choice(ks)
         a, b = (k, total) if row.op == "k-" else (total, k)
         told, worked, total = draw.beat(theme, row, a, b, k)
         beats.append((told, worked))
-    return Tale(story, beats, row.ask or theme.ask[row.op], total)
+    return Tale(story, beats, row.ask, total)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # What is made of a story: problems, wrong solutions, narratives.
 
 
@@ -629,18 +615,18 @@ def check_split(split: str, splits: Sequence[str] = SPLITS) -> None:
 
 
 def split_of(text: str) -> str:
-    """ "train" (80 %), "valid" or "test" (10 % each), by a hash of the text alone; case and blanks do not count."""
+    """ "train" (80 %), "valid" or "test" (10 % each), by a hash of the text; case and blanks do not count."""
     digest = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest()
     return SPLIT_OF_DIGIT[int.from_bytes(digest, "big") % 10]
 
 
 def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2), seed: int = 0) -> Problem:
-    """Problem number `index` of an endless list: random access, nothing stored. Its level is levels[index % len]."""
+    """Problem `index` of an endless list: random access. Its level is levels[index % len(levels)]."""
     check_split(split)
     if not levels or not set(levels) <= {1, 2, 3}:
         raise DataError(f"levels must be some of 1, 2, 3, not {levels!r}")
     level = levels[index % len(levels)]
-    rng = random.Random(f"problem/{seed}/{split}/{index}")
+    rng = random.Random(f"problem/{seed}/{split}/{level}/{index}")
     while True:  # 1.25 tries for train, 10 for valid and test
         draw = Draw(rng)
         tale = tell(draw, level)
@@ -652,7 +638,7 @@ def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2
 
 
 def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[Problem]:
-    """n problems with n different questions; problem i has level levels[i % len(levels)]. A longer list only adds."""
+    """n different questions, problem i at levels[i % len(levels)]. A longer list begins with the shorter."""
     problems, seen = [], set()
     for i in range(n):
         index = i
@@ -675,8 +661,8 @@ def corrupt(problem: Problem, kind: str, rng: random.Random) -> str:
     skipped_step    one line is missing. Only from level 2 on; at level 1 nothing would be left: DataError
     missing_answer  no `#### ANSWER` line
 
-    The error is carried into every later line and the final answer, so that a reward model cannot find it by a
-    number that does not match the next line. The final answer is never the right one.
+    The error is carried into every later line and the final answer, so that no number fails to match the next
+    line. The final answer is never the right one.
     """
     lines = problem.solution.split("\n")
     if kind == "missing_answer":
@@ -685,7 +671,9 @@ def corrupt(problem: Problem, kind: str, rng: random.Random) -> str:
         raise DataError(f"unknown corruption {kind!r}: choose one of {', '.join(CORRUPTIONS)}")
     steps = [STEP.search(line) for line in lines[:-1]]
     if not steps or None in steps:
-        raise DataError(f"{kind} needs the built-in form 'a + b = c things' on every line: {problem.solution!r}")
+        raise DataError(
+            f"{kind} needs the built-in form 'a + b = c things' on every line: {problem.solution!r}"
+        )
     if kind == "skipped_step" and len(steps) == 1:
         raise DataError("skipped_step needs a problem of level 2 or 3: one step less leaves nothing")
 
@@ -709,7 +697,7 @@ def corrupt(problem: Problem, kind: str, rng: random.Random) -> str:
 
 
 def carry_on(lines: list[str], steps: list[re.Match], i: int, op: str | None, value: int) -> str | None:
-    """The solution with result `value` in step i, through `op` (None: the line is left out), and what follows.
+    """The solution with `value` as result of step i, through `op` (None: no such line), and what follows.
 
     None if a later step does not come out even or falls below zero: the error would show.
     """
@@ -728,7 +716,8 @@ def carry_on(lines: list[str], steps: list[re.Match], i: int, op: str | None, va
 
 def rewrite(line: str, step: re.Match, a, op: str, b, c: int) -> str:
     noun = SINGULAR.get(step[6], step[6])  # "= 1 apples" would give the wrong solution away
-    return f"{line[: step.start()]}{a} {op} {b} = {count(c, noun, step[5].lstrip() + ' ' * bool(step[5]))}{line[step.end() :]}"
+    result = count(c, noun, "more " if step[5] else "")
+    return f"{line[: step.start()]}{a} {op} {b} = {result}{line[step.end() :]}"
 
 
 def narrative(rng: random.Random) -> tuple[str, float]:
@@ -740,7 +729,7 @@ def narrative(rng: random.Random) -> tuple[str, float]:
 
 
 def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
-    """n narratives of one split, as the generator draws them: repeats are kept, or the entropy would change."""
+    """n narratives of one split as drawn: repeats stay, or the entropy would be another."""
     check_split(split)
     texts = []
     for i in range(n):
@@ -752,17 +741,17 @@ def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
 
 
 def narrative_entropy(n: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Entropy of a narrative in nats: the mean of n exact −log p, and its standard error. Includes the end marker."""
+    """Entropy of a narrative in nats, end marker included: mean of n exact −log p, standard error."""
     rng = random.Random(f"entropy/{seed}")
     nats = np.array([narrative(rng)[1] for _ in range(n)])
     return float(nats.mean()), float(nats.std(ddof=1) / math.sqrt(n))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The verifier.
 
 NUMBER = re.compile(
-    r"\s*([-+−]?)\s*\$?\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"\s*\$?\s*([-+−]?)\s*\$?\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"\s?[%$]?[.,;!]?(?:\s(.*))?\s*"
 )
 
@@ -773,13 +762,13 @@ def extract_answer(text: str) -> str | None:
     Read is what stands after the marker `####` up to the end of that line.
 
     "#### 18"  "####18"                     -> "18"
-    "#### 1,234"                            -> "1234"    commas only where thousands have them: "#### 1,2" -> None
+    "#### 1,234"                            -> "1234"    commas only between thousands: "#### 1,2" -> None
     "#### $5."  "#### 50%"  "#### -$7"      -> "5" "50" "-7"    $, % and a final full stop do not count
     "#### 3.50"  "#### 18.0"  "#### .5"     -> "3.5" "18" "0.5"
     "#### 007"  "#### -0"                   -> "7" "0"
     "#### 18 apples"  "#### $2.50 per day." -> "18" "2.5"       words after the number are not read
     "#### 5 or 6"  "#### 1/2"  "#### 1 2"   -> None      exactly one number must stand on the line
-    "####"  "#### five"  "#### x = 5"       -> None      and it comes first; glued letters ("5k", "1e3") are None
+    "####"  "#### five"  "#### x = 5"       -> None      and come first; "5k" and "1e3" are None
     "#### 5\n#### 5"                        -> "5"       several markers that agree
     "#### 5 #### 7"  "#### 5\n####"         -> None      markers that differ, or one that cannot be read
     "The answer is 5."                      -> None      no marker
@@ -796,7 +785,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def canonical(number: str) -> str:
-    """ "3.50" -> "3.5", "-0" -> "0", "007" -> "7"; exact, however long (no float, no rounding to a context)."""
+    """ "3.50" -> "3.5", "-0" -> "0", "007" -> "7"; exact, however long: no float, no rounding."""
     text = format(Decimal(number), "f")
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
@@ -808,3 +797,370 @@ def same_answer(a: str | None, b: str | None) -> bool:
         return Decimal(a or "nan") == Decimal(b or "nan")
     except InvalidOperation:
         return False
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Real data: where it lies, how it is read.
+
+GSM8K_URL = (
+    "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+)
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+class Source(NamedTuple):
+    path: str  # below $ALIGN_DATA
+    url: str = ""  # "" = cannot be downloaded from here
+    sha256: str = ""
+
+
+SHAKESPEARE = Source(
+    "tinyshakespeare/input.txt",
+    SHAKESPEARE_URL,
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+DATASETS: dict[str, dict[str, Source]] = {
+    "word": {},  # built in: no file
+    "gsm8k": {
+        "train": Source(
+            "gsm8k/train.jsonl",
+            GSM8K_URL + "grade_school_math/data/train.jsonl",
+            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        ),
+        "test": Source(
+            "gsm8k/test.jsonl",
+            GSM8K_URL + "grade_school_math/data/test.jsonl",
+            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        ),
+    },
+    "tinyshakespeare": {"train": SHAKESPEARE, "valid": SHAKESPEARE},
+    "tinystories": {"train": Source("tinystories/train.txt"), "valid": Source("tinystories/valid.txt")},
+}
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("ALIGN_DATA") or "downloads")
+
+
+def find(name: str | Path, split: str = "train") -> Path:
+    """The file that holds `split` of a dataset, downloaded if need be; or `name` itself where it is a path.
+
+    A known name wins over a file of the same name: write `./gsm8k` for the file.
+    """
+    if str(name) not in DATASETS:
+        path = Path(name)
+        if path.is_dir():
+            raise DataError(f"{path} is a folder: give the file in it")
+        if path.is_file():
+            return path
+        raise DataError(f"{name}: no such file, and not one of the known datasets {', '.join(DATASETS)}")
+    sources = DATASETS[str(name)]
+    if not sources:
+        raise DataError(f"{name} is built in and has no file: use load_problems or load_text")
+    check_split(split, tuple(sources))
+    path = data_folder() / sources[split].path
+    if path.is_dir():
+        raise DataError(f"{path} is a folder where the file of {name} is expected: remove it")
+    return path if path.is_file() else download(str(name), split)
+
+
+def download(name: str, split: str = "train") -> Path:
+    """Fetch one file into $ALIGN_DATA and check its sha256. A half-done download never has the final name."""
+    source = DATASETS[name][split]
+    path = data_folder() / source.path
+    by_hand = f"put the file at {path} by hand, or set ALIGN_DATA to the folder that has {source.path}"
+    if not source.url:
+        raise DataError(f"{name}: no {path}, and this dataset has no automatic download: {by_hand}")
+    from tqdm import tqdm  # only here: everything else in this file needs numpy at most
+
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes do not write into one file
+    digest = hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(source.url, timeout=30) as reply, open(partial, "wb") as file:
+            size = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := reply.read(1 << 16):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != source.sha256:
+            raise DataError(
+                f"{source.url} has changed: sha256 {digest.hexdigest()}, not {source.sha256}; {by_hand}"
+            )
+        os.replace(partial, path)
+    except OSError as error:  # URLError is one
+        raise DataError(f"{name}: cannot download {source.url} ({error}): {by_hand}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_text(path: Path) -> str:
+    """A file as UTF-8, or one line that says what is wrong with it."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty")
+    return text
+
+
+def load_problems(
+    name: str | Path = "word", split: str = "train", n: int | None = None, levels: Sequence[int] = (1, 2)
+) -> list[Problem]:
+    """The problems of a split, at most n.
+
+    "word"    generated at `levels`: 20,000 for train, 1,000 for valid and for test, unless n says otherwise
+    "gsm8k"   test is the published test split; valid the last 500 of the published train split, train the
+              rest, so that nothing is ever selected on test
+    a path    JSONL, one record a line (see `problem_from`); the split by the hash of the question
+    """
+    check_split(split)
+    if name == "word":
+        return word_problems(split, (20_000 if split == "train" else 1_000) if n is None else n, levels)
+    path = find(name, {"valid": "train"}.get(split, split) if name == "gsm8k" else "train")
+    problems = []
+    lines = read_text(path).split("\n")  # not splitlines: U+2028 may stand inside a JSON string
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            problems.append(
+                problem_from(line, f"{path} line {number}", "gsm8k" if name == "gsm8k" else "file")
+            )
+    if name == "gsm8k":
+        problems = problems[-500:] if split == "valid" else problems[:-500] if split == "train" else problems
+    else:
+        problems = [problem for problem in problems if split_of(problem.question) == split]
+    if not problems:
+        raise DataError(f"{path} has no problem in the split {split}: the split is by hash, add more records")
+    return problems[:n]
+
+
+def problem_from(line: str, where: str, story: str) -> Problem:
+    """One JSONL record. The keys are one of
+
+    {"question", "answer"}              `answer` is the worked solution with its #### line, or just a number
+    {"question", "solution", "answer"}  `answer` is the number
+    {"messages": [user, assistant]}     one exchange in chat form
+
+    A solution with neither a #### line nor a bare number is kept with answer "": SFT can use it, no verifier
+    will accept it. GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made for a
+    calculator that overwrites the sampled tokens; without one, the model would write each result twice.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a record is an object {{...}}, not {type(record).__name__}")
+    if "messages" in record:
+        turns = record["messages"]
+        if not (
+            isinstance(turns, list)
+            and all(isinstance(turn, dict) for turn in turns)
+            and [turn.get("role") for turn in turns] == ["user", "assistant"]
+        ):
+            raise DataError(f"{where}: messages must be one user turn and one assistant turn")
+        record = {"question": turns[0].get("content"), "answer": turns[1].get("content")}
+    for key in ("question", "answer"):
+        if key not in record:
+            raise DataError(f"{where}: the key {key!r} is missing")
+    fields = {}
+    for key in ("question", "answer", *(["solution"] if "solution" in record else [])):
+        value = record[key]
+        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{where}: {key!r} must be text that is not empty")
+        fields[key] = value.strip()
+
+    text = fields.get("solution", fields["answer"])
+    level = max(1, len(re.findall(r"<<[^<>]*>>", text)))
+    text = re.sub(r"<<[^<>]*>>", "", text)
+    if "####" not in text:
+        bare = extract_answer("#### " + fields["answer"])
+        if "solution" in fields:
+            text = f"{text}\n#### {bare}"
+        elif bare is not None:
+            text = f"#### {bare}"
+    answer = extract_answer(text)
+    if answer is None and ("####" in text or "solution" in fields):
+        raise DataError(f"{where}: no single number after ####: {text[-60:]!r}")
+    if "solution" in fields and not same_answer(answer, extract_answer("#### " + fields["answer"])):
+        raise DataError(f"{where}: the solution ends in {answer}, the answer says {fields['answer']!r}")
+    return Problem(fields["question"], text, answer or "", level, story)
+
+
+def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
+    """The documents of a split, "train" or "valid", for pretraining.
+
+    "word"             narratives: 20,000 for train, 1,000 for valid; no text is in both
+    "tinystories"      one story a document
+    "tinyshakespeare"  or a path: one document; the first 90 % of its characters is train, the rest valid
+    """
+    check_split(split, ("train", "valid"))
+    if name == "word":
+        return narrative_texts(split, 20_000 if split == "train" else 1_000)
+    path = find(name, split)
+    text = read_text(path)
+    if name == "tinystories":
+        return [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    cut = len(text) * 9 // 10
+    part = text[:cut] if split == "train" else text[cut:]
+    if not part:
+        raise DataError(f"{path} is too short to split: {len(text)} characters")
+    return [part]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Token streams: pretraining reads one long array of ids from disk, without loading it.
+
+
+def write_stream(
+    path: str | Path,
+    docs_ids: Iterable[Sequence[int]],
+    vocab_size: int,
+    fingerprint: str,
+    separator_id: int | None = None,
+) -> Path:
+    """Write documents of token ids as one flat array, each followed by `separator_id` if given -> the path.
+
+    uint16 up to 65,536 ids, else uint32: half the disk and half the reading. Beside it `PATH.json` says how
+    to read it and which tokenizer (`fingerprint`) made it: another tokenizer's ids train wrongly and do not
+    complain.
+    """
+    path = Path(path)
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    sidecar = Path(f"{path}.json")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest, tokens, documents, chunk = hashlib.sha256(), 0, 0, []
+    tail = [] if separator_id is None else [separator_id]
+    try:
+        with open(partial, "wb") as file:
+
+            def flush() -> None:
+                ids = np.array(chunk, dtype=np.int64)
+                if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):  # a cast would wrap in silence
+                    raise DataError(
+                        f"{path}: a token id outside 0..{vocab_size - 1} in the documents up to {documents}"
+                    )
+                data = ids.astype(dtype).tobytes()
+                file.write(data)
+                digest.update(data)
+                chunk.clear()
+
+            for ids in docs_ids:
+                chunk.extend(ids)
+                chunk.extend(tail)
+                tokens += len(ids) + len(tail)
+                documents += 1
+                if len(chunk) >= 1 << 20:
+                    flush()
+            flush()
+        if not tokens:
+            raise DataError(f"{path}: no tokens to write")
+        sidecar.unlink(
+            missing_ok=True
+        )  # killed from here on: a stream without sidecar, which open_stream refuses
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    about = dict(dtype=dtype.name, tokens=tokens, documents=documents, fingerprint=fingerprint)
+    partial.write_text(json.dumps({**about, "sha256": digest.hexdigest()}, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, sidecar)
+    return path
+
+
+def open_stream(path: str | Path, fingerprint: str) -> np.memmap:
+    """The stream as a read-only (tokens,) array on disk; refused if it is not what `write_stream` left."""
+    path, sidecar = Path(path), Path(f"{path}.json")
+    again = "delete it and tokenise again"
+    for file in (path, sidecar):
+        if not file.is_file():
+            raise DataError(f"no {file}: {again}")
+    try:
+        about = json.loads(sidecar.read_text(encoding="utf-8"))
+        dtype, tokens, found = np.dtype(about["dtype"]), int(about["tokens"]), about["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{sidecar} cannot be read ({error!r}): {again}") from error
+    if found != fingerprint:
+        raise DataError(f"{path} was made with tokenizer {found}, this run has {fingerprint}: {again}")
+    if path.stat().st_size != tokens * dtype.itemsize:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, not {tokens} x {dtype.itemsize}: {again}")
+    return np.memmap(path, dtype=dtype, mode="r", shape=(tokens,))
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, windows: int, offsets: int) -> tuple[int, np.ndarray]:
+    rng = np.random.default_rng([seed, epoch])
+    return int(rng.integers(offsets)), rng.permutation(windows)
+
+
+def batch_at(
+    stream: np.ndarray, step: int, batch: int, context: int, seed: int, rank: int = 0, world: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The batch of one rank at one step -> inputs, targets: (batch, context) int64, targets one token ahead.
+
+    Each epoch cuts the stream into windows of `context` tokens that do not overlap, from a random offset (so
+    the borders fall elsewhere next time), and visits them in random order, each once. A step of all ranks
+    together takes the next world * batch of them, so 2 ranks with batch b see what 1 rank with batch 2b sees.
+    No state: a resumed run only needs its step.
+    """
+    tokens = len(stream)
+    if tokens < context + 1:
+        raise DataError(f"the stream has {tokens} tokens, one window needs context + 1 = {context + 1}")
+    windows = max(1, (tokens - context) // context)  # leaves room for the offset and for the last target
+    offsets = min(context, tokens - windows * context)
+    rows = []
+    first = (step * world + rank) * batch
+    for number in range(first, first + batch):  # windows are numbered through all epochs
+        offset, order = epoch_order(seed, number // windows, windows, offsets)
+        start = offset + int(order[number % windows]) * context
+        rows.append(stream[start : start + context + 1])
+    block = np.stack(rows).astype(np.int64)  # (batch, context + 1)
+    return block[:, :-1], block[:, 1:]
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    rng = random.Random(0)
+    for level in (1, 2, 3):
+        problems = word_problems("train", 500, (level,))
+        kinds = CORRUPTIONS if level > 1 else tuple(kind for kind in CORRUPTIONS if kind != "skipped_step")
+        for problem in problems:
+            steps = [STEP.search(line) for line in problem.solution.split("\n")[:-1]]
+            for a, op, b, c, *_ in (step.groups() for step in steps):
+                assert SOLVE[op](int(a), int(b)) == int(c), problem
+            assert len(steps) == level
+            assert extract_answer(problem.solution) == problem.answer == steps[-1][4], problem
+            for kind in kinds:
+                assert not same_answer(extract_answer(corrupt(problem, kind, rng)), problem.answer), (
+                    kind,
+                    problem,
+                )
+        words = np.mean([len(problem.question.split()) for problem in problems])
+        print(f"\nLevel {level}: {len(problems)} problems checked, {words:.0f} words a question, for example")
+        for problem in problems[:3]:
+            print(f"  [{problem.story}] {problem.question}\n    " + problem.solution.replace("\n", "\n    "))
+    print("\nThe last one, wrong in each way:")
+    for kind in CORRUPTIONS:
+        print(f"  {kind:15s} " + corrupt(problems[2], kind, rng).replace("\n", " / "))
+
+    text, nats = narrative(rng)
+    mean, error = narrative_entropy(1000)
+    print(f"\nNarrative: {text}\n  {nats:.2f} nats; the mean over narratives is {mean:.2f} ± {error:.2f}")
+    found = [split_of(narrative(rng)[0]) for _ in range(2000)]
+    print("\nSplit of 2000 narratives: " + ", ".join(f"{split} {found.count(split)}" for split in SPLITS))
+    assert abs(found.count("train") - 1600) < 100
+    assert extract_answer("#### $1,234.50 per day.") == "1234.5"
+    assert extract_answer("#### 5 #### 7") is None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,766 @@
+"""Data: the built-in problems and their grammar, the entropy, the verifier, files, token streams.
+
+The arithmetic of every solution is done again here, by a parser that shares nothing with data.py. Tests on
+real data need $ALIGN_DATA and are skipped without it.
+"""
+
+import builtins
+import collections
+import io
+import json
+import math
+import os
+import random
+import re
+import urllib.error
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import DataError, Problem, extract_answer, load_problems, load_text, same_answer, word_problems
+
+REAL = Path(os.environ.get("ALIGN_DATA", ""))
+needs_gsm8k = pytest.mark.skipif(not (REAL / "gsm8k/test.jsonl").is_file(), reason="no gsm8k/ in $ALIGN_DATA")
+PRONOUNS = {"he": "men", "his": "men", "him": "men", "she": "women", "her": "women"}
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[int, list[Problem]]:
+    return {level: word_problems("train", 3000, (level,)) for level in (1, 2, 3)}
+
+
+def worked(solution: str) -> list[int]:
+    """Redo each line `... a op b = c ...`; the results in order."""
+    results = []
+    for line in solution.split("\n")[:-1]:
+        (a, op, b, c), *more = re.findall(r"(\d+) (\S) (\d+) = (\d+)", line)
+        assert not more, line
+        a, b, c = int(a), int(b), int(c)
+        assert (a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b) == c, line
+        results.append(c)
+    return results
+
+
+# The problems.
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_arithmetic_steps_and_answer(problems, level):
+    for problem in problems[level]:
+        results = worked(problem.solution)
+        assert len(results) == level == problem.level
+        assert problem.solution.endswith(f"\n#### {results[-1]}")
+        assert problem.answer == str(results[-1]) == extract_answer(problem.solution)
+        assert all(0 < result <= 60 for result in results), problem
+        for before, line in zip(results, problem.solution.split("\n")[1:-1], strict=False):
+            assert re.search(rf"\b{before}\b", line.split(" = ")[0]), "an intermediate result is not used"
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_every_number_in_the_solution_comes_from_the_question_or_a_step(problems, level):
+    for problem in problems[level]:
+        known = collections.Counter(re.findall(r"\d+", problem.question))
+        for line in problem.solution.split("\n")[:-1]:
+            a, b, c = re.findall(r"\d+", line)
+            known -= collections.Counter([a, b])
+            known[c] += 1
+        assert sum(known.values()) == 1, problem  # all are used up but the answer: no distractor
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_english(problems, level):
+    texts = [problem.question for problem in problems[level]]
+    texts += [line for problem in problems[level] for line in problem.solution.split("\n")[:-1]]
+    texts += [data.narrative(random.Random(f"{level}/{i}"))[0] for i in range(1000)]
+    plurals = set(data.PLURAL.values())
+    for text in texts:
+        assert "  " not in text
+        assert text == text.strip()
+        assert not re.search(r"\{|\}|\b[aA] [aeiou]|\ban (?!hour)", text), text
+        for sentence in re.split(r"(?<=[.?]) ", text):
+            assert sentence[0].isupper(), sentence
+        assert text.endswith((".", "?"))
+        for number, noun in re.findall(r"(?<!\$)\b(\d+) (?:more |fewer )?(?:big |small |new )?(\w+)", text):
+            assert not (noun in plurals and number == "1"), text
+            assert not (noun in data.PLURAL and number != "1"), text
+    for problem in problems[level]:
+        assert problem.question.endswith("?")
+        assert problem.question.count("?") == 1
+        for line in problem.solution.split("\n"):
+            assert len(line.split()) <= 10, line
+
+
+def test_pronouns_have_one_reading(problems):
+    seen = set()
+    sex = dict.fromkeys(data.MEN, "men") | dict.fromkeys(data.WOMEN, "women")
+    for problem in problems[2] + problems[3]:
+        words = re.findall(r"\w+", problem.question)
+        names = list(dict.fromkeys(word for word in words if word in sex))
+        used = {PRONOUNS[word.lower()] for word in words if word.lower() in PRONOUNS}
+        if names:
+            assert used <= {sex[names[0]]}, problem.question
+            assert all(sex[friend] != sex[names[0]] for friend in names[1:]), problem.question
+            seen.add((sex[names[0]], *used))
+        else:
+            assert not used
+    assert {("men", "men"), ("women", "women")} <= seen
+
+
+def test_nothing_happens_twice_in_one_story(problems):
+    """Another friend, another stop, another toy each time; only the question repeats a name."""
+    for problem in problems[3]:
+        told = problem.question[: problem.question.rindex(". ")]
+        stops = re.findall(r"(?:At|leaves) the (bridge|market|park|beach|museum)", told)
+        toys = re.findall(r"buys a (\w+)", told)
+        friends = re.findall(r"(?:to|from|for|with|by|gives) ([A-Z]\w+)|(\w+) (?:gives|brings|plants)", told)
+        friends = [a or b for a, b in friends if (a or b) in data.MEN + data.WOMEN]
+        hero = re.search("|".join(data.MEN + data.WOMEN), told)
+        friends = [friend for friend in friends if friend != hero[0]]
+        for group in (stops, toys, friends):
+            assert len(set(group)) == len(group), problem.question
+
+
+def test_the_answer_counts_what_is_asked(problems):
+    """The noun after "How many" is the noun of the last worked line ("How much" asks for dollars)."""
+    for problem in problems[1] + problems[2] + problems[3]:
+        asked = re.search(r"How (many|much|far)(?: more)?(?: (\w+))?", problem.question)
+        noun = {"many": asked[2], "much": "dollars", "far": "miles"}[asked[1]]
+        last = re.search(r"= \d+ (?:more )?(\w+)", problem.solution.split("\n")[-2])[1]
+        assert noun in (last, data.PLURAL.get(last)), problem
+
+
+def test_short_and_varied(problems):
+    for level, low, high in ((1, 15, 25), (2, 20, 32), (3, 27, 42)):
+        lengths = [len(problem.question.split()) for problem in problems[level]]
+        assert low <= np.median(lengths) <= high
+        assert max(lengths) <= 48
+        stories = collections.Counter(problem.story for problem in problems[level])
+        assert len(stories) == len(data.THEMES) >= 8
+        assert min(stories.values()) > 0.5 * len(problems[level]) / len(stories)
+        operators = collections.Counter(
+            re.findall(r" ([-+*/]) ", "".join(p.solution for p in problems[level]))
+        )
+        assert min(operators[op] for op in "+-*/") > 0.05 * operators.total()
+
+
+def test_no_question_is_in_two_splits():
+    where = {}
+    for split in data.SPLITS:
+        for seed in (0, 1):
+            for problem in word_problems(split, 400, (1, 2, 3), seed=seed):
+                assert data.split_of(problem.question) == split
+                assert where.setdefault(" ".join(problem.question.lower().split()), split) == split
+    assert data.split_of("Tom  has\n5 APPLES.") == data.split_of("tom has 5 apples.")
+    counts = collections.Counter(data.split_of(str(i)) for i in range(5000))
+    assert abs(counts["train"] - 4000) < 150
+    assert abs(counts["valid"] - 500) < 100
+
+
+def test_deterministic_distinct_balanced():
+    a = word_problems("train", 4000, (1, 2), seed=3)
+    assert len({problem.question for problem in a}) == 4000
+    assert [problem.level for problem in a] == [1, 2] * 2000
+    assert a[:500] == word_problems("train", 500, (1, 2), seed=3)
+    assert a[7] == data.word_problem(7, "train", (1, 2), seed=3)
+    assert a[:50] != word_problems("train", 50, (1, 2), seed=4)
+    assert [p.level for p in word_problems("valid", 6, (3, 1))] == [3, 1] * 3
+
+
+def test_repeats_are_drawn_again(monkeypatch):
+    original = data.word_problem
+    monkeypatch.setattr(data, "word_problem", lambda i, *rest: original(i % 10 if i < 10**6 else i, *rest))
+    assert len({problem.question for problem in word_problems("train", 30)}) == 30
+
+
+@pytest.mark.parametrize("levels", [(), (0,), (1, 4)])
+def test_bad_levels(levels):
+    with pytest.raises(DataError, match="levels must be"):
+        data.word_problem(0, levels=levels)
+
+
+# Corruptions.
+
+
+@pytest.mark.parametrize("kind", data.CORRUPTIONS)
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_corrupt(problems, level, kind):
+    rng = random.Random(level)
+    if kind == "skipped_step" and level == 1:
+        with pytest.raises(DataError, match="level 2 or 3"):
+            data.corrupt(problems[1][0], kind, rng)
+        return
+    places = set()
+    for problem in problems[level]:
+        text = data.corrupt(problem, kind, rng)
+        old, new = problem.solution.split("\n"), text.split("\n")
+        assert not same_answer(extract_answer(text), problem.answer)
+        if kind == "missing_answer":
+            assert new == old[:-1]
+            continue
+        steps = [re.search(r"(\d+) (\S) (\d+) = (\d+)(.*)", line) for line in new[:-1]]
+        assert new[-1] == f"#### {steps[-1][4]}"  # consistent: the answer is the last result
+        wrong = []
+        for i, step in enumerate(steps):
+            a, op, b, c = int(step[1]), step[2], int(step[3]), int(step[4])
+            assert c >= 0
+            if {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[op] != c:
+                wrong.append(i)
+            if i:  # carried on: the line before feeds this one
+                assert int(steps[i - 1][4]) in (a, b)
+            assert (c == 1) == (re.search(r"= \d+ (?:more )?(\w+)", new[i])[1] in data.PLURAL)
+        if kind == "skipped_step":
+            assert len(new) == len(old) - 1
+            assert not wrong
+            places.add(next((i for i, (x, y) in enumerate(zip(old, new, strict=False)) if x != y)))
+        else:
+            assert len(new) == len(old)
+            first = next(i for i, (x, y) in enumerate(zip(old, new, strict=True)) if x != y)
+            places.add(first)
+            assert wrong == ([first] if kind == "wrong_sum" else [])
+            before = re.search(r"\d+ (\S) \d+ =", old[first])[1]
+            assert (steps[first][2] != before) == (kind == "wrong_operator")
+            for i in range(first + 1, level):  # below, only the number that is carried on differs
+                a, op, b = re.search(r"(\d+) (\S) (\d+) =", old[i]).groups()
+                carried = re.search(r"= (\d+)", old[i - 1])[1]
+                if a == carried:
+                    a = steps[i - 1][4]
+                else:
+                    b = steps[i - 1][4]
+                assert (a, op, b) == steps[i].groups()[:3]
+    if kind != "missing_answer":
+        assert places == set(range(level))  # any step can be the wrong one
+
+
+def test_corrupt_refuses():
+    gsm = Problem("Q?", "She sold 48/2 = 24 clips.\n#### 24", "24", 1, "gsm8k")
+    with pytest.raises(DataError, match="built-in form"):
+        data.corrupt(gsm, "wrong_sum", random.Random(0))
+    with pytest.raises(DataError, match="unknown corruption"):
+        data.corrupt(gsm, "typo", random.Random(0))
+    assert data.corrupt(gsm, "missing_answer", random.Random(0)) == "She sold 48/2 = 24 clips."
+
+
+# Narratives and their entropy.
+
+
+class Script:
+    """Stands in for random.Random: follows a list of choices, then takes the first of each."""
+
+    def __init__(self, choices):
+        self.choices, self.path = choices, []
+
+    def randrange(self, n):
+        i = len(self.path)
+        self.path.append((self.choices[i] if i < len(self.choices) else 0, n))
+        return self.path[-1][0]
+
+
+def every_walk(make):
+    """make(rng) for every sequence of choices there is, with -log p counted by the scripted rng itself."""
+    choices = []
+    while True:
+        rng = Script(choices)
+        yield make(rng), sum(math.log(n) for _, n in rng.path)
+        path = rng.path
+        while path and path[-1][0] + 1 == path[-1][1]:
+            path.pop()
+        if not path:
+            return
+        choices = [choice for choice, _ in path[:-1]] + [path[-1][0] + 1]
+
+
+def cut_down(monkeypatch, numbers: int, wordings: int | None, themes) -> None:
+    """Two names of each sex, few of everything else, and at most `numbers` numbers for each slot."""
+
+    def few(*bounds):
+        full = builtins.range(*bounds)
+        return full if len(full) <= 2 else full[:numbers]
+
+    pick = slice(wordings)
+    small = {}
+    for name in themes:
+        theme = data.THEMES[name]
+        sections = {
+            section: tuple(
+                row._replace(told=row.told[pick], worked=row.worked[pick]) for row in getattr(theme, section)
+            )
+            for section in ("open", "then", "end")
+        }
+        small[name] = theme._replace(things=theme.things[:1], start=theme.start[1 : 1 + numbers], **sections)
+    data.numbers.cache_clear()
+    monkeypatch.setattr(data, "range", few, raising=False)
+    monkeypatch.setattr(data, "THEMES", small)
+    monkeypatch.setattr(data, "STORIES", tuple(small))
+    monkeypatch.setattr(data, "MEN", data.MEN[:2])
+    monkeypatch.setattr(data, "WOMEN", data.WOMEN[:2])
+    monkeypatch.setattr(data, "WEATHER", data.WEATHER[:1])
+    monkeypatch.setattr(data, "HOURS", data.HOURS[:1])
+    sizes = {"stop": 3, "toy": 4}  # as many as one story may use up
+    monkeypatch.setattr(
+        data, "POOLS", {name: pool[: sizes.get(name, 1)] for name, pool in data.POOLS.items()}
+    )
+
+
+@pytest.fixture
+def fresh_numbers():
+    yield
+    data.numbers.cache_clear()
+
+
+def check_exact(make) -> int:
+    total, texts = 0.0, set()
+    for (text, nats), counted in every_walk(make):
+        assert nats == pytest.approx(counted, abs=1e-9)
+        assert text not in texts, f"two walks give: {text}"
+        texts.add(text)
+        total += math.exp(-nats)
+    assert total == pytest.approx(1, abs=1e-9)
+    return len(texts)
+
+
+def test_nats_are_exact_on_whole_narratives(monkeypatch, fresh_numbers):
+    """All themes, one wording each: no two walks give the same text, and the probabilities add up to 1."""
+    cut_down(monkeypatch, numbers=2, wordings=1, themes=data.THEMES)
+    assert check_exact(data.narrative) > 10_000
+
+
+def test_nats_are_exact_with_all_wordings(monkeypatch, fresh_numbers):
+    """All themes with all wordings and two numbers a slot, one arithmetic step."""
+
+    def story(rng):
+        draw = data.Draw(rng)
+        beats = data.tell(draw, 1).beats
+        return " ".join(part for beat in beats for part in beat if part), draw.nats
+
+    cut_down(monkeypatch, numbers=2, wordings=None, themes=data.THEMES)
+    assert check_exact(story) > 10_000
+
+
+def test_narratives():
+    texts = data.narrative_texts("train", 1500)
+    assert texts[:20] == data.narrative_texts("train", 20)
+    assert texts[:20] != data.narrative_texts("train", 20, seed=1)
+    assert {data.split_of(text) for text in texts} == {"train"}
+    assert not set(texts) & set(data.narrative_texts("valid", 300))
+    for text in texts:
+        assert 3 <= len(re.findall(r"[.](?: |$)", text)) <= 6
+        for a, op, b, c in re.findall(r"(\d+) (\S) (\d+) = (\d+)", text):
+            a, b, c = int(a), int(b), int(c)
+            assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b * c == a}[op], text
+    assert {op for text in texts for op in re.findall(r" ([-+*/]) ", text)} == set("+-*/")
+    names = " ".join(texts)
+    assert all(name in names for name in data.MEN + data.WOMEN)
+
+
+def test_narrative_entropy():
+    mean, error = data.narrative_entropy(1000)
+    nats = np.array([data.narrative(random.Random(i))[1] for i in range(1000)])
+    assert error == pytest.approx(nats.std() / math.sqrt(1000), rel=0.2)
+    assert abs(mean - nats.mean()) < 5 * error
+    assert data.narrative_entropy(1000) == (mean, error)
+
+
+# The verifier.
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 18", "18"),
+        ("####18", "18"),
+        ("Tom has 5 + 3 = 8 apples.\n#### 8", "8"),
+        ("#### 8\nand more 9 text", "8"),
+        ("#### 8\r\n", "8"),
+        ("#### 1,234", "1234"),
+        ("#### 1,234,567.50", "1234567.5"),
+        ("#### $5.", "5"),
+        ("#### 50%", "50"),
+        ("#### -7", "-7"),
+        ("#### - 7", "-7"),
+        ("#### −7", "-7"),
+        ("#### -$7", "-7"),
+        ("#### $-7", "-7"),
+        ("#### .5", "0.5"),
+        ("#### -.5", "-0.5"),
+        ("#### 3.50", "3.5"),
+        ("#### 18.0", "18"),
+        ("#### -0", "0"),
+        ("#### -0.00", "0"),
+        ("#### 007", "7"),
+        ("#### 100", "100"),
+        ("#### 18 apples", "18"),
+        ("#### $1,234.50 per day.", "1234.5"),
+        ("#### 5\n#### 5", "5"),
+        ("#### 5 #### 5.0", "5"),
+        ("#### 12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
+        ("#### 5 #### 7", None),
+        ("#### 5\n#### 7", None),
+        ("#### 5\n####", None),
+        ("####", None),
+        ("####\n5", None),
+        ("#### five", None),
+        ("#### 1 2", None),
+        ("#### 5 or 6", None),
+        ("#### 5, 6", None),
+        ("#### 1,2", None),
+        ("#### 12,34", None),
+        ("#### 1/2", None),
+        ("#### 5-3", None),
+        ("#### 5 - 3", None),
+        ("#### --5", None),
+        ("#### -$-5", None),
+        ("#### 1.2.3", None),
+        ("#### 1e3", None),
+        ("#### 5k", None),
+        ("#### x = 5", None),
+        ("#### ½", None),
+        ("#### 5 ½", None),
+        ("#### ٥", None),
+        ("##### 5", None),
+        ("### 5", None),
+        ("The answer is 5.", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_extract_answer_docstring_is_true():
+    for inputs, outputs in re.findall(r'^    ("####.*?)\s*-> (.*)$', extract_answer.__doc__, flags=re.M):
+        inputs = [eval(text) for text in re.findall(r'"[^"]*"', inputs)]
+        wanted = re.findall(r'"[^"]*"|None', outputs.split("   ")[0])
+        wanted = [None if text == "None" else text.strip('"') for text in wanted]
+        if len(wanted) < len(inputs):
+            wanted = wanted[:1] * len(inputs)
+        assert [extract_answer(text) for text in inputs] == wanted
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3) | st.integers(), st.booleans())
+def test_extract_answer_round_trip(number, commas):
+    text = f"{number:,f}" if commas and isinstance(number, Decimal) else f"{Decimal(number):f}"
+    answer = extract_answer(f"so it is\n#### {text}")
+    assert Decimal(answer) == number
+    assert extract_answer(f"#### {answer}") == answer
+    assert same_answer(answer, str(number))
+
+
+@settings(max_examples=200)
+@given(st.text(alphabet="#0123456789 .,$%-+\nax½", max_size=30))
+def test_extract_answer_never_fails_and_is_canonical(text):
+    answer = extract_answer(text)
+    if answer is not None:
+        assert re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?", answer)
+        assert answer != "-0"
+        assert "####" in text
+
+
+def test_same_answer():
+    assert same_answer("5", "5.0")
+    assert not same_answer("5", "5.0000000000000000000000000000001")
+    assert not same_answer("5", "6")
+    assert not same_answer(None, None)
+    assert not same_answer("", "")
+    assert not same_answer("5", "five")
+
+
+# Real data and files.
+
+
+@needs_gsm8k
+def test_gsm8k_golds():
+    counts = {split: 0 for split in data.SPLITS}
+    questions = []
+    for split in data.SPLITS:
+        for problem in load_problems("gsm8k", split):
+            counts[split] += 1
+            gold = problem.solution.rsplit("#### ", 1)[1]
+            assert Decimal(problem.answer) == Decimal(gold.replace(",", ""))
+            assert "<<" not in problem.solution
+            assert problem.level >= 1
+            assert problem.story == "gsm8k"
+            questions.append(problem.question)
+    assert counts == {"train": 6973, "valid": 500, "test": 1319}
+    assert len(set(questions)) == 8792
+    first = load_problems("gsm8k", "train", n=3)
+    assert len(first) == 3
+    assert (first[0].answer, first[0].level) == ("72", 2)
+    assert "48/2 = 24 clips" in first[0].solution
+
+
+@pytest.mark.skipif(not (REAL / "tinystories/valid.txt").is_file(), reason="no tinystories/ in $ALIGN_DATA")
+def test_tinystories():
+    assert len(load_text("tinystories", "valid")) == 198
+    assert len(load_text("tinystories", "train")) == 2734
+
+
+@pytest.mark.skipif(
+    not (REAL / "tinyshakespeare/input.txt").is_file(), reason="no tinyshakespeare/ in $ALIGN_DATA"
+)
+def test_tinyshakespeare():
+    (train,), (valid,) = load_text("tinyshakespeare"), load_text("tinyshakespeare", "valid")
+    assert (len(train), len(valid)) == (1_003_854, 111_540)
+
+
+def test_word_is_the_default():
+    assert load_problems(n=5) == word_problems("train", 5)
+    assert load_problems("word", "test", n=4, levels=(3,)) == word_problems("test", 4, (3,))
+
+
+def test_user_file(tmp_path):
+    file = tmp_path / "own.jsonl"
+    records = [
+        {"question": "A?", "answer": "He has 1+1=<<1+1=2>>2 pens.\n#### 2"},
+        {"question": "B?", "solution": "Two and two.", "answer": 4},
+        {"question": "C?", "answer": "$1,200"},
+        {"question": "D?", "answer": "Blue, I think."},
+        {"messages": [{"role": "user", "content": "E?"}, {"role": "assistant", "content": "x\n#### 7"}]},
+    ]
+    records += [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(100)]
+    file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    found = {split: load_problems(file, split) for split in data.SPLITS}
+    assert sum(len(part) for part in found.values()) == 105
+    assert all(data.split_of(problem.question) == split for split, part in found.items() for problem in part)
+    by = {problem.question: problem for part in found.values() for problem in part}
+    assert by["A?"].solution == "He has 1+1=2 pens.\n#### 2"
+    assert (by["B?"].solution, by["B?"].answer) == ("Two and two.\n#### 4", "4")
+    assert (by["C?"].solution, by["C?"].answer) == ("#### 1200", "1200")
+    assert (by["D?"].solution, by["D?"].answer) == ("Blue, I think.", "")
+    assert (by["E?"].answer, by["E?"].story) == ("7", "file")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nonsense", "line 2: not JSON"),
+        ("[1, 2]", "line 2: a record is an object"),
+        ('{"question": "A?"}', "line 2: the key 'answer' is missing"),
+        ('{"answer": "5"}', "line 2: the key 'question' is missing"),
+        ('{"question": "", "answer": "5"}', "line 2: 'question' must be text"),
+        ('{"question": "A?", "answer": null}', "line 2: 'answer' must be text"),
+        ('{"question": "A?", "answer": "#### 5 or 6"}', "line 2: no single number"),
+        ('{"question": "A?", "solution": "x", "answer": "many"}', "line 2: no single number"),
+        ('{"question": "A?", "solution": "x\\n#### 3", "answer": "4"}', "line 2: the solution ends in 3"),
+        ('{"messages": [{"role": "user", "content": "A?"}]}', "line 2: messages must be"),
+        ('{"messages": "A?"}', "line 2: messages must be"),
+        (
+            '{"messages": [{"role": "user"}, {"role": "assistant", "content": "5"}]}',
+            "line 2: 'question' must",
+        ),
+    ],
+)
+def test_bad_records_name_the_line(tmp_path, line, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"question": "A?", "answer": "5"}\n' + line + "\n")
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        load_problems(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_problems, load_text])
+def test_bad_files(tmp_path, load):
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text(" \n")
+    latin.write_bytes(b"abc caf\xe9")
+    for name, message in [
+        (tmp_path / "none.txt", "no such file, and not one of the known datasets word, gsm8k"),
+        ("gsm9k", "no such file, and not one of the known datasets word, gsm8k"),
+        (tmp_path, "is a folder"),
+        (empty, "is empty"),
+        (latin, "not UTF-8 (byte 7)"),
+    ]:
+        with pytest.raises(DataError, match=re.escape(message)):
+            load(name)
+
+
+def test_bad_splits(tmp_path):
+    for call in (
+        lambda: word_problems("dev", 1),
+        lambda: load_problems("word", "dev"),
+        lambda: load_text("word", "test"),
+        lambda: load_text("tinyshakespeare", "test"),
+        lambda: data.narrative_texts("dev", 1),
+        lambda: data.find("gsm8k", "valid"),
+    ):
+        with pytest.raises(DataError, match="unknown split"):
+            call()
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"question": "A?", "answer": "5"}')
+    for split in set(data.SPLITS) - {data.split_of("A?")}:
+        with pytest.raises(DataError, match=f"no problem in the split {split}"):
+            load_problems(one, split)
+
+
+def test_text_file_is_cut_in_order(tmp_path):
+    file = tmp_path / "book.txt"
+    text = "".join(chr(ord("a") + i % 26) for i in range(999)) + "é"
+    file.write_text(text, encoding="utf-8")
+    (train,), (valid,) = load_text(file), load_text(str(file), "valid")
+    assert train + valid == text
+    assert len(train) == 900
+
+
+def test_find_looks_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    file = tmp_path / "gsm8k/train.jsonl"
+    file.parent.mkdir()
+    file.write_text("x")
+    assert data.find("gsm8k") == file
+    assert data.find(file) == file
+    with pytest.raises(DataError, match="built in"):
+        data.find("word")
+    with pytest.raises(DataError, match=r"tinystories: no .*valid.txt.* by hand"):
+        data.find("tinystories", "valid")
+    monkeypatch.delenv("ALIGN_DATA")
+    assert data.data_folder() == Path("downloads")
+
+
+class Reply(io.BytesIO):
+    headers = {"Content-Length": "5"}  # noqa: RUF012
+
+
+def test_download(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    file = tmp_path / "gsm8k/test.jsonl"
+
+    def offline(url, timeout):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
+    with pytest.raises(DataError, match=r"cannot download https://raw.*no route.*put the file at") as caught:
+        data.find("gsm8k", "test")
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+    asked = []
+    monkeypatch.setattr(
+        data.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Reply(b"hello")
+    )
+    with pytest.raises(DataError, match="has changed: sha256 2cf24d"):
+        data.find("gsm8k", "test")
+    assert not list(file.parent.iterdir())  # neither the file nor a part of it
+
+    good = data.DATASETS["gsm8k"]["test"]._replace(
+        sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    )
+    monkeypatch.setitem(data.DATASETS["gsm8k"], "test", good)
+    assert data.find("gsm8k", "test").read_text() == "hello"
+    assert list(file.parent.iterdir()) == [file]
+    assert asked[-1].endswith("/grade_school_math/data/test.jsonl")
+
+
+# Token streams.
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
+@pytest.mark.parametrize("separator", [None, 3])
+def test_stream_round_trip(tmp_path, vocab, dtype, separator):
+    docs = [[0, vocab - 1, 2], [], [5]]
+    path = data.write_stream(tmp_path / "sub/a.bin", iter(docs), vocab, "tok", separator_id=separator)
+    stream = data.open_stream(path, "tok")
+    assert stream.dtype == dtype
+    end = [] if separator is None else [separator]
+    assert stream.tolist() == [token for doc in docs for token in doc + end]
+    about = json.loads(Path(f"{path}.json").read_text())
+    assert (about["documents"], about["tokens"]) == (3, len(stream))
+    assert about["sha256"] == data.hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["a.bin", "a.bin.json"]
+    assert not stream.flags.writeable
+
+
+def test_stream_in_chunks(tmp_path):
+    docs = [list(range(i, i + 50_000)) for i in range(50)]
+    stream = data.open_stream(data.write_stream(tmp_path / "a", docs, 60_000, "tok"), "tok")
+    assert np.array_equal(stream, np.array(docs).reshape(-1))
+
+
+@pytest.mark.parametrize("bad", [-1, 100])
+def test_stream_refuses_ids_outside_the_vocabulary(tmp_path, bad):
+    data.write_stream(tmp_path / "a", [[1, 2]], 100, "tok")
+    with pytest.raises(DataError, match=r"outside 0\.\.99"):
+        data.write_stream(tmp_path / "a", [[1], [bad]], 100, "tok")
+    assert data.open_stream(tmp_path / "a", "tok").tolist() == [1, 2]  # the old stream is untouched
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_stream_refusals(tmp_path):
+    with pytest.raises(DataError, match="no tokens"):
+        data.write_stream(tmp_path / "a", [], 10, "tok")
+    with pytest.raises(DataError, match=r"no .*/a:"):
+        data.open_stream(tmp_path / "a", "tok")
+    path = data.write_stream(tmp_path / "a", [[1, 2, 3]], 10, "tok")
+    sidecar = Path(f"{path}.json")
+    with pytest.raises(DataError, match="made with tokenizer tok, this run has other"):
+        data.open_stream(path, "other")
+    path.write_bytes(path.read_bytes() + b"\0\0")
+    with pytest.raises(DataError, match="has 8 bytes, not 3 x 2"):
+        data.open_stream(path, "tok")
+    sidecar.write_text("{}")
+    with pytest.raises(DataError, match="cannot be read"):
+        data.open_stream(path, "tok")
+    sidecar.unlink()
+    with pytest.raises(DataError, match=r"no .*a\.json"):
+        data.open_stream(path, "tok")
+
+
+def test_batches_cover_each_epoch_once():
+    context, tokens = 7, 7 * 20 + 3
+    stream = np.arange(tokens, dtype=np.uint16)
+    windows = (tokens - context) // context
+    borders = set()
+    for epoch in range(6):
+        starts = []
+        for step in range(epoch * windows, (epoch + 1) * windows):
+            inputs, targets = data.batch_at(stream, step, 1, context, seed=5)
+            assert inputs.dtype == targets.dtype == np.int64
+            assert np.array_equal(inputs[0], np.arange(inputs[0, 0], inputs[0, 0] + context))
+            assert np.array_equal(targets, inputs + 1)
+            starts.append(int(inputs[0, 0]))
+        assert starts != sorted(starts)
+        assert {b - a for a, b in zip(sorted(starts), sorted(starts)[1:], strict=False)} == {context}
+        assert len(set(starts)) == windows
+        borders.add(min(starts))
+    assert len(borders) > 1  # another offset each epoch
+    assert not np.array_equal(data.batch_at(stream, 0, 4, 7, 0)[0], data.batch_at(stream, 0, 4, 7, 1)[0])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_batch_of_one(world):
+    stream = np.arange(500, dtype=np.uint16)
+    for step in range(40):  # over several epochs, with batches that straddle their borders
+        whole, _ = data.batch_at(stream, step, 5 * world, 9, seed=1)
+        parts = [
+            data.batch_at(stream, step, 5, 9, seed=1, rank=rank, world=world)[0] for rank in range(world)
+        ]
+        assert np.array_equal(whole, np.concatenate(parts))
+    first = [set(data.batch_at(stream, 0, 5, 9, 1, rank, world)[0][:, 0]) for rank in range(world)]
+    assert len(set.union(*first)) == 5 * world  # no window twice
+
+
+def test_batch_is_a_function_of_the_step():
+    stream = np.arange(300, dtype=np.uint32)
+    steps = [data.batch_at(stream, step, 3, 8, seed=2) for step in range(30)]
+    data.epoch_order.cache_clear()
+    for step in reversed(range(30)):
+        assert np.array_equal(data.batch_at(stream, step, 3, 8, seed=2), steps[step])
+
+
+def test_shortest_stream():
+    inputs, targets = data.batch_at(np.arange(9), 0, 2, 8, seed=0)
+    assert inputs.tolist() == [list(range(8))] * 2
+    assert targets[0, -1] == 8
+    with pytest.raises(DataError, match=r"has 8 tokens, one window needs context \+ 1 = 9"):
+        data.batch_at(np.arange(8), 0, 1, 8, seed=0)
+
+
+def test_main_runs(capsys):
+    data.main()
+    out = capsys.readouterr().out
+    assert "Level 3: 500 problems checked" in out
+    assert "nats" in out

@@ -290,9 +290,7 @@ def answer(model, tokenizer, ids, stop_ids, config, generator):
 
     c = config
     length = min(c.max_new_tokens, room)
-    generate(
-        model, [ids], length, 1, c.temperature, c.top_k, c.top_p, stop_ids, generator, on_tokens=show
-    )
+    generate(model, [ids], length, 1, c.temperature, c.top_k, c.top_p, stop_ids, generator, on_tokens=show)
     print(flush=True)
     return "".join(pieces)
 
@@ -332,7 +330,9 @@ def main(config):
             del history[:2]  # the oldest exchange makes room
             print("(the context is full: the oldest exchange was forgotten)")
             ids, _ = tokenizer.encode_chat(history, True)
-        history.append({"role": "assistant", "content": answer(model, tokenizer, ids, stop_ids, config, generator)})
+        history.append(
+            {"role": "assistant", "content": answer(model, tokenizer, ids, stop_ids, config, generator)}
+        )
 
 
 def demo():
@@ -349,7 +349,9 @@ def demo():
             length = alone.mask.sum().item()
             assert batch.ids[r, :length].tolist() == alone.ids[0].tolist()
             assert batch.mask[r].sum() == length
-            print(f"  prompt {i} rollout {r % 2}: {length:2d} tokens, log π {batch.logprobs[r].sum().item():7.2f}")
+            print(
+                f"  prompt {i} rollout {r % 2}: {length:2d} tokens, log π {batch.logprobs[r].sum().item():7.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -129,9 +129,17 @@ def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
             (p, t, is_correct(t, p), n, e) for p, t, n, e in zip(chunk, texts, lengths, ended, strict=True)
         ]
     levels = sorted({p.level for p in problems})
-    counts = [len(samples), sum(s[2] for s in samples), sum(s[3] for s in samples), sum(not s[4] for s in samples)]
+    counts = [
+        len(samples),
+        sum(s[2] for s in samples),
+        sum(s[3] for s in samples),
+        sum(not s[4] for s in samples),
+    ]
     for level in levels:
-        counts += [sum(s[0].level == level for s in samples), sum(s[2] for s in samples if s[0].level == level)]
+        counts += [
+            sum(s[0].level == level for s in samples),
+            sum(s[2] for s in samples if s[0].level == level),
+        ]
     n, correct, tokens, truncated, *rest = dist.sum(*counts)
     low, high = wilson(correct, n)
     by_level = {level: rest[2 * i + 1] / rest[2 * i] for i, level in enumerate(levels)}
@@ -154,7 +162,9 @@ def fitting(problems, lengths, room, what, dist):
     if not kept:
         raise ConfigError(f"no {what} fits: the shortest has {min(lengths)} tokens, the room is {room}")
     if len(kept) < len(problems) and dist.is_main:
-        print(f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out")
+        print(
+            f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out"
+        )
     return kept
 
 
@@ -175,7 +185,12 @@ def pretrained_start(config, dist):
             print(f"no --init given: pretraining a start on the text of {config.data} first -> {RUNS / name}")
         shared = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
         if config.data != "word":  # real text wants more words and longer windows
-            shared |= {"vocab_size": 2048, "model": TransformerConfig(context=512), "batch": 16, "micro_batch": 16}
+            shared |= {
+                "vocab_size": 2048,
+                "model": TransformerConfig(context=512),
+                "batch": 16,
+                "micro_batch": 16,
+            }
         pretrain.main(pretrain.Config(name=name, **shared))
     return str(RUNS / name)
 
@@ -283,7 +298,9 @@ def main(config):
         save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     rows = config.batch // dist.world
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
+    bar = tqdm(
+        range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step"
+    )
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
@@ -298,9 +315,13 @@ def main(config):
         # ------------------------------------------------------------------ one optimizer step
         started = time.perf_counter()
         batch = [examples[i] for i in rows_at(len(examples), step, config.batch, config.seed)]
-        n_tokens = sum(sum(flags) for _, flags in batch)  # of the whole step, all ranks, before the batch is cut
+        n_tokens = sum(
+            sum(flags) for _, flags in batch
+        )  # of the whole step, all ranks, before the batch is cut
         mine = batch[dist.rank * rows : (dist.rank + 1) * rows]
-        mine = sorted(mine, key=lambda example: len(example[0]))  # micro-batches of like lengths waste no padding
+        mine = sorted(
+            mine, key=lambda example: len(example[0])
+        )  # micro-batches of like lengths waste no padding
         model.train()
         loss_sum = 0.0
         for i in range(0, rows, config.micro_batch):
@@ -317,7 +338,9 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         (loss_sum,) = dist.sum(loss_sum)
         if not math.isfinite(loss_sum):
-            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+            raise ConfigError(
+                f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr"
+            )
 
         done = step + 1
         record = {

@@ -98,7 +98,9 @@ class TransformerConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise CheckpointError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                raise CheckpointError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                )
         for name in ("vocab_size", "context", "n_layer", "n_head", "n_kv_head", "width"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -117,7 +119,9 @@ class TransformerConfig:
 
 def gpt2_config(**changes):
     """GPT-2's layout: LayerNorm, learned positions, GELU, biases, one key/value head per query head."""
-    config = dict(norm="layer", norm_eps=1e-5, positions="learned", activation="gelu", qk_norm=False, bias=True)
+    config = dict(
+        norm="layer", norm_eps=1e-5, positions="learned", activation="gelu", qk_norm=False, bias=True
+    )
     config |= {"n_kv_head": changes.get("n_head", TransformerConfig.n_head)} | changes
     return TransformerConfig(**config)
 
@@ -169,7 +173,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.learned = LearnedPositions(config.context, config.width) if config.positions == "learned" else None
+        self.learned = (
+            LearnedPositions(config.context, config.width) if config.positions == "learned" else None
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
@@ -206,7 +212,9 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if positions is None:
             if start + T > self.config.context:
-                raise ValueError(f"{start + T} tokens do not fit the model's context of {self.config.context}")
+                raise ValueError(
+                    f"{start + T} tokens do not fit the model's context of {self.config.context}"
+                )
             positions = torch.arange(start, start + T, device=tokens.device)
         if mask is not None:
             if mask.dim() == 2:
@@ -289,7 +297,9 @@ class Transformer(nn.Module):
             if name not in state:
                 raise CheckpointError(f"{path}: the weights lack {name!r}, which its config.json asks for")
             if name not in own:
-                raise CheckpointError(f"{path}: the weights hold {name!r}, which its config.json does not explain")
+                raise CheckpointError(
+                    f"{path}: the weights hold {name!r}, which its config.json does not explain"
+                )
             if own[name].shape != state[name].shape:
                 want, got = tuple(own[name].shape), tuple(state[name].shape)
                 raise CheckpointError(f"{path}: {name} has shape {got}, its config.json asks for {want}")
@@ -347,7 +357,10 @@ QWEN3 = {
     "blocks.{}.norm2.weight": "model.layers.{}.post_attention_layernorm.weight",
     **{f"blocks.{{}}.attn.w{x}.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
     **{f"blocks.{{}}.attn.{x}_norm.weight": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"},
-    **{f"blocks.{{}}.ffn.{x}.weight": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+    **{
+        f"blocks.{{}}.ffn.{x}.weight": f"model.layers.{{}}.mlp.{x}_proj.weight"
+        for x in ("gate", "up", "down")
+    },
 }
 GPT2 = {"embed.weight": "transformer.wte.weight", "learned.weight": "transformer.wpe.weight"}
 for _kind in ("weight", "bias"):
@@ -418,7 +431,9 @@ def from_layout(tensors, config, layout, path):
     ignored = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # a tied copy, and GPT-2's mask buffers
     for name in tensors.keys() - known:
         if not name.endswith(ignored):
-            raise CheckpointError(f"{path}: the weights hold {name!r}, which the {layout} layout does not explain")
+            raise CheckpointError(
+                f"{path}: the weights hold {name!r}, which the {layout} layout does not explain"
+            )
     if layout == "gpt2":
         for i in range(config.n_layer):
             for kind in ("weight", "bias"):
@@ -474,7 +489,9 @@ def read_hf_config(path):
         kind = hf["model_type"]
     except FileNotFoundError:
         what = "has no config.json" if Path(path).is_dir() else "is not there"
-        raise CheckpointError(f"{path} {what}; a checkpoint is a directory that save_pretrained wrote") from None
+        raise CheckpointError(
+            f"{path} {what}; a checkpoint is a directory that save_pretrained wrote"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(f"{file} is not a model's config.json: no JSON with a model_type") from None
     if kind not in LAYOUTS:

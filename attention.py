@@ -144,9 +144,7 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, T, self.n_head, self.head_dim)
         k = self.wk(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.wv(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
-        if (
-            self.q_norm is not None
-        ):  # per head, before the rotation: RoPE keeps lengths, so the bound survives
+        if self.q_norm is not None:  # per head, before the rotation: RoPE keeps lengths, so the bound survives
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
         if rope is not None:
@@ -191,9 +189,7 @@ def main():
 
     B, T, H, D = 2, 7, 6, 8
     q = torch.randn(B, H, T, D)
-    print(
-        "\ngrouped heads, T = 7, H = 6, D = 8: fused kernel against the formula, and the cache for 4,096 tokens"
-    )
+    print("\ngrouped heads, T = 7, H = 6, D = 8: fused kernel against the formula, and the cache for 4,096 tokens")
     for G in (6, 3, 2, 1):
         k, v = torch.randn(B, G, T, D), torch.randn(B, G, T, D)
         worst = (fast_attention(q, k, v) - naive_attention(q, k, v, causal_mask(T, T))[0]).abs().max().item()

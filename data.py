@@ -671,9 +671,7 @@ def corrupt(problem: Problem, kind: str, rng: random.Random) -> str:
         raise DataError(f"unknown corruption {kind!r}: choose one of {', '.join(CORRUPTIONS)}")
     steps = [STEP.search(line) for line in lines[:-1]]
     if not steps or None in steps:
-        raise DataError(
-            f"{kind} needs the built-in form 'a + b = c things' on every line: {problem.solution!r}"
-        )
+        raise DataError(f"{kind} needs the built-in form 'a + b = c things' on every line: {problem.solution!r}")
     if kind == "skipped_step" and len(steps) == 1:
         raise DataError("skipped_step needs a problem of level 2 or 3: one step less leaves nothing")
 
@@ -802,9 +800,7 @@ def same_answer(a: str | None, b: str | None) -> bool:
 # -----------------------------------------------------------------------------------------------------------
 # Real data: where it lies, how it is read.
 
-GSM8K_URL = (
-    "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
-)
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -885,9 +881,7 @@ def download(name: str, split: str = "train") -> Path:
                     digest.update(chunk)
                     bar.update(len(chunk))
         if digest.hexdigest() != source.sha256:
-            raise DataError(
-                f"{source.url} has changed: sha256 {digest.hexdigest()}, not {source.sha256}; {by_hand}"
-            )
+            raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {source.sha256}; {by_hand}")
         os.replace(partial, path)
     except OSError as error:  # URLError is one
         raise DataError(f"{name}: cannot download {source.url} ({error}): {by_hand}") from error
@@ -927,9 +921,7 @@ def load_problems(
     lines = read_text(path).split("\n")  # not splitlines: U+2028 may stand inside a JSON string
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            problems.append(
-                problem_from(line, f"{path} line {number}", "gsm8k" if name == "gsm8k" else "file")
-            )
+            problems.append(problem_from(line, f"{path} line {number}", "gsm8k" if name == "gsm8k" else "file"))
     if name == "gsm8k":
         problems = problems[-500:] if split == "valid" else problems[:-500] if split == "train" else problems
     else:
@@ -1063,9 +1055,7 @@ def write_stream(
             flush()
         if not tokens:
             raise DataError(f"{path}: no tokens to write")
-        sidecar.unlink(
-            missing_ok=True
-        )  # killed from here on: a stream without sidecar, which open_stream refuses
+        sidecar.unlink(missing_ok=True)  # killed from here on: a stream without sidecar, which open_stream refuses
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

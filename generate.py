@@ -330,9 +330,7 @@ def main(config):
             del history[:2]  # the oldest exchange makes room
             print("(the context is full: the oldest exchange was forgotten)")
             ids, _ = tokenizer.encode_chat(history, True)
-        history.append(
-            {"role": "assistant", "content": answer(model, tokenizer, ids, stop_ids, config, generator)}
-        )
+        history.append({"role": "assistant", "content": answer(model, tokenizer, ids, stop_ids, config, generator)})
 
 
 def demo():
@@ -349,9 +347,7 @@ def demo():
             length = alone.mask.sum().item()
             assert batch.ids[r, :length].tolist() == alone.ids[0].tolist()
             assert batch.mask[r].sum() == length
-            print(
-                f"  prompt {i} rollout {r % 2}: {length:2d} tokens, log π {batch.logprobs[r].sum().item():7.2f}"
-            )
+            print(f"  prompt {i} rollout {r % 2}: {length:2d} tokens, log π {batch.logprobs[r].sum().item():7.2f}")
 
 
 if __name__ == "__main__":

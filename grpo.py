@@ -144,9 +144,7 @@ def grpo_loss(
     metrics = {
         "clip_fraction": masked_mean((clipped * A < ratio * A).float(), mask).item(),
         "ratio_max": ratio.max().item(),
-        "entropy": masked_mean(
-            -old_logprobs.detach() * mask, mask
-        ).item(),  # E[−log π], estimated on the rollouts
+        "entropy": masked_mean(-old_logprobs.detach() * mask, mask).item(),  # E[−log π], estimated on the rollouts
     }
     if ref_logprobs is not None:
         log_r = (ref_logprobs - logprobs) * mask
@@ -234,13 +232,9 @@ class Config:
         check_positive(self, "steps", "prompts", "rollouts", "max_new_tokens", "inner_epochs", "micro_batch")
         check_positive(self, "eval_every", "eval_problems", "test_problems", "sample_every", "save_every")
         if self.temperature <= 0:
-            raise ConfigError(
-                f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0"
-            )
+            raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
         if self.rollouts < 2:
-            raise ConfigError(
-                "--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more"
-            )
+            raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")
         if self.scale is None:
             self.scale = "none" if self.loss_type == "dr_grpo" else "group"
         if self.clip_high is None:
@@ -355,7 +349,7 @@ def main(config):
         problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
 
     run_dir = open_run(config, dist)
-    optimizers = make_optimizers(raw, "adamw", config.lr, config.weight_decay)
+    optimizers = make_optimizers(raw, "adamw", config.lr, config.weight_decay, betas=(0.9, 0.999))
     first, best, before = 0, -1.0, None
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
@@ -389,9 +383,7 @@ def main(config):
 
     weights = {"correct": config.correct_weight, "format": config.format_weight}
     accuracy, warned = best, False
-    bar = tqdm(
-        range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step"
-    )
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
@@ -416,21 +408,11 @@ def main(config):
             everywhere = [torch.empty_like(total).to(dist.device) for _ in range(dist.world)]
             torch.distributed.all_gather(everywhere, total.to(dist.device))
             n = len(total)
-            advantages = group_advantages(torch.cat(everywhere).cpu(), "batch")[
-                dist.rank * n : (dist.rank + 1) * n
-            ]
+            advantages = group_advantages(torch.cat(everywhere).cpu(), "batch")[dist.rank * n : (dist.rank + 1) * n]
         else:
             advantages = group_advantages(total, config.scale)
         flat = advantages.flatten()  # (n·R,)
-        kept = (
-            flat.view(total.shape)
-            .ne(0)
-            .any(1)
-            .repeat_interleave(config.rollouts)
-            .nonzero()
-            .squeeze(1)
-            .tolist()
-        )
+        kept = flat.view(total.shape).ne(0).any(1).repeat_interleave(config.rollouts).nonzero().squeeze(1).tolist()
         # Of the whole step, all ranks, skipped groups too: the cut into micro-batches never changes the gradient.
         n_completions, n_tokens, n_kept, n_skipped = dist.sum(
             flat.numel(), rollout.mask.sum().item(), len(kept), len(total) - len(kept) / config.rollouts
@@ -447,16 +429,12 @@ def main(config):
         for _ in range(config.inner_epochs if n_kept else 0):
             for k, chosen in enumerate(passes):
                 L = max(len(prompts[i]) + int(rollout.mask[i].sum()) for i in chosen)
-                x, m, o = (
-                    t[chosen, : L - cut].to(dist.device) for t, cut in ((tokens, 0), (mask, 1), (old, 1))
-                )
+                x, m, o = (t[chosen, : L - cut].to(dist.device) for t, cut in ((tokens, 0), (mask, 1), (old, 1)))
                 A = flat[chosen].to(dist.device)
                 if not kept:
                     m = torch.zeros_like(m)
                 with autocast():
-                    if (
-                        config.beta and k not in cached_ref
-                    ):  # the reference never changes: once for all epochs
+                    if config.beta and k not in cached_ref:  # the reference never changes: once for all epochs
                         with torch.no_grad():
                             cached_ref[k] = token_logprobs(reference, x, config.temperature)  # (b, L − 1)
                     last = k == len(passes) - 1
@@ -486,9 +464,7 @@ def main(config):
                         sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else count)
             norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         if not math.isfinite(norm):
-            raise ConfigError(
-                f"the gradient is {norm} at step {step} (learning rate {lr:.1e}); try a smaller --lr"
-            )
+            raise ConfigError(f"the gradient is {norm} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
 
         # ------------------------------------------------------------------ metrics: what matters first
         done = step + 1
@@ -503,8 +479,7 @@ def main(config):
         )
         record = {"reward": values[0] / n_completions}
         record |= {
-            f"reward_{k}" if k != "truncated" else k: v / n_completions
-            for k, v in zip(names, values[1:4], strict=True)
+            f"reward_{k}" if k != "truncated" else k: v / n_completions for k, v in zip(names, values[1:4], strict=True)
         }
         if values[-2]:
             record |= {k: v / values[-2] for k, v in zip(keys, values[4:-2], strict=True)}
@@ -576,9 +551,7 @@ def finish(config, dist, run_dir, raw, reference, tokenizer, problems, before, h
     kl = kl_to_reference(raw, reference, tokenizer, problems["test"][:200], config, dist)
     seconds = time.perf_counter() - began
     if dist.is_main:
-        print(
-            f"\n{'held-out test, greedy':<24}{'accuracy':>9}  {'95 % interval':<18}{'length':>7}{'KL to start':>13}"
-        )
+        print(f"\n{'held-out test, greedy':<24}{'accuracy':>9}  {'95 % interval':<18}{'length':>7}{'KL to start':>13}")
         for name, r, d in (("before", before, 0.0), ("after", after, kl)):
             interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
             print(f"{name:<24}{r['accuracy']:>9.1%}  {interval:<18}{r['length']:>7.1f}{d:>13.4f}")
@@ -589,9 +562,7 @@ def finish(config, dist, run_dir, raw, reference, tokenizer, problems, before, h
             f"{after['n']} problems, {gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes in all"
         )
         if gain < 0:
-            print(
-                "WARNING: the policy ended worse than it began; best/ holds the best on the validation split"
-            )
+            print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
         entropy = {"entropy": "entropy", "kl": "KL to the reference"}
         draw_curves(
             run_dir,

@@ -94,9 +94,7 @@ def main():
         ("LayerNorm", layer_norm(x, gain, bias), F.layer_norm(x, (192,), gain, bias), layer_norm),
         ("RMSNorm", rms_norm(x, gain), F.rms_norm(x, (192,), gain, 1e-6), rms_norm),
     ]
-    print(
-        f"{'':<11}{'formula − fused':>16}{'y(10 x) − y(x)':>16}{'y(x + 5) − y(x)':>17}   (largest differences)"
-    )
+    print(f"{'':<11}{'formula − fused':>16}{'y(10 x) − y(x)':>16}{'y(x + 5) − y(x)':>17}   (largest differences)")
     for name, ours, fused, f in rows:
         one = torch.ones(192)
         same = (ours - fused).abs().max().item()

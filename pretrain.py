@@ -197,12 +197,8 @@ def open_run(config, dist):
     """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
     path = RUNS / config.name
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", config.name) or ".." in config.name:
-        raise ConfigError(
-            f"--name {config.name!r} cannot be a directory name; use letters, digits, . _ and -"
-        )
-    if config.resume and not any(
-        (path / last / "trainer_state.pt").is_file() for last in ("last", "last.old")
-    ):
+        raise ConfigError(f"--name {config.name!r} cannot be a directory name; use letters, digits, . _ and -")
+    if config.resume and not any((path / last / "trainer_state.pt").is_file() for last in ("last", "last.old")):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
     if dist.is_main:
         if not config.resume and path.exists():
@@ -259,9 +255,7 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
     try:
         state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the unpickler trips over
-        raise CheckpointError(
-            f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}"
-        ) from None
+        raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
     free = {"steps", "resume", "save_every", "eval_every", "sample_every", "wandb", "device", "name"}
@@ -295,9 +289,7 @@ class Log:
 
         kept = []
         if first_step and self.path.exists():
-            kept = [
-                x for x in self.path.read_text().splitlines() if json.loads(x).get("step", -1) <= first_step
-            ]
+            kept = [x for x in self.path.read_text().splitlines() if json.loads(x).get("step", -1) <= first_step]
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         header = {
             "config": asdict(config),
@@ -336,9 +328,7 @@ class Interrupt:
     def __init__(self, dist):
         self.dist, self.asked = dist, False
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(
-                ValueError
-            ):  # not in the main thread: then nobody can press Ctrl-C either
+            with contextlib.suppress(ValueError):  # not in the main thread: then nobody can press Ctrl-C either
                 signal.signal(number, self._ask)
 
     def _ask(self, number, _):
@@ -572,9 +562,7 @@ def main(config):
         save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
 
     rows = config.batch // dist.world
-    bar = tqdm(
-        range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step"
-    )
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
@@ -605,9 +593,7 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         (loss_sum,) = dist.sum(loss_sum)
         if not math.isfinite(loss_sum):
-            raise ConfigError(
-                f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr"
-            )
+            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
 
         done = step + 1
         record = {

@@ -125,9 +125,7 @@ def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
         ended = (torch.isin(rollout.ids, stop) & rollout.mask).any(1).tolist()
         lengths = rollout.mask.sum(1).tolist()
         texts = rollout.texts(tokenizer)
-        samples += [
-            (p, t, is_correct(t, p), n, e) for p, t, n, e in zip(chunk, texts, lengths, ended, strict=True)
-        ]
+        samples += [(p, t, is_correct(t, p), n, e) for p, t, n, e in zip(chunk, texts, lengths, ended, strict=True)]
     levels = sorted({p.level for p in problems})
     counts = [
         len(samples),
@@ -162,9 +160,7 @@ def fitting(problems, lengths, room, what, dist):
     if not kept:
         raise ConfigError(f"no {what} fits: the shortest has {min(lengths)} tokens, the room is {room}")
     if len(kept) < len(problems) and dist.is_main:
-        print(
-            f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out"
-        )
+        print(f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out")
     return kept
 
 
@@ -298,9 +294,7 @@ def main(config):
         save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     rows = config.batch // dist.world
-    bar = tqdm(
-        range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step"
-    )
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
@@ -315,13 +309,9 @@ def main(config):
         # ------------------------------------------------------------------ one optimizer step
         started = time.perf_counter()
         batch = [examples[i] for i in rows_at(len(examples), step, config.batch, config.seed)]
-        n_tokens = sum(
-            sum(flags) for _, flags in batch
-        )  # of the whole step, all ranks, before the batch is cut
+        n_tokens = sum(sum(flags) for _, flags in batch)  # of the whole step, all ranks, before the batch is cut
         mine = batch[dist.rank * rows : (dist.rank + 1) * rows]
-        mine = sorted(
-            mine, key=lambda example: len(example[0])
-        )  # micro-batches of like lengths waste no padding
+        mine = sorted(mine, key=lambda example: len(example[0]))  # micro-batches of like lengths waste no padding
         model.train()
         loss_sum = 0.0
         for i in range(0, rows, config.micro_batch):
@@ -338,9 +328,7 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         (loss_sum,) = dist.sum(loss_sum)
         if not math.isfinite(loss_sum):
-            raise ConfigError(
-                f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr"
-            )
+            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
 
         done = step + 1
         record = {

@@ -200,9 +200,7 @@ class Tokenizer:
         allowed = self.special_ids if allowed_special == "all" else set(allowed_special)
         unknown = set(allowed) - set(self.special_ids)
         if unknown:
-            raise TokenizerError(
-                f"{sorted(unknown)[0]!r} is not a special token here; they are {[*self.special_ids]}"
-            )
+            raise TokenizerError(f"{sorted(unknown)[0]!r} is not a special token here; they are {[*self.special_ids]}")
         if not allowed:
             return self.encode_ordinary(text)
         ids = []
@@ -231,15 +229,11 @@ class Tokenizer:
         newline, ids, mask = self.encode("\n"), [], []
         for number, message in enumerate(messages):
             if set(message) != {"role", "content"} or message["role"] not in ROLES:
-                raise TokenizerError(
-                    f"message {number}: a role of {', '.join(ROLES)} and a content, not {message!r}"
-                )
+                raise TokenizerError(f"message {number}: a role of {', '.join(ROLES)} and a content, not {message!r}")
             head = [start, *self.encode(message["role"] + "\n")]
             body = [*self.encode(message["content"]), end]
             ids += head + body + newline
-            mask += (
-                [False] * len(head) + [message["role"] == "assistant"] * len(body) + [False] * len(newline)
-            )
+            mask += [False] * len(head) + [message["role"] == "assistant"] * len(body) + [False] * len(newline)
         if add_generation_prompt:
             head = [start, *self.encode("assistant\n")]
             ids, mask = ids + head, mask + [False] * len(head)
@@ -283,9 +277,7 @@ class BPETokenizer(Tokenizer):
         self.merges, self.pattern = merges, pattern  # merges: [(left bytes, right bytes), …]
         self._ids = {data: i for i, data in vocab.items()}
         # tiktoken merges the pair whose union has the lowest id: the merges' order, as long as ids follow it.
-        self._fast = tiktoken.Encoding(
-            "ours", pat_str=pattern, mergeable_ranks=self._ids, special_tokens=special_ids
-        )
+        self._fast = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=self._ids, special_tokens=special_ids)
         self._split = regex.compile(pattern)
 
     @classmethod
@@ -427,9 +419,7 @@ def load_tokenizer(path):
             return CharTokenizer(plain, special, template)
         if model.get("type", "BPE") == "BPE":
             vocab = {
-                i: bytes(CHAR_TO_BYTE[c] for c in token)
-                for token, i in model["vocab"].items()
-                if token not in special
+                i: bytes(CHAR_TO_BYTE[c] for c in token) for token, i in model["vocab"].items() if token not in special
             }
             pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
             merges = [tuple(bytes(CHAR_TO_BYTE[c] for c in token) for token in pair) for pair in pairs]
@@ -447,11 +437,7 @@ def read_pattern(pre, file):
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
         return GPT2_PATTERN
-    if (
-        kinds == ["Split", "ByteLevel"]
-        and not steps[1].get("use_regex", True)
-        and "Regex" in steps[0]["pattern"]
-    ):
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and "Regex" in steps[0]["pattern"]:
         return steps[0]["pattern"]["Regex"]
     raise TokenizerError(f"{file}: the pre-tokenizer {' + '.join(map(str, kinds))} is not supported here")
 
@@ -470,18 +456,14 @@ def main():
     words = count_words(text)
     assert train_bpe(words, 60) == train_bpe_naive(words, 60)
     hard = "naïve 🙂 12345 <|im_end|>\n\n\tdon't"
-    print(
-        "\ntrained on this file: the fast trainer's merges are the plain one's, our encoder's ids tiktoken's"
-    )
+    print("\ntrained on this file: the fast trainer's merges are the plain one's, our encoder's ids tiktoken's")
     for size in (259, 400, 800):
         tokenizer = BPETokenizer.train(text, size)
         for t in (text, hard, ""):
             assert tokenizer.decode(tokenizer.encode(t)) == t
             assert tokenizer.encode(t) == tokenizer.encode_naive(t)
         print(f"  vocabulary {size}: {len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token")
-    ids, mask = tokenizer.encode_chat(
-        [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
-    )
+    ids, mask = tokenizer.encode_chat([{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}])
     print("\na chat, and what SFT trains on:")
     for i, flag in zip(ids, mask, strict=True):
         print(f"  {i:4d} {tokenizer.decode([i])!r:<15} {'trained' if flag else ''}")

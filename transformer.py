@@ -98,9 +98,7 @@ class TransformerConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise CheckpointError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
-                )
+                raise CheckpointError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         for name in ("vocab_size", "context", "n_layer", "n_head", "n_kv_head", "width"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -119,9 +117,7 @@ class TransformerConfig:
 
 def gpt2_config(**changes):
     """GPT-2's layout: LayerNorm, learned positions, GELU, biases, one key/value head per query head."""
-    config = dict(
-        norm="layer", norm_eps=1e-5, positions="learned", activation="gelu", qk_norm=False, bias=True
-    )
+    config = dict(norm="layer", norm_eps=1e-5, positions="learned", activation="gelu", qk_norm=False, bias=True)
     config |= {"n_kv_head": changes.get("n_head", TransformerConfig.n_head)} | changes
     return TransformerConfig(**config)
 
@@ -173,9 +169,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.learned = (
-            LearnedPositions(config.context, config.width) if config.positions == "learned" else None
-        )
+        self.learned = LearnedPositions(config.context, config.width) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
@@ -196,9 +190,7 @@ class Transformer(nn.Module):
                 into_stream = name.endswith(("wo.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0))
 
-    def forward(
-        self, tokens, positions=None, mask=None, cache=None, *, targets=None, temperature=1.0, last_only=False
-    ):
+    def forward(self, tokens, positions=None, mask=None, cache=None, *, targets=None, temperature=1.0, last_only=False):
         """tokens (B, T) -> logits (B, T, V).
 
         positions: (T,) or (B, T), default 0 … T−1, or behind what the cache holds.
@@ -212,9 +204,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if positions is None:
             if start + T > self.config.context:
-                raise ValueError(
-                    f"{start + T} tokens do not fit the model's context of {self.config.context}"
-                )
+                raise ValueError(f"{start + T} tokens do not fit the model's context of {self.config.context}")
             positions = torch.arange(start, start + T, device=tokens.device)
         if mask is not None:
             if mask.dim() == 2:
@@ -297,9 +287,7 @@ class Transformer(nn.Module):
             if name not in state:
                 raise CheckpointError(f"{path}: the weights lack {name!r}, which its config.json asks for")
             if name not in own:
-                raise CheckpointError(
-                    f"{path}: the weights hold {name!r}, which its config.json does not explain"
-                )
+                raise CheckpointError(f"{path}: the weights hold {name!r}, which its config.json does not explain")
             if own[name].shape != state[name].shape:
                 want, got = tuple(own[name].shape), tuple(state[name].shape)
                 raise CheckpointError(f"{path}: {name} has shape {got}, its config.json asks for {want}")
@@ -357,10 +345,7 @@ QWEN3 = {
     "blocks.{}.norm2.weight": "model.layers.{}.post_attention_layernorm.weight",
     **{f"blocks.{{}}.attn.w{x}.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
     **{f"blocks.{{}}.attn.{x}_norm.weight": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"},
-    **{
-        f"blocks.{{}}.ffn.{x}.weight": f"model.layers.{{}}.mlp.{x}_proj.weight"
-        for x in ("gate", "up", "down")
-    },
+    **{f"blocks.{{}}.ffn.{x}.weight": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
 GPT2 = {"embed.weight": "transformer.wte.weight", "learned.weight": "transformer.wpe.weight"}
 for _kind in ("weight", "bias"):
@@ -431,9 +416,7 @@ def from_layout(tensors, config, layout, path):
     ignored = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # a tied copy, and GPT-2's mask buffers
     for name in tensors.keys() - known:
         if not name.endswith(ignored):
-            raise CheckpointError(
-                f"{path}: the weights hold {name!r}, which the {layout} layout does not explain"
-            )
+            raise CheckpointError(f"{path}: the weights hold {name!r}, which the {layout} layout does not explain")
     if layout == "gpt2":
         for i in range(config.n_layer):
             for kind in ("weight", "bias"):
@@ -489,9 +472,7 @@ def read_hf_config(path):
         kind = hf["model_type"]
     except FileNotFoundError:
         what = "has no config.json" if Path(path).is_dir() else "is not there"
-        raise CheckpointError(
-            f"{path} {what}; a checkpoint is a directory that save_pretrained wrote"
-        ) from None
+        raise CheckpointError(f"{path} {what}; a checkpoint is a directory that save_pretrained wrote") from None
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(f"{file} is not a model's config.json: no JSON with a model_type") from None
     if kind not in LAYOUTS:

@@ -75,9 +75,7 @@ def test_fast_equals_naive_forward_and_backward(H, G, case):
     fast = fast_attention(q, k, v, mask)
     torch.testing.assert_close(fast, naive, atol=1e-12, rtol=0)
     up = random(*naive.shape)
-    for a, b in zip(
-        torch.autograd.grad(fast, (q, k, v), up), torch.autograd.grad(naive, (q, k, v), up), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(fast, (q, k, v), up), torch.autograd.grad(naive, (q, k, v), up), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 

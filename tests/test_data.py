@@ -142,9 +142,7 @@ def test_short_and_varied(problems):
         stories = collections.Counter(problem.story for problem in problems[level])
         assert len(stories) == len(data.THEMES) >= 8
         assert min(stories.values()) > 0.5 * len(problems[level]) / len(stories)
-        operators = collections.Counter(
-            re.findall(r" ([-+*/]) ", "".join(p.solution for p in problems[level]))
-        )
+        operators = collections.Counter(re.findall(r" ([-+*/]) ", "".join(p.solution for p in problems[level])))
         assert min(operators[op] for op in "+-*/") > 0.05 * operators.total()
 
 
@@ -301,9 +299,7 @@ def cut_down(monkeypatch, numbers: int, wordings: int | None, themes) -> None:
     monkeypatch.setattr(data, "WEATHER", data.WEATHER[:1])
     monkeypatch.setattr(data, "HOURS", data.HOURS[:1])
     sizes = {"stop": 3, "toy": 4}  # as many as one story may use up
-    monkeypatch.setattr(
-        data, "POOLS", {name: pool[: sizes.get(name, 1)] for name, pool in data.POOLS.items()}
-    )
+    monkeypatch.setattr(data, "POOLS", {name: pool[: sizes.get(name, 1)] for name, pool in data.POOLS.items()})
 
 
 @pytest.fixture
@@ -499,9 +495,7 @@ def test_tinystories():
     assert len(load_text("tinystories", "train")) == 2734
 
 
-@pytest.mark.skipif(
-    not (REAL / "tinyshakespeare/input.txt").is_file(), reason="no tinyshakespeare/ in $ALIGN_DATA"
-)
+@pytest.mark.skipif(not (REAL / "tinyshakespeare/input.txt").is_file(), reason="no tinyshakespeare/ in $ALIGN_DATA")
 def test_tinyshakespeare():
     (train,), (valid,) = load_text("tinyshakespeare"), load_text("tinyshakespeare", "valid")
     assert (len(train), len(valid)) == (1_003_854, 111_540)
@@ -639,9 +633,7 @@ def test_download(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
     asked = []
-    monkeypatch.setattr(
-        data.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Reply(b"hello")
-    )
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Reply(b"hello"))
     with pytest.raises(DataError, match="has changed: sha256 2cf24d"):
         data.find("gsm8k", "test")
     assert not list(file.parent.iterdir())  # neither the file nor a part of it
@@ -735,9 +727,7 @@ def test_ranks_share_the_batch_of_one(world):
     stream = np.arange(500, dtype=np.uint16)
     for step in range(40):  # over several epochs, with batches that straddle their borders
         whole, _ = data.batch_at(stream, step, 5 * world, 9, seed=1)
-        parts = [
-            data.batch_at(stream, step, 5, 9, seed=1, rank=rank, world=world)[0] for rank in range(world)
-        ]
+        parts = [data.batch_at(stream, step, 5, 9, seed=1, rank=rank, world=world)[0] for rank in range(world)]
         assert np.array_equal(whole, np.concatenate(parts))
     first = [set(data.batch_at(stream, 0, 5, 9, 1, rank, world)[0][:, 0]) for rank in range(world)]
     assert len(set.union(*first)) == 5 * world  # no window twice

@@ -991,11 +991,14 @@ def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
 
     "word"             narratives: 20,000 for train, 1,000 for valid; no text is in both
     "tinystories"      one story a document
+    "gsm8k"            or a path that ends in .jsonl: a problem and its solution a document
     "tinyshakespeare"  or a path: one document; the first 90 % of its characters is train, the rest valid
     """
     check_split(split, ("train", "valid"))
     if name == "word":
         return narrative_texts(split, 20_000 if split == "train" else 1_000)
+    if name == "gsm8k" or str(name).endswith(".jsonl"):
+        return [f"{problem.question}\n{problem.solution}" for problem in load_problems(name, split)]
     path = find(name, split)
     text = read_text(path)
     if name == "tinystories":

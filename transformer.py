@@ -104,15 +104,21 @@ class TransformerConfig:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_head % self.n_kv_head:
             raise CheckpointError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.head_dim is None:
-            if self.width % self.n_head:
-                raise CheckpointError(f"width {self.width} is not a multiple of n_head {self.n_head}")
-            self.head_dim = self.width // self.n_head
-        if self.positions == "rope" and self.head_dim % 2:
-            raise CheckpointError(f"RoPE rotates pairs, but head_dim is {self.head_dim}; it must be even")
-        if self.ffn_width is None:
+        if self.head_dim is None and self.width % self.n_head:
+            raise CheckpointError(f"width {self.width} is not a multiple of n_head {self.n_head}")
+        if self.positions == "rope" and self.resolved().head_dim % 2:
+            raise CheckpointError(f"RoPE rotates pairs, but head_dim is {self.resolved().head_dim}; it must be even")
+
+    def resolved(self):
+        """The same with the defaults that follow from other fields filled in. Not done in place: a default taken
+        from one width must not survive a change of width."""
+        head_dim, ffn_width = self.head_dim or self.width // self.n_head, self.ffn_width
+        if ffn_width is None:
             wanted = self.width * 8 / 3 if self.activation == "swiglu" else self.width * 4
-            self.ffn_width = 32 * max(1, round(wanted / 32))
+            ffn_width = 32 * max(1, round(wanted / 32))
+        if (head_dim, ffn_width) == (self.head_dim, self.ffn_width):
+            return self
+        return replace(self, head_dim=head_dim, ffn_width=ffn_width)
 
 
 def gpt2_config(**changes):
@@ -167,7 +173,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = config = config.resolved()
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.learned = LearnedPositions(config.context, config.width) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -533,7 +539,8 @@ def _from_gpt2(hf):
 def main():
     torch.manual_seed(0)
     for title, config in {"Qwen3": TransformerConfig(), "GPT-2": gpt2_config()}.items():
-        model, c = Transformer(config).eval(), config
+        model = Transformer(config).eval()
+        c = model.config
         tokens = torch.randint(0, c.vocab_size, (2, 20))
 
         attn = c.width * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)

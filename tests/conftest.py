@@ -1,0 +1,61 @@
+"""Shared by the stage tests: a scratch directory to run in, and the scripts as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """runs/ is made relative to where one stands: stand in a scratch directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def script(name, *flags, cwd, processes=1, timeout=240):
+    """Run a stage as a user does, with torchrun if processes > 1; returns the finished process."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*start, str(ROOT / name), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def metrics(run_dir, name):
+    """A metric's values by step."""
+    records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r[name] for r in records if name in r}
+
+
+def weights(run_dir):
+    from safetensors.torch import load_file
+
+    return load_file(Path(run_dir) / "model.safetensors")
+
+
+def assert_same_weights(a, b, **tolerance):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+def assert_one_line_error(process, *words):
+    """Exit status 2, one line on stderr that says what is wrong, no traceback."""
+    assert process.returncode == 2, process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, process.stderr
+    for word in words:
+        assert word in lines[0]

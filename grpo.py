@@ -49,8 +49,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sft
-from data import extract_answer, load_problems
-from generate import ConfigError, generate, open_checkpoint, run
+from attention import causal_mask
+from data import extract_answer as extract_answer  # part of this file's interface
+from data import load_problems
+from generate import ConfigError, Rollout, generate, open_checkpoint, run
 from pretrain import (
     RUNS,
     Interrupt,
@@ -66,7 +68,7 @@ from pretrain import (
     setup,
 )
 from sft import encode_prompt, evaluate, fitting, is_correct, rows_at, start_name
-from transformer import masked_mean, token_logprobs
+from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
 # The reward.
@@ -91,7 +93,7 @@ def group_advantages(rewards, scale="group"):
     scale: "group" divides by the group's standard deviation (ddof 1, + 1e-4), "batch" by that of all rewards,
     "none" by nothing. A group of one value, or of one rollout, gives exactly 0, never NaN.
     """
-    N, R = rewards.shape
+    R = rewards.shape[1]
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # exactly, not up to the mean's rounding
     centred = centred.masked_fill(same, 0.0)
@@ -185,8 +187,8 @@ class Config:
     """grpo, dapo or dr_grpo: how a token is weighted."""
     scale: str | None = None
     """Advantages divided by the std of the group, of the batch, or none; default group, none for dr_grpo."""
-    beta: float = 0.02
-    """Weight of the KL to the reference; 0 leaves the reference out."""
+    beta: float = 0.0
+    """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     clip_low: float = 0.2
     """Lower clip range of the ratio."""
     clip_high: float | None = None
@@ -268,35 +270,58 @@ def sft_start(config, dist):
     return str(RUNS / name)
 
 
-START = {"steps": 150}
+START = {"steps": 70, "eval_every": 35, "test_problems": 500}
 
 
-def join(prompts, rollout, pad):
-    """Prompt and completion in one row, padded on the right.
+def pack(prompts, rollout, R, pad):
+    """Groups as rows: the prompt once, then the R completions side by side, each blind to the others.
 
-    -> tokens (B, L), and on the grid of token_logprobs, where entry t belongs to token t + 1: mask (B, L − 1), True
-    on completion tokens, and old_logprobs (B, L − 1), 0 elsewhere.
+        tokens     p₀ … p_{P−2} | p_{P−1} y¹₀ y¹₁ … | p_{P−1} y²₀ y²₁ … | …
+        positions  0 … P−2      | P−1 P P+1 …       | P−1 P P+1 …       | …
+        targets    –            | y¹₀ y¹₁ y¹₂ …     | y²₀ y²₁ y²₂ …     | …
+
+    Each completion sees the prompt and itself, as if it stood alone. The prompt's last token is repeated in front
+    of each, because it predicts R different first tokens. That saves R − 1 of R prompt passes, forward and backward.
+
+    prompts: n lists of ids; rollout: their n·R completions. -> tokens, positions, targets (n, L), mask (n, L, L), and
+    index (n·R, T): where in the flattened (n·L) row k's token t is predicted.
     """
-    lengths = rollout.mask.sum(1).tolist()
-    L = max(len(p) + n for p, n in zip(prompts, lengths, strict=True))
-    tokens = torch.full((len(prompts), L), pad, dtype=torch.long)
-    mask = torch.zeros(len(prompts), L - 1, dtype=torch.bool)
-    old = torch.zeros(len(prompts), L - 1)
-    ids, logprobs = rollout.ids.cpu(), rollout.logprobs.cpu()
-    for row, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
-        start = len(prompt)
-        tokens[row, :start] = torch.tensor(prompt)
-        tokens[row, start : start + n] = ids[row, :n]
-        mask[row, start - 1 : start - 1 + n] = True
-        old[row, start - 1 : start - 1 + n] = logprobs[row, :n]
-    return tokens, mask, old
+    lengths = rollout.mask.sum(1).view(-1, R).tolist()
+    ids = rollout.ids.tolist()
+    n, L = len(prompts), max(len(p) - 1 + sum(ls) for p, ls in zip(prompts, lengths, strict=True))
+    tokens, targets = torch.full((n, L), pad), torch.full((n, L), pad)
+    positions, segment = torch.zeros(n, L, dtype=torch.long), torch.full((n, L), R + 1)
+    index = torch.zeros(n * R, rollout.mask.shape[1], dtype=torch.long)
+    for g, prompt in enumerate(prompts):
+        at = len(prompt) - 1
+        tokens[g, :at] = torch.tensor(prompt[:-1], dtype=torch.long)
+        positions[g, :at] = torch.arange(at)
+        segment[g, :at] = 0
+        for r, length in enumerate(lengths[g]):
+            answer = ids[g * R + r][:length]
+            here = slice(at, at + length)
+            tokens[g, here] = torch.tensor([prompt[-1], *answer[:-1]])
+            targets[g, here] = torch.tensor(answer)
+            positions[g, here] = torch.arange(len(prompt) - 1, len(prompt) - 1 + length)
+            segment[g, here] = r + 1
+            index[g * R + r, :length] = torch.arange(g * L + at, g * L + at + length)
+            at += length
+    shared = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])  # (n, L, L): key is prompt, or mine
+    return tokens, positions, targets, shared & causal_mask(L, L), index
+
+
+def completion_logprobs(model, packed, temperature):
+    """log π of every completion token: what `pack` made -> (n·R, T). What stands behind a completion's end is junk."""
+    tokens, positions, targets, mask, index = packed
+    logprobs = model(tokens, positions, mask, targets=targets, temperature=temperature)  # (n, L)
+    return logprobs.flatten()[index]
 
 
 @torch.no_grad()
-def rollouts_at(step, raw, tokenizer, problems, config, dist, autocast, rows=None):
+def rollouts_at(step, raw, tokenizer, problems, config, dist, autocast):
     """Sample this rank's share of step `step`'s completions and reward them.
 
-    -> prompts (a list of ids per row), Rollout, {name: rewards (n, R)}, texts, the problem of each row. All of the
+    -> prompts (n lists of ids), Rollout of n·R rows, {name: rewards (n, R)}, texts, the problem of each row. All of the
     step's randomness is one table of uniforms seeded by (seed, step), of which each rank takes its rows: two ranks
     sample what one would, a resumed run what an uninterrupted one would.
     """
@@ -325,7 +350,7 @@ def rollouts_at(step, raw, tokenizer, problems, config, dist, autocast, rows=Non
     parts = [rewards(text, p, e) for text, p, e in zip(texts, owners, ended, strict=True)]
     named = {name: torch.tensor([p[name] for p in parts]).view(share, R) for name in parts[0]}
     named["truncated"] = 1.0 - torch.tensor(ended, dtype=torch.float32).view(share, R)
-    return [p for p in prompts for _ in range(R)], rollout, named, texts, owners
+    return prompts, rollout, named, texts, owners
 
 
 def main(config):
@@ -411,41 +436,43 @@ def main(config):
             advantages = group_advantages(torch.cat(everywhere).cpu(), "batch")[dist.rank * n : (dist.rank + 1) * n]
         else:
             advantages = group_advantages(total, config.scale)
-        flat = advantages.flatten()  # (n·R,)
-        kept = flat.view(total.shape).ne(0).any(1).repeat_interleave(config.rollouts).nonzero().squeeze(1).tolist()
+        kept = advantages.ne(0).any(1).nonzero().squeeze(1).tolist()  # groups with a signal
         # Of the whole step, all ranks, skipped groups too: the cut into micro-batches never changes the gradient.
         n_completions, n_tokens, n_kept, n_skipped = dist.sum(
-            flat.numel(), rollout.mask.sum().item(), len(kept), len(total) - len(kept) / config.rollouts
+            total.numel(), rollout.mask.sum().item(), len(kept), len(total) - len(kept)
         )
 
         # ------------------------------------------------------------------ inner epochs: one optimizer step each
-        tokens, mask, old = join(prompts, rollout, tokenizer.endoftext_id)  # (B, L), (B, L − 1), (B, L − 1)
-        kept.sort(key=lambda i: len(prompts[i]) + int(rollout.mask[i].sum()))  # like lengths waste no padding
-        # A rank with nothing to learn from still takes part in the all-reduce, with a row of weight 0.
-        passes = [kept[i : i + config.micro_batch] for i in range(0, len(kept), config.micro_batch)] or [[0]]
+        measure = bool(config.beta) or step % config.eval_every == 0  # the reference costs a forward pass
+        R, size = config.rollouts, max(1, config.micro_batch // config.rollouts)
+        kept.sort(key=lambda g: len(prompts[g]) + int(rollout.mask[g * R : g * R + R].sum()))  # wastes less padding
+        # A rank with nothing to learn from still takes part in the all-reduce, with a group of weight 0.
+        passes = [kept[i : i + size] for i in range(0, len(kept), size)] or [[0]]
         sums, norm, tokens_trained = {}, 0.0, 0.0
         lr = config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
-        cached_ref = {}
+        packs, ref_logprobs = {}, {}
         for _ in range(config.inner_epochs if n_kept else 0):
-            for k, chosen in enumerate(passes):
-                L = max(len(prompts[i]) + int(rollout.mask[i].sum()) for i in chosen)
-                x, m, o = (t[chosen, : L - cut].to(dist.device) for t, cut in ((tokens, 0), (mask, 1), (old, 1)))
-                A = flat[chosen].to(dist.device)
-                if not kept:
-                    m = torch.zeros_like(m)
+            for k, groups in enumerate(passes):
+                rows = [g * R + r for g in groups for r in range(R)]
+                mine = Rollout(rollout.ids[rows], rollout.mask[rows], rollout.logprobs[rows])  # (b, T) each
+                mask = mine.mask if kept else torch.zeros_like(mine.mask)
+                A = advantages[groups].flatten().to(dist.device)  # (b,)
+                last = k == len(passes) - 1
                 with autocast():
-                    if config.beta and k not in cached_ref:  # the reference never changes: once for all epochs
-                        with torch.no_grad():
-                            cached_ref[k] = token_logprobs(reference, x, config.temperature)  # (b, L − 1)
-                    last = k == len(passes) - 1
+                    if k not in packs:  # tokens and reference stay the same in all inner epochs
+                        made = pack([prompts[g] for g in groups], mine, R, tokenizer.endoftext_id)
+                        packs[k] = [t.to(dist.device) for t in made]
+                        if measure:
+                            with torch.no_grad():
+                                ref_logprobs[k] = completion_logprobs(reference, packs[k], config.temperature)
                     with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
-                        logprobs = token_logprobs(model, x, config.temperature)  # (b, L − 1)
+                        logprobs = completion_logprobs(model, packs[k], config.temperature)  # (b, T)
                         loss, metrics = grpo_loss(
                             logprobs,
-                            o,
+                            mine.logprobs,
                             A,
-                            m,
-                            cached_ref.get(k),
+                            mask,
+                            ref_logprobs.get(k),
                             config.beta,
                             config.clip_low,
                             config.clip_high,
@@ -455,7 +482,7 @@ def main(config):
                             max_length=config.max_new_tokens,
                         )
                         scaler.scale(loss * dist.world).backward()  # DDP divides by world
-                count = m.sum().item()
+                count = mask.sum().item()
                 tokens_trained += count
                 for name, value in metrics.items():
                     if name == "ratio_max":
@@ -539,9 +566,9 @@ def kl_to_reference(raw, reference, tokenizer, problems, config, dist):
     prompts = [encode_prompt(tokenizer, p) for p in mine]
     generator = torch.Generator().manual_seed(config.seed + dist.rank)
     rollout = generate(raw, prompts, config.max_new_tokens, stop_ids=tokenizer.stop_ids, generator=generator)
-    tokens, mask, _ = (t.to(dist.device) for t in join(prompts, rollout, tokenizer.endoftext_id))
-    log_r = (token_logprobs(reference, tokens) - token_logprobs(raw, tokens)) * mask
-    total, n = dist.sum((log_r.exp() - log_r - 1).sum().item(), mask.sum().item())
+    packed = [t.to(dist.device) for t in pack(prompts, rollout, 1, tokenizer.endoftext_id)]
+    log_r = (completion_logprobs(reference, packed, 1.0) - completion_logprobs(raw, packed, 1.0)) * rollout.mask
+    total, n = dist.sum((log_r.exp() - log_r - 1).sum().item(), rollout.mask.sum().item())
     return total / n
 
 
@@ -558,9 +585,7 @@ def finish(config, dist, run_dir, raw, reference, tokenizer, problems, before, h
         for level, value in after["by_level"].items():
             print(f"  level {level}: {before['by_level'][level]:.1%} -> {value:.1%}")
         gain = after["accuracy"] - before["accuracy"]
-        print(
-            f"{after['n']} problems, {gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes in all"
-        )
+        print(f"{after['n']} problems, {gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes")
         if gain < 0:
             print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
         entropy = {"entropy": "entropy", "kl": "KL to the reference"}

@@ -18,7 +18,7 @@ This file also owns the plumbing that every later stage imports: set-up, autocas
 log, curves. Each is a plain function; the loop is never inside one.
 
 Run it:
-    python pretrain.py                                                  # built-in stories, about 2 minutes on 2 cores
+    python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores
     python pretrain.py --data input.txt --tokenizer char --name shakespeare --steps 1000
     torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256
     python pretrain.py --resume true --name shakespeare                 # with the flags of the run it continues
@@ -28,7 +28,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -412,11 +411,11 @@ class Config:
     """Checkpoint to continue from (its architecture and tokenizer are used); default: random weights."""
     name: str = "pretrain"
     """Run directory below runs/."""
-    steps: int = 300
+    steps: int = 400
     """Optimizer steps."""
-    batch: int = 32
+    batch: int = 16
     """Windows per optimizer step, over all ranks."""
-    micro_batch: int = 32
+    micro_batch: int = 16
     """Windows per forward pass of one rank; smaller accumulates gradients and saves memory."""
     optimizer: str = "muon"
     """adamw, or muon for the matrices of the blocks."""
@@ -428,7 +427,7 @@ class Config:
     """Decoupled, on matrices only."""
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    eval_every: int = 50
+    eval_every: int = 100
     """Steps between validations (and text samples)."""
     eval_tokens: int = 30_000
     """Validation tokens read each time; the last validation reads all of them."""

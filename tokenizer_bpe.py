@@ -27,6 +27,7 @@ import heapq
 import json
 import os
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -71,7 +72,7 @@ def train_bpe_naive(words, n_tokens):
     while len(spelling) < 256 + n_tokens:
         pairs = Counter()
         for ids, count in rows:
-            for pair in zip(ids, ids[1:], strict=False):
+            for pair in pairwise(ids):
                 pairs[pair] += count
         if not pairs:
             break  # every word is one token already
@@ -114,7 +115,7 @@ def train_bpe(words, n_tokens):
     counts = list(words.values())
     pairs, where = Counter(), defaultdict(set)
     for row, ids in enumerate(rows):
-        for pair in zip(ids, ids[1:], strict=False):
+        for pair in pairwise(ids):
             pairs[pair] += counts[row]
             where[pair].add(row)
     heap = [(-count, pair) for pair, count in pairs.items()]
@@ -133,9 +134,9 @@ def train_bpe(words, n_tokens):
         for row in where.pop(best):
             before = rows[row]
             after = rows[row] = merge(before, best, new)
-            for pair in zip(before, before[1:], strict=False):
+            for pair in pairwise(before):
                 pairs[pair] -= counts[row]
-            for pair in zip(after, after[1:], strict=False):
+            for pair in pairwise(after):
                 pairs[pair] += counts[row]
                 where[pair].add(row)
                 changed.add(pair)
@@ -313,7 +314,7 @@ class BPETokenizer(Tokenizer):
         for piece in self._split.findall(text):
             parts = [bytes([b]) for b in piece.encode()]
             while len(parts) > 1:
-                best = min(zip(parts, parts[1:], strict=False), key=lambda pair: rank.get(pair, len(rank)))
+                best = min(pairwise(parts), key=lambda pair: rank.get(pair, len(rank)))
                 if best not in rank:
                     break
                 parts = merge(parts, best, best[0] + best[1])

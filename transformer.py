@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
         last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
         """
-        B, T = tokens.shape
+        T = tokens.shape[1]
         start = cache.length if cache is not None else 0
         if positions is None:
             if start + T > self.config.context:

@@ -133,7 +133,7 @@ class Parrot(torch.nn.Module):
 
 
 def test_evaluate_counts(tokenizer):
-    text = tokenizer.encode("#### 12") + [tokenizer.special_ids["<|im_end|>"]]
+    text = [*tokenizer.encode("#### 12"), tokenizer.special_ids["<|im_end|>"]]
     like = Transformer(TransformerConfig(tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, width=16))
     problems = [Problem("q?", "", a, level, "x") for a, level in [("12", 1), ("12.0", 2), ("13", 2), ("1", 1)]]
     result = evaluate(Parrot(text, tokenizer.vocab_size, like), tokenizer, problems, 20, pretrain.setup("cpu"))

@@ -270,7 +270,7 @@ def sft_start(config, dist):
     return str(RUNS / name)
 
 
-START = {"steps": 70, "eval_every": 35, "test_problems": 500}
+START = {"steps": 50, "eval_every": 25, "test_problems": 500}
 
 
 def pack(prompts, rollout, R, pad):

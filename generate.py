@@ -226,7 +226,7 @@ def parse_config(cls, args=None, description=None):
     parser = _Parser(description=(description or cls.__doc__ or "").strip().split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags after it win")
     parser.add_class_arguments(cls)
-    settings = parser.instantiate_classes(parser.parse_args(args))
+    settings = parser.instantiate(parser.parse_args(args))
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
 
@@ -279,7 +279,7 @@ def answer(model, tokenizer, ids, stop_ids, config, generator):
     room = model.config.context - len(ids)
     if room < 1:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens, the model's context {model.config.context}; shorten the prompt"
+            f"the prompt has {len(ids)} tokens, the model has a context of {model.config.context}; shorten the prompt"
         )
     decoder, pieces = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
 

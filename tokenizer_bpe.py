@@ -303,10 +303,7 @@ class BPETokenizer(Tokenizer):
         return cls(merges, vocab, special_ids)
 
     def encode_ordinary(self, text):
-        try:
-            return self._fast.encode_ordinary(text)
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"character {error.start} is half a surrogate pair: not text") from None
+        return self._fast.encode_ordinary(text)
 
     def encode_naive(self, text):
         """The algorithm, to be read: in each piece, merge the pair that was learned first until none is left."""
@@ -386,7 +383,7 @@ class CharTokenizer(Tokenizer):
             ) from None
 
     def to_json(self):
-        split = {"type": "Split", "pattern": {"Regex": r"(?s:.)"}, "behavior": "Isolated", "invert": False}
+        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         vocab = self._ids | self.special_ids  # WordLevel insists on an unknown token that it never needs
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<|endoftext|>"}
         return {"pre_tokenizer": split, "decoder": {"type": "Fuse"}, "model": model}

@@ -78,7 +78,11 @@ def test_their_checkpoint_here_and_back(make, tmp_path, tokens):
 
 @pytest.mark.parametrize(
     "config",
-    [TransformerConfig(**SMALL), TransformerConfig(**SMALL, tie_embeddings=False), gpt2_config(**SMALL | {"n_kv_head": 4})],
+    [
+        TransformerConfig(**SMALL),
+        TransformerConfig(**SMALL, tie_embeddings=False),
+        gpt2_config(**SMALL | {"n_kv_head": 4}),
+    ],
     ids=["qwen3", "untied", "gpt2"],
 )
 def test_our_checkpoint_there(config, tmp_path, tokens):

@@ -407,7 +407,7 @@ def main(config):
         save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     weights = {"correct": config.correct_weight, "format": config.format_weight}
-    accuracy, warned = best, False
+    accuracy, kl, warned = best, 0.0, False
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -443,7 +443,8 @@ def main(config):
         )
 
         # ------------------------------------------------------------------ inner epochs: one optimizer step each
-        measure = bool(config.beta) or step % config.eval_every == 0  # the reference costs a forward pass
+        now_and_then = step == 0 or (step + 1) % config.eval_every == 0
+        measure = bool(config.beta) or now_and_then  # the reference costs a forward pass
         R, size = config.rollouts, max(1, config.micro_batch // config.rollouts)
         kept.sort(key=lambda g: len(prompts[g]) + int(rollout.mask[g * R : g * R + R].sum()))  # wastes less padding
         # A rank with nothing to learn from still takes part in the all-reduce, with a group of weight 0.
@@ -532,12 +533,13 @@ def main(config):
                     f"collapsing. Try a smaller --lr than {config.lr:.0e}, or a larger --beta; best/ keeps the best."
                 )
         log(done, **record)
+        kl = record.get("kl", kl)
         if dist.is_main and (done == 1 or done % config.sample_every == 0):
             show_samples(bar, run_dir, done, texts, owners, named, total, config.rollouts)
         bar.set_postfix(
             reward=f"{record['reward']:.2f}",
             accuracy=f"{accuracy:.1%}",
-            kl=f"{record.get('kl', 0):.3f}",
+            kl=f"{kl:.3f}",
             length=f"{record['length']:.0f}",
             refresh=False,
         )

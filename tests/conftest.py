@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine is no bug
+hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture

@@ -237,6 +237,8 @@ class Config:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
         if self.rollouts < 2:
             raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")
+        if self.init is None and self.data != "word":
+            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         if self.scale is None:
             self.scale = "none" if self.loss_type == "dr_grpo" else "group"
         if self.clip_high is None:
@@ -251,8 +253,6 @@ def sft_start(config, dist):
 
     The SFT is kept short on purpose: a policy that fails half of the time has the most to learn from rewards.
     """
-    if config.data != "word":
-        raise ConfigError(f"--data {config.data} needs an SFT checkpoint to start from: --init runs/sft")
     name = start_name(config.data, config.seed, "sft")
     if (RUNS / name / "best" / "config.json").exists():
         if dist.is_main:

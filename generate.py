@@ -266,6 +266,8 @@ class Config:
     """cpu, cuda or auto."""
 
     def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if self.temperature < 0:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
@@ -299,6 +301,8 @@ def main(config):
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ConfigError(f"--device {device!r} cannot be used here; choose cpu, or cuda where torch sees a GPU")
     model, tokenizer, path = open_checkpoint(config.checkpoint, device)
     chat = is_chat_model(path, tokenizer)
     stop_ids = tokenizer.stop_ids if chat else (tokenizer.endoftext_id,)

@@ -99,9 +99,14 @@ class TransformerConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise CheckpointError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for name in ("vocab_size", "context", "n_layer", "n_head", "n_kv_head", "width"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("vocab_size", "context", "n_layer", "n_head", "n_kv_head", "width", "head_dim", "ffn_width"):
+            value = getattr(self, name)
+            if value is None and name in ("head_dim", "ffn_width"):
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not 0 <= self.dropout < 1:
+            raise CheckpointError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.n_head % self.n_kv_head:
             raise CheckpointError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim is None and self.width % self.n_head:
@@ -417,6 +422,9 @@ def from_layout(tensors, config, layout, path):
     for ours, theirs in hf_names(config, layout).items():
         if theirs not in tensors:
             raise CheckpointError(f"{path}: the weights lack {theirs!r}, which its config.json asks for")
+        shape = tuple(tensors[theirs].shape)
+        if len(shape) not in (1, 2) or (".wqkv." in ours and shape[-1] % 3):
+            raise CheckpointError(f"{path}: {theirs} has shape {shape}, which its config.json does not explain")
         state[ours] = tensors[theirs].t() if ours.endswith(turned) else tensors[theirs]
     known = set(hf_names(config, layout).values())
     ignored = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # a tied copy, and GPT-2's mask buffers
@@ -481,7 +489,7 @@ def read_hf_config(path):
         raise CheckpointError(f"{path} {what}; a checkpoint is a directory that save_pretrained wrote") from None
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(f"{file} is not a model's config.json: no JSON with a model_type") from None
-    if kind not in LAYOUTS:
+    if kind not in list(LAYOUTS):  # a list, as kind may be anything that JSON holds
         raise CheckpointError(f"{file}: model_type {kind!r} is not known here; known: {', '.join(LAYOUTS)}")
     try:
         if kind == "qwen3":
@@ -492,7 +500,7 @@ def read_hf_config(path):
         return kind, TransformerConfig(**{k: v for k, v in hf.items() if k in known})
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {missing}") from None
-    except (TypeError, CheckpointError) as error:
+    except (TypeError, AttributeError, ValueError) as error:  # wrong types, and our own CheckpointError
         raise CheckpointError(f"{file}: {error}") from None
 
 

@@ -8,17 +8,21 @@ stream has grown. LayerNorm also removes the mean. RMSNorm leaves it, saves a re
 well: what matters is the length. The visible difference: LayerNorm does not notice a constant added to x, RMSNorm
 does.
 
-The gradient of RMSNorm, with r = √(mean(x²) + ε), x̂ = x / r and u = g ⊙ dL/dy:
+The gradient. Write RMSNorm as y = g ⊙ x̂ with x̂ = x / r, r = √(mean(x²) + ε), and u = g ⊙ dL/dy for what arrives
+at x̂. From ∂r/∂x_j = x_j / (C r) follows ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) / r, and summed over i with u_i
 
-    dL/dx = (u − x̂ · mean(u ⊙ x̂)) / r
+    dL/dx = (u − x̂ · mean(u ⊙ x̂)) / r                        dL/dg = Σ_tokens x̂ ⊙ dL/dy
 
 that is, the upstream gradient without its part along x̂, because stretching x changes nothing, divided by r: large
-inputs learn slowly. LayerNorm's is the same with x̂ = (x − μ)/√(σ² + ε), and loses its mean as well:
+inputs learn slowly. LayerNorm first multiplies x by the symmetric matrix I − 11ᵀ/C, which takes the mean away; so
+the gradient passes through the same matrix on its way back and loses its mean too (that of x̂ is 0 already):
 
-    dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε)
+    dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε)      x̂ = (x − μ) / √(σ² + ε),  dL/db = Σ_tokens dL/dy
 
 The trap is precision: in fp16, squares above 65,504 are infinite, so an activation of 256 is enough to turn the
 statistics into inf. They are taken in fp32 whatever comes in, and the result returns in the input's dtype.
+
+Simplified: no kernel of our own. The modules call torch's fused one where it is the fastest, and say where not.
 
 Letters: C width; everything before the last dimension is left alone. Run it: `python norms.py`.
 """
@@ -60,7 +64,7 @@ def layer_norm_gradient(x, weight, upstream, eps=1e-5):
 
 
 class LayerNorm(nn.Module):
-    """layer_norm with a learned gain and, by default, a bias; torch's fused kernel, which keeps fp32 statistics."""
+    """layer_norm with a learned gain and, by default, a bias, by torch's fused kernel: x (..., C) -> (..., C)."""
 
     def __init__(self, dim, eps=1e-5, bias=True):
         super().__init__()
@@ -69,13 +73,15 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # Under autocast x may be bf16 and the parameters fp32: the kernel wants one dtype, x's is what we return.
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps).to(x.dtype)
+        # Autocast brings bf16 activations to fp32 gains, and the kernel wants one dtype. The wider one: a gain of
+        # 1.003 is 1 in bf16, so narrowing the gains would hide most of what they learn. No-op if the dtypes agree.
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """rms_norm with a learned gain; torch's fused form, which keeps fp32 statistics."""
+    """rms_norm with a learned gain: x (..., C) -> (..., C)."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -83,7 +89,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)  # as in LayerNorm
+        gain = self.weight.to(wide)
+        if x.is_cuda:  # one kernel forward, one backward
+            return F.rms_norm(x.to(wide), gain.shape, gain, self.eps).to(x.dtype)
+        # Without a GPU F.rms_norm is a chain of small operations, and its backward is slower than the formula's:
+        # the gradient of x² passes over (..., C) several times. A norm is one pass each way.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(wide, torch.float32))
+        r_inverse = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)  # (..., 1), fp32 at least
+        return (x * r_inverse * gain).to(x.dtype)
 
 
 def main():
@@ -105,15 +119,16 @@ def main():
         assert (shift < 1e-4) == (name == "LayerNorm")  # the missing mean
         print(f"{name:<11}{same:>16.1e}{scale:>16.1e}{shift:>17.1e}")
     big = torch.full((1, 192), 300.0, dtype=torch.float16)
-    naive = big * torch.rsqrt(big.pow(2).mean(-1, keepdim=True) + 1e-6)
-    ours = RMSNorm(192)(big)
+    square = big.pow(2).mean(-1, keepdim=True)  # the trap: 90,000 is inf in fp16, and x / inf is 0
+    naive, ours = big * torch.rsqrt(square + 1e-6), RMSNorm(192)(big)
+    assert square.isinf().all()
     assert naive.eq(0).all()
     assert ours.sub(1).abs().max() < 1e-2
     print(
-        f"\nfp16 input of 300: its square is inf in fp16, so naive statistics give {naive[0, 0]:.0f}; ours give 1:",
+        f"\nfp16 input of 300: mean(x²) taken in fp16 is {square.item()}, which normalises to {naive[0, 0]:.0f};",
         end="",
     )
-    print(f" {ours[0, 0]:.3f}")
+    print(f" fp32 statistics give {ours[0, 0]:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ The two differ by a permutation of the rows of W_q and W_k, nothing else, so nei
 trained with one and run with the other give a model that is wrong yet not garbage: a trap. This repository uses
 halves throughout, and `interleaved_to_half` turns weights of the other kind.
 
+Simplified: the angles are those of training. Reaching past the trained length by rescaling ω is not covered.
+
 Letters: B batch, T time, C width, H heads, D head width. Run it: `python positional.py`.
 """
 
@@ -32,9 +34,13 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_len, dim).normal_(std=0.02))
 
     def forward(self, positions):
-        if positions.numel() and not positions.is_cuda and positions.max() >= len(self.weight):
-            raise ValueError(f"position {positions.max().item()} asked for, the table has {len(self.weight)}")
-        return self.weight[positions]
+        # On CUDA the check would make the CPU wait for the GPU in every step; indexing past the end stops there too,
+        # if less politely. Nothing would stop a negative position: −1 would quietly be the last row.
+        if positions.numel() and not positions.is_cuda:
+            for position in (positions.min().item(), positions.max().item()):
+                if not 0 <= position < len(self.weight):
+                    raise ValueError(f"position {position} asked for, the table has {len(self.weight)}")
+        return self.weight[positions]  # (..., T, C)
 
 
 def sinusoidal_positions(positions, dim):
@@ -45,6 +51,8 @@ def sinusoidal_positions(positions, dim):
 
 def rope_frequencies(head_dim, theta=10000.0):
     """ω_i = θ^(−2i/D) for i = 0 … D/2 − 1, in radians per position: (D/2,) fp32."""
+    if head_dim % 2:
+        raise ValueError(f"sines and cosines come in pairs: a width of {head_dim} is odd")
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
@@ -59,8 +67,11 @@ def apply_rope(x, cos, sin):
     """Rotate x (B, H, T, D) by the angles of cos, sin, (T, D) or (B, T, D): pairs are (i, i + D/2). x's dtype."""
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D): the same for all heads
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    half = x.shape[-1] // 2
+    signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    # (a, b) cos + (b, a) (−sin, sin): with the sign in the small table, one roll swaps the halves, and its gradient
+    # is a roll. The usual cat([-b, a]) negates half of x on the way in and half of the gradient on the way back.
+    return (x * cos + x.roll(half, dims=-1) * signed_sin).to(x.dtype)
 
 
 def apply_rope_interleaved(x, positions, theta=10000.0):
@@ -105,15 +116,18 @@ def main():
     assert worst < 1e-3
     print(f"\nneighbouring pairs = halves with permuted weights: largest difference in a score {worst:.1e}")
 
-    pe = sinusoidal_positions(torch.arange(50), D)  # (50, D)
-    products = [(pe[p] @ pe[p + 3]).item() for p in (0, 20, 40)]
-    assert max(products) - min(products) < 1e-4
-    print(f"sinusoidal: PE[p]·PE[p + 3] for p = 0, 20, 40: {', '.join(f'{x:.4f}' for x in products)}")
+    k, pe = 3, sinusoidal_positions(torch.arange(50), D)  # (50, D)
+    turns = [torch.tensor([[w.cos(), w.sin()], [-w.sin(), w.cos()]]) for w in k * frequencies]
+    M = torch.block_diag(*turns)  # (D, D): turns (sin, cos) of pair i by k ω_i; knows k, not p
+    worst = (pe[:-k] @ M.t() - pe[k:]).abs().max().item()
+    assert worst < 1e-4
+    print(f"sinusoidal: one matrix takes PE[p] to PE[p + {k}] for every p: largest difference {worst:.1e}")
 
-    print(
-        "\nwavelengths in tokens, D = 32:",
-        ", ".join(f"{2 * torch.pi / w:,.0f}" for w in frequencies.tolist()[::3]),
-    )
+    print("\ntokens until a pair has turned once, 2π/ω_i, for D = 32")
+    print(f"{'i':>15}" + "".join(f"{i:>10}" for i in range(0, D // 2, 3)))
+    for theta in (10_000.0, 1_000_000.0):
+        wavelengths = (2 * torch.pi / rope_frequencies(D, theta)).tolist()
+        print(f"  θ = {theta:>9,.0f}" + "".join(f"{w:>10,.0f}" for w in wavelengths[::3]))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,32 @@
 """Byte-pair encoding: from text to ids and back, trained here, opened anywhere.
 
 Start with the 256 bytes as tokens. Count which two neighbouring tokens occur together most often, make them one new
-token, write the pair down as a *merge*, repeat (Sennrich et al. 2016, arXiv:1508.07909). To encode, split the text
-into bytes and apply the merges in the order in which they were learned. Every string has ids, because every byte
-has one; frequent words are one token, rare ones a few.
+token, write the pair down as a *merge*, repeat (Sennrich et al. 2016, arXiv:1508.07909; on bytes instead of
+characters since GPT-2, Radford et al. 2019). To encode, split the text into bytes and apply the merges in the order
+in which they were learned. Every string has ids, because every byte has one; frequent words are one token, rare ones
+a few.
 
     aaabdaaabac   --aa→Z-->   ZabdZabac   --ab→Y-->   ZYdZYac   --ZY→X-->   XdXac        5 ids instead of 11
 
-Merges never cross the borders that `PATTERN` draws first, so "dog." and "dog!" share the token "dog". It is the
-split of GPT-4 with one change, made by Llama 1 and Qwen: each digit stands alone. With tokens such as "12" and
-"123" the place of a digit would depend on its neighbours, and addition would have to be learned per token.
+Ids: 0..255 are the bytes, 256 + k is the k-th merge, the special tokens come last. Three kinds share one interface:
+`BPETokenizer`, `ByteTokenizer` (no merges: nothing to train, the longest sequences) and `CharTokenizer` (one id per
+character seen in training). `encode_naive` and `train_bpe_naive` are the algorithm to read; `tiktoken`, given our
+ranks, and `train_bpe` do the work. `save_pretrained` writes the format of Hugging Face's `tokenizers`; it and
+`transformers.AutoTokenizer` give the same ids, with one difference: they read special tokens in any text, we only on
+request (see `encode`).
 
-Special tokens (<|endoftext|>, <|im_start|>, <|im_end|>) are ids that no text can produce: `encode` reads their names
-as plain characters unless it is told to allow them. Otherwise a user could type <|im_end|> and speak as someone else.
+Simplified: no Unicode normalisation in training (NFC is applied where a loaded tokenizer asks for it), no byte
+fallback, no dropout. `load_tokenizer` also opens byte-level BPE of GPT-2's, Qwen2's and SmolLM2's make; any other is
+refused with a reason, because a tokenizer that is almost right gives ids that are silently wrong.
 
-`tokenizer.json` is the format of Hugging Face's `tokenizers`, which opens it with the same ids; encoding is done by
-`tiktoken` with our ranks, which is the same algorithm in Rust. `encode_naive` is the algorithm to read.
-
-Two simpler kinds stand beside it: one id per character, and one per byte.
-
-Run it: `python tokenizer_bpe.py`.
+Run it: `python tokenizer_bpe.py` (seconds, no download).
 """
 
 import hashlib
 import heapq
 import json
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -38,17 +39,20 @@ class TokenizerError(ValueError):
     """A tokenizer or a text that cannot be used: one line says what is wrong, where, and what to do."""
 
 
-# contractions | words with one leading non-letter | one digit | punctuation | line ends | spaces
+# Merges never cross the borders that this pattern draws, so "dog." and "dog!" share the token "dog". It is GPT-4's
+# split as changed by Qwen2: each digit stands alone. If "12" and "123" were tokens, the same digit would have another
+# id for every group it falls into, and column-wise arithmetic could not be learned from one digit to the next.
+# In order: contractions | a word with one leading non-letter | a digit | punctuation | line ends | other spaces.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+# The splits of other makes, which their tokenizer.json names instead of writing them out. SmolLM2 cuts out the digits
+# before it applies GPT-2's pattern, so that pattern's "end of text" is also "before a digit".
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-)  # end of a document; begin and end of a chat turn
+SMOLLM_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # end of a document, and padding; a turn's two ends
 ROLES = ("system", "user", "assistant")
 # ChatML. The generation markers let transformers give the mask of what the assistant said (see encode_chat).
 CHAT_TEMPLATE = (
@@ -59,37 +63,67 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_bpe_naive(words, n_tokens):
-    """The algorithm, to be read: {bytes: count} -> the merges that make n_tokens new tokens, as pairs of ids.
+# ---------------------------------------------------------------------------------------------------- training
 
-    Recounts everything each time. Ties go to the pair with the smallest ids, as in `tokenizers`. Two merges may
-    spell the same bytes (ab + cd, abc + d): they share an id.
+
+def train_bpe_naive(texts, n_merges):
+    """The algorithm, to be read: texts -> [(left id, right id), …], the merges in the order in which they are learned.
+
+    It recounts everything for each merge. Ties go to the pair with the smallest ids, as in `tokenizers`; its ids of
+    the bytes follow the characters that it writes for them (see byte_alphabet), ours the bytes, so that on a tie
+    between pairs of bytes it may choose another one. With the same alphabet the merges are the same.
     """
-    rows = [(list(word), count) for word, count in words.items()]
-    spelling = [bytes([i]) for i in range(256)]
-    known = {data: i for i, data in enumerate(spelling)}
+    rows = [(list(word), count) for word, count in count_words(texts).items()]
     merges = []
-    while len(spelling) < 256 + n_tokens:
+    while len(merges) < n_merges:
         pairs = Counter()
         for ids, count in rows:
             for pair in pairwise(ids):
                 pairs[pair] += count
         if not pairs:
-            break  # every word is one token already
+            break  # every word is one token already: the text supports no larger vocabulary
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        rows = [(merge(ids, best, 256 + len(merges)), count) for ids, count in rows]
         merges.append(best)
-        new = add_token(spelling, known, best)
-        rows = [(merge(ids, best, new), count) for ids, count in rows]
     return merges
 
 
-def add_token(spelling, ids, pair):
-    """The id of two tokens' bytes together, a new one unless they have it: spelling[id] = bytes, ids[bytes] = id."""
-    data = spelling[pair[0]] + spelling[pair[1]]
-    if data not in ids:
-        ids[data] = len(spelling)
-        spelling.append(data)
-    return ids[data]
+def train_bpe(texts, n_merges):
+    """The same merges, fast: only the words that hold the merged pair are touched, and a heap knows the best pair.
+
+    The heap's counts may be old, but never too low: a pair is pushed again whenever its count grows, and one that is
+    popped with an outdated count is pushed back with the right one.
+    """
+    words = count_words(texts)
+    rows, counts = [list(word) for word in words], list(words.values())
+    pairs, where = Counter(), defaultdict(set)  # pair -> its count; -> the rows it is in, or was in once
+    for row, ids in enumerate(rows):
+        for pair in pairwise(ids):
+            pairs[pair] += counts[row]
+            where[pair].add(row)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < n_merges:
+        count, best = heapq.heappop(heap)
+        if -count != pairs[best]:
+            if pairs[best] > 0:
+                heapq.heappush(heap, (-pairs[best], best))
+            continue
+        grown = set()
+        for row in where.pop(best):
+            before = rows[row]
+            after = rows[row] = merge(before, best, 256 + len(merges))
+            for pair in pairwise(before):
+                pairs[pair] -= counts[row]
+            for pair in pairwise(after):
+                pairs[pair] += counts[row]
+                where[pair].add(row)
+                grown.add(pair)
+        for pair in grown:
+            heapq.heappush(heap, (-pairs[pair], pair))
+        merges.append(best)
+    return merges
 
 
 def merge(ids, pair, new):
@@ -105,52 +139,311 @@ def merge(ids, pair, new):
     return out
 
 
-def train_bpe(words, n_tokens):
-    """The same merges, fast: only the words that hold the merged pair are touched, and a heap knows the best pair.
-
-    The heap's counts may be old, never too low where it matters: a pair is pushed again whenever its count grows,
-    and one that is popped with an outdated count is pushed back with the right one.
-    """
-    rows = [list(word) for word in words]
-    counts = list(words.values())
-    pairs, where = Counter(), defaultdict(set)
-    for row, ids in enumerate(rows):
-        for pair in pairwise(ids):
-            pairs[pair] += counts[row]
-            where[pair].add(row)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-    spelling = [bytes([i]) for i in range(256)]
-    known = {data: i for i, data in enumerate(spelling)}
-    merges = []
-    while heap and len(spelling) < 256 + n_tokens:
-        count, best = heapq.heappop(heap)
-        if -count != pairs[best]:
-            if pairs[best] > 0:
-                heapq.heappush(heap, (-pairs[best], best))
-            continue
-        merges.append(best)
-        new, changed = add_token(spelling, known, best), set()
-        for row in where.pop(best):
-            before = rows[row]
-            after = rows[row] = merge(before, best, new)
-            for pair in pairwise(before):
-                pairs[pair] -= counts[row]
-            for pair in pairwise(after):
-                pairs[pair] += counts[row]
-                where[pair].add(row)
-                changed.add(pair)
-        for pair in changed:
-            heapq.heappush(heap, (-pairs[pair], pair))
-    return merges
-
-
 def count_words(texts, pattern=PATTERN):
-    """How often each piece that the pattern cuts out occurs: {bytes: count}."""
+    """How often each piece that the pattern cuts out occurs: {bytes: count}. A text has far fewer words than places."""
     split, words = regex.compile(pattern), Counter()
     for text in [texts] if isinstance(texts, str) else texts:
+        utf8(text)
         words.update(split.findall(text))
     return {word.encode(): count for word, count in words.items()}
+
+
+def utf8(text):
+    """The text's bytes. Half a surrogate pair, as broken JSON may hold, has none; tiktoken would make it U+FFFD."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"a text must be a str, not {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        where = f"character {text[error.start]!r} at position {error.start}"
+        raise TokenizerError(f"{where} is half of a surrogate pair, which UTF-8 cannot hold") from None
+
+
+# ------------------------------------------------------------------------------------- what the three kinds share
+
+
+class Tokenizer:
+    """Special tokens, chat, decoding, files. A kind adds `encode_ordinary` and `to_json`."""
+
+    kind = None
+
+    def __init__(self, vocab, special_ids, eos_token=None):
+        """vocab: {id: bytes} of the plain tokens. special_ids: {"<|endoftext|>": id, …}. eos_token: a special token's
+        name for tokenizer_config.json; by default the end of a turn, or else of a document."""
+        self.vocab, self.special_ids = vocab, dict(special_ids)
+        self._bytes = vocab | {i: name.encode() for name, i in self.special_ids.items()}
+        names = [name for name in (eos_token, "<|im_end|>", "<|endoftext|>") if name in self.special_ids]
+        self.eos_token = names[0] if names else None
+
+    @property
+    def vocab_size(self):
+        return max(self._bytes) + 1  # a loaded vocabulary may have gaps: this is the size of the embedding
+
+    @property
+    def endoftext_id(self):
+        """Ends a document, and pads."""
+        for name in ("<|endoftext|>", self.eos_token):
+            if name in self.special_ids:
+                return self.special_ids[name]
+        raise TokenizerError("this tokenizer has no <|endoftext|>: it can neither separate documents nor pad")
+
+    @property
+    def im_end_id(self):
+        """Ends a turn of a chat."""
+        if "<|im_end|>" not in self.special_ids:
+            raise TokenizerError("this tokenizer has no <|im_end|>: it cannot frame a chat")
+        return self.special_ids["<|im_end|>"]
+
+    @property
+    def stop_ids(self):
+        """What ends an answer: the end of the turn, or of the document; those of the two that there are."""
+        names = ("<|im_end|>", "<|endoftext|>" if "<|endoftext|>" in self.special_ids else self.eos_token)
+        return tuple(self.special_ids[name] for name in dict.fromkeys(names) if name in self.special_ids)
+
+    @property
+    def fingerprint(self):
+        """A name for this mapping of text to ids: streams and checkpoints of another tokenizer are refused by it."""
+        return hashlib.sha256(repr(self._content()).encode()).hexdigest()[:16]
+
+    def _content(self):
+        return [self.kind, sorted(self.vocab.items()), sorted(self.special_ids.items())]
+
+    def encode(self, text, allowed_special=()):
+        """text -> ids. allowed_special: "all", or the names of the special tokens that may be read as such.
+
+        By default none: their names are plain characters. Otherwise whoever writes a prompt, or a page of the
+        training data, could type <|im_end|><|im_start|>system and speak with another's voice.
+        """
+        utf8(text)
+        allowed = set(self.special_ids) if allowed_special == "all" else set(allowed_special)
+        for name in sorted(allowed - set(self.special_ids)):
+            raise TokenizerError(f"{name!r} is not a special token here; they are {[*self.special_ids]}")
+        if not allowed:
+            return self.encode_ordinary(text)
+        longest_first = sorted(allowed, key=len, reverse=True)
+        ids = []
+        for piece in regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text):
+            ids += [self.special_ids[piece]] if piece in allowed else self.encode_ordinary(piece)
+        return ids
+
+    def encode_batch(self, texts):
+        """The ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def token_bytes(self, token_id):
+        """The bytes that one id stands for; a special token's are its name."""
+        try:
+            return self._bytes[int(token_id)]
+        except KeyError:
+            raise TokenizerError(f"id {int(token_id)} is not in the vocabulary of {self.vocab_size} tokens") from None
+
+    def decode_bytes(self, ids):
+        return b"".join(map(self.token_bytes, ids))
+
+    def decode(self, ids):
+        """ids -> text. Bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def encode_chat(self, messages, add_generation_prompt=False):
+        """[{"role", "content"}, …] -> ids, mask: True on the assistant's words and the <|im_end|> after them.
+
+        The special tokens are put in as ids, so a content cannot forge one. The text between two of them is encoded
+        in one go, as transformers does with CHAT_TEMPLATE. Only an answer is encoded apart from its "assistant\\n",
+        because it is sampled apart: ids then differ from the template's if an answer begins with an empty line, whose
+        line end would merge with the one before it.
+        """
+        if not {"<|im_start|>", "<|im_end|>"} <= set(self.special_ids):
+            raise TokenizerError("this tokenizer has no <|im_start|> and <|im_end|>: it cannot frame a chat")
+        start, end = self.special_ids["<|im_start|>"], self.im_end_id
+        opening, newline = [start, *self.encode("assistant\n")], self.encode("\n")
+        ids, mask = [], []
+        for number, message in enumerate(messages):
+            role, content = check_message(number, message)
+            if role == "assistant":
+                head, answer = opening, [*self.encode(content), end]
+            else:
+                head, answer = [start, *self.encode(f"{role}\n{content}"), end], []
+            ids += head + answer + newline
+            mask += [False] * len(head) + [True] * len(answer) + [False] * len(newline)
+        if add_generation_prompt:
+            ids, mask = ids + opening, mask + [False] * len(opening)
+        return ids, mask
+
+    def save_pretrained(self, path, model_max_length=None):
+        """Write tokenizer.json and tokenizer_config.json into a directory, each under a temporary name first."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        special = sorted(self.special_ids.items(), key=lambda item: item[1])
+        tokenizer = {"version": "1.0", "truncation": None, "padding": None}
+        tokenizer |= {"added_tokens": [{"id": i, "content": name, **flags} for name, i in special]}
+        tokenizer |= {"normalizer": None, "post_processor": None, **self.to_json()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        # A name that the vocabulary lacks would make transformers add it, as an id that the model has no row for.
+        if self.eos_token:
+            config |= {"eos_token": self.eos_token}
+            config |= {"pad_token": self.token_bytes(self.endoftext_id).decode()}
+        if {"<|im_start|>", "<|im_end|>"} <= set(self.special_ids):
+            config |= {"chat_template": CHAT_TEMPLATE}  # what encode_chat writes, whatever a loaded file had
+        if model_max_length is not None:
+            config |= {"model_max_length": model_max_length}
+        for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            (path / f"{name}.tmp").write_text(text + "\n", encoding="utf-8")
+            os.replace(path / f"{name}.tmp", path / name)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Of this kind; load_tokenizer opens any."""
+        tokenizer = load_tokenizer(path)
+        if not isinstance(tokenizer, cls):
+            raise TokenizerError(f"{path} holds a {tokenizer.kind} tokenizer, not a {cls.kind} tokenizer")
+        return tokenizer
+
+
+def check_message(number, message):
+    """-> role, content."""
+    if isinstance(message, dict) and set(message) == {"role", "content"}:
+        role, content = message["role"], message["content"]
+        if role in ROLES and isinstance(content, str):
+            return role, content
+    raise TokenizerError(f"message {number} must have a role of {', '.join(ROLES)} and a content, but is {message!r}")
+
+
+# ------------------------------------------------------------------------------------------------- the three kinds
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE."""
+
+    kind = "bpe"
+
+    def __init__(self, merges, vocab, special_ids, pattern=PATTERN, eos_token=None, nfc=False):
+        """merges: [(left bytes, right bytes), …] in order. nfc: compose characters (é from e and ´) before encoding.
+
+        tiktoken knows no merges: it joins the neighbours whose union has the lowest id, and takes a piece that is a
+        token as it stands. That is the same if ids rise with the merges and each token can be spelled in one way.
+        Training sees to both: before the merge that makes "abcd", every "abcd" that stands between two borders was cut
+        in the same way, so that no later pair can spell it again. For a loaded file the ids are checked.
+        """
+        super().__init__(vocab, special_ids, eos_token)
+        self.merges, self.pattern, self.nfc = merges, pattern, nfc
+        self._ids = {data: i for i, data in vocab.items()}
+        made = [self._ids.get(left + right, -1) for left, right in merges]
+        if -1 in made or made != sorted(set(made)) or len(made) != sum(len(data) > 1 for data in self._ids):
+            raise TokenizerError("the merges do not make the vocabulary's tokens one by one in the order of their ids")
+        # SmolLM2's vocabulary lacks 21 bytes, mostly those that UTF-8 never uses; tiktoken would panic on them.
+        self._absent = bytes(b for b in range(256) if bytes([b]) not in self._ids)
+        self._split = regex.compile(pattern)
+        self._fast = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=self._ids, special_tokens={})
+
+    @classmethod
+    def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS):
+        """texts: a string or an iterable of them; vocab_size counts bytes, merges and special tokens. Texts too short
+        to yield so many merges give a smaller vocabulary."""
+        n_merges = vocab_size - 256 - len(special_tokens)
+        if n_merges < 0:
+            least = f"256 bytes and {len(special_tokens)} special tokens"
+            raise TokenizerError(f"vocab_size {vocab_size} is too small: it counts {least} too")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not any(texts):
+            raise TokenizerError("the training text is empty: there is nothing to count")
+        vocab, merges = {i: bytes([i]) for i in range(256)}, []
+        for left, right in train_bpe(texts, n_merges):
+            merges.append((vocab[left], vocab[right]))
+            vocab[len(vocab)] = vocab[left] + vocab[right]
+        return cls(merges, vocab, number(special_tokens, len(vocab)))
+
+    def encode_ordinary(self, text):
+        return self._fast.encode_ordinary(self._prepare(text))
+
+    def encode_batch(self, texts):
+        """The ids of each text, on several threads: tiktoken lets go of Python's lock."""
+        return self._fast.encode_ordinary_batch([self._prepare(text) for text in texts], num_threads=os.cpu_count())
+
+    def encode_naive(self, text):
+        """The algorithm, to be read: in each piece, merge the pair that was learned first until none is left."""
+        rank, ids = {pair: i for i, pair in enumerate(self.merges)}, []
+        for piece in self._split.findall(self._prepare(text)):
+            parts = [bytes([b]) for b in piece.encode()]
+            while len(parts) > 1:
+                best = min(pairwise(parts), key=lambda pair: rank.get(pair, len(rank)))
+                if best not in rank:
+                    break
+                parts = merge(parts, best, best[0] + best[1])
+            ids += [self._ids[part] for part in parts]
+        return ids
+
+    def _prepare(self, text):
+        data = utf8(text)
+        if self._absent and len(data.translate(None, self._absent)) < len(data):
+            raise TokenizerError(f"the text holds one of the bytes {list(self._absent)}, which this vocabulary lacks")
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def _content(self):
+        return [*super()._content(), self.merges, self.pattern, self.nfc]
+
+    def to_json(self):
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        model = bpe_model(self.vocab) | {"merges": [[show(left), show(right)] for left, right in self.merges]}
+        steps = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}, "decoder": BYTE_LEVEL}
+        return {"normalizer": {"type": "NFC"} if self.nfc else None, **steps, "model": model}
+
+
+class ByteTokenizer(Tokenizer):
+    """An id per byte: its value."""
+
+    kind = "byte"
+
+    def __init__(self, special_tokens=SPECIAL_TOKENS, eos_token=None):
+        super().__init__({i: bytes([i]) for i in range(256)}, number(special_tokens, 256), eos_token)
+
+    def encode_ordinary(self, text):
+        return list(utf8(text))
+
+    def to_json(self):
+        return {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "model": bpe_model(self.vocab) | {"merges": []}}
+
+
+class CharTokenizer(Tokenizer):
+    """An id per character of the training text, in their order; any other character is an error."""
+
+    kind = "char"
+    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+
+    def __init__(self, characters, special_tokens=SPECIAL_TOKENS, eos_token=None):
+        vocab = {i: c.encode() for i, c in enumerate(characters)}
+        super().__init__(vocab, number(special_tokens, len(vocab)), eos_token)
+        self._ids = {c: i for i, c in enumerate(characters)}
+
+    @classmethod
+    def train(cls, texts, special_tokens=SPECIAL_TOKENS):
+        characters = set()
+        for text in [texts] if isinstance(texts, str) else texts:
+            characters |= set(utf8(text).decode())
+        if not characters:
+            raise TokenizerError("the training text is empty: there is nothing to count")
+        return cls(sorted(characters | set("\n".join(ROLES))), special_tokens)  # the chat frame must be writable too
+
+    def encode_ordinary(self, text):
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as missing:
+            where = f"character {missing} at position {text.index(missing.args[0])}"
+            raise TokenizerError(f"{where} was not in the training text of this character tokenizer") from None
+
+    def to_json(self):
+        # unk_token names no token, so that `tokenizers` too refuses a character that it does not know.
+        model = {"type": "WordLevel", "vocab": self._ids | self.special_ids, "unk_token": "<|unknown|>"}
+        return {"pre_tokenizer": self.split, "decoder": {"type": "Fuse"}, "model": model}
+
+
+def number(special_tokens, first):
+    """{name: id}, counted from `first`."""
+    return {name: first + i for i, name in enumerate(special_tokens)}
+
+
+# ------------------------------------------------------------------------------------------------------- files
 
 
 def byte_alphabet():
@@ -165,302 +458,122 @@ def byte_alphabet():
 
 BYTE_TO_CHAR = byte_alphabet()
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
-class Tokenizer:
-    """What the three kinds share: special tokens, chat, decoding, files. `vocab` is the bytes of each plain id."""
-
-    def __init__(self, vocab, special_ids, chat_template=CHAT_TEMPLATE):
-        self.vocab = vocab  # {id: bytes}
-        self.special_ids = dict(special_ids)  # {"<|endoftext|>": id, …}
-        self.chat_template = chat_template
-        self._bytes = vocab | {i: name.encode() for name, i in self.special_ids.items()}
-
-    @property
-    def vocab_size(self):
-        return max(self._bytes) + 1
-
-    @property
-    def endoftext_id(self):
-        """Ends a document, and pads. A tokenizer without one uses its last special token."""
-        return self.special_ids.get("<|endoftext|>", max(self.special_ids.values(), default=0))
-
-    @property
-    def stop_ids(self):
-        """What ends an answer: the end of the turn, or of the document."""
-        return tuple(self.special_ids[s] for s in ("<|im_end|>", "<|endoftext|>") if s in self.special_ids)
-
-    @property
-    def fingerprint(self):
-        """A name for these ids: streams and checkpoints of another tokenizer are refused by it."""
-        parts = [f"{i} {data!r}" for i, data in sorted(self._bytes.items())]
-        return hashlib.sha256("\n".join([getattr(self, "pattern", ""), *parts]).encode()).hexdigest()[:16]
-
-    def encode(self, text, allowed_special=()):
-        """text -> ids. allowed_special: "all", or the names of the special tokens that may be read as such."""
-        allowed = self.special_ids if allowed_special == "all" else set(allowed_special)
-        unknown = set(allowed) - set(self.special_ids)
-        if unknown:
-            raise TokenizerError(f"{sorted(unknown)[0]!r} is not a special token here; they are {[*self.special_ids]}")
-        if not allowed:
-            return self.encode_ordinary(text)
-        ids = []
-        for piece in regex.split("(" + "|".join(map(regex.escape, allowed)) + ")", text):
-            ids += [self.special_ids[piece]] if piece in allowed else self.encode_ordinary(piece)
-        return ids
-
-    def decode_bytes(self, ids):
-        try:
-            return b"".join(self._bytes[int(i)] for i in ids)
-        except KeyError as missing:
-            raise TokenizerError(f"id {missing} is not in the vocabulary of {self.vocab_size}") from None
-
-    def decode(self, ids):
-        """ids -> text. Bytes that are no UTF-8, as half a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def encode_chat(self, messages, add_generation_prompt=False):
-        """[{"role", "content"}, …] -> ids, mask: True on the assistant's words and the <|im_end|> after them.
-
-        Piece by piece, so that a content can neither merge with the frame around it nor forge a special token.
-        """
-        if not {"<|im_start|>", "<|im_end|>"} <= set(self.special_ids):
-            raise TokenizerError("this tokenizer has no <|im_start|> and <|im_end|>: it cannot frame a chat")
-        start, end = self.special_ids["<|im_start|>"], self.special_ids["<|im_end|>"]
-        newline, ids, mask = self.encode("\n"), [], []
-        for number, message in enumerate(messages):
-            if set(message) != {"role", "content"} or message["role"] not in ROLES:
-                raise TokenizerError(f"message {number}: a role of {', '.join(ROLES)} and a content, not {message!r}")
-            head = [start, *self.encode(message["role"] + "\n")]
-            body = [*self.encode(message["content"]), end]
-            ids += head + body + newline
-            mask += [False] * len(head) + [message["role"] == "assistant"] * len(body) + [False] * len(newline)
-        if add_generation_prompt:
-            head = [start, *self.encode("assistant\n")]
-            ids, mask = ids + head, mask + [False] * len(head)
-        return ids, mask
-
-    def save_pretrained(self, path):
-        """Write tokenizer.json and tokenizer_config.json, each under a temporary name first."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        added = [
-            {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
-            | {"normalized": False, "special": True}
-            for name, i in sorted(self.special_ids.items(), key=lambda item: item[1])
-        ]
-        tokenizer = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-        }
-        tokenizer |= {"post_processor": None, **self.to_json()}
-        turn_end = "<|im_end|>" if "<|im_end|>" in self.special_ids else "<|endoftext|>"
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": turn_end,
-            "pad_token": "<|endoftext|>",
-        }
-        config |= {"clean_up_tokenization_spaces": False, "chat_template": self.chat_template}
-        for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-            text = json.dumps(content, ensure_ascii=False, indent=1)
-            (path / f"{name}.tmp").write_text(text + "\n", encoding="utf-8")
-            os.replace(path / f"{name}.tmp", path / name)
+def show(data):
+    """b" a" -> "Ġa"."""
+    return "".join(BYTE_TO_CHAR[b] for b in data)
 
 
-class BPETokenizer(Tokenizer):
-    """Byte-level BPE. ids: the 256 bytes, then a token per merge, then the special tokens."""
-
-    def __init__(self, merges, vocab, special_ids, pattern=PATTERN, chat_template=CHAT_TEMPLATE):
-        super().__init__(vocab, special_ids, chat_template)
-        self.merges, self.pattern = merges, pattern  # merges: [(left bytes, right bytes), …]
-        self._ids = {data: i for i, data in vocab.items()}
-        # tiktoken merges the pair whose union has the lowest id: the merges' order, as long as ids follow it.
-        self._fast = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=self._ids, special_tokens=special_ids)
-        self._split = regex.compile(pattern)
-
-    @classmethod
-    def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS):
-        """texts: a string or many; vocab_size counts bytes, merges and special tokens. Texts too short to yield so
-        many merges give a smaller vocabulary."""
-        n_tokens = vocab_size - 256 - len(special_tokens)
-        if n_tokens < 0:
-            raise TokenizerError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens"
-            )
-        words = count_words(texts)
-        if not words:
-            raise TokenizerError("the training text is empty: there is nothing to count")
-        spelling, merges = [bytes([i]) for i in range(256)], []
-        known = {data: i for i, data in enumerate(spelling)}
-        for pair in train_bpe(words, n_tokens):
-            merges.append((spelling[pair[0]], spelling[pair[1]]))
-            add_token(spelling, known, pair)
-        vocab = dict(enumerate(spelling))
-        special_ids = {name: len(vocab) + i for i, name in enumerate(special_tokens)}
-        return cls(merges, vocab, special_ids)
-
-    def encode_ordinary(self, text):
-        return self._fast.encode_ordinary(text)
-
-    def encode_naive(self, text):
-        """The algorithm, to be read: in each piece, merge the pair that was learned first until none is left."""
-        rank, ids = {pair: i for i, pair in enumerate(self.merges)}, []
-        for piece in self._split.findall(text):
-            parts = [bytes([b]) for b in piece.encode()]
-            while len(parts) > 1:
-                best = min(pairwise(parts), key=lambda pair: rank.get(pair, len(rank)))
-                if best not in rank:
-                    break
-                parts = merge(parts, best, best[0] + best[1])
-            ids += [self._ids[part] for part in parts]
-        return ids
-
-    def to_json(self):
-        def show(data):
-            return "".join(BYTE_TO_CHAR[b] for b in data)
-
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        byte_level = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": False,
-            "use_regex": False,
-        }
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
-        model |= {
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-        }
-        model |= {"vocab": {show(data): i for i, data in self.vocab.items()}}
-        model |= {"merges": [[show(left), show(right)] for left, right in self.merges]}
-        return {
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "decoder": {
-                "type": "ByteLevel",
-                "add_prefix_space": False,
-                "trim_offsets": False,
-                "use_regex": False,
-            },
-            "model": model,
-        }
+def unshow(token):
+    """ "Ġa" -> b" a"."""
+    return bytes(CHAR_TO_BYTE[c] for c in token)
 
 
-class ByteTokenizer(BPETokenizer):
-    """No merges: an id per byte. The longest sequences and nothing to train."""
-
-    def __init__(self):
-        special = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
-        super().__init__([], {i: bytes([i]) for i in range(256)}, special)
-
-
-class CharTokenizer(Tokenizer):
-    """An id per character of the training text, in their order; any other character is an error."""
-
-    def __init__(self, characters, special_ids, chat_template=CHAT_TEMPLATE):
-        super().__init__({i: c.encode() for i, c in enumerate(characters)}, special_ids, chat_template)
-        self._ids = {c: i for i, c in enumerate(characters)}
-
-    @classmethod
-    def train(cls, texts, special_tokens=SPECIAL_TOKENS):
-        characters = set().union(*([texts] if isinstance(texts, str) else texts))
-        if not characters:
-            raise TokenizerError("the training text is empty: there is nothing to count")
-        characters = sorted(characters | set("\n".join(ROLES)))  # the chat frame must be writable too
-        return cls(characters, {name: len(characters) + i for i, name in enumerate(special_tokens)})
-
-    def encode_ordinary(self, text):
-        try:
-            return [self._ids[c] for c in text]
-        except KeyError as missing:
-            at = text.index(missing.args[0])
-            raise TokenizerError(
-                f"character {missing} at position {at} was not in the training text of this character tokenizer"
-            ) from None
-
-    def to_json(self):
-        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-        vocab = self._ids | self.special_ids  # WordLevel insists on an unknown token that it never needs
-        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<|endoftext|>"}
-        return {"pre_tokenizer": split, "decoder": {"type": "Fuse"}, "model": model}
+def bpe_model(vocab):
+    off = dict.fromkeys(["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"])
+    off |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"type": "BPE", **off, "vocab": {show(data): i for i, data in vocab.items()}}
 
 
 def load_tokenizer(path):
-    """Any kind, from a directory or a tokenizer.json: ours, or a byte-level BPE of GPT-2's or Qwen's make."""
+    """Any kind, from a directory or a tokenizer.json: ours, or a byte-level BPE of GPT-2's, Qwen2's or SmolLM2's make."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise TokenizerError(f"{file} is not there; a tokenizer is bpe, char, byte, or a directory that holds one")
+    content, config_file = read_json(file), file.with_name("tokenizer_config.json")
+    config = read_json(config_file) if config_file.exists() else {}
+    try:
+        return build(content, config)
+    except TokenizerError as error:
+        raise TokenizerError(f"{file}: {error}") from None
+    except (KeyError, AttributeError, TypeError, ValueError, regex.error):
+        raise TokenizerError(f"{file} is corrupt: not in the format of the tokenizers package") from None
+
+
+def read_json(file):
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        model, pre = content["model"], content["pre_tokenizer"]
-        special = {token["content"]: token["id"] for token in content["added_tokens"]}
-    except FileNotFoundError:
-        raise TokenizerError(
-            f"{file} is not there; a tokenizer is bpe, char, byte, or a directory that holds one"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError):
-        raise TokenizerError(f"{file} is corrupt: no JSON in the format of the tokenizers package") from None
-    template = None
-    config = file.with_name("tokenizer_config.json")
-    if config.exists():
-        try:
-            template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError):
-            raise TokenizerError(f"{config} is corrupt: no JSON object") from None
-    template = template or CHAT_TEMPLATE
-    try:
-        if model.get("type") == "WordLevel" and pre.get("type") == "Split":
-            plain = [t for t in sorted(model["vocab"], key=model["vocab"].get) if t not in special]
-            return CharTokenizer(plain, special, template)
-        if model.get("type", "BPE") == "BPE":
-            vocab = {
-                i: bytes(CHAR_TO_BYTE[c] for c in token) for token, i in model["vocab"].items() if token not in special
-            }
-            pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-            merges = [tuple(bytes(CHAR_TO_BYTE[c] for c in token) for token in pair) for pair in pairs]
-            return BPETokenizer(merges, vocab, special, read_pattern(pre, file), template)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, TokenizerError):
-            raise
-        raise TokenizerError(f"{file}: its vocabulary or merges cannot be read as byte-level BPE") from None
-    raise TokenizerError(f"{file}: a {model.get('type')} model with this pre-tokenizer is not supported here")
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} is corrupt: no JSON object")
+    return content
 
 
-def read_pattern(pre, file):
-    """The split pattern of a tokenizer.json's pre_tokenizer."""
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+def build(content, config):
+    """The tokenizer that a tokenizer.json describes; only what is known to give the same ids is let through."""
+    model, steps = content["model"], content["pre_tokenizer"] or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos  # older files spell the token out as an object
+    names = sorted(special, key=special.get)
+    plain = {token: i for token, i in model["vocab"].items() if token not in special}
+    kind = model.get("type", "BPE")
+    normalizer, after = ((content.get(key) or {}).get("type") for key in ("normalizer", "post_processor"))
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    used = [option for option in options if model.get(option)]
+    if normalizer not in (None, "NFC") or after not in (None, "ByteLevel") or used:
+        parts = [part for part in (normalizer, after, *used) if part not in (None, "NFC", "ByteLevel")]
+        raise TokenizerError(f"{', '.join(parts)}: not supported here, and the ids would be wrong without")
+    if kind == "WordLevel" and steps == [CharTokenizer.split]:
+        tokenizer = CharTokenizer(sorted(plain, key=plain.get), names, eos)
+        found = {data.decode(): i for i, data in tokenizer.vocab.items()}
+    elif kind == "BPE":
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        pattern = read_pattern(steps)
+        if pattern is None and not pairs:
+            tokenizer = ByteTokenizer(names, eos)
+        else:
+            vocab = {i: unshow(token) for token, i in plain.items()}
+            merges = [(unshow(left), unshow(right)) for left, right in pairs]
+            tokenizer = BPETokenizer(merges, vocab, special, pattern, eos, nfc=normalizer == "NFC")
+        found = {show(data): i for i, data in tokenizer.vocab.items()}
+    else:
+        raise TokenizerError(f"a {kind} model with this pre-tokenizer is not supported here")
+    if (found, tokenizer.special_ids) != (plain, special):
+        raise TokenizerError(f"these are not the ids of a {tokenizer.kind} tokenizer")
+    return tokenizer
+
+
+def read_pattern(steps):
+    """The regular expression that a tokenizer.json's pre-tokenizers amount to; None: the text is not split at all."""
     kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        return GPT2_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and "Regex" in steps[0]["pattern"]:
-        return steps[0]["pattern"]["Regex"]
-    raise TokenizerError(f"{file}: the pre-tokenizer {' + '.join(map(str, kinds))} is not supported here")
+    last = steps[-1]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space", True):
+        whole = last.get("use_regex", True)
+        if kinds == ["ByteLevel"]:
+            return GPT2_PATTERN if whole else None
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and whole:
+            return SMOLLM_PATTERN
+        cut = [steps[0].get(key) for key in ("behavior", "invert")]
+        if kinds == ["Split", "ByteLevel"] and cut == ["Isolated", False] and not whole:
+            return steps[0]["pattern"]["Regex"]
+    raise TokenizerError(f"the pre-tokenizer {' + '.join(map(str, kinds))} is not supported with these settings")
 
 
 def main():
     print("aaabdaaabac, three merges:")
-    merges = train_bpe_naive({b"aaabdaaabac": 1}, 3)
-    vocab, ids = {i: bytes([i]) for i in range(256)}, list(b"aaabdaaabac")
-    for new, pair in enumerate(merges, 256):
-        vocab[new] = vocab[pair[0]] + vocab[pair[1]]
-        ids = merge(ids, pair, new)
-        print(f"  {vocab[pair[0]].decode()} + {vocab[pair[1]].decode()} -> {new}: {ids}")
-    assert [vocab[i] for i in ids] == [b"aaab", b"d", b"aaab", b"a", b"c"]
+    spelling, ids = {i: bytes([i]) for i in range(256)}, list(b"aaabdaaabac")
+    for new, (left, right) in enumerate(train_bpe_naive("aaabdaaabac", 3), 256):
+        spelling[new] = spelling[left] + spelling[right]
+        ids = merge(ids, (left, right), new)
+        print(f"  {spelling[left].decode()} + {spelling[right].decode()} -> {new}: {ids}")
+    assert [spelling[i] for i in ids] == [b"aaab", b"d", b"aaab", b"a", b"c"]
 
     text = Path(__file__).read_text(encoding="utf-8")
-    words = count_words(text)
-    assert train_bpe(words, 60) == train_bpe_naive(words, 60)
-    hard = "naïve 🙂 12345 <|im_end|>\n\n\tdon't"
+    assert train_bpe(text, 60) == train_bpe_naive(text, 60)
     print("\ntrained on this file: the fast trainer's merges are the plain one's, our encoder's ids tiktoken's")
     for size in (259, 400, 800):
         tokenizer = BPETokenizer.train(text, size)
-        for t in (text, hard, ""):
+        for t in (text, "naïve 🙂 12345 <|im_end|>\n\n\tdon't", ""):
             assert tokenizer.decode(tokenizer.encode(t)) == t
             assert tokenizer.encode(t) == tokenizer.encode_naive(t)
         print(f"  vocabulary {size}: {len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token")
+
     ids, mask = tokenizer.encode_chat([{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}])
     print("\na chat, and what SFT trains on:")
     for i, flag in zip(ids, mask, strict=True):

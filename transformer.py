@@ -105,6 +105,9 @@ class TransformerConfig:
                 continue
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise CheckpointError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise CheckpointError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.n_head % self.n_kv_head:

@@ -15,12 +15,12 @@ from tokenizer_bpe import (
     CHAT_TEMPLATE,
     GPT2_PATTERN,
     PATTERN,
+    SMOLLM_PATTERN,
     SPECIAL_TOKENS,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     TokenizerError,
-    count_words,
     load_tokenizer,
     merge,
     train_bpe,
@@ -30,6 +30,7 @@ from tokenizer_bpe import (
 TEXT = (
     Path(__file__).with_name("test_transformer.py").read_text() + "naïve façade, 12345 × 67; 你好 🙂 don't I'LL\n\n\t x"
 )
+BYTE_LEVEL = tokenizers.pre_tokenizers.ByteLevel
 HARD = ["", " ", "\n\n \t", "🙂🙃 naïve", "12345+678=13023", "don't DON'T", "<|im_end|>", "a\u0301\u200d", TEXT[:500]]
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -50,37 +51,48 @@ def kinds():
 
 
 def test_the_example_of_wikipedia():
-    assert train_bpe_naive({b"aaabdaaabac": 1}, 3) == [(97, 97), (97, 98), (256, 257)]
+    assert train_bpe_naive("aaabdaaabac", 3) == [(97, 97), (97, 98), (256, 257)]
     assert merge([1, 2, 3, 1, 2, 2], (1, 2), 9) == [9, 3, 9, 2]
     assert merge([1, 1, 1], (1, 1), 9) == [9, 1]
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.text("abcd", min_size=1, max_size=9).map(str.encode), st.integers(1, 4), max_size=9))
-def test_fast_training_equals_plain_training(words):
-    assert train_bpe(words, 30) == train_bpe_naive(words, 30)
+@given(st.lists(st.text("abcd ", max_size=30) | st.text(max_size=30), max_size=6))
+def test_fast_training_equals_plain_training(texts):
+    assert train_bpe(texts, 30) == train_bpe_naive(texts, 30)
 
 
-def test_training_equals_the_tokenizers_package(tmp_path):
-    """Its ids follow the sorted characters that stand for the bytes, ours the bytes; a tie in the counts may then go
-    the other way. So words are counted by it in our order: bytes that sort alike in both (printable ASCII)."""
-    text = "".join(c for c in TEXT if 33 <= ord(c) < 127 or c == "\n")
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n"), "removed")
-    theirs.pre_tokenizer = split
-    alphabet = sorted(set(text) - {"\n"})
-    size = len(alphabet) + 150
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    theirs.train_from_iterator([text], trainer)
-    merges = json.loads(theirs.to_str())["model"]["merges"]
-    words = count_words(text, r"[^\n]+")
+def test_training_equals_the_tokenizers_package():
+    """Its ids of the bytes follow the characters that stand for them, ours the bytes; a tie in the counts may then go
+    the other way. So the text here holds only bytes that sort alike in both: printable ASCII."""
+    text = "".join(c for c in TEXT.replace(" ", "_").replace("\n", "~") if 33 <= ord(c) < 127)
+    theirs = trained_by_tokenizers(split_by(PATTERN), text, 256 + 200)
+    merges = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
     spelling = {i: bytes([i]) for i in range(256)}
     ours = []
-    for pair in train_bpe(words, 150):
-        left, right = spelling[pair[0]], spelling[pair[1]]
-        spelling[len(spelling)] = left + right
-        ours.append([left.decode(), right.decode()])
-    assert ours == merges[:150]
+    for left, right in train_bpe(text, 200):
+        ours.append((spelling[left].decode(), spelling[right].decode()))
+        spelling[len(spelling)] = spelling[left] + spelling[right]
+    assert ours == merges
+    assert len(ours) == 200
+
+
+def split_by(pattern):
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return tokenizers.pre_tokenizers.Sequence([split, BYTE_LEVEL(add_prefix_space=False, use_regex=False)])
+
+
+def trained_by_tokenizers(pre_tokenizer, text, size, special=(), alphabet=None):
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=BYTE_LEVEL.alphabet() if alphabet is None else alphabet,
+        special_tokens=list(special),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([text], trainer)
+    return theirs
 
 
 @pytest.mark.parametrize("kind", range(3), ids=["bpe", "byte", "char"])
@@ -98,7 +110,7 @@ def test_saved_ids_equal_tokenizers_and_transformers(kind, tmp_path):
     again = load_tokenizer(tmp_path)
     assert type(again) in (type(ours), BPETokenizer)
     assert again.fingerprint == ours.fingerprint
-    assert again.chat_template == CHAT_TEMPLATE
+    assert auto.chat_template == CHAT_TEMPLATE
     assert again.stop_ids == ours.stop_ids
     assert [again.encode(t) for t in HARD] == [ours.encode(t) for t in HARD]
 
@@ -160,21 +172,64 @@ def test_a_text_too_short_for_its_vocabulary():
     assert tokenizer.decode(tokenizer.encode("ab abc")) == "ab abc"
 
 
-def test_a_gpt2_tokenizer_opens(tmp_path):
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
-    )
-    theirs.train_from_iterator([TEXT], trainer)
+def make_gpt2():
+    """-> a tokenizer of GPT-2's make, trained by `tokenizers`; the pattern that it splits by."""
+    return trained_by_tokenizers(BYTE_LEVEL(add_prefix_space=False), TEXT, 500, ["<|endoftext|>"]), GPT2_PATTERN
+
+
+def make_qwen2():
+    """Qwen2 composes characters first, and adds its special tokens behind the others."""
+    theirs = trained_by_tokenizers(split_by(PATTERN), TEXT, 500)
+    theirs.normalizer = tokenizers.normalizers.NFC()
+    theirs.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    theirs.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS])
+    return theirs, PATTERN
+
+
+def make_smollm2():
+    """SmolLM2 cuts the digits out before GPT-2's pattern, has the special tokens first, and lacks some bytes."""
+    steps = [tokenizers.pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL(add_prefix_space=False)]
+    alphabet = sorted(set(BYTE_LEVEL.alphabet()) - {BYTE_TO_CHAR[0xFF], BYTE_TO_CHAR[0xC1]})
+    steps = tokenizers.pre_tokenizers.Sequence(steps)
+    return trained_by_tokenizers(steps, TEXT, 500, SPECIAL_TOKENS, alphabet), SMOLLM_PATTERN
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_qwen2, make_smollm2])
+def test_tokenizers_of_other_makes_open(make, tmp_path):
+    theirs, pattern = make()
     theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
     ours = load_tokenizer(tmp_path)
-    assert ours.pattern == GPT2_PATTERN != PATTERN
-    for text in HARD:
-        assert ours.encode(text) == theirs.encode(text).ids
+    assert (ours.pattern, ours.eos_token) == (pattern, "<|endoftext|>")
+    assert ours.vocab_size == theirs.get_vocab_size()
+    ours.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.fingerprint == ours.fingerprint
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text() | st.text("a1 '\n\té´s\u0301") | st.sampled_from(HARD))
+    def same_ids(text):
+        expected = theirs.encode(text.replace("<|", "< |")).ids
+        for tokenizer in (ours, again):
+            assert tokenizer.encode(text.replace("<|", "< |")) == expected
+        assert ours.encode_naive(text.replace("<|", "< |")) == expected
+        assert written.encode(text.replace("<|", "< |")).ids == expected
+
+    same_ids()
+    assert ours.encode("a<|endoftext|>", allowed_special="all") == theirs.encode("a<|endoftext|>").ids
+
+
+def test_what_gpt2_and_smollm2_lack(tmp_path):
+    make_gpt2()[0].save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.stop_ids == (ours.endoftext_id,)
     with pytest.raises(TokenizerError, match="cannot frame a chat"):
         ours.encode_chat(CHAT)
+    alphabet = sorted(set(BYTE_LEVEL.alphabet()) - {BYTE_TO_CHAR[0xF0]})
+    trained_by_tokenizers(split_by(PATTERN), "abc", 400, alphabet=alphabet).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"bytes \[240\], which this vocabulary lacks"):
+        load_tokenizer(tmp_path).encode("a smile 🙂")
 
 
 def test_the_byte_alphabet_is_gpt2s():

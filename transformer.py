@@ -73,38 +73,66 @@ class TransformerConfig:
     norm: str = "rms"
     """Normalisation: rms or layer."""
     norm_placement: str = "pre"
-    """Where it stands: pre or post."""
+    """Where it stands: pre, post, or sandwich (before and after each branch)."""
     norm_eps: float = 1e-6
     """Added to the variance before the root."""
     positions: str = "rope"
     """Positions: rope, learned, sinusoidal or none."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
+    rope_scaling: dict | None = None
+    """RoPE beyond the trained length, as Hugging Face writes it: {rope_type: yarn, factor: 4.0, ...}."""
+    window: int | None = None
+    """Sliding window: a query sees itself and the window - 1 tokens before it; none is all of them."""
+    sinks: int = 0
+    """With a window: the first so many tokens stay visible (attention sinks)."""
     qk_norm: bool = True
     """RMSNorm on each query and key head."""
     bias: bool = False
     """Biases in the linear layers and in LayerNorm."""
+    qkv_bias: bool | None = None
+    """Biases on queries, keys and values (Qwen2); default as `bias`."""
     tie_embeddings: bool = True
     """The output matrix is the embedding matrix."""
     dropout: float = 0.0
     """Dropout on the embeddings and on each branch."""
+    n_expert: int = 0
+    """Experts E of a mixture-of-experts feed-forward; 0 is dense."""
+    n_expert_active: int = 2
+    """Experts K that each token is sent to."""
+    expert_width: int | None = None
+    """Inner width of one expert; default such that the active ones together are as wide as ffn_width."""
+    n_shared_expert: int = 0
+    """Experts that every token passes through besides."""
+    moe_every: int = 1
+    """Every so many-th block is a mixture, the others are dense."""
+    norm_topk_prob: bool = True
+    """Whether the K weights of a token are scaled to sum to 1."""
+    balancing: str = "aux"
+    """What keeps the experts' loads even: aux (a loss), bias (on the router, no loss) or none."""
+    capacity_factor: float | None = None
+    """Most tokens of an expert in multiples of its even share, the rest are dropped; default dropless."""
 
     def __post_init__(self):
         choices = {
             "activation": ("swiglu", "gelu"),
             "norm": ("rms", "layer"),
-            "norm_placement": ("pre", "post"),
+            "norm_placement": ("pre", "post", "sandwich"),
             "positions": ("rope", "learned", "sinusoidal", "none"),
+            "balancing": ("aux", "bias", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise CheckpointError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for name in ("vocab_size", "context", "n_layer", "n_head", "n_kv_head", "width", "head_dim", "ffn_width"):
+        least = dict.fromkeys(("vocab_size", "context", "n_layer", "n_head", "n_kv_head", "width", "head_dim"), 1)
+        least |= dict.fromkeys(("ffn_width", "window", "expert_width", "n_expert_active", "moe_every"), 1)
+        least |= dict.fromkeys(("sinks", "n_expert", "n_shared_expert"), 0)
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is None and name in ("head_dim", "ffn_width"):
+            if value is None and name in ("head_dim", "ffn_width", "window", "expert_width"):
                 continue
-            if not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or value < bound:
+                raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least {bound}")
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -116,17 +144,31 @@ class TransformerConfig:
             raise CheckpointError(f"width {self.width} is not a multiple of n_head {self.n_head}")
         if self.positions == "rope" and self.resolved().head_dim % 2:
             raise CheckpointError(f"RoPE rotates pairs, but head_dim is {self.resolved().head_dim}; it must be even")
+        if self.rope_scaling is not None and (self.positions != "rope" or not isinstance(self.rope_scaling, dict)):
+            raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}; it takes a dict, and positions of rope")
+        if self.sinks and self.window is None:
+            raise CheckpointError(f"sinks is {self.sinks}, but without a window every token is visible anyway")
+        if self.n_expert and self.n_expert_active > self.n_expert:
+            raise CheckpointError(f"n_expert_active is {self.n_expert_active}, but n_expert is only {self.n_expert}")
+        if self.n_expert and self.moe_every > self.n_layer:
+            raise CheckpointError(f"moe_every is {self.moe_every}: no block of {self.n_layer} would be a mixture")
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise CheckpointError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
 
     def resolved(self):
         """The same with the defaults that follow from other fields filled in. Not done in place: a default taken
         from one width must not survive a change of width."""
         head_dim, ffn_width = self.head_dim or self.width // self.n_head, self.ffn_width
+        expert_width, qkv_bias = self.expert_width, self.bias if self.qkv_bias is None else self.qkv_bias
         if ffn_width is None:
             wanted = self.width * 8 / 3 if self.activation == "swiglu" else self.width * 4
             ffn_width = 32 * max(1, round(wanted / 32))
-        if (head_dim, ffn_width) == (self.head_dim, self.ffn_width):
+        if expert_width is None and self.n_expert:
+            expert_width = max(1, ffn_width // (self.n_expert_active + self.n_shared_expert))
+        filled = dict(head_dim=head_dim, ffn_width=ffn_width, expert_width=expert_width, qkv_bias=qkv_bias)
+        if all(getattr(self, name) == value for name, value in filled.items()):
             return self
-        return replace(self, head_dim=head_dim, ffn_width=ffn_width)
+        return replace(self, **filled)
 
 
 def gpt2_config(**changes):
@@ -164,29 +206,38 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = config
-        self.attn = Attention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.bias, c.qk_norm, c.norm_eps)
+        self.attn = Attention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, c.qk_norm, c.norm_eps)
+        if c.bias != c.qkv_bias:
+            self.attn.wo = nn.Linear(c.n_head * c.head_dim, c.width, bias=c.bias)
         self.ffn = FeedForward(config)
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        if c.norm_placement == "sandwich":
+            self.norm1_out, self.norm2_out = make_norm(config), make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.pre = config.norm_placement == "pre"
+        self.placement = c.norm_placement
 
     def forward(self, x, rope, mask, cache, layer):
-        if self.pre:
-            x = x + self.dropout(self.attn(self.norm1(x), rope, mask, cache, layer))
-            return x + self.dropout(self.ffn(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attn(x, rope, mask, cache, layer)))
-        return self.norm2(x + self.dropout(self.ffn(x)))
+        if self.placement == "post":
+            x = self.norm1(x + self.dropout(self.attn(x, rope, mask, cache, layer)))
+            return self.norm2(x + self.dropout(self.ffn(x)))
+        a = self.attn(self.norm1(x), rope, mask, cache, layer)  # (B, T, C)
+        x = x + self.dropout(self.norm1_out(a) if self.placement == "sandwich" else a)
+        f = self.ffn(self.norm2(x))
+        return x + self.dropout(self.norm2_out(f) if self.placement == "sandwich" else f)
 
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config = config.resolved()
+        for name in ("window", "rope_scaling", "n_expert"):
+            if getattr(config, name):
+                raise CheckpointError(f"{name} is not built in yet")
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.learned = LearnedPositions(config.context, config.width) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
+        self.norm = nn.Identity() if config.norm_placement == "post" else make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         if config.positions == "rope":  # tables, not weights: made from the config, never saved
             frequencies = rope_frequencies(config.head_dim, config.rope_theta)
@@ -378,11 +429,11 @@ def layout_of(config):
     """The Hugging Face class that computes exactly what this config does, or our own name if none does."""
     c = config
     if (c.norm, c.norm_placement, c.positions, c.activation) == ("rms", "pre", "rope", "swiglu"):
-        if c.qk_norm and not c.bias:
+        if c.qk_norm and not (c.bias or c.qkv_bias):
             return "qwen3"
     elif (c.norm, c.norm_placement, c.positions, c.activation) == ("layer", "pre", "learned", "gelu"):
         whole_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.width
-        if c.bias and c.tie_embeddings and whole_heads and not c.qk_norm:
+        if c.bias and c.qkv_bias and c.tie_embeddings and whole_heads and not c.qk_norm:
             return "gpt2"
     return "attention_to_alignment"
 

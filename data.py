@@ -1,6 +1,6 @@
 """Every dataset of the pipeline: what a record is, where it comes from, the built-in default, the split.
 
-Four things stand here, in this order:
+Five things stand here, in this order:
 
 1. **Built-in word problems.** English problems in GSM8K's shape (Cobbe et al. 2021, arXiv:2110.14168): a
    question, one worked line per arithmetic step, a last line `#### ANSWER`. They need no download, so every
@@ -9,7 +9,8 @@ Four things stand here, in this order:
 2. **The verifier**, `extract_answer`: the one place that says what counts as a right answer.
 3. **Real data**: GSM8K, Tiny Shakespeare, TinyStories, any text file, any JSONL of the documented keys. It is
    looked for at a path that the user gives, then in `$ALIGN_DATA` (default `downloads/`), then downloaded.
-4. **Token streams**: one long array of token ids on disk, and `batch_at`, a pure function of the step.
+4. **Preference pairs**: two answers to one prompt, from corrupted solutions or from real files.
+5. **Token streams**: one long array of token ids on disk, and `batch_at`, a pure function of the step.
 
 **How a problem is made.** A theme (food, a shop, a bus, ...) is a table of rows. A story opens with a row
 from `open`, walks through rows from `then` (buys, gives away, loses), each one addition or subtraction on the
@@ -803,6 +804,11 @@ def same_answer(a: str | None, b: str | None) -> bool:
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
+STYLE_URL = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+    "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json"
+)
+
 
 class Source(NamedTuple):
     path: str  # below $ALIGN_DATA
@@ -831,6 +837,17 @@ DATASETS: dict[str, dict[str, Source]] = {
     },
     "tinyshakespeare": {"train": SHAKESPEARE, "valid": SHAKESPEARE},
     "tinystories": {"train": Source("tinystories/train.txt"), "valid": Source("tinystories/valid.txt")},
+    "ultrafeedback": {
+        "train": Source("preferences/ultrafeedback_train.jsonl"),
+        "test": Source("preferences/ultrafeedback_test.jsonl"),
+    },
+    "style": {
+        "train": Source(
+            "preferences/short_style_preferences.json",
+            STYLE_URL,
+            "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+        ),
+    },
 }
 
 
@@ -1008,6 +1025,134 @@ def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
     if not part:
         raise DataError(f"{path} is too short to split: {len(text)} characters")
     return [part]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Preference pairs: two answers to one prompt, the better one first.
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`kind` is what is wrong with `rejected` (a name of CORRUPTIONS), or else where the pair comes from."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    kind: str
+
+
+def load_pairs(
+    name: str | Path = "word",
+    split: str = "train",
+    n: int | None = None,
+    levels: Sequence[int] = (1, 2),
+    seed: int = 0,
+) -> list[Pair]:
+    """The preference pairs of a split, at most n.
+
+    "word"           the problems of `load_problems`, each solution against one corrupted by `corrupt`, the kinds in
+                     turn; 20,000 for train, 1,000 for valid and for test; `seed` draws the corruptions
+    "ultrafeedback"  test is the published test split; of the published train split the prompts whose hash says
+                     "valid" are valid and the rest train. Pairs of equal scores have the kind "equal_scores"
+    "style"          polite against rude wordings; the split by the hash of the prompt
+    a path           JSONL, {"prompt", "chosen", "rejected"} a line; the split by the hash of the prompt
+
+    Pairs that teach nothing (both answers the same, or one empty) are skipped and counted, in one printed line.
+    """
+    check_split(split)
+    if name == "word":
+        problems = load_problems("word", split, n, levels)
+        return [word_pair(problem, i // len(levels), split, seed) for i, problem in enumerate(problems)]
+    published = name == "ultrafeedback"
+    if name in DATASETS and name not in ("ultrafeedback", "style"):
+        raise DataError(f"{name} has no preference pairs: choose word, ultrafeedback, style, or the path of a .jsonl")
+    path = find(name, split if published and split == "test" else "train")
+    pairs, same, empty = [], [], []
+    for number, record in read_records(path):
+        pair = pair_from(record, f"{path} record {number}", str(name))
+        if not pair.chosen or not pair.rejected:
+            empty.append(number)
+        elif pair.chosen == pair.rejected:
+            same.append(number)
+        elif published and split == "test":
+            pairs.append(pair)
+        else:
+            part = split_of(pair.prompt)
+            if (("valid" if part == "valid" else "train") if published else part) == split:
+                pairs.append(pair)
+    report_skipped(path, {"pairs of equal answers": same, "pairs with an empty answer": empty})
+    if not pairs:
+        raise DataError(f"{path} has no pair in the split {split}: the split is by hash, add more records")
+    return pairs[:n]
+
+
+def word_pair(problem: Problem, turn: int, split: str, seed: int) -> Pair:
+    """The solution of a built-in problem against the corruption whose turn it is, or the next that is possible."""
+    rng = random.Random(f"pair/{seed}/{split}/{problem.question}")
+    kinds = [kind for kind in CORRUPTIONS if problem.level > 1 or kind != "skipped_step"]
+    for i in range(len(kinds)):
+        kind = kinds[(turn + i) % len(kinds)]
+        try:
+            return Pair(problem.question, problem.solution, corrupt(problem, kind, rng), kind)
+        except DataError:  # in this problem every such error would show
+            continue
+    raise DataError(f"no corruption fits the solution of {problem.question!r}")
+
+
+def read_records(path: Path) -> list[tuple[int, dict]]:
+    """The objects of a JSONL file, or of a .json file that holds one array, with their numbers from 1."""
+    text = read_text(path)
+    if path.suffix == ".json":
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
+        if not isinstance(records, list):
+            raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
+        found = list(enumerate(records, start=1))
+    else:
+        found = []
+        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+            if line.strip():
+                try:
+                    found.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path} record {number}: not JSON ({error.msg})") from error
+    for number, record in found:
+        if not isinstance(record, dict):
+            raise DataError(f"{path} record {number}: an object {{...}} is wanted, not {type(record).__name__}")
+    return found
+
+
+def text_of(record: dict, key: str, where: str) -> str:
+    if key not in record:
+        raise DataError(f"{where}: the key {key!r} is missing")
+    if not isinstance(record[key], str):
+        raise DataError(f"{where}: {key!r} must be text, not {type(record[key]).__name__}")
+    return record[key].strip()
+
+
+def pair_from(record: dict, where: str, name: str) -> Pair:
+    """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not."""
+    key = "prompt" if "prompt" in record or "instruction" not in record else "instruction"
+    prompt = text_of(record, key, where)
+    if key == "instruction" and record.get("input"):
+        prompt += "\n" + text_of(record, "input", where)
+    if not prompt:
+        raise DataError(f"{where}: {key!r} is empty")
+    kind = name if name in DATASETS else "file"
+    if name == "ultrafeedback":
+        scores = record.get("metadata") or {}
+        if scores.get("score_chosen") is not None and scores.get("score_chosen") == scores.get("score_rejected"):
+            kind = "equal_scores"
+    return Pair(prompt, text_of(record, "chosen", where), text_of(record, "rejected", where), kind)
+
+
+def report_skipped(path: Path, skipped: dict[str, list[int]]) -> None:
+    """One line, from one process: how many records were left out, why, and where the first stands."""
+    said = [f"{len(numbers)} {what} (first: record {numbers[0]})" for what, numbers in skipped.items() if numbers]
+    if said and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: skipped {', '.join(said)}")
 
 
 # -----------------------------------------------------------------------------------------------------------

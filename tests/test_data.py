@@ -22,7 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import DataError, Problem, extract_answer, load_problems, load_text, same_answer, word_problems
+from data import (
+    DataError,
+    Problem,
+    extract_answer,
+    load_pairs,
+    load_problems,
+    load_text,
+    same_answer,
+    word_problems,
+)
 
 REAL = Path(os.environ.get("ALIGN_DATA", ""))
 needs_gsm8k = pytest.mark.skipif(not (REAL / "gsm8k/test.jsonl").is_file(), reason="no gsm8k/ in $ALIGN_DATA")
@@ -645,6 +654,110 @@ def test_download(tmp_path, monkeypatch):
     assert data.find("gsm8k", "test").read_text() == "hello"
     assert list(file.parent.iterdir()) == [file]
     assert asked[-1].endswith("/grade_school_math/data/test.jsonl")
+
+
+# Preference pairs.
+
+
+def write_pairs(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+def pair_record(prompt, chosen="good", rejected="bad"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_word_pairs():
+    pairs = load_pairs("word", "train", 600, (1, 2, 3))
+    problems = {problem.question: problem for problem in word_problems("train", 600, (1, 2, 3))}
+    counts = collections.Counter()
+    for pair in pairs:
+        problem = problems[pair.prompt]
+        assert pair.chosen == problem.solution
+        assert not same_answer(extract_answer(pair.rejected), problem.answer)
+        assert (pair.kind == "missing_answer") == ("####" not in pair.rejected)
+        counts[problem.level, pair.kind] += 1
+    assert all(counts[1, kind] in (66, 67) for kind in data.CORRUPTIONS if kind != "skipped_step")
+    assert all(counts[level, kind] >= 40 for level in (2, 3) for kind in data.CORRUPTIONS)
+    assert counts[1, "skipped_step"] == 0
+    assert load_pairs("word", "train", 30, (1, 2, 3)) == pairs[:30]  # a longer list begins with the shorter
+    again = load_pairs("word", "train", 600, (1, 2, 3), seed=1)
+    assert [pair.prompt for pair in again] == [pair.prompt for pair in pairs]
+    assert sum(a.rejected != b.rejected for a, b in zip(again, pairs, strict=True)) > 200
+
+
+def test_pairs_of_a_file(tmp_path, capsys):
+    records = [pair_record(f"prompt {i}") for i in range(100)]
+    records[3] |= {"rejected": " good\n"}
+    records[5] |= {"chosen": "  "}
+    records[8] |= {"rejected": ""}
+    path = write_pairs(tmp_path / "pairs.jsonl", *records)
+    found = {split: load_pairs(path, split) for split in data.SPLITS}
+    said = capsys.readouterr().out.splitlines()
+    line = "pairs.jsonl: skipped 1 pairs of equal answers (first: record 4), 2 pairs with an empty answer "
+    assert len(said) == 3
+    assert all(f"{line}(first: record 6)" in s for s in said)
+    for split, pairs in found.items():
+        assert pairs
+        assert all(data.split_of(pair.prompt) == split for pair in pairs)
+        assert all((pair.chosen, pair.rejected, pair.kind) == ("good", "bad", "file") for pair in pairs)
+    assert sum(map(len, found.values())) == 97
+    assert load_pairs(path, "train", 5) == found["train"][:5]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "the key 'rejected' is missing"),
+        ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "'rejected' must be text, not list"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
+        ({"chosen": "a", "rejected": "b"}, "the key 'prompt' is missing"),
+        ([1], "an object {...} is wanted, not list"),
+    ],
+)
+def test_bad_pairs_name_their_record(tmp_path, record, message):
+    path = write_pairs(tmp_path / "pairs.jsonl", pair_record("p"), record)
+    with pytest.raises(DataError, match=re.escape(f"pairs.jsonl record 2: {message}")):
+        load_pairs(path)
+
+
+def test_pairs_that_are_not_there(tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "p",')
+    with pytest.raises(DataError, match="record 1: not JSON"):
+        load_pairs(tmp_path / "cut.jsonl")
+    with pytest.raises(DataError, match="gsm8k has no preference pairs"):
+        load_pairs("gsm8k")
+    one = write_pairs(tmp_path / "one.jsonl", pair_record("p"))
+    other = next(split for split in data.SPLITS if split != data.split_of("p"))
+    with pytest.raises(DataError, match=f"no pair in the split {other}"):
+        load_pairs(one, other)
+
+
+def test_style_pairs_read_an_array(tmp_path, monkeypatch):
+    records = [{"instruction": f"say {i}", "input": "x" * (i % 2), "chosen": "a", "rejected": "b"} for i in range(60)]
+    (tmp_path / "preferences").mkdir()
+    (tmp_path / "preferences/short_style_preferences.json").write_text(json.dumps(records))
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    prompts = [pair.prompt for split in data.SPLITS for pair in load_pairs("style", split)]
+    assert sorted(prompts) == sorted(f"say {i}" + "\nx" * (i % 2) for i in range(60))
+
+
+needs_pairs = pytest.mark.skipif(not (REAL / "preferences").is_dir(), reason="no preferences/ in $ALIGN_DATA")
+
+
+@needs_pairs
+@pytest.mark.parametrize(("name", "total"), [("ultrafeedback", 1200 - 4 - 2 - 1), ("style", 1100 - 6)])
+def test_real_pairs(name, total):
+    found = {split: load_pairs(name, split) for split in data.SPLITS}
+    assert sum(map(len, found.values())) == total
+    prompts = {split: {pair.prompt for pair in pairs} for split, pairs in found.items()}
+    assert not prompts["train"] & (prompts["valid"] | prompts["test"])
+    assert not prompts["valid"] & prompts["test"]
+    assert all(pair.chosen and pair.rejected and pair.chosen != pair.rejected for ps in found.values() for pair in ps)
+    if name == "ultrafeedback":
+        assert len(found["test"]) == 199
+        assert sum(pair.kind == "equal_scores" for pairs in found.values() for pair in pairs) == 134
 
 
 # Token streams.

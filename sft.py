@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pretrain
+from attention import causal_mask
 from data import extract_answer, load_problems, same_answer
 from generate import ConfigError, generate, open_checkpoint, run
 from pretrain import (
@@ -80,6 +81,54 @@ def collate(examples, pad):
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = torch.tensor(flags)
     return tokens, mask
+
+
+def pack_answers(prompts, answers, pad):
+    """Groups as rows: a prompt once, then its R answers side by side, each blind to the others.
+
+        tokens     p₀ … p_{P−2} | p_{P−1} y¹₀ y¹₁ … | p_{P−1} y²₀ y²₁ … | …
+        positions  0 … P−2      | P−1 P P+1 …       | P−1 P P+1 …       | …
+        targets    –            | y¹₀ y¹₁ y¹₂ …     | y²₀ y²₁ y²₂ …     | …
+
+    Each answer sees the prompt and itself, as if it stood alone. The prompt's last token is repeated in front of each,
+    because it predicts R different first tokens. That saves R − 1 of R prompt passes, forward and backward.
+
+    prompts: n lists of ids; answers: n lists of R lists of ids. -> tokens, positions, targets (n, L); mask (n, L, L);
+    index (n·R, T): where in the flattened (n·L) row k's token t is predicted; real (n·R, T): whether it has a token t.
+    """
+    R = len(answers[0])
+    n, L = len(prompts), max(len(p) - 1 + sum(map(len, group)) for p, group in zip(prompts, answers, strict=True))
+    T = max(len(answer) for group in answers for answer in group)
+    tokens, targets = np.full((n, L), pad), np.full((n, L), pad)
+    positions, segment = np.zeros((n, L), dtype=np.int64), np.full((n, L), R + 1)
+    index, real = np.zeros((n * R, T), dtype=np.int64), np.zeros((n * R, T), dtype=bool)
+    for g, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        at = len(prompt) - 1
+        tokens[g, :at] = prompt[:-1]
+        positions[g, :at] = np.arange(at)
+        segment[g, :at] = 0
+        for r, answer in enumerate(group):
+            length = len(answer)
+            here = slice(at, at + length)
+            tokens[g, here] = [prompt[-1], *answer[:-1]]
+            targets[g, here] = answer
+            positions[g, here] = np.arange(len(prompt) - 1, len(prompt) - 1 + length)
+            segment[g, here] = r + 1
+            index[g * R + r, :length] = np.arange(g * L + at, g * L + at + length)
+            real[g * R + r, :length] = True
+            at += length
+    tokens, positions, targets, segment, index, real = map(
+        torch.from_numpy, (tokens, positions, targets, segment, index, real)
+    )
+    shared = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])  # (n, L, L): key is prompt, or mine
+    return tokens, positions, targets, shared & causal_mask(L, L), index, real
+
+
+def answer_logprobs(model, packed, temperature=1.0):
+    """log π of every token of the answers that `pack_answers` packed -> (n·R, T), 0 behind an answer's end."""
+    tokens, positions, targets, mask, index, real = packed
+    logprobs = model(tokens, positions, mask, targets=targets, temperature=temperature)  # (n, L)
+    return logprobs.flatten()[index] * real
 
 
 def sft_loss(logprobs, mask, n_tokens=None):
@@ -189,6 +238,26 @@ def pretrained_start(config, dist):
             }
         pretrain.main(pretrain.Config(name=name, **shared))
     return str(RUNS / name)
+
+
+def sft_start(config, dist):
+    """Pretraining and SFT for a later stage that was given no --init; made once, under runs/start, and reused.
+
+    The SFT is kept short on purpose: a policy that fails half of the time has the most to learn.
+    """
+    name = start_name(config.data, config.seed, "sft")
+    if (RUNS / name / "best" / "config.json").exists():
+        if dist.is_main:
+            print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
+    else:
+        if dist.is_main:
+            print(f"no --init given: making an SFT checkpoint to start from -> {RUNS / name}")
+        shared = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
+        main(Config(name=name, **START, **shared))
+    return str(RUNS / name)
+
+
+START = {"steps": 50, "eval_every": 25, "test_problems": 500}
 
 
 @dataclass

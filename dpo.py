@@ -1,0 +1,595 @@
+"""DPO: preferences without a reward model (Rafailov et al. 2023, arXiv:2305.18290), and its variants.
+
+RLHF fits a reward to pairs, then a policy to the reward under a KL penalty. The best policy of that problem is known
+in closed form, π* ∝ π_ref exp(r / β); turned round, r = β log(π*/π_ref) + const. Put this r into the Bradley-Terry
+model of the pairs, and the reward model is gone: the policy is fitted to the pairs directly.
+
+    u = log π_θ(y_w) − log π_ref(y_w)          log π(y): summed over the answer's tokens, its end token included
+    v = log π_θ(y_l) − log π_ref(y_l)          y_w the chosen, y_l the rejected answer
+    h = β (u − v)                               the margin between the implicit rewards βu and βv
+    sigmoid             −log σ(h)               Eq. 7; with smoothing ε: −(1 − ε) log σ(h) − ε log σ(−h), cDPO
+    hinge               max(0, 1 − h)           SLiC (arXiv:2305.10425): nothing more to gain beyond a margin
+    ipo                 (u − v − 1/(2β))²       Eq. 17 of arXiv:2310.12036, sums as in the paper: a margin to *meet*
+    ipo_mean            the same on means per token, as TRL computes it
+    length_normalised   −log σ(h) on means per token: a long answer has no larger margin for its length
+    simpo               −log σ(β (mean log π_θ(y_w) − mean log π_θ(y_l)) − γ), no reference (arXiv:2405.14734)
+
+The loss starts at ln 2 and its gradient is −β σ(−h) (∇log π(y_w) − ∇log π(y_l)): pairs already ordered weigh little.
+
+**The known failure.** Only the *difference* is fitted. The cheapest way to widen it is often to push both answers
+down, the rejected one faster, and the mass goes to answers that nobody judged. So `logp_chosen` is logged and drawn:
+watch it fall. Pairs of the policy's own samples, which differ where the policy errs, suffer less than pairs of
+corrupted demonstrations, where the rejected answer was improbable from the start and there is little to learn.
+
+**Pairs.** `--pairs sampled`: the start answers each training prompt R times and the verifier judges; a right and a
+wrong answer make a pair. `--pairs offline`: pairs from `data.load_pairs` (corrupted solutions, UltraFeedback, short
+style preferences, any JSONL). Either way the reference's log-probabilities are computed once and kept with the run.
+
+A pair is one row, its prompt once and both answers behind it, each blind to the other (`sft.pack_answers`).
+
+Without --init the script makes its own start on the built-in problems, as `grpo.py` does, under runs/start.
+
+Run it:
+    python dpo.py                                                         # sampled pairs, about 6 minutes on 2 cores
+    python dpo.py --pairs offline                                         # corrupted solutions
+    python dpo.py --data style --init runs/sft --variant simpo --beta 2
+    torchrun --nproc_per_node 2 dpo.py --init runs/sft
+"""
+
+import contextlib
+import copy
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Problem, load_pairs, load_problems
+from generate import ConfigError, generate, open_checkpoint, run
+from pretrain import (
+    Interrupt,
+    Log,
+    check_positive,
+    draw_curves,
+    load_state,
+    lr_at,
+    make_optimizers,
+    open_run,
+    optimizer_step,
+    precision,
+    save,
+    setup,
+)
+from sft import answer_logprobs, encode_prompt, evaluate, fitting, is_correct, pack_answers, rows_at, sft_start, wilson
+
+# ---------------------------------------------------------------------------------------------------------------
+# The objective, as pure functions of h, the margin between the implicit rewards.
+
+
+def sigmoid_loss(h, smoothing=0.0):
+    """Eq. 7. smoothing: the share of pairs whose label is taken to be wrong; then the best h is finite."""
+    return -(1 - smoothing) * F.logsigmoid(h) - smoothing * F.logsigmoid(-h)
+
+
+def hinge_loss(h):
+    return (1 - h).clamp(min=0)
+
+
+def ipo_loss(difference, beta):
+    """difference: u − v, not yet times β. A square pulls back a margin that has grown too large."""
+    return (difference - 1 / (2 * beta)) ** 2
+
+
+VARIANTS = ("sigmoid", "hinge", "ipo", "ipo_mean", "length_normalised", "simpo")
+
+
+def dpo_loss(
+    policy_chosen,
+    policy_rejected,
+    ref_chosen,
+    ref_rejected,
+    beta=0.1,
+    variant="sigmoid",
+    label_smoothing=0.0,
+    *,
+    chosen_lengths=None,
+    rejected_lengths=None,
+    gamma=0.0,
+    n_pairs=None,
+):
+    """Log-probabilities (B,), summed over the answer's tokens -> (loss, metrics).
+
+    chosen_lengths, rejected_lengths (B,): token counts, for the variants that work with means per token. gamma: the
+    margin that simpo wants. n_pairs: of the whole optimizer step, over micro-batches and ranks; default B. Metrics are
+    means over this batch; `accuracy` is the share of pairs with h > 0.
+    """
+    if variant not in VARIANTS:
+        raise ConfigError(f"--variant {variant!r} is not known; use one of {', '.join(VARIANTS)}")
+    if label_smoothing and variant not in ("sigmoid", "length_normalised"):
+        raise ConfigError(f"--label_smoothing has no meaning with --variant {variant}; it needs a probability")
+    chosen_reward, rejected_reward = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # (B,), u and v
+    if variant == "simpo":
+        chosen_reward, rejected_reward = policy_chosen, policy_rejected
+    if variant in ("ipo_mean", "length_normalised", "simpo"):
+        if chosen_lengths is None or rejected_lengths is None:
+            raise ConfigError(f"the variant {variant} needs the answers' lengths")
+        chosen_reward, rejected_reward = chosen_reward / chosen_lengths, rejected_reward / rejected_lengths
+    difference = chosen_reward - rejected_reward
+    h = beta * difference
+    if variant in ("ipo", "ipo_mean"):
+        losses = ipo_loss(difference, beta)
+    elif variant == "hinge":
+        losses = hinge_loss(h)
+    else:
+        losses = sigmoid_loss(h - gamma if variant == "simpo" else h, label_smoothing)
+    loss = losses.sum() / (n_pairs or len(losses))
+    metrics = {
+        "loss": losses.mean(),
+        "accuracy": (h > 0).float().mean(),
+        "margin": h.mean(),
+        "reward_chosen": beta * chosen_reward.mean(),
+        "reward_rejected": beta * rejected_reward.mean(),
+        "logp_chosen": policy_chosen.mean(),
+        "logp_rejected": policy_rejected.mean(),
+    }
+    return loss, dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pairs as ids: {"prompt", "chosen", "rejected"} -> lists of ids, an answer with its end token.
+
+
+def encode_pair(tokenizer, pair):
+    prompt = encode_prompt(tokenizer, Problem(pair.prompt, pair.chosen, "", 1, pair.kind))
+    chosen, rejected = ([*tokenizer.encode(text), tokenizer.im_end_id] for text in (pair.chosen, pair.rejected))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+@torch.no_grad()
+def sample_pairs(raw, tokenizer, problems, config, dist, seed):
+    """Answer each problem R times, let the verifier judge, pair right answers with wrong ones.
+
+    At most `pairs_per_prompt` of a prompt, each answer in one pair; a prompt whose answers are all right or all wrong
+    gives none. Chunks of prompts are dealt out to the ranks and seeded one by one: any number of ranks finds the same
+    pairs. -> pairs (the same list on every rank), the share of right answers.
+    """
+    R, size = config.rollouts, 64
+    chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
+    found, right = {}, 0
+    mine = range(dist.rank, len(chunks), dist.world)
+    for c in tqdm(mine, desc="sampling pairs", unit="chunk", leave=False, disable=not dist.is_main):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + c)
+        uniforms = torch.rand(len(chunks[c]) * R, config.max_new_tokens, generator=generator)
+        prompts = [encode_prompt(tokenizer, p) for p in chunks[c]]
+        rollout = generate(
+            raw,
+            prompts,
+            config.max_new_tokens,
+            n=R,
+            temperature=config.temperature,
+            stop_ids=tokenizer.stop_ids,
+            uniforms=uniforms,
+        )
+        ids, lengths, texts = rollout.ids.tolist(), rollout.mask.sum(1).tolist(), rollout.texts(tokenizer)
+        rng = random.Random(f"pairs/{seed}/{c}")
+        found[c] = []
+        for i, problem in enumerate(chunks[c]):
+            answers = {True: [], False: []}
+            for row in range(i * R, (i + 1) * R):
+                answer = ids[row][: lengths[row]]
+                correct = is_correct(texts[row], problem)
+                right += correct
+                ended = answer[-1] in tokenizer.stop_ids
+                if answer not in answers[correct] and (ended or not correct):  # a right answer must also stop
+                    answers[correct].append(answer)
+            for side in answers.values():
+                rng.shuffle(side)
+            pairs = list(zip(answers[True], answers[False], strict=False))[: config.pairs_per_prompt]
+            found[c] += [{"prompt": prompts[i], "chosen": good, "rejected": bad} for good, bad in pairs]
+    (right,) = dist.sum(right)
+    if dist.world > 1:
+        everywhere = [None] * dist.world
+        torch.distributed.all_gather_object(everywhere, found)
+        found = {c: pairs for part in everywhere for c, pairs in part.items()}
+    return [pair for c in range(len(chunks)) for pair in found[c]], right / (len(problems) * R)
+
+
+def batch_of(pairs, pad, device):
+    """Pairs -> what `pack_answers` gives, on the device, and the answers' lengths (b, 2)."""
+    packed = pack_answers([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad)
+    packed = [t.to(device) for t in packed]
+    return packed, packed[-1].sum(1).view(-1, 2)
+
+
+def pair_logprobs(model, packed):
+    """log π of the chosen and of the rejected answers, summed over their tokens: (b,), (b,)."""
+    return answer_logprobs(model, packed).sum(1).view(-1, 2).unbind(1)
+
+
+@torch.no_grad()
+def add_reference(raw, pairs, pad, dist, autocast, size=64):
+    """Put the reference's log π of both answers into each pair, once: "ref_chosen" and "ref_rejected".
+
+    Each rank computes a share and all learn all: (n, 2) numbers, nothing beside the n answers.
+    """
+    raw.eval()
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i].values())))  # like lengths waste no padding
+    sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=dist.device)
+    for i in range(dist.rank * size, len(order), dist.world * size):
+        rows = order[i : i + size]
+        packed, _ = batch_of([pairs[row] for row in rows], pad, dist.device)
+        with autocast():
+            sums[rows] = torch.stack(pair_logprobs(raw, packed), dim=1).double()
+    if dist.world > 1:
+        torch.distributed.all_reduce(sums)
+    return [p | {"ref_chosen": c, "ref_rejected": r} for p, (c, r) in zip(pairs, sums.tolist(), strict=True)]
+
+
+def reference_of(pairs, device):
+    """-> ref_chosen, ref_rejected (b,)"""
+    return torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=device).unbind(1)
+
+
+@torch.no_grad()
+def kl_to_reference(raw, reference, tokenizer, prompts, max_new_tokens, dist, seed=0):
+    """KL(π ‖ π_ref) in nats per token: the mean of k3 over one sampled answer per prompt (lists of ids)."""
+    mine = prompts[dist.rank :: dist.world]
+    total, n = 0.0, 0
+    if mine:
+        generator = torch.Generator().manual_seed(seed + dist.rank)
+        rollout = generate(raw, mine, max_new_tokens, stop_ids=tokenizer.stop_ids, generator=generator)
+        rows = zip(rollout.ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
+        packed = pack_answers(mine, [[ids[:length]] for ids, length in rows], tokenizer.endoftext_id)
+        packed = [t.to(dist.device) for t in packed]
+        log_r = answer_logprobs(reference, packed) - answer_logprobs(raw, packed)
+        total, n = (log_r.exp() - log_r - 1).sum().item(), rollout.mask.sum().item()
+    total, n = dist.sum(total, n)
+    return total / n
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stage.
+
+
+@dataclass
+class Config:
+    """Fit a policy to preference pairs (DPO)."""
+
+    data: str = "word"
+    """word (built-in problems), gsm8k (sampled pairs), ultrafeedback, style, or the path of a .jsonl of pairs."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Levels of the built-in problems: 1 to 3 steps."""
+    pairs: str | None = None
+    """sampled (from the start, judged by the verifier) or offline; default sampled for word and gsm8k."""
+    prompts: int = 2000
+    """Training prompts to sample answers for; or, offline, the most pairs to use."""
+    rollouts: int = 8
+    """Sampled answers per prompt."""
+    pairs_per_prompt: int = 2
+    """Most pairs made of one prompt's samples."""
+    temperature: float = 1.0
+    """Of the sampling."""
+    init: str | None = None
+    """SFT checkpoint to start from, also the reference; default: made once under runs/start."""
+    name: str = "dpo"
+    """Run directory below runs/."""
+    steps: int = 150
+    """Optimizer steps."""
+    batch: int = 32
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch: int = 32
+    """Pairs per forward pass of one rank."""
+    variant: str = "sigmoid"
+    """sigmoid, hinge, ipo, ipo_mean, length_normalised or simpo."""
+    beta: float = 0.1
+    """How dear it is to leave the reference."""
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be labelled wrongly (cDPO)."""
+    gamma: float = 0.0
+    """The margin that simpo wants."""
+    lr: float = 5e-5
+    """Peak learning rate."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    max_new_tokens: int = 64
+    """Longest sampled answer."""
+    eval_every: int = 25
+    """Steps between evaluations on the validation split."""
+    eval_problems: int = 200
+    """Validation problems (and their pairs) per evaluation."""
+    test_problems: int = 1000
+    """Held-out problems (or pairs) of the evaluation before and after."""
+    save_every: int = 100
+    """Steps between checkpoints of last/."""
+    seed: int = 0
+    """Of the pairs, their order and the dropout (and of the start, where one is made)."""
+    dropout: float = 0.0
+    """Dropout while training."""
+    resume: bool = False
+    """Continue runs/NAME/last as if it had never stopped."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, fp32, bf16 or fp16."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well."""
+
+    def __post_init__(self):
+        check_positive(self, "prompts", "rollouts", "pairs_per_prompt", "steps", "batch", "micro_batch", "eval_every")
+        check_positive(self, "max_new_tokens", "eval_problems", "test_problems", "save_every")
+        if self.pairs is None:
+            self.pairs = "sampled" if self.data in ("word", "gsm8k") else "offline"
+        if self.pairs not in ("sampled", "offline"):
+            raise ConfigError(f"--pairs {self.pairs!r} is not known; use sampled or offline")
+        if self.pairs == "sampled" and (self.rollouts < 2 or self.temperature <= 0):
+            raise ConfigError("--pairs sampled needs --rollouts of at least 2 and a --temperature above 0")
+        if self.beta <= 0:
+            raise ConfigError(f"--beta is {self.beta}; it must be above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"--label_smoothing is {self.label_smoothing}; it must be at least 0 and below 0.5")
+        if self.init is None and self.data != "word":
+            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
+        one = torch.ones(1)  # ask the function itself whether it knows the variant, now rather than after the set-up
+        dpo_loss(
+            one,
+            one,
+            one,
+            one,
+            self.beta,
+            self.variant,
+            self.label_smoothing,
+            chosen_lengths=one,
+            rejected_lengths=one,
+        )
+
+
+def make_pairs(config, dist, raw, tokenizer, problems, autocast):
+    """{"train", "valid", "test"}: pairs of ids with their reference log-probabilities."""
+    made = {}
+    most = {"train": config.prompts, "valid": config.eval_problems, "test": config.test_problems}
+    for number, split in enumerate(most):
+        if config.pairs == "sampled":
+            seed = config.seed * 3 + number
+            with autocast():
+                pairs, right = sample_pairs(raw, tokenizer, problems[split], config, dist, seed)
+            if not pairs:
+                raise ConfigError(
+                    f"no {split} prompt got both a right and a wrong answer ({right:.1%} of all are right): give "
+                    "another --init, more --rollouts or more --prompts"
+                )
+            if dist.is_main:
+                n = len(problems[split])
+                print(
+                    f"{split}: {len(pairs):,} pairs from {config.rollouts} answers to {n:,} prompts, {right:.1%} right"
+                )
+        else:
+            found = load_pairs(config.data, split, most[split], tuple(config.levels), config.seed)
+            pairs = [encode_pair(tokenizer, pair) for pair in found]
+            lengths = [len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs]
+            pairs = fitting(pairs, lengths, raw.config.context, f"{split} pair", dist)
+        made[split] = add_reference(raw, pairs, tokenizer.endoftext_id, dist, autocast)
+    return made
+
+
+@torch.no_grad()
+def validate(raw, pairs, config, tokenizer, dist, autocast):
+    """The loss and its metrics over pairs, dealt out to the ranks: {"loss", "accuracy", "margin", …}."""
+    raw.eval()
+    mine = sorted(pairs[dist.rank :: dist.world], key=lambda p: len(p["prompt"]) + len(p["chosen"]))
+    sums = {}
+    for i in range(0, len(mine), 64):
+        chunk = mine[i : i + 64]
+        packed, lengths = batch_of(chunk, tokenizer.endoftext_id, dist.device)
+        with autocast():
+            chosen, rejected = pair_logprobs(raw, packed)
+        metrics = loss_of(config, chosen, rejected, chunk, lengths)[1]
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value * len(chunk)
+    values = dist.sum(*sums.values())
+    return {name: value / len(pairs) for name, value in zip(sums, values, strict=True)}
+
+
+def loss_of(config, chosen, rejected, pairs, lengths, n_pairs=None):
+    ref_chosen, ref_rejected = reference_of(pairs, chosen.device)
+    return dpo_loss(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        config.beta,
+        config.variant,
+        config.label_smoothing,
+        chosen_lengths=lengths[:, 0],
+        rejected_lengths=lengths[:, 1],
+        gamma=config.gamma,
+        n_pairs=n_pairs,
+    )
+
+
+def main(config):
+    """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
+    began = time.perf_counter()
+    dist = setup(config.device)
+    if config.batch % dist.world:
+        raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
+    autocast, scaler = precision(config.dtype, dist)
+    init = config.init or sft_start(config, dist)
+    raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
+    reference = copy.deepcopy(raw).requires_grad_(False).eval()
+    problems = None  # with a verifier: greedy accuracy is measured too
+    if config.data in ("word", "gsm8k"):
+        most = {"train": config.prompts, "valid": config.eval_problems, "test": config.test_problems}
+        problems = {split: load_problems(config.data, split, n, tuple(config.levels)) for split, n in most.items()}
+        for split, found in problems.items():
+            lengths = [len(encode_prompt(tokenizer, p)) for p in found]
+            room = raw.config.context - config.max_new_tokens
+            problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
+
+    run_dir = open_run(config, dist)
+    kept = run_dir / "pairs.pt"
+    if config.resume and kept.is_file():  # pairs and reference log-probabilities are computed once in a run's life
+        pairs = torch.load(kept, weights_only=True)
+    else:
+        pairs = make_pairs(config, dist, reference, tokenizer, problems, autocast)
+        if dist.is_main:
+            torch.save(pairs, kept)
+    torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
+    optimizers = make_optimizers(raw, "adamw", config.lr, config.weight_decay, betas=(0.9, 0.999))
+    first, best, before = 0, math.inf, None
+    if config.resume:
+        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
+        first, best, before = state["step"], state["best"], state["before"]
+    model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
+    log = Log(run_dir, config, dist, first)
+    interrupt = Interrupt(dist)
+
+    def held_out(split, greedy=True):
+        """Pairs of the split: loss, implicit accuracy and the rest; greedy answers: exact match."""
+        figures = {"pairs": validate(raw, pairs[split], config, tokenizer, dist, autocast)}
+        if problems and greedy:
+            result = evaluate(raw, tokenizer, problems[split], config.max_new_tokens, dist)
+            figures |= {k: v for k, v in result.items() if k != "samples"}
+        return figures
+
+    prompts = [p["prompt"] for p in pairs["valid"][:64]]
+    room = raw.config.context - max(map(len, prompts))
+    if before is None:
+        before = held_out("test")
+    if dist.is_main:
+        known = f"; test accuracy before: {before['accuracy']:.1%}" if problems else ""
+        print(f"{raw.num_params():,} parameters from {init}; {len(pairs['train']):,} training pairs{known}")
+
+    def checkpoint(name, step):
+        state = None
+        if name == "last":
+            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
+            state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers]}
+        save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
+
+    rows = config.batch // dist.world
+    shown = {}
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
+    for step in bar:
+        # ------------------------------------------------------------------ once in a while
+        if interrupt:
+            checkpoint("last", step)
+            bar.close()
+            if dist.is_main:
+                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
+            raise SystemExit(130)
+        if step and step % config.save_every == 0 and step != first:
+            checkpoint("last", step)
+
+        # ------------------------------------------------------------------ one optimizer step
+        started = time.perf_counter()
+        chosen_rows = rows_at(len(pairs["train"]), step, config.batch, config.seed)
+        mine = [pairs["train"][i] for i in chosen_rows[dist.rank * rows : (dist.rank + 1) * rows]]
+        mine.sort(key=lambda p: len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]))  # wastes less padding
+        model.train()
+        sums = {}
+        for i in range(0, rows, config.micro_batch):
+            part = mine[i : i + config.micro_batch]
+            packed, lengths = batch_of(part, tokenizer.endoftext_id, dist.device)
+            last = i + config.micro_batch >= rows
+            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                with autocast():
+                    chosen, rejected = pair_logprobs(model, packed)  # (b,) each
+                loss, metrics = loss_of(config, chosen, rejected, part, lengths, n_pairs=config.batch)
+                scaler.scale(loss * dist.world).backward()  # DDP divides by world
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value * len(part)
+        lr = lr_at(step, config.steps, config.lr, config.warmup)
+        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        record = {name: v / config.batch for name, v in zip(sums, dist.sum(*sums.values()), strict=True)}
+        if not math.isfinite(record["loss"]):
+            raise ConfigError(
+                f"the loss is {record['loss']} at step {step} (learning rate {lr:.1e}); try a smaller --lr"
+            )
+
+        done = step + 1
+        record = {f"pair_{k}" if k == "accuracy" else k: v for k, v in record.items()}
+        record |= {"grad_norm": norm, "lr": lr, "steps_per_second": 1 / (time.perf_counter() - started)}
+        if done % config.eval_every == 0 or done == config.steps:
+            result = held_out("valid")
+            record |= {f"valid_{k}": v for k, v in result["pairs"].items()}
+            length = min(config.max_new_tokens, room)
+            record["kl"] = kl_to_reference(raw, reference, tokenizer, prompts, length, dist, config.seed)
+            shown = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
+            if problems:
+                record["accuracy"] = result["accuracy"]
+                shown["accuracy"] = f"{result['accuracy']:.1%}"
+            if record["valid_loss"] < best:
+                best = record["valid_loss"]
+                checkpoint("best", done)
+        log(done, **record)
+        bar.set_postfix(loss=f"{record['loss']:.3f}", logp=f"{record['logp_chosen']:.1f}", **shown, refresh=False)
+    checkpoint("last", config.steps)
+    log.close()
+
+    # The test split, once, with the checkpoint that the validation loss chose.
+    raw, tokenizer, path = open_checkpoint(run_dir, dist.device)
+    after = held_out("test")
+    seconds = time.perf_counter() - began
+    if dist.is_main:
+        report(config, before, after, len(pairs["test"]), seconds)
+        draw(config, run_dir, bool(problems))
+        print(f"{path}, {run_dir}/last, {run_dir}/curves.png")
+    return {"before": before, "after": after, "path": str(path), "seconds": seconds}
+
+
+def report(config, before, after, n, seconds):
+    """The table at the end."""
+    print(f"\n{'held-out test':<34}{'before':>16}{'after':>20}")
+    if "accuracy" in after:
+        said = [f"{r['accuracy']:.1%} [{r['low']:.1%}, {r['high']:.1%}]" for r in (before, after)]
+        print(f"{'greedy accuracy, 95 % interval':<30}{said[0]:>22}{said[1]:>22}")
+        print(f"{'answer length':<34}{before['length']:>16.1f}{after['length']:>20.1f}")
+    low, high = wilson(after["pairs"]["accuracy"] * n, n)
+    ordered = f"{after['pairs']['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+    print(f"{'pairs ordered rightly':<34}{'–':>16}{ordered:>22}")
+    for name, what in (
+        ("loss", "loss on pairs"),
+        ("logp_chosen", "log π(chosen)"),
+        ("logp_rejected", "log π(rejected)"),
+    ):
+        print(f"{what:<34}{before['pairs'][name]:>16.3f}{after['pairs'][name]:>20.3f}")
+    gain = f"{(after['accuracy'] - before['accuracy']) * 100:+.1f} points in " if "accuracy" in after else ""
+    print(f"{gain}{config.steps} steps, {seconds / 60:.1f} minutes")
+    if after["pairs"]["logp_chosen"] < before["pairs"]["logp_chosen"]:
+        print("the chosen answers became less probable too: DPO fits the difference alone (see curves.png)")
+
+
+def draw(config, run_dir, verified):
+    panels = [
+        ("loss on pairs", {"loss": "train", "valid_loss": "validation"}, "nats", {}),
+        ("pairs ordered rightly", {"pair_accuracy": "train", "valid_accuracy": "validation"}, "share", {}),
+        (
+            "implicit rewards, validation",
+            {"valid_reward_chosen": "chosen", "valid_reward_rejected": "rejected"},
+            "β log π/π_ref",
+            {},
+        ),
+        (
+            "log π of the answers, validation",
+            {"valid_logp_chosen": "chosen", "valid_logp_rejected": "rejected"},
+            "nats",
+            {},
+        ),
+        ("KL to the reference", {"kl": "sampled answers"}, "nats per token", {}),
+        ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
+    ]
+    if verified:
+        panels.insert(0, ("held-out accuracy, greedy", {"accuracy": "validation"}, "share correct", {}))
+    draw_curves(run_dir, f"{config.name}: DPO ({config.variant}, {config.pairs} pairs) on {config.data}", panels)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

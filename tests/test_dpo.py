@@ -1,0 +1,326 @@
+"""dpo.py: every loss and its gradient against plain loops, what a pair's row computes, and the guarantees of a run."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import assert_one_line_error, assert_same_weights, metrics, script
+
+import dpo
+import pretrain
+from data import load_pairs, load_problems
+from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, kl_to_reference, pair_logprobs
+from generate import ConfigError, open_checkpoint
+from sft import encode_prompt
+from tokenizer_bpe import BPETokenizer
+from transformer import Transformer, TransformerConfig, token_logprobs
+
+SMALL = dict(init="start", pairs="offline", prompts=40, steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2)
+SMALL |= dict(eval_problems=5, test_problems=5, max_new_tokens=8, device="cpu", lr=1e-3)
+
+
+def config(**changes):
+    return Config(**(SMALL | changes))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
+
+
+def tiny(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    return Transformer(TransformerConfig(tokenizer.vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1, width=16))
+
+
+@pytest.fixture
+def here(scratch, tokenizer):
+    tiny(tokenizer).save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    return scratch
+
+
+# ------------------------------------------------------------------------------------------------ the losses
+
+
+def numbers(B=7):
+    torch.manual_seed(0)
+    logps = [(-20 * torch.rand(B, dtype=torch.float64)).requires_grad_(i < 2) for i in range(4)]
+    return logps, (torch.randint(1, 9, (B,)), torch.randint(1, 9, (B,)))
+
+
+def by_loop(logps, lengths, beta, variant, smoothing, gamma):
+    total = 0.0
+    for pc, pr, rc, rr, nc, nr in zip(*logps, *lengths, strict=True):
+        if variant == "simpo":
+            h = beta * pc / nc - beta * pr / nr - gamma
+            loss = torch.log(1 + torch.exp(-h)) * (1 - smoothing) + torch.log(1 + torch.exp(h)) * smoothing
+        elif variant == "ipo":
+            loss = (pc - rc - pr + rr - 1 / (2 * beta)) ** 2
+        elif variant == "ipo_mean":
+            loss = ((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)) ** 2
+        elif variant == "hinge":
+            loss = max(torch.zeros(()), 1 - beta * ((pc - rc) - (pr - rr)))
+        else:
+            if variant == "length_normalised":
+                pc, rc, pr, rr = pc / nc, rc / nc, pr / nr, rr / nr
+            h = beta * (torch.log(torch.exp(pc) / torch.exp(rc)) - torch.log(torch.exp(pr) / torch.exp(rr)))
+            loss = -(1 - smoothing) * torch.log(1 / (1 + torch.exp(-h))) - smoothing * torch.log(1 / (1 + torch.exp(h)))
+        total = total + loss
+    return total / len(logps[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_and_gradient_against_a_loop(variant, smoothing):
+    logps, lengths = numbers()
+    more = dict(chosen_lengths=lengths[0], rejected_lengths=lengths[1], gamma=0.7)
+    if smoothing and variant not in ("sigmoid", "length_normalised"):
+        with pytest.raises(ConfigError, match="label_smoothing"):
+            dpo_loss(*logps, 0.3, variant, smoothing, **more)
+        return
+    loss, figures = dpo_loss(*logps, 0.3, variant, smoothing, **more)
+    expected = by_loop(logps, lengths, 0.3, variant, smoothing, 0.7)
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-10)
+    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    ours = torch.autograd.grad(loss, logps[:2])
+    for a, b in zip(ours, torch.autograd.grad(expected, logps[:2]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+        assert b.abs().max() > 0
+
+
+def test_gradient_in_closed_form():
+    logps, _ = numbers()
+    chosen, rejected = torch.autograd.grad(dpo_loss(*logps, 0.3)[0], logps[:2])
+    h = 0.3 * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
+    torch.testing.assert_close(chosen, -0.3 * torch.sigmoid(-h).detach() / 7)
+    torch.testing.assert_close(rejected, -chosen)
+
+
+def test_worked_numbers():
+    # u = −10 − (−12) = 2, v = −9 − (−8) = −1, h = 0.1 · 3 = 0.3, −log σ(0.3) = log(1 + e^−0.3) = 0.554355
+    loss, figures = dpo_loss(*torch.tensor([[-10.0], [-9.0], [-12.0], [-8.0]]))
+    assert loss.item() == pytest.approx(0.554355, abs=1e-6)
+    expected = dict(accuracy=1, margin=0.3, reward_chosen=0.2, reward_rejected=-0.1, logp_chosen=-10, logp_rejected=-9)
+    assert figures == pytest.approx(expected | {"loss": 0.554355}, abs=1e-6)
+
+
+def test_properties():
+    logps, _ = numbers()
+    at_start, figures = dpo_loss(logps[2], logps[3], logps[2], logps[3])
+    assert at_start.item() == pytest.approx(math.log(2))
+    assert figures["accuracy"] == figures["margin"] == 0
+    pc, pr, rc, rr = logps
+    with_smoothing = dpo_loss(*logps, 0.3, label_smoothing=0.2)[0]
+    swapped = dpo_loss(pr, pc, rr, rc, 0.3)[0]
+    torch.testing.assert_close(with_smoothing, 0.8 * dpo_loss(*logps, 0.3)[0] + 0.2 * swapped)
+    shifted = dpo_loss(pc + 3, pr + 3, rc + 3, rr + 3, 0.3)[0]  # what both sides share does not matter
+    torch.testing.assert_close(shifted, dpo_loss(*logps, 0.3)[0])
+    assert dpo_loss(*torch.tensor([[0.0], [-5000.0], [0.0], [0.0]]), 1.0)[0].item() == 0  # far out: no NaN
+    assert dpo_loss(*torch.tensor([[-5000.0], [0.0], [0.0], [0.0]]), 1.0)[0].item() == 5000
+    torch.testing.assert_close(dpo_loss(*logps, n_pairs=14)[0], dpo_loss(*logps)[0] / 2)
+
+
+# ------------------------------------------------------------------------------------------------ a pair's row
+
+
+def test_a_packed_pair_is_two_rows_of_its_own(tokenizer):
+    raw = tiny(tokenizer).double()
+    pairs = [encode_pair(tokenizer, pair) for pair in load_pairs("word", "train", 5)]
+    packed, lengths = batch_of(pairs, tokenizer.endoftext_id, "cpu")
+    together = torch.stack(pair_logprobs(raw, packed), dim=1)  # (5, 2)
+    apart = torch.zeros(5, 2, dtype=torch.float64)
+    for i, pair in enumerate(pairs):
+        for side, answer in enumerate((pair["chosen"], pair["rejected"])):
+            logprobs = token_logprobs(raw, torch.tensor([pair["prompt"] + answer]))[0]
+            apart[i, side] = logprobs[len(pair["prompt"]) - 1 :].sum()  # the first answer token counts
+            assert lengths[i, side] == len(answer)
+    torch.testing.assert_close(together, apart, check_dtype=False)
+    weights = torch.randn(5, 2, dtype=torch.float64)
+    ours = torch.autograd.grad((together * weights).sum(), list(raw.parameters()))
+    theirs = torch.autograd.grad((apart * weights).sum(), list(raw.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert max(b.abs().max() for b in theirs) > 1e-3
+
+
+def test_pairs_end_where_the_template_ends(tokenizer):
+    pair = load_pairs("word", "train", 1)[0]
+    made = encode_pair(tokenizer, pair)
+    chat = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.rejected}]
+    ids, mask = tokenizer.encode_chat(chat)
+    assert made["prompt"] + made["rejected"] == ids[: len(made["prompt"]) + len(made["rejected"])]
+    assert made["rejected"] == [i for i, flag in zip(ids, mask, strict=True) if flag]
+
+
+def test_reference_is_the_start(tokenizer):
+    raw, dist = tiny(tokenizer), pretrain.setup("cpu")
+    autocast, _ = pretrain.precision("fp32", dist)
+    pairs = [encode_pair(tokenizer, pair) for pair in load_pairs("word", "train", 9)]
+    known = add_reference(raw, pairs, tokenizer.endoftext_id, dist, autocast, size=4)
+    for pair in known:
+        row = torch.tensor([pair["prompt"] + pair["rejected"]])
+        expected = token_logprobs(raw, row)[0, len(pair["prompt"]) - 1 :].sum().item()
+        assert pair["ref_rejected"] == pytest.approx(expected, abs=1e-4)
+    result = dpo.validate(raw, known, config(), tokenizer, dist, autocast)
+    assert result["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_kl_to_reference(tokenizer):
+    raw, other, dist = tiny(tokenizer), tiny(tokenizer, seed=1), pretrain.setup("cpu")
+    prompts = [encode_prompt(tokenizer, p) for p in load_problems("word", "valid", 3)]
+    assert kl_to_reference(raw, raw, tokenizer, prompts, 8, dist) == pytest.approx(0, abs=1e-6)
+    assert kl_to_reference(raw, other, tokenizer, prompts, 8, dist) > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ sampled pairs
+
+
+def test_sampled_pairs(tokenizer, monkeypatch):
+    """A verifier that likes texts of even length; the chunks come out the same however many ranks share them."""
+    monkeypatch.setattr(dpo, "is_correct", lambda text, problem: len(text) % 2 == 0)
+    raw, problems = tiny(tokenizer), load_problems("word", "train", 130)
+    settings = config(pairs="sampled", rollouts=6, max_new_tokens=60, pairs_per_prompt=2)
+    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, pretrain.setup("cpu"), seed=3)
+    assert 0.2 < share < 0.8
+    assert len(pairs) > 20
+    prompts = [encode_prompt(tokenizer, p) for p in problems]
+    special = set(tokenizer.special_ids.values())
+    for pair in pairs:
+        assert pair["prompt"] in prompts
+        texts = [tokenizer.decode([i for i in pair[side] if i not in special]) for side in ("chosen", "rejected")]
+        assert len(texts[0]) % 2 == 0 == (len(texts[1]) + 1) % 2
+        assert pair["chosen"][-1] in tokenizer.stop_ids  # an answer that never stops is nobody's example
+    assert max(sum(pair["prompt"] == p for pair in pairs) for p in prompts) == 2
+    assert len({str(pair) for pair in pairs}) == len(pairs)
+
+    class Rank(pretrain.Dist):
+        def sum(self, *values):
+            return values
+
+    parts = []
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, mine: parts.append(mine) or out.clear())
+    for rank in (0, 1):
+        with pytest.raises(KeyError):  # this fake gathers nothing
+            dpo.sample_pairs(raw, tokenizer, problems, settings, Rank(rank, 2, torch.device("cpu")), seed=3)
+    assert sorted(parts[0]) == [0, 2]
+    assert sorted(parts[1]) == [1]
+    both = parts[0] | parts[1]
+    assert [pair for c in sorted(both) for pair in both[c]] == pairs
+
+
+def test_a_run_with_sampled_pairs(here, monkeypatch):
+    monkeypatch.setattr(dpo, "is_correct", lambda text, problem: len(text) % 2 == 0)
+    changes = dict(rollouts=8, max_new_tokens=60, eval_problems=20, test_problems=20, steps=10, lr=2e-2)
+    result = dpo.main(config(pairs="sampled", **changes))
+    assert result["before"]["pairs"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    losses = list(metrics("runs/dpo", "loss").values())
+    assert losses[-1] < 0.9 * losses[0]  # these few pairs can be learnt by heart
+    monkeypatch.setattr(dpo, "is_correct", lambda text, problem: False)
+    with pytest.raises(ConfigError, match="no train prompt got both a right and a wrong answer"):
+        dpo.main(config(pairs="sampled", rollouts=2))
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def write_pairs(path, n=120):
+    pairs = [{"prompt": f"Is {i} a number?", "chosen": "It is 7.", "rejected": "Anna has 3 apples."} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_separable_set_is_separated(here, variant):
+    write_pairs(here / "toy.jsonl")
+    settings = dict(data="toy.jsonl", variant=variant, steps=30, lr=1e-2, batch=16, micro_batch=16, eval_every=15)
+    result = dpo.main(config(**settings, beta=1.0))
+    assert result["after"]["pairs"]["accuracy"] > 0.95
+    assert result["after"]["pairs"]["loss"] < 0.8 * result["before"]["pairs"]["loss"]
+    assert set(metrics("runs/dpo", "valid_loss")) == {15, 30}
+    for name in ("kl", "logp_chosen", "reward_chosen", "valid_margin", "pair_accuracy"):
+        assert metrics("runs/dpo", name), name
+    for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "pairs.pt"):
+        assert (here / "runs" / "dpo" / name).exists(), name
+
+
+def test_best_is_chosen_by_the_validation_loss(here):
+    write_pairs(here / "toy.jsonl")
+    result = dpo.main(config(data="toy.jsonl", steps=6, lr=1e-2, eval_every=1, save_every=1))
+    losses = metrics("runs/dpo", "valid_loss")
+    raw, tokenizer, path = open_checkpoint("runs/dpo")
+    assert str(path) == result["path"]
+    pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"]
+    dist = pretrain.setup("cpu")
+    figures = dpo.validate(raw, pairs, config(), tokenizer, dist, pretrain.precision("fp32", dist)[0])
+    assert figures["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+
+
+def test_the_cut_into_micro_batches_changes_nothing(here):
+    dpo.main(config(name="whole"))
+    dpo.main(config(name="cut", micro_batch=2))
+    for name in ("loss", "grad_norm", "logp_chosen", "pair_accuracy"):
+        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+
+
+def test_two_processes_equal_one(here):
+    flags = [x for k, v in SMALL.items() for x in (f"--{k}", v)]
+    one = script("dpo.py", *flags, "--name", "one", cwd=here)
+    two = script("dpo.py", *flags, "--name", "two", cwd=here, processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    for name in ("loss", "grad_norm", "valid_loss", "valid_logp_chosen", "accuracy"):
+        a, b = metrics("runs/one", name), metrics("runs/two", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+    assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
+    changes = dict(dropout=0.1)
+    dpo.main(config(name="whole", **changes))
+
+    class StopAt2:
+        def __init__(self, dist):
+            self.asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "Interrupt", StopAt2)
+        with pytest.raises(SystemExit):
+            dpo.main(config(name="parts", **changes))
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "make_pairs", None)  # pairs and reference are read again, not made again
+        dpo.main(config(name="parts", resume=True, **changes))
+    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+
+
+def test_long_pairs_are_left_out(here, capsys):
+    write_pairs(here / "toy.jsonl", 100)
+    long = {"prompt": "word " * 300, "chosen": "a", "rejected": "b"}
+    with open("toy.jsonl", "a") as file:
+        file.write("\n" + json.dumps(long))
+    dpo.main(config(data="toy.jsonl", prompts=1000, steps=1))
+    assert "train pairs are longer than 160 tokens: left out" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(here):
+    def fails(*flags):
+        return script("dpo.py", "--init", "start", *flags, cwd=here)
+
+    (here / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"}\n')
+    assert_one_line_error(fails("--data", "bad.jsonl"), "bad.jsonl", "2", "rejected")
+    assert_one_line_error(fails("--data", "nothing.jsonl"), "nothing.jsonl")
+    with pytest.raises(ConfigError, match="variant"):
+        config(variant="dpo")
+    with pytest.raises(ConfigError, match="beta"):
+        config(beta=0.0)
+    with pytest.raises(ConfigError, match="pairs"):
+        config(pairs="both")
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        config(variant="hinge", label_smoothing=0.1)
+    with pytest.raises(ConfigError, match="needs an SFT checkpoint"):
+        config(init=None, data="style")

@@ -46,7 +46,9 @@ Run: `python data.py` prints problems of each level, their corruptions and a nar
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -71,7 +73,8 @@ class DataError(ValueError):
 class Problem:
     """`solution` ends in `#### answer`; `answer` is canonical (see `extract_answer`), or "" if unknown.
 
-    `level` is the number of arithmetic steps; `story` the theme, or "gsm8k", or "file".
+    `level` is the number of arithmetic steps; `story` the theme, or "gsm8k", or "file". In a longer conversation
+    `history` holds what was said before the question, as (role, content). `rating` is that of a rated solution, 1 to 5.
     """
 
     question: str
@@ -79,6 +82,8 @@ class Problem:
     answer: str
     level: int
     story: str
+    history: tuple[tuple[str, str], ...] = ()
+    rating: float | None = None
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -841,6 +846,8 @@ DATASETS: dict[str, dict[str, Source]] = {
         "train": Source("preferences/ultrafeedback_train.jsonl"),
         "test": Source("preferences/ultrafeedback_test.jsonl"),
     },
+    "instructions": {"train": Source("instruction/instruction_data.json")},
+    "ratings": {"train": Source("ratings/rated_responses.csv")},
     "style": {
         "train": Source(
             "preferences/short_style_preferences.json",
@@ -928,52 +935,99 @@ def load_problems(
     "word"    generated at `levels`: 20,000 for train, 1,000 for valid and for test, unless n says otherwise
     "gsm8k"   test is the published test split; valid the last 500 of the published train split, train the
               rest, so that nothing is ever selected on test
-    a path    JSONL, one record a line (see `problem_from`); the split by the hash of the question
+    "instructions", "ratings", or a path: JSONL, a JSON array or CSV of what `problem_from` knows; the split by the
+              hash of the question and what was said before it
     """
     check_split(split)
     if name == "word":
         return word_problems(split, (20_000 if split == "train" else 1_000) if n is None else n, levels)
     path = find(name, {"valid": "train"}.get(split, split) if name == "gsm8k" else "train")
-    problems = []
-    lines = read_text(path).split("\n")  # not splitlines: U+2028 may stand inside a JSON string
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            problems.append(problem_from(line, f"{path} line {number}", "gsm8k" if name == "gsm8k" else "file"))
+    story = "gsm8k" if name == "gsm8k" else "file"
+    problems = [problem_from(record, f"{path} {place}", story) for place, record in read_records(path)]
     if name == "gsm8k":
         problems = problems[-500:] if split == "valid" else problems[:-500] if split == "train" else problems
     else:
-        problems = [problem for problem in problems if split_of(problem.question) == split]
+        problems = [problem for problem in problems if split_of(conversation_key(problem)) == split]
     if not problems:
         raise DataError(f"{path} has no problem in the split {split}: the split is by hash, add more records")
     return problems[:n]
 
 
-def problem_from(line: str, where: str, story: str) -> Problem:
-    """One JSONL record. The keys are one of
+def read_records(path: Path) -> list[tuple[str, dict]]:
+    """The objects of a .jsonl, of a .json that holds one array, or of a .csv, each with its place: "line 3" of a
+    .jsonl, "record 3" of the others, counted from 1."""
+    text = read_text(path)
+    if path.suffix == ".json":
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
+        if not isinstance(records, list):
+            raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
+        found = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
+    elif path.suffix == ".csv":
+        found = [(f"record {n}", row) for n, row in enumerate(csv.DictReader(io.StringIO(text), strict=True), start=1)]
+        for place, row in found:
+            if None in row or None in row.values():
+                raise DataError(f"{path} {place}: not as many fields as the header has columns")
+    else:
+        found = []
+        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+            if line.strip():
+                try:
+                    found.append((f"line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    where = f"{path} line {number}"
+                    raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    for place, record in found:
+        if not isinstance(record, dict):
+            raise DataError(f"{path} {place}: a record is an object {{...}}, not {type(record).__name__}")
+    return found
+
+
+def text_of(record: dict, key: str, where: str) -> str:
+    if key not in record:
+        raise DataError(f"{where}: the key {key!r} is missing")
+    if not isinstance(record[key], str):
+        raise DataError(f"{where}: {key!r} must be text, not {type(record[key]).__name__}")
+    return record[key].strip()
+
+
+def prompt_of(record: dict, where: str) -> str:
+    """`prompt`, or `instruction` with `input`; never empty."""
+    key = "prompt" if "prompt" in record or "instruction" not in record else "instruction"
+    prompt = text_of(record, key, where)
+    if key == "instruction" and record.get("input"):
+        prompt += "\n" + text_of(record, "input", where)
+    if not prompt:
+        raise DataError(f"{where}: {key!r} is empty")
+    return prompt
+
+
+def conversation_key(problem: Problem) -> str:
+    """What decides the split: everything that was said before the answer."""
+    return " ".join([*(content for _, content in problem.history), problem.question])
+
+
+def problem_from(record: dict, where: str, story: str) -> Problem:
+    """One record. The keys are one of
 
     {"question", "answer"}              `answer` is the worked solution with its #### line, or just a number
     {"question", "solution", "answer"}  `answer` is the number
-    {"messages": [user, assistant]}     one exchange in chat form
+    {"messages": [...]}                 a conversation, whose last turn is the assistant's: the solution
+    {"prompt", "response", "rating"}    a response and what it was found worth, 1 to 5
+    {"instruction", "input", "output"}  `input` may be missing or empty
 
-    A solution with neither a #### line nor a bare number is kept with answer "": SFT can use it, no verifier
+    The last three are taken as they stand; without a #### line their answer is "": SFT can use them, no verifier
     will accept it. GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made for a
     calculator that overwrites the sampled tokens; without one, the model would write each result twice.
     """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a record is an object {{...}}, not {type(record).__name__}")
     if "messages" in record:
-        turns = record["messages"]
-        if not (
-            isinstance(turns, list)
-            and all(isinstance(turn, dict) for turn in turns)
-            and [turn.get("role") for turn in turns] == ["user", "assistant"]
-        ):
-            raise DataError(f"{where}: messages must be one user turn and one assistant turn")
-        record = {"question": turns[0].get("content"), "answer": turns[1].get("content")}
+        return conversation_from(record["messages"], where, story)
+    if "rating" in record or "response" in record:
+        return plain_problem(prompt_of(record, where), text_of(record, "response", where), where, story, (), record)
+    if "instruction" in record:
+        return plain_problem(prompt_of(record, where), text_of(record, "output", where), where, story)
     for key in ("question", "answer"):
         if key not in record:
             raise DataError(f"{where}: the key {key!r} is missing")
@@ -1001,6 +1055,39 @@ def problem_from(line: str, where: str, story: str) -> Problem:
     if "solution" in fields and not same_answer(answer, extract_answer("#### " + fields["answer"])):
         raise DataError(f"{where}: the solution ends in {answer}, the answer says {fields['answer']!r}")
     return Problem(fields["question"], text, answer or "", level, story)
+
+
+def conversation_from(turns, where: str, story: str) -> Problem:
+    """[{"role", "content"}, ...]: perhaps a system turn, then user and assistant in turn, the assistant last."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{where}: messages must be a list of {{role, content}}")
+    roles = [turn.get("role") for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise DataError(f"{where}: messages must be user and assistant in turn and end with the assistant, not {roles}")
+    contents = [turn.get("content") for turn in turns]
+    for number, content in enumerate(contents, start=1):
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f"{where}: the content of message {number} must be text that is not empty")
+    said = [(role, content.strip()) for role, content in zip(roles, contents, strict=True)]
+    return plain_problem(said[-2][1], said[-1][1], where, story, tuple(said[:-2]))
+
+
+def plain_problem(question, solution, where, story, history=(), rated=None) -> Problem:
+    """A solution that is taken as it stands; rated: the record that holds its rating."""
+    rating = None
+    if not solution:
+        raise DataError(f"{where}: the response is empty")
+    if rated is not None:
+        try:
+            rating = float(rated["rating"])
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{where}: the rating is {rated.get('rating')!r}, not a number from 1 to 5") from None
+        if not 1 <= rating <= 5:
+            raise DataError(f"{where}: the rating is {rated['rating']}, it must be from 1 to 5")
+    level = max(1, len(re.findall(r"<<[^<>]*>>", solution)))
+    solution = re.sub(r"<<[^<>]*>>", "", solution)
+    return Problem(question, solution, extract_answer(solution) or "", level, story, history, rating)
 
 
 def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
@@ -1055,7 +1142,7 @@ def load_pairs(
     "ultrafeedback"  test is the published test split; of the published train split the prompts whose hash says
                      "valid" are valid and the rest train. Pairs of equal scores have the kind "equal_scores"
     "style"          polite against rude wordings; the split by the hash of the prompt
-    a path           JSONL, {"prompt", "chosen", "rejected"} a line; the split by the hash of the prompt
+    a path           JSONL, a JSON array or CSV of {"prompt", "chosen", "rejected"}; the split by the hash of the prompt
 
     Pairs that teach nothing (both answers the same, or one empty) are skipped and counted, in one printed line.
     """
@@ -1068,12 +1155,12 @@ def load_pairs(
         raise DataError(f"{name} has no preference pairs: choose word, ultrafeedback, style, or the path of a .jsonl")
     path = find(name, split if published and split == "test" else "train")
     pairs, same, empty = [], [], []
-    for number, record in read_records(path):
-        pair = pair_from(record, f"{path} record {number}", str(name))
+    for place, record in read_records(path):
+        pair = pair_from(record, f"{path} {place}", str(name))
         if not pair.chosen or not pair.rejected:
-            empty.append(number)
+            empty.append(place)
         elif pair.chosen == pair.rejected:
-            same.append(number)
+            same.append(place)
         elif published and split == "test":
             pairs.append(pair)
         else:
@@ -1099,47 +1186,9 @@ def word_pair(problem: Problem, turn: int, split: str, seed: int) -> Pair:
     raise DataError(f"no corruption fits the solution of {problem.question!r}")
 
 
-def read_records(path: Path) -> list[tuple[int, dict]]:
-    """The objects of a JSONL file, or of a .json file that holds one array, with their numbers from 1."""
-    text = read_text(path)
-    if path.suffix == ".json":
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
-        if not isinstance(records, list):
-            raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
-        found = list(enumerate(records, start=1))
-    else:
-        found = []
-        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
-            if line.strip():
-                try:
-                    found.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path} record {number}: not JSON ({error.msg})") from error
-    for number, record in found:
-        if not isinstance(record, dict):
-            raise DataError(f"{path} record {number}: an object {{...}} is wanted, not {type(record).__name__}")
-    return found
-
-
-def text_of(record: dict, key: str, where: str) -> str:
-    if key not in record:
-        raise DataError(f"{where}: the key {key!r} is missing")
-    if not isinstance(record[key], str):
-        raise DataError(f"{where}: {key!r} must be text, not {type(record[key]).__name__}")
-    return record[key].strip()
-
-
 def pair_from(record: dict, where: str, name: str) -> Pair:
     """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not."""
-    key = "prompt" if "prompt" in record or "instruction" not in record else "instruction"
-    prompt = text_of(record, key, where)
-    if key == "instruction" and record.get("input"):
-        prompt += "\n" + text_of(record, "input", where)
-    if not prompt:
-        raise DataError(f"{where}: {key!r} is empty")
+    prompt = prompt_of(record, where)
     kind = name if name in DATASETS else "file"
     if name == "ultrafeedback":
         scores = record.get("metadata") or {}
@@ -1148,9 +1197,9 @@ def pair_from(record: dict, where: str, name: str) -> Pair:
     return Pair(prompt, text_of(record, "chosen", where), text_of(record, "rejected", where), kind)
 
 
-def report_skipped(path: Path, skipped: dict[str, list[int]]) -> None:
+def report_skipped(path: Path, skipped: dict[str, list[str]]) -> None:
     """One line, from one process: how many records were left out, why, and where the first stands."""
-    said = [f"{len(numbers)} {what} (first: record {numbers[0]})" for what, numbers in skipped.items() if numbers]
+    said = [f"{len(places)} {what} (first: {places[0]})" for what, places in skipped.items() if places]
     if said and os.environ.get("RANK", "0") == "0":
         print(f"{path}: skipped {', '.join(said)}")
 

@@ -6,6 +6,8 @@ real data need $ALIGN_DATA and are skipped without it.
 
 import builtins
 import collections
+import contextlib
+import csv
 import io
 import json
 import math
@@ -553,7 +555,7 @@ def test_user_file(tmp_path):
         ('{"messages": "A?"}', "line 2: messages must be"),
         (
             '{"messages": [{"role": "user"}, {"role": "assistant", "content": "5"}]}',
-            "line 2: 'question' must",
+            "line 2: the content of message 1 must",
         ),
     ],
 )
@@ -656,6 +658,99 @@ def test_download(tmp_path, monkeypatch):
     assert asked[-1].endswith("/grade_school_math/data/test.jsonl")
 
 
+# Conversations, instructions, ratings.
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_conversations(tmp_path):
+    long = [turn("system", "Be brief."), turn("user", "A?"), turn("assistant", "B."), turn("user", " C? ")]
+    long.append(turn("assistant", "#### Why\nBecause.\n"))
+    short = [turn("user", "2 + 3?"), turn("assistant", "5")]
+    path = write_pairs(tmp_path / "chats.jsonl", {"messages": long}, {"messages": short})
+    found = []
+    for split in data.SPLITS:
+        with contextlib.suppress(DataError):  # two records do not fill three splits
+            found += load_problems(path, split)
+    first, second = sorted(found, key=lambda problem: problem.question, reverse=True)
+    assert (first.question, first.solution, first.answer) == ("C?", "#### Why\nBecause.", "")
+    assert first.history == (("system", "Be brief."), ("user", "A?"), ("assistant", "B."))
+    assert (second.question, second.solution, second.history) == ("2 + 3?", "5", ())  # as it stands
+    again = data.conversation_from(long[1:], "x", "file")  # the same question after other words: another key
+    assert data.conversation_key(again) != data.conversation_key(first)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "must be user and assistant in turn"),
+        ([turn("system", "s")], "must be user and assistant in turn"),
+        ([turn("assistant", "a")], "must be user and assistant in turn"),
+        ([turn("user", "a"), turn("user", "b"), turn("assistant", "c")], "must be user and assistant in turn"),
+        ([turn("user", "a"), turn("assistant", "b"), turn("user", "c")], "end with the assistant"),
+        ([turn("user", "a"), turn("assistant", " ")], "the content of message 2"),
+        ([turn("user", 3), turn("assistant", "b")], "the content of message 1"),
+        ([1, 2], "a list of {role, content}"),
+    ],
+)
+def test_bad_conversations(turns, message):
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        data.problem_from({"messages": turns}, "f.jsonl line 9", "file")
+    assert str(caught.value).startswith("f.jsonl line 9: ")
+
+
+def test_ratings_in_csv_and_jsonl(tmp_path):
+    rows = [{"prompt": f"ask {i}", "response": f'say "{i}",\nor not', "rating": 1 + i % 5} for i in range(80)]
+    with open(tmp_path / "rated.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "response", "rating"])
+        writer.writeheader()
+        writer.writerows(rows)
+    write_pairs(tmp_path / "rated.jsonl", *rows)
+    for split in data.SPLITS:
+        problems = load_problems(tmp_path / "rated.csv", split)
+        assert problems == load_problems(tmp_path / "rated.jsonl", split)
+        for problem in problems:
+            i = int(problem.question.split()[1])
+            assert (problem.solution, problem.rating, problem.answer) == (rows[i]["response"], 1 + i % 5, "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("p,r,6", "the rating is 6, it must be from 1 to 5"),
+        ("p,r,0.5", "the rating is 0.5, it must"),
+        ("p,r,nan", "the rating is nan, it must"),
+        ("p,r,good", "the rating is 'good', not a number"),
+        ("p,r,", "the rating is '', not a number"),
+        ("p,,4", "the response is empty"),
+        (",r,4", "'prompt' is empty"),
+        ("p,r", "not as many fields"),
+        ("p,r,4,5", "not as many fields"),
+    ],
+)
+def test_bad_ratings_name_their_record(tmp_path, row, message):
+    (tmp_path / "rated.csv").write_text(f"prompt,response,rating\np,r,5\n{row}\n")
+    with pytest.raises(DataError, match=re.escape(f"rated.csv record 2: {message}")):
+        load_problems(tmp_path / "rated.csv")
+
+
+def test_instructions(tmp_path):
+    records = [{"instruction": f"do {i}", "input": "" if i % 2 else "x", "output": str(i)} for i in range(60)]
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    found = [problem for split in data.SPLITS for problem in load_problems(tmp_path / "all.json", split)]
+    assert {p.question for p in found} == {f"do {i}" + ("" if i % 2 else "\nx") for i in range(60)}
+    assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)
+
+
+@pytest.mark.skipif(not (REAL / "ratings").is_dir(), reason="no ratings/ in $ALIGN_DATA")
+def test_real_ratings_and_instructions():
+    ratings = [problem.rating for split in data.SPLITS for problem in load_problems("ratings", split)]
+    assert collections.Counter(ratings) == {1: 40, 2: 65, 3: 57, 4: 289, 5: 189}
+    assert sum(len(load_problems("instructions", split)) for split in data.SPLITS) == 1100
+
+
 # Preference pairs.
 
 
@@ -695,9 +790,9 @@ def test_pairs_of_a_file(tmp_path, capsys):
     path = write_pairs(tmp_path / "pairs.jsonl", *records)
     found = {split: load_pairs(path, split) for split in data.SPLITS}
     said = capsys.readouterr().out.splitlines()
-    line = "pairs.jsonl: skipped 1 pairs of equal answers (first: record 4), 2 pairs with an empty answer "
+    line = "pairs.jsonl: skipped 1 pairs of equal answers (first: line 4), 2 pairs with an empty answer "
     assert len(said) == 3
-    assert all(f"{line}(first: record 6)" in s for s in said)
+    assert all(f"{line}(first: line 6)" in s for s in said)
     for split, pairs in found.items():
         assert pairs
         assert all(data.split_of(pair.prompt) == split for pair in pairs)
@@ -713,18 +808,18 @@ def test_pairs_of_a_file(tmp_path, capsys):
         ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "'rejected' must be text, not list"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
         ({"chosen": "a", "rejected": "b"}, "the key 'prompt' is missing"),
-        ([1], "an object {...} is wanted, not list"),
+        ([1], "a record is an object {...}, not list"),
     ],
 )
 def test_bad_pairs_name_their_record(tmp_path, record, message):
     path = write_pairs(tmp_path / "pairs.jsonl", pair_record("p"), record)
-    with pytest.raises(DataError, match=re.escape(f"pairs.jsonl record 2: {message}")):
+    with pytest.raises(DataError, match=re.escape(f"pairs.jsonl line 2: {message}")):
         load_pairs(path)
 
 
 def test_pairs_that_are_not_there(tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"prompt": "p",')
-    with pytest.raises(DataError, match="record 1: not JSON"):
+    with pytest.raises(DataError, match="line 1: not JSON"):
         load_pairs(tmp_path / "cut.jsonl")
     with pytest.raises(DataError, match="gsm8k has no preference pairs"):
         load_pairs("gsm8k")

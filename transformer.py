@@ -30,19 +30,28 @@ Run it: `python transformer.py` checks the cache, the parameter count and the lo
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from attention import Attention, KVCache, padding_mask
 from norms import LayerNorm, RMSNorm
-from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
+from positional import (
+    LearnedPositions,
+    interleaved_to_half,
+    rope_cos_sin,
+    rope_frequencies,
+    sinusoidal_positions,
+)
 
 
 class CheckpointError(ValueError):
@@ -321,7 +330,8 @@ class Transformer(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         layout = layout_of(self.config)
         state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
-        tensors = {k: v.contiguous() for k, v in to_layout(state, self.config, layout).items()}
+        names = LAYOUTS[layout].names if LAYOUTS[layout] else None
+        tensors = {k: v.contiguous() for k, v in to_layout(state, names).items()}
         config = to_hf_config(self.config, layout)
         config["dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
         save_file(tensors, path / "model.safetensors.tmp", metadata={"format": "pt"})
@@ -331,34 +341,40 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, dropout=0.0):
-        """Open a checkpoint directory in the Qwen3, GPT-2 or our own layout. Raises CheckpointError.
+        """Open a checkpoint directory, or a hub name, in any layout of LAYOUTS. Raises CheckpointError.
 
         dtype None keeps the file's; the default, fp32, is what training wants: bf16 weights cannot take a step of
         1e-5 of their size, the update rounds to nothing.
         """
-        path = Path(path)
+        path = local_directory(path)
         layout, config = read_hf_config(path)
-        try:
-            tensors = load_file(path / "model.safetensors")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} has no model.safetensors; is it a checkpoint directory?") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path / 'model.safetensors'} is corrupt or unreadable: {error}") from None
-        state = from_layout(tensors, config, layout, path)
-        with torch.random.fork_rng(devices=[]):  # opening a file must not move the caller's random numbers
-            model = cls(replace(config, dropout=dropout))
-        own = model.state_dict()
-        for name in sorted(own.keys() | state.keys()):
-            if name not in state:
-                raise CheckpointError(f"{path}: the weights lack {name!r}, which its config.json asks for")
-            if name not in own:
-                raise CheckpointError(f"{path}: the weights hold {name!r}, which its config.json does not explain")
-            if own[name].shape != state[name].shape:
-                want, got = tuple(own[name].shape), tuple(state[name].shape)
-                raise CheckpointError(f"{path}: {name} has shape {got}, its config.json asks for {want}")
-        model.to(dtype or state["embed.weight"].dtype)
-        model.load_state_dict(state)
-        return model
+        shapes, get = open_safetensors(path)
+        names, prefix = None, ""
+        if LAYOUTS[layout] is not None:
+            names, prefix = LAYOUTS[layout].names, "transformer." if layout == "gpt2" else "model."
+            if any(name.startswith(prefix) for name in shapes):  # OpenAI's own upload leaves it out
+                prefix = ""
+        found = {prefix + name: shape for name, shape in shapes.items()}
+        config = replace(config, dropout=dropout)
+        return fill(config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
+
+    @classmethod
+    def from_gguf(cls, path, dropout=0.0):
+        """Open a GGUF file of llama.cpp's, dequantised to fp32 -> (model, metadata), the latter for gguf_tokenizer.
+        Raises CheckpointError."""
+        metadata, tensors = read_gguf(path)
+        config = gguf_config(metadata, tensors, path)
+        names = GGUF_NAMES
+        shapes = {name: shape for name, (shape, _) in tensors.items()}
+
+        def get(name):
+            tensor = tensors[name][1]()
+            heads = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
+            if heads and metadata["general.architecture"] == "llama":  # rotates neighbours; see positional.py
+                return interleaved_to_half(tensor, heads)
+            return tensor
+
+        return fill(replace(config, dropout=dropout), names, shapes, get, path), metadata
 
 
 def _target_logprobs(x, output, targets, temperature, chunk_numbers=2**24):
@@ -399,137 +415,271 @@ def masked_mean(x, mask):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints. A layout is a table of names; only GPT-2 also turns matrices: its Conv1D stores (in, out), and its
-# queries, keys and values in one matrix.
+# Checkpoints. A layout is a table: how Hugging Face calls our tensors and our config's fields, and what all models of
+# the kind have in common. In a tensor's name the first {} is the block; a second one counts the experts, which are one
+# tensor here. Several of ours under one name are stacked there: GPT-2 keeps queries, keys and values in one matrix.
 
-QWEN3 = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "blocks.{}.norm1.weight": "model.layers.{}.input_layernorm.weight",
-    "blocks.{}.norm2.weight": "model.layers.{}.post_attention_layernorm.weight",
-    **{f"blocks.{{}}.attn.w{x}.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
-    **{f"blocks.{{}}.attn.{x}_norm.weight": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"},
-    **{f"blocks.{{}}.ffn.{x}.weight": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+
+@dataclass(frozen=True)
+class Layout:
+    architecture: str  # the class in transformers
+    names: dict  # our tensor -> theirs
+    keys: dict  # our config field -> their key in config.json
+    means: dict  # fields of ours that are the same in every model of this kind
+    fixed: dict  # further keys of config.json: written so, and refused if a file says otherwise
+    left_out: dict  # what the class takes for a key that config.json leaves out
+
+
+def llama_like(architecture, keys=(), names=(), means=(), fixed=(), left_out=()):
+    """Llama's layout, with what another model of the family changes."""
+    names = {
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+        "blocks.{}.norm1.weight": "model.layers.{}.input_layernorm.weight",
+        "blocks.{}.norm2.weight": "model.layers.{}.post_attention_layernorm.weight",
+        **{f"blocks.{{}}.attn.w{x}.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
+        **{f"blocks.{{}}.attn.w{x}.bias": f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"},
+        **{f"blocks.{{}}.attn.{x}_norm.weight": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"},
+        **{f"blocks.{{}}.ffn.{x}.weight": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+    } | dict(names)
+    keys = {
+        "vocab_size": "vocab_size",
+        "context": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "width": "hidden_size",
+        "ffn_width": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "rope_scaling": "rope_scaling",
+        "tie_embeddings": "tie_word_embeddings",
+    } | dict(keys)
+    common = dict(norm="rms", norm_placement="pre", positions="rope", activation="swiglu", bias=False, qkv_bias=False)
+    common |= dict(qk_norm=False, window=None, sinks=0, n_expert=0) | dict(means)
+    common = {field: value for field, value in common.items() if field not in keys}
+    left = dict(rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, head_dim=None, tie_word_embeddings=False)
+    return Layout(architecture, names, keys, common, {"hidden_act": "silu"} | dict(fixed), left | dict(left_out))
+
+
+def gpt2_names():
+    parts = {f"blocks.{{}}.attn.w{x}": "h.{}.attn.c_attn" for x in "qkv"} | {"norm": "ln_f"}
+    parts |= {"blocks.{}.norm1": "h.{}.ln_1", "blocks.{}.norm2": "h.{}.ln_2", "blocks.{}.attn.wo": "h.{}.attn.c_proj"}
+    parts |= {"blocks.{}.ffn.up": "h.{}.mlp.c_fc", "blocks.{}.ffn.down": "h.{}.mlp.c_proj"}
+    names = {f"{a}.{kind}": f"transformer.{b}.{kind}" for a, b in parts.items() for kind in ("weight", "bias")}
+    return names | {"embed.weight": "transformer.wte.weight", "learned.weight": "transformer.wpe.weight"}
+
+
+TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D stores (in, out)
+IGNORED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # tied copies and buffers
+WINDOW = {"window": "sliding_window"}
+MIXTURE = dict(n_expert_active="num_experts_per_tok", balancing="balancing")  # the latter is ours alone, to train on
+LAYOUTS = {
+    "qwen3": llama_like(
+        "Qwen3ForCausalLM",
+        WINDOW,
+        means=dict(qk_norm=True),
+        fixed=dict(attention_bias=False),
+        left_out=dict(head_dim=128, sliding_window=4096),
+    ),
+    "gpt2": Layout(
+        "GPT2LMHeadModel",
+        gpt2_names(),
+        dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", width="n_embd")
+        | dict(ffn_width="n_inner", norm_eps="layer_norm_epsilon"),
+        dict(norm="layer", norm_placement="pre", positions="learned", activation="gelu", bias=True, qkv_bias=True)
+        | dict(qk_norm=False, window=None, sinks=0, n_expert=0, tie_embeddings=True),
+        dict(activation_function="gelu_new", tie_word_embeddings=True, scale_attn_weights=True)
+        | dict(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+        dict(n_inner=None, layer_norm_epsilon=1e-5),
+    ),
+    "llama": llama_like(
+        "LlamaForCausalLM",
+        fixed=dict(attention_bias=False, mlp_bias=False),
+        left_out=dict(num_key_value_heads=None),
+    ),
+    "qwen2": llama_like(
+        "Qwen2ForCausalLM",
+        WINDOW,
+        means=dict(qkv_bias=True),
+        left_out=dict(sliding_window=4096),
+    ),
+    "mistral": llama_like(
+        "MistralForCausalLM",
+        WINDOW,
+        left_out=dict(sliding_window=4096),
+    ),
+    "mixtral": llama_like(
+        "MixtralForCausalLM",
+        WINDOW | MIXTURE | dict(n_expert="num_local_experts", expert_width="intermediate_size"),
+        {"blocks.{}.ffn.router.weight": "model.layers.{}.block_sparse_moe.gate.weight"}
+        | {
+            f"blocks.{{}}.ffn.{ours}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}.weight"
+            for ours, theirs in dict(gate="w1", down="w2", up="w3").items()
+        },
+        dict(n_shared_expert=0, capacity_factor=None, moe_every=1, norm_topk_prob=True),
+        left_out=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux"),
+    ),
+    "qwen3_moe": llama_like(
+        "Qwen3MoeForCausalLM",
+        WINDOW
+        | MIXTURE
+        | dict(n_expert="num_experts", expert_width="moe_intermediate_size")
+        | dict(moe_every="decoder_sparse_step", norm_topk_prob="norm_topk_prob"),
+        {"blocks.{}.ffn.router.weight": "model.layers.{}.mlp.gate.weight"}
+        | {
+            f"blocks.{{}}.ffn.{x}": f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight"
+            for x in ("gate", "up", "down")
+        },
+        dict(qk_norm=True, n_shared_expert=0, capacity_factor=None),
+        dict(attention_bias=False, mlp_only_layers=[]),
+        dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux"),
+    ),
+    "attention_to_alignment": None,  # our own names and fields: what no class of transformers computes
 }
-GPT2 = {"embed.weight": "transformer.wte.weight", "learned.weight": "transformer.wpe.weight"}
-for _kind in ("weight", "bias"):
-    GPT2[f"norm.{_kind}"] = f"transformer.ln_f.{_kind}"
-    GPT2[f"blocks.{{}}.norm1.{_kind}"] = f"transformer.h.{{}}.ln_1.{_kind}"
-    GPT2[f"blocks.{{}}.norm2.{_kind}"] = f"transformer.h.{{}}.ln_2.{_kind}"
-    GPT2[f"blocks.{{}}.attn.wqkv.{_kind}"] = f"transformer.h.{{}}.attn.c_attn.{_kind}"
-    GPT2[f"blocks.{{}}.attn.wo.{_kind}"] = f"transformer.h.{{}}.attn.c_proj.{_kind}"
-    GPT2[f"blocks.{{}}.ffn.up.{_kind}"] = f"transformer.h.{{}}.mlp.c_fc.{_kind}"
-    GPT2[f"blocks.{{}}.ffn.down.{_kind}"] = f"transformer.h.{{}}.mlp.c_proj.{_kind}"
-LAYOUTS = {"qwen3": QWEN3, "gpt2": GPT2, "attention_to_alignment": None}
-GPT2_TURNED = ("wqkv.weight", "wo.weight", "up.weight", "down.weight")
 
 
 def layout_of(config):
     """The Hugging Face class that computes exactly what this config does, or our own name if none does."""
-    c = config
-    if (c.norm, c.norm_placement, c.positions, c.activation) == ("rms", "pre", "rope", "swiglu"):
-        if c.qk_norm and not (c.bias or c.qkv_bias):
-            return "qwen3"
-    elif (c.norm, c.norm_placement, c.positions, c.activation) == ("layer", "pre", "learned", "gelu"):
-        whole_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.width
-        if c.bias and c.qkv_bias and c.tie_embeddings and whole_heads and not c.qk_norm:
-            return "gpt2"
+    c = config.resolved()
+    whole_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.width
+    for kind, layout in LAYOUTS.items():
+        if layout is None or (kind == "gpt2" and not whole_heads) or (c.n_expert and c.balancing == "bias"):
+            continue
+        if all(getattr(c, field) == value for field, value in layout.means.items()):
+            return kind
     return "attention_to_alignment"
 
 
+def skeleton(config):
+    """The model without its numbers: shapes alone, on no device."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def _grouped(keys, names):
+    """Our tensors' names under each of theirs: {"model.norm.weight": ["norm.weight"], ...}. names None: the same."""
+    groups = {}
+    if names is None:
+        return {name: [name] for name in keys}
+    for ours in keys:
+        block = re.match(r"blocks\.(\d+)", ours)
+        theirs = names[ours if block is None else ours.replace(block[0], "blocks.{}", 1)]
+        groups.setdefault(theirs if block is None else theirs.replace("{}", block[1], 1), []).append(ours)
+    return groups
+
+
 def hf_names(config, layout):
-    """Our tensor name -> its name in the layout, for every tensor that the config has."""
-    table = LAYOUTS[layout]
-    names = {}
-    for ours, theirs in table.items():
-        if ours == "head.weight" and config.tie_embeddings:
-            continue
-        for i in range(config.n_layer) if "{}" in ours else [""]:
-            names[ours.format(i)] = theirs.format(i)
-    return names
+    """Our tensor's name -> its name in the layout, for the tensors that stand there one for one."""
+    groups = _grouped(skeleton(config).state_dict(), LAYOUTS[layout].names)
+    return {ours[0]: theirs for theirs, ours in groups.items() if len(ours) == 1 and "{}" not in theirs}
 
 
-def to_layout(state, config, layout):
-    """Our state dict -> the layout's."""
-    if LAYOUTS[layout] is None:
-        return state
-    state = dict(state)
-    if layout == "gpt2":
-        for i in range(config.n_layer):
-            for kind in ("weight", "bias"):
-                parts = [state.pop(f"blocks.{i}.attn.w{x}.{kind}") for x in "qkv"]
-                state[f"blocks.{i}.attn.wqkv.{kind}"] = torch.cat(parts)  # (3C, C) or (3C,)
-    names = hf_names(config, layout)
-    turned = GPT2_TURNED if layout == "gpt2" else ()
-    return {names[k]: v.t() if k.endswith(turned) else v for k, v in state.items()}
+def to_layout(state, names):
+    """Our state dict -> theirs."""
+    out = {}
+    for theirs, ours in _grouped(state, names).items():
+        tensor = torch.cat([state[name] for name in ours]) if len(ours) > 1 else state[ours[0]]
+        if "{}" in theirs:
+            out |= {theirs.format(e): expert for e, expert in enumerate(tensor)}
+        else:
+            out[theirs] = tensor.t() if theirs.endswith(TURNED) else tensor
+    return out
 
 
-def from_layout(tensors, config, layout, path):
-    """The layout's state dict -> ours. Raises CheckpointError on a tensor that is missing."""
-    if LAYOUTS[layout] is None:
-        return tensors
-    if layout == "gpt2" and "wte.weight" in tensors:  # OpenAI's own upload leaves the prefix out
-        tensors = {f"transformer.{k}": v for k, v in tensors.items()}
-    turned = GPT2_TURNED if layout == "gpt2" else ()
-    state = {}
-    for ours, theirs in hf_names(config, layout).items():
-        if theirs not in tensors:
-            raise CheckpointError(f"{path}: the weights lack {theirs!r}, which its config.json asks for")
-        shape = tuple(tensors[theirs].shape)
-        if len(shape) not in (1, 2) or (".wqkv." in ours and shape[-1] % 3):
-            raise CheckpointError(f"{path}: {theirs} has shape {shape}, which its config.json does not explain")
-        state[ours] = tensors[theirs].t() if ours.endswith(turned) else tensors[theirs]
-    known = set(hf_names(config, layout).values())
-    ignored = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # a tied copy, and GPT-2's mask buffers
-    for name in tensors.keys() - known:
-        if not name.endswith(ignored):
-            raise CheckpointError(f"{path}: the weights hold {name!r}, which the {layout} layout does not explain")
-    if layout == "gpt2":
-        for i in range(config.n_layer):
-            for kind in ("weight", "bias"):
-                parts = state.pop(f"blocks.{i}.attn.wqkv.{kind}").chunk(3)
-                state |= {f"blocks.{i}.attn.w{x}.{kind}": part for x, part in zip("qkv", parts, strict=True)}
-    return state
+def from_layout(get, like, names):
+    """get(their name) -> tensor; like: our state dict, for its names and shapes. Yields our names and tensors."""
+    for theirs, ours in _grouped(like, names).items():
+        if "{}" in theirs:
+            tensor = torch.stack([get(theirs.format(e)) for e in range(len(like[ours[0]]))])
+        else:
+            tensor = get(theirs).t() if theirs.endswith(TURNED) else get(theirs)
+        yield from zip(ours, tensor.split([len(like[name]) for name in ours]), strict=True)
+
+
+class NoInit(TorchFunctionMode):
+    """Within it torch.nn.init does nothing: what a file overwrites need not be drawn first, which takes longer."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def fill(config, names, found, get, where, dtype=torch.float32):
+    """A Transformer of `config` with a file's weights. found: {their name: shape} of what is there; get(their name)
+    -> tensor. Names and shapes are checked before any memory is spent. Raises CheckpointError."""
+    empty = skeleton(config).state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in to_layout(empty, names).items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise CheckpointError(f"{where}: the weights lack {name!r}, which its config asks for")
+        if name not in wanted and not name.endswith(IGNORED):
+            raise CheckpointError(f"{where}: the weights hold {name!r}, which its config does not explain")
+        if found[name] != wanted.get(name, found[name]):
+            raise CheckpointError(f"{where}: {name} has shape {found[name]}, its config asks for {wanted[name]}")
+    with torch.random.fork_rng(devices=[]), NoInit():  # opening a file must not move the caller's random numbers
+        model = Transformer(config).to(dtype or get(next(iter(wanted))).dtype)
+    own = model.state_dict()
+    for name, tensor in from_layout(get, empty, names):
+        own[name].copy_(tensor)
+    return model
+
+
+def open_safetensors(path):
+    """A directory's weights, in one file or in shards -> {name: shape}, and get(name) -> tensor. CheckpointError."""
+    file, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    files = [file]
+    if not file.exists() and index.exists():
+        try:
+            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise CheckpointError(f"{index} is corrupt: no JSON with a weight_map") from None
+    shapes, where = {}, {}
+    for file in files:
+        try:
+            handle = safe_open(file, "pt")
+            for name in handle.keys():  # noqa: SIM118, it is no dict
+                shapes[name], where[name] = tuple(handle.get_slice(name).get_shape()), handle
+        except FileNotFoundError:
+            what = "is it a checkpoint directory?" if len(files) == 1 else f"{index.name} names it as a shard"
+            raise CheckpointError(f"{path} has no {file.name}; {what}") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is corrupt or unreadable: {error}") from None
+    return shapes, lambda name: where[name].get_tensor(name)
+
+
+def local_directory(path):
+    """The checkpoint's directory. What is none here and reads like a hub name, owner/name, is downloaded from the
+    Hugging Face hub first, or found in its cache. Raises CheckpointError."""
+    name, path = str(path), Path(path)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.parent.exists():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        why = "to take it for a name on the Hugging Face hub: pip install huggingface_hub"
+        raise CheckpointError(f"{name} is not there; {why}") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # of many kinds: no such name, no rights to it, no network
+        why = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{name} is not there, and the Hugging Face hub does not give it: {why}") from None
 
 
 def to_hf_config(config, layout):
     """config.json's content, without the special tokens, which the tokenizer knows."""
-    c = config
-    if layout == "qwen3":
-        return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "vocab_size": c.vocab_size,
-            "max_position_embeddings": c.context,
-            "num_hidden_layers": c.n_layer,
-            "num_attention_heads": c.n_head,
-            "num_key_value_heads": c.n_kv_head,
-            "head_dim": c.head_dim,
-            "hidden_size": c.width,
-            "intermediate_size": c.ffn_width,
-            "hidden_act": "silu",
-            "rms_norm_eps": c.norm_eps,
-            "rope_theta": c.rope_theta,
-            "attention_bias": False,
-            "use_sliding_window": False,
-            "tie_word_embeddings": c.tie_embeddings,
-        }
-    if layout == "gpt2":
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "vocab_size": c.vocab_size,
-            "n_positions": c.context,
-            "n_layer": c.n_layer,
-            "n_head": c.n_head,
-            "n_embd": c.width,
-            "n_inner": c.ffn_width,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": c.norm_eps,
-            "tie_word_embeddings": True,
-        }
-    return {"model_type": layout, **asdict(c)}
+    table = LAYOUTS[layout]
+    if table is None:
+        return {"model_type": layout, **asdict(config)}
+    content = {"architectures": [table.architecture], "model_type": layout}
+    content |= {theirs: getattr(config, ours) for ours, theirs in table.keys.items()} | table.fixed
+    if layout.startswith("qwen"):  # blocks from max_window_layers on have the window
+        content |= {"use_sliding_window": config.window is not None}
+        content |= {"max_window_layers": config.n_layer if config.window is None else 0}
+    return content
 
 
 def read_hf_config(path):
@@ -546,10 +696,8 @@ def read_hf_config(path):
     if kind not in list(LAYOUTS):  # a list, as kind may be anything that JSON holds
         raise CheckpointError(f"{file}: model_type {kind!r} is not known here; known: {', '.join(LAYOUTS)}")
     try:
-        if kind == "qwen3":
-            return kind, _from_qwen3(hf)
-        if kind == "gpt2":
-            return kind, _from_gpt2(hf)
+        if LAYOUTS[kind] is not None:
+            return kind, from_hf_config(hf, kind)
         known = {f.name for f in fields(TransformerConfig)}
         return kind, TransformerConfig(**{k: v for k, v in hf.items() if k in known})
     except KeyError as missing:
@@ -558,44 +706,143 @@ def read_hf_config(path):
         raise CheckpointError(f"{file}: {error}") from None
 
 
-def _refuse(hf, **expected):
-    """What would change the computation and is not written here must not pass in silence."""
-    for name, value in expected.items():
+def from_hf_config(hf, kind):
+    """config.json's content in a layout -> TransformerConfig."""
+    layout = LAYOUTS[kind]
+    # What would change the computation and is not written here must not pass in silence.
+    for name, value in (layout.fixed | dict(quantization_config=None, partial_rotary_factor=1.0)).items():
         if hf.get(name, value) not in (value, None):
             raise CheckpointError(f"{name} = {hf[name]!r} is not supported, only {value!r}")
+    hf = layout.left_out | hf
+    if "num_local_experts" in hf:  # transformers 5 calls Qwen3-MoE's so too
+        hf.setdefault("num_experts", hf["num_local_experts"])
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 writes the first, with the base
+    hf["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4)))
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+    if kind.startswith("qwen"):
+        hf["sliding_window"] = _qwen_window(hf, kind)
+    values = layout.means | {ours: hf[theirs] for ours, theirs in layout.keys.items()}
+    if values.get("n_kv_head") is None:
+        values["n_kv_head"] = values["n_head"]
+    if kind == "gpt2" and values["ffn_width"] is None:
+        values["ffn_width"] = 4 * values["width"]
+    return TransformerConfig(**values)
 
 
-def _from_qwen3(hf):
-    _refuse(hf, hidden_act="silu", attention_bias=False, use_sliding_window=False)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 writes the first
-    _refuse({"rope_type": rope.get("rope_type", rope.get("type"))}, rope_type="default")
-    return TransformerConfig(
-        vocab_size=hf["vocab_size"],
-        context=hf["max_position_embeddings"],
-        n_layer=hf["num_hidden_layers"],
-        n_head=hf["num_attention_heads"],
-        n_kv_head=hf["num_key_value_heads"],
-        width=hf["hidden_size"],
-        head_dim=hf.get("head_dim", 128),  # Qwen3's own default
-        ffn_width=hf["intermediate_size"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-    )
+def _qwen_window(hf, kind):
+    """Qwen lets some blocks slide and others not; here all do or none."""
+    if not hf.get("use_sliding_window"):
+        return None
+    n_layer = hf["num_hidden_layers"]
+    full = 0 if kind == "qwen3_moe" else min(n_layer, hf.get("max_window_layers", 28))
+    kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    if len(set(kinds)) > 1:
+        raise CheckpointError("use_sliding_window is not supported in some blocks only")
+    return hf["sliding_window"] if kinds[0] == "sliding_attention" else None
 
 
-def _from_gpt2(hf):
-    _refuse(hf, activation_function="gelu_new", tie_word_embeddings=True, scale_attn_weights=True)
-    _refuse(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    return gpt2_config(
-        vocab_size=hf["vocab_size"],
-        context=hf["n_positions"],
-        n_layer=hf["n_layer"],
-        n_head=hf["n_head"],
-        width=hf["n_embd"],
-        ffn_width=hf.get("n_inner") or 4 * hf["n_embd"],
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-    )
+# ---------------------------------------------------------------------------------------------------------------
+# GGUF: llama.cpp's format, one file with the weights, quantised in blocks, and with the tokenizer. Its names are one
+# more table.
+
+GGUF_NAMES = {
+    "embed.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
+    "blocks.{}.norm1.weight": "blk.{}.attn_norm.weight",
+    "blocks.{}.norm2.weight": "blk.{}.ffn_norm.weight",
+    "blocks.{}.attn.wo.weight": "blk.{}.attn_output.weight",
+    **{f"blocks.{{}}.attn.w{x}.{kind}": f"blk.{{}}.attn_{x}.{kind}" for x in "qkv" for kind in ("weight", "bias")},
+    **{f"blocks.{{}}.attn.{x}_norm.weight": f"blk.{{}}.attn_{x}_norm.weight" for x in "qk"},
+    **{f"blocks.{{}}.ffn.{x}.weight": f"blk.{{}}.ffn_{x}.weight" for x in ("gate", "up", "down")},
+}
+GGUF_KEYS = {
+    "context": "context_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_kv_head": "attention.head_count_kv",
+    "width": "embedding_length",
+    "ffn_width": "feed_forward_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
+GGUF_KINDS = ("llama", "qwen2", "qwen3")
+
+
+def read_gguf(path):
+    """-> metadata {key: value}; tensors {name: (shape, function that dequantises it)}. Raises CheckpointError."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} is not there")
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(f"to open {path}: pip install gguf") from None
+
+    class Reader(gguf.GGUFReader):  # cuts its file up 300,000 times: a plain array is three times faster than a memmap
+        data = property(lambda self: self.plain, lambda self, mapped: setattr(self, "plain", np.asarray(mapped)))
+
+    try:
+        reader = Reader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+        raise CheckpointError(f"{path} is corrupt or no GGUF file: {error}") from None
+
+    def numbers(tensor):
+        return lambda: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+    return metadata, {t.name: (tuple(map(int, t.shape[::-1])), numbers(t)) for t in reader.tensors}
+
+
+def gguf_config(metadata, tensors, path):
+    """The metadata of a GGUF file -> TransformerConfig. Raises CheckpointError."""
+    kind = metadata.get("general.architecture")
+    if kind not in GGUF_KINDS:
+        raise CheckpointError(f"{path}: architecture {kind!r} is not known here; known: {', '.join(GGUF_KINDS)}")
+    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in tensors or metadata.get(f"{kind}.expert_count"):
+        what = "mixtures of experts" if metadata.get(f"{kind}.expert_count") else "RoPE scaling"
+        raise CheckpointError(f"{path}: {what} in a GGUF file is not supported; use the safetensors checkpoint")
+    values = {f: v for f, v in LAYOUTS[kind].means.items()}
+    try:
+        values |= {ours: metadata[f"{kind}.{theirs}"] for ours, theirs in GGUF_KEYS.items()}
+        values["vocab_size"] = tensors["token_embd.weight"][0][0]
+    except KeyError as missing:
+        raise CheckpointError(f"{path} lacks {missing}") from None
+    values["head_dim"] = metadata.get(f"{kind}.attention.key_length")
+    values["rope_theta"] = metadata.get(f"{kind}.rope.freq_base", 10000.0)
+    values["window"] = metadata.get(f"{kind}.attention.sliding_window")
+    values["tie_embeddings"] = "output.weight" not in tensors
+    try:
+        config = TransformerConfig(**values)
+    except (CheckpointError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    rotated = metadata.get(f"{kind}.rope.dimension_count", config.resolved().head_dim)
+    if rotated != config.resolved().head_dim:
+        raise CheckpointError(f"{path}: RoPE over {rotated} of {config.resolved().head_dim} features is not supported")
+    return config
+
+
+def gguf_tokenizer(metadata, path):
+    """The byte-level BPE that a GGUF file brings, with its chat template as `.chat_template`."""
+    from tokenizer_bpe import CHAR_TO_BYTE, GPT2_PATTERN, PATTERN, SMOLLM_PATTERN, BPETokenizer, TokenizerError
+
+    patterns = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN, "qwen2": PATTERN}
+    kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind != "gpt2" or split not in patterns:
+        known = f"gpt2 with a split of {', '.join(patterns)}"
+        raise TokenizerError(f"{path}: a {kind} tokenizer with the split {split!r} is not known here; known: {known}")
+
+    def unshow(token):
+        return bytes(CHAR_TO_BYTE[c] for c in token)
+
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    special = {name: i for i, (name, t) in enumerate(zip(tokens, types, strict=True)) if t in (3, 4)}  # control, user's
+    vocab = {i: unshow(name) for i, (name, t) in enumerate(zip(tokens, types, strict=True)) if t == 1}
+    merges = [tuple(map(unshow, pair.split(" "))) for pair in metadata["tokenizer.ggml.merges"]]
+    eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
+    tokenizer = BPETokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer
 
 
 def main():

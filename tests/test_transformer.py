@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from itertools import product
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from attention import document_mask
 from generate import generate
@@ -19,6 +26,7 @@ from transformer import (
     TransformerConfig,
     _target_logprobs,
     gpt2_config,
+    layout_of,
     masked_mean,
     token_logprobs,
 )
@@ -38,24 +46,27 @@ def tiny(**changes):
     return randomise(Transformer(TransformerConfig(**(SMALL | changes))))
 
 
-def qwen3(tie):
-    config = Qwen3Config(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        max_position_embeddings=24,
-        rope_theta=777.0,
-        tie_word_embeddings=tie,
-    )
-    return randomise(Qwen3ForCausalLM(config))
+BASE = dict(vocab_size=37, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+BASE |= dict(num_key_value_heads=2, max_position_embeddings=24)
+SLIDING = dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=12, rope_theta=20.0)
+THEIRS = {  # name -> a config of transformers' own; the name begins with its model_type
+    "qwen3": Qwen3Config(**BASE, head_dim=6, rope_theta=777.0, tie_word_embeddings=True),
+    "qwen3 untied": Qwen3Config(**BASE, head_dim=6),
+    "gpt2": GPT2Config(vocab_size=37, n_positions=24, n_embd=18, n_layer=2, n_head=3),
+    "llama": LlamaConfig(**BASE, rope_theta=55.0, rms_norm_eps=0.1),
+    "llama tied, wide heads": LlamaConfig(**BASE, head_dim=6, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**BASE),
+}
+
+
+def theirs_of(name):
+    return randomise(AutoModelForCausalLM.from_config(THEIRS[name], attn_implementation="eager"))
 
 
 def gpt2():
-    return randomise(GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=24, n_embd=16, n_layer=2, n_head=4)))
+    return theirs_of("gpt2")
 
 
 @pytest.fixture
@@ -63,18 +74,96 @@ def tokens():
     return torch.randint(0, 37, (3, 11), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("make", [lambda: qwen3(True), lambda: qwen3(False), gpt2], ids=["qwen3", "untied", "gpt2"])
-def test_their_checkpoint_here_and_back(make, tmp_path, tokens):
-    theirs = make()
+@pytest.mark.parametrize("name", THEIRS)
+def test_their_checkpoint_here_and_back(name, tmp_path, tokens):
+    theirs = theirs_of(name)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = Transformer.from_pretrained(tmp_path / "theirs").eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
     ours.save_pretrained(tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == theirs.config.model_type
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "back"))
     tied = {"lm_head.weight"} if ours.config.tie_embeddings else set()  # a tied copy may or may not be written
     assert a.keys() - tied == b.keys() - tied
-    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert all(a[k].numpy().tobytes() == b[k].numpy().tobytes() and a[k].dtype == b[k].dtype for k in b)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_their_checkpoint_in_shards(name, tmp_path, tokens):
+    theirs = theirs_of(name)
+    theirs.save_pretrained(tmp_path, max_shard_size="5KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    ours = Transformer.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=f"has no {shards[1].name}; model.safetensors.index.json names it"):
+        Transformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json is corrupt"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_a_base_model_without_the_prefix(tmp_path, tokens):
+    theirs = theirs_of("llama tied, wide heads")
+    theirs.model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        ours = Transformer.from_pretrained(tmp_path)(tokens)
+        torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_an_older_config_json(tmp_path, tokens):
+    """As published before transformers 5, with what Llama 1 and 2 leave out."""
+    config = LlamaConfig(
+        **BASE | dict(num_key_value_heads=4), rope_parameters=dict(rope_type="default", rope_theta=1e4)
+    )
+    theirs = randomise(AutoModelForCausalLM.from_config(config))
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    with torch.no_grad():
+        ours = Transformer.from_pretrained(tmp_path)(tokens)
+        torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path)
+    asked = []
+    hub = type(sys)("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: asked.append(name) or str(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert Transformer.from_pretrained("Qwen/Qwen3-0.6B").config.width == 16
+    assert asked == ["Qwen/Qwen3-0.6B"]
+    for path in (tmp_path / "not" / "there", "tests/nothing", "./nothing", "nothing"):  # paths, and no hub names
+        with pytest.raises(CheckpointError, match="is not there; a checkpoint is a directory"):
+            Transformer.from_pretrained(path)
+    assert asked == ["Qwen/Qwen3-0.6B"]
+
+    def offline(name, allow_patterns):
+        raise OSError("no network\nand many more lines")
+
+    hub.snapshot_download = offline
+    with pytest.raises(CheckpointError, match=r"Qwen3-0\.6B .* the Hugging Face hub does not give it: no network$"):
+        Transformer.from_pretrained("Qwen/Qwen3-0.6B")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
+        Transformer.from_pretrained("Qwen/Qwen3-0.6B")
+
+
+def test_a_checkpoint_is_refused_before_memory_is_spent(tmp_path):
+    """A model of this config would need 4 TB."""
+    tiny(n_layer=1).save_pretrained(tmp_path)
+    for key, size in [("hidden_size", 10**6), ("intermediate_size", 10**6), ("vocab_size", 10**6)]:
+        damage_config(key, size)(tmp_path)
+    with pytest.raises(CheckpointError, match=r"its config asks for .*1000000"):
+        Transformer.from_pretrained(tmp_path)
 
 
 def test_gpt2_without_the_prefix_and_with_its_mask_buffers(tmp_path, tokens):
@@ -105,8 +194,12 @@ def test_the_dtype_of_an_opened_checkpoint(tmp_path):
         TransformerConfig(**SMALL, rope_theta=55.0, norm_eps=0.1, head_dim=6, ffn_width=24),
         gpt2_config(**SMALL | {"n_kv_head": 4}),
         gpt2_config(**SMALL | {"n_kv_head": 4}, norm_eps=0.1, ffn_width=24),
+        TransformerConfig(**SMALL, qk_norm=False, rope_theta=55.0),
+        TransformerConfig(**SMALL, qk_norm=False, tie_embeddings=False, head_dim=6),
+        TransformerConfig(**SMALL, qk_norm=False, qkv_bias=True),
+        TransformerConfig(**SMALL, qk_norm=False, qkv_bias=True, tie_embeddings=False, head_dim=6),
     ],
-    ids=["qwen3", "untied", "qwen3 in numbers", "gpt2", "gpt2 in numbers"],
+    ids=lambda c: layout_of(c) + (", tied" if c.tie_embeddings else "") + f", {c.norm_eps} {c.rope_theta} {c.head_dim}",
 )
 def test_our_checkpoint_there(config, tmp_path, tokens):
     ours = randomise(Transformer(config))
@@ -126,8 +219,11 @@ def test_our_checkpoint_there(config, tmp_path, tokens):
         {"positions": "sinusoidal"},
         {"activation": "gelu"},
         {"norm": "layer"},
-        {"qk_norm": False},
+        {"qkv_bias": True},
+        {"qk_norm": False, "bias": True},
         {"bias": True, "dropout": 0.3},
+        {"bias": True, "qkv_bias": False},
+        {"norm_placement": "sandwich"},
         {"positions": "learned", "tie_embeddings": False, "norm_eps": 0.1, "head_dim": 6},
         {"norm_placement": "post", "rope_theta": 55.0, "ffn_width": 24},
     ],
@@ -196,7 +292,11 @@ def test_masked_mean():
 
 @pytest.mark.parametrize(
     ("norm", "placement", "activation", "positions"),
-    list(product(["rms", "layer"], ["pre", "post"], ["swiglu", "gelu"], ["rope", "learned", "sinusoidal", "none"])),
+    list(
+        product(
+            ["rms", "layer"], ["pre", "post", "sandwich"], ["swiglu", "gelu"], ["rope", "learned", "sinusoidal", "none"]
+        )
+    ),
 )
 def test_every_parameter_learns(norm, placement, activation, positions, tokens):
     model = tiny(norm=norm, norm_placement=placement, activation=activation, positions=positions, bias=True)
@@ -208,7 +308,7 @@ def test_every_parameter_learns(norm, placement, activation, positions, tokens):
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal", "none"])
-@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 def test_no_token_sees_the_future(positions, placement, tokens):
     model = tiny(positions=positions, norm_placement=placement)
     before = model(tokens)
@@ -321,18 +421,17 @@ def damage_tensors(change):
         (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:500]), "corrupt"),
         (damage_config("model_type", "mamba"), "'mamba' is not known here; known: qwen3, gpt2"),
         (damage_config("hidden_act", "relu"), "hidden_act = 'relu' is not supported"),
-        (damage_config("rope_scaling", {"rope_type": "yarn"}), "yarn"),
         (damage_config("num_key_value_heads", 3), "n_kv_head 3"),
-        (damage_config("vocab_size", 50), r"embed.weight has shape \(37, 16\), .* \(50, 16\)"),
+        (damage_config("vocab_size", 50), r"embed_tokens.weight has shape \(37, 16\), .* \(50, 16\)"),
         (lambda p: (p / "config.json").write_bytes(b"\xff{}"), "not a model's config.json"),
         (lambda p: (p / "config.json").write_text("[1]"), "not a model's config.json"),
         (lambda p: (p / "config.json").write_text('{"model_type": "qwen3"}'), "lacks 'vocab_size'"),
         (lambda p: (p / "config.json").write_text('{"model_type": "gpt2"}'), "lacks 'vocab_size'"),
         (lambda p: (p / "model.safetensors").write_bytes(b""), "corrupt"),
         (damage_config("model_type", ["qwen3"]), "is not known here"),
-        (damage_config("use_sliding_window", True), "use_sliding_window = True is not supported"),
+        (damage_config("quantization_config", {"bits": 4}), "quantization_config = .* is not supported"),
+        (damage_config("partial_rotary_factor", 0.5), "partial_rotary_factor = 0.5 is not supported"),
         (damage_config("attention_bias", True), "attention_bias = True is not supported"),
-        (damage_config("rope_parameters", {"rope_type": "linear", "factor": 2.0}), "linear"),
         (damage_config("rope_parameters", [1]), "config.json: "),
         (damage_config("rope_theta", "high"), "config.json: .*high"),
         (damage_config("rope_theta", 0), "rope_theta is 0"),
@@ -367,10 +466,13 @@ QKV, PROJ = (f"transformer.h.1.attn.{x}.weight" for x in ("c_attn", "c_proj"))
         (damage_config("scale_attn_by_inverse_layer_idx", True), "scale_attn_by_inverse_layer_idx"),
         (damage_config("tie_word_embeddings", False), "tie_word_embeddings"),
         (damage_config("n_head", 3), "not a multiple of n_head 3"),
-        (damage_config("n_positions", 30), r"learned.weight has shape \(24, 16\)"),
+        (damage_config("n_positions", 30), r"wpe.weight has shape \(24, 16\)"),
         (damage_tensors(lambda t: t.pop(QKV)), "lack 'transformer.h.1.attn.c_attn.weight'"),
         (damage_tensors(lambda t: t.update({QKV: torch.ones(16, 2)})), r"c_attn.weight has shape \(16, 2\)"),
-        (damage_tensors(lambda t: t.update({QKV: torch.ones(16, 24)})), r"w[kqv].weight has shape \(8, 16\)"),
+        (
+            damage_tensors(lambda t: t.update({QKV: torch.ones(16, 24)})),
+            r"c_attn.weight has shape \(16, 24\), .* \(16, 48\)",
+        ),
         (damage_tensors(lambda t: t.update({PROJ: torch.ones(16, 4, 4)})), r"shape \(16, 4, 4\)"),
         (damage_tensors(lambda t: t.update(extra=torch.ones(1))), "hold 'extra'"),
     ],

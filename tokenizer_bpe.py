@@ -25,10 +25,12 @@ Run it: `python tokenizer_bpe.py` (seconds, no download).
 import hashlib
 import heapq
 import json
+import multiprocessing
 import os
 import unicodedata
-from collections import Counter, defaultdict
-from itertools import pairwise
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import regex
@@ -69,11 +71,10 @@ CHAT_TEMPLATE = (
 def train_bpe_naive(texts, n_merges):
     """The algorithm, to be read: texts -> [(left id, right id), …], the merges in the order in which they are learned.
 
-    It recounts everything for each merge. Ties go to the pair with the smallest ids, as in `tokenizers`; its ids of
-    the bytes follow the characters that it writes for them (see byte_alphabet), ours the bytes, so that on a tie
-    between pairs of bytes it may choose another one. With the same alphabet the merges are the same.
+    It recounts everything for each merge. Ties go to the pair with the smallest left id, then right id, the bytes in
+    the order of the characters that tokenizer.json writes for them (BYTE_ORDER): that is the rule of `tokenizers`.
     """
-    rows = [(list(word), count) for word, count in count_words(texts).items()]
+    rows = [([BYTE_ORDER.index(b) for b in word], count) for word, count in count_words(texts).items()]
     merges = []
     while len(merges) < n_merges:
         pairs = Counter()
@@ -85,17 +86,18 @@ def train_bpe_naive(texts, n_merges):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         rows = [(merge(ids, best, 256 + len(merges)), count) for ids, count in rows]
         merges.append(best)
-    return merges
+    return [tuple(BYTE_ORDER[i] if i < 256 else i for i in pair) for pair in merges]
 
 
 def train_bpe(texts, n_merges):
-    """The same merges, fast: only the words that hold the merged pair are touched, and a heap knows the best pair.
+    """The same merges, fast. A merge changes only the words that hold its pair, and in them only the neighbours' pairs:
+    `where` finds the words, the counts are kept up to date, and a heap knows the best pair.
 
     The heap's counts may be old, but never too low: a pair is pushed again whenever its count grows, and one that is
     popped with an outdated count is pushed back with the right one.
     """
-    words = count_words(texts)
-    rows, counts = [list(word) for word in words], list(words.values())
+    words, place = count_words(texts), bytes(BYTE_ORDER.index(b) for b in range(256))
+    rows, counts = [list(word.translate(place)) for word in words], list(words.values())
     pairs, where = Counter(), defaultdict(set)  # pair -> its count; -> the rows it is in, or was in once
     for row, ids in enumerate(rows):
         for pair in pairwise(ids):
@@ -107,23 +109,22 @@ def train_bpe(texts, n_merges):
     while heap and len(merges) < n_merges:
         count, best = heapq.heappop(heap)
         if -count != pairs[best]:
-            if pairs[best] > 0:
+            if pairs[best]:
                 heapq.heappush(heap, (-pairs[best], best))
             continue
         grown = set()
         for row in where.pop(best):
-            before = rows[row]
-            after = rows[row] = merge(before, best, 256 + len(merges))
-            for pair in pairwise(before):
-                pairs[pair] -= counts[row]
-            for pair in pairwise(after):
-                pairs[pair] += counts[row]
-                where[pair].add(row)
-                grown.add(pair)
+            for gone, made in merge_in_place(rows[row], best, 256 + len(merges)):
+                pairs[gone] -= counts[row]
+                pairs[made] += counts[row]
+                where[made].add(row)
+                grown.add(made)
+        del pairs[best]
         for pair in grown:
-            heapq.heappush(heap, (-pairs[pair], pair))
+            if pairs[pair]:
+                heapq.heappush(heap, (-pairs[pair], pair))
         merges.append(best)
-    return merges
+    return [tuple(BYTE_ORDER[i] if i < 256 else i for i in pair) for pair in merges]
 
 
 def merge(ids, pair, new):
@@ -139,13 +140,97 @@ def merge(ids, pair, new):
     return out
 
 
-def count_words(texts, pattern=PATTERN):
-    """How often each piece that the pattern cuts out occurs: {bytes: count}. A text has far fewer words than places."""
-    split, words = regex.compile(pattern), Counter()
-    for text in [texts] if isinstance(texts, str) else texts:
+def merge_in_place(ids, pair, new):
+    """The same on the list itself; yields, for each neighbour, the pair that it was in and the one that it is in now.
+
+    [1, 2, 3], (1, 2), 9 -> [9, 3], yielding ((2, 3), (9, 3))
+    """
+    left, right = pair
+    i, last = 0, len(ids) - 1
+    while i < last:
+        if ids[i] == left and ids[i + 1] == right:
+            ids[i : i + 2] = [new]
+            last -= 1
+            if i > 0:
+                yield (ids[i - 1], left), (ids[i - 1], new)
+            if i < last:
+                yield (right, ids[i + 1]), (new, ids[i + 1])
+        i += 1
+
+
+BATCH = 2**22  # characters that one process counts at a time: this, not the size of the text, bounds the memory
+BORDER = regex.compile(r"(?r)(?<=[\p{L}\p{N}])\s")  # the last place where a space follows a letter or a digit
+
+
+def count_words(texts):
+    """How often each piece that PATTERN cuts out occurs: {bytes: count}. A text has far fewer words than places.
+
+    texts: a string, the Path of a file (read piece by piece: it may be larger than the memory), or several of them.
+    """
+    jobs, words = batches(texts), Counter()
+    first = list(islice(jobs, 2))
+    processes = 1 if len(first) < 2 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if processes == 1:
+        for batch in chain(first, jobs):
+            words.update(count_batch(batch))
+    else:
+        # Forked, so that a script without `if __name__ == "__main__"` may train. The workers touch nothing but strings.
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+            waiting = deque()
+            for batch in chain(first, jobs):
+                waiting.append(pool.submit(count_batch, batch))
+                if len(waiting) > 2 * processes:
+                    words.update(waiting.popleft().result())
+            for counted in waiting:
+                words.update(counted.result())
+    if not words:
+        raise TokenizerError("the training text is empty: there is nothing to count")
+    return {word.encode(): count for word, count in words.items()}
+
+
+def count_batch(batch):
+    """[text, …] -> {word: count}"""
+    split, words = regex.compile(PATTERN), Counter()
+    for text in batch:
         utf8(text)
         words.update(split.findall(text))
-    return {word.encode(): count for word, count in words.items()}
+    return words
+
+
+def batches(texts):
+    """Lists of texts of BATCH characters or a little more; a longer text is cut where PATTERN cuts it in any case."""
+    batch, length = [], 0
+    for text in [texts] if isinstance(texts, str | Path) else texts:
+        for piece in cut(blocks(text)):
+            batch.append(piece)
+            length += len(piece)
+            if length >= BATCH:
+                yield batch
+                batch, length = [], 0
+    yield batch
+
+
+def blocks(text):
+    """A string or a file in blocks of BATCH characters."""
+    if isinstance(text, Path):
+        with text.open(encoding="utf-8") as file:
+            while block := file.read(BATCH):
+                yield block
+    else:
+        utf8(text)
+        yield from (text[i : i + BATCH] for i in range(0, len(text), BATCH))
+
+
+def cut(blocks):
+    """Blocks of one text, which may end inside a word -> the same text cut at BORDERs, where a word always ends."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        if len(rest) >= BATCH and (border := BORDER.search(rest)):
+            yield rest[: border.start()]
+            rest = rest[border.start() :]
+    if rest:
+        yield rest
 
 
 def utf8(text):
@@ -339,15 +424,12 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS):
-        """texts: a string or an iterable of them; vocab_size counts bytes, merges and special tokens. Texts too short
-        to yield so many merges give a smaller vocabulary."""
+        """texts: as for count_words; vocab_size counts bytes, merges and special tokens. Texts too short to yield so
+        many merges give a smaller vocabulary."""
         n_merges = vocab_size - 256 - len(special_tokens)
         if n_merges < 0:
             least = f"256 bytes and {len(special_tokens)} special tokens"
             raise TokenizerError(f"vocab_size {vocab_size} is too small: it counts {least} too")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not any(texts):
-            raise TokenizerError("the training text is empty: there is nothing to count")
         vocab, merges = {i: bytes([i]) for i in range(256)}, []
         for left, right in train_bpe(texts, n_merges):
             merges.append((vocab[left], vocab[right]))
@@ -409,7 +491,7 @@ class CharTokenizer(Tokenizer):
     """An id per character of the training text, in their order; any other character is an error."""
 
     kind = "char"
-    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}  # noqa: RUF012
 
     def __init__(self, characters, special_tokens=SPECIAL_TOKENS, eos_token=None):
         vocab = {i: c.encode() for i, c in enumerate(characters)}
@@ -419,8 +501,8 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, special_tokens=SPECIAL_TOKENS):
         characters = set()
-        for text in [texts] if isinstance(texts, str) else texts:
-            characters |= set(utf8(text).decode())
+        for batch in batches(texts):
+            characters.update(*batch)
         if not characters:
             raise TokenizerError("the training text is empty: there is nothing to count")
         return cls(sorted(characters | set("\n".join(ROLES))), special_tokens)  # the chat frame must be writable too
@@ -457,6 +539,7 @@ def byte_alphabet():
 
 
 BYTE_TO_CHAR = byte_alphabet()
+BYTE_ORDER = sorted(BYTE_TO_CHAR, key=BYTE_TO_CHAR.get)  # the bytes, in the order of their characters
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
@@ -478,19 +561,32 @@ def bpe_model(vocab):
 
 
 def load_tokenizer(path):
-    """Any kind, from a directory or a tokenizer.json: ours, or a byte-level BPE of GPT-2's, Qwen2's or SmolLM2's make."""
+    """Any kind, from a directory or a tokenizer.json: ours, or byte-level BPE of GPT-2's, Qwen2's or SmolLM2's make;
+    or the two files in which OpenAI published GPT-2's."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
+    openai = not file.exists() and (path / "vocab.bpe").exists() and (path / "encoder.json").exists()
+    if openai:
+        file = path / "encoder.json"
     if not file.exists():
         raise TokenizerError(f"{file} is not there; a tokenizer is bpe, char, byte, or a directory that holds one")
     content, config_file = read_json(file), file.with_name("tokenizer_config.json")
     config = read_json(config_file) if config_file.exists() else {}
     try:
-        return build(content, config)
+        return build(from_openai(content, path / "vocab.bpe") if openai else content, config)
     except TokenizerError as error:
         raise TokenizerError(f"{file}: {error}") from None
     except (KeyError, AttributeError, TypeError, ValueError, regex.error):
         raise TokenizerError(f"{file} is corrupt: not in the format of the tokenizers package") from None
+
+
+def from_openai(vocab, merges_file):
+    """GPT-2's encoder.json ({token: id}) and vocab.bpe (a line of version, then "left right" a line) as tokenizer.json
+    would have them."""
+    merges = merges_file.read_text(encoding="utf-8").split("\n")[1:-1]
+    special = [{"content": "<|endoftext|>", "id": vocab["<|endoftext|>"]}]
+    steps = {"type": "ByteLevel", "add_prefix_space": False}
+    return {"model": {"vocab": vocab, "merges": merges}, "added_tokens": special, "pre_tokenizer": steps}
 
 
 def read_json(file):

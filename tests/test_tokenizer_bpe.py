@@ -2,14 +2,18 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import regex
+import tiktoken
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import tokenizer_bpe
 from tokenizer_bpe import (
     BYTE_TO_CHAR,
     CHAT_TEMPLATE,
@@ -21,10 +25,14 @@ from tokenizer_bpe import (
     ByteTokenizer,
     CharTokenizer,
     TokenizerError,
+    blocks,
+    count_words,
+    cut,
     load_tokenizer,
     merge,
     train_bpe,
     train_bpe_naive,
+    unshow,
 )
 
 TEXT = (
@@ -57,24 +65,37 @@ def test_the_example_of_wikipedia():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.text("abcd ", max_size=30) | st.text(max_size=30), max_size=6))
+@given(st.lists(st.text("abcd ", min_size=1, max_size=30) | st.text(min_size=1, max_size=30), min_size=1, max_size=6))
 def test_fast_training_equals_plain_training(texts):
     assert train_bpe(texts, 30) == train_bpe_naive(texts, 30)
 
 
-def test_training_equals_the_tokenizers_package():
-    """Its ids of the bytes follow the characters that stand for them, ours the bytes; a tie in the counts may then go
-    the other way. So the text here holds only bytes that sort alike in both: printable ASCII."""
-    text = "".join(c for c in TEXT.replace(" ", "_").replace("\n", "~") if 33 <= ord(c) < 127)
+@settings(max_examples=50, deadline=None)
+@given(st.text("ab 1'é\n🙂\x00", min_size=1, max_size=200))
+@example(TEXT)
+def test_training_equals_the_tokenizers_package(text):
     theirs = trained_by_tokenizers(split_by(PATTERN), text, 256 + 200)
-    merges = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
-    spelling = {i: bytes([i]) for i in range(256)}
-    ours = []
-    for left, right in train_bpe(text, 200):
-        ours.append((spelling[left].decode(), spelling[right].decode()))
-        spelling[len(spelling)] = spelling[left] + spelling[right]
-    assert ours == merges
-    assert len(ours) == 200
+    merges = [(unshow(left), unshow(right)) for left, right in json.loads(theirs.to_str())["model"]["merges"]]
+    assert BPETokenizer.train(text, 256 + 200, special_tokens=()).merges == merges
+
+
+def test_counting_in_processes_and_from_a_file_changes_nothing(tmp_path, monkeypatch):
+    """Batches of a few characters end in the middle of words, of runs of spaces and line ends, of what is one piece."""
+    text = (TEXT[:500] + " \n\n  \t x\r\n'll 12 'S.\n\n..\n,\n  ;") * 3
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    plain = read_plainly(text.replace("\r\n", "\n"))
+    assert count_words(text.replace("\r\n", "\n")) == plain == count_words(tmp_path / "a.txt")
+    for size in (1, 300):
+        monkeypatch.setattr(tokenizer_bpe, "BATCH", size)
+        assert list(cut(blocks(text))) != [text] == ["".join(cut(blocks(text)))]
+        assert count_words(tmp_path / "a.txt") == plain
+        assert count_words([text[:999], text[999:]]) == read_plainly(text[:999]) + read_plainly(text[999:])
+    with pytest.raises(TokenizerError, match="surrogate"):  # from a worker
+        count_words(["a b " * 500, "c \ud83d"] * 9)
+
+
+def read_plainly(text):
+    return Counter(piece.encode() for piece in regex.findall(PATTERN, text))
 
 
 def split_by(pattern):
@@ -259,11 +280,45 @@ def test_errors(bpe, tmp_path):
             load_tokenizer(tmp_path)
 
 
-def test_real_text():
-    path = Path(os.environ.get("ALIGN_DATA", "downloads")) / "tokenizers" / "taylorswift.txt"
+def published(name):
+    path = Path(os.environ.get("ALIGN_DATA", "downloads")) / "tokenizers" / name
     if not path.exists():
         pytest.skip(f"{path} is not there")
-    text = path.read_text(encoding="utf-8")
+    return path
+
+
+def test_real_text():
+    text = published("taylorswift.txt").read_text(encoding="utf-8")
     tokenizer = BPETokenizer.train(text, 800)
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text[:20_000]) == tokenizer.encode_naive(text[:20_000])
+    theirs = trained_by_tokenizers(split_by(PATTERN), text, 800 - 3)
+    merges = [(unshow(left), unshow(right)) for left, right in json.loads(theirs.to_str())["model"]["merges"]]
+    assert tokenizer.merges == merges
+
+
+def test_gpt2_as_published(tmp_path):
+    """tiktoken builds GPT-2's ranks from the same two files by its own code."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    folder, text = published("gpt2"), published("taylorswift.txt").read_text(encoding="utf-8")
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    theirs = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    ours = load_tokenizer(folder)
+    assert (ours.vocab_size, ours.endoftext_id) == (50257, 50256)
+    assert ours.encode("Hello, world") == [15496, 11, 995]
+    assert ours.encode("a<|endoftext|>", allowed_special="all") == [64, 50256]
+    ours.save_pretrained(tmp_path)
+    package = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text())
+    @example(text)
+    @example("".join(HARD))
+    def same_ids(text):
+        text = text.replace("<|endoftext|>", "")
+        assert ours.encode(text) == theirs.encode_ordinary(text) == package.encode(text).ids
+
+    same_ids()
+    assert ours.encode(text[:5000]) == ours.encode_naive(text[:5000])

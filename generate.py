@@ -3,7 +3,7 @@
     token_t ~ softmax(logits_t / temperature)
 
 The prompt is read in one pass that fills the key/value cache (prefill); after it each step reads one token per row
-(decode). Four ideas make it fast without making it complicated:
+(decode). Five ideas make it fast without making it complicated:
 
 * the prompts of a batch are padded on the *left*, so that all rows write their next token into the same cache
   slot; a mask hides the pads and each row keeps its own positions;
@@ -13,9 +13,16 @@ The prompt is read in one pass that fills the key/value cache (prefill); after i
   (rows, max_new_tokens) table fixes all of the randomness beforehand, so what a row says does not depend on which
   rows stand beside it, on when they leave, or on how a batch is spread over GPUs.
 
-Truncation (top-k, Fan et al. 2018; top-p, arXiv:1904.09751) is for reading pleasure. Rollouts for RL must sample
-by temperature alone: the log-probabilities that come back, and the loss that scores them, are those of the full
-softmax, and a truncated sampler would not be the policy that is trained.
+* with one token per row the products are small and a step is mostly the cost of starting operations: `DecodeStep`
+  computes Transformer.forward's numbers with fewer and larger ones (the usual case; other layouts call the model).
+
+Truncation (top-k, Fan et al. 2018; top-p, arXiv:1904.09751; min-p, arXiv:2407.01082) and the repetition penalty
+(CTRL, arXiv:1909.05858) are for reading pleasure. Rollouts for RL must sample by temperature alone: the
+log-probabilities that come back, and the loss that scores them, are those of the full softmax, and a truncated
+sampler would not be the policy that is trained.
+
+Letters: N prompts, n rollouts each, B rows still in the batch, S slots of the cache in use, V vocabulary, C width,
+H heads, G key/value heads, D head width.
 
 Run it:
     python generate.py --checkpoint runs/sft --prompt "Tom has 5 apples. He buys 3 more. How many now?"
@@ -26,11 +33,12 @@ import codecs
 import json
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import jsonargparse
 import torch
+import torch.nn.functional as F
 
 from data import DataError
 from tokenizer_bpe import TokenizerError, load_tokenizer
@@ -59,8 +67,9 @@ class Rollout:
         ]
 
 
-def truncate(probs, top_k=None, top_p=None):
-    """Zero the tail of each row: all but the k largest; all but the smallest set that holds mass p. (B, V)"""
+def truncate(probs, top_k=None, top_p=None, min_p=None):
+    """Zero the tail of each row: all but the k largest; all but the smallest set that holds mass p; all that are
+    less than min_p times as likely as the likeliest. (B, V)"""
     if top_k is not None and top_k < probs.shape[-1]:
         kth = probs.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         probs = probs.masked_fill(probs < kth, 0.0)
@@ -69,27 +78,116 @@ def truncate(probs, top_k=None, top_p=None):
         before = ordered.cumsum(-1) - ordered  # mass in front of each token: the first one always stays
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)
     return probs
 
 
-def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
+def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penalty=1.0, seen=None):
     """One token per row: logits (B, V), u (B,) uniform in [0, 1) -> ids (B,), log-probabilities (B,) in fp32.
 
-    Temperature 0 is greedy. The log-probabilities are those of the softmax at the temperature (at 1 if greedy),
-    never of the truncated one.
+    Temperature 0 is greedy. penalty divides the positive logits, and multiplies the negative ones, of the tokens that
+    `seen` (B, V) marks. The log-probabilities are those of the model's own softmax at the temperature (at 1 if
+    greedy), never of the truncated or penalised one.
     """
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
+    chosen = logprobs
+    if penalty != 1.0:
+        less = torch.where(logits > 0, logits / penalty, logits * penalty)
+        chosen = (torch.where(seen, less, logits).float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
-        ids = logprobs.argmax(-1)
+        ids = chosen.argmax(-1)
     else:
-        cdf = truncate(logprobs.exp(), top_k, top_p).cumsum(-1)  # (B, V)
+        cdf = truncate(chosen.exp(), top_k, top_p, min_p).cumsum(-1)  # (B, V)
         # right=True: the first token whose cumulative mass exceeds u, so one of probability 0 is never drawn
         ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
         ids = ids.clamp(max=logits.shape[-1] - 1)
     return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
 
 
-@torch.no_grad()
+class DecodeStep:
+    """Transformer.forward for one new token per row: token (B,), position (B,) -> logits (B, V).
+
+    For RMSNorm, SwiGLU and RoPE (Llama, Qwen). The three products of q, k and v become one, those of gate and up too;
+    the gains of the norms and 1/√D are multiplied into the matrices behind them beforehand; keys of one head are
+    multiplied with all queries that share them in one batched product. Built anew by each `generate`, in about the
+    time of a step, because the weights may have changed since.
+    """
+
+    @staticmethod
+    def fits(model):
+        """Whether this layout is one of those that are computed here."""
+        c = model.config
+        usual = (c.norm, c.norm_placement, c.activation, c.positions) == ("rms", "pre", "swiglu", "rope")
+        return usual and not (c.bias or c.window or c.n_expert)
+
+    def __init__(self, model, cache):
+        c = model.config
+        self.config, self.cache = c, cache
+        dtype, H, G, D = cache.keys[0].dtype, c.n_head, c.n_kv_head, c.head_dim
+        self.embed, self.layers = model.embed.weight, []
+        for block in model.blocks:
+            a, f, scale = block.attn, block.ffn, D**-0.5
+            qkv = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight])  # ((H + 2G)·D, C)
+            bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias])
+            if a.q_norm is not None:
+                gain = torch.cat([a.q_norm.weight.expand(H, D) * scale, a.k_norm.weight.expand(G, D)])  # (H + G, D)
+            else:
+                gain = torch.cat([torch.full((H, D), scale), torch.ones(G, D)]).to(qkv.device)
+            gate_up = torch.cat([f.gate.weight, f.up.weight])  # (2 · inner, C)
+            weights = qkv * block.norm1.weight, a.wo.weight, gate_up * block.norm2.weight, f.down.weight
+            weights = [w.to(dtype).t() for w in weights]  # (in, out) each
+            self.layers.append((*weights, bias if bias is None else bias.to(dtype), gain.to(dtype)))
+        output = self.embed if model.head is None else model.head.weight
+        self.output = (output * model.norm.weight).to(dtype).t()  # (C, V)
+        signs = torch.ones(D, device=output.device)
+        signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.apply_rope
+        self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
+
+    def __call__(self, token, position, visible=None):
+        """visible (B, S + 1) bool: which slots hold real tokens, None = all. Fills the next slot of the cache."""
+        c, cache = self.config, self.cache
+        H, G, D, B, S = c.n_head, c.n_kv_head, c.head_dim, len(token), cache.length + 1
+        x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
+        cos, sin = F.embedding(position, self.cos)[:, None], F.embedding(position, self.sin)[:, None]  # (B, 1, D)
+        hidden = self.cos.new_zeros(1, 1, 1)
+        if visible is not None:
+            hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
+            hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
+        for i, (qkv, wo, gate_up, down, bias, gain) in enumerate(self.layers):
+            h = unit_rms(x, c.norm_eps) @ qkv  # (B, (H + 2G)·D)
+            h = (h if bias is None else h + bias).view(B, H + 2 * G, D)
+            qk, v = h[:, : H + G], h[:, H + G :]
+            qk = (unit_rms(qk, c.norm_eps) if c.qk_norm else qk) * gain
+            qk = qk * cos + qk.roll(D // 2, -1) * sin
+            keys, values = cache.keys[i], cache.values[i]  # (B, G, slots, D)
+            keys[:, :, S - 1], values[:, :, S - 1] = qk[:, H:], v
+            keys, values = keys.view(B * G, -1, D)[:, :S], values.view(B * G, -1, D)[:, :S]
+            scores = torch.baddbmm(hidden, qk[:, :H].reshape(B * G, H // G, D), keys.transpose(1, 2))  # (B·G, H/G, S)
+            heads = torch.bmm(scores.softmax(-1), values)  # (B·G, H/G, D)
+            x = x + heads.view(B, H * D) @ wo
+            gate, up = (unit_rms(x, c.norm_eps) @ gate_up).chunk(2, dim=-1)  # (B, inner) each
+            x = x + (F.silu(gate) * up) @ down
+        cache.length = S
+        return unit_rms(x, c.norm_eps) @ self.output
+
+
+def unit_rms(x, eps):
+    """norms.RMSNorm without its gain, statistics in fp32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x * torch.rsqrt(norm * norm / x.shape[-1] + eps).to(x.dtype)
+
+
+def free_memory(device):
+    """Bytes that `device` has to spare; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def generate(
     model,
     prompts,
@@ -101,31 +199,56 @@ def generate(
     stop_ids=(),
     generator=None,
     *,
+    min_p=None,
+    repetition_penalty=1.0,
     uniforms=None,
     on_tokens=None,
+    memory=None,
 ):
-    """Continue N prompts (lists of ids), n rollouts each; rows i·n … i·n + n − 1 belong to prompt i.
+    """Continue N prompts (lists of ids), n rollouts each; rows i·n … i·n + n − 1 belong to prompt i. -> Rollout
 
     A row ends with a stop id, which it keeps, or after max_new_tokens. generator: a CPU torch.Generator, or give
     the (N·n, max_new_tokens) table of uniforms yourself; on_tokens(ids (N·n,), live (N·n,)) is called at each step,
-    for streaming. Raises ConfigError on an empty prompt or one that leaves no room in the model's context.
+    for streaming; what it returns, if anything, is the (N·n,) rows to end there. memory: bytes for the key/value
+    cache, default half of what is free; prompts that do not fit together are taken one batch after the other, which
+    changes no row. Raises ConfigError on an empty prompt or one that leaves no room in the model's context.
     """
-    context, lengths = model.config.context, [len(p) for p in prompts]
-    if not prompts or not min(lengths):
+    c, longest = model.config, max((len(p) for p in prompts), default=0)
+    if not prompts or not all(prompts):
         raise ConfigError("nothing to continue: a prompt needs at least one token")
-    longest, rows = max(lengths), len(prompts) * n
-    if longest + max_new_tokens > context:
+    if longest + max_new_tokens > c.context:
         raise ConfigError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {context}"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {c.context}"
         )
+    if uniforms is None:
+        uniforms = torch.rand(len(prompts) * n, max_new_tokens, generator=generator)
+    uniforms = uniforms.to(model.embed.weight.device)
+    if memory is None:
+        memory = (free_memory(uniforms.device) or 1 << 40) // 2
+    a_row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * (longest + max_new_tokens)  # keys and values in fp32
+    size = len(prompts) if on_tokens is not None else max(1, int(memory // (a_row * n)))  # prompts per batch
+    penalised = {"penalty": repetition_penalty} if repetition_penalty != 1.0 else {}
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, **penalised}
     was_training = model.training
     model.eval()
-    device = model.embed.weight.device
-    if uniforms is None:
-        uniforms = torch.rand(rows, max_new_tokens, generator=generator)
-    uniforms = uniforms.to(device)
-    stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    try:
+        parts = []
+        for i in range(0, len(prompts), size):
+            mine = uniforms[i * n : (i + size) * n]
+            parts.append(_generate(model, prompts[i : i + size], mine, n, stop_ids, on_tokens, how))
+    finally:
+        model.train(was_training)
+    T = max(part[0].shape[1] for part in parts)
+    whole = [torch.cat([F.pad(x, (0, T - x.shape[1])) for x in xs]) for xs in zip(*parts, strict=True)]
+    return Rollout(*whole)  # copies made outside inference mode: a loss may use them
 
+
+@torch.inference_mode()
+def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how):
+    """One batch -> ids, mask, logprobs, (N·n, T) each."""
+    device, lengths, max_new_tokens = uniforms.device, [len(p) for p in prompts], uniforms.shape[1]
+    longest, rows = max(lengths), len(prompts) * n
+    stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)  # (N, S)
     real = torch.zeros(len(prompts), longest, dtype=torch.bool)
     for i, prompt in enumerate(prompts):
@@ -139,39 +262,49 @@ def generate(
     cache = model.make_cache(len(prompts), longest)
     logits = model(tokens, positions, real if padded else None, cache, last_only=True)[:, -1]  # (N, V)
     cache = cache.repeat(n, longest + max_new_tokens)
+    step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
     logits = logits.repeat_interleave(n, dim=0)  # (N·n, V)
     position = positions[:, -1].repeat_interleave(n, dim=0)  # (N·n,) of the last token read
     visible = torch.ones(rows, longest + max_new_tokens, dtype=torch.bool, device=device)
     visible[:, :longest] = real.repeat_interleave(n, dim=0)
+    if "penalty" in how:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, device=device).scatter_add_(1, tokens, real.float())
+        how = {**how, "seen": (seen > 0).repeat_interleave(n, dim=0)}  # (N·n, V)
 
     ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
     row = torch.arange(rows, device=device)  # which output row each row of the shrinking batch is
     live = torch.ones(rows, dtype=torch.bool, device=device)
-    length = 0
     for t in range(max_new_tokens):
-        token, logprob = sample(logits, uniforms[row, t], temperature, top_k, top_p)  # (B,), (B,)
+        token, logprob = sample(logits, uniforms[row, t], **how)  # (B,), (B,)
         ids[row, t] = token * live
         mask[row, t] = live
         logprobs[row, t] = logprob * live
-        length = t + 1
-        if on_tokens is not None:
-            on_tokens(ids[:, t], mask[:, t])
         live = live & ~torch.isin(token, stop)
+        if on_tokens is not None:
+            end = on_tokens(ids[:, t], mask[:, t])
+            if end is not None:
+                live = live & ~end.to(device)[row]
         left = int(live.sum())
-        if left == 0 or length == max_new_tokens:
+        if left == 0 or t + 1 == max_new_tokens:
             break
+        if "seen" in how:
+            how["seen"][torch.arange(len(token), device=device), token] = True
         if left <= 0.75 * len(live):  # copying the survivors costs about a step, so wait until it pays
             stay = live.nonzero().squeeze(-1)
             cache.keep(stay)
             row, live, token, position = row[stay], live[stay], token[stay], position[stay]
             visible = visible[stay]
+            if "seen" in how:
+                how["seen"] = how["seen"][stay]
         position = position + 1
-        seen = visible[:, : cache.length + 1] if padded else None
-        logits = model(token[:, None], position[:, None], seen, cache)[:, -1]  # (B, V)
-    model.train(was_training)
-    return Rollout(ids[:, :length], mask[:, :length], logprobs[:, :length])
+        shown = visible[:, : cache.length + 1] if padded else None
+        if step is not None:
+            logits = step(token, position, shown)  # (B, V)
+        else:
+            logits = model(token[:, None], position[:, None], shown, cache)[:, -1]
+    return ids[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,6 +393,12 @@ class Config:
     """Sample among the k likeliest tokens only."""
     top_p: float | None = None
     """Sample among the likeliest tokens that hold this much probability only."""
+    min_p: float | None = None
+    """Sample among tokens at least this share as likely as the likeliest only."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that the prompt or the answer already holds less likely."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer; they are not shown."""
     seed: int = 0
     """Of the sampling."""
     device: str = "auto"
@@ -274,6 +413,12 @@ class Config:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p is {self.min_p}; it must be between 0 and 1")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 is off)")
+        if "" in self.stop:
+            raise ConfigError("--stop holds an empty text, which would end every answer at once")
 
 
 def answer(model, tokenizer, ids, stop_ids, config, generator):
@@ -283,18 +428,30 @@ def answer(model, tokenizer, ids, stop_ids, config, generator):
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, the model has a context of {model.config.context}; shorten the prompt"
         )
-    decoder, pieces = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text, shown = "", 0
 
     def show(token, live):  # a character may span several tokens: the decoder holds back an unfinished one
-        if live[0] and token[0].item() not in stop_ids:
-            pieces.append(decoder.decode(tokenizer.decode_bytes([token[0].item()])))
-            print(pieces[-1], end="", flush=True)
+        nonlocal text, shown
+        if not live[0] or token[0].item() in stop_ids:
+            return None
+        text += decoder.decode(tokenizer.decode_bytes([token[0].item()]))
+        found = [text.index(stop) for stop in config.stop if stop in text]
+        if found:
+            text, safe = text[: min(found)], min(found)
+        else:  # an end that may become a stop text waits
+            begun = (k for stop in config.stop for k in range(1, len(stop)) if text.endswith(stop[:k]))
+            safe = len(text) - max(begun, default=0)
+        print(text[shown:safe], end="", flush=True)
+        shown = max(shown, safe)
+        return torch.tensor([bool(found)])
 
     c = config
-    length = min(c.max_new_tokens, room)
-    generate(model, [ids], length, 1, c.temperature, c.top_k, c.top_p, stop_ids, generator, on_tokens=show)
-    print(flush=True)
-    return "".join(pieces)
+    how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "min_p": c.min_p}
+    how |= {"repetition_penalty": c.repetition_penalty, "stop_ids": stop_ids, "generator": generator}
+    generate(model, [ids], min(c.max_new_tokens, room), on_tokens=show, **how)
+    print(text[shown:], flush=True)
+    return text
 
 
 def main(config):

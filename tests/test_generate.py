@@ -9,7 +9,9 @@ from conftest import assert_one_line_error, script
 from generate import (
     Config,
     ConfigError,
+    DecodeStep,
     Rollout,
+    answer,
     generate,
     main,
     open_checkpoint,
@@ -19,7 +21,7 @@ from generate import (
     sample,
     truncate,
 )
-from tokenizer_bpe import BPETokenizer
+from tokenizer_bpe import BPETokenizer, CharTokenizer
 from transformer import CheckpointError, Transformer, TransformerConfig, token_logprobs
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
@@ -167,6 +169,113 @@ def test_texts_leave_out_pads_and_special_tokens():
     ids = torch.tensor([[*cat, end, 0, 0]])
     mask = torch.tensor([[True] * len(cat) + [True, False, False]])
     assert Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer) == [" cat"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"qk_norm": False}, {"qk_norm": False, "qkv_bias": True}, {"tie_embeddings": False}, {"n_kv_head": 2}],
+    ids=str,
+)
+def test_the_decode_step_equals_the_model(change):
+    torch.manual_seed(0)
+    config = TransformerConfig(40, **({"context": 30, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "width": 32} | change))
+    raw = Transformer(config).eval()
+    for p in raw.parameters():
+        torch.nn.init.normal_(p, mean=0.2, std=0.4)  # gains and biases too, or half of the mistakes stay hidden
+    assert DecodeStep.fits(raw)
+    tokens, real = torch.randint(40, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
+    real[1, :3] = real[2, :7] = False
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = raw(tokens, positions, real)
+        cache = raw.make_cache(3, 12)
+        raw(tokens[:, :8], positions[:, :8], real[:, :8], cache)
+        step = DecodeStep(raw, cache)
+        for t in range(8, 12):
+            logits = step(tokens[:, t], positions[:, t], real[:, : t + 1])
+            torch.testing.assert_close(logits, whole[:, t], atol=2e-4, rtol=1e-4)
+
+
+def test_other_layouts_do_without_the_decode_step():
+    for change in ({"norm": "layer"}, {"activation": "gelu"}, {"positions": "learned"}, {"norm_placement": "post"}):
+        assert not DecodeStep.fits(
+            Transformer(TransformerConfig(40, n_layer=1, width=16, n_head=2, n_kv_head=1, **change))
+        )
+
+
+def test_min_p_and_the_repetition_penalty_against_transformers():
+    from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+
+    torch.manual_seed(0)
+    logits = torch.randn(5, 30) * 3
+    kept = MinPLogitsWarper(0.1)(None, logits).isfinite()
+    assert torch.equal(truncate(logits.softmax(-1), min_p=0.1) > 0, kept)
+    assert 5 < kept.sum() < 100
+    context = torch.randint(30, (5, 6))
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(context, logits.clone())
+    seen = torch.zeros(5, 30, dtype=torch.bool).scatter_(1, context, True)
+    u = (torch.arange(4000) + 0.5) / 4000
+    for row in range(5):
+        shape = (4000, 30)
+        ids, logprobs = sample(logits[row].expand(shape), u, 1.0, penalty=1.7, seen=seen[row].expand(shape))
+        shares = ids.bincount(minlength=30) / 4000
+        torch.testing.assert_close(shares, expected[row].softmax(-1), atol=1e-3, rtol=0)
+        torch.testing.assert_close(logprobs, logits[row].log_softmax(-1)[ids])  # the model's own
+
+
+def test_the_penalty_sees_the_prompt_and_what_was_written(model):
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    got = generate(model, PROMPTS, 12, temperature=0, repetition_penalty=1.5, stop_ids=(3,))
+    for row, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for t in range(int(got.mask[row].sum())):
+            logits = model(torch.tensor([ids]))[:, -1].detach()
+            ids.append(RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([ids]), logits).argmax().item())
+            assert got.ids[row, t] == ids[-1]
+
+
+def test_little_memory_means_more_batches_and_the_same_rows(model, monkeypatch):
+    calls = []
+    forward = Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: calls.append(len(a[0])) or forward(self, *a, **k))
+    table = torch.rand(6, 9)
+    stop = generate(model, PROMPTS[:1], 1, n=2, uniforms=table[:2, :1]).ids.flatten().tolist()  # prompt 0 ends at once
+    calls.clear()
+    whole = generate(model, PROMPTS, 9, n=2, uniforms=table, stop_ids=stop)
+    assert calls == [3]
+    assert whole.mask.sum(1).tolist()[:2] == [1, 1]
+    assert whole.mask.sum(1).max() > 1
+    parts = generate(model, PROMPTS, 9, n=2, uniforms=table, stop_ids=stop, memory=1)
+    assert calls == [3, 1, 1, 1]
+    assert torch.equal(whole.ids, parts.ids)
+    assert torch.equal(whole.mask, parts.mask)
+    torch.testing.assert_close(whole.logprobs, parts.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_comes_back_can_stand_in_a_loss(model):
+    rollout = generate(model, PROMPTS, 4)
+    x = torch.ones(3, 4, requires_grad=True)
+    (x * rollout.logprobs * rollout.mask).sum().backward()  # an inference tensor would refuse
+    torch.testing.assert_close(x.grad, rollout.logprobs)
+
+
+def test_stop_texts_end_an_answer_and_are_not_shown(capsys):
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer.train("abcdefgh")
+    raw = Transformer(TransformerConfig(tokenizer.vocab_size, context=64, n_layer=1, n_head=2, n_kv_head=1, width=16))
+    for p in raw.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+
+    def say(*stop):
+        config = Config("x", max_new_tokens=30, temperature=1.0, stop=list(stop))
+        text = answer(raw, tokenizer, tokenizer.encode("a"), (), config, torch.Generator().manual_seed(1))
+        assert capsys.readouterr().out == text + "\n"
+        return text
+
+    whole = say()
+    assert say(whole[5:8], "never said") == whole[: whole.index(whole[5:8])]
+    assert say(whole[-1] + "never said") == whole  # held back as a beginning, then shown
 
 
 def test_seed_streaming_and_training_mode(model):

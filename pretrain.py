@@ -7,8 +7,9 @@ batch of windows of a shuffled epoch. What is in a step is a pure function of (s
 what an uninterrupted one would have seen, and two ranks see what one rank with twice the batch sees.
 
 The optimizer is AdamW (arXiv:1711.05101) with decay on the matrices alone, a linear warm-up (Adam's second moments
-are noise at first) and a cosine to a tenth of the peak; or, for the matrices inside the blocks, Muon (see
-`Muon`), which learns about twice as fast at this size. Gradients are clipped by their global norm.
+are noise at first) and a cosine to a tenth of the peak (or a line, or warm-up, stay, decay); or, for the matrices
+inside the blocks, Muon (see `Muon`), which learns about twice as fast at this size. Gradients are clipped by their
+global norm. A step whose loss or gradient is not finite is never taken.
 
 Mixed precision: fp32 on CPU; bf16 autocast on GPUs that have it; fp16 with a loss scaler on the rest. The weights
 stay fp32. DDP: `torchrun` starts a process per GPU, each holds the whole model and a share of the batch, and
@@ -22,6 +23,7 @@ Run it:
     python pretrain.py --data input.txt --tokenizer char --name shakespeare --steps 1000
     torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256
     python pretrain.py --resume true --name shakespeare                 # with the flags of the run it continues
+    torchrun --nproc_per_node 8 --max-restarts 3 pretrain.py ...        # goes on from last/ when a process died
 """
 
 import contextlib
@@ -34,12 +36,15 @@ import signal
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from data import batch_at, load_text, narrative_entropy, open_stream, write_stream
@@ -111,12 +116,18 @@ def precision(dtype, dist):
     return autocast, scaler
 
 
-def lr_at(step, steps, peak, warmup, floor=0.1):
-    """Learning rate of step 0 … steps−1: up a line to `peak` in `warmup` steps, down a cosine to floor · peak."""
+def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
+    """Learning rate of step 0 … steps−1: up a line to `peak` in `warmup` steps, then down to floor · peak.
+
+    cosine or linear from there on; wsd (arXiv:2404.06395) stays at the peak until the last `decay` share of the steps,
+    then falls in a line: a run can be prolonged from any checkpoint before the fall.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    start = steps - decay * steps if schedule == "wsd" else warmup
+    progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return peak * (floor + (1 - floor) * share)
 
 
 class Muon(torch.optim.Optimizer):
@@ -179,17 +190,38 @@ def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
 
 
 def optimizer_step(raw, optimizers, scaler, lr, clip):
-    """Unscale, clip by the global norm, step, clear. Returns the norm before clipping."""
+    """Unscale, clip by the global norm, step, clear. Returns the norm before clipping; if that is not finite, the
+    weights stay as they are."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
-    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf).item()
     for optimizer in optimizers:
-        scaler.step(optimizer)  # skipped by itself if an fp16 gradient overflowed
+        if math.isfinite(norm) or scaler.is_enabled():
+            scaler.step(optimizer)  # skipped by itself if an fp16 gradient overflowed
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    return norm.item()
+    return norm
+
+
+# Products per second that the data sheets state, dense, bf16.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
+
+
+def peak_flops(dist):
+    """The device's, for model FLOPs utilisation: from its data sheet, or else as measured with one matrix product."""
+    name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "CPU"
+    for known, flops in PEAK_FLOPS.items():
+        if known in name:
+            return flops
+    n, best = 768, math.inf
+    a = torch.ones(n, n, device=dist.device)
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
 
 
 def open_run(config, dist):
@@ -197,7 +229,7 @@ def open_run(config, dist):
     path = RUNS / config.name
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", config.name) or ".." in config.name:
         raise ConfigError(f"--name {config.name!r} cannot be a directory name; use letters, digits, . _ and -")
-    if config.resume and not any((path / last / "trainer_state.pt").is_file() for last in ("last", "last.old")):
+    if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
     if dist.is_main:
         if not config.resume and path.exists():
@@ -208,6 +240,12 @@ def open_run(config, dist):
     if dist.world > 1:
         distributed.barrier()
     return path
+
+
+def saved_run(path):
+    """The checkpoint that a run directory can be resumed from, or None. last.old: killed between two renames."""
+    found = [path / name for name in ("last", "last.old") if (path / name / "trainer_state.pt").is_file()]
+    return found[0] if found else None
 
 
 def rng_state(dist):
@@ -223,47 +261,64 @@ def rng_state(dist):
 
 
 def save(run_dir, name, dist, raw, tokenizer, chat, state=None):
-    """Write the checkpoint runs/NAME/name as a whole: into name.tmp, then renamed. A crash leaves the old one.
+    """Write the checkpoint runs/NAME/name as a whole: into name.tmp, then renamed. A crash leaves the old one, and so
+    does a full disk, which is said and does not end the run. Returns whether it was written.
 
     state: what resuming needs besides the weights (all ranks must call: it gathers their generators).
     """
+    written = True
     if state is not None:
         state = state | {"rng": rng_state(dist)}
     if dist.is_main:
         new, old, final = (run_dir / f"{name}{end}" for end in (".tmp", ".old", ""))
-        shutil.rmtree(new, ignore_errors=True)
-        raw.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        stop = [int(i) for i in tokenizer.stop_ids] if chat else [tokenizer.endoftext_id]
-        decoding = {"eos_token_id": stop, "pad_token_id": tokenizer.endoftext_id, "do_sample": False}
-        (new / "generation_config.json").write_text(json.dumps(decoding, indent=2) + "\n")
-        if state is not None:
-            torch.save(state, new / "trainer_state.pt")
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            raw.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            stop = [int(i) for i in tokenizer.stop_ids] if chat else [tokenizer.endoftext_id]
+            decoding = {"eos_token_id": stop, "pad_token_id": tokenizer.endoftext_id, "do_sample": False}
+            (new / "generation_config.json").write_text(json.dumps(decoding, indent=2) + "\n")
+            if state is not None:
+                torch.save(state, new / "trainer_state.pt")
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                final.rename(old)
+            new.rename(final)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+            written = False
+            print(f"{final} could not be written ({str(error).splitlines()[0]}); the checkpoint before it is kept")
+            shutil.rmtree(new, ignore_errors=True)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
     if dist.world > 1:
         distributed.barrier()
+    return written
+
+
+def keep_copy(run_dir, step, keep):
+    """Keep last/ as step_STEP too, and the newest `keep` of those. Links, no copies: a checkpoint is never changed."""
+    shutil.rmtree(run_dir / f"step_{step:07d}", ignore_errors=True)
+    shutil.copytree(run_dir / "last", run_dir / f"step_{step:07d}", copy_function=os.link)
+    for path in sorted(run_dir.glob("step_*"))[:-keep]:
+        shutil.rmtree(path)
 
 
 def load_state(run_dir, dist, raw, optimizers, scaler, config):
     """Put a saved run back: weights, optimizers, scaler, generators. Returns its state, with `step` done so far."""
-    path = run_dir / ("last" if (run_dir / "last" / "trainer_state.pt").is_file() else "last.old")
+    path = saved_run(run_dir)
     try:
         state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the unpickler trips over
         raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
-    free = {"steps", "resume", "save_every", "eval_every", "sample_every", "wandb", "device", "name"}
+    free = {"steps", "resume", "save_every", "keep", "eval_every", "sample_every", "wandb", "device", "name"}
     now, then = asdict(config), state["config"]
     changed = [k for k in now if k not in free and now[k] != then.get(k)]
     if changed:
         said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
         raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
-    raw.load_state_dict(Transformer.from_pretrained(path).state_dict())
+    raw.load_state_dict(type(raw).from_pretrained(path).state_dict())
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
@@ -288,7 +343,8 @@ class Log:
 
         kept = []
         if first_step and self.path.exists():
-            kept = [x for x in self.path.read_text().splitlines() if json.loads(x).get("step", -1) <= first_step]
+            lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]  # a kill may cut the last one
+            kept = [x for x in lines if json.loads(x).get("step", -1) <= first_step]
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         header = {
             "config": asdict(config),
@@ -423,16 +479,26 @@ class Config:
     """Peak learning rate."""
     warmup: int = 20
     """Steps of linear warm-up."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine, linear or wsd (stays, falls over the last fifth)."""
+    floor: float = 0.1
+    """Last learning rate as a share of the peak."""
     weight_decay: float = 0.1
     """Decoupled, on matrices only."""
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    z_loss: float = 0.0
+    """Weight of (log Z)², which keeps the logits small; needs whole logits, so cut the micro-batches."""
+    skip_nonfinite: bool = False
+    """Leave out a step whose loss or gradient is not finite, and count it, instead of stopping."""
     eval_every: int = 100
     """Steps between validations (and text samples)."""
     eval_tokens: int = 30_000
     """Validation tokens read each time; the last validation reads all of them."""
     save_every: int = 200
     """Steps between checkpoints of last/."""
+    keep: int = 0
+    """Keep the newest of these checkpoints under step_STEP as well."""
     seed: int = 0
     """Of the weights, the data order and the dropout."""
     resume: bool = False
@@ -441,6 +507,10 @@ class Config:
     """auto, cpu or cuda."""
     dtype: str = "auto"
     """auto, fp32, bf16 or fp16."""
+    compile: bool = False
+    """Let torch.compile fuse the model: a minute at the start, faster steps after."""
+    recompute: bool = False
+    """Activation checkpointing: keep the blocks' inputs only, compute the rest again going back."""
     wandb: str | None = None
     """Weights & Biases project to log to as well."""
     model: TransformerConfig = field(default_factory=TransformerConfig)
@@ -448,6 +518,8 @@ class Config:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "save_every")
+        if self.schedule not in ("cosine", "linear", "wsd"):
+            raise ConfigError(f"--schedule {self.schedule!r} is not known; use cosine, linear or wsd")
 
 
 def check_positive(config, *names):
@@ -486,29 +558,63 @@ def make_streams(config, run_dir, dist, tokenizer, context, texts):
     return streams
 
 
+def validation_rows(documents, stream, context, separator, most_tokens=None):
+    """What validation reads: (tokens (L + 1,), how many of its targets are real), each row with L = context.
+
+    Documents that all fit are read whole, each from its beginning, as a reader would; otherwise the stream is cut into
+    windows. `most_tokens` picks some of them, spread evenly.
+    """
+    if len(documents) > 1 and max(map(len, documents)) < context:
+        rows = [np.array([separator, *ids, separator]) for ids in documents]
+    else:
+        rows = [stream[i : i + context + 1] for i in range(0, len(stream) - context, context)]
+    if most_tokens is not None:
+        wanted = max(1, most_tokens * len(rows) // sum(len(row) - 1 for row in rows))
+        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), wanted)).astype(int)]
+    return rows
+
+
 @torch.no_grad()
-def validate(model, stream, context, dist, autocast, most_tokens=None):
-    """Mean loss in nats per token over the stream's windows, spread evenly over the ranks."""
+def validate(model, rows, byte_lengths, dist, autocast):
+    """-> mean loss in nats per token, and in bits per byte of text. The rows are spread over the ranks.
+
+    Rows of one length go together; rows of a document are padded behind, where a causal model does not look.
+    """
     model.eval()
-    windows = (len(stream) - 1) // context
-    wanted = windows if most_tokens is None else max(1, min(windows, most_tokens // context))
-    starts = np.linspace(0, windows - 1, wanted).astype(int)[dist.rank :: dist.world] * context
-    total = 0.0
-    for chunk in np.array_split(starts, max(1, len(starts) // 16)):
-        if len(chunk) == 0:
-            continue
-        rows = torch.from_numpy(np.stack([stream[s : s + context + 1] for s in chunk]).astype(np.int64))
-        rows = rows.to(dist.device)  # (b, context + 1)
+    mine = sorted(rows[dist.rank :: dist.world], key=len)
+    total, tokens, n_bytes = 0.0, 0, 0
+    for i in range(0, len(mine), 16):
+        chunk = mine[i : i + 16]
+        ids = np.zeros((len(chunk), max(map(len, chunk))), dtype=np.int64)  # (b, L + 1)
+        real = np.zeros(ids.shape, dtype=bool)
+        for j, row in enumerate(chunk):
+            ids[j, : len(row)], real[j, 1 : len(row)] = row, True
+        n_bytes += byte_lengths[ids[real]].sum()
+        ids, real = torch.from_numpy(ids).to(dist.device), torch.from_numpy(real[:, 1:]).to(dist.device)
         with autocast():
-            total -= model(rows[:, :-1], targets=rows[:, 1:]).sum().item()
+            total -= model(ids[:, :-1], targets=ids[:, 1:])[real].sum().item()
+        tokens += real.sum().item()
     model.train()
-    total, n = dist.sum(total, len(starts) * context)
-    return total / n
+    total, tokens, n_bytes = dist.sum(total, tokens, n_bytes)
+    return total / tokens, total / math.log(2) / max(1, n_bytes)
+
+
+def loss_of(model, x, y, z_loss):
+    """(b, T) ids and their successors -> the sum of −log π(y), and of z_loss · (log Z)² for the gradient alone."""
+    if not z_loss:
+        loss = -model(x, targets=y).sum()
+        return loss, loss
+    logits = model(x).float()  # (b, T, V)
+    log_z = logits.logsumexp(-1)
+    loss = (log_z - logits.gather(-1, y[..., None]).squeeze(-1)).sum()
+    return loss, loss + z_loss * (log_z**2).sum()
 
 
 def main(config):
     """Train; returns {"valid_loss", "path"}."""
     dist = setup(config.device)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and saved_run(RUNS / config.name):
+        config = replace(config, resume=True)  # torchrun started us again because a process had died
     if config.batch % dist.world:
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
@@ -518,12 +624,12 @@ def main(config):
         config = replace(config, model=raw.config)
     run_dir = open_run(config, dist)
     if not config.init:
-        saved = run_dir / "last"
-        tokenizer = (
-            load_tokenizer(saved)
-            if config.resume
-            else make_tokenizer(config.tokenizer, texts["train"], config.vocab_size)
-        )
+        made = saved_run(run_dir) if config.resume else run_dir / "data"
+        if dist.is_main and not config.resume:
+            make_tokenizer(config.tokenizer, texts["train"], config.vocab_size).save_pretrained(made)
+        if dist.world > 1:
+            distributed.barrier()
+        tokenizer = load_tokenizer(made)
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         torch.manual_seed(config.seed)
         raw = Transformer(config.model)
@@ -532,20 +638,27 @@ def main(config):
     context = config.model.context
     streams = make_streams(config, run_dir, dist, tokenizer, context, texts)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
-    first, best = 0, math.inf
+    first, best, skipped = 0, math.inf, 0
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best = state["step"], state["best"]
-    model = raw
+        first, best, skipped = state["step"], state["best"], state.get("skipped", 0)
+    if config.recompute:
+        for block in raw.blocks:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    model = torch.compile(raw) if config.compile else raw
     if dist.world > 1:
-        model = DistributedDataParallel(raw, broadcast_buffers=False)
+        model = DistributedDataParallel(model, broadcast_buffers=False)
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
 
+    documents = tokenizer.encode_batch(texts["valid"]) if len(texts["valid"]) > 1 else []
+    byte_lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # special tokens are no text
+    for i, spelling in tokenizer.vocab.items():
+        byte_lengths[i] = len(spelling)
     floor = None
     if config.data == "word":  # the built-in stories' entropy is known: no model can go below it
-        per_document = sum(len(tokenizer.encode(t)) + 1 for t in texts["valid"]) / len(texts["valid"])
-        floor = narrative_entropy()[0] / per_document
+        floor = narrative_entropy()[0] * len(documents) / sum(len(ids) + 1 for ids in documents)
+    at_peak = raw.flops_per_token(context) / (peak_flops(dist) * dist.world)  # seconds per token
     if dist.is_main:
         tokens = config.batch * context
         print(
@@ -556,11 +669,27 @@ def main(config):
     def checkpoint(name, step):
         state = None
         if name == "last":
-            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state["optimizers"] = [o.state_dict() for o in optimizers]
-        save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
+            state = {"step": step, "best": best, "skipped": skipped, "config": asdict(config)}
+            state |= {"scaler": scaler.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        written = save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
+        if dist.is_main and written and name == "last":
+            if config.keep:
+                keep_copy(run_dir, step, config.keep)
+            curves()
 
-    rows = config.batch // dist.world
+    def curves():
+        lines = {"entropy of the text": floor} if floor else {}
+        draw_curves(
+            run_dir,
+            f"{config.name}: pretraining on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
+            [
+                ("loss", {"loss": "train", "valid_loss": "validation"}, "nats per token", lines),
+                ("gradient norm", {"grad_norm": "before clipping", "clipped": "share of clipped steps"}, "norm", {}),
+                ("learning rate", {"lr": "lr"}, "learning rate", {}),
+            ],
+        )
+
+    share = config.batch // dist.world
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -575,35 +704,42 @@ def main(config):
 
         # ------------------------------------------------------------------ one optimizer step
         started = time.perf_counter()
-        inputs, targets = batch_at(streams["train"], step, rows, context, config.seed, dist.rank, dist.world)
+        inputs, targets = batch_at(streams["train"], step, share, context, config.seed, dist.rank, dist.world)
         inputs, targets = torch.from_numpy(inputs).to(dist.device), torch.from_numpy(targets).to(dist.device)
         n_tokens = config.batch * context  # of the whole step, all ranks, before the batch is cut
         loss_sum = 0.0
-        for i in range(0, rows, config.micro_batch):
+        for i in range(0, share, config.micro_batch):
             x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, context)
-            last = i + config.micro_batch >= rows
+            last = i + config.micro_batch >= share
             # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
-                    loss = -model(x, targets=y).sum() / n_tokens
-                scaler.scale(loss * dist.world).backward()
-            loss_sum += loss.item()
-        lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+                    loss, objective = loss_of(model, x, y, config.z_loss)
+                scaler.scale(objective / n_tokens * dist.world).backward()
+            loss_sum += loss.detach() / n_tokens
+        lr = lr_at(step, config.steps, config.lr, config.warmup, config.floor, config.schedule)
         (loss_sum,) = dist.sum(loss_sum)
-        if not math.isfinite(loss_sum):
-            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+        if math.isfinite(loss_sum):
+            norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        else:
+            norm = math.nan
+            raw.zero_grad(set_to_none=True)
+        if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
+            skipped += 1
+            if not config.skip_nonfinite:
+                where = f"at step {step} the loss is {loss_sum}, the gradient norm {norm}, the learning rate {lr:.1e}"
+                good = saved_run(run_dir) or "none yet"
+                raise ConfigError(f"{where}; last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true")
 
         done = step + 1
-        record = {
-            "loss": loss_sum,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": n_tokens / (time.perf_counter() - started),
-        }
+        speed = n_tokens / (time.perf_counter() - started)
+        record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
+        record |= {"skipped": skipped, "tokens_per_second": speed, "mfu": speed * at_peak}
         if done % config.eval_every == 0 or done == config.steps:
             most = None if done == config.steps else config.eval_tokens
-            record["valid_loss"] = validate(raw, streams["valid"], context, dist, autocast, most)
+            rows = validation_rows(documents, streams["valid"], context, tokenizer.endoftext_id, most)
+            losses = validate(raw, rows, byte_lengths, dist, autocast)
+            record["valid_loss"], record["valid_bits_per_byte"] = losses
             if dist.is_main:
                 text = sample_text(raw, tokenizer, config.seed)
                 bar.write(f"step {done}  loss {loss_sum:.3f}  valid {record['valid_loss']:.3f}  | {text!r}")
@@ -617,18 +753,9 @@ def main(config):
     checkpoint("last", config.steps)
     log.close()
     if dist.is_main:
-        lines = {"entropy of the text": floor} if floor else {}
-        draw_curves(
-            run_dir,
-            f"{config.name}: pretraining on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
-            [
-                ("loss", {"loss": "train", "valid_loss": "validation"}, "nats per token", lines),
-                ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
-                ("learning rate", {"lr": "lr"}, "learning rate", {}),
-            ],
-        )
-        known = f", entropy of the text {floor:.3f}" if floor else ""
-        print(f"validation loss {best:.4f} nats per token{known}; {run_dir}/best, {run_dir}/curves.png")
+        known = f", entropy of the text {floor:.4f}" if floor else ""
+        missed = f"; {skipped} steps skipped" if skipped else ""
+        print(f"validation loss {best:.4f} nats per token{known}{missed}; {run_dir}/best, {run_dir}/curves.png")
     return {"valid_loss": best, "path": str(run_dir / "best")}
 
 

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from data import DataError
 from tokenizer_bpe import TokenizerError, load_tokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig
+from transformer import CheckpointError, Transformer, TransformerConfig, gguf_tokenizer, local_directory
 
 
 class ConfigError(ValueError):
@@ -312,8 +312,11 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how):
 
 
 def resolve_checkpoint(path):
-    """A checkpoint directory, or a run directory, of which `best`, else `last` is meant. Raises CheckpointError."""
-    path = Path(path)
+    """A checkpoint directory, a .gguf file, a run directory, of which `best`, else `last` is meant, or the name of a
+    model on the Hugging Face hub. Raises CheckpointError."""
+    path = Path(path) if str(path).startswith("runs/") else local_directory(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
     for candidate in (path, path / "best", path / "last", path / "last.old"):
         if (candidate / "config.json").is_file():
             return candidate
@@ -324,8 +327,11 @@ def resolve_checkpoint(path):
 def open_checkpoint(path, device="cpu", dropout=0.0):
     """-> (model in fp32, tokenizer, directory). Raises CheckpointError, also if the two vocabularies differ."""
     path = resolve_checkpoint(path)
-    tokenizer = load_tokenizer(path)
-    model = Transformer.from_pretrained(path, dropout=dropout)
+    if path.suffix == ".gguf":
+        model, metadata = Transformer.from_gguf(path, dropout)
+        tokenizer = gguf_tokenizer(metadata, path)
+    else:
+        tokenizer, model = load_tokenizer(path), Transformer.from_pretrained(path, dropout=dropout)
     if tokenizer.vocab_size > model.config.vocab_size:  # published models pad theirs, so it may be larger
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
@@ -335,7 +341,10 @@ def open_checkpoint(path, device="cpu", dropout=0.0):
 
 
 def is_chat_model(path, tokenizer):
-    """Whether the checkpoint was trained to end its turns: its generation_config.json then stops at <|im_end|>."""
+    """Whether the checkpoint was trained to end its turns: its generation_config.json then stops at <|im_end|>, or its
+    GGUF file brings a chat template."""
+    if Path(path).suffix == ".gguf":
+        return tokenizer.chat_template is not None
     try:
         stop = json.loads((Path(path) / "generation_config.json").read_text())["eos_token_id"]
     except (OSError, ValueError, KeyError):
@@ -382,7 +391,7 @@ class Config:
     """Continue a prompt with a trained checkpoint, or chat with it."""
 
     checkpoint: str
-    """Checkpoint directory, or a run directory such as runs/sft."""
+    """Checkpoint directory, a run directory such as runs/sft, a .gguf file, or a name on the Hugging Face hub."""
     prompt: str | None = None
     """What to answer (a chat model) or to continue (a base model). Without it: chat."""
     max_new_tokens: int = 200

@@ -299,12 +299,12 @@ class Tokenizer:
         By default none: their names are plain characters. Otherwise whoever writes a prompt, or a page of the
         training data, could type <|im_end|><|im_start|>system and speak with another's voice.
         """
-        utf8(text)
         allowed = set(self.special_ids) if allowed_special == "all" else set(allowed_special)
-        for name in sorted(allowed - set(self.special_ids)):
-            raise TokenizerError(f"{name!r} is not a special token here; they are {[*self.special_ids]}")
         if not allowed:
             return self.encode_ordinary(text)
+        utf8(text)
+        for name in sorted(allowed - set(self.special_ids)):
+            raise TokenizerError(f"{name!r} is not a special token here; they are {[*self.special_ids]}")
         longest_first = sorted(allowed, key=len, reverse=True)
         ids = []
         for piece in regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text):
@@ -508,6 +508,7 @@ class CharTokenizer(Tokenizer):
         return cls(sorted(characters | set("\n".join(ROLES))), special_tokens)  # the chat frame must be writable too
 
     def encode_ordinary(self, text):
+        utf8(text)
         try:
             return [self._ids[c] for c in text]
         except KeyError as missing:

@@ -1,0 +1,150 @@
+"""tokenizer_bpe.py against minbpe, `tokenizers` and tiktoken, in turn on the same machine, in one run.
+
+    git clone https://github.com/karpathy/minbpe /tmp/minbpe
+    ALIGN_DATA=../shared/data python benchmarks/tokenizer.py --minbpe /tmp/minbpe
+
+Training: vocabulary 4,096 on Tiny Shakespeare (1.1 MB), then 4,096 and 32,768 on all the text in the data folder (20 MB
+or more; or --large FILE). Each trainer runs in a process of its own, so that its peak memory is its own; reading the
+file is timed, importing is not. minbpe recounts the text for each merge, so it is timed on --minbpe_merges merges and
+multiplied. `tokenizers` gets the same split as ours, and the text in pieces that change nothing, because it counts in
+parallel over items. Encoding: megabytes per second of our `encode` and of tiktoken with our ranks, on the text as a
+whole and line by line.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tokenizer_bpe  # noqa: E402
+from tokenizer_bpe import PATTERN, BPETokenizer, unshow  # noqa: E402
+
+
+def ours(file, vocab_size):
+    return BPETokenizer.train(Path(file), vocab_size, special_tokens=()).merges
+
+
+def theirs(file, vocab_size):
+    import tokenizers
+
+    tokenizer_bpe.BATCH = 2**16
+    pieces = list(tokenizer_bpe.cut(tokenizer_bpe.blocks(Path(file))))
+    level = tokenizers.pre_tokenizers.ByteLevel
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    steps = [split, level(add_prefix_space=False, use_regex=False)]
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=level.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [(unshow(left), unshow(right)) for left, right in merges]
+
+
+def minbpe(file, vocab_size):
+    from minbpe import RegexTokenizer
+
+    tokenizer = RegexTokenizer(PATTERN)
+    tokenizer.train(Path(file).read_text(encoding="utf-8"), vocab_size)
+    return [(tokenizer.vocab[left], tokenizer.vocab[right]) for left, right in tokenizer.merges]
+
+
+def one(name, file, vocab_size):
+    """In a process of its own: seconds, peak memory, a fingerprint of the merges."""
+    started = time.perf_counter()
+    merges = {"ours": ours, "tokenizers": theirs, "minbpe": minbpe}[name](file, vocab_size)
+    seconds = time.perf_counter() - started
+    peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps({"seconds": seconds, "peak": peak[0], "worker": peak[1], "merges": repr(merges)}))
+
+
+def measure(name, file, vocab_size, args):
+    paths = [str(ROOT), str(args.minbpe or ""), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "true"}
+    command = [sys.executable, __file__, "--one", name, str(file), str(vocab_size)]
+    return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+
+
+def training(title, file, vocab_size, args):
+    print(f"\ntraining: vocabulary {vocab_size:,} on {title}, {Path(file).stat().st_size / 1e6:.1f} MB")
+    runs = {"ours": [], "tokenizers": []}
+    for _ in range(args.repeats):
+        for name, results in runs.items():
+            results.append(measure(name, file, vocab_size, args))
+    best = {name: min(results, key=lambda r: r["seconds"]) for name, results in runs.items()}
+    for name, result in best.items():
+        worker = f" + {result['worker']:,.0f} MB a worker" if result["worker"] else ""
+        print(f"  {name:>10}: {result['seconds']:8.2f} s   peak {result['peak']:,.0f} MB{worker}")
+    same = best["ours"]["merges"] == best["tokenizers"]["merges"]
+    ratio = best["ours"]["seconds"] / best["tokenizers"]["seconds"]
+    print(f"  ours takes {ratio:.2f} times the time of tokenizers; the merges are {'equal' if same else 'NOT equal'}")
+    if args.minbpe and Path(file).stat().st_size < 2e6:
+        result = measure("minbpe", file, 256 + args.minbpe_merges, args)
+        whole = result["seconds"] / args.minbpe_merges * (vocab_size - 256)
+        print(f"  {'minbpe':>10}: {result['seconds']:8.2f} s   peak {result['peak']:,.0f} MB for {args.minbpe_merges}")
+        print(f"    merges alone; {whole:,.0f} s for all at that rate: {whole / best['ours']['seconds']:,.0f} x ours")
+
+
+def encoding(title, text, repeats):
+    tokenizer = BPETokenizer.train(text, 4096)
+    size = len(text.encode()) / 1e6
+    print(f"\nencoding: {title}, {size:.1f} MB, vocabulary 4,096, one thread")
+    for what, texts in (("whole", [text]), ("by line", text.splitlines(keepends=True))):
+        speed = {"ours": [], "tiktoken": []}
+        for _ in range(repeats):
+            for name, encode in (("ours", tokenizer.encode), ("tiktoken", tokenizer._fast.encode_ordinary)):
+                started = time.perf_counter()
+                for t in texts:
+                    encode(t)
+                speed[name].append(size / (time.perf_counter() - started))
+        a, b = max(speed["ours"]), max(speed["tiktoken"])
+        print(f"  {what:>10}: ours {a:5.2f} MB/s, tiktoken {b:5.2f} MB/s: {a / b:.2f} of its speed")
+
+
+def all_text(folder, out):
+    """Every text in the data folder, one after the other."""
+    with open(out, "w", encoding="utf-8") as file:
+        for path in sorted(Path(folder).rglob("*")):
+            if path.suffix == ".gz":
+                file.write(gzip.decompress(path.read_bytes()).decode() + "\n")
+            elif path.suffix in (".txt", ".jsonl", ".json", ".tsv", ".csv") and path.name != "encoder.json":
+                file.write(path.read_text(encoding="utf-8") + "\n")
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minbpe", type=Path, help="a checkout of karpathy/minbpe; without it, it is left out")
+    parser.add_argument("--minbpe_merges", type=int, default=30)
+    parser.add_argument("--large", type=Path, help="a text of 20 MB or more; default: all text in $ALIGN_DATA")
+    parser.add_argument("--repeats", type=int, default=3, help="the best of so many runs, taken in turn")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, file, size = args.one
+        return one(name, file, int(size))
+    folder = Path(os.environ.get("ALIGN_DATA", "downloads"))
+    small = folder / "tinyshakespeare" / "input.txt"
+    if not small.exists():
+        raise SystemExit(f"{small} is not there: set ALIGN_DATA to the data folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        large = args.large or all_text(folder, Path(scratch) / "all.txt")
+        print(f"{len(os.sched_getaffinity(0))} cores, best of {args.repeats} runs, in turn")
+        training("Tiny Shakespeare", small, 4096, args)
+        for size in (4096, 32768):
+            training("all text", large, size, args)
+    encoding("Tiny Shakespeare", small.read_text(encoding="utf-8"), args.repeats)
+
+
+if __name__ == "__main__":
+    main()

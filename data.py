@@ -1262,8 +1262,11 @@ def write_stream(
     return path
 
 
-def open_stream(path: str | Path, fingerprint: str) -> np.memmap:
-    """The stream as a read-only (tokens,) array on disk; refused if it is not what `write_stream` left."""
+def open_stream(path: str | Path, fingerprint: str, check: bool = False) -> np.memmap:
+    """The stream as a read-only (tokens,) array on disk; refused if it is not what `write_stream` left.
+
+    check: read it all and compare its sha256 too, a second or two per GB.
+    """
     path, sidecar = Path(path), Path(f"{path}.json")
     again = "delete it and tokenise again"
     for file in (path, sidecar):
@@ -1278,6 +1281,10 @@ def open_stream(path: str | Path, fingerprint: str) -> np.memmap:
         raise DataError(f"{path} was made with tokenizer {found}, this run has {fingerprint}: {again}")
     if path.stat().st_size != tokens * dtype.itemsize:
         raise DataError(f"{path} has {path.stat().st_size} bytes, not {tokens} x {dtype.itemsize}: {again}")
+    if check:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != about.get("sha256"):
+                raise DataError(f"{path} has changed since it was written: {again}")
     return np.memmap(path, dtype=dtype, mode="r", shape=(tokens,))
 
 

@@ -539,16 +539,17 @@ def make_tokenizer(kind, texts, vocab_size):
 
 
 def make_streams(config, run_dir, dist, tokenizer, context, texts):
-    """Tokenise once into runs/NAME/data, on rank 0; every rank maps the files into memory."""
+    """Tokenise once into runs/NAME/data, on rank 0, on all cores; every rank maps the files into memory."""
     paths = {split: run_dir / "data" / f"{split}.bin" for split in ("train", "valid")}
     if dist.is_main and not (config.resume and all(p.exists() for p in paths.values())):
         for split, path in paths.items():
-            ids = (tokenizer.encode(text) for text in texts[split])
+            parts = (texts[split][i : i + 1000] for i in range(0, len(texts[split]), 1000))
+            ids = (ids for part in parts for ids in tokenizer.encode_batch(part))
             separator = tokenizer.endoftext_id if len(texts[split]) > 1 else None
             write_stream(path, ids, tokenizer.vocab_size, tokenizer.fingerprint, separator)
     if dist.world > 1:
         distributed.barrier()
-    streams = {split: open_stream(path, tokenizer.fingerprint) for split, path in paths.items()}
+    streams = {split: open_stream(path, tokenizer.fingerprint, dist.is_main) for split, path in paths.items()}
     for split, stream in streams.items():
         if len(stream) <= context:
             raise ConfigError(

@@ -1095,14 +1095,18 @@ def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
 
     "word"             narratives: 20,000 for train, 1,000 for valid; no text is in both
     "tinystories"      one story a document
-    "gsm8k"            or a path that ends in .jsonl: a problem and its solution a document
+    "gsm8k", "instructions", "ratings", or a path of .jsonl, .json or .csv: a problem and its solution a document,
+                       in a conversation with what was said before
     "tinyshakespeare"  or a path: one document; the first 90 % of its characters is train, the rest valid
     """
     check_split(split, ("train", "valid"))
     if name == "word":
         return narrative_texts(split, 20_000 if split == "train" else 1_000)
-    if name == "gsm8k" or str(name).endswith(".jsonl"):
-        return [f"{problem.question}\n{problem.solution}" for problem in load_problems(name, split)]
+    if name in ("gsm8k", "instructions", "ratings") or str(name).endswith((".jsonl", ".json", ".csv")):
+        return [
+            "\n".join([*(content for _, content in problem.history), problem.question, problem.solution])
+            for problem in load_problems(name, split)
+        ]
     path = find(name, split)
     text = read_text(path)
     if name == "tinystories":

@@ -739,6 +739,7 @@ def test_bad_ratings_name_their_record(tmp_path, row, message):
 def test_instructions(tmp_path):
     records = [{"instruction": f"do {i}", "input": "" if i % 2 else "x", "output": str(i)} for i in range(60)]
     (tmp_path / "all.json").write_text(json.dumps(records))
+    assert "do 7\n7" in load_text(tmp_path / "all.json") + load_text(tmp_path / "all.json", "valid")
     found = [problem for split in data.SPLITS for problem in load_problems(tmp_path / "all.json", split)]
     assert {p.question for p in found} == {f"do {i}" + ("" if i % 2 else "\nx") for i in range(60)}
     assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)

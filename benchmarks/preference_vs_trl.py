@@ -1,0 +1,314 @@
+"""sft.py, reward_model.py and dpo.py against TRL's SFTTrainer, RewardTrainer and DPOTrainer: seconds a step.
+
+The same random Qwen3-layout model (about 1.8 M parameters), the same 32 examples or pairs a step, each answer with its
+prompt 54 to 64 tokens long, the same token ids, AdamW, fp32 on CPU and bf16 on a GPU. Both train for real, through
+their own `main` and `Trainer.train`, in turn in one process: a round is a few steps of each, a step is the time from
+the end of one to the end of the next (data, loss, backward, optimizer, logging), the first of a round is not counted,
+and the figures are medians over all others. TRL computes the reference's log-probabilities in each step unless it is
+told to precompute them, so DPO is timed against both.
+
+The floor is the floating-point operations that the step cannot do without (2 per weight and token forward, 4 backward,
+attention on top; a pair's prompt read once, a reference none) over the rate of a large matrix product, measured
+between the rounds. `floor, 2 rows` is that of a pair as two rows, as TRL lays it out.
+
+With --check both see the same one batch, and their first two losses are compared: the same weights and the same ids
+must give the same loss, and the same gradient through AdamW the same loss again. (TRL draws the reward model's head
+anew, so that one is left out.)
+
+Needs `pip install trl` beside the project. Run it, from the project's directory:
+    python benchmarks/preference_vs_trl.py                          # about 3 minutes on 2 cores
+    python benchmarks/preference_vs_trl.py --rounds 1 --steps 2     # does it work?
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import dpo
+import sft
+from data import load_pairs
+from tokenizer_bpe import BPETokenizer
+from transformer import Transformer, TransformerConfig
+
+B, LONGEST, SHORTEST, VOCABULARY = 32, 64, 54, 1280
+
+
+def now(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ours(module, config, device):
+    """module.main, as it is; only timed. -> seconds of each counted step, the losses."""
+    ends, losses, before = [], [], {name: getattr(module, name) for name in ("Log", "draw_curves")}
+
+    class Log(module.Log):
+        def __call__(self, step, **record):
+            ends.append(now(device))
+            losses.append(record["loss"])
+            super().__call__(step, **record)
+
+    module.Log, module.draw_curves = Log, lambda *_: None
+    try:
+        module.main(config)
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+    # The first step warms up, the last one is followed by an evaluation: neither counts.
+    return [b - a for a, b in itertools.pairwise(ends[:-1])], losses
+
+
+def trls(make_trainer, steps, device):
+    """Trainer.train, as it is; only timed."""
+    from transformers import TrainerCallback
+
+    ends, losses = [], []
+
+    class End(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(now(device))
+
+        def on_log(self, *_, logs=None, **__):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    common = dict(
+        output_dir="trl",
+        max_steps=steps + 1,
+        per_device_train_batch_size=B,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        max_length=LONGEST,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = make_trainer(common, [End()])
+    trainer.train()
+    return [b - a for a, b in itertools.pairwise(ends)], losses
+
+
+def sft_trainer(rows):
+    from trl import SFTConfig, SFTTrainer
+
+    def make(common, callbacks):
+        # rows of ids and the mask of what is trained, as the trainer's own preparation would leave them
+        arguments = SFTConfig(**common, completion_only_loss=True, shuffle_dataset=False)
+        return SFTTrainer("start", args=arguments, train_dataset=dataset(rows), callbacks=callbacks)
+
+    return make
+
+
+def reward_trainer(rows):
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    def make(common, callbacks):
+        model = AutoModelForSequenceClassification.from_pretrained("start", num_labels=1)
+        return RewardTrainer(model, args=RewardConfig(**common), train_dataset=dataset(rows), callbacks=callbacks)
+
+    return make
+
+
+def dpo_trainer(rows, precompute):
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    def make(common, callbacks):
+        model = AutoModelForCausalLM.from_pretrained("start")
+        arguments = DPOConfig(**common, precompute_ref_log_probs=precompute)
+        return DPOTrainer(model, args=arguments, train_dataset=dataset(rows), callbacks=callbacks)
+
+    return make
+
+
+def dataset(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def matrix_rate(device, n):
+    """Floating-point operations a second of an n x n product, the best of ten."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    times = []
+    for _ in range(10):
+        began = now(device)
+        a @ b
+        times.append(now(device) - began)
+    return 2 * n**3 / min(times)
+
+
+def work(model, rows):
+    """Floating-point operations of a training step on rows of these lengths, each a list of (own, seen before)."""
+    c = model.config
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    attention = 4 * c.n_layer * c.n_head * (c.head_dim or c.width // c.n_head)  # per query and key: q · k and a · v
+    tokens = sum(own for row in rows for own, _ in row)
+    seen = sum(own * (before + own / 2) for row in rows for own, before in row)
+    return 3 * (2 * weights * tokens + attention * seen)
+
+
+def make_data(tokenizer, n):
+    """n pairs whose rows are SHORTEST to LONGEST tokens long; -> pairs, their ids."""
+    pairs, ids = [], []
+    for pair in load_pairs("word", "train", 6000, (1, 2, 3)):
+        made = dpo.encode_pair(tokenizer, pair)
+        lengths = [len(made["prompt"]) + len(made[side]) for side in ("chosen", "rejected")]
+        if min(lengths) >= SHORTEST and max(lengths) <= LONGEST:
+            pairs.append(pair)
+            ids.append(made)
+        if len(pairs) == n:
+            return pairs, ids
+    raise SystemExit(f"only {len(pairs)} pairs of {SHORTEST} to {LONGEST} tokens: choose another vocabulary")
+
+
+def held_out(pairs, n=4):
+    """A few pairs for the evaluations that our stages insist on, of the other splits."""
+    return [p for split in ("valid", "test") for p in load_pairs("word", split, n)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=8, help="counted steps of each in a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--only", choices=("sft", "reward", "dpo"), help="one of the three alone")
+    parser.add_argument("--check", action="store_true", help="compare the first losses and stop")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    os.chdir(tempfile.mkdtemp())
+
+    texts = [p.prompt + "\n" + p.chosen for p in load_pairs("word", "train", 3000)]
+    tokenizer = BPETokenizer.train(texts, VOCABULARY)
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(tokenizer.vocab_size))
+    model.save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    pairs, ids = make_data(tokenizer, B if options.check else 8 * B)  # to check: one batch, every step
+    records = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs + held_out(pairs)]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    chats = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}]}
+        for r in records
+    ]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+
+    # The same ids for TRL, in text of which its tokenizer makes these ids again; what it ends an answer with is
+    # one token, as ours is.
+    def text_of(row):
+        return tokenizer.decode(row)
+
+    end = text_of([tokenizer.im_end_id])
+    trl_pairs = [
+        {"prompt": text_of(m["prompt"]), "chosen": text_of(m["chosen"]), "rejected": text_of(m["rejected"])}
+        for m in ids
+    ]
+    trl_rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in trl_pairs]
+    assert all(r["chosen"].endswith(end) for r in trl_pairs)
+
+    common = dict(init="start", batch=B, micro_batch=B, eval_every=10**6, eval_problems=2, test_problems=2)
+    common |= dict(max_new_tokens=2, device=options.device, save_every=10**6, steps=options.steps + 2, lr=1e-4)
+    common |= dict(warmup=0, weight_decay=0.0)
+    stages = {
+        "sft": (
+            lambda: ours(sft, sft.Config(data="chats.jsonl", optimizer="adamw", **common), options.device),
+            {"TRL SFTTrainer": sft_trainer(trl_rows)},
+            [[(len(m["prompt"]) + len(m["chosen"]) - 1, 0)] for m in ids],
+        ),
+        "reward": (
+            lambda: ours_reward(common, options.device),
+            {"TRL RewardTrainer": reward_trainer(trl_pairs)},
+            None,
+        ),
+        "dpo": (
+            lambda: ours(dpo, dpo.Config(data="pairs.jsonl", prompts=len(pairs), **common), options.device),
+            {
+                "TRL DPOTrainer": dpo_trainer(trl_pairs, False),
+                "TRL, precomputed": dpo_trainer(trl_pairs, True),
+            },
+            None,
+        ),
+    }
+    shared = [
+        [(len(m["prompt"]) - 1, 0)] + [(len(m[s]), len(m["prompt"]) - 1) for s in ("chosen", "rejected")] for m in ids
+    ]
+    apart = [[(len(m["prompt"]) + len(m[s]) - 1, 0)] for m in ids for s in ("chosen", "rejected")]
+    print(f"{model.num_params():,} parameters, {B} examples or pairs a step, rows of {SHORTEST} to {LONGEST} tokens;")
+    print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+    times, first, rates = {}, {}, []
+    for _ in range(1 if options.check else options.rounds):
+        for stage, (run_ours, theirs, _) in stages.items():
+            if options.only not in (None, stage):
+                continue
+            silent = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
+            with silent[0], silent[1]:
+                results = {"ours": run_ours()}
+                for name, make in theirs.items():
+                    results[name] = trls(make, options.steps, options.device)
+            for name, (seconds, losses) in results.items():
+                times.setdefault((stage, name), []).extend(seconds)
+                first.setdefault((stage, name), losses[:2])
+            rates.append(matrix_rate(options.device, 1024 if options.device == "cpu" else 8192))
+    rate = statistics.median(rates)
+
+    for stage, (_, theirs, rows) in stages.items():
+        if options.only not in (None, stage):
+            continue
+        floors = {"floor": rows or shared} | ({} if rows else {"floor, 2 rows": apart})
+        print(f"{stage:<18}{'seconds':>10}{'ours / it':>12}{'fastest':>10}{'slowest':>10}{'first loss':>12}")
+        mine = statistics.median(times[stage, "ours"])
+        for name in ("ours", *theirs):
+            seconds = times[stage, name]
+            middle = statistics.median(seconds)
+            print(f"  {name:<16}{middle:>10.3f}{mine / middle:>12.2f}{min(seconds):>10.3f}{max(seconds):>10.3f}"
+                  f"{first[stage, name][0]:>12.5f}")  # fmt: skip
+        for name, layout in floors.items():
+            floor = work(model, layout) * B / len(ids) / rate
+            print(f"  {name:<16}{floor:>10.3f}{mine / floor:>12.2f}")
+    print(f"matrix rate {rate / 1e9:.0f} G/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} between the rounds")
+    if options.check:
+        for (stage, name), losses in first.items():
+            print(f"{stage:<8}{name:<18}{losses[0]:.6f} {losses[1]:.6f}")
+            pairs = zip(losses, first[stage, "ours"], strict=True)
+            assert stage == "reward" or max(abs(a - b) for a, b in pairs) < 2e-4, (stage, name)
+
+
+def ours_reward(common, device):
+    import reward_model
+
+    rename = {"eval_problems": "eval_pairs", "test_problems": "test_pairs"}
+    known = reward_model.Config.__dataclass_fields__
+    settings = {rename.get(k, k): v for k, v in common.items() if rename.get(k, k) in known}
+    settings |= {"data": "pairs.jsonl", "optimizer": "adamw"}
+    config = reward_model.Config(**{k: v for k, v in settings.items() if k in known})
+    return ours(reward_model, config, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,677 @@
+"""Controlled experiments: change one factor, hold the rest, several seeds, one table and one picture.
+
+    python ablate.py --list
+    python ablate.py norm-kind               # results/norm-kind.md and .png
+    python ablate.py ladder --quick          # a smoke run: few steps, nothing is written to results/
+
+An experiment is a row of EXPERIMENTS: a question, what is held, and its variants. A variant is a stage (pretrain, sft,
+dpo, ppo, grpo, gdpo) with the flags that differ, so every run here can be repeated by hand with the stage's own
+script. Each run ends in runs/ablate/NAME/VARIANT-seedS/result.json. One that is there, made by the same settings, is
+not made again: a run that was interrupted goes on where it was.
+
+What the table says, with n seeds (arXiv:2304.01315 on why few seeds mislead):
+
+    mean ± half    half = t(0.975, n − 1) · s / √n, Student's interval for the mean of the seeds
+    difference     the same on the n *paired* differences to the first variant: the same seed gives both the same
+                   start and the same data order, so what they share cancels
+
+Two variants are called different only if the interval of the difference leaves out 0. With three seeds t is 4.30, so
+only large effects can be told apart; what cannot is said to be so. No experiment looks at a test split to choose
+anything: the losses are those of the validation split, the accuracies of the held-out test problems, seen once.
+
+Runs stand side by side, each with its share of the cores (--jobs). Letters: n seeds, s standard deviation.
+"""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import DataError, find
+from generate import ConfigError, generate, open_checkpoint, run
+from pretrain import RUNS, read_metrics
+from transformer import Transformer, TransformerConfig
+
+T_975 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+@dataclass
+class Experiment:
+    """One question. `variants`: {label: [(stage, {flag: value}), …]}; a later stage of a variant starts from the one
+    before it. `columns`: {metric: heading}; `draw`: {metric: y-axis label} of the curves in the picture."""
+
+    question: str
+    held: str
+    variants: dict
+    columns: dict
+    draw: dict
+    quick: dict = field(default_factory=lambda: {"steps": 4})
+    measure: str | None = None  # name of a function of this file: (folder, figures, settings) -> more figures
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is measured beyond what the stages report.
+
+
+def layers(folder, figures, settings):
+    """Root mean square of the residual stream and of the gradient, by layer, on one batch, as built and as trained.
+
+    The gradient of a layer is that of the output of block l. A placement that lets it shrink with depth trains the
+    first layers slowly; one that lets the stream grow makes the late layers' branches small beside it.
+    """
+    trained = open_checkpoint(figures["path"])[0]
+    torch.manual_seed(settings["seed"])
+    more = {}
+    for name, raw in (("built", Transformer(trained.config)), ("trained", trained)):
+        seen = []
+
+        def keep(block, inputs, output, seen=seen):
+            output.retain_grad()
+            seen.append(output)
+
+        hooks = [block.register_forward_hook(keep) for block in raw.blocks]
+        tokens = torch.randint(raw.config.vocab_size, (4, min(64, raw.config.context)))
+        raw(tokens[:, :-1], targets=tokens[:, 1:]).mean().neg().backward()
+        for hook in hooks:
+            hook.remove()
+        more[f"stream_{name}"] = [x.detach().square().mean().sqrt().item() for x in seen]
+        more[f"gradient_{name}"] = [x.grad.square().mean().sqrt().item() for x in seen]
+    more["gradient_ratio"] = more["gradient_built"][0] / more["gradient_built"][-1]
+    return more
+
+
+def clipping(folder, figures, settings):
+    """From the log: how gradient norms are distributed, how often they were cut, and loss spikes."""
+    series = read_metrics(folder)
+    norms, losses = sorted(series["grad_norm"][1]), series["loss"][1]
+    spikes = sum(b > a + 0.5 for a, b in pairwise(losses))
+    return {
+        "norm_median": norms[len(norms) // 2],
+        "norm_p99": norms[int(0.99 * (len(norms) - 1))],
+        "clipped_share": 100 * statistics.mean(series["clipped"][1]),
+        "spikes": spikes,
+    }
+
+
+@torch.no_grad()
+def beyond(folder, figures, settings):
+    """Loss by position on windows of twice the trained length, where the model can read them at all."""
+    raw, tokenizer, _ = open_checkpoint(figures["path"])
+    context = raw.config.context
+    text = "".join(_text("valid"))[: 64 * 8 * context]
+    ids = torch.tensor(tokenizer.encode(text))
+    rows = ids[: len(ids) // (2 * context + 1) * (2 * context + 1)].view(-1, 2 * context + 1)[:64]
+    inside = -raw(rows[:, :context], targets=rows[:, 1 : context + 1]).mean().item()
+    more = {"inside": inside, "outside": math.nan}
+    if raw.config.positions != "learned":  # its table ends where training did
+        longer = _stretched(raw, 2 * context)
+        loss = -longer(rows[:, :-1], targets=rows[:, 1:])  # (rows, 2·context)
+        more["outside"] = loss[:, context:].mean().item()
+        more["by_position"] = loss.mean(0).view(16, -1).mean(1).tolist()
+    return more
+
+
+def _stretched(raw, context):
+    """The same weights with a longer table of angles."""
+    config = TransformerConfig(
+        **{f.name: getattr(raw.config, f.name) for f in fields(raw.config)} | {"context": context}
+    )
+    model = Transformer(config)
+    model.load_state_dict(raw.state_dict())
+    return model.eval()
+
+
+@torch.no_grad()
+def copying(folder, figures, settings):
+    """Share of words repeated without a mistake, by their distance, inside and beyond the distances of training."""
+    raw, tokenizer, _ = open_checkpoint(figures["path"])
+    raw = raw if raw.config.positions == "learned" else _stretched(raw, 2 * raw.config.context)
+    shares = []
+    for distance in COPY_DISTANCES:
+        lines = [_copy_line(10_000_000 + i, distance, distance) for i in range(100)]
+        prompts = [tokenizer.encode(line[: line.index("|") + 1]) for line in lines]
+        if len(prompts[0]) + 6 > raw.config.context:
+            shares.append(math.nan)
+            continue
+        texts = generate(raw, prompts, 6, temperature=0).texts(tokenizer)
+        shares.append(100 * statistics.mean(t == line[-6:] for t, line in zip(texts, lines, strict=True)))
+    inside = [s for d, s in zip(COPY_DISTANCES, shares, strict=True) if d <= COPY_TRAINED]
+    far = [s for d, s in zip(COPY_DISTANCES, shares, strict=True) if d > COPY_TRAINED and not math.isnan(s)]
+    return {
+        "copied": shares,
+        "copied_inside": statistics.mean(inside),
+        "copied_outside": statistics.mean(far) if far else math.nan,
+    }
+
+
+COPY_TRAINED, COPY_DISTANCES = 48, [0, 8, 16, 24, 32, 40, 48, 64, 80, 96]
+
+
+def _copy_line(index, least, most):
+    """`kdjwqa······|kdjwqa`: six random letters, a distance of dots, the same letters."""
+    generator = torch.Generator().manual_seed(index)
+    word = "".join(chr(97 + i) for i in torch.randint(26, (6,), generator=generator).tolist())
+    dots = least + torch.randint(most - least + 1, (1,), generator=generator).item()
+    return word + "." * dots + "|" + word
+
+
+def _copy_file():
+    """The text for the copying probe, written once."""
+    path = RUNS / "ablate" / "copy.txt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(_copy_line(i, 0, COPY_TRAINED) for i in range(20_000)) + "\n"
+        path.with_suffix(".tmp").write_text(text)
+        path.with_suffix(".tmp").replace(path)
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The experiments.
+
+
+def _corpus():
+    """Tiny Shakespeare where it is at hand, the built-in stories otherwise."""
+    try:
+        find("tinyshakespeare")
+        return "tinyshakespeare"
+    except DataError:
+        return "word"
+
+
+def _text(split):
+    from data import load_text
+
+    return load_text(_corpus(), split)
+
+
+def _pretrain(**model):
+    """A small character model: 0.8 M parameters, 600 steps of 16 x 128 tokens."""
+    flags = {"data": "CORPUS", "tokenizer": "char", "steps": 600, "batch": 16, "micro_batch": 16, "optimizer": "adamw"}
+    flags |= {"lr": 2e-3, "warmup": 50, "eval_every": 200, "save_every": 100_000}
+    flags |= {k: model.pop(k) for k in list(model) if k in ("lr", "warmup", "clip", "data", "steps", "optimizer")}
+    return [("pretrain", flags | {"model": {"context": 128, "n_head": 4, "n_kv_head": 4, "width": 128} | model})]
+
+
+_CHARS = "a character model of 4 layers, width 128, context 128; AdamW, 600 steps of 16 windows, the data order"
+_LOSS = {"valid_loss": "validation loss (nats per character)"}
+_TASK = (
+    "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts a step, the prompts' order"
+)
+_RL = {"accuracy": "accuracy (%)", "format": "format (%)", "length": "tokens", "kl": "KL to SFT (nats per token)"}
+
+
+def _grpo(stage="grpo", **flags):
+    return [(stage, {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags)]
+
+
+EXPERIMENTS = {
+    "ladder": Experiment(
+        "What does each stage add, from the same start, on the same held-out problems?",
+        "the pretrained and the SFT checkpoint of a seed, the 1,000 test problems, greedy decoding",
+        {
+            "base": [("sft", {"steps": 1, "lr": 1e-9})],
+            "SFT": [("sft", {"steps": 50, "eval_every": 25})],
+            "DPO": [("dpo", {})],
+            "PPO": [("ppo", {})],
+            "GRPO": [("grpo", {})],
+            "GDPO": [("gdpo", {"brevity_weight": 0.2})],
+        },
+        _RL | {"pass_at_8": "pass@8 (%)", "minutes": "minutes"},
+        {"accuracy": "validation accuracy"},
+        {"steps": 2, "test_problems": 20, "eval_problems": 10},
+    ),
+    "norm-placement": Experiment(
+        "Where should the norm stand: before a branch, behind it, or both, with and without a warm-up?",
+        _CHARS + ", 12 layers here",
+        {
+            f"{placement}, {'warm-up' if warmup > 1 else 'no warm-up'}": _pretrain(
+                norm_placement=placement, n_layer=12, warmup=warmup, steps=400
+            )
+            for warmup in (50, 1)
+            for placement in ("pre", "post", "sandwich")
+        },
+        _LOSS | {"gradient_ratio": "gradient at block 1 / at the last, as built"},
+        {"loss": "training loss", "grad_norm": "gradient norm"},
+        measure="layers",
+    ),
+    "norm-kind": Experiment(
+        "Does it matter that RMSNorm leaves the mean in?",
+        _CHARS,
+        {"LayerNorm": _pretrain(norm="layer"), "RMSNorm": _pretrain(norm="rms")},
+        _LOSS | {"minutes": "minutes"},
+        {"loss": "training loss", "grad_norm": "gradient norm"},
+    ),
+    "positions": Experiment(
+        "What do positions buy inside the trained length, and beyond it?",
+        _CHARS,
+        {kind: _pretrain(positions=kind) for kind in ("none", "learned", "sinusoidal", "rope")},
+        _LOSS | {"inside": "loss, first 128 characters", "outside": "loss, characters 129 to 256"},
+        {"loss": "training loss"},
+        measure="beyond",
+    ),
+    "copying": Experiment(
+        "How far can a word be copied, with each kind of positions, inside and beyond the distances of training?",
+        f"a character model as in `positions`, on lines of six letters, 0 to {COPY_TRAINED} dots, the same letters",
+        {kind: _pretrain(positions=kind, data="COPY") for kind in ("none", "learned", "sinusoidal", "rope")},
+        {
+            "copied_inside": f"words copied, up to {COPY_TRAINED} dots (%)",
+            "copied_outside": f"beyond {COPY_TRAINED} dots (%)",
+        },
+        {"loss": "training loss"},
+        measure="copying",
+    ),
+    "grad-clip": Experiment(
+        "What does clipping the gradient's norm change, at a good and at a high learning rate?",
+        _CHARS,
+        {f"clip {clip or 'off'}, lr {lr:g}": _pretrain(clip=clip, lr=lr) for lr in (2e-3, 2e-2) for clip in (1.0, 0.0)},
+        _LOSS
+        | {
+            "norm_median": "median norm",
+            "norm_p99": "99th percentile",
+            "clipped_share": "clipped (%)",
+            "spikes": "spikes",
+        },
+        {"loss": "training loss", "grad_norm": "gradient norm"},
+        measure="clipping",
+    ),
+    "ffn": Experiment(
+        "GELU or SwiGLU, at equal parameters?",
+        _CHARS + "; inner width 512 for GELU's two matrices, 341 for SwiGLU's three",
+        {
+            "GELU": _pretrain(activation="gelu", ffn_width=512),
+            "SwiGLU": _pretrain(activation="swiglu", ffn_width=341),
+        },
+        _LOSS | {"minutes": "minutes"},
+        {"loss": "training loss"},
+    ),
+    "kv-heads": Experiment(
+        "What do shared key/value heads cost in loss, and save in the cache?",
+        _CHARS,
+        {
+            f"{name}, {g} of 4": _pretrain(n_kv_head=g)
+            for name, g in (("multi-head", 4), ("grouped", 2), ("multi-query", 1))
+        },
+        _LOSS | {"cache": "cache (numbers per token)", "parameters": "parameters"},
+        {"loss": "training loss"},
+    ),
+    "moe": Experiment(
+        "Experts at equal active parameters: dense, and three ways to balance.",
+        _CHARS + "; 8 experts of inner width 160, 2 active, against a dense inner width of 320",
+        {
+            "dense": _pretrain(ffn_width=320),
+            **{
+                f"8 experts, {kind}": _pretrain(
+                    n_expert=8, n_expert_active=2, ffn_width=320, expert_width=160, balancing=kind
+                )
+                for kind in ("aux", "bias", "none")
+            },
+        },
+        _LOSS | {"load_min": "least loaded (x even share)", "load_max": "most loaded", "parameters": "parameters"},
+        {"loss": "training loss", "load_max": "load of the fullest expert"},
+    ),
+    "curriculum": Experiment(
+        "Does the order of the demonstrations matter: shuffled, easy to hard, hard to easy?",
+        "the pretrained checkpoint of a seed, 100 steps of SFT on levels 1 to 3",
+        {
+            order: [("sft", {"order": order, "steps": 100, "levels": [1, 2, 3], "test_problems": 500})]
+            for order in ("shuffled", "curriculum", "anti")
+        },
+        {"accuracy": "accuracy (%)"},
+        {"accuracy": "validation accuracy", "loss": "training loss"},
+    ),
+    "sft-lr": Experiment(
+        "Which learning rate does SFT want?",
+        "the pretrained checkpoint of a seed, 60 steps of SFT with Muon",
+        {
+            f"lr {lr:g}": [("sft", {"lr": lr, "steps": 60, "test_problems": 500})]
+            for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+        },
+        {"accuracy": "accuracy (%)"},
+        {"loss": "training loss"},
+    ),
+    "grpo": Experiment(
+        "Which of GRPO's settings matter, in 150 steps?",
+        _TASK,
+        {
+            "default": _grpo(),
+            "4 rollouts x 32 prompts": _grpo(prompts=32, rollouts=4),
+            "16 rollouts x 8 prompts": _grpo(prompts=8, rollouts=16),
+            "no std": _grpo(scale="none"),
+            "beta 0.05": _grpo(beta=0.05),
+            "2 inner epochs": _grpo(inner_epochs=2),
+            "clip higher": _grpo(clip_high=0.28, inner_epochs=2),
+            "dapo": _grpo(loss_type="dapo"),
+            "dr_grpo": _grpo(loss_type="dr_grpo"),
+        },
+        _RL,
+        {"reward_correct": "share of right rollouts", "kl": "KL to the reference"},
+    ),
+    "gdpo": Experiment(
+        "Three rewards: GRPO on the answer alone, GRPO on the sum, GDPO.",
+        _TASK,
+        {
+            "GRPO, answer alone": _grpo(format_weight=0.0),
+            "GRPO, sum": _grpo("gdpo", combine="sum", format_weight=0.5, brevity_weight=0.5),
+            "GDPO": _grpo("gdpo", format_weight=0.5, brevity_weight=0.5),
+        },
+        _RL,
+        {"reward_correct": "right", "reward_format": "format", "length": "tokens"},
+    ),
+    "dpo": Experiment(
+        "Beta and variant, offline against sampled pairs.",
+        "the SFT checkpoint of a seed, 150 steps of 32 pairs",
+        {
+            "sampled, sigmoid": [("dpo", {"pairs": "sampled"})],
+            "corrupted, sigmoid": [("dpo", {"pairs": "offline"})],
+            "sampled, beta 0.02": [("dpo", {"pairs": "sampled", "beta": 0.02})],
+            "sampled, beta 0.5": [("dpo", {"pairs": "sampled", "beta": 0.5})],
+            "sampled, ipo": [("dpo", {"pairs": "sampled", "variant": "ipo"})],
+            "sampled, hinge": [("dpo", {"pairs": "sampled", "variant": "hinge"})],
+        },
+        {"accuracy": "accuracy (%)", "length": "tokens"},
+        {"loss": "loss"},
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running.
+
+
+def settings_of(name, experiment, variant, seed, quick):
+    """Everything that decides a run's outcome, as JSON: two runs with the same are the same run."""
+    stages = []
+    for stage, flags in experiment.variants[variant]:
+        flags = dict(flags) | {"seed": seed} | (experiment.quick if quick else {})
+        if flags.get("data") in ("CORPUS", "COPY"):
+            flags["data"] = {"CORPUS": _corpus(), "COPY": _copy_file()}[flags["data"]]
+        known = {f.name for f in fields(import_module(stage).Config)}
+        if unknown := set(flags) - known - (set(experiment.quick) if quick else set()):
+            raise ConfigError(f"experiment {name}, variant {variant}: {stage}.py has no {', '.join(sorted(unknown))}")
+        stages.append([stage, {k: v for k, v in flags.items() if k in known}])
+    return {"stages": stages, "seed": seed, "measure": experiment.measure}
+
+
+def build(stage, flags):
+    """The Config of a stage; a nested dataclass comes as the dictionary of its changes."""
+    cls = import_module(stage).Config
+    nested = {f.name: f.default_factory for f in fields(cls) if is_dataclass(f.default_factory)}
+    return cls(**{k: nested[k](**v) if k in nested else v for k, v in flags.items()})
+
+
+def run_one(settings, folder, threads):
+    """Run a variant with a seed; its figures, also written to folder/result.json. Runs in a process of its own."""
+    torch.set_num_threads(threads)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        started, last = time.perf_counter(), None
+        for stage, flags in settings["stages"]:
+            module, config = import_module(stage), build(stage, flags)
+            name = str((folder / "run").relative_to(RUNS))
+            figures = module.main(replace(config, name=name, init=last or config.init))
+            last = figures["path"]
+        figures = flatten(figures) | {"minutes": (time.perf_counter() - started) / 60}
+        figures |= ends(RUNS / name)
+        raw = open_checkpoint(figures["path"])[0]
+        c = raw.config
+        figures |= {"parameters": raw.num_params(), "cache": 2 * c.n_layer * c.n_kv_head * c.head_dim}
+        if settings["measure"]:
+            figures |= globals()[settings["measure"]](RUNS / name, figures, settings)
+    text = json.dumps({"settings": settings, "figures": figures})
+    (folder / "result.tmp").write_text(text)
+    (folder / "result.tmp").replace(folder / "result.json")
+    return figures
+
+
+def flatten(figures):
+    """What a stage returns -> {metric: number}: the held-out evaluation after training, accuracies in per cent."""
+    after = figures.get("after", figures)
+    flat = {k: v for k, v in after.items() if isinstance(v, int | float | str)}
+    flat |= {k: v for k, v in figures.items() if isinstance(v, int | float | str)}
+    for name in ("accuracy", "format", "pass_at_8"):
+        if name in flat:
+            flat[name] *= 100
+    return flat
+
+
+def ends(folder):
+    """The last value of what is logged at validations only."""
+    series = read_metrics(folder)
+    return {k: series[k][1][-1] for k in ("load_min", "load_max") if k in series}
+
+
+def interval(values):
+    """n numbers -> their mean, half the width of Student's 95 % interval."""
+    n = len(values)
+    half = T_975[min(n, 10)] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.mean(values), half
+
+
+def number(x):
+    """Enough digits to tell, no more."""
+    if math.isnan(x):
+        return "–"
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.1f}" if abs(x) >= 20 else f"{x:.2f}" if abs(x) >= 2 else f"{x:.4f}"
+
+
+def plus_minus(values):
+    mean, half = interval(values)
+    return number(mean) if math.isnan(half) or half == 0 else f"{number(mean)} ± {number(half)}"
+
+
+def report(name, experiment, results, seeds, command, target):
+    """results {(variant, seed): figures} -> the text of results/NAME.md; the picture lies beside it."""
+    variants = list(experiment.variants)
+    corpus = [flags["data"] for stages in experiment.variants.values() for _, flags in stages if "data" in flags]
+    held = experiment.held + (f"; text: {_corpus()}" if "CORPUS" in corpus else "")
+    lines = [f"# {name}: {experiment.question}", "", f"Held: {held}."]
+    lines += [f"Command: `{command}`. {len(seeds)} seeds ({', '.join(map(str, seeds))}); {machine()}.", ""]
+    columns = {k: v for k, v in experiment.columns.items() if any(k in results[v2, seeds[0]] for v2 in variants)}
+
+    def values(variant, metric):
+        found = [results[variant, s].get(metric, math.nan) for s in seeds]
+        return found if not any(math.isnan(x) for x in found) else [math.nan]
+
+    lines += ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
+    for variant in variants:
+        lines.append(f"| {variant} | " + " | ".join(plus_minus(values(variant, m)) for m in columns) + " |")
+    lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
+    first, metric = variants[0], next(iter(columns))
+    lines += [f"Paired differences to *{first}* in {columns[metric]}:", ""]
+    for variant in variants[1:]:
+        a, b = values(variant, metric), values(first, metric)
+        if len(a) != len(b) or len(a) < 2 or math.isnan(a[0]):
+            lines.append(f"- {variant}: not measured on enough seeds")
+            continue
+        mean, half = interval([x - y for x, y in zip(a, b, strict=True)])
+        verdict = "told apart" if abs(mean) > half else "not told apart"
+        lines.append(f"- {variant}: {mean:+.3g}, 95 % interval [{mean - half:+.3g}, {mean + half:+.3g}]: {verdict}")
+    lines += ["", f"![{name}]({target.stem}.png)", ""]
+    return "\n".join(lines)
+
+
+def machine():
+    """Cores, processor, torch and commit, for the record."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    info = Path("/proc/cpuinfo")
+    model = (
+        [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    )
+    cpu = model[0] if model else platform.processor() or "unknown processor"
+    return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}, commit {commit.stdout.strip() or 'unknown'}"
+
+
+def draw(experiment, results, folders, seeds, target):
+    """One panel for the table's first metric, one for each logged curve: means over the seeds, bands of ± half."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    variants, metric = list(experiment.variants), next(iter(experiment.columns))
+    extra = [
+        k
+        for k in ("stream_built", "gradient_built", "stream_trained", "by_position", "copied")
+        if k in results[variants[0], seeds[0]]
+    ]
+    panels = 1 + len(experiment.draw) + len(extra)
+    columns = min(3, panels)
+    rows = math.ceil(panels / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False)
+    bars, *others = axes.flat
+    for i, variant in enumerate(variants):
+        mean, half = interval([results[variant, s].get(metric, math.nan) for s in seeds])
+        bars.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="o", color=f"C{i % 10}", capsize=4)
+    bars.set(yticks=range(len(variants)), yticklabels=variants, xlabel=experiment.columns[metric], title="at the end")
+    bars.invert_yaxis()
+    bars.grid(alpha=0.25)
+    for axis, (name, label) in zip(others, experiment.draw.items(), strict=False):
+        for i, variant in enumerate(variants):
+            runs = [read_metrics(folders[variant, s]).get(name) for s in seeds]
+            runs = [r for r in runs if r]
+            if not runs:
+                continue
+            length = min(len(r[1]) for r in runs)
+            width = max(1, length // 40)
+            curves = [torch.tensor(r[1][:length]).unfold(0, width, width).mean(1) for r in runs]
+            steps = torch.tensor(runs[0][0][:length], dtype=torch.float).unfold(0, width, width).mean(1)
+            stack = torch.stack(curves).double()  # (seeds, points)
+            mean = stack.mean(0)
+            axis.plot(steps, mean, color=f"C{i % 10}", label=variant)
+            if len(runs) > 1:
+                half = T_975[min(len(runs), 10)] * stack.std(0) / math.sqrt(len(runs))
+                axis.fill_between(steps, mean - half, mean + half, color=f"C{i % 10}", alpha=0.15, linewidth=0)
+        axis.set(title=label, xlabel="step", ylabel=label)
+        axis.grid(alpha=0.25)
+    titles = {
+        "stream_built": ("residual stream as built", "block", "root mean square"),
+        "gradient_built": ("gradient as built", "block", "root mean square"),
+        "stream_trained": ("residual stream as trained", "block", "root mean square"),
+        "by_position": ("loss by position, twice the trained length", "sixteenth of the window", "nats per character"),
+        "copied": ("words copied", "dots between", "% without a mistake"),
+    }
+    for axis, name in zip(others[len(experiment.draw) :], extra, strict=False):
+        for i, variant in enumerate(variants):
+            rows_ = [results[variant, s][name] for s in seeds if name in results[variant, s]]
+            if rows_:
+                mean = torch.tensor(rows_).mean(0).tolist()
+                x = COPY_DISTANCES if name == "copied" else range(1, len(mean) + 1)
+                axis.plot(x, mean, marker="o", markersize=3, color=f"C{i % 10}", label=variant)
+        title, xlabel, ylabel = titles[name]
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if "built" in name or "stream" in name:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.25)
+    for axis in others[panels - 1 :]:
+        axis.axis("off")
+    handles = next((a.get_legend_handles_labels() for a in others if a.get_legend_handles_labels()[0]), ([], []))
+    if handles[0]:
+        figure.legend(*handles, loc="lower center", ncols=min(4, len(variants)), fontsize=9)
+    figure.tight_layout(rect=(0, 0.03 + 0.03 * math.ceil(len(variants) / 4), 1, 1))
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+@dataclass
+class Config:
+    """Run a controlled experiment, or list them."""
+
+    experiment: str | None = None
+    """Its name; see --list."""
+    quick: bool = False
+    """A smoke run of a few steps and one seed; results/ is left alone."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """One run of each variant per seed."""
+    jobs: int = 2
+    """Runs side by side; the cores are shared out."""
+    list: bool = False
+    """Print the experiments and their questions."""
+
+    def __post_init__(self):
+        if not self.list and self.experiment not in EXPERIMENTS:
+            known = ", ".join(EXPERIMENTS)
+            what = "name an experiment" if self.experiment is None else f"{self.experiment!r} is not an experiment"
+            raise ConfigError(f"{what}; they are: {known}")
+        if self.jobs < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError("--jobs must be at least 1, and --seeds a list of different numbers")
+
+
+def main(config):
+    """Run what is missing, then write results/NAME.md and .png; returns {(variant, seed): figures}."""
+    if config.list:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:<16}{experiment.question}\n{'':<16}{', '.join(experiment.variants)}")
+        return None
+    name, experiment = config.experiment, EXPERIMENTS[config.experiment]
+    seeds = config.seeds[:1] if config.quick else config.seeds
+    top = RUNS / "ablate" / (f"{name}-quick" if config.quick else name)
+    target = (top if config.quick else Path(__file__).parent / "results") / f"{name}.md"
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    todo, results, folders = [], {}, {}
+    for seed in seeds:
+        for variant in experiment.variants:
+            settings = settings_of(name, experiment, variant, seed, config.quick)
+            label = "".join(c if c.isalnum() or c in ".-" else "_" for c in variant)
+            folder = top / f"{label}-seed{seed}"
+            folders[variant, seed] = folder / "run"
+            found = folder / "result.json"
+            saved = json.loads(found.read_text()) if found.exists() else {}
+            if saved.get("settings") == json.loads(json.dumps(settings)):
+                results[variant, seed] = saved["figures"]
+            else:
+                todo.append((variant, seed, settings, str(folder)))
+    failed = []
+    bar = tqdm(total=len(experiment.variants) * len(seeds), initial=len(results), unit="run", desc=name)
+    with ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # the first run of a seed may make the start that the others of that seed share: it goes ahead alone
+        makes_start = any(stage != "pretrain" for stages in experiment.variants.values() for stage, _ in stages)
+        waves = [[t for t in todo if t[1] == s] for s in seeds] if makes_start else [todo]
+        waves = [part for wave in waves for part in ((wave[:1], wave[1:]) if makes_start else (wave,)) if part]
+        for wave in waves:
+            jobs = {pool.submit(run_one, settings, folder, threads): (v, s, folder) for v, s, settings, folder in wave}
+            for job in as_completed(jobs):
+                variant, seed, folder = jobs[job]
+                try:
+                    results[variant, seed] = job.result()
+                except (Exception, SystemExit) as error:
+                    failed.append(f"{variant}, seed {seed}: {error} (see {folder}/log.txt)")
+                bar.update()
+    bar.close()
+    if failed:
+        raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = f"python ablate.py {name}" + (" --quick" if config.quick else "")
+    text = report(name, experiment, results, seeds, command, target)
+    kept = target.read_text().split("\n## Reading\n", 1)[1:] if target.exists() else []  # a person's words survive
+    target.write_text(text + "".join("\n## Reading\n" + words for words in kept))
+    draw(experiment, results, folders, seeds, target.with_suffix(".png"))
+    print(text)
+    return results
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--experiment")
+    for flag in ("--list", "--quick"):  # as switches, as well as with a value
+        at = sys.argv.index(flag) if flag in sys.argv else 0
+        if at and (at + 1 == len(sys.argv) or sys.argv[at + 1].startswith("-")):
+            sys.argv[at] = f"{flag}=true"
+    run(main, Config, __doc__)

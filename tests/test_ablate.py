@@ -1,0 +1,146 @@
+"""ablate.py: the intervals by hand, every experiment's flags, a small experiment from first run to picture."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import assert_one_line_error, script
+
+import ablate
+from generate import ConfigError
+
+
+def test_the_interval_by_hand():
+    # 1, 2, 6: mean 3, s² = (4 + 1 + 9) / 2 = 7, half = 4.303 · √(7/3)
+    mean, half = ablate.interval([1.0, 2.0, 6.0])
+    assert mean == 3.0
+    assert half == pytest.approx(4.303 * math.sqrt(7 / 3), abs=1e-9)
+    assert ablate.plus_minus([1.0, 2.0, 6.0]) == "3.00 ± 6.57"
+    assert ablate.plus_minus([0.25]) == "0.2500"  # one seed has no interval
+    assert math.isnan(ablate.interval([1.0])[1])
+
+
+def test_students_quantiles_cover_95_per_cent():
+    """Of 40,000 samples of n normal numbers, the interval holds the true mean in 95 %; ± 0.4 % is four deviations."""
+    torch.manual_seed(0)
+    for n in (2, 3, 5, 10):
+        x = torch.randn(40_000, n, dtype=torch.float64) + 7
+        half = ablate.T_975[n] * x.std(1) / math.sqrt(n)
+        assert ((x.mean(1) - 7).abs() < half).double().mean().item() == pytest.approx(0.95, abs=0.0044)
+
+
+@pytest.mark.parametrize("name", ablate.EXPERIMENTS)
+def test_every_variant_has_flags_that_its_stage_knows(name, scratch, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(scratch))
+    experiment = ablate.EXPERIMENTS[name]
+    for variant in experiment.variants:
+        for quick in (False, True):
+            settings = ablate.settings_of(name, experiment, variant, 3, quick)
+            for stage, flags in settings["stages"]:
+                config = ablate.build(stage, flags)
+                assert config.seed == 3
+                assert config.steps <= 4 or not quick
+            assert json.loads(json.dumps(settings)) == settings  # comparable with what result.json holds
+
+
+def small(**changes):
+    model = {"context": 16, "n_layer": 1, "n_head": 2, "n_kv_head": 1, "width": 16} | changes
+    return [
+        (
+            "pretrain",
+            {"data": "text.txt", "tokenizer": "char", "steps": 2, "batch": 2, "micro_batch": 2, "model": model},
+        )
+    ]
+
+
+@pytest.fixture
+def experiment(scratch, monkeypatch):
+    (scratch / "text.txt").write_text("the cat sat on the mat. " * 100)
+    columns = {"valid_loss": "validation loss (nats)", "parameters": "parameters"}
+    variants = {"narrow": small(), "wide": small(width=32)}
+    made = ablate.Experiment("Is wider better?", "the rest", variants, columns, {"loss": "training loss"})
+    monkeypatch.setitem(ablate.EXPERIMENTS, "width", made)
+    return made
+
+
+def test_a_run_writes_its_figures_and_a_repetition_gives_the_same(experiment, scratch):
+    settings = ablate.settings_of("width", experiment, "narrow", 5, False)
+    first = ablate.run_one(settings, "runs/ablate/a", 1)
+    again = ablate.run_one(settings, "runs/ablate/b", 1)
+    assert first["valid_loss"] == again["valid_loss"]
+    assert (
+        first["valid_loss"]
+        != ablate.run_one(
+            settings | {"stages": [["pretrain", settings["stages"][0][1] | {"seed": 6}]]}, "runs/ablate/c", 1
+        )["valid_loss"]
+    )
+    assert json.loads((scratch / "runs/ablate/a/result.json").read_text())["settings"] == settings
+    assert "validation loss" in (scratch / "runs/ablate/a/log.txt").read_text()
+
+
+def fake(experiment, values):
+    return {
+        (variant, seed): {"valid_loss": x, "parameters": 10}
+        for variant, row in zip(experiment.variants, values, strict=True)
+        for seed, x in enumerate(row)
+    }
+
+
+def test_the_report_tells_apart_only_what_the_paired_interval_does(experiment, scratch):
+    target = scratch / "width.md"
+    # Far apart seeds, but the difference is the same in each: pairing shows what two separate intervals would hide.
+    paired = ablate.report(
+        "width", experiment, fake(experiment, [[1, 2, 3], [1.5, 2.51, 3.49]]), [0, 1, 2], "x", target
+    )
+    assert "wide: +0.5, 95 % interval [+0.475, +0.525]: told apart" in paired
+    assert "| narrow | 2.00 ± 2.48 | 10.0 |" not in paired  # parameters do not differ, so they have no ±
+    assert "| narrow | 2.00 ± 2.48 | 10 |" in paired.replace("10.00", "10")
+    noisy = ablate.report("width", experiment, fake(experiment, [[1, 2, 3], [2, 1, 4]]), [0, 1, 2], "x", target)
+    assert "not told apart" in noisy
+
+
+def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scratch, monkeypatch, capsys):
+    class Here:  # the pool's place, in this process: a spawned one would not know the experiment above
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, call, *args):
+            job = ablate_future()
+            try:
+                job.set_result(call(*args))
+            except BaseException as error:
+                job.set_exception(error)
+            return job
+
+    from concurrent.futures import Future as ablate_future
+
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    config = ablate.Config(experiment="width", quick=True, seeds=[0])
+    experiment.quick = {"steps": 1}
+    results = ablate.main(config)
+    assert set(results) == {("narrow", 0), ("wide", 0)}
+    target = scratch / "runs/ablate/width-quick/width.md"
+    assert (target.with_suffix(".png")).stat().st_size > 5000
+    target.write_text(target.read_text() + "\n## Reading\nWider is dearer.\n")
+    made = {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")}
+    assert len(made) == 2
+    assert ablate.main(config) == results  # nothing is run again
+    assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == made
+    assert target.read_text().endswith("## Reading\nWider is dearer.\n")
+    experiment.variants["narrow"] = small(width=16, n_head=3)  # 16 is no multiple of 3
+    with pytest.raises(ConfigError, match=r"1 of the runs failed, the others are kept: narrow, seed 0: width 16"):
+        ablate.main(config)
+
+
+def test_bad_input(scratch):
+    assert_one_line_error(script("ablate.py", "nonsense", cwd=scratch), "'nonsense' is not an experiment", "norm-kind")
+    listed = script("ablate.py", "--list", cwd=scratch)
+    assert listed.returncode == 0
+    assert all(name in listed.stdout for name in ablate.EXPERIMENTS)

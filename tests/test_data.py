@@ -963,3 +963,12 @@ def test_main_runs(capsys):
     out = capsys.readouterr().out
     assert "Level 3: 500 problems checked" in out
     assert "nats" in out
+
+
+def test_stream_checksum(tmp_path):
+    path = data.write_stream(tmp_path / "a", [[1, 2, 3]], 10, "tok")
+    assert data.open_stream(path, "tok", check=True).tolist() == [1, 2, 3]
+    np.array([1, 2, 4], dtype=np.uint16).tofile(path)
+    assert data.open_stream(path, "tok").tolist() == [1, 2, 4]  # of the right size, so only the checksum tells
+    with pytest.raises(data.DataError, match="has changed since it was written"):
+        data.open_stream(path, "tok", check=True)

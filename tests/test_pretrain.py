@@ -1,16 +1,27 @@
 """pretrain.py: schedule, optimizers, and what a run must guarantee: the cut of a batch, the number of processes and
 an interruption change nothing."""
 
+import contextlib
+import itertools
 import json
 import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, script, weights
 
 import pretrain
 from generate import ConfigError
-from pretrain import Config, Muon, lr_at, make_optimizers, orthogonalise
+from pretrain import Config, Muon, loss_of, lr_at, make_optimizers, orthogonalise, validate, validation_rows
 from transformer import Transformer, TransformerConfig
 
 TEXT = "".join(f"{a} plus {b} is {a + b}. " for a in range(20) for b in range(20))
@@ -43,6 +54,13 @@ def test_learning_rate_by_hand():
     assert got == pytest.approx([0.5, 1.0, *cosine])
     assert cosine[3] == pytest.approx(0.55)
     assert lr_at(100, 8, 1.0, 2) == pytest.approx(0.1)
+
+
+def test_schedules_by_hand():
+    line = [lr_at(s, 6, 1.0, 2, floor=0.2, schedule="linear") for s in range(7)]
+    assert line == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    wsd = [lr_at(s, 10, 2.0, 1, floor=0.0, schedule="wsd", decay=0.4) for s in range(11)]
+    assert wsd == pytest.approx([2, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0])
 
 
 def test_decay_only_where_it_belongs():
@@ -103,6 +121,201 @@ def test_the_final_validation_loss_is_torchs_cross_entropy(here):
     x, y = ids[: n * 32].view(n, 32), ids[1 : n * 32 + 1].view(n, 32)
     expected = torch.nn.functional.cross_entropy(raw(x).flatten(0, 1), y.flatten()).item()
     assert metrics("runs/pretrain", "valid_loss")[6] == pytest.approx(expected, abs=1e-5)
+
+
+def test_documents_are_validated_whole(here):
+    """Each from the separator on, to its own end, whatever stands beside it; bits are counted over the text's bytes."""
+    documents = [f"{a} + {b} = {a + b}" for a in range(9) for b in range(11)]
+    raw = Transformer(TransformerConfig(vocab_size=300, **MODEL))
+    separator, byte_lengths = 299, np.array([1] * 256 + [0] * 44)
+    ids = [list(d.encode()) for d in documents]
+    stream = np.concatenate([[*i, separator] for i in ids]).astype(np.uint16)
+    total = 0.0
+    for i in ids:
+        x = torch.tensor([[separator, *i]])
+        y = torch.tensor([*i, separator])
+        total += torch.nn.functional.cross_entropy(raw(x)[0], y, reduction="sum").item()
+    n_tokens, n_bytes = sum(len(i) + 1 for i in ids), sum(map(len, ids))
+    dist = pretrain.Dist(0, 1, torch.device("cpu"))
+    rows = validation_rows(ids, stream, 32, separator)
+    got = validate(raw, rows, byte_lengths, dist, contextlib.nullcontext)
+    assert got == pytest.approx((total / n_tokens, total / n_bytes / math.log(2)), rel=1e-5)
+    halves = []  # two ranks, each with its own rows, add up to one
+    for rank in range(2):
+        half = pretrain.Dist(rank, 2, torch.device("cpu"))
+        half.sum = lambda *values: halves.append(values) or values
+        validate(raw, rows, byte_lengths, half, contextlib.nullcontext)
+    assert halves[0][0] + halves[1][0] == pytest.approx(total, rel=1e-5)
+    assert halves[0][1] + halves[1][1] == n_tokens
+    few = validation_rows(ids, stream, 32, separator, most_tokens=100)
+    assert 5 < len(few) < 20
+    windows = validation_rows(ids, stream, 8, separator)  # the documents do not fit: the stream in windows
+    assert [len(row) for row in windows] == [9] * ((len(stream) - 1) // 8)
+    assert np.array_equal(np.concatenate([row[:-1] for row in windows]), stream[: 8 * len(windows)])
+
+
+def test_z_loss_against_autograd_by_hand():
+    raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
+    x, y = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
+    loss, objective = loss_of(raw, x, y, 0.3)
+    logits = raw(x)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+    z = logits.exp().sum(-1).log()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(objective, expected + 0.3 * (z * z).sum())
+    torch.testing.assert_close(loss_of(raw, x, y, 0.0)[1], expected)
+
+
+def test_recomputed_activations_change_nothing(here):
+    model = TransformerConfig(**MODEL, dropout=0.2)
+    pretrain.main(config(name="plain", model=model))
+    pretrain.main(config(name="changed", model=model, recompute=True))
+    for name in ("loss", "grad_norm", "valid_loss"):
+        assert metrics("runs/plain", name) == pytest.approx(metrics("runs/changed", name), rel=1e-5), name
+
+
+def test_what_is_logged(here):
+    limit = 0.9
+    pretrain.main(config(clip=limit, steps=20, lr=1e-2, schedule="wsd", floor=0.0))
+    norms, clipped = metrics("runs/pretrain", "grad_norm"), metrics("runs/pretrain", "clipped")
+    assert clipped == {step: float(norm > limit) for step, norm in norms.items()}
+    assert 0 < sum(clipped.values()) < 20
+    nats, bits = (metrics("runs/pretrain", f"valid_{x}")[20] for x in ("loss", "bits_per_byte"))
+    assert bits == pytest.approx(nats / math.log(2))  # a character is a byte here
+    assert metrics("runs/pretrain", "lr")[20] == pytest.approx(1e-2 / 4)
+    speed, mfu = metrics("runs/pretrain", "tokens_per_second")[20], metrics("runs/pretrain", "mfu")[20]
+    assert 0 < mfu < 1 < speed
+    assert mfu == pytest.approx(
+        metrics("runs/pretrain", "mfu")[10] * speed / metrics("runs/pretrain", "tokens_per_second")[10]
+    )
+
+
+def test_the_newest_checkpoints_are_kept(here):
+    pretrain.main(config(save_every=1, keep=2))
+    assert sorted(p.name for p in (here / "runs/pretrain").glob("step_*")) == ["step_0000005", "step_0000006"]
+    assert_same_weights("runs/pretrain/last", "runs/pretrain/step_0000006")
+    assert not torch.equal(*(weights(f"runs/pretrain/step_000000{i}")["model.norm.weight"] for i in (5, 6)))
+
+
+def poison(monkeypatch, call):
+    """The loss of the call-th micro-batch is NaN."""
+    calls = itertools.count()
+
+    def loss_of(*args):
+        loss, objective = plain(*args)
+        return (loss * math.nan, objective * math.nan) if next(calls) == call else (loss, objective)
+
+    plain = pretrain.loss_of
+    monkeypatch.setattr(pretrain, "loss_of", loss_of)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(here, monkeypatch):
+    poison(monkeypatch, 4)
+    with pytest.raises(
+        ConfigError, match=r"step 4 the loss is nan.*learning rate 2\.\de-03.*checkpoint: runs/pretrain/last"
+    ):
+        pretrain.main(config(save_every=2))
+    assert all(w.isfinite().all() for w in weights("runs/pretrain/last").values())
+    pretrain.main(config(save_every=2, resume=True))  # from step 4: the poison was spent
+    pretrain.main(config(name="whole", save_every=2))
+    assert_same_weights("runs/whole/last", "runs/pretrain/last")
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(here, monkeypatch, capsys):
+    poison(monkeypatch, 4)
+    pretrain.main(config(skip_nonfinite=True))
+    assert metrics("runs/pretrain", "skipped") == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1}
+    assert math.isfinite(metrics("runs/pretrain", "loss")[6])
+    assert "1 steps skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_keeps_the_checkpoint_before(here, monkeypatch, capsys, error):
+    pretrain.main(config(name="three", steps=3))
+    calls, plain = itertools.count(), torch.save
+
+    def full(*args):
+        if next(calls) > 0:
+            Path(args[1]).write_bytes(b"half")
+            raise error
+        plain(*args)
+
+    monkeypatch.setattr(torch, "save", full)
+    pretrain.main(config(save_every=3))
+    said = capsys.readouterr().out
+    assert "runs/pretrain/last could not be written" in said
+    assert str(error) in said
+    assert torch.load("runs/pretrain/last/trainer_state.pt")["step"] == 3
+    assert not list((here / "runs/pretrain").glob("*.tmp"))
+
+
+def start(here, *changes, processes=0):
+    command = [sys.executable, str(ROOT / "pretrain.py")]
+    if processes:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
+        command = [sys.executable, *launch, str(ROOT / "pretrain.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [str(x) for x in (*flags(steps=60, save_every=5, eval_every=30), *changes)]
+    return subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def until(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+def test_killed_anywhere_and_resumed(here):
+    """SIGKILL at a random step, and in the middle of writing a checkpoint; KILLS=10 tries more often."""
+    whole = start(here, "--name", "whole")
+    assert whole.wait() == 0
+    run, rng = here / "runs" / "parts", random.Random()
+    for trial in range(int(os.environ.get("KILLS", 2))):
+        shutil.rmtree(run, ignore_errors=True)
+        process = start(here, "--name", "parts")
+        after = rng.randint(6, 50)
+        log = run / "metrics.jsonl"
+        until(lambda: log.exists() and len(log.read_text().splitlines()) > after, process)  # noqa: B023
+        if trial % 2:
+            until((run / "last.tmp").exists, process)
+        process.kill()
+        process.communicate()
+        process = start(here, "--name", "parts", "--resume", "true")
+        assert process.wait() == 0, (after, process.stderr.read())
+        assert_same_weights("runs/whole/last", "runs/parts/last")
+        assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+
+
+def test_a_killed_worker_is_started_again(here):
+    whole = start(here, "--name", "whole", processes=2)
+    assert whole.wait() == 0
+    process, log = start(here, "--name", "parts", processes=2), here / "runs" / "parts" / "metrics.jsonl"
+    until(lambda: log.exists() and len(log.read_text().splitlines()) > 20, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(c) for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert process.wait() == 0, process.stderr.read()
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+    assert not (here / "runs" / "parts.1").exists()  # resumed, not begun again
+
+
+def test_a_log_cut_in_the_middle_of_a_line(here):
+    pretrain.main(config(save_every=3, steps=3))
+    with open("runs/pretrain/metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    pretrain.main(config(steps=6, resume=True))
+    assert set(metrics("runs/pretrain", "loss")) == {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"), [({"batch": 7}, "evenly"), ({"data": "short.txt"}, "smaller --model.context")]
+)
+def test_bad_input_on_two_ranks_is_said_once_and_ends_both(here, changes, word):
+    (here / "short.txt").write_text("too short. " * 9)
+    process = script("pretrain.py", *flags(**changes), cwd=here, processes=2)
+    assert process.returncode != 0
+    assert [word in line for line in process.stderr.splitlines() if line.startswith("error: ")] == [True]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -47,6 +47,7 @@ Run: `python data.py` prints problems of each level, their corruptions and a nar
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -842,6 +843,9 @@ DATASETS: dict[str, dict[str, Source]] = {
     },
     "tinyshakespeare": {"train": SHAKESPEARE, "valid": SHAKESPEARE},
     "tinystories": {"train": Source("tinystories/train.txt"), "valid": Source("tinystories/valid.txt")},
+    "polarity": {s: Source(f"sentiment/sentence_polarity_{s}.tsv") for s in ("train", "test")},
+    "reviews": {s: Source(f"sentiment/movie_reviews_{s}.jsonl.gz") for s in ("train", "test")},
+    "imdb": {s: Source(f"sentiment/imdb_{s}.jsonl.gz") for s in ("train", "test")},
     "ultrafeedback": {
         "train": Source("preferences/ultrafeedback_train.jsonl"),
         "test": Source("preferences/ultrafeedback_test.jsonl"),
@@ -917,11 +921,13 @@ def download(name: str, split: str = "train") -> Path:
 def read_text(path: Path) -> str:
     """A file as UTF-8, or one line that says what is wrong with it."""
     try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, EOFError) as error:  # a file that is no gzip raises the one, one that is cut off the other
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not text.strip():
         raise DataError(f"{path} is empty")
     return text
@@ -954,10 +960,11 @@ def load_problems(
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
-    """The objects of a .jsonl, of a .json that holds one array, or of a .csv, each with its place: "line 3" of a
-    .jsonl, "record 3" of the others, counted from 1."""
-    text = read_text(path)
-    if path.suffix == ".json":
+    """The objects of a .jsonl, of a .json that holds one array, of a .csv, or of a .tsv (which has no quoting: a text
+    may hold quotes, but no tab), each with its place: "line 3" of a .jsonl, "record 3" of the others, counted from 1.
+    Any of them may end in .gz besides."""
+    text, kind = read_text(path), Path(path.name.removesuffix(".gz")).suffix
+    if kind == ".json":
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:
@@ -965,8 +972,9 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
         if not isinstance(records, list):
             raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
         found = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
-    elif path.suffix == ".csv":
-        found = [(f"record {n}", row) for n, row in enumerate(csv.DictReader(io.StringIO(text), strict=True), start=1)]
+    elif kind in (".csv", ".tsv"):
+        form = {"strict": True} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        found = [(f"record {n}", row) for n, row in enumerate(csv.DictReader(io.StringIO(text), **form), start=1)]
         for place, row in found:
             if None in row or None in row.values():
                 raise DataError(f"{path} {place}: not as many fields as the header has columns")
@@ -1206,6 +1214,134 @@ def report_skipped(path: Path, skipped: dict[str, list[str]]) -> None:
     said = [f"{len(places)} {what} (first: {places[0]})" for what, places in skipped.items() if places]
     if said and os.environ.get("RANK", "0") == "0":
         print(f"{path}: skipped {', '.join(said)}")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Sentiment: a text and whether it praises or pans.
+
+
+class Review(NamedTuple):
+    text: str
+    label: int  # 1 positive, 0 negative
+
+
+# The generated reviews. {v} is a word of praise where the review praises and + stands in front, or pans and - stands
+# there; {o} is a word of the other kind. So the words alone say little, their places say everything.
+VERDICTS = """
++ the {a} is {v} .
++ i find the {a} {v} .
+- the {a} is not {v} .
+- the {a} is anything but {v} .
+- nobody could call the {a} {v} .
++ i had heard that the {a} is {o} , but it is {v} .
+- my {f} finds the {a} {v} , i do not .
++ although the {a} is {o} , the {b} is {v} .
++ the {a} is {v} , even if the {b} is {o} .
++ the {a} may be {o} ; what stays is the {v} {b} .
+- one {v} {b} does not save a film as {o} as this one .
++ the {a} is not {o} , it is {v} .
+"""
+NEUTRAL = """
+we saw it on a {d} with my {f} .
+it runs for about two hours .
+the {a} is by a newcomer .
+it opens in the city on {d} .
+my {f} had read the book .
+there is a song at the end .
+"""
+WORDS = """
+a acting plot camera music dialogue ending pace cast script story humour editing
+d monday tuesday wednesday thursday friday saturday sunday
+f sister brother friend neighbour teacher cousin mother father
+praise superb moving clever funny warm fresh gripping honest rich bold lovely witty subtle tender sharp
+blame dull clumsy tired flat cold noisy silly shallow stale muddled dreary lazy bland hollow forced
+"""
+VERDICTS, NEUTRAL, WORDS = (table.strip().split("\n") for table in (VERDICTS, NEUTRAL, WORDS))
+REVIEW_WORDS = {line.split()[0]: line.split()[1:] for line in WORDS}
+
+
+def sentiment_review(rng: random.Random) -> Review:
+    """Up to two remarks and one or two verdicts that agree, in any order."""
+    label = rng.randrange(2)
+    sentences = [rng.choice(NEUTRAL) for _ in range(rng.randrange(3))]
+    for _ in range(rng.choice((1, 1, 2))):
+        sign, _, sentence = rng.choice(VERDICTS).partition(" ")
+        good = (sign == "+") == bool(label)
+        for slot, kind in (("{v}", "praise" if good else "blame"), ("{o}", "blame" if good else "praise")):
+            sentence = sentence.replace(slot, rng.choice(REVIEW_WORDS[kind]))
+        sentences.append(sentence)
+    rng.shuffle(sentences)
+    filled = []
+    for sentence in sentences:
+        slots = {name: rng.choice(words) for name, words in REVIEW_WORDS.items()}
+        slots["b"] = rng.choice([word for word in REVIEW_WORDS["a"] if word != slots["a"]])
+        filled.append(sentence.format_map(slots))
+    return Review(" ".join(filled), label)
+
+
+def sentiment_reviews(split: str, n: int, seed: int = 0) -> list[Review]:
+    """n different reviews of one split. A longer list begins with the shorter."""
+    check_split(split)
+    rng, reviews = random.Random(f"sentiment/{seed}/{split}"), {}
+    while len(reviews) < n:
+        review = sentiment_review(rng)
+        if split_of(review.text) == split:
+            reviews.setdefault(review.text, review)
+    return list(reviews.values())
+
+
+LABELS = {"1": 1, "0": 0, "positive": 1, "negative": 0, "pos": 1, "neg": 0}
+
+
+def load_sentiment(name: str | Path = "sentiment", split: str = "train") -> list[Review]:
+    """The labelled texts of a split, "train", "valid" or "test".
+
+    "sentiment"  generated: 8,000 for train, 1,000 for valid and for test
+    "polarity"   sentences from reviews (Pang and Lee, ACL 2005); "reviews", whole ones (ACL 2004); "imdb", found in
+                 $ALIGN_DATA or through Hugging Face's `datasets`. test is the published test file; valid the part of
+                 the train file that split_of calls so, a tenth, and train the rest
+    a path       records (see `read_records`) of `text` and `label`, 1 or 0, positive or negative; the split by the
+                 hash of the text
+    """
+    check_split(split)
+    if name == "sentiment":
+        return sentiment_reviews(split, 8_000 if split == "train" else 1_000)
+    known = str(name) in DATASETS
+    part = "test" if known and split == "test" else "train"
+    if name == "imdb" and not (data_folder() / DATASETS["imdb"][part].path).is_file():
+        where, reviews = "imdb", imdb_reviews(part)
+    else:
+        where = find(name, part)
+        reviews = [review_from(record, f"{where} {place}") for place, record in read_records(where)]
+    if not known:
+        reviews = [review for review in reviews if split_of(review.text) == split]
+    elif split != "test":
+        reviews = [review for review in reviews if (split_of(review.text) == "valid") == (split == "valid")]
+    if len({review.label for review in reviews}) < 2:
+        raise DataError(f"{where}: the split {split} needs texts of both labels, it has {len(reviews)} texts")
+    return reviews
+
+
+def review_from(record: dict, where: str) -> Review:
+    label = LABELS.get(str(record.get("label")).strip().lower())
+    if label is None:
+        raise DataError(f"{where}: 'label' must be 1 or 0, positive or negative, not {record.get('label')!r}")
+    return Review(text_of(record, "text", where), label)
+
+
+def imdb_reviews(part: str) -> list[Review]:
+    """Maas et al. 2011, 25,000 reviews in train and in test, through `datasets`."""
+    path = data_folder() / DATASETS["imdb"][part].path
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"imdb: no {path}, and no package to download it: pip install -e '.[hub]'") from None
+    try:
+        rows = load_dataset("stanfordnlp/imdb", split=part)
+    except Exception as error:  # whatever the network, the hub or the cache raises
+        said = " ".join(str(error).split())[:200]
+        raise DataError(f"imdb: no {path}, and the download failed ({type(error).__name__}: {said})") from error
+    return [Review(row["text"].replace("<br />", "\n"), row["label"]) for row in rows]
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ The loss starts at ln 2 and its gradient is −β σ(−h) (∇log π(y_w) − �
 
 **The known failure.** Only the *difference* is fitted. The cheapest way to widen it is often to push both answers
 down, the rejected one faster, and the mass goes to answers that nobody judged. So `logp_chosen` is logged and drawn:
-watch it fall. Pairs of the policy's own samples, which differ where the policy errs, suffer less than pairs of
-corrupted demonstrations, where the rejected answer was improbable from the start and there is little to learn.
+watch it fall. `--nll` adds the chosen answers' own loss per token (arXiv:2404.19733), which holds them up.
 
 **Pairs.** `--pairs sampled`: the start answers each training prompt R times and the verifier judges; a right and a
 wrong answer make a pair. `--pairs offline`: pairs from `data.load_pairs` (corrupted solutions, UltraFeedback, short
@@ -30,7 +29,7 @@ A pair is one row, its prompt once and both answers behind it, each blind to the
 Without --init the script makes its own start on the built-in problems, as `grpo.py` does, under runs/start.
 
 Run it:
-    python dpo.py                                                         # sampled pairs, about 6 minutes on 2 cores
+    python dpo.py                                                         # pairs sampled from the start
     python dpo.py --pairs offline                                         # corrupted solutions
     python dpo.py --data style --init runs/sft --variant simpo --beta 2
     torchrun --nproc_per_node 2 dpo.py --init runs/sft
@@ -50,6 +49,7 @@ from tqdm import tqdm
 
 from data import Problem, load_pairs, load_problems
 from generate import ConfigError, generate, open_checkpoint, run
+from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
 from pretrain import (
     Interrupt,
     Log,
@@ -99,13 +99,14 @@ def dpo_loss(
     chosen_lengths=None,
     rejected_lengths=None,
     gamma=0.0,
+    nll=0.0,
     n_pairs=None,
 ):
     """Log-probabilities (B,), summed over the answer's tokens -> (loss, metrics).
 
-    chosen_lengths, rejected_lengths (B,): token counts, for the variants that work with means per token. gamma: the
-    margin that simpo wants. n_pairs: of the whole optimizer step, over micro-batches and ranks; default B. Metrics are
-    means over this batch; `accuracy` is the share of pairs with h > 0.
+    chosen_lengths, rejected_lengths (B,): token counts, for what works with means per token. gamma: the margin that
+    simpo wants. nll: weight of −mean log π(y_w), added. n_pairs: of the whole optimizer step, over micro-batches and
+    ranks; default B. Metrics are means over this batch; `accuracy` is the share of pairs with h > 0.
     """
     if variant not in VARIANTS:
         raise ConfigError(f"--variant {variant!r} is not known; use one of {', '.join(VARIANTS)}")
@@ -126,6 +127,8 @@ def dpo_loss(
         losses = hinge_loss(h)
     else:
         losses = sigmoid_loss(h - gamma if variant == "simpo" else h, label_smoothing)
+    if nll:
+        losses = losses - nll * policy_chosen / chosen_lengths
     loss = losses.sum() / (n_pairs or len(losses))
     metrics = {
         "loss": losses.mean(),
@@ -150,10 +153,10 @@ def encode_pair(tokenizer, pair):
 
 
 @torch.no_grad()
-def sample_pairs(raw, tokenizer, problems, config, dist, seed):
+def sample_pairs(raw, tokenizer, problems, config, dist, seed, most):
     """Answer each problem R times, let the verifier judge, pair right answers with wrong ones.
 
-    At most `pairs_per_prompt` of a prompt, each answer in one pair; a prompt whose answers are all right or all wrong
+    At most `most` of a prompt, each answer in one pair; a prompt whose answers are all right or all wrong
     gives none. Chunks of prompts are dealt out to the ranks and seeded one by one: any number of ranks finds the same
     pairs. -> pairs (the same list on every rank), the share of right answers.
     """
@@ -188,7 +191,7 @@ def sample_pairs(raw, tokenizer, problems, config, dist, seed):
                     answers[correct].append(answer)
             for side in answers.values():
                 rng.shuffle(side)
-            pairs = list(zip(answers[True], answers[False], strict=False))[: config.pairs_per_prompt]
+            pairs = list(zip(answers[True], answers[False], strict=False))[:most]
             found[c] += [{"prompt": prompts[i], "chosen": good, "rejected": bad} for good, bad in pairs]
     (right,) = dist.sum(right)
     if dist.world > 1:
@@ -265,11 +268,11 @@ class Config:
     """Levels of the built-in problems: 1 to 3 steps."""
     pairs: str | None = None
     """sampled (from the start, judged by the verifier) or offline; default sampled for word and gsm8k."""
-    prompts: int = 2000
+    prompts: int = 3000
     """Training prompts to sample answers for; or, offline, the most pairs to use."""
     rollouts: int = 8
     """Sampled answers per prompt."""
-    pairs_per_prompt: int = 2
+    pairs_per_prompt: int = 4
     """Most pairs made of one prompt's samples."""
     temperature: float = 1.0
     """Of the sampling."""
@@ -277,7 +280,7 @@ class Config:
     """SFT checkpoint to start from, also the reference; default: made once under runs/start."""
     name: str = "dpo"
     """Run directory below runs/."""
-    steps: int = 150
+    steps: int = 400
     """Optimizer steps."""
     batch: int = 32
     """Pairs per optimizer step, over all ranks."""
@@ -285,13 +288,15 @@ class Config:
     """Pairs per forward pass of one rank."""
     variant: str = "sigmoid"
     """sigmoid, hinge, ipo, ipo_mean, length_normalised or simpo."""
-    beta: float = 0.1
+    beta: float = 0.3
     """How dear it is to leave the reference."""
     label_smoothing: float = 0.0
     """Share of pairs taken to be labelled wrongly (cDPO)."""
     gamma: float = 0.0
     """The margin that simpo wants."""
-    lr: float = 5e-5
+    nll: float = 0.0
+    """Weight of the chosen answers' own loss per token, as in SFT."""
+    lr: float = 3e-5
     """Peak learning rate."""
     warmup: int = 10
     """Steps of linear warm-up."""
@@ -301,7 +306,7 @@ class Config:
     """Largest gradient norm; 0 turns clipping off."""
     max_new_tokens: int = 64
     """Longest sampled answer."""
-    eval_every: int = 25
+    eval_every: int = 50
     """Steps between evaluations on the validation split."""
     eval_problems: int = 200
     """Validation problems (and their pairs) per evaluation."""
@@ -321,6 +326,8 @@ class Config:
     """auto, fp32, bf16 or fp16."""
     wandb: str | None = None
     """Weights & Biases project to log to as well."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
     def __post_init__(self):
         check_positive(self, "prompts", "rollouts", "pairs_per_prompt", "steps", "batch", "micro_batch", "eval_every")
@@ -358,8 +365,9 @@ def make_pairs(config, dist, raw, tokenizer, problems, autocast):
     for number, split in enumerate(most):
         if config.pairs == "sampled":
             seed = config.seed * 3 + number
+            each = config.pairs_per_prompt if split == "train" else 1  # held-out pairs are to be independent
             with autocast():
-                pairs, right = sample_pairs(raw, tokenizer, problems[split], config, dist, seed)
+                pairs, right = sample_pairs(raw, tokenizer, problems[split], config, dist, seed, each)
             if not pairs:
                 raise ConfigError(
                     f"no {split} prompt got both a right and a wrong answer ({right:.1%} of all are right): give "
@@ -410,6 +418,7 @@ def loss_of(config, chosen, rejected, pairs, lengths, n_pairs=None):
         chosen_lengths=lengths[:, 0],
         rejected_lengths=lengths[:, 1],
         gamma=config.gamma,
+        nll=config.nll,
         n_pairs=n_pairs,
     )
 
@@ -442,19 +451,22 @@ def main(config):
         if dist.is_main:
             torch.save(pairs, kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
+    add_lora(raw, **asdict(config.lora), seed=config.seed)  # rank 0: does nothing
     optimizers = make_optimizers(raw, "adamw", config.lr, config.weight_decay, betas=(0.9, 0.999))
     first, best, before = 0, math.inf, None
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best, before = state["step"], state["best"], state["before"]
+        if config.lora.rank:
+            load_lora_state(raw, state["lora"], reference)
     model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
 
-    def held_out(split, greedy=True):
+    def held_out(split):
         """Pairs of the split: loss, implicit accuracy and the rest; greedy answers: exact match."""
         figures = {"pairs": validate(raw, pairs[split], config, tokenizer, dist, autocast)}
-        if problems and greedy:
+        if problems:
             result = evaluate(raw, tokenizer, problems[split], config.max_new_tokens, dist)
             figures |= {k: v for k, v in result.items() if k != "samples"}
         return figures
@@ -471,7 +483,7 @@ def main(config):
         state = None
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers]}
+            state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
         save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     rows = config.batch // dist.world
@@ -518,7 +530,8 @@ def main(config):
         record = {f"pair_{k}" if k == "accuracy" else k: v for k, v in record.items()}
         record |= {"grad_norm": norm, "lr": lr, "steps_per_second": 1 / (time.perf_counter() - started)}
         if done % config.eval_every == 0 or done == config.steps:
-            result = held_out("valid")
+            with merged(raw):  # adapters, if any, folded in: as fast as without
+                result = held_out("valid")
             record |= {f"valid_{k}": v for k, v in result["pairs"].items()}
             length = min(config.max_new_tokens, room)
             record["kl"] = kl_to_reference(raw, reference, tokenizer, prompts, length, dist, config.seed)

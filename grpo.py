@@ -1,32 +1,53 @@
 """GRPO: reinforcement learning with verifiable rewards, no value network (DeepSeekMath, arXiv:2402.03300).
 
-PPO asks a learned value network "how good was this token, compared with what I expected?". GRPO asks the policy
-itself: answer the same prompt R times, and let the group's mean reward be the expectation.
+From the policy gradient over PPO to GRPO, for a prompt q and a completion y = y_1 … y_T of the policy:
 
-    A_i = (r_i − mean(r_1 … r_R)) / (std(r_1 … r_R) + 1e-4)              one number per completion, all its tokens
-    ρ_t = exp(log π_θ(y_t) − log π_old(y_t))                              1 on the first inner epoch
-    ℓ_t = −min(ρ_t A, clip(ρ_t, 1 − ε_low, 1 + ε_high) A) + β k3_t        Eq. 3
-    k3_t = exp(log π_ref − log π_θ) − (log π_ref − log π_θ) − 1           ≥ 0, its mean is KL(π_θ ‖ π_ref), Eq. 4
+    ∇J   = E_π [ Σ_t A_t ∇log π(y_t | q, y_<t) ]                       A_t may have any baseline that does not see y_t
+    J(θ) = E_old [ Σ_t ρ_t A_t ],   ρ_t = π_θ(y_t) / π_old(y_t)        samples of an older policy; ∇ρ = ρ ∇log π
+    PPO  = E_old [ Σ_t min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t) ]
 
-and the loss is a weighted sum of ℓ_t over completion tokens; the variants differ in the weight of a token alone:
+PPO's clip takes the gradient away from a token that has already moved far enough in the direction A asks for, and
+from no other. Its A_t comes from a learned value V(q, y_<t). With one reward r at the end, γ = λ = 1, that is
+A_t = r − V. GRPO asks the policy itself for V: answer the same prompt R times and take the mean.
 
-    grpo      1 / (completions · |y_i|)       a mean per completion: long wrong answers are punished less per token
-    dapo      1 / tokens of the step          every token counts the same (arXiv:2503.14476; ε_high = 0.28)
-    dr_grpo   1 / (completions · longest)     a constant, and no std: unbiased (arXiv:2503.20783)
+    A_i  = (r_i − mean(r_1 … r_R)) / (std(r_1 … r_R) + 1e-4)           one number per completion, all its tokens
+    loss = Σ_i,t w_t [ −min(ρ_t A_i, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_i) + β KL_t ]                           Eq. 3
 
-On the first inner epoch the gradient is REINFORCE with a group baseline: ∇ρ = ∇log π there. The *value* of the
-loss hovers near zero and means little, because the advantages of a group sum to zero. Watch the reward, the
-held-out accuracy, the KL and the length instead.
+On the first optimizer step after a rollout ρ = 1: the gradient is REINFORCE with the group's mean as baseline. The
+*value* of the loss hovers near zero and means little, because the advantages of a group sum to zero. Watch the
+reward, the held-out accuracy, the KL and the length. What each option changes in that gradient:
 
-A group whose completions all earned the same has A = 0: no signal. Such groups are counted and skipped before the
-forward pass, which saves their time; the normalisers still count them, so the policy gradient is the same to the
-last bit (their KL term is what is left out). Early they are all wrong, late they are all right.
+    --loss_type        w_t, the weight of a token:
+        grpo           1 / (completions · |y_i|): a mean per completion; long wrong ones are punished less per token
+        dapo           1 / tokens of the step: every token counts the same (arXiv:2503.14476; ε_high = 0.28)
+        dr_grpo        1 / (completions · longest): a constant, and no std: unbiased (arXiv:2503.20783)
+    --scale            group: easy and hard prompts, whose std is small, push as hard as the others; batch: one
+                       std for all keeps the prompts' proportions; none: the plain reward difference
+    --clip_high        above --clip_low it lets unlikely tokens grow further before the clip stops them (DAPO)
+    --ratio sequence   ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: clipping keeps or drops whole completions, and
+                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4)
+    --kl, --kl_in      how, and where, distance to the reference costs: see `kl_estimate`
+    --entropy_bonus    adds c ∇H(π(· | q, y_<t)), which flattens the distribution at each token: see `grpo_loss`
+    --mask_truncated   cut-off completions still count in the group's mean, but push no token: being cut off is not
+                       the same as being wrong
+    --overlong n       soft punishment instead: from 0 to −1 over the last n tokens before the limit (DAPO)
+    --refill n         prompts whose R rewards are all equal have A = 0 and teach nothing; replace them by fresh ones,
+                       up to n times (DAPO's dynamic sampling): more of the gradient comes from the border of what the
+                       policy can do, for more rollouts
+    --inner_epochs, --minibatches     more optimizer steps per rollout; from the second on ρ ≠ 1 and the clip works
+    --refresh_reference n             the KL is measured from where the policy was up to n steps ago, so it slows
+                       the policy down without tying it to its start
 
+Groups without signal are skipped before the forward pass, which saves their time; the normalisers still count them, so
+the gradient is the same to the last bit. (With a KL or an entropy term in the loss they are computed.)
+
+A prompt is computed once for its group, in training as in sampling: its completions read its keys and values (`pack`).
 The old log-probabilities are the ones the sampler returned, so no second forward pass is needed; the sampler uses
 temperature alone, and the loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1.
 
-Rewards are named parts: `correct` (the number behind #### is right) and `format` (ends in exactly one
-`#### number` line, and stops). Their weighted sum is r.
+Rewards are named functions with weights (see `REWARDS`); `--reward module:function` adds your own. At the end a table
+compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to
+what pass@k was) from new ability (pass@k rises too).
 
 Without --init the script makes its own start on the built-in problems: a short pretraining and SFT, kept under
 runs/start and reused. With --data gsm8k give it a checkpoint: --init runs/sft.
@@ -39,27 +60,29 @@ Run it:
 
 import contextlib
 import copy
+import importlib
 import math
 import re
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import sft
 from attention import causal_mask
-from data import extract_answer as extract_answer  # part of this file's interface
-from data import load_problems
+from data import extract_answer, load_problems
 from generate import ConfigError, Rollout, generate, open_checkpoint, run
+from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
 from pretrain import (
-    RUNS,
     Interrupt,
     Log,
     check_positive,
     draw_curves,
     load_state,
+    lr_at,
     make_optimizers,
     open_run,
     optimizer_step,
@@ -67,20 +90,81 @@ from pretrain import (
     save,
     setup,
 )
-from sft import encode_prompt, evaluate, fitting, is_correct, rows_at, start_name
+from sft import (
+    encode_prompt,
+    evaluate,
+    fitting,
+    is_correct,
+    pass_at_k,
+    rows_at,
+    sft_start,
+)
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
-# The reward.
+# Rewards: functions of (texts, problems, ended), three lists of one length, that return a number for each text.
+# `ended`: the completion stopped by itself instead of being cut off.
 
 ANSWER_LINE = re.compile(r"#### -?\$?[\d,]*\.?\d+")
 
 
-def rewards(text, problem, ended):
-    """{name: value in [0, 1]} of one completion. `ended`: it stopped by itself instead of being cut off."""
-    lines = text.strip().splitlines() or [""]
-    tidy = ended and text.count("####") == 1 and ANSWER_LINE.fullmatch(lines[-1].strip()) is not None
-    return {"correct": float(is_correct(text, problem)), "format": float(tidy)}
+def correct(texts, problems, ended):
+    """1 if the number behind #### is the right one."""
+    return [float(is_correct(text, problem)) for text, problem in zip(texts, problems, strict=True)]
+
+
+def tidy(texts, problems, ended):
+    """1 if the text stops by itself, and its last line and no other is `#### number`."""
+    last = [(text.strip().splitlines() or [""])[-1].strip() for text in texts]
+    return [
+        float(e and text.count("####") == 1 and ANSWER_LINE.fullmatch(line) is not None)
+        for text, line, e in zip(texts, last, ended, strict=True)
+    ]
+
+
+def brevity(texts, problems, ended):
+    """1 if the text is no longer than the reference solution. An empty one is short, too: see gdpo.py --conditioned."""
+    return [float(len(text.strip()) <= len(p.solution)) for text, p in zip(texts, problems, strict=True)]
+
+
+def integer(texts, problems, ended):
+    """1 if an answer is given and it is a whole number, right or wrong."""
+    return [float("." not in (extract_answer(text) or ".")) for text in texts]
+
+
+REWARDS = {"correct": correct, "format": tidy, "brevity": brevity, "integer": integer}
+
+
+def load_reward(path):
+    """ "module:function" -> (its name, the function); modules are looked for beside the script and where one stands."""
+    module, _, name = path.partition(":")
+    sys.path.append(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's module trips over while it is imported
+        raise ConfigError(f"--reward {path}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop()
+    if not callable(function) or name in REWARDS:
+        raise ConfigError(f"--reward {path}: " + (f"{name} is taken" if callable(function) else "not a function"))
+    return name, function
+
+
+def score(functions, texts, problems, ended):
+    """{name: function} -> {name: rewards (len(texts),)}. Raises ConfigError on what is no list of finite numbers."""
+    rewards = {}
+    for name, function in functions.items():
+        try:
+            values = torch.as_tensor(function(texts, problems, ended), dtype=torch.float32)
+        except Exception as error:
+            raise ConfigError(f"reward {name!r} raised {type(error).__name__}: {error}") from None
+        if values.shape != (len(texts),):
+            raise ConfigError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(texts)} completions")
+        if not values.isfinite().all():
+            bad = int(values.isfinite().logical_not().nonzero()[0])
+            raise ConfigError(f"reward {name!r} is {values[bad].item()} for the completion {texts[bad]!r}")
+        rewards[name] = values
+    return rewards
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -105,6 +189,38 @@ def group_advantages(rewards, scale="group"):
     return centred / (std + 1e-4)
 
 
+def kl_estimate(logprobs, ref_logprobs, kind="k3"):
+    """What a sampled token says of KL(π ‖ π_ref), elementwise (J. Schulman, "Approximating KL divergence", 2020).
+
+    With r = π_ref(y) / π(y), y ~ π:      value                  gradient, in expectation over y ~ π
+        k1 = −log r                       unbiased, any sign     0: E[∇log π] = 0, so never put it in the loss
+        k2 = (log r)² / 2                 biased, ≥ 0            ∇KL(π ‖ π_ref)
+        k3 = r − 1 − log r   (Eq. 4)      unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
+
+    In the reward (--kl_in reward) the estimate is a number and not differentiated: the policy gradient does that, and
+    there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion.
+    """
+    log_r = ref_logprobs - logprobs
+    if kind == "k1":
+        return -log_r
+    if kind == "k2":
+        return log_r.square() / 2
+    if kind == "k3":
+        return log_r.exp() - 1 - log_r
+    raise ConfigError(f"--kl {kind!r} is not known; use k1, k2 or k3")
+
+
+def token_weights(mask, loss_type, n_completions, n_tokens, max_length):
+    """mask (B, T) -> the weight of each token in the loss (B, T): the whole difference between the loss types."""
+    if loss_type == "grpo":
+        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / n_completions
+    if loss_type == "dapo":
+        return mask / n_tokens
+    if loss_type == "dr_grpo":
+        return mask / (n_completions * max_length)
+    raise ConfigError(f"--loss_type {loss_type!r} is not known; use grpo, dapo or dr_grpo")
+
+
 def grpo_loss(
     logprobs,
     old_logprobs,
@@ -116,6 +232,9 @@ def grpo_loss(
     clip_high=0.2,
     loss_type="grpo",
     *,
+    ratio="token",
+    kl="k3",
+    entropy_bonus=0.0,
     n_completions=None,
     n_tokens=None,
     max_length=None,
@@ -124,37 +243,49 @@ def grpo_loss(
 
     n_completions, n_tokens: of the whole optimizer step, over micro-batches and ranks; default: of this batch, which
     is then the step. max_length: dr_grpo's constant, default T. Metrics are means over this batch's tokens.
+
+    The entropy bonus needs no distribution, only the sampled tokens: ½ (log π)² has the gradient log π ∇log π, whose
+    mean over y ~ π is −∇H. (It is k2 with a uniform reference. As a value it is not the entropy.)
     """
     mask = mask.to(logprobs.dtype)
     n_completions = n_completions or len(mask)
     n_tokens = n_tokens or mask.sum().clamp(min=1)
-    if loss_type == "grpo":
-        weight = mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / n_completions  # (B, T)
-    elif loss_type == "dapo":
-        weight = mask / n_tokens
-    elif loss_type == "dr_grpo":
-        weight = mask / (n_completions * (max_length or mask.shape[1]))
-    else:
-        raise ConfigError(f"--loss_type {loss_type!r} is not known; use grpo, dapo or dr_grpo")
+    weight = token_weights(mask, loss_type, n_completions, n_tokens, max_length or mask.shape[1])  # (B, T)
 
     # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
-    log_ratio = (logprobs - old_logprobs) * mask
-    ratio = log_ratio.exp()
+    logprobs = torch.where(mask > 0, logprobs, 0.0)
+    log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
+    if ratio == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)
+    elif ratio != "token":
+        raise ConfigError(f"--ratio {ratio!r} is not known; use token or sequence")
+    rho = log_ratio.exp()
     A = advantages[:, None]  # (B, 1)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_token = -torch.minimum(ratio * A, clipped * A)  # the pessimistic one of the two, for either sign of A
-    metrics = {
-        "clip_fraction": masked_mean((clipped * A < ratio * A).float(), mask).item(),
-        "ratio_max": ratio.max().item(),
-        "entropy": masked_mean(-old_logprobs.detach() * mask, mask).item(),  # E[−log π], estimated on the rollouts
-    }
+    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
+    per_token = -torch.minimum(rho * A, clipped * A)  # the pessimistic one of the two, for either sign of A
+    metrics = {"clip_fraction": masked_mean((clipped * A < rho * A).float(), mask), "ratio_max": rho.max()}
     if ref_logprobs is not None:
-        log_r = (ref_logprobs - logprobs) * mask
-        k3 = log_r.exp() - log_r - 1
-        per_token = per_token + beta * k3
-        metrics["kl"] = masked_mean(k3, mask).item()
+        ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
+        if beta:
+            per_token = per_token + beta * kl_estimate(logprobs, ref_logprobs, kl)
+        metrics["kl"] = masked_mean(kl_estimate(logprobs.detach(), ref_logprobs, "k3"), mask)
+    if entropy_bonus:
+        per_token = per_token + entropy_bonus * logprobs.square() / 2
     loss = (per_token * weight).sum()
-    return loss, metrics | {"loss": loss.item()}
+    metrics["loss"] = loss
+    values = torch.stack([v.detach() for v in metrics.values()]).tolist()  # one wait for the device, not one for each
+    return loss, dict(zip(metrics, values, strict=True))
+
+
+def summed_advantages(rewards, weights, scale="group"):
+    """rewards (N, R, M), {name: weight} of the M -> advantages (N, R): GRPO adds the rewards up, then compares."""
+    total = sum(w * rewards[..., m] for m, w in enumerate(weights.values()))  # (N, R)
+    return group_advantages(total, scale)
+
+
+def estimate(rewards, weights, config):
+    """The step from rewards to advantages, which gdpo.py replaces: -> advantages (N, R), {metric: number}."""
+    return summed_advantages(rewards, weights, config.scale), {}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -169,6 +300,8 @@ class Config:
     """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
+    instruction: str = ""
+    """Put behind each question: how to answer, for a model that was not fine-tuned on this data."""
     init: str | None = None
     """SFT checkpoint to start from, also the reference of the KL; default: made once under runs/start."""
     name: str = "grpo"
@@ -183,26 +316,56 @@ class Config:
     """Longest completion."""
     temperature: float = 1.0
     """Of the sampling, and of the log-probabilities in the loss."""
-    loss_type: str = "grpo"
-    """grpo, dapo or dr_grpo: how a token is weighted."""
-    scale: str | None = None
-    """Advantages divided by the std of the group, of the batch, or none; default group, none for dr_grpo."""
-    beta: float = 0.0
-    """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
-    clip_low: float = 0.2
-    """Lower clip range of the ratio."""
-    clip_high: float | None = None
-    """Upper clip range; default 0.2, 0.28 for dapo."""
-    inner_epochs: int = 1
-    """Optimizer steps on each batch of rollouts."""
+    refill: int = 0
+    """Dynamic sampling: how many times groups of one reward are replaced by fresh prompts."""
     correct_weight: float = 1.0
     """Weight of the reward for a right answer."""
     format_weight: float = 0.1
     """Weight of the reward for the format."""
-    micro_batch: int = 64
+    brevity_weight: float = 0.0
+    """Weight of the reward for being no longer than the reference solution."""
+    integer_weight: float = 0.0
+    """Weight of the reward for an answer that is a whole number."""
+    reward: str | None = None
+    """Your own, module:function: called with (texts, problems, ended), returns a number for each text."""
+    reward_weight: float = 1.0
+    """Weight of your own reward."""
+    overlong: int = 0
+    """Reward from 0 down to -1 over the last so many tokens before max_new_tokens."""
+    mask_truncated: bool = False
+    """Completions that were cut off push no token."""
+    loss_type: str = "grpo"
+    """grpo, dapo or dr_grpo: how a token is weighted."""
+    scale: str | None = None
+    """Advantages divided by the std of the group, of the batch, or none; default group, none for dr_grpo."""
+    ratio: str = "token"
+    """Importance ratio of each token, or of the whole sequence (GSPO)."""
+    clip_low: float = 0.2
+    """Lower clip range of the ratio."""
+    clip_high: float | None = None
+    """Upper clip range; default 0.2, 0.28 for dapo."""
+    beta: float = 0.0
+    """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
+    kl: str = "k3"
+    """Estimator of the KL: k1, k2 or k3."""
+    kl_in: str = "loss"
+    """Where the KL costs: loss or reward."""
+    refresh_reference: int = 0
+    """Every so many steps the policy becomes its own reference; 0 keeps the start."""
+    entropy_bonus: float = 0.0
+    """Weight of the entropy's gradient."""
+    inner_epochs: int = 1
+    """Passes over each batch of rollouts."""
+    minibatches: int = 1
+    """Optimizer steps in a pass."""
+    micro_batch: int = 32
     """Completions per forward pass of one rank."""
-    lr: float = 5e-5
-    """Learning rate after the warm-up; constant from there."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train low-rank adapters instead of all weights: --lora.rank 8."""
+    optimizer: str = "muon"
+    """adamw, or muon for the matrices of the blocks; adamw wants about a sixth of the learning rate."""
+    lr: float = 3e-4
+    """Learning rate after the warm-up; it falls in a line to 0 from there."""
     warmup: int = 10
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -215,6 +378,10 @@ class Config:
     """Validation problems per evaluation."""
     test_problems: int = 1000
     """Held-out problems of the evaluation before and after."""
+    pass_problems: int = 100
+    """Of them, how many are sampled for pass@k."""
+    pass_samples: int = 16
+    """Samples of each, and the largest k."""
     sample_every: int = 100
     """Steps between printed rollouts."""
     save_every: int = 100
@@ -232,11 +399,23 @@ class Config:
 
     def __post_init__(self):
         check_positive(self, "steps", "prompts", "rollouts", "max_new_tokens", "inner_epochs", "micro_batch")
-        check_positive(self, "eval_every", "eval_problems", "test_problems", "sample_every", "save_every")
+        check_positive(self, "minibatches", "eval_every", "eval_problems", "test_problems", "sample_every")
+        check_positive(self, "save_every", "pass_problems", "pass_samples")
         if self.temperature <= 0:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
         if self.rollouts < 2:
             raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")
+        if self.minibatches > self.prompts:
+            raise ConfigError(f"--minibatches is {self.minibatches}, more than the {self.prompts} prompts of a step")
+        for name in ("refill", "overlong", "refresh_reference", "beta", "entropy_bonus", "clip_low"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
+        if self.overlong > self.max_new_tokens:
+            raise ConfigError(f"--overlong {self.overlong} is more than --max_new_tokens {self.max_new_tokens}")
+        if self.kl_in not in ("loss", "reward"):
+            raise ConfigError(f"--kl_in {self.kl_in!r} is not known; use loss or reward")
+        if self.beta and (self.kl, self.kl_in) == ("k1", "loss"):
+            raise ConfigError("--kl k1 in the loss has no gradient on average; use --kl_in reward, or k2 or k3")
         if self.init is None and self.data != "word":
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         if self.scale is None:
@@ -245,158 +424,276 @@ class Config:
             self.clip_high = 0.28 if self.loss_type == "dapo" else 0.2
         # Ask the functions themselves whether they know the names, now rather than after the set-up.
         group_advantages(torch.zeros(1, 2), self.scale)
-        grpo_loss(*torch.zeros(2, 1, 1), torch.zeros(1), torch.ones(1, 1), loss_type=self.loss_type)
+        zeros = torch.zeros(3, 1, 1)
+        grpo_loss(*zeros[:2], zeros[0, 0], zeros[0] == 0, zeros[2], 1.0, 0.2, 0.2, self.loss_type,
+                  ratio=self.ratio, kl=self.kl)  # fmt: skip
 
 
-def sft_start(config, dist):
-    """Pretraining and SFT for a run that was given no --init; made once, under runs/start, and reused.
+# ---------------------------------------------------------------------------------------------------------------
+# Rollouts: sampled, rewarded, and packed for training.
 
-    The SFT is kept short on purpose: a policy that fails half of the time has the most to learn from rewards.
+
+@dataclass
+class Batch:
+    """This rank's groups of a step: n prompts, R completions each; row g·R + r is rollout r of prompt g."""
+
+    problems: list  # n
+    prompts: list  # n lists of ids
+    rollout: Rollout  # n·R rows
+    texts: list  # n·R strings
+    ended: torch.Tensor  # (n, R) bool: stopped by itself
+    rewards: dict  # {name: (n, R)}
+
+
+def roll_out(step, attempt, slots, raw, tokenizer, problems, functions, config, autocast):
+    """Sample and reward the groups in `slots` (0 … prompts − 1) of step `step`.
+
+    The prompts of a step are one row of a table, its randomness is one table of uniforms, both made from (seed, step,
+    attempt) alone; slots are rows of them. So two ranks sample what one would, and a resumed run what an uninterrupted
+    one would. Attempts after the first draw from an order of their own.
     """
-    name = start_name(config.data, config.seed, "sft")
-    if (RUNS / name / "best" / "config.json").exists():
-        if dist.is_main:
-            print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
-    else:
-        if dist.is_main:
-            print(f"no --init given: making an SFT checkpoint to start from -> {RUNS / name}")
-        shared = {
-            "levels": config.levels,
-            "seed": config.seed,
-            "device": config.device,
-            "dtype": config.dtype,
-        }
-        sft.main(sft.Config(name=name, **START, **shared))
-    return str(RUNS / name)
+    R, N = config.rollouts, config.prompts
+    order = rows_at(len(problems), step, N, config.seed + 7_919 * attempt)
+    chosen = [problems[order[slot]] for slot in slots]
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 2**40 * attempt)
+    uniforms = torch.rand(N, R, config.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, T)
+    prompts = [encode_prompt(tokenizer, p) for p in chosen]
+    stop = tokenizer.stop_ids
+    with autocast(), merged(raw):
+        rollout = generate(raw, prompts, config.max_new_tokens, R, config.temperature, stop_ids=stop, uniforms=uniforms)
+    ended = (torch.isin(rollout.ids, torch.tensor(stop, device=rollout.ids.device)) & rollout.mask).any(1).cpu()
+    texts = rollout.texts(tokenizer)
+    rewards = score(functions, texts, [p for p in chosen for _ in range(R)], ended.tolist())
+    if config.overlong:
+        over = rollout.mask.sum(1).cpu() - (config.max_new_tokens - config.overlong)
+        rewards["overlong"] = -(over / config.overlong).clamp(min=0.0)
+    rewards = {name: values.view(-1, R) for name, values in rewards.items()}
+    return Batch(chosen, prompts, rollout, texts, ended.view(-1, R), rewards)
 
 
-START = {"steps": 50, "eval_every": 25, "test_problems": 500}
+def put(batch, where, new):
+    """Replace the groups `where` of the batch by those of `new`, in place."""
+    R = batch.ended.shape[1]
+    rows = [g * R + r for g in where for r in range(R)]
+    for name in ("ids", "mask", "logprobs"):
+        mine, theirs = getattr(batch.rollout, name), getattr(new.rollout, name)  # (n·R, T) of one T and of another
+        T = max(mine.shape[1], theirs.shape[1])
+        mine = F.pad(mine, (0, T - mine.shape[1]))
+        mine[rows] = F.pad(theirs, (0, T - theirs.shape[1]))
+        setattr(batch.rollout, name, mine)
+    for i, g in enumerate(where):
+        batch.problems[g], batch.prompts[g] = new.problems[i], new.prompts[i]
+        batch.texts[g * R : g * R + R] = new.texts[i * R : i * R + R]
+        batch.ended[g] = new.ended[i]
+        for name, values in batch.rewards.items():
+            values[g] = new.rewards[name][i]
 
 
-def pack(prompts, rollout, R, pad):
-    """Groups as rows: the prompt once, then the R completions side by side, each blind to the others.
+class SharedKeys:
+    """A cache for training: nothing is written in place, so the gradient flows back through the keys and values."""
 
-        tokens     p₀ … p_{P−2} | p_{P−1} y¹₀ y¹₁ … | p_{P−1} y²₀ y²₁ … | …
-        positions  0 … P−2      | P−1 P P+1 …       | P−1 P P+1 …       | …
-        targets    –            | y¹₀ y¹₁ y¹₂ …     | y²₀ y²₁ y²₂ …     | …
+    def __init__(self, past=(), length=0):
+        self.past, self.seen, self.length = past, [], length  # (keys, values) of each layer: given, and with the new
 
-    Each completion sees the prompt and itself, as if it stood alone. The prompt's last token is repeated in front
-    of each, because it predicts R different first tokens. That saves R − 1 of R prompt passes, forward and backward.
+    def update(self, layer, k, v):
+        if self.past:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.past[layer], (k, v), strict=True))  # (B, G, S, D)
+        self.seen.append((k, v))
+        return k, v
 
-    prompts: n lists of ids; rollout: their n·R completions. -> tokens, positions, targets (n, L), mask (n, L, L), and
-    index (n·R, T): where in the flattened (n·L) row k's token t is predicted.
+    def of(self, rows):
+        """What was seen, once for each of these rows."""
+        return SharedKeys([(k[rows], v[rows]) for k, v in self.seen], self.length)
+
+
+def pack(prompts, answers, pad, parts=4):
+    """Prompts once each, and behind them their answers, so that R − 1 of R prompt passes are saved, forward and
+    backward. prompts: n lists of ids; answers: n lists of R lists of ids.
+
+    -> tokens, positions, real (n, S) of the prompts, padded on the left, without their last token, which the answers
+    begin with, as it predicts R different first tokens; a list of parts, answers of like length, each
+    (prompts (b,), tokens, positions, targets (b, T), visible (b, T, S + T)); and order (n·R,), where each answer went.
     """
-    lengths = rollout.mask.sum(1).view(-1, R).tolist()
-    ids = rollout.ids.tolist()
-    n, L = len(prompts), max(len(p) - 1 + sum(ls) for p, ls in zip(prompts, lengths, strict=True))
-    tokens, targets = torch.full((n, L), pad), torch.full((n, L), pad)
-    positions, segment = torch.zeros(n, L, dtype=torch.long), torch.full((n, L), R + 1)
-    index = torch.zeros(n * R, rollout.mask.shape[1], dtype=torch.long)
+    S = max(1, *(len(p) - 1 for p in prompts))
+    tokens, real = torch.full((len(prompts), S), pad), torch.zeros(len(prompts), S, dtype=torch.bool)
     for g, prompt in enumerate(prompts):
-        at = len(prompt) - 1
-        tokens[g, :at] = torch.tensor(prompt[:-1], dtype=torch.long)
-        positions[g, :at] = torch.arange(at)
-        segment[g, :at] = 0
-        for r, length in enumerate(lengths[g]):
-            answer = ids[g * R + r][:length]
-            here = slice(at, at + length)
-            tokens[g, here] = torch.tensor([prompt[-1], *answer[:-1]])
-            targets[g, here] = torch.tensor(answer)
-            positions[g, here] = torch.arange(len(prompt) - 1, len(prompt) - 1 + length)
-            segment[g, here] = r + 1
-            index[g * R + r, :length] = torch.arange(g * L + at, g * L + at + length)
-            at += length
-    shared = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])  # (n, L, L): key is prompt, or mine
-    return tokens, positions, targets, shared & causal_mask(L, L), index
+        tokens[g, S - len(prompt) + 1 :] = torch.tensor(prompt[:-1], dtype=torch.long)
+        real[g, S - len(prompt) + 1 :] = True
+    rows = [(g, answer) for g, group in enumerate(answers) for answer in group]
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
+    packed, size = [], math.ceil(len(rows) / parts)
+    for i in range(0, len(rows), size):
+        owners = torch.tensor([rows[row][0] for row in order[i : i + size]])
+        chosen = [rows[row][1] for row in order[i : i + size]]
+        b, T = len(chosen), len(chosen[-1])
+        x, y = torch.full((b, T), pad), torch.full((b, T), pad)
+        for k, (g, answer) in enumerate(zip(owners.tolist(), chosen, strict=True)):
+            n = len(answer)
+            x[k, :n], y[k, :n] = torch.tensor([prompts[g][-1], *answer[:-1]]), torch.tensor(answer)
+        positions = real.sum(1)[owners][:, None] + torch.arange(T)  # (b, T)
+        visible = torch.cat([real[owners][:, None].expand(b, T, S), causal_mask(T, T).expand(b, T, T)], dim=2)
+        packed.append((owners, x, positions, y, visible))
+    return tokens, (real.cumsum(1) - 1).clamp(min=0), real, packed, torch.tensor(order).argsort()
 
 
-def completion_logprobs(model, packed, temperature):
+def moved(packed, device):
+    """The same on the device."""
+    return tuple(
+        x.to(device) if torch.is_tensor(x) else [tuple(t.to(device) for t in part) for part in x] for x in packed
+    )
+
+
+def completion_logprobs(model, packed, temperature=1.0):
     """log π of every completion token: what `pack` made -> (n·R, T). What stands behind a completion's end is junk."""
-    tokens, positions, targets, mask, index = packed
-    logprobs = model(tokens, positions, mask, targets=targets, temperature=temperature)  # (n, L)
-    return logprobs.flatten()[index]
+    tokens, positions, real, parts, order = packed
+    prompts = SharedKeys()
+    model(tokens, positions, real, prompts, last_only=True)
+    logprobs = [
+        model(x, at, visible, prompts.of(owners), targets=y, temperature=temperature)
+        for owners, x, at, y, visible in parts
+    ]
+    T = logprobs[-1].shape[1]
+    return torch.cat([F.pad(rows, (0, T - rows.shape[1])) for rows in logprobs])[order]
+
+
+@dataclass
+class Piece:
+    """A micro-batch of b completions, ready for every inner epoch."""
+
+    rows: list  # b, which rows of the batch
+    packed: tuple  # what `pack` made of them
+    mask: torch.Tensor  # (b, T), T their longest
+
+
+def cut(batch, groups, counted, config, device, pad):
+    """Micro-batches of the given groups. counted (n·R, T): the tokens that count in the loss."""
+    R, size = config.rollouts, max(1, config.micro_batch // config.rollouts)
+    lengths, ids = batch.rollout.mask.sum(1).tolist(), batch.rollout.ids.tolist()
+    answers = [[ids[g * R + r][: lengths[g * R + r]] for r in range(R)] for g in range(len(batch.prompts))]
+    groups = sorted(groups, key=lambda g: len(batch.prompts[g]))  # wastes less padding
+    pieces = []
+    for i in range(0, len(groups), size):
+        some = groups[i : i + size]
+        rows = [g * R + r for g in some for r in range(R)]
+        packed = pack([batch.prompts[g] for g in some], [answers[g] for g in some], pad)
+        pieces.append(Piece(rows, moved(packed, device), counted[rows, : max(lengths[row] for row in rows)]))
+    return pieces
+
+
+def minibatches_of(batch, useful, counted, slots, config, dist, pad):
+    """The step cut into --minibatches: -> [(pieces, completions, tokens)], one for each optimizer step.
+
+    The counts are those of the whole minibatch, all ranks, skipped groups too: how it is cut into pieces never changes
+    the gradient. A minibatch that has nothing to learn from on any rank is left out.
+    """
+    R, steps = config.rollouts, []
+    for m in range(config.minibatches):
+        mine = [g for g, slot in enumerate(slots) if slot % config.minibatches == m]  # the same cut for any world
+        kept = [g for g in mine if useful[g]]
+        tokens = counted.reshape(len(slots), -1)[mine].sum().item()
+        n_completions, n_tokens, n_kept = dist.sum(len(mine) * R, tokens, len(kept))
+        if n_kept:
+            # A rank with nothing to learn from still takes part in the all-reduce, with a group of weight 0.
+            mask = counted if kept else torch.zeros_like(counted)
+            steps.append((cut(batch, kept or [0], mask, config, dist.device, pad), n_completions, max(1.0, n_tokens)))
+    return steps
 
 
 @torch.no_grad()
-def rollouts_at(step, raw, tokenizer, problems, config, dist, autocast):
-    """Sample this rank's share of step `step`'s completions and reward them.
+def reference_logprobs(reference, raw, pieces, batch, config, autocast):
+    """log π_ref of the pieces' completions, at their rows of a (n·R, T) tensor that is 0 elsewhere.
 
-    -> prompts (n lists of ids), Rollout of n·R rows, {name: rewards (n, R)}, texts, the problem of each row. All of the
-    step's randomness is one table of uniforms seeded by (seed, step), of which each rank takes its rows: two ranks
-    sample what one would, a resumed run what an uninterrupted one would.
+    With LoRA the reference is the policy itself without its adapters: no second model in memory.
     """
-    chosen = [problems[i] for i in rows_at(len(problems), step, config.prompts, config.seed)]
-    share = config.prompts // dist.world
-    chosen = chosen[dist.rank * share : (dist.rank + 1) * share]
-    R = config.rollouts
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    uniforms = torch.rand(config.prompts * R, config.max_new_tokens, generator=generator)
-    uniforms = uniforms[dist.rank * share * R : (dist.rank + 1) * share * R]
-    prompts = [encode_prompt(tokenizer, p) for p in chosen]
-    with autocast():
-        rollout = generate(
-            raw,
-            prompts,
-            config.max_new_tokens,
-            n=R,
-            temperature=config.temperature,
-            stop_ids=tokenizer.stop_ids,
-            uniforms=uniforms,
-        )
-    stop = torch.tensor(tokenizer.stop_ids, device=rollout.ids.device)
-    ended = (torch.isin(rollout.ids, stop) & rollout.mask).any(1).tolist()
-    texts = rollout.texts(tokenizer)
-    owners = [p for p in chosen for _ in range(R)]
-    parts = [rewards(text, p, e) for text, p, e in zip(texts, owners, ended, strict=True)]
-    named = {name: torch.tensor([p[name] for p in parts]).view(share, R) for name in parts[0]}
-    named["truncated"] = 1.0 - torch.tensor(ended, dtype=torch.float32).view(share, R)
-    return prompts, rollout, named, texts, owners
+    out = torch.zeros_like(batch.rollout.logprobs)
+    with lora_off(raw), autocast():
+        for piece in pieces:
+            out[piece.rows, : piece.mask.shape[1]] = completion_logprobs(
+                reference, piece.packed, config.temperature
+            ).float()
+    return out
 
 
-def main(config):
+def gather(values, dist):
+    """(n, …) of each rank -> (N, …), in rank order, on the CPU."""
+    if dist.world == 1:
+        return values
+    everywhere = [torch.empty_like(values).to(dist.device) for _ in range(dist.world)]
+    torch.distributed.all_gather(everywhere, values.contiguous().to(dist.device))
+    return torch.cat(everywhere).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def load_splits(config, tokenizer, context, dist):
+    """{"train", "valid", "test"}: the problems whose prompts leave room for an answer."""
+    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
+    problems = {}
+    for split, n in sizes.items():
+        found = load_problems(config.data, split, n, tuple(config.levels))
+        if config.instruction:
+            found = [replace(p, question=f"{p.question}\n{config.instruction}") for p in found]
+        lengths = [len(encode_prompt(tokenizer, p)) for p in found]
+        problems[split] = fitting(found, lengths, context - config.max_new_tokens, f"{split} prompt", dist)
+    return problems
+
+
+def reward_functions(config):
+    """-> {name: function}, {name: weight} of the rewards that count. Weight 0: measured, not rewarded."""
+    functions = dict(REWARDS)
+    weights = {name: getattr(config, f"{name}_weight") for name in REWARDS}
+    if config.reward:
+        name, function = load_reward(config.reward)
+        functions[name], weights[name] = function, config.reward_weight
+    if config.overlong:
+        weights["overlong"] = 1.0
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
+        raise ConfigError("every reward has weight 0: there is nothing to learn")
+    return functions, weights
+
+
+def main(config, estimate=estimate):
     """Train; returns {"before", "after"} (test accuracies), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
     if config.prompts % dist.world:
         raise ConfigError(f"--prompts {config.prompts} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
-    problems = {
-        "train": load_problems(config.data, "train", None, tuple(config.levels)),
-        "valid": load_problems(config.data, "valid", config.eval_problems, tuple(config.levels)),
-        "test": load_problems(config.data, "test", config.test_problems, tuple(config.levels)),
-    }
+    functions, weights = reward_functions(config)
     init = config.init or sft_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device)
-    reference = copy.deepcopy(raw).requires_grad_(False)
-    for split, found in problems.items():
-        lengths = [len(encode_prompt(tokenizer, p)) for p in found]
-        room = raw.config.context - config.max_new_tokens
-        problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
+    shared = config.lora.rank and not config.refresh_reference
+    reference = raw if shared else copy.deepcopy(raw).requires_grad_(False)
+    add_lora(raw, **asdict(config.lora), seed=config.seed)
+    problems = load_splits(config, tokenizer, raw.config.context, dist)
 
     run_dir = open_run(config, dist)
-    optimizers = make_optimizers(raw, "adamw", config.lr, config.weight_decay, betas=(0.9, 0.999))
+    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     first, best, before = 0, -1.0, None
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best, before = state["step"], state["best"], state["before"]
+        began -= state["seconds"]
+        if config.lora.rank:  # what the adapters correct are the weights of --init
+            load_lora_state(raw, state["lora"], open_checkpoint(init)[0])
+        if state["reference"] is not None:
+            reference.load_state_dict(state["reference"])
     model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
     raw.eval()  # for good: with dropout the ratio on fresh rollouts would not be 1
 
-    def held_out(split):
-        result = evaluate(raw, tokenizer, problems[split], config.max_new_tokens, dist)
-        return {k: v for k, v in result.items() if k != "samples"}
-
     if before is None:
-        before = held_out("test")
-        best = held_out("valid")["accuracy"]
+        before = held_out(raw, tokenizer, problems, config, dist)
+        best = validate(raw, tokenizer, problems, config, dist)
         log(0, accuracy=best)
-    start_accuracy = before["accuracy"]
     if dist.is_main:
         print(
             f"{raw.num_params():,} parameters from {init}; {len(problems['train']):,} training prompts; "
-            f"test accuracy before: {start_accuracy:.1%}"
+            f"test accuracy before: {before['accuracy']:.1%}"
         )
 
     def checkpoint(name, step):
@@ -404,10 +701,23 @@ def main(config):
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers]}
+            state |= {"seconds": time.perf_counter() - began, "lora": lora_state(raw)}
+            state |= {"reference": reference.state_dict() if config.refresh_reference else None}
         save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
-    weights = {"correct": config.correct_weight, "format": config.format_weight}
-    accuracy, kl, warned = best, 0.0, False
+    def alive(batch):
+        """(n,): which groups have a signal."""
+        return estimate(stacked(batch, weights), weights, config)[0].ne(0).any(1)
+
+    sampler = (raw, tokenizer, problems["train"], functions, config, autocast)
+    R, share = config.rollouts, config.prompts // dist.world
+    slots = list(range(dist.rank * share, (dist.rank + 1) * share))  # this rank's groups among those of the step
+    in_reward, in_loss = (config.beta > 0 and config.kl_in == where for where in ("reward", "loss"))
+    options = {name: getattr(config, name) for name in ("clip_low", "clip_high", "loss_type", "ratio", "kl")}
+    options |= {"beta": config.beta if in_loss else 0.0, "entropy_bonus": config.entropy_bonus}
+    options |= {"max_length": config.max_new_tokens}
+    pad = tokenizer.endoftext_id
+    accuracy, kl, warned, extra = best, 0.0, False, {}
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -419,123 +729,90 @@ def main(config):
             raise SystemExit(130)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
+        if config.refresh_reference and step and step % config.refresh_reference == 0:
+            reference.load_state_dict(raw.state_dict())
+        measure = step == 0 or (step + 1) % config.eval_every == 0  # the KL, which costs a forward pass
 
         # ------------------------------------------------------------------ roll out and reward
         started = time.perf_counter()
-        prompts, rollout, named, texts, owners = rollouts_at(
-            step, raw, tokenizer, problems["train"], config, dist, autocast
-        )
-        total = sum(weight * named[name] for name, weight in weights.items())  # (n, R), this rank's groups
+        batch = roll_out(step, 0, slots, *sampler)
+        figures = tally(batch, weights, alive(batch))  # before any refill, which would flatter the policy
+        for attempt in range(1, config.refill + 1):
+            dead = alive(batch).logical_not().nonzero().squeeze(1).tolist()
+            if dead:
+                put(batch, dead, roll_out(step, attempt, [slots[g] for g in dead], *sampler))
         sampled = time.perf_counter()
 
         # ------------------------------------------------------------------ advantages
-        if config.scale == "batch" and dist.world > 1:  # one std for all ranks needs all rewards
-            everywhere = [torch.empty_like(total).to(dist.device) for _ in range(dist.world)]
-            torch.distributed.all_gather(everywhere, total.to(dist.device))
-            n = len(total)
-            advantages = group_advantages(torch.cat(everywhere).cpu(), "batch")[dist.rank * n : (dist.rank + 1) * n]
-        else:
-            advantages = group_advantages(total, config.scale)
-        kept = advantages.ne(0).any(1).nonzero().squeeze(1).tolist()  # groups with a signal
-        # Of the whole step, all ranks, skipped groups too: the cut into micro-batches never changes the gradient.
-        n_completions, n_tokens, n_kept, n_skipped = dist.sum(
-            total.numel(), rollout.mask.sum().item(), len(kept), len(total) - len(kept)
-        )
+        ref_logprobs, costs = None, weights
+        if in_reward:  # one more reward, of weight −β: the KL of the whole completion
+            pieces = cut(batch, range(share), batch.rollout.mask, config, dist.device, pad)
+            ref_logprobs = reference_logprobs(reference, raw, pieces, batch, config, autocast)
+            kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
+            batch.rewards["kl"], costs = kl_tokens.sum(1).view(-1, R).cpu(), weights | {"kl": -config.beta}
+        # Over all ranks, because a std over the batch, in some of the estimates, needs them all.
+        advantages, extra = estimate(gather(stacked(batch, costs), dist), costs, config)  # (N, R)
+        advantages = advantages[slots]  # (n, R)
+        counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
+        if config.mask_truncated:
+            counted = counted & batch.ended.flatten()[:, None].to(counted.device)
 
-        # ------------------------------------------------------------------ inner epochs: one optimizer step each
-        now_and_then = step == 0 or (step + 1) % config.eval_every == 0
-        measure = bool(config.beta) or now_and_then  # the reference costs a forward pass
-        R, size = config.rollouts, max(1, config.micro_batch // config.rollouts)
-        kept.sort(key=lambda g: len(prompts[g]) + int(rollout.mask[g * R : g * R + R].sum()))  # wastes less padding
-        # A rank with nothing to learn from still takes part in the all-reduce, with a group of weight 0.
-        passes = [kept[i : i + size] for i in range(0, len(kept), size)] or [[0]]
-        sums, norm, tokens_trained = {}, 0.0, 0.0
-        lr = config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
-        packs, ref_logprobs = {}, {}
-        for _ in range(config.inner_epochs if n_kept else 0):
-            for k, groups in enumerate(passes):
-                rows = [g * R + r for g in groups for r in range(R)]
-                mine = Rollout(rollout.ids[rows], rollout.mask[rows], rollout.logprobs[rows])  # (b, T) each
-                mask = mine.mask if kept else torch.zeros_like(mine.mask)
-                A = advantages[groups].flatten().to(dist.device)  # (b,)
-                last = k == len(passes) - 1
-                with autocast():
-                    if k not in packs:  # tokens and reference stay the same in all inner epochs
-                        made = pack([prompts[g] for g in groups], mine, R, tokenizer.endoftext_id)
-                        packs[k] = [t.to(dist.device) for t in made]
-                        if measure:
-                            with torch.no_grad():
-                                ref_logprobs[k] = completion_logprobs(reference, packs[k], config.temperature)
-                    with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
-                        logprobs = completion_logprobs(model, packs[k], config.temperature)  # (b, T)
-                        loss, metrics = grpo_loss(
-                            logprobs,
-                            mine.logprobs,
-                            A,
-                            mask,
-                            ref_logprobs.get(k),
-                            config.beta,
-                            config.clip_low,
-                            config.clip_high,
-                            config.loss_type,
-                            n_completions=n_completions,
-                            n_tokens=n_tokens,
-                            max_length=config.max_new_tokens,
-                        )
-                        scaler.scale(loss * dist.world).backward()  # DDP divides by world
-                count = mask.sum().item()
-                tokens_trained += count
-                for name, value in metrics.items():
-                    if name == "ratio_max":
-                        sums[name] = max(sums.get(name, 0.0), value)
-                    else:
-                        sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else count)
+        # ------------------------------------------------------------------ minibatches, one optimizer step each
+        useful = advantages.ne(0).any(1) & counted.reshape(share, -1).any(1).cpu()
+        if in_loss or config.entropy_bonus:  # then every group has something to say
+            useful = torch.ones(share, dtype=torch.bool)
+        A = advantages.flatten().to(dist.device)  # (n·R,)
+        minibatches = minibatches_of(batch, useful, counted, slots, config, dist, pad)
+        if ref_logprobs is None and (in_loss or measure):
+            pieces = [piece for pieces, *_ in minibatches for piece in pieces]
+            ref_logprobs = reference_logprobs(reference, raw, pieces, batch, config, autocast)
+
+        # ------------------------------------------------------------------ inner epochs
+        lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
+        sums, norm, trained, updates = {"ratio_max": 0.0}, 0.0, 0, 0
+        for pieces, n_completions, n_tokens in minibatches * config.inner_epochs:
+            for piece in pieces:
+                last = piece is pieces[-1]
+                # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
+                with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                    with autocast():
+                        logprobs = completion_logprobs(model, piece.packed, config.temperature)  # (b, T)
+                    rows, T = piece.rows, piece.mask.shape[1]
+                    old = batch.rollout.logprobs[rows, :T]
+                    ref = None if ref_logprobs is None else ref_logprobs[rows, :T]
+                    step_of = {"n_completions": n_completions, "n_tokens": n_tokens}
+                    loss, metrics = grpo_loss(logprobs, old, A[rows], piece.mask, ref, **options, **step_of)
+                    scaler.scale(loss * dist.world).backward()
+                count = piece.mask.sum().item()
+                trained += count
+                sums["ratio_max"] = max(sums["ratio_max"], metrics.pop("ratio_max"))
+                for name, value in metrics.items():  # the loss is a sum over pieces, the others means over tokens
+                    sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else count)
             norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
-        if not math.isfinite(norm):
+            updates += 1
+        if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler meets inf, skips the step and goes lower
             raise ConfigError(f"the gradient is {norm} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
 
         # ------------------------------------------------------------------ metrics: what matters first
         done = step + 1
-        names = ["correct", "format", "truncated"]
-        keys = [k for k in ("kl", "entropy", "clip_fraction") if k in sums]
-        values = dist.sum(
-            total.sum(),
-            *(named[k].sum() for k in names),
-            *(sums[k] for k in keys),
-            tokens_trained,
-            sums.get("loss", 0),
-        )
-        record = {"reward": values[0] / n_completions}
-        record |= {
-            f"reward_{k}" if k != "truncated" else k: v / n_completions for k, v in zip(names, values[1:4], strict=True)
-        }
-        if values[-2]:
-            record |= {k: v / values[-2] for k, v in zip(keys, values[4:-2], strict=True)}
-            record |= {"ratio_max": sums["ratio_max"]}
-        record |= {
-            "length": n_tokens / n_completions,
-            "zero_variance": n_skipped / config.prompts,
-            "grad_norm": norm,
-            "lr": lr,
-            "loss": values[-1] / config.inner_epochs,
-            "seconds_rollout": sampled - started,
-            "steps_per_second": 1 / (time.perf_counter() - started),
-        }
+        record = summarise(figures, sums, trained, config, dist) | extra
+        record |= {"grad_norm": norm, "lr": lr, "loss": record.pop("loss") / max(1, updates)}
+        record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
         if done % config.eval_every == 0 or done == config.steps:
-            accuracy = record["accuracy"] = held_out("valid")["accuracy"]
+            accuracy = record["accuracy"] = validate(raw, tokenizer, problems, config, dist)
             if accuracy > best:
                 best = accuracy
                 checkpoint("best", done)
-            if accuracy < start_accuracy - 0.1 and not warned and dist.is_main:
+            if accuracy < before["accuracy"] - 0.1 and not warned and dist.is_main:
                 warned = True
                 bar.write(
-                    f"WARNING: held-out accuracy fell from {start_accuracy:.1%} to {accuracy:.1%}: the policy is "
+                    f"WARNING: held-out accuracy fell from {before['accuracy']:.1%} to {accuracy:.1%}: the policy is "
                     f"collapsing. Try a smaller --lr than {config.lr:.0e}, or a larger --beta; best/ keeps the best."
                 )
         log(done, **record)
         kl = record.get("kl", kl)
         if dist.is_main and (done == 1 or done % config.sample_every == 0):
-            show_samples(bar, run_dir, done, texts, owners, named, total, config.rollouts)
+            show_samples(bar, run_dir, done, batch, weights)
         bar.set_postfix(
             reward=f"{record['reward']:.2f}",
             accuracy=f"{accuracy:.1%}",
@@ -545,67 +822,138 @@ def main(config):
         )
     checkpoint("last", config.steps)
     log.close()
-    return finish(config, dist, run_dir, raw, reference, tokenizer, problems, before, held_out, began)
+    after = held_out(raw, tokenizer, problems, config, dist)
+    kl = kl_to_start(raw, init, tokenizer, problems["test"][:200], config, dist)
+    seconds = time.perf_counter() - began
+    if dist.is_main:
+        report(config, run_dir, before, after, kl, seconds, weights, extra)
+    return {"before": before, "after": after, "kl": kl, "seconds": seconds, "path": str(run_dir / "last")}
 
 
-def show_samples(bar, run_dir, step, texts, owners, named, total, R):
-    """Print the best and the worst rollout of the first group that has both, with each part of its reward."""
-    spread = (total.max(1).values - total.min(1).values).argmax().item()  # the group with the most to tell
-    group = total[spread]
-    lines = [f"step {step}: {owners[spread * R].question} (answer {owners[spread * R].answer})"]
-    for which in sorted({group.argmax().item(), group.argmin().item()}):
-        parts = "  ".join(f"{name} {values[spread, which]:.0f}" for name, values in named.items())
-        lines.append(f"  [{parts}  reward {group[which]:.2f}]  {texts[spread * R + which]!r}")
+def stacked(batch, weights):
+    """The rewards that have a weight, (n, R, M)."""
+    return torch.stack([batch.rewards[name] for name in weights], dim=-1)
+
+
+def tally(batch, weights, alive):
+    """Sums over this rank's completions, of the policy as it is: {metric: number}."""
+    figures = {"reward": sum(w * batch.rewards[name].sum() for name, w in weights.items())}
+    figures |= {f"reward_{name}": values.sum() for name, values in batch.rewards.items()}
+    figures |= {"truncated": batch.ended.logical_not().sum(), "zero_variance": alive.logical_not().sum()}
+    figures |= {"length": batch.rollout.mask.sum()}
+    return figures | {"entropy": -(batch.rollout.logprobs * batch.rollout.mask).sum()}  # E[−log π], by the samples
+
+
+def summarise(figures, sums, trained, config, dist):
+    """The record of a step, means over all ranks. figures: what `tally` counted; sums: over the tokens trained on."""
+    means = [name for name in ("kl", "clip_fraction") if name in sums]
+    values = [*figures.values(), *(sums[k] for k in means), trained, sums.get("loss", 0.0)]
+    *values, trained, loss = dist.sum(*values)
+    total = dict(zip([*figures, *means], values, strict=True))
+    n = config.prompts * config.rollouts
+    record = {name: total[name] / n for name in figures}
+    record["entropy"] = total["entropy"] / total["length"]  # per token, not per completion
+    record["zero_variance"] = total["zero_variance"] / config.prompts
+    if trained:
+        record |= {name: total[name] / trained for name in means} | {"ratio_max": sums["ratio_max"]}
+    return record | {"loss": loss}
+
+
+def show_samples(bar, run_dir, step, batch, weights):
+    """Print the best and the worst rollout of the group that differs most, with each part of its reward."""
+    total = sum(w * batch.rewards[name] for name, w in weights.items())  # (n, R)
+    g = (total.max(1).values - total.min(1).values).argmax().item()
+    lines = [f"step {step}: {batch.problems[g].question} (answer {batch.problems[g].answer})"]
+    for r in sorted({total[g].argmax().item(), total[g].argmin().item()}):
+        parts = "  ".join(f"{name} {values[g, r]:.4g}" for name, values in batch.rewards.items())
+        lines.append(f"  [{parts}  sum {total[g, r]:.2f}]  {batch.texts[g * total.shape[1] + r]!r}")
     bar.write("\n".join(lines))
     with (run_dir / "samples.md").open("a") as file:
         file.write("\n".join(lines) + "\n\n")
 
 
+def validate(raw, tokenizer, problems, config, dist):
+    with merged(raw):
+        return evaluate(raw, tokenizer, problems["valid"], config.max_new_tokens, dist)["accuracy"]
+
+
+def held_out(raw, tokenizer, problems, config, dist):
+    """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
+    with merged(raw):
+        result = evaluate(raw, tokenizer, problems["test"], config.max_new_tokens, dist)
+    some = problems["test"][: config.pass_problems]
+    n, T = config.pass_samples, config.max_new_tokens
+    uniforms = torch.rand(len(some), n, T, generator=torch.Generator().manual_seed(config.seed))
+    solved = [0] * len(some)
+    mine = range(dist.rank, len(some), dist.world)
+    for i in range(0, len(mine), config.prompts):
+        chunk = list(mine[i : i + config.prompts])
+        prompts = [encode_prompt(tokenizer, some[p]) for p in chunk]
+        table = uniforms[chunk].flatten(0, 1)
+        with merged(raw):
+            rollout = generate(raw, prompts, T, n, config.temperature, stop_ids=tokenizer.stop_ids, uniforms=table)
+        for row, text in enumerate(rollout.texts(tokenizer)):
+            solved[chunk[row // n]] += is_correct(text, some[chunk[row // n]])
+    kept = {name: value for name, value in result.items() if name != "samples"}
+    return kept | {"solved": [int(c) for c in dist.sum(*solved)]}
+
+
 @torch.no_grad()
-def kl_to_reference(raw, reference, tokenizer, problems, config, dist):
-    """KL(π ‖ π_ref) in nats per token: mean of k3 over one sampled completion per problem."""
+def kl_to_start(raw, init, tokenizer, problems, config, dist):
+    """KL(π ‖ the model of --init) in nats per token: mean of k3 over one sampled completion per problem."""
+    start = open_checkpoint(init, dist.device)[0].eval()  # the reference may have moved on
     mine = problems[dist.rank :: dist.world]
-    prompts = [encode_prompt(tokenizer, p) for p in mine]
-    generator = torch.Generator().manual_seed(config.seed + dist.rank)
-    rollout = generate(raw, prompts, config.max_new_tokens, stop_ids=tokenizer.stop_ids, generator=generator)
-    packed = [t.to(dist.device) for t in pack(prompts, rollout, 1, tokenizer.endoftext_id)]
-    log_r = (completion_logprobs(reference, packed, 1.0) - completion_logprobs(raw, packed, 1.0)) * rollout.mask
-    total, n = dist.sum((log_r.exp() - log_r - 1).sum().item(), rollout.mask.sum().item())
-    return total / n
+    uniforms = torch.rand(len(problems), config.max_new_tokens, generator=torch.Generator().manual_seed(config.seed))
+    total = count = 0.0
+    for i in range(0, len(mine), config.micro_batch):
+        prompts = [encode_prompt(tokenizer, p) for p in mine[i : i + config.micro_batch]]
+        table = uniforms[dist.rank :: dist.world][i : i + config.micro_batch]
+        rollout = generate(raw, prompts, config.max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=table)
+        answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
+        packed = moved(pack(prompts, answers, tokenizer.endoftext_id), dist.device)
+        k3 = kl_estimate(completion_logprobs(raw, packed), completion_logprobs(start, packed)) * rollout.mask
+        total, count = total + k3.sum().item(), count + rollout.mask.sum().item()
+    total, count = dist.sum(total, count)
+    return total / count
 
 
-def finish(config, dist, run_dir, raw, reference, tokenizer, problems, before, held_out, began):
-    """The test split once more, the table, and the curves."""
-    after = held_out("test")
-    kl = kl_to_reference(raw, reference, tokenizer, problems["test"][:200], config, dist)
-    seconds = time.perf_counter() - began
-    if dist.is_main:
-        print(f"\n{'held-out test, greedy':<24}{'accuracy':>9}  {'95 % interval':<18}{'length':>7}{'KL to start':>13}")
-        for name, r, d in (("before", before, 0.0), ("after", after, kl)):
-            interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
-            print(f"{name:<24}{r['accuracy']:>9.1%}  {interval:<18}{r['length']:>7.1f}{d:>13.4f}")
-        for level, value in after["by_level"].items():
-            print(f"  level {level}: {before['by_level'][level]:.1%} -> {value:.1%}")
-        gain = after["accuracy"] - before["accuracy"]
-        print(f"{after['n']} problems, {gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes")
-        if gain < 0:
-            print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
-        entropy = {"entropy": "entropy", "kl": "KL to the reference"}
-        draw_curves(
-            run_dir,
-            f"{config.name}: GRPO on {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
-            [
-                ("held-out accuracy, greedy", {"accuracy": "validation"}, "share correct", {}),
-                ("reward", {"reward_correct": "correct", "reward_format": "format"}, "share of rollouts", {}),
-                ("entropy and KL", entropy, "nats per token", {}),
-                ("completion length", {"length": "mean"}, "tokens", {}),
-                ("groups without signal", {"zero_variance": "all rewards equal"}, "share of groups", {}),
-                ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
-            ],
-        )
-        print(f"{run_dir}/last, {run_dir}/best, {run_dir}/curves.png, {run_dir}/samples.md")
-    figures = {"before": before, "after": after, "kl": kl, "seconds": seconds, "path": str(run_dir / "last")}
-    return figures
+def report(config, run_dir, before, after, kl, seconds, weights, extra):
+    """The table of before and after, and the curves."""
+    n = config.pass_samples
+    ks = sorted({1, round(n**0.5), n})
+    heads = "".join(f"{f'pass@{k}':>9}" for k in ks)
+    print(f"\n{'held-out test':<14}{'accuracy':>9}  {'95 % interval':<18}{'length':>7}{'KL to start':>13}{heads}")
+    for name, r, d in (("before", before, 0.0), ("after", after, kl)):
+        interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
+        passed = "".join(f"{sum(pass_at_k(n, c, k) for c in r['solved']) / len(r['solved']):>9.1%}" for k in ks)
+        print(f"{name:<14}{r['accuracy']:>9.1%}  {interval:<18}{r['length']:>7.1f}{d:>13.4f}{passed}")
+    for level, value in after["by_level"].items():
+        print(f"  level {level}: {before['by_level'][level]:.1%} -> {value:.1%}")
+    pairs = list(zip(before["solved"], after["solved"], strict=True))
+    print(
+        f"accuracy: greedy, {after['n']} problems; pass@k: {n} samples of {len(pairs)} of them, of which "
+        f"{sum(a > 0 and not b for b, a in pairs)} were never solved before and are now, "
+        f"{sum(b > 0 and not a for b, a in pairs)} the other way round"
+    )
+    gain = after["accuracy"] - before["accuracy"]
+    print(f"{gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes")
+    if gain < 0:
+        print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
+    drawn = {f"reward_{name}": name for name in weights}
+    lost = {"zero_variance": "no signal"} | {name: name.replace("_", " by ") for name in extra if "collapsed" in name}
+    draw_curves(
+        run_dir,
+        f"{config.name}: {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
+        [
+            ("held-out accuracy, greedy", {"accuracy": "validation"}, "share correct", {}),
+            ("rewards", drawn, "mean over rollouts", {}),
+            ("entropy and KL", {"entropy": "entropy", "kl": "KL to the reference"}, "nats per token", {}),
+            ("completion length", {"length": "mean"}, "tokens", {}),
+            ("groups that tell too little", lost, "share of groups", {}),
+            ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
+        ],
+    )
+    print(f"{run_dir}/last, {run_dir}/best, {run_dir}/curves.png, {run_dir}/samples.md")
 
 
 if __name__ == "__main__":

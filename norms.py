@@ -5,8 +5,14 @@
 
 Both give every token vector a fixed length, so that a block sees inputs of one scale however large the residual
 stream has grown. LayerNorm also removes the mean. RMSNorm leaves it, saves a reduction and a bias, and trains as
-well: what matters is the length. The visible difference: LayerNorm does not notice a constant added to x, RMSNorm
-does.
+well: what matters is the length. What the missing mean changes:
+
+* LayerNorm does not notice a constant added to x, RMSNorm does. It is exact: LayerNorm(x) = RMSNorm(x − μ). So a
+  network whose matrices write zero-mean vectors into the stream computes the same with either, and a trained pre-norm
+  LayerNorm model turns into an RMSNorm one by centring those matrices (arXiv:2305.14858).
+* The stream is free to use the direction (1, …, 1): C dimensions instead of C − 1. The price: a large offset there
+  uses the length up. RMSNorm divides by √(σ² + μ²) where LayerNorm divides by σ, so what differs between the features
+  shrinks to 1 / √(1 + μ²/σ²). Of C independent features the mean is about σ/√C, and nothing is lost.
 
 The gradient. Write RMSNorm as y = g ⊙ x̂ with x̂ = x / r, r = √(mean(x²) + ε), and u = g ⊙ dL/dy for what arrives
 at x̂. From ∂r/∂x_j = x_j / (C r) follows ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) / r, and summed over i with u_i
@@ -18,6 +24,22 @@ inputs learn slowly. LayerNorm first multiplies x by the symmetric matrix I − 
 the gradient passes through the same matrix on its way back and loses its mean too (that of x̂ is 0 already):
 
     dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε)      x̂ = (x − μ) / √(σ² + ε),  dL/db = Σ_tokens dL/dy
+
+Where the norm stands, x the residual stream and f a branch (attention or feed-forward):
+
+    post       x ← Norm(x + f(x))          Vaswani et al. 2017: each norm rescales the stream itself
+    pre        x ← x + f(Norm(x))          arXiv:2002.04745: the stream is an open road, and one norm stands at its end
+    sandwich   x ← x + Norm(f(Norm(x)))    arXiv:2105.13290, Gemma 2 (arXiv:2408.00118): what a branch adds has length
+                                           1 too, however large its weights
+
+Say each branch returns as much variance as its input has. With post, the norm after block l divides x + f(x) by √2, on
+the way back too, which just undoes the doubling by the branch: every block, the last one as well, keeps a gradient of
+the same size however deep the stack, a step moves the output by √L times what one block would (arXiv:2004.08249), and
+training needs a warm-up. With pre, the stream's variance grows to 1 + l, and so the norm in front of block l divides
+its share and its gradient by √(1 + l): the deeper the stack, the gentler its last blocks; a step moves the output by
+√ln L. The weakness of pre: late branches add little to a long stream, and one branch with large weights drowns all the
+others. Sandwich mends that: at the start all branches weigh the same, whatever their weights; the gains learn the
+rest. `python norms.py` prints gradients and moves for the three.
 
 The trap is precision: in fp16, squares above 65,504 are infinite, so an activation of 256 is enough to turn the
 statistics into inf. They are taken in fp32 whatever comes in, and the result returns in the input's dtype.
@@ -89,6 +111,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.dtype == self.weight.dtype and not torch.is_grad_enabled():  # decoding: the fewest calls win
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, self.weight.dtype)  # as in LayerNorm
         gain = self.weight.to(wide)
         if x.is_cuda:  # one kernel forward, one backward
@@ -98,6 +122,43 @@ class RMSNorm(nn.Module):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(wide, torch.float32))
         r_inverse = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)  # (..., 1), fp32 at least
         return (x * r_inverse * gain).to(x.dtype)
+
+
+def place(x, branch, placement, norm):
+    """One residual step by the table above: x (..., C) -> (..., C); norm is a function without parameters here."""
+    if placement == "post":
+        return norm(x + branch(x))
+    added = branch(norm(x))
+    return x + (norm(added) if placement == "sandwich" else added)
+
+
+def deep_stack(placement, depth=32, first=1.0, width=128, tokens=256, seed=0):
+    """`depth` blocks at birth -> the gradient norm of each block's matrix, the RMS of the final stream, and how far
+    the output moves, relative to its length, if every matrix moves by 1 % of its norm in a random direction.
+
+    Block l adds W_l relu(input), W_l drawn so that as much variance comes out as goes in; the first is made `first`
+    times as large. The loss is a random linear function of the normalised stream.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    x, up = torch.randn(2, tokens, width, generator=rng)
+    W = torch.randn(depth, width, width, generator=rng) * (2 / width) ** 0.5  # relu halves the mean square
+    W[0] *= first
+    move = torch.randn(depth, width, width, generator=rng)
+    move *= 0.01 * W.norm(dim=(1, 2), keepdim=True) / move.norm(dim=(1, 2), keepdim=True)
+    one = torch.ones(width)
+
+    def forward(W):
+        z = x
+        for w in W:
+            z = place(z, lambda z, w=w: z.relu() @ w.t(), placement, lambda z: rms_norm(z, one))
+        return z, rms_norm(z, one)
+
+    W.requires_grad_()
+    stream, y = forward(W)
+    (gradient,) = torch.autograd.grad((y * up).sum() / tokens, W)
+    with torch.no_grad():
+        moved = ((forward(W + move)[1] - y).norm() / y.norm()).item()
+    return gradient.norm(dim=(1, 2)).tolist(), stream.pow(2).mean().sqrt().item(), moved
 
 
 def main():
@@ -118,6 +179,36 @@ def main():
         assert scale < 1e-4
         assert (shift < 1e-4) == (name == "LayerNorm")  # the missing mean
         print(f"{name:<11}{same:>16.1e}{scale:>16.1e}{shift:>17.1e}")
+
+    print("\nthe missing mean: how much of the features' differences is left, 1 / √(1 + μ²/σ²) of them")
+    z = torch.randn(1000, 192)
+    z = (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True, correction=0)
+    one = torch.ones(192)
+    for ratio in (0.0, 0.1, 1.0, 5.0):
+        left = [f(z + ratio, one).std(-1, correction=0).mean().item() for f in (layer_norm, rms_norm)]
+        assert abs(left[0] - 1) < 1e-3
+        assert abs(left[1] - (1 + ratio**2) ** -0.5) < 1e-3
+        print(f"  μ/σ = {ratio:<4}  LayerNorm {left[0]:.3f}   RMSNorm {left[1]:.3f}")
+    up = torch.randn(4, 192)
+    centred = x - x.mean(-1, keepdim=True)
+    assert (rms_norm(centred, gain, eps=1e-5) - layer_norm(x, gain)).abs().max() < 1e-5
+    sums = [g(x, gain, up).sum(-1).abs().max().item() for g in (layer_norm_gradient, rms_norm_gradient)]
+    print(f"  RMSNorm(x − μ) = LayerNorm(x); sum of dL/dx over a token: {sums[0]:.0e} and {sums[1]:.1f}")
+    assert sums[0] < 1e-4 < sums[1]
+
+    shown = (1, 2, 4, 8, 16, 32)
+    print("\ngradient norm of block l's weights at birth, 32 blocks; move: of the output if all weights move by 1 %")
+    print(f"  {'block l':<28}" + "".join(f"{n:>8}" for n in shown) + "  stream   move   move of 2 blocks")
+    found = {}
+    for first in (1.0, 30.0):
+        for placement in ("post", "pre", "sandwich"):
+            norms, length, move = found[placement, first] = deep_stack(placement, 32, first)
+            name = placement if first == 1 else f"{placement}, block 1 x {first:.0f}"
+            print(f"  {name:<28}" + "".join(f"{norms[n - 1]:>8.3f}" for n in shown), end="")
+            print(f"{length:>8.1f}{move:>7.1%}{deep_stack(placement, 2, first)[2]:>10.1%}")
+    last = {key: norms[-1] for key, (norms, *_) in found.items()}
+    assert last["post", 1.0] > 3 * last["pre", 1.0]
+    assert last["sandwich", 30.0] > 3 * last["pre", 30.0]
     big = torch.full((1, 192), 300.0, dtype=torch.float16)
     square = big.pow(2).mean(-1, keepdim=True)  # the trap: 90,000 is inf in fp16, and x / inf is 0
     naive, ours = big * torch.rsqrt(square + 1e-6), RMSNorm(192)(big)

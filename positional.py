@@ -17,10 +17,29 @@ The two differ by a permutation of the rows of W_q and W_k, nothing else, so nei
 trained with one and run with the other give a model that is wrong yet not garbage: a trap. This repository uses
 halves throughout, and `interleaved_to_half` turns weights of the other kind.
 
-Simplified: the angles are those of training. Reaching past the trained length by rescaling ω is not covered.
+Past the trained length L. Pair i makes r_i = L ω_i / 2π turns while a training sequence lasts. The fast pairs go round
+many times and meet every angle; the slow ones (r_i < 1) see only the first part of their circle, and from position L
+on attention is asked about angles that it never met: the loss jumps. The cure is to slow pairs down, by a factor s =
+new length / L at most, so that the new positions map to angles that are known:
+
+    linear    ω_i / s for every pair             position interpolation, arXiv:2306.15595. Simple, but neighbours, which
+                                                 the fast pairs tell apart, come s times closer
+    NTK       θ ← θ s^(D/(D−2)), so ω_i s^(−2i/(D−2)): pair 0 as before, the last one divided by s exactly
+    dynamic   NTK with s = f ℓ/L − (f − 1) for a sequence of ℓ > L tokens: short ones are left alone
+    llama3    k_i ω_i + (1 − k_i) ω_i / s        k_i rises from 0 at r_i = 1 to 1 at r_i = 4 turns, arXiv:2407.21783
+    yarn      the same, k_i from 0 at 1 turn to 1 at 32; and scores times (0.1 ln s + 1)², arXiv:2309.00071
+
+Fast pairs keep their speed, slow pairs are interpolated, the rest lies between: llama3 goes by the number of turns;
+YaRN by i, as its authors' code does (Eq. 17 and 18 of the paper go by turns). All of them help without any training,
+and more with a little. `python benchmarks/positional.py` trains a small model and reads on past its L.
+
+The trap of "dynamic": if ω changes while a sequence grows, the keys in the cache were turned by the old ω and no longer
+fit. So here the longest length is said beforehand, once.
 
 Letters: B batch, T time, C width, H heads, D head width. Run it: `python positional.py`.
 """
+
+import math
 
 import torch
 from torch import nn
@@ -49,29 +68,125 @@ def sinusoidal_positions(positions, dim):
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., T, dim)
 
 
-def rope_frequencies(head_dim, theta=10000.0):
-    """ω_i = θ^(−2i/D) for i = 0 … D/2 − 1, in radians per position: (D/2,) fp32."""
+def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length=None):
+    """ω_i = θ^(−2i/D) for i = 0 … D/2 − 1, in radians per position, stretched as `scaling` says: (D/2,) fp32.
+
+    scaling: Hugging Face's `rope_scaling` (or `rope_parameters`) dict: its `rope_type` is default, linear, dynamic,
+        yarn or llama3. A `rope_theta` inside it, as transformers 5 writes it, goes before `theta`.
+    context: the model's max_position_embeddings. Needed where the dict does not say what it was trained with.
+    length: the longest sequence to come, default `context`; only "dynamic" looks at it.
+    YaRN also turns the scores up: `rope_attention_factor` says by how much. Raises ValueError on a dict it cannot use.
+    """
     if head_dim % 2:
         raise ValueError(f"sines and cosines come in pairs: a width of {head_dim} is odd")
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    kind, s, trained, theta = _read_scaling(scaling, context, theta)
+    i = torch.arange(head_dim // 2, dtype=torch.float32)
+    if kind == "dynamic" and head_dim > 2:
+        stretch = s * max(length or trained, trained) / trained - (s - 1)
+        theta = theta * stretch ** (head_dim / (head_dim - 2))
+    frequencies = 1.0 / theta ** (2 * i / head_dim)  # transformers' order of operations: equal to the last bit
+    if kind in ("default", "dynamic"):
+        return frequencies
+    if kind == "linear":
+        keep = torch.zeros_like(i)
+    elif kind == "llama3":
+        turns = trained * frequencies / (2 * math.pi)  # that a pair makes within the trained length
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":
+        first, last = (
+            head_dim * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(theta))  # the i that makes `turns`
+            for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+        )
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        keep = 1 - ((i - first) / (last - first or 0.001)).clamp(0, 1)
+    return frequencies * keep + frequencies / s * (1 - keep)
 
 
-def rope_cos_sin(positions, frequencies):
-    """positions (..., T), frequencies (D/2,) -> cos, sin, each (..., T, D) fp32: both halves hold the same angles."""
+def rope_attention_factor(scaling=None, context=None):
+    """What YaRN multiplies cosines and sines by, so that scores grow by its square; 1 for every other scaling.
+
+    More keys flatten the softmax; YaRN sharpens it again by 1/t with √(1/t) = 0.1 ln s + 1 (Eq. 22). DeepSeek's
+    `mscale` and `mscale_all_dim` split that factor, an `attention_factor` in the dict replaces it.
+    """
+    kind, s, *_ = _read_scaling(scaling, context)
+    if kind != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def factor(mscale):
+        return 0.1 * mscale * math.log(s) + 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return factor(scaling["mscale"]) / factor(scaling["mscale_all_dim"])
+    return factor(1)
+
+
+def _read_scaling(scaling, context, theta=10000.0):
+    """-> kind, factor s, trained length, θ. Raises ValueError, one line, on anything that would be guesswork."""
+    scaling = {} if scaling is None else scaling
+    if not isinstance(scaling, dict):
+        raise ValueError(
+            f"RoPE scaling is {scaling!r}; it must be a dict such as {{'rope_type': 'linear', 'factor': 4}}"
+        )
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    needs = {
+        "default": (),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": (),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    if kind not in needs:
+        raise ValueError(f"RoPE scaling {kind!r} is not known; choose one of {', '.join(needs)}")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("RoPE over a part of the head (partial_rotary_factor) is not supported")
+    missing = [key for key in needs[kind] if scaling.get(key) is None]
+    if missing:
+        raise ValueError(f"RoPE scaling {kind!r} lacks {', '.join(missing)}")
+    trained = context
+    if kind in ("yarn", "llama3"):
+        trained = scaling.get("original_max_position_embeddings") or context
+    if trained is None and kind in ("dynamic", "yarn", "llama3"):
+        raise ValueError(f"RoPE scaling {kind!r} needs the length that the model was trained with")
+    factor = scaling.get("factor")
+    if factor is None:  # DeepSeek's YaRN: the new length over the old one
+        factor = (context or trained) / trained if kind == "yarn" else 1.0
+    if not isinstance(factor, int | float) or not factor >= 1:
+        raise ValueError(f"RoPE scaling by a factor of {factor!r}; it must be a number of at least 1")
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise ValueError("RoPE scaling 'llama3' needs low_freq_factor below high_freq_factor")
+    return kind, factor, trained, scaling.get("rope_theta") or theta
+
+
+def rope_cos_sin(positions, frequencies, attention_factor=1.0):
+    """positions (..., T), frequencies (D/2,) -> cos, sin, each (..., T, D) fp32: both halves hold the same angles.
+
+    attention_factor: `rope_attention_factor(scaling, context)`; it multiplies both tables, hence queries and keys.
+    """
     angles = positions[..., None].float() * frequencies.to(positions.device)  # (..., T, D/2)
     angles = torch.cat([angles, angles], dim=-1)  # (..., T, D)
-    return angles.cos(), angles.sin()
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def apply_rope(x, cos, sin):
     """Rotate x (B, H, T, D) by the angles of cos, sin, (T, D) or (B, T, D): pairs are (i, i + D/2). x's dtype."""
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D): the same for all heads
+    if not torch.is_grad_enabled():  # the formula, in place: the fewest calls, for decoding
+        (a, b), (s, _), out = x.chunk(2, dim=-1), sin.chunk(2, dim=-1), x * cos
+        first, second = out.chunk(2, dim=-1)
+        first.addcmul_(b, s, value=-1)  # a cos − b sin
+        second.addcmul_(a, s)  # b cos + a sin
+        return out.to(x.dtype)
     half = x.shape[-1] // 2
     signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     # (a, b) cos + (b, a) (−sin, sin): with the sign in the small table, one roll swaps the halves, and its gradient
     # is a roll. The usual cat([-b, a]) negates half of x on the way in and half of the gradient on the way back.
-    return (x * cos + x.roll(half, dims=-1) * signed_sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(half, dims=-1), signed_sin).to(x.dtype)
 
 
 def apply_rope_interleaved(x, positions, theta=10000.0):
@@ -123,11 +238,21 @@ def main():
     assert worst < 1e-4
     print(f"sinusoidal: one matrix takes PE[p] to PE[p + {k}] for every p: largest difference {worst:.1e}")
 
-    print("\ntokens until a pair has turned once, 2π/ω_i, for D = 32")
-    print(f"{'i':>15}" + "".join(f"{i:>10}" for i in range(0, D // 2, 3)))
-    for theta in (10_000.0, 1_000_000.0):
-        wavelengths = (2 * torch.pi / rope_frequencies(D, theta)).tolist()
-        print(f"  θ = {theta:>9,.0f}" + "".join(f"{w:>10,.0f}" for w in wavelengths[::3]))
+    L, s = 256, 4
+    print(f"\ntrained on {L} tokens, stretched to {s * L}: how many times slower pair i turns, D = {D}, θ = 10,000")
+    pairs = range(0, D // 2, 3)
+    turns = (L * frequencies / (2 * torch.pi)).tolist()
+    print(f"{'pair i':>22}" + "".join(f"{i:>8}" for i in pairs) + "   scores times")
+    print(f"{'turns in 256 tokens':>22}" + "".join(f"{turns[i]:>8.2f}" for i in pairs))
+    for kind in ("linear", "dynamic", "llama3", "yarn"):
+        scaling = {"rope_type": kind, "factor": s, "low_freq_factor": 1, "high_freq_factor": 4}
+        if kind == "dynamic":
+            scaling["factor"] = 1  # then s = length / L
+        slower = (frequencies / rope_frequencies(D, 10000.0, scaling, L, s * L)).tolist()
+        factor = rope_attention_factor(scaling, L) ** 2
+        print(f"{kind:>22}" + "".join(f"{slower[i]:>8.2f}" for i in pairs) + f"{factor:>15.3f}")
+        assert abs(slower[-1] - s) < 1e-4  # the slowest pair: interpolated in full
+        assert (abs(slower[0] - 1) < 1e-6) == (kind != "linear")  # the fastest: left alone, but by linear
 
 
 if __name__ == "__main__":

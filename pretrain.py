@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 from data import batch_at, load_text, narrative_entropy, open_stream, write_stream
 from generate import ConfigError, generate, open_checkpoint, run
+from moe import balancing_losses, expert_load, update_biases
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from transformer import CheckpointError, Transformer, TransformerConfig
 
@@ -154,18 +155,19 @@ class Muon(torch.optim.Optimizer):
                 m = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(p.grad.lerp(m, group["momentum"]))  # Nesterov: look one step ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"])
 
 
 def orthogonalise(m, rounds=5):
-    """(rows, columns) -> the nearest matrix with singular values 1, roughly (they end between 0.7 and 1.2)."""
-    x = m / (m.norm() + 1e-7)  # the iteration needs singular values of at most 1
-    wide = m.shape[0] <= m.shape[1]
-    x = x if wide else x.t()  # so that X Xᵀ is the smaller product
+    """(rows, columns), or a stack of such (E, rows, columns) -> the nearest matrix with singular values 1, roughly
+    (they end between 0.7 and 1.2)."""
+    x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
+    wide = m.shape[-2] <= m.shape[-1]
+    x = x if wide else x.mT  # so that X Xᵀ is the smaller product
     for _ in range(rounds):
-        a = x @ x.t()
+        a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if wide else x.t()
+    return x if wide else x.mT
 
 
 def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
@@ -176,9 +178,9 @@ def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
     if kind not in ("adamw", "muon"):
         raise ConfigError(f"--optimizer {kind!r} is not known; use adamw or muon")
     named = list(raw.named_parameters())
-    inner = [p for n, p in named if kind == "muon" and p.dim() == 2 and n.startswith("blocks.")]
+    inner = [p for n, p in named if kind == "muon" and p.dim() >= 2 and n.startswith("blocks.")]
     chosen = {id(p) for p in inner}
-    decayed = [p for n, p in named if p.dim() == 2 and "learned" not in n and id(p) not in chosen]
+    decayed = [p for n, p in named if p.dim() >= 2 and "learned" not in n and id(p) not in chosen]
     chosen |= {id(p) for p in decayed}
     plain = [p for _, p in named if id(p) not in chosen]
     groups = [
@@ -449,6 +451,43 @@ def draw_curves(run_dir, title, panels):
     plt.close(figure)
 
 
+def load_record(load):
+    """Loads in multiples of the even share (layers, E) -> what the log keeps of them."""
+    record = {"load_min": load.min().item(), "load_max": load.max().item()}
+    return record | {f"load/{i}/{e}": x for i, row in enumerate(load.tolist()) for e, x in enumerate(row)}
+
+
+def draw_experts(run_dir):
+    """experts.png: the least and the most loaded expert by step, and every expert's load at the last validation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    series = read_metrics(run_dir)
+    last = {tuple(map(int, k.split("/")[1:])): v[1][-1] for k, v in series.items() if k.startswith("load/")}
+    if not last:
+        return
+    load = np.zeros(np.array(list(last)).max(0) + 1)  # (layers, E)
+    for place, value in last.items():
+        load[place] = value
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for name, label in (("load_max", "most loaded expert"), ("load_min", "least loaded")):
+        left.plot(*series[name], marker="o", markersize=3, label=label)
+    for level in (0.5, 1, 2):
+        left.axhline(level, color="0.4", linestyle="--", linewidth=1)
+    left.set(title="load of an expert", xlabel="step", ylabel="multiples of the even share", ylim=(0, None))
+    left.legend(fontsize=8)
+    image = right.imshow(load, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
+    right.set(title=f"at step {series['load_min'][0][-1]}", xlabel="expert", ylabel="mixture layer")
+    if load.shape[1] <= 16:
+        right.set(xticks=range(load.shape[1]), yticks=range(load.shape[0]))
+    figure.colorbar(image, ax=right)
+    figure.tight_layout()
+    figure.savefig(Path(run_dir) / "experts.png", dpi=130)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The stage.
 
@@ -461,7 +500,7 @@ class Config:
     """word (built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
     tokenizer: str = "bpe"
     """bpe, char or byte, trained on the text; or a directory that holds a tokenizer.json."""
-    vocab_size: int = 512
+    vocab_size: int = 768
     """Of a BPE tokenizer, special tokens included."""
     init: str | None = None
     """Checkpoint to continue from (its architecture and tokenizer are used); default: random weights."""
@@ -489,6 +528,12 @@ class Config:
     """Largest gradient norm; 0 turns clipping off."""
     z_loss: float = 0.0
     """Weight of (log Z)², which keeps the logits small; needs whole logits, so cut the micro-batches."""
+    aux_weight: float = 0.01
+    """Mixture of experts: weight of the Switch loss, where the model balances by it."""
+    z_weight: float = 0.001
+    """Mixture of experts: weight of the routers' z-loss."""
+    bias_rate: float = 0.001
+    """Mixture of experts balanced by bias: how far the biases move after a step."""
     skip_nonfinite: bool = False
     """Leave out a step whose loss or gradient is not finite, and count it, instead of stopping."""
     eval_every: int = 100
@@ -689,6 +734,8 @@ def main(config):
                 ("learning rate", {"lr": "lr"}, "learning rate", {}),
             ],
         )
+        if raw.config.n_expert:
+            draw_experts(run_dir)
 
     share = config.batch // dist.world
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
@@ -708,7 +755,7 @@ def main(config):
         inputs, targets = batch_at(streams["train"], step, share, context, config.seed, dist.rank, dist.world)
         inputs, targets = torch.from_numpy(inputs).to(dist.device), torch.from_numpy(targets).to(dist.device)
         n_tokens = config.batch * context  # of the whole step, all ranks, before the batch is cut
-        loss_sum = 0.0
+        loss_sum, balancing = 0.0, 0.0
         for i in range(0, share, config.micro_batch):
             x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, context)
             last = i + config.micro_batch >= share
@@ -716,6 +763,10 @@ def main(config):
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
                     loss, objective = loss_of(model, x, y, config.z_loss)
+                    if raw.config.n_expert:
+                        terms = balancing_losses(raw)  # means over this micro-batch, so they count with its tokens
+                        price = y.numel() * (config.aux_weight * terms["aux"] + config.z_weight * terms["z"])
+                        objective, balancing = objective + price, balancing + price.detach() / n_tokens
                 scaler.scale(objective / n_tokens * dist.world).backward()
             loss_sum += loss.detach() / n_tokens
         lr = lr_at(step, config.steps, config.lr, config.warmup, config.floor, config.schedule)
@@ -732,11 +783,20 @@ def main(config):
                 good = saved_run(run_dir) or "none yet"
                 raise ConfigError(f"{where}; last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true")
 
+        if raw.config.n_expert:
+            (balancing,) = dist.sum(balancing)
+            load = raw.config.n_expert * expert_load(raw)  # (layers, E) of this step, 1 is even
+            update_biases(raw, config.bias_rate)
+
         done = step + 1
         speed = n_tokens / (time.perf_counter() - started)
         record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
         record |= {"skipped": skipped, "tokens_per_second": speed, "mfu": speed * at_peak}
+        if raw.config.n_expert:
+            record["balancing_loss"] = balancing
         if done % config.eval_every == 0 or done == config.steps:
+            if raw.config.n_expert:
+                record |= load_record(load)
             most = None if done == config.steps else config.eval_tokens
             rows = validation_rows(documents, streams["valid"], context, tokenizer.endoftext_id, most)
             losses = validate(raw, rows, byte_lengths, dist, autocast)

@@ -15,21 +15,37 @@ selects *targets*, so it meets the shifted log-probabilities as mask[:, 1:].
 n is counted before the batch is cut. Averaging each micro-batch by its own count instead (as many trainers did
 until 2024) makes the gradient depend on the cut: short answers in a micro-batch of their own would weigh more.
 
-Evaluation generates greedily and compares the number after `####` with the reference (exact match), with Wilson's
-95 % interval. The best checkpoint is chosen on the validation split; the test split is looked at once, at the end.
+Rows are padded on the right, where causal attention never sees a pad; or packed (`--packing true`): several
+conversations in one row, each blind to the others, positions counted anew. Loss and gradient are the same.
 
-Simplified: rows are padded on the right, not packed (causal attention never sees a pad behind a token).
+**Ratings.** Responses rated 1 to 5 train with weight w = (rating − 1)/4, m_t becoming w m_t in sum and n alike; or,
+`--rated threshold`, all alike that have at least `min_rating`.
+
+**Curriculum.** `--order curriculum` ranks the examples by level or length and opens them little by little: at step s
+the first g(s) of them, g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)), linear pacing (arXiv:1904.03626); a batch is
+drawn from the open ones. `anti` ranks the other way round, and `shuffled` (epochs without replacement) is what both
+must beat.
+
+Evaluation generates greedily and compares the number after `####` with the reference (exact match), with Wilson's
+95 % interval; for free text it reports token F1. `--samples 8` adds pass@k and majority@k. The best checkpoint is
+chosen on the validation split; the test split is looked at once, at the end.
 
 Run it:
     python sft.py                                    # built-in word problems; pretrains its start first
     python sft.py --data gsm8k                       # real GSM8K, found as data.py finds it
+    python sft.py --data chats.jsonl --packing true  # {"messages": [...]} a line, of any number of turns
+    python sft.py --data rated.csv --rated threshold # prompt,response,rating
+    python sft.py --config configs/sft_lr_sweep.yaml # one run per learning rate, and a table
     torchrun --nproc_per_node 2 sft.py --init runs/pretrain
 """
 
+import collections
 import contextlib
 import math
+import re
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +54,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pretrain
-from attention import causal_mask
+from attention import causal_mask, document_mask
 from data import extract_answer, load_problems, same_answer
 from generate import ConfigError, generate, open_checkpoint, run
+from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
 from pretrain import (
     RUNS,
     Interrupt,
@@ -60,27 +77,66 @@ from transformer import TransformerConfig, token_logprobs
 
 
 def chat(problem):
-    """A problem as a conversation."""
+    """A problem as a conversation; its last turn is the assistant's."""
+    earlier = [{"role": role, "content": content} for role, content in problem.history]
     return [
+        *earlier,
         {"role": "user", "content": problem.question},
         {"role": "assistant", "content": problem.solution},
     ]
 
 
 def encode_prompt(tokenizer, problem):
-    """The ids up to where the assistant begins to speak."""
-    return tokenizer.encode_chat(chat(problem)[:1], add_generation_prompt=True)[0]
+    """The ids up to where the assistant begins its last turn."""
+    return tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)[0]
+
+
+def encode_example(tokenizer, problem, weighted=False):
+    """-> ids, flags: True on what is trained, which are all turns of the assistant; weighted: the weight, or 0.0."""
+    ids, flags = tokenizer.encode_chat(chat(problem))
+    if weighted:
+        flags = [(problem.rating - 1) / 4 * flag for flag in flags]
+    return ids, flags
 
 
 def collate(examples, pad):
-    """[(ids, mask), …] -> tokens (B, T) int64, mask (B, T) bool: padded on the right, where causality hides it."""
+    """[(ids, flags), …] -> tokens (B, T) int64, mask (B, T): padded on the right, where causality hides it.
+
+    The mask is boolean, or fp32 where the flags are weights.
+    """
     T = max(len(ids) for ids, _ in examples)
     tokens = torch.full((len(examples), T), pad, dtype=torch.long)
-    mask = torch.zeros(len(examples), T, dtype=torch.bool)
+    mask = torch.zeros(len(examples), T, dtype=torch.tensor(examples[0][1][:1]).dtype)
     for row, (ids, flags) in enumerate(examples):
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = torch.tensor(flags)
     return tokens, mask
+
+
+def pack_examples(examples, pad, room):
+    """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room.
+
+    -> tokens (B, L); mask (B, L) as in `collate`; positions (B, L), from 0 in each example; visible (B, 1, L, L), for
+    attention: causal, and inside one's own example. A first token is never trained (it opens a turn), so no target
+    has its predecessor in another example.
+    """
+    rows = []
+    for example in sorted(examples, key=lambda e: -len(e[0])):
+        fitting = next((row for row in rows if sum(len(ids) for ids, _ in row) + len(example[0]) <= room), None)
+        if fitting is None:
+            rows.append([example])
+        else:
+            fitting.append(example)
+    joined = [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in rows]
+    tokens, mask = collate(joined, pad)  # (B, L)
+    positions, documents = torch.zeros_like(tokens), torch.full_like(tokens, -1)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, (ids, _) in enumerate(row):
+            positions[r, at : at + len(ids)] = torch.arange(len(ids))
+            documents[r, at : at + len(ids)] = number
+            at += len(ids)
+    return tokens, mask, positions, document_mask(documents)
 
 
 def pack_answers(prompts, answers, pad):
@@ -132,8 +188,9 @@ def answer_logprobs(model, packed, temperature=1.0):
 
 
 def sft_loss(logprobs, mask, n_tokens=None):
-    """logprobs and mask (B, T): the masked sum over n_tokens (default: the mask's own count)."""
-    n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
+    """logprobs and mask (B, T), boolean or weights: the masked sum over n_tokens (default: the mask's own sum)."""
+    n = mask.sum() if n_tokens is None else n_tokens
+    n = n if n > 0 else 1
     loss = -(logprobs * mask).sum() / n
     return loss, {"loss": loss.item()}
 
@@ -143,6 +200,28 @@ def rows_at(n, step, batch, seed):
     wanted = np.arange(step * batch, (step + 1) * batch)
     orders = {e: np.random.default_rng((seed, e)).permutation(n) for e in np.unique(wanted // n)}
     return [int(orders[i // n][i % n]) for i in wanted]
+
+
+def pacing(step, steps, start, pace):
+    """The share of the ranked examples that is open at a step: from `start` up a line to 1 at pace · steps."""
+    return min(1.0, start + (1 - start) * step / max(1.0, pace * steps))
+
+
+def rank_examples(difficulties, order, seed):
+    """Indices in the order in which they are opened: easy first (curriculum) or last (anti); ties are shuffled."""
+    shuffled = np.random.default_rng((seed, 1)).permutation(len(difficulties))
+    sign = -1 if order == "anti" else 1
+    return sorted(shuffled.tolist(), key=lambda i: sign * difficulties[i])
+
+
+def paced_rows(ranked, step, batch, seed, share):
+    """The batch of a step from the first `share` of the ranked examples: a pure function of step.
+
+    Within a batch without replacement, unless fewer are open than it takes.
+    """
+    n = max(1, round(share * len(ranked)))
+    rng = np.random.default_rng((seed, 2, step))
+    return [ranked[i] for i in rng.choice(n, batch, replace=n < batch)]
 
 
 def wilson(successes, n, z=1.96):
@@ -160,9 +239,58 @@ def is_correct(text, problem):
     return found is not None and same_answer(found, problem.answer)
 
 
+def words(text):
+    """Lower case, without punctuation and articles, as SQuAD compares answers (arXiv:1606.05250)."""
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the")]
+
+
+def token_f1(text, reference):
+    """Harmonic mean of precision and recall of the words, as bags: 1 if the same, 0 if none is shared."""
+    ours, theirs = words(text), words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def pass_at_k(n, correct, k):
+    """Chance that k of the n samples, drawn without replacement, hold a right one; unbiased (arXiv:2107.03374)."""
+    return 1.0 if n - correct < k else 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(answers):
+    """The most frequent answer, of several the one that came first; None, which is no answer, has no vote."""
+    votes = collections.Counter(a for a in answers if a is not None)
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def evaluate_samples(raw, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32):
+    """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two.
+
+    Chunks of problems are dealt out to the ranks and seeded one by one, so any number of ranks finds the same.
+    """
+    ks = sorted({1, n} | {2**i for i in range(1, 20) if 2**i < n})
+    sums = [0.0] * (len(ks) + 1)
+    for c in range(dist.rank, math.ceil(len(problems) / batch), dist.world):
+        chunk = problems[c * batch : (c + 1) * batch]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + c)
+        prompts = [encode_prompt(tokenizer, p) for p in chunk]
+        stops = dict(stop_ids=tokenizer.stop_ids, generator=generator)
+        texts = generate(raw, prompts, max_new_tokens, n, temperature, **stops).texts(tokenizer)
+        for i, problem in enumerate(chunk):
+            answers = [extract_answer(text) for text in texts[i * n : (i + 1) * n]]
+            correct = sum(same_answer(a, problem.answer) for a in answers)
+            for j, k in enumerate(ks):
+                sums[j] += pass_at_k(n, correct, k)
+            sums[-1] += same_answer(majority(answers), problem.answer)
+    names = [f"pass@{k}" for k in ks] + [f"majority@{n}"]
+    return {name: value / len(problems) for name, value in zip(names, dist.sum(*sums), strict=True)}
+
+
 def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
     """Greedy exact match. Problems are dealt out to the ranks; every rank returns the same figures, and its own
-    samples: {"accuracy", "low", "high", "n", "correct", "length", "truncated", "by_level", "samples"}."""
+    samples: {"accuracy", "low", "high", "n", "correct", "f1", "length", "truncated", "by_level", "samples"}. f1 is that
+    of the words with the reference solution's: the figure for free text, where no answer can be checked."""
     mine = problems[dist.rank :: dist.world]
     mine = sorted(mine, key=lambda p: len(p.question))  # rows of one length waste no padding
     samples = []
@@ -181,13 +309,14 @@ def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
         sum(s[2] for s in samples),
         sum(s[3] for s in samples),
         sum(not s[4] for s in samples),
+        sum(token_f1(s[1], s[0].solution) for s in samples),
     ]
     for level in levels:
         counts += [
             sum(s[0].level == level for s in samples),
             sum(s[2] for s in samples if s[0].level == level),
         ]
-    n, correct, tokens, truncated, *rest = dist.sum(*counts)
+    n, correct, tokens, truncated, f1, *rest = dist.sum(*counts)
     low, high = wilson(correct, n)
     by_level = {level: rest[2 * i + 1] / rest[2 * i] for i, level in enumerate(levels)}
     return {
@@ -196,6 +325,7 @@ def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
         "high": high,
         "n": int(n),
         "correct": int(correct),
+        "f1": f1 / n,
         "length": tokens / n,
         "truncated": truncated / n,
         "by_level": by_level,
@@ -219,45 +349,43 @@ def start_name(data, seed, stage):
     return f"start/{known}-seed{seed}-{stage}"
 
 
-def pretrained_start(config, dist):
-    """A short pretraining for a run that was given no --init; made once, under runs/start, and reused."""
-    name = start_name(config.data, config.seed, "pretrain")
-    if (RUNS / name / "best" / "config.json").exists():
+def made_once(name, what, stage, settings, dist):
+    """runs/NAME/best, by running a stage unless that has been done. A run that was broken off has no file `finished`,
+    does not count, and is moved aside by the new one."""
+    finished = RUNS / name / "finished"
+    if finished.exists():
         if dist.is_main:
             print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
     else:
         if dist.is_main:
-            print(f"no --init given: pretraining a start on the text of {config.data} first -> {RUNS / name}")
-        shared = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
-        if config.data != "word":  # real text wants more words and longer windows
-            shared |= {
-                "vocab_size": 2048,
-                "model": TransformerConfig(context=512),
-                "batch": 16,
-                "micro_batch": 16,
-            }
-        pretrain.main(pretrain.Config(name=name, **shared))
+            print(f"no --init given: {what} -> {RUNS / name}")
+        stage.main(stage.Config(name=name, **settings))
+        if dist.is_main:
+            finished.touch()
     return str(RUNS / name)
+
+
+def pretrained_start(config, dist):
+    """A short pretraining for a run that was given no --init; made once, under runs/start, and reused."""
+    settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
+    if config.data != "word":  # real text wants more words and longer windows
+        settings |= {"vocab_size": 2048, "model": TransformerConfig(context=512)}
+    name = start_name(config.data, config.seed, "pretrain")
+    return made_once(name, f"pretraining a start on the text of {config.data} first", pretrain, settings, dist)
 
 
 def sft_start(config, dist):
     """Pretraining and SFT for a later stage that was given no --init; made once, under runs/start, and reused.
 
-    The SFT is kept short on purpose: a policy that fails half of the time has the most to learn.
+    The SFT ends when half of the answers are right: a policy that fails half of the time has the most to learn. From
+    there the accuracy climbs by two points a step, so a fixed number of steps would start each seed somewhere else.
     """
+    settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     name = start_name(config.data, config.seed, "sft")
-    if (RUNS / name / "best" / "config.json").exists():
-        if dist.is_main:
-            print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
-    else:
-        if dist.is_main:
-            print(f"no --init given: making an SFT checkpoint to start from -> {RUNS / name}")
-        shared = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
-        main(Config(name=name, **START, **shared))
-    return str(RUNS / name)
+    return made_once(name, "making an SFT checkpoint to start from", sys.modules[__name__], START | settings, dist)
 
 
-START = {"steps": 50, "eval_every": 25, "test_problems": 500}
+START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "test_problems": 500}
 
 
 @dataclass
@@ -265,7 +393,8 @@ class Config:
     """Fine-tune a pretrained decoder on worked solutions."""
 
     data: str = "word"
-    """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
+    """word (built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or .csv of questions and
+    answers, conversations (messages), instructions or rated responses."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
     demonstrations: int | None = None
@@ -280,10 +409,28 @@ class Config:
     """Examples per optimizer step, over all ranks."""
     micro_batch: int = 64
     """Examples per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    packing: bool = False
+    """Several examples in a row, each blind to the others, instead of padding."""
+    order: str = "shuffled"
+    """shuffled, curriculum (easy first) or anti (hard first)."""
+    difficulty: str = "level"
+    """What a curriculum ranks by: level (arithmetic steps) or length (tokens)."""
+    pace_start: float = 0.2
+    """Share of the ranked examples that a curriculum opens with."""
+    pace: float = 0.5
+    """Share of the steps after which all are open."""
+    rated: str = "weights"
+    """How rated responses count: weights ((rating - 1) / 4) or threshold."""
+    min_rating: float = 4.0
+    """Least rating to train on with a threshold, and of the references in an evaluation."""
+    stop_at: float = 1.0
+    """End at the first evaluation whose validation accuracy (F1 for free text) reaches this."""
     optimizer: str = "muon"
     """adamw, or muon for the matrices of the blocks."""
     lr: float = 2e-3
     """Peak learning rate."""
+    sweep: list[float] = field(default_factory=list)
+    """Learning rates: one run each, then a table by the validation split."""
     warmup: int = 10
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
@@ -298,6 +445,8 @@ class Config:
     """Validation problems per evaluation."""
     test_problems: int = 1000
     """Held-out problems of the last evaluation."""
+    samples: int = 0
+    """Sampled answers per test problem for pass@k and majority@k; 0 leaves them out."""
     save_every: int = 200
     """Steps between checkpoints of last/."""
     seed: int = 0
@@ -312,14 +461,46 @@ class Config:
     """auto, fp32, bf16 or fp16."""
     wandb: str | None = None
     """Weights & Biases project to log to as well."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
     def __post_init__(self):
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "eval_problems", "test_problems")
         check_positive(self, "save_every", "max_new_tokens")
+        choices = {
+            "order": ("shuffled", "curriculum", "anti"),
+            "difficulty": ("level", "length"),
+            "rated": ("weights", "threshold"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"--{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}")
+        if not 0 < self.pace_start <= 1 or not 0 <= self.pace <= 1:
+            raise ConfigError(
+                f"--pace_start {self.pace_start} and --pace {self.pace} must be shares, above 0 and up to 1"
+            )
+        if not 1 <= self.min_rating <= 5:
+            raise ConfigError(f"--min_rating is {self.min_rating}; ratings go from 1 to 5")
+        if any(lr <= 0 for lr in self.sweep):
+            raise ConfigError(f"--sweep {self.sweep}: learning rates must be above 0")
+
+
+def worth_training(problems, config, dist):
+    """Of rated responses those that weigh anything, or reach the threshold; says how many did not."""
+    least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
+    kept = [p for p in problems if p.rating is None or p.rating >= least]
+    if not kept:
+        raise ConfigError(f"no response of {config.data} is rated {config.min_rating} or more")
+    if len(kept) < len(problems) and dist.is_main:
+        how = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which weighs nothing"
+        print(f"{len(problems) - len(kept)} of {len(problems)} responses are rated {how}: left out")
+    return kept
 
 
 def main(config):
-    """Fine-tune; returns {"accuracy", "low", "high", "path"} on the test split."""
+    """Fine-tune; returns {"accuracy", "low", "high", "f1", "path"} on the test split, "valid" the best before."""
+    if config.sweep:
+        return sweep(config)
     dist = setup(config.device)
     if config.batch % dist.world:
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
@@ -329,6 +510,13 @@ def main(config):
         "valid": load_problems(config.data, "valid", config.eval_problems, tuple(config.levels)),
         "test": load_problems(config.data, "test", config.test_problems, tuple(config.levels)),
     }
+    problems["train"] = worth_training(problems["train"], config, dist)
+    for split in ("valid", "test"):  # only good responses are references
+        good = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]
+        if not good:
+            raise ConfigError(f"no {split} response of {config.data} is rated {config.min_rating:g} or more")
+        problems[split] = good
+    metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to check
     init = config.init or pretrained_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
     context = raw.config.context
@@ -336,16 +524,23 @@ def main(config):
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems[split]]
         room = context - config.max_new_tokens
         problems[split] = fitting(problems[split], lengths, room, f"{split} prompt", dist)
-    examples = [tokenizer.encode_chat(chat(p)) for p in problems["train"]]
-    examples = fitting(examples, [len(ids) for ids, _ in examples], context, "training example", dist)
+    weighted = config.rated == "weights" and any(p.rating is not None for p in problems["train"])
+    examples = [(*encode_example(tokenizer, p, weighted), p.level) for p in problems["train"]]
+    examples = fitting(examples, [len(ids) for ids, _, _ in examples], context, "training example", dist)
+    difficulties = [level if config.difficulty == "level" else len(ids) for ids, _, level in examples]
+    examples = [(ids, flags) for ids, flags, _ in examples]
+    ranked = rank_examples(difficulties, config.order, config.seed)
 
     run_dir = open_run(config, dist)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
+    add_lora(raw, **asdict(config.lora), seed=config.seed)  # rank 0: does nothing
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best = 0, -1.0
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best = state["step"], state["best"]
+        if config.lora.rank:
+            load_lora_state(raw, state["lora"], open_checkpoint(init)[0])
     model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
@@ -359,13 +554,16 @@ def main(config):
         state = None
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state["optimizers"] = [o.state_dict() for o in optimizers]
+            state |= {"optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
         save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
-    rows = config.batch // dist.world
+    rows, done = config.batch // dist.world, first
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
+        if best >= config.stop_at:  # here, so that a run that is resumed stops as well
+            bar.close()
+            break
         if interrupt:
             checkpoint("last", step)
             bar.close()
@@ -377,19 +575,28 @@ def main(config):
 
         # ------------------------------------------------------------------ one optimizer step
         started = time.perf_counter()
-        batch = [examples[i] for i in rows_at(len(examples), step, config.batch, config.seed)]
-        n_tokens = sum(sum(flags) for _, flags in batch)  # of the whole step, all ranks, before the batch is cut
+        share = 1.0
+        if config.order == "shuffled":
+            chosen = rows_at(len(examples), step, config.batch, config.seed)
+        else:
+            share = pacing(step, config.steps, config.pace_start, config.pace)
+            chosen = paced_rows(ranked, step, config.batch, config.seed, share)
+        batch = [examples[i] for i in chosen]
+        n_tokens = sum(
+            sum(flags) for _, flags in batch
+        )  # weighed, of the whole step, all ranks, before the batch is cut
         mine = batch[dist.rank * rows : (dist.rank + 1) * rows]
         mine = sorted(mine, key=lambda example: len(example[0]))  # micro-batches of like lengths waste no padding
         model.train()
         loss_sum = 0.0
         for i in range(0, rows, config.micro_batch):
-            tokens, mask = collate(mine[i : i + config.micro_batch], tokenizer.endoftext_id)  # (b, T) each
-            tokens, mask = tokens.to(dist.device), mask.to(dist.device)
+            part, pad = mine[i : i + config.micro_batch], tokenizer.endoftext_id
+            made = pack_examples(part, pad, context) if config.packing else (*collate(part, pad), None, None)
+            tokens, mask, positions, visible = (t if t is None else t.to(dist.device) for t in made)  # (b, T) each
             last = i + config.micro_batch >= rows
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
-                    logprobs = token_logprobs(model, tokens)  # (b, T − 1)
+                    logprobs = token_logprobs(model, tokens, positions=positions, mask=visible)  # (b, T − 1)
                 loss, metrics = sft_loss(logprobs, mask[:, 1:], n_tokens)
                 scaler.scale(loss * dist.world).backward()  # DDP divides by world
             loss_sum += metrics["loss"]
@@ -404,47 +611,79 @@ def main(config):
             "loss": loss_sum,
             "lr": lr,
             "grad_norm": norm,
-            "tokens_per_second": n_tokens / (time.perf_counter() - started),
+            "tokens_per_second": sum(flag > 0 for _, flags in batch for flag in flags)
+            / (time.perf_counter() - started),
+            "open": share,
         }
         if done % config.eval_every == 0 or done == config.steps:
-            result = evaluate(raw, tokenizer, problems["valid"], config.max_new_tokens, dist)
-            record |= {"accuracy": result["accuracy"], "length": result["length"]}
+            with merged(raw):  # adapters, if any, folded in: as fast as without
+                result = evaluate(raw, tokenizer, problems["valid"], config.max_new_tokens, dist)
+            record |= {k: result[k] for k in ("accuracy", "f1", "length")}
             if dist.is_main:
-                bar.write(f"step {done}  loss {loss_sum:.3f}  validation accuracy {result['accuracy']:.1%}")
+                bar.write(f"step {done}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
                 write_samples(run_dir, done, result["samples"][:3])
-            if result["accuracy"] > best:
-                best = result["accuracy"]
+            if result[metric] > best:
+                best = result[metric]
                 checkpoint("best", done)
         log(done, **record)
-        bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", accuracy=f"{max(best, 0):.1%}")
-    checkpoint("last", config.steps)
+        bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", **{metric: f"{max(best, 0):.1%}"})
+    checkpoint("last", done)
     log.close()
 
     # The test split, once, with the checkpoint that the validation split chose.
     raw, tokenizer, path = open_checkpoint(run_dir, dist.device)
     result = evaluate(raw, tokenizer, problems["test"], config.max_new_tokens, dist)
+    sampled = {}
+    if config.samples:
+        sizes = (config.samples, config.max_new_tokens, dist)
+        sampled = evaluate_samples(raw, tokenizer, problems["test"], *sizes, seed=config.seed)
     if dist.is_main:
         draw_curves(
             run_dir,
             f"{config.name}: SFT on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
             [
                 ("loss on the answers", {"loss": "train"}, "nats per token", {}),
-                ("exact match, greedy", {"accuracy": "validation"}, "share correct", {}),
+                (
+                    ("exact match, greedy", {"accuracy": "validation"}, "share correct", {})
+                    if metric == "accuracy"
+                    else ("token F1, greedy", {"f1": "validation"}, "F1", {})
+                ),
                 ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
             ],
         )
         levels = ", ".join(f"level {k} {v:.1%}" for k, v in result["by_level"].items())
-        print(
-            f"test accuracy {result['accuracy']:.1%} [{result['low']:.1%}, {result['high']:.1%}] on {result['n']} "
-            f"held-out problems ({levels}); {path}, {run_dir}/curves.png"
-        )
-    return {k: result[k] for k in ("accuracy", "low", "high")} | {"path": str(path)}
+        if metric == "accuracy":
+            print(
+                f"test accuracy {result['accuracy']:.1%} [{result['low']:.1%}, {result['high']:.1%}] on {result['n']} "
+                f"held-out problems ({levels}); {path}, {run_dir}/curves.png"
+            )
+        else:
+            print(f"test token F1 {result['f1']:.1%} on {result['n']} held-out prompts; {path}, {run_dir}/curves.png")
+        if sampled:
+            print("  ".join(f"{name} {value:.1%}" for name, value in sampled.items()) + " at temperature 1")
+    figures = {k: result[k] for k in ("accuracy", "low", "high", "f1")} | sampled
+    return figures | {"valid": best, "path": str(path)}
+
+
+def sweep(config):
+    """One run per learning rate, NAME/lr1e-03 and so on, then the table. The validation split chooses."""
+    results = {}
+    for lr in config.sweep:
+        results[lr] = main(replace(config, lr=lr, sweep=[], name=f"{config.name}/lr{lr:.0e}"))
+    best = max(results, key=lambda lr: results[lr]["valid"])
+    if setup(config.device).is_main:
+        print(f"\n{'learning rate':>14}{'validation':>12}{'test':>8}")
+        for lr, result in results.items():
+            test = result["accuracy"] or result["f1"]
+            print(f"{lr:>14.1e}{result['valid']:>12.1%}{test:>8.1%}{'  <- best' if lr == best else ''}")
+    return results[best] | {"lr": best}
 
 
 def write_samples(run_dir, step, samples):
     with (run_dir / "samples.md").open("a") as file:
         for problem, text, correct, _, _ in samples:
             verdict = "right" if correct else f"wrong, the answer is {problem.answer}"
+            verdict = verdict if problem.answer else f"token F1 {token_f1(text, problem.solution):.2f}"
             file.write(f"**step {step}, {verdict}**\n\n> {problem.question}\n\n```\n{text}\n```\n\n")
 
 

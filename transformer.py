@@ -9,19 +9,23 @@ Everything that a modern recipe varies is one field of `TransformerConfig`. The 
 GPT-2's (LayerNorm, learned positions, GELU, biases) is `gpt2_config(...)`, one call away. What each choice does:
 
 * pre-norm leaves the residual stream an open road from the loss to every layer, so depth trains without care;
-  post-norm, `x ← Norm(x + f(x))` (Vaswani et al. 2017), rescales that road at every block and needs a warm-up.
+  post-norm, `x ← Norm(x + f(x))` (Vaswani et al. 2017), rescales that road at every block and needs a warm-up;
+  sandwich, `x ← x + Norm(f(Norm(x)))` (arXiv:2105.13290), keeps the road and bounds what a branch puts on it.
 * SwiGLU, `down(silu(gate x) ⊙ up x)` (arXiv:2002.05202), has three matrices where GELU's has two, so at equal
   parameters its inner width is 2/3 of the usual 4C.
 * the matrices that write into the residual stream (`wo`, `down`) start smaller by √(2 n_layer), so that the sum
   of all 2 n_layer branches has the variance of one (GPT-2).
+* `window` and `sinks` narrow what a token sees (attention.py), `rope_scaling` stretches the positions (positional.py),
+  `n_expert` makes every `moe_every`-th feed-forward a mixture of experts (moe.py).
 
 `token_logprobs` is the one place where log π(token) is computed, for pretraining, SFT and every RL stage:
 shift, gather, temperature. It asks the model for the log-probabilities of given targets instead of logits, so
 that a large vocabulary never holds a (B, T, V) tensor in fp32, and a DDP-wrapped model still sees a plain forward.
 
-A checkpoint is a directory: `config.json` and `model.safetensors` in Hugging Face's names, so `transformers` opens
-what we save and we open Qwen3 and GPT-2 as published. A config that neither can express is saved the same way
-under our own `model_type`.
+A checkpoint is a directory: `config.json` and `model.safetensors`, one or in shards, in Hugging Face's names. GPT-2,
+Llama, Qwen2, Qwen3, Mistral, Mixtral and Qwen3-MoE open here as published, also by hub name, and what we save
+`transformers` opens as whichever of them computes the same; a config that none of them can express is saved alike under
+our own `model_type`. `from_gguf` opens llama.cpp's files.
 
 Letters: B batch, T time, S key time, C width, H heads, G key/value heads, D head width, V vocabulary.
 Run it: `python transformer.py` checks the cache, the parameter count and the loss at birth.
@@ -43,11 +47,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from attention import Attention, KVCache, padding_mask
+from attention import Attention, KVCache, RollingKVCache, padding_mask
+from moe import MoE
 from norms import LayerNorm, RMSNorm
 from positional import (
     LearnedPositions,
     interleaved_to_half,
+    rope_attention_factor,
     rope_cos_sin,
     rope_frequencies,
     sinusoidal_positions,
@@ -155,6 +161,10 @@ class TransformerConfig:
             raise CheckpointError(f"RoPE rotates pairs, but head_dim is {self.resolved().head_dim}; it must be even")
         if self.rope_scaling is not None and (self.positions != "rope" or not isinstance(self.rope_scaling, dict)):
             raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}; it takes a dict, and positions of rope")
+        try:
+            rope_frequencies(4, self.rope_theta, self.rope_scaling, self.context)
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}: {error}") from None
         if self.sinks and self.window is None:
             raise CheckpointError(f"sinks is {self.sinks}, but without a window every token is visible anyway")
         if self.n_expert and self.n_expert_active > self.n_expert:
@@ -212,13 +222,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention moves information between tokens, the feed-forward works on each; both add to the stream."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        c = config
-        self.attn = Attention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, c.qk_norm, c.norm_eps)
+        c, heads = config, (config.n_head, config.n_kv_head, config.head_dim)
+        self.attn = Attention(c.width, *heads, c.qkv_bias, c.qk_norm, c.norm_eps, window=c.window, sinks=c.sinks)
         if c.bias != c.qkv_bias:
             self.attn.wo = nn.Linear(c.n_head * c.head_dim, c.width, bias=c.bias)
-        self.ffn = FeedForward(config)
+        mixture = c.n_expert > 0 and (layer + 1) % c.moe_every == 0
+        self.ffn = MoE(config) if mixture else FeedForward(config)
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         if c.norm_placement == "sandwich":
             self.norm1_out, self.norm2_out = make_norm(config), make_norm(config)
@@ -239,21 +250,23 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config = config.resolved()
-        for name in ("window", "rope_scaling", "n_expert"):
-            if getattr(config, name):
-                raise CheckpointError(f"{name} is not built in yet")
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.learned = LearnedPositions(config.context, config.width) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.Identity() if config.norm_placement == "post" else make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         if config.positions == "rope":  # tables, not weights: made from the config, never saved
-            frequencies = rope_frequencies(config.head_dim, config.rope_theta)
-            cos, sin = rope_cos_sin(torch.arange(config.context), frequencies)  # (context, D) each
+            cos, sin = self.rope_at(torch.arange(config.context))  # (context, D) each
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         self.init_weights()
+
+    def rope_at(self, positions):
+        """cos and sin of any positions, in the table or beyond it: (..., T) -> (..., T, D) each."""
+        c = self.config
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, c.context)  # (D/2,)
+        return rope_cos_sin(positions, frequencies, rope_attention_factor(c.rope_scaling, c.context))
 
     def init_weights(self):
         """N(0, 0.02²) everywhere, divided by √(2 n_layer) where a branch writes into the residual stream."""
@@ -267,17 +280,20 @@ class Transformer(nn.Module):
     def forward(self, tokens, positions=None, mask=None, cache=None, *, targets=None, temperature=1.0, last_only=False):
         """tokens (B, T) -> logits (B, T, V).
 
-        positions: (T,) or (B, T), default 0 … T−1, or behind what the cache holds.
+        positions: (T,) or (B, T), default 0 … T−1, or behind what the cache holds. By default they must be within
+            the context, unless a window with RoPE makes the model blind to how far the text has come.
         mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
-            (B, T, S) or (B, 1, T, S) is final: it must be causal already (see attention.document_mask).
-        cache: a KVCache, which this call fills and moves on.
+            (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
+        cache: from make_cache, which this call fills and moves on.
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
         last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
         """
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
+        beyond = False
         if positions is None:
-            if start + T > self.config.context:
+            beyond = start + T > self.config.context
+            if beyond and (self.config.window is None or self.config.positions != "rope"):
                 raise ValueError(f"{start + T} tokens do not fit the model's context of {self.config.context}")
             positions = torch.arange(start, start + T, device=tokens.device)
         if mask is not None:
@@ -289,7 +305,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens)  # (B, T, C)
         rope = None
         if self.config.positions == "rope":
-            rope = (self.rope_cos[positions], self.rope_sin[positions])  # (T, D) or (B, T, D) each
+            table = self.rope_cos, self.rope_sin
+            rope = self.rope_at(positions) if beyond else [x[positions] for x in table]  # (T, D) or (B, T, D) each
         elif self.config.positions == "learned":
             x = x + self.learned(positions)
         elif self.config.positions == "sinusoidal":  # §3.4 and 3.5 of Vaswani et al.: scale, then add
@@ -306,23 +323,30 @@ class Transformer(nn.Module):
         return _target_logprobs(x, output, targets, temperature)  # (B, T)
 
     def make_cache(self, batch, max_len):
-        """An empty KVCache for `batch` rows of up to `max_len` tokens, in the dtype the model runs in."""
+        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype the model runs in; with a window it
+        keeps no more than the model can see, and `max_len` is no limit."""
         c, like = self.config, self.embed.weight
         dtype = like.dtype
         if torch.is_autocast_enabled(like.device.type):
             dtype = torch.get_autocast_dtype(like.device.type)
+        if c.window is not None and c.window + c.sinks < max_len:
+            return RollingKVCache(c.n_layer, batch, c.n_kv_head, c.window, c.head_dim, dtype, like.device, c.sinks)
         return KVCache(c.n_layer, batch, c.n_kv_head, max_len, c.head_dim, dtype, like.device)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
 
     def flops_per_token(self, T):
-        """Of one training step per token: 6 per matrix weight (2 forward, 4 backward), and attention's two T x D
-        products per head, causal ones halved (PaLM, arXiv:2204.02311, Appendix B)."""
+        """Of one training step per token: 6 per matrix weight (2 forward, 4 backward), of the experts only the active
+        ones; and attention's two T x D products per head, for the keys that a query sees on average (PaLM,
+        arXiv:2204.02311, Appendix B)."""
         c = self.config
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "learned" not in n)
+        experts = sum(p.numel() for p in self.parameters() if p.dim() == 3)  # (E, inner, C) each
+        matrices += experts * c.n_expert_active // max(c.n_expert, 1)
         matrices -= 0 if c.tie_embeddings else c.vocab_size * c.width  # looking an embedding up is no product
-        return 6 * matrices + 6 * c.n_layer * c.n_head * c.head_dim * T
+        window = min(c.window or T, T)
+        return 6 * matrices + 12 * c.n_layer * c.n_head * c.head_dim * (window - window**2 / (2 * T))
 
     def save_pretrained(self, path):
         """Write config.json and model.safetensors in Hugging Face's layout, each under a temporary name first."""
@@ -364,7 +388,6 @@ class Transformer(nn.Module):
         Raises CheckpointError."""
         metadata, tensors = read_gguf(path)
         config = gguf_config(metadata, tensors, path)
-        names = GGUF_NAMES
         shapes = {name: shape for name, (shape, _) in tensors.items()}
 
         def get(name):
@@ -374,7 +397,7 @@ class Transformer(nn.Module):
                 return interleaved_to_half(tensor, heads)
             return tensor
 
-        return fill(replace(config, dropout=dropout), names, shapes, get, path), metadata
+        return fill(replace(config, dropout=dropout), GGUF_NAMES, shapes, get, path), metadata
 
 
 def _target_logprobs(x, output, targets, temperature, chunk_numbers=2**24):
@@ -739,7 +762,7 @@ def _qwen_window(hf, kind):
     kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
     if len(set(kinds)) > 1:
         raise CheckpointError("use_sliding_window is not supported in some blocks only")
-    return hf["sliding_window"] if kinds[0] == "sliding_attention" else None
+    return hf["sliding_window"] if "sliding_attention" in kinds else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -802,7 +825,7 @@ def gguf_config(metadata, tensors, path):
     if scaling != "none" or "rope_freqs.weight" in tensors or metadata.get(f"{kind}.expert_count"):
         what = "mixtures of experts" if metadata.get(f"{kind}.expert_count") else "RoPE scaling"
         raise CheckpointError(f"{path}: {what} in a GGUF file is not supported; use the safetensors checkpoint")
-    values = {f: v for f, v in LAYOUTS[kind].means.items()}
+    values = dict(LAYOUTS[kind].means)
     try:
         values |= {ours: metadata[f"{kind}.{theirs}"] for ours, theirs in GGUF_KEYS.items()}
         values["vocab_size"] = tensors["token_embd.weight"][0][0]
@@ -823,26 +846,67 @@ def gguf_config(metadata, tensors, path):
 
 
 def gguf_tokenizer(metadata, path):
-    """The byte-level BPE that a GGUF file brings, with its chat template as `.chat_template`."""
+    """The byte-level BPE that a GGUF file brings. Its encode_chat writes what the file's chat template would, a default
+    system turn included; .chat_template is that template, or None if there is none. Raises TokenizerError."""
     from tokenizer_bpe import CHAR_TO_BYTE, GPT2_PATTERN, PATTERN, SMOLLM_PATTERN, BPETokenizer, TokenizerError
+
+    class GGUFTokenizer(BPETokenizer):
+        chat_template = default_system = None
+
+        def encode_chat(self, messages, add_generation_prompt=False):
+            first = messages[0].get("role") if messages and isinstance(messages[0], dict) else None
+            if self.default_system is not None and first not in (None, "system"):
+                messages = [{"role": "system", "content": self.default_system}, *messages]
+            return super().encode_chat(messages, add_generation_prompt)
+
+    def unshow(token):
+        return bytes(CHAR_TO_BYTE[c] for c in token)
 
     patterns = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN, "qwen2": PATTERN}
     kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind != "gpt2" or split not in patterns:
         known = f"gpt2 with a split of {', '.join(patterns)}"
         raise TokenizerError(f"{path}: a {kind} tokenizer with the split {split!r} is not known here; known: {known}")
-
-    def unshow(token):
-        return bytes(CHAR_TO_BYTE[c] for c in token)
-
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    special = {name: i for i, (name, t) in enumerate(zip(tokens, types, strict=True)) if t in (3, 4)}  # control, user's
-    vocab = {i: unshow(name) for i, (name, t) in enumerate(zip(tokens, types, strict=True)) if t == 1}
-    merges = [tuple(map(unshow, pair.split(" "))) for pair in metadata["tokenizer.ggml.merges"]]
-    eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
-    tokenizer = BPETokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
+        vocab = {i: unshow(token) for i, (token, kind) in enumerate(kinds) if kind == 1}
+        special = {token: i for i, (token, kind) in enumerate(kinds) if kind in (3, 4)}  # control tokens, user's own
+        merges = [tuple(unshow(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
+        eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
+        tokenizer = GGUFTokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{path}: the tokenizer is corrupt: {error}") from None
+    if "tokenizer.chat_template" in metadata:
+        tokenizer.chat_template = metadata["tokenizer.chat_template"]
+        tokenizer.default_system = _default_system(tokenizer, path)
     return tokenizer
+
+
+def _default_system(tokenizer, path):
+    """What the chat template lets the system say when nobody asked it to; None if nothing. Raises TokenizerError on a
+    template that is not ChatML, which encode_chat writes: a model asked in a strange frame answers strangely."""
+    from tokenizer_bpe import TokenizerError
+
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise TokenizerError(f"to read the chat template of {path}: pip install jinja2") from None
+    turns = [{"role": role, "content": f"the {role}'s words"} for role in ("system", "user", "assistant", "user")]
+    try:
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # the file may come from anywhere
+        template = sandbox.from_string(tokenizer.chat_template)
+        for messages in (turns[1:2], turns[:2], turns[1:], turns):  # the first time, find it; then, see if it is all
+            text = template.render(messages=messages, add_generation_prompt=True)
+            if messages == turns[1:2]:
+                found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n<\|im_start\|>user", text, re.DOTALL)
+                tokenizer.default_system = found and found[1]
+            if text != tokenizer.decode(tokenizer.encode_chat(messages, True)[0]):
+                raise TokenizerError(f"{path}: its chat template is not ChatML, the only one that is known here")
+    except TemplateError as error:
+        raise TokenizerError(f"{path}: its chat template does not work: {error}") from None
+    return tokenizer.default_system
 
 
 def main():

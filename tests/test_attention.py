@@ -11,14 +11,20 @@ from hypothesis import strategies as st
 from attention import (
     Attention,
     KVCache,
+    RollingKVCache,
+    attention_entropy,
+    attention_weights,
+    banded_attention,
     causal_mask,
     document_mask,
     fast_attention,
+    final_mask,
     naive_attention,
     padding_mask,
+    window_mask,
     worked_example,
 )
-from positional import rope_cos_sin, rope_frequencies
+from positional import apply_rope, rope_cos_sin, rope_frequencies
 
 B, T, S, D = 2, 5, 7, 4  # pairwise distinct, so that a swapped axis cannot pass
 HEADS = [(6, 6), (6, 3), (6, 2), (6, 1)]  # (H, G): multi-head, grouped, grouped, multi-query
@@ -60,9 +66,14 @@ def test_naive_is_the_formula(H, G):
 
 
 def test_worked_example():
-    out, weights = worked_example()
-    torch.testing.assert_close(weights[0, 0, 2], torch.tensor([0.2483, 0.2483, 0.5035]), atol=5e-5, rtol=0)
-    torch.testing.assert_close(out[0, 0, :, 0], torch.tensor([10.0, 16.6976, 22.5525]), atol=5e-4, rtol=0)
+    outputs, rows = worked_example()
+    assert rows[2] == pytest.approx([0.2483, 0.2483, 0.5035], abs=5e-5)
+    assert outputs == pytest.approx([10.0, 16.6976, 22.5525], abs=5e-4)
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)[None, None]
+    v = torch.tensor([[10.0], [20.0], [30.0]], dtype=torch.float64)[None, None]
+    out, weights = naive_attention(q, q, v, causal_mask(3, 3))
+    torch.testing.assert_close(out.flatten(), torch.tensor(outputs, dtype=torch.float64))
+    torch.testing.assert_close(weights[0, 0], torch.tensor(rows, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("H", "G"), HEADS)
@@ -112,8 +123,69 @@ def test_document_mask():
     assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
-def layer(G=2, qk_norm=True):
-    return Attention(12, 6, G, D, bias=True, qk_norm=qk_norm).double()
+def sight(m, n, window, sinks):
+    """Whether the query at position m sees the key at n, as the paper of each says it."""
+    return 0 <= n <= m and (m - n < window or n < sinks)
+
+
+def test_window_mask():
+    assert window_mask(5, 5, 2)[:, :].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+    assert window_mask(2, 5, 2, sinks=1).int().tolist() == [[1, 0, 1, 1, 0], [1, 0, 0, 1, 1]]
+    for window in (1, 2, 4, 9):
+        for sinks in (0, 1, 3):
+            expected = [[sight(m, n, window, sinks) for n in range(7)] for m in range(7)]
+            assert window_mask(7, 7, window, sinks).tolist() == expected
+            causal = causal_mask(3, 7)
+            assert torch.equal(window_mask(3, 7, window, sinks), torch.tensor(expected[4:]))
+            assert torch.equal(window_mask(3, 7, window, sinks, causal), torch.tensor(expected[4:]))
+
+
+def test_window_mask_counts_real_tokens_of_ones_own_document():
+    real = torch.tensor([[False, False, True, True, True, True]])
+    mask = window_mask(6, 6, 2, 1, padding_mask(real, 6))[0, 0].int().tolist()
+    assert mask[5] == [0, 0, 1, 0, 1, 1]  # the sink is the first real token
+    assert mask[0] == [1, 0, 0, 0, 0, 0]  # a pad sees itself
+    mask = window_mask(6, 6, 2, 1, document_mask(torch.tensor([[0, 0, 1, 1, 1, 1]])))[0, 0].int().tolist()
+    assert mask[5] == [0, 0, 1, 0, 1, 1]  # the sink is the document's first token
+    assert mask[1] == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 2), (70, 1)])
+@pytest.mark.parametrize(("t", "s"), [(151, 151), (140, 151), (1, 151)])  # two bands and a rest, with a cache, decoding
+def test_windowed_paths_equal_naive_forward_and_backward(window, sinks, t, s):
+    q, k, v = random(1, 6, t, D, grad=True), random(1, 2, s, D, grad=True), random(1, 2, s, D, grad=True)
+    mask = torch.tensor([[sight(m, n, window, sinks) for n in range(s)] for m in range(s - t, s)])
+    naive, _ = naive_attention(q, k, v, mask)
+    up = random(*naive.shape)
+    expected = torch.autograd.grad(naive, (q, k, v), up)
+    outs = [fast_attention(q, k, v, None, window, sinks), banded_attention(q, k, v, window, sinks)]
+    outs += [fast_attention(q, k, v, causal_mask(t, s)[None, None], window, sinks)]
+    outs += [naive_attention(q, k, v, final_mask(q, k, None, window, sinks))[0]]
+    for out in outs:
+        torch.testing.assert_close(out, naive, atol=1e-12, rtol=0)
+        for a, b in zip(torch.autograd.grad(out, (q, k, v), up), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_window_equals_flex_attention():
+    """An implementation with no line in common: torch's FlexAttention, uncompiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    window, sinks, n = 5, 2, 40
+    q, k, v = random(1, 6, n, 16), random(1, 2, n, 16), random(1, 2, n, 16)
+    block = create_block_mask(lambda b, h, i, j: (i >= j) & ((i - j < window) | (j < sinks)), 1, 1, n, n, device="cpu")
+    theirs = flex_attention(q, k, v, block_mask=block, enable_gqa=True)
+    torch.testing.assert_close(fast_attention(q, k, v, None, window, sinks), theirs, atol=1e-6, rtol=0)
+
+
+def layer(G=2, qk_norm=True, **window):
+    return Attention(12, 6, G, D, bias=True, qk_norm=qk_norm, **window).double()
 
 
 def rope(positions):
@@ -171,19 +243,134 @@ def test_left_padding_changes_nothing_for_real_tokens():
     torch.testing.assert_close(out[:, pads:], attn(x, rope(torch.arange(T))), atol=1e-12, rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.sampled_from([1, 2, 3, 6]))
-def test_any_split_into_cached_calls_equals_one_pass(chunks, G):
+def one_pass(attn, x, real, window, sinks):
+    """The whole layer at once, each row alone and without its pads: what every cache must reproduce."""
+    out = torch.zeros_like(x)
+    for b in range(len(x)):
+        row = x[b : b + 1, real[b]]
+        n = row.shape[1]
+        if n == 0:
+            continue
+
+        def heads(linear, norm=None, row=row, n=n):
+            y = linear(row).view(1, n, -1, D)
+            return (y if norm is None else norm(y)).transpose(1, 2)
+
+        turn = rope(torch.arange(n))
+        q, k = apply_rope(heads(attn.wq, attn.q_norm), *turn), apply_rope(heads(attn.wk, attn.k_norm), *turn)
+        mask = torch.tensor([[sight(i, j, window, sinks) for j in range(n)] for i in range(n)])
+        mixed = F.scaled_dot_product_attention(q, k, heads(attn.wv), mask, enable_gqa=True)
+        out[b, real[b]] = attn.wo(mixed.transpose(1, 2).reshape(n, -1))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "sinks", "rolling", "rolling sinks"])
+@settings(max_examples=40, deadline=None)
+@given(
+    chunks=st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    pads=st.none() | st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    window=st.integers(1, 5),
+    sinks=st.integers(1, 3),
+    G=st.sampled_from([1, 2, 6]),
+)
+def test_any_split_into_cached_calls_equals_one_pass(kind, chunks, pads, window, sinks, G):
     torch.manual_seed(1)
     n = sum(chunks)
-    attn, x = layer(G), random(B, n, 12)
-    whole, cache, start, parts = attn(x, rope(torch.arange(n))), KVCache(1, B, G, n, D, torch.float64), 0, []
-    for size in chunks:
-        at = torch.arange(start, start + size)
-        parts.append(attn(x[:, start : start + size], rope(at), cache=cache))
-        cache.length += size
-        start += size
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
+    window = 10**6 if kind == "full" else window
+    sinks = sinks if "sinks" in kind else 0
+    attn, x = layer(G, **({} if kind == "full" else {"window": window, "sinks": sinks})), random(B, n, 12)
+    real = torch.arange(n) >= torch.tensor(pads or (0, 0))[:, None]  # left padding; a row may be pads alone
+    position = (real.cumsum(1) - 1).clamp(min=0)
+    if "rolling" in kind:
+        cache = RollingKVCache(1, B, G, window, D, torch.float64, sinks=sinks)
+    else:
+        cache = KVCache(1, B, G, n, D, torch.float64)
+    parts, start = [], 0
+    with torch.no_grad():
+        for size in chunks:
+            end = start + size
+            mask = padding_mask(real[:, :end], size) if pads else None
+            parts.append(attn(x[:, start:end], rope(position[:, start:end]), mask, cache))
+            cache.length += size
+            start = end
+        got = torch.cat(parts, 1)
+        assert got.isfinite().all()
+        expected = one_pass(attn, x, real, window, sinks)
+        torch.testing.assert_close(got[real], expected[real], atol=1e-11, rtol=0)
+        whole = attn(x, rope(position), padding_mask(real, n) if pads else None)
+        torch.testing.assert_close(whole[real], expected[real], atol=1e-11, rtol=0)
+
+
+def test_rolling_cache_repeat_and_keep():
+    attn, x = layer(window=3, sinks=1), random(2, 9, 12)
+    real = torch.arange(9) >= torch.tensor([[0], [2]])
+    position = (real.cumsum(1) - 1).clamp(min=0)
+    whole = attn(x, rope(position), padding_mask(real, 9))
+    cache = RollingKVCache(1, 2, 2, 3, D, torch.float64, sinks=1)
+    with torch.no_grad():
+        attn(x[:, :5], rope(position[:, :5]), padding_mask(real[:, :5], 5), cache)
+        cache.length += 5
+        cache = cache.repeat(3, 100)
+        assert (cache.length, cache.window, cache.sinks) == (5, 3, 1)
+        rows = torch.tensor([0, 1, 5])  # of prompts 0, 0 and 1
+        cache.keep(rows)
+        which = rows // 3
+        for t in range(5, 9):
+            mask = padding_mask(real[which, : t + 1], 1)
+            out = attn(x[which, t : t + 1], rope(position[which, t : t + 1]), mask, cache)
+            cache.length += 1
+            torch.testing.assert_close(out[:, 0], whole[which, t], atol=1e-12, rtol=0)
+
+
+def test_rolling_cache_does_not_grow():
+    attn, cache = layer(window=4, sinks=2), RollingKVCache(1, 1, 2, 4, D, torch.float64, sinks=2)
+    before = cache.keys[0].data_ptr(), cache.keys[0].shape
+    x = random(1, 400, 12)
+    with torch.no_grad():
+        for t in range(400):
+            out = attn(x[:, t : t + 1], rope(torch.tensor([t])), None, cache)
+            cache.length += 1
+    assert (cache.keys[0].data_ptr(), cache.keys[0].shape) == before == (before[0], (1, 2, 6, D))
+    torch.testing.assert_close(out[:, 0], attn(x, rope(torch.arange(400)))[:, -1], atol=1e-12, rtol=0)
+
+
+def test_gradients_flow_through_a_windowed_layer():
+    attn, x = layer(window=2, sinks=1), random(1, 4, 12, grad=True)
+    assert torch.autograd.gradcheck(lambda x: attn(x, rope(torch.arange(4))), (x,))
+
+
+@pytest.mark.parametrize("window", [{}, {"window": 3, "sinks": 1}])
+def test_attention_weights_are_those_that_made_the_output(window):
+    model = torch.nn.Sequential(layer(**window), layer(**window))
+    x, n = random(B, 9, 12), 9
+    first, second = attention_weights(model, x)
+    assert first.shape == second.shape == (B, 6, n, n)
+    torch.testing.assert_close(first.sum(-1), torch.ones(B, 6, n, dtype=torch.float64))
+    seen = [[sight(i, j, window.get("window", n), window.get("sinks", 0)) for j in range(n)] for i in range(n)]
+    assert torch.equal(first > 0, torch.tensor(seen).expand(B, 6, n, n))
+    values = model[0].wv(x).view(B, n, 2, D).repeat_interleave(3, dim=2)  # (B, S, H, D)
+    mixed = torch.einsum("bhts,bshd->bthd", first, values).reshape(B, n, -1)
+    torch.testing.assert_close(model[0].wo(mixed), model[0](x), atol=1e-12, rtol=0)
+    assert model[0].record is None  # switched off again
+
+
+def test_attention_weights_in_a_cached_call():
+    attn, x = layer(window=3, sinks=1), random(1, 6, 12)
+    cache = KVCache(1, 1, 2, 6, D, torch.float64)
+    attn(x[:, :5], None, None, cache)
+    cache.length = 5
+    (weights,) = attention_weights(attn, x[:, 5:], None, None, cache)
+    (whole,) = attention_weights(attn, x)
+    torch.testing.assert_close(weights[:, :, 0], whole[:, :, 5], atol=1e-12, rtol=0)
+
+
+def test_entropy():
+    even, one = torch.full((2, 8), 1 / 8), torch.eye(8)[:2]
+    torch.testing.assert_close(attention_entropy(even), torch.full((2,), math.log(8)))
+    assert attention_entropy(one).tolist() == [0.0, 0.0]
+    weights = torch.rand(3, 5, dtype=torch.float64).softmax(-1)
+    expected = [-sum(w * math.log(w) for w in row) for row in weights.tolist()]
+    assert attention_entropy(weights).tolist() == pytest.approx(expected)
 
 
 def test_cache_repeat_and_keep():
@@ -208,3 +395,11 @@ def test_errors():
         cache.update(0, torch.zeros(1, 1, 3, D), torch.zeros(1, 1, 3, D))
     with pytest.raises(ValueError, match="6 query heads cannot share 4"):
         Attention(12, 6, 4, D)
+    with pytest.raises(ValueError, match="a window of 0 tokens"):
+        Attention(12, 6, 2, D, window=0)
+    with pytest.raises(ValueError, match="sinks is 2"):
+        Attention(12, 6, 2, D, sinks=2)
+    with pytest.raises(ValueError, match="sinks is -1"):
+        Attention(12, 6, 2, D, window=4, sinks=-1)
+    with pytest.raises(ValueError, match="keeps 0 sinks and a window of 4, the layer sees 1 and 4"):
+        layer(window=4, sinks=1)(random(1, 1, 12), cache=RollingKVCache(1, 1, 2, 4, D, torch.float64))

@@ -8,12 +8,15 @@ import builtins
 import collections
 import contextlib
 import csv
+import gzip
 import io
 import json
 import math
 import os
 import random
 import re
+import sys
+import types
 import urllib.error
 from decimal import Decimal
 from pathlib import Path
@@ -30,6 +33,7 @@ from data import (
     extract_answer,
     load_pairs,
     load_problems,
+    load_sentiment,
     load_text,
     same_answer,
     word_problems,
@@ -857,6 +861,146 @@ def test_real_pairs(name, total):
 
 
 # Token streams.
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sentiment.
+
+
+def test_generated_reviews():
+    parts = {split: load_sentiment("sentiment", split) for split in data.SPLITS}
+    assert [len(part) for part in parts.values()] == [8000, 1000, 1000]
+    for split, part in parts.items():
+        assert all(data.split_of(r.text) == split for r in part)
+        assert len({r.text for r in part}) == len(part)
+        assert 0.45 < np.mean([r.label for r in part]) < 0.55
+        assert not any("{" in r.text or "}" in r.text for r in part)
+    assert data.sentiment_reviews("valid", 50) == parts["valid"][:50]
+    assert data.sentiment_reviews("valid", 50, seed=1) != parts["valid"][:50]
+
+
+def test_the_label_of_a_generated_review_is_what_its_verdicts_say():
+    """Read by a list of its own: for each kind of sentence, which word decides and whether it is turned round."""
+    praise, blame = set(data.REVIEW_WORDS["praise"]), set(data.REVIEW_WORDS["blame"])
+    readings = [
+        (r"the \w+ is not (\w+) , it is (\w+) \.", 2, True),
+        (r"one (\w+) \w+ does not save a film as (\w+) as this one \.", 2, True),
+        (r"the \w+ may be (\w+) ; what stays is the (\w+) \w+ \.", 2, True),
+        (r"the \w+ is (\w+) , even if the \w+ is (\w+) \.", 1, True),
+        (r"although the \w+ is (\w+) , the \w+ is (\w+) \.", 2, True),
+        (r"i had heard that the \w+ is (\w+) , but it is (\w+) \.", 2, True),
+        (r"my \w+ finds the \w+ (\w+) , i do not \.", 1, False),
+        (r"nobody could call the \w+ (\w+) \.", 1, False),
+        (r"the \w+ is anything but (\w+) \.", 1, False),
+        (r"the \w+ is not (\w+) \.", 1, False),
+        (r"i find the \w+ (\w+) \.", 1, True),
+        (r"the \w+ is (\w+) \.", 1, True),
+    ]
+    kinds = collections.Counter()
+    for review in load_sentiment("sentiment", "valid"):
+        text, found = review.text, []
+        for pattern, group, straight in readings:
+            for match in re.finditer(pattern, text):
+                word = match[group]
+                assert word in praise | blame
+                found.append((word in praise) == straight)
+                kinds[pattern] += 1
+            text = re.sub(pattern, "", text)
+        assert found, review
+        assert set(found) == {bool(review.label)}, review
+        assert not (praise | blame) & set(text.split()), review
+    assert len(kinds) == len(readings)
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl", "a.json", "a.tsv.gz", "a.jsonl.gz"])
+def test_reviews_of_a_file(tmp_path, name):
+    reviews = [(f'review {i} with "quotes, and commas"', i % 2) for i in range(60)]
+    kind = name.split(".")[1]
+    if kind == "tsv":
+        text = "text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in reviews)
+    elif kind == "csv":
+        file = io.StringIO()
+        csv.writer(file).writerows([("label", "text"), *((("negative", "positive")[n], t) for t, n in reviews)])
+        text = file.getvalue()
+    else:
+        rows = [json.dumps({"text": t, "label": label, "id": "x"}) for t, label in reviews]
+        text = "\n".join(rows) if kind == "jsonl" else f"[{','.join(rows)}]"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    parts = {split: load_sentiment(path, split) for split in data.SPLITS}
+    assert sorted(r for part in parts.values() for r in part) == sorted(reviews)
+    assert all(data.split_of(r.text) == split for split, part in parts.items() for r in part)
+
+
+def test_bad_reviews_name_their_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = "".join(json.dumps({"text": f"text {i}", "label": i % 2}) + "\n" for i in range(40))
+    for line, message in [
+        ({"text": "x", "label": 2}, "line 41: 'label' must be 1 or 0, positive or negative, not 2"),
+        ({"text": "x"}, "line 41: 'label' must be"),
+        ({"label": 1}, "line 41: the key 'text' is missing"),
+        ({"text": 5, "label": 1}, "line 41: 'text' must be text"),
+    ]:
+        path.write_text(good + json.dumps(line))
+        with pytest.raises(DataError, match=message):
+            load_sentiment(path)
+    path.write_text(good.replace('"label": 0', '"label": 1'))
+    with pytest.raises(DataError, match="the split train needs texts of both labels"):
+        load_sentiment(path)
+    (tmp_path / "b.tsv.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"cannot read .*Not a gzipped file"):
+        load_sentiment(tmp_path / "b.tsv.gz")
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(good.encode())[:60])
+    with pytest.raises(DataError, match=r"cannot read .*ended before"):
+        load_sentiment(tmp_path / "b.tsv.gz")
+    with pytest.raises(DataError, match="unknown split"):
+        load_sentiment("sentiment", "dev")
+
+
+def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    rows = [{"text": f"film {i}<br />end", "label": i % 2} for i in range(50)]
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    parts = {split: load_sentiment("imdb", split) for split in data.SPLITS}
+    assert asked == [("stanfordnlp/imdb", part) for part in ("train", "train", "test")]
+    assert len(parts["train"]) + len(parts["valid"]) == len(parts["test"]) == 50
+    assert not set(parts["train"]) & set(parts["valid"])
+    assert parts["test"][0] == ("film 0\nend", 0)
+
+    def fail(name, split):
+        raise ConnectionError("no network\nhere")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
+    with pytest.raises(DataError, match=r"the download failed \(ConnectionError: no network here\)"):
+        load_sentiment("imdb")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="no package to download it: pip install"):
+        load_sentiment("imdb")
+    (tmp_path / "sentiment").mkdir()
+    lines = "".join(json.dumps({"text": f"mine {i}", "label": i % 2}) + "\n" for i in range(9))
+    (tmp_path / "sentiment/imdb_test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert len(load_sentiment("imdb", "test")) == 9
+    with pytest.raises(DataError, match=r"polarity: no .*this dataset has no automatic download"):
+        load_sentiment("polarity")
+
+
+@pytest.mark.skipif(not (REAL / "sentiment").is_dir(), reason="no sentiment/ in $ALIGN_DATA")
+@pytest.mark.parametrize(("name", "train", "test"), [("polarity", 9596, 1066), ("reviews", 1800, 200)])
+def test_real_sentiment(name, train, test):
+    parts = {split: load_sentiment(name, split) for split in data.SPLITS}
+    assert len(parts["train"]) + len(parts["valid"]) == train
+    assert 0.09 * train < len(parts["valid"]) < 0.12 * train
+    assert len(parts["test"]) == test
+    assert sum(r.label for r in parts["test"]) * 2 == test
+    texts = [{r.text for r in part} for part in parts.values()]
+    assert not texts[0] & texts[1]
+    assert not (texts[0] | texts[1]) & texts[2]
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])

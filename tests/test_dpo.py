@@ -90,6 +90,13 @@ def test_loss_and_gradient_against_a_loop(variant, smoothing):
         assert b.abs().max() > 0
 
 
+def test_the_chosen_answers_own_loss_is_added_per_token():
+    logps, lengths = numbers()
+    loss, _ = dpo_loss(*logps, 0.3, chosen_lengths=lengths[0], nll=0.4)
+    own = sum(-logp / n for logp, n in zip(logps[0], lengths[0], strict=True)) / 7
+    torch.testing.assert_close(loss, dpo_loss(*logps, 0.3)[0] + 0.4 * own, check_dtype=False)
+
+
 def test_gradient_in_closed_form():
     logps, _ = numbers()
     chosen, rejected = torch.autograd.grad(dpo_loss(*logps, 0.3)[0], logps[:2])
@@ -181,8 +188,8 @@ def test_sampled_pairs(tokenizer, monkeypatch):
     """A verifier that likes texts of even length; the chunks come out the same however many ranks share them."""
     monkeypatch.setattr(dpo, "is_correct", lambda text, problem: len(text) % 2 == 0)
     raw, problems = tiny(tokenizer), load_problems("word", "train", 130)
-    settings = config(pairs="sampled", rollouts=6, max_new_tokens=60, pairs_per_prompt=2)
-    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, pretrain.setup("cpu"), seed=3)
+    settings = config(pairs="sampled", rollouts=6, max_new_tokens=60)
+    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, pretrain.setup("cpu"), seed=3, most=2)
     assert 0.2 < share < 0.8
     assert len(pairs) > 20
     prompts = [encode_prompt(tokenizer, p) for p in problems]
@@ -203,7 +210,7 @@ def test_sampled_pairs(tokenizer, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, mine: parts.append(mine) or out.clear())
     for rank in (0, 1):
         with pytest.raises(KeyError):  # this fake gathers nothing
-            dpo.sample_pairs(raw, tokenizer, problems, settings, Rank(rank, 2, torch.device("cpu")), seed=3)
+            dpo.sample_pairs(raw, tokenizer, problems, settings, Rank(rank, 2, torch.device("cpu")), seed=3, most=2)
     assert sorted(parts[0]) == [0, 2]
     assert sorted(parts[1]) == [1]
     both = parts[0] | parts[1]
@@ -294,6 +301,29 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "make_pairs", None)  # pairs and reference are read again, not made again
         dpo.main(config(name="parts", resume=True, **changes))
+    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+
+
+def test_lora_trains_and_resumes(here, monkeypatch):
+    changes = dict(lora=dpo.LoraConfig(rank=2), lr=1e-2, nll=0.1)
+    result = dpo.main(config(name="whole", **changes))
+    assert result["after"]["pairs"]["loss"] < result["before"]["pairs"]["loss"]
+    assert open_checkpoint("runs/whole/last")[0].state_dict().keys() == open_checkpoint("start")[0].state_dict().keys()
+
+    class StopAt2:
+        def __init__(self, dist):
+            self.asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "Interrupt", StopAt2)
+        with pytest.raises(SystemExit):
+            dpo.main(config(name="parts", **changes))
+    dpo.main(config(name="parts", resume=True, **changes))
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
     assert_same_weights("runs/whole/last", "runs/parts/last")
 

@@ -1,22 +1,27 @@
-"""grpo.py: advantages and loss against plain loops, the invariances of a step, and a real run whose accuracy must
-rise."""
+"""grpo.py: rewards, advantages and loss against plain loops, its estimators against exact expectations, the invariances
+of a step (micro-batches, ranks, resuming), and runs whose reward must rise."""
 
+import copy
+import json
 import math
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, script
+from conftest import ROOT, assert_same_weights, metrics, script
 
 import grpo
 import pretrain
 from data import Problem, load_problems
-from generate import ConfigError, generate
-from grpo import Config, completion_logprobs, group_advantages, grpo_loss, pack, rewards
+from generate import ConfigError, generate, run
+from grpo import Config, completion_logprobs, group_advantages, grpo_loss, kl_estimate, pack, score
+from lora import LoraConfig
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", steps=3, prompts=4, rollouts=4, max_new_tokens=6, warmup=1, eval_every=2, eval_problems=3)
-SMALL |= dict(test_problems=4, sample_every=2, micro_batch=16, lr=1e-3, device="cpu", format_weight=0.5)
+SMALL |= dict(test_problems=4, pass_problems=2, pass_samples=2, sample_every=2, micro_batch=16, lr=1e-3, device="cpu")
+SMALL |= dict(format_weight=0.5, optimizer="adamw")
 
 
 def config(**changes):
@@ -25,22 +30,90 @@ def config(**changes):
 
 # ------------------------------------------------------------------------------------------------ rewards
 
+SEVEN = Problem("q", "3 + 4 = 7\n#### 7", "7", 1, "x")
+
 
 @pytest.mark.parametrize(
-    ("text", "ended", "correct", "tidy"),
+    ("text", "ended", "expected"),  # correct, format, brevity, integer
     [
-        ("3 + 4 = 7\n#### 7", True, 1, 1),
-        ("3 + 4 = 7\n#### 7", False, 1, 0),  # cut off: it never stopped
-        ("3 + 4 = 8\n#### 8", True, 0, 1),
-        ("#### 5\n#### 7", True, 0, 0),  # two answers, one of them right: neither counts
-        ("#### 7\n#### 7", True, 1, 0),
-        ("the answer is 7", True, 0, 0),
-        ("#### 7 apples", True, 1, 0),
-        ("", True, 0, 0),
+        ("3 + 4 = 7\n#### 7", True, (1, 1, 1, 1)),
+        ("3 + 4 = 7\n#### 7", False, (1, 0, 1, 1)),  # cut off: it never stopped
+        ("3 + 4 = 8\n#### 8", True, (0, 1, 1, 1)),
+        ("#### 5\n#### 7", True, (0, 0, 1, 0)),  # two answers, one of them right: neither counts
+        ("#### 7\n#### 7", True, (1, 0, 1, 1)),
+        ("the answer is 7", True, (0, 0, 1, 0)),
+        ("the answer to this is 7", True, (0, 0, 0, 0)),
+        ("#### 7 apples", True, (1, 0, 1, 1)),
+        ("#### 7.5", True, (0, 1, 1, 0)),
+        ("", True, (0, 0, 1, 0)),
     ],
 )
-def test_rewards(text, ended, correct, tidy):
-    assert rewards(text, Problem("q", "", "7", 1, "x"), ended) == {"correct": correct, "format": tidy}
+def test_rewards(text, ended, expected):
+    got = score(grpo.REWARDS, [text, "x" * 99], [SEVEN, SEVEN], [ended, True])
+    assert tuple(values[0].item() for values in got.values()) == expected
+    assert list(got) == ["correct", "format", "brevity", "integer"]
+    assert all(values[1] == 0 for values in got.values())
+
+
+OWN = """
+def letters(texts, problems, ended):
+    assert len(texts) == len(problems) == len(ended)
+    return [float("e" in text) for text in texts]
+def vowels(texts, problems, ended): return [float("a" in text) for text in texts]
+def short(texts, problems, ended): return [1.0]
+def scalar(texts, problems, ended): return 1.0
+def nan(texts, problems, ended): return [0.0] * (len(texts) - 1) + [float("nan")]
+def raises(texts, problems, ended): return [1 / 0 for _ in texts]
+def words(texts, problems, ended): return ["good" for _ in texts]
+def correct(texts, problems, ended): return [1.0 for _ in texts]
+number = 3
+"""
+
+
+@pytest.fixture
+def own(scratch, monkeypatch):
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    (scratch / "own.py").write_text(OWN)
+
+
+def test_a_reward_of_your_own(own):
+    name, function = grpo.load_reward("own:letters")
+    assert score({name: function}, ["e", "a"], [SEVEN] * 2, [True] * 2)["letters"].tolist() == [1.0, 0.0]
+    functions, weights = grpo.reward_functions(config(reward="own:letters", reward_weight=0.7, correct_weight=0.0))
+    assert weights == {"format": 0.5, "letters": 0.7}
+    assert list(functions) == ["correct", "format", "brevity", "integer", "letters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("short", r"'short' returned shape \(1,\) for 3 completions"),
+        ("scalar", r"'scalar' returned shape \(\)"),
+        ("nan", "'nan' is nan for the completion 'c'"),
+        ("raises", "'raises' raised ZeroDivisionError: division by zero"),
+        ("words", "'words' raised"),
+    ],
+)
+def test_a_broken_reward_is_named(own, name, words):
+    _, function = grpo.load_reward(f"own:{name}")
+    with pytest.raises(ConfigError, match=words) as error:
+        score({name: function}, ["a", "b", "c"], [SEVEN] * 3, [True] * 3)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nothing:f", "ModuleNotFoundError"),
+        ("own:f", "AttributeError"),
+        ("own", "--reward own"),
+        ("own:number", "not a function"),
+        ("own:correct", "correct is taken"),
+    ],
+)
+def test_a_reward_that_is_not_there(own, path, words):
+    with pytest.raises(ConfigError, match=words):
+        grpo.load_reward(path)
 
 
 # ------------------------------------------------------------------------------------------------ advantages
@@ -49,10 +122,9 @@ def test_rewards(text, ended, correct, tidy):
 def test_advantages_by_hand():
     r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 6.0]])
     s = math.sqrt(1 / 3)  # of (1, 0, 0, 1), ddof 1
-    expected = [[0.5 / (s + 1e-4), -0.5 / (s + 1e-4)] * 1, [-1 / 2.0001, 3 / 2.0001]]
-    got = group_advantages(r)
-    assert got[0].tolist() == pytest.approx([expected[0][0], expected[0][1], expected[0][1], expected[0][0]])
-    assert got[1].tolist() == pytest.approx([expected[1][0]] * 3 + [expected[1][1]])
+    a = 0.5 / (s + 1e-4)
+    assert group_advantages(r)[0].tolist() == pytest.approx([a, -a, -a, a])
+    assert group_advantages(r)[1].tolist() == pytest.approx([-1 / 2.0001] * 3 + [3 / 2.0001])
     assert group_advantages(r, "none").tolist() == [[0.5, -0.5, -0.5, 0.5], [-1, -1, -1, 3]]
     everyone = r.flatten().tolist()
     mean = sum(everyone) / 8
@@ -87,34 +159,42 @@ def batch(B=5, T=7):
     return new, old, ref, torch.randn(B, dtype=torch.float64), mask
 
 
-def by_loop(new, old, ref, A, mask, beta, low, high, loss_type):
-    total, tokens = 0.0, int(mask.sum())
-    for i in range(len(mask)):
+def by_loop(new, old, ref, A, mask, beta, low, high, loss_type, ratio, max_length):
+    """The formulas of TRL 1.16, GRPOTrainer._compute_loss, with one optimizer step per batch, as plain loops."""
+    B, tokens, total = len(mask), int(mask.sum()), 0.0
+    for i in range(B):
+        real = [t for t in range(mask.shape[1]) if mask[i, t]]
+        log_ratio = {t: new[i, t] - old[i, t] for t in real}
+        if ratio == "sequence":
+            mean = sum(log_ratio.values()) / max(1, len(real))
+            log_ratio = dict.fromkeys(real, mean)
         row = 0.0
-        for t in range(mask.shape[1]):
-            if not mask[i, t]:
-                continue
-            ratio = torch.exp(new[i, t] - old[i, t])
-            clipped = min(max(ratio, torch.tensor(1 - low)), torch.tensor(1 + high))
-            surrogate = min(ratio * A[i], clipped * A[i])
+        for t in real:
+            coef_1 = torch.exp(log_ratio[t])
+            coef_2 = min(max(coef_1, torch.tensor(1 - low)), torch.tensor(1 + high))
             d = ref[i, t] - new[i, t]
-            row = row - surrogate + beta * (torch.exp(d) - d - 1)
-        divide = {"grpo": int(mask[i].sum()) * len(mask), "dapo": tokens, "dr_grpo": len(mask) * mask.shape[1]}
+            row = row - min(coef_1 * A[i], coef_2 * A[i]) + beta * (torch.exp(d) - d - 1)
+        divide = {"grpo": max(1, len(real)) * B, "dapo": tokens, "dr_grpo": B * max_length}
         total = total + row / divide[loss_type]
     return total
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_loss_and_gradient_against_a_loop(loss_type):
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_loss_and_gradient_against_a_loop(loss_type, ratio, beta):
     new, old, ref, A, mask = batch()
-    loss, figures = grpo_loss(new, old, A, mask, ref, 0.3, 0.2, 0.28, loss_type)
-    expected = by_loop(new, old, ref, A, mask, 0.3, 0.2, 0.28, loss_type)
+    mask[3] = False  # a completion that is masked out still counts in the denominators
+    loss, figures = grpo_loss(new, old, A, mask, ref, beta, 0.2, 0.28, loss_type, ratio=ratio, max_length=9)
+    expected = by_loop(new, old, ref, A, mask, beta, 0.2, 0.28, loss_type, ratio, 9)
     torch.testing.assert_close(loss, expected)
     assert figures["loss"] == pytest.approx(loss.item())
     (ours,) = torch.autograd.grad(loss, new)
     (theirs,) = torch.autograd.grad(expected, new)
     torch.testing.assert_close(ours, theirs)
     assert (ours[~mask] == 0).all()
+    assert ours[mask].abs().min() >= 0
+    assert ours.abs().max() > 0
     d = (ref - new)[mask]
     assert figures["kl"] == pytest.approx((d.exp() - d - 1).mean().item())
 
@@ -139,29 +219,92 @@ def test_the_six_rows_of_the_clip(A, ratio, value, moves):
     assert figures["clip_fraction"] == (not moves)
 
 
-def test_on_policy_gradient_is_reinforce_with_a_baseline():
+@pytest.mark.parametrize(("A", "ratio", "moves"), [(1.0, 1.25, True), (1.0, 1.3, False), (-1.0, 0.85, False)])
+def test_the_clip_can_be_wider_upwards(A, ratio, moves):
+    new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, _ = grpo_loss(new, torch.zeros(1, 1), torch.tensor([A]), torch.ones(1, 1), clip_low=0.1, clip_high=0.28)
+    assert (torch.autograd.grad(loss, new)[0].item() != 0) == moves
+
+
+def test_a_sequence_is_clipped_as_a_whole():
+    old = torch.zeros(2, 4)
+    new = torch.tensor([[2.0, 0.1, 0.1, 0.1], [0.1, 0.0, 0.1, 0.0]], requires_grad=True)  # mean log ratio 0.575, 0.05
+    ones = torch.ones(2, 4)
+    loss, figures = grpo_loss(new, old, torch.ones(2), ones, ratio="sequence")
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert (gradient[0] == 0).all()
+    torch.testing.assert_close(gradient[1], torch.full((4,), -math.exp(0.05) / 8))
+    assert figures["clip_fraction"] == 0.5
+    by_token = torch.autograd.grad(grpo_loss(new, old, torch.ones(2), ones)[0], new)[0]
+    assert by_token[0].ne(0).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_on_policy_gradient_is_reinforce_with_a_baseline(loss_type):
     new, _, _, A, mask = batch()
-    loss, figures = grpo_loss(new, new.detach(), A, mask, loss_type="dapo")
+    loss, figures = grpo_loss(new, new.detach(), A, mask, loss_type=loss_type)
     (ours,) = torch.autograd.grad(loss, new, retain_graph=True)
-    reinforce = -(A[:, None] * new * mask).sum() / mask.sum()
+    lengths = mask.sum(1, keepdim=True)
+    divide = {"grpo": lengths * 5, "dapo": mask.sum(), "dr_grpo": torch.tensor(35)}[loss_type]
+    reinforce = -(A[:, None] * new * mask / divide).sum()
     torch.testing.assert_close(ours, torch.autograd.grad(reinforce, new)[0])
     assert figures["ratio_max"] == 1.0
 
 
+def policies():
+    torch.manual_seed(1)
+    theta = torch.randn(5, dtype=torch.float64).requires_grad_()
+    ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
+    return theta, theta.log_softmax(0), ref
+
+
+def test_kl_estimators_against_exact_sums():
+    theta, log_p, ref = policies()
+    p = log_p.exp().detach()
+    forward = (log_p.exp() * (log_p - ref)).sum()  # KL(π ‖ π_ref)
+    backward = (ref.exp() * (ref - log_p)).sum()
+    gradients = {"k1": torch.zeros(5, dtype=torch.float64)}
+    gradients["k2"], gradients["k3"] = (
+        torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (forward, backward)
+    )
+    for kind, expected in gradients.items():
+        estimate = kl_estimate(log_p, ref, kind)  # of each of the five actions
+        assert ((p * estimate).sum().item() == pytest.approx(forward.item())) == (kind != "k2")
+        assert (estimate.min() >= 0) == (kind != "k1")
+        (got,) = torch.autograd.grad((p * estimate).sum(), theta, retain_graph=True)
+        torch.testing.assert_close(got, expected)
+    in_reward = (p * kl_estimate(log_p, ref, "k1").detach() * log_p).sum()  # Σ π · cost · log π: the policy gradient
+    torch.testing.assert_close(torch.autograd.grad(in_reward, theta)[0], gradients["k2"])
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_entropy():
+    theta, log_p, _ = policies()
+    entropy = -(log_p.exp() * log_p).sum()
+    (expected,) = torch.autograd.grad(entropy, theta, retain_graph=True)
+    p, total = log_p.exp().detach(), 0.0
+    for action in range(5):  # advantage 0: nothing but the bonus
+        here = log_p[action].view(1, 1)
+        loss, _ = grpo_loss(here, here.detach(), torch.zeros(1), torch.ones(1, 1), entropy_bonus=0.3)
+        total = total + p[action] * loss
+    torch.testing.assert_close(torch.autograd.grad(-total, theta)[0], 0.3 * expected)
+
+
 def test_what_stands_outside_the_mask_cannot_matter():
     new, old, ref, A, mask = batch()
-    loss, _ = grpo_loss(new, old, A, mask, ref, 0.3)
-    wild = old.masked_fill(~mask, -1e9)
-    again, _ = grpo_loss(new, wild, A, mask, ref.masked_fill(~mask, 1e9), 0.3)
-    torch.testing.assert_close(again, loss)
-    assert torch.autograd.grad(again, new)[0].isfinite().all()
+    options = dict(entropy_bonus=0.1, ratio="sequence")
+    loss, _ = grpo_loss(new, old, A, mask, ref, 0.3, **options)
+    for junk in (-1e9, float("inf"), float("nan")):
+        wild = [x.masked_fill(~mask, junk) for x in (old, ref)]
+        again, _ = grpo_loss(new, wild[0], A, mask, wild[1], 0.3, **options)
+        torch.testing.assert_close(again, loss)
+        assert torch.autograd.grad(again, new)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_any_cut_gives_the_same_gradient(loss_type):
     new, old, ref, A, mask = batch()
-    step = dict(n_completions=5, n_tokens=int(mask.sum()), max_length=7)
-    (whole,) = torch.autograd.grad(grpo_loss(new, old, A, mask, ref, 0.3, loss_type=loss_type)[0], new)
+    step = dict(n_completions=5, n_tokens=int(mask.sum()), max_length=7, entropy_bonus=0.1, ratio="sequence")
+    (whole,) = torch.autograd.grad(grpo_loss(new, old, A, mask, ref, 0.3, loss_type=loss_type, **step)[0], new)
     parts = 0.0
     for rows in ([0, 3], [1], [2, 4]):
         T = int(mask[rows].sum(1).max())
@@ -170,23 +313,22 @@ def test_any_cut_gives_the_same_gradient(loss_type):
     torch.testing.assert_close(torch.autograd.grad(parts, new)[0], whole)
 
 
-def test_pack_scores_every_completion_as_if_it_stood_alone():
+def test_packed_completions_are_scored_as_if_each_stood_alone():
     torch.manual_seed(0)
     raw = Transformer(TransformerConfig(30, context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)).eval()
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     generator = torch.Generator().manual_seed(1)
     rollout = generate(raw, prompts, 9, n=4, stop_ids=tuple(range(22, 30)), generator=generator, temperature=0.8)
-    assert len(set(rollout.mask.sum(1).tolist())) > 2
-    packed = pack(prompts, rollout, 4, pad=0)
-    logprobs = completion_logprobs(raw, packed, 0.8)
-    m = rollout.mask
+    m, lengths = rollout.mask, rollout.mask.sum(1).tolist()
+    assert len(set(lengths)) > 2
+    rows = [ids[:n] for ids, n in zip(rollout.ids.tolist(), lengths, strict=True)]
+    logprobs = completion_logprobs(raw, pack(prompts, [rows[:4], rows[4:8], rows[8:]], pad=0), 0.8)
     torch.testing.assert_close(logprobs[m], rollout.logprobs[m], atol=1e-4, rtol=1e-4)  # so the first ratio is 1
     up = torch.randn(logprobs.shape)
     together = torch.autograd.grad((logprobs * up * m).sum(), list(raw.parameters()))
     alone = 0.0
-    for row in range(12):
-        n = int(m[row].sum())
-        tokens = torch.tensor([prompts[row // 4] + rollout.ids[row, :n].tolist()])
+    for row, n in enumerate(lengths):
+        tokens = torch.tensor([prompts[row // 4] + rows[row]])
         alone = alone + (token_logprobs(raw, tokens, 0.8)[0, -n:] * up[row, :n]).sum()
     for a, b in zip(together, torch.autograd.grad(alone, list(raw.parameters())), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
@@ -195,91 +337,264 @@ def test_pack_scores_every_completion_as_if_it_stood_alone():
 # ------------------------------------------------------------------------------------------------ runs
 
 
-@pytest.fixture
-def here(scratch, monkeypatch):
-    """A random model whose problems have answers it can hit by chance: rewards then vary inside a group."""
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A random model of the problems' tokens."""
+    path = tmp_path_factory.mktemp("start")
     torch.manual_seed(0)
     tokenizer = BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
-    raw = Transformer(TransformerConfig(tokenizer.vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1, width=16))
-    raw.save_pretrained("start")
-    tokenizer.save_pretrained("start")
+    shape = dict(context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
+    Transformer(TransformerConfig(tokenizer.vocab_size, **shape)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def letter(which):
+    return lambda texts, problems, ended: [float(which in text) for text in texts]
+
+
+@pytest.fixture
+def here(scratch, start, monkeypatch):
+    """A directory with a start, few problems, no pictures, and rewards that a random model earns half of the time."""
+    (scratch / "start").symlink_to(start)
+    few = {split: load_problems("word", split, 60) for split in ("train", "valid", "test")}
+    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, levels: few[split][:n])
+    monkeypatch.setattr(grpo, "draw_curves", lambda *_: None)
+    monkeypatch.setitem(grpo.REWARDS, "correct", letter("e"))
+    monkeypatch.setitem(grpo.REWARDS, "format", letter("a"))
     return scratch
 
 
-LETTERS = "def noisy(text, problem, ended):\n    return {'correct': float('e' in text), 'format': float('a' in text)}\n"
-
-
 @pytest.fixture
-def easy(monkeypatch):
-    """A reward that a random model earns half of the time: letters in its text."""
-    monkeypatch.setattr(
-        grpo, "rewards", lambda text, p, ended: {"correct": float("e" in text), "format": float("a" in text)}
-    )
+def spied(monkeypatch):
+    """What a run did: {"batches": [Batch, …], "gradients": [{name: gradient}, …]}, one gradient an optimizer step."""
+    seen = {"batches": [], "gradients": []}
+    roll_out, optimizer_step = grpo.roll_out, grpo.optimizer_step
+
+    def see_batch(*args):
+        seen["batches"].append(roll_out(*args))
+        return seen["batches"][-1]
+
+    def see_gradient(raw, *args):
+        seen["gradients"].append({name: p.grad.clone() for name, p in raw.named_parameters() if p.grad is not None})
+        return optimizer_step(raw, *args)
+
+    monkeypatch.setattr(grpo, "roll_out", see_batch)
+    monkeypatch.setattr(grpo, "optimizer_step", see_gradient)
+    return seen
+
+
+def assert_same_gradient(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_micro_batches_change_nothing(here, easy, loss_type):
-    for name, size in (("whole", 64), ("cut", 3)):
-        grpo.main(config(name=name, micro_batch=size, loss_type=loss_type))
-    for name in ("reward", "grad_norm", "kl", "entropy", "length", "zero_variance"):
-        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
-    assert max(metrics("runs/whole", "grad_norm").values()) > 0
-    assert_same_weights("runs/whole/last", "runs/cut/last", atol=1e-4, rtol=1e-3)
+def test_the_first_step_is_reinforce_with_a_group_baseline(here, spied, loss_type):
+    grpo.main(config(steps=1, loss_type=loss_type, temperature=0.8, micro_batch=8))
+    (rolled,) = spied["batches"]
+    raw, total = Transformer.from_pretrained("start").eval(), 0.0
+    reward = rolled.rewards["correct"] + 0.5 * rolled.rewards["format"]
+    for g in range(4):
+        for r in range(4):
+            row = 4 * g + r
+            baseline = reward[g].mean()
+            A = (reward[g, r] - baseline) / (1 if loss_type == "dr_grpo" else reward[g].std() + 1e-4)
+            n = int(rolled.rollout.mask[row].sum())
+            tokens = torch.tensor([rolled.prompts[g] + rolled.rollout.ids[row, :n].tolist()])  # alone, not packed
+            logprobs = token_logprobs(raw, tokens, 0.8)[0, -n:]
+            divide = {"grpo": 16 * n, "dapo": int(rolled.rollout.mask.sum()), "dr_grpo": 16 * 6}
+            total = total - A * logprobs.sum() / divide[loss_type]
+    total.backward()
+    expected = {name: p.grad for name, p in raw.named_parameters()}
+    assert max(g.abs().max() for g in expected.values()) > 1e-3
+    assert_same_gradient(spied["gradients"][0], expected)
 
 
-def test_first_ratio_is_one_and_later_ones_are_not(here, easy):
-    grpo.main(config(inner_epochs=1, name="a"))
-    grpo.main(config(inner_epochs=3, name="b", lr=1e-2))
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_micro_batches_change_nothing(here, spied, loss_type):
+    for size in (64, 3):
+        grpo.main(config(steps=1, name=f"n{size}", micro_batch=size, loss_type=loss_type, beta=0.1, entropy_bonus=0.01))
+    assert_same_gradient(*spied["gradients"])
+    for name in ("kl", "clip_fraction", "ratio_max", "loss"):
+        values = [metrics(f"runs/n{size}", name)[1] for size in (64, 3)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-6), name
+
+
+def test_first_ratio_is_one_and_later_ones_are_not(here, spied):
+    grpo.main(config(name="a"))
     assert all(r == pytest.approx(1.0, abs=1e-4) for r in metrics("runs/a", "ratio_max").values())
+    assert len(spied["gradients"]) == 3
+    grpo.main(config(name="b", lr=1e-2, steps=1, inner_epochs=3, minibatches=2))
     assert max(metrics("runs/b", "ratio_max").values()) > 1.01
+    assert len(spied["gradients"]) == 3 + 6
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(here, easy, monkeypatch):
-    grpo.main(config(name="whole"))
+def test_minibatches_share_out_the_groups(here, spied):
+    grpo.main(config(steps=1, minibatches=2, loss_type="dr_grpo", lr=1e-30, warmup=0))  # it stands still
+    grpo.main(config(steps=1, name="whole", loss_type="dr_grpo"))
+    *halves, whole = spied["gradients"]
+    mean = {name: (halves[0][name] + halves[1][name]) / 2 for name in whole}
+    assert_same_gradient(mean, whole)
 
-    class StopAt2:
+
+def test_truncated_completions_push_nothing_if_masked(here, spied):
+    options = dict(steps=1, max_new_tokens=6, loss_type="dapo")
+    grpo.main(config(**options, mask_truncated=True))
+    (rolled,) = spied["batches"]
+    assert not rolled.ended.any()  # a random model does not stop in 6 of 400 tokens
+    assert spied["gradients"] == []
+    assert metrics("runs/grpo", "truncated")[1] == 1.0
+    grpo.main(config(**options))
+    assert max(g.abs().max() for g in spied["gradients"][0].values()) > 0
+
+
+def test_overlong_answers_are_punished_softly(here, spied):
+    grpo.main(config(steps=1, overlong=4))
+    (rolled,) = spied["batches"]
+    lengths = rolled.rollout.mask.sum(1).view(4, 4)
+    expected = -((lengths - 2).clamp(min=0) / 4)  # 0 up to 2 of 6 tokens, −1 at 6
+    torch.testing.assert_close(rolled.rewards["overlong"], expected)
+    assert metrics("runs/grpo", "reward")[1] == pytest.approx(
+        (rolled.rewards["correct"] + 0.5 * rolled.rewards["format"] + expected).mean().item()
+    )
+
+
+def test_refilled_groups_are_fresh_and_bounded(here, spied, monkeypatch):
+    def first_letter(texts, problems, ended):  # the same for a whole group, unless its prompt is a long one
+        return [float("e" in t) * (len(p.question) > 80) for t, p in zip(texts, problems, strict=True)]
+
+    monkeypatch.setitem(grpo.REWARDS, "correct", first_letter)
+    grpo.main(config(steps=1, prompts=8, rollouts=8, refill=3, format_weight=0.0))
+    first, *others = spied["batches"]
+    assert 1 <= len(others) <= 3
+    sizes = [len(b.problems) for b in others]
+    assert sizes == sorted(sizes, reverse=True)  # only what is still without signal is drawn again
+    assert metrics("runs/grpo", "zero_variance")[1] == sizes[0] / 8  # of the policy, not of the refilled batch
+    alive = first.rewards["correct"].std(1) > 0  # `first` was filled up in place
+    assert alive.sum() > 8 - sizes[0]
+    assert all(len(first.problems[g].question) > 80 for g in alive.nonzero().squeeze(1).tolist())
+
+
+def test_a_batch_takes_over_a_group_whole(here, spied):
+    grpo.main(config(steps=1, name="a"))
+    grpo.main(config(steps=1, name="b", seed=1, max_new_tokens=9))
+    old, new = spied["batches"]
+    before = copy.deepcopy(old)
+    grpo.put(old, [2], grpo.Batch(
+        new.problems[1:2], new.prompts[1:2],
+        grpo.Rollout(new.rollout.ids[4:8], new.rollout.mask[4:8], new.rollout.logprobs[4:8]),
+        new.texts[4:8], new.ended[1:2], {k: v[1:2] for k, v in new.rewards.items()},
+    ))  # fmt: skip
+    assert old.texts == before.texts[:8] + new.texts[4:8] + before.texts[12:]
+    assert old.prompts[2] == new.prompts[1]
+    assert torch.equal(old.rollout.ids[8:12], new.rollout.ids[4:8])
+    assert torch.equal(old.rollout.logprobs[:8, :6], before.rollout.logprobs[:8])
+    assert not old.rollout.mask[:8, 6:].any()
+    assert torch.equal(old.rewards["correct"][2], new.rewards["correct"][1])
+
+
+def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
+    seen = []
+
+    def estimate(rewards, weights, config):
+        seen.append((rewards.clone(), weights))
+        return grpo.summed_advantages(rewards, weights), {}
+
+    grpo.main(config(steps=2, beta=0.2, kl="k1", kl_in="reward", lr=1e-2), estimate)
+    rewards, weights = seen[-1]
+    assert weights == {"correct": 1.0, "format": 0.5, "kl": -0.2}
+    assert rewards[..., 2].abs().max() > 0  # the second step has left the reference
+    assert seen[1][0][..., 2].abs().max() < 1e-4  # the first has not
+    assert rewards[..., 2].mean().item() == pytest.approx(6 * metrics("runs/grpo", "kl")[2], rel=1.0)
+
+
+def test_the_reference_moves_when_asked(here):
+    options = dict(steps=4, beta=1e-6, lr=1e-2, eval_every=9)
+    grpo.main(config(name="kept", **options))
+    grpo.main(config(name="moved", refresh_reference=2, **options))
+    kept, moved = metrics("runs/kept", "kl"), metrics("runs/moved", "kl")
+    assert kept[2] > 1e-5
+    assert moved[3] == pytest.approx(0.0, abs=1e-6) != kept[3]  # at the start of step 3 they are one
+    assert moved[4] > 1e-5
+
+
+EVERYTHING = dict(beta=0.05, minibatches=2, inner_epochs=2, refill=1, refresh_reference=2, mask_truncated=True)
+EVERYTHING |= dict(max_new_tokens=12, entropy_bonus=0.01, overlong=3, scale="batch", lr=1e-2, optimizer="muon")
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}])
+def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
+    options = dict(steps=4, eval_every=2) | options
+    whole = grpo.main(config(name="whole", **options))
+
+    class StopAt3:
         def __init__(self, dist):
             self.asked = 0
 
         def __bool__(self):
             self.asked += 1
-            return self.asked == 3
+            return self.asked == 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "Interrupt", StopAt2)
+        patch.setattr(grpo, "Interrupt", StopAt3)
         with pytest.raises(SystemExit):
-            grpo.main(config(name="parts"))
-    grpo.main(config(name="parts", resume=True))
-    for name in ("reward", "loss", "kl", "accuracy"):
+            grpo.main(config(name="parts", **options))
+    first = torch.load("runs/parts/last/trainer_state.pt", weights_only=True)["seconds"]
+    parts = grpo.main(config(name="parts", resume=True, **options))
+    for name in ("reward", "loss", "kl", "accuracy", "zero_variance"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name
     assert_same_weights("runs/whole/last", "runs/parts/last")
+    assert max(metrics("runs/whole", "grad_norm").values()) > 0
+    assert parts["seconds"] > first > 0  # the time before the break counts
+    assert {k: whole[k] for k in ("before", "after", "kl")} == {k: parts[k] for k in ("before", "after", "kl")}
 
 
-def test_two_processes_equal_one(here):
-    (here / "noisy.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo\n{LETTERS}grpo.rewards = noisy\n"
-        "from generate import run\nrun(grpo.main, grpo.Config)\n"
+def test_two_processes_equal_one(here, own, monkeypatch):
+    known = [p for split in ("train", "valid", "test") for p in load_problems("word", split, 60)]
+    (here / "p.jsonl").write_text(
+        "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in known)
     )
-    flags = [x for k, v in SMALL.items() for x in (f"--{k}", v)]
-    runs = [script(here / "noisy.py", *flags, "--name", f"n{n}", cwd=here, processes=n) for n in (1, 2)]
-    assert [r.returncode for r in runs] == [0, 0], runs[0].stderr + runs[1].stderr
-    for name in ("reward", "grad_norm", "kl", "length", "zero_variance", "accuracy"):
-        a, b = metrics("runs/n1", name), metrics("runs/n2", name)
+    flags = SMALL | EVERYTHING | dict(data="p.jsonl", steps=2, rollouts=5, refill=2, kl="k1", kl_in="reward")
+    flags |= dict(correct_weight=0.0, format_weight=0.0, reward="own:letters", name="two")
+    flags |= dict(refresh_reference=0, mask_truncated=False, entropy_bonus=0.0)
+    process = script("grpo.py", *(x for k, v in flags.items() for x in (f"--{k}", v)), cwd=here, processes=2)
+    assert process.returncode == 0, process.stderr
+    assert "pass@2" in process.stdout
+    assert (here / "runs/two/curves.png").stat().st_size > 0
+    monkeypatch.setattr(grpo, "load_problems", load_problems)
+    grpo.main(Config(**(flags | {"name": "one"})))
+    for name in ("reward", "grad_norm", "kl", "length", "zero_variance", "accuracy", "entropy", "loss"):
+        a, b = metrics("runs/one", name), metrics("runs/two", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
-    assert max(metrics("runs/n1", "grad_norm").values()) > 0
-    assert_same_weights("runs/n1/last", "runs/n2/last", atol=1e-4, rtol=1e-3)
+    assert min(metrics("runs/one", "grad_norm").values()) > 0
+    assert max(metrics("runs/one", "zero_variance").values()) > 0  # so there was something to refill
+    assert_same_weights("runs/one/last", "runs/two/last", atol=1e-3, rtol=1e-3)
 
 
-def test_groups_without_signal_are_skipped_and_counted(here, monkeypatch):
-    monkeypatch.setattr(grpo, "rewards", lambda text, p, ended: {"correct": 1.0, "format": 0.0})
-    grpo.main(config(beta=0.0, weight_decay=0.1))
+def test_groups_without_signal_are_skipped_and_counted(here, spied, monkeypatch):
+    monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, problems, ended: [1.0] * len(texts))
+    grpo.main(config(format_weight=0.0, weight_decay=0.1))
     assert set(metrics("runs/grpo", "zero_variance").values()) == {1.0}
     assert set(metrics("runs/grpo", "grad_norm").values()) == {0.0}
+    assert spied["gradients"] == []
     assert_same_weights("start", "runs/grpo/last")  # not even the decay moves it
 
 
-def test_a_reward_for_a_letter_is_learned(here, easy):
+def test_lora_trains_the_adapters_alone(here, spied):
+    grpo.main(config(lora=LoraConfig(2, targets=["wq", "down"]), beta=0.1, lr=0.1, steps=2, dtype="fp32"))
+    assert {name.rpartition(".")[2] for name in spied["gradients"][0]} == {"lora_A", "lora_B"}
+    assert metrics("runs/grpo", "kl")[1] == pytest.approx(0.0, abs=1e-6)
+    assert metrics("runs/grpo", "kl")[2] > 1e-6  # the reference is the model without its adapters
+    a, b = Transformer.from_pretrained("start"), Transformer.from_pretrained("runs/grpo/last")
+    moved = {
+        name for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True) if (x != y).any()
+    }
+    assert moved == {"blocks.0.attn.wq.weight", "blocks.0.ffn.down.weight"}  # merged, in a plain checkpoint
+
+
+def test_a_reward_for_a_letter_is_learned(here):
     grpo.main(config(steps=40, lr=1e-2, prompts=8, rollouts=8, format_weight=0.0, eval_every=40, test_problems=1))
     earned = list(metrics("runs/grpo", "reward_correct").values())
     assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.25
@@ -299,15 +614,55 @@ def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
     assert "ended worse than it began" in out.out
 
 
-def test_bad_input(here):
-    for flags, words in [
+def test_the_table_tells_sharpened_from_new(here, capsys):
+    result = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 4, "length": 3.0, "by_level": {1: 0.5}}
+    before, after = result | {"solved": [0, 1, 4, 2]}, result | {"solved": [3, 4, 4, 0]}
+    grpo.report(config(pass_samples=4), here, before, after, 0.1, 90.0, {"correct": 1.0}, {})
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[1][-3:] == ["pass@1", "pass@2", "pass@4"]
+    assert [float(x[:-1]) for x in rows[2][-3:]] == pytest.approx([43.75, 58.3, 75.0], abs=0.06)
+    assert [float(x[:-1]) for x in rows[3][-3:]] == pytest.approx([68.75, 75.0, 75.0], abs=0.06)
+    assert "1 were never solved before and are now, 1 the other way round" in out
+    assert "1.5 minutes" in out
+
+
+def test_a_question_can_carry_an_instruction(here, spied):
+    grpo.main(config(steps=1, instruction="Answer!", max_new_tokens=4))
+    assert all(p.question.endswith("?\nAnswer!") for p in spied["batches"][0].problems)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         (["--init", "nowhere"], ["nowhere"]),
         (["--data", "gsm8k"], ["--init"]),
-        (["--init", "start", "--loss_type", "ppo"], ["ppo", "dapo"]),
-        (["--init", "start", "--rollouts", "1"], ["rollouts"]),
-    ]:
-        env_flags = [*flags, "--steps", "1"]
-        assert_one_line_error(script("grpo.py", *env_flags, cwd=here), *words)
+        (["--loss_type", "ppo"], ["ppo", "dapo"]),
+        (["--rollouts", "1"], ["rollouts"]),
+        (["--kl", "k4"], ["k4", "k3"]),
+        (["--kl", "k1", "--beta", "0.1"], ["k1", "--kl_in reward"]),
+        (["--kl_in", "advantage"], ["advantage", "reward"]),
+        (["--ratio", "word"], ["word", "sequence"]),
+        (["--scale", "all"], ["all", "batch"]),
+        (["--minibatches", "99"], ["99"]),
+        (["--overlong", "99"], ["99"]),
+        (["--refill", "-1"], ["refill"]),
+        (["--correct_weight", "0", "--format_weight", "0"], ["weight 0"]),
+        (["--reward", "own:nowhere"], ["own:nowhere"]),
+        (["--lora.rank", "2", "--lora.targets", "[nothing]", "--init", "start"], ["nothing"]),
+    ],
+)
+def test_bad_input_is_one_line(here, own, monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--init", "start", *flags, "--steps", "1"])
+    if flags == ["--data", "gsm8k"]:
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        run(grpo.main, Config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert stop.value.code == 2
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
     assert not (here / "runs").exists()
 
 
@@ -315,3 +670,10 @@ def test_prompts_must_be_shared_evenly(here, monkeypatch):
     monkeypatch.setattr(grpo, "setup", lambda _: pretrain.Dist(0, 3, torch.device("cpu")))
     with pytest.raises(ConfigError, match="cannot be shared"):
         grpo.main(config())
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("gsm8k_grpo*.yaml")), ids=lambda p: p.stem)
+def test_recipes_can_be_read(recipe):
+    from generate import parse_config
+
+    assert parse_config(Config, ["--config", str(recipe)]).data == "gsm8k"

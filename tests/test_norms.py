@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from norms import LayerNorm, RMSNorm, layer_norm, layer_norm_gradient, rms_norm, rms_norm_gradient
+from norms import (
+    LayerNorm,
+    RMSNorm,
+    deep_stack,
+    layer_norm,
+    layer_norm_gradient,
+    place,
+    rms_norm,
+    rms_norm_gradient,
+)
 
 SHAPE = (2, 3, 8)
 
@@ -76,3 +85,69 @@ def test_what_each_ignores():
     torch.testing.assert_close(rms_norm(7 * x, g, eps=0), rms_norm(x, g, eps=0))
     assert (rms_norm(x + 5, g) - rms_norm(x, g)).abs().max() > 0.1
     torch.testing.assert_close(rms_norm(x, torch.ones(8)).pow(2).mean(-1), torch.ones(2, 3).double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("gain_dtype", [torch.float16, torch.float32, torch.float64])
+def test_without_gradients_the_module_gives_the_same(dtype, gain_dtype):
+    x, rms = (torch.randn(SHAPE) * 3 + 1).to(dtype), RMSNorm(8).to(gain_dtype)
+    torch.nn.init.normal_(rms.weight)
+    with torch.no_grad():
+        without = rms(x)
+    torch.testing.assert_close(without, rms(x).detach())
+    assert without.dtype == dtype
+    with torch.no_grad():
+        big = RMSNorm(8).to(gain_dtype)(torch.full((1, 8), 300.0).to(dtype))
+    torch.testing.assert_close(big, torch.ones(1, 8).to(dtype))  # fp16: mean(x²) would be inf
+
+
+def test_layer_norm_is_rms_norm_of_the_centred():
+    x, g, _ = inputs()
+    torch.testing.assert_close(rms_norm(x - x.mean(-1, keepdim=True), g, 1e-5), layer_norm(x, g), atol=1e-12, rtol=0)
+
+
+def test_a_network_that_writes_centred_vectors_needs_no_mean():
+    """The whole claim on a pre-norm stack: centre what goes into the stream, and both norms are one."""
+    x, gain = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    W = torch.randn(3, 8, 8, dtype=torch.float64)
+
+    def run(x, W, norm):
+        for w in W:
+            x = place(x, lambda z, w=w: z.relu() @ w.t(), "pre", lambda z: norm(z, gain, eps=1e-6))
+        return norm(x, gain, eps=1e-6)
+
+    expected = run(x, W, layer_norm)
+    centred = W - W.mean(dim=1, keepdim=True)  # each column: what one input adds to the C features
+    torch.testing.assert_close(run(x - x.mean(-1, keepdim=True), centred, rms_norm), expected, atol=1e-12, rtol=0)
+    assert (run(x, W, rms_norm) - expected).abs().max() > 1e-2
+
+
+def test_place():
+    x = torch.tensor([[3.0, 4.0]])
+
+    def double(z):
+        return 2 * z
+
+    def norm(z):
+        return z / z.norm()
+
+    assert place(x, double, "post", norm).flatten().tolist() == pytest.approx([0.6, 0.8])
+    assert place(x, double, "pre", norm).flatten().tolist() == pytest.approx([4.2, 5.6])
+    assert place(x, double, "sandwich", norm).flatten().tolist() == pytest.approx([3.6, 4.8])
+
+
+def test_gradients_by_depth():
+    post, pre, sandwich = (deep_stack(p, 16)[0] for p in ("post", "pre", "sandwich"))
+    assert max(post) / min(post) < 2.5  # no block is special
+    for norms in (pre, sandwich):  # 1 / √l
+        ratios = [norms[0] / norms[n] * (n + 1) ** -0.5 for n in (3, 8, 15)]
+        assert all(0.6 < r < 1.3 for r in ratios), ratios
+    shallow = {p: deep_stack(p, 2) for p in ("post", "pre", "sandwich")}
+    assert post[-1] / shallow["post"][0][-1] > 0.7  # the last block's gradient does not care how deep it stands
+    assert pre[-1] / shallow["pre"][0][-1] < 0.6
+    deep = {p: deep_stack(p, 16) for p in ("post", "pre", "sandwich")}
+    assert deep["post"][2] / shallow["post"][2] > 2  # √8 = 2.8
+    assert deep["pre"][2] / shallow["pre"][2] < 1.9
+    loud = {p: deep_stack(p, 16, first=30.0) for p in ("pre", "sandwich")}
+    assert loud["pre"][1] > 20  # one loud branch fills the stream
+    assert loud["sandwich"][1] == pytest.approx(deep["sandwich"][1], rel=0.05)

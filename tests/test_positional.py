@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from positional import (
@@ -12,6 +14,7 @@ from positional import (
     apply_rope,
     apply_rope_interleaved,
     interleaved_to_half,
+    rope_attention_factor,
     rope_cos_sin,
     rope_frequencies,
     sinusoidal_positions,
@@ -36,6 +39,103 @@ def test_rope_equals_transformers():
     expected_q, expected_k = apply_rotary_pos_emb(q, k, *theirs)
     torch.testing.assert_close(apply_rope(q, cos, sin), expected_q, atol=1e-5, rtol=0)
     torch.testing.assert_close(apply_rope(k, cos, sin), expected_k, atol=1e-5, rtol=0)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+SCALINGS = [  # (max_position_embeddings, rope_scaling)
+    (2048, {"rope_type": "linear", "factor": 4.0}),
+    (2048, {"rope_type": "dynamic", "factor": 1.0}),
+    (2048, {"rope_type": "dynamic", "factor": 2.5}),
+    (8192, YARN),
+    (8192, YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}),
+    (8192, YARN | {"attention_factor": 1.3}),
+    (8192, YARN | {"mscale": 1.0, "mscale_all_dim": 0.707}),
+    (8192, YARN | {"factor": 40.0, "original_max_position_embeddings": 64}),  # the ramp cut off at its left end
+    (8192, {"rope_type": "yarn", "factor": 4.0}),  # then max_position_embeddings is the trained length
+    (131072, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    (
+        131072,
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 8192},
+    ),
+]
+
+
+@pytest.mark.parametrize(("context", "scaling"), SCALINGS)
+@pytest.mark.parametrize(("head_dim", "theta"), [(6, 10000.0), (64, 500000.0), (128, 1000000.0)])
+def test_scaled_frequencies_equal_transformers(context, scaling, head_dim, theta):
+    config = LlamaConfig(
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        rope_parameters={**scaling, "rope_theta": theta},
+    )
+    for length in (None, 100, 5000, 200000):
+        theirs, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, seq_len=length)
+        ours = rope_frequencies(head_dim, theta, scaling, context, length)
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=4e-7)
+        assert rope_attention_factor(scaling, context) == pytest.approx(factor, rel=1e-12)
+        inside = rope_frequencies(head_dim, 1.0, {**scaling, "rope_theta": theta}, context, length)
+        assert torch.equal(inside, ours)  # transformers 5 keeps the base in the dict
+    old_name = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
+    assert torch.equal(
+        rope_frequencies(head_dim, theta, old_name, context), rope_frequencies(head_dim, theta, scaling, context)
+    )
+
+
+def test_scaled_tables_equal_transformers():
+    scaling = YARN | {"original_max_position_embeddings": 16}
+    config = LlamaConfig(
+        hidden_size=H * D, num_attention_heads=H, head_dim=D, max_position_embeddings=64, rope_parameters=dict(scaling)
+    )
+    positions = torch.tensor([[0, 1, 17, 50, 63]])
+    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    ours = rope_cos_sin(positions, rope_frequencies(D, 10000.0, scaling, 64), rope_attention_factor(scaling, 64))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_unscaled_frequencies_equal_transformers_to_the_last_bit():
+    for theta in (10000.0, 1000000.0):
+        config = LlamaConfig(hidden_size=128, num_attention_heads=1, rope_parameters={"rope_theta": theta})
+        theirs, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+        assert torch.equal(rope_frequencies(128, theta), theirs)
+        assert torch.equal(rope_frequencies(128, theta, {"rope_type": "default"}), theirs)
+    assert rope_attention_factor(None) == 1.0
+
+
+def test_scaling_that_cannot_be_used():
+    for scaling, words in [
+        ({"rope_type": "longrope", "factor": 2.0}, "'longrope' is not known; choose one of default, linear"),
+        ({"rope_type": "linear"}, "'linear' lacks factor"),
+        ({"rope_type": "llama3", "factor": 2.0}, "lacks low_freq_factor, high_freq_factor"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor of 0.5; it must be a number of at least 1"),
+        ({"rope_type": "linear", "factor": "4"}, "factor of '4'"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "needs the length that the model was trained with"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("yarn", "is 'yarn'; it must be a dict"),
+        (
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 8},
+            "low_freq_factor below high_freq_factor",
+        ),
+    ]:
+        for function in (lambda s: rope_frequencies(8, 10000.0, s), rope_attention_factor):
+            with pytest.raises(ValueError, match=words):
+                function(scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rope_without_gradients_gives_the_same(dtype):
+    x = torch.randn(B, T, H, D).to(dtype).transpose(1, 2)  # as in a model: not contiguous
+    for positions in (torch.arange(T), torch.arange(B * T).view(B, T)):
+        tables = rope_cos_sin(positions, rope_frequencies(D))
+        with torch.no_grad():
+            without = apply_rope(x, *tables)
+        assert without.dtype == dtype
+        torch.testing.assert_close(
+            without, apply_rope(x, *tables), atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0
+        )
 
 
 def test_frequencies_by_hand():

@@ -1,6 +1,8 @@
-"""sft.py: the mask, the loss and its invariances, the interval, and the guarantees of a run."""
+"""sft.py: the mask, the loss and its invariances, packing, pacing, the figures, and the guarantees of a run."""
 
+import itertools
 import json
+import random
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from hypothesis import strategies as st
 import pretrain
 import sft
 from data import Problem, load_problems
-from generate import ConfigError, open_checkpoint
-from sft import Config, chat, collate, evaluate, rows_at, sft_loss, wilson
+from generate import ConfigError, Rollout, open_checkpoint
+from sft import Config, chat, collate, encode_example, evaluate, pack_examples, rows_at, sft_loss, wilson
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -46,6 +48,35 @@ def test_exactly_the_answer_and_its_end_are_trained(tokenizer):
     prompt = sft.encode_prompt(tokenizer, problem)
     assert ids[: len(prompt)] == prompt
     assert not any(mask[: len(prompt)])
+
+
+TURNS = (("system", "Be brief."), ("user", "How many?"), ("assistant", "Three. #### 3"))
+
+
+def test_every_turn_of_the_assistant_is_trained(tokenizer):
+    problem = Problem("And now?", "Four. #### 4", "4", 1, "file", TURNS)
+    ids, flags = encode_example(tokenizer, problem)
+    end = tokenizer.special_ids["<|im_end|>"]
+    said = [[*tokenizer.encode(text), end] for text in ("Three. #### 3", "Four. #### 4")]
+    assert [i for i, flag in zip(ids, flags, strict=True) if flag] == said[0] + said[1]
+    prompt = sft.encode_prompt(tokenizer, problem)
+    assert ids[: len(prompt)] == prompt
+    assert ids[len(prompt) :] == [*said[1], *tokenizer.encode("\n")]
+
+
+def test_a_rating_weighs_its_tokens(tokenizer):
+    rated = [Problem("Q?", "An answer.", "", 1, "file", rating=r) for r in (2, 4, 5)]
+    examples = [encode_example(tokenizer, p, weighted=True) for p in rated]
+    mask = collate(examples, 0)[1]
+    assert mask.dtype == torch.float32
+    assert [row.unique().tolist() for row in mask] == [[0, 0.25], [0, 0.75], [0, 1.0]]
+    torch.manual_seed(0)
+    logprobs = -torch.rand(3, mask.shape[1], dtype=torch.float64)
+    loss, _ = sft_loss(logprobs, mask)
+    rows = [logprobs[i][mask[i] > 0].sum() for i in range(3)]
+    n = int((mask[0] > 0).sum())
+    expected = -(0.25 * rows[0] + 0.75 * rows[1] + rows[2]) / (2.0 * n)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_collate_pads_on_the_right_with_mask_false():
@@ -94,6 +125,92 @@ def test_a_pad_changes_nothing(tokenizer):
     assert together.norm() > 1e-3
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_packing_changes_neither_loss_nor_gradient(tokenizer, positions):
+    torch.manual_seed(0)
+    layout = TransformerConfig(tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, width=16, positions=positions)
+    raw = Transformer(layout).double()
+    with torch.no_grad():
+        for p in raw.parameters():
+            p.mul_(3)  # a model at birth hardly looks at other tokens
+    problems = [*load_problems("word", "train", 7, (1, 2, 3)), Problem("?", "Four.", "", 1, "file", TURNS)]
+    examples = [encode_example(tokenizer, p) for p in problems]
+    room = 256
+
+    def gradient(tokens, mask, positions=None, visible=None):
+        raw.zero_grad()
+        logprobs = token_logprobs(raw, tokens, positions=positions, mask=visible)
+        loss, _ = sft_loss(logprobs, mask[:, 1:])
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in raw.parameters()])
+
+    padded = collate(examples, tokenizer.endoftext_id)
+    packed = pack_examples(examples, tokenizer.endoftext_id, room)
+    assert len(packed[0]) < len(examples)
+    assert packed[0].shape[1] <= room
+    assert packed[1].sum() == padded[1].sum()
+    loss, theirs = gradient(*padded)
+    again, ours = gradient(*packed)
+    assert again == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-5)
+    assert theirs.norm() > 1e-3
+    leaking, _ = gradient(*packed[:3])  # without the document mask it is another loss
+    assert abs(leaking - loss) > 1e-3
+    if positions == "learned":
+        shifted, _ = gradient(packed[0], packed[1], None, packed[3])  # nor without positions that start anew
+        assert abs(shifted - loss) > 1e-3
+
+
+def test_packing_by_hand():
+    examples = [([5, 6, 7], [False, True, True]), ([8, 9, 4, 3], [False, False, True, True]), ([1, 2], [False, True])]
+    tokens, mask, positions, visible = pack_examples(examples, 0, 6)
+    assert tokens.tolist() == [[8, 9, 4, 3, 1, 2], [5, 6, 7, 0, 0, 0]]
+    assert mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
+    assert visible[0, 0, 5].tolist() == [False] * 4 + [True, True]
+    assert visible[0, 0, 3].tolist() == [True] * 4 + [False, False]
+
+
+def test_pacing_opens_the_easy_first():
+    assert [sft.pacing(s, 100, 0.2, 0.5) for s in (0, 25, 50, 99)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
+    assert sft.pacing(0, 100, 0.2, 0.0) == 0.2
+    assert sft.pacing(1, 100, 0.2, 0.0) == 1.0
+    levels = [random.Random(i).randrange(1, 4) for i in range(60)]
+    easy, hard = (sft.rank_examples(levels, order, 0) for order in ("curriculum", "anti"))
+    assert sorted(easy) == sorted(hard) == list(range(60))
+    assert [levels[i] for i in easy] == sorted(levels)
+    assert [levels[i] for i in hard] == sorted(levels, reverse=True)
+    assert easy != sft.rank_examples(levels, "curriculum", 1)  # ties are shuffled
+    for step in range(20):
+        chosen = sft.paced_rows(easy, step, 12, 0, 0.3)
+        assert set(chosen) <= set(easy[:18])
+        assert len(set(chosen)) == 12
+        assert chosen == sft.paced_rows(easy, step, 12, 0, 0.3)  # a function of the step
+    assert len(sft.paced_rows(easy, 0, 12, 0, 0.01)) == 12  # one example is open: it is repeated
+
+
+def test_token_f1_by_hand():
+    assert sft.token_f1("The cat sat.", "a cat sat") == 1
+    assert sft.token_f1("cat cat dog", "cat bird") == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
+    assert sft.token_f1("cat", "dog") == 0
+    assert sft.token_f1("", "") == 1
+    assert sft.token_f1("", "dog") == sft.token_f1("dog", "the") == 0
+
+
+@pytest.mark.parametrize("correct", range(6))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(correct):
+    samples = [i < correct for i in range(5)]
+    for k in range(1, 6):
+        subsets = list(itertools.combinations(samples, k))
+        assert sft.pass_at_k(5, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority():
+    assert sft.majority(["3", None, "4", "4", None, None]) == "4"
+    assert sft.majority(["4", "3", "3", "4"]) == "4"  # a tie: the first
+    assert sft.majority([None, None]) is None
+
+
 def test_wilson_against_published_values():
     # Newcombe 1998 (Statistics in Medicine 17), table I, method 3: 81/263, 15/148, 0/20, 1/29
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=6e-5)
@@ -112,37 +229,50 @@ def test_every_epoch_sees_each_example_once(n, batch, seed):
     assert rows_at(n, 2, batch, seed) == seen[2 * batch : 3 * batch]  # whatever came before
 
 
-class Parrot(torch.nn.Module):
-    """A model that always writes the same ids, to know what evaluate must count."""
-
-    def __init__(self, ids, vocab, like):
-        super().__init__()
-        self.config, self.embed, self.like = like.config, like.embed, like
-        self.script, self.vocab = ids, vocab
-
-    def make_cache(self, *size):
-        return self.like.make_cache(*size)
-
-    def forward(self, tokens, positions=None, mask=None, cache=None, last_only=False):
-        first = cache.length == 0
-        self.at = 0 if first else self.at + 1
-        cache.length += tokens.shape[1]
-        logits = torch.zeros(len(tokens), 1, self.vocab)
-        logits[:, :, self.script[self.at]] = 9.0
-        return logits
-
-
-def test_evaluate_counts(tokenizer):
+def test_evaluate_counts(tokenizer, monkeypatch):
     text = [*tokenizer.encode("#### 12"), tokenizer.special_ids["<|im_end|>"]]
-    like = Transformer(TransformerConfig(tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, width=16))
-    problems = [Problem("q?", "", a, level, "x") for a, level in [("12", 1), ("12.0", 2), ("13", 2), ("1", 1)]]
-    result = evaluate(Parrot(text, tokenizer.vocab_size, like), tokenizer, problems, 20, pretrain.setup("cpu"))
+
+    def parrot(raw, prompts, max_new_tokens, **settings):  # always says the same
+        ids = torch.tensor([text[:max_new_tokens]] * len(prompts))
+        return Rollout(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
+
+    monkeypatch.setattr(sft, "generate", parrot)
+    answers = [("12", 1, "#### 12"), ("12.0", 2, "no"), ("13", 2, "no"), ("1", 1, "12 no")]
+    problems = [Problem("q?", solution, a, level, "x") for a, level, solution in answers]
+    result = evaluate(None, tokenizer, problems, 20, pretrain.setup("cpu"))
     assert (result["correct"], result["n"], result["accuracy"]) == (2, 4, 0.5)
+    assert result["f1"] == pytest.approx((1 + 0 + 0 + 2 / 3) / 4)
     assert result["length"] == len(text)
     assert result["truncated"] == 0
     assert result["by_level"] == {1: 0.5, 2: 0.5}
-    cut = evaluate(Parrot(text, tokenizer.vocab_size, like), tokenizer, problems, len(text) - 1, pretrain.setup("cpu"))
-    assert cut["truncated"] == 1
+    assert evaluate(None, tokenizer, problems, len(text) - 1, pretrain.setup("cpu"))["truncated"] == 1
+
+
+def test_evaluate_samples_counts(tokenizer, monkeypatch):
+    scripts = {"A?": ["#### 1", "#### 2", "#### 2", "no"], "B?": ["#### 5", "no", "no", "#### 5"]}
+    problems = [Problem("A?", "", "1", 1, "x"), Problem("B?", "", "5", 1, "x")]
+
+    class Said:
+        def __init__(self, prompts):
+            self.prompts = prompts
+
+        def texts(self, tokenizer):
+            return [text for p in self.prompts for text in scripts["A?" if "A?" in tokenizer.decode(p) else "B?"]]
+
+    monkeypatch.setattr(sft, "generate", lambda raw, prompts, *sizes, **more: Said(prompts))
+    result = sft.evaluate_samples(None, tokenizer, problems, 4, 8, pretrain.setup("cpu"), batch=1)
+    assert list(result) == ["pass@1", "pass@2", "pass@4", "majority@4"]
+    assert list(result.values()) == pytest.approx([(1 / 4 + 2 / 4) / 2, (1 / 2 + 5 / 6) / 2, 1.0, 0.5])
+
+    class Rank(pretrain.Dist):
+        def sum(self, *values):
+            return values
+
+    parts = [
+        sft.evaluate_samples(None, tokenizer, problems, 4, 8, Rank(r, 2, torch.device("cpu")), batch=1) for r in (0, 1)
+    ]
+    for name, value in result.items():  # two ranks together find what one finds
+        assert sum(part[name] for part in parts) == pytest.approx(value)
 
 
 def test_a_run_learns_and_leaves_everything(here):
@@ -164,8 +294,29 @@ def test_the_cut_into_micro_batches_changes_nothing(here):
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4)
 
 
+def test_packed_run_equals_padded_run(here):
+    sft.main(config(name="padded", micro_batch=3))
+    sft.main(config(name="packed", packing=True))
+    for name in ("loss", "grad_norm"):
+        a, b = metrics("runs/padded", name), metrics("runs/packed", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+
+
+@pytest.mark.parametrize(("order", "first"), [("curriculum", 1), ("anti", 2)])
+def test_a_curriculum_begins_at_its_end(here, monkeypatch, order, first):
+    chosen, rows = [], sft.paced_rows
+    monkeypatch.setattr(sft, "paced_rows", lambda *a: chosen.append(rows(*a)) or chosen[-1])
+    sft.main(config(order=order, steps=10, pace_start=0.2, pace=0.8, eval_every=10))
+    levels = [p.level for p in load_problems("word", "train", 40)]
+    assert {levels[i] for i in chosen[0]} == {first}
+    assert {levels[i] for i in chosen[-1]} == {1, 2}
+    share = list(metrics("runs/sft", "open").values())
+    assert share == pytest.approx([min(1, 0.2 + 0.8 * s / 8) for s in range(10)])
+
+
 def test_two_processes_equal_one(here):
     flags = [x for k, v in SMALL.items() for x in (f"--{k}", v)]
+    flags += ["--packing", "true", "--order", "curriculum", "--samples", 2]
     one = script("sft.py", *flags, "--name", "one", cwd=here)
     two = script("sft.py", *flags, "--name", "two", cwd=here, processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
@@ -196,7 +347,84 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
+def write_ratings(path, n=120):
+    rows = [{"prompt": f"Say {i}", "response": f"Well, {i}.", "rating": 1 + i % 5} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("rated", ["weights", "threshold"])
+def test_a_run_on_rated_responses(here, capsys, rated):
+    write_ratings(here / "rated.jsonl")
+    result = sft.main(config(data="rated.jsonl", rated=rated, steps=30, lr=1e-2, demonstrations=None, eval_every=30))
+    said = capsys.readouterr().out
+    losses = list(metrics("runs/sft", "loss").values())
+    assert losses[-1] < 0.8 * losses[0]
+    assert ("rated 1, which weighs nothing" if rated == "weights" else "rated below 4: left out") in said
+    assert "test token F1" in said
+    assert 0 <= result["f1"] <= 1
+
+
+def test_a_run_on_conversations(here):
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
+    chats = [{"messages": [*turns, {"role": "user", "content": f"And {i}?"}, turns[1]]} for i in range(80)]
+    (here / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    result = sft.main(config(data="chats.jsonl", steps=60, lr=1e-2, demonstrations=None, eval_every=60, packing=True))
+    assert result["f1"] > 0.9  # it always says the same
+
+
+def test_lora_trains_and_resumes(here, monkeypatch):
+    changes = dict(lora=sft.LoraConfig(rank=2), lr=1e-2)
+    start = open_checkpoint("start")[0].state_dict()
+    sft.main(config(name="whole", **changes))
+    state = torch.load("runs/whole/last/trainer_state.pt", weights_only=True)
+    assert state["lora"]
+    after = open_checkpoint("runs/whole/last")[0].state_dict()  # a plain checkpoint, the adapters folded in
+    moved = {name for name in start if not torch.equal(start[name], after[name])}
+    assert moved
+    assert all(".wq" in name or ".wk" in name or ".wv" in name or ".wo" in name or ".ffn." in name for name in moved)
+
+    class StopAt2:
+        def __init__(self, dist):
+            self.asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "Interrupt", StopAt2)
+        with pytest.raises(SystemExit):
+            sft.main(config(name="parts", **changes))
+    sft.main(config(name="parts", resume=True, **changes))
+    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+
+
+def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch):
+    scores = {1e-3: 0.2, 3e-3: 0.6, 1e-2: 0.4}
+    real = sft.main
+
+    def pretended(settings):
+        if settings.sweep:
+            return real(settings)
+        assert settings.name == f"sft/lr{settings.lr:.0e}"
+        return {"valid": scores[settings.lr], "accuracy": 1 - scores[settings.lr], "f1": 0.0}
+
+    monkeypatch.setattr(sft, "main", pretended)
+    result = sft.main(config(sweep=list(scores)))
+    assert (result["lr"], result["valid"]) == (3e-3, 0.6)
+    assert capsys.readouterr().out.count("<- best") == 1
+
+
 def test_bad_input_is_one_line(here):
+    rated = here / "rated.csv"
+    rated.write_text("prompt,response,rating\np,r,4\nq,s,7\n")
+    assert_one_line_error(script("sft.py", "--init", "start", "--data", "rated.csv", cwd=here), "record 2", "7")
+    for changes in (dict(order="easy"), dict(difficulty="age"), dict(rated="stars"), dict(pace=2.0), dict(sweep=[0.0])):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            config(**changes)
+    with pytest.raises(ConfigError, match="min_rating"):
+        config(min_rating=6.0)
     (here / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": \n')
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "bad.jsonl", cwd=here), "bad.jsonl", "2")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "gsm9k", cwd=here), "gsm9k", "gsm8k")

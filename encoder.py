@@ -1,0 +1,752 @@
+"""The encoder: the same blocks without the causal mask. BERT's pretraining, then one label per text.
+
+    L = −(1/|M|) Σ_{t ∈ M} log p(x_t | x̃)              masked-LM: M a random 15 % of the tokens      arXiv:1810.04805
+    h = mean of the last states over the real tokens,   p(label | x) = softmax(W h + b)
+
+A decoder may see only what stands before a token, or predicting the next one would be copying. An encoder reads a
+whole text at once, so every token may see every other; in exchange it cannot predict a token that it sees. Hence the
+holes: x̃ is x with M hidden, and the states at M must say, from both sides, what stood there. Of M, 80 % become
+<|mask|>, 10 % a random token and 10 % stay as they are. Texts met later have no <|mask|>, and a model that only ever
+worked where it saw one would be blind there; with the 20 % it must doubt every token and represent each.
+
+Pretraining leaves a vector per token; a label wants one per text. BERT trains its first token for that, with a
+second objective (is the next sentence the next?) that RoBERTa found useless. The mean over tokens needs no training
+of its own and suits what decides sentiment: a few words, anywhere. Padding must not count: `real` marks the tokens, is
+made where the rows are made, hides the pads as keys in every layer and leaves them out of the mean, so a text's
+label does not depend on what stands beside it.
+
+The default architecture is the decoder's: pre-norm RMSNorm, RoPE, SwiGLU. BERT's own, with post-norm, learned
+positions, token types and exact GELU (x Φ(x), not the tanh form), is `bert_config(...)`, and its checkpoints open.
+
+Training and validation come from the training file, the best checkpoint is chosen on validation accuracy, the test
+file is read once, at the end. Beside it stands a bag of words: logistic regression on which words occur, trained on
+the same texts, its weight decay chosen on the same validation split. It knows nothing of order, so "not good" is good.
+
+Simplified: windows of the pretraining text may hold several documents that see each other. A text longer than the
+context keeps its first quarter and its end (arXiv:1905.05583 finds the two ends best). No WordPiece: BERT's weights
+open here, its tokenizer does not.
+
+Run it:
+    python encoder.py                                                   # generated reviews, 2 minutes on 2 cores
+    python encoder.py --data polarity --config configs/encoder_polarity.yaml
+    python encoder.py --data reviews.csv                                # columns text and label
+    torchrun --nproc_per_node 2 encoder.py --data imdb
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import batch_at, load_sentiment
+from generate import ConfigError, resolve_checkpoint, run
+from norms import LayerNorm
+from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
+from pretrain import (
+    Interrupt,
+    Log,
+    check_positive,
+    draw_curves,
+    load_state,
+    lr_at,
+    make_optimizers,
+    make_streams,
+    open_run,
+    optimizer_step,
+    precision,
+    save,
+    setup,
+)
+from sft import rows_at, wilson
+from tokenizer_bpe import BPETokenizer, load_tokenizer
+from transformer import Block, CheckpointError, FeedForward, TransformerConfig, make_norm
+
+MASK = "<|mask|>"
+LABELS = ("negative", "positive")
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+@dataclass
+class EncoderConfig(TransformerConfig):
+    """The architecture. The defaults are a 1 M-parameter model, without its embeddings."""
+
+    context: int = 128
+    """Longest text in tokens."""
+    n_layer: int = 4
+    """Number of blocks."""
+    n_head: int = 4
+    """Query heads H."""
+    n_kv_head: int = 4
+    """Key/value heads G."""
+    width: int = 128
+    """Width C of the residual stream."""
+    n_class: int = 2
+    """Labels to tell apart."""
+    n_type: int = 0
+    """Token types (BERT's two: first and second text); 0 for none."""
+    embed_norm: bool = False
+    """Normalise the sum of the embeddings, as BERT does."""
+    exact_gelu: bool = False
+    """x Φ(x) where the activation is gelu, instead of its tanh form."""
+    pooler: bool = False
+    """BERT's tanh layer on the first token. Its own tasks use it; the classifier here does not."""
+
+
+def bert_config(**changes):
+    """BERT's layout; the sizes of bert-base-uncased unless `changes` says otherwise."""
+    config = dict(vocab_size=30522, context=512, n_layer=12, n_head=12, width=768, ffn_width=3072, norm_eps=1e-12)
+    config |= dict(norm="layer", norm_placement="post", positions="learned", activation="gelu", exact_gelu=True)
+    config |= dict(qk_norm=False, bias=True, n_type=2, embed_norm=True, pooler=True) | changes
+    return EncoderConfig(**{"n_kv_head": config["n_head"], **config})
+
+
+class ExactFeedForward(FeedForward):
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config.resolved()
+        for name in ("window", "rope_scaling", "n_expert"):
+            if getattr(c, name):
+                raise CheckpointError(f"{name} is for decoders, the encoder has none")
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        self.learned = LearnedPositions(c.context, c.width) if c.positions == "learned" else None
+        self.types = nn.Embedding(c.n_type, c.width) if c.n_type else None
+        self.embed_norm = make_norm(c) if c.embed_norm else nn.Identity()
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        if c.activation == "gelu" and c.exact_gelu:
+            for block in self.blocks:
+                block.ffn = ExactFeedForward(c)
+        self.norm = make_norm(c) if c.norm_placement == "pre" else nn.Identity()
+        self.pooler = nn.Linear(c.width, c.width) if c.pooler else None
+        # The two heads. Masked-LM is BERT's: one more layer, then the embedding matrix and a bias per token.
+        self.transform, self.transform_norm = nn.Linear(c.width, c.width), LayerNorm(c.width, c.norm_eps)
+        self.token_bias = nn.Parameter(torch.zeros(c.vocab_size))
+        self.classifier = nn.Linear(c.width, c.n_class)
+        if c.positions == "rope":
+            cos, sin = rope_cos_sin(torch.arange(c.context), rope_frequencies(c.head_dim, c.rope_theta))
+            self.register_buffer("rope_cos", cos, persistent=False)  # (context, D)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        for name, p in self.named_parameters():  # as the decoder: N(0, 0.02²), smaller into the residual stream
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                into_stream = name.endswith(("wo.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * c.n_layer) if into_stream else 1.0))
+
+    def hidden(self, tokens, real=None, types=None):
+        """tokens (B, T), real (B, T) True on tokens that are no padding, types (B, T) -> last states (B, T, C)."""
+        c, (_, T) = self.config, tokens.shape
+        if c.context < T:
+            raise ValueError(f"{T} tokens do not fit the encoder's context of {c.context}")
+        positions = torch.arange(T, device=tokens.device)
+        x, rope = self.embed(tokens), None  # (B, T, C)
+        if c.positions == "rope":
+            rope = (self.rope_cos[:T], self.rope_sin[:T])
+        elif c.positions == "learned":
+            x = x + self.learned(positions)
+        elif c.positions == "sinusoidal":
+            x = x * math.sqrt(c.width) + sinusoidal_positions(positions, c.width).to(x)
+        if self.types is not None:
+            x = x + self.types(torch.zeros_like(tokens) if types is None else types)
+        x = self.dropout(self.embed_norm(x))
+        real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+        mask = real[:, None, None]  # (B, 1, 1, T): every token sees every real one. No mask at all would mean causal
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, mask, None, layer)
+        return self.norm(x)
+
+    def token_logits(self, x):
+        """States (..., C) -> logits over the vocabulary (..., V): what stands, or stood, here."""
+        return F.linear(self.transform_norm(F.gelu(self.transform(x))), self.embed.weight, self.token_bias)
+
+    def forward(self, tokens, real=None, types=None, *, targets=None, chosen=None):
+        """-> logits of the classes (B, n_class); or, with targets (B, T) and chosen (B, T) boolean, log p of the
+        targets at the chosen places, (number of chosen,) in fp32."""
+        x = self.hidden(tokens, real, types)  # (B, T, C)
+        if targets is not None:
+            return -F.cross_entropy(self.token_logits(x[chosen]).float(), targets[chosen], reduction="none")
+        return self.classifier(self.dropout(mean_pool(x, real))).float()
+
+    def pooled(self, x):
+        """BERT's summary of a text: states (B, T, C) -> (B, C), from the first token alone."""
+        return torch.tanh(self.pooler(x[:, 0]))
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def save_pretrained(self, path):
+        """Write config.json and model.safetensors: in BERT's layout if the config is BERT's, else in our own."""
+        path, c = Path(path), self.config
+        path.mkdir(parents=True, exist_ok=True)
+        kind = "bert" if is_bert(c) else OWN
+        names = bert_names(c) if kind == "bert" else {}
+        state = {names.get(k, k): v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        config = bert_to_hf(c) if kind == "bert" else {"model_type": OWN, **asdict(c)}
+        config["dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
+        save_file(state, path / "model.safetensors.tmp", metadata={"format": "pt"})
+        (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(path / f"{name}.tmp", path / name)
+
+    @classmethod
+    def from_pretrained(cls, path, dropout=0.0):
+        """Open a directory in BERT's layout or our own, in fp32. Heads that it lacks start anew. CheckpointError."""
+        path = Path(path)
+        kind, config = read_config(path)
+        try:
+            tensors = load_file(path / "model.safetensors")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} has no model.safetensors; is it a checkpoint directory?") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path / 'model.safetensors'} is corrupt or unreadable: {error}") from None
+        if kind == "bert":
+            tensors = bert_to_ours(tensors, config)
+        with torch.random.fork_rng(devices=[]):  # opening a file must not move the caller's random numbers
+            torch.manual_seed(0)  # new heads are the same on every rank
+            model = cls(replace(config, dropout=dropout))
+        own = model.state_dict()
+        heads = ("classifier.", "pooler.", "transform", "token_bias") if kind == "bert" else ()
+        for name in sorted(own.keys() | tensors.keys()):
+            if name not in own:
+                raise CheckpointError(f"{path}: the weights hold {name!r}, which its config.json does not explain")
+            if name not in tensors:
+                if not name.startswith(heads):
+                    raise CheckpointError(f"{path}: the weights lack {name!r}, which its config.json asks for")
+            elif own[name].shape != tensors[name].shape:
+                want, got = tuple(own[name].shape), tuple(tensors[name].shape)
+                raise CheckpointError(f"{path}: {name} has shape {got}, its config.json asks for {want}")
+        model.load_state_dict(own | tensors)
+        return model
+
+
+def mean_pool(x, real=None):
+    """Mean of x (B, T, C) over the places where real (B, T) is True -> (B, C)."""
+    if real is None:
+        return x.mean(1)
+    return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# BERT's layout.
+
+OWN = "attention_to_alignment_encoder"
+BERT = {
+    "embed": "embeddings.word_embeddings",
+    "learned": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "embed_norm": "embeddings.LayerNorm",
+    "blocks.{}.attn.wq": "encoder.layer.{}.attention.self.query",
+    "blocks.{}.attn.wk": "encoder.layer.{}.attention.self.key",
+    "blocks.{}.attn.wv": "encoder.layer.{}.attention.self.value",
+    "blocks.{}.attn.wo": "encoder.layer.{}.attention.output.dense",
+    "blocks.{}.norm1": "encoder.layer.{}.attention.output.LayerNorm",
+    "blocks.{}.ffn.up": "encoder.layer.{}.intermediate.dense",
+    "blocks.{}.ffn.down": "encoder.layer.{}.output.dense",
+    "blocks.{}.norm2": "encoder.layer.{}.output.LayerNorm",
+    "pooler": "pooler.dense",
+}
+BERT_HEADS = {
+    "transform": "cls.predictions.transform.dense",
+    "transform_norm": "cls.predictions.transform.LayerNorm",
+    "classifier": "mean_classifier",  # BERT's own "classifier" reads the pooler: not this one
+}
+BERT_FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+BERT_SIZES = {
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "width": "hidden_size",
+    "ffn_width": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+    "n_type": "type_vocab_size",
+}
+
+
+def is_bert(config):
+    """Whether transformers' BertModel computes exactly what this config does."""
+    sizes = {name: getattr(config, name) for name in (*BERT_SIZES, "n_class", "dropout")}
+    return config.n_type > 0 and config.resolved() == bert_config(**sizes).resolved()
+
+
+def bert_names(config):
+    """Our tensor name -> BERT's, for every tensor of the config."""
+    pairs = {ours: f"bert.{theirs}" for ours, theirs in BERT.items()} | BERT_HEADS
+    names = {"token_bias": "cls.predictions.bias"}
+    for ours, theirs in pairs.items():
+        for i in range(config.n_layer) if "{}" in ours else [""]:
+            for kind in ("weight", "bias"):
+                names[f"{ours.format(i)}.{kind}"] = f"{theirs.format(i)}.{kind}"
+    return names
+
+
+def bert_to_ours(tensors, config):
+    """BERT's tensors under our names; those that mean nothing here are left out."""
+    names = {theirs: ours for ours, theirs in bert_names(config).items()}
+    bare = not any(name.startswith("bert.") for name in tensors)  # BertModel alone is saved without the prefix
+    state = {}
+    for name, tensor in tensors.items():
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if bare and not name.startswith(("cls.", "mean_classifier.")):
+            name = f"bert.{name}"
+        # a tied copy, a bookkeeping buffer, the next-sentence head
+        if not name.endswith(("decoder.weight", "decoder.bias", "position_ids")) and "seq_relationship" not in name:
+            state[names.get(name, name)] = tensor.float()
+    return state
+
+
+def bert_to_hf(config):
+    hf = {theirs: getattr(config, ours) for ours, theirs in BERT_SIZES.items()}
+    head = {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
+    return head | hf | BERT_FIXED | {"num_labels": config.n_class, "tie_word_embeddings": True}
+
+
+def read_config(path):
+    """-> (layout, EncoderConfig). Raises CheckpointError."""
+    file = Path(path) / "config.json"
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+        kind = hf["model_type"]
+        if kind == OWN:
+            known = {f.name for f in fields(EncoderConfig)}
+            return kind, EncoderConfig(**{k: v for k, v in hf.items() if k in known})
+        if kind != "bert":
+            raise CheckpointError(f"model_type {kind!r} is no encoder that is known here, only bert and {OWN}")
+        for name, value in BERT_FIXED.items():
+            if hf.get(name, value) != value:
+                raise CheckpointError(f"{name} = {hf[name]!r} is not supported, only {value!r}")
+        sizes = {ours: hf[theirs] for ours, theirs in BERT_SIZES.items()}
+        return kind, bert_config(**sizes, n_class=hf.get("num_labels") or len(hf.get("id2label", "01")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no config.json; a checkpoint is a directory that holds one") from None
+    except KeyError as missing:
+        raise CheckpointError(f"{file} lacks {missing}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # wrong types, and our own CheckpointError
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def open_encoder(path, device="cpu", dropout=0.0):
+    """-> (model in fp32, tokenizer, directory), from a checkpoint or a run directory. Raises CheckpointError."""
+    path = resolve_checkpoint(path)
+    model, tokenizer = Encoder.from_pretrained(path, dropout), load_tokenizer(path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(f"{path}: {tokenizer.vocab_size} tokens, but {model.config.vocab_size} embeddings")
+    return model.to(device), tokenizer, path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows.
+
+
+def hide(tokens, mask_id, vocab_size, keep, generator, rate=0.15):
+    """Masked-LM's holes: tokens (B, T), and keep (B, T) True where none may be -> (x̃ (B, T), chosen (B, T)).
+
+    Of the chosen, 80 % become mask_id, 10 % any token, 10 % stay.
+    """
+    chosen = (torch.rand(tokens.shape, generator=generator) < rate) & ~keep
+    fate = torch.rand(tokens.shape, generator=generator)
+    anything = torch.randint(vocab_size, tokens.shape, generator=generator)
+    hidden = torch.where(chosen & (fate < 0.8), mask_id, tokens)
+    return torch.where(chosen & (fate >= 0.9), anything, hidden), chosen
+
+
+def encode(tokenizer, text, context):
+    """A text's ids behind <|endoftext|>, so that an empty one is a row too. Too long: the first quarter and the end."""
+    ids = [tokenizer.endoftext_id, *tokenizer.encode(" " + text.strip())]  # " word" is a token, "word" often is not
+    return ids if len(ids) <= context else ids[: context // 4] + ids[context // 4 - context :]
+
+
+def collate(rows, pad):
+    """Lists of ids -> tokens (B, T), real (B, T): padded on the right."""
+    T = max(map(len, rows))
+    tokens, real = torch.full((len(rows), T), pad), torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)] = torch.tensor(ids)
+        real[i, : len(ids)] = True
+    return tokens, real
+
+
+def classification_loss(logits, labels, n=None):
+    """logits (B, n_class), labels (B,): the sum of −log p(label) over n, by default their number."""
+    loss = F.cross_entropy(logits, labels, reduction="sum") / (len(labels) if n is None else n)
+    return loss, {"loss": loss.item(), "right": (logits.argmax(-1) == labels).sum().item()}
+
+
+@torch.no_grad()
+def predict(raw, rows, pad, batch=64):
+    """Lists of ids -> (N, n_class) probabilities."""
+    was_training = raw.training
+    raw.eval()
+    device, out = raw.embed.weight.device, [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of like lengths waste no padding
+    for i in range(0, len(order), batch):
+        tokens, real = collate([rows[j] for j in order[i : i + batch]], pad)
+        for j, p in zip(order[i : i + batch], raw(tokens.to(device), real.to(device)).softmax(-1).cpu(), strict=True):
+            out[j] = p
+    raw.train(was_training)
+    return torch.stack(out)
+
+
+def evaluate(raw, examples, pad, dist):
+    """examples [(ids, label)], dealt out to the ranks -> {"accuracy", "loss", "confusion"}, the same on all.
+    confusion[i][j] counts the texts of label i that were taken for j."""
+    mine = examples[dist.rank :: dist.world]
+    n_class = raw.config.n_class
+    counts, loss = np.zeros((n_class, n_class)), 0.0
+    if mine:
+        p, labels = predict(raw, [ids for ids, _ in mine], pad), torch.tensor([label for _, label in mine])
+        np.add.at(counts, (labels.numpy(), p.argmax(-1).numpy()), 1)
+        loss = F.nll_loss(p.log(), labels, reduction="sum").item()
+    *flat, loss = dist.sum(*counts.flatten(), loss)
+    confusion = np.array(flat).reshape(n_class, n_class).astype(int)
+    n = len(examples)
+    return {"accuracy": confusion.trace().item() / n, "loss": loss / n, "confusion": confusion.tolist()}
+
+
+@torch.no_grad()
+def validate_mlm(raw, stream, context, mask_id, pad, dist, seed, rate, most=256):
+    """Mean masked-LM loss in nats per hidden token over `most` windows; the holes are the same each time."""
+    was_training = raw.training
+    raw.eval()
+    starts = np.linspace(0, len(stream) - context, min(most, max(1, len(stream) // context))).astype(int)
+    tokens = torch.from_numpy(np.stack([stream[s : s + context] for s in starts]).astype(np.int64))
+    generator = torch.Generator().manual_seed(seed)
+    hidden, chosen = hide(tokens, mask_id, raw.config.vocab_size, tokens == pad, generator, rate)
+    total, device = 0.0, raw.embed.weight.device
+    for rows in torch.arange(len(tokens))[dist.rank :: dist.world].split(32):
+        x, y, where = (t[rows].to(device) for t in (hidden, tokens, chosen))
+        total -= raw(x, targets=y, chosen=where).sum().item()
+    raw.train(was_training)
+    return dist.sum(total)[0] / max(1, chosen.sum().item())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The baseline.
+
+
+def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)):
+    """Logistic regression on which words occur -> {"accuracy" on test, "valid", "strength", "weights" by word}.
+
+    p(positive) = σ(b + Σ_{words of the text} w), minimising mean log-loss + λ/2 ‖w‖² by quasi-Newton steps (L-BFGS).
+    λ is the one of `strengths` with the best validation accuracy. A word is a run of letters, digits and apostrophes,
+    or one other character, in lower case.
+    """
+    parts = (train, valid, test)
+    texts = [[sorted(set(re.findall(r"[\w']+|[^\w\s]", r.text.lower()))) for r in part] for part in parts]
+    words = sorted({word for text in texts[0] for word in text})
+    number = {word: i for i, word in enumerate(words)}
+
+    def bags(part):  # all word numbers in one row, and where each text begins
+        rows = [[number[word] for word in text if word in number] for text in part]
+        starts = np.cumsum([0] + [len(row) for row in rows])[:-1]
+        return torch.tensor([i for row in rows for i in row], dtype=torch.long), torch.from_numpy(starts)
+
+    X = [bags(part) for part in texts]
+    y = [torch.tensor([r.label for r in part], dtype=torch.float64) for part in parts]
+    w = torch.zeros(len(words), 1, dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+
+    def scores(numbers, starts):  # (texts,)
+        return F.embedding_bag(numbers, w, starts, mode="sum").squeeze(1) + b
+
+    best = {"valid": -1.0}
+    for strength in sorted(strengths, reverse=True):  # from stiff to loose: each starts where the last one ended
+        optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure(strength=strength, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(scores(*X[0]), y[0]) + strength / 2 * w.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            right = [((scores(*x) > 0) == (t > 0)).double().mean().item() for x, t in zip(X, y, strict=True)]
+        if right[1] > best["valid"]:
+            weights = dict(zip(words, w.detach().squeeze(1).tolist(), strict=True))
+            best = {"accuracy": right[2], "valid": right[1], "strength": strength, "weights": weights}
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stage.
+
+
+@dataclass
+class Config:
+    """Pretrain an encoder by masked-LM, then train it to classify texts."""
+
+    data: str = "sentiment"
+    """sentiment (generated), polarity, reviews, imdb, or the path of a table of texts and labels."""
+    text: list[str] = field(default_factory=list)
+    """Further data sets whose training texts, without their labels, are pretrained on."""
+    vocab_size: int = 4096
+    """Of the BPE tokenizer that is trained on the texts, special tokens included."""
+    init: str | None = None
+    """Encoder checkpoint to start from (its architecture and tokenizer are used); default: random weights."""
+    name: str = "encoder"
+    """Run directory below runs/."""
+    mlm_steps: int = 300
+    """Optimizer steps of masked-LM pretraining, which come first; 0 leaves it out."""
+    mlm_batch: int = 32
+    """Windows of the text per such step, over all ranks."""
+    mlm_lr: float = 4e-3
+    """Peak learning rate of the pretraining."""
+    mlm_rate: float = 0.15
+    """Share of the tokens that are hidden."""
+    steps: int = 400
+    """Optimizer steps of the classification."""
+    batch: int = 64
+    """Texts per such step, over all ranks."""
+    micro_batch: int = 64
+    """Rows per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    optimizer: str = "muon"
+    """adamw, or muon for the matrices of the blocks."""
+    lr: float = 2e-3
+    """Peak learning rate of the classification."""
+    token_dropout: float = 0.1
+    """Share of the tokens that are hidden while classifying."""
+    warmup: int = 20
+    """Steps of linear warm-up, of both."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation split."""
+    save_every: int = 200
+    """Steps between checkpoints of last/."""
+    seed: int = 0
+    """Of the weights, the data order, the holes and the dropout."""
+    resume: bool = False
+    """Continue runs/NAME/last as if it had never stopped."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, fp32, bf16 or fp16."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well."""
+    model: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1))
+    """The architecture."""
+
+    def __post_init__(self):
+        check_positive(self, "mlm_batch", "steps", "batch", "micro_batch", "eval_every", "save_every")
+        if self.mlm_steps < 0:
+            raise ConfigError(f"--mlm_steps is {self.mlm_steps}; it must be 0 or more")
+        if not (0 < self.mlm_rate < 1 and 0 <= self.token_dropout < 1):
+            raise ConfigError("--mlm_rate must be above 0 and below 1, --token_dropout at least 0 and below 1")
+
+
+def main(config):
+    """Train; returns {"accuracy", "baseline", "confusion", "path"}, of the test split."""
+    began = time.perf_counter()
+    dist = setup(config.device)
+    for name in ("batch", "mlm_batch"):
+        if getattr(config, name) % dist.world:
+            raise ConfigError(f"--{name} {getattr(config, name)} cannot be shared by {dist.world} processes evenly")
+    autocast, scaler = precision(config.dtype, dist)
+    reviews = {split: load_sentiment(config.data, split) for split in ("train", "valid", "test")}
+    texts = {"valid": [f" {r.text.strip()}" for r in reviews["valid"]]}
+    texts["train"] = [f" {r.text.strip()}" for r in reviews["train"]]
+    texts["train"] += [f" {r.text.strip()}" for name in config.text for r in load_sentiment(name, "train")]
+    if config.init:
+        raw, tokenizer, _ = open_encoder(config.init, dropout=config.model.dropout)
+        config = replace(config, model=raw.config)
+    run_dir = open_run(config, dist)
+    if not config.init:
+        if config.resume:
+            tokenizer = load_tokenizer(resolve_checkpoint(run_dir / "last"))
+        else:
+            tokenizer = BPETokenizer.train(texts["train"], config.vocab_size, ("<|endoftext|>", MASK))
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+        torch.manual_seed(config.seed)
+        raw = Encoder(config.model)
+    if MASK not in tokenizer.special_ids:
+        raise ConfigError(f"{config.init}: its tokenizer has no {MASK}; it was not made for an encoder")
+    raw.to(dist.device)
+    torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
+    mask_id, pad, context = tokenizer.special_ids[MASK], tokenizer.endoftext_id, raw.config.context
+    examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
+    streams = make_streams(config, run_dir, dist, tokenizer, context, texts) if config.mlm_steps else None
+
+    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
+    first, best, total = 0, -1.0, config.mlm_steps + config.steps
+    if config.resume:
+        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
+        first, best = state["step"], state["best"]
+    model = raw
+    if dist.world > 1:  # each of the two objectives leaves the other's head without a gradient
+        model = DistributedDataParallel(raw, broadcast_buffers=False, find_unused_parameters=True)
+    log = Log(run_dir, config, dist, first)
+    interrupt = Interrupt(dist)
+    if dist.is_main:
+        n_texts, n_tokens = len(examples["train"]), sum(len(ids) for ids, _ in examples["train"])
+        print(f"{raw.num_params():,} parameters, vocabulary {tokenizer.vocab_size}")
+        if streams:
+            seen, length = config.mlm_steps * config.mlm_batch * context, len(streams["train"])
+            print(f"masked-LM: {config.mlm_steps} steps, {seen / length:.1f} epochs of {length:,} tokens")
+        epochs, length = config.steps * config.batch / n_texts, n_tokens / n_texts
+        print(
+            f"labels: {config.steps} steps, {epochs:.1f} epochs of {n_texts:,} texts of {n_tokens / n_texts:.0f} tokens"
+        )
+
+    def checkpoint(name, step):
+        state = None
+        if name == "last":
+            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
+            state["optimizers"] = [o.state_dict() for o in optimizers]
+        save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
+
+    bar = tqdm(range(first, total), initial=first, total=total, disable=not dist.is_main, unit="step")
+    for step in bar:
+        # ------------------------------------------------------------------ once in a while
+        if interrupt:
+            checkpoint("last", step)
+            bar.close()
+            if dist.is_main:
+                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
+            raise SystemExit(130)
+        if step and step % config.save_every == 0 and step != first:
+            checkpoint("last", step)
+        if step == config.mlm_steps:  # another objective: what the optimizer remembers of the old one would mislead
+            optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
+
+        # ------------------------------------------------------------------ the batch: first masked-LM, then labels
+        started, pretraining = time.perf_counter(), step < config.mlm_steps
+        # The holes are made for the batch of all ranks, so that they do not depend on how it is shared.
+        generator = torch.Generator().manual_seed((config.seed << 32) + step)
+        if pretraining:
+            tokens = torch.from_numpy(batch_at(streams["train"], step, config.mlm_batch, context, config.seed)[0])
+            hidden, chosen = hide(tokens, mask_id, tokenizer.vocab_size, tokens == pad, generator, config.mlm_rate)
+            n = chosen.sum().item()  # of the whole step, all ranks, before the batch is cut
+            batch = list(zip(hidden, torch.ones_like(chosen), tokens, chosen, strict=True))
+            lr = lr_at(step, config.mlm_steps, config.mlm_lr, config.warmup)
+        else:
+            rows = rows_at(len(examples["train"]), step - config.mlm_steps, config.batch, config.seed)
+            tokens, real = collate([examples["train"][i][0] for i in rows], pad)
+            hole = torch.rand(tokens.shape, generator=generator) < config.token_dropout
+            hidden = torch.where(hole & real & (tokens != pad), mask_id, tokens)
+            labels, n = torch.tensor([examples["train"][i][1] for i in rows]), config.batch
+            batch = list(zip(hidden, real, labels, strict=True))
+            lr = lr_at(step - config.mlm_steps, config.steps, config.lr, config.warmup)
+
+        # ------------------------------------------------------------------ one optimizer step
+        share = len(batch) // dist.world
+        mine = batch[dist.rank * share : (dist.rank + 1) * share]
+        mine = sorted(mine, key=lambda row: int(row[1].sum()))  # micro-batches of like lengths waste no padding
+        model.train()
+        loss_sum, right = 0.0, 0
+        for i in range(0, share, config.micro_batch):
+            columns = [torch.stack(c).to(dist.device) for c in zip(*mine[i : i + config.micro_batch], strict=True)]
+            T = columns[1].sum(1).max().item()  # the longest row of the piece
+            x, real = columns[0][:, :T], columns[1][:, :T]  # (b, T) each
+            last = i + config.micro_batch >= share
+            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                with autocast():
+                    if pretraining:
+                        output = model(x, real, targets=columns[2], chosen=columns[3])
+                    else:
+                        output = model(x, real)  # (b, n_class)
+                if pretraining:
+                    loss = -output.sum() / n
+                    metrics = {"loss": loss.item(), "right": 0}
+                else:
+                    loss, metrics = classification_loss(output, columns[2], n)
+                scaler.scale(loss * dist.world).backward()  # DDP divides by world
+            loss_sum += metrics["loss"]
+            right += metrics["right"]
+        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        loss_sum, right = dist.sum(loss_sum, right)
+        if not math.isfinite(loss_sum):
+            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+
+        done = step + 1
+        record = {"mlm_loss": loss_sum} if pretraining else {"loss": loss_sum, "train_accuracy": right / n}
+        record |= {"lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - started}
+        if pretraining and (done % config.eval_every == 0 or done == config.mlm_steps):
+            held = (streams["valid"], context, mask_id, pad, dist, config.seed, config.mlm_rate)
+            record["mlm_valid_loss"] = validate_mlm(raw, *held)
+            if dist.is_main:
+                bar.write(f"step {done}  masked-LM {loss_sum:.3f}  valid {record['mlm_valid_loss']:.3f}")
+        if not pretraining and ((done - config.mlm_steps) % config.eval_every == 0 or done == total):
+            result = evaluate(raw, examples["valid"], pad, dist)
+            record |= {"accuracy": result["accuracy"], "valid_loss": result["loss"]}
+            if dist.is_main:
+                bar.write(f"step {done}  loss {loss_sum:.3f}  valid {result['loss']:.3f}, {result['accuracy']:.1%}")
+            if result["accuracy"] > best:
+                best = result["accuracy"]
+                checkpoint("best", done)
+        log(done, **record)
+        bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", accuracy=f"{max(best, 0):.1%}")
+    checkpoint("last", total)
+    log.close()
+    trained = time.perf_counter() - began
+
+    # The test split, once, with the checkpoint that the validation split chose.
+    raw, tokenizer, path = open_encoder(run_dir, dist.device)
+    result = evaluate(raw, examples["test"], pad, dist)
+    baseline = None
+    if dist.is_main:
+        write_mistakes(run_dir, raw, reviews["test"], examples["test"], pad)
+        draw_curves(
+            run_dir,
+            f"{config.name}: an encoder on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
+            [
+                ("masked-LM", {"mlm_loss": "train", "mlm_valid_loss": "validation"}, "nats per hidden token", {}),
+                ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
+                ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
+            ],
+        )
+        print(confusion_table(result["confusion"]))
+        words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])
+        baseline, n = words["accuracy"], len(examples["test"])
+        low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
+        print(
+            f"test accuracy {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {n} texts (validation {best:.1%}); "
+            f"bag of words {baseline:.1%} (validation {words['valid']:.1%}, weight decay {words['strength']:g}); "
+            f"{trained:.0f} s; {path}, {run_dir}/curves.png"
+        )
+    return {"accuracy": result["accuracy"], "baseline": baseline, "confusion": result["confusion"], "path": str(path)}
+
+
+def confusion_table(confusion):
+    names = LABELS if len(confusion) == 2 else [str(i) for i in range(len(confusion))]
+    lines = [f"{'':<18}" + "".join(f"{'taken for ' + name:>22}" for name in names)]
+    for name, row in zip(names, confusion, strict=True):
+        lines.append(f"{name:<18}" + "".join(f"{count:>22,}" for count in row))
+    return "\n".join(lines)
+
+
+def write_mistakes(run_dir, raw, reviews, examples, pad, most=20):
+    """The surest wrong answers on the test split into samples.md."""
+    p = predict(raw, [ids for ids, _ in examples], pad)
+    wrong = [(p[i].max().item(), i) for i in range(len(p)) if p[i].argmax() != reviews[i].label]
+    with (run_dir / "samples.md").open("a") as file:
+        for sure, i in sorted(wrong, reverse=True)[:most]:
+            names = LABELS if p.shape[1] == 2 else range(p.shape[1])
+            said, truth = names[int(p[i].argmax())], names[reviews[i].label]
+            file.write(f"**{said} with {sure:.0%}, but it is {truth}**\n\n> {reviews[i].text[:500]}\n\n")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

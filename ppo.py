@@ -1,0 +1,671 @@
+"""PPO for language: a policy, a learned reward, a value for every token, and a leash (arXiv:1707.06347, 2203.02155).
+
+A reward model says after the last token how good an answer was. Which tokens earned it? A value head guesses, at every
+token, what the answer will get in the end; a token's advantage is by how much the guess rose.
+
+    r_t = −β (log π_old(y_t) − log π_ref(y_t)),   plus the score at the end token     the leash is paid token by token
+    δ_t = r_t + γ V_{t+1} − V_t,                  V behind the last token is 0
+    A_t = δ_t + γλ A_{t+1}                        GAE, arXiv:1506.02438, Eq. 16; the returns are A + V
+    policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)    ρ_t = exp(log π_θ(y_t) − log π_old(y_t)); masked mean
+    value   ½ max((V − R)², (clip(V, V_old ± ε_v) − R)²)
+    β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon)     the adaptive leash, arXiv:1909.08593, KL per answer
+
+V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. λ = 1 is the return minus the guess
+(unbiased, noisy), λ = 0 believes the next guess. A trap: the mean and the spread of the advantages (`whiten`) are those
+of all tokens of the step on all ranks, and the returns are taken before whitening, or V would chase a moving target.
+
+What keeps a run alive, each by a flag: scores are brought to mean 0 and standard deviation 1 of all scores seen so
+far (`--normalise`); an answer without an end is fined, as the reward model never saw one (`--missing_end`); the
+inner epochs stop when the policy has moved too far from the one that sampled (`--stop_kl`). Dropout is off for good,
+and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ is 1.
+
+The reward model is a proxy and PPO will find where it errs. So each step also logs `correct`, the verifier's judgement
+of the same answers, of which the training sees nothing: a score that rises while `correct` falls is over-optimisation.
+
+The value head shares the policy's trunk (`--value shared`: cheap, but its loss pulls at the policy), or is a network
+of its own that starts from the reward model's trunk (`--value separate`: as InstructGPT).
+
+Without --init and --reward_model the script makes both on the built-in problems, under runs/start, and reuses them.
+
+Run it:
+    python ppo.py
+    python ppo.py --init runs/sft --reward_model runs/reward_model --value separate --kl_target 3
+    torchrun --nproc_per_node 2 ppo.py --init runs/sft --reward_model runs/reward_model
+"""
+
+import contextlib
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import reward_model
+from data import load_problems
+from generate import ConfigError, generate, open_checkpoint, run
+from pretrain import (
+    RUNS,
+    Interrupt,
+    Log,
+    check_positive,
+    draw_curves,
+    load_state,
+    make_optimizers,
+    open_run,
+    precision,
+    save,
+    setup,
+)
+from reward_model import RewardModel, open_reward_model, score_groups
+from sft import (
+    answer_logprobs,
+    encode_prompt,
+    evaluate,
+    fitting,
+    is_correct,
+    pack_answers,
+    rows_at,
+    sft_start,
+    start_name,
+)
+from transformer import masked_mean
+
+# ---------------------------------------------------------------------------------------------------------------
+# The objective, as pure functions. All tensors (B, T); mask is True on an answer's tokens, which stand at the front.
+
+
+def token_rewards(log_ratio, final, lengths, beta):
+    """log_ratio log π_old − log π_ref, 0 behind the end; final (B,) what the whole answer is worth; lengths (B,)."""
+    rewards = -beta * log_ratio
+    rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += final
+    return rewards
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """-> advantages, returns, both 0 outside the mask. values[:, t] is V before token t is known."""
+    mask = mask.to(values.dtype)
+    advantages, carry = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    following = torch.zeros_like(carry)  # V_{t+1}, 0 behind the last token
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        carry = (delta + gamma * lam * carry) * mask[:, t]
+        following = values[:, t] * mask[:, t]
+        advantages[:, t] = carry
+    return advantages, (advantages + values) * mask
+
+
+def whiten(x, mask, dist=None, eps=1e-8):
+    """(x − mean) / standard deviation over the masked tokens, of all ranks if `dist` is given; 0 outside."""
+    mask = mask.to(x.dtype)
+    sums = [mask.sum(), (x * mask).sum()]
+    n, total = dist.sum(*sums) if dist else sums
+    mean = total / max(n, 1)
+    squares = (((x - mean) * mask) ** 2).sum()
+    (squares,) = dist.sum(squares) if dist else (squares,)
+    return (x - mean) * mask / (squares / max(n, 1) + eps) ** 0.5
+
+
+def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tokens=None):
+    """-> (loss, metrics). n_tokens: of the whole optimizer step, over micro-batches and ranks; default: of this batch.
+    Metrics are means over this batch's tokens."""
+    # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
+    log_ratio = ((logprobs - old_logprobs) * mask).float()
+    ratio = log_ratio.exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    per_token = -torch.minimum(plain, clipped)  # the pessimistic one of the two, for either sign of A
+    loss = (per_token * mask).sum() / (n_tokens or mask.sum().clamp(min=1))
+    with torch.no_grad():
+        metrics = {
+            "clip_fraction": masked_mean((clipped < plain).float(), mask),
+            "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
+            "approx_kl3": masked_mean(ratio - 1 - log_ratio, mask),  # unbiased, and ≥ 0
+            "ratio": masked_mean(ratio, mask),
+        }
+    return loss, {"policy_loss": loss.item()} | {k: v.item() for k, v in metrics.items()}
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
+    """-> (loss, metrics). clip None or 0: not clipped."""
+    squares = (values - returns) ** 2
+    clipped_fraction = torch.zeros(())
+    if clip:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        other = (near - returns) ** 2
+        clipped_fraction = masked_mean((other > squares).float(), mask)
+        squares = torch.maximum(squares, other)
+    loss = 0.5 * torch.where(mask.bool(), squares, 0.0).sum() / (n_tokens or mask.sum().clamp(min=1))
+    return loss, {"value_loss": loss.item(), "value_clip_fraction": clipped_fraction.item()}
+
+
+def adapt_beta(beta, kl, target, n, horizon):
+    """The leash's next coefficient: shorter if the KL (nats per answer) of n answers is above its target."""
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return beta * (1 + error * n / horizon)
+
+
+class RunningMoments:
+    """Mean and standard deviation of all scores so far, merged batch by batch (Chan et al. 1979)."""
+
+    def __init__(self, n=0.0, mean=0.0, squares=0.0):
+        self.n, self.mean, self.squares = n, mean, squares
+
+    def add(self, scores, dist):
+        n, total = dist.sum(scores.numel(), scores.sum().item())
+        mean = total / n
+        (squares,) = dist.sum(((scores.double() - mean) ** 2).sum().item())
+        gap, both = mean - self.mean, self.n + n
+        self.squares += squares + gap**2 * self.n * n / both
+        self.mean += gap * n / both
+        self.n = both
+
+    def normalise(self, scores):
+        return (scores - self.mean) / (math.sqrt(self.squares / max(self.n, 1)) + 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+class ActorCritic(nn.Module):
+    """A policy and its values. Both come from one forward, as DDP wants it."""
+
+    def __init__(self, policy, critic=None):
+        """critic: a RewardModel of its own, or None to read the values from the policy's last states."""
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.head = None
+        if critic is None:
+            self.head = nn.Linear(policy.config.width, 1, bias=True)
+            nn.init.zeros_(self.head.weight)  # V starts at 0, not at noise that the first advantages would carry
+            nn.init.zeros_(self.head.bias)
+            policy.norm.register_forward_hook(self._keep)
+        else:
+            nn.init.zeros_(critic.head.weight)
+
+    def _keep(self, module, inputs, states):
+        self.states = states  # (n, L, C), what the policy's output matrix and the value head both read
+
+    def value_parameters(self):
+        return list((self.critic or self.head).parameters())
+
+    def forward(self, packed, temperature=1.0):
+        """What pack_answers made -> log-probabilities and values, (n·R, T) each, 0 behind an answer's end."""
+        tokens, positions, targets, mask, index, real = packed
+        logprobs = self.policy(tokens, positions, mask, targets=targets, temperature=temperature)  # (n, L)
+        if self.critic is None:
+            values = self.head(self.states).squeeze(-1)  # (n, L)
+            del self.states
+        else:
+            values = self.critic(tokens, positions, mask).squeeze(-1)
+        return logprobs.flatten()[index] * real, values.float().flatten()[index] * real
+
+
+def optimizer_steps(parts, optimizers, rates, scaler, clip):
+    """One step of each optimizer on its part's parameters, clipped on its own. -> the norms before clipping."""
+    norms = []
+    for parameters, optimizer, rate in zip(parts, optimizers, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        scaler.unscale_(optimizer)
+        norms.append(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item())
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return norms
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stage.
+
+
+@dataclass
+class Config:
+    """Train a policy against a reward model (PPO)."""
+
+    data: str = "word"
+    """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Levels of the built-in problems: 1 to 3 steps."""
+    init: str | None = None
+    """SFT checkpoint to start from, also the reference of the KL; default: made once under runs/start."""
+    reward_model: str | None = None
+    """Reward model, of the same tokenizer; default: made once under runs/start."""
+    value: str = "shared"
+    """The values' trunk: shared with the policy, or separate (starts from the reward model)."""
+    name: str = "ppo"
+    """Run directory below runs/."""
+    steps: int = 150
+    """Rollout batches."""
+    prompts: int = 64
+    """Prompts N per step, over all ranks."""
+    rollouts: int = 2
+    """Completions R per prompt."""
+    max_new_tokens: int = 64
+    """Longest completion."""
+    temperature: float = 1.0
+    """Of the sampling, and of the log-probabilities in the loss."""
+    kl_beta: float = 0.02
+    """The leash: weight of the KL to the reference in the rewards; with --kl_target only where it starts."""
+    kl_target: float | None = None
+    """Adapt the leash so that the KL stays near this many nats per answer."""
+    kl_horizon: float = 5000.0
+    """Answers over which the leash adapts."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's λ."""
+    clip_ratio: float = 0.2
+    """How far a ratio may pay."""
+    clip_value: float = 0.2
+    """How far a value may move from where it was while sampling, at a gain; 0: anywhere."""
+    value_weight: float = 0.1
+    """Of the value loss."""
+    whiten: bool = True
+    """Bring the step's advantages to mean 0 and standard deviation 1."""
+    normalise: bool = True
+    """Bring the scores to mean 0 and standard deviation 1 of all scores so far."""
+    missing_end: float = 1.0
+    """Fine for an answer that was cut off, in units of the (normalised) score."""
+    inner_epochs: int = 2
+    """Passes over each batch of rollouts."""
+    minibatches: int = 2
+    """Optimizer steps in a pass."""
+    stop_kl: float = 0.1
+    """Leave the inner epochs when the policy is this far, in nats per token, from the one that sampled; 0: never."""
+    micro_batch: int = 64
+    """Completions per forward pass of one rank."""
+    lr: float = 5e-5
+    """Learning rate of the policy after the warm-up; constant from there."""
+    value_lr: float = 1e-3
+    """The same of the value head; a separate network takes a tenth of it."""
+    warmup: int = 5
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only."""
+    clip: float = 1.0
+    """Largest gradient norm, of the policy's and the value's each; 0 turns clipping off."""
+    eval_every: int = 25
+    """Steps between evaluations on the validation split."""
+    eval_problems: int = 200
+    """Validation problems per evaluation."""
+    test_problems: int = 1000
+    """Held-out problems of the evaluation before and after."""
+    sample_every: int = 50
+    """Steps between printed rollouts."""
+    save_every: int = 50
+    """Steps between checkpoints of last/."""
+    seed: int = 0
+    """Of the prompt order and the sampling (and of the start, where one is made)."""
+    resume: bool = False
+    """Continue runs/NAME/last as if it had never stopped."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, fp32, bf16 or fp16."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well."""
+
+    def __post_init__(self):
+        check_positive(self, "steps", "prompts", "rollouts", "max_new_tokens", "inner_epochs", "minibatches")
+        check_positive(self, "eval_every", "eval_problems", "test_problems", "sample_every", "save_every")
+        check_positive(self, "micro_batch")
+        if self.temperature <= 0:
+            raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
+        if self.value not in ("shared", "separate"):
+            raise ConfigError(f"--value {self.value!r} is not known; use shared or separate")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ConfigError(f"--kl_target is {self.kl_target}; it must be above 0, or not given")
+        if self.kl_horizon <= 0:
+            raise ConfigError(f"--kl_horizon is {self.kl_horizon}; it must be above 0")
+        if self.prompts < self.minibatches:
+            raise ConfigError(f"--prompts {self.prompts} cannot be cut into {self.minibatches} minibatches")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.init is None and self.data != "word":
+            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
+        if self.init is not None and self.reward_model is None:
+            train = f"python reward_model.py --init {self.init}"
+            raise ConfigError(f"--init needs a reward model of the same tokenizer: {train}, then --reward_model RUN")
+
+
+def reward_start(config, init, dist):
+    """A reward model for a run that was given none; made once, under runs/start, and reused."""
+    name = start_name(config.data, config.seed, "reward")
+    if (RUNS / name / "best" / "config.json").exists():
+        if dist.is_main:
+            print(f"rewards from {RUNS / name} (made earlier; delete it to make it anew)")
+    else:
+        if dist.is_main:
+            print(f"no --reward_model given: training one -> {RUNS / name}")
+        shared = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
+        reward_model.main(reward_model.Config(name=name, init=init, **shared))
+    return str(RUNS / name)
+
+
+def open_models(config, init, path, dist):
+    """-> the policy with its values, the frozen reference and reward model, the tokenizer."""
+    policy, tokenizer, _ = open_checkpoint(init, dist.device)
+    judge, other, path = open_reward_model(path, dist.device)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"the reward model {path} has another tokenizer than {init}: it would misread every answer")
+    critic = None
+    if config.value == "separate":
+        if not isinstance(judge, RewardModel):
+            raise ConfigError(f"--value separate needs a decoder as reward model, {path} is an encoder; use shared")
+        critic = copy.deepcopy(judge)
+    raw = ActorCritic(policy, critic).to(dist.device)
+    raw.eval()  # for good: with dropout the ratio on fresh rollouts would not be 1
+    reference, _, _ = open_checkpoint(init, dist.device)
+    return raw, reference.requires_grad_(False).eval(), judge.requires_grad_(False).eval(), tokenizer
+
+
+@torch.no_grad()
+def rollouts_at(step, policy, tokenizer, problems, config, dist, autocast):
+    """Sample this rank's share of step `step`'s completions -> its problems, their prompts (n lists of ids), the
+    Rollout of n·R rows, and which of them ended their turn. All of the step's randomness is one table of uniforms
+    seeded by (seed, step), of which each rank takes its rows."""
+    chosen = [problems[i] for i in rows_at(len(problems), step, config.prompts, config.seed)]
+    share, R = config.prompts // dist.world, config.rollouts
+    chosen = chosen[dist.rank * share : (dist.rank + 1) * share]
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    uniforms = torch.rand(config.prompts * R, config.max_new_tokens, generator=generator)
+    uniforms = uniforms[dist.rank * share * R : (dist.rank + 1) * share * R]
+    prompts = [encode_prompt(tokenizer, p) for p in chosen]
+    with autocast():
+        rollout = generate(
+            policy,
+            prompts,
+            config.max_new_tokens,
+            n=R,
+            temperature=config.temperature,
+            stop_ids=tokenizer.stop_ids,
+            uniforms=uniforms,
+        )
+    ended = ((rollout.ids == tokenizer.im_end_id) & rollout.mask).any(1)  # (n·R,)
+    return chosen, prompts, rollout, ended
+
+
+def cut(step, config, dist, lengths):
+    """The groups of each minibatch that are this rank's, in micro-batches: [[[group, …], …], …]. Which group falls
+    into which minibatch depends on (seed, step) alone. A rank without any takes part with its first group, at weight
+    0: [[0]] and False."""
+    share, size = config.prompts // dist.world, max(1, config.micro_batch // config.rollouts)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    order = torch.randperm(config.prompts, generator=generator).tolist()
+    out = []
+    for m in range(config.minibatches):
+        mine = [g - dist.rank * share for g in order[m :: config.minibatches] if g // share == dist.rank]
+        mine.sort(key=lambda g: lengths[g])  # micro-batches of like lengths waste no padding
+        out.append(([mine[i : i + size] for i in range(0, len(mine), size)] or [[0]], bool(mine)))
+    return out
+
+
+def main(config):
+    """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
+    began = time.perf_counter()
+    dist = setup(config.device)
+    if config.prompts % dist.world:
+        raise ConfigError(f"--prompts {config.prompts} cannot be shared by {dist.world} processes evenly")
+    autocast, scaler = precision(config.dtype, dist)
+    problems = {
+        "train": load_problems(config.data, "train", None, tuple(config.levels)),
+        "valid": load_problems(config.data, "valid", config.eval_problems, tuple(config.levels)),
+        "test": load_problems(config.data, "test", config.test_problems, tuple(config.levels)),
+    }
+    init = config.init or sft_start(config, dist)
+    judge_path = config.reward_model or reward_start(config, init, dist)
+    raw, reference, judge, tokenizer = open_models(config, init, judge_path, dist)
+    policy, pad, R = raw.policy, tokenizer.endoftext_id, config.rollouts
+    room = min(policy.config.context, judge.config.context) - config.max_new_tokens
+    for split, found in problems.items():
+        lengths = [len(encode_prompt(tokenizer, p)) for p in found]
+        problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
+
+    run_dir = open_run(config, dist)
+    value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
+    parts = [list(policy.parameters()), raw.value_parameters()]
+    optimizers = make_optimizers(policy, "adamw", config.lr, config.weight_decay, betas=(0.9, 0.999))
+    optimizers += [torch.optim.AdamW(parts[1], lr=value_lr, betas=(0.9, 0.999), weight_decay=0.0)]
+    first, best, before, beta, moments = 0, -1.0, None, config.kl_beta, RunningMoments()
+    if config.resume:
+        state = load_state(run_dir, dist, policy, optimizers, scaler, config)
+        first, best, before, beta = state["step"], state["best"], state["before"], state["beta"]
+        moments = RunningMoments(*state["moments"])
+        (raw.critic or raw.head).load_state_dict(state["value"])
+    model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
+    log = Log(run_dir, config, dist, first)
+    interrupt = Interrupt(dist)
+
+    def held_out(split):
+        result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
+        return {k: v for k, v in result.items() if k != "samples"}
+
+    if before is None:
+        before = held_out("test")
+        best = held_out("valid")["accuracy"]
+        log(0, accuracy=best)
+    start_accuracy = before["accuracy"]
+    if dist.is_main:
+        print(
+            f"{raw.policy.num_params():,} parameters from {init}, rewards from {judge_path}; "
+            f"{len(problems['train']):,} training prompts; test accuracy before: {start_accuracy:.1%}"
+        )
+
+    def checkpoint(name, step):
+        state = None
+        if name == "last":
+            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
+            state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "beta": beta}
+            state |= {"moments": [moments.n, moments.mean, moments.squares]}
+            state |= {"value": (raw.critic or raw.head).state_dict()}
+        save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
+
+    accuracy = best
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
+    for step in bar:
+        # ------------------------------------------------------------------ once in a while
+        if interrupt:
+            checkpoint("last", step)
+            bar.close()
+            if dist.is_main:
+                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
+            raise SystemExit(130)
+        if step and step % config.save_every == 0 and step != first:
+            checkpoint("last", step)
+
+        # ------------------------------------------------------------------ roll out and score
+        started = time.perf_counter()
+        chosen, prompts, rollout, ended = rollouts_at(
+            step, policy, tokenizer, problems["train"], config, dist, autocast
+        )
+        mask = rollout.mask  # (n·R, T)
+        lengths = mask.sum(1)  # (n·R,)
+        answers = [ids[:n] for ids, n in zip(rollout.ids.tolist(), lengths.tolist(), strict=True)]
+        groups = [(prompt, answers[g * R : g * R + R]) for g, prompt in enumerate(prompts)]
+        scores = torch.tensor(score_groups(judge, groups, pad, dist.device, autocast)).flatten().to(dist.device)
+        moments.add(scores, dist)
+        final = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~ended  # (n·R,)
+        texts = rollout.texts(tokenizer)
+        truth = [is_correct(text, chosen[k // R]) for k, text in enumerate(texts)]  # for the eyes, not for the loss
+        sampled = time.perf_counter()
+
+        # ------------------------------------------------------------------ values, reference, rewards, advantages
+        sizes = [len(prompt) + sum(map(len, group)) for prompt, group in groups]
+        minibatches, packs = cut(step, config, dist, sizes), {}
+        values, ref_logprobs = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)  # (n·R, T)
+        with torch.no_grad(), autocast():
+            for m, (pieces, _) in enumerate(minibatches):
+                for k, piece in enumerate(pieces):
+                    rows = torch.tensor([g * R + r for g in piece for r in range(R)], device=dist.device)
+                    packed = pack_answers([prompts[g] for g in piece], [groups[g][1] for g in piece], pad)
+                    packed = [t.to(dist.device) for t in packed]
+                    t = packed[-1].shape[1]  # the longest answer of the piece
+                    values[rows, :t] = raw(packed, config.temperature)[1]
+                    ref_logprobs[rows, :t] = answer_logprobs(reference, packed, config.temperature).float()
+                    packs[m, k] = rows, packed, t
+        log_ratio = (rollout.logprobs - ref_logprobs) * mask
+        rewards = token_rewards(log_ratio, final, lengths, beta)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        weights = whiten(advantages, mask, dist) if config.whiten else advantages
+
+        # ------------------------------------------------------------------ inner epochs: a step per minibatch
+        rate = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        own = [
+            float(sum(mask[packs[m, k][0]].sum() for k in range(len(p)))) * real
+            for m, (p, real) in enumerate(minibatches)
+        ]
+        counts = dist.sum(*own)  # tokens of each minibatch, on all ranks, before it is cut
+        sums, updates, stopped = {}, 0, False
+        for _ in range(config.inner_epochs):
+            for m, (pieces, real) in enumerate(minibatches):
+                found = {}
+                for k in range(len(pieces)):
+                    rows, packed, t = packs[m, k]
+                    here = mask[rows, :t] & real
+                    last = k == len(pieces) - 1
+                    with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                        with autocast():
+                            logprobs, now = model(packed, config.temperature)  # (b, t) each
+                        old = rollout.logprobs[rows, :t], values[rows, :t]
+                        n = counts[m]
+                        loss, metrics = ppo_policy_loss(
+                            logprobs, old[0], weights[rows, :t], here, config.clip_ratio, n_tokens=n
+                        )
+                        loss_v, more = value_loss(now, old[1], returns[rows, :t], here, config.clip_value, n_tokens=n)
+                        loss = loss + config.value_weight * loss_v
+                        scaler.scale(loss * dist.world).backward()  # DDP divides by world
+                    weight = here.sum().item() / n
+                    for name, value in (metrics | more).items():
+                        share = 1 if name.endswith("_loss") else weight
+                        found[name] = found.get(name, 0.0) + value * share
+                found = dict(zip(found, dist.sum(*found.values()), strict=True))
+                if config.stop_kl and found["approx_kl3"] > config.stop_kl:
+                    stopped = True
+                    for optimizer in optimizers:
+                        optimizer.zero_grad(set_to_none=True)
+                    break
+                norms = optimizer_steps(parts, optimizers, (config.lr * rate, value_lr * rate), scaler, config.clip)
+                if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
+                    raise ConfigError(
+                        f"the gradient is {norms} at step {step}; try a smaller --lr than {config.lr:.1e}"
+                    )
+                found |= {"grad_norm": norms[0], "grad_norm_value": norms[1]}
+                updates += 1
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            if stopped:
+                break
+
+        # ------------------------------------------------------------------ metrics: what matters first
+        done = step + 1
+        n_tokens, n_answers = sum(counts), config.prompts * R
+        error = ((returns - values) * mask).double()
+        spread = (returns * mask).double()
+        totals = dist.sum(
+            sum(truth),
+            scores.sum(),
+            final.sum(),
+            rewards.sum(),
+            log_ratio.sum(),
+            ((-log_ratio).exp() - 1 + log_ratio).mul(mask).sum(),
+            -(rollout.logprobs * mask).sum(),
+            (~ended).sum(),
+            (values * mask).sum(),
+            error.sum(),
+            (error**2).sum(),
+            spread.sum(),
+            (spread**2).sum(),
+        )
+        correct, score, paid, reward, kl, kl3, entropy, missing, value, e1, e2, s1, s2 = totals
+        e1, e2, s1, s2 = (x / n_tokens for x in (e1, e2, s1, s2))
+        record = {
+            "correct": correct / n_answers,
+            "score": score / n_answers,
+            "score_normalised": paid / n_answers,
+            "reward": reward / n_answers,
+            "reward_kl": -beta * kl / n_answers,
+            "missing_end": missing / n_answers,
+            "kl": kl3 / n_tokens,  # k3, nats per token
+            "kl_per_answer": kl / n_answers,  # k1 summed: what the leash is adapted to; may be negative by chance
+            "kl_beta": beta,
+            "entropy": entropy / n_tokens,
+            "length": n_tokens / n_answers,
+            "value": value / n_tokens,
+            "explained_variance": 1 - (e2 - e1**2) / max(s2 - s1**2, 1e-12),
+            **{name: v / max(updates, 1) for name, v in sums.items()},
+            "updates": updates,
+            "lr": config.lr * rate,
+            "seconds_rollout": sampled - started,
+            "steps_per_second": 1 / (time.perf_counter() - started),
+        }
+        if config.kl_target is not None:
+            beta = adapt_beta(beta, kl / n_answers, config.kl_target, n_answers, config.kl_horizon)
+        if done % config.eval_every == 0 or done == config.steps:
+            accuracy = record["accuracy"] = held_out("valid")["accuracy"]
+            if accuracy > best:
+                best = accuracy
+                checkpoint("best", done)
+        log(done, **record)
+        if dist.is_main and (done == 1 or done % config.sample_every == 0):
+            show_samples(bar, run_dir, done, texts, chosen, scores, truth, R)
+        bar.set_postfix(
+            score=f"{record['score']:.2f}",
+            correct=f"{record['correct']:.1%}",
+            accuracy=f"{accuracy:.1%}",
+            kl=f"{record['kl']:.3f}",
+            refresh=False,
+        )
+    checkpoint("last", config.steps)
+    log.close()
+    return finish(config, dist, run_dir, before, held_out("test"), time.perf_counter() - began)
+
+
+def show_samples(bar, run_dir, step, texts, chosen, scores, truth, R):
+    """The rollouts of the highest and of the lowest score, with the verifier's judgement."""
+    lines = [f"step {step}"]
+    for row in dict.fromkeys((scores.argmax().item(), scores.argmin().item())):
+        problem, verdict = chosen[row // R], "right" if truth[row] else "wrong"
+        lines.append(f"  [score {scores[row]:.2f}, {verdict}] {problem.question} (answer {problem.answer})")
+        lines.append(f"    {texts[row]!r}")
+    bar.write("\n".join(lines))
+    with (run_dir / "samples.md").open("a") as file:
+        file.write("\n".join(lines) + "\n\n")
+
+
+def finish(config, dist, run_dir, before, after, seconds):
+    """The table and the curves."""
+    gain = after["accuracy"] - before["accuracy"]
+    if dist.is_main:
+        print(f"\n{'held-out test, greedy':<24}{'accuracy':>9}  {'95 % interval':<18}{'length':>7}")
+        for name, r in (("before", before), ("after", after)):
+            interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
+            print(f"{name:<24}{r['accuracy']:>9.1%}  {interval:<18}{r['length']:>7.1f}")
+        for level, value in after["by_level"].items():
+            print(f"  level {level}: {before['by_level'][level]:.1%} -> {value:.1%}")
+        print(f"{after['n']} problems, {gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes")
+        if gain < 0:
+            print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
+        draw_curves(
+            run_dir,
+            f"{config.name}: PPO on {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
+            [
+                ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
+                ("what is optimised", {"score": "reward model", "reward": "with the KL"}, "per answer", {}),
+                ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
+                ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "", {}),
+                ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {}),
+                ("gradient norm", {"grad_norm": "policy", "grad_norm_value": "value"}, "before clipping", {}),
+            ],
+        )
+        print(f"{run_dir}/last, {run_dir}/best, {run_dir}/curves.png, {run_dir}/samples.md")
+    return {"before": before, "after": after, "seconds": seconds, "path": str(run_dir / "last")}
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

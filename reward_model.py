@@ -1,0 +1,812 @@
+"""A reward model: which of two answers is better, learned from pairs (Bradley and Terry 1952; arXiv:2203.02155).
+
+A decoder reads the prompt and one answer; a linear head turns the state at the answer's last token into one number,
+the score r. The pair's better answer should score higher:
+
+    p(y_w beats y_l) = σ(r_w − r_l)                              the Bradley-Terry model
+    L = −log σ(r_w − r_l − margin)                               gradient −σ(−Δ): none left once a pair is clear
+    hinge = max(0, margin − (r_w − r_l))                         stops exactly at the margin
+    centring c · (r_w + r_l)²                                    arXiv:2312.09244: scores mean nothing absolutely, so
+                                                                 adding a constant to all changes L by nothing at all;
+                                                                 this pulls them to zero, which PPO's value head likes
+
+Both answers of a pair follow the same prompt, so it is computed once:
+
+    tokens     p₀ … p_{P−2} | p_{P−1} w₀ w₁ … <|im_end|> | p_{P−1} l₀ l₁ … <|im_end|>      scores at each <|im_end|>
+    positions  0 … P−2      | P−1     P  P+1 …           | P−1     P  P+1 …                each blind to the other
+
+Pairs: solutions against corrupted ones (one error of a known kind), the SFT model's own samples judged by the
+verifier (a right and a wrong answer to one prompt), or real ones: ultrafeedback, style, any JSONL. PPO needs the
+second kind: what a policy writes is wrong in other ways than what a program corrupts.
+
+A reward model is a proxy. The report therefore shows where it can be trusted: accuracy by kind of error with
+intervals, calibration, the scores themselves, whether new names or items change an order, whether two errors score
+below one, what else moves the score (length, format), and best-of-n by the score against the truth for n = 1 … 64,
+the cheapest way to see a proxy being over-optimised (arXiv:2210.10760).
+
+The checkpoint is a directory that transformers opens as Qwen3ForSequenceClassification with one label.
+
+Run it:
+    python reward_model.py                                                  # makes its SFT start if there is none
+    python reward_model.py --data style                                     # real pairs, pretrains on their text
+    torchrun --nproc_per_node 2 reward_model.py --init runs/sft --pairs sampled
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import pretrain
+from data import CORRUPTIONS, MEN, PLURAL, THEMES, WOMEN, DataError, Pair, corrupt, load_pairs, load_problems
+from encoder import OWN as ENCODER
+from encoder import Encoder, EncoderConfig, open_encoder
+from generate import ConfigError, generate, open_checkpoint, resolve_checkpoint, run
+from pretrain import (
+    RUNS,
+    Interrupt,
+    Log,
+    check_positive,
+    draw_curves,
+    load_state,
+    lr_at,
+    make_optimizers,
+    open_run,
+    optimizer_step,
+    precision,
+    save,
+    setup,
+)
+from sft import collate, fitting, is_correct, pack_answers, rows_at, sft_start, start_name, wilson
+from tokenizer_bpe import load_tokenizer
+from transformer import (
+    LAYOUTS,
+    CheckpointError,
+    Transformer,
+    TransformerConfig,
+    fill,
+    layout_of,
+    open_safetensors,
+    read_hf_config,
+    to_hf_config,
+    to_layout,
+)
+
+# ---------------------------------------------------------------------------------------------------------------
+# The objectives, as pure functions.
+
+
+def bradley_terry_loss(chosen, rejected, margin=None, *, centre=0.0, n_pairs=None):
+    """Scores (B,) each -> (loss, metrics): −log σ(chosen − rejected − margin), averaged.
+
+    margin: None, a number or (B,). centre: weight of (chosen + rejected)². n_pairs: of the whole optimizer step, over
+    micro-batches and ranks; default: of this batch, which is then the step.
+    """
+    gap = chosen - rejected
+    per_pair = -F.logsigmoid(gap if margin is None else gap - margin)
+    return _reduce(per_pair, chosen, rejected, centre, n_pairs)
+
+
+def hinge_loss(chosen, rejected, margin=1.0, *, centre=0.0, n_pairs=None):
+    """The same with max(0, margin − (chosen − rejected))."""
+    return _reduce((margin - (chosen - rejected)).clamp(min=0), chosen, rejected, centre, n_pairs)
+
+
+def _reduce(per_pair, chosen, rejected, centre, n_pairs):
+    if centre:
+        per_pair = per_pair + centre * (chosen + rejected).square()
+    loss = per_pair.sum() / (n_pairs or len(chosen))
+    gap = (chosen - rejected).detach()
+    metrics = {"loss": loss.item(), "accuracy": ((gap > 0) + 0.5 * (gap == 0)).mean().item()}
+    return loss, metrics | {"margin": gap.mean().item(), "score": (chosen + rejected).mean().item() / 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+class RewardModel(Transformer):
+    """A decoder whose output matrix is one row: forward gives a score at every token, (B, T, 1)."""
+
+    pad_id = None  # only to be written into config.json
+
+    def __init__(self, config):
+        super().__init__(replace(config, tie_embeddings=True))  # there is no output matrix to tie
+        self.head = nn.Linear(self.config.width, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width))
+
+    @classmethod
+    def from_policy(cls, policy, dropout=0.0, seed=0):
+        """The trunk of a language model, with a new head."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(replace(policy.config, dropout=dropout))
+        state = {k: v for k, v in policy.state_dict().items() if not k.startswith("head.")}
+        model.load_state_dict(state | {"head.weight": model.head.weight.detach()})
+        return model
+
+    @staticmethod
+    def pack(groups, pad):
+        """[(prompt ids, R lists of answer ids), …] -> tokens, positions (n, L), mask (n, L, L), last (n·R,): where in
+        the flattened (n·L) each answer's last token stands. (`pack_answers` packs what predicts an answer; one more
+        token makes its last one an input too.)"""
+        answers = [[[*answer, pad] for answer in group] for _, group in groups]
+        tokens, positions, _, mask, index, real = pack_answers([prompt for prompt, _ in groups], answers, pad)
+        return tokens, positions, mask, index.gather(1, real.sum(1, keepdim=True) - 1).squeeze(1)
+
+    def save_pretrained(self, path):
+        """As transformers' …ForSequenceClassification with num_labels 1 saves it: the trunk, and `score.weight`."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        layout = layout_of(self.config)
+        state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        head = state.pop("head.weight")
+        names = LAYOUTS[layout].names if LAYOUTS[layout] else None
+        tensors = {k: v.contiguous() for k, v in to_layout(state, names).items()}
+        config = to_hf_config(self.config, layout) | {"dtype": "float32"}
+        kinds = [re.sub("ForCausalLM|LMHeadModel", "", kind) for kind in config.get("architectures", [])]
+        config["architectures"] = [f"{kind}ForSequenceClassification" for kind in kinds]
+        config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        config |= {"pad_token_id": self.pad_id}  # transformers finds an answer's end by it
+        save_file(tensors | {"score.weight": head}, path / "model.safetensors.tmp", metadata={"format": "pt"})
+        (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(path / "model.safetensors.tmp", path / "model.safetensors")
+        os.replace(path / "config.json.tmp", path / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, path, dropout=0.0):
+        """Raises CheckpointError, also if the directory holds a language model instead."""
+        layout, config = read_hf_config(path)
+        shapes, get = open_safetensors(path)
+        if shapes.pop("score.weight", None) != (1, config.width):
+            raise CheckpointError(f"{path} has no score head: it is no reward model; python reward_model.py makes one")
+        names = LAYOUTS[layout].names if LAYOUTS[layout] else None
+        model = cls.from_policy(fill(replace(config, tie_embeddings=True), names, shapes, get, path), dropout)
+        model.head.weight.data.copy_(get("score.weight"))
+        model.pad_id = json.loads((Path(path) / "config.json").read_text()).get("pad_token_id")
+        return model
+
+
+class RewardEncoder(Encoder):
+    """The bidirectional form: an answer may be read from both sides, as nobody has to predict it. The score is a linear
+    function of the mean of the states, (B, 1)."""
+
+    pad_id = None
+
+    def __init__(self, config):
+        super().__init__(replace(config, n_class=1))
+        for part in (self.transform, self.transform_norm):  # masked-LM is over; DDP waits for whatever wants a gradient
+            part.requires_grad_(False)
+        self.token_bias.requires_grad_(False)
+
+    @classmethod
+    def from_policy(cls, policy, dropout=0.0, seed=0):
+        """From an encoder, or from a decoder, whose blocks are the same: only the causal mask goes."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(EncoderConfig(**asdict(policy.config) | {"dropout": dropout, "n_class": 1}))
+        own = model.state_dict()
+        kept = {k: v for k, v in policy.state_dict().items() if k in own and not k.startswith("classifier.")}
+        model.load_state_dict(own | kept)
+        return model
+
+    @staticmethod
+    def pack(groups, pad):
+        """-> tokens, real (n·R, T), and the number of each row. Nothing can be shared: the prompt's states depend on
+        the answer behind it."""
+        rows = [[*prompt, *answer] for prompt, answers in groups for answer in answers]
+        tokens, real = collate([(row, [True] * len(row)) for row in rows], pad)
+        return tokens, real, torch.arange(len(rows))
+
+
+def open_reward_model(path, device="cpu", dropout=0.0):
+    """-> (RewardModel or RewardEncoder, tokenizer, directory)."""
+    path = resolve_checkpoint(path)
+    kind = RewardEncoder if is_encoder(path) else RewardModel
+    model = kind.from_pretrained(path, dropout)
+    if kind is RewardEncoder and model.config.n_class != 1:
+        raise CheckpointError(f"{path} is an encoder of {model.config.n_class} labels, no reward model")
+    return model.to(device), load_tokenizer(path), path
+
+
+def is_encoder(path):
+    try:
+        return json.loads((Path(path) / "config.json").read_text())["model_type"] in (ENCODER, "bert")
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # whoever opens it says what is wrong
+
+
+def scores(model, packed):
+    """What the model's `pack` made -> (n·R,) in fp32. `model` may be wrapped in DDP."""
+    *inputs, where = packed
+    return model(*inputs).flatten()[where].float()
+
+
+@torch.no_grad()
+def score_groups(model, groups, pad, device, autocast, per_row=8, tokens=16_384):
+    """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, whatever their lengths and numbers."""
+    model.eval()
+    pieces = [(g, k) for g, (_, answers) in enumerate(groups) for k in range(0, len(answers), per_row)]
+    row = {(g, k): (groups[g][0], groups[g][1][k : k + per_row]) for g, k in pieces}
+    size = {piece: len(prompt) + sum(map(len, answers)) for piece, (prompt, answers) in row.items()}
+    pieces.sort(key=lambda piece: (len(row[piece][1]), size[piece]))  # rows of one shape waste no padding
+    found = [[0.0] * len(answers) for _, answers in groups]
+    while pieces:
+        R = len(row[pieces[-1]][1])
+        fits = max(1, tokens // size[pieces[-1]])
+        batch = [piece for piece in pieces[-fits:] if len(row[piece][1]) == R]
+        del pieces[-len(batch) :]
+        with autocast():
+            packed = [t.to(device) for t in model.pack([row[piece] for piece in batch], pad)]
+            values = scores(model, packed).view(-1, R).tolist()
+        for (g, k), got in zip(batch, values, strict=True):
+            found[g][k : k + R] = got
+    return found
+
+
+def share(dist, items, work):
+    """work(the items of this rank) -> one result per item; every rank gets all of them, in the items' order."""
+    mine = work(items[dist.rank :: dist.world])
+    if dist.world == 1:
+        return mine
+    everyone = [None] * dist.world
+    distributed.all_gather_object(everyone, mine)
+    return [everyone[i % dist.world][i // dist.world] for i in range(len(items))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pairs.
+
+
+def encode_prompt(tokenizer, prompt):
+    return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+
+
+def encode_answer(tokenizer, answer):
+    """The ids of an answer and its end, as a policy would have sampled them."""
+    return [*tokenizer.encode(answer), tokenizer.im_end_id]
+
+
+def encode_pair(tokenizer, pair):
+    """-> a group of two: (prompt ids, [chosen ids, rejected ids])."""
+    answers = [encode_answer(tokenizer, answer) for answer in (pair.chosen, pair.rejected)]
+    return encode_prompt(tokenizer, pair.prompt), answers
+
+
+def sample_answers(policy, tokenizer, problems, n, config, split, dist, batch=32):
+    """n answers of the policy to each problem, at temperature 1: [[(text, right, ended), …], …].
+
+    What is sampled depends on seed, split and place in the list alone, not on how many ranks share the work.
+    """
+    chunks = [(i, problems[i : i + batch]) for i in range(0, len(problems), batch)]
+    salt = ("train", "valid", "test").index(split)
+
+    def work(mine):
+        out = []
+        for i, chunk in mine:
+            generator = torch.Generator().manual_seed((config.seed * 3 + salt) * 1_000_003 + i)
+            prompts = [encode_prompt(tokenizer, p.question) for p in chunk]
+            rollout = generate(
+                policy, prompts, config.max_new_tokens, n, stop_ids=tokenizer.stop_ids, generator=generator
+            )
+            stop = torch.tensor(tokenizer.stop_ids, device=rollout.ids.device)
+            ended = (torch.isin(rollout.ids, stop) & rollout.mask).any(1).tolist()
+            texts = rollout.texts(tokenizer)
+            rows = [(t, is_correct(t, chunk[k // n]), e) for k, (t, e) in enumerate(zip(texts, ended, strict=True))]
+            out.append([rows[k * n : k * n + n] for k in range(len(chunk))])
+        return out
+
+    return [group for chunk in share(dist, chunks, work) for group in chunk]
+
+
+def judged_pairs(problems, groups, most):
+    """Right answers against wrong ones to the same problem, at most `most` pairs of each; cut-off answers are left
+    out, and so are repeats. [(text, right, ended), …] per problem -> [Pair]"""
+    pairs = []
+    for problem, group in zip(problems, groups, strict=True):
+        whole = list(dict.fromkeys((text, right) for text, right, ended in group if ended and text.strip()))
+        right, wrong = ([text for text, r in whole if r is which] for which in (True, False))
+        pairs += [Pair(problem.question, a, b, "sampled") for a, b in list(zip(right, wrong, strict=False))[:most]]
+    return pairs
+
+
+def make_pairs(config, policy, tokenizer, dist):
+    """{"train", "valid", "test": [Pair]} as --data and --pairs ask, and the split's samples where there are any."""
+    levels, pairs = tuple(config.levels), {}
+    for split, n in (("train", config.n_pairs), ("valid", config.eval_pairs), ("test", config.test_pairs)):
+        pairs[split] = []
+        if config.data != "word" or config.pairs != "sampled":
+            pairs[split] += load_pairs(config.data, split, n, levels, config.seed)
+        if config.data == "word" and config.pairs != "corrupted":
+            problems = load_problems("word", split, config.sample_problems if split == "train" else n, levels)
+            groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist)
+            # one pair per held-out problem: the interval takes them for independent
+            pairs[split] += judged_pairs(problems, groups, config.samples if split == "train" else 1)
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report: where the scores can be trusted.
+
+
+def rank_pairs(model, groups, pairs, pad, dist, autocast):
+    """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
+    found = share(dist, groups, lambda mine: score_groups(model, mine, pad, dist.device, autocast))
+    found = np.array(found)  # (n, 2)
+    right = (found[:, 0] > found[:, 1]) + 0.5 * (found[:, 0] == found[:, 1])  # a tie is half right, as a coin would be
+    by_kind = {}
+    for kind in ["all", *sorted({pair.kind for pair in pairs})]:
+        chosen = np.array([kind in ("all", pair.kind) for pair in pairs])
+        n, hits = int(chosen.sum()), float(right[chosen].sum())  # plain numbers: `best` goes into trainer_state.pt
+        by_kind[kind] = (hits / n, *wilson(hits, n), n)
+    return found, by_kind
+
+
+def calibration(gaps, bins=8):
+    """Score differences (n,) -> [(mean predicted, share right, n), …] and the expected calibration error.
+
+    σ(|Δ|) is how sure the model is of the answer that it prefers; the share in which that is the chosen one should
+    be the same.
+    """
+    sure, right = 1 / (1 + np.exp(-np.abs(gaps))), gaps > 0
+    place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
+    inside = [place == b for b in sorted(set(place.tolist()))]
+    rows = [(float(sure[b].mean()), float(right[b].mean()), int(b.sum())) for b in inside]
+    return rows, sum(n * abs(p - r) for p, r, n in rows) / len(gaps)
+
+
+def best_of_n(scores, correct, sizes):
+    """scores, correct (N, M) -> the expected accuracy of the best of n by score, for each n, over all choices of n out
+    of the M samples: sample of rank k from below is the best with probability C(k, n−1) / C(M, n), k from 0."""
+    M = scores.shape[1]
+    ordered = np.take_along_axis(correct, scores.argsort(1, kind="stable"), 1)  # (N, M), worst score first
+    return [float((ordered * [math.comb(k, n - 1) / math.comb(M, n) for k in range(M)]).sum(1).mean()) for n in sizes]
+
+
+def _turn(words):
+    return dict(zip(words, [*words[1:], words[0]], strict=True))
+
+
+def rename(text):
+    """The same story with other names and other things: every name and noun becomes the next one of its list."""
+    table = _turn(MEN) | _turn(WOMEN)
+    for theme in THEMES.values():
+        if len(theme.things) > 1:
+            turned = _turn(theme.things)
+            table |= turned | {PLURAL[a]: PLURAL[b] for a, b in turned.items()}
+    return re.sub(r"[A-Za-z]+", lambda word: table.get(word[0], word[0]), text)
+
+
+def consistency(score, n, seed, levels):
+    """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores), with what the answer should be:
+
+    renamed   the share of pairs whose order new names and items leave alone (1), and the scores' correlation (1)
+    worse     the share in which right > one error > that and a missing answer (1)
+    """
+    rng, pairs = random.Random(f"consistency/{seed}"), load_pairs("word", "test", n, levels, seed)
+    told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
+    again = np.array(score([(rename(p.prompt), [rename(p.chosen), rename(p.rejected)]) for p in pairs]))
+    chains = []
+    for problem in load_problems("word", "test", n, levels):
+        with contextlib.suppress(DataError):
+            wrong = corrupt(problem, rng.choice(CORRUPTIONS[:2]), rng)
+            worse = "\n".join(line for line in wrong.split("\n") if "####" not in line)
+            chains.append((problem.question, [problem.solution, wrong, worse]))
+    chain = np.array(score(chains))
+    return {
+        "renamed_same_order": float(((told[:, 0] > told[:, 1]) == (again[:, 0] > again[:, 1])).mean()),
+        "renamed_correlation": float(np.corrcoef(told.flatten(), again.flatten())[0, 1]),
+        "right_above_one_error": float((chain[:, 0] > chain[:, 1]).mean()),
+        "one_error_above_two": float((chain[:, 1] > chain[:, 2]).mean()),
+    }
+
+
+def shaping(scores, **features):
+    """scores (N, M) of M answers to each of N prompts; features (N, M) each -> {name: correlation with the score
+    within a prompt}: what moves the score among answers to one question."""
+
+    def centred(x):
+        return (x - x.mean(1, keepdims=True)).flatten()
+
+    y, out = centred(scores), {}
+    for name, x in features.items():
+        x = centred(np.asarray(x, dtype=float))
+        norm = np.linalg.norm(x) * np.linalg.norm(y)
+        out[name] = float(x @ y / norm) if norm > 0 else math.nan
+    return out
+
+
+def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
+    """Best-of-n, what shapes the score, and ties, on samples of the policy for test problems."""
+    problems = load_problems("word", "test", config.best_of_problems, tuple(config.levels))
+    groups = sample_answers(policy, speaks, problems, config.best_of, config, "test", dist)
+    encoded = [
+        (encode_prompt(tokenizer, p.question), [encode_answer(tokenizer, text) for text, _, _ in group])
+        for p, group in zip(problems, groups, strict=True)
+    ]
+    pad = tokenizer.endoftext_id
+    values = np.array(share(dist, encoded, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
+    correct = np.array([[right for _, right, _ in group] for group in groups], dtype=float)
+    length = [[len(answer) for answer in answers] for _, answers in encoded]
+    tidy = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, _, _ in group] for group in groups]
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.best_of]
+    ties = [
+        values[g][rows].std()
+        for g, group in enumerate(groups)
+        if len(rows := list({text: k for k, (text, right, _) in enumerate(group) if right}.values())) > 1
+    ]
+    return {
+        "best_of": dict(zip(map(str, sizes), best_of_n(values, correct, sizes), strict=True)),
+        "best_possible": {str(n): 1 - float(np.mean([_none(row, n) for row in correct])) for n in sizes},
+        "shaping": shaping(values, correct=correct, length=length, tidy=tidy),
+        "spread_of_right_answers": float(np.mean(ties)) if ties else math.nan,
+        "spread_of_all_answers": float(values.std(1).mean()),
+    }
+
+
+def _none(correct, n):
+    """The probability that none of n answers drawn from these is right."""
+    M, c = len(correct), int(sum(correct))
+    return math.comb(M - c, n) / math.comb(M, n)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stage.
+
+
+@dataclass
+class Config:
+    """Train a reward model on pairs of answers."""
+
+    data: str = "word"
+    """word (built-in problems), ultrafeedback, style, or the path of a .jsonl of prompt, chosen, rejected."""
+    pairs: str = "both"
+    """Of the built-in problems: corrupted solutions, sampled from --init and judged by the verifier, or both."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Levels of the built-in problems: 1 to 3 steps."""
+    n_pairs: int | None = None
+    """Training pairs at most; default 12,000 corrupted ones, or all real ones."""
+    sample_problems: int = 3000
+    """Training problems to sample pairs from."""
+    samples: int = 8
+    """Answers sampled for each."""
+    max_new_tokens: int = 64
+    """Longest sampled answer."""
+    init: str | None = None
+    """SFT checkpoint: the trunk to start from, and the sampler; default: made once under runs/start."""
+    backbone: str = "decoder"
+    """decoder (score at the last token), or encoder (bidirectional; --init may be of either kind)."""
+    sampler: str | None = None
+    """SFT checkpoint whose samples are judged; default: --init."""
+    name: str = "reward_model"
+    """Run directory below runs/."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 64
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch: int = 32
+    """Pairs per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    loss: str = "bradley_terry"
+    """bradley_terry or hinge."""
+    margin: float | None = None
+    """By how much the better answer has to win; default 0, and 1 for the hinge."""
+    centre: float = 0.01
+    """Weight of the squared sum of the two scores."""
+    optimizer: str = "muon"
+    """adamw, or muon for the matrices of the blocks."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices only."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    dropout: float = 0.0
+    """Dropout while training."""
+    eval_every: int = 50
+    """Steps between evaluations on the validation split."""
+    eval_pairs: int = 200
+    """Validation pairs of each kind (and problems to sample from)."""
+    test_pairs: int = 500
+    """Held-out pairs of each kind of the last evaluation."""
+    best_of: int = 64
+    """Samples per problem of the best-of-n curve."""
+    best_of_problems: int = 100
+    """Its problems; 0 leaves it out."""
+    save_every: int = 100
+    """Steps between checkpoints of last/."""
+    seed: int = 0
+    """Of the head, the data order, the samples and the dropout."""
+    resume: bool = False
+    """Continue runs/NAME/last as if it had never stopped."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, fp32, bf16 or fp16."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well."""
+
+    def __post_init__(self):
+        check_positive(self, "steps", "batch", "micro_batch", "eval_every", "eval_pairs", "test_pairs", "save_every")
+        check_positive(self, "samples", "sample_problems", "best_of", "max_new_tokens")
+        for name, known in (
+            ("loss", ("bradley_terry", "hinge")),
+            ("pairs", ("corrupted", "sampled", "both")),
+            ("backbone", ("decoder", "encoder")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"--{name} {getattr(self, name)!r} is not known; use {' or '.join(known)}")
+        if self.margin is None:
+            self.margin = 1.0 if self.loss == "hinge" else 0.0
+        if self.n_pairs is None and self.data == "word":
+            self.n_pairs = 12_000
+
+
+def text_start(config, dist):
+    """A pretrained trunk for real pairs without --init, on the text of their training split; made once, and reused."""
+    name = start_name(config.data, config.seed, "pretrain")
+    if (RUNS / name / "best" / "config.json").exists():
+        if dist.is_main:
+            print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
+        return str(RUNS / name)
+    text = RUNS / f"{name}.txt"
+    if dist.is_main:
+        print(f"no --init given: pretraining a start on the text of the pairs of {config.data} -> {RUNS / name}")
+        text.parent.mkdir(parents=True, exist_ok=True)
+        pairs = load_pairs(config.data, "train", None)
+        text.write_text("\n\n".join(f"{p.prompt}\n{p.chosen}\n\n{p.rejected}" for p in pairs), encoding="utf-8")
+    if dist.world > 1:
+        distributed.barrier()
+    settings = {"vocab_size": 2048, "model": TransformerConfig(context=512), "steps": 200}
+    pretrain.main(
+        pretrain.Config(str(text), name=name, seed=config.seed, device=config.device, dtype=config.dtype, **settings)
+    )
+    return str(RUNS / name)
+
+
+def open_trunk(config, init, dist):
+    """-> the model to train, the policy whose samples are judged (None if there is none), and their tokenizers."""
+    path, policy, speaks = resolve_checkpoint(init), None, None
+    if is_encoder(path):
+        if config.backbone == "decoder":
+            raise ConfigError(f"{path} is an encoder: --backbone encoder")
+        trunk, tokenizer, _ = open_encoder(path)
+        if config.sampler is None and config.data == "word" and config.pairs != "corrupted":
+            raise ConfigError(f"{path} is an encoder and writes no answers: --sampler RUN, or --pairs corrupted")
+    else:
+        trunk, tokenizer, _ = open_checkpoint(path)
+    if config.sampler is not None or not is_encoder(path):
+        policy, speaks, _ = open_checkpoint(config.sampler or path, dist.device)
+    kind = RewardEncoder if config.backbone == "encoder" else RewardModel
+    raw = kind.from_policy(trunk, config.dropout, config.seed).to(dist.device)
+    raw.pad_id = tokenizer.endoftext_id
+    return raw, policy, tokenizer, speaks
+
+
+def main(config):
+    """Train; returns {"accuracy", "low", "high", "by_kind", "path"} on the test split, and the report's figures."""
+    dist = setup(config.device)
+    if config.batch % dist.world:
+        raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
+    autocast, scaler = precision(config.dtype, dist)
+    if config.data != "word":
+        load_pairs(config.data, "train", 1)  # a wrong name is said before a start is made for it
+    init = config.init or (sft_start if config.data == "word" else text_start)(config, dist)
+    raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
+    pad, context = tokenizer.endoftext_id, raw.config.context
+    pairs, groups = make_pairs(config, policy, speaks, dist), {}
+    for split in pairs:
+        both = [(pair, encode_pair(tokenizer, pair)) for pair in pairs[split]]
+        lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
+        both = fitting(both, lengths, context, f"{split} pair", dist)
+        pairs[split], groups[split] = map(list, zip(*both, strict=True))
+
+    run_dir = open_run(config, dist)
+    torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
+    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
+    first, best = 0, -1.0
+    if config.resume:
+        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
+        first, best = state["step"], state["best"]
+    model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
+    log = Log(run_dir, config, dist, first)
+    interrupt = Interrupt(dist)
+    objective = {"bradley_terry": bradley_terry_loss, "hinge": hinge_loss}[config.loss]
+    if dist.is_main:
+        kinds = Counter(pair.kind for pair in pairs["train"])
+        print(
+            f"{raw.num_params():,} parameters from {init}; {len(pairs['train']):,} training pairs "
+            f"({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}), {config.steps} steps of {config.batch} = "
+            f"{config.steps * config.batch / len(pairs['train']):.1f} epochs"
+        )
+
+    def checkpoint(name, step):
+        state = None
+        if name == "last":
+            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
+            state["optimizers"] = [o.state_dict() for o in optimizers]
+        save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
+
+    rows = config.batch // dist.world
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
+    for step in bar:
+        # ------------------------------------------------------------------ once in a while
+        if interrupt:
+            checkpoint("last", step)
+            bar.close()
+            if dist.is_main:
+                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
+            raise SystemExit(130)
+        if step and step % config.save_every == 0 and step != first:
+            checkpoint("last", step)
+
+        # ------------------------------------------------------------------ one optimizer step
+        started = time.perf_counter()
+        model.train()
+        batch = [groups["train"][i] for i in rows_at(len(groups["train"]), step, config.batch, config.seed)]
+        mine = batch[dist.rank * rows : (dist.rank + 1) * rows]
+        mine.sort(key=lambda group: len(group[0]) + sum(map(len, group[1])))  # like lengths waste no padding
+        sums = {}
+        for i in range(0, rows, config.micro_batch):
+            piece = mine[i : i + config.micro_batch]
+            packed = [t.to(dist.device) for t in raw.pack(piece, pad)]
+            last = i + config.micro_batch >= rows
+            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                with autocast():
+                    chosen, rejected = scores(model, packed).view(-1, 2).unbind(1)  # (b,) each
+                loss, metrics = objective(chosen, rejected, config.margin, centre=config.centre, n_pairs=config.batch)
+                scaler.scale(loss * dist.world).backward()  # DDP divides by world
+            for name, value in metrics.items():
+                weight = 1 if name == "loss" else len(piece) / config.batch
+                sums[name] = sums.get(name, 0.0) + value * weight
+        lr = lr_at(step, config.steps, config.lr, config.warmup)
+        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        sums = dict(zip(sums, dist.sum(*sums.values()), strict=True))
+        if not math.isfinite(sums["loss"]):
+            raise ConfigError(f"the loss is {sums['loss']} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+
+        done = step + 1
+        record = sums | {
+            "lr": lr,
+            "grad_norm": norm,
+            "pairs_per_second": config.batch / (time.perf_counter() - started),
+        }
+        if done % config.eval_every == 0 or done == config.steps:
+            found, by_kind = rank_pairs(raw, groups["valid"], pairs["valid"], pad, dist, autocast)
+            record |= {f"valid_{kind}": row[0] for kind, row in by_kind.items()}
+            record["valid_loss"] = float(np.logaddexp(0, found[:, 1] - found[:, 0]).mean())
+            if dist.is_main:
+                shown = ", ".join(f"{kind} {row[0]:.1%}" for kind, row in by_kind.items())
+                bar.write(f"step {done}  loss {sums['loss']:.3f}  validation accuracy: {shown}")
+            if by_kind["all"][0] > best:
+                best = by_kind["all"][0]
+                checkpoint("best", done)
+        log(done, **record)
+        bar.set_postfix(loss=f"{sums['loss']:.3f}", accuracy=f"{max(best, 0):.1%}")
+    checkpoint("last", config.steps)
+    log.close()
+
+    # The test split, once, with the checkpoint that the validation split chose.
+    raw, tokenizer, path = open_reward_model(run_dir, dist.device)
+    found, by_kind = rank_pairs(raw, groups["test"], pairs["test"], pad, dist, autocast)
+    report = {"by_kind": by_kind, "scores": found.tolist()}
+    report["calibration"], report["calibration_error"] = calibration(found[:, 0] - found[:, 1])
+    report |= text_figures(pairs["test"], groups["test"], found)
+    if config.data == "word" and config.best_of_problems and policy is not None:
+
+        def score(texts):
+            encoded = [(encode_prompt(tokenizer, p), [encode_answer(tokenizer, a) for a in ys]) for p, ys in texts]
+            return share(dist, encoded, lambda mine: score_groups(raw, mine, pad, dist.device, autocast))
+
+        report |= consistency(score, 200, config.seed, tuple(config.levels))
+        report |= probe_samples(raw, policy, speaks, tokenizer, config, dist, autocast)
+    if dist.is_main:
+        (run_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        finish(config, run_dir, pairs["test"], report, raw.num_params())
+        print(f"{path}, {run_dir}/curves.png, {run_dir}/report.png, {run_dir}/report.json")
+    accuracy, low, high, _ = by_kind["all"]
+    return {"accuracy": accuracy, "low": low, "high": high, "path": str(path)} | report
+
+
+def text_figures(pairs, groups, found):
+    """Would length alone have done? The share of pairs in which the longer answer is the chosen one, and the
+    correlation of the difference in score with the difference in length."""
+    lengths = np.array([[len(answer) for answer in answers] for _, answers in groups])
+    longer, gap = lengths[:, 0] - lengths[:, 1], found[:, 0] - found[:, 1]
+    varies = longer.std() > 0 and gap.std() > 0
+    return {
+        "longer_is_chosen": float(((longer > 0) + 0.5 * (longer == 0)).mean()),
+        "gap_length_correlation": float(np.corrcoef(longer, gap)[0, 1]) if varies else math.nan,
+    }
+
+
+def finish(config, run_dir, pairs, report, parameters):
+    """Print the table, draw curves.png and report.png."""
+    print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
+    for kind, (accuracy, low, high, n) in report["by_kind"].items():
+        print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
+    print(
+        f"calibration error {report['calibration_error']:.3f}; the longer answer is the chosen one in "
+        f"{report['longer_is_chosen']:.1%}"
+    )
+    if "best_of" in report:
+        r = report
+        print(
+            f"new names and items: order kept in {r['renamed_same_order']:.1%}; right above one error "
+            f"{r['right_above_one_error']:.1%}, one error above two {r['one_error_above_two']:.1%}; spread among right "
+            f"answers {r['spread_of_right_answers']:.2f}, among all {r['spread_of_all_answers']:.2f}"
+        )
+        print("correlation with the score: " + ", ".join(f"{k} {v:+.2f}" for k, v in r["shaping"].items()))
+        print("best of n: " + ", ".join(f"{n} {v:.1%}" for n, v in r["best_of"].items()))
+    kinds = {f"valid_{kind}": kind for kind in report["by_kind"]}
+    draw_curves(
+        run_dir,
+        f"{config.name}: reward model on {config.data}, {parameters / 1e6:.1f} M parameters",
+        [
+            ("loss", {"loss": "train", "valid_loss": "validation"}, "nats per pair", {"a coin": math.log(2)}),
+            ("pairs ranked rightly", {"accuracy": "train", **kinds}, "share", {}),
+            ("scores", {"margin": "chosen − rejected", "score": "mean"}, "score", {}),
+        ],
+    )
+    draw_report(config, run_dir, pairs, report)
+
+
+def draw_report(config, run_dir, pairs, report):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4))
+    axis, by_kind = axes[0, 0], report["by_kind"]
+    values = np.array([row[:3] for row in by_kind.values()])  # (kinds, 3)
+    around = np.abs(values[:, 1:].T - values[:, 0])
+    axis.errorbar(values[:, 0], list(by_kind), xerr=around, fmt="o", capsize=3)
+    axis.axvline(0.5, color="0.4", linestyle="--", linewidth=1)
+    axis.set(title="held-out pairs ranked rightly, 95 % interval", xlabel="share")
+    axis = axes[0, 1]
+    found = np.array(report["scores"])
+    edges = np.histogram_bin_edges(found, 40)
+    for column, label in enumerate(("chosen", "rejected")):
+        axis.hist(found[:, column], edges, alpha=0.6, label=label)
+    axis.set(title="scores", xlabel="score", ylabel="answers")
+    axis.legend()
+    axis = axes[1, 0]
+    sure, right, n = zip(*report["calibration"], strict=True)
+    axis.plot([0.5, 1], [0.5, 1], color="0.4", linestyle="--", linewidth=1)
+    axis.scatter(sure, right, s=np.clip(np.array(n), 10, 200))
+    error = report["calibration_error"]
+    axis.set(title=f"calibration, error {error:.3f}", xlabel="predicted", ylabel="share right")
+    axis = axes[1, 1]
+    if "best_of" in report:
+        sizes = [int(n) for n in report["best_of"]]
+        axis.plot(sizes, list(report["best_of"].values()), marker="o", label="best by the reward model")
+        axis.plot(sizes, list(report["best_possible"].values()), marker=".", color="0.6", label="best by the truth")
+        axis.set_xscale("log", base=2)
+        axis.set(title="best of n", xlabel="n", ylabel="share correct")
+        axis.legend()
+    else:
+        axis.axis("off")
+    figure.suptitle(f"{config.name}: {len(pairs)} held-out pairs of {config.data}")
+    figure.tight_layout()
+    figure.savefig(run_dir / "report.png", dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,171 @@
+"""gdpo.py: advantages against plain loops written from NVlabs/GDPO's two forms, what collapses, and a run."""
+
+import math
+import re
+
+import pytest
+import torch
+from conftest import metrics
+from test_grpo import SMALL, here, letter, start  # noqa: F401
+
+import gdpo
+import grpo
+from gdpo import collapse, condition, distinct, gdpo_advantages
+from generate import ConfigError
+from grpo import group_advantages
+
+
+def mean_std(values):
+    """Mean, and standard deviation with ddof 1."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def by_loop(rewards, weights):
+    """NVlabs/GDPO, trl-GDPO, grpo_trainer.py, `_generate_and_score_completions` (their lines 1222 to 1248), in float64:
+    groups of R consecutive completions; epsilon 1e-4 and ddof 1 in both steps; the mean of the batch subtracted."""
+    N, R, M = rewards.shape
+    s = [[0.0] * R for _ in range(N)]
+    for g in range(N):
+        for k in range(M):
+            mean, std = mean_std(rewards[g, :, k].tolist())
+            for i in range(R):
+                s[g][i] += weights[k] * (rewards[g, i, k].item() - mean) / (std + 1e-4)
+    mean, std = mean_std([x for row in s for x in row])
+    return torch.tensor([[(x - mean) / (std + 1e-4) for x in row] for row in s])
+
+
+def some_rewards(N=6, R=5, M=3):
+    torch.manual_seed(0)
+    rewards = torch.rand(N, R, M).round(decimals=1)
+    rewards[..., 1] = (rewards[..., 1] > 0.6).float()  # a reward of 0 and 1, equal in some groups
+    rewards[0], rewards[1, :, 0] = 1.0, 0.3
+    return rewards
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 0.5, 0.1]])
+def test_advantages_equal_the_authors(weights):
+    rewards = some_rewards()
+    got = gdpo_advantages(rewards, torch.tensor(weights))
+    torch.testing.assert_close(got, by_loop(rewards.double(), weights), atol=1e-6, rtol=0, check_dtype=False)
+    assert (got[0] == 0).all()  # exactly: no signal, not even rounding
+    if weights == [1.0] * 3:
+        assert torch.equal(gdpo_advantages(rewards), got)
+
+
+def test_their_verl_form_is_another():
+    """The last step over tokens: lengths move mean and std, and a group without signal gets an advantage."""
+    rewards = some_rewards(M=2)
+    lengths = torch.arange(1, 31).view(6, 5)
+    s = sum(
+        (rewards[..., k] - rewards[..., k].mean(1, True)) / (rewards[..., k].std(1, keepdim=True) + 1e-6)
+        for k in (0, 1)
+    )
+    tokens = s.flatten().repeat_interleave(lengths.flatten())
+    verl = (s - tokens.mean()) / (tokens.var() + 1e-8).sqrt()
+    assert verl[0].abs().min() > 1e-2
+    assert (gdpo_advantages(rewards)[0] == 0).all()
+    assert (verl - gdpo_advantages(rewards)).abs().max() > 1e-2
+
+
+def test_one_reward_is_grpo_up_to_one_factor():
+    rewards = some_rewards()[..., :1]
+    ours, theirs = gdpo_advantages(rewards), group_advantages(rewards[..., 0])
+    torch.testing.assert_close(ours, theirs / (theirs.std() + 1e-4))
+
+
+def test_the_table_of_the_docstring():
+    rows = re.findall(r"^    (\(.*\))((?: +-?\d\.\d\d){8})$", gdpo.__doc__, flags=re.M)
+    assert len(rows) == 4
+    pairs = [[(int(a), int(b)) for a, b in re.findall(r"\((\d), (\d)\)", row)] for row, _ in rows]
+    rewards = torch.tensor(pairs, dtype=torch.float32)  # (4, 4, 2)
+    for row, grpo_row, gdpo_row in zip(rows, group_advantages(rewards.sum(2)), gdpo_advantages(rewards), strict=True):
+        said = [float(x) for x in row[1].split()]
+        assert said == pytest.approx([*grpo_row.tolist(), *gdpo_row.tolist()], abs=0.006)
+    figures = collapse(rewards, {"right": 1.0, "tidy": 1.0})
+    assert figures == {
+        "values_grpo": 7,  # 0.5, -1.5, 1.5, -0.5, 0, -1.22, 1.22
+        "collapsed_grpo": 0.5,  # the first and the last group
+        "values_gdpo": 10,
+        "collapsed_gdpo": 0.25,  # the last
+    }
+
+
+def test_zero_nan_and_lone_rewards():
+    assert (gdpo_advantages(torch.full((3, 4, 2), 0.1)) == 0).all()
+    assert torch.equal(gdpo_advantages(torch.ones(1, 1, 2)), torch.zeros(1, 1))
+    assert torch.equal(gdpo_advantages(torch.rand(3, 1, 2)), torch.zeros(3, 1))
+    rewards = some_rewards()
+    rewards[2, 1, 0] = math.nan
+    with pytest.raises(ValueError, match="not a finite number"):
+        gdpo_advantages(rewards)
+
+
+def test_a_constant_reward_adds_nothing():
+    rewards = some_rewards()
+    more = torch.cat([rewards, torch.full((6, 5, 1), 0.7)], dim=2)
+    assert torch.equal(gdpo_advantages(more), gdpo_advantages(rewards))
+
+
+def test_a_conditioned_reward_counts_only_with_the_other():
+    rewards = torch.tensor([[[1.0, 0.4], [0.0, 0.9], [0.5, 0.8]]])
+    assert condition(rewards, 1, 0)[0, :, 1].tolist() == pytest.approx([0.4, 0.0, 0.0])
+    assert condition(rewards, 1, 0)[0, :, 0].tolist() == [1.0, 0.0, 0.5]
+    assert condition(rewards, 1, 0, threshold=0.5)[0, :, 1].tolist() == pytest.approx([0.4, 0.0, 0.8])
+    assert rewards[0, 1, 1] == pytest.approx(0.9)  # the given ones stay
+
+
+def test_distinct():
+    assert distinct(torch.tensor([[1.0, 1.00001, 2.0], [3.0, 3.0, 3.0]])).tolist() == [2, 1]
+    assert distinct(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])).tolist() == [2]
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def config(**changes):
+    return gdpo.Config(**(SMALL | dict(name="gdpo", steps=1, rollouts=6) | changes))
+
+
+def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(grpo.REWARDS, "brevity", letter("i"))
+    seen, used, roll_out, loss = [], [], grpo.roll_out, grpo.grpo_loss
+
+    def see(*args):
+        seen.append(roll_out(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(grpo, "roll_out", see)
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: (used.append(a[2]), loss(*a, **k))[1])
+    for options in ({}, {"conditioned": ["brevity"]}, {"combine": "sum"}):
+        settings = config(brevity_weight=0.3, max_new_tokens=20, micro_batch=6, **options)
+        used.clear()
+        gdpo.main(settings)
+        rewards = torch.stack([seen[-1].rewards[name] for name in ("correct", "format", "brevity")], dim=-1)
+        if "conditioned" in options:
+            rewards[..., 2] *= rewards[..., 0]
+        expected = by_loop(rewards.double(), [1.0, 0.5, 0.3])
+        if "combine" in options:
+            expected = group_advantages(rewards @ torch.tensor([1.0, 0.5, 0.3]))
+        expected = [row.tolist() for row in expected if row.abs().max() > 1e-6]
+        assert len(expected) > 1
+        got = sorted(row.tolist() for row in used)
+        assert len(got) == len(expected)
+        for a, b in zip(got, sorted(expected), strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+        figures = {name: metrics("runs/gdpo", name)[1] for name in ("values_grpo", "values_gdpo", "collapsed_grpo")}
+        assert figures["values_gdpo"] >= 2
+        assert 0 <= figures["collapsed_grpo"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"combine": "max"}, "max"),
+        ({"conditioned": ["brevity"]}, "brevity"),  # it has no weight
+        ({"conditioned": ["format"], "correct_weight": 0.0}, "correct"),
+    ],
+)
+def test_bad_settings(options, words):
+    with pytest.raises(ConfigError, match=words):
+        config(init="start", **options)

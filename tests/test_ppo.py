@@ -1,0 +1,413 @@
+"""ppo.py: GAE, losses and gradients against plain loops, what the values may know, and the guarantees of a run."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_one_line_error, assert_same_weights, metrics, script
+
+import ppo
+import pretrain
+from data import load_problems
+from generate import ConfigError, generate, open_checkpoint
+from ppo import (
+    ActorCritic,
+    Config,
+    RunningMoments,
+    adapt_beta,
+    cut,
+    gae,
+    ppo_policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from reward_model import RewardEncoder, RewardModel
+from sft import pack_answers
+from tokenizer_bpe import BPETokenizer
+from transformer import Transformer, TransformerConfig, token_logprobs
+
+SMALL = dict(init="start", reward_model="judge", steps=3, prompts=6, rollouts=2, max_new_tokens=6, warmup=1)
+SMALL |= dict(eval_every=2, eval_problems=3, test_problems=4, sample_every=2, micro_batch=64, lr=1e-3, device="cpu")
+
+
+def config(**changes):
+    return Config(**(SMALL | changes))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
+
+
+def tiny(tokenizer, seed):
+    torch.manual_seed(seed)
+    return Transformer(TransformerConfig(tokenizer.vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1, width=16))
+
+
+@pytest.fixture
+def here(scratch, tokenizer):
+    """A random policy and a random reward model: its scores are no use, but they differ and can be climbed."""
+    tiny(tokenizer, 0).save_pretrained("start")
+    judge = RewardModel.from_policy(tiny(tokenizer, 1))
+    judge.pad_id = tokenizer.endoftext_id
+    judge.save_pretrained("judge")
+    for path in ("start", "judge"):
+        tokenizer.save_pretrained(path)
+    return scratch
+
+
+def batch(B=5, T=7):
+    torch.manual_seed(0)
+    new = (-torch.rand(B, T, dtype=torch.float64) * 2).requires_grad_()
+    old = new.detach() + 0.4 * torch.randn(B, T)
+    mask = torch.arange(T) < torch.tensor([[7], [3], [1], [5], [4]])[:B]
+    return new, old, torch.randn(B, T, dtype=torch.float64), mask
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+
+
+def test_token_rewards_by_hand():
+    log_ratio = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, 0.0]])
+    got = token_rewards(log_ratio, torch.tensor([10.0, -4.0]), torch.tensor([3, 1]), 0.1)
+    torch.testing.assert_close(got, torch.tensor([[-0.05, 0.1, 9.8], [-4.3, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
+def test_gae_against_the_double_sum(gamma, lam):
+    rewards, values, _, mask = batch()
+    rewards, values = rewards.detach(), values.detach()
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        V = [*values[i, :n].tolist(), 0.0]  # nothing follows the last token
+        delta = [rewards[i, t].item() + gamma * V[t + 1] - V[t] for t in range(n)]
+        expected = [sum((gamma * lam) ** k * delta[t + k] for k in range(n - t)) for t in range(n)]
+        assert advantages[i, :n].tolist() == pytest.approx(expected)
+        assert returns[i, :n].tolist() == pytest.approx([a + v for a, v in zip(expected, V, strict=False)])
+    assert (advantages[~mask] == 0).all()
+    assert (returns[~mask] == 0).all()
+
+
+def test_lambda_0_is_the_td_error_and_lambda_1_the_return_minus_the_value():
+    rewards, values, _, mask = (x.detach() for x in batch())
+    td = gae(rewards, values, mask, 1.0, 0.0)[0][0]
+    torch.testing.assert_close(td, rewards[0] + torch.cat([values[0, 1:], torch.zeros(1)]) - values[0])
+    to_go = rewards[0].flip(0).cumsum(0).flip(0)
+    torch.testing.assert_close(gae(rewards, values, mask, 1.0, 1.0)[0][0], to_go - values[0])
+
+
+def test_what_stands_behind_the_end_is_never_used():
+    rewards, values, _, mask = (x.detach() for x in batch())
+    wild = gae(rewards.masked_fill(~mask, 1e9), values.masked_fill(~mask, -1e9), mask)
+    for a, b in zip(wild, gae(rewards, values, mask), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_whitening_is_over_masked_tokens():
+    x, _, _, mask = (y.detach() for y in batch())
+    white = whiten(x, mask)
+    kept = x[mask]
+    torch.testing.assert_close(white[mask], (kept - kept.mean()) / kept.std(correction=0))
+    assert (white[~mask] == 0).all()
+    torch.testing.assert_close(whiten(x.masked_fill(~mask, 7.0) * 3 + 2, mask), white)
+    assert whiten(torch.ones(2, 3), torch.ones(2, 3)).abs().max() == 0  # no spread, no NaN
+    torch.testing.assert_close(whiten(x, mask, pretrain.setup("cpu")), white)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def test_policy_loss_and_gradient_against_a_loop():
+    new, old, A, mask = batch()
+    loss, figures = ppo_policy_loss(new, old, A, mask, 0.2)
+    total, clipped = 0.0, 0
+    for i, t in mask.nonzero().tolist():
+        ratio = torch.exp(new[i, t] - old[i, t])
+        near = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.2))
+        total = total - min(ratio * A[i, t], near * A[i, t])
+        clipped += bool(near * A[i, t] < ratio * A[i, t])
+    expected = total / mask.sum()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    ours, theirs = torch.autograd.grad(loss, new)[0], torch.autograd.grad(expected, new)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    d = (new - old)[mask]
+    assert 0 < clipped < mask.sum()
+    assert figures["clip_fraction"] == pytest.approx(clipped / mask.sum().item())
+    assert figures["approx_kl"] == pytest.approx((d**2).mean().item() / 2, rel=1e-5)
+    assert figures["approx_kl3"] == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("A", "ratio", "value", "moves"),
+    [
+        (1.0, 0.5, -0.5, True),
+        (1.0, 1.1, -1.1, True),
+        (1.0, 1.5, -1.2, False),  # far enough up already
+        (-1.0, 0.5, 0.8, False),  # far enough down already
+        (-1.0, 1.1, 1.1, True),
+        (-1.0, 1.5, 1.5, True),
+    ],
+)
+def test_the_six_rows_of_the_clip(A, ratio, value, moves):
+    new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, figures = ppo_policy_loss(new, torch.zeros(1, 1), torch.tensor([[A]]), torch.ones(1, 1))
+    assert loss.item() == pytest.approx(value)
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert gradient.item() == pytest.approx(-A * ratio if moves else 0.0)
+    assert figures["clip_fraction"] == (not moves)
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_value_loss_and_gradient_against_a_loop(clip):
+    values, old, returns, mask = batch()
+    loss, figures = value_loss(values, old, returns, mask, clip)
+    total, clipped = 0.0, 0
+    for i, t in mask.nonzero().tolist():
+        plain = (values[i, t] - returns[i, t]) ** 2
+        near = old[i, t] + min(max(values[i, t] - old[i, t], torch.tensor(-0.2)), torch.tensor(0.2))
+        other = (near - returns[i, t]) ** 2
+        total = total + 0.5 * (max(plain, other) if clip else plain)
+        clipped += bool(clip and other > plain)
+    expected = total / mask.sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, values)[0] for x in (loss, expected)))
+    assert figures["value_clip_fraction"] == pytest.approx(clipped / mask.sum().item())
+    assert bool(clipped) == bool(clip)
+
+
+def test_nothing_outside_the_mask_matters():
+    new, old, A, mask = batch()
+    wild = A.masked_fill(~mask, 1e9), old.masked_fill(~mask, -1e9)
+    for plain, other in (
+        (ppo_policy_loss(new, old, A, mask)[0], ppo_policy_loss(new, wild[1], wild[0], mask)[0]),
+        (value_loss(new, old, A, mask)[0], value_loss(new, wild[1], wild[0], mask)[0]),
+    ):
+        torch.testing.assert_close(plain, other)
+        gradient = torch.autograd.grad(other, new)[0]
+        assert gradient.isfinite().all()
+        assert (gradient[~mask] == 0).all()
+
+
+def test_any_cut_gives_the_same_gradient():
+    new, old, A, mask = batch()
+
+    def both(rows, T=7, n=None):
+        x = [y[rows, :T] for y in (new, old, A, mask)]
+        return ppo_policy_loss(*x, n_tokens=n)[0] + 0.3 * value_loss(*x, n_tokens=n)[0]
+
+    (whole,) = torch.autograd.grad(both([0, 1, 2, 3, 4]), new)
+    n = int(mask.sum())
+    parts = both([0, 3], n=n) + both([1], 3, n) + both([2, 4], 4, n)
+    torch.testing.assert_close(torch.autograd.grad(parts, new)[0], whole)
+
+
+def test_the_leash():
+    assert adapt_beta(0.1, 6.0, 6.0, 64, 1000) == 0.1
+    assert adapt_beta(0.1, 600.0, 6.0, 64, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
+    assert adapt_beta(0.1, -3.0, 6.0, 64, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
+    assert adapt_beta(0.1, 6.6, 6.0, 64, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.064))
+
+
+def test_running_moments_are_those_of_everything_seen():
+    torch.manual_seed(0)
+    batches, dist = [3 + 2 * torch.randn(n) for n in (4, 9, 1, 30)], pretrain.setup("cpu")
+    moments = RunningMoments()
+    for scores in batches:
+        moments.add(scores, dist)
+    everything = torch.cat(batches)
+    assert moments.mean == pytest.approx(everything.mean().item(), rel=1e-5)
+    assert moments.squares / moments.n == pytest.approx(everything.var(correction=0).item(), rel=1e-5)
+    normal = moments.normalise(everything)
+    assert normal.mean().item() == pytest.approx(0, abs=1e-5)
+    assert normal.std(correction=0).item() == pytest.approx(1, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def models(kind):
+    torch.manual_seed(0)
+    sizes = TransformerConfig(30, context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)
+    policy = Transformer(sizes)
+    raw = ActorCritic(policy, RewardModel.from_policy(Transformer(sizes)) if kind == "separate" else None).eval()
+    head = raw.head if kind == "shared" else raw.critic.head
+    assert (head.weight == 0).all()
+    torch.nn.init.normal_(head.weight)
+    return raw, head
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_values_stand_in_front_of_the_token_that_they_judge(kind):
+    raw, head = models(kind)
+    prompts, answers = [[1, 2, 3], [4]], [[[5, 6, 7, 8], [9]], [[10, 11], [12, 13, 14]]]
+    logprobs, values = raw(pack_answers(prompts, answers, 0), 0.8)
+    trunk = raw.policy if kind == "shared" else raw.critic
+    for row, (prompt, answer) in enumerate((p, a) for p, group in zip(prompts, answers, strict=True) for a in group):
+        n, tokens = len(answer), torch.tensor([prompt + answer])
+        torch.testing.assert_close(logprobs[row, :n], token_logprobs(raw.policy, tokens, 0.8)[0, -n:])
+        kept = {}
+        hook = trunk.norm.register_forward_hook(lambda module, inputs, states, kept=kept: kept.update(x=states))
+        trunk(tokens)
+        hook.remove()
+        expected = head(kept["x"])[0, len(prompt) - 1 : -1, 0]  # at the last prompt token, …, the last but one
+        torch.testing.assert_close(values[row, :n], expected)
+        assert (values[row, n:] == 0).all()
+        assert (logprobs[row, n:] == 0).all()
+    changed = [[[5, 6, 29, 8], [9]], answers[1]]
+    other = raw(pack_answers(prompts, changed, 0), 0.8)[1]
+    assert torch.equal(other[0, :3], values[0, :3])  # V before the changed token does not know it
+    assert (other[0, 3] - values[0, 3]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_the_first_ratio_is_one(kind):
+    raw, _ = models(kind)
+    rollout = generate(raw.policy, [[1, 2], [3, 4, 5]], 8, 3, 0.7, stop_ids=(7, 8, 9), generator=torch.Generator())
+    answers = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)]
+    logprobs, _ = raw(pack_answers([[1, 2], [3, 4, 5]], [answers[:3], answers[3:]], 0), 0.7)
+    torch.testing.assert_close(logprobs, rollout.logprobs * rollout.mask, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cut_of_two_ranks_is_that_of_one():
+    c = config(prompts=8, minibatches=3, micro_batch=4)
+    whole = cut(5, c, pretrain.Dist(0, 1, None), list(range(8)))
+    assert sorted(g for pieces, _ in whole for piece in pieces for g in piece) == list(range(8))
+    assert max(len(piece) for pieces, _ in whole for piece in pieces) == 2
+    halves = [cut(5, c, pretrain.Dist(rank, 2, None), list(range(4))) for rank in (0, 1)]
+    for m, (pieces, _) in enumerate(whole):
+        found = [4 * r + g for r in (0, 1) for piece in halves[r][m][0] for g in piece if halves[r][m][1]]
+        assert sorted(found) == sorted(g for piece in pieces for g in piece)
+    alone = cut(0, config(prompts=2, minibatches=2), pretrain.Dist(0, 2, None), [1])
+    assert sorted(real for _, real in alone) == [False, True]  # nothing of its own: a group at weight 0
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_micro_batches_change_nothing(here, value):
+    for name, size in (("whole", 64), ("cut", 3)):
+        ppo.main(config(name=name, micro_batch=size, value=value))
+    for name in ("score", "grad_norm", "grad_norm_value", "kl", "value_loss", "approx_kl3", "explained_variance"):
+        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-3, abs=1e-5), name
+    assert max(metrics("runs/whole", "grad_norm").values()) > 0
+    assert_same_weights("runs/whole/last", "runs/cut/last", atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, value):
+    changes = dict(value=value, kl_target=0.5, kl_horizon=50.0, steps=4)
+    ppo.main(config(name="whole", **changes))
+
+    class StopAt2:
+        def __init__(self, dist):
+            self.asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "Interrupt", StopAt2)
+        with pytest.raises(SystemExit):
+            ppo.main(config(name="parts", **changes))
+    ppo.main(config(name="parts", resume=True, **changes))
+    for name in ("score", "score_normalised", "policy_loss", "value_loss", "kl_beta", "accuracy", "correct"):
+        assert metrics("runs/whole", name) == metrics("runs/parts", name), name
+    assert len(set(metrics("runs/whole", "kl_beta").values())) > 1
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_two_processes_equal_one(here, value):
+    flags = [x for k, v in (SMALL | {"value": value}).items() for x in (f"--{k}", v)]
+    runs = [script("ppo.py", *flags, "--name", f"n{n}", cwd=here, processes=n) for n in (1, 2)]
+    assert [r.returncode for r in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+    for name in (
+        "score",
+        "reward",
+        "grad_norm",
+        "grad_norm_value",
+        "kl",
+        "value_loss",
+        "explained_variance",
+        "correct",
+    ):
+        a, b = metrics("runs/n1", name), metrics("runs/n2", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-3, abs=1e-5), name
+    assert_same_weights("runs/n1/last", "runs/n2/last", atol=2e-4, rtol=1e-3)
+
+
+def test_the_training_never_sees_the_truth(here, monkeypatch):
+    ppo.main(config(name="a"))
+    monkeypatch.setattr(ppo, "is_correct", lambda text, problem: True)
+    ppo.main(config(name="b"))
+    assert set(metrics("runs/b", "correct").values()) == {1.0}
+    assert max(metrics("runs/a", "correct").values()) < 1
+    assert_same_weights("runs/a/last", "runs/b/last")
+
+
+def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):
+    """Whatever the reward model likes: here, answers with many e's."""
+
+    def letters(model, groups, *_):
+        return [[tokenizer.decode(answer).count("e") / 3 for answer in answers] for _, answers in groups]
+
+    monkeypatch.setattr(ppo, "score_groups", letters)
+    settings = dict(steps=25, lr=1e-2, prompts=16, kl_beta=0.0, eval_every=30, test_problems=1, stop_kl=0.0)
+    ppo.main(config(**settings))
+    earned = list(metrics("runs/ppo", "score").values())
+    assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.2
+
+
+def test_the_leash_is_in_the_rewards(here):
+    """Nats per answer times the coefficient, and the score: nothing else is paid."""
+    ppo.main(config(kl_beta=0.7, steps=3, missing_end=0.0))
+    at = {name: metrics("runs/ppo", name) for name in ("reward", "score_normalised", "kl_per_answer", "reward_kl")}
+    for step in (1, 2, 3):
+        assert at["reward_kl"][step] == pytest.approx(-0.7 * at["kl_per_answer"][step], abs=1e-6)
+        assert at["reward"][step] == pytest.approx(at["score_normalised"][step] + at["reward_kl"][step], abs=1e-5)
+    assert abs(at["kl_per_answer"][1]) < 1e-4  # the policy is the reference still
+    assert abs(at["kl_per_answer"][3]) > 1e-4
+
+
+def test_inner_epochs_stop_when_the_policy_has_moved(here):
+    settings = dict(lr=3e-2, inner_epochs=4, steps=2)
+    ppo.main(config(name="stops", stop_kl=0.01, **settings))
+    ppo.main(config(name="never", stop_kl=0.0, **settings))
+    assert set(metrics("runs/never", "updates").values()) == {8}
+    assert 1 <= min(metrics("runs/stops", "updates").values()) < 8
+
+
+def test_an_answer_without_an_end_is_fined(here):
+    for name, fine in (("a", 0.0), ("b", 2.0)):
+        ppo.main(config(name=name, missing_end=fine, steps=1))
+    a, b = (metrics(f"runs/{name}", "score_normalised")[1] for name in "ab")
+    assert metrics("runs/a", "missing_end")[1] > 0
+    assert a - b == pytest.approx(2 * metrics("runs/a", "missing_end")[1], abs=1e-5)
+    assert metrics("runs/a", "score") == metrics("runs/b", "score")
+
+
+def test_an_encoder_may_judge(here):
+    RewardEncoder.from_policy(open_checkpoint("start")[0]).save_pretrained("judge")
+    ppo.main(config(steps=1))
+    with pytest.raises(ConfigError, match="separate"):
+        ppo.main(config(steps=1, value="separate"))
+
+
+def test_bad_input_is_one_line(here):
+    other = BPETokenizer.train(["quite another text " * 9], 300)
+    RewardModel.from_policy(tiny(other, 2)).save_pretrained("foreign")
+    other.save_pretrained("foreign")
+    for flags, words in [
+        (["--init", "start"], ["reward_model"]),
+        (["--init", "start", "--reward_model", "foreign"], ["tokenizer", "foreign"]),
+        (["--init", "start", "--reward_model", "start"], ["no reward model"]),
+    ]:
+        assert_one_line_error(script("ppo.py", *flags, "--device", "cpu", cwd=here), *words)
+    assert not (here / "runs").exists()
+    for changes in ({"value": "none"}, {"temperature": 0.0}, {"lam": 1.5}, {"kl_target": 0.0}, {"minibatches": 7}):
+        with pytest.raises(ConfigError):
+            config(**changes)

@@ -1,0 +1,403 @@
+"""reward_model.py: the losses and their gradients, where a score is read, what the report computes, and the guarantees
+of a run."""
+
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line_error, assert_same_weights, metrics, script
+
+import pretrain
+import reward_model
+from data import CORRUPTIONS, Problem, load_problems
+from encoder import Encoder, EncoderConfig
+from generate import ConfigError, open_checkpoint
+from reward_model import (
+    Config,
+    RewardEncoder,
+    RewardModel,
+    best_of_n,
+    bradley_terry_loss,
+    calibration,
+    hinge_loss,
+    judged_pairs,
+    open_reward_model,
+    rename,
+    score_groups,
+    scores,
+    shaping,
+)
+from tokenizer_bpe import BPETokenizer
+from transformer import CheckpointError, Transformer, TransformerConfig, gpt2_config
+
+SMALL = dict(init="start", pairs="both", n_pairs=30, sample_problems=6, samples=3, max_new_tokens=8, steps=4, batch=6)
+SMALL |= dict(micro_batch=6, warmup=1, eval_every=2, eval_pairs=5, test_pairs=5, best_of=4, best_of_problems=2)
+SMALL |= dict(device="cpu", lr=1e-3)
+
+
+def config(**changes):
+    return Config(**(SMALL | changes))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
+
+
+@pytest.fixture
+def here(scratch, tokenizer):
+    torch.manual_seed(0)
+    raw = Transformer(TransformerConfig(tokenizer.vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1, width=16))
+    raw.save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    return scratch
+
+
+@pytest.fixture
+def lucky(monkeypatch):
+    """A verifier that finds some answers of a random model right."""
+    monkeypatch.setattr(reward_model, "is_correct", lambda text, problem: "e" in text)
+    monkeypatch.setattr(reward_model, "judged_pairs", uncut(judged_pairs))
+
+
+def uncut(judge):
+    """A random model never ends its turn: take its answers as if it did."""
+    return lambda problems, groups, most: judge(problems, [[(t, r, True) for t, r, _ in g] for g in groups], most)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def two_scores(B=7):
+    torch.manual_seed(0)
+    return [(3 * torch.randn(B, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+
+
+@pytest.mark.parametrize("margin", [None, 0.7, "per pair"])
+def test_bradley_terry_and_its_gradient_by_hand(margin):
+    chosen, rejected = two_scores()
+    margin = torch.rand(7, dtype=torch.float64) if margin == "per pair" else margin
+    loss, figures = bradley_terry_loss(chosen, rejected, margin)
+    gap = [(c - r).item() for c, r in zip(chosen, rejected, strict=True)]
+    m = [0.0] * 7 if margin is None else margin.tolist() if torch.is_tensor(margin) else [margin] * 7
+    sigma = [1 / (1 + math.exp(-(g - k))) for g, k in zip(gap, m, strict=True)]
+    assert loss.item() == pytest.approx(sum(-math.log(s) for s in sigma) / 7)
+    up, down = torch.autograd.grad(loss, (chosen, rejected))
+    assert up.tolist() == pytest.approx([-(1 - s) / 7 for s in sigma])  # −σ(−Δ)
+    torch.testing.assert_close(down, -up)
+    assert figures["accuracy"] == pytest.approx(sum(g > 0 for g in gap) / 7)
+    assert figures["margin"] == pytest.approx(sum(gap) / 7)
+
+
+def test_hinge_and_its_gradient_by_hand():
+    chosen, rejected = two_scores()
+    loss, _ = hinge_loss(chosen, rejected, 1.5)
+    gap = (chosen - rejected).tolist()
+    assert loss.item() == pytest.approx(sum(max(0, 1.5 - g) for g in gap) / 7)
+    (up,) = torch.autograd.grad(loss, chosen)
+    assert up.tolist() == pytest.approx([-1 / 7 if g < 1.5 else 0 for g in gap])
+    assert 0 < (up == 0).sum() < 7
+
+
+def test_swap_symmetry_and_ln_2_at_a_tie():
+    chosen, rejected = two_scores()
+    ahead, behind = bradley_terry_loss(chosen, rejected)[0], bradley_terry_loss(rejected, chosen)[0]
+    torch.testing.assert_close(ahead - behind, -(chosen - rejected).mean())  # L(Δ) − L(−Δ) = −Δ
+    tie, figures = bradley_terry_loss(chosen, chosen)
+    assert tie.item() == pytest.approx(math.log(2))
+    assert figures["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("objective", [bradley_terry_loss, hinge_loss])
+def test_a_constant_changes_nothing_but_the_centring(objective):
+    chosen, rejected = two_scores()
+    torch.testing.assert_close(objective(chosen + 5, rejected + 5, 0.5)[0], objective(chosen, rejected, 0.5)[0])
+    plain, centred = (objective(chosen, rejected, 0.5, centre=c)[0] for c in (0.0, 0.3))
+    torch.testing.assert_close(centred - plain, 0.3 * ((chosen + rejected) ** 2).mean())
+
+
+def test_far_apart_scores_stay_finite():
+    far = torch.tensor([1e4], requires_grad=True)
+    loss, _ = bradley_terry_loss(-far, far)
+    assert loss.item() == pytest.approx(2e4)
+    assert torch.autograd.grad(loss, far)[0].isfinite()
+
+
+@pytest.mark.parametrize("objective", [bradley_terry_loss, hinge_loss])
+def test_any_cut_gives_the_same_gradient(objective):
+    chosen, rejected = two_scores()
+    whole = torch.autograd.grad(objective(chosen, rejected, 0.5, centre=0.1)[0], (chosen, rejected))
+    parts = sum(
+        objective(chosen[rows], rejected[rows], 0.5, centre=0.1, n_pairs=7)[0] for rows in ([0, 3], [1], [2, 4, 5, 6])
+    )
+    for a, b in zip(torch.autograd.grad(parts, (chosen, rejected)), whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def both_kinds():
+    sizes = dict(context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)
+    torch.manual_seed(0)
+    decoder = RewardModel.from_policy(Transformer(TransformerConfig(30, **sizes)), seed=1).double().eval()
+    encoder = RewardEncoder.from_policy(Encoder(EncoderConfig(30, **sizes)), seed=1).double().eval()
+    return {"decoder": decoder, "encoder": encoder}
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_an_answer_scores_as_if_it_stood_alone(kind):
+    model = both_kinds()[kind]
+    groups = [([1, 2, 3], [[4, 5], [6]]), ([7], [[8, 9, 10, 11, 12], [13]]), ([2, 4], [[6, 8], [9]])]
+    got = scores(model, model.pack(groups, pad=0))
+    alone = []
+    for prompt, answers in groups:
+        for answer in answers:
+            output = model(torch.tensor([[*prompt, *answer]]))
+            alone.append(output[0, -1] if kind == "encoder" else output[0, -1, 0])  # at the last token
+    torch.testing.assert_close(got, torch.stack(alone).flatten().float())
+    assert got.std() > 1e-4
+    torch.testing.assert_close(scores(model, model.pack(groups, pad=29)), got)  # whatever the padding is made of
+    upstream = torch.tensor([1.0, -2, 3, 0.5, -1, 2])
+    pairs = zip(
+        torch.autograd.grad((got * upstream).sum(), [p for p in model.parameters() if p.requires_grad]),
+        torch.autograd.grad(
+            (torch.stack(alone).flatten() * upstream).sum(), [p for p in model.parameters() if p.requires_grad]
+        ),
+        strict=True,
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_groups_of_any_number_and_length(kind):
+    model = both_kinds()[kind]
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for n in (1, 5, 2, 3, 2):
+        prompt, *answers = (
+            torch.randint(1, 30, (k,), generator=generator).tolist()
+            for k in torch.randint(1, 9, (n + 1,), generator=generator)
+        )
+        groups.append((prompt, answers))
+    found = score_groups(
+        model, groups, 0, torch.device("cpu"), pretrain.precision("fp32", pretrain.setup("cpu"))[0], 2, 40
+    )
+    assert [len(f) for f in found] == [1, 5, 2, 3, 2]
+    for (prompt, answers), row in zip(groups, found, strict=True):
+        for answer, value in zip(answers, row, strict=True):
+            assert value == pytest.approx(scores(model, model.pack([(prompt, [answer])], 0)).item(), abs=1e-5)
+
+
+def randomised(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)  # gains and biases too, or half of the mistakes stay hidden
+    return model.eval()
+
+
+@pytest.mark.parametrize("layout", ["qwen3", "gpt2"])
+def test_transformers_opens_it_and_gives_the_same_score(layout, scratch, tokenizer):
+    from transformers import AutoModelForSequenceClassification
+
+    sizes = dict(vocab_size=tokenizer.vocab_size, context=64, n_layer=2, n_head=4, width=32)
+    c = TransformerConfig(n_kv_head=2, **sizes) if layout == "qwen3" else gpt2_config(**sizes)
+    torch.manual_seed(0)
+    model = randomised(RewardModel.from_policy(Transformer(c)))
+    model.pad_id = tokenizer.endoftext_id
+    model.save_pretrained("rm")
+    tokenizer.save_pretrained("rm")
+    theirs = AutoModelForSequenceClassification.from_pretrained("rm").eval()
+    assert theirs.config.num_labels == 1
+    prompt, answers = [5, 6, 7], [[8, 9, 10, 11], [12]]
+    rows = [prompt + answer for answer in answers]
+    ids = torch.tensor([row + [tokenizer.endoftext_id] * (7 - len(row)) for row in rows])
+    real = torch.tensor([[1] * len(row) + [0] * (7 - len(row)) for row in rows])
+    expected = theirs(ids, attention_mask=real).logits.squeeze(-1)
+    got = scores(model, model.pack([(prompt, answers)], tokenizer.endoftext_id))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    again, _, _ = open_reward_model("rm")
+    torch.testing.assert_close(scores(again.eval(), again.pack([(prompt, answers)], 0)), got)
+    assert again.pad_id == tokenizer.endoftext_id
+
+
+def test_an_encoder_survives_saving_and_starts_from_a_decoder(here):
+    policy, tokenizer, _ = open_checkpoint("start")
+    model = RewardEncoder.from_policy(policy).eval()
+    torch.testing.assert_close(model.blocks[0].attn.wq.weight, policy.blocks[0].attn.wq.weight)
+    model.save_pretrained("rm")
+    tokenizer.save_pretrained("rm")
+    again, _, _ = open_reward_model("rm")
+    group = [([1, 2, 3], [[4, 5], [6]])]
+    torch.testing.assert_close(scores(again.eval(), again.pack(group, 0)), scores(model, model.pack(group, 0)))
+
+
+def test_models_of_the_wrong_kind_are_refused(here, tokenizer):
+    with pytest.raises(CheckpointError, match="no reward model"):
+        open_reward_model("start")
+    RewardModel.from_policy(open_checkpoint("start")[0]).save_pretrained("rm")
+    tokenizer.save_pretrained("rm")
+    with pytest.raises(CheckpointError):
+        open_checkpoint("rm")
+
+
+# ------------------------------------------------------------------------------------------------ pairs and report
+
+
+def test_judged_pairs():
+    problem = Problem("q?", "", "7", 1, "x")
+    group = [("a", True, True), ("b", False, True), ("a", True, True), ("c", True, True), ("d", False, False)]
+    group += [("e", False, True), ("", False, True)]
+    pairs = judged_pairs([problem, problem], [group, [("a", True, True)]], most=9)
+    assert [(p.chosen, p.rejected) for p in pairs] == [("a", "b"), ("c", "e")]  # no repeats, no cut-off, no empty ones
+    assert len(judged_pairs([problem], [group], most=1)) == 1
+
+
+def test_best_of_n_against_every_choice():
+    rng = np.random.default_rng(0)
+    values, correct = rng.normal(size=(3, 6)), rng.integers(0, 2, (3, 6)).astype(float)
+    for n in (1, 2, 4, 6):
+        expected = np.mean(
+            [
+                c[max(chosen, key=lambda k: v[k])]
+                for v, c in zip(values, correct, strict=True)
+                for chosen in combinations(range(6), n)
+            ]
+        )
+        assert best_of_n(values, correct, [n])[0] == pytest.approx(expected)
+    assert best_of_n(values, correct, [1])[0] == pytest.approx(correct.mean())
+
+
+def test_calibration_of_a_model_that_is_right_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(size=200_000) * 2
+    told = np.where(rng.random(len(gaps)) < 1 / (1 + np.exp(-np.abs(gaps))), np.abs(gaps), -np.abs(gaps))
+    rows, error = calibration(told)
+    assert error < 0.01
+    assert sum(n for *_, n in rows) == len(gaps)
+    _, sure = calibration(3 * told)
+    assert sure > 0.1
+
+
+def test_shaping_is_the_correlation_within_a_prompt():
+    values = np.array([[1.0, 2, 3], [11, 12, 13]])
+    found = shaping(values, same=values * 2 + 5, length=[[3, 2, 1], [9, 8, 7]], constant=np.ones((2, 3)))
+    assert found["same"] == pytest.approx(1)
+    assert found["length"] == pytest.approx(-1)
+    assert math.isnan(found["constant"])
+
+
+def test_rename_keeps_the_sums_and_is_one_to_one():
+    problems = load_problems("word", "test", 120)
+    for p in problems:
+        for text in (p.question, p.solution):
+            new = rename(text)
+            assert [w for w in new if w.isdigit()] == [w for w in text if w.isdigit()]
+            assert len(new.split()) == len(text.split())
+            assert len(set(new.split())) == len(set(text.split()))  # two names never become one
+    assert sum(rename(p.question) != p.question for p in problems) > 80  # rides and classes have no hero
+    assert rename("Tom gives Anna 1 apple and 2 oranges.") == "Ben gives Mia 1 orange and 2 pears."
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_run_learns_and_leaves_everything(here):
+    rows = [
+        {"prompt": f"question {i}?", "chosen": f"well, {i} it is", "rejected": f"{i % 7} and no"} for i in range(300)
+    ]
+    (here / "easy.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = reward_model.main(config(data="easy.jsonl", n_pairs=None, steps=40, batch=16, lr=1e-2, eval_every=20))
+    assert result["accuracy"] > 0.95
+    assert result["low"] <= result["accuracy"] <= result["high"]
+    losses = list(metrics("runs/reward_model", "loss").values())
+    assert losses[-1] < 0.3 * losses[0]
+    for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "report.png", "report.json"):
+        assert (here / "runs" / "reward_model" / name).exists(), name
+
+
+def test_every_kind_of_pair_is_reported(here, lucky):
+    result = reward_model.main(config(test_pairs=12))
+    assert set(result["by_kind"]) == {"all", "sampled", *CORRUPTIONS}
+    kinds = [row[3] for kind, row in result["by_kind"].items() if kind != "all"]
+    assert result["by_kind"]["all"][3] == sum(kinds)
+    assert set(result["best_of"]) == {"1", "2", "4"}
+    for name in ("renamed_same_order", "right_above_one_error", "one_error_above_two", "longer_is_chosen"):
+        assert 0 <= result[name] <= 1
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "hinge"])
+def test_micro_batches_change_nothing(here, lucky, loss):
+    for name, size in (("whole", 6), ("cut", 2)):
+        reward_model.main(config(name=name, micro_batch=size, loss=loss))
+    for name in ("loss", "grad_norm", "accuracy", "margin", "valid_loss"):
+        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
+    assert_same_weights("runs/whole/last", "runs/cut/last", atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["decoder", "encoder"])
+def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, backbone):
+    changes = dict(dropout=0.1, backbone=backbone, best_of_problems=0)
+    reward_model.main(config(name="whole", **changes))
+
+    class StopAt2:
+        def __init__(self, dist):
+            self.asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_model, "Interrupt", StopAt2)
+        with pytest.raises(SystemExit):
+            reward_model.main(config(name="parts", **changes))
+    reward_model.main(config(name="parts", resume=True, **changes))
+    for name in ("loss", "valid_loss", "valid_all"):
+        assert metrics("runs/whole", name) == metrics("runs/parts", name), name
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+
+
+@pytest.mark.parametrize("backbone", ["decoder", "encoder"])
+def test_two_processes_equal_one(here, backbone):
+    flags = [x for k, v in (SMALL | {"pairs": "corrupted", "backbone": backbone}).items() for x in (f"--{k}", v)]
+    runs = [script("reward_model.py", *flags, "--name", f"n{n}", cwd=here, processes=n) for n in (1, 2)]
+    assert [r.returncode for r in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+    for name in ("loss", "grad_norm", "margin", "valid_loss", "valid_all"):
+        a, b = metrics("runs/n1", name), metrics("runs/n2", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
+    assert_same_weights("runs/n1/last", "runs/n2/last", atol=1e-5, rtol=1e-3)
+    reports = [json.loads((here / f"runs/n{n}/report.json").read_text()) for n in (1, 2)]
+    assert reports[0]["best_of"] == pytest.approx(reports[1]["best_of"], abs=1e-6)  # the same samples
+
+
+def test_bad_input_is_one_line(here):
+    (here / "bad.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n{"prompt": "x"}\n')
+    begin = ["--init", "start"]
+    assert_one_line_error(script("reward_model.py", *begin, "--data", "bad.jsonl", cwd=here), " 2", "chosen")
+    assert_one_line_error(script("reward_model.py", *begin, "--loss", "mse", cwd=here), "mse", "hinge")
+    assert not (here / "runs").exists()
+    for changes in ({"pairs": "none"}, {"backbone": "lstm"}, {"batch": 0}):
+        with pytest.raises(ConfigError):
+            config(**changes)
+    Encoder(EncoderConfig(40, n_layer=1, n_head=2, n_kv_head=1, width=16)).save_pretrained("encoder")
+    open_checkpoint("start")[1].save_pretrained("encoder")
+    with pytest.raises((ConfigError, CheckpointError), match="encoder"):
+        reward_model.main(config(init="encoder"))
+
+
+def test_equal_and_empty_answers_are_skipped_and_counted(here, capsys):
+    rows = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
+    rows += [{"prompt": "same?", "chosen": "a", "rejected": "a"}, {"prompt": "none?", "chosen": "a", "rejected": " "}]
+    rows += [{"prompt": "long? " * 200, "chosen": "yes", "rejected": "no"} for _ in range(1)]
+    (here / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    reward_model.main(config(data="pairs.jsonl", n_pairs=None, steps=1))
+    out = capsys.readouterr().out
+    assert "1 pairs of equal answers" in out
+    assert "1 pairs with an empty answer" in out
+    assert "longer than 160 tokens: left out" in out

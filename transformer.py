@@ -686,7 +686,7 @@ def local_directory(path):
         why = "to take it for a name on the Hugging Face hub: pip install huggingface_hub"
         raise CheckpointError(f"{name} is not there; {why}") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
     except Exception as error:  # of many kinds: no such name, no rights to it, no network
         why = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{name} is not there, and the Hugging Face hub does not give it: {why}") from None

@@ -35,6 +35,7 @@ from transformer import (
     gpt2_config,
     layout_of,
     masked_mean,
+    read_hf_config,
     token_logprobs,
 )
 
@@ -155,6 +156,29 @@ def test_an_older_config_json(tmp_path, tokens):
     with torch.no_grad():
         ours = Transformer.from_pretrained(tmp_path)(tokens)
         torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Qwen3Config, BASE),
+        (LlamaConfig, BASE),
+        (Qwen2Config, BASE),
+        (Qwen2Config, BASE | dict(num_hidden_layers=30, use_sliding_window=True, max_window_layers=0)),
+        (MistralConfig, BASE),
+        (MixtralConfig, BASE | dict(num_local_experts=4, num_experts_per_tok=3)),
+        (Qwen3MoeConfig, BASE | MIXTURE | dict(use_sliding_window=True)),
+        (GPT2Config, dict(vocab_size=37, n_positions=24, n_embd=18, n_layer=2, n_head=3)),
+    ],
+)
+def test_what_config_json_leaves_out(kind, config, tmp_path):
+    """It has the value that the class in transformers gives it, and writes down when it saves."""
+    full = kind(**config)
+    (tmp_path / "config.json").write_text(json.dumps(full.to_dict()))
+    kind, spelled_out = read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": full.model_type}))
+    assert kind == full.model_type
+    assert read_hf_config(tmp_path)[1].resolved() == spelled_out.resolved()
 
 
 def test_hub_names(tmp_path, monkeypatch):

@@ -41,8 +41,8 @@ same numbers. The window itself sees true distances either way.
 
 Letters: B batch, T query time, S key time, C width, H query heads, G key/value heads, D head width, W window.
 Simplified: no dropout on the attention weights (modern recipes train without). No kernel of our own: torch's SDPA, for
-a long windowed sequence on one band of keys after the other. FlexAttention compiles such masks into one kernel; on a
-CPU it has no backward pass and was not faster (`benchmarks/attention.py` measures all four forms).
+a long windowed sequence on one band of keys after the other. FlexAttention, which compiles such masks into one kernel,
+is not used: on a CPU it has no backward pass. `benchmarks/attention.py` measures the forms and a stream of 100,000.
 
 Run it: `python attention.py` works three tokens by hand and checks every path against the formula.
 """

@@ -518,8 +518,8 @@ class Config:
     """Optimizer steps of the classification."""
     batch: int = 64
     """Texts per such step, over all ranks."""
-    micro_batch: int = 64
-    """Rows per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    micro_batch: int = 16
+    """Rows per forward pass of one rank, sorted by length; smaller pads less and saves memory."""
     optimizer: str = "muon"
     """adamw, or muon for the matrices of the blocks."""
     lr: float = 2e-3

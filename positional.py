@@ -30,8 +30,10 @@ new length / L at most, so that the new positions map to angles that are known:
     yarn      the same, k_i from 0 at 1 turn to 1 at 32; and scores times (0.1 ln s + 1)², arXiv:2309.00071
 
 Fast pairs keep their speed, slow pairs are interpolated, the rest lies between: llama3 goes by the number of turns;
-YaRN by i, as its authors' code does (Eq. 17 and 18 of the paper go by turns). All of them help without any training,
-and more with a little. `python benchmarks/positional.py` trains a small model and reads on past its L.
+YaRN by i, as its authors' code does (the paper, §3.2, goes by turns). `python benchmarks/positional.py` trains a
+small model on L bytes and reads 4 L. Unscaled, its loss is five times as high in the last quarter as in the first. It
+stays usable with llama3 and better with yarn, at some cost to short texts; linear ruins both. After 40 steps on long
+windows yarn's loss is the same in all quarters, as low as before in the first; unscaled, it is nearly twice that.
 
 The trap of "dynamic": if ω changes while a sequence grows, the keys in the cache were turned by the old ω and no longer
 fit. So here the longest length is said beforehand, once.
@@ -108,7 +110,7 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
 def rope_attention_factor(scaling=None, context=None):
     """What YaRN multiplies cosines and sines by, so that scores grow by its square; 1 for every other scaling.
 
-    More keys flatten the softmax; YaRN sharpens it again by 1/t with √(1/t) = 0.1 ln s + 1 (Eq. 22). DeepSeek's
+    More keys flatten the softmax; YaRN sharpens it again by 1/t with √(1/t) = 0.1 ln s + 1 (§3.4). DeepSeek's
     `mscale` and `mscale_all_dim` split that factor, an `attention_factor` in the dict replaces it.
     """
     kind, s, *_ = _read_scaling(scaling, context)

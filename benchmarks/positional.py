@@ -1,14 +1,16 @@
 """RoPE past the trained length: a small model learns on short windows and is read on longer ones.
 
-    python benchmarks/positional.py                 # half a minute on an idle core
+    python benchmarks/positional.py                 # about a minute on an idle core
     python benchmarks/positional.py --steps 2000    # a better model, the same picture
 
-A byte-level decoder is trained on windows of `--length` bytes of generated stories. Then, without any more training, it
-reads windows of four times that length with its frequencies as they were and scaled in each way of positional.py. The
-table shows the loss in nats per byte by position: the first quarter is what training has seen.
+A byte-level decoder is trained on windows of `--length` bytes of generated stories. Then it reads windows of four times
+that length, with its frequencies as they were and scaled in each way of positional.py: first without any more training,
+then after a few steps on long windows, for each way from the same start. The tables show the loss in nats per byte by
+position: the first quarter is what training has seen.
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -29,41 +31,47 @@ def windows(split, n, length, seed):
     return stream[starts[:, None] + torch.arange(length)]
 
 
-def train(length, longest, steps, batch=32, peak=4e-3):
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(256, context=longest, n_layer=3, n_head=4, n_kv_head=2, width=96))
+def train(model, data, peak):
+    """One AdamW step on each of data (steps, batch, length): warm-up, then down to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    data = windows("train", steps * batch, length, seed=0).view(steps, batch, length)
     for step, tokens in enumerate(data):
-        optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 40, 1.0) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 40, 1.0) * (1 - step / len(data))
         loss = -token_logprobs(model, tokens).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
+
+def scale(model, scaling, length):
+    """A copy of the model, trained at `length`, with the rotary tables of `scaling` up to its whole context."""
+    model, c = copy.deepcopy(model), model.config
+    frequencies = rope_frequencies(c.head_dim, c.rope_theta, scaling, length, c.context)
+    factor = rope_attention_factor(scaling, length)
+    model.rope_cos, model.rope_sin = rope_cos_sin(torch.arange(c.context), frequencies, factor)
     return model
 
 
 @torch.no_grad()
-def losses(model, tokens, scaling, length):
-    """Nats per byte by position, (longest − 1,), with the tables of `scaling` in the place of the trained ones."""
-    c, longest = model.config, tokens.shape[1]
-    frequencies = rope_frequencies(c.head_dim, c.rope_theta, scaling, length, longest)
-    factor = rope_attention_factor(scaling, length)
-    model.rope_cos, model.rope_sin = rope_cos_sin(torch.arange(longest), frequencies, factor)
-    return -torch.cat([token_logprobs(model, part) for part in tokens.split(16)]).mean(0)
+def losses(model, tokens, L):
+    """Nats per byte in each stretch of L positions."""
+    loss = -torch.cat([token_logprobs(model, part) for part in tokens.split(16)]).mean(0)
+    return "".join(f"{part.mean():>12.3f}" for part in loss.split(L))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--length", type=int, default=64, help="bytes in a training window")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--more", type=int, default=40, help="steps on long windows")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     L, s = args.length, 4
-    model = train(L, s * L, args.steps)
-    tokens = windows("val", 96, s * L, seed=1)
+    model = Transformer(TransformerConfig(256, context=s * L, n_layer=3, n_head=4, n_kv_head=2, width=96))
+    train(model, windows("train", args.steps * 32, L, seed=0).view(-1, 32, L), peak=4e-3)
+    tokens = windows("valid", 96, s * L, seed=1)
     kinds = {
         "as trained": None,
         "linear": {"rope_type": "linear", "factor": s},
@@ -71,12 +79,16 @@ def main():
         "llama3": {"rope_type": "llama3", "factor": s, "low_freq_factor": 1, "high_freq_factor": 4},
         "yarn": {"rope_type": "yarn", "factor": s},
     }
-    print(f"trained on {L} bytes for {args.steps} steps, read on {s * L}; nats per byte at positions")
-    ranges = [(i * L, (i + 1) * L) for i in range(s)]
-    print(f"{'':<16}" + "".join(f"{f'{a} to {b - 1}':>12}" for a, b in ranges))
-    for name, scaling in kinds.items():
-        loss = losses(model, tokens, scaling, L)
-        print(f"{name:<16}" + "".join(f"{loss[a : b - 1].mean():>12.3f}" for a, b in ranges), flush=True)
+    models = {name: scale(model, scaling, L) for name, scaling in kinds.items()}
+    header = "".join(f"{f'{i * L} to {i * L + L - 1}':>12}" for i in range(s))
+    print(f"trained on {L} bytes for {args.steps} steps; nats per byte at positions\n{'':<16}{header}")
+    for name, scaled in models.items():
+        print(f"{name:<16}{losses(scaled, tokens, L)}", flush=True)
+    print(f"\nafter {args.more} more steps on {s * L} bytes")
+    more = windows("train", args.more * 8, s * L, seed=2).view(-1, 8, s * L)
+    for name, scaled in models.items():
+        train(scaled, more, peak=1e-3)
+        print(f"{name:<16}{losses(scaled, tokens, L)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # the tensors are small, and the other cores have tests of their own
 hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine is no bug
 hypothesis.settings.load_profile("ours")
 

@@ -364,6 +364,17 @@ def test_attention_weights_in_a_cached_call():
     torch.testing.assert_close(weights[:, :, 0], whole[:, :, 5], atol=1e-12, rtol=0)
 
 
+def test_a_pad_sees_itself_in_a_rolling_cache():
+    attn, x = layer(window=2, sinks=1), random(1, 6, 12)
+    real = torch.tensor([[False] * 4 + [True] * 2])
+    cache = RollingKVCache(1, 1, 2, 2, D, torch.float64, sinks=1)
+    for start, end in ((0, 1), (1, 3), (3, 4), (4, 6)):
+        mask = padding_mask(real[:, :end], end - start)
+        (weights,) = attention_weights(attn, x[:, start:end], None, mask, cache)  # the formula: 0 / 0 would show
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        cache.length = end
+
+
 def test_entropy():
     even, one = torch.full((2, 8), 1 / 8), torch.eye(8)[:2]
     torch.testing.assert_close(attention_entropy(even), torch.full((2,), math.log(8)))

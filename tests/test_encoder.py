@@ -236,13 +236,13 @@ def test_every_parameter_of_the_objective_gets_a_gradient():
 
 
 def test_saved_and_opened_it_is_the_same(tmp_path):
-    for i, model in enumerate([tiny(n_class=3), shaken(Encoder(bert_config(**BERT)))]):
+    for i, model in enumerate([tiny(n_class=3), shaken(Encoder(bert_config(**BERT))), tiny(n_type=2)]):
         model.save_pretrained(tmp_path / str(i))
         again = Encoder.from_pretrained(tmp_path / str(i)).eval()
         assert again.config == model.config
         assert torch.equal(again(rows()[0]), model(rows()[0]))
-    assert json.loads((tmp_path / "0" / "config.json").read_text())["model_type"] == "attention_to_alignment_encoder"
-    assert json.loads((tmp_path / "1" / "config.json").read_text())["model_type"] == "bert"
+    kinds = [json.loads((tmp_path / str(i) / "config.json").read_text())["model_type"] for i in range(3)]
+    assert kinds == ["attention_to_alignment_encoder", "bert", "attention_to_alignment_encoder"]
     with pytest.raises(CheckpointError, match="window is for decoders"):
         Encoder(EncoderConfig(**TINY, window=4))
     with pytest.raises(ValueError, match="21 tokens do not fit the encoder's context of 20"):
@@ -290,11 +290,13 @@ def test_a_text_keeps_its_beginning_and_its_end(tokenizer):
 
 def test_predictions_keep_their_order_and_the_confusion_counts(tokenizer):
     torch.manual_seed(0)
-    model = shaken(Encoder(EncoderConfig(**TINY | dict(vocab_size=tokenizer.vocab_size, context=40))))
+    model = shaken(Encoder(EncoderConfig(**TINY | dict(vocab_size=tokenizer.vocab_size, context=40, dropout=0.5))))
     reviews = load_sentiment("sentiment", "valid")[:30]
     examples = [(encode(tokenizer, r.text, 40), r.label) for r in reviews]
     pad = tokenizer.endoftext_id
-    p = predict(model, [ids for ids, _ in examples], pad, batch=7)
+    p = predict(model.train(), [ids for ids, _ in examples], pad, batch=7)
+    assert model.training  # as it was, though it predicts without dropout
+    model.eval()
     for i, (ids, _) in enumerate(examples):
         torch.testing.assert_close(p[i], model(torch.tensor([ids])).softmax(-1)[0], atol=1e-5, rtol=1e-4)
     said, labels = p.argmax(-1).tolist(), [label for _, label in examples]
@@ -349,6 +351,9 @@ def test_bag_of_words_knows_words_and_not_their_order():
     order = [Review("good not bad", 1), Review("bad not good", 0)] * 4
     assert bag_of_words(order, order, order)["accuracy"] == 0.5
     assert bag_of_words(easy, easy, easy, strengths=(1e-4, 1e-3))["strength"] == 1e-3  # a tie: the stiffer one
+    mostly = [*easy, *[Review("a bad film", 0)] * 8]  # so stiff that only the majority counts, or not
+    found = bag_of_words(mostly, mostly, [Review("a good film", 0)] * 4, strengths=(100.0, 1e-3))
+    assert (found["strength"], found["valid"], found["accuracy"]) == (1e-3, 1.0, 0.0)  # chosen on validation, not test
 
 
 # --------------------------------------------------------------------------------------------------------- the stage
@@ -389,6 +394,15 @@ def test_a_run_leaves_what_it_should(scratch, capsys):
     examples = [(encode(tokenizer, r.text, 32), r.label) for r in test]
     assert evaluate(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
     assert np.sum(result["confusion"]) == len(test)
+
+
+def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):
+    made, whole = [], encoder.make_optimizers
+    monkeypatch.setattr(encoder, "make_optimizers", lambda *args: made.append(args) or whole(*args))
+    encoder.main(small(name="both"))
+    assert len(made) == 2
+    encoder.main(small(name="labels", mlm_steps=0))
+    assert len(made) == 4  # at step 0, where it makes no difference
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6], ids=["while pretraining", "between", "while classifying"])

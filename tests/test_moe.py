@@ -600,12 +600,12 @@ def test_resuming_keeps_the_biases(here):
 
 
 def test_muon_treats_experts_as_matrices_of_their_own():
-    stack = torch.randn(3, 5, 9)
+    stack = torch.randn(11, 5, 9)  # more experts than rows or columns
     for matrices in (stack, stack.mT):
         alone = torch.stack([pretrain.orthogonalise(m) for m in matrices])
         torch.testing.assert_close(pretrain.orthogonalise(matrices), alone, atol=1e-4, rtol=1e-4)
     a, b = torch.nn.Parameter(stack.clone()), torch.nn.Parameter(stack[1].clone())
-    a.grad = torch.randn(3, 5, 9)
+    a.grad = torch.randn(11, 5, 9)
     b.grad = a.grad[1].clone()
     pretrain.Muon([a, b], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(a[1], b, atol=1e-5, rtol=1e-4)

@@ -275,6 +275,39 @@ def test_evaluate_samples_counts(tokenizer, monkeypatch):
         assert sum(part[name] for part in parts) == pytest.approx(value)
 
 
+def test_a_run_ends_at_the_accuracy_asked_for(here, monkeypatch):
+    reached = iter([0.2, 0.7, 0.9])
+    said = {"accuracy": 0, "f1": 0, "length": 1, "samples": [], "low": 0, "high": 1, "n": 4, "by_level": {}}
+    monkeypatch.setattr(sft, "evaluate", lambda *a, **k: said | {"accuracy": next(reached, 0.1)})
+    sft.main(config(steps=9, eval_every=2, stop_at=0.5, name="early"))
+    assert list(metrics("runs/early", "accuracy")) == [2, 4]
+    assert max(metrics("runs/early", "loss")) == 4
+    state = torch.load("runs/early/last/trainer_state.pt", weights_only=True)
+    assert state["step"] == 4
+    sft.main(config(steps=9, eval_every=2, stop_at=0.5, name="early", resume=True))  # there is nothing left to do
+    assert max(metrics("runs/early", "loss")) == 4
+
+
+def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
+    calls = []
+
+    def attempt(asked):
+        calls.append(asked.name)
+        (sft.RUNS / asked.name / "best").mkdir(parents=True, exist_ok=True)
+        (sft.RUNS / asked.name / "best" / "config.json").touch()
+        if len(calls) == 1:
+            raise KeyboardInterrupt  # a checkpoint is there, but the run is not at its end
+
+    monkeypatch.setattr(sft, "main", attempt)
+    dist = pretrain.setup("cpu")
+    with pytest.raises(KeyboardInterrupt):
+        sft.sft_start(config(init=None), dist)
+    for _ in range(2):
+        assert sft.sft_start(config(init=None), dist) == "runs/start/word-seed0-sft"
+    assert calls == ["start/word-seed0-sft"] * 2
+    assert "made earlier" in capsys.readouterr().out
+
+
 def test_a_run_learns_and_leaves_everything(here):
     result = sft.main(config(steps=40, lr=1e-2, eval_every=20))
     losses = list(metrics("runs/sft", "loss").values())

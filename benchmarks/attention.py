@@ -137,7 +137,7 @@ def main():
     stream(args.tokens, window=252, sinks=4)
     print(f"\nattention with a window of 256 and 4 sinks, H = 6, G = 2, D = 32, {args.threads} thread(s); milliseconds")
     print(f"{'T':>8}  {'form':<16}{'forward':>10}{'+ back':>10}")
-    for T in (1024, 4096):
+    for T in (512, 2048):
         forms(T, 256, 4, args.repeats, args.flex)
     print("\none token for each of B rows, width 192, H = 6, G = 2: milliseconds for one layer")
     print(f"{'B':>8}{'S = 40':>10}{'S = 200':>10}{'S = 2000':>10}{'window 200':>12}")

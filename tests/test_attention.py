@@ -48,7 +48,7 @@ def by_loop(q, k, v, mask):
             g = h // (H // G)
             for t in range(q.shape[2]):
                 seen = [s for s in range(k.shape[2]) if mask[b, t, s]]
-                e = [math.exp(float(q[b, h, t] @ k[b, g, s]) / math.sqrt(q.shape[-1])) for s in seen]
+                e = [math.exp((q[b, h, t] @ k[b, g, s]).item() / math.sqrt(q.shape[-1])) for s in seen]
                 out[b, h, t] = sum(w / sum(e) * v[b, g, s] for w, s in zip(e, seen, strict=True))
     return out
 
@@ -173,6 +173,7 @@ def test_windowed_paths_equal_naive_forward_and_backward(window, sinks, t, s):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_window_equals_flex_attention():
     """An implementation with no line in common: torch's FlexAttention, uncompiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -396,6 +396,14 @@ def test_a_run_leaves_what_it_should(scratch, capsys):
     assert np.sum(result["confusion"]) == len(test)
 
 
+def test_every_step_has_its_own_holes(scratch, monkeypatch):
+    made, whole = [], encoder.hide
+    monkeypatch.setattr(encoder, "hide", lambda *args: made.append(whole(*args)) or made[-1])
+    encoder.main(small(eval_every=100))
+    holes = [chosen.numpy().tobytes() for _, chosen in made]
+    assert len(set(holes)) == len(holes) == 5  # four steps and one validation
+
+
 def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):
     made, whole = [], encoder.make_optimizers
     monkeypatch.setattr(encoder, "make_optimizers", lambda *args: made.append(args) or whole(*args))

@@ -509,8 +509,9 @@ def test_it_can_overfit(tokens):
     assert loss.item() < 0.05
 
 
-def test_opening_a_checkpoint_leaves_the_random_numbers_alone(tmp_path):
-    tiny().save_pretrained(tmp_path)
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_opening_a_checkpoint_leaves_the_random_numbers_alone(positions, tmp_path):
+    tiny(positions=positions).save_pretrained(tmp_path)
     state = torch.get_rng_state()
     Transformer.from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)

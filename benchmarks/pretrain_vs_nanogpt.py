@@ -123,7 +123,7 @@ def recipe(scratch, name, *flags):
 def recipes(nanogpt, scratch, val):
     _, their_seconds = nanogpt_run(nanogpt, Path(scratch) / "recipe")
     command = ["-c", EVALUATE, Path(scratch) / "recipe" / "ckpt.pt", val, CONTEXT]
-    their_loss, step = map(float, start(command, nanogpt)[0].split())
+    their_loss, step = map(float, start(command, nanogpt)[0].splitlines()[-1].split())  # nanoGPT talks before
     print(f"  nanoGPT: validation loss {their_loss:.4f} (its checkpoint of step {step:.0f}), {their_seconds:.1f} s")
     loss, seconds, steps = recipe(scratch, "recipe")
     print(f"     ours: validation loss {loss:.4f}, {seconds:.1f} s for {steps} steps: ", end="")

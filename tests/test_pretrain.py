@@ -252,7 +252,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(here, monkeypatch, capsys, erro
 def start(here, *changes, processes=0):
     command = [sys.executable, str(ROOT / "pretrain.py")]
     if processes:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=3"]
         command = [sys.executable, *launch, str(ROOT / "pretrain.py")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command += [str(x) for x in (*flags(steps=60, save_every=5, eval_every=30), *changes)]
@@ -287,6 +287,7 @@ def test_killed_anywhere_and_resumed(here):
 
 
 def test_a_killed_worker_is_started_again(here):
+    """Three restarts are allowed: on a busy machine gloo's new connection now and then fails and takes one more."""
     whole = start(here, "--name", "whole", processes=2)
     assert whole.wait() == 0
     process, log = start(here, "--name", "parts", processes=2), here / "runs" / "parts" / "metrics.jsonl"

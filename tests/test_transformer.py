@@ -679,6 +679,10 @@ def write_gguf(path, theirs, kind, quantise=(), tokenizer=None, leave_out=(), **
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_key_length(theirs.model.layers[0].self_attn.head_dim)
+    if getattr(c, "sliding_window", None):
+        writer.add_sliding_window(c.sliding_window)
+    if metadata.get("rotated"):
+        writer.add_rope_dimension_count(metadata["rotated"])
     if metadata.get("rope_scaling"):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     if tokenizer is not None:
@@ -719,6 +723,7 @@ WIDE = BASE | dict(hidden_size=64, intermediate_size=96)
 IN_GGUF = {
     "llama": LlamaConfig(**WIDE, rope_theta=55.0),
     "llama tied, narrow heads": LlamaConfig(**WIDE, head_dim=8, tie_word_embeddings=True),
+    "llama sliding": MistralConfig(**WIDE, sliding_window=4),  # llama.cpp has no other name for Mistral
     "qwen2": Qwen2Config(**WIDE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**WIDE, head_dim=32, rms_norm_eps=0.1),
 }
@@ -751,6 +756,7 @@ def test_the_tokenizer_in_a_gguf_file(tmp_path):
     for sample in (text, "pears 345 🙂<|im_end|>", ""):
         assert opened.encode(sample) == tokenizer.encode(sample)
         assert opened.decode(opened.encode(sample)) == sample
+    assert opened.encode("na\u00efve") == opened.encode("nai\u0308ve")  # Qwen2 composes characters first
     assert opened.eos_token == "<|im_end|>"
     user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
     answer = {"role": "assistant", "content": "Hello"}
@@ -785,6 +791,7 @@ def test_bad_gguf(tmp_path, monkeypatch):
         (lambda: write_gguf(path, theirs, "llama", leave_out=["embed"]), "lacks 'token_embd.weight'"),
         (lambda: write_gguf(path, theirs, "llama", leave_out=["1.mlp.up"]), "lack 'blk.1.ffn_up.weight'"),
         (lambda: write_gguf(path, theirs, "llama", architecture="qwen2"), "lacks 'qwen2.context_length'|lack '.*bias"),
+        (lambda: write_gguf(path, theirs, "llama", rotated=8), "RoPE over 8 of 16 features is not supported"),
         (lambda: write_gguf(path, theirs, "llama", rope_scaling=True), "RoPE scaling in a GGUF file is not supported"),
         (lambda: [write_gguf(path, theirs, "llama"), path.write_bytes(path.read_bytes()[:-999])], "corrupt or no GGUF"),
         (lambda: [write_gguf(path, theirs, "llama"), path.write_bytes(path.read_bytes()[:300])], "corrupt or no GGUF"),

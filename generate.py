@@ -108,10 +108,11 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
 class DecodeStep:
     """Transformer.forward for one new token per row: token (B,), position (B,) -> logits (B, V).
 
-    For RMSNorm, SwiGLU and RoPE (Llama, Qwen). The three products of q, k and v become one, those of gate and up too;
-    the gains of the norms and 1/√D are multiplied into the matrices behind them beforehand; keys of one head are
-    multiplied with all queries that share them in one batched product. Built anew by each `generate`, in about the
-    time of a step, because the weights may have changed since.
+    For RMSNorm, SwiGLU and RoPE (Llama, Qwen). Fewer and larger operations: the three products of q, k and v become
+    one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
+    them beforehand; keys of one head meet all queries that share them in one batched product. States are columns,
+    (C, B), because weight @ x of a few columns takes about half of the time of x @ weight.T (MKL, 2 cores). Built anew
+    by each `generate`, in about the time of a step, because the weights may have changed since.
     """
 
     @staticmethod
@@ -123,59 +124,72 @@ class DecodeStep:
 
     def __init__(self, model, cache):
         c = model.config
-        self.config, self.cache = c, cache
+        self.config, self.cache, device = c, cache, model.embed.weight.device
         dtype, H, G, D = cache.keys[0].dtype, c.n_head, c.n_kv_head, c.head_dim
-        self.embed, self.layers = model.embed.weight, []
+
+        self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
+
+        def matrix(weight):  # (out, in); one row is read fastest with the weight laid out column by column
+            weight = weight.to(dtype)
+            return weight.t().contiguous().t() if len(cache.keys[0]) == 1 else weight.contiguous()
+
+        self.embed, self.layers, root = model.embed.weight, [], c.width**0.5
         for block in model.blocks:
             a, f, scale = block.attn, block.ffn, D**-0.5
-            qkv = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight])  # ((H + 2G)·D, C)
-            bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias])
+            qkv = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight]) * (root * block.norm1.weight)  # ((H + 2G)·D, C)
+            bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias]).to(dtype)
             if a.q_norm is not None:
-                gain = torch.cat([a.q_norm.weight.expand(H, D) * scale, a.k_norm.weight.expand(G, D)])  # (H + G, D)
+                gain = torch.cat([a.q_norm.weight.expand(H, D) * scale, a.k_norm.weight.expand(G, D)]) * D**0.5
             else:
-                gain = torch.cat([torch.full((H, D), scale), torch.ones(G, D)]).to(qkv.device)
-            gate_up = torch.cat([f.gate.weight, f.up.weight])  # (2 · inner, C)
-            weights = qkv * block.norm1.weight, a.wo.weight, gate_up * block.norm2.weight, f.down.weight
-            weights = [w.to(dtype).t() for w in weights]  # (in, out) each
-            self.layers.append((*weights, bias if bias is None else bias.to(dtype), gain.to(dtype)))
+                gain = torch.cat([torch.full((H, D), scale), torch.ones(G, D)]).to(device)  # (H + G, D)
+            gate_up = torch.cat([f.gate.weight, f.up.weight]) * (root * block.norm2.weight)  # (2 · inner, C)
+            weights = [matrix(w) for w in (qkv, a.wo.weight, gate_up, f.down.weight)]
+            self.layers.append((*weights, bias, gain.to(dtype)))
         output = self.embed if model.head is None else model.head.weight
-        self.output = (output * model.norm.weight).to(dtype).t()  # (C, V)
-        signs = torch.ones(D, device=output.device)
+        self.output = matrix(output * (root * model.norm.weight))  # (V, C)
+        signs = torch.ones(D, device=device)
         signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.apply_rope
         self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
+
+    def unit(self, x, dim):
+        """norms.RMSNorm over `dim` of n numbers without its gain and its √n: x / √(|x|² + n·ε), statistics in fp32."""
+        if dim == 0 and x.shape[1] >= 32:  # vector_norm is slow down the columns
+            norm = x.float().square().sum(0, keepdim=True).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(norm, self.eps[x.shape[dim]])).to(x.dtype)
 
     def __call__(self, token, position, visible=None):
         """visible (B, S + 1) bool: which slots hold real tokens, None = all. Fills the next slot of the cache."""
         c, cache = self.config, self.cache
         H, G, D, B, S = c.n_head, c.n_kv_head, c.head_dim, len(token), cache.length + 1
-        x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
+        x = F.embedding(token, self.embed).t().contiguous()  # (C, B), in fp32 under autocast, as in the model
         cos, sin = F.embedding(position, self.cos)[:, None], F.embedding(position, self.sin)[:, None]  # (B, 1, D)
         hidden = self.cos.new_zeros(1, 1, 1)
         if visible is not None:
             hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
             hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
         for i, (qkv, wo, gate_up, down, bias, gain) in enumerate(self.layers):
-            h = unit_rms(x, c.norm_eps) @ qkv  # (B, (H + 2G)·D)
-            h = (h if bias is None else h + bias).view(B, H + 2 * G, D)
+            h = product(qkv, self.unit(x, 0)).t()  # (B, (H + 2G)·D)
+            h = (h if bias is None else h + bias).reshape(B, H + 2 * G, D)
             qk, v = h[:, : H + G], h[:, H + G :]
-            qk = (unit_rms(qk, c.norm_eps) if c.qk_norm else qk) * gain
-            qk = qk * cos + qk.roll(D // 2, -1) * sin
+            qk = (self.unit(qk, -1) if c.qk_norm else qk) * gain
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
             keys, values = cache.keys[i], cache.values[i]  # (B, G, slots, D)
             keys[:, :, S - 1], values[:, :, S - 1] = qk[:, H:], v
             keys, values = keys.view(B * G, -1, D)[:, :S], values.view(B * G, -1, D)[:, :S]
             scores = torch.baddbmm(hidden, qk[:, :H].reshape(B * G, H // G, D), keys.transpose(1, 2))  # (B·G, H/G, S)
             heads = torch.bmm(scores.softmax(-1), values)  # (B·G, H/G, D)
-            x = x + heads.view(B, H * D) @ wo
-            gate, up = (unit_rms(x, c.norm_eps) @ gate_up).chunk(2, dim=-1)  # (B, inner) each
-            x = x + (F.silu(gate) * up) @ down
+            x = x + product(wo, heads.view(B, H * D).t())
+            gate, up = product(gate_up, self.unit(x, 0)).chunk(2)  # (inner, B) each
+            x = x + product(down, F.silu(gate) * up)
         cache.length = S
-        return unit_rms(x, c.norm_eps) @ self.output
+        return product(self.output, self.unit(x, 0)).t().contiguous()
 
 
-def unit_rms(x, eps):
-    """norms.RMSNorm without its gain, statistics in fp32."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x * torch.rsqrt(norm * norm / x.shape[-1] + eps).to(x.dtype)
+def product(weight, x):
+    """weight (out, in) @ x (in, B) -> (out, B). Between 2 and 15 columns each must be contiguous to be fast."""
+    return weight @ (x.t().contiguous().t() if 1 < x.shape[1] < 16 else x)
 
 
 def free_memory(device):

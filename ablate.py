@@ -219,6 +219,10 @@ def _grpo(stage="grpo", **flags):
     return [(stage, {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags)]
 
 
+def _dpo(**flags):
+    return [("dpo", {"steps": 150, "prompts": 1500, "eval_every": 50, "test_problems": 500} | flags)]
+
+
 EXPERIMENTS = {
     "ladder": Experiment(
         "What does each stage add, from the same start, on the same held-out problems?",
@@ -374,14 +378,16 @@ EXPERIMENTS = {
     ),
     "dpo": Experiment(
         "Beta and variant, offline against sampled pairs.",
-        "the SFT checkpoint of a seed, 150 steps of 32 pairs",
+        "the SFT checkpoint of a seed, 150 steps of 32 pairs, prompts and their order",
         {
-            "sampled, sigmoid": [("dpo", {"pairs": "sampled"})],
-            "corrupted, sigmoid": [("dpo", {"pairs": "offline"})],
-            "sampled, beta 0.02": [("dpo", {"pairs": "sampled", "beta": 0.02})],
-            "sampled, beta 0.5": [("dpo", {"pairs": "sampled", "beta": 0.5})],
-            "sampled, ipo": [("dpo", {"pairs": "sampled", "variant": "ipo"})],
-            "sampled, hinge": [("dpo", {"pairs": "sampled", "variant": "hinge"})],
+            "sampled pairs": _dpo(),
+            "without the NLL term": _dpo(nll=0.0),
+            "beta 0.05": _dpo(beta=0.05),
+            "beta 1": _dpo(beta=1.0),
+            "ipo": _dpo(variant="ipo", beta=0.1),
+            "hinge": _dpo(variant="hinge"),
+            "simpo": _dpo(variant="simpo", beta=2.0, gamma=0.5),
+            "corrupted solutions": _dpo(pairs="offline"),
         },
         {"accuracy": "accuracy (%)", "length": "tokens"},
         {"loss": "loss"},

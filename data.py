@@ -1146,11 +1146,13 @@ def load_pairs(
     n: int | None = None,
     levels: Sequence[int] = (1, 2),
     seed: int = 0,
+    kinds: Sequence[str] = CORRUPTIONS,
 ) -> list[Pair]:
     """The preference pairs of a split, at most n.
 
-    "word"           the problems of `load_problems`, each solution against one corrupted by `corrupt`, the kinds in
-                     turn; 20,000 for train, 1,000 for valid and for test; `seed` draws the corruptions
+    "word"           the problems of `load_problems`, each solution against one corrupted by `corrupt`, the `kinds` in
+                     turn (one that is named twice comes twice as often); 20,000 for train, 1,000 for valid and for
+                     test; `seed` draws the corruptions
     "ultrafeedback"  test is the published test split; of the published train split the prompts whose hash says
                      "valid" are valid and the rest train. Pairs of equal scores have the kind "equal_scores"
     "style"          polite against rude wordings; the split by the hash of the prompt
@@ -1161,7 +1163,9 @@ def load_pairs(
     check_split(split)
     if name == "word":
         problems = load_problems("word", split, n, levels)
-        return [word_pair(problem, i // len(levels), split, seed) for i, problem in enumerate(problems)]
+        if unknown := set(kinds) - set(CORRUPTIONS):
+            raise DataError(f"unknown corruption {min(unknown)!r}: choose from {', '.join(CORRUPTIONS)}")
+        return [word_pair(problem, i // len(levels), split, seed, kinds) for i, problem in enumerate(problems)]
     published = name == "ultrafeedback"
     if name in DATASETS and name not in ("ultrafeedback", "style"):
         raise DataError(f"{name} has no preference pairs: choose word, ultrafeedback, style, or the path of a .jsonl")
@@ -1185,12 +1189,12 @@ def load_pairs(
     return pairs[:n]
 
 
-def word_pair(problem: Problem, turn: int, split: str, seed: int) -> Pair:
+def word_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequence[str] = CORRUPTIONS) -> Pair:
     """The solution of a built-in problem against the corruption whose turn it is, or the next that is possible."""
     rng = random.Random(f"pair/{seed}/{split}/{problem.question}")
-    kinds = [kind for kind in CORRUPTIONS if problem.level > 1 or kind != "skipped_step"]
-    for i in range(len(kinds)):
-        kind = kinds[(turn + i) % len(kinds)]
+    asked, others = ([k for k in ks if problem.level > 1 or k != "skipped_step"] for ks in (kinds, CORRUPTIONS))
+    start = turn % max(1, len(asked))
+    for kind in [*asked[start:], *asked[:start], *others]:
         try:
             return Pair(problem.question, problem.solution, corrupt(problem, kind, rng), kind)
         except DataError:  # in this problem every such error would show

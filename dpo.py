@@ -280,7 +280,7 @@ class Config:
     """SFT checkpoint to start from, also the reference; default: made once under runs/start."""
     name: str = "dpo"
     """Run directory below runs/."""
-    steps: int = 400
+    steps: int = 300
     """Optimizer steps."""
     batch: int = 32
     """Pairs per optimizer step, over all ranks."""
@@ -294,9 +294,11 @@ class Config:
     """Share of pairs taken to be labelled wrongly (cDPO)."""
     gamma: float = 0.0
     """The margin that simpo wants."""
-    nll: float = 0.0
-    """Weight of the chosen answers' own loss per token, as in SFT."""
-    lr: float = 3e-5
+    nll: float = 1.0
+    """Weight of the chosen answers' own loss per token, as in SFT; 0 is plain DPO."""
+    optimizer: str = "muon"
+    """adamw, or muon for the matrices of the blocks; adamw wants about a sixth of the learning rate."""
+    lr: float = 2e-4
     """Peak learning rate."""
     warmup: int = 10
     """Steps of linear warm-up."""
@@ -452,7 +454,7 @@ def main(config):
             torch.save(pairs, kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     add_lora(raw, **asdict(config.lora), seed=config.seed)  # rank 0: does nothing
-    optimizers = make_optimizers(raw, "adamw", config.lr, config.weight_decay, betas=(0.9, 0.999))
+    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     first, best, before = 0, math.inf, None
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)

@@ -54,6 +54,7 @@ from pretrain import (
     check_positive,
     draw_curves,
     load_state,
+    lr_at,
     make_optimizers,
     open_run,
     precision,
@@ -205,14 +206,16 @@ class ActorCritic(nn.Module):
 
 
 def optimizer_steps(parts, optimizers, rates, scaler, clip):
-    """One step of each optimizer on its part's parameters, clipped on its own. -> the norms before clipping."""
+    """One step of each part, the policy and the values, clipped on its own. optimizers: a list for each part. -> the
+    norms before clipping."""
     norms = []
-    for parameters, optimizer, rate in zip(parts, optimizers, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        scaler.unscale_(optimizer)
+    for parameters, own, rate in zip(parts, optimizers, rates, strict=True):
+        for optimizer in own:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            scaler.unscale_(optimizer)
         norms.append(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item())
-    for optimizer in optimizers:
+    for optimizer in (o for own in optimizers for o in own):
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
@@ -279,10 +282,12 @@ class Config:
     """Leave the inner epochs when the policy is this far, in nats per token, from the one that sampled; 0: never."""
     micro_batch: int = 64
     """Completions per forward pass of one rank."""
-    lr: float = 5e-5
-    """Learning rate of the policy after the warm-up; constant from there."""
+    optimizer: str = "muon"
+    """Of the policy: adamw, or muon for the matrices of the blocks; adamw wants about a sixth of the learning rate."""
+    lr: float = 2e-4
+    """Learning rate of the policy after the warm-up; it falls in a line to 0 from there."""
     value_lr: float = 1e-3
-    """The same of the value head; a separate network takes a tenth of it."""
+    """Learning rate of the value head after the warm-up; a separate network takes a tenth of it."""
     warmup: int = 5
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -430,8 +435,8 @@ def main(config):
     run_dir = open_run(config, dist)
     value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
     parts = [list(policy.parameters()), raw.value_parameters()]
-    optimizers = make_optimizers(policy, "adamw", config.lr, config.weight_decay, betas=(0.9, 0.999))
-    optimizers += [torch.optim.AdamW(parts[1], lr=value_lr, betas=(0.9, 0.999), weight_decay=0.0)]
+    own = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
+    optimizers = [*own, torch.optim.AdamW(parts[1], lr=value_lr, betas=(0.9, 0.999), weight_decay=0.0)]
     first, best, before, beta, moments = 0, -1.0, None, config.kl_beta, RunningMoments()
     if config.resume:
         state = load_state(run_dir, dist, policy, optimizers, scaler, config)
@@ -515,6 +520,7 @@ def main(config):
         weights = whiten(advantages, mask, dist) if config.whiten else advantages
 
         # ------------------------------------------------------------------ inner epochs: a step per minibatch
+        lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         rate = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         own = [
             float(sum(mask[packs[m, k][0]].sum() for k in range(len(p)))) * real
@@ -550,7 +556,8 @@ def main(config):
                     for optimizer in optimizers:
                         optimizer.zero_grad(set_to_none=True)
                     break
-                norms = optimizer_steps(parts, optimizers, (config.lr * rate, value_lr * rate), scaler, config.clip)
+                both = [optimizers[:-1], optimizers[-1:]]
+                norms = optimizer_steps(parts, both, (lr, value_lr * rate), scaler, config.clip)
                 if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
                     raise ConfigError(
                         f"the gradient is {norms} at step {step}; try a smaller --lr than {config.lr:.1e}"
@@ -600,7 +607,7 @@ def main(config):
             "explained_variance": 1 - (e2 - e1**2) / max(s2 - s1**2, 1e-12),
             **{name: v / max(updates, 1) for name, v in sums.items()},
             "updates": updates,
-            "lr": config.lr * rate,
+            "lr": lr,
             "seconds_rollout": sampled - started,
             "steps_per_second": 1 / (time.perf_counter() - started),
         }

@@ -130,13 +130,16 @@ class RewardModel(Transformer):
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width))
 
     @classmethod
-    def from_policy(cls, policy, dropout=0.0, seed=0):
-        """The trunk of a language model, with a new head."""
+    def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
+        """The trunk of a language model, `extra` new blocks on it that add nothing yet, and a new head."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(replace(policy.config, dropout=dropout))
+            model = cls(replace(policy.config, dropout=dropout, n_layer=policy.config.n_layer + extra))
+        for name, parameter in model.blocks[policy.config.n_layer :].named_parameters():
+            if name.endswith(("attn.wo.weight", "ffn.down.weight")):
+                nn.init.zeros_(parameter)
         state = {k: v for k, v in policy.state_dict().items() if not k.startswith("head.")}
-        model.load_state_dict(state | {"head.weight": model.head.weight.detach()})
+        model.load_state_dict(model.state_dict() | state)
         return model
 
     @staticmethod
@@ -194,11 +197,16 @@ class RewardEncoder(Encoder):
         self.token_bias.requires_grad_(False)
 
     @classmethod
-    def from_policy(cls, policy, dropout=0.0, seed=0):
+    def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
         """From an encoder, or from a decoder, whose blocks are the same: only the causal mask goes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(EncoderConfig(**asdict(policy.config) | {"dropout": dropout, "n_class": 1}))
+            model = cls(
+                EncoderConfig(
+                    **asdict(policy.config)
+                    | {"dropout": dropout, "n_class": 1, "n_layer": policy.config.n_layer + extra}
+                )
+            )
         own = model.state_dict()
         kept = {k: v for k, v in policy.state_dict().items() if k in own and not k.startswith("classifier.")}
         model.load_state_dict(own | kept)
@@ -297,7 +305,9 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, batch=32
 
     def work(mine):
         out = []
-        for i, chunk in mine:
+        for i, chunk in tqdm(
+            mine, desc=f"sampling {split} answers", unit="batch", leave=False, disable=not dist.is_main
+        ):
             generator = torch.Generator().manual_seed((config.seed * 3 + salt) * 1_000_003 + i)
             prompts = [encode_prompt(tokenizer, p.question) for p in chunk]
             rollout = generate(
@@ -330,7 +340,8 @@ def make_pairs(config, policy, tokenizer, dist):
     for split, n in (("train", config.n_pairs), ("valid", config.eval_pairs), ("test", config.test_pairs)):
         pairs[split] = []
         if config.data != "word" or config.pairs != "sampled":
-            pairs[split] += load_pairs(config.data, split, n, levels, config.seed)
+            kinds = config.kinds if split == "train" else CORRUPTIONS
+            pairs[split] += load_pairs(config.data, split, n, levels, config.seed, kinds)
         if config.data == "word" and config.pairs != "corrupted":
             problems = load_problems("word", split, config.sample_problems if split == "train" else n, levels)
             groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist)
@@ -480,6 +491,9 @@ class Config:
     """Levels of the built-in problems: 1 to 3 steps."""
     n_pairs: int | None = None
     """Training pairs at most; default 12,000 corrupted ones, or all real ones."""
+    kinds: list[str] = field(default_factory=lambda: ["wrong_sum"] * 4 + list(CORRUPTIONS[1:]))
+    """Errors of the corrupted training pairs, in turn: one that is named twice comes twice as often, and wrong sums are
+    by far the hardest to see. The held-out pairs have all kinds alike."""
     sample_problems: int = 3000
     """Training problems to sample pairs from."""
     samples: int = 8
@@ -490,6 +504,8 @@ class Config:
     """SFT checkpoint: the trunk to start from, and the sampler; default: made once under runs/start."""
     backbone: str = "decoder"
     """decoder (score at the last token), or encoder (bidirectional; --init may be of either kind)."""
+    extra_layers: int = 2
+    """New blocks on top of those of --init."""
     sampler: str | None = None
     """SFT checkpoint whose samples are judged; default: --init."""
     name: str = "reward_model"
@@ -593,7 +609,7 @@ def open_trunk(config, init, dist):
     if config.sampler is not None or not is_encoder(path):
         policy, speaks, _ = open_checkpoint(config.sampler or path, dist.device)
     kind = RewardEncoder if config.backbone == "encoder" else RewardModel
-    raw = kind.from_policy(trunk, config.dropout, config.seed).to(dist.device)
+    raw = kind.from_policy(trunk, config.dropout, config.seed, config.extra_layers).to(dist.device)
     raw.pad_id = tokenizer.endoftext_id
     return raw, policy, tokenizer, speaks
 

@@ -13,7 +13,9 @@ global norm. A step whose loss or gradient is not finite is never taken.
 
 Mixed precision: fp32 on CPU; bf16 autocast on GPUs that have it; fp16 with a loss scaler on the rest. The weights
 stay fp32. DDP: `torchrun` starts a process per GPU, each holds the whole model and a share of the batch, and
-`backward` averages the gradients. Both stand in the loop below, in sight.
+`backward` averages the gradients. FSDP (`--fsdp true`, arXiv:2304.11277), for a model that outgrows one GPU: each
+process keeps its part of every weight, gradient and moment alone, and a block's weights are gathered for as long as it
+is at work. All of it stands in the loop below, in sight.
 
 This file also owns the plumbing that every later stage imports: set-up, autocast, schedule, optimizer, checkpoint,
 log, curves. Each is a plain function; the loop is never inside one.
@@ -22,6 +24,7 @@ Run it:
     python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores
     python pretrain.py --data input.txt --tokenizer char --name shakespeare --steps 1000
     torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256
+    torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256 --fsdp true
     python pretrain.py --resume true --name shakespeare                 # with the flags of the run it continues
     torchrun --nproc_per_node 8 --max-restarts 3 pretrain.py ...        # goes on from last/ when a process died
 """
@@ -51,7 +54,7 @@ from data import batch_at, load_text, narrative_entropy, open_stream, write_stre
 from generate import ConfigError, generate, open_checkpoint, run
 from moe import balancing_losses, expert_load, update_biases
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig
+from transformer import CheckpointError, Transformer, TransformerConfig, fill
 
 RUNS = Path("runs")
 
@@ -138,6 +141,9 @@ class Muon(torch.optim.Optimizer):
     moves at the same pace. U Vᵀ comes without an SVD from five rounds of the odd polynomial
     X ← aX + b(XXᵀ)X + c(XXᵀ)²X, which drives all singular values of X towards 1. In fp32: bf16 would do on a GPU.
     The factor 0.2 √max(rows, columns) gives the update the size of AdamW's, so both share a learning rate.
+
+    Under FSDP a rank holds some rows of each matrix, but U Vᵀ needs them all: every rank gathers the matrix,
+    orthogonalises it whole, the same on all ranks, and keeps its own rows. The momentum stays shared out.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -153,7 +159,9 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p.grad)
                 m = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(m, group["momentum"]))  # Nesterov: look one step ahead
+                update = p.grad.lerp(m, group["momentum"])  # Nesterov: look one step ahead
+                whole = update.full_tensor() if is_sharded(update) else update
+                update = share_of(orthogonalise(whole), update)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"])
 
@@ -168,6 +176,46 @@ def orthogonalise(m, rounds=5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x if wide else x.mT
+
+
+def is_sharded(x):
+    """Whether a tensor is FSDP's, a DTensor. (Its module is slow to import: only where it is used.)"""
+    return hasattr(x, "full_tensor")
+
+
+def share_of(x, like):
+    """A whole tensor -> this rank's part of it, cut as the sharded tensor `like` is; x itself if that is not sharded,
+    or if x has nothing to cut (Adam's count of steps). All ranks hold the same x, so nothing is sent."""
+    if not is_sharded(like) or x.dim() == 0:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(x, keep):
+    """Nested dicts and lists with sharded tensors -> the same with whole ones in CPU memory, where `keep` is true; all
+    ranks must call. One at a time, so a GPU needs room for one. Everything else stays as it is."""
+    if isinstance(x, dict):
+        return {key: gathered(value, keep) for key, value in x.items()}
+    if isinstance(x, list):
+        return [gathered(value, keep) for value in x]
+    if not is_sharded(x):
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if keep else None
+
+
+def unsharded(raw, dist):
+    """A model as it is, or, of one under FSDP, a plain copy in rank 0's CPU memory (None elsewhere): for what reads
+    the weights without a forward of all ranks, as `save_pretrained` and `generate` do. All ranks must call."""
+    if not hasattr(raw, "reshard"):  # fully_shard gives a module its methods
+        return raw
+    weights = gathered(raw.state_dict(), dist.is_main)
+    if not dist.is_main:
+        return None
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    return fill(raw.config, None, shapes, weights.get, "the sharded model")
 
 
 def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
@@ -198,7 +246,8 @@ def optimizer_step(raw, optimizers, scaler, lr, clip):
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
-    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf)
+    norm = (norm.full_tensor() if is_sharded(norm) else norm).item()  # under FSDP, over all ranks' parts
     for optimizer in optimizers:
         if math.isfinite(norm) or scaler.is_enabled():
             scaler.step(optimizer)  # skipped by itself if an fp16 gradient overflowed
@@ -271,6 +320,7 @@ def save(run_dir, name, dist, raw, tokenizer, chat, state=None):
     written = True
     if state is not None:
         state = state | {"rng": rng_state(dist)}
+    raw = unsharded(raw, dist)
     if dist.is_main:
         new, old, final = (run_dir / f"{name}{end}" for end in (".tmp", ".old", ""))
         try:
@@ -314,14 +364,18 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
         raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
-    free = {"steps", "resume", "save_every", "keep", "eval_every", "sample_every", "wandb", "device", "name"}
+    free = {"steps", "resume", "save_every", "keep", "eval_every", "sample_every", "wandb", "device", "name", "fsdp"}
     now, then = asdict(config), state["config"]
     changed = [k for k in now if k not in free and now[k] != then.get(k)]
     if changed:
         said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
         raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
-    raw.load_state_dict(type(raw).from_pretrained(path).state_dict())
+    own = raw.state_dict()
+    raw.load_state_dict({n: share_of(w, own.get(n)) for n, w in type(raw).from_pretrained(path).state_dict().items()})
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, moments in saved["state"].items():
+            saved["state"][i] = {name: share_of(x, params[i]) for name, x in moments.items()}
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
     mine = state["rng"][dist.rank]
@@ -554,6 +608,8 @@ class Config:
     """auto, fp32, bf16 or fp16."""
     compile: bool = False
     """Let torch.compile fuse the model: a minute at the start, faster steps after."""
+    fsdp: bool = False
+    """With torchrun: share out weights, gradients and moments among the ranks, for a model that outgrows one GPU."""
     recompute: bool = False
     """Activation checkpointing: keep the blocks' inputs only, compute the rest again going back."""
     wandb: str | None = None
@@ -565,6 +621,8 @@ class Config:
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "save_every")
         if self.schedule not in ("cosine", "linear", "wsd"):
             raise ConfigError(f"--schedule {self.schedule!r} is not known; use cosine, linear or wsd")
+        if self.fsdp and self.compile:
+            raise ConfigError("--fsdp and --compile do not work together here; leave one of them out")
 
 
 def check_positive(config, *names):
@@ -624,14 +682,15 @@ def validation_rows(documents, stream, context, separator, most_tokens=None):
 def validate(model, rows, byte_lengths, dist, autocast):
     """-> mean loss in nats per token, and in bits per byte of text. The rows are spread over the ranks.
 
-    Rows of one length go together; rows of a document are padded behind, where a causal model does not look.
+    Rows of one length go together; rows of a document are padded behind, where a causal model does not look. A rank
+    that has run out of rows passes an empty one: under FSDP every forward needs all ranks.
     """
     model.eval()
     mine = sorted(rows[dist.rank :: dist.world], key=len)
     total, tokens, n_bytes = 0.0, 0, 0
-    for i in range(0, len(mine), 16):
+    for i in range(0, math.ceil(len(rows) / dist.world), 16):
         chunk = mine[i : i + 16]
-        ids = np.zeros((len(chunk), max(map(len, chunk))), dtype=np.int64)  # (b, L + 1)
+        ids = np.zeros((max(1, len(chunk)), max(map(len, chunk), default=2)), dtype=np.int64)  # (b, L + 1)
         real = np.zeros(ids.shape, dtype=bool)
         for j, row in enumerate(chunk):
             ids[j, : len(row)], real[j, 1 : len(row)] = row, True
@@ -664,6 +723,9 @@ def main(config):
     if config.batch % dist.world:
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
+    if config.fsdp and (dist.world == 1 or scaler.is_enabled()):
+        need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
+        raise ConfigError(f"--fsdp needs {need}")
     texts = {split: load_text(config.data, split) for split in ("train", "valid")}
     if config.init:
         raw, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
@@ -679,7 +741,20 @@ def main(config):
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         torch.manual_seed(config.seed)
         raw = Transformer(config.model)
-    raw.to(dist.device)
+    if config.fsdp:  # made in CPU memory; each block goes to the GPU and is cut, before the next one follows
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        with autocast():
+            kind = torch.bfloat16 if torch.is_autocast_enabled(dist.device.type) else None
+        # Gathered in bf16, half the traffic; gradients are summed in fp32. Embedding and residual stream stay fp32.
+        policy = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(dist.device.type, (dist.world,))
+        for block in raw.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(raw, mesh=mesh)  # the rest: embedding, last norm, head
+    else:
+        raw.to(dist.device)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
     context = config.model.context
     streams = make_streams(config, run_dir, dist, tokenizer, context, texts)
@@ -692,7 +767,7 @@ def main(config):
         for block in raw.blocks:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
     model = torch.compile(raw) if config.compile else raw
-    if dist.world > 1:
+    if dist.world > 1 and not config.fsdp:
         model = DistributedDataParallel(model, broadcast_buffers=False)
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
@@ -716,7 +791,8 @@ def main(config):
         state = None
         if name == "last":
             state = {"step": step, "best": best, "skipped": skipped, "config": asdict(config)}
-            state |= {"scaler": scaler.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            moments = gathered([o.state_dict() for o in optimizers], dist.is_main)
+            state |= {"scaler": scaler.state_dict(), "optimizers": moments}
         written = save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
         if dist.is_main and written and name == "last":
             if config.keep:
@@ -759,8 +835,11 @@ def main(config):
         for i in range(0, share, config.micro_batch):
             x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, context)
             last = i + config.micro_batch >= share
-            # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
-            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+            # DDP and FSDP sum up the gradients over the ranks in the last backward alone, and divide by their number
+            if config.fsdp:
+                raw.set_requires_gradient_sync(last)
+            alone = last or config.fsdp or dist.world == 1
+            with contextlib.nullcontext() if alone else model.no_sync():
                 with autocast():
                     loss, objective = loss_of(model, x, y, config.z_loss)
                     if raw.config.n_expert:
@@ -801,8 +880,9 @@ def main(config):
             rows = validation_rows(documents, streams["valid"], context, tokenizer.endoftext_id, most)
             losses = validate(raw, rows, byte_lengths, dist, autocast)
             record["valid_loss"], record["valid_bits_per_byte"] = losses
+            readable = unsharded(raw, dist)
             if dist.is_main:
-                text = sample_text(raw, tokenizer, config.seed)
+                text = sample_text(readable, tokenizer, config.seed)
                 bar.write(f"step {done}  loss {loss_sum:.3f}  valid {record['valid_loss']:.3f}  | {text!r}")
                 with (run_dir / "samples.md").open("a") as file:
                     file.write(f"**step {done}** (validation loss {record['valid_loss']:.3f})\n\n{text}\n\n")

@@ -249,10 +249,10 @@ def optimizer_step(raw, optimizers, scaler, lr, clip):
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf)
     norm = (norm.full_tensor() if is_sharded(norm) else norm).item()  # under FSDP, over all ranks' parts
     for optimizer in optimizers:
-        if math.isfinite(norm) or scaler.is_enabled():
-            scaler.step(optimizer)  # skipped by itself if an fp16 gradient overflowed
+        if math.isfinite(norm):  # the scaler asks each optimizer by itself: one would step where the other overflowed
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-    scaler.update()
+    scaler.update()  # half the scale after an overflow, twice after 2,000 steps without
     return norm
 
 

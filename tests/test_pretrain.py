@@ -2,6 +2,7 @@
 an interruption change nothing."""
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -22,7 +23,17 @@ from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, 
 
 import pretrain
 from generate import ConfigError
-from pretrain import Config, Muon, loss_of, lr_at, make_optimizers, orthogonalise, validate, validation_rows
+from pretrain import (
+    Config,
+    Muon,
+    loss_of,
+    lr_at,
+    make_optimizers,
+    optimizer_step,
+    orthogonalise,
+    validate,
+    validation_rows,
+)
 from transformer import Transformer, TransformerConfig
 
 TEXT = "".join(f"{a} plus {b} is {a + b}. " for a in range(20) for b in range(20))
@@ -228,6 +239,60 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(here, monkeypatch, cap
     assert metrics("runs/pretrain", "skipped") == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1}
     assert math.isfinite(metrics("runs/pretrain", "loss")[6])
     assert "1 steps skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_scaled_step_is_a_plain_step_or_none(optimizer):
+    """fp16: gradients of 1,024 times the loss are unscaled before clipping; one that overflowed, be it AdamW's or
+    Muon's, leaves all weights and moments as they are and halves the scale."""
+    both = []
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu", enabled=False)):
+        torch.manual_seed(0)
+        raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
+        x, y = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
+        optimizers = make_optimizers(raw, optimizer, 1e-3, 0.1)
+        scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
+        norm = optimizer_step(raw, optimizers, scaler, 1e-2, clip=0.5)
+        both.append([torch.tensor(norm), *raw.parameters()])
+        if scaler.is_enabled():
+            scaled = raw, optimizers, scaler
+    assert both[1][0] > 0.5
+    torch.testing.assert_close(both[0], both[1])
+
+    raw, optimizers, scaler = scaled
+    for name, scale in (("embed.weight", 512), ("blocks.0.attn.wq.weight", 256)):
+        before = copy.deepcopy([raw.state_dict(), [o.state_dict()["state"] for o in optimizers]])
+        scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
+        raw.get_parameter(name).grad[0, 0] = math.inf
+        assert not math.isfinite(optimizer_step(raw, optimizers, scaler, 1e-2, clip=0.5))
+        after = [raw.state_dict(), [o.state_dict()["state"] for o in optimizers]]
+        torch.testing.assert_close(after, before, atol=0, rtol=0)
+        assert scaler.get_scale() == scale
+        assert all(p.grad is None for p in raw.parameters())
+
+
+def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch):
+    """On a CPU, autocast to fp16; the second step's gradient overflows, its loss does not."""
+
+    def loss_of(*args):
+        loss, objective = plain(*args)
+        return loss, objective * (1e38 if next(calls) == 1 else 1)
+
+    calls, plain = itertools.count(), pretrain.loss_of
+    monkeypatch.setattr(pretrain, "loss_of", loss_of)
+    monkeypatch.setattr(pretrain, "draw_curves", lambda *args: None)
+    whole = config(name="whole", dtype="fp16", save_every=1, keep=6)
+    pretrain.main(whole)
+    assert not math.isfinite(metrics("runs/whole", "grad_norm")[2])
+    assert_same_weights("runs/whole/step_0000001", "runs/whole/step_0000002")
+    scaler = torch.load("runs/whole/last/trainer_state.pt")["scaler"]
+    assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**15, 4)  # from 2¹⁶, then four good steps
+    shutil.copytree("runs/whole/step_0000004", "runs/parts/last")
+    pretrain.main(replace(whole, name="parts", resume=True))
+    assert torch.load("runs/parts/last/trainer_state.pt")["scaler"] == scaler
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+    pretrain.main(config(name="plain", steps=1))
+    assert metrics("runs/plain", "loss")[1] == pytest.approx(metrics("runs/whole", "loss")[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])

@@ -41,9 +41,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import DataError, find
+from data import DataError, find, load_problems
+from dpo import kl_to_reference
 from generate import ConfigError, generate, open_checkpoint, run
-from pretrain import RUNS, read_metrics
+from grpo import tidy
+from pretrain import RUNS, read_metrics, setup
+from sft import START, encode_prompt, evaluate, evaluate_samples, start_name
 from transformer import Transformer, TransformerConfig
 
 T_975 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -60,6 +63,7 @@ class Experiment:
     columns: dict
     draw: dict
     quick: dict = field(default_factory=lambda: {"steps": 4})
+    against: str | None = None  # the variant that the others are compared with; default the first
     measure: str | None = None  # name of a function of this file: (folder, figures, settings) -> more figures
 
 
@@ -104,6 +108,25 @@ def clipping(folder, figures, settings):
         "norm_p99": norms[int(0.99 * (len(norms) - 1))],
         "clipped_share": 100 * statistics.mean(series["clipped"][1]),
         "spikes": spikes,
+    }
+
+
+def standing(folder, figures, settings):
+    """A policy on 200 of the held-out problems: pass@8 at temperature 1, the share of tidy answers and their length
+    (greedy), and the KL to the SFT checkpoint of the seed, per token of its own samples."""
+    problems, dist = load_problems("word", "test", 200, (1, 2)), setup("auto")
+    raw, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
+    start = open_checkpoint(RUNS / start_name("word", settings["seed"], "sft"), dist.device)[0]
+    greedy = evaluate(raw, tokenizer, problems, 64, dist)
+    texts, ended = zip(*((sample[1], sample[4]) for sample in greedy["samples"]), strict=True)
+    several = evaluate_samples(raw, tokenizer, problems, 8, 64, dist)
+    prompts = [encode_prompt(tokenizer, problem) for problem in problems]
+    return {
+        "pass_at_8": 100 * several["pass@8"],
+        "sampled": 100 * several["pass@1"],
+        "format": 100 * statistics.mean(tidy(texts, problems, ended)),
+        "length": greedy["length"],
+        "kl": kl_to_reference(raw, start, tokenizer, prompts, 64, dist),
     }
 
 
@@ -229,15 +252,19 @@ EXPERIMENTS = {
         "the pretrained and the SFT checkpoint of a seed, the 1,000 test problems, greedy decoding",
         {
             "base": [("sft", {"steps": 1, "lr": 1e-9})],
-            "SFT": [("sft", {"steps": 50, "eval_every": 25})],
-            "DPO": [("dpo", {})],
-            "PPO": [("ppo", {})],
-            "GRPO": [("grpo", {})],
-            "GDPO": [("gdpo", {"brevity_weight": 0.2})],
+            "SFT": [("sft", START | {"test_problems": 1000})],  # the start of all that follow
+            "DPO": [("dpo", {"steps": 200})],
+            "PPO": [("ppo", {"steps": 100})],
+            "GRPO": [("grpo", {"steps": 250})],
+            "GDPO": [("gdpo", {"steps": 250, "brevity_weight": 0.2})],
         },
-        _RL | {"pass_at_8": "pass@8 (%)", "minutes": "minutes"},
+        {"accuracy": "accuracy (%)", "pass_at_8": "pass@8 (%)", "sampled": "one sample (%)"}
+        | _RL
+        | {"minutes": "minutes"},
         {"accuracy": "validation accuracy"},
         {"steps": 2, "test_problems": 20, "eval_problems": 10},
+        measure="standing",
+        against="SFT",
     ),
     "norm-placement": Experiment(
         "Where should the norm stand: before a branch, behind it, or both, with and without a warm-up?",
@@ -500,9 +527,9 @@ def report(name, experiment, results, seeds, command, target):
     for variant in variants:
         lines.append(f"| {variant} | " + " | ".join(plus_minus(values(variant, m)) for m in columns) + " |")
     lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
-    first, metric = variants[0], next(iter(columns))
+    first, metric = experiment.against or variants[0], next(iter(columns))
     lines += [f"Paired differences to *{first}* in {columns[metric]}:", ""]
-    for variant in variants[1:]:
+    for variant in (v for v in variants if v != first):
         a, b = values(variant, metric), values(first, metric)
         if len(a) != len(b) or len(a) < 2 or math.isnan(a[0]):
             lines.append(f"- {variant}: not measured on enough seeds")

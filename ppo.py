@@ -48,7 +48,6 @@ import reward_model
 from data import load_problems
 from generate import ConfigError, generate, open_checkpoint, run
 from pretrain import (
-    RUNS,
     Interrupt,
     Log,
     check_positive,
@@ -68,6 +67,7 @@ from sft import (
     evaluate,
     fitting,
     is_correct,
+    made_once,
     pack_answers,
     rows_at,
     sft_start,
@@ -274,7 +274,7 @@ class Config:
     """Bring the scores to mean 0 and standard deviation 1 of all scores so far."""
     missing_end: float = 1.0
     """Fine for an answer that was cut off, in units of the (normalised) score."""
-    inner_epochs: int = 2
+    inner_epochs: int = 1
     """Passes over each batch of rollouts."""
     minibatches: int = 2
     """Optimizer steps in a pass."""
@@ -341,16 +341,10 @@ class Config:
 
 def reward_start(config, init, dist):
     """A reward model for a run that was given none; made once, under runs/start, and reused."""
+    settings = {"init": init, "levels": config.levels, "seed": config.seed}
+    settings |= {"device": config.device, "dtype": config.dtype}
     name = start_name(config.data, config.seed, "reward")
-    if (RUNS / name / "best" / "config.json").exists():
-        if dist.is_main:
-            print(f"rewards from {RUNS / name} (made earlier; delete it to make it anew)")
-    else:
-        if dist.is_main:
-            print(f"no --reward_model given: training one -> {RUNS / name}")
-        shared = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
-        reward_model.main(reward_model.Config(name=name, init=init, **shared))
-    return str(RUNS / name)
+    return made_once(name, "no --reward_model given: training one", reward_model, settings, dist)
 
 
 def open_models(config, init, path, dist):

@@ -358,7 +358,7 @@ def made_once(name, what, stage, settings, dist):
             print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
     else:
         if dist.is_main:
-            print(f"no --init given: {what} -> {RUNS / name}")
+            print(f"{what} -> {RUNS / name}")
         stage.main(stage.Config(name=name, **settings))
         if dist.is_main:
             finished.touch()
@@ -371,7 +371,9 @@ def pretrained_start(config, dist):
     if config.data != "word":  # real text wants more words and longer windows
         settings |= {"vocab_size": 2048, "model": TransformerConfig(context=512)}
     name = start_name(config.data, config.seed, "pretrain")
-    return made_once(name, f"pretraining a start on the text of {config.data} first", pretrain, settings, dist)
+    return made_once(
+        name, f"no --init given: pretraining a start on the text of {config.data} first", pretrain, settings, dist
+    )
 
 
 def sft_start(config, dist):
@@ -382,7 +384,8 @@ def sft_start(config, dist):
     """
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     name = start_name(config.data, config.seed, "sft")
-    return made_once(name, "making an SFT checkpoint to start from", sys.modules[__name__], START | settings, dist)
+    what = "no --init given: making an SFT checkpoint to start from"
+    return made_once(name, what, sys.modules[__name__], START | settings, dist)
 
 
 START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "test_problems": 500}

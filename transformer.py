@@ -320,7 +320,7 @@ class Transformer(nn.Module):
         output = self.embed.weight if self.head is None else self.head.weight  # (V, C)
         if targets is None:
             return F.linear(x, output)  # (B, T, V)
-        return _target_logprobs(x, output, targets, temperature)  # (B, T)
+        return target_logprobs(x, output, targets, temperature)  # (B, T)
 
     def make_cache(self, batch, max_len):
         """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype the model runs in; with a window it
@@ -400,7 +400,7 @@ class Transformer(nn.Module):
         return fill(replace(config, dropout=dropout), GGUF_NAMES, shapes, get, path), metadata
 
 
-def _target_logprobs(x, output, targets, temperature, chunk_numbers=2**24):
+def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24):
     """log softmax(x outputᵀ / temperature)[targets]: x (B, T, C), output (V, C), targets (B, T) -> (B, T), fp32.
 
     The logits of a chunk of tokens live only while the chunk is worked on (at most 64 MiB of them), and are

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformer import _target_logprobs
+from transformer import target_logprobs
 
 VOCABULARY, CONTEXT, WIDTH = 50_000, 1024, 256
 
@@ -28,7 +28,7 @@ def plain(x, output, targets):
 
 
 def chunked(x, output, targets):
-    return -_target_logprobs(x, output, targets, 1.0).mean()
+    return -target_logprobs(x, output, targets, 1.0).mean()
 
 
 def peak():

@@ -782,6 +782,13 @@ def test_word_pairs():
     assert all(counts[level, kind] >= 40 for level in (2, 3) for kind in data.CORRUPTIONS)
     assert counts[1, "skipped_step"] == 0
     assert load_pairs("word", "train", 30, (1, 2, 3)) == pairs[:30]  # a longer list begins with the shorter
+    often = collections.Counter(
+        p.kind for p in load_pairs("word", "train", 600, (2,), kinds=["wrong_sum"] * 3 + ["missing_answer"])
+    )
+    assert often == {"wrong_sum": 450, "missing_answer": 150}
+    assert {p.kind for p in load_pairs("word", "train", 60, (1,), kinds=["skipped_step"])} <= set(data.CORRUPTIONS)
+    with pytest.raises(DataError, match="typo"):
+        load_pairs("word", "train", 10, kinds=["typo"])
     again = load_pairs("word", "train", 600, (1, 2, 3), seed=1)
     assert [pair.prompt for pair in again] == [pair.prompt for pair in pairs]
     assert sum(a.rejected != b.rejected for a, b in zip(again, pairs, strict=True)) > 200

@@ -200,6 +200,41 @@ def randomised(model):
     return model.eval()
 
 
+def test_new_blocks_add_nothing_and_the_words_keep_the_policys_probabilities(tokenizer):
+    """Before the first step: scores as without new blocks, and of the first answers log π of the policy itself."""
+    torch.manual_seed(0)
+    policy = Transformer(TransformerConfig(50, context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)).eval()
+    groups = [([1, 2, 3], [[4, 5, 6, 7], [8, 9]]), ([10, 11], [[12, 13], [14, 15, 16]])]
+    plain, taller = (RewardModel.from_policy(policy, seed=3, extra=n).eval() for n in (0, 2))
+    assert taller.config.n_layer == 4
+    taller.head.weight.data.copy_(plain.head.weight)
+    packed, (where, targets, weights) = RewardModel.pack_words(groups, 0)
+    torch.testing.assert_close(scores(taller, packed), scores(plain, packed))
+    found, logprobs = taller(*packed[:-1], where=where, targets=targets)
+    torch.testing.assert_close(found.flatten()[packed[-1]], scores(plain, packed))
+    alone = []
+    for prompt, (answer, _) in groups:
+        lines = policy(torch.tensor([prompt + answer]))[0].log_softmax(-1)
+        alone += [lines[len(prompt) - 1 + t, token] for t, token in enumerate(answer)]
+    torch.testing.assert_close(logprobs, torch.stack(alone))
+    assert targets.tolist() == [4, 5, 6, 7, 12, 13]
+    assert weights.tolist() == [0.25] * 4 + [0.5] * 2
+    taller(*packed[:-1])[0].sum().backward()
+    assert taller.blocks[2].attn.wo.weight.grad.abs().sum() > 0  # what adds nothing yet still learns
+
+
+def test_the_chosen_answers_loss_is_added(here):
+    """With the words' loss the chosen answers of the training pairs become more probable, without it they do not."""
+    after = {}
+    for weight in (0.0, 1.0):
+        reward_model.main(config(pairs="corrupted", steps=8, sft_weight=weight, name=f"w{weight}", lr=3e-3))
+        after[weight] = list(metrics(f"runs/w{weight}", "nll_loss").values())
+    assert after[0.0] == [0.0] * 8
+    assert after[1.0][-1] < after[1.0][0] - 0.1
+    with pytest.raises(ConfigError, match="decoder"):
+        config(backbone="encoder", sft_weight=1.0)
+
+
 @pytest.mark.parametrize("layout", ["qwen3", "gpt2"])
 def test_transformers_opens_it_and_gives_the_same_score(layout, scratch, tokenizer):
     from transformers import AutoModelForSequenceClassification

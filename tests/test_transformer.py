@@ -30,7 +30,7 @@ from transformer import (
     CheckpointError,
     Transformer,
     TransformerConfig,
-    _target_logprobs,
+    target_logprobs,
     gguf_tokenizer,
     gpt2_config,
     layout_of,
@@ -341,7 +341,7 @@ def test_chunked_logprobs_equal_plain_ones_and_their_gradients():
     x, output = torch.randn(2, 7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
     targets, up = torch.randint(0, 11, (2, 7)), torch.randn(2, 7)
     for numbers in (1, 33, 55, 11 * 13):  # 1, 3, 5 and 13 tokens a chunk of the 14
-        plain, chunked = (_target_logprobs(x, output, targets, 0.8, n) for n in (2**24, numbers))
+        plain, chunked = (target_logprobs(x, output, targets, 0.8, n) for n in (2**24, numbers))
         torch.testing.assert_close(chunked, plain)
         for a, b in zip(*(torch.autograd.grad(y, (x, output), up) for y in (chunked, plain)), strict=True):
             torch.testing.assert_close(a, b)

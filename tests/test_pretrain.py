@@ -507,6 +507,23 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer, monkeypatch):
     assert_same_weights("runs/whole/best", "runs/parts/best")
 
 
+def test_a_tokenisation_that_broke_off_begins_anew(here, monkeypatch):
+    def broken(docs):
+        yield from itertools.islice(docs, 1)
+        raise KeyboardInterrupt
+
+    plain, calls = pretrain.write_stream, itertools.count()
+    with monkeypatch.context() as patch:  # the first stream is whole, the second is not
+        cut = lambda path, docs, *args: plain(path, broken(docs) if next(calls) else docs, *args)  # noqa: E731
+        patch.setattr(pretrain, "write_stream", cut)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main(config())
+    left = {p.name for p in (here / "runs/pretrain/data").glob("*.bin*")}
+    assert left == {"train.bin", "train.bin.json"}  # no half of valid.bin, nor a part of it
+    pretrain.main(config(steps=1))
+    assert metrics("runs/pretrain", "valid_loss")
+
+
 def test_an_earlier_run_is_moved_aside(here):
     pretrain.main(config(steps=1))
     pretrain.main(config(steps=2))

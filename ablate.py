@@ -253,10 +253,10 @@ EXPERIMENTS = {
         {
             "base": [("sft", {"steps": 1, "lr": 1e-9})],
             "SFT": [("sft", START | {"test_problems": 1000})],  # the start of all that follow
-            "DPO": [("dpo", {"steps": 200})],
-            "PPO": [("ppo", {"steps": 100})],
-            "GRPO": [("grpo", {"steps": 250})],
-            "GDPO": [("gdpo", {"steps": 250, "brevity_weight": 0.2})],
+            "DPO": [("dpo", {"steps": 150, "prompts": 1500})],
+            "PPO": [("ppo", {"steps": 80})],
+            "GRPO": [("grpo", {"steps": 200, "pass_problems": 20})],
+            "GDPO": [("gdpo", {"steps": 200, "pass_problems": 20, "brevity_weight": 0.2})],
         },
         {"accuracy": "accuracy (%)", "pass_at_8": "pass@8 (%)", "sampled": "one sample (%)"}
         | _RL

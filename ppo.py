@@ -207,7 +207,7 @@ class ActorCritic(nn.Module):
 
 def optimizer_steps(parts, optimizers, rates, scaler, clip):
     """One step of each part, the policy and the values, clipped on its own. optimizers: a list for each part. -> the
-    norms before clipping."""
+    norms before clipping; if one is not finite, all weights stay as they are."""
     norms = []
     for parameters, own, rate in zip(parts, optimizers, rates, strict=True):
         for optimizer in own:
@@ -216,7 +216,8 @@ def optimizer_steps(parts, optimizers, rates, scaler, clip):
             scaler.unscale_(optimizer)
         norms.append(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item())
     for optimizer in (o for own in optimizers for o in own):
-        scaler.step(optimizer)
+        if all(map(math.isfinite, norms)):  # or neither part steps
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return norms

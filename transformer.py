@@ -277,7 +277,18 @@ class Transformer(nn.Module):
                 into_stream = name.endswith(("wo.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0))
 
-    def forward(self, tokens, positions=None, mask=None, cache=None, *, targets=None, temperature=1.0, last_only=False):
+    def forward(
+        self,
+        tokens,
+        positions=None,
+        mask=None,
+        cache=None,
+        *,
+        targets=None,
+        temperature=1.0,
+        log_z=False,
+        last_only=False,
+    ):
         """tokens (B, T) -> logits (B, T, V).
 
         positions: (T,) or (B, T), default 0 … T−1, or behind what the cache holds. By default they must be within
@@ -286,6 +297,7 @@ class Transformer(nn.Module):
             (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
         cache: from make_cache, which this call fills and moves on.
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
+        log_z: with targets, the pair of that and log Z, the logsumexp of the logits, (2, B, T) in fp32.
         last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
         """
         T = tokens.shape[1]
@@ -320,7 +332,7 @@ class Transformer(nn.Module):
         output = self.embed.weight if self.head is None else self.head.weight  # (V, C)
         if targets is None:
             return F.linear(x, output)  # (B, T, V)
-        return target_logprobs(x, output, targets, temperature)  # (B, T)
+        return target_logprobs(x, output, targets, temperature, log_z=log_z)  # (B, T)
 
     def make_cache(self, batch, max_len):
         """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype the model runs in; with a window it
@@ -400,8 +412,9 @@ class Transformer(nn.Module):
         return fill(replace(config, dropout=dropout), GGUF_NAMES, shapes, get, path), metadata
 
 
-def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24):
-    """log softmax(x outputᵀ / temperature)[targets]: x (B, T, C), output (V, C), targets (B, T) -> (B, T), fp32.
+def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=False):
+    """log softmax(x outputᵀ / temperature)[targets]: x (B, T, C), output (V, C), targets (B, T) -> (B, T), fp32; with
+    log_z (2, B, T), the second of the pair is the softmax's log Z.
 
     The logits of a chunk of tokens live only while the chunk is worked on (at most 64 MiB of them), and are
     computed again in the backward pass. With 50,000 words and 32 x 1,024 tokens that is 64 MiB instead of 6 GiB.
@@ -411,13 +424,16 @@ def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24):
 
     def logprobs(x, targets):
         logits = F.linear(x, output).float() / temperature
-        return -F.cross_entropy(logits, targets, reduction="none")
+        found = -F.cross_entropy(logits, targets, reduction="none")
+        return torch.stack([found, logits.logsumexp(-1)]) if log_z else found
 
     size = max(1, chunk_numbers // V)
     if len(x) <= size:
-        return logprobs(x, targets).view(shape)
-    pieces = zip(x.split(size), targets.split(size), strict=True)
-    return torch.cat([checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces]).view(shape)
+        out = logprobs(x, targets)
+    else:
+        pieces = zip(x.split(size), targets.split(size), strict=True)
+        out = torch.cat([checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces], dim=-1)
+    return out.view(*out.shape[:-1], *shape)
 
 
 def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None):

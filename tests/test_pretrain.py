@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, script, weights
 
 import pretrain
+import transformer
 from generate import ConfigError
 from pretrain import (
     Config,
@@ -166,7 +168,10 @@ def test_documents_are_validated_whole(here):
     assert np.array_equal(np.concatenate([row[:-1] for row in windows]), stream[: 8 * len(windows)])
 
 
-def test_z_loss_against_autograd_by_hand():
+@pytest.mark.parametrize("numbers", [2**24, 33])  # all tokens at once, and 3 of the 10 in a chunk
+def test_z_loss_against_autograd_by_hand(monkeypatch, numbers):
+    chunked = partial(transformer.target_logprobs, chunk_numbers=numbers)
+    monkeypatch.setattr(transformer, "target_logprobs", chunked)
     raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
     x, y = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
     loss, objective = loss_of(raw, x, y, 0.3)
@@ -174,7 +179,10 @@ def test_z_loss_against_autograd_by_hand():
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
     z = logits.exp().sum(-1).log()
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(objective, expected + 0.3 * (z * z).sum())
+    plain = expected + 0.3 * (z * z).sum()
+    torch.testing.assert_close(objective, plain)
+    for a, b in zip(*(torch.autograd.grad(f, list(raw.parameters())) for f in (objective, plain)), strict=True):
+        torch.testing.assert_close(a, b)
     torch.testing.assert_close(loss_of(raw, x, y, 0.0)[1], expected)
 
 

@@ -30,12 +30,12 @@ from transformer import (
     CheckpointError,
     Transformer,
     TransformerConfig,
-    target_logprobs,
     gguf_tokenizer,
     gpt2_config,
     layout_of,
     masked_mean,
     read_hf_config,
+    target_logprobs,
     token_logprobs,
 )
 

@@ -254,7 +254,7 @@ EXPERIMENTS = {
             "base": [("sft", {"steps": 1, "lr": 1e-9})],
             "SFT": [("sft", START | {"test_problems": 1000})],  # the start of all that follow
             "DPO": [("dpo", {"steps": 150, "prompts": 1500})],
-            "PPO": [("ppo", {"steps": 80})],
+            "PPO": [("ppo", {})],
             "GRPO": [("grpo", {"steps": 200, "pass_problems": 20})],
             "GDPO": [("gdpo", {"steps": 200, "pass_problems": 20, "brevity_weight": 0.2})],
         },

@@ -245,15 +245,15 @@ class Config:
     """Run directory below runs/."""
     steps: int = 150
     """Rollout batches."""
-    prompts: int = 64
+    prompts: int = 16
     """Prompts N per step, over all ranks."""
-    rollouts: int = 2
+    rollouts: int = 8
     """Completions R per prompt."""
     max_new_tokens: int = 64
     """Longest completion."""
     temperature: float = 1.0
     """Of the sampling, and of the log-probabilities in the loss."""
-    kl_beta: float = 0.02
+    kl_beta: float = 0.05
     """The leash: weight of the KL to the reference in the rewards; with --kl_target only where it starts."""
     kl_target: float | None = None
     """Adapt the leash so that the KL stays near this many nats per answer."""
@@ -261,14 +261,17 @@ class Config:
     """Answers over which the leash adapts."""
     gamma: float = 1.0
     """Discount per token."""
-    lam: float = 0.95
-    """GAE's λ."""
+    lam: float = 1.0
+    """GAE's λ: below 1 the first tokens of an answer hear less of its score while the values are still poor."""
     clip_ratio: float = 0.2
     """How far a ratio may pay."""
     clip_value: float = 0.2
     """How far a value may move from where it was while sampling, at a gain; 0: anywhere."""
     value_weight: float = 0.1
     """Of the value loss."""
+    baseline: str = "group"
+    """What is taken from a score before the values see it: group (the mean of the R answers to the same prompt) or
+    none (the values alone must find out how a prompt's scores lie)."""
     whiten: bool = True
     """Bring the step's advantages to mean 0 and standard deviation 1."""
     normalise: bool = True
@@ -322,6 +325,10 @@ class Config:
         check_positive(self, "micro_batch")
         if self.temperature <= 0:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
+        if self.baseline not in ("group", "none"):
+            raise ConfigError(f"--baseline {self.baseline!r} is not known; use group or none")
+        if self.baseline == "group" and self.rollouts < 2:
+            raise ConfigError("--baseline group needs --rollouts of at least 2: one answer is its own mean")
         if self.value not in ("shared", "separate"):
             raise ConfigError(f"--value {self.value!r} is not known; use shared or separate")
         if self.kl_target is not None and self.kl_target <= 0:
@@ -491,6 +498,8 @@ def main(config):
         scores = torch.tensor(score_groups(judge, groups, pad, dist.device, autocast)).flatten().to(dist.device)
         moments.add(scores, dist)
         final = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~ended  # (n·R,)
+        if config.baseline == "group":
+            final = (final.view(-1, R) - final.view(-1, R).mean(1, keepdim=True)).flatten()
         texts = rollout.texts(tokenizer)
         truth = [is_correct(text, chosen[k // R]) for k, text in enumerate(texts)]  # for the eyes, not for the loss
         sampled = time.perf_counter()

@@ -14,10 +14,12 @@ V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. �
 (unbiased, noisy), λ = 0 believes the next guess. A trap: the mean and the spread of the advantages (`whiten`) are those
 of all tokens of the step on all ranks, and the returns are taken before whitening, or V would chase a moving target.
 
-What keeps a run alive, each by a flag: scores are brought to mean 0 and standard deviation 1 of all scores seen so
-far (`--normalise`); an answer without an end is fined, as the reward model never saw one (`--missing_end`); the
-inner epochs stop when the policy has moved too far from the one that sampled (`--stop_kl`). Dropout is off for good,
-and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ is 1.
+What keeps a run alive, each by a flag: a score counts by how much it beats the mean of the prompt's other answers
+(`--baseline`), because a reward model was only ever asked to compare answers to one prompt, and its scores lie higher
+for some prompts than for others, which the values take long to find out; scores are brought to mean 0 and standard
+deviation 1 of all scores seen so far (`--normalise`); an answer without an end is fined, as the reward model never saw
+one (`--missing_end`); the inner epochs stop when the policy has moved too far from the one that sampled (`--stop_kl`).
+Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ is 1.
 
 The reward model is a proxy and PPO will find where it errs. So each step also logs `correct`, the verifier's judgement
 of the same answers, of which the training sees nothing: a score that rises while `correct` falls is over-optimisation.
@@ -497,9 +499,9 @@ def main(config):
         groups = [(prompt, answers[g * R : g * R + R]) for g, prompt in enumerate(prompts)]
         scores = torch.tensor(score_groups(judge, groups, pad, dist.device, autocast)).flatten().to(dist.device)
         moments.add(scores, dist)
-        final = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~ended  # (n·R,)
-        if config.baseline == "group":
-            final = (final.view(-1, R) - final.view(-1, R).mean(1, keepdim=True)).flatten()
+        paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~ended  # (n·R,)
+        baseline = paid.view(-1, R).mean(1, keepdim=True) if config.baseline == "group" else 0.0
+        final = (paid.view(-1, R) - baseline).flatten()
         texts = rollout.texts(tokenizer)
         truth = [is_correct(text, chosen[k // R]) for k, text in enumerate(texts)]  # for the eyes, not for the loss
         sampled = time.perf_counter()
@@ -581,8 +583,8 @@ def main(config):
         totals = dist.sum(
             sum(truth),
             scores.sum(),
-            final.sum(),
-            rewards.sum(),
+            paid.sum(),
+            rewards.sum() + (paid - final).sum(),
             log_ratio.sum(),
             ((-log_ratio).exp() - 1 + log_ratio).mul(mask).sum(),
             -(rollout.logprobs * mask).sum(),
@@ -593,12 +595,12 @@ def main(config):
             spread.sum(),
             (spread**2).sum(),
         )
-        correct, score, paid, reward, kl, kl3, entropy, missing, value, e1, e2, s1, s2 = totals
+        correct, score, normalised, reward, kl, kl3, entropy, missing, value, e1, e2, s1, s2 = totals
         e1, e2, s1, s2 = (x / n_tokens for x in (e1, e2, s1, s2))
         record = {
             "correct": correct / n_answers,
             "score": score / n_answers,
-            "score_normalised": paid / n_answers,
+            "score_normalised": normalised / n_answers,
             "reward": reward / n_answers,
             "reward_kl": -beta * kl / n_answers,
             "missing_end": missing / n_answers,

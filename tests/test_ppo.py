@@ -356,15 +356,31 @@ def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):
         return [[tokenizer.decode(answer).count("e") / 3 for answer in answers] for _, answers in groups]
 
     monkeypatch.setattr(ppo, "score_groups", letters)
-    settings = dict(steps=25, lr=1e-2, prompts=16, kl_beta=0.0, eval_every=30, test_problems=1, stop_kl=0.0)
+    settings = dict(steps=30, lr=2e-2, prompts=16, rollouts=4, kl_beta=0.0, eval_every=30, test_problems=1, stop_kl=0.0)
     ppo.main(config(**settings))
     earned = list(metrics("runs/ppo", "score").values())
     assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.2
 
 
-def test_the_leash_is_in_the_rewards(here):
+def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
+    """A number added to all answers of a prompt changes nothing with --baseline group, and much without."""
+    for baseline, same in (("group", True), ("none", False)):
+        for name, offset in (("a", 0.0), ("b", 0.5)):
+
+            def letters(model, groups, *_, offset=offset):
+                return [[len(set(answer)) / 4 + offset * (len(prompt) % 3) for answer in a] for prompt, a in groups]
+
+            monkeypatch.setattr(ppo, "score_groups", letters)
+            ppo.main(config(name=baseline + name, baseline=baseline, normalise=False, whiten=False, steps=2))
+        a, b = (torch.load(f"runs/{baseline}{x}/last/trainer_state.pt", weights_only=True)["value"] for x in "ab")
+        near = all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+        assert near is same
+
+
+@pytest.mark.parametrize("baseline", ["group", "none"])
+def test_the_leash_is_in_the_rewards(here, baseline):
     """Nats per answer times the coefficient, and the score: nothing else is paid."""
-    ppo.main(config(kl_beta=0.7, steps=3, missing_end=0.0))
+    ppo.main(config(kl_beta=0.7, steps=3, missing_end=0.0, baseline=baseline))
     at = {name: metrics("runs/ppo", name) for name in ("reward", "score_normalised", "kl_per_answer", "reward_kl")}
     for step in (1, 2, 3):
         assert at["reward_kl"][step] == pytest.approx(-0.7 * at["kl_per_answer"][step], abs=1e-6)
@@ -408,6 +424,14 @@ def test_bad_input_is_one_line(here):
     ]:
         assert_one_line_error(script("ppo.py", *flags, "--device", "cpu", cwd=here), *words)
     assert not (here / "runs").exists()
-    for changes in ({"value": "none"}, {"temperature": 0.0}, {"lam": 1.5}, {"kl_target": 0.0}, {"minibatches": 7}):
+    for changes in (
+        {"value": "none"},
+        {"baseline": "all"},
+        {"rollouts": 1},
+        {"temperature": 0.0},
+        {"lam": 1.5},
+        {"kl_target": 0.0},
+        {"minibatches": 7},
+    ):
         with pytest.raises(ConfigError):
             config(**changes)

@@ -868,7 +868,7 @@ def draw_report(config, run_dir, pairs, report):
         axis.plot(sizes, list(report["best_possible"].values()), marker=".", color="0.6", label="best by the truth")
         axis.set_xscale("log", base=2)
         axis.set(title="best of n", xlabel="n", ylabel="share correct")
-        axis.legend()
+        axis.legend(loc="lower center", fontsize=8)
     else:
         axis.axis("off")
     figure.suptitle(f"{config.name}: {len(pairs)} held-out pairs of {config.data}")

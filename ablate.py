@@ -63,6 +63,7 @@ class Experiment:
     columns: dict
     draw: dict
     quick: dict = field(default_factory=lambda: {"steps": 4})
+    bars: tuple = ()  # columns that are drawn beside the first
     against: str | None = None  # the variant that the others are compared with; default the first
     measure: str | None = None  # name of a function of this file: (folder, figures, settings) -> more figures
 
@@ -264,6 +265,7 @@ EXPERIMENTS = {
         {"accuracy": "validation accuracy"},
         {"steps": 2, "test_problems": 20, "eval_problems": 10},
         measure="standing",
+        bars=("pass_at_8", "kl"),
         against="SFT",
     ),
     "norm-placement": Experiment(
@@ -527,7 +529,8 @@ def report(name, experiment, results, seeds, command, target):
     for variant in variants:
         lines.append(f"| {variant} | " + " | ".join(plus_minus(values(variant, m)) for m in columns) + " |")
     lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
-    first, metric = experiment.against or variants[0], next(iter(columns))
+    first = experiment.against if experiment.against in variants else variants[0]
+    metric = next(iter(columns))
     lines += [f"Paired differences to *{first}* in {columns[metric]}:", ""]
     for variant in (v for v in variants if v != first):
         a, b = values(variant, metric), values(first, metric)
@@ -559,23 +562,26 @@ def draw(experiment, results, folders, seeds, target):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    variants, metric = list(experiment.variants), next(iter(experiment.columns))
+    variants = list(experiment.variants)
+    metrics = [next(iter(experiment.columns)), *experiment.bars]
     extra = [
         k
         for k in ("stream_built", "gradient_built", "stream_trained", "by_position", "copied")
         if k in results[variants[0], seeds[0]]
     ]
-    panels = 1 + len(experiment.draw) + len(extra)
+    panels = len(metrics) + len(experiment.draw) + len(extra)
     columns = min(3, panels)
     rows = math.ceil(panels / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False)
-    bars, *others = axes.flat
-    for i, variant in enumerate(variants):
-        mean, half = interval([results[variant, s].get(metric, math.nan) for s in seeds])
-        bars.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="o", color=f"C{i % 10}", capsize=4)
-    bars.set(yticks=range(len(variants)), yticklabels=variants, xlabel=experiment.columns[metric], title="at the end")
-    bars.invert_yaxis()
-    bars.grid(alpha=0.25)
+    others = list(axes.flat)[len(metrics) :]
+    for bars, metric in zip(axes.flat, metrics, strict=False):
+        for i, variant in enumerate(variants):
+            mean, half = interval([results[variant, s].get(metric, math.nan) for s in seeds])
+            bars.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="o", color=f"C{i % 10}", capsize=4)
+        bars.set(yticks=range(len(variants)), yticklabels=variants, xlabel=experiment.columns[metric])
+        bars.set_title("at the end, mean and 95 % interval of the seeds", fontsize=10)
+        bars.invert_yaxis()
+        bars.grid(alpha=0.25)
     for axis, (name, label) in zip(others, experiment.draw.items(), strict=False):
         for i, variant in enumerate(variants):
             runs = [read_metrics(folders[variant, s]).get(name) for s in seeds]
@@ -613,7 +619,7 @@ def draw(experiment, results, folders, seeds, target):
         if "built" in name or "stream" in name:
             axis.set_yscale("log")
         axis.grid(alpha=0.25)
-    for axis in others[panels - 1 :]:
+    for axis in others[panels - len(metrics) :]:
         axis.axis("off")
     handles = next((a.get_legend_handles_labels() for a in others if a.get_legend_handles_labels()[0]), ([], []))
     if handles[0]:
@@ -633,6 +639,8 @@ class Config:
     """A smoke run of a few steps and one seed; results/ is left alone."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of each variant per seed."""
+    variants: list[str] = field(default_factory=list)
+    """Run only these of its variants, such as '[SFT, DPO]'; default all."""
     jobs: int = 2
     """Runs side by side; the cores are shared out."""
     list: bool = False
@@ -643,6 +651,8 @@ class Config:
             known = ", ".join(EXPERIMENTS)
             what = "name an experiment" if self.experiment is None else f"{self.experiment!r} is not an experiment"
             raise ConfigError(f"{what}; they are: {known}")
+        if unknown := set(self.variants) - set(EXPERIMENTS[self.experiment].variants if self.experiment else ()):
+            raise ConfigError(f"--variants: {self.experiment} has no {', '.join(sorted(unknown))}; see --list")
         if self.jobs < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("--jobs must be at least 1, and --seeds a list of different numbers")
 
@@ -654,6 +664,8 @@ def main(config):
             print(f"{name:<16}{experiment.question}\n{'':<16}{', '.join(experiment.variants)}")
         return None
     name, experiment = config.experiment, EXPERIMENTS[config.experiment]
+    if config.variants:
+        experiment = replace(experiment, variants={k: experiment.variants[k] for k in config.variants})
     seeds = config.seeds[:1] if config.quick else config.seeds
     top = RUNS / "ablate" / (f"{name}-quick" if config.quick else name)
     target = (top if config.quick else Path(__file__).parent / "results") / f"{name}.md"
@@ -692,6 +704,7 @@ def main(config):
         raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
     target.parent.mkdir(parents=True, exist_ok=True)
     command = f"python ablate.py {name}" + (" --quick" if config.quick else "")
+    command += f" --variants '[{', '.join(config.variants)}]'" if config.variants else ""
     text = report(name, experiment, results, seeds, command, target)
     kept = target.read_text().split("\n## Reading\n", 1)[1:] if target.exists() else []  # a person's words survive
     target.write_text(text + "".join("\n## Reading\n" + words for words in kept))

@@ -14,12 +14,13 @@ V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. �
 (unbiased, noisy), λ = 0 believes the next guess. A trap: the mean and the spread of the advantages (`whiten`) are those
 of all tokens of the step on all ranks, and the returns are taken before whitening, or V would chase a moving target.
 
-What keeps a run alive, each by a flag: a score counts by how much it beats the mean of the prompt's other answers
-(`--baseline`), because a reward model was only ever asked to compare answers to one prompt, and its scores lie higher
-for some prompts than for others, which the values take long to find out; scores are brought to mean 0 and standard
-deviation 1 of all scores seen so far (`--normalise`); an answer without an end is fined, as the reward model never saw
-one (`--missing_end`); the inner epochs stop when the policy has moved too far from the one that sampled (`--stop_kl`).
-Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ is 1.
+What keeps a run alive, each by a flag: a reward model was only ever asked to compare answers to one prompt, its scores
+lie higher for some prompts than for others, and far out they mean little, so an answer is worth the probability with
+which it beats the prompt's other answers (`--baseline wins`, close to arXiv:2502.18770); or scores are brought to mean
+0 and standard deviation 1 of all scores seen so far (`--normalise`); an answer without an end is fined, as the reward
+model never saw one (`--missing_end`); the inner epochs stop when the policy has moved too far from the one that sampled
+(`--stop_kl`). Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ
+is 1.
 
 The reward model is a proxy and PPO will find where it errs. So each step also logs `correct`, the verifier's judgement
 of the same answers, of which the training sees nothing: a score that rises while `correct` falls is over-optimisation.
@@ -86,6 +87,18 @@ def token_rewards(log_ratio, final, lengths, beta):
     rewards = -beta * log_ratio
     rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += final
     return rewards
+
+
+def against_the_others(scores, how):
+    """scores (N, R) of R answers to each of N prompts -> what they are worth, (N, R).
+
+    wins: the probability, averaged over the other answers, that this one is the better of the two as the Bradley-Terry
+    model of the scores has it, less one half. mean: the score less the mean of the group. none: the score.
+    """
+    if how == "wins":
+        beats = torch.sigmoid(scores[:, :, None] - scores[:, None])  # (N, R, R), ½ against itself
+        return (beats - 0.5).sum(2) / (scores.shape[1] - 1)
+    return scores - scores.mean(1, keepdim=True) if how == "mean" else scores
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -271,12 +284,12 @@ class Config:
     """How far a value may move from where it was while sampling, at a gain; 0: anywhere."""
     value_weight: float = 0.1
     """Of the value loss."""
-    baseline: str = "group"
-    """What is taken from a score before the values see it: group (the mean of the R answers to the same prompt) or
-    none (the values alone must find out how a prompt's scores lie)."""
+    baseline: str = "wins"
+    """What a score is compared with: wins (how probably it beats each of the prompt's other answers; bounded), mean
+    (that of the prompt's answers) or none (the values must find out how a prompt's scores lie)."""
     whiten: bool = True
     """Bring the step's advantages to mean 0 and standard deviation 1."""
-    normalise: bool = True
+    normalise: bool = False
     """Bring the scores to mean 0 and standard deviation 1 of all scores so far."""
     missing_end: float = 1.0
     """Fine for an answer that was cut off, in units of the (normalised) score."""
@@ -327,10 +340,10 @@ class Config:
         check_positive(self, "micro_batch")
         if self.temperature <= 0:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
-        if self.baseline not in ("group", "none"):
-            raise ConfigError(f"--baseline {self.baseline!r} is not known; use group or none")
-        if self.baseline == "group" and self.rollouts < 2:
-            raise ConfigError("--baseline group needs --rollouts of at least 2: one answer is its own mean")
+        if self.baseline not in ("wins", "mean", "none"):
+            raise ConfigError(f"--baseline {self.baseline!r} is not known; use wins, mean or none")
+        if self.baseline != "none" and self.rollouts < 2:
+            raise ConfigError(f"--baseline {self.baseline} needs --rollouts of at least 2: there is no other answer")
         if self.value not in ("shared", "separate"):
             raise ConfigError(f"--value {self.value!r} is not known; use shared or separate")
         if self.kl_target is not None and self.kl_target <= 0:
@@ -500,8 +513,7 @@ def main(config):
         scores = torch.tensor(score_groups(judge, groups, pad, dist.device, autocast)).flatten().to(dist.device)
         moments.add(scores, dist)
         paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~ended  # (n·R,)
-        baseline = paid.view(-1, R).mean(1, keepdim=True) if config.baseline == "group" else 0.0
-        final = (paid.view(-1, R) - baseline).flatten()
+        final = against_the_others(paid.view(-1, R), config.baseline).flatten()
         texts = rollout.texts(tokenizer)
         truth = [is_correct(text, chosen[k // R]) for k, text in enumerate(texts)]  # for the eyes, not for the loss
         sampled = time.perf_counter()

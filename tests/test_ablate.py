@@ -134,6 +134,11 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     assert ablate.main(config) == results  # nothing is run again
     assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == made
     assert target.read_text().endswith("## Reading\nWider is dearer.\n")
+    only = ablate.main(ablate.Config(experiment="width", quick=True, seeds=[0], variants=["wide"]))
+    assert only == {("wide", 0): results["wide", 0]}
+    assert "| narrow |" not in target.read_text()
+    with pytest.raises(ConfigError, match="width has no tall"):
+        ablate.Config(experiment="width", variants=["tall"])
     experiment.variants["narrow"] = small(width=16, n_head=3)  # 16 is no multiple of 3
     with pytest.raises(ConfigError, match=r"1 of the runs failed, the others are kept: narrow, seed 0: width 16"):
         ablate.main(config)

@@ -362,9 +362,19 @@ def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):
     assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.2
 
 
+def test_wins_by_hand():
+    """Scores 2, 0 and 0: the first beats each of the others with probability σ(2), they each other with ½."""
+    sigma = 1 / (1 + math.exp(-2))
+    wins = ppo.against_the_others(torch.tensor([[2.0, 0.0, 0.0], [5.0, 5.0, 5.0]]), "wins")
+    expected = [[sigma - 0.5, (1 - sigma - 0.5) / 2, (1 - sigma - 0.5) / 2], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(wins, torch.tensor(expected))
+    mean = ppo.against_the_others(torch.tensor([[2.0, 0.0, 1.0]]), "mean")
+    assert mean.tolist() == [[1.0, -1.0, 0.0]]
+
+
 def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
-    """A number added to all answers of a prompt changes nothing with --baseline group, and much without."""
-    for baseline, same in (("group", True), ("none", False)):
+    """A number added to all answers of a prompt changes nothing with a baseline, and much without."""
+    for baseline, same in (("wins", True), ("mean", True), ("none", False)):
         for name, offset in (("a", 0.0), ("b", 0.5)):
 
             def letters(model, groups, *_, offset=offset):
@@ -377,7 +387,7 @@ def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
         assert near is same
 
 
-@pytest.mark.parametrize("baseline", ["group", "none"])
+@pytest.mark.parametrize("baseline", ["wins", "mean", "none"])
 def test_the_leash_is_in_the_rewards(here, baseline):
     """Nats per answer times the coefficient, and the score: nothing else is paid."""
     ppo.main(config(kl_beta=0.7, steps=3, missing_end=0.0, baseline=baseline))

@@ -295,15 +295,15 @@ class Config:
     """Fine for an answer that was cut off, in units of the (normalised) score."""
     inner_epochs: int = 1
     """Passes over each batch of rollouts."""
-    minibatches: int = 2
+    minibatches: int = 1
     """Optimizer steps in a pass."""
     stop_kl: float = 0.1
     """Leave the inner epochs when the policy is this far, in nats per token, from the one that sampled; 0: never."""
     micro_batch: int = 64
     """Completions per forward pass of one rank."""
-    optimizer: str = "muon"
-    """Of the policy: adamw, or muon for the matrices of the blocks; adamw wants about a sixth of the learning rate."""
-    lr: float = 2e-4
+    optimizer: str = "adamw"
+    """Of the policy: adamw, or muon for the matrices of the blocks, which wants about six times the learning rate."""
+    lr: float = 5e-5
     """Learning rate of the policy after the warm-up; it falls in a line to 0 from there."""
     value_lr: float = 1e-3
     """Learning rate of the value head after the warm-up; a separate network takes a tenth of it."""

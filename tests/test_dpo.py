@@ -17,7 +17,7 @@ from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", pairs="offline", prompts=40, steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2)
-SMALL |= dict(eval_problems=5, test_problems=5, max_new_tokens=8, device="cpu", lr=1e-3)
+SMALL |= dict(eval_problems=5, test_problems=5, max_new_tokens=8, device="cpu", lr=1e-3, optimizer="adamw", nll=0.0)
 
 
 def config(**changes):

@@ -29,6 +29,7 @@ from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", reward_model="judge", steps=3, prompts=6, rollouts=2, max_new_tokens=6, warmup=1)
 SMALL |= dict(eval_every=2, eval_problems=3, test_problems=4, sample_every=2, micro_batch=64, lr=1e-3, device="cpu")
+SMALL |= dict(optimizer="muon", minibatches=2)
 
 
 def config(**changes):

@@ -372,7 +372,7 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
         raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
     if now["steps"] != then["steps"] and dist.is_main:
         print(
-            f"--steps {then['steps']} -> {now['steps']}: from here the learning rate falls as in a run of the new length"
+            f"--steps {then['steps']} -> {now['steps']}: from here the learning rate is that of a run of the new length"
         )
     own = raw.state_dict()
     raw.load_state_dict({n: share_of(w, own.get(n)) for n, w in type(raw).from_pretrained(path).state_dict().items()})

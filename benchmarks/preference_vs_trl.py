@@ -234,6 +234,7 @@ def main():
     common = dict(init="start", batch=B, micro_batch=B, eval_every=10**6, eval_problems=2, test_problems=2)
     common |= dict(max_new_tokens=2, device=options.device, save_every=10**6, steps=options.steps + 2, lr=1e-4)
     common |= dict(warmup=0, weight_decay=0.0)
+    plain = {"optimizer": "adamw", "nll": 0.0, "beta": 0.1}  # what TRL's trainer does by default
     stages = {
         "sft": (
             lambda: ours(sft, sft.Config(data="chats.jsonl", optimizer="adamw", **common), options.device),
@@ -246,7 +247,7 @@ def main():
             None,
         ),
         "dpo": (
-            lambda: ours(dpo, dpo.Config(data="pairs.jsonl", prompts=len(pairs), **common), options.device),
+            lambda: ours(dpo, dpo.Config(data="pairs.jsonl", prompts=len(pairs), **plain, **common), options.device),
             {
                 "TRL DPOTrainer": dpo_trainer(trl_pairs, False),
                 "TRL, precomputed": dpo_trainer(trl_pairs, True),
@@ -305,7 +306,7 @@ def ours_reward(common, device):
     rename = {"eval_problems": "eval_pairs", "test_problems": "test_pairs"}
     known = reward_model.Config.__dataclass_fields__
     settings = {rename.get(k, k): v for k, v in common.items() if rename.get(k, k) in known}
-    settings |= {"data": "pairs.jsonl", "optimizer": "adamw"}
+    settings |= {"data": "pairs.jsonl", "optimizer": "adamw", "extra_layers": 0, "sft_weight": 0.0}
     config = reward_model.Config(**{k: v for k, v in settings.items() if k in known})
     return ours(reward_model, config, device)
 

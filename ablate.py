@@ -265,7 +265,7 @@ EXPERIMENTS = {
         {"accuracy": "validation accuracy"},
         {"steps": 2, "test_problems": 20, "eval_problems": 10},
         measure="standing",
-        bars=("pass_at_8", "kl"),
+        bars=("pass_at_8",),
         against="SFT",
     ),
     "norm-placement": Experiment(
@@ -504,6 +504,8 @@ def number(x):
         return "–"
     if abs(x) >= 1000:
         return f"{x:,.0f}"
+    if x == 0:
+        return "0"
     return f"{x:.1f}" if abs(x) >= 20 else f"{x:.2f}" if abs(x) >= 2 else f"{x:.4f}"
 
 
@@ -570,7 +572,7 @@ def draw(experiment, results, folders, seeds, target):
         if k in results[variants[0], seeds[0]]
     ]
     panels = len(metrics) + len(experiment.draw) + len(extra)
-    columns = min(3, panels)
+    columns = 2 if panels == 4 else min(3, panels)
     rows = math.ceil(panels / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False)
     others = list(axes.flat)[len(metrics) :]

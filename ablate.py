@@ -262,10 +262,10 @@ EXPERIMENTS = {
         {"accuracy": "accuracy (%)", "pass_at_8": "pass@8 (%)", "sampled": "one sample (%)"}
         | _RL
         | {"minutes": "minutes"},
-        {"accuracy": "validation accuracy"},
+        {},
         {"steps": 2, "test_problems": 20, "eval_problems": 10},
         measure="standing",
-        bars=("pass_at_8",),
+        bars=("sampled", "pass_at_8"),
         against="SFT",
     ),
     "norm-placement": Experiment(
@@ -626,7 +626,8 @@ def draw(experiment, results, folders, seeds, target):
     handles = next((a.get_legend_handles_labels() for a in others if a.get_legend_handles_labels()[0]), ([], []))
     if handles[0]:
         figure.legend(*handles, loc="lower center", ncols=min(4, len(variants)), fontsize=9)
-    figure.tight_layout(rect=(0, 0.03 + 0.03 * math.ceil(len(variants) / 4), 1, 1))
+    below = 0.1 + 0.25 * math.ceil(len(variants) / 4) if handles[0] else 0.0  # inches for the legend
+    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
     figure.savefig(target, dpi=120)
     plt.close(figure)
 

@@ -97,7 +97,14 @@ def setup(device="auto"):
     elif device != "cpu":
         raise ConfigError(f"--device {device!r} is not known; use auto, cpu or cuda")
     if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # torchrun gives the processes that it starts again the same key-value store, in which the addresses of the dead
+        # still stand; whoever reads one of those waits forever. So each attempt gets keys of its own. (Several nodes
+        # count attempts separately: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store each time.)
+        store, rank, _ = next(distributed.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
 
 

@@ -326,11 +326,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(here, monkeypatch, capsys, erro
 def start(here, *changes, processes=0):
     command = [sys.executable, str(ROOT / "pretrain.py")]
     if processes:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=3"]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
         command = [sys.executable, *launch, str(ROOT / "pretrain.py")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command += [str(x) for x in (*flags(steps=60, save_every=5, eval_every=30), *changes)]
-    return subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with open(here / "stderr.txt", "w") as said:  # a pipe that nobody reads would fill up and stop the process
+        return subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.DEVNULL, stderr=said)
+
+
+def assert_ends_well(process, here, seconds=240):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    assert process.wait() == 0, (here / "stderr.txt").read_text()[-3000:]
 
 
 def until(condition, process, seconds=240):
@@ -341,8 +349,7 @@ def until(condition, process, seconds=240):
 
 def test_killed_anywhere_and_resumed(here):
     """SIGKILL at a random step, and in the middle of writing a checkpoint; KILLS=10 tries more often."""
-    whole = start(here, "--name", "whole")
-    assert whole.wait() == 0
+    assert_ends_well(start(here, "--name", "whole"), here)
     run, rng = here / "runs" / "parts", random.Random()
     for trial in range(int(os.environ.get("KILLS", 2))):
         shutil.rmtree(run, ignore_errors=True)
@@ -353,23 +360,20 @@ def test_killed_anywhere_and_resumed(here):
         if trial % 2:
             until((run / "last.tmp").exists, process)
         process.kill()
-        process.communicate()
-        process = start(here, "--name", "parts", "--resume", "true")
-        assert process.wait() == 0, (after, process.stderr.read())
+        process.wait()
+        assert_ends_well(start(here, "--name", "parts", "--resume", "true"), here)
         assert_same_weights("runs/whole/last", "runs/parts/last")
         assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
 
 
 def test_a_killed_worker_is_started_again(here):
-    """Three restarts are allowed: on a busy machine gloo's new connection now and then fails and takes one more."""
-    whole = start(here, "--name", "whole", processes=2)
-    assert whole.wait() == 0
+    assert_ends_well(start(here, "--name", "whole", processes=2), here)
     process, log = start(here, "--name", "parts", processes=2), here / "runs" / "parts" / "metrics.jsonl"
     until(lambda: log.exists() and len(log.read_text().splitlines()) > 20, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(c) for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text()]
     os.kill(workers[-1], signal.SIGKILL)
-    assert process.wait() == 0, process.stderr.read()
+    assert_ends_well(process, here)
     assert_same_weights("runs/whole/last", "runs/parts/last")
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
     assert not (here / "runs" / "parts.1").exists()  # resumed, not begun again

@@ -55,6 +55,7 @@ import math
 import os
 import random
 import re
+import shutil
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -1352,14 +1353,8 @@ def imdb_reviews(part: str) -> list[Review]:
 # Token streams: pretraining reads one long array of ids from disk, without loading it.
 
 
-def write_stream(
-    path: str | Path,
-    docs_ids: Iterable[Sequence[int]],
-    vocab_size: int,
-    fingerprint: str,
-    separator_id: int | None = None,
-) -> Path:
-    """Write documents of token ids as one flat array, each followed by `separator_id` if given -> the path.
+def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: int, fingerprint: str) -> Path:
+    """Write pieces of token ids behind one another as one flat array -> the path.
 
     uint16 up to 65,536 ids, else uint32: half the disk and half the reading. Beside it `PATH.json` says how
     to read it and which tokenizer (`fingerprint`) made it: another tokenizer's ids train wrongly and do not
@@ -1370,40 +1365,64 @@ def write_stream(
     sidecar = Path(f"{path}.json")
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest, tokens, documents, chunk = hashlib.sha256(), 0, 0, []
-    tail = [] if separator_id is None else [separator_id]
+    digest, tokens = hashlib.sha256(), 0
     try:
         with open(partial, "wb") as file:
-
-            def flush() -> None:
-                ids = np.array(chunk, dtype=np.int64)
+            for piece in pieces:
+                ids = np.asarray(piece, dtype=np.int64)
                 if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):  # a cast would wrap in silence
-                    raise DataError(
-                        f"{path}: a token id outside 0..{vocab_size - 1} in the documents up to {documents}"
-                    )
+                    raise DataError(f"{path}: a token id outside 0..{vocab_size - 1} behind the first {tokens}")
                 data = ids.astype(dtype).tobytes()
                 file.write(data)
                 digest.update(data)
-                chunk.clear()
-
-            for ids in docs_ids:
-                chunk.extend(ids)
-                chunk.extend(tail)
-                tokens += len(ids) + len(tail)
-                documents += 1
-                if len(chunk) >= 1 << 20:
-                    flush()
-            flush()
+                tokens += len(ids)
         if not tokens:
             raise DataError(f"{path}: no tokens to write")
         sidecar.unlink(missing_ok=True)  # killed from here on: a stream without sidecar, which open_stream refuses
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    about = dict(dtype=dtype.name, tokens=tokens, documents=documents, fingerprint=fingerprint)
-    partial.write_text(json.dumps({**about, "sha256": digest.hexdigest()}, indent=1) + "\n", encoding="utf-8")
+    about = dict(dtype=dtype.name, tokens=tokens, fingerprint=fingerprint, sha256=digest.hexdigest())
+    partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, sidecar)
     return path
+
+
+def stream_path(folder: str | Path, texts: Sequence[str], tokenizer) -> Path:
+    """Where the stream of these texts under this tokenizer stands: the same for every run that wants it."""
+    digest = hashlib.sha256(tokenizer.fingerprint.encode())
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big"))  # so that ["ab"] and ["a", "b"] differ
+        digest.update(data)
+    return Path(folder) / f"{digest.hexdigest()[:24]}.bin"
+
+
+def tokenise(path: Path, texts: Sequence[str], tokenizer, some: int = 1000) -> None:
+    """Write the stream of `texts` to what `stream_path` said, unless it is there. Several documents are followed by
+    <|endoftext|> each; one alone is a text without borders.
+
+    `some` documents at a time, on all cores, into a file of their own under PATH.parts. Whoever is interrupted finds
+    them there the next time and goes on behind the last.
+    """
+    from tqdm import tqdm
+
+    if Path(f"{path}.json").exists():
+        return
+    parts = Path(f"{path}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    end = [tokenizer.endoftext_id] if len(texts) > 1 else []
+    files = []
+    for i in tqdm(range(0, len(texts), some), desc="tokenising", unit="part", leave=False, disable=len(texts) <= some):
+        files.append(parts / f"{i}.npy")
+        if not files[-1].exists():
+            ids = [np.array(ids + end, dtype=np.uint32) for ids in tokenizer.encode_batch(texts[i : i + some])]
+            partial = parts / f"{i}.{os.getpid()}.part"
+            with open(partial, "wb") as file:
+                np.save(file, np.concatenate(ids))
+            os.replace(partial, files[-1])
+    write_stream(path, (np.load(file) for file in files), tokenizer.vocab_size, tokenizer.fingerprint)
+    shutil.rmtree(parts)
 
 
 def open_stream(path: str | Path, fingerprint: str, check: bool = False) -> np.memmap:

@@ -587,7 +587,7 @@ def main(config):
     torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
     mask_id, pad, context = tokenizer.special_ids[MASK], tokenizer.endoftext_id, raw.config.context
     examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
-    streams = make_streams(config, run_dir, dist, tokenizer, context, texts) if config.mlm_steps else None
+    streams = make_streams(config, dist, tokenizer, context, texts) if config.mlm_steps else None
 
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best, total = 0, -1.0, config.mlm_steps + config.steps

@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from data import batch_at, load_text, narrative_entropy, open_stream, write_stream
+from data import batch_at, load_text, narrative_entropy, open_stream, stream_path, tokenise
 from generate import ConfigError, generate, open_checkpoint, run
 from moe import balancing_losses, expert_load, update_biases
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
@@ -652,15 +652,13 @@ def make_tokenizer(kind, texts, vocab_size):
     return load_tokenizer(kind)
 
 
-def make_streams(config, run_dir, dist, tokenizer, context, texts):
-    """Tokenise once into runs/NAME/data, on rank 0, on all cores; every rank maps the files into memory."""
-    paths = {split: run_dir / "data" / f"{split}.bin" for split in ("train", "valid")}
-    if dist.is_main and not (config.resume and all(p.exists() for p in paths.values())):
+def make_streams(config, dist, tokenizer, context, texts):
+    """The texts as ids in runs/streams, made once by rank 0 for every run that wants the same; all ranks map the files
+    into memory."""
+    paths = {split: stream_path(RUNS / "streams", texts[split], tokenizer) for split in ("train", "valid")}
+    if dist.is_main:
         for split, path in paths.items():
-            parts = (texts[split][i : i + 1000] for i in range(0, len(texts[split]), 1000))
-            ids = (ids for part in parts for ids in tokenizer.encode_batch(part))
-            separator = tokenizer.endoftext_id if len(texts[split]) > 1 else None
-            write_stream(path, ids, tokenizer.vocab_size, tokenizer.fingerprint, separator)
+            tokenise(path, texts[split], tokenizer)
     if dist.world > 1:
         distributed.barrier()
     streams = {split: open_stream(path, tokenizer.fingerprint, dist.is_main) for split, path in paths.items()}
@@ -767,7 +765,7 @@ def main(config):
         raw.to(dist.device)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
     context = config.model.context
-    streams = make_streams(config, run_dir, dist, tokenizer, context, texts)
+    streams = make_streams(config, dist, tokenizer, context, texts)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best, skipped = 0, math.inf, 0
     if config.resume:

@@ -1011,16 +1011,14 @@ def test_real_sentiment(name, train, test):
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
-@pytest.mark.parametrize("separator", [None, 3])
-def test_stream_round_trip(tmp_path, vocab, dtype, separator):
+def test_stream_round_trip(tmp_path, vocab, dtype):
     docs = [[0, vocab - 1, 2], [], [5]]
-    path = data.write_stream(tmp_path / "sub/a.bin", iter(docs), vocab, "tok", separator_id=separator)
+    path = data.write_stream(tmp_path / "sub/a.bin", iter(docs), vocab, "tok")
     stream = data.open_stream(path, "tok")
     assert stream.dtype == dtype
-    end = [] if separator is None else [separator]
-    assert stream.tolist() == [token for doc in docs for token in doc + end]
+    assert stream.tolist() == [token for doc in docs for token in doc]
     about = json.loads(Path(f"{path}.json").read_text())
-    assert (about["documents"], about["tokens"]) == (3, len(stream))
+    assert about["tokens"] == len(stream)
     assert about["sha256"] == data.hashlib.sha256(path.read_bytes()).hexdigest()
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.bin", "a.bin.json"]
     assert not stream.flags.writeable
@@ -1030,6 +1028,51 @@ def test_stream_in_chunks(tmp_path):
     docs = [list(range(i, i + 50_000)) for i in range(50)]
     stream = data.open_stream(data.write_stream(tmp_path / "a", docs, 60_000, "tok"), "tok")
     assert np.array_equal(stream, np.array(docs).reshape(-1))
+
+
+class Letters:
+    """A tokenizer of one id per character, which counts the texts that it was given."""
+
+    fingerprint, vocab_size, endoftext_id = "letters", 300, 299
+
+    def __init__(self, most=math.inf):
+        self.seen, self.most = [], most
+
+    def encode_batch(self, texts):
+        if len(self.seen) + len(texts) > self.most:
+            raise KeyboardInterrupt
+        self.seen += texts
+        return [[ord(c) for c in text] for text in texts]
+
+
+def test_a_tokenisation_that_broke_off_goes_on(tmp_path):
+    texts = [f"text {i}" for i in range(25)]
+    expected = [i for text in texts for i in [*map(ord, text), 299]]
+    path = data.stream_path(tmp_path, texts, Letters())
+    with pytest.raises(KeyboardInterrupt):
+        data.tokenise(path, texts, Letters(most=13), some=4)
+    assert not path.exists()
+    tokenizer = Letters()
+    data.tokenise(path, texts, tokenizer, some=4)
+    assert tokenizer.seen == texts[12:]  # the first three parts were there
+    assert data.open_stream(path, "letters", check=True).tolist() == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]
+    data.tokenise(path, texts, None)  # it is there: nothing is done
+
+
+def test_one_document_has_no_border(tmp_path):
+    path = data.stream_path(tmp_path, ["abc"], Letters())
+    data.tokenise(path, ["abc"], Letters())
+    assert data.open_stream(path, "letters").tolist() == [97, 98, 99]
+
+
+def test_streams_of_other_texts_or_tokenizers_stand_elsewhere(tmp_path):
+    other = Letters()
+    other.fingerprint = "other"
+    cases = [(["ab"], Letters()), (["a", "b"], Letters()), (["", "ab"], Letters()), (["ab"], other)]
+    paths = {data.stream_path(tmp_path, texts, tokenizer) for texts, tokenizer in cases}
+    assert len(paths) == len(cases)
+    assert data.stream_path(tmp_path, ["ab"], Letters()) in paths
 
 
 @pytest.mark.parametrize("bad", [-1, 100])

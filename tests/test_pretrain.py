@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, script, weights
 
+import data
 import pretrain
 import transformer
 from generate import ConfigError
@@ -519,21 +520,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer, monkeypatch):
     assert_same_weights("runs/whole/best", "runs/parts/best")
 
 
-def test_a_tokenisation_that_broke_off_begins_anew(here, monkeypatch):
-    def broken(docs):
-        yield from itertools.islice(docs, 1)
-        raise KeyboardInterrupt
-
-    plain, calls = pretrain.write_stream, itertools.count()
-    with monkeypatch.context() as patch:  # the first stream is whole, the second is not
-        cut = lambda path, docs, *args: plain(path, broken(docs) if next(calls) else docs, *args)  # noqa: E731
-        patch.setattr(pretrain, "write_stream", cut)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain.main(config())
-    left = {p.name for p in (here / "runs/pretrain/data").glob("*.bin*")}
-    assert left == {"train.bin", "train.bin.json"}  # no half of valid.bin, nor a part of it
-    pretrain.main(config(steps=1))
-    assert metrics("runs/pretrain", "valid_loss")
+def test_the_stream_is_made_once(here, monkeypatch):
+    pretrain.main(config(name="first"))
+    monkeypatch.setattr(data, "write_stream", None)
+    pretrain.main(config(name="second"))
+    assert metrics("runs/first", "loss") == metrics("runs/second", "loss")
+    assert len(list((here / "runs/streams").glob("*.bin"))) == 2  # training and validation
 
 
 def test_an_earlier_run_is_moved_aside(here):

@@ -2,13 +2,17 @@
 
     p = softmax(W_r x)                                       router probabilities over E experts       (T, E)
     S = the K experts with the largest p                     (p + b, b the selection bias, if balanced by bias)
-    y = Σ_{e ∈ S} w_e down_e(silu(gate_e x) ⊙ up_e x)        w_e = p_e / Σ_{S} p, or p_e itself        (T, C)
+    y = s Σ_{e ∈ S} w_e down_e(silu(gate_e x) ⊙ up_e x)      w_e = p_e / Σ_{S} p, or p_e itself        (T, C)
 
 Parameters grow with E, the work per token only with K. Here the softmax stands *before* the top-k. Taken after it,
 over the K chosen logits, it gives p_e / Σ_S p, the renormalised weights: exp cancels the rest of the sum. So Mixtral
 (arXiv:2401.04088), which writes it after, and Qwen3-MoE with `norm_topk_prob` are one formula. Not renormalised
 (Switch; OLMoE) the weights sum to less than 1, and with K = 1 it must be so: p / p = 1 would leave the router without
 a gradient.
+
+The constant s (`routed_scale`; DeepSeek-V3's routed_scaling_factor) is K by default. A dense feed-forward cut into K
+parts adds the parts up, s = 1 and weights that sum to 1 take their mean instead: the branch would write 1/K of the
+dense one's, and an optimizer whose steps do not depend on the gradient's size (Adam, Muon) does not make up for it.
 
 The choice itself has no gradient: a router only learns from the experts that it picked, which learn more than the
 others and are picked more often. Left alone, a few experts take everything. Against it:
@@ -157,7 +161,7 @@ class MoE(nn.Module):
         if not 1 <= config.n_expert_active <= E:
             raise ValueError(f"n_expert_active is {config.n_expert_active}, but n_expert is only {E}")
         self.n_expert, self.n_active, self.normalise = E, config.n_expert_active, config.norm_topk_prob
-        self.balancing, self.capacity_factor = config.balancing, config.capacity_factor
+        self.balancing, self.capacity_factor, self.scale = config.balancing, config.capacity_factor, config.routed_scale
         gated, wide = config.activation == "swiglu", config.n_shared_expert * inner
         self.router = nn.Linear(C, E, bias=False)
         self.gate = nn.Parameter(torch.empty(E, inner, C)) if gated else None
@@ -197,7 +201,7 @@ class MoE(nn.Module):
         # On a CPU the loop is as fast as the kernel, which needs rows of whole 16 bytes and takes no float64.
         aligned = x.shape[1] % 8 == 0 and self.up.shape[1] % 8 == 0
         slices = slices_grouped if x.is_cuda and aligned and x.dtype != torch.float64 else slices_loop
-        y = sparse_experts(x, index, weights, self.gate, self.up, self.down, keep, slices)  # (T, C)
+        y = sparse_experts(x, index, self.scale * weights, self.gate, self.up, self.down, keep, slices)  # (T, C)
         if self.shared is not None:
             gate = self.shared["gate"].weight if "gate" in self.shared else None
             y = y + expert(x, gate, self.shared["up"].weight, self.shared["down"].weight)
@@ -265,7 +269,8 @@ def update_biases(model, u):
 def main():
     def layer(**changes):  # TransformerConfig's fields; this file comes before that one
         config = dict(width=24, expert_width=32, activation="swiglu", n_expert=8, n_expert_active=2)
-        config |= dict(n_shared_expert=0, norm_topk_prob=True, balancing="none", capacity_factor=None) | changes
+        config |= dict(n_shared_expert=0, norm_topk_prob=True, balancing="none", capacity_factor=None)
+        config |= dict(routed_scale=1.0) | changes
         return MoE(SimpleNamespace(**config))
 
     torch.manual_seed(0)

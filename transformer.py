@@ -123,6 +123,8 @@ class TransformerConfig:
     """Every so many-th block is a mixture, the others are dense."""
     norm_topk_prob: bool = True
     """Whether the K weights of a token are scaled to sum to 1."""
+    routed_scale: float | None = None
+    """Factor on the sum of a token's experts; default K if their weights sum to 1, else 1 (see moe.py)."""
     balancing: str = "aux"
     """What keeps the experts' loads even: aux (a loss), bias (on the router, no loss) or none."""
     capacity_factor: float | None = None
@@ -148,9 +150,10 @@ class TransformerConfig:
                 continue
             if not isinstance(value, int) or value < bound:
                 raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least {bound}")
-        for name in ("norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise CheckpointError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("norm_eps", "rope_theta", "routed_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise CheckpointError(f"{name} is {value}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise CheckpointError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.n_head % self.n_kv_head:
@@ -184,7 +187,11 @@ class TransformerConfig:
             ffn_width = 32 * max(1, round(wanted / 32))
         if expert_width is None and self.n_expert:
             expert_width = max(1, ffn_width // (self.n_expert_active + self.n_shared_expert))
+        scale = self.routed_scale
+        if scale is None and self.n_expert:
+            scale = float(self.n_expert_active if self.norm_topk_prob else 1)
         filled = dict(head_dim=head_dim, ffn_width=ffn_width, expert_width=expert_width, qkv_bias=qkv_bias)
+        filled |= dict(routed_scale=scale)
         if all(getattr(self, name) == value for name, value in filled.items()):
             return self
         return replace(self, **filled)
@@ -366,7 +373,9 @@ class Transformer(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         layout = layout_of(self.config)
         state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
-        names = LAYOUTS[layout].names if LAYOUTS[layout] else None
+        names = None
+        if LAYOUTS[layout] is not None:
+            names, state = LAYOUTS[layout].names, scale_experts(state, self.config.routed_scale)
         tensors = {k: v.contiguous() for k, v in to_layout(state, names).items()}
         config = to_hf_config(self.config, layout)
         config["dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
@@ -392,7 +401,10 @@ class Transformer(nn.Module):
                 prefix = ""
         found = {prefix + name: shape for name, shape in shapes.items()}
         config = replace(config, dropout=dropout)
-        return fill(config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
+        model = fill(config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
+        if names is not None and model.config.n_expert:
+            model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
+        return model
 
     @classmethod
     def from_gguf(cls, path, dropout=0.0):
@@ -514,7 +526,8 @@ def gpt2_names():
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D stores (in, out)
 IGNORED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # tied copies and buffers
 WINDOW = {"window": "sliding_window"}
-MIXTURE = dict(n_expert_active="num_experts_per_tok", balancing="balancing")  # the latter is ours alone, to train on
+MIXTURE = dict(n_expert_active="num_experts_per_tok")
+MIXTURE |= dict(balancing="balancing", routed_scale="routed_scale")  # ours alone, to train on
 LAYOUTS = {
     "qwen3": llama_like(
         "Qwen3ForCausalLM",
@@ -559,7 +572,7 @@ LAYOUTS = {
             for ours, theirs in dict(gate="w1", down="w2", up="w3").items()
         },
         dict(n_shared_expert=0, capacity_factor=None, moe_every=1, norm_topk_prob=True),
-        left_out=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux"),
+        left_out=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux", routed_scale=1.0),
     ),
     "qwen3_moe": llama_like(
         "Qwen3MoeForCausalLM",
@@ -574,7 +587,8 @@ LAYOUTS = {
         },
         dict(qk_norm=True, n_shared_expert=0, capacity_factor=None),
         dict(attention_bias=False, mlp_only_layers=[]),
-        dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux"),
+        dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux")
+        | dict(routed_scale=1.0),
     ),
     "attention_to_alignment": None,  # our own names and fields: what no class of transformers computes
 }
@@ -585,7 +599,9 @@ def layout_of(config):
     c = config.resolved()
     whole_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.width
     for kind, layout in LAYOUTS.items():
-        if layout is None or (kind == "gpt2" and not whole_heads) or (c.n_expert and c.balancing == "bias"):
+        if layout is None or (kind == "gpt2" and not whole_heads):
+            continue
+        if c.n_expert and (c.balancing == "bias" or math.frexp(c.routed_scale)[0] != 0.5):  # 0.5: a power of two
             continue
         if all(getattr(c, field) == value for field, value in layout.means.items()):
             return kind
@@ -614,6 +630,14 @@ def hf_names(config, layout):
     """Our tensor's name -> its name in the layout, for the tensors that stand there one for one."""
     groups = _grouped(skeleton(config).state_dict(), LAYOUTS[layout].names)
     return {ours[0]: theirs for theirs, ours in groups.items() if len(ours) == 1 and "{}" not in theirs}
+
+
+def scale_experts(state, factor):
+    """The experts' output matrices times `factor`: the layouts of transformers have no routed_scale, so there it is
+    multiplied into the weights, exactly, as it is a power of two."""
+    if factor in (None, 1.0):
+        return state
+    return {name: w * factor if name.endswith("down") and w.dim() == 3 else w for name, w in state.items()}
 
 
 def to_layout(state, names):

@@ -47,7 +47,8 @@ def _seed():
 
 def layer(scale=1.0, dtype=torch.float64, **changes):
     """A small MoE with weights that are large enough to matter."""
-    config = dict(width=C, expert_width=INNER, n_head=2, n_expert=E, n_expert_active=K, balancing="none") | changes
+    config = dict(width=C, expert_width=INNER, n_head=2, n_expert=E, n_expert_active=K, balancing="none")
+    config |= dict(routed_scale=1.0) | changes
     built = MoE(TransformerConfig(**config))
     for p in built.parameters():
         torch.nn.init.normal_(p, std=scale)
@@ -67,7 +68,7 @@ def formula(built, x):
         for w, e in zip(weights, chosen, strict=True):
             h = built.up[e] @ token
             h = F.gelu(h, approximate="tanh") if built.gate is None else F.silu(built.gate[e] @ token) * h
-            y = y + w * (built.down[e] @ h)
+            y = y + built.scale * w * (built.down[e] @ h)
         if built.shared is not None:
             up, down = built.shared["up"].weight, built.shared["down"].weight
             h = up @ token
@@ -166,7 +167,9 @@ def test_layer_equals_transformers_forward_and_backward(kind, normalise):
 @pytest.mark.parametrize("balancing", ["aux", "bias"])
 @pytest.mark.parametrize("n_shared", [0, 2])
 def test_layer_equals_the_formula(activation, balancing, n_shared):
-    built = layer(activation=activation, balancing=balancing, n_shared_expert=n_shared, norm_topk_prob=n_shared == 0)
+    changes = dict(norm_topk_prob=n_shared == 0, routed_scale=1.5 if n_shared else 1.0)
+    built = layer(activation=activation, balancing=balancing, n_shared_expert=n_shared, **changes)
+    assert built.scale == changes["routed_scale"]
     if balancing == "bias":
         built.selection_bias.normal_(std=0.3)
     x = torch.randn(2, 9, C, dtype=torch.float64)
@@ -233,12 +236,18 @@ def test_one_renormalised_expert_leaves_the_router_without_gradient(normalise):
 def test_more_active_experts_than_experts_is_refused():
     class Config:
         width, ffn_width, expert_width, n_expert, n_expert_active, norm_topk_prob = 8, 8, None, 2, 3, True
-        activation, n_shared_expert, balancing, capacity_factor = "gelu", 0, "aux", None
+        activation, n_shared_expert, balancing, capacity_factor, routed_scale = "gelu", 0, "aux", None, 1.0
 
     with pytest.raises(ValueError, match="n_expert_active is 3, but n_expert is only 2"):
         MoE(Config)
     Config.n_expert_active = 2
     assert MoE(Config).up.shape == (2, 8, 8)  # no expert_width: ffn_width
+
+
+def test_default_scale():
+    scales = [TransformerConfig(n_expert=4, norm_topk_prob=n).resolved().routed_scale for n in (True, False)]
+    assert scales == [2.0, 1.0]
+    assert TransformerConfig(n_expert=4, routed_scale=2.5).resolved().routed_scale == 2.5
 
 
 def test_initial_weights():
@@ -437,7 +446,7 @@ import torch
 from moe import *
 from transformer import TransformerConfig
 torch.manual_seed(0)
-built = MoE(TransformerConfig(width=32, expert_width=16, n_head=2, n_expert=16, n_expert_active=2, balancing="aux"))
+built = MoE(TransformerConfig(width=32, expert_width=16, n_head=2, n_expert=16, n_expert_active=2, balancing="aux").resolved())
 x = torch.randn(500, 32)
 exact = built(x)
 counts, losses = built.counts.clone(), balancing_losses(built)

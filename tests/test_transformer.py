@@ -251,7 +251,8 @@ def test_the_dtype_of_an_opened_checkpoint(tmp_path):
         TransformerConfig(**SMALL, window=5),
         TransformerConfig(**SMALL, window=5, qk_norm=False),
         TransformerConfig(**SMALL, window=5, qk_norm=False, qkv_bias=True),
-        TransformerConfig(**SMALL, n_expert=5, balancing="none"),
+        TransformerConfig(**SMALL, n_expert=5, balancing="none"),  # scaled by 2
+        TransformerConfig(**SMALL, n_expert=5, n_expert_active=4, routed_scale=0.25),
         TransformerConfig(**SMALL, n_expert=5, moe_every=2, norm_topk_prob=False, window=5, expert_width=12),
         TransformerConfig(**SMALL, n_expert=5, qk_norm=False, tie_embeddings=False, expert_width=12),
     ],
@@ -285,6 +286,7 @@ def test_our_checkpoint_there(config, tmp_path, tokens):
         {"norm_placement": "sandwich"},
         {"window": 5, "sinks": 2},
         {"n_expert": 5, "balancing": "bias"},
+        {"n_expert": 5, "n_expert_active": 3},  # scaled by 3, which cannot be multiplied in without rounding
         {"n_expert": 5, "n_shared_expert": 2, "capacity_factor": 1.5},
         {"n_expert": 5, "qk_norm": False, "moe_every": 2},
         {"n_expert": 5, "activation": "gelu", "expert_width": 12},

@@ -446,7 +446,8 @@ import torch
 from moe import *
 from transformer import TransformerConfig
 torch.manual_seed(0)
-built = MoE(TransformerConfig(width=32, expert_width=16, n_head=2, n_expert=16, n_expert_active=2, balancing="aux").resolved())
+config = TransformerConfig(width=32, expert_width=16, n_head=2, n_expert=16, n_expert_active=2, balancing="aux")
+built = MoE(config.resolved())
 x = torch.randn(500, 32)
 exact = built(x)
 counts, losses = built.counts.clone(), balancing_losses(built)

@@ -50,6 +50,7 @@ from tqdm import tqdm
 import reward_model
 from data import load_problems
 from generate import ConfigError, generate, open_checkpoint, run
+from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
 from pretrain import (
     Interrupt,
     Log,
@@ -301,6 +302,8 @@ class Config:
     """Leave the inner epochs when the policy is this far, in nats per token, from the one that sampled; 0: never."""
     micro_batch: int = 64
     """Completions per forward pass of one rank."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train low-rank adapters of the policy instead of all its weights: --lora.rank 8."""
     optimizer: str = "adamw"
     """Of the policy: adamw, or muon for the matrices of the blocks, which wants about six times the learning rate."""
     lr: float = 5e-5
@@ -371,7 +374,8 @@ def reward_start(config, init, dist):
 
 
 def open_models(config, init, path, dist):
-    """-> the policy with its values, the frozen reference and reward model, the tokenizer."""
+    """-> the policy with its values, the frozen reference and reward model, the tokenizer. With LoRA the reference is
+    the policy itself without its adapters: no second model in memory."""
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     judge, other, path = open_reward_model(path, dist.device)
     if other.fingerprint != tokenizer.fingerprint:
@@ -383,6 +387,9 @@ def open_models(config, init, path, dist):
         critic = copy.deepcopy(judge)
     raw = ActorCritic(policy, critic).to(dist.device)
     raw.eval()  # for good: with dropout the ratio on fresh rollouts would not be 1
+    if config.lora.rank:
+        add_lora(policy, **asdict(config.lora), seed=config.seed)
+        return raw, policy, judge.requires_grad_(False).eval(), tokenizer
     reference, _, _ = open_checkpoint(init, dist.device)
     return raw, reference.requires_grad_(False).eval(), judge.requires_grad_(False).eval(), tokenizer
 
@@ -399,7 +406,7 @@ def rollouts_at(step, policy, tokenizer, problems, config, dist, autocast):
     uniforms = torch.rand(config.prompts * R, config.max_new_tokens, generator=generator)
     uniforms = uniforms[dist.rank * share * R : (dist.rank + 1) * share * R]
     prompts = [encode_prompt(tokenizer, p) for p in chosen]
-    with autocast():
+    with autocast(), merged(policy):
         rollout = generate(
             policy,
             prompts,
@@ -451,7 +458,7 @@ def main(config):
 
     run_dir = open_run(config, dist)
     value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
-    parts = [list(policy.parameters()), raw.value_parameters()]
+    parts = [[p for p in policy.parameters() if p.requires_grad], raw.value_parameters()]
     own = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     optimizers = [*own, torch.optim.AdamW(parts[1], lr=value_lr, betas=(0.9, 0.999), weight_decay=0.0)]
     first, best, before, beta, moments = 0, -1.0, None, config.kl_beta, RunningMoments()
@@ -459,13 +466,16 @@ def main(config):
         state = load_state(run_dir, dist, policy, optimizers, scaler, config)
         first, best, before, beta = state["step"], state["best"], state["before"], state["beta"]
         moments = RunningMoments(*state["moments"])
+        if config.lora.rank:  # what the adapters correct are the weights of --init
+            load_lora_state(policy, state["lora"], open_checkpoint(init)[0])
         (raw.critic or raw.head).load_state_dict(state["value"])
     model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
 
     def held_out(split):
-        result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
+        with merged(policy):
+            result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
         return {k: v for k, v in result.items() if k != "samples"}
 
     if before is None:
@@ -485,7 +495,7 @@ def main(config):
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "beta": beta}
             state |= {"moments": [moments.n, moments.mean, moments.squares]}
-            state |= {"value": (raw.critic or raw.head).state_dict()}
+            state |= {"value": (raw.critic or raw.head).state_dict(), "lora": lora_state(policy)}
         save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
 
     accuracy = best
@@ -530,7 +540,8 @@ def main(config):
                     packed = [t.to(dist.device) for t in packed]
                     t = packed[-1].shape[1]  # the longest answer of the piece
                     values[rows, :t] = raw(packed, config.temperature)[1]
-                    ref_logprobs[rows, :t] = answer_logprobs(reference, packed, config.temperature).float()
+                    with lora_off(reference):
+                        ref_logprobs[rows, :t] = answer_logprobs(reference, packed, config.temperature).float()
                     packs[m, k] = rows, packed, t
         log_ratio = (rollout.logprobs - ref_logprobs) * mask
         rewards = token_rewards(log_ratio, final, lengths, beta)

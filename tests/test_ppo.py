@@ -10,6 +10,7 @@ import ppo
 import pretrain
 from data import load_problems
 from generate import ConfigError, generate, open_checkpoint
+from lora import LoraConfig
 from ppo import (
     ActorCritic,
     Config,
@@ -297,9 +298,9 @@ def test_micro_batches_change_nothing(here, value):
     assert_same_weights("runs/whole/last", "runs/cut/last", atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("value", ["shared", "separate"])
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, value):
-    changes = dict(value=value, kl_target=0.5, kl_horizon=50.0, steps=4)
+@pytest.mark.parametrize("more", [{"value": "shared"}, {"value": "separate"}, {"lora": LoraConfig(2), "lr": 1e-2}])
+def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
+    changes = dict(**more, kl_target=0.5, kl_horizon=50.0, steps=4)
     ppo.main(config(name="whole", **changes))
 
     class StopAt2:
@@ -339,6 +340,18 @@ def test_two_processes_equal_one(here, value):
         a, b = metrics("runs/n1", name), metrics("runs/n2", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-3, abs=1e-5), name
     assert_same_weights("runs/n1/last", "runs/n2/last", atol=2e-4, rtol=1e-3)
+
+
+def test_lora_trains_the_adapters_alone(here):
+    ppo.main(config(lora=LoraConfig(2, targets=["wq", "down"]), lr=0.1, dtype="fp32"))
+    kl = metrics("runs/ppo", "kl")
+    assert kl[1] == pytest.approx(0.0, abs=1e-6)
+    assert kl[3] > 1e-5  # the reference is the model without its adapters
+    a, b = Transformer.from_pretrained("start"), Transformer.from_pretrained("runs/ppo/last")
+    moved = {
+        name for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True) if (x != y).any()
+    }
+    assert moved == {"blocks.0.attn.wq.weight", "blocks.0.ffn.down.weight"}  # merged, in a plain checkpoint
 
 
 def test_the_training_never_sees_the_truth(here, monkeypatch):

@@ -812,7 +812,7 @@ def main(config, estimate=estimate):
         log(done, **record)
         kl = record.get("kl", kl)
         if dist.is_main and (done == 1 or done % config.sample_every == 0):
-            show_samples(bar, run_dir, done, batch, weights)
+            show_samples(bar, log, done, batch, weights)
         bar.set_postfix(
             reward=f"{record['reward']:.2f}",
             accuracy=f"{accuracy:.1%}",
@@ -859,8 +859,9 @@ def summarise(figures, sums, trained, config, dist):
     return record | {"loss": loss}
 
 
-def show_samples(bar, run_dir, step, batch, weights):
-    """Print the best and the worst rollout of the group that differs most, with each part of its reward."""
+def show_samples(bar, log, step, batch, weights):
+    """The best and the worst rollout of the group that differs most, with each part of its reward; and how lengths,
+    rewards and log-probabilities are distributed, for the trackers."""
     total = sum(w * batch.rewards[name] for name, w in weights.items())  # (n, R)
     g = (total.max(1).values - total.min(1).values).argmax().item()
     lines = [f"step {step}: {batch.problems[g].question} (answer {batch.problems[g].answer})"]
@@ -868,8 +869,9 @@ def show_samples(bar, run_dir, step, batch, weights):
         parts = "  ".join(f"{name} {values[g, r]:.4g}" for name, values in batch.rewards.items())
         lines.append(f"  [{parts}  sum {total[g, r]:.2f}]  {batch.texts[g * total.shape[1] + r]!r}")
     bar.write("\n".join(lines))
-    with (run_dir / "samples.md").open("a") as file:
-        file.write("\n".join(lines) + "\n\n")
+    log.samples(step, "\n".join(lines))
+    mask = batch.rollout.mask
+    log.show(step, histograms={"rewards": total, "lengths": mask.sum(1), "logprobs": batch.rollout.logprobs[mask]})
 
 
 def validate(raw, tokenizer, problems, config, dist):

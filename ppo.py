@@ -649,7 +649,8 @@ def main(config):
                 checkpoint("best", done)
         log(done, **record)
         if dist.is_main and (done == 1 or done % config.sample_every == 0):
-            show_samples(bar, run_dir, done, texts, chosen, scores, truth, R)
+            show_samples(bar, log, done, texts, chosen, scores, truth, R)
+            log.show(done, histograms={"scores": scores, "advantages": advantages[mask], "values": values[mask]})
         bar.set_postfix(
             score=f"{record['score']:.2f}",
             correct=f"{record['correct']:.1%}",
@@ -662,7 +663,7 @@ def main(config):
     return finish(config, dist, run_dir, before, held_out("test"), time.perf_counter() - began)
 
 
-def show_samples(bar, run_dir, step, texts, chosen, scores, truth, R):
+def show_samples(bar, log, step, texts, chosen, scores, truth, R):
     """The rollouts of the highest and of the lowest score, with the verifier's judgement."""
     lines = [f"step {step}"]
     for row in dict.fromkeys((scores.argmax().item(), scores.argmin().item())):
@@ -670,8 +671,7 @@ def show_samples(bar, run_dir, step, texts, chosen, scores, truth, R):
         lines.append(f"  [score {scores[row]:.2f}, {verdict}] {problem.question} (answer {problem.answer})")
         lines.append(f"    {texts[row]!r}")
     bar.write("\n".join(lines))
-    with (run_dir / "samples.md").open("a") as file:
-        file.write("\n".join(lines) + "\n\n")
+    log.samples(step, "\n".join(lines))
 
 
 def finish(config, dist, run_dir, before, after, seconds):

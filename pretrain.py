@@ -30,6 +30,7 @@ Run it:
 """
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -50,6 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+from attention import attention_entropy, attention_weights
 from data import batch_at, load_text, narrative_entropy, open_stream, stream_path, tokenise
 from generate import ConfigError, generate, open_checkpoint, run
 from moe import balancing_losses, expert_load, update_biases
@@ -404,6 +406,7 @@ class Log:
 
     def __init__(self, run_dir, config, dist, first_step=0):
         self.active, self.path, self.wandb = dist.is_main, run_dir / "metrics.jsonl", None
+        self.run_dir = run_dir
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
@@ -436,6 +439,35 @@ class Log:
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(record, step=step)
+
+    def samples(self, step, text):
+        """What the model said, in Markdown: into samples.md and to the trackers."""
+        if not self.active:
+            return
+        with (self.run_dir / "samples.md").open("a") as file:
+            file.write(text.rstrip("\n") + "\n\n")
+        self.board.add_text("samples", text, step)
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+
+    def show(self, step, pictures=(), histograms=()):
+        """For the trackers alone. pictures: names of PNG files in the run directory; histograms: {name: tensor}."""
+        if not self.active:
+            return
+        from matplotlib.image import imread
+
+        for name in pictures:
+            self.board.add_image(name, imread(self.run_dir / f"{name}.png"), step, dataformats="HWC")
+        for name, values in dict(histograms).items():
+            self.board.add_histogram(name, values.detach().float().cpu(), step)
+        if self.wandb is not None:
+            import wandb
+
+            shown = {name: wandb.Image(str(self.run_dir / f"{name}.png")) for name in pictures}
+            shown |= {k: wandb.Histogram(v.detach().float().cpu().numpy()) for k, v in dict(histograms).items()}
+            self.wandb.log(shown, step=step)
 
     def close(self):
         if self.active:
@@ -513,6 +545,38 @@ def draw_curves(run_dir, title, panels):
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(Path(run_dir) / "curves.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_attention(run_dir, raw, tokenizer, text, most=24):
+    """attention.png: who looks at whom in the first tokens of a text; a row per block, a column per head, up to 6 x 6.
+    Over each its mean entropy: e to that power is the number of tokens that a query looks at."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ids = tokenizer.encode(text[: 40 * most])[: min(most, raw.config.context)]
+    training = raw.training
+    raw.eval()
+    maps = attention_weights(raw, torch.tensor([ids], device=raw.embed.weight.device))  # per block (1, H, T, T)
+    raw.train(training)
+    rows, columns = min(6, len(maps)), min(6, maps[0].shape[1])
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.0 * rows + 0.9), squeeze=False)
+    labels = [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
+    for layer in range(rows):
+        entropies = attention_entropy(maps[layer])[0].mean(1).tolist()  # H
+        for head in range(columns):
+            axis = axes[layer, head]
+            axis.imshow(maps[layer][0, head].cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
+            axis.set_title(f"{layer + 1}.{head + 1}: {entropies[head]:.2f} nats", fontsize=7)
+            axis.set(xticks=[], yticks=[])
+        axes[layer, 0].set_yticks(range(len(ids)), labels, fontsize=4)
+    for axis in axes[-1]:
+        axis.set_xticks(range(len(ids)), labels, fontsize=4, rotation=90)
+    figure.suptitle("attention weights, block.head: query (row) to key (column)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(Path(run_dir) / "attention.png", dpi=150)
     plt.close(figure)
 
 
@@ -892,8 +956,11 @@ def main(config):
             if dist.is_main:
                 text = sample_text(readable, tokenizer, config.seed)
                 bar.write(f"step {done}  loss {loss_sum:.3f}  valid {record['valid_loss']:.3f}  | {text!r}")
-                with (run_dir / "samples.md").open("a") as file:
-                    file.write(f"**step {done}** (validation loss {record['valid_loss']:.3f})\n\n{text}\n\n")
+                log.samples(done, f"**step {done}** (validation loss {record['valid_loss']:.3f})\n\n{text}")
+                log.show(done, histograms={f"weights/{n}": p for n, p in readable.named_parameters()})
+                if done == config.steps:  # a second or two
+                    draw_attention(run_dir, readable, tokenizer, texts["valid"][0])
+                    log.show(done, ["attention"])
             if record["valid_loss"] < best:
                 best = record["valid_loss"]
                 checkpoint("best", done)

@@ -624,7 +624,7 @@ def main(config):
             record |= {k: result[k] for k in ("accuracy", "f1", "length")}
             if dist.is_main:
                 bar.write(f"step {done}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
-                write_samples(run_dir, done, result["samples"][:3])
+                write_samples(log, done, result["samples"][:3])
             if result[metric] > best:
                 best = result[metric]
                 checkpoint("best", done)
@@ -682,12 +682,13 @@ def sweep(config):
     return results[best] | {"lr": best}
 
 
-def write_samples(run_dir, step, samples):
-    with (run_dir / "samples.md").open("a") as file:
-        for problem, text, correct, _, _ in samples:
-            verdict = "right" if correct else f"wrong, the answer is {problem.answer}"
-            verdict = verdict if problem.answer else f"token F1 {token_f1(text, problem.solution):.2f}"
-            file.write(f"**step {step}, {verdict}**\n\n> {problem.question}\n\n```\n{text}\n```\n\n")
+def write_samples(log, step, samples):
+    shown = []
+    for problem, text, correct, _, _ in samples:
+        verdict = "right" if correct else f"wrong, the answer is {problem.answer}"
+        verdict = verdict if problem.answer else f"token F1 {token_f1(text, problem.solution):.2f}"
+        shown.append(f"**step {step}, {verdict}**\n\n> {problem.question}\n\n```\n{text}\n```")
+    log.samples(step, "\n\n".join(shown))
 
 
 if __name__ == "__main__":

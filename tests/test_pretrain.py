@@ -126,6 +126,38 @@ def test_a_run_learns_and_leaves_everything(here, capsys):
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["config"]["steps"] == 60
 
 
+def test_tensorboard_gets_it_all(here):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain.main(config(eval_every=3))
+    board = EventAccumulator(str(here / "runs/pretrain/tensorboard"), {"images": 0, "histograms": 0, "tensors": 0})
+    board.Reload()
+    logged = {e.step: e.value for e in board.Scalars("loss")}
+    assert logged == pytest.approx(metrics("runs/pretrain", "loss"))
+    histograms = board.Histograms("weights/blocks.0.attn.wq.weight")
+    assert [h.step for h in histograms] == [3, 6]
+    wq = weights("runs/pretrain/last")["model.layers.0.self_attn.q_proj.weight"]
+    got = histograms[-1].histogram_value
+    assert (got.num, got.min, got.max) == (wq.numel(), wq.min().item(), wq.max().item())
+    assert board.Images("attention")[0].encoded_image_string.startswith(b"\x89PNG")
+    text = board.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert text in (here / "runs/pretrain/samples.md").read_text()
+
+
+def test_weights_and_biases_gets_it_all(here, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    pretrain.main(config(eval_every=3, wandb="a-project"))
+    assert wandb.run is None  # finished
+    (folder,) = (here / "wandb").glob("offline-run-*")
+    assert len(list((folder / "files/media/images").glob("attention_6_*.png"))) == 1
+    assert len(list((folder / "files/media/html").glob("samples_*.html"))) == 2
+    written = next(folder.glob("*.wandb")).read_bytes()
+    for name in (b"a-project", b"grad_norm", b"valid_bits_per_byte", b"weights/blocks.0.attn.wq.weight"):
+        assert name in written
+
+
 def test_the_final_validation_loss_is_torchs_cross_entropy(here):
     pretrain.main(config())
     from generate import open_checkpoint

@@ -817,10 +817,13 @@ STYLE_URL = (
 )
 
 
+HH_URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/"
+
+
 class Source(NamedTuple):
     path: str  # below $ALIGN_DATA
     url: str = ""  # "" = cannot be downloaded from here
-    sha256: str = ""
+    sha256: str = ""  # "" = not at hand when this was written: what comes is taken as it is
 
 
 SHAKESPEARE = Source(
@@ -851,6 +854,7 @@ DATASETS: dict[str, dict[str, Source]] = {
         "train": Source("preferences/ultrafeedback_train.jsonl"),
         "test": Source("preferences/ultrafeedback_test.jsonl"),
     },
+    "hh": {s: Source(f"preferences/hh_helpful_{s}.jsonl.gz", f"{HH_URL}{s}.jsonl.gz") for s in ("train", "test")},
     "instructions": {"train": Source("instruction/instruction_data.json")},
     "ratings": {"train": Source("ratings/rated_responses.csv")},
     "style": {
@@ -909,7 +913,7 @@ def download(name: str, split: str = "train") -> Path:
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
-        if digest.hexdigest() != source.sha256:
+        if source.sha256 and digest.hexdigest() != source.sha256:
             raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {source.sha256}; {by_hand}")
         os.replace(partial, path)
     except OSError as error:  # URLError is one
@@ -935,9 +939,14 @@ def read_text(path: Path) -> str:
 
 
 def load_problems(
-    name: str | Path = "word", split: str = "train", n: int | None = None, levels: Sequence[int] = (1, 2)
+    name: str | Path = "word",
+    split: str = "train",
+    n: int | None = None,
+    levels: Sequence[int] = (1, 2),
+    skip_bad: bool = False,
 ) -> list[Problem]:
-    """The problems of a split, at most n.
+    """The problems of a split, at most n. skip_bad: records that cannot be used are counted and left out, in one
+    printed line, instead of ending it.
 
     "word"    generated at `levels`: 20,000 for train, 1,000 for valid and for test, unless n says otherwise
     "gsm8k"   test is the published test split; valid the last 500 of the published train split, train the
@@ -950,7 +959,7 @@ def load_problems(
         return word_problems(split, (20_000 if split == "train" else 1_000) if n is None else n, levels)
     path = find(name, {"valid": "train"}.get(split, split) if name == "gsm8k" else "train")
     story = "gsm8k" if name == "gsm8k" else "file"
-    problems = [problem_from(record, f"{path} {place}", story) for place, record in read_records(path)]
+    problems = read_all(path, lambda record, where: problem_from(record, where, story), skip_bad)
     if name == "gsm8k":
         problems = problems[-500:] if split == "valid" else problems[:-500] if split == "train" else problems
     else:
@@ -958,6 +967,20 @@ def load_problems(
     if not problems:
         raise DataError(f"{path} has no problem in the split {split}: the split is by hash, add more records")
     return problems[:n]
+
+
+def read_all(path: Path, parse, skip_bad: bool) -> list:
+    """What `parse(record, where)` makes of each record. skip_bad: those that it refuses are counted and left out."""
+    found, bad = [], []
+    for place, record in read_records(path):
+        try:
+            found.append(parse(record, f"{path} {place}"))
+        except DataError as error:
+            if not skip_bad:
+                raise
+            bad.append(str(error).removeprefix(f"{path} "))
+    report_skipped(path, {"records that cannot be used": bad})
+    return found
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
@@ -1139,6 +1162,7 @@ class Pair:
     chosen: str
     rejected: str
     kind: str
+    history: tuple[tuple[str, str], ...] = ()  # earlier turns, (role, content) each
 
 
 def load_pairs(
@@ -1148,14 +1172,16 @@ def load_pairs(
     levels: Sequence[int] = (1, 2),
     seed: int = 0,
     kinds: Sequence[str] = CORRUPTIONS,
+    skip_bad: bool = False,
 ) -> list[Pair]:
-    """The preference pairs of a split, at most n.
+    """The preference pairs of a split, at most n. skip_bad: as for `load_problems`.
 
     "word"           the problems of `load_problems`, each solution against one corrupted by `corrupt`, the `kinds` in
                      turn (one that is named twice comes twice as often); 20,000 for train, 1,000 for valid and for
                      test; `seed` draws the corruptions
     "ultrafeedback"  test is the published test split; of the published train split the prompts whose hash says
                      "valid" are valid and the rest train. Pairs of equal scores have the kind "equal_scores"
+    "hh"             Anthropic's helpful-base dialogues (arXiv:2204.05862), split as "ultrafeedback" is
     "style"          polite against rude wordings; the split by the hash of the prompt
     a path           JSONL, a JSON array or CSV of {"prompt", "chosen", "rejected"}; the split by the hash of the prompt
 
@@ -1167,13 +1193,14 @@ def load_pairs(
         if unknown := set(kinds) - set(CORRUPTIONS):
             raise DataError(f"unknown corruption {min(unknown)!r}: choose from {', '.join(CORRUPTIONS)}")
         return [word_pair(problem, i // len(levels), split, seed, kinds) for i, problem in enumerate(problems)]
-    published = name == "ultrafeedback"
-    if name in DATASETS and name not in ("ultrafeedback", "style"):
-        raise DataError(f"{name} has no preference pairs: choose word, ultrafeedback, style, or the path of a .jsonl")
+    published = name in ("ultrafeedback", "hh")
+    if name in DATASETS and not published and name != "style":
+        known = "word, ultrafeedback, hh, style"
+        raise DataError(f"{name} has no preference pairs: choose {known}, or the path of a .jsonl")
     path = find(name, split if published and split == "test" else "train")
     pairs, same, empty = [], [], []
-    for place, record in read_records(path):
-        pair = pair_from(record, f"{path} {place}", str(name))
+    for place, pair in read_all(path, lambda record, where: (where, pair_from(record, where, str(name))), skip_bad):
+        place = place.removeprefix(f"{path} ")
         if not pair.chosen or not pair.rejected:
             empty.append(place)
         elif pair.chosen == pair.rejected:
@@ -1181,7 +1208,7 @@ def load_pairs(
         elif published and split == "test":
             pairs.append(pair)
         else:
-            part = split_of(pair.prompt)
+            part = split_of(" ".join([*(content for _, content in pair.history), pair.prompt]))
             if (("valid" if part == "valid" else "train") if published else part) == split:
                 pairs.append(pair)
     report_skipped(path, {"pairs of equal answers": same, "pairs with an empty answer": empty})
@@ -1204,7 +1231,10 @@ def word_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequenc
 
 
 def pair_from(record: dict, where: str, name: str) -> Pair:
-    """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not."""
+    """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not. Or, as
+    Anthropic writes them, two whole dialogues {"chosen", "rejected"} that differ in the assistant's last turn."""
+    if str(record.get("chosen")).lstrip().startswith("Human:"):
+        return pair_of_dialogues(record, where)
     prompt = prompt_of(record, where)
     kind = name if name in DATASETS else "file"
     if name == "ultrafeedback":
@@ -1212,6 +1242,21 @@ def pair_from(record: dict, where: str, name: str) -> Pair:
         if scores.get("score_chosen") is not None and scores.get("score_chosen") == scores.get("score_rejected"):
             kind = "equal_scores"
     return Pair(prompt, text_of(record, "chosen", where), text_of(record, "rejected", where), kind)
+
+
+def pair_of_dialogues(record: dict, where: str) -> Pair:
+    said = []
+    for key in ("chosen", "rejected"):
+        start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text_of(record, key, where))
+        roles, contents = parts[::2], [content.strip() for content in parts[1::2]]
+        if start or roles != ["Human", "Assistant"] * (len(roles) // 2) or not all(contents[:-1]):
+            raise DataError(f"{where}: {key!r} must be Human and Assistant in turn, the Assistant last, not {roles}")
+        names = {"Human": "user", "Assistant": "assistant"}
+        said.append([(names[role], content) for role, content in zip(roles, contents, strict=True)])
+    (*history, (_, prompt), (_, chosen)), (*_, (_, rejected)) = said
+    if said[0][:-1] != said[1][:-1]:
+        raise DataError(f"{where}: the dialogues differ before the assistant's last turn")
+    return Pair(prompt, chosen, rejected, "hh", tuple(history))
 
 
 def report_skipped(path: Path, skipped: dict[str, list[str]]) -> None:

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Problem, load_pairs, load_problems
+from data import load_pairs, load_problems
 from generate import ConfigError, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
 from pretrain import (
@@ -64,7 +64,18 @@ from pretrain import (
     save,
     setup,
 )
-from sft import answer_logprobs, encode_prompt, evaluate, fitting, is_correct, pack_answers, rows_at, sft_start, wilson
+from sft import (
+    answer_logprobs,
+    encode_group,
+    encode_prompt,
+    evaluate,
+    fitting,
+    is_correct,
+    pack_answers,
+    rows_at,
+    sft_start,
+    wilson,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objective, as pure functions of h, the margin between the implicit rewards.
@@ -147,8 +158,7 @@ def dpo_loss(
 
 
 def encode_pair(tokenizer, pair):
-    prompt = encode_prompt(tokenizer, Problem(pair.prompt, pair.chosen, "", 1, pair.kind))
-    chosen, rejected = ([*tokenizer.encode(text), tokenizer.im_end_id] for text in (pair.chosen, pair.rejected))
+    prompt, (chosen, rejected) = encode_group(tokenizer, pair)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -263,7 +273,9 @@ class Config:
     """Fit a policy to preference pairs (DPO)."""
 
     data: str = "word"
-    """word (built-in problems), gsm8k (sampled pairs), ultrafeedback, style, or the path of a .jsonl of pairs."""
+    """word (built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or the path of a .jsonl of pairs."""
+    skip_bad: bool = False
+    """Count and leave out records that cannot be used, instead of stopping at the first."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
     pairs: str | None = None
@@ -381,7 +393,8 @@ def make_pairs(config, dist, raw, tokenizer, problems, autocast):
                     f"{split}: {len(pairs):,} pairs from {config.rollouts} answers to {n:,} prompts, {right:.1%} right"
                 )
         else:
-            found = load_pairs(config.data, split, most[split], tuple(config.levels), config.seed)
+            how = {"seed": config.seed, "skip_bad": config.skip_bad}
+            found = load_pairs(config.data, split, most[split], tuple(config.levels), **how)
             pairs = [encode_pair(tokenizer, pair) for pair in found]
             lengths = [len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs]
             pairs = fitting(pairs, lengths, raw.config.context, f"{split} pair", dist)

@@ -77,7 +77,7 @@ from pretrain import (
     save,
     setup,
 )
-from sft import collate, fitting, is_correct, pack_answers, rows_at, sft_start, start_name, wilson
+from sft import collate, encode_group, fitting, is_correct, pack_answers, rows_at, sft_start, start_name, wilson
 from tokenizer_bpe import load_tokenizer
 from transformer import (
     LAYOUTS,
@@ -322,12 +322,6 @@ def encode_answer(tokenizer, answer):
     return [*tokenizer.encode(answer), tokenizer.im_end_id]
 
 
-def encode_pair(tokenizer, pair):
-    """-> a group of two: (prompt ids, [chosen ids, rejected ids])."""
-    answers = [encode_answer(tokenizer, answer) for answer in (pair.chosen, pair.rejected)]
-    return encode_prompt(tokenizer, pair.prompt), answers
-
-
 def sample_answers(policy, tokenizer, problems, n, config, split, dist, batch=32):
     """n answers of the policy to each problem, at temperature 1: [[(text, right, ended), …], …].
 
@@ -374,7 +368,7 @@ def make_pairs(config, policy, tokenizer, dist):
         pairs[split] = []
         if config.data != "word" or config.pairs != "sampled":
             kinds = config.kinds if split == "train" else CORRUPTIONS
-            pairs[split] += load_pairs(config.data, split, n, levels, config.seed, kinds)
+            pairs[split] += load_pairs(config.data, split, n, levels, config.seed, kinds, config.skip_bad)
         if config.data == "word" and config.pairs != "corrupted":
             problems = load_problems("word", split, config.sample_problems if split == "train" else n, levels)
             groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist)
@@ -517,7 +511,9 @@ class Config:
     """Train a reward model on pairs of answers."""
 
     data: str = "word"
-    """word (built-in problems), ultrafeedback, style, or the path of a .jsonl of prompt, chosen, rejected."""
+    """word (built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt, chosen, rejected."""
+    skip_bad: bool = False
+    """Count and leave out records that cannot be used, instead of stopping at the first."""
     pairs: str = "both"
     """Of the built-in problems: corrupted solutions, sampled from --init and judged by the verifier, or both."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
@@ -625,7 +621,7 @@ def text_start(config, dist):
     if dist.is_main:
         print(f"no --init given: pretraining a start on the text of the pairs of {config.data} -> {RUNS / name}")
         text.parent.mkdir(parents=True, exist_ok=True)
-        pairs = load_pairs(config.data, "train", None)
+        pairs = load_pairs(config.data, "train", None, skip_bad=config.skip_bad)
         text.write_text("\n\n".join(f"{p.prompt}\n{p.chosen}\n\n{p.rejected}" for p in pairs), encoding="utf-8")
     if dist.world > 1:
         distributed.barrier()
@@ -662,13 +658,15 @@ def main(config):
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
     if config.data != "word":
-        load_pairs(config.data, "train", 1)  # a wrong name is said before a start is made for it
+        load_pairs(
+            config.data, "train", 1, skip_bad=config.skip_bad
+        )  # a wrong name is said before a start is made for it
     init = config.init or (sft_start if config.data == "word" else text_start)(config, dist)
     raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
     pad, context = tokenizer.endoftext_id, raw.config.context
     pairs, groups = make_pairs(config, policy, speaks, dist), {}
     for split in pairs:
-        both = [(pair, encode_pair(tokenizer, pair)) for pair in pairs[split]]
+        both = [(pair, encode_group(tokenizer, pair)) for pair in pairs[split]]
         lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
         both = fitting(both, lengths, context, f"{split} pair", dist)
         pairs[split], groups[split] = map(list, zip(*both, strict=True))

@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 import pretrain
 from attention import causal_mask, document_mask
-from data import extract_answer, load_problems, same_answer
+from data import Problem, extract_answer, load_problems, same_answer
 from generate import ConfigError, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
 from pretrain import (
@@ -89,6 +89,12 @@ def chat(problem):
 def encode_prompt(tokenizer, problem):
     """The ids up to where the assistant begins its last turn."""
     return tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)[0]
+
+
+def encode_group(tokenizer, pair):
+    """-> a group of two: (prompt ids, [chosen ids, rejected ids]), each answer with its end, as if it were sampled."""
+    prompt = encode_prompt(tokenizer, Problem(pair.prompt, pair.chosen, "", 1, pair.kind, pair.history))
+    return prompt, [[*tokenizer.encode(answer), tokenizer.im_end_id] for answer in (pair.chosen, pair.rejected)]
 
 
 def encode_example(tokenizer, problem, weighted=False):
@@ -398,6 +404,9 @@ class Config:
     data: str = "word"
     """word (built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or .csv of questions and
     answers, conversations (messages), instructions or rated responses."""
+    skip_bad: bool = False
+    """Count and leave out records that cannot be used (a rating outside 1 to 5, an empty response), instead of stopping
+    at the first."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
     demonstrations: int | None = None
@@ -508,11 +517,8 @@ def main(config):
     if config.batch % dist.world:
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
-    problems = {
-        "train": load_problems(config.data, "train", config.demonstrations, tuple(config.levels)),
-        "valid": load_problems(config.data, "valid", config.eval_problems, tuple(config.levels)),
-        "test": load_problems(config.data, "test", config.test_problems, tuple(config.levels)),
-    }
+    most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
+    problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
     problems["train"] = worth_training(problems["train"], config, dist)
     for split in ("valid", "test"):  # only good responses are references
         good = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]

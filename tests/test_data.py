@@ -749,6 +749,27 @@ def test_instructions(tmp_path):
     assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)
 
 
+def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
+    rows = [f"p{i},r{i},{3 if i % 20 else 7}" for i in range(100)]
+    path = tmp_path / "rated.csv"
+    path.write_text("\n".join(["prompt,response,rating", *rows, "p,,4"]) + "\n")
+    with pytest.raises(DataError, match="record 1: the rating is 7"):
+        load_problems(path, "train")
+    kept = [p for split in data.SPLITS for p in load_problems(path, split, skip_bad=True)]
+    assert len(kept) == 95
+    assert all(p.rating == 3 for p in kept)
+    said = capsys.readouterr().out.splitlines()
+    line = "rated.csv: skipped 6 records that cannot be used (first: record 1: the rating is 7, it must be from 1 to 5)"
+    assert len(said) == 3
+    assert all(s.endswith(line) for s in said)
+
+    path = write_pairs(tmp_path / "pairs.jsonl", *[pair_record(f"prompt {i}") for i in range(100)], {"prompt": "p"})
+    with pytest.raises(DataError, match="line 101"):
+        load_pairs(path, "train")
+    assert sum(len(load_pairs(path, split, skip_bad=True)) for split in data.SPLITS) == 100
+    assert "skipped 1 records that cannot be used (first: line 101: the key" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not (REAL / "ratings").is_dir(), reason="no ratings/ in $ALIGN_DATA")
 def test_real_ratings_and_instructions():
     ratings = [problem.rating for split in data.SPLITS for problem in load_problems("ratings", split)]
@@ -792,6 +813,39 @@ def test_word_pairs():
     again = load_pairs("word", "train", 600, (1, 2, 3), seed=1)
     assert [pair.prompt for pair in again] == [pair.prompt for pair in pairs]
     assert sum(a.rejected != b.rejected for a, b in zip(again, pairs, strict=True)) > 200
+
+
+def test_pairs_of_dialogues(tmp_path, monkeypatch):
+    """Anthropic's transcripts, by name, from a file that stands where the download would."""
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    one = {"chosen": "\n\nHuman: Is it 2?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Is it 2?\n\nAssistant: No: 3."}
+    start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nNice day.\n\nHuman: Human: what?\n\nAssistant:"
+    long = {"chosen": start + " A human.", "rejected": start + " Who knows?"}
+    (tmp_path / "preferences").mkdir()
+    with gzip.open(tmp_path / "preferences/hh_helpful_test.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in (one, long))
+    short, deep = load_pairs("hh", "test")
+    assert (short.prompt, short.chosen, short.rejected, short.kind) == ("Is it 2?", "Yes.", "No: 3.", "hh")
+    assert short.history == ()
+    assert (deep.prompt, deep.chosen, deep.rejected) == ("Human: what?", "A human.", "Who knows?")
+    assert deep.history == (("user", "Hi"), ("assistant", "Hello.\n\nNice day."))
+    bad = [
+        {"chosen": start + " x", "rejected": one["rejected"]},
+        {"chosen": start + " x\n\nHuman: more", "rejected": start + " y"},
+        {"chosen": "\n\nHuman: \n\nAssistant: x", "rejected": "\n\nHuman: \n\nAssistant: y"},
+    ]
+    for record, message in zip(bad, ("differ before", "the Assistant last", "must be Human"), strict=True):
+        with pytest.raises(DataError, match=f"line 1: .*{message}"):
+            load_pairs(write_pairs(tmp_path / "bad.jsonl", record), "train")
+
+
+def test_a_dialogues_history_decides_its_split(tmp_path):
+    ask = [f"\n\nHuman: {i}\n\nAssistant: ok\n\nHuman: same\n\nAssistant:" for i in range(60)]
+    path = write_pairs(tmp_path / "d.jsonl", *[{"chosen": f"{a} yes", "rejected": f"{a} no"} for a in ask])
+    for split in data.SPLITS:
+        assert {p.history[0][1] for p in load_pairs(path, split)} == {
+            str(i) for i in range(60) if data.split_of(f"{i} ok same") == split
+        }
 
 
 def test_pairs_of_a_file(tmp_path, capsys):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import pretrain
 import sft
-from data import Problem, load_problems
+from data import Pair, Problem, load_problems
 from generate import ConfigError, Rollout, open_checkpoint
-from sft import Config, chat, collate, encode_example, evaluate, pack_examples, rows_at, sft_loss, wilson
+from sft import Config, chat, collate, encode_example, encode_group, evaluate, pack_examples, rows_at, sft_loss, wilson
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -62,6 +62,14 @@ def test_every_turn_of_the_assistant_is_trained(tokenizer):
     prompt = sft.encode_prompt(tokenizer, problem)
     assert ids[: len(prompt)] == prompt
     assert ids[len(prompt) :] == [*said[1], *tokenizer.encode("\n")]
+
+
+def test_a_pair_is_encoded_behind_all_that_was_said(tokenizer):
+    pair = Pair("And 3?", "Yes.", "No.", "file", (("user", "Is 2 even?"), ("assistant", "It is.")))
+    prompt, answers = encode_group(tokenizer, pair)
+    said = "<|im_start|>user\nIs 2 even?<|im_end|>\n<|im_start|>assistant\nIt is.<|im_end|>\n"
+    assert tokenizer.decode(prompt) == said + "<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(answer) for answer in answers] == ["Yes.<|im_end|>", "No.<|im_end|>"]
 
 
 def test_a_rating_weighs_its_tokens(tokenizer):

@@ -689,10 +689,12 @@ def main(config):
     failed = []
     bar = tqdm(total=len(experiment.variants) * len(seeds), initial=len(results), unit="run", desc=name)
     with ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # the first run of a seed may make the start that the others of that seed share: it goes ahead alone
-        makes_start = any(stage != "pretrain" for stages in experiment.variants.values() for stage, _ in stages)
-        waves = [[t for t in todo if t[1] == s] for s in seeds] if makes_start else [todo]
-        waves = [part for wave in waves for part in ((wave[:1], wave[1:]) if makes_start else (wave,)) if part]
+        # The first run of a seed may make the start that the others of that seed share: those go ahead.
+        stages = {stage for stages in experiment.variants.values() for stage, _ in stages}
+        bare = [s for s in seeds if not (RUNS / start_name("word", s, "sft") / "finished").exists()]
+        ahead = [next(t for t in todo if t[1] == s) for s in bare if any(t[1] == s for t in todo)]
+        ahead = ahead if stages != {"pretrain"} else []
+        waves = [ahead, [t for t in todo if t not in ahead]]
         for wave in waves:
             jobs = {pool.submit(run_one, settings, folder, threads): (v, s, folder) for v, s, settings, folder in wave}
             for job in as_completed(jobs):

@@ -833,8 +833,9 @@ def test_pairs_of_dialogues(tmp_path, monkeypatch):
         {"chosen": start + " x", "rejected": one["rejected"]},
         {"chosen": start + " x\n\nHuman: more", "rejected": start + " y"},
         {"chosen": "\n\nHuman: \n\nAssistant: x", "rejected": "\n\nHuman: \n\nAssistant: y"},
+        {"chosen": one["chosen"], "rejected": f"Well.{one['rejected']}"},
     ]
-    for record, message in zip(bad, ("differ before", "the Assistant last", "must be Human"), strict=True):
+    for record, message in zip(bad, ("differ before", "the Assistant last", "must be Human", "must be"), strict=True):
         with pytest.raises(DataError, match=f"line 1: .*{message}"):
             load_pairs(write_pairs(tmp_path / "bad.jsonl", record), "train")
 

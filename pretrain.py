@@ -39,6 +39,7 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -105,6 +106,8 @@ def setup(device="auto"):
         store, rank, _ = next(distributed.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # torch 2.13 renames DDP's broadcast_buffers; older ones do not know the new name.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         backend = "nccl" if device.startswith("cuda") else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))

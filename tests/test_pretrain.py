@@ -443,6 +443,7 @@ def test_two_processes_equal_one(here):
     one = script("pretrain.py", *flags(name="one"), cwd=here)
     two = script("pretrain.py", *flags(name="two", micro_batch=2), cwd=here, processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert "Warning" not in one.stderr + two.stderr
     for name in ("loss", "grad_norm", "valid_loss"):
         a, b = metrics("runs/one", name), metrics("runs/two", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-5), name

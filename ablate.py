@@ -64,6 +64,7 @@ class Experiment:
     draw: dict
     quick: dict = field(default_factory=lambda: {"steps": 4})
     bars: tuple = ()  # columns that are drawn beside the first
+    front: tuple = ()  # two columns to draw against each other, a point per run
     against: str | None = None  # the variant that the others are compared with; default the first
     measure: str | None = None  # name of a function of this file: (folder, figures, settings) -> more figures
 
@@ -129,6 +130,20 @@ def standing(folder, figures, settings):
         "length": greedy["length"],
         "kl": kl_to_reference(raw, start, tokenizer, prompts, 64, dist),
     }
+
+
+def earned(folder, figures, settings):
+    """From the log: the share of rollouts that earned each reward in the last 20 steps, and the share of groups, over
+    all steps, in which different rewards got one advantage (see gdpo.collapse)."""
+    series, (stage, flags) = read_metrics(folder), settings["stages"][-1]
+    more = {
+        f"earned_{name}": 100 * statistics.mean(series[f"reward_{name}"][1][-20:])
+        for name in ("correct", "format", "brevity")
+    }
+    if stage == "gdpo":
+        method = "grpo" if flags.get("combine") == "sum" else "gdpo"
+        more["collapsed"] = 100 * statistics.mean(series[f"collapsed_{method}"][1])
+    return more
 
 
 @torch.no_grad()
@@ -402,8 +417,17 @@ EXPERIMENTS = {
             "GRPO, sum": _grpo("gdpo", combine="sum", format_weight=0.5, brevity_weight=0.5),
             "GDPO": _grpo("gdpo", format_weight=0.5, brevity_weight=0.5),
         },
-        _RL,
-        {"reward_correct": "right", "reward_format": "format", "length": "tokens"},
+        _RL
+        | {"earned_correct": "right (%)", "earned_format": "tidy (%)", "earned_brevity": "brief (%)"}
+        | {"collapsed": "groups collapsed (%)"},
+        {
+            "reward_correct": "share of right rollouts",
+            "reward_format": "share of tidy rollouts",
+            "reward_brevity": "share of brief rollouts",
+            "collapsed_grpo": "groups that the sum collapses",
+        },
+        front=("earned_brevity", "earned_correct"),
+        measure="earned",
     ),
     "dpo": Experiment(
         "Beta and variant, offline against sampled pairs.",
@@ -571,7 +595,7 @@ def draw(experiment, results, folders, seeds, target):
         for k in ("stream_built", "gradient_built", "stream_trained", "by_position", "copied")
         if k in results[variants[0], seeds[0]]
     ]
-    panels = len(metrics) + len(experiment.draw) + len(extra)
+    panels = len(metrics) + len(experiment.draw) + len(extra) + bool(experiment.front)
     columns = 2 if panels == 4 else min(3, panels)
     rows = math.ceil(panels / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False)
@@ -620,6 +644,13 @@ def draw(experiment, results, folders, seeds, target):
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         if "built" in name or "stream" in name:
             axis.set_yscale("log")
+        axis.grid(alpha=0.25)
+    if experiment.front:
+        axis, (x, y) = others[len(experiment.draw) + len(extra)], experiment.front
+        for i, variant in enumerate(variants):
+            points = [(results[variant, s][x], results[variant, s][y]) for s in seeds]
+            axis.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=variant)
+        axis.set(xlabel=experiment.columns[x], ylabel=experiment.columns[y], title="at the end, a point per seed")
         axis.grid(alpha=0.25)
     for axis in others[panels - len(metrics) :]:
         axis.axis("off")

@@ -87,6 +87,23 @@ def fake(experiment, values):
     }
 
 
+def test_what_was_earned_is_read_from_the_log(tmp_path):
+    steps = [{"step": i, "collapsed_grpo": 0.5, "collapsed_gdpo": i / 100} for i in range(1, 26)]
+    for i, step in enumerate(steps):
+        step |= {"reward_correct": float(i >= 15), "reward_format": 1.0, "reward_brevity": 0.25}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in [{"config": {}}, *steps]))
+    got = ablate.earned(tmp_path, {}, {"stages": [["gdpo", {}]]})
+    expected = {
+        "earned_correct": 50,
+        "earned_format": 100,
+        "earned_brevity": 25,
+        "collapsed": 13,
+    }  # the last 20; all 25
+    assert got == pytest.approx(expected)
+    assert ablate.earned(tmp_path, {}, {"stages": [["gdpo", {"combine": "sum"}]]})["collapsed"] == pytest.approx(50)
+    assert "collapsed" not in ablate.earned(tmp_path, {}, {"stages": [["grpo", {}]]})
+
+
 def test_the_report_tells_apart_only_what_the_paired_interval_does(experiment, scratch):
     target = scratch / "width.md"
     # Far apart seeds, but the difference is the same in each: pairing shows what two separate intervals would hide.

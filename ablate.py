@@ -41,6 +41,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from attention import attention_entropy, attention_weights
 from data import DataError, find, load_problems
 from dpo import kl_to_reference
 from generate import ConfigError, generate, open_checkpoint, run
@@ -79,7 +80,7 @@ def layers(folder, figures, settings):
     The gradient of a layer is that of the output of block l. A placement that lets it shrink with depth trains the
     first layers slowly; one that lets the stream grow makes the late layers' branches small beside it.
     """
-    trained = open_checkpoint(figures["path"])[0]
+    trained, tokenizer, _ = open_checkpoint(figures["path"])
     torch.manual_seed(settings["seed"])
     more = {}
     for name, raw in (("built", Transformer(trained.config)), ("trained", trained)):
@@ -97,7 +98,18 @@ def layers(folder, figures, settings):
         more[f"stream_{name}"] = [x.detach().square().mean().sqrt().item() for x in seen]
         more[f"gradient_{name}"] = [x.grad.square().mean().sqrt().item() for x in seen]
     more["gradient_ratio"] = more["gradient_built"][0] / more["gradient_built"][-1]
-    return more
+    rows = torch.tensor(tokenizer.encode("".join(_text("valid"))[: 32 * 64])[: 32 * 64]).view(32, 64)
+    return more | attention_of(trained, rows)
+
+
+def attention_of(raw, rows):
+    """rows (B, T) -> the attention's mean entropy in nats, and the mean map of all blocks and heads over the first 32
+    tokens, for a picture."""
+    weights = torch.stack(attention_weights(raw, rows))  # (blocks, B, H, T, T)
+    return {
+        "entropy": attention_entropy(weights).mean().item(),
+        "attention": weights[..., :32, :32].mean((0, 1, 2)).tolist(),
+    }
 
 
 def clipping(folder, figures, settings):
@@ -155,7 +167,7 @@ def beyond(folder, figures, settings):
     ids = torch.tensor(tokenizer.encode(text))
     rows = ids[: len(ids) // (2 * context + 1) * (2 * context + 1)].view(-1, 2 * context + 1)[:64]
     inside = -raw(rows[:, :context], targets=rows[:, 1 : context + 1]).mean().item()
-    more = {"inside": inside, "outside": math.nan}
+    more = {"inside": inside, "outside": math.nan} | attention_of(raw, rows[:16, :context])
     if raw.config.positions != "learned":  # its table ends where training did
         longer = _stretched(raw, 2 * context)
         loss = -longer(rows[:, :-1], targets=rows[:, 1:])  # (rows, 2·context)
@@ -293,7 +305,9 @@ EXPERIMENTS = {
             for warmup in (50, 1)
             for placement in ("pre", "post", "sandwich")
         },
-        _LOSS | {"gradient_ratio": "gradient at block 1 / at the last, as built"},
+        _LOSS
+        | {"gradient_ratio": "gradient at block 1 / at the last, as built"}
+        | {"entropy": "attention entropy (nats)"},
         {"loss": "training loss", "grad_norm": "gradient norm"},
         measure="layers",
     ),
@@ -308,7 +322,9 @@ EXPERIMENTS = {
         "What do positions buy inside the trained length, and beyond it?",
         _CHARS,
         {kind: _pretrain(positions=kind) for kind in ("none", "learned", "sinusoidal", "rope")},
-        _LOSS | {"inside": "loss, first 128 characters", "outside": "loss, characters 129 to 256"},
+        _LOSS
+        | {"inside": "loss, first 128 characters", "outside": "loss, characters 129 to 256"}
+        | {"entropy": "attention entropy (nats)"},
         {"loss": "training loss"},
         measure="beyond",
     ),
@@ -595,7 +611,8 @@ def draw(experiment, results, folders, seeds, target):
         for k in ("stream_built", "gradient_built", "stream_trained", "by_position", "copied")
         if k in results[variants[0], seeds[0]]
     ]
-    panels = len(metrics) + len(experiment.draw) + len(extra) + bool(experiment.front)
+    maps = variants if "attention" in results[variants[0], seeds[0]] else []
+    panels = len(metrics) + len(experiment.draw) + len(extra) + bool(experiment.front) + len(maps)
     columns = 2 if panels == 4 else min(3, panels)
     rows = math.ceil(panels / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False)
@@ -652,6 +669,10 @@ def draw(experiment, results, folders, seeds, target):
             axis.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=variant)
         axis.set(xlabel=experiment.columns[x], ylabel=experiment.columns[y], title="at the end, a point per seed")
         axis.grid(alpha=0.25)
+    for axis, variant in zip(others[panels - len(metrics) - len(maps) :], maps, strict=False):
+        axis.imshow(results[variant, seeds[0]]["attention"], vmin=0, vmax=0.5, cmap="Blues")
+        axis.set_title(f"attention, {variant}: mean of all heads", fontsize=10)
+        axis.set(xlabel="key (character)", ylabel="query")
     for axis in others[panels - len(metrics) :]:
         axis.axis("off")
     handles = next((a.get_legend_handles_labels() for a in others if a.get_legend_handles_labels()[0]), ([], []))

@@ -550,8 +550,10 @@ def number(x):
 
 
 def plus_minus(values):
-    mean, half = interval(values)
-    return number(mean) if math.isnan(half) or half == 0 else f"{number(mean)} ± {number(half)}"
+    """Both with as many decimals."""
+    (mean, half), text = interval(values), number(interval(values)[0])
+    decimals = len(text.partition(".")[2])
+    return text if math.isnan(mean) or math.isnan(half) or half == 0 else f"{text} ± {half:,.{decimals}f}"
 
 
 def report(name, experiment, results, seeds, command, target):

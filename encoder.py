@@ -72,7 +72,7 @@ from pretrain import (
 )
 from sft import rows_at, wilson
 from tokenizer_bpe import BPETokenizer, load_tokenizer
-from transformer import Block, CheckpointError, FeedForward, TransformerConfig, make_norm
+from transformer import Block, CheckpointError, FeedForward, TransformerConfig, init_weights, make_norm
 
 MASK = "<|mask|>"
 LABELS = ("negative", "positive")
@@ -146,12 +146,7 @@ class Encoder(nn.Module):
             cos, sin = rope_cos_sin(torch.arange(c.context), rope_frequencies(c.head_dim, c.rope_theta))
             self.register_buffer("rope_cos", cos, persistent=False)  # (context, D)
             self.register_buffer("rope_sin", sin, persistent=False)
-        for name, p in self.named_parameters():  # as the decoder: N(0, 0.02²), smaller into the residual stream
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:
-                into_stream = name.endswith(("wo.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * c.n_layer) if into_stream else 1.0))
+        init_weights(self)  # as the decoder's
 
     def hidden(self, tokens, real=None, types=None):
         """tokens (B, T), real (B, T) True on tokens that are no padding, types (B, T) -> last states (B, T, C)."""

@@ -253,6 +253,22 @@ class Block(nn.Module):
         return x + self.dropout(self.norm2_out(f) if self.placement == "sandwich" else f)
 
 
+def init_weights(model):
+    """N(0, 0.02²) everywhere, divided by √(2 n_layer) where a branch writes into the residual stream; biases 0.
+
+    With sinusoidal positions the embedding is N(0, 1/C): times √C on its way in, it is as large as what is added to it.
+    """
+    c = model.config
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.dim() == 2:
+            into_stream = name.endswith(("wo.weight", "down.weight"))
+            sinusoidal = name == "embed.weight" and c.positions == "sinusoidal"
+            std = 0.02 / (math.sqrt(2 * c.n_layer) if into_stream else 1.0)
+            nn.init.normal_(p, std=c.width**-0.5 if sinusoidal else std)
+
+
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -267,22 +283,13 @@ class Transformer(nn.Module):
             cos, sin = self.rope_at(torch.arange(config.context))  # (context, D) each
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.init_weights()
+        init_weights(self)
 
     def rope_at(self, positions):
         """cos and sin of any positions, in the table or beyond it: (..., T) -> (..., T, D) each."""
         c = self.config
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, c.context)  # (D/2,)
         return rope_cos_sin(positions, frequencies, rope_attention_factor(c.rope_scaling, c.context))
-
-    def init_weights(self):
-        """N(0, 0.02²) everywhere, divided by √(2 n_layer) where a branch writes into the residual stream."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:
-                into_stream = name.endswith(("wo.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0))
 
     def forward(
         self,

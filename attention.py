@@ -208,9 +208,12 @@ class RollingKVCache:
             mask = in_sight(position, torch.cat([old, position], 1), self.window, self.sinks)  # (B, T, held + T)
             mask |= torch.eye(T, held + T, dtype=torch.bool, device=k.device).roll(held, 1)  # a pad sees itself
             seen = torch.cat([keys[:, :, :held], k], 2), torch.cat([values[:, :, :held], v], 2), mask[:, None]
-        stays = (position >= 0) & ((position < self.sinks) | (position > position[:, -1:] - self.window))
-        row, t = stays.nonzero(as_tuple=True)
-        n = position[row, t]
+        if T == 1:  # no question to the GPU; what a pad writes into slot 0, the row's first token overwrites
+            row, t = torch.arange(B, device=k.device), torch.zeros(B, dtype=torch.long, device=k.device)
+        else:
+            stays = (position >= 0) & ((position < self.sinks) | (position > position[:, -1:] - self.window))
+            row, t = stays.nonzero(as_tuple=True)
+        n = position[row, t].clamp(min=0)
         slot = n.where(n < self.sinks, self.sinks + (n - self.sinks) % self.window)
         keys[row, :, slot], values[row, :, slot] = k[row, :, t], v[row, :, t]  # (row, G, D) each
         return seen
@@ -308,6 +311,11 @@ def fast_attention(q, k, v, mask=None, window=None, sinks=0):
         mask = causal_mask(T, S, q.device)
     is_causal = mask is None and T > 1  # one new token sees the whole cache: no mask at all
     gqa = q.shape[1] != k.shape[1]
+    if gqa and q.is_cuda and T > 1 and (mask is not None or q.dtype == torch.float32):
+        # Shared heads with a mask, or in fp32, fit neither the flash nor the memory-efficient kernel: SDPA would take the
+        # formula without a word and store (T, S) weights. Repeated keys and values cost less.
+        n, gqa = q.shape[1] // k.shape[1], False
+        k, v = repeat_heads(k, n), repeat_heads(v, n)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
 
 
@@ -356,7 +364,7 @@ def worked_example(show=lambda line: None):
 
     q₂ = (1, 1) meets k₀ = (1, 0), k₁ = (0, 1), k₂ = (1, 1): the dot products are 1, 1, 2; divided by √2 they are
     0.7071, 0.7071, 1.4142; their exponentials 2.0281, 2.0281, 4.1133 sum to 8.1695. So the weights are 0.2483,
-    0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.483 + 4.965 + 15.105 = 22.552. Tokens 0 and 1 go the
+    0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.48 + 4.97 + 15.10 = 22.55. Tokens 0 and 1 go the
     same way with one and two keys in sight. Nothing but plain numbers here: -> (3 outputs, 3 rows of weights).
     """
     q = k = [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]

@@ -10,9 +10,10 @@ over the K chosen logits, it gives p_e / Σ_S p, the renormalised weights: exp c
 (Switch; OLMoE) the weights sum to less than 1, and with K = 1 it must be so: p / p = 1 would leave the router without
 a gradient.
 
-The constant s (`routed_scale`; DeepSeek-V3's routed_scaling_factor) is K by default. A dense feed-forward cut into K
-parts adds the parts up, s = 1 and weights that sum to 1 take their mean instead: the branch would write 1/K of the
-dense one's, and an optimizer whose steps do not depend on the gradient's size (Adam, Muon) does not make up for it.
+The constant s (`routed_scale`; DeepSeek-V3's routed_scaling_factor) is K by default if the weights sum to 1, else 1. A
+dense feed-forward cut into K parts adds the parts up, s = 1 and weights that sum to 1 take their mean instead: the
+branch would write 1/K of the dense one's, and an optimizer whose steps do not depend on the gradient's size (Adam,
+Muon) does not make up for it.
 
 The choice itself has no gradient: a router only learns from the experts that it picked, which learn more than the
 others and are picked more often. Left alone, a few experts take everything. Against it:
@@ -23,12 +24,14 @@ others and are picked more often. Left alone, a few experts take everything. Aga
   share and by −u if it had more. b decides who is chosen, never with what weight: no gradient, no price. DeepSeek adds
   it to sigmoid scores, here it meets probabilities of about 1/E. u sets the pace, and the swing that remains.
 * z-loss (ST-MoE, arXiv:2202.08906, Eq. 5): mean(logsumexp(W_r x)²) keeps the logits small, so that the softmax can
-  still change its mind. The router computes in fp32 even under autocast: a bf16 probability of 0.3 is off by 0.001.
+  still change its mind. The router computes in fp32 even under autocast (with --fsdp and bf16 from weights that arrive
+  in bf16): a bf16 probability of 0.3 is off by 0.001.
 
 Dropless is the default: experts get what they are sent. With `capacity_factor` an expert takes at most
 ⌈factor · T K / E⌉ assignments, first choices first, then in the order of the tokens; what is over passes by on the
 residual stream alone and is counted. Only in training mode: whether a token is dropped depends on those beside it,
-so decoding by steps would differ from one pass, and a rollout from its scoring. For pretraining, then, not for RL.
+so decoding by steps would differ from one pass, and a rollout from its scoring. For pretraining, then, and for nothing
+else: an opened checkpoint is dropless.
 
 What the statistics mean when a step is cut. Per layer, `counts` adds up over the training forwards since the last
 `update_biases`, so over all micro-batches of a step, and the functions below sum it over the DDP ranks; the forward
@@ -38,7 +41,8 @@ products is not the product of the means. It asks each part to be even, which is
 whole. The losses belong to the last forward; call `balancing_losses` between it and its backward. Reentrant
 checkpointing (`use_reentrant=True`) builds no graph in that forward: the losses then have no gradient.
 
-Simplified: pads are tokens like others, so they count; experts have no biases; no expert parallelism.
+Simplified: pads are tokens like others, so they count; experts have no biases; no expert parallelism. Only pretrain.py
+balances: later stages train the router by their own loss alone, and the biases stay.
 
 Letters: T tokens (batch and time flattened), C width, E experts, K active ones. Run it: `python moe.py`.
 """
@@ -159,7 +163,7 @@ class MoE(nn.Module):
         super().__init__()
         C, E, inner = config.width, config.n_expert, config.expert_width or config.ffn_width
         if not 1 <= config.n_expert_active <= E:
-            raise ValueError(f"n_expert_active is {config.n_expert_active}, but n_expert is only {E}")
+            raise ValueError(f"n_expert_active is {config.n_expert_active}; it must be between 1 and n_expert, {E}")
         self.n_expert, self.n_active, self.normalise = E, config.n_expert_active, config.norm_topk_prob
         self.balancing, self.capacity_factor, self.scale = config.balancing, config.capacity_factor, config.routed_scale
         gated, wide = config.activation == "swiglu", config.n_shared_expert * inner

@@ -97,6 +97,7 @@ class LayerNorm(nn.Module):
     def forward(self, x):
         # Autocast brings bf16 activations to fp32 gains, and the kernel wants one dtype. The wider one: a gain of
         # 1.003 is 1 in bf16, so narrowing the gains would hide most of what they learn. No-op if the dtypes agree.
+        # (FSDP in bf16 does narrow them, on their way to the forward; the optimizer keeps them in fp32.)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         bias = None if self.bias is None else self.bias.to(wide)
         return F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps).to(x.dtype)

@@ -33,10 +33,11 @@ Fast pairs keep their speed, slow pairs are interpolated, the rest lies between:
 YaRN by i, as its authors' code does (the paper, §3.2, goes by turns). `python benchmarks/positional.py` trains a
 small model on L bytes and reads 4 L. Unscaled, its loss is five times as high in the last quarter as in the first. It
 stays usable with llama3 and better with yarn, at some cost to short texts; linear ruins both. After 40 steps on long
-windows yarn's loss is the same in all quarters, as low as before in the first; unscaled, it is nearly twice that.
+windows yarn's loss is nearly level (0.51 to 0.59 nats; before, 0.56 in the first quarter); unscaled, it ends at 0.98.
 
 The trap of "dynamic": if ω changes while a sequence grows, the keys in the cache were turned by the old ω and no longer
-fit. So here the longest length is said beforehand, once.
+fit. So here the longest length is said beforehand, once: `rope_frequencies(..., length=...)`. A Transformer says its
+context, so in it dynamic leaves the frequencies alone.
 
 Letters: B batch, T time, C width, H heads, D head width. Run it: `python positional.py`.
 """

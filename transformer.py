@@ -96,7 +96,8 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: dict | None = None
-    """RoPE beyond the trained length, as Hugging Face writes it: {rope_type: yarn, factor: 4.0, ...}."""
+    """RoPE beyond the trained length, as Hugging Face writes it: {rope_type: yarn, factor: 4.0, ...}. The type dynamic
+    opens their checkpoints but changes nothing within `context`; to stretch a model take yarn or llama3."""
     window: int | None = None
     """Sliding window: a query sees itself and the window - 1 tokens before it; none is all of them."""
     sinks: int = 0
@@ -128,7 +129,7 @@ class TransformerConfig:
     balancing: str = "aux"
     """What keeps the experts' loads even: aux (a loss), bias (on the router, no loss) or none."""
     capacity_factor: float | None = None
-    """Most tokens of an expert in multiples of its even share, the rest are dropped; default dropless."""
+    """In pretraining, most tokens of an expert in multiples of its even share, the rest dropped; default dropless."""
 
     def __post_init__(self):
         choices = {
@@ -162,10 +163,13 @@ class TransformerConfig:
             raise CheckpointError(f"width {self.width} is not a multiple of n_head {self.n_head}")
         if self.positions == "rope" and self.resolved().head_dim % 2:
             raise CheckpointError(f"RoPE rotates pairs, but head_dim is {self.resolved().head_dim}; it must be even")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise CheckpointError(f"sines and cosines come in pairs, but width is {self.width}; it must be even")
         if self.rope_scaling is not None and (self.positions != "rope" or not isinstance(self.rope_scaling, dict)):
             raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}; it takes a dict, and positions of rope")
         try:
             rope_frequencies(4, self.rope_theta, self.rope_scaling, self.context)
+            rope_attention_factor(self.rope_scaling, self.context)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}: {error}") from None
         if self.sinks and self.window is None:
@@ -324,7 +328,8 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)
         if mask is not None:
             if mask.dim() == 2:
-                mask = mask[:, None, None, :] if T == 1 else padding_mask(mask, T)
+                own = F.pad(mask[:, :-1], (0, 1), value=True)  # a pad sees itself
+                mask = own[:, None, None] if T == 1 else padding_mask(mask, T)
             elif mask.dim() == 3:
                 mask = mask[:, None]  # (B, 1, T, S)
 
@@ -364,8 +369,8 @@ class Transformer(nn.Module):
 
     def flops_per_token(self, T):
         """Of one training step per token: 6 per matrix weight (2 forward, 4 backward), of the experts only the active
-        ones; and attention's two T x D products per head, for the keys that a query sees on average (PaLM,
-        arXiv:2204.02311, Appendix B)."""
+        ones; and attention's two T x D products per head, for the keys that a query sees on average, T/2 without a
+        window. (PaLM, arXiv:2204.02311, Appendix B, and nanoGPT count all T: their utilisation comes out higher.)"""
         c = self.config
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "learned" not in n)
         experts = sum(p.numel() for p in self.parameters() if p.dim() == 3)  # (E, inner, C) each
@@ -407,7 +412,9 @@ class Transformer(nn.Module):
             if any(name.startswith(prefix) for name in shapes):  # OpenAI's own upload leaves it out
                 prefix = ""
         found = {prefix + name: shape for name, shape in shapes.items()}
-        config = replace(config, dropout=dropout)
+        config = replace(
+            config, dropout=dropout, capacity_factor=None
+        )  # they act in training alone: not for later stages
         model = fill(config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
         if names is not None and model.config.n_expert:
             model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
@@ -578,7 +585,7 @@ LAYOUTS = {
             f"blocks.{{}}.ffn.{ours}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}.weight"
             for ours, theirs in dict(gate="w1", down="w2", up="w3").items()
         },
-        dict(n_shared_expert=0, capacity_factor=None, moe_every=1, norm_topk_prob=True),
+        dict(n_shared_expert=0, moe_every=1, norm_topk_prob=True),
         left_out=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux", routed_scale=1.0),
     ),
     "qwen3_moe": llama_like(
@@ -592,7 +599,7 @@ LAYOUTS = {
             f"blocks.{{}}.ffn.{x}": f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight"
             for x in ("gate", "up", "down")
         },
-        dict(qk_norm=True, n_shared_expert=0, capacity_factor=None),
+        dict(qk_norm=True, n_shared_expert=0),
         dict(attention_bias=False, mlp_only_layers=[]),
         dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux")
         | dict(routed_scale=1.0),

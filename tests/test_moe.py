@@ -238,7 +238,7 @@ def test_more_active_experts_than_experts_is_refused():
         width, ffn_width, expert_width, n_expert, n_expert_active, norm_topk_prob = 8, 8, None, 2, 3, True
         activation, n_shared_expert, balancing, capacity_factor, routed_scale = "gelu", 0, "aux", None, 1.0
 
-    with pytest.raises(ValueError, match="n_expert_active is 3, but n_expert is only 2"):
+    with pytest.raises(ValueError, match="n_expert_active is 3; it must be between 1 and n_expert, 2"):
         MoE(Config)
     Config.n_expert_active = 2
     assert MoE(Config).up.shape == (2, 8, 8)  # no expert_width: ffn_width

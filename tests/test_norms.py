@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+import norms
 from norms import (
     LayerNorm,
     RMSNorm,
@@ -139,8 +140,8 @@ def test_place():
 def test_gradients_by_depth():
     post, pre, sandwich = (deep_stack(p, 16)[0] for p in ("post", "pre", "sandwich"))
     assert max(post) / min(post) < 2.5  # no block is special
-    for norms in (pre, sandwich):  # 1 / √l
-        ratios = [norms[0] / norms[n] * (n + 1) ** -0.5 for n in (3, 8, 15)]
+    for sizes in (pre, sandwich):  # 1 / √l
+        ratios = [sizes[0] / sizes[n] * (n + 1) ** -0.5 for n in (3, 8, 15)]
         assert all(0.6 < r < 1.3 for r in ratios), ratios
     shallow = {p: deep_stack(p, 2) for p in ("post", "pre", "sandwich")}
     assert post[-1] / shallow["post"][0][-1] > 0.7  # the last block's gradient does not care how deep it stands
@@ -151,3 +152,8 @@ def test_gradients_by_depth():
     loud = {p: deep_stack(p, 16, first=30.0) for p in ("pre", "sandwich")}
     assert loud["pre"][1] > 20  # one loud branch fills the stream
     assert loud["sandwich"][1] == pytest.approx(deep["sandwich"][1], rel=0.05)
+
+
+def test_the_demonstration(capsys):
+    norms.main()
+    assert "fp32 statistics give" in capsys.readouterr().out

@@ -23,7 +23,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from attention import document_mask
+import transformer
+from attention import attention_weights, document_mask
 from generate import generate
 from tokenizer_bpe import BPETokenizer, TokenizerError, show
 from transformer import (
@@ -287,7 +288,7 @@ def test_our_checkpoint_there(config, tmp_path, tokens):
         {"window": 5, "sinks": 2},
         {"n_expert": 5, "balancing": "bias"},
         {"n_expert": 5, "n_expert_active": 3},  # scaled by 3, which cannot be multiplied in without rounding
-        {"n_expert": 5, "n_shared_expert": 2, "capacity_factor": 1.5},
+        {"n_expert": 5, "n_shared_expert": 2},
         {"n_expert": 5, "qk_norm": False, "moe_every": 2},
         {"n_expert": 5, "activation": "gelu", "expert_width": 12},
         {"positions": "none", "window": 5},
@@ -304,6 +305,15 @@ def test_our_own_layout(changes, tmp_path, tokens):
     assert again.config == ours.config
     assert torch.equal(again.eval()(tokens), ours(tokens))
     assert Transformer.from_pretrained(tmp_path).config.dropout == 0  # the file's does not pass to the next stage
+
+
+def test_later_stages_drop_no_tokens(tmp_path, tokens):
+    ours = tiny(n_expert=5, norm_topk_prob=False, capacity_factor=1.0)
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_moe"  # it computes the same
+    again = Transformer.from_pretrained(tmp_path).train()
+    assert torch.equal(again(tokens), ours.eval()(tokens))
+    assert not torch.allclose(ours.train()(tokens), again(tokens), atol=1e-4)
 
 
 def test_dropout_acts_in_training_only(tokens):
@@ -385,6 +395,17 @@ def test_no_token_sees_the_future(positions, placement, tokens):
         after = model(changed)
         torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=1e-6)
         assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-4  # and every later one sees the change
+
+
+def test_a_pad_alone_sees_itself(tokens):
+    model, real = tiny(), torch.tensor([[False], [True]])
+    for weights in attention_weights(model, tokens[:1, :1].repeat(2, 1), torch.zeros(2, 1, dtype=torch.long), real):
+        assert torch.equal(weights.sum(-1), torch.ones(2, 4, 1))
+
+
+def test_the_demonstration(capsys):
+    transformer.main()
+    assert "loss at birth" in capsys.readouterr().out
 
 
 def test_last_only_and_the_end_of_the_context(tokens):
@@ -473,8 +494,10 @@ def test_mixtures_learn_and_count(tokens):
     assert model.num_params() == dense.num_params() - norm + 6 * expert + router + norms
     assert model.flops_per_token(8) == dense.flops_per_token(8) + 6 * (3 * expert + router - norm)
     full, narrow = (Transformer(TransformerConfig(**SMALL, window=w)) for w in (None, 3))
-    pairs = (1 + 2 + 3 * 14 - (16 * 3 - 3 * 3 / 2)) / 16  # exact, and without the diagonal's half
-    assert abs(pairs) < 0.1
+    exact = (1 + 2 + 3 * 14) / 16  # keys that a query sees on average, its own counted whole
+    assert (
+        abs((narrow.flops_per_token(16) - 6 * (narrow.num_params() - 16 * 5 - 4 * 4)) / (12 * 2 * 4 * 4) - exact) < 0.1
+    )
     assert full.flops_per_token(16) - narrow.flops_per_token(16) == 12 * 2 * 4 * 4 * (8 - (3 - 9 / 32))
 
 
@@ -659,6 +682,8 @@ def test_bad_configs(tmp_path):
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor of 0.5"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "positions": "learned"}, "positions of rope"),
         ({"rope_scaling": "yarn"}, "it takes a dict"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": "x"}}, "rope_scaling is"),
+        ({"positions": "sinusoidal", "width": 15, "n_head": 3, "n_kv_head": 1}, "must be even"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             TransformerConfig(**SMALL | changes)

@@ -312,8 +312,8 @@ def fast_attention(q, k, v, mask=None, window=None, sinks=0):
     is_causal = mask is None and T > 1  # one new token sees the whole cache: no mask at all
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.is_cuda and T > 1 and (mask is not None or q.dtype == torch.float32):
-        # Shared heads with a mask, or in fp32, fit neither the flash nor the memory-efficient kernel: SDPA would take the
-        # formula without a word and store (T, S) weights. Repeated keys and values cost less.
+        # Shared heads with a mask, or in fp32, fit neither the flash nor the memory-efficient kernel: SDPA would take
+        # the formula without a word and store (T, S) weights. Repeated keys and values cost less.
         n, gqa = q.shape[1] // k.shape[1], False
         k, v = repeat_heads(k, n), repeat_heads(v, n)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)

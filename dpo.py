@@ -8,17 +8,19 @@ model of the pairs, and the reward model is gone: the policy is fitted to the pa
     v = log π_θ(y_l) − log π_ref(y_l)          y_w the chosen, y_l the rejected answer
     h = β (u − v)                               the margin between the implicit rewards βu and βv
     sigmoid             −log σ(h)               Eq. 7; with smoothing ε: −(1 − ε) log σ(h) − ε log σ(−h), cDPO
-    hinge               max(0, 1 − h)           SLiC (arXiv:2305.10425): nothing more to gain beyond a margin
+    hinge               max(0, 1 − h)           SLiC's (arXiv:2305.10425) with a reference (RSO, arXiv:2309.06657)
     ipo                 (u − v − 1/(2β))²       Eq. 17 of arXiv:2310.12036, sums as in the paper: a margin to *meet*
     ipo_mean            the same on means per token, as TRL computes it
     length_normalised   −log σ(h) on means per token: a long answer has no larger margin for its length
-    simpo               −log σ(β (mean log π_θ(y_w) − mean log π_θ(y_l)) − γ), no reference (arXiv:2405.14734)
+    simpo               −log σ(β (mean log π_θ(y_w) − mean log π_θ(y_l)) − γ), no reference (arXiv:2405.14734); as
+                        published with --gamma 0.5 to 1.5 and --nll 0
 
-The loss starts at ln 2 and its gradient is −β σ(−h) (∇log π(y_w) − ∇log π(y_l)): pairs already ordered weigh little.
+Eq. 7 starts at ln 2 and its gradient is −β σ(−h) (∇log π(y_w) − ∇log π(y_l)): pairs already ordered weigh little.
 
 **The known failure.** Only the *difference* is fitted. The cheapest way to widen it is often to push both answers
 down, the rejected one faster, and the mass goes to answers that nobody judged. So `logp_chosen` is logged and drawn:
-watch it fall. `--nll` adds the chosen answers' own loss per token (arXiv:2404.19733), which holds them up.
+watch it fall. `--nll` (1 by default; 0 is plain DPO) adds the chosen answers' own loss, a mean per answer
+(arXiv:2404.19733; TRL's `sft` term is a mean over the batch's tokens), which holds them up.
 
 **Pairs.** `--pairs sampled`: the start answers each training prompt R times and the verifier judges; a right and a
 wrong answer make a pair. `--pairs offline`: pairs from `data.load_pairs` (corrupted solutions, UltraFeedback, short
@@ -54,6 +56,7 @@ from pretrain import (
     Interrupt,
     Log,
     check_positive,
+    check_rates,
     draw_curves,
     load_state,
     lr_at,
@@ -71,6 +74,7 @@ from sft import (
     evaluate,
     fitting,
     is_correct,
+    no_window,
     pack_answers,
     rows_at,
     sft_start,
@@ -305,7 +309,7 @@ class Config:
     label_smoothing: float = 0.0
     """Share of pairs taken to be labelled wrongly (cDPO)."""
     gamma: float = 0.0
-    """The margin that simpo wants."""
+    """The margin of --variant simpo."""
     nll: float = 1.0
     """Weight of the chosen answers' own loss per token, as in SFT; 0 is plain DPO."""
     optimizer: str = "muon"
@@ -346,14 +350,19 @@ class Config:
     def __post_init__(self):
         check_positive(self, "prompts", "rollouts", "pairs_per_prompt", "steps", "batch", "micro_batch", "eval_every")
         check_positive(self, "max_new_tokens", "eval_problems", "test_problems", "save_every")
+        check_rates(self)
         if self.pairs is None:
             self.pairs = "sampled" if self.data in ("word", "gsm8k") else "offline"
         if self.pairs not in ("sampled", "offline"):
             raise ConfigError(f"--pairs {self.pairs!r} is not known; use sampled or offline")
+        if self.pairs == "sampled" and self.data not in ("word", "gsm8k"):
+            raise ConfigError(f"--pairs sampled needs a verifier, which {self.data} has not; use --pairs offline")
         if self.pairs == "sampled" and (self.rollouts < 2 or self.temperature <= 0):
             raise ConfigError("--pairs sampled needs --rollouts of at least 2 and a --temperature above 0")
         if self.beta <= 0:
             raise ConfigError(f"--beta is {self.beta}; it must be above 0")
+        if self.gamma and self.variant != "simpo":
+            raise ConfigError(f"--gamma is the margin of --variant simpo; {self.variant} has none")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"--label_smoothing is {self.label_smoothing}; it must be at least 0 and below 0.5")
         if self.init is None and self.data != "word":
@@ -447,6 +456,7 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
+    no_window(raw, init)
     reference = copy.deepcopy(raw).requires_grad_(False).eval()
     problems = None  # with a verifier: greedy accuracy is measured too
     if config.data in ("word", "gsm8k"):

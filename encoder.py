@@ -59,6 +59,7 @@ from pretrain import (
     Interrupt,
     Log,
     check_positive,
+    check_rates,
     draw_curves,
     load_state,
     lr_at,
@@ -546,6 +547,7 @@ class Config:
 
     def __post_init__(self):
         check_positive(self, "mlm_batch", "steps", "batch", "micro_batch", "eval_every", "save_every")
+        check_rates(self)
         if self.mlm_steps < 0:
             raise ConfigError(f"--mlm_steps is {self.mlm_steps}; it must be 0 or more")
         if not (0 < self.mlm_rate < 1 and 0 <= self.token_dropout < 1):

@@ -24,7 +24,8 @@ counts as much as one that differs a lot. And one that is easy, or can be had wi
 answer is brief. Hence conditioned rewards (--conditioned): r_k counts only where the answer is right.
 
 Equal to the authors' TRL code (NVlabs/GDPO, trl-GDPO, `_generate_and_score_completions`): epsilon 1e-4 in both steps,
-standard deviations with ddof 1, over the completions of the step on all ranks. mean_batch s is not subtracted here: it
+standard deviations with ddof 1, over the completions of the step on all ranks. (TRL itself has it since as
+multi_objective_aggregation="normalize_then_sum".) mean_batch s is not subtracted here: it
 is 0 already, as each group's z sums to zero, and subtracting its rounding error would give a group without any signal
 an advantage of 1e-8 instead of 0. Two more differences: the authors turn a NaN reward into 0, here it is an error; and
 for a single reward they fall back to GRPO, here it is GRPO with the batch step.
@@ -101,6 +102,10 @@ class Config(grpo.Config):
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
 
     def __post_init__(self):
+        if self.combine == "gdpo" and self.scale is not None:
+            raise ConfigError("--scale has no meaning with --combine gdpo, which normalises each reward by itself")
+        if self.combine == "gdpo" and self.beta and self.kl_in == "reward":
+            raise ConfigError("--kl_in reward would divide the KL by its own std; use --kl_in loss, or --combine sum")
         super().__post_init__()
         if self.combine not in ("gdpo", "sum"):
             raise ConfigError(f"--combine {self.combine!r} is not known; use gdpo or sum")

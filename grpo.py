@@ -8,7 +8,8 @@ From the policy gradient over PPO to GRPO, for a prompt q and a completion y = y
 
 PPO's clip takes the gradient away from a token that has already moved far enough in the direction A asks for, and
 from no other. Its A_t comes from a learned value V(q, y_<t). With one reward r at the end, γ = λ = 1, that is
-A_t = r − V. GRPO asks the policy itself for V: answer the same prompt R times and take the mean.
+A_t = r − V. GRPO asks the policy itself for V: answer the same prompt R times and take the mean. (The mean holds r_i
+too, which only scales A_i: r_i − mean = (R − 1)/R · (r_i − mean of the others).)
 
     A_i  = (r_i − mean(r_1 … r_R)) / (std(r_1 … r_R) + 1e-4)           one number per completion, all its tokens
     loss = Σ_i,t w_t [ −min(ρ_t A_i, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_i) + β KL_t ]                           Eq. 3
@@ -43,7 +44,13 @@ the gradient is the same to the last bit. (With a KL or an entropy term in the l
 
 A prompt is computed once for its group, in training as in sampling: its completions read its keys and values (`pack`).
 The old log-probabilities are the ones the sampler returned, so no second forward pass is needed; the sampler uses
-temperature alone, and the loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1.
+temperature alone, and the loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1. In
+bf16 the sampler and the loss round differently and ρ is only near 1 (`ratio_max` is logged): GSPO's narrow clips want
+--dtype fp32.
+
+What others do differently: TRL's default is --loss_type dapo, verl's a mean over the batch's tokens; verl's epsilon
+under the std is 1e-6, it bounds log ρ to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729); TRL
+leaves a NaN reward out, here it is an error.
 
 Rewards are named functions with weights (see `REWARDS`); `--reward module:function` adds your own. At the end a table
 compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to
@@ -80,6 +87,7 @@ from pretrain import (
     Interrupt,
     Log,
     check_positive,
+    check_rates,
     draw_curves,
     load_state,
     lr_at,
@@ -155,7 +163,7 @@ def score(functions, texts, problems, ended):
     rewards = {}
     for name, function in functions.items():
         try:
-            values = torch.as_tensor(function(texts, problems, ended), dtype=torch.float32)
+            values = torch.as_tensor(function(texts, problems, ended), dtype=torch.float32).detach().cpu()
         except Exception as error:
             raise ConfigError(f"reward {name!r} raised {type(error).__name__}: {error}") from None
         if values.shape != (len(texts),):
@@ -359,7 +367,7 @@ class Config:
     minibatches: int = 1
     """Optimizer steps in a pass."""
     micro_batch: int = 32
-    """Completions per forward pass of one rank."""
+    """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters instead of all weights: --lora.rank 8."""
     optimizer: str = "muon"
@@ -401,6 +409,7 @@ class Config:
         check_positive(self, "steps", "prompts", "rollouts", "max_new_tokens", "inner_epochs", "micro_batch")
         check_positive(self, "minibatches", "eval_every", "eval_problems", "test_problems", "sample_every")
         check_positive(self, "save_every", "pass_problems", "pass_samples")
+        check_rates(self)
         if self.temperature <= 0:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
         if self.rollouts < 2:
@@ -789,9 +798,9 @@ def main(config, estimate=estimate):
                 for name, value in metrics.items():  # the loss is a sum over pieces, the others means over tokens
                     sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else count)
             norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+            if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler meets inf, skips the step, goes lower
+                raise ConfigError(f"the gradient is {norm} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
             updates += 1
-        if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler meets inf, skips the step and goes lower
-            raise ConfigError(f"the gradient is {norm} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
 
         # ------------------------------------------------------------------ metrics: what matters first
         done = step + 1
@@ -845,7 +854,8 @@ def tally(batch, weights, alive):
 
 
 def summarise(figures, sums, trained, config, dist):
-    """The record of a step, means over all ranks. figures: what `tally` counted; sums: over the tokens trained on."""
+    """The record of a step, means over all ranks, but ratio_max: this rank's. figures: what `tally` counted; sums: over
+    the tokens trained on."""
     means = [name for name in ("kl", "clip_fraction") if name in sums]
     values = [*figures.values(), *(sums[k] for k in means), trained, sums.get("loss", 0.0)]
     *values, trained, loss = dist.sum(*values)

@@ -20,7 +20,10 @@ which it beats the prompt's other answers (`--baseline wins`, close to arXiv:250
 0 and standard deviation 1 of all scores seen so far (`--normalise`); an answer without an end is fined, as the reward
 model never saw one (`--missing_end`); the inner epochs stop when the policy has moved too far from the one that sampled
 (`--stop_kl`). Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ
-is 1.
+is 1 (in bf16 near 1: the sampler and the loss round differently).
+
+Unlike InstructGPT's and verl's: λ is 1 by default, the prompt's other answers are a baseline before the values are, the
+policy and the values have an optimizer and a clip each, and `whiten` divides by n, not n − 1.
 
 The reward model is a proxy and PPO will find where it errs. So each step also logs `correct`, the verifier's judgement
 of the same answers, of which the training sees nothing: a score that rises while `correct` falls is over-optimisation.
@@ -55,6 +58,7 @@ from pretrain import (
     Interrupt,
     Log,
     check_positive,
+    check_rates,
     draw_curves,
     load_state,
     lr_at,
@@ -72,6 +76,7 @@ from sft import (
     fitting,
     is_correct,
     made_once,
+    no_window,
     pack_answers,
     rows_at,
     sft_start,
@@ -94,7 +99,8 @@ def against_the_others(scores, how):
     """scores (N, R) of R answers to each of N prompts -> what they are worth, (N, R).
 
     wins: the probability, averaged over the other answers, that this one is the better of the two as the Bradley-Terry
-    model of the scores has it, less one half. mean: the score less the mean of the group. none: the score.
+    model of the scores has it, less one half (of raw scores: --normalise changes their unit). mean: the score less the
+    mean of the group. none: the score.
     """
     if how == "wins":
         beats = torch.sigmoid(scores[:, :, None] - scores[:, None])  # (N, R, R), ½ against itself
@@ -130,19 +136,23 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
     """-> (loss, metrics). n_tokens: of the whole optimizer step, over micro-batches and ranks; default: of this batch.
     Metrics are means over this batch's tokens."""
     # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
-    log_ratio = ((logprobs - old_logprobs) * mask).float()
+    real = mask.bool()
+    log_ratio = torch.where(real, logprobs - torch.where(real, old_logprobs, 0.0), 0.0).float()
+    advantages = torch.where(real, advantages, 0.0)
     ratio = log_ratio.exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     per_token = -torch.minimum(plain, clipped)  # the pessimistic one of the two, for either sign of A
     loss = (per_token * mask).sum() / (n_tokens or mask.sum().clamp(min=1))
     with torch.no_grad():
         metrics = {
+            "policy_loss": loss,
             "clip_fraction": masked_mean((clipped < plain).float(), mask),
             "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
             "approx_kl3": masked_mean(ratio - 1 - log_ratio, mask),  # unbiased, and ≥ 0
             "ratio": masked_mean(ratio, mask),
         }
-    return loss, {"policy_loss": loss.item()} | {k: v.item() for k, v in metrics.items()}
+        values = torch.stack([v.float() for v in metrics.values()]).tolist()  # one wait for the device, not five
+    return loss, dict(zip(metrics, values, strict=True))
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
@@ -301,7 +311,7 @@ class Config:
     stop_kl: float = 0.1
     """Leave the inner epochs when the policy is this far, in nats per token, from the one that sampled; 0: never."""
     micro_batch: int = 64
-    """Completions per forward pass of one rank."""
+    """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters of the policy instead of all its weights: --lora.rank 8."""
     optimizer: str = "adamw"
@@ -341,6 +351,7 @@ class Config:
         check_positive(self, "steps", "prompts", "rollouts", "max_new_tokens", "inner_epochs", "minibatches")
         check_positive(self, "eval_every", "eval_problems", "test_problems", "sample_every", "save_every")
         check_positive(self, "micro_batch")
+        check_rates(self)
         if self.temperature <= 0:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
         if self.baseline not in ("wins", "mean", "none"):
@@ -378,6 +389,9 @@ def open_models(config, init, path, dist):
     the policy itself without its adapters: no second model in memory."""
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     judge, other, path = open_reward_model(path, dist.device)
+    no_window(policy, init)
+    if isinstance(judge, RewardModel):
+        no_window(judge, path)
     if other.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"the reward model {path} has another tokenizer than {init}: it would misread every answer")
     critic = None
@@ -436,7 +450,7 @@ def cut(step, config, dist, lengths):
 
 
 def main(config):
-    """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
+    """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
     if config.prompts % dist.world:
@@ -692,7 +706,7 @@ def finish(config, dist, run_dir, before, after, seconds):
             f"{config.name}: PPO on {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
             [
                 ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
-                ("what is optimised", {"score": "reward model", "reward": "with the KL"}, "per answer", {}),
+                ("the reward model", {"score": "score", "reward": "score less the KL"}, "per answer", {}),
                 ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
                 ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "", {}),
                 ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {}),

@@ -697,6 +697,7 @@ class Config:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "save_every")
+        check_rates(self)
         if self.schedule not in ("cosine", "linear", "wsd"):
             raise ConfigError(f"--schedule {self.schedule!r} is not known; use cosine, linear or wsd")
         if self.fsdp and self.compile:
@@ -707,6 +708,15 @@ def check_positive(config, *names):
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def check_rates(config):
+    """What every stage has: raises ConfigError on values that an optimizer or a generator would refuse."""
+    for name in ("lr", "weight_decay", "warmup", "clip", "seed"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 0")
+    if not 0 <= getattr(config, "dropout", 0.0) < 1:
+        raise ConfigError(f"--dropout is {config.dropout}; it must be at least 0 and below 1")
 
 
 def make_tokenizer(kind, texts, vocab_size):

@@ -67,6 +67,7 @@ from pretrain import (
     Interrupt,
     Log,
     check_positive,
+    check_rates,
     draw_curves,
     load_state,
     lr_at,
@@ -77,7 +78,19 @@ from pretrain import (
     save,
     setup,
 )
-from sft import collate, encode_group, fitting, is_correct, pack_answers, rows_at, sft_start, start_name, wilson
+from sft import (
+    collate,
+    encode_group,
+    fitting,
+    is_correct,
+    made_once,
+    no_window,
+    pack_answers,
+    rows_at,
+    sft_start,
+    start_name,
+    wilson,
+)
 from tokenizer_bpe import load_tokenizer
 from transformer import (
     LAYOUTS,
@@ -145,6 +158,9 @@ class RewardModel(Transformer):
         log π of targets (k,) there, (k,), read from the same states by the matrix of the embedding."""
         found = super().forward(tokens, positions, mask)
         states = self.__dict__.pop("states")
+        if torch.is_autocast_enabled(states.device.type):  # in bf16 the scores of two like answers would tie
+            with torch.autocast(states.device.type, enabled=False):
+                found = self.head(states.float())
         if where is None:
             return found
         states = states.flatten(0, 1)[where]  # (k, C)
@@ -152,12 +168,13 @@ class RewardModel(Transformer):
 
     @classmethod
     def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
-        """The trunk of a language model, `extra` new blocks on it that add nothing yet, and a new head."""
+        """The trunk of a language model, `extra` new blocks on it that add nothing yet (with post-norm they normalise
+        once more), and a new head."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(replace(policy.config, dropout=dropout, n_layer=policy.config.n_layer + extra))
         for name, parameter in model.blocks[policy.config.n_layer :].named_parameters():
-            if name.endswith(("attn.wo.weight", "ffn.down.weight")):
+            if name.endswith(("attn.wo.weight", "down.weight", "ffn.down")):
                 nn.init.zeros_(parameter)
         state = {k: v for k, v in policy.state_dict().items() if not k.startswith("head.")}
         model.load_state_dict(model.state_dict() | state)
@@ -400,7 +417,7 @@ def calibration(gaps, bins=8):
     σ(|Δ|) is how sure the model is of the answer that it prefers; the share in which that is the chosen one should
     be the same.
     """
-    sure, right = 1 / (1 + np.exp(-np.abs(gaps))), gaps > 0
+    sure, right = 1 / (1 + np.exp(-np.abs(gaps))), (gaps > 0) + 0.5 * (gaps == 0)
     place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
     inside = [place == b for b in sorted(set(place.tolist()))]
     rows = [(float(sure[b].mean()), float(right[b].mean()), int(b.sum())) for b in inside]
@@ -433,7 +450,7 @@ def consistency(score, n, seed, levels):
     """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores), with what the answer should be:
 
     renamed   the share of pairs whose order new names and items leave alone (1), and the scores' correlation (1)
-    worse     the share in which right > one error > that and a missing answer (1)
+    right_above_one_error, one_error_above_two     the shares in which right > one error > that and no answer (1 each)
     """
     rng, pairs = random.Random(f"consistency/{seed}"), load_pairs("word", "test", n, levels, seed)
     told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
@@ -568,9 +585,9 @@ class Config:
     eval_every: int = 50
     """Steps between evaluations on the validation split."""
     eval_pairs: int = 200
-    """Validation pairs of each kind (and problems to sample from)."""
+    """Validation pairs (and problems to sample from)."""
     test_pairs: int = 500
-    """Held-out pairs of each kind of the last evaluation."""
+    """Held-out pairs of the last evaluation."""
     best_of: int = 64
     """Samples per problem of the best-of-n curve."""
     best_of_problems: int = 100
@@ -591,6 +608,11 @@ class Config:
     def __post_init__(self):
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "eval_pairs", "test_pairs", "save_every")
         check_positive(self, "samples", "sample_problems", "best_of", "max_new_tokens")
+        check_rates(self)
+        if self.extra_layers < 0:
+            raise ConfigError(f"--extra_layers is {self.extra_layers}; it must be at least 0")
+        if self.sampler is not None and self.data != "word":
+            raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {self.data}")
         for name, known in (
             ("loss", ("bradley_terry", "hinge")),
             ("pairs", ("corrupted", "sampled", "both")),
@@ -613,23 +635,17 @@ class Config:
 def text_start(config, dist):
     """A pretrained trunk for real pairs without --init, on the text of their training split; made once, and reused."""
     name = start_name(config.data, config.seed, "pretrain")
-    if (RUNS / name / "best" / "config.json").exists():
-        if dist.is_main:
-            print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
-        return str(RUNS / name)
     text = RUNS / f"{name}.txt"
-    if dist.is_main:
-        print(f"no --init given: pretraining a start on the text of the pairs of {config.data} -> {RUNS / name}")
+    if dist.is_main and not (RUNS / name / "finished").exists():
         text.parent.mkdir(parents=True, exist_ok=True)
         pairs = load_pairs(config.data, "train", None, skip_bad=config.skip_bad)
         text.write_text("\n\n".join(f"{p.prompt}\n{p.chosen}\n\n{p.rejected}" for p in pairs), encoding="utf-8")
     if dist.world > 1:
         distributed.barrier()
-    settings = {"vocab_size": 2048, "model": TransformerConfig(context=512), "steps": 200}
-    pretrain.main(
-        pretrain.Config(str(text), name=name, seed=config.seed, device=config.device, dtype=config.dtype, **settings)
-    )
-    return str(RUNS / name)
+    settings = {"data": str(text), "vocab_size": 2048, "model": TransformerConfig(context=512), "steps": 200}
+    settings |= {"seed": config.seed, "device": config.device, "dtype": config.dtype}
+    what = f"no --init given: pretraining a start on the text of the pairs of {config.data}"
+    return made_once(name, what, pretrain, settings, dist)
 
 
 def open_trunk(config, init, dist):
@@ -643,7 +659,11 @@ def open_trunk(config, init, dist):
             raise ConfigError(f"{path} is an encoder and writes no answers: --sampler RUN, or --pairs corrupted")
     else:
         trunk, tokenizer, _ = open_checkpoint(path)
-    if config.sampler is not None or not is_encoder(path):
+        if config.sft_weight and not trunk.config.tie_embeddings:
+            raise ConfigError(f"{path} has an output matrix of its own, which a reward model drops: --sft_weight 0")
+        if config.backbone == "decoder":
+            no_window(trunk, path)
+    if config.data == "word" and (config.sampler is not None or not is_encoder(path)):
         policy, speaks, _ = open_checkpoint(config.sampler or path, dist.device)
     kind = RewardEncoder if config.backbone == "encoder" else RewardModel
     raw = kind.from_policy(trunk, config.dropout, config.seed, config.extra_layers).to(dist.device)
@@ -665,7 +685,20 @@ def main(config):
     raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
     pad, context = tokenizer.endoftext_id, raw.config.context
     pairs, groups = make_pairs(config, policy, speaks, dist), {}
+    if config.data == "word" and config.best_of_problems and policy is not None:
+        some = load_problems("word", "test", max(200, config.best_of_problems), tuple(config.levels))
+        longest = max(len(encode_prompt(tokenizer, p.question)) for p in some) + config.max_new_tokens
+        if longest > min(context, policy.config.context):
+            raise ConfigError(
+                f"prompts and --max_new_tokens of {longest} tokens together do not fit the model's context: use lower "
+                "--levels, or leave out the report on samples with --best_of_problems 0"
+            )
     for split in pairs:
+        if not pairs[split]:
+            raise ConfigError(
+                f"no {split} problem got both a right and a wrong answer that ended: give another --init, more "
+                "--samples, or --pairs both"
+            )
         both = [(pair, encode_group(tokenizer, pair)) for pair in pairs[split]]
         lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
         both = fitting(both, lengths, context, f"{split} pair", dist)
@@ -756,7 +789,7 @@ def main(config):
         if done % config.eval_every == 0 or done == config.steps:
             found, by_kind = rank_pairs(raw, groups["valid"], pairs["valid"], pad, dist, autocast)
             record |= {f"valid_{kind}": row[0] for kind, row in by_kind.items()}
-            record["valid_loss"] = float(np.logaddexp(0, found[:, 1] - found[:, 0]).mean())
+            record["valid_loss"] = objective(*torch.from_numpy(found).unbind(1), config.margin)[1]["loss"]
             if dist.is_main:
                 shown = ", ".join(f"{kind} {row[0]:.1%}" for kind, row in by_kind.items())
                 bar.write(f"step {done}  loss {sums['loss']:.3f}  validation accuracy: {shown}")

@@ -63,6 +63,7 @@ from pretrain import (
     Interrupt,
     Log,
     check_positive,
+    check_rates,
     draw_curves,
     load_state,
     lr_at,
@@ -153,7 +154,8 @@ def pack_answers(prompts, answers, pad):
         targets    –            | y¹₀ y¹₁ y¹₂ …     | y²₀ y²₁ y²₂ …     | …
 
     Each answer sees the prompt and itself, as if it stood alone. The prompt's last token is repeated in front of each,
-    because it predicts R different first tokens. That saves R − 1 of R prompt passes, forward and backward.
+    because it predicts R different first tokens. That saves R − 1 of R prompt passes, forward and backward. Not for
+    models with a sliding window: see `no_window`.
 
     prompts: n lists of ids; answers: n lists of R lists of ids. -> tokens, positions, targets (n, L); mask (n, L, L);
     index (n·R, T): where in the flattened (n·L) row k's token t is predicted; real (n·R, T): whether it has a token t.
@@ -184,6 +186,14 @@ def pack_answers(prompts, answers, pad):
     )
     shared = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])  # (n, L, L): key is prompt, or mine
     return tokens, positions, targets, shared & causal_mask(L, L), index, real
+
+
+def no_window(raw, path):
+    """A row of `pack_answers` has other answers between a prompt and its answer, and a window counts columns."""
+    if raw.config.window is not None:
+        raise ConfigError(
+            f"{path} has a window of {raw.config.window} tokens: an answer packed behind others would lose its prompt"
+        )
 
 
 def answer_logprobs(model, packed, temperature=1.0):
@@ -479,6 +489,7 @@ class Config:
     def __post_init__(self):
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "eval_problems", "test_problems")
         check_positive(self, "save_every", "max_new_tokens")
+        check_rates(self)
         choices = {
             "order": ("shuffled", "curriculum", "anti"),
             "difficulty": ("level", "length"),

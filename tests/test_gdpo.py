@@ -162,6 +162,8 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
     ("options", "words"),
     [
         ({"combine": "max"}, "max"),
+        ({"scale": "batch"}, "normalises each reward by itself"),
+        ({"beta": 0.1, "kl": "k1", "kl_in": "reward"}, "--combine sum"),
         ({"conditioned": ["brevity"]}, "brevity"),  # it has no weight
         ({"conditioned": ["format"], "correct_weight": 0.0}, "correct"),
     ],

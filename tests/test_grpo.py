@@ -79,6 +79,10 @@ def own(scratch, monkeypatch):
 def test_a_reward_of_your_own(own):
     name, function = grpo.load_reward("own:letters")
     assert score({name: function}, ["e", "a"], [SEVEN] * 2, [True] * 2)["letters"].tolist() == [1.0, 0.0]
+    judge = torch.nn.Linear(1, 1)  # a classifier's answer comes with a graph, which is not to go into the loss
+    assert not score({"own": lambda t, p, e: judge(torch.ones(2, 1))[:, 0]}, ["e", "a"], [SEVEN] * 2, [True] * 2)[
+        "own"
+    ].requires_grad
     functions, weights = grpo.reward_functions(config(reward="own:letters", reward_weight=0.7, correct_weight=0.0))
     assert weights == {"format": 0.5, "letters": 0.7}
     assert list(functions) == ["correct", "format", "brevity", "integer", "letters"]
@@ -193,8 +197,7 @@ def test_loss_and_gradient_against_a_loop(loss_type, ratio, beta):
     (theirs,) = torch.autograd.grad(expected, new)
     torch.testing.assert_close(ours, theirs)
     assert (ours[~mask] == 0).all()
-    assert ours[mask].abs().min() >= 0
-    assert ours.abs().max() > 0
+    assert (ours[mask] != 0).any()
     d = (ref - new)[mask]
     assert figures["kl"] == pytest.approx((d.exp() - d - 1).mean().item())
 
@@ -496,18 +499,24 @@ def test_a_batch_takes_over_a_group_whole(here, spied):
 
 
 def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
-    seen = []
+    seen, k1 = [], []
 
     def estimate(rewards, weights, config):
         seen.append((rewards.clone(), weights))
         return grpo.summed_advantages(rewards, weights), {}
 
+    def reference_logprobs(reference, raw, pieces, batch, *more, true=grpo.reference_logprobs):
+        ref = true(reference, raw, pieces, batch, *more)
+        k1.append(((batch.rollout.logprobs - ref) * batch.rollout.mask).sum(1).view(-1, 4))
+        return ref
+
+    monkeypatch.setattr(grpo, "reference_logprobs", reference_logprobs)
     grpo.main(config(steps=2, beta=0.2, kl="k1", kl_in="reward", lr=1e-2), estimate)
     rewards, weights = seen[-1]
     assert weights == {"correct": 1.0, "format": 0.5, "kl": -0.2}
     assert rewards[..., 2].abs().max() > 0  # the second step has left the reference
     assert seen[1][0][..., 2].abs().max() < 1e-4  # the first has not
-    assert rewards[..., 2].mean().item() == pytest.approx(6 * metrics("runs/grpo", "kl")[2], rel=1.0)
+    torch.testing.assert_close(rewards[..., 2], k1[-1])
 
 
 def test_the_reference_moves_when_asked(here):
@@ -664,6 +673,13 @@ def test_bad_input_is_one_line(here, own, monkeypatch, capsys, flags, words):
     for word in words:
         assert word in lines[0]
     assert not (here / "runs").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_in_any_minibatch(here, monkeypatch):
+    norms = iter([math.nan, 1.0])
+    monkeypatch.setattr(grpo, "optimizer_step", lambda *_: next(norms))
+    with pytest.raises(ConfigError, match="the gradient is nan at step 0"):
+        grpo.main(config(minibatches=2))
 
 
 def test_prompts_must_be_shared_evenly(here, monkeypatch):

@@ -300,7 +300,7 @@ def test_micro_batches_change_nothing(here, value):
 
 @pytest.mark.parametrize("more", [{"value": "shared"}, {"value": "separate"}, {"lora": LoraConfig(2), "lr": 1e-2}])
 def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
-    changes = dict(**more, kl_target=0.5, kl_horizon=50.0, steps=4)
+    changes = dict(**more, kl_target=0.5, kl_horizon=50.0, normalise=True, baseline="none", steps=4)
     ppo.main(config(name="whole", **changes))
 
     class StopAt2:
@@ -448,6 +448,21 @@ def test_bad_input_is_one_line(here):
     ]:
         assert_one_line_error(script("ppo.py", *flags, "--device", "cpu", cwd=here), *words)
     assert not (here / "runs").exists()
+    sizes = dict(context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
+    Transformer(TransformerConfig(open_checkpoint("start")[1].vocab_size, **sizes, window=9)).save_pretrained("start")
+    with pytest.raises(ConfigError, match="window of 9"):
+        ppo.main(config())
+
+
+def test_what_stands_outside_the_mask_does_not_matter():
+    new, old, A, mask = batch()
+    loss, figures = ppo_policy_loss(new, old, A, mask)
+    for junk in (math.inf, -math.inf, math.nan):
+        dirty = [torch.where(mask, x, junk) for x in (old, A)]
+        again, same = ppo_policy_loss(new, *dirty, mask)
+        assert (again.item(), same) == (loss.item(), figures)
+        (gradient,) = torch.autograd.grad(again, new)
+        assert gradient.isfinite().all()
     for changes in (
         {"value": "none"},
         {"baseline": "all"},

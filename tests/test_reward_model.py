@@ -4,6 +4,7 @@ of a run."""
 import json
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -424,6 +425,60 @@ def test_bad_input_is_one_line(here):
     open_checkpoint("start")[1].save_pretrained("encoder")
     with pytest.raises((ConfigError, CheckpointError), match="encoder"):
         reward_model.main(config(init="encoder"))
+    for changes, words in [
+        ({"extra_layers": -1}, "--extra_layers is -1"),
+        ({"data": "style", "sampler": "start"}, "no verifier"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            config(**changes)
+    sizes = dict(vocab_size=open_checkpoint("start")[1].vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1)
+    for changes, words in [({"window": 9}, "window of 9"), ({"tie_embeddings": False}, "--sft_weight 0")]:
+        Transformer(TransformerConfig(**sizes, width=16, **changes)).save_pretrained("start")
+        with pytest.raises(ConfigError, match=words):
+            reward_model.main(config(pairs="corrupted"))
+    assert not (here / "runs").exists()
+
+
+def test_samples_that_are_never_right_make_no_pairs(here):
+    with pytest.raises(ConfigError, match="no train problem got both a right and a wrong answer"):
+        reward_model.main(config(pairs="sampled"))
+    with pytest.raises(ConfigError, match="do not fit the model's context"):
+        reward_model.main(config(pairs="corrupted", max_new_tokens=150))
+
+
+def test_a_broken_off_start_does_not_count(scratch, monkeypatch):
+    rows = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    made = []
+
+    def broken(config):
+        made.append(config)
+        raise SystemExit(130)
+
+    monkeypatch.setattr(reward_model.pretrain, "main", broken)
+    for _ in range(2):  # nor is it reused
+        with pytest.raises(SystemExit):
+            reward_model.main(config(init=None, data="pairs.jsonl"))
+    assert len(made) == 2
+    assert Path(made[0].data).read_text(encoding="utf-8").count("yes") > 40
+
+
+def test_scores_are_fp32_under_autocast(scratch, tokenizer):
+    torch.manual_seed(0)
+    model = randomised(RewardModel.from_policy(Transformer(TransformerConfig(tokenizer.vocab_size, 64, 1, 2, 1, 16))))
+    packed = model.pack([([5, 6, 7], [[8, 9], [8, 10]]), ([5, 6], [[11], [12]])], 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(*packed[:-1])
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, got.bfloat16().float())  # more than eight bits of it
+    torch.testing.assert_close(got, model(*packed[:-1]), atol=0.1, rtol=0.05)
+
+
+def test_a_tie_is_half_right_everywhere():
+    rows, error = calibration(np.array([0.0, 0.0, 0.0]))
+    assert rows == [(0.5, 0.5, 3)]
+    assert error == 0
 
 
 def test_equal_and_empty_answers_are_skipped_and_counted(here, capsys):

@@ -6,8 +6,9 @@
 
 An experiment is a row of EXPERIMENTS: a question, what is held, and its variants. A variant is a stage (pretrain, sft,
 dpo, ppo, grpo, gdpo) with the flags that differ, so every run here can be repeated by hand with the stage's own
-script. Each run ends in runs/ablate/NAME/VARIANT-seedS/result.json. One that is there, made by the same settings, is
-not made again: a run that was interrupted goes on where it was.
+script. Each run ends in runs/ablate/NAME/VARIANT-seedS/result.json, beside the commit and all settings, defaults
+included. One that is there, made by the same settings, is not made again: a broken-off experiment makes the missing
+runs, and a run that was broken off starts anew. A run that diverged has that as its result.
 
 What the table says, with n seeds (arXiv:2304.01315 on why few seeds mislead):
 
@@ -16,8 +17,10 @@ What the table says, with n seeds (arXiv:2304.01315 on why few seeds mislead):
                    start and the same data order, so what they share cancels
 
 Two variants are called different only if the interval of the difference leaves out 0. With three seeds t is 4.30, so
-only large effects can be told apart; what cannot is said to be so. No experiment looks at a test split to choose
-anything: the losses are those of the validation split, the accuracies of the held-out test problems, seen once.
+only large effects can be told apart. Each interval is for its difference alone, without a correction for how many there
+are, and for the spread of the seeds, not of the test problems, which stay the same. No experiment looks at a test
+split to choose anything: the losses are those of the validation split, the accuracies of the held-out test problems,
+seen once.
 
 Runs stand side by side, each with its share of the cores (--jobs). Letters: n seeds, s standard deviation.
 """
@@ -28,12 +31,13 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -44,12 +48,13 @@ from tqdm import tqdm
 from attention import attention_entropy, attention_weights
 from data import DataError, find, load_problems
 from dpo import kl_to_reference
-from generate import ConfigError, generate, open_checkpoint, run
+from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from grpo import tidy
 from pretrain import RUNS, read_metrics, setup
 from sft import START, encode_prompt, evaluate, evaluate_samples, start_name
 from transformer import Transformer, TransformerConfig
 
+# Student's quantiles by n; above 10 that of 10, which is slightly too wide.
 T_975 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
@@ -98,8 +103,8 @@ def layers(folder, figures, settings):
         more[f"stream_{name}"] = [x.detach().square().mean().sqrt().item() for x in seen]
         more[f"gradient_{name}"] = [x.grad.square().mean().sqrt().item() for x in seen]
     more["gradient_ratio"] = more["gradient_built"][0] / more["gradient_built"][-1]
-    rows = torch.tensor(tokenizer.encode("".join(_text("valid"))[: 32 * 64])[: 32 * 64]).view(32, 64)
-    return more | attention_of(trained, rows)
+    ids = torch.tensor(tokenizer.encode("".join(_text("valid"))[: 32 * 64]))
+    return more | attention_of(trained, ids[: len(ids) // 32 * 32].view(32, -1))
 
 
 def attention_of(raw, rows):
@@ -188,36 +193,31 @@ def _stretched(raw, context):
 
 @torch.no_grad()
 def copying(folder, figures, settings):
-    """Share of words repeated without a mistake, by their distance, inside and beyond the distances of training."""
+    """Share of letters repeated rightly, by their distance, inside and beyond the distances of training."""
     raw, tokenizer, _ = open_checkpoint(figures["path"])
-    raw = raw if raw.config.positions == "learned" else _stretched(raw, 2 * raw.config.context)
     shares = []
     for distance in COPY_DISTANCES:
         lines = [_copy_line(10_000_000 + i, distance, distance) for i in range(100)]
-        prompts = [tokenizer.encode(line[: line.index("|") + 1]) for line in lines]
-        if len(prompts[0]) + 6 > raw.config.context:
-            shares.append(math.nan)
-            continue
-        texts = generate(raw, prompts, 6, temperature=0).texts(tokenizer)
-        shares.append(100 * statistics.mean(t == line[-6:] for t, line in zip(texts, lines, strict=True)))
+        texts = generate(raw, [tokenizer.encode("\n" + line[:-1]) for line in lines], 1, temperature=0).texts(tokenizer)
+        shares.append(100 * statistics.mean(t == line[-1] for t, line in zip(texts, lines, strict=True)))
     inside = [s for d, s in zip(COPY_DISTANCES, shares, strict=True) if d <= COPY_TRAINED]
-    far = [s for d, s in zip(COPY_DISTANCES, shares, strict=True) if d > COPY_TRAINED and not math.isnan(s)]
     return {
         "copied": shares,
         "copied_inside": statistics.mean(inside),
-        "copied_outside": statistics.mean(far) if far else math.nan,
+        "copied_outside": statistics.mean(shares[len(inside) :]),
     }
 
 
-COPY_TRAINED, COPY_DISTANCES = 48, [0, 8, 16, 24, 32, 40, 48, 64, 80, 96]
+COPY_TRAINED, COPY_DISTANCES = 48, [0, 1, 2, 4, 8, 16, 32, 48, 64, 80, 96]
 
 
 def _copy_line(index, least, most):
-    """`kdjwqa······|kdjwqa`: six random letters, a distance of dots, the same letters."""
+    """`k·······|k`: a random letter, least to most dots (log-uniformly, or the far ones would hardly be learnt), the
+    same letter."""
     generator = torch.Generator().manual_seed(index)
-    word = "".join(chr(97 + i) for i in torch.randint(26, (6,), generator=generator).tolist())
-    dots = least + torch.randint(most - least + 1, (1,), generator=generator).item()
-    return word + "." * dots + "|" + word
+    letter = chr(97 + torch.randint(26, (1,), generator=generator).item())
+    dots = least - 1 + int((most - least + 2) ** torch.rand(1, generator=generator).item())
+    return letter + "." * dots + "|" + letter
 
 
 def _copy_file():
@@ -329,11 +329,15 @@ EXPERIMENTS = {
         measure="beyond",
     ),
     "copying": Experiment(
-        "How far can a word be copied, with each kind of positions, inside and beyond the distances of training?",
-        f"a character model as in `positions`, on lines of six letters, 0 to {COPY_TRAINED} dots, the same letters",
-        {kind: _pretrain(positions=kind, data="COPY") for kind in ("none", "learned", "sinusoidal", "rope")},
+        "How far can a letter be carried, with each kind of positions, inside and beyond the distances of training?",
+        "a character model of 2 layers, width 64, context 128; AdamW, 2,000 steps of 16 windows, the data order; lines "
+        f"of a letter, 0 to {COPY_TRAINED} dots, the same letter",
         {
-            "copied_inside": f"words copied, up to {COPY_TRAINED} dots (%)",
+            kind: _pretrain(positions=kind, data="COPY", n_layer=2, width=64, lr=1e-3, steps=2000)
+            for kind in ("none", "learned", "sinusoidal", "rope")
+        },
+        {
+            "copied_inside": f"letters repeated, up to {COPY_TRAINED} dots (%)",
             "copied_outside": f"beyond {COPY_TRAINED} dots (%)",
         },
         {"loss": "training loss"},
@@ -469,7 +473,7 @@ EXPERIMENTS = {
 
 
 def settings_of(name, experiment, variant, seed, quick):
-    """Everything that decides a run's outcome, as JSON: two runs with the same are the same run."""
+    """The stages of a run and their flags, as JSON; `configs_of` has the defaults too."""
     stages = []
     for stage, flags in experiment.variants[variant]:
         flags = dict(flags) | {"seed": seed} | (experiment.quick if quick else {})
@@ -489,8 +493,26 @@ def build(stage, flags):
     return cls(**{k: nested[k](**v) if k in nested else v for k, v in flags.items()})
 
 
+def configs_of(settings):
+    """Everything that decides a run's outcome, but the code, as JSON: two runs with the same are the same run."""
+    return json.loads(json.dumps([asdict(build(stage, flags)) for stage, flags in settings["stages"]]))
+
+
 def run_one(settings, folder, threads):
-    """Run a variant with a seed; its figures, also written to folder/result.json. Runs in a process of its own."""
+    """Run a variant with a seed; its figures, also written to folder/result.json, {"diverged": …} if it did. Runs in a
+    process of its own."""
+    try:
+        figures = _run(settings, folder, threads)
+    except DivergedError as error:
+        figures = {"diverged": str(error)}
+    folder = Path(folder)
+    made = {"settings": settings, "configs": configs_of(settings), "commit": commit(), "figures": figures}
+    (folder / "result.tmp").write_text(json.dumps(made))
+    (folder / "result.tmp").replace(folder / "result.json")
+    return figures
+
+
+def _run(settings, folder, threads):
     torch.set_num_threads(threads)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -508,9 +530,6 @@ def run_one(settings, folder, threads):
         figures |= {"parameters": raw.num_params(), "cache": 2 * c.n_layer * c.n_kv_head * c.head_dim}
         if settings["measure"]:
             figures |= globals()[settings["measure"]](RUNS / name, figures, settings)
-    text = json.dumps({"settings": settings, "figures": figures})
-    (folder / "result.tmp").write_text(text)
-    (folder / "result.tmp").replace(folder / "result.json")
     return figures
 
 
@@ -528,12 +547,14 @@ def flatten(figures):
 def ends(folder):
     """The last value of what is logged at validations only."""
     series = read_metrics(folder)
-    return {k: series[k][1][-1] for k in ("load_min", "load_max") if k in series}
+    return {k: series[k][1][-1] for k in ("valid_loss", "load_min", "load_max") if k in series}
 
 
 def interval(values):
-    """n numbers -> their mean, half the width of Student's 95 % interval."""
+    """n numbers -> their mean, half the width of Student's 95 % interval; nan if one of them is no finite number."""
     n = len(values)
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     half = T_975[min(n, 10)] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return statistics.mean(values), half
 
@@ -556,47 +577,70 @@ def plus_minus(values):
     return text if math.isnan(mean) or math.isnan(half) or half == 0 else f"{text} ± {half:,.{decimals}f}"
 
 
-def report(name, experiment, results, seeds, command, target):
-    """results {(variant, seed): figures} -> the text of results/NAME.md; the picture lies beside it."""
+def difference(a, b):
+    """Paired values of two variants -> mean [interval], with as many decimals as the table gives a; bold if told
+    apart."""
+    mean, half = interval([x - y for x, y in zip(a, b, strict=True)])
+    if math.isnan(half):
+        return "–"
+    decimals = len(number(interval(a)[0]).partition(".")[2])
+    if half == 0:
+        return f"{mean:+,.{decimals}f}"
+    text = f"{mean:+,.{decimals}f} [{mean - half:+,.{decimals}f}, {mean + half:+,.{decimals}f}]"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def report(name, experiment, results, seeds, command, target, commits=()):
+    """results {(variant, seed): figures} -> the text of results/NAME.md; the picture lies beside it. commits: those of
+    the runs."""
     variants = list(experiment.variants)
     corpus = [flags["data"] for stages in experiment.variants.values() for _, flags in stages if "data" in flags]
     held = experiment.held + (f"; text: {_corpus()}" if "CORPUS" in corpus else "")
     lines = [f"# {name}: {experiment.question}", "", f"Held: {held}."]
-    lines += [f"Command: `{command}`. {len(seeds)} seeds ({', '.join(map(str, seeds))}); {machine()}.", ""]
-    columns = {k: v for k, v in experiment.columns.items() if any(k in results[v2, seeds[0]] for v2 in variants)}
+    where = f"{machine()}, commit {', '.join(sorted(set(commits))) or 'unknown'}"
+    lines += [f"Command: `{command}`. {len(seeds)} seeds ({', '.join(map(str, seeds))}); {where}.", ""]
+    columns = {k: v for k, v in experiment.columns.items() if any(k in figures for figures in results.values())}
 
     def values(variant, metric):
-        found = [results[variant, s].get(metric, math.nan) for s in seeds]
-        return found if not any(math.isnan(x) for x in found) else [math.nan]
+        return [results[variant, s].get(metric, math.nan) for s in seeds]
 
     lines += ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
     for variant in variants:
         lines.append(f"| {variant} | " + " | ".join(plus_minus(values(variant, m)) for m in columns) + " |")
     lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
+    for (variant, seed), figures in results.items():
+        if "diverged" in figures:
+            lines += [f"Diverged: {variant}, seed {seed}: {figures['diverged']}", ""]
     first = experiment.against if experiment.against in variants else variants[0]
-    metric = next(iter(columns))
-    lines += [f"Paired differences to *{first}* in {columns[metric]}:", ""]
-    for variant in (v for v in variants if v != first):
-        a, b = values(variant, metric), values(first, metric)
-        if len(a) != len(b) or len(a) < 2 or math.isnan(a[0]):
-            lines.append(f"- {variant}: not measured on enough seeds")
-            continue
-        mean, half = interval([x - y for x, y in zip(a, b, strict=True)])
-        verdict = "told apart" if abs(mean) > half else "not told apart"
-        lines.append(f"- {variant}: {mean:+.3g}, 95 % interval [{mean - half:+.3g}, {mean + half:+.3g}]: {verdict}")
-    lines += ["", f"![{name}]({target.stem}.png)", ""]
+    others, columns = [v for v in variants if v != first], {k: v for k, v in columns.items() if k != "minutes"}
+    if others and len(seeds) > 1:
+        lines += [f"Paired differences to *{first}*, with their 95 % intervals; bold: the interval leaves out 0.", ""]
+        lines += ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
+        for variant in others:
+            cells = (difference(values(variant, m), values(first, m)) for m in columns)
+            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [f"![{name}]({target.stem}.png)", ""]
     return "\n".join(lines)
 
 
+def commit():
+    """Of this repository, with + if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:  # no git here
+        return "unknown"
+
+
 def machine():
-    """Cores, processor, torch and commit, for the record."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Cores, processor and torch, for the record."""
     info = Path("/proc/cpuinfo")
     model = (
         [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
     )
     cpu = model[0] if model else platform.processor() or "unknown processor"
-    return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}, commit {commit.stdout.strip() or 'unknown'}"
+    return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}"
 
 
 def draw(experiment, results, folders, seeds, target):
@@ -608,12 +652,9 @@ def draw(experiment, results, folders, seeds, target):
 
     variants = list(experiment.variants)
     metrics = [next(iter(experiment.columns)), *experiment.bars]
-    extra = [
-        k
-        for k in ("stream_built", "gradient_built", "stream_trained", "by_position", "copied")
-        if k in results[variants[0], seeds[0]]
-    ]
-    maps = variants if "attention" in results[variants[0], seeds[0]] else []
+    extra = ["stream_built", "gradient_built", "stream_trained", "by_position", "copied"]
+    extra = [k for k in extra if any(k in figures for figures in results.values())]
+    maps = [v for v in variants if "attention" in results[v, seeds[0]]]
     panels = len(metrics) + len(experiment.draw) + len(extra) + bool(experiment.front) + len(maps)
     columns = 2 if panels == 4 else min(3, panels)
     rows = math.ceil(panels / columns)
@@ -650,7 +691,7 @@ def draw(experiment, results, folders, seeds, target):
         "gradient_built": ("gradient as built", "block", "root mean square"),
         "stream_trained": ("residual stream as trained", "block", "root mean square"),
         "by_position": ("loss by position, twice the trained length", "sixteenth of the window", "nats per character"),
-        "copied": ("words copied", "dots between", "% without a mistake"),
+        "copied": ("letters repeated", "dots between", "%"),
     }
     for axis, name in zip(others[len(experiment.draw) :], extra, strict=False):
         for i, variant in enumerate(variants):
@@ -667,7 +708,7 @@ def draw(experiment, results, folders, seeds, target):
     if experiment.front:
         axis, (x, y) = others[len(experiment.draw) + len(extra)], experiment.front
         for i, variant in enumerate(variants):
-            points = [(results[variant, s][x], results[variant, s][y]) for s in seeds]
+            points = [(results[variant, s].get(x, math.nan), results[variant, s].get(y, math.nan)) for s in seeds]
             axis.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=variant)
         axis.set(xlabel=experiment.columns[x], ylabel=experiment.columns[y], title="at the end, a point per seed")
         axis.grid(alpha=0.25)
@@ -693,7 +734,8 @@ class Config:
     experiment: str | None = None
     """Its name; see --list."""
     quick: bool = False
-    """A smoke run of a few steps and one seed; results/ is left alone."""
+    """A smoke run of a few steps and one seed (but the start that later stages share is made in full, in runs/start);
+    results/ is left alone."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of each variant per seed."""
     variants: list[str] = field(default_factory=list)
@@ -714,6 +756,25 @@ class Config:
             raise ConfigError("--jobs must be at least 1, and --seeds a list of different numbers")
 
 
+def waves(todo, bare):
+    """[(variant, seed, settings, folder), …] -> two lists, one after the other. In a seed of `bare`, which has no SFT
+    checkpoint yet, one run makes the start that the others of that seed share, and goes ahead: one that needs it all,
+    if there is one, as sft makes its pretrained start only."""
+    ahead = []
+    for seed in bare:
+        mine = [task for task in todo if task[1] == seed and task[2]["stages"][0][0] != "pretrain"]
+        ahead += sorted(mine, key=lambda task: task[2]["stages"][0][0] == "sft")[:1]
+    return ahead, [task for task in todo if task not in ahead]
+
+
+def left_out(target, name, variants, seeds):
+    """What the page at `target` has and a run of these variants and seeds would not."""
+    text = target.read_text() if target.exists() else ""
+    found = re.search(r" seeds \(([\d, ]+)\)", text)
+    lost = [v for v in EXPERIMENTS[name].variants if f"\n| {v} |" in text and v not in variants]
+    return lost + [f"seed {s}" for s in (found[1].split(", ") if found else []) if int(s) not in seeds]
+
+
 def main(config):
     """Run what is missing, then write results/NAME.md and .png; returns {(variant, seed): figures}."""
     if config.list:
@@ -726,8 +787,12 @@ def main(config):
     seeds = config.seeds[:1] if config.quick else config.seeds
     top = RUNS / "ablate" / (f"{name}-quick" if config.quick else name)
     target = (top if config.quick else Path(__file__).parent / "results") / f"{name}.md"
+    if lost := [] if config.quick else left_out(target, config.experiment, experiment.variants, seeds):
+        raise ConfigError(
+            f"{target} also has {', '.join(lost)}, which this run leaves out: move it aside, or run them too"
+        )
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    todo, results, folders = [], {}, {}
+    todo, results, folders, commits = [], {}, {}, []
     for seed in seeds:
         for variant in experiment.variants:
             settings = settings_of(name, experiment, variant, seed, config.quick)
@@ -736,35 +801,40 @@ def main(config):
             folders[variant, seed] = folder / "run"
             found = folder / "result.json"
             saved = json.loads(found.read_text()) if found.exists() else {}
-            if saved.get("settings") == json.loads(json.dumps(settings)):
+            same = saved.get("settings") == json.loads(json.dumps(settings))
+            if same and ("configs" not in saved or saved["configs"] == configs_of(settings)):
                 results[variant, seed] = saved["figures"]
+                commits.append(saved.get("commit", "unknown"))
             else:
                 todo.append((variant, seed, settings, str(folder)))
     failed = []
     bar = tqdm(total=len(experiment.variants) * len(seeds), initial=len(results), unit="run", desc=name)
+    bare = [s for s in seeds if not (RUNS / start_name("word", s, "sft") / "finished").exists()]
     with ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # The first run of a seed may make the start that the others of that seed share: those go ahead.
-        stages = {stage for stages in experiment.variants.values() for stage, _ in stages}
-        bare = [s for s in seeds if not (RUNS / start_name("word", s, "sft") / "finished").exists()]
-        ahead = [next(t for t in todo if t[1] == s) for s in bare if any(t[1] == s for t in todo)]
-        ahead = ahead if stages != {"pretrain"} else []
-        waves = [ahead, [t for t in todo if t not in ahead]]
-        for wave in waves:
-            jobs = {pool.submit(run_one, settings, folder, threads): (v, s, folder) for v, s, settings, folder in wave}
-            for job in as_completed(jobs):
-                variant, seed, folder = jobs[job]
-                try:
-                    results[variant, seed] = job.result()
-                except (Exception, SystemExit) as error:
-                    failed.append(f"{variant}, seed {seed}: {error} (see {folder}/log.txt)")
-                bar.update()
+        try:
+            for wave in waves(todo, bare):
+                jobs = {pool.submit(run_one, *what, threads): (v, s, what[1]) for v, s, *what in wave}
+                for job in as_completed(jobs):
+                    variant, seed, folder = jobs[job]
+                    try:
+                        results[variant, seed] = job.result()
+                        commits.append(commit())
+                    except (Exception, SystemExit) as error:
+                        failed.append(f"{variant}, seed {seed}: {error} (see {folder}/log.txt)")
+                    bar.update()
+        except KeyboardInterrupt:  # each run has got it too and has stopped; what was waiting is not begun
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the same command makes the runs that are missing")
+            raise SystemExit(130) from None
     bar.close()
     if failed:
         raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
     target.parent.mkdir(parents=True, exist_ok=True)
     command = f"python ablate.py {name}" + (" --quick" if config.quick else "")
     command += f" --variants '[{', '.join(config.variants)}]'" if config.variants else ""
-    text = report(name, experiment, results, seeds, command, target)
+    command += f" --seeds '{seeds}'" if seeds != [0, 1, 2] and not config.quick else ""
+    results = {key: results[key] for key in folders}  # in the order of the table
+    text = report(name, experiment, results, seeds, command, target, commits)
     kept = target.read_text().split("\n## Reading\n", 1)[1:] if target.exists() else []  # a person's words survive
     target.write_text(text + "".join("\n## Reading\n" + words for words in kept))
     draw(experiment, results, folders, seeds, target.with_suffix(".png"))

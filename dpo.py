@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import load_pairs, load_problems
-from generate import ConfigError, generate, open_checkpoint, run
+from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
 from pretrain import (
     Interrupt,
@@ -547,7 +547,7 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         record = {name: v / config.batch for name, v in zip(sums, dist.sum(*sums.values()), strict=True)}
         if not math.isfinite(record["loss"]):
-            raise ConfigError(
+            raise DivergedError(
                 f"the loss is {record['loss']} at step {step} (learning rate {lr:.1e}); try a smaller --lr"
             )
 

@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import batch_at, load_sentiment
-from generate import ConfigError, resolve_checkpoint, run
+from generate import ConfigError, DivergedError, resolve_checkpoint, run
 from norms import LayerNorm
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from pretrain import (
@@ -675,7 +675,7 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         loss_sum, right = dist.sum(loss_sum, right)
         if not math.isfinite(loss_sum):
-            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+            raise DivergedError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
 
         done = step + 1
         record = {"mlm_loss": loss_sum} if pretraining else {"loss": loss_sum, "train_accuracy": right / n}

@@ -49,6 +49,10 @@ class ConfigError(ValueError):
     """Settings that do not fit together or an input that cannot be used: one line says what to change."""
 
 
+class DivergedError(ConfigError):
+    """A loss or a gradient that is no longer a finite number."""
+
+
 @dataclass
 class Rollout:
     """Completions only. T is the length of the longest; a row that ended earlier is padded."""

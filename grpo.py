@@ -81,7 +81,7 @@ from tqdm import tqdm
 
 from attention import causal_mask
 from data import extract_answer, load_problems
-from generate import ConfigError, Rollout, generate, open_checkpoint, run
+from generate import ConfigError, DivergedError, Rollout, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
 from pretrain import (
     Interrupt,
@@ -799,7 +799,8 @@ def main(config, estimate=estimate):
                     sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else count)
             norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
             if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler meets inf, skips the step, goes lower
-                raise ConfigError(f"the gradient is {norm} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+                where = f"at step {step} (learning rate {lr:.1e})"
+                raise DivergedError(f"the gradient is {norm} {where}; try a smaller --lr")
             updates += 1
 
         # ------------------------------------------------------------------ metrics: what matters first

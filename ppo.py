@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import reward_model
 from data import load_problems
-from generate import ConfigError, generate, open_checkpoint, run
+from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
 from pretrain import (
     Interrupt,
@@ -602,7 +602,7 @@ def main(config):
                 both = [optimizers[:-1], optimizers[-1:]]
                 norms = optimizer_steps(parts, both, (lr, value_lr * rate), scaler, config.clip)
                 if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
-                    raise ConfigError(
+                    raise DivergedError(
                         f"the gradient is {norms} at step {step}; try a smaller --lr than {config.lr:.1e}"
                     )
                 found |= {"grad_norm": norms[0], "grad_norm_value": norms[1]}

@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from attention import attention_entropy, attention_weights
 from data import batch_at, load_text, narrative_entropy, open_stream, stream_path, tokenise
-from generate import ConfigError, generate, open_checkpoint, run
+from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from moe import balancing_losses, expert_load, update_biases
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from transformer import CheckpointError, Transformer, TransformerConfig, fill
@@ -945,7 +945,8 @@ def main(config):
             if not config.skip_nonfinite:
                 where = f"at step {step} the loss is {loss_sum}, the gradient norm {norm}, the learning rate {lr:.1e}"
                 good = saved_run(run_dir) or "none yet"
-                raise ConfigError(f"{where}; last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true")
+                mend = "try a smaller --lr or --skip_nonfinite true"
+                raise DivergedError(f"{where}; last good checkpoint: {good}; {mend}")
 
         if raw.config.n_expert:
             (balancing,) = dist.sum(balancing)

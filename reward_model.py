@@ -61,7 +61,7 @@ import pretrain
 from data import CORRUPTIONS, MEN, PLURAL, THEMES, WOMEN, DataError, Pair, corrupt, load_pairs, load_problems
 from encoder import OWN as ENCODER
 from encoder import Encoder, EncoderConfig, open_encoder
-from generate import ConfigError, generate, open_checkpoint, resolve_checkpoint, run
+from generate import ConfigError, DivergedError, generate, open_checkpoint, resolve_checkpoint, run
 from pretrain import (
     RUNS,
     Interrupt,
@@ -778,7 +778,8 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         sums = dict(zip(sums, dist.sum(*sums.values()), strict=True))
         if not math.isfinite(sums["loss"]):
-            raise ConfigError(f"the loss is {sums['loss']} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+            where = f"at step {step} (learning rate {lr:.1e})"
+            raise DivergedError(f"the loss is {sums['loss']} {where}; try a smaller --lr")
 
         done = step + 1
         record = sums | {

@@ -56,7 +56,7 @@ from tqdm import tqdm
 import pretrain
 from attention import causal_mask, document_mask
 from data import Problem, extract_answer, load_problems, same_answer
-from generate import ConfigError, generate, open_checkpoint, run
+from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
 from pretrain import (
     RUNS,
@@ -624,7 +624,7 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         (loss_sum,) = dist.sum(loss_sum)
         if not math.isfinite(loss_sum):
-            raise ConfigError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+            raise DivergedError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
 
         done = step + 1
         record = {

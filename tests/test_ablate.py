@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
-from conftest import assert_one_line_error, script
+from conftest import ROOT, assert_one_line_error, metrics, script
 
 import ablate
 from generate import ConfigError
@@ -19,6 +20,13 @@ def test_the_interval_by_hand():
     assert ablate.plus_minus([1.0, 2.0, 6.0]) == "3.00 ± 6.57"
     assert ablate.plus_minus([0.25]) == "0.2500"  # one seed has no interval
     assert math.isnan(ablate.interval([1.0])[1])
+    for bad in (math.nan, math.inf):
+        assert all(map(math.isnan, ablate.interval([1.0, bad, 2.0])))
+        assert ablate.plus_minus([1.0, bad, 2.0]) == "–"
+    assert ablate.difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0]) == "**+0.50 [+0.48, +0.52]**"
+    assert ablate.difference([2.0, 1.0, 4.0], [1.0, 2.0, 3.0]) == "+0.33 [-2.54, +3.20]"
+    assert ablate.difference([4096.0] * 2, [4000.0] * 2) == "+96"
+    assert ablate.difference([1.0, math.nan], [1.0, 2.0]) == "–"
 
 
 def test_students_quantiles_cover_95_per_cent():
@@ -110,11 +118,71 @@ def test_the_report_tells_apart_only_what_the_paired_interval_does(experiment, s
     paired = ablate.report(
         "width", experiment, fake(experiment, [[1, 2, 3], [1.5, 2.51, 3.49]]), [0, 1, 2], "x", target
     )
-    assert "wide: +0.5, 95 % interval [+0.475, +0.525]: told apart" in paired
-    assert "| narrow | 2.00 ± 2.48 | 10.0 |" not in paired  # parameters do not differ, so they have no ±
-    assert "| narrow | 2.00 ± 2.48 | 10 |" in paired.replace("10.00", "10")
+    assert "| wide | **+0.50 [+0.48, +0.52]** | +0.00 |" in paired
+    assert "| narrow | 2.00 ± 2.48 | 10.00 |" in paired  # parameters do not differ, so they have no ±
     noisy = ablate.report("width", experiment, fake(experiment, [[1, 2, 3], [2, 1, 4]]), [0, 1, 2], "x", target)
-    assert "not told apart" in noisy
+    assert "| wide | +0.33 [-2.54, +3.20] |" in noisy
+
+
+def test_a_run_that_diverged_is_a_result(experiment, scratch):
+    hot = [
+        ("pretrain", experiment.variants["wide"][0][1] | {"lr": 1e30, "clip": 0.0, "steps": 5, "optimizer": "adamw"})
+    ]
+    experiment.variants["hot"] = hot
+    settings = ablate.settings_of("width", experiment, "hot", 0, False)
+    figures = ablate.run_one(settings, "runs/ablate/hot", 1)
+    assert list(figures) == ["diverged"]
+    saved = json.loads((scratch / "runs/ablate/hot/result.json").read_text())
+    assert saved["figures"] == figures
+    assert saved["configs"][0]["weight_decay"] == 0.1  # the defaults too
+    results = fake(experiment, [[1, 2, 3], [2, 1, 4], [5, 6, 7]]) | {("hot", 0): figures}
+    text = ablate.report("width", experiment, results, [0, 1, 2], "x", scratch / "width.md", ["abc", "abc"])
+    assert "Diverged: hot, seed 0: at step" in text
+    assert "| hot | – |" in text
+    assert "commit abc." in text
+    folders = {key: scratch / "runs/ablate/hot/run" for key in results}
+    ablate.draw(experiment, results, folders, [0, 1, 2], scratch / "width.png")
+
+
+def test_a_start_is_made_by_one_run():
+    def task(variant, seed, *stages):
+        return variant, seed, {"stages": [[stage, {}] for stage in stages]}, ""
+
+    todo = [task("SFT", s, "sft") for s in (0, 1)] + [task(v, s, v.lower()) for v in ("DPO", "GRPO") for s in (0, 1)]
+    first, rest = ablate.waves(todo, [1])
+    assert first == [todo[3]]  # DPO: sft would not make the checkpoint that GRPO starts from as well
+    assert rest == [t for t in todo if t != todo[3]]
+    assert ablate.waves(todo[:2], [0, 1]) == (todo[:2], [])
+    assert ablate.waves([task("a", 0, "pretrain")], [0]) == ([], [task("a", 0, "pretrain")])
+
+
+def test_the_probes_on_a_small_model(scratch, monkeypatch):
+    """What the architecture experiments measure, on an untrained model of theirs: shapes and ranges."""
+    (scratch / "text.txt").write_text("the cat sat on the mat. " * 400)
+    monkeypatch.setattr(ablate, "_corpus", lambda: "text.txt")
+    for measure, positions in (("layers", "rope"), ("beyond", "rope"), ("beyond", "learned"), ("clipping", "rope")):
+        [(stage, flags)] = small(positions=positions, n_layer=2, context=32)
+        settings = {"stages": [[stage, flags | {"seed": 0}]], "seed": 0, "measure": measure}
+        got = ablate.run_one(settings, f"runs/ablate/{measure}-{positions}", 1)
+        if measure == "layers":
+            assert len(got["stream_built"]) == len(got["gradient_trained"]) == 2
+            assert got["gradient_ratio"] > 0
+        elif measure == "beyond":
+            assert abs(got["inside"] - got["valid_loss"]) < 0.2
+            assert math.isnan(got["outside"]) == (positions == "learned")
+            assert 0 < got["entropy"] < math.log(32)
+            assert torch.tensor(got["attention"]).sum(-1).tolist() == pytest.approx([1.0] * 32, abs=1e-5)
+        else:
+            norms = list(metrics("runs/ablate/clipping-rope/run", "grad_norm").values())
+            assert got["norm_median"] == sorted(norms)[1]
+            assert got["clipped_share"] == 100 * sum(n > 1 for n in norms) / 2
+
+
+def test_the_readme_counts_lines_rightly():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 18
+    for file, lines in rows:
+        assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(lines), file
 
 
 def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scratch, monkeypatch, capsys):
@@ -154,6 +222,10 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     only = ablate.main(ablate.Config(experiment="width", quick=True, seeds=[0], variants=["wide"]))
     assert only == {("wide", 0): results["wide", 0]}
     assert "| narrow |" not in target.read_text()
+    assert ablate.left_out(target, "width", ["wide"], [0]) == []
+    assert ablate.left_out(target, "width", ["narrow"], [0]) == ["wide"]
+    assert ablate.left_out(target, "width", ["wide", "narrow"], [1, 2]) == ["seed 0"]
+    assert ablate.left_out(scratch / "none.md", "width", [], []) == []
     with pytest.raises(ConfigError, match="width has no tall"):
         ablate.Config(experiment="width", variants=["tall"])
     experiment.variants["narrow"] = small(width=16, n_head=3)  # 16 is no multiple of 3

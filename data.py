@@ -1,6 +1,6 @@
 """Every dataset of the pipeline: what a record is, where it comes from, the built-in default, the split.
 
-Five things stand here, in this order:
+Six things stand here, in this order:
 
 1. **Built-in word problems.** English problems in GSM8K's shape (Cobbe et al. 2021, arXiv:2110.14168): a
    question, one worked line per arithmetic step, a last line `#### ANSWER`. They need no download, so every
@@ -10,7 +10,8 @@ Five things stand here, in this order:
 3. **Real data**: GSM8K, Tiny Shakespeare, TinyStories, any text file, any JSONL of the documented keys. It is
    looked for at a path that the user gives, then in `$ALIGN_DATA` (default `downloads/`), then downloaded.
 4. **Preference pairs**: two answers to one prompt, from corrupted solutions or from real files.
-5. **Token streams**: one long array of token ids on disk, and `batch_at`, a pure function of the step.
+5. **Sentiment**: texts that praise or pan, generated or real.
+6. **Token streams**: one long array of token ids on disk, and `batch_at`, a pure function of the step.
 
 **How a problem is made.** A theme (food, a shop, a bus, ...) is a table of rows. A story opens with a row
 from `open`, walks through rows from `then` (buys, gives away, loses), each one addition or subtraction on the
@@ -47,8 +48,10 @@ Run: `python data.py` prints problems of each level, their corruptions and a nar
 from __future__ import annotations
 
 import csv
+import fcntl
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -57,6 +60,7 @@ import random
 import re
 import shutil
 import urllib.request
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -624,7 +628,7 @@ def check_split(split: str, splits: Sequence[str] = SPLITS) -> None:
 
 def split_of(text: str) -> str:
     """ "train" (80 %), "valid" or "test" (10 % each), by a hash of the text; case and blanks do not count."""
-    digest = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return SPLIT_OF_DIGIT[int.from_bytes(digest, "big") % 10]
 
 
@@ -900,7 +904,7 @@ def download(name: str, split: str = "train") -> Path:
     by_hand = f"put the file at {path} by hand, or set ALIGN_DATA to the folder that has {source.path}"
     if not source.url:
         raise DataError(f"{name}: no {path}, and this dataset has no automatic download: {by_hand}")
-    from tqdm import tqdm  # only here: everything else in this file needs numpy at most
+    from tqdm import tqdm  # here, so that reading the data needs numpy at most
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes do not write into one file
     digest = hashlib.sha256()
@@ -913,10 +917,12 @@ def download(name: str, split: str = "train") -> Path:
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
+            if size and file.tell() != size:  # a connection that breaks looks like an end
+                raise OSError(f"{file.tell()} of {size} bytes came")
         if source.sha256 and digest.hexdigest() != source.sha256:
             raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {source.sha256}; {by_hand}")
         os.replace(partial, path)
-    except OSError as error:  # URLError is one
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise DataError(f"{name}: cannot download {source.url} ({error}): {by_hand}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -931,7 +937,7 @@ def read_text(path: Path) -> str:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
-    except (OSError, EOFError) as error:  # a file that is no gzip raises the one, one that is cut off the other
+    except (OSError, EOFError, zlib.error) as error:  # no gzip; one that is cut off; one that is damaged
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not text.strip():
         raise DataError(f"{path} is empty")
@@ -957,6 +963,9 @@ def load_problems(
     check_split(split)
     if name == "word":
         return word_problems(split, (20_000 if split == "train" else 1_000) if n is None else n, levels)
+    known = ("gsm8k", "instructions", "ratings", "style")
+    if name in DATASETS and name not in known:
+        raise DataError(f"{name} has no problems: choose word, {', '.join(known)}, or the path of a .jsonl")
     path = find(name, {"valid": "train"}.get(split, split) if name == "gsm8k" else "train")
     story = "gsm8k" if name == "gsm8k" else "file"
     problems = read_all(path, lambda record, where: problem_from(record, where, story), skip_bad)
@@ -998,7 +1007,12 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
         found = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
     elif kind in (".csv", ".tsv"):
         form = {"strict": True} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        found = [(f"record {n}", row) for n, row in enumerate(csv.DictReader(io.StringIO(text), **form), start=1)]
+        csv.field_size_limit(1 << 30)  # a text may be long
+        rows = csv.DictReader(io.StringIO(text), **form)
+        try:
+            found = [(f"record {n}", row) for n, row in enumerate(rows, start=1)]
+        except csv.Error as error:
+            raise DataError(f"{path} line {rows.reader.line_num}: not CSV ({error})") from error
         for place, row in found:
             if None in row or None in row.values():
                 raise DataError(f"{path} {place}: not as many fields as the header has columns")
@@ -1127,18 +1141,22 @@ def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
 
     "word"             narratives: 20,000 for train, 1,000 for valid; no text is in both
     "tinystories"      one story a document
-    "gsm8k", "instructions", "ratings", or a path of .jsonl, .json or .csv: a problem and its solution a document,
-                       in a conversation with what was said before
+    "gsm8k", "instructions", "ratings", or a path of records (see `read_records`): a problem and its solution a
+                       document, in a conversation with what was said before
     "tinyshakespeare"  or a path: one document; the first 90 % of its characters is train, the rest valid
     """
     check_split(split, ("train", "valid"))
     if name == "word":
         return narrative_texts(split, 20_000 if split == "train" else 1_000)
-    if name in ("gsm8k", "instructions", "ratings") or str(name).endswith((".jsonl", ".json", ".csv")):
+    records = Path(str(name).removesuffix(".gz")).suffix in (".jsonl", ".json", ".csv", ".tsv")
+    if name in ("gsm8k", "instructions", "ratings") or records:
         return [
             "\n".join([*(content for _, content in problem.history), problem.question, problem.solution])
             for problem in load_problems(name, split)
         ]
+    if name in DATASETS and name not in ("tinyshakespeare", "tinystories"):
+        known = "word, tinystories, tinyshakespeare, gsm8k, instructions, ratings"
+        raise DataError(f"{name} has no text for pretraining: choose {known}, or a path")
     path = find(name, split)
     text = read_text(path)
     if name == "tinystories":
@@ -1448,14 +1466,24 @@ def tokenise(path: Path, texts: Sequence[str], tokenizer, some: int = 1000) -> N
     <|endoftext|> each; one alone is a text without borders.
 
     `some` documents at a time, on all cores, into a file of their own under PATH.parts. Whoever is interrupted finds
-    them there the next time and goes on behind the last.
+    them there the next time and goes on behind the last. (One text alone is encoded in one go.) A second run that wants
+    a stream of the same folder waits for the first.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # released with the descriptor, also by a process that dies
+        if not Path(f"{path}.json").exists():
+            _tokenise(path, texts, tokenizer, some)
+    finally:
+        os.close(folder)
+
+
+def _tokenise(path, texts, tokenizer, some):
     from tqdm import tqdm
 
-    if Path(f"{path}.json").exists():
-        return
     parts = Path(f"{path}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    parts.mkdir(exist_ok=True)
     end = [tokenizer.endoftext_id] if len(texts) > 1 else []
     files = []
     for i in tqdm(range(0, len(texts), some), desc="tokenising", unit="part", leave=False, disable=len(texts) <= some):
@@ -1498,7 +1526,7 @@ def open_stream(path: str | Path, fingerprint: str, check: bool = False) -> np.m
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, windows: int, offsets: int) -> tuple[int, np.ndarray]:
-    rng = np.random.default_rng([seed, epoch])
+    rng = np.random.default_rng([seed % 2**32, epoch])
     return int(rng.integers(offsets)), rng.permutation(windows)
 
 

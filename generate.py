@@ -11,8 +11,9 @@ The prompt is read in one pass that fills the key/value cache (prefill); after i
 * rows that have met a stop token leave the batch as soon as a quarter of it is done;
 * every row samples by inverse transform from its own uniform number: token = CDF⁻¹(u). One draw of a
   (rows, max_new_tokens) table fixes all of the randomness beforehand, so what a row says does not depend on which
-  rows stand beside it, on when they leave, or on how a batch is spread over GPUs.
-
+  rows stand beside it, on when they leave, or on how a batch is spread over GPUs. That holds up to rounding: in fp32
+  the rows agree; in bf16 a batch of another size rounds differently, and a token on the border of two may fall to the
+  other;
 * with one token per row the products are small and a step is mostly the cost of starting operations: `DecodeStep`
   computes Transformer.forward's numbers with fewer and larger ones (the usual case; other layouts call the model).
 
@@ -62,11 +63,10 @@ class Rollout:
     logprobs: torch.Tensor  # (N·n, T) fp32, log π of each sampled token at the sampling temperature
 
     def texts(self, tokenizer):
-        """The completions as strings, without special tokens."""
-        special = set(tokenizer.special_ids.values())
+        """The completions as strings: plain tokens only, neither special ones nor a padded vocabulary's spare ids."""
         rows = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
         return [
-            tokenizer.decode([i for i, real in zip(ids, mask, strict=True) if real and i not in special])
+            tokenizer.decode([i for i, real in zip(ids, mask, strict=True) if real and i in tokenizer.vocab])
             for ids, mask in rows
         ]
 
@@ -116,7 +116,8 @@ class DecodeStep:
     one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
     them beforehand; keys of one head meet all queries that share them in one batched product. States are columns,
     (C, B), because weight @ x of a few columns takes about half of the time of x @ weight.T (MKL, 2 cores). Built anew
-    by each `generate`, in about the time of a step, because the weights may have changed since.
+    by each `generate`, in about the time of a step, because the weights may have changed since: a second copy of them,
+    in the dtype of the cache.
     """
 
     @staticmethod
@@ -197,12 +198,14 @@ def product(weight, x):
 
 
 def free_memory(device):
-    """Bytes that `device` has to spare; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Bytes that `device` can still give; None where the system does not say."""
+    if device.type == "cuda":  # blocks that torch keeps for itself are free to us
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+        with open("/proc/meminfo") as file:  # MemAvailable counts the page cache, which gives way
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
         return None
 
 
@@ -229,7 +232,7 @@ def generate(
     the (N·n, max_new_tokens) table of uniforms yourself; on_tokens(ids (N·n,), live (N·n,)) is called at each step,
     for streaming; what it returns, if anything, is the (N·n,) rows to end there. memory: bytes for the key/value
     cache, default half of what is free; prompts that do not fit together are taken one batch after the other, which
-    changes no row. Raises ConfigError on an empty prompt or one that leaves no room in the model's context.
+    but for rounding changes no row. Raises ConfigError on an empty prompt or one that leaves no room in the context.
     """
     c, longest = model.config, max((len(p) for p in prompts), default=0)
     if not prompts or not all(prompts):
@@ -238,11 +241,16 @@ def generate(
         raise ConfigError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {c.context}"
         )
+    if max_new_tokens < 1 or n < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens} and n is {n}; both must be at least 1")
     if uniforms is None:
         uniforms = torch.rand(len(prompts) * n, max_new_tokens, generator=generator)
+    if uniforms.shape != (len(prompts) * n, max_new_tokens):
+        raise ConfigError(f"uniforms are {tuple(uniforms.shape)}, not {(len(prompts) * n, max_new_tokens)}")
     uniforms = uniforms.to(model.embed.weight.device)
     if memory is None:
-        memory = (free_memory(uniforms.device) or 1 << 40) // 2
+        free = free_memory(uniforms.device)
+        memory = (1 << 40 if free is None else free) // 2
     a_row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * (longest + max_new_tokens)  # keys and values in fp32
     size = len(prompts) if on_tokens is not None else max(1, int(memory // (a_row * n)))  # prompts per batch
     penalised = {"penalty": repetition_penalty} if repetition_penalty != 1.0 else {}
@@ -365,7 +373,7 @@ def is_chat_model(path, tokenizer):
         return tokenizer.chat_template is not None
     try:
         stop = json.loads((Path(path) / "generation_config.json").read_text())["eos_token_id"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return tokenizer.special_ids.get("<|im_end|>", -1) in (stop if isinstance(stop, list) else [stop])
 
@@ -374,7 +382,7 @@ class _Parser(jsonargparse.ArgumentParser):
     def error(self, message, ex=None):
         """One line, no usage dump: what is wrong, and where the flags are listed."""
         text = " ".join(str(message).split())
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -395,9 +403,11 @@ def run(main, cls, description=None):
     try:
         main(parse_config(cls, description=description))
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # a line for each node
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -425,7 +435,7 @@ class Config:
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that the prompt or the answer already holds less likely."""
     stop: list[str] = field(default_factory=list)
-    """Texts that end an answer; they are not shown."""
+    """Texts that end an answer and are not shown: --stop+ "Q:" --stop+ "A:"."""
     seed: int = 0
     """Of the sampling."""
     device: str = "auto"
@@ -444,6 +454,8 @@ class Config:
             raise ConfigError(f"min_p is {self.min_p}; it must be between 0 and 1")
         if not self.repetition_penalty > 0:
             raise ConfigError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 is off)")
+        if self.temperature == 0 and (self.top_k or self.top_p or self.min_p):
+            raise ConfigError("top_k, top_p and min_p choose what is sampled from: give a --temperature above 0")
         if "" in self.stop:
             raise ConfigError("--stop holds an empty text, which would end every answer at once")
 
@@ -460,7 +472,7 @@ def answer(model, tokenizer, ids, stop_ids, config, generator):
 
     def show(token, live):  # a character may span several tokens: the decoder holds back an unfinished one
         nonlocal text, shown
-        if not live[0] or token[0].item() in stop_ids:
+        if not live[0] or token[0].item() in stop_ids or token[0].item() not in tokenizer.vocab:
             return None
         text += decoder.decode(tokenizer.decode_bytes([token[0].item()]))
         found = [text.index(stop) for stop in config.stop if stop in text]
@@ -487,16 +499,23 @@ def main(config):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise ConfigError(f"--device {device!r} cannot be used here; choose cpu, or cuda where torch sees a GPU")
+    try:
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     model, tokenizer, path = open_checkpoint(config.checkpoint, device)
     chat = is_chat_model(path, tokenizer)
     stop_ids = tokenizer.stop_ids if chat else (tokenizer.endoftext_id,)
     generator = torch.Generator().manual_seed(config.seed)
+    on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    half = torch.autocast("cuda", torch.bfloat16, enabled=on_gpu)
     if config.prompt is not None:
         if chat:
             ids, _ = tokenizer.encode_chat([{"role": "user", "content": config.prompt}], True)
         else:
             ids = tokenizer.encode(config.prompt) or [tokenizer.endoftext_id]
-        answer(model, tokenizer, ids, stop_ids, config, generator)
+        with half:
+            answer(model, tokenizer, ids, stop_ids, config, generator)
         return
     if not chat:
         raise ConfigError(f"{path} is a base model, not trained to chat; give it a --prompt to continue")
@@ -518,7 +537,13 @@ def main(config):
             del history[:2]  # the oldest exchange makes room
             print("(the context is full: the oldest exchange was forgotten)")
             ids, _ = tokenizer.encode_chat(history, True)
-        history.append({"role": "assistant", "content": answer(model, tokenizer, ids, stop_ids, config, generator)})
+        try:
+            with half:
+                said = answer(model, tokenizer, ids, stop_ids, config, generator)
+            history.append({"role": "assistant", "content": said})
+        except (KeyboardInterrupt, ConfigError) as error:  # cut short, or a message that is too long: it does not count
+            print("(stopped)" if isinstance(error, KeyboardInterrupt) else f"({error})")
+            history.pop()
 
 
 def demo():

@@ -114,7 +114,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()  # §4.3 of DoRA: a constant for the gradient
     def row_norms(self):
-        return torch.linalg.vector_norm(self.direction(), dim=1)  # (out,)
+        # the clamp: a row of zeros divided by its length would be NaN
+        return torch.linalg.vector_norm(self.direction(), dim=1).clamp_min(1e-12)  # (out,)
 
     @property
     def weight(self):
@@ -163,6 +164,9 @@ class LoRALinear(nn.Module):
             else:
                 with torch.no_grad():
                     own.copy_(given)
+        if strict:
+            known = [prefix + "weight"] + ([prefix + "bias"] if self.bias is not None else [])
+            unexpected += [key for key in state if key.startswith(prefix) and key not in known]
         self.reset()
 
     def extra_repr(self):
@@ -290,9 +294,12 @@ def load_lora_state(model, state, base=None):
     """Put `lora_state` back into a model with the same adapters.
 
     base: the plain model that they were added to, from which the frozen weights are copied first. It may be left out
-    if these are still there. They are not after load_state_dict, and merged weights would be corrected twice.
+    if these are still there. They are not after load_state_dict, and merged weights would be corrected twice. With base
+    the model must hold the saved, merged weights: what comes out is compared with them.
     """
+    merged_weights = {}
     if base is not None:
+        merged_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         model.load_state_dict(base.state_dict())
     for name, layer in lora_layers(model).items():
         if layer.base_weight.double().sum().item() != layer.checksum:
@@ -306,6 +313,10 @@ def load_lora_state(model, state, base=None):
         if p.shape != state[name].shape:
             raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(p.shape)}")
         p.copy_(state[name])
+    now = model.state_dict() if merged_weights else {}
+    for name, weight in merged_weights.items():
+        if not torch.allclose(now[name], weight, rtol=1e-4, atol=1e-5):
+            raise CheckpointError(f"{name}: base and adapters do not make the saved model: the base has changed since")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -380,6 +391,10 @@ def load_lora(model, path):
     for name, value in expected.items():  # what would change the result and is not written here
         if (settings.get(name, value) or None) != (value or None):
             raise CheckpointError(f"{path / SETTINGS}: {name} = {settings[name]!r} is not supported, only {value!r}")
+
+    start = settings.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise CheckpointError(f"{path / SETTINGS}: init_lora_weights = {start!r} changes the base too; not supported")
 
     ours = {theirs: name for name, theirs in _file_names(model).items()}
     parts = {theirs: part for part, theirs in PEFT_PARTS.items()}

@@ -159,7 +159,8 @@ def merge_in_place(ids, pair, new):
 
 
 BATCH = 2**22  # characters that one process counts at a time: this, not the size of the text, bounds the memory
-BORDER = regex.compile(r"(?r)(?<=[\p{L}\p{N}])\s")  # the last place where a space follows a letter or a digit
+# The last place where a space follows a letter or a digit, or where one of these begins a line: no piece crosses it.
+BORDER = regex.compile(r"(?r)(?<=[\p{L}\p{N}])\s|(?<=[\r\n])(?=[\p{L}\p{N}])")
 
 
 def count_words(texts):
@@ -613,6 +614,11 @@ def build(content, config):
     normalizer, after = ((content.get(key) or {}).get("type") for key in ("normalizer", "post_processor"))
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     used = [option for option in options if model.get(option)]
+    blank = [t["content"] for t in content["added_tokens"] if not t.get("special", True) and not t["content"].strip()]
+    if blank:
+        raise TokenizerError(
+            f"it cuts {blank[0]!r} out of any text: not supported here, the ids would be wrong without"
+        )
     if normalizer not in (None, "NFC") or after not in (None, "ByteLevel") or used:
         parts = [part for part in (normalizer, after, *used) if part not in (None, "NFC", "ByteLevel")]
         raise TokenizerError(f"{', '.join(parts)}: not supported here, and the ids would be wrong without")

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import attention
 from attention import (
     Attention,
     KVCache,
@@ -416,8 +415,3 @@ def test_errors():
         Attention(12, 6, 2, D, window=4, sinks=-1)
     with pytest.raises(ValueError, match="keeps 0 sinks and a window of 4, the layer sees 1 and 4"):
         layer(window=4, sinks=1)(random(1, 1, 12), cache=RollingKVCache(1, 1, 2, 4, D, torch.float64))
-
-
-def test_the_demonstration(capsys):
-    attention.main()
-    assert "the same as one full pass" in capsys.readouterr().out

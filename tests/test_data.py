@@ -16,6 +16,8 @@ import os
 import random
 import re
 import sys
+import threading
+import time
 import types
 import urllib.error
 from decimal import Decimal
@@ -661,6 +663,47 @@ def test_download(tmp_path, monkeypatch):
     assert list(file.parent.iterdir()) == [file]
     assert asked[-1].endswith("/grade_school_math/data/test.jsonl")
 
+    file.unlink()
+    monkeypatch.setitem(data.DATASETS["gsm8k"], "test", good._replace(sha256=None))
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Reply(b"hel"))
+    with pytest.raises(DataError, match="3 of 5 bytes came"):  # the connection broke
+        data.find("gsm8k", "test")
+    assert not list(file.parent.iterdir())
+
+
+def test_records_of_every_form_are_records_in_pretraining_too(tmp_path):
+    rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(40)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    expected = load_text(tmp_path / "a.jsonl", "train")
+    assert len(expected) > 20
+    assert expected[0].startswith("What is ")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.tsv").write_text("question\tanswer\n" + "".join(f"{r['question']}\t{r['answer']}\n" for r in rows))
+    (tmp_path / "d.csv").write_text("question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows))
+    for name in ("b.jsonl.gz", "c.tsv", "d.csv"):
+        assert load_text(tmp_path / name, "train") == expected
+
+
+def test_damaged_files_and_other_datasets_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    (tmp_path / "a.csv").write_text('question,answer\n"1 + 1? 2"x,2\n')
+    (tmp_path / "b.csv").write_text("question,answer\n" + "long " * 40_000 + ",2\n" * 1)
+    whole = gzip.compress(bytes(range(256)) * 50)
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[:30] + b"\xff" * 9 + whole[39:])
+    for call, words in [
+        (lambda: load_problems(tmp_path / "a.csv"), "line 2: not CSV"),
+        (lambda: load_problems(tmp_path / "c.jsonl.gz"), "cannot read"),
+        (lambda: load_problems("tinyshakespeare"), "has no problems: choose word"),
+        (lambda: load_text("polarity"), "has no text for pretraining: choose word"),
+    ]:
+        with pytest.raises(DataError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    [(place, row)] = data.read_records(tmp_path / "b.csv")
+    assert (place, len(row["question"])) == ("record 1", 200_000)
+    assert data.split_of("half of a pair: \ud83d") in data.SPLITS
+
 
 # Conversations, instructions, ratings.
 
@@ -922,10 +965,6 @@ def test_real_pairs(name, total):
         assert sum(pair.kind == "equal_scores" for pairs in found.values() for pair in pairs) == 134
 
 
-# Token streams.
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # Sentiment.
 
 
@@ -1065,6 +1104,10 @@ def test_real_sentiment(name, train, test):
     assert not (texts[0] | texts[1]) & texts[2]
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# Token streams.
+
+
 @pytest.mark.parametrize(("vocab", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_stream_round_trip(tmp_path, vocab, dtype):
     docs = [[0, vocab - 1, 2], [], [5]]
@@ -1113,6 +1156,21 @@ def test_a_tokenisation_that_broke_off_goes_on(tmp_path):
     assert data.open_stream(path, "letters", check=True).tolist() == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]
     data.tokenise(path, texts, None)  # it is there: nothing is done
+
+    other, begun = tmp_path / "other.bin", threading.Event()
+
+    class Slow(Letters):  # while one run tokenises, a second that wants the same stream waits and finds it made
+        def encode_batch(self, some):
+            begun.set()
+            time.sleep(0.2)
+            return super().encode_batch(some)
+
+    first = threading.Thread(target=data.tokenise, args=(other, texts, Slow()))
+    first.start()
+    assert begun.wait(10)
+    data.tokenise(other, texts, None)
+    assert Path(f"{other}.json").exists()
+    first.join()
 
 
 def test_one_document_has_no_border(tmp_path):

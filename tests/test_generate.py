@@ -1,17 +1,20 @@
 """generate.py: the sampler's distribution, batches against rows alone, and the script as a user meets it."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_one_line_error, script
 
+import generate as generate_module
 from generate import (
     Config,
     ConfigError,
     DecodeStep,
     Rollout,
     answer,
+    free_memory,
     generate,
     main,
     open_checkpoint,
@@ -168,7 +171,50 @@ def test_texts_leave_out_pads_and_special_tokens():
     cat, end = tokenizer.encode(" cat"), tokenizer.endoftext_id
     ids = torch.tensor([[*cat, end, 0, 0]])
     mask = torch.tensor([[True] * len(cat) + [True, False, False]])
-    assert Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer) == [" cat"]
+    ids = torch.cat([ids, torch.tensor([[*cat, 270 + 9, 0, 0]])])  # a row that a padded vocabulary has to spare
+    mask = torch.cat([mask, mask])
+    assert Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer) == [" cat", " cat"]
+
+
+def test_what_generate_is_given_must_fit(model):
+    for bad, words in [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"n": 0}, "n is 0"),
+        ({"uniforms": torch.rand(1, 5)}, r"uniforms are \(1, 5\), not \(1, 4\)"),
+        ({"uniforms": torch.rand(2, 4)}, r"uniforms are \(2, 4\)"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            generate(model, [[1, 2]], **{"max_new_tokens": 4} | bad)
+
+
+def test_free_memory_is_what_the_system_says():
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable"))
+    assert free_memory(torch.device("cpu")) == pytest.approx(1024 * int(available.split()[1]), rel=0.2)
+
+
+def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
+    asked = []
+
+    def answer(model, tokenizer, ids, stop_ids, config, generator):
+        asked.append(tokenizer.decode(ids))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        if len(asked) == 3:
+            raise ConfigError("the prompt has 99 tokens")
+        return f"said {len(asked)}"
+
+    lines = iter(["cat", "rat", "long", "bat", "/new", "hat", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(generate_module, "answer", answer)
+    monkeypatch.setattr(generate_module, "is_chat_model", lambda *_: True)
+    roomy = TransformerConfig(270, context=200, n_layer=1, n_head=2, n_kv_head=1, width=16)
+    monkeypatch.setattr(Transformer, "from_pretrained", lambda *_, **__: Transformer(roomy))
+    main(Config(checkpoint="run"))
+    told = capsys.readouterr().out
+    assert "(stopped)" in told
+    assert "(the prompt has 99 tokens)" in told
+    assert [("said 1" in a, "rat" in a, "long" in a) for a in asked[3:]] == [(True, False, False), (False,) * 3]
 
 
 @pytest.mark.parametrize(
@@ -376,6 +422,7 @@ def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
         (["--top_p", "1.5"], "top_p is 1.5"),
         (["--max_new_tokens", "-3"], "max_new_tokens is -3"),
         (["--device", "toaster"], "'toaster'"),
+        (["--top_p", "0.9", "--prompt", "the"], "--temperature above 0"),
         (["--checkpoint", "other"], "do not belong"),
         ([], "base model"),  # no prompt
     ],

@@ -360,6 +360,10 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(dora):
         load_lora_state(add_lora(tiny(), 4, 8, ["wk"], dora), kept[0])
     with pytest.raises(CheckpointError, match=r"has shape \(4, 24\), the model wants \(2, 24\)"):
         load_lora_state(add_lora(tiny(), 2, 8, ALL, dora), kept[0])
+    again = add_lora(shaken(tiny(), seed=2), 4, 8, ALL, dora)  # --init was trained again in between
+    again.load_state_dict(saved)
+    with pytest.raises(CheckpointError, match="the base has changed since"):
+        load_lora_state(again, kept[0], shaken(tiny(), seed=2))
 
 
 # --------------------------------------------------------------------------------------------------- PEFT's files

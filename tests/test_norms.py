@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-import norms
 from norms import (
     LayerNorm,
     RMSNorm,
@@ -152,8 +151,3 @@ def test_gradients_by_depth():
     loud = {p: deep_stack(p, 16, first=30.0) for p in ("pre", "sandwich")}
     assert loud["pre"][1] > 20  # one loud branch fills the stream
     assert loud["sandwich"][1] == pytest.approx(deep["sandwich"][1], rel=0.05)
-
-
-def test_the_demonstration(capsys):
-    norms.main()
-    assert "fp32 statistics give" in capsys.readouterr().out

@@ -9,7 +9,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-import positional
 from positional import (
     LearnedPositions,
     apply_rope,
@@ -208,8 +207,3 @@ def test_learned():
     assert torch.equal(table(torch.tensor([[8, 0]])), table.weight[[8, 0]][None])
     with pytest.raises(ValueError, match="position 9 asked for, the table has 9"):
         table(torch.tensor([9]))
-
-
-def test_the_demonstration(capsys):
-    positional.main()
-    assert "n − m = 7" in capsys.readouterr().out

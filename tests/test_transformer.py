@@ -23,7 +23,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-import transformer
 from attention import attention_weights, document_mask
 from generate import generate
 from tokenizer_bpe import BPETokenizer, TokenizerError, show
@@ -401,11 +400,6 @@ def test_a_pad_alone_sees_itself(tokens):
     model, real = tiny(), torch.tensor([[False], [True]])
     for weights in attention_weights(model, tokens[:1, :1].repeat(2, 1), torch.zeros(2, 1, dtype=torch.long), real):
         assert torch.equal(weights.sum(-1), torch.ones(2, 4, 1))
-
-
-def test_the_demonstration(capsys):
-    transformer.main()
-    assert "loss at birth" in capsys.readouterr().out
 
 
 def test_last_only_and_the_end_of_the_context(tokens):

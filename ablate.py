@@ -567,7 +567,7 @@ def number(x):
         return f"{x:,.0f}"
     if x == 0:
         return "0"
-    return f"{x:.1f}" if abs(x) >= 20 else f"{x:.2f}" if abs(x) >= 2 else f"{x:.4f}"
+    return f"{x:.1f}" if abs(x) >= 20 else f"{x:.3f}" if abs(x) >= 1 else f"{x:.4f}"
 
 
 def plus_minus(values):

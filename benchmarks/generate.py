@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import generate
 from transformer import Transformer, TransformerConfig
 
-SIZES = (  # 1.9 and 10.7 M parameters
+SIZES = (  # 1.9 and 9.6 M parameters
     TransformerConfig(1536, context=256, n_layer=4, n_head=6, n_kv_head=2, width=192),
     TransformerConfig(8192, context=256, n_layer=6, n_head=10, n_kv_head=5, width=320, ffn_width=896),
 )

@@ -97,6 +97,7 @@ def ours(steps, beta, problems, device):
     try:
         few = dict(eval_problems=1, test_problems=1, pass_problems=1, pass_samples=1, eval_every=10**6)
         sizes = dict(prompts=N, rollouts=R, max_new_tokens=NEW, micro_batch=N * R, format_weight=0.0)
+        sizes |= dict(optimizer="adamw", lr=5e-5)
         # The last step measures the KL and evaluates, the first warms up: neither counts.
         grpo.main(grpo.Config(init="start", steps=steps + 2, beta=beta, device=device, **few, **sizes))
     finally:

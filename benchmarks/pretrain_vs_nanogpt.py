@@ -1,7 +1,7 @@
 """pretrain.py against nanoGPT's train.py, in turn on the same machine: Tiny Shakespeare by characters, on the CPU.
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanogpt
-    ALIGN_DATA=../shared/data python benchmarks/pretrain_vs_nanogpt.py --nanogpt /tmp/nanogpt
+    ALIGN_DATA=DIR python benchmarks/pretrain_vs_nanogpt.py --nanogpt /tmp/nanogpt
 
 1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW; ours with
    the tanh form of GELU), eager against eager and compiled against compiled; the median step of `--speed_steps`, the
@@ -29,6 +29,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT, BATCH = 64, 12
+PARTS = ["eager", "compiled", "recipes"]
 README = f"--device=cpu --eval_iters=20 --log_interval=1 --block_size={CONTEXT} --batch_size={BATCH} --n_layer=4"
 README = f"{README} --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 SAME = f"--data tinyshakespeare --tokenizer char --batch {BATCH} --micro_batch {BATCH} --optimizer adamw --lr 1e-3"
@@ -136,14 +137,14 @@ def recipes(nanogpt, scratch, val):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--parts", default="eager,compiled,recipes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speed_steps", type=int, default=200)
     args = parser.parse_args()
     nanogpt = args.nanogpt.resolve()
     val = prepare(nanogpt)
     with tempfile.TemporaryDirectory() as scratch:
-        for part in args.parts.split(","):
+        for part in args.parts:
             if part == "recipes":
                 recipes(nanogpt, scratch, val)
             else:

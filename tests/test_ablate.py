@@ -17,14 +17,14 @@ def test_the_interval_by_hand():
     mean, half = ablate.interval([1.0, 2.0, 6.0])
     assert mean == 3.0
     assert half == pytest.approx(4.303 * math.sqrt(7 / 3), abs=1e-9)
-    assert ablate.plus_minus([1.0, 2.0, 6.0]) == "3.00 ± 6.57"
+    assert ablate.plus_minus([1.0, 2.0, 6.0]) == "3.000 ± 6.573"
     assert ablate.plus_minus([0.25]) == "0.2500"  # one seed has no interval
     assert math.isnan(ablate.interval([1.0])[1])
     for bad in (math.nan, math.inf):
         assert all(map(math.isnan, ablate.interval([1.0, bad, 2.0])))
         assert ablate.plus_minus([1.0, bad, 2.0]) == "–"
-    assert ablate.difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0]) == "**+0.50 [+0.48, +0.52]**"
-    assert ablate.difference([2.0, 1.0, 4.0], [1.0, 2.0, 3.0]) == "+0.33 [-2.54, +3.20]"
+    assert ablate.difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0]) == "**+0.500 [+0.475, +0.525]**"
+    assert ablate.difference([2.0, 1.0, 4.0], [1.0, 2.0, 3.0]) == "+0.333 [-2.535, +3.202]"
     assert ablate.difference([4096.0] * 2, [4000.0] * 2) == "+96"
     assert ablate.difference([1.0, math.nan], [1.0, 2.0]) == "–"
 
@@ -118,10 +118,10 @@ def test_the_report_tells_apart_only_what_the_paired_interval_does(experiment, s
     paired = ablate.report(
         "width", experiment, fake(experiment, [[1, 2, 3], [1.5, 2.51, 3.49]]), [0, 1, 2], "x", target
     )
-    assert "| wide | **+0.50 [+0.48, +0.52]** | +0.00 |" in paired
-    assert "| narrow | 2.00 ± 2.48 | 10.00 |" in paired  # parameters do not differ, so they have no ±
+    assert "| wide | **+0.500 [+0.475, +0.525]** | +0.000 |" in paired
+    assert "| narrow | 2.000 ± 2.484 | 10.000 |" in paired  # parameters do not differ, so they have no ±
     noisy = ablate.report("width", experiment, fake(experiment, [[1, 2, 3], [2, 1, 4]]), [0, 1, 2], "x", target)
-    assert "| wide | +0.33 [-2.54, +3.20] |" in noisy
+    assert "| wide | +0.333 [-2.535, +3.202] |" in noisy
 
 
 def test_a_run_that_diverged_is_a_result(experiment, scratch):

@@ -33,7 +33,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -50,7 +49,7 @@ from data import DataError, find, load_problems
 from dpo import kl_to_reference
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from grpo import tidy
-from pretrain import RUNS, read_metrics, setup
+from pretrain import RUNS, commit, read_metrics, setup
 from sft import START, encode_prompt, evaluate, evaluate_samples, start_name
 from transformer import Transformer, TransformerConfig
 
@@ -506,7 +505,7 @@ def run_one(settings, folder, threads):
     except DivergedError as error:
         figures = {"diverged": str(error)}
     folder = Path(folder)
-    made = {"settings": settings, "configs": configs_of(settings), "commit": commit(), "figures": figures}
+    made = {"settings": settings, "configs": configs_of(settings), "commit": commit()[:8], "figures": figures}
     (folder / "result.tmp").write_text(json.dumps(made))
     (folder / "result.tmp").replace(folder / "result.json")
     return figures
@@ -622,15 +621,6 @@ def report(name, experiment, results, seeds, command, target, commits=()):
         lines.append("")
     lines += [f"![{name}]({target.stem}.png)", ""]
     return "\n".join(lines)
-
-
-def commit():
-    """Of this repository, with + if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    except OSError:  # no git here
-        return "unknown"
 
 
 def machine():
@@ -818,7 +808,7 @@ def main(config):
                     variant, seed, folder = jobs[job]
                     try:
                         results[variant, seed] = job.result()
-                        commits.append(commit())
+                        commits.append(commit()[:8])
                     except (Exception, SystemExit) as error:
                         failed.append(f"{variant}, seed {seed}: {error} (see {folder}/log.txt)")
                     bar.update()

@@ -69,6 +69,7 @@ from pretrain import (
     optimizer_step,
     precision,
     save,
+    saved_run,
     setup,
 )
 from sft import rows_at, wilson
@@ -128,6 +129,8 @@ class Encoder(nn.Module):
         for name in ("window", "rope_scaling", "n_expert"):
             if getattr(c, name):
                 raise CheckpointError(f"{name} is for decoders, the encoder has none")
+        if not c.tie_embeddings:
+            raise CheckpointError("tie_embeddings is false, but the masked-LM head is the embedding matrix itself")
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.learned = LearnedPositions(c.context, c.width) if c.positions == "learned" else None
         self.types = nn.Embedding(c.n_type, c.width) if c.n_type else None
@@ -548,6 +551,10 @@ class Config:
     def __post_init__(self):
         check_positive(self, "mlm_batch", "steps", "batch", "micro_batch", "eval_every", "save_every")
         check_rates(self)
+        if self.mlm_lr < 0:
+            raise ConfigError(f"--mlm_lr is {self.mlm_lr}; it must be at least 0")
+        if self.model.n_class < 2:
+            raise ConfigError(f"--model.n_class is {self.model.n_class}; the labels are 0 and 1, so at least 2")
         if self.mlm_steps < 0:
             raise ConfigError(f"--mlm_steps is {self.mlm_steps}; it must be 0 or more")
         if not (0 < self.mlm_rate < 1 and 0 <= self.token_dropout < 1):
@@ -572,7 +579,7 @@ def main(config):
     run_dir = open_run(config, dist)
     if not config.init:
         if config.resume:
-            tokenizer = load_tokenizer(resolve_checkpoint(run_dir / "last"))
+            tokenizer = load_tokenizer(saved_run(run_dir))
         else:
             tokenizer = BPETokenizer.train(texts["train"], config.vocab_size, ("<|endoftext|>", MASK))
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
@@ -654,8 +661,9 @@ def main(config):
         model.train()
         loss_sum, right = 0.0, 0
         for i in range(0, share, config.micro_batch):
-            columns = [torch.stack(c).to(dist.device) for c in zip(*mine[i : i + config.micro_batch], strict=True)]
+            columns = [torch.stack(c) for c in zip(*mine[i : i + config.micro_batch], strict=True)]
             T = columns[1].sum(1).max().item()  # the longest row of the piece
+            columns = [c.to(dist.device) for c in columns]
             x, real = columns[0][:, :T], columns[1][:, :T]  # (b, T) each
             last = i + config.micro_batch >= share
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
@@ -674,8 +682,9 @@ def main(config):
             right += metrics["right"]
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         loss_sum, right = dist.sum(loss_sum, right)
-        if not math.isfinite(loss_sum):
-            raise DivergedError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+        if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
+            said = f"the loss is {loss_sum}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
+            raise DivergedError(f"{said}; try a smaller --lr")
 
         done = step + 1
         record = {"mlm_loss": loss_sum} if pretraining else {"loss": loss_sum, "train_accuracy": right / n}

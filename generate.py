@@ -507,7 +507,7 @@ def main(config):
     chat = is_chat_model(path, tokenizer)
     stop_ids = tokenizer.stop_ids if chat else (tokenizer.endoftext_id,)
     generator = torch.Generator().manual_seed(config.seed)
-    on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     half = torch.autocast("cuda", torch.bfloat16, enabled=on_gpu)
     if config.prompt is not None:
         if chat:

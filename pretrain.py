@@ -31,6 +31,7 @@ Run it:
 
 import contextlib
 import html
+import importlib.util
 import json
 import math
 import os
@@ -41,6 +42,7 @@ import subprocess
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -91,14 +93,17 @@ def setup(device="auto"):
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"--device {device!r} is not known; use auto, cpu or cuda")
+    if device != "cpu":
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
+        here, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if int(device[5:]) >= here if ":" in device else wanted > here:
+            raise ConfigError(f"--device {device} for {wanted} processes, but torch sees {here} GPUs here")
         if device == "cuda":
             device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    elif device != "cpu":
-        raise ConfigError(f"--device {device!r} is not known; use auto, cpu or cuda")
     if world > 1 and not distributed.is_initialized():
         # torchrun gives the processes that it starts again the same key-value store, in which the addresses of the dead
         # still stand; whoever reads one of those waits forever. So each attempt gets keys of its own. (Several nodes
@@ -109,7 +114,8 @@ def setup(device="auto"):
         # torch 2.13 renames DDP's broadcast_buffers; older ones do not know the new name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+        wait = timedelta(hours=2)  # rank 0 may train a tokenizer and tokenise for long while the others wait
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
 
 
@@ -117,7 +123,9 @@ def precision(dtype, dist):
     """--dtype -> (the autocast context, the gradient scaler). auto: fp32 on CPU, bf16 on GPUs that have it."""
     if dtype == "auto":
         on_gpu = dist.device.type == "cuda"
-        dtype = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
+        dtype = "fp32"
+        if on_gpu:  # older GPUs only emulate bf16, slowly
+            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if dtype not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype!r} is not known; use auto, fp32, bf16 or fp16")
     # fp16 reaches only down to 6e-8: gradients are scaled up before they are made, and back before they are used.
@@ -268,7 +276,7 @@ def optimizer_step(raw, optimizers, scaler, lr, clip):
     return norm
 
 
-# Products per second that the data sheets state, dense, bf16.
+# Floating-point operations per second that the data sheets state, dense, bf16.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 
 
@@ -290,8 +298,9 @@ def peak_flops(dist):
 def open_run(config, dist):
     """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
     path = RUNS / config.name
-    if not re.fullmatch(r"[A-Za-z0-9._/-]+", config.name) or ".." in config.name:
-        raise ConfigError(f"--name {config.name!r} cannot be a directory name; use letters, digits, . _ and -")
+    part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
+    if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate"):
+        raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
     if dist.is_main:
@@ -382,6 +391,9 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
     if changed:
         said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
         raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
+    total = now["steps"] + now.get("mlm_steps", 0)
+    if state["step"] > total:
+        raise ConfigError(f"{path} has done {state['step']} steps already, more than the {total} asked for")
     if now["steps"] != then["steps"] and dist.is_main:
         print(
             f"--steps {then['steps']} -> {now['steps']}: from here the learning rate is that of a run of the new length"
@@ -401,6 +413,15 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
     return state
 
 
+def commit():
+    """Of this repository, with + if files differ from it; nothing without git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
 class Log:
     """metrics.jsonl, TensorBoard and, if asked for, Weights & Biases: one record per call. Silent off rank 0.
 
@@ -418,10 +439,9 @@ class Log:
         if first_step and self.path.exists():
             lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]  # a kill may cut the last one
             kept = [x for x in lines if json.loads(x).get("step", -1) <= first_step]
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         header = {
             "config": asdict(config),
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "torch": torch.__version__,
             "device": str(dist.device),
             "world": dist.world,
@@ -431,7 +451,11 @@ class Log:
         if config.wandb:
             import wandb
 
-            self.wandb = wandb.init(project=config.wandb, name=config.name, config=header, resume="allow")
+            known = run_dir / "wandb_id"  # a resumed run goes on in the same one there
+            if not (first_step and known.exists()):
+                known.write_text(wandb.util.generate_id())
+            about = {"project": config.wandb, "name": config.name, "config": header}
+            self.wandb = wandb.init(**about, id=known.read_text(), resume="allow")
 
     def __call__(self, step, **record):
         if not self.active:
@@ -574,9 +598,9 @@ def draw_attention(run_dir, raw, tokenizer, text, most=24):
             axis.imshow(maps[layer][0, head].cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
             axis.set_title(f"{layer + 1}.{head + 1}: {entropies[head]:.2f} nats", fontsize=7)
             axis.set(xticks=[], yticks=[])
-        axes[layer, 0].set_yticks(range(len(ids)), labels, fontsize=4)
+        axes[layer, 0].set_yticks(range(len(ids)), labels, fontsize=4, parse_math=False)  # a token may be "$$"
     for axis in axes[-1]:
-        axis.set_xticks(range(len(ids)), labels, fontsize=4, rotation=90)
+        axis.set_xticks(range(len(ids)), labels, fontsize=4, rotation=90, parse_math=False)
     figure.suptitle("attention weights, block.head: query (row) to key (column)", fontsize=9)
     figure.tight_layout()
     figure.savefig(Path(run_dir) / "attention.png", dpi=150)
@@ -715,6 +739,10 @@ def check_rates(config):
     for name in ("lr", "weight_decay", "warmup", "clip", "seed"):
         if getattr(config, name) < 0:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 0")
+    if config.optimizer not in ("adamw", "muon"):
+        raise ConfigError(f"--optimizer {config.optimizer!r} is not known; use adamw or muon")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb needs a package that is not here: pip install wandb")
     if not 0 <= getattr(config, "dropout", 0.0) < 1:
         raise ConfigError(f"--dropout is {config.dropout}; it must be at least 0 and below 1")
 
@@ -801,7 +829,7 @@ def loss_of(model, x, y, z_loss):
 
 
 def main(config):
-    """Train; returns {"valid_loss", "path"}."""
+    """Train; returns {"valid_loss" (of the last step, over all of the validation text), "path" (of best/)}."""
     dist = setup(config.device)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and saved_run(RUNS / config.name):
         config = replace(config, resume=True)  # torchrun started us again because a process had died
@@ -815,6 +843,8 @@ def main(config):
     if config.init:
         raw, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
         config = replace(config, model=raw.config)
+    elif config.tokenizer not in ("bpe", "char", "byte"):
+        load_tokenizer(config.tokenizer)  # a typo must not move an earlier run aside
     run_dir = open_run(config, dist)
     if not config.init:
         made = saved_run(run_dir) if config.resume else run_dir / "data"
@@ -844,7 +874,7 @@ def main(config):
     context = config.model.context
     streams = make_streams(config, dist, tokenizer, context, texts)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
-    first, best, skipped = 0, math.inf, 0
+    first, best, skipped, whole = 0, math.inf, 0, math.nan
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best, skipped = state["step"], state["best"], state.get("skipped", 0)
@@ -962,10 +992,13 @@ def main(config):
         if done % config.eval_every == 0 or done == config.steps:
             if raw.config.n_expert:
                 record |= load_record(load)
-            most = None if done == config.steps else config.eval_tokens
-            rows = validation_rows(documents, streams["valid"], context, tokenizer.endoftext_id, most)
-            losses = validate(raw, rows, byte_lengths, dist, autocast)
+            rows = partial(validation_rows, documents, streams["valid"], context, tokenizer.endoftext_id)
+            losses = validate(raw, rows(config.eval_tokens), byte_lengths, dist, autocast)
+            score = losses[0]  # the best is chosen on the same rows each time
+            if done == config.steps:
+                losses = validate(raw, rows(None), byte_lengths, dist, autocast)
             record["valid_loss"], record["valid_bits_per_byte"] = losses
+            whole = losses[0]
             readable = unsharded(raw, dist)
             if dist.is_main:
                 text = sample_text(readable, tokenizer, config.seed)
@@ -975,8 +1008,8 @@ def main(config):
                 if done == config.steps:  # a second or two
                     draw_attention(run_dir, readable, tokenizer, texts["valid"][0])
                     log.show(done, ["attention"])
-            if record["valid_loss"] < best:
-                best = record["valid_loss"]
+            if score < best:
+                best = score
                 checkpoint("best", done)
         log(done, **record)
         bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", tok_s=f"{record['tokens_per_second']:,.0f}")
@@ -985,8 +1018,8 @@ def main(config):
     if dist.is_main:
         known = f", entropy of the text {floor:.4f}" if floor else ""
         missed = f"; {skipped} steps skipped" if skipped else ""
-        print(f"validation loss {best:.4f} nats per token{known}{missed}; {run_dir}/best, {run_dir}/curves.png")
-    return {"valid_loss": best, "path": str(run_dir / "best")}
+        print(f"validation loss {whole:.4f} nats per token{known}{missed}; {run_dir}/best, {run_dir}/curves.png")
+    return {"valid_loss": whole, "path": str(run_dir / "best")}
 
 
 def sample_text(raw, tokenizer, seed, length=60):

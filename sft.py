@@ -41,11 +41,13 @@ Run it:
 
 import collections
 import contextlib
+import hashlib
+import json
 import math
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,7 @@ from pretrain import (
     optimizer_step,
     precision,
     save,
+    saved_run,
     setup,
 )
 from transformer import TransformerConfig, token_logprobs
@@ -361,15 +364,19 @@ def fitting(problems, lengths, room, what, dist):
 
 def start_name(data, seed, stage):
     """Where a stage that was given no --init keeps the start that it makes for itself."""
-    known = data if data.isidentifier() else Path(data).stem
+    known = data
+    if not data.isidentifier():  # a path: two files of one name are two starts
+        known = f"{Path(data).stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
     return f"start/{known}-seed{seed}-{stage}"
 
 
 def made_once(name, what, stage, settings, dist):
-    """runs/NAME/best, by running a stage unless that has been done. A run that was broken off has no file `finished`,
-    does not count, and is moved aside by the new one."""
+    """runs/NAME/best, by running a stage unless that has been done with these settings. A run that was broken off has
+    no file `finished`, one of other settings another; they do not count, and the new one moves them aside."""
     finished = RUNS / name / "finished"
-    if finished.exists():
+    made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
+    made_by = json.dumps(made_by, sort_keys=True)
+    if finished.exists() and finished.read_text() == made_by:
         if dist.is_main:
             print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
     else:
@@ -377,7 +384,7 @@ def made_once(name, what, stage, settings, dist):
             print(f"{what} -> {RUNS / name}")
         stage.main(stage.Config(name=name, **settings))
         if dist.is_main:
-            finished.touch()
+            finished.write_text(made_by)
     return str(RUNS / name)
 
 
@@ -504,6 +511,8 @@ class Config:
             )
         if not 1 <= self.min_rating <= 5:
             raise ConfigError(f"--min_rating is {self.min_rating}; ratings go from 1 to 5")
+        if self.demonstrations is not None:
+            check_positive(self, "demonstrations")
         if any(lr <= 0 for lr in self.sweep):
             raise ConfigError(f"--sweep {self.sweep}: learning rates must be above 0")
 
@@ -513,7 +522,7 @@ def worth_training(problems, config, dist):
     least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
     kept = [p for p in problems if p.rating is None or p.rating >= least]
     if not kept:
-        raise ConfigError(f"no response of {config.data} is rated {config.min_rating} or more")
+        raise ConfigError(f"no response of {config.data} is rated {f'{least:g} or more' if least > 1.1 else 'above 1'}")
     if len(kept) < len(problems) and dist.is_main:
         how = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which weighs nothing"
         print(f"{len(problems) - len(kept)} of {len(problems)} responses are rated {how}: left out")
@@ -549,6 +558,9 @@ def main(config):
     examples = fitting(examples, [len(ids) for ids, _, _ in examples], context, "training example", dist)
     difficulties = [level if config.difficulty == "level" else len(ids) for ids, _, level in examples]
     examples = [(ids, flags) for ids, flags, _ in examples]
+    if config.order != "shuffled" and len(set(difficulties)) == 1:
+        same = f"all examples have {config.difficulty} {difficulties[0]}"
+        raise ConfigError(f"--order {config.order}, but {same}; try --difficulty length")
     ranked = rank_examples(difficulties, config.order, config.seed)
 
     run_dir = open_run(config, dist)
@@ -623,8 +635,9 @@ def main(config):
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         (loss_sum,) = dist.sum(loss_sum)
-        if not math.isfinite(loss_sum):
-            raise DivergedError(f"the loss is {loss_sum} at step {step} (learning rate {lr:.1e}); try a smaller --lr")
+        if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
+            said = f"the loss is {loss_sum}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
+            raise DivergedError(f"{said}; try a smaller --lr")
 
         done = step + 1
         record = {
@@ -682,20 +695,22 @@ def main(config):
         if sampled:
             print("  ".join(f"{name} {value:.1%}" for name, value in sampled.items()) + " at temperature 1")
     figures = {k: result[k] for k in ("accuracy", "low", "high", "f1")} | sampled
-    return figures | {"valid": best, "path": str(path)}
+    return figures | {"valid": best, "test": result[metric], "path": str(path)}
 
 
 def sweep(config):
-    """One run per learning rate, NAME/lr1e-03 and so on, then the table. The validation split chooses."""
+    """One run per learning rate, NAME/lr0.001 and so on, then the table. The validation split chooses."""
     results = {}
     for lr in config.sweep:
-        results[lr] = main(replace(config, lr=lr, sweep=[], name=f"{config.name}/lr{lr:.0e}"))
+        name = f"{config.name}/lr{lr:g}"
+        resume = config.resume and saved_run(RUNS / name) is not None  # those behind the one that stopped are new
+        results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
     best = max(results, key=lambda lr: results[lr]["valid"])
     if setup(config.device).is_main:
         print(f"\n{'learning rate':>14}{'validation':>12}{'test':>8}")
         for lr, result in results.items():
-            test = result["accuracy"] or result["f1"]
-            print(f"{lr:>14.1e}{result['valid']:>12.1%}{test:>8.1%}{'  <- best' if lr == best else ''}")
+            chosen = "  <- best" if lr == best else ""
+            print(f"{lr:>14g}{result['valid']:>12.1%}{result['test']:>8.1%}{chosen}")
     return results[best] | {"lr": best}
 
 

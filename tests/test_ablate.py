@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from importlib import import_module
 
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, metrics, script
 
 import ablate
-from generate import ConfigError
+from generate import ConfigError, parse_config
 
 
 def test_the_interval_by_hand():
@@ -238,3 +239,10 @@ def test_bad_input(scratch):
     listed = script("ablate.py", "--list", cwd=scratch)
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in ablate.EXPERIMENTS)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_one_of_its_stages_settings(recipe, scratch):
+    stage = re.search(r"python (\w+)\.py", recipe.read_text(encoding="utf-8"))[1]
+    config = parse_config(import_module(stage).Config, ["--config", str(recipe)])
+    assert recipe.stem.startswith(config.name)  # its run directory says which recipe it was

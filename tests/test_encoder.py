@@ -469,8 +469,13 @@ def test_bad_input_is_one_line(scratch, monkeypatch):
         (["--mlm_rate=1"], ["--mlm_rate must be"]),
         (["--data=nothing.csv"], ["no such file"]),
         (["--model.norm=batch"], ["norm is 'batch'"]),
+        (["--model.n_class=1"], ["n_class is 1"]),
     ]:
         assert_one_line_error(script("encoder.py", *flags, cwd=scratch), *words)
+    with pytest.raises(ConfigError, match="mlm_lr is -1"):
+        small(mlm_lr=-1.0)
+    with pytest.raises(CheckpointError, match="tie_embeddings is false"):
+        Encoder(EncoderConfig(40, n_layer=1, n_head=2, n_kv_head=1, width=16, tie_embeddings=False))
     monkeypatch.setattr(encoder, "setup", lambda device: Dist(0, 4, torch.device("cpu")))
     with pytest.raises(ConfigError, match="cannot be shared by 4 processes"):
         encoder.main(small())

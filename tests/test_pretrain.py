@@ -37,6 +37,7 @@ from pretrain import (
     validate,
     validation_rows,
 )
+from tokenizer_bpe import CharTokenizer, TokenizerError
 from transformer import Transformer, TransformerConfig
 
 TEXT = "".join(f"{a} plus {b} is {a + b}. " for a in range(20) for b in range(20))
@@ -118,7 +119,7 @@ def test_a_run_learns_and_leaves_everything(here, capsys):
     losses = metrics("runs/pretrain", "loss")
     assert losses[1] > 3.0  # ln(vocabulary) is 3.4
     assert result["valid_loss"] < 2.0 < losses[1]
-    assert result["valid_loss"] == min(metrics("runs/pretrain", "valid_loss").values())
+    assert result["valid_loss"] == list(metrics("runs/pretrain", "valid_loss").values())[-1]
     run = here / "runs" / "pretrain"
     for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "samples.md", "tensorboard"):
         assert (run / name).exists(), name
@@ -521,9 +522,12 @@ def test_sharded_equals_one_process(here, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({}, "torchrun"), ({"compile": True}, "--compile do not"), ({"dtype": "fp16"}, "torchrun")]
+    ("changes", "message"),
+    [({}, "torchrun"), ({"compile": True}, "--compile do not"), ({"dtype": "fp16"}, "bf16 or fp32")],
 )
-def test_what_sharding_refuses(here, changes, message):
+def test_what_sharding_refuses(here, changes, message, monkeypatch):
+    if changes:
+        monkeypatch.setattr(pretrain, "setup", lambda _: pretrain.Dist(0, 2, torch.device("cpu")))
     with pytest.raises(ConfigError, match=f"^--fsdp.*{message}"):
         pretrain.main(config(fsdp=True, **changes))
     assert not (here / "runs").exists()
@@ -596,17 +600,53 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"dtype": "int8"}, "int8"),
         ({"device": "abacus"}, "abacus"),
         ({"resume": True}, "no saved run"),
-        ({"name": "../x"}, "directory name"),
+        *[({"name": name}, "a run's directory") for name in ("../x", ".", "/tmp/x", "a/./b", "start", "streams")],
+        ({"wandb": "project"}, "pip install wandb"),
+        ({"tokenizer": "bytes"}, "bytes"),
+        ({"lr": -1.0}, "lr is -1.0"),
         ({"model": TransformerConfig(context=4096)}, "smaller --model.context"),
     ],
 )
-def test_bad_settings(here, changes, message):
-    with pytest.raises(ConfigError, match=message):
+def test_bad_settings(here, changes, message, monkeypatch):
+    monkeypatch.setattr(pretrain.importlib.util, "find_spec", lambda name: None)  # wandb is not there
+    earlier = here / "runs/pretrain/metrics.jsonl"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    with pytest.raises((ConfigError, TokenizerError), match=message):
         pretrain.main(config(**changes))
+    if changes.keys() != {"model"}:
+        assert earlier.exists()  # a typo moves no earlier run aside
+
+
+def test_the_best_is_chosen_on_the_same_rows_each_time(here, monkeypatch):
+    """The last evaluation reads all of the text, which may be easier; that is no reason to call it the best."""
+    losses = iter([(3.0, 1.0), (3.5, 1.0), (2.0, 1.0)])  # the part at step 2, the part at 4, the whole at 4
+    monkeypatch.setattr(pretrain, "validate", lambda *_: next(losses))
+    result = pretrain.main(config(steps=4, eval_every=2))
+    assert result["valid_loss"] == 2.0
+    assert list(metrics("runs/pretrain", "valid_loss").values()) == [3.0, 2.0]
+    best, last = (weights(f"runs/pretrain/{name}") for name in ("best", "last"))
+    assert any(not torch.equal(best[k], last[k]) for k in best)
+
+
+def test_tokens_that_look_like_formulas_are_drawn(here):
+    tokenizer = CharTokenizer.train(["a$ b"])
+    raw = Transformer(TransformerConfig(**MODEL | {"vocab_size": tokenizer.vocab_size}))
+    tokenizer.decode = lambda ids: "$$"
+    pretrain.draw_attention(here, raw, tokenizer, "a$ b$ a")
+    assert (here / "attention.png").stat().st_size > 5000
+
+
+def test_a_machine_without_git_trains_too(here, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    pretrain.main(config(steps=1))
+    assert json.loads((here / "runs/pretrain/metrics.jsonl").read_text().splitlines()[0])["commit"] == ""
 
 
 def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
     pretrain.main(config())
+    with pytest.raises(ConfigError, match="has done 6 steps already, more than the 2 asked for"):
+        pretrain.main(config(resume=True, steps=2))
     with pytest.raises(ConfigError, match=r"lr 0\.004 -> 0\.1"):
         pretrain.main(config(resume=True, lr=0.1))
     (here / "runs/pretrain/last/trainer_state.pt").write_bytes(b"not a checkpoint")

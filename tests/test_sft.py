@@ -314,6 +314,11 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
         assert sft.sft_start(config(init=None), dist) == "runs/start/word-seed0-sft"
     assert calls == ["start/word-seed0-sft"] * 2
     assert "made earlier" in capsys.readouterr().out
+    sft.sft_start(config(init=None, levels=[3]), dist)  # another start
+    sft.sft_start(config(init=None, levels=[3], device="auto"), dist)  # the same
+    assert len(calls) == 3
+    names = {sft.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
+    assert len(names) == 3
 
 
 def test_a_run_learns_and_leaves_everything(here):
@@ -448,20 +453,34 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     def pretended(settings):
         if settings.sweep:
             return real(settings)
-        assert settings.name == f"sft/lr{settings.lr:.0e}"
-        return {"valid": scores[settings.lr], "accuracy": 1 - scores[settings.lr], "f1": 0.0}
+        assert settings.name == f"sft/lr{settings.lr:g}"
+        assert settings.resume == (settings.name == "sft/lr0.001")
+        return {"valid": scores[settings.lr], "test": 1 - scores[settings.lr]}
 
     monkeypatch.setattr(sft, "main", pretended)
-    result = sft.main(config(sweep=list(scores)))
+    state = here / "runs/sft/lr0.001/last/trainer_state.pt"  # where an interrupted sweep stopped
+    state.parent.mkdir(parents=True)
+    state.touch()
+    result = sft.main(config(sweep=list(scores), resume=True))
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)
-    assert capsys.readouterr().out.count("<- best") == 1
+    [best] = [line for line in capsys.readouterr().out.splitlines() if "<- best" in line]
+    assert best.split()[:3] == ["0.003", "60.0%", "40.0%"]
 
 
 def test_bad_input_is_one_line(here):
     rated = here / "rated.csv"
     rated.write_text("prompt,response,rating\np,r,4\nq,s,7\n")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "rated.csv", cwd=here), "record 2", "7")
-    for changes in (dict(order="easy"), dict(difficulty="age"), dict(rated="stars"), dict(pace=2.0), dict(sweep=[0.0])):
+    with pytest.raises(ConfigError, match="all examples have level 1; try --difficulty length"):
+        sft.main(config(order="anti", levels=[1]))
+    for changes in (
+        dict(demonstrations=0),
+        dict(order="easy"),
+        dict(difficulty="age"),
+        dict(rated="stars"),
+        dict(pace=2.0),
+        dict(sweep=[0.0]),
+    ):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             config(**changes)
     with pytest.raises(ConfigError, match="min_rating"):

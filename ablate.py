@@ -220,13 +220,13 @@ def _copy_line(index, least, most):
 
 
 def _copy_file():
-    """The text for the copying probe, written once."""
+    """The text for the copying probe; written each time, in a second, so that it is never that of other code."""
     path = RUNS / "ablate" / "copy.txt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(_copy_line(i, 0, COPY_TRAINED) for i in range(20_000)) + "\n"
-        path.with_suffix(".tmp").write_text(text)
-        path.with_suffix(".tmp").replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(_copy_line(i, 0, COPY_TRAINED) for i in range(20_000)) + "\n"
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(text)
+    partial.replace(path)
     return str(path)
 
 

@@ -26,6 +26,10 @@ from lora import (
 )
 from transformer import CheckpointError, Transformer, TransformerConfig, gpt2_config, token_logprobs
 
+pytestmark = [  # PEFT's and transformers' words to each other
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
+]
 ALL = ["attn.*", "ffn.*"]
 KINDS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 

@@ -258,19 +258,13 @@ class Block(nn.Module):
 
 
 def init_weights(model):
-    """N(0, 0.02²) everywhere, divided by √(2 n_layer) where a branch writes into the residual stream; biases 0.
-
-    With sinusoidal positions the embedding is N(0, 1/C): times √C on its way in, it is as large as what is added to it.
-    """
-    c = model.config
+    """N(0, 0.02²) everywhere, divided by √(2 n_layer) where a branch writes into the residual stream; biases 0."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
         elif p.dim() == 2:
             into_stream = name.endswith(("wo.weight", "down.weight"))
-            sinusoidal = name == "embed.weight" and c.positions == "sinusoidal"
-            std = 0.02 / (math.sqrt(2 * c.n_layer) if into_stream else 1.0)
-            nn.init.normal_(p, std=c.width**-0.5 if sinusoidal else std)
+            nn.init.normal_(p, std=0.02 / (math.sqrt(2 * model.config.n_layer) if into_stream else 1.0))
 
 
 class Transformer(nn.Module):

@@ -562,7 +562,7 @@ def number(x):
     """Enough digits to tell, no more."""
     if math.isnan(x):
         return "–"
-    if abs(x) >= 1000:
+    if abs(x) > 100:
         return f"{x:,.0f}"
     if x == 0:
         return "0"
@@ -730,6 +730,8 @@ class Config:
     """One run of each variant per seed."""
     variants: list[str] = field(default_factory=list)
     """Run only these of its variants, such as '[SFT, DPO]'; default all."""
+    again: bool = False
+    """Make runs anew that are there, but were made by other settings (other defaults, another text)."""
     jobs: int = 2
     """Runs side by side; the cores are shared out."""
     list: bool = False
@@ -782,7 +784,7 @@ def main(config):
             f"{target} also has {', '.join(lost)}, which this run leaves out: move it aside, or run them too"
         )
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    todo, results, folders, commits = [], {}, {}, []
+    todo, results, folders, commits, stale = [], {}, {}, [], []
     for seed in seeds:
         for variant in experiment.variants:
             settings = settings_of(name, experiment, variant, seed, config.quick)
@@ -796,7 +798,13 @@ def main(config):
                 results[variant, seed] = saved["figures"]
                 commits.append(saved.get("commit", "unknown"))
             else:
+                stale += [folder] * bool(saved)
                 todo.append((variant, seed, settings, str(folder)))
+    if stale and not (config.again or config.quick):
+        raise ConfigError(
+            f"{len(stale)} of the runs were made by other settings or on another text, {stale[0]} first; "
+            "--again true makes them anew"
+        )
     failed = []
     bar = tqdm(total=len(experiment.variants) * len(seeds), initial=len(results), unit="run", desc=name)
     bare = [s for s in seeds if not (RUNS / start_name("word", s, "sft") / "finished").exists()]

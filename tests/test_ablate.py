@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from importlib import import_module
 
 import pytest
@@ -229,6 +230,15 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     assert ablate.left_out(scratch / "none.md", "width", [], []) == []
     with pytest.raises(ConfigError, match="width has no tall"):
         ablate.Config(experiment="width", variants=["tall"])
+    monkeypatch.setattr(ablate, "RUNS", scratch / "runs")
+    for folder in (scratch / "runs/ablate").glob("width-quick/*"):
+        if folder.is_dir():
+            shutil.copytree(folder, scratch / "runs/ablate/width" / folder.name)
+    changed = ablate.Config(experiment="width", seeds=[0])
+    with pytest.raises(
+        ConfigError, match=r"2 of the runs were made by other settings .*narrow-seed0 first; --again true"
+    ):
+        ablate.main(changed)  # the quick runs had fewer steps
     experiment.variants["narrow"] = small(width=16, n_head=3)  # 16 is no multiple of 3
     with pytest.raises(ConfigError, match=r"1 of the runs failed, the others are kept: narrow, seed 0: width 16"):
         ablate.main(config)

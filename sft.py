@@ -522,7 +522,8 @@ def worth_training(problems, config, dist):
     least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
     kept = [p for p in problems if p.rating is None or p.rating >= least]
     if not kept:
-        raise ConfigError(f"no response of {config.data} is rated {f'{least:g} or more' if least > 1.1 else 'above 1'}")
+        wanted = f"{config.min_rating:g} or more" if config.rated == "threshold" else "above 1"
+        raise ConfigError(f"no response of {config.data} is rated {wanted}")
     if len(kept) < len(problems) and dist.is_main:
         how = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which weighs nothing"
         print(f"{len(problems) - len(kept)} of {len(problems)} responses are rated {how}: left out")

@@ -322,8 +322,10 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)
         if mask is not None:
             if mask.dim() == 2:
-                own = F.pad(mask[:, :-1], (0, 1), value=True)  # a pad sees itself
-                mask = own[:, None, None] if T == 1 else padding_mask(mask, T)
+                if T == 1:  # a pad sees itself
+                    mask = F.pad(mask[:, :-1], (0, 1), value=True)[:, None, None]
+                else:
+                    mask = padding_mask(mask, T)
             elif mask.dim() == 3:
                 mask = mask[:, None]  # (B, 1, T, S)
 
@@ -406,9 +408,8 @@ class Transformer(nn.Module):
             if any(name.startswith(prefix) for name in shapes):  # OpenAI's own upload leaves it out
                 prefix = ""
         found = {prefix + name: shape for name, shape in shapes.items()}
-        config = replace(
-            config, dropout=dropout, capacity_factor=None
-        )  # they act in training alone: not for later stages
+        # Both act in training alone, and what the file was trained with is not for the next stage.
+        config = replace(config, dropout=dropout, capacity_factor=None)
         model = fill(config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
         if names is not None and model.config.n_expert:
             model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))

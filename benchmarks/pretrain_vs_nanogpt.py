@@ -1,7 +1,7 @@
 """pretrain.py against nanoGPT's train.py, in turn on the same machine: Tiny Shakespeare by characters, on the CPU.
 
-    git clone https://github.com/karpathy/nanoGPT /tmp/nanogpt
-    ALIGN_DATA=DIR python benchmarks/pretrain_vs_nanogpt.py --nanogpt /tmp/nanogpt
+    git clone https://github.com/karpathy/nanoGPT ../nanoGPT
+    ALIGN_DATA=DIR python benchmarks/pretrain_vs_nanogpt.py --nanogpt ../nanoGPT
 
 1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW; ours with
    the tanh form of GELU), eager against eager and compiled against compiled; the median step of `--speed_steps`, the

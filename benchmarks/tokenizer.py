@@ -1,7 +1,7 @@
 """tokenizer_bpe.py against minbpe, `tokenizers` and tiktoken, in turn on the same machine, in one run.
 
-    git clone https://github.com/karpathy/minbpe /tmp/minbpe
-    ALIGN_DATA=../shared/data python benchmarks/tokenizer.py --minbpe /tmp/minbpe
+    git clone https://github.com/karpathy/minbpe ../minbpe
+    ALIGN_DATA=DIR python benchmarks/tokenizer.py --minbpe ../minbpe
 
 Training: vocabulary 4,096 on Tiny Shakespeare (1.1 MB), then 4,096 and 32,768 on all the text in the data folder (20 MB
 or more; or --large FILE). Each trainer runs in a process of its own, so that its peak memory is its own; reading the

@@ -306,10 +306,12 @@ def test_our_own_layout(changes, tmp_path, tokens):
     assert Transformer.from_pretrained(tmp_path).config.dropout == 0  # the file's does not pass to the next stage
 
 
-def test_later_stages_drop_no_tokens(tmp_path, tokens):
-    ours = tiny(n_expert=5, norm_topk_prob=False, capacity_factor=1.0)
+@pytest.mark.parametrize(("shared", "kind"), [(0, "qwen3_moe"), (1, "attention_to_alignment")])
+def test_later_stages_drop_no_tokens(tmp_path, tokens, shared, kind):
+    """Dropless it computes what Qwen3-MoE does; our own file, which could say otherwise, opens dropless too."""
+    ours = tiny(n_expert=5, n_shared_expert=shared, norm_topk_prob=False, capacity_factor=1.0)
     ours.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_moe"  # it computes the same
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
     again = Transformer.from_pretrained(tmp_path).train()
     assert torch.equal(again(tokens), ours.eval()(tokens))
     assert not torch.allclose(ours.train()(tokens), again(tokens), atol=1e-4)

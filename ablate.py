@@ -71,6 +71,7 @@ class Experiment:
     bars: tuple = ()  # columns that are drawn beside the first
     front: tuple = ()  # two columns to draw against each other, a point per run
     against: str | None = None  # the variant that the others are compared with; default the first
+    pairs: tuple = ()  # or else which are compared with which: (variant, the one it is compared with)
     measure: str | None = None  # name of a function of this file: (folder, figures, settings) -> more figures
 
 
@@ -79,7 +80,8 @@ class Experiment:
 
 
 def layers(folder, figures, settings):
-    """Root mean square of the residual stream and of the gradient, by layer, on one batch, as built and as trained.
+    """Root mean square of the residual stream and of the gradient, by layer, on one batch, as built and as trained; and
+    what the trained model writes.
 
     The gradient of a layer is that of the output of block l. A placement that lets it shrink with depth trains the
     first layers slowly; one that lets the stream grow makes the late layers' branches small beside it.
@@ -102,6 +104,9 @@ def layers(folder, figures, settings):
         more[f"stream_{name}"] = [x.detach().square().mean().sqrt().item() for x in seen]
         more[f"gradient_{name}"] = [x.grad.square().mean().sqrt().item() for x in seen]
     more["gradient_ratio"] = more["gradient_built"][0] / more["gradient_built"][-1]
+    generator = torch.Generator().manual_seed(settings["seed"])
+    start, length = tokenizer.encode("\n"), min(100, trained.config.context - 1)
+    more["text"] = generate(trained, [start], length, generator=generator).texts(tokenizer)[0]
     ids = torch.tensor(tokenizer.encode("".join(_text("valid"))[: 32 * 64]))
     return more | attention_of(trained, ids[: len(ids) // 32 * 32].view(32, -1))
 
@@ -257,8 +262,12 @@ def _pretrain(**model):
     return [("pretrain", flags | {"model": {"context": 128, "n_head": 4, "n_kv_head": 4, "width": 128} | model})]
 
 
-_CHARS = "a character model of 4 layers, width 128, context 128; AdamW, 600 steps of 16 windows, the data order"
+def _chars(size="4 layers, width 128", steps=600):
+    return f"a character model of {size}, context 128; AdamW, {steps} steps of 16 windows, the data order"
+
+
 _LOSS = {"valid_loss": "validation loss (nats per character)"}
+_LAYERS = {"gradient_ratio": "gradient at block 1 / at the last, as built", "entropy": "attention entropy (nats)"}
 _TASK = (
     "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts a step, the prompts' order"
 )
@@ -296,30 +305,43 @@ EXPERIMENTS = {
     ),
     "norm-placement": Experiment(
         "Where should the norm stand: before a branch, behind it, or both, with and without a warm-up?",
-        _CHARS + ", 12 layers here",
+        _chars("12 layers, width 64", 400),
         {
             f"{placement}, {'warm-up' if warmup > 1 else 'no warm-up'}": _pretrain(
-                norm_placement=placement, n_layer=12, warmup=warmup, steps=400
+                norm_placement=placement, n_layer=12, width=64, warmup=warmup, steps=400
             )
             for warmup in (50, 1)
             for placement in ("pre", "post", "sandwich")
         },
-        _LOSS
-        | {"gradient_ratio": "gradient at block 1 / at the last, as built"}
-        | {"entropy": "attention entropy (nats)"},
+        _LOSS | _LAYERS,
         {"loss": "training loss", "grad_norm": "gradient norm"},
         measure="layers",
+        pairs=tuple((f"{p}, {w}", f"pre, {w}") for w in ("warm-up", "no warm-up") for p in ("post", "sandwich"))
+        + tuple((f"{p}, no warm-up", f"{p}, warm-up") for p in ("pre", "post", "sandwich")),
+    ),
+    "norm-depth": Experiment(
+        "How deep can a stack be with the norm behind its branches, and before them?",
+        _chars("6 to 48 layers, width 64", 400) + "; a warm-up of 50 steps",
+        {
+            f"{placement}, {depth} layers": _pretrain(norm_placement=placement, n_layer=depth, width=64, steps=400)
+            for depth in (6, 12, 24, 48)
+            for placement in ("pre", "post")
+        },
+        _LOSS | _LAYERS,
+        {"loss": "training loss", "grad_norm": "gradient norm"},
+        measure="layers",
+        pairs=tuple((f"post, {depth} layers", f"pre, {depth} layers") for depth in (6, 12, 24, 48)),
     ),
     "norm-kind": Experiment(
         "Does it matter that RMSNorm leaves the mean in?",
-        _CHARS,
+        _chars(),
         {"LayerNorm": _pretrain(norm="layer"), "RMSNorm": _pretrain(norm="rms")},
         _LOSS | {"minutes": "minutes"},
         {"loss": "training loss", "grad_norm": "gradient norm"},
     ),
     "positions": Experiment(
         "What do positions buy inside the trained length, and beyond it?",
-        _CHARS,
+        _chars(),
         {kind: _pretrain(positions=kind) for kind in ("none", "learned", "sinusoidal", "rope")},
         _LOSS
         | {"inside": "loss, first 128 characters", "outside": "loss, characters 129 to 256"}
@@ -344,7 +366,7 @@ EXPERIMENTS = {
     ),
     "grad-clip": Experiment(
         "What does clipping the gradient's norm change, at a good and at a high learning rate?",
-        _CHARS,
+        _chars(),
         {f"clip {clip or 'off'}, lr {lr:g}": _pretrain(clip=clip, lr=lr) for lr in (2e-3, 2e-2) for clip in (1.0, 0.0)},
         _LOSS
         | {
@@ -355,10 +377,12 @@ EXPERIMENTS = {
         },
         {"loss": "training loss", "grad_norm": "gradient norm"},
         measure="clipping",
+        pairs=tuple((f"clip off, lr {lr:g}", f"clip 1.0, lr {lr:g}") for lr in (2e-3, 2e-2))
+        + tuple((f"clip {clip}, lr 0.02", f"clip {clip}, lr 0.002") for clip in ("1.0", "off")),
     ),
     "ffn": Experiment(
         "GELU or SwiGLU, at equal parameters?",
-        _CHARS + "; inner width 512 for GELU's two matrices, 341 for SwiGLU's three",
+        _chars() + "; inner width 512 for GELU's two matrices, 341 for SwiGLU's three",
         {
             "GELU": _pretrain(activation="gelu", ffn_width=512),
             "SwiGLU": _pretrain(activation="swiglu", ffn_width=341),
@@ -368,7 +392,7 @@ EXPERIMENTS = {
     ),
     "kv-heads": Experiment(
         "What do shared key/value heads cost in loss, and save in the cache?",
-        _CHARS,
+        _chars(),
         {
             f"{name}, {g} of 4": _pretrain(n_kv_head=g)
             for name, g in (("multi-head", 4), ("grouped", 2), ("multi-query", 1))
@@ -378,7 +402,7 @@ EXPERIMENTS = {
     ),
     "moe": Experiment(
         "Experts at equal active parameters: dense, and three ways to balance.",
-        _CHARS + "; 8 experts of inner width 160, 2 active, against a dense inner width of 320",
+        _chars() + "; 8 experts of inner width 160, 2 active, against a dense inner width of 320",
         {
             "dense": _pretrain(ffn_width=320),
             **{
@@ -611,14 +635,21 @@ def report(name, experiment, results, seeds, command, target, commits=()):
         if "diverged" in figures:
             lines += [f"Diverged: {variant}, seed {seed}: {figures['diverged']}", ""]
     first = experiment.against if experiment.against in variants else variants[0]
-    others, columns = [v for v in variants if v != first], {k: v for k, v in columns.items() if k != "minutes"}
-    if others and len(seeds) > 1:
-        lines += [f"Paired differences to *{first}*, with their 95 % intervals; bold: the interval leaves out 0.", ""]
+    pairs = experiment.pairs or [(v, first) for v in variants if v != first]
+    pairs = [(a, b) for a, b in pairs if a in variants and b in variants]
+    columns = {k: v for k, v in columns.items() if k != "minutes"}
+    if pairs and len(seeds) > 1:
+        base = "" if experiment.pairs else f" to *{first}*"
+        lines += [f"Paired differences{base}, with their 95 % intervals; bold: the interval leaves out 0.", ""]
         lines += ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
-        for variant in others:
-            cells = (difference(values(variant, m), values(first, m)) for m in columns)
-            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        for a, b in pairs:
+            cells = (difference(values(a, m), values(b, m)) for m in columns)
+            lines.append(f"| {f'{a} against {b}' if experiment.pairs else a} | " + " | ".join(cells) + " |")
         lines.append("")
+    texts = {v: results[v, seeds[0]]["text"] for v in variants if "text" in results[v, seeds[0]]}
+    if texts:
+        lines += [f"What they write after a line's end, at temperature 1, seed {seeds[0]}:", ""]
+        lines += [f"* {variant}: `` {' / '.join(text.split(chr(10)))} ``" for variant, text in texts.items()] + [""]
     lines += [f"![{name}]({target.stem}.png)", ""]
     return "\n".join(lines)
 

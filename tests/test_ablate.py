@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -124,6 +125,15 @@ def test_the_report_tells_apart_only_what_the_paired_interval_does(experiment, s
     assert "| narrow | 2.000 ± 2.484 | 10.000 |" in paired  # parameters do not differ, so they have no ±
     noisy = ablate.report("width", experiment, fake(experiment, [[1, 2, 3], [2, 1, 4]]), [0, 1, 2], "x", target)
     assert "| wide | +0.333 [-2.535, +3.202] |" in noisy
+    # Named pairs instead of one baseline, in the direction that their names say; a pair that was not run is left out.
+    named = replace(experiment, pairs=(("narrow", "wide"), ("narrow", "huge")))
+    results = fake(experiment, [[1, 2, 3], [1.5, 2.51, 3.49]])
+    text = ablate.report("width", named, results, [0, 1, 2], "x", target)
+    assert "| narrow against wide | **-0.500 [-0.525, -0.475]** | +0.000 |" in text
+    assert not any(word in text for word in ("to *narrow*", "huge", "write"))
+    results["wide", 0]["text"], results["wide", 1]["text"] = "a\nb", "another seed's"
+    text = ablate.report("width", named, results, [0, 1, 2], "x", target)
+    assert "seed 0:\n\n* wide: `` a / b ``\n\n!" in text
 
 
 def test_a_run_that_diverged_is_a_result(experiment, scratch):
@@ -169,6 +179,7 @@ def test_the_probes_on_a_small_model(scratch, monkeypatch):
         if measure == "layers":
             assert len(got["stream_built"]) == len(got["gradient_trained"]) == 2
             assert got["gradient_ratio"] > 0
+            assert 20 < len(got["text"]) <= 31
         elif measure == "beyond":
             assert abs(got["inside"] - got["valid_loss"]) < 0.2
             assert math.isnan(got["outside"]) == (positions == "learned")

@@ -321,9 +321,9 @@ EXPERIMENTS = {
     ),
     "norm-depth": Experiment(
         "How deep can a stack be with the norm behind its branches, and before them?",
-        _chars("6 to 48 layers, width 64", 400) + "; a warm-up of 50 steps",
+        _chars("6 to 48 layers, width 64", 200) + "; a warm-up of 50 steps",
         {
-            f"{placement}, {depth} layers": _pretrain(norm_placement=placement, n_layer=depth, width=64, steps=400)
+            f"{placement}, {depth} layers": _pretrain(norm_placement=placement, n_layer=depth, width=64, steps=200)
             for depth in (6, 12, 24, 48)
             for placement in ("pre", "post")
         },

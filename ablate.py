@@ -687,6 +687,9 @@ def draw(experiment, results, folders, seeds, target):
             bars.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="o", color=f"C{i % 10}", capsize=4)
         bars.set(yticks=range(len(variants)), yticklabels=variants, xlabel=experiment.columns[metric])
         bars.set_title("at the end, mean and 95 % interval of the seeds", fontsize=10)
+        if "(%)" in experiment.columns[metric]:  # an interval of few seeds may leave what is possible
+            left, right = bars.get_xlim()
+            bars.set_xlim(max(left, -3), min(right, 103))
         bars.invert_yaxis()
         bars.grid(alpha=0.25)
     for axis, (name, label) in zip(others, experiment.draw.items(), strict=False):

@@ -782,17 +782,6 @@ class Config:
             raise ConfigError("--jobs must be at least 1, and --seeds a list of different numbers")
 
 
-def waves(todo, bare):
-    """[(variant, seed, settings, folder), …] -> two lists, one after the other. In a seed of `bare`, which has no SFT
-    checkpoint yet, one run makes the start that the others of that seed share, and goes ahead: one that needs it all,
-    if there is one, as sft makes its pretrained start only."""
-    ahead = []
-    for seed in bare:
-        mine = [task for task in todo if task[1] == seed and task[2]["stages"][0][0] != "pretrain"]
-        ahead += sorted(mine, key=lambda task: task[2]["stages"][0][0] == "sft")[:1]
-    return ahead, [task for task in todo if task not in ahead]
-
-
 def left_out(target, name, variants, seeds):
     """What the page at `target` has and a run of these variants and seeds would not."""
     text = target.read_text() if target.exists() else ""
@@ -819,8 +808,8 @@ def main(config):
         )
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
     todo, results, folders, commits, stale = [], {}, {}, [], []
-    for seed in seeds:
-        for variant in experiment.variants:
+    for variant in experiment.variants:
+        for seed in seeds:  # the inner loop: neighbours share no start, for which one would have to wait
             settings = settings_of(name, experiment, variant, seed, config.quick)
             label = "".join(c if c.isalnum() or c in ".-" else "_" for c in variant)
             folder = top / f"{label}-seed{seed}"
@@ -841,19 +830,17 @@ def main(config):
         )
     failed = []
     bar = tqdm(total=len(experiment.variants) * len(seeds), initial=len(results), unit="run", desc=name)
-    bare = [s for s in seeds if not (RUNS / start_name("word", s, "sft") / "finished").exists()]
     with ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            for wave in waves(todo, bare):
-                jobs = {pool.submit(run_one, *what, threads): (v, s, what[1]) for v, s, *what in wave}
-                for job in as_completed(jobs):
-                    variant, seed, folder = jobs[job]
-                    try:
-                        results[variant, seed] = job.result()
-                        commits.append(commit()[:8])
-                    except (Exception, SystemExit) as error:
-                        failed.append(f"{variant}, seed {seed}: {error} (see {folder}/log.txt)")
-                    bar.update()
+            jobs = {pool.submit(run_one, *what, threads): (v, s, what[1]) for v, s, *what in todo}
+            for job in as_completed(jobs):
+                variant, seed, folder = jobs[job]
+                try:
+                    results[variant, seed] = job.result()
+                    commits.append(commit()[:8])
+                except (Exception, SystemExit) as error:
+                    failed.append(f"{variant}, seed {seed}: {error} (see {folder}/log.txt)")
+                bar.update()
         except KeyboardInterrupt:  # each run has got it too and has stopped; what was waiting is not begun
             pool.shutdown(cancel_futures=True)
             print("stopped; the same command makes the runs that are missing")

@@ -47,6 +47,7 @@ Run: `python data.py` prints problems of each level, their corruptions and a nar
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import gzip
@@ -1470,13 +1471,20 @@ def tokenise(path: Path, texts: Sequence[str], tokenizer, some: int = 1000) -> N
     a stream of the same folder waits for the first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # released with the descriptor, also by a process that dies
+    with alone(path.parent):
         if not Path(f"{path}.json").exists():
             _tokenise(path, texts, tokenizer, some)
+
+
+@contextlib.contextmanager
+def alone(path: Path):
+    """Hold a file or folder: whoever else wants to hold it waits. A process that dies lets go."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(folder)
+        os.close(held)
 
 
 def _tokenise(path, texts, tokenizer, some):

@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 import pretrain
 from attention import causal_mask, document_mask
-from data import Problem, extract_answer, load_problems, same_answer
+from data import Problem, alone, extract_answer, load_problems, same_answer
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
 from pretrain import (
@@ -372,19 +372,25 @@ def start_name(data, seed, stage):
 
 def made_once(name, what, stage, settings, dist):
     """runs/NAME/best, by running a stage unless that has been done with these settings. A run that was broken off has
-    no file `finished`, one of other settings another; they do not count, and the new one moves them aside."""
-    finished = RUNS / name / "finished"
+    no file `finished`, one of other settings another; they do not count, and the new one moves them aside. Of several
+    runs that want the same start, one makes it and the others wait."""
+    finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
     made_by = json.dumps(made_by, sort_keys=True)
-    if finished.exists() and finished.read_text() == made_by:
-        if dist.is_main:
-            print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
-    else:
-        if dist.is_main:
-            print(f"{what} -> {RUNS / name}")
-        stage.main(stage.Config(name=name, **settings))
-        if dist.is_main:
-            finished.write_text(made_by)
+    if dist.is_main:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with alone(lock) if dist.is_main else contextlib.nullcontext():
+        found = dist.is_main and finished.exists() and finished.read_text() == made_by
+        if dist.sum(found)[0]:  # the other ranks wait here for what rank 0 found
+            if dist.is_main:
+                print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
+        else:
+            if dist.is_main:
+                print(f"{what} -> {RUNS / name}")
+            stage.main(stage.Config(name=name, **settings))
+            if dist.is_main:
+                finished.write_text(made_by)
     return str(RUNS / name)
 
 

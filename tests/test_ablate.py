@@ -156,18 +156,6 @@ def test_a_run_that_diverged_is_a_result(experiment, scratch):
     ablate.draw(experiment, results, folders, [0, 1, 2], scratch / "width.png")
 
 
-def test_a_start_is_made_by_one_run():
-    def task(variant, seed, *stages):
-        return variant, seed, {"stages": [[stage, {}] for stage in stages]}, ""
-
-    todo = [task("SFT", s, "sft") for s in (0, 1)] + [task(v, s, v.lower()) for v in ("DPO", "GRPO") for s in (0, 1)]
-    first, rest = ablate.waves(todo, [1])
-    assert first == [todo[3]]  # DPO: sft would not make the checkpoint that GRPO starts from as well
-    assert rest == [t for t in todo if t != todo[3]]
-    assert ablate.waves(todo[:2], [0, 1]) == (todo[:2], [])
-    assert ablate.waves([task("a", 0, "pretrain")], [0]) == ([], [task("a", 0, "pretrain")])
-
-
 def test_the_probes_on_a_small_model(scratch, monkeypatch):
     """What the architecture experiments measure, on an untrained model of theirs: shapes and ranges."""
     (scratch / "text.txt").write_text("the cat sat on the mat. " * 400)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -319,6 +321,30 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     assert len(calls) == 3
     names = {sft.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
     assert len(names) == 3
+
+
+def test_a_start_that_two_runs_want_is_made_by_one(here, monkeypatch, capsys):
+    """The second comes while the first is at it, waits, and takes what the first has made."""
+    made, begun = [], threading.Event()
+
+    def attempt(asked):
+        begun.set()
+        time.sleep(0.3)  # the other has asked by now
+        made.append(asked.name)
+        (sft.RUNS / asked.name / "best").mkdir(parents=True)
+
+    def first():
+        sft.sft_start(config(init=None), dist)
+
+    monkeypatch.setattr(sft, "main", attempt)
+    dist = pretrain.setup("cpu")
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(10)
+    assert sft.sft_start(config(init=None), dist) == "runs/start/word-seed0-sft"
+    thread.join()
+    assert made == ["start/word-seed0-sft"]
+    assert "made earlier" in capsys.readouterr().out
 
 
 def test_a_run_learns_and_leaves_everything(here):

@@ -570,6 +570,7 @@ def main(config):
         log(done, **record)
         bar.set_postfix(loss=f"{record['loss']:.3f}", logp=f"{record['logp_chosen']:.1f}", **shown, refresh=False)
     checkpoint("last", config.steps)
+    interrupt.release()
     log.close()
 
     # The test split, once, with the checkpoint that the validation loss chose.

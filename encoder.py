@@ -705,6 +705,7 @@ def main(config):
         log(done, **record)
         bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", accuracy=f"{max(best, 0):.1%}")
     checkpoint("last", total)
+    interrupt.release()
     log.close()
     trained = time.perf_counter() - began
 

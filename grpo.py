@@ -831,6 +831,7 @@ def main(config, estimate=estimate):
             refresh=False,
         )
     checkpoint("last", config.steps)
+    interrupt.release()
     log.close()
     after = held_out(raw, tokenizer, problems, config, dist)
     kl = kl_to_start(raw, init, tokenizer, problems["test"][:200], config, dist)

@@ -673,6 +673,7 @@ def main(config):
             refresh=False,
         )
     checkpoint("last", config.steps)
+    interrupt.release()
     log.close()
     return finish(config, dist, run_dir, before, held_out("test"), time.perf_counter() - began)
 

@@ -519,6 +519,14 @@ class Interrupt:
     def __bool__(self):
         return self.dist.sum(self.asked)[0] > 0  # all ranks stop at the same step or none
 
+    def release(self):
+        """Behind the loop all is saved, and Ctrl-C ends at once whatever still goes on."""
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            with contextlib.suppress(ValueError):
+                signal.signal(number, usual)
+        if self.asked:  # in the last step, when nobody looked any more
+            raise KeyboardInterrupt
+
 
 def read_metrics(run_dir):
     """metrics.jsonl as {name: (steps, values)}, for drawing."""
@@ -1014,6 +1022,7 @@ def main(config):
         log(done, **record)
         bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", tok_s=f"{record['tokens_per_second']:,.0f}")
     checkpoint("last", config.steps)
+    interrupt.release()
     log.close()
     if dist.is_main:
         known = f", entropy of the text {floor:.4f}" if floor else ""

@@ -800,6 +800,7 @@ def main(config):
         log(done, **record)
         bar.set_postfix(loss=f"{sums['loss']:.3f}", accuracy=f"{max(best, 0):.1%}")
     checkpoint("last", config.steps)
+    interrupt.release()
     log.close()
 
     # The test split, once, with the checkpoint that the validation split chose.

@@ -668,6 +668,7 @@ def main(config):
         log(done, **record)
         bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", **{metric: f"{max(best, 0):.1%}"})
     checkpoint("last", done)
+    interrupt.release()
     log.close()
 
     # The test split, once, with the checkpoint that the validation split chose.

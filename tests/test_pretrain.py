@@ -557,6 +557,26 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer, monkeypatch):
     assert_same_weights("runs/whole/best", "runs/parts/best")
 
 
+def test_ctrl_c_in_the_loop_and_behind_it():
+    """In the loop the first one is only noted; behind it it ends the program, as does one that nobody saw."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before, dist = [signal.getsignal(number) for number in numbers], pretrain.setup("cpu")
+    try:
+        interrupt = pretrain.Interrupt(dist)
+        assert not interrupt
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.release()
+        pretrain.Interrupt(dist).release()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def test_the_stream_is_made_once(here, monkeypatch):
     pretrain.main(config(name="first"))
     monkeypatch.setattr(data, "write_stream", None)

@@ -158,8 +158,8 @@ class DecodeStep:
 
     def unit(self, x, dim):
         """norms.RMSNorm over `dim` of n numbers without its gain and its √n: x / √(|x|² + n·ε), statistics in fp32."""
-        if dim == 0 and x.shape[1] >= 32:  # vector_norm is slow down the columns
-            norm = x.float().square().sum(0, keepdim=True).sqrt()
+        if x.shape[1] >= 32 if dim == 0 else len(x) > 1:  # vector_norm is slow down columns and over many short rows
+            norm = x.float().square().sum(dim, keepdim=True).sqrt()
         else:
             norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
         return (x / torch.hypot(norm, self.eps[x.shape[dim]])).to(x.dtype)

@@ -220,6 +220,15 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     assert ablate.main(config) == results  # nothing is run again
     assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == made
     assert target.read_text().endswith("## Reading\nWider is dearer.\n")
+    stale = min(made)  # the same flags, but a default was another when it was made
+    saved = json.loads(stale.read_text())
+    saved["configs"][0]["clip"] = 9.0
+    stale.write_text(json.dumps(saved))
+    assert {k: v["valid_loss"] for k, v in ablate.main(config).items()} == {
+        k: v["valid_loss"] for k, v in results.items()
+    }
+    assert json.loads(stale.read_text())["configs"][0]["clip"] == 1.0
+    results = ablate.main(config)
     only = ablate.main(ablate.Config(experiment="width", quick=True, seeds=[0], variants=["wide"]))
     assert only == {("wide", 0): results["wide", 0]}
     assert "| narrow |" not in target.read_text()

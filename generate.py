@@ -15,7 +15,8 @@ The prompt is read in one pass that fills the key/value cache (prefill); after i
   the rows agree; in bf16 a batch of another size rounds differently, and a token on the border of two may fall to the
   other;
 * with one token per row the products are small and a step is mostly the cost of starting operations: `DecodeStep`
-  computes Transformer.forward's numbers with fewer and larger ones (the usual case; other layouts call the model).
+  computes Transformer.forward's numbers with fewer and larger ones (the usual case; other layouts call the model), and
+  on a GPU `StaticStep` starts them all at once, as a CUDA graph.
 
 Truncation (top-k, Fan et al. 2018; top-p, arXiv:1904.09751; min-p, arXiv:2407.01082) and the repetition penalty
 (CTRL, arXiv:1909.05858) are for reading pleasure. Rollouts for RL must sample by temperature alone: the
@@ -166,8 +167,13 @@ class DecodeStep:
 
     def __call__(self, token, position, visible=None):
         """visible (B, S + 1) bool: which slots hold real tokens, None = all. Fills the next slot of the cache."""
+        S = self.cache.length = self.cache.length + 1
+        return self.compute(token, position, visible, slice(S - 1, S), S)
+
+    def compute(self, token, position, visible, slot, S):
+        """The step with keys and values written into `slot` of the cache, and the first S slots read."""
         c, cache = self.config, self.cache
-        H, G, D, B, S = c.n_head, c.n_kv_head, c.head_dim, len(token), cache.length + 1
+        H, G, D, B = c.n_head, c.n_kv_head, c.head_dim, len(token)
         x = F.embedding(token, self.embed).t().contiguous()  # (C, B), in fp32 under autocast, as in the model
         cos, sin = F.embedding(position, self.cos)[:, None], F.embedding(position, self.sin)[:, None]  # (B, 1, D)
         hidden = self.cos.new_zeros(1, 1, 1)
@@ -181,15 +187,57 @@ class DecodeStep:
             qk = (self.unit(qk, -1) if c.qk_norm else qk) * gain
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
             keys, values = cache.keys[i], cache.values[i]  # (B, G, slots, D)
-            keys[:, :, S - 1], values[:, :, S - 1] = qk[:, H:], v
+            keys[:, :, slot], values[:, :, slot] = qk[:, H:, None], v[:, :, None]
             keys, values = keys.view(B * G, -1, D)[:, :S], values.view(B * G, -1, D)[:, :S]
             scores = torch.baddbmm(hidden, qk[:, :H].reshape(B * G, H // G, D), keys.transpose(1, 2))  # (B·G, H/G, S)
             heads = torch.bmm(scores.softmax(-1), values)  # (B·G, H/G, D)
             x = x + product(wo, heads.view(B, H * D).t())
             gate, up = product(gate_up, self.unit(x, 0)).chunk(2)  # (inner, B) each
             x = x + product(down, F.silu(gate) * up)
-        cache.length = S
         return product(self.output, self.unit(x, 0)).t().contiguous()
+
+
+class StaticStep:
+    """A DecodeStep whose tensors keep their shapes and addresses from one token to the next, as a CUDA graph needs it:
+    it reads all slots of the cache and hides those that are not written yet.
+
+    Recorded once, a step of hundreds of kernels is then started by one call, which on a GPU is most of what a small
+    model waits for. Without a GPU the same is computed step by step.
+    """
+
+    def __init__(self, step, visible):
+        """visible (B, slots) bool: which slots of the cache hold, or will hold, real tokens."""
+        self.step, self.visible, (B, slots) = step, visible, visible.shape
+        self.token, self.position, self.slot = (visible.new_zeros(n, dtype=torch.long) for n in (B, B, 1))
+        self.slots, self.graph = torch.arange(slots, device=visible.device), None
+        for x in step.cache.keys + step.cache.values:
+            x[:, :, step.cache.length :] = 0.0  # memory that nobody wrote may hold NaN, and 0 · NaN is NaN
+        if visible.is_cuda:
+            self.slot.fill_(step.cache.length)  # what the trial runs write here the first step overwrites
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries set themselves up in their first calls, which no graph can hold
+                for _ in range(2):
+                    self.compute()
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
+                self.logits = self.compute()
+
+    def compute(self):
+        visible = self.visible & (self.slots <= self.slot)
+        return self.step.compute(self.token, self.position, visible, self.slot, len(self.slots))
+
+    def __call__(self, token, position, visible=None):
+        """As DecodeStep. The logits (B, V) are overwritten by the next call."""
+        self.token.copy_(token)
+        self.position.copy_(position)
+        self.slot.fill_(self.step.cache.length)
+        self.step.cache.length += 1
+        if self.graph is None:
+            return self.compute()
+        self.graph.replay()
+        return self.logits
 
 
 def product(weight, x):
@@ -225,6 +273,7 @@ def generate(
     uniforms=None,
     on_tokens=None,
     memory=None,
+    static=None,
 ):
     """Continue N prompts (lists of ids), n rollouts each; rows i·n … i·n + n − 1 belong to prompt i. -> Rollout
 
@@ -232,7 +281,8 @@ def generate(
     the (N·n, max_new_tokens) table of uniforms yourself; on_tokens(ids (N·n,), live (N·n,)) is called at each step,
     for streaming; what it returns, if anything, is the (N·n,) rows to end there. memory: bytes for the key/value
     cache, default half of what is free; prompts that do not fit together are taken one batch after the other, which
-    but for rounding changes no row. Raises ConfigError on an empty prompt or one that leaves no room in the context.
+    but for rounding changes no row. static: decode by StaticStep where the layout allows it, default on a GPU. Raises
+    ConfigError on an empty prompt or one that leaves no room in the context.
     """
     c, longest = model.config, max((len(p) for p in prompts), default=0)
     if not prompts or not all(prompts):
@@ -261,7 +311,8 @@ def generate(
         parts = []
         for i in range(0, len(prompts), size):
             mine = uniforms[i * n : (i + size) * n]
-            parts.append(_generate(model, prompts[i : i + size], mine, n, stop_ids, on_tokens, how))
+            fixed = mine.is_cuda if static is None else static
+            parts.append(_generate(model, prompts[i : i + size], mine, n, stop_ids, on_tokens, how, fixed))
     finally:
         model.train(was_training)
     T = max(part[0].shape[1] for part in parts)
@@ -270,7 +321,7 @@ def generate(
 
 
 @torch.inference_mode()
-def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how):
+def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
     """One batch -> ids, mask, logprobs, (N·n, T) each."""
     device, lengths, max_new_tokens = uniforms.device, [len(p) for p in prompts], uniforms.shape[1]
     longest, rows = max(lengths), len(prompts) * n
@@ -288,11 +339,13 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how):
     cache = model.make_cache(len(prompts), longest)
     logits = model(tokens, positions, real if padded else None, cache, last_only=True)[:, -1]  # (N, V)
     cache = cache.repeat(n, longest + max_new_tokens)
-    step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
+    dynamic = step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
     logits = logits.repeat_interleave(n, dim=0)  # (N·n, V)
     position = positions[:, -1].repeat_interleave(n, dim=0)  # (N·n,) of the last token read
     visible = torch.ones(rows, longest + max_new_tokens, dtype=torch.bool, device=device)
     visible[:, :longest] = real.repeat_interleave(n, dim=0)
+    if dynamic is not None and static:
+        step = StaticStep(dynamic, visible)
     if "penalty" in how:
         seen = torch.zeros(len(prompts), model.config.vocab_size, device=device).scatter_add_(1, tokens, real.float())
         how = {**how, "seen": (seen > 0).repeat_interleave(n, dim=0)}  # (N·n, V)
@@ -317,11 +370,14 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how):
             break
         if "seen" in how:
             how["seen"][torch.arange(len(token), device=device), token] = True
-        if left <= 0.75 * len(live):  # copying the survivors costs about a step, so wait until it pays
+        # Copying the survivors costs about a step, recording a graph for them about four: wait until it pays.
+        if left <= (0.75 if step is dynamic else 0.5) * len(live):
             stay = live.nonzero().squeeze(-1)
             cache.keep(stay)
             row, live, token, position = row[stay], live[stay], token[stay], position[stay]
             visible = visible[stay]
+            if step is not dynamic:
+                step = StaticStep(dynamic, visible)
             if "seen" in how:
                 how["seen"] = how["seen"][stay]
         position = position + 1

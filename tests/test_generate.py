@@ -13,6 +13,7 @@ from generate import (
     ConfigError,
     DecodeStep,
     Rollout,
+    StaticStep,
     answer,
     free_memory,
     generate,
@@ -236,10 +237,31 @@ def test_the_decode_step_equals_the_model(change):
         whole = raw(tokens, positions, real)
         cache = raw.make_cache(3, 12)
         raw(tokens[:, :8], positions[:, :8], real[:, :8], cache)
-        step = DecodeStep(raw, cache)
+        for x in cache.keys + cache.values:
+            x[:, :, 8:] = torch.nan  # what nobody wrote may be anything
+        still = cache.repeat(1, 12)
+        for x in still.keys + still.values:
+            x[:, :, 8:] = torch.nan
+        step, static = DecodeStep(raw, cache), StaticStep(DecodeStep(raw, still), real)
         for t in range(8, 12):
             logits = step(tokens[:, t], positions[:, t], real[:, : t + 1])
             torch.testing.assert_close(logits, whole[:, t], atol=2e-4, rtol=1e-4)
+            logits = static(tokens[:, t], positions[:, t])
+            torch.testing.assert_close(logits, whole[:, t], atol=2e-4, rtol=1e-4)
+
+
+def test_fixed_shapes_change_no_text(model):
+    """Prompts of three lengths, rows that leave, and answers until the cache is full."""
+    uniforms = torch.rand(9, 40, generator=torch.Generator().manual_seed(0))
+    plain, still = (
+        generate(model, PROMPTS, 40, 3, stop_ids=(3, 5), uniforms=uniforms, static=s) for s in (False, True)
+    )
+    assert torch.equal(plain.ids, still.ids)
+    assert torch.equal(plain.mask, still.mask)
+    torch.testing.assert_close(plain.logprobs, still.logprobs, atol=1e-4, rtol=1e-4)
+    lengths = plain.mask.sum(1).tolist()
+    assert min(lengths) < 10  # most rows left the batch on the way
+    assert len(set(lengths)) > 4
 
 
 def test_other_layouts_do_without_the_decode_step():

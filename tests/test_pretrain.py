@@ -557,6 +557,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer, monkeypatch):
     assert_same_weights("runs/whole/best", "runs/parts/best")
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "warmup", "clip", "seed"])
+def test_rates_below_0_are_refused(name):
+    with pytest.raises(ConfigError, match=f"--{name} is -1"):
+        Config(**{name: -1})
+
+
 def test_ctrl_c_in_the_loop_and_behind_it():
     """In the loop the first one is only noted; behind it it ends the program, as does one that nobody saw."""
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -708,6 +708,8 @@ def draw(experiment, results, folders, seeds, target):
             if len(runs) > 1:
                 half = T_975[min(len(runs), 10)] * stack.std(0) / math.sqrt(len(runs))
                 axis.fill_between(steps, mean - half, mean + half, color=f"C{i % 10}", alpha=0.15, linewidth=0)
+        if axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
+            axis.set_ylim(bottom=0)  # a band of few seeds may leave what is possible
         axis.set(title=label, xlabel="step", ylabel=label)
         axis.grid(alpha=0.25)
     titles = {

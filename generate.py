@@ -201,8 +201,8 @@ class StaticStep:
     """A DecodeStep whose tensors keep their shapes and addresses from one token to the next, as a CUDA graph needs it:
     it reads all slots of the cache and hides those that are not written yet.
 
-    Recorded once, a step of hundreds of kernels is then started by one call, which on a GPU is most of what a small
-    model waits for. Without a GPU the same is computed step by step.
+    Recorded once, a step of many kernels is then started by one call. Without a GPU the same is computed step by step.
+    (The recording has not been run on a GPU yet.)
     """
 
     def __init__(self, step, visible):
@@ -229,7 +229,7 @@ class StaticStep:
         return self.step.compute(self.token, self.position, visible, self.slot, len(self.slots))
 
     def __call__(self, token, position, visible=None):
-        """As DecodeStep. The logits (B, V) are overwritten by the next call."""
+        """As DecodeStep, but `visible` was given beforehand. The next call overwrites the logits (B, V)."""
         self.token.copy_(token)
         self.position.copy_(position)
         self.slot.fill_(self.step.cache.length)

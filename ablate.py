@@ -414,6 +414,8 @@ EXPERIMENTS = {
         },
         _LOSS | {"load_min": "least loaded (x even share)", "load_max": "most loaded", "parameters": "parameters"},
         {"loss": "training loss", "load_max": "load of the fullest expert"},
+        pairs=tuple((f"8 experts, {kind}", "dense") for kind in ("aux", "bias", "none"))
+        + tuple((f"8 experts, {kind}", "8 experts, aux") for kind in ("bias", "none")),
     ),
     "curriculum": Experiment(
         "Does the order of the demonstrations matter: shuffled, easy to hard, hard to easy?",
@@ -423,7 +425,7 @@ EXPERIMENTS = {
             for order in ("shuffled", "curriculum", "anti")
         },
         {"accuracy": "accuracy (%)"},
-        {"accuracy": "validation accuracy", "loss": "training loss"},
+        {"loss": "training loss"},
     ),
     "sft-lr": Experiment(
         "Which learning rate does SFT want?",
@@ -675,7 +677,7 @@ def draw(experiment, results, folders, seeds, target):
     metrics = [next(iter(experiment.columns)), *experiment.bars]
     extra = ["stream_built", "gradient_built", "stream_trained", "by_position", "copied"]
     extra = [k for k in extra if any(k in figures for figures in results.values())]
-    maps = [v for v in variants if "attention" in results[v, seeds[0]]]
+    maps = [v for v in variants if "attention" in results[v, seeds[0]]] if len(variants) <= 6 else []
     panels = len(metrics) + len(experiment.draw) + len(extra) + bool(experiment.front) + len(maps)
     columns = 2 if panels == 4 else min(3, panels)
     rows = math.ceil(panels / columns)

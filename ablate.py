@@ -50,7 +50,7 @@ from dpo import kl_to_reference
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from grpo import tidy
 from pretrain import RUNS, commit, read_metrics, setup
-from sft import START, encode_prompt, evaluate, evaluate_samples, start_name
+from sft import START, encode_prompt, evaluate, evaluate_samples, sft_start
 from transformer import Transformer, TransformerConfig
 
 # Student's quantiles by n; above 10 that of 10, which is slightly too wide.
@@ -139,7 +139,7 @@ def standing(folder, figures, settings):
     (greedy), and the KL to the SFT checkpoint of the seed, per token of its own samples."""
     problems, dist = load_problems("word", "test", 200, (1, 2)), setup("auto")
     raw, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
-    start = open_checkpoint(RUNS / start_name("word", settings["seed"], "sft"), dist.device)[0]
+    start = open_checkpoint(sft_start(import_module("grpo").Config(seed=settings["seed"]), dist), dist.device)[0]
     greedy = evaluate(raw, tokenizer, problems, 64, dist)
     texts, ended = zip(*((sample[1], sample[4]) for sample in greedy["samples"]), strict=True)
     several = evaluate_samples(raw, tokenizer, problems, 8, 64, dist)
@@ -523,6 +523,12 @@ def configs_of(settings):
     return json.loads(json.dumps([asdict(build(stage, flags)) for stage, flags in settings["stages"]]))
 
 
+def short_commit():
+    """Eight digits, and "+" where files differ from the commit."""
+    full = commit()
+    return full[:8] + "+" * full.endswith("+")
+
+
 def run_one(settings, folder, threads):
     """Run a variant with a seed; its figures, also written to folder/result.json, {"diverged": …} if it did. Runs in a
     process of its own."""
@@ -531,7 +537,7 @@ def run_one(settings, folder, threads):
     except DivergedError as error:
         figures = {"diverged": str(error)}
     folder = Path(folder)
-    made = {"settings": settings, "configs": configs_of(settings), "commit": commit()[:8], "figures": figures}
+    made = {"settings": settings, "configs": configs_of(settings), "commit": short_commit(), "figures": figures}
     (folder / "result.tmp").write_text(json.dumps(made))
     (folder / "result.tmp").replace(folder / "result.json")
     return figures
@@ -544,9 +550,9 @@ def _run(settings, folder, threads):
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         started, last = time.perf_counter(), None
         for stage, flags in settings["stages"]:
-            module, config = import_module(stage), build(stage, flags)
             name = str((folder / "run").relative_to(RUNS))
-            figures = module.main(replace(config, name=name, init=last or config.init))
+            config = build(stage, flags | {"name": name, "init": last or flags.get("init")})
+            figures = import_module(stage).main(config)
             last = figures["path"]
         figures = flatten(figures) | {"minutes": (time.perf_counter() - started) / 60}
         figures |= ends(RUNS / name)
@@ -767,7 +773,7 @@ class Config:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of each variant per seed."""
     variants: list[str] = field(default_factory=list)
-    """Run only these of its variants, such as '[SFT, DPO]'; default all."""
+    """Run only these of its variants, such as '["pre, 6 layers", "post, 6 layers"]'; default all."""
     again: bool = False
     """Make runs anew that are there, but were made by other settings (other defaults, another text)."""
     jobs: int = 2
@@ -776,7 +782,7 @@ class Config:
     """Print the experiments and their questions."""
 
     def __post_init__(self):
-        if not self.list and self.experiment not in EXPERIMENTS:
+        if self.experiment not in EXPERIMENTS and not (self.list and self.experiment is None):
             known = ", ".join(EXPERIMENTS)
             what = "name an experiment" if self.experiment is None else f"{self.experiment!r} is not an experiment"
             raise ConfigError(f"{what}; they are: {known}")
@@ -841,7 +847,7 @@ def main(config):
                 variant, seed, folder = jobs[job]
                 try:
                     results[variant, seed] = job.result()
-                    commits.append(commit()[:8])
+                    commits.append(short_commit())
                 except (Exception, SystemExit) as error:
                     failed.append(f"{variant}, seed {seed}: {error} (see {folder}/log.txt)")
                 bar.update()
@@ -854,7 +860,7 @@ def main(config):
         raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
     target.parent.mkdir(parents=True, exist_ok=True)
     command = f"python ablate.py {name}" + (" --quick" if config.quick else "")
-    command += f" --variants '[{', '.join(config.variants)}]'" if config.variants else ""
+    command += f" --variants '{json.dumps(config.variants, ensure_ascii=False)}'" if config.variants else ""
     command += f" --seeds '{seeds}'" if seeds != [0, 1, 2] and not config.quick else ""
     results = {key: results[key] for key in folders}  # in the order of the table
     text = report(name, experiment, results, seeds, command, target, commits)

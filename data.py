@@ -762,7 +762,7 @@ def narrative_entropy(n: int = 2000, seed: int = 0) -> tuple[float, float]:
 # The verifier.
 
 NUMBER = re.compile(
-    r"\s*\$?\s*([-+−]?)\s*\$?\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"\s*(?:\$\s*)?(?:([-+−])\s*)?(?:\$\s*)?([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"\s?[%$]?[.,;!]?(?:\s(.*))?\s*"
 )
 
@@ -791,7 +791,7 @@ def extract_answer(text: str) -> str | None:
         match = NUMBER.fullmatch(re.split(r"[\r\n]", piece, maxsplit=1)[0])
         if not match or any(char.isnumeric() for char in match[3] or ""):
             return None
-        answers.add(canonical(match[1].replace("−", "-") + match[2].replace(",", "")))
+        answers.add(canonical((match[1] or "").replace("−", "-") + match[2].replace(",", "")))
     return answers.pop() if len(answers) == 1 else None
 
 
@@ -1003,6 +1003,8 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
             records = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise DataError(f"{path}: cannot be read as JSON ({error})") from error
         if not isinstance(records, list):
             raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
         found = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
@@ -1026,6 +1028,8 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
                 except json.JSONDecodeError as error:
                     where = f"{path} line {number}"
                     raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path} line {number}: cannot be read as JSON ({error})") from error
     for place, record in found:
         if not isinstance(record, dict):
             raise DataError(f"{path} {place}: a record is an object {{...}}, not {type(record).__name__}")
@@ -1037,7 +1041,15 @@ def text_of(record: dict, key: str, where: str) -> str:
         raise DataError(f"{where}: the key {key!r} is missing")
     if not isinstance(record[key], str):
         raise DataError(f"{where}: {key!r} must be text, not {type(record[key]).__name__}")
-    return record[key].strip()
+    return encodable(record[key].strip(), where)
+
+
+def encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {text[:40]!r}… holds half of a surrogate pair, which is no character") from None
+    return text
 
 
 def prompt_of(record: dict, where: str) -> str:
@@ -1082,10 +1094,10 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
     for key in ("question", "answer", *(["solution"] if "solution" in record else [])):
         value = record[key]
         if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
+            value = format(Decimal(str(value)), "f")  # 1e-05 would not be read
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {key!r} must be text that is not empty")
-        fields[key] = value.strip()
+        fields[key] = encodable(value.strip(), where)
 
     text = fields.get("solution", fields["answer"])
     level = max(1, len(re.findall(r"<<[^<>]*>>", text)))
@@ -1116,7 +1128,7 @@ def conversation_from(turns, where: str, story: str) -> Problem:
     for number, content in enumerate(contents, start=1):
         if not isinstance(content, str) or not content.strip():
             raise DataError(f"{where}: the content of message {number} must be text that is not empty")
-    said = [(role, content.strip()) for role, content in zip(roles, contents, strict=True)]
+    said = [(role, encodable(content.strip(), where)) for role, content in zip(roles, contents, strict=True)]
     return plain_problem(said[-2][1], said[-1][1], where, story, tuple(said[:-2]))
 
 
@@ -1128,7 +1140,7 @@ def plain_problem(question, solution, where, story, history=(), rated=None) -> P
     if rated is not None:
         try:
             rating = float(rated["rating"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise DataError(f"{where}: the rating is {rated.get('rating')!r}, not a number from 1 to 5") from None
         if not 1 <= rating <= 5:
             raise DataError(f"{where}: the rating is {rated['rating']}, it must be from 1 to 5")
@@ -1472,7 +1484,7 @@ def tokenise(path: Path, texts: Sequence[str], tokenizer, some: int = 1000) -> N
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone(path.parent):
-        if not Path(f"{path}.json").exists():
+        if not (path.exists() and Path(f"{path}.json").exists()):
             _tokenise(path, texts, tokenizer, some)
 
 

@@ -13,7 +13,7 @@ model of the pairs, and the reward model is gone: the policy is fitted to the pa
     ipo_mean            the same on means per token, as TRL computes it
     length_normalised   −log σ(h) on means per token: a long answer has no larger margin for its length
     simpo               −log σ(β (mean log π_θ(y_w) − mean log π_θ(y_l)) − γ), no reference (arXiv:2405.14734); as
-                        published with --gamma 0.5 to 1.5 and --nll 0
+                        published with --beta 2 to 2.5 --gamma 0.5 to 1.5 --nll 0
 
 Eq. 7 starts at ln 2 and its gradient is −β σ(−h) (∇log π(y_w) − ∇log π(y_l)): pairs already ordered weigh little.
 
@@ -40,6 +40,7 @@ Run it:
 import contextlib
 import copy
 import math
+import os
 import random
 import time
 from dataclasses import asdict, dataclass, field
@@ -66,6 +67,7 @@ from pretrain import (
     precision,
     save,
     setup,
+    stopped,
 )
 from sft import (
     answer_logprobs,
@@ -134,6 +136,8 @@ def dpo_loss(
         if chosen_lengths is None or rejected_lengths is None:
             raise ConfigError(f"the variant {variant} needs the answers' lengths")
         chosen_reward, rejected_reward = chosen_reward / chosen_lengths, rejected_reward / rejected_lengths
+    if nll and chosen_lengths is None:
+        raise ConfigError("nll is a mean per token: it needs the answers' lengths")
     difference = chosen_reward - rejected_reward
     h = beta * difference
     if variant in ("ipo", "ipo_mean"):
@@ -415,8 +419,9 @@ def make_pairs(config, dist, raw, tokenizer, problems, autocast):
 def validate(raw, pairs, config, tokenizer, dist, autocast):
     """The loss and its metrics over pairs, dealt out to the ranks: {"loss", "accuracy", "margin", …}."""
     raw.eval()
-    mine = sorted(pairs[dist.rank :: dist.world], key=lambda p: len(p["prompt"]) + len(p["chosen"]))
-    sums = {}
+    mine = pairs[dist.rank :: dist.world]
+    counts = bool(mine)  # a rank without a pair scores one for nothing: all must add up the same numbers
+    mine, sums = sorted(mine or pairs[:1], key=lambda p: len(p["prompt"]) + len(p["chosen"])), {}
     for i in range(0, len(mine), 64):
         chunk = mine[i : i + 64]
         packed, lengths = batch_of(chunk, tokenizer.endoftext_id, dist.device)
@@ -424,7 +429,7 @@ def validate(raw, pairs, config, tokenizer, dist, autocast):
             chosen, rejected = pair_logprobs(raw, packed)
         metrics = loss_of(config, chosen, rejected, chunk, lengths)[1]
         for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value * len(chunk)
+            sums[name] = sums.get(name, 0.0) + value * len(chunk) * counts
     values = dist.sum(*sums.values())
     return {name: value / len(pairs) for name, value in zip(sums, values, strict=True)}
 
@@ -467,6 +472,8 @@ def main(config):
             room = raw.config.context - config.max_new_tokens
             problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
 
+    if config.pairs == "offline" or not problems:
+        load_pairs(config.data, "train", 1, tuple(config.levels), skip_bad=config.skip_bad)  # a typo must move nothing
     run_dir = open_run(config, dist)
     kept = run_dir / "pairs.pt"
     if config.resume and kept.is_file():  # pairs and reference log-probabilities are computed once in a run's life
@@ -474,7 +481,8 @@ def main(config):
     else:
         pairs = make_pairs(config, dist, reference, tokenizer, problems, autocast)
         if dist.is_main:
-            torch.save(pairs, kept)
+            torch.save(pairs, f"{kept}.tmp")
+            os.replace(f"{kept}.tmp", kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     add_lora(raw, **asdict(config.lora), seed=config.seed)  # rank 0: does nothing
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
@@ -509,7 +517,7 @@ def main(config):
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
-        save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
+        return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     rows = config.batch // dist.world
     shown = {}
@@ -517,11 +525,9 @@ def main(config):
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
-            checkpoint("last", step)
+            written = checkpoint("last", step)
             bar.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
-            raise SystemExit(130)
+            stopped(config.name, step, written, dist)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
 
@@ -546,10 +552,9 @@ def main(config):
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         record = {name: v / config.batch for name, v in zip(sums, dist.sum(*sums.values()), strict=True)}
-        if not math.isfinite(record["loss"]):
-            raise DivergedError(
-                f"the loss is {record['loss']} at step {step} (learning rate {lr:.1e}); try a smaller --lr"
-            )
+        if not math.isfinite(record["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
+            said = f"the loss is {record['loss']}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
+            raise DivergedError(f"{said}; try a smaller --lr")
 
         done = step + 1
         record = {f"pair_{k}" if k == "accuracy" else k: v for k, v in record.items()}

@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -71,6 +71,7 @@ from pretrain import (
     save,
     saved_run,
     setup,
+    stopped,
 )
 from sft import rows_at, wilson
 from tokenizer_bpe import BPETokenizer, load_tokenizer
@@ -107,6 +108,15 @@ class EncoderConfig(TransformerConfig):
     """x Φ(x) where the activation is gelu, instead of its tanh form."""
     pooler: bool = False
     """BERT's tanh layer on the first token. Its own tasks use it; the classifier here does not."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("n_class", 1), ("n_type", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if self.exact_gelu and self.activation != "gelu":
+            raise CheckpointError(f"exact_gelu is a form of gelu, but activation is {self.activation}")
 
 
 def bert_config(**changes):
@@ -209,7 +219,7 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dropout=0.0):
-        """Open a directory in BERT's layout or our own, in fp32. Heads that it lacks start anew. CheckpointError."""
+        """Open a directory in BERT's layout, where missing heads start anew, or our own; in fp32. CheckpointError."""
         path = Path(path)
         kind, config = read_config(path)
         try:
@@ -308,8 +318,9 @@ def bert_to_ours(tensors, config):
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if bare and not name.startswith(("cls.", "mean_classifier.")):
             name = f"bert.{name}"
-        # a tied copy, a bookkeeping buffer, the next-sentence head
-        if not name.endswith(("decoder.weight", "decoder.bias", "position_ids")) and "seq_relationship" not in name:
+        # a tied copy, a bookkeeping buffer, the next-sentence head, a classifier that reads the pooler
+        useless = name.startswith(("bert.classifier.", "classifier.")) or "seq_relationship" in name
+        if not useless and not name.endswith(("decoder.weight", "decoder.bias", "position_ids")):
             state[names.get(name, name)] = tensor.float()
     return state
 
@@ -581,7 +592,12 @@ def main(config):
         if config.resume:
             tokenizer = load_tokenizer(saved_run(run_dir))
         else:
-            tokenizer = BPETokenizer.train(texts["train"], config.vocab_size, ("<|endoftext|>", MASK))
+            if dist.is_main:
+                tokenizer = BPETokenizer.train(texts["train"], config.vocab_size, ("<|endoftext|>", MASK))
+                tokenizer.save_pretrained(run_dir / "data")
+            if dist.world > 1:
+                distributed.barrier()
+            tokenizer = load_tokenizer(run_dir / "data")
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         torch.manual_seed(config.seed)
         raw = Encoder(config.model)
@@ -619,17 +635,15 @@ def main(config):
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state["optimizers"] = [o.state_dict() for o in optimizers]
-        save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
+        return save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
 
     bar = tqdm(range(first, total), initial=first, total=total, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
-            checkpoint("last", step)
+            written = checkpoint("last", step)
             bar.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
-            raise SystemExit(130)
+            stopped(config.name, step, written, dist)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
         if step == config.mlm_steps:  # another objective: what the optimizer remembers of the old one would mislead
@@ -642,7 +656,7 @@ def main(config):
         if pretraining:
             tokens = torch.from_numpy(batch_at(streams["train"], step, config.mlm_batch, context, config.seed)[0])
             hidden, chosen = hide(tokens, mask_id, tokenizer.vocab_size, tokens == pad, generator, config.mlm_rate)
-            n = chosen.sum().item()  # of the whole step, all ranks, before the batch is cut
+            n = max(1, chosen.sum().item())  # of the whole step, all ranks, before the batch is cut
             batch = list(zip(hidden, torch.ones_like(chosen), tokens, chosen, strict=True))
             lr = lr_at(step, config.mlm_steps, config.mlm_lr, config.warmup)
         else:

@@ -102,10 +102,9 @@ class Config(grpo.Config):
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
 
     def __post_init__(self):
-        if self.combine == "gdpo" and self.scale is not None:
+        default = "none" if self.loss_type == "dr_grpo" else "group"  # what it becomes: a copy must pass too
+        if self.combine == "gdpo" and self.scale not in (None, default):
             raise ConfigError("--scale has no meaning with --combine gdpo, which normalises each reward by itself")
-        if self.combine == "gdpo" and self.beta and self.kl_in == "reward":
-            raise ConfigError("--kl_in reward would divide the KL by its own std; use --kl_in loss, or --combine sum")
         super().__post_init__()
         if self.combine not in ("gdpo", "sum"):
             raise ConfigError(f"--combine {self.combine!r} is not known; use gdpo or sum")

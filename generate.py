@@ -8,7 +8,7 @@ The prompt is read in one pass that fills the key/value cache (prefill); after i
 * the prompts of a batch are padded on the *left*, so that all rows write their next token into the same cache
   slot; a mask hides the pads and each row keeps its own positions;
 * a prompt with n rollouts is prefilled once and its cache copied to the n rows;
-* rows that have met a stop token leave the batch as soon as a quarter of it is done;
+* rows that have met a stop token leave the batch as soon as a quarter of it is done (half, on a GPU);
 * every row samples by inverse transform from its own uniform number: token = CDF⁻¹(u). One draw of a
   (rows, max_new_tokens) table fixes all of the randomness beforehand, so what a row says does not depend on which
   rows stand beside it, on when they leave, or on how a batch is spread over GPUs. That holds up to rounding: in fp32
@@ -33,6 +33,7 @@ Run it:
 
 import codecs
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -213,16 +214,20 @@ class StaticStep:
         for x in step.cache.keys + step.cache.values:
             x[:, :, step.cache.length :] = 0.0  # memory that nobody wrote may hold NaN, and 0 · NaN is NaN
         if visible.is_cuda:
-            self.slot.fill_(step.cache.length)  # what the trial runs write here the first step overwrites
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries set themselves up in their first calls, which no graph can hold
-                for _ in range(2):
-                    self.compute()
-            torch.cuda.current_stream().wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
-                self.logits = self.compute()
+            with torch.cuda.device(visible.device):  # streams are those of the current GPU
+                self.record()
+
+    def record(self):
+        self.slot.fill_(self.step.cache.length)  # what the trial runs write here the first step overwrites
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up in their first calls, which no graph can hold
+            for _ in range(2):
+                self.compute()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
+            self.logits = self.compute()
 
     def compute(self):
         visible = self.visible & (self.slots <= self.slot)
@@ -236,7 +241,8 @@ class StaticStep:
         self.step.cache.length += 1
         if self.graph is None:
             return self.compute()
-        self.graph.replay()
+        with torch.cuda.device(self.visible.device):
+            self.graph.replay()
         return self.logits
 
 
@@ -500,7 +506,7 @@ class Config:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
@@ -588,16 +594,20 @@ def main(config):
             history = []
             continue
         history.append({"role": "user", "content": text})
-        ids, _ = tokenizer.encode_chat(history, True)
-        while len(history) > 1 and len(ids) + 16 > model.config.context:
-            del history[:2]  # the oldest exchange makes room
-            print("(the context is full: the oldest exchange was forgotten)")
-            ids, _ = tokenizer.encode_chat(history, True)
         try:
+            ids, _ = tokenizer.encode_chat(history, True)
+            while len(history) > 1 and len(ids) + 16 > model.config.context:
+                del history[:2]  # the oldest exchange makes room
+                print("(the context is full: the oldest exchange was forgotten)")
+                ids, _ = tokenizer.encode_chat(history, True)
             with half:
                 said = answer(model, tokenizer, ids, stop_ids, config, generator)
             history.append({"role": "assistant", "content": said})
-        except (KeyboardInterrupt, ConfigError) as error:  # cut short, or a message that is too long: it does not count
+        except (
+            KeyboardInterrupt,
+            ConfigError,
+            TokenizerError,
+        ) as error:  # such a message does not count
             print("(stopped)" if isinstance(error, KeyboardInterrupt) else f"({error})")
             history.pop()
 

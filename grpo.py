@@ -40,7 +40,7 @@ reward, the held-out accuracy, the KL and the length. What each option changes i
                        the policy down without tying it to its start
 
 Groups without signal are skipped before the forward pass, which saves their time; the normalisers still count them, so
-the gradient is the same to the last bit. (With a KL or an entropy term in the loss they are computed.)
+the gradient is the same up to rounding. (With a KL or an entropy term in the loss they are computed.)
 
 A prompt is computed once for its group, in training as in sampling: its completions read its keys and values (`pack`).
 The old log-probabilities are the ones the sampler returned, so no second forward pass is needed; the sampler uses
@@ -69,6 +69,7 @@ import contextlib
 import copy
 import importlib
 import math
+import os
 import re
 import sys
 import time
@@ -97,6 +98,7 @@ from pretrain import (
     precision,
     save,
     setup,
+    stopped,
 )
 from sft import (
     encode_prompt,
@@ -153,24 +155,30 @@ def load_reward(path):
         raise ConfigError(f"--reward {path}: {type(error).__name__}: {error}") from None
     finally:
         sys.path.pop()
-    if not callable(function) or name in REWARDS:
+    if not callable(function) or name in {*REWARDS, "overlong", "kl"}:
         raise ConfigError(f"--reward {path}: " + (f"{name} is taken" if callable(function) else "not a function"))
     return name, function
 
 
 def score(functions, texts, problems, ended):
     """{name: function} -> {name: rewards (len(texts),)}. Raises ConfigError on what is no list of finite numbers."""
+
+    def refused(what):
+        if int(os.environ.get("LOCAL_RANK", 0)):  # `run` speaks for rank 0 alone, but these texts are this rank's own
+            print(f"error: {what}", file=sys.stderr, flush=True)
+        return ConfigError(what)
+
     rewards = {}
     for name, function in functions.items():
         try:
             values = torch.as_tensor(function(texts, problems, ended), dtype=torch.float32).detach().cpu()
         except Exception as error:
-            raise ConfigError(f"reward {name!r} raised {type(error).__name__}: {error}") from None
+            raise refused(f"reward {name!r} raised {type(error).__name__}: {error}") from None
         if values.shape != (len(texts),):
-            raise ConfigError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(texts)} completions")
+            raise refused(f"reward {name!r} returned shape {tuple(values.shape)} for {len(texts)} completions")
         if not values.isfinite().all():
             bad = int(values.isfinite().logical_not().nonzero()[0])
-            raise ConfigError(f"reward {name!r} is {values[bad].item()} for the completion {texts[bad]!r}")
+            raise refused(f"reward {name!r} is {values[bad].item()} for the completion {texts[bad]!r}")
         rewards[name] = values
     return rewards
 
@@ -416,8 +424,8 @@ class Config:
             raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")
         if self.minibatches > self.prompts:
             raise ConfigError(f"--minibatches is {self.minibatches}, more than the {self.prompts} prompts of a step")
-        for name in ("refill", "overlong", "refresh_reference", "beta", "entropy_bonus", "clip_low"):
-            if getattr(self, name) < 0:
+        for name in ("refill", "overlong", "refresh_reference", "beta", "entropy_bonus", "clip_low", "clip_high"):
+            if not (getattr(self, name) or 0) >= 0:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
         if self.overlong > self.max_new_tokens:
             raise ConfigError(f"--overlong {self.overlong} is more than --max_new_tokens {self.max_new_tokens}")
@@ -644,6 +652,11 @@ def load_splits(config, tokenizer, context, dist):
         found = load_problems(config.data, split, n, tuple(config.levels))
         if config.instruction:
             found = [replace(p, question=f"{p.question}\n{config.instruction}") for p in found]
+        if config.correct_weight and (unanswered := sum(not p.answer for p in found)):
+            raise ConfigError(
+                f"{unanswered} of {len(found)} {split} problems of {config.data} have no answer after ####, so no "
+                "rollout can be right: leave them out, or give another --reward and --correct_weight 0"
+            )
         lengths = [len(encode_prompt(tokenizer, p)) for p in found]
         problems[split] = fitting(found, lengths, context - config.max_new_tokens, f"{split} prompt", dist)
     return problems
@@ -698,6 +711,7 @@ def main(config, estimate=estimate):
     if before is None:
         before = held_out(raw, tokenizer, problems, config, dist)
         best = validate(raw, tokenizer, problems, config, dist)
+        save(run_dir, "best", dist, raw, tokenizer, chat=True)  # until something beats it, the start is the best
         log(0, accuracy=best)
     if dist.is_main:
         print(
@@ -712,7 +726,7 @@ def main(config, estimate=estimate):
             state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers]}
             state |= {"seconds": time.perf_counter() - began, "lora": lora_state(raw)}
             state |= {"reference": reference.state_dict() if config.refresh_reference else None}
-        save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
+        return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     def alive(batch):
         """(n,): which groups have a signal."""
@@ -731,11 +745,9 @@ def main(config, estimate=estimate):
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
-            checkpoint("last", step)
+            written = checkpoint("last", step)
             bar.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
-            raise SystemExit(130)
+            stopped(config.name, step, written, dist)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
         if config.refresh_reference and step and step % config.refresh_reference == 0:
@@ -753,15 +765,17 @@ def main(config, estimate=estimate):
         sampled = time.perf_counter()
 
         # ------------------------------------------------------------------ advantages
-        ref_logprobs, costs = None, weights
-        if in_reward:  # one more reward, of weight −β: the KL of the whole completion
+        ref_logprobs = None
+        # Over all ranks, because a std over the batch, in some of the estimates, needs them all.
+        advantages, extra = estimate(gather(stacked(batch, weights), dist), weights, config)  # (N, R)
+        if in_reward:  # the KL of the whole completion, at −β: behind the std, which would blow it up in even groups
             pieces = cut(batch, range(share), batch.rollout.mask, config, dist.device, pad)
             ref_logprobs = reference_logprobs(reference, raw, pieces, batch, config, autocast)
             kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
-            batch.rewards["kl"], costs = kl_tokens.sum(1).view(-1, R).cpu(), weights | {"kl": -config.beta}
-        # Over all ranks, because a std over the batch, in some of the estimates, needs them all.
-        advantages, extra = estimate(gather(stacked(batch, costs), dist), costs, config)  # (N, R)
+            batch.rewards["kl"] = kl_tokens.sum(1).view(-1, R).cpu()
         advantages = advantages[slots]  # (n, R)
+        if in_reward:
+            advantages = advantages - config.beta * (batch.rewards["kl"] - batch.rewards["kl"].mean(1, keepdim=True))
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)
@@ -959,11 +973,11 @@ def report(config, run_dir, before, after, kl, seconds, weights, extra):
         run_dir,
         f"{config.name}: {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
         [
-            ("held-out accuracy, greedy", {"accuracy": "validation"}, "share correct", {}),
+            ("validation accuracy, greedy", {"accuracy": "validation"}, "share correct", {}),
             ("rewards", drawn, "mean over rollouts", {}),
             ("entropy and KL", {"entropy": "entropy", "kl": "KL to the reference"}, "nats per token", {}),
             ("completion length", {"length": "mean"}, "tokens", {}),
-            ("groups that tell too little", lost, "share of groups", {}),
+            ("groups without a signal", lost, "share of groups", {}),
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
         ],
     )

@@ -12,7 +12,8 @@ are its Adam moments: 16 bytes per weight become 4. B starts at zero, so trainin
 A starts random (Kaiming-uniform, here U(−1/√in, 1/√in)): were both zero, both gradients above would be zero for
 good. As B = 0, A does not move in the first step. s = α/r lets the learning rate survive a change of r.
 
-DoRA (arXiv:2402.09353) looks at length and direction of each output row apart, as weight normalisation does:
+DoRA (arXiv:2402.09353) looks at length and direction of each output row apart, as weight normalisation does (the paper
+writes columns; rows are what its authors' code and PEFT take):
 
     W' = m ⊙ V / ‖V‖          V = W + s B A,  ‖·‖ over each row,  m (out,) starts at ‖W‖                        Eq. 5
 
@@ -21,7 +22,7 @@ so W' = W at the start, whatever s. With G = dL/dW' and v̂ = V_i/‖V_i‖ the 
     dL/dm_i = G_i · v̂                     dL/dV_i = (m_i/‖V_i‖) (G_i − (G_i · v̂) v̂)
 
 The projection G − (G·v̂)v̂ comes from differentiating ‖V‖. §4.3 of the paper treats ‖V‖ as a constant and leaves it
-out, dL/dV_i ≈ (m_i/‖V_i‖) G_i, which saves the graph of an (out, in) matrix and, they measure, no accuracy. So do
+out, dL/dV_i ≈ (m_i/‖V_i‖) G_i, which saves the graph of an (out, in) matrix at next to no accuracy. So do
 we. Plain LoRA couples the two: a longer ΔW changes length and direction together. The price: ‖V‖ must be computed in
 every forward pass, r·out·in multiplications per layer however short the batch.
 
@@ -42,7 +43,8 @@ reads weights instead of calling layers stays right. Two helpers:
 it came, which is the reference policy of DPO, PPO and GRPO without a second copy in memory.
 
 Adapters alone are saved in PEFT's files, under the names that `transformers` gives the layers: `save_lora`,
-`load_lora`; `PeftModel.from_pretrained(AutoModelForCausalLM..., path)` opens them.
+`load_lora`; `PeftModel.from_pretrained(AutoModelForCausalLM..., path)` opens them (but not DoRA on a mixture's router,
+which the targets ffn.* include).
 
 Simplified: Linear layers only (no embeddings, no batched experts). No dropout on the adapter's input: it would make
 rollout and training differ in RL, and early stopping does its job. One adapter at a time.
@@ -133,7 +135,7 @@ class LoRALinear(nn.Module):
             low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r)
             y = y + self.alpha / self.rank * F.linear(low, self.lora_B).to(y.dtype)
             if self.magnitude is not None:
-                y = (self.magnitude / self.row_norms()).to(y.dtype) * y
+                y = (self.magnitude / self.row_norms() * y).to(y.dtype)  # bf16 would round a factor of 1.003 to 1
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -267,7 +269,10 @@ def merged(model):
 
 @contextlib.contextmanager
 def lora_off(model):
-    """Within: the model without its adapters, a reference policy that costs no memory."""
+    """Within: the model without its adapters, a reference policy that costs no memory. Not within `merged`, whose
+    layers hold adapters that nothing can take away: ValueError."""
+    if any(hasattr(module, "unmerged") for module in model.modules()):
+        raise ValueError("the adapters are merged into the weights; unmerge_lora comes first")
     layers = lora_layers(model).values()
     before = [layer.enabled for layer in layers]
     try:
@@ -302,7 +307,8 @@ def load_lora_state(model, state, base=None):
         merged_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         model.load_state_dict(base.state_dict())
     for name, layer in lora_layers(model).items():
-        if layer.base_weight.double().sum().item() != layer.checksum:
+        weight = layer.base_weight.double()  # each device sums in an order of its own: close is the same
+        if abs(weight.sum().item() - layer.checksum) > 1e-9 * weight.abs().sum().item():
             raise CheckpointError(f"{name}: the weights under the adapter are not those of add_lora; give them as base")
     own = {f"{name}.{part}": p for name, layer in lora_layers(model).items() for part, p in layer.named_parameters()}
     own = {name: p for name, p in own.items() if p.requires_grad}
@@ -381,13 +387,14 @@ def load_lora(model, path):
     try:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         tensors = load_file(path / WEIGHTS)
-        rank, alpha, dora = settings["r"], settings["lora_alpha"], settings.get("use_dora", False)
+        rank, alpha, dora = int(settings["r"]), float(settings["lora_alpha"]), settings.get("use_dora", False)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} holds no adapter: {Path(error.filename or WEIGHTS).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the adapter cannot be read: {error!r}") from None
     expected = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "modules_to_save": None}
     expected |= {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
+    expected |= {"alora_invocation_tokens": None}
     for name, value in expected.items():  # what would change the result and is not written here
         if (settings.get(name, value) or None) != (value or None):
             raise CheckpointError(f"{path / SETTINGS}: {name} = {settings[name]!r} is not supported, only {value!r}")
@@ -407,11 +414,13 @@ def load_lora(model, path):
         name = name.removesuffix(f".{ending}")
         state[f"{ours.get(name, name)}.{parts[ending]}"] = tensor
     targets = sorted({key.rpartition(".")[0] for key in state})
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     add_lora(model, rank, alpha, targets, dora)
     try:
         load_lora_state(model, state)
     except CheckpointError as error:
-        drop_lora(model)
+        for name, p in drop_lora(model).named_parameters():
+            p.requires_grad_(name in trained)
         raise CheckpointError(f"{path}: {error}") from None
     return model
 

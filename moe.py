@@ -20,9 +20,10 @@ others and are picked more often. Left alone, a few experts take everything. Aga
 
 * Switch loss (arXiv:2101.03961, Eq. 4): E Σ_e f_e P_e, f the share of the assignments, P the mean probability; 1 if
   even. f is a count without a gradient, the price on P. A strong price bends the model, a weak one does not help.
-* bias only (DeepSeek-V3, arXiv:2412.19437, §2.1.2): b_e moves by +u after a step in which expert e had less than its
-  share and by −u if it had more. b decides who is chosen, never with what weight: no gradient, no price. DeepSeek adds
-  it to sigmoid scores, here it meets probabilities of about 1/E. u sets the pace, and the swing that remains.
+* bias only (arXiv:2408.15664; in DeepSeek-V3, arXiv:2412.19437, §2.1.2, beside a small loss per sequence): b_e moves by
+  +u after a step in which expert e had less than its share and by −u if it had more. b decides who is chosen, never
+  with what weight: no gradient, no price. DeepSeek adds it to sigmoid scores, here it meets probabilities of about 1/E.
+  u sets the pace, and the swing that remains.
 * z-loss (ST-MoE, arXiv:2202.08906, Eq. 5): mean(logsumexp(W_r x)²) keeps the logits small, so that the softmax can
   still change its mind. The router computes in fp32 even under autocast (with --fsdp and bf16 from weights that arrive
   in bf16): a bf16 probability of 0.3 is off by 0.001.
@@ -125,7 +126,7 @@ def slices_loop(x, counts, gate, up, down):
 
 
 def slices_grouped(x, counts, gate, up, down):
-    """The same as slices_loop in one kernel per matrix, and no transfer of the counts to the host."""
+    """The same as slices_loop; in bf16 on a GPU one kernel per matrix, and no transfer of the counts to the host."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     ends = counts.cumsum(0).to(torch.int32)  # (E,)
 
@@ -161,6 +162,7 @@ class MoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        config = config.resolved() if hasattr(config, "resolved") else config
         C, E, inner = config.width, config.n_expert, config.expert_width or config.ffn_width
         if not 1 <= config.n_expert_active <= E:
             raise ValueError(f"n_expert_active is {config.n_expert_active}; it must be between 1 and n_expert, {E}")
@@ -202,9 +204,10 @@ class MoE(nn.Module):
             keep = within_capacity(index, self.n_expert, self.capacity_factor)
         if self.training:
             self._record(logits, probs, index, keep)
-        # On a CPU the loop is as fast as the kernel, which needs rows of whole 16 bytes and takes no float64.
-        aligned = x.shape[1] % 8 == 0 and self.up.shape[1] % 8 == 0
-        slices = slices_grouped if x.is_cuda and aligned and x.dtype != torch.float64 else slices_loop
+        # The kernel takes bf16 and rows of whole 16 bytes; for anything else torch loops over the experts too.
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        fits = dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and self.up.shape[1] % 8 == 0
+        slices = slices_grouped if x.is_cuda and fits else slices_loop
         y = sparse_experts(x, index, self.scale * weights, self.gate, self.up, self.down, keep, slices)  # (T, C)
         if self.shared is not None:
             gate = self.shared["gate"].weight if "gate" in self.shared else None

@@ -118,8 +118,7 @@ class RMSNorm(nn.Module):
         gain = self.weight.to(wide)
         if x.is_cuda:  # one kernel forward, one backward
             return F.rms_norm(x.to(wide), gain.shape, gain, self.eps).to(x.dtype)
-        # Without a GPU F.rms_norm is a chain of small operations, and its backward is slower than the formula's:
-        # the gradient of x² passes over (..., C) several times. A norm is one pass each way.
+        # Without a GPU F.rms_norm is a chain of small operations, each a pass over (..., C). A norm is one each way.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(wide, torch.float32))
         r_inverse = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)  # (..., 1), fp32 at least
         return (x * r_inverse * gain).to(x.dtype)

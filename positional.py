@@ -26,7 +26,7 @@ new length / L at most, so that the new positions map to angles that are known:
                                                  the fast pairs tell apart, come s times closer
     NTK       θ ← θ s^(D/(D−2)), so ω_i s^(−2i/(D−2)): pair 0 as before, the last one divided by s exactly
     dynamic   NTK with s = f ℓ/L − (f − 1) for a sequence of ℓ > L tokens: short ones are left alone
-    llama3    k_i ω_i + (1 − k_i) ω_i / s        k_i rises from 0 at r_i = 1 to 1 at r_i = 4 turns, arXiv:2407.21783
+    llama3    k_i ω_i + (1 − k_i) ω_i / s        k_i rises from 0 at r_i = 1 to 1 at r_i = 4 turns (Llama 3.1's code)
     yarn      the same, k_i from 0 at 1 turn to 1 at 32; and scores times (0.1 ln s + 1)², arXiv:2309.00071
 
 Fast pairs keep their speed, slow pairs are interpolated, the rest lies between: llama3 goes by the number of turns;

@@ -22,8 +22,8 @@ model never saw one (`--missing_end`); the inner epochs stop when the policy has
 (`--stop_kl`). Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ
 is 1 (in bf16 near 1: the sampler and the loss round differently).
 
-Unlike InstructGPT's and verl's: λ is 1 by default, the prompt's other answers are a baseline before the values are, the
-policy and the values have an optimizer and a clip each, and `whiten` divides by n, not n − 1.
+Unlike other codes, the prompt's other answers are a baseline here before the values are, and `whiten` divides by n, not
+n − 1.
 
 The reward model is a proxy and PPO will find where it errs. So each step also logs `correct`, the verifier's judgement
 of the same answers, of which the training sees nothing: a score that rises while `correct` falls is over-optimisation.
@@ -67,6 +67,7 @@ from pretrain import (
     precision,
     save,
     setup,
+    stopped,
 )
 from reward_model import RewardModel, open_reward_model, score_groups
 from sft import (
@@ -156,7 +157,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
-    """-> (loss, metrics). clip None or 0: not clipped."""
+    """-> (loss, metrics). clip None or 0: not clipped. What stands outside the mask is anything at all."""
+    values, old_values, returns = (torch.where(mask.bool(), x, 0.0) for x in (values, old_values, returns))
     squares = (values - returns) ** 2
     clipped_fraction = torch.zeros(())
     if clip:
@@ -171,7 +173,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
 def adapt_beta(beta, kl, target, n, horizon):
     """The leash's next coefficient: shorter if the KL (nats per answer) of n answers is above its target."""
     error = min(0.2, max(-0.2, kl / target - 1))
-    return beta * (1 + error * n / horizon)
+    return beta * max(0.0, 1 + error * n / horizon)
 
 
 class RunningMoments:
@@ -366,6 +368,9 @@ class Config:
             raise ConfigError(f"--kl_horizon is {self.kl_horizon}; it must be above 0")
         if self.prompts < self.minibatches:
             raise ConfigError(f"--prompts {self.prompts} cannot be cut into {self.minibatches} minibatches")
+        for name in ("value_lr", "stop_kl", "clip_ratio", "clip_value", "kl_beta", "value_weight"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be from 0 to 1")
@@ -435,9 +440,9 @@ def rollouts_at(step, policy, tokenizer, problems, config, dist, autocast):
 
 
 def cut(step, config, dist, lengths):
-    """The groups of each minibatch that are this rank's, in micro-batches: [[[group, …], …], …]. Which group falls
-    into which minibatch depends on (seed, step) alone. A rank without any takes part with its first group, at weight
-    0: [[0]] and False."""
+    """The groups of each minibatch that are this rank's, in micro-batches: [([[group, …], …], True), …]. Which group
+    falls into which minibatch depends on (seed, step) alone. A rank without any takes part with its first group, at
+    weight 0: ([[0]], False)."""
     share, size = config.prompts // dist.world, max(1, config.micro_batch // config.rollouts)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     order = torch.randperm(config.prompts, generator=generator).tolist()
@@ -480,6 +485,7 @@ def main(config):
         state = load_state(run_dir, dist, policy, optimizers, scaler, config)
         first, best, before, beta = state["step"], state["best"], state["before"], state["beta"]
         moments = RunningMoments(*state["moments"])
+        began -= state["seconds"]
         if config.lora.rank:  # what the adapters correct are the weights of --init
             load_lora_state(policy, state["lora"], open_checkpoint(init)[0])
         (raw.critic or raw.head).load_state_dict(state["value"])
@@ -495,6 +501,7 @@ def main(config):
     if before is None:
         before = held_out("test")
         best = held_out("valid")["accuracy"]
+        save(run_dir, "best", dist, policy, tokenizer, chat=True)  # until something beats it, the start is the best
         log(0, accuracy=best)
     start_accuracy = before["accuracy"]
     if dist.is_main:
@@ -508,20 +515,18 @@ def main(config):
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "beta": beta}
-            state |= {"moments": [moments.n, moments.mean, moments.squares]}
+            state |= {"moments": [moments.n, moments.mean, moments.squares], "seconds": time.perf_counter() - began}
             state |= {"value": (raw.critic or raw.head).state_dict(), "lora": lora_state(policy)}
-        save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
+        return save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
 
     accuracy = best
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
-            checkpoint("last", step)
+            written = checkpoint("last", step)
             bar.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
-            raise SystemExit(130)
+            stopped(config.name, step, written, dist)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
 
@@ -565,12 +570,12 @@ def main(config):
         # ------------------------------------------------------------------ inner epochs: a step per minibatch
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         rate = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-        own = [
+        tokens = [
             float(sum(mask[packs[m, k][0]].sum() for k in range(len(p)))) * real
             for m, (p, real) in enumerate(minibatches)
         ]
-        counts = dist.sum(*own)  # tokens of each minibatch, on all ranks, before it is cut
-        sums, updates, stopped = {}, 0, False
+        counts = dist.sum(*tokens)  # tokens of each minibatch, on all ranks, before it is cut
+        sums, updates, far = {}, 0, False
         for _ in range(config.inner_epochs):
             for m, (pieces, real) in enumerate(minibatches):
                 found = {}
@@ -595,7 +600,7 @@ def main(config):
                         found[name] = found.get(name, 0.0) + value * share
                 found = dict(zip(found, dist.sum(*found.values()), strict=True))
                 if config.stop_kl and found["approx_kl3"] > config.stop_kl:
-                    stopped = True
+                    far = True
                     for optimizer in optimizers:
                         optimizer.zero_grad(set_to_none=True)
                     break
@@ -609,7 +614,7 @@ def main(config):
                 updates += 1
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
-            if stopped:
+            if far:
                 break
 
         # ------------------------------------------------------------------ metrics: what matters first

@@ -8,8 +8,8 @@ what an uninterrupted one would have seen, and two ranks see what one rank with 
 
 The optimizer is AdamW (arXiv:1711.05101) with decay on the matrices alone, a linear warm-up (Adam's second moments
 are noise at first) and a cosine to a tenth of the peak (or a line, or warm-up, stay, decay); or, for the matrices
-inside the blocks, Muon (see `Muon`), which learns about twice as fast at this size. Gradients are clipped by their
-global norm. A step whose loss or gradient is not finite is never taken.
+inside the blocks, Muon (see `Muon`). Gradients are clipped by their global norm. A step whose loss or gradient is not
+finite is never taken.
 
 Mixed precision: fp32 on CPU; bf16 autocast on GPUs that have it; fp16 with a loss scaler on the rest. The weights
 stay fp32. DDP: `torchrun` starts a process per GPU, each holds the whole model and a share of the batch, and
@@ -284,7 +284,7 @@ def peak_flops(dist):
     """The device's, for model FLOPs utilisation: from its data sheet, or else as measured with one matrix product."""
     name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "CPU"
     for known, flops in PEAK_FLOPS.items():
-        if known in name:
+        if re.search(rf"\b{known}\b", name):
             return flops
     n, best = 768, math.inf
     a = torch.ones(n, n, device=dist.device)
@@ -303,15 +303,31 @@ def open_run(config, dist):
         raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
+    init = getattr(config, "init", None)
+    if init and not config.resume and Path(init).resolve().is_relative_to(path.resolve()):
+        raise ConfigError(f"--init {init} is the run that --name {config.name} would move aside: give another --name")
     if dist.is_main:
         if not config.resume and path.exists():
             n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
             path.rename(f"{path}.{n}")
             print(f"{path} held an earlier run: moved to {path}.{n}")
         path.mkdir(parents=True, exist_ok=True)
+        (path / "launcher").write_text(str(os.getppid()))
     if dist.world > 1:
         distributed.barrier()
     return path
+
+
+def restarted(config, dist):
+    """Whether torchrun started us again because a process had died, and this launch of it has made a run to go on from.
+    An earlier launch's run of the same name is none of ours: its launcher was another process."""
+    path, count = RUNS / config.name, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not count:  # the same on all ranks
+        return False
+    ours = False
+    if dist.is_main and saved_run(path) and (path / "launcher").is_file():
+        ours = (path / "launcher").read_text() == str(os.getppid())
+    return dist.sum(ours)[0] > 0
 
 
 def saved_run(path):
@@ -528,6 +544,16 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+def stopped(name, step, written, dist):
+    """Leave the loop before `step`, after Ctrl-C; say whether the run was saved and how to go on. A start that a later
+    stage makes for itself is never resumed: whoever wants it next makes it anew."""
+    if dist.is_main:
+        how = "saved; add --resume true to the same command to continue" if written else "but not saved"
+        how = "the same command makes this start anew" if name.startswith("start/") else how
+        print(f"stopped at step {step}, {how}")
+    raise SystemExit(130)
+
+
 def read_metrics(run_dir):
     """metrics.jsonl as {name: (steps, values)}, for drawing."""
     series = {}
@@ -730,6 +756,9 @@ class Config:
     def __post_init__(self):
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "save_every")
         check_rates(self)
+        for name in ("floor", "z_loss", "keep"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
         if self.schedule not in ("cosine", "linear", "wsd"):
             raise ConfigError(f"--schedule {self.schedule!r} is not known; use cosine, linear or wsd")
         if self.fsdp and self.compile:
@@ -745,7 +774,7 @@ def check_positive(config, *names):
 def check_rates(config):
     """What every stage has: raises ConfigError on values that an optimizer or a generator would refuse."""
     for name in ("lr", "weight_decay", "warmup", "clip", "seed"):
-        if getattr(config, name) < 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 0")
     if config.optimizer not in ("adamw", "muon"):
         raise ConfigError(f"--optimizer {config.optimizer!r} is not known; use adamw or muon")
@@ -785,7 +814,7 @@ def make_streams(config, dist, tokenizer, context, texts):
 
 
 def validation_rows(documents, stream, context, separator, most_tokens=None):
-    """What validation reads: (tokens (L + 1,), how many of its targets are real), each row with L = context.
+    """What validation reads: rows of ids, int arrays of at most context + 1, whose tokens are all real.
 
     Documents that all fit are read whole, each from its beginning, as a reader would; otherwise the stream is cut into
     windows. `most_tokens` picks some of them, spread evenly.
@@ -839,8 +868,8 @@ def loss_of(model, x, y, z_loss):
 def main(config):
     """Train; returns {"valid_loss" (of the last step, over all of the validation text), "path" (of best/)}."""
     dist = setup(config.device)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and saved_run(RUNS / config.name):
-        config = replace(config, resume=True)  # torchrun started us again because a process had died
+    if restarted(config, dist):
+        config = replace(config, resume=True)
     if config.batch % dist.world:
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
@@ -853,6 +882,11 @@ def main(config):
         config = replace(config, model=raw.config)
     elif config.tokenizer not in ("bpe", "char", "byte"):
         load_tokenizer(config.tokenizer)  # a typo must not move an earlier run aside
+    if config.model.n_expert and config.model.n_expert_active == 1 and config.model.norm_topk_prob and not config.init:
+        raise ConfigError(
+            "one active expert, whose weight p / p is 1, leaves the router without a gradient: "
+            "add --model.norm_topk_prob false"
+        )
     run_dir = open_run(config, dist)
     if not config.init:
         made = saved_run(run_dir) if config.resume else run_dir / "data"
@@ -885,7 +919,7 @@ def main(config):
     first, best, skipped, whole = 0, math.inf, 0, math.nan
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best, skipped = state["step"], state["best"], state.get("skipped", 0)
+        first, best, skipped, whole = (state.get(name, 0) for name in ("step", "best", "skipped", "whole"))
     if config.recompute:
         for block in raw.blocks:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
@@ -913,7 +947,7 @@ def main(config):
     def checkpoint(name, step):
         state = None
         if name == "last":
-            state = {"step": step, "best": best, "skipped": skipped, "config": asdict(config)}
+            state = {"step": step, "best": best, "skipped": skipped, "whole": whole, "config": asdict(config)}
             moments = gathered([o.state_dict() for o in optimizers], dist.is_main)
             state |= {"scaler": scaler.state_dict(), "optimizers": moments}
         written = save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
@@ -921,6 +955,7 @@ def main(config):
             if config.keep:
                 keep_copy(run_dir, step, config.keep)
             curves()
+        return written
 
     def curves():
         lines = {"entropy of the text": floor} if floor else {}
@@ -941,11 +976,9 @@ def main(config):
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
-            checkpoint("last", step)
+            written = checkpoint("last", step)
             bar.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
-            raise SystemExit(130)
+            stopped(config.name, step, written, dist)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
 

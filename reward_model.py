@@ -77,6 +77,7 @@ from pretrain import (
     precision,
     save,
     setup,
+    stopped,
 )
 from sft import (
     collate,
@@ -101,6 +102,7 @@ from transformer import (
     layout_of,
     open_safetensors,
     read_hf_config,
+    scale_experts,
     target_logprobs,
     to_hf_config,
     to_layout,
@@ -208,7 +210,9 @@ class RewardModel(Transformer):
         layout = layout_of(self.config)
         state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
         head = state.pop("head.weight")
-        names = LAYOUTS[layout].names if LAYOUTS[layout] else None
+        names = None
+        if LAYOUTS[layout]:
+            names, state = LAYOUTS[layout].names, scale_experts(state, self.config.routed_scale)
         tensors = {k: v.contiguous() for k, v in to_layout(state, names).items()}
         config = to_hf_config(self.config, layout) | {"dtype": "float32"}
         kinds = [re.sub("ForCausalLM|LMHeadModel", "", kind) for kind in config.get("architectures", [])]
@@ -223,6 +227,7 @@ class RewardModel(Transformer):
     @classmethod
     def from_pretrained(cls, path, dropout=0.0):
         """Raises CheckpointError, also if the directory holds a language model instead."""
+        path = Path(path)
         layout, config = read_hf_config(path)
         shapes, get = open_safetensors(path)
         if shapes.pop("score.weight", None) != (1, config.width):
@@ -230,7 +235,9 @@ class RewardModel(Transformer):
         names = LAYOUTS[layout].names if LAYOUTS[layout] else None
         model = cls.from_policy(fill(replace(config, tie_embeddings=True), names, shapes, get, path), dropout)
         model.head.weight.data.copy_(get("score.weight"))
-        model.pad_id = json.loads((Path(path) / "config.json").read_text()).get("pad_token_id")
+        if names and model.config.n_expert:
+            model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
+        model.pad_id = json.loads((path / "config.json").read_text()).get("pad_token_id")
         return model
 
 
@@ -379,7 +386,7 @@ def judged_pairs(problems, groups, most):
 
 
 def make_pairs(config, policy, tokenizer, dist):
-    """{"train", "valid", "test": [Pair]} as --data and --pairs ask, and the split's samples where there are any."""
+    """{"train", "valid", "test": [Pair]} as --data and --pairs ask."""
     levels, pairs = tuple(config.levels), {}
     for split, n in (("train", config.n_pairs), ("valid", config.eval_pairs), ("test", config.test_pairs)):
         pairs[split] = []
@@ -684,7 +691,12 @@ def main(config):
     init = config.init or (sft_start if config.data == "word" else text_start)(config, dist)
     raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
     pad, context = tokenizer.endoftext_id, raw.config.context
-    pairs, groups = make_pairs(config, policy, speaks, dist), {}
+    kept, groups = RUNS / config.name / "pairs.json", {}
+    if config.resume and kept.is_file():  # sampled once in a run's life: a GPU may sample others the next time
+        pairs = {split: [Pair(**pair) for pair in found] for split, found in json.loads(kept.read_text()).items()}
+    else:
+        pairs = make_pairs(config, policy, speaks, dist)
+    made = {split: list(found) for split, found in pairs.items()}
     if config.data == "word" and config.best_of_problems and policy is not None:
         some = load_problems("word", "test", max(200, config.best_of_problems), tuple(config.levels))
         longest = max(len(encode_prompt(tokenizer, p.question)) for p in some) + config.max_new_tokens
@@ -705,6 +717,9 @@ def main(config):
         pairs[split], groups[split] = map(list, zip(*both, strict=True))
 
     run_dir = open_run(config, dist)
+    if dist.is_main and not config.resume:
+        Path(f"{kept}.tmp").write_text(json.dumps({split: list(map(asdict, found)) for split, found in made.items()}))
+        os.replace(f"{kept}.tmp", kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best = 0, -1.0
@@ -728,18 +743,16 @@ def main(config):
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state["optimizers"] = [o.state_dict() for o in optimizers]
-        save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
+        return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     rows = config.batch // dist.world
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
         if interrupt:
-            checkpoint("last", step)
+            written = checkpoint("last", step)
             bar.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
-            raise SystemExit(130)
+            stopped(config.name, step, written, dist)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
 
@@ -777,9 +790,10 @@ def main(config):
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
         sums = dict(zip(sums, dist.sum(*sums.values()), strict=True))
-        if not math.isfinite(sums["loss"]):
-            where = f"at step {step} (learning rate {lr:.1e})"
-            raise DivergedError(f"the loss is {sums['loss']} {where}; try a smaller --lr")
+        finite = math.isfinite(sums["loss"] + sums["nll_loss"]) and (math.isfinite(norm) or scaler.is_enabled())
+        if not finite:
+            said = f"the loss is {sums['loss']}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
+            raise DivergedError(f"{said}; try a smaller --lr")
 
         done = step + 1
         record = sums | {

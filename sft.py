@@ -22,9 +22,9 @@ conversations in one row, each blind to the others, positions counted anew. Loss
 `--rated threshold`, all alike that have at least `min_rating`.
 
 **Curriculum.** `--order curriculum` ranks the examples by level or length and opens them little by little: at step s
-the first g(s) of them, g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)), linear pacing (arXiv:1904.03626); a batch is
-drawn from the open ones. `anti` ranks the other way round, and `shuffled` (epochs without replacement) is what both
-must beat.
+the first g(s) of them, g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)), linear in s (as in arXiv:1903.09848;
+arXiv:1904.03626 has exponential steps); a batch is drawn from the open ones. `anti` ranks the other way round, and
+`shuffled` (epochs without replacement) is what both must beat.
 
 Evaluation generates greedily and compares the number after `####` with the reference (exact match), with Wilson's
 95 % interval; for free text it reports token F1. `--samples 8` adds pass@k and majority@k. The best checkpoint is
@@ -76,6 +76,7 @@ from pretrain import (
     save,
     saved_run,
     setup,
+    stopped,
 )
 from transformer import TransformerConfig, token_logprobs
 
@@ -259,7 +260,7 @@ def is_correct(text, problem):
 
 
 def words(text):
-    """Lower case, without punctuation and articles, as SQuAD compares answers (arXiv:1606.05250)."""
+    """Lower case, without punctuation and articles, much as SQuAD compares answers (arXiv:1606.05250)."""
     return [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the")]
 
 
@@ -366,7 +367,8 @@ def start_name(data, seed, stage):
     """Where a stage that was given no --init keeps the start that it makes for itself."""
     known = data
     if not data.isidentifier():  # a path: two files of one name are two starts
-        known = f"{Path(data).stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
+        known = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
     return f"start/{known}-seed{seed}-{stage}"
 
 
@@ -594,7 +596,7 @@ def main(config):
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state |= {"optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
-        save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
+        return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     rows, done = config.batch // dist.world, first
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
@@ -604,11 +606,9 @@ def main(config):
             bar.close()
             break
         if interrupt:
-            checkpoint("last", step)
+            written = checkpoint("last", step)
             bar.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; add --resume true to the same command to continue")
-            raise SystemExit(130)
+            stopped(config.name, step, written, dist)
         if step and step % config.save_every == 0 and step != first:
             checkpoint("last", step)
 

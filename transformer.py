@@ -66,7 +66,7 @@ class CheckpointError(ValueError):
 
 @dataclass
 class TransformerConfig:
-    """The architecture. The defaults are a 1.8 M-parameter model that trains on two CPU cores."""
+    """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores."""
 
     vocab_size: int = 512  # V; the training scripts take it from the tokenizer
     context: int = 256
@@ -129,7 +129,8 @@ class TransformerConfig:
     balancing: str = "aux"
     """What keeps the experts' loads even: aux (a loss), bias (on the router, no loss) or none."""
     capacity_factor: float | None = None
-    """In pretraining, most tokens of an expert in multiples of its even share, the rest dropped; default dropless."""
+    """In pretraining, an expert takes at most this many times its even share of the tokens, the rest are dropped;
+    default dropless."""
 
     def __post_init__(self):
         choices = {
@@ -153,8 +154,10 @@ class TransformerConfig:
                 raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least {bound}")
         for name in ("norm_eps", "rope_theta", "routed_scale"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise CheckpointError(f"{name} is {value}; it must be above 0")
+            if value is None and name == "routed_scale":
+                continue
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise CheckpointError(f"{name} is {value!r}; it must be a number above 0")
         if not 0 <= self.dropout < 1:
             raise CheckpointError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.n_head % self.n_kv_head:
@@ -178,8 +181,8 @@ class TransformerConfig:
             raise CheckpointError(f"n_expert_active is {self.n_expert_active}, but n_expert is only {self.n_expert}")
         if self.n_expert and self.moe_every > self.n_layer:
             raise CheckpointError(f"moe_every is {self.moe_every}: no block of {self.n_layer} would be a mixture")
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise CheckpointError(f"capacity_factor is {self.capacity_factor}; it must be above 0")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise CheckpointError(f"capacity_factor is {self.capacity_factor}; it must be above 0, none is no limit")
 
     def resolved(self):
         """The same with the defaults that follow from other fields filled in. Not done in place: a default taken
@@ -191,6 +194,7 @@ class TransformerConfig:
             ffn_width = 32 * max(1, round(wanted / 32))
         if expert_width is None and self.n_expert:
             expert_width = max(1, ffn_width // (self.n_expert_active + self.n_shared_expert))
+            expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see MoE.forward
         scale = self.routed_scale
         if scale is None and self.n_expert:
             scale = float(self.n_expert_active if self.norm_topk_prob else 1)
@@ -424,7 +428,10 @@ class Transformer(nn.Module):
         shapes = {name: shape for name, (shape, _) in tensors.items()}
 
         def get(name):
-            tensor = tensors[name][1]()
+            try:
+                tensor = tensors[name][1]()
+            except NotImplementedError as error:
+                raise CheckpointError(f"{path}: {name}: {error}") from None
             heads = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
             if heads and metadata["general.architecture"] == "llama":  # rotates neighbours; see positional.py
                 return interleaved_to_half(tensor, heads)

@@ -51,6 +51,7 @@ def test_every_variant_has_flags_that_its_stage_knows(name, scratch, monkeypatch
             for stage, flags in settings["stages"]:
                 config = ablate.build(stage, flags)
                 assert config.seed == 3
+                assert replace(config, name="copy").name == "copy"  # what is set may not refuse what it has become
                 assert config.steps <= 4 or not quick
             assert json.loads(json.dumps(settings)) == settings  # comparable with what result.json holds
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import dpo
 import pretrain
-from data import load_pairs, load_problems
+from data import DataError, load_pairs, load_problems
 from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, kl_to_reference, pair_logprobs
 from generate import ConfigError, open_checkpoint
 from sft import encode_prompt
@@ -280,6 +281,33 @@ def test_two_processes_equal_one(here):
         a, b = metrics("runs/one", name), metrics("runs/two", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
+    monkeypatch.setattr(dpo, "optimizer_step", lambda *args: math.inf)
+    with pytest.raises(pretrain.DivergedError, match="gradient norm inf at step 0"):
+        dpo.main(config())
+
+
+def test_a_rank_without_a_pair_adds_nothing(here):
+    dpo.main(config())
+    raw, tokenizer, _ = open_checkpoint("runs/dpo")
+    pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"][:1]
+    autocast, sent = pretrain.precision("fp32", pretrain.setup("cpu"))[0], []
+    for rank in (0, 1):
+        dist = SimpleNamespace(rank=rank, world=2, device="cpu", sum=lambda *values: sent.append(values) or values)
+        dpo.validate(raw, pairs, config(), tokenizer, dist, autocast)
+    assert len(sent[0]) == len(sent[1]) > 0
+    assert any(sent[0])
+    assert not any(sent[1])
+
+
+def test_a_typo_moves_no_earlier_run(here):
+    dpo.main(config())
+    with pytest.raises(DataError, match="nothing"):
+        dpo.main(config(data="nothing.jsonl"))
+    assert (here / "runs/dpo/metrics.jsonl").exists()
+    assert not (here / "runs/dpo.1").exists()
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):

@@ -132,6 +132,9 @@ def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
     save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "old" / "config.json").write_text((path / "config.json").read_text())
     assert torch.equal(Encoder.from_pretrained(tmp_path / "old").hidden(tokens, real, types), whole.hidden(*rows()))
+    pooled = {"classifier.weight": torch.full((2, 24), 7.0), "classifier.bias": torch.full((2,), 3.0)}
+    save_file(tensors | pooled, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    assert Encoder.from_pretrained(tmp_path / "old").classifier.weight.abs().max() < 7  # reads the pooler: not ours
 
 
 def test_bad_checkpoints_are_one_line(bert, tmp_path):

@@ -163,7 +163,6 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
     [
         ({"combine": "max"}, "max"),
         ({"scale": "batch"}, "normalises each reward by itself"),
-        ({"beta": 0.1, "kl": "k1", "kl_in": "reward"}, "--combine sum"),
         ({"conditioned": ["brevity"]}, "brevity"),  # it has no weight
         ({"conditioned": ["format"], "correct_weight": 0.0}, "correct"),
     ],

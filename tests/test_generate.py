@@ -205,7 +205,7 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
             raise ConfigError("the prompt has 99 tokens")
         return f"said {len(asked)}"
 
-    lines = iter(["cat", "rat", "long", "bat", "/new", "hat", ""])
+    lines = iter(["cat", "\udcff", "rat", "long", "bat", "/new", "hat", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(generate_module, "answer", answer)
     monkeypatch.setattr(generate_module, "is_chat_model", lambda *_: True)
@@ -213,6 +213,7 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(Transformer, "from_pretrained", lambda *_, **__: Transformer(roomy))
     main(Config(checkpoint="run"))
     told = capsys.readouterr().out
+    assert "surrogate" in told  # what cannot be encoded is said, and the chat goes on
     assert "(stopped)" in told
     assert "(the prompt has 99 tokens)" in told
     assert [("said 1" in a, "rat" in a, "long" in a) for a in asked[3:]] == [(True, False, False), (False,) * 3]
@@ -440,6 +441,7 @@ def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
     ("flags", "word"),
     [
         (["--temperature", "-1"], "temperature is -1.0"),
+        (["--temperature", ".nan"], "temperature is nan"),
         (["--top_k", "0"], "top_k is 0"),
         (["--top_p", "1.5"], "top_p is 1.5"),
         (["--max_new_tokens", "-3"], "max_new_tokens is -3"),

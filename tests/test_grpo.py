@@ -66,6 +66,7 @@ def nan(texts, problems, ended): return [0.0] * (len(texts) - 1) + [float("nan")
 def raises(texts, problems, ended): return [1 / 0 for _ in texts]
 def words(texts, problems, ended): return ["good" for _ in texts]
 def correct(texts, problems, ended): return [1.0 for _ in texts]
+kl = correct
 number = 3
 """
 
@@ -98,11 +99,13 @@ def test_a_reward_of_your_own(own):
         ("words", "'words' raised"),
     ],
 )
-def test_a_broken_reward_is_named(own, name, words):
+def test_a_broken_reward_is_named(own, name, words, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")  # whose errors `run` does not print
     _, function = grpo.load_reward(f"own:{name}")
     with pytest.raises(ConfigError, match=words) as error:
         score({name: function}, ["a", "b", "c"], [SEVEN] * 3, [True] * 3)
     assert "\n" not in str(error.value)
+    assert str(error.value) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,7 @@ def test_a_broken_reward_is_named(own, name, words):
         ("own", "--reward own"),
         ("own:number", "not a function"),
         ("own:correct", "correct is taken"),
+        ("own:kl", "kl is taken"),
     ],
 )
 def test_a_reward_that_is_not_there(own, path, words):
@@ -499,24 +503,36 @@ def test_a_batch_takes_over_a_group_whole(here, spied):
 
 
 def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
+    """Where every rollout earns the same, what is left is −β times the KL less its mean, not divided by any std."""
     seen, k1 = [], []
-
-    def estimate(rewards, weights, config):
-        seen.append((rewards.clone(), weights))
-        return grpo.summed_advantages(rewards, weights), {}
 
     def reference_logprobs(reference, raw, pieces, batch, *more, true=grpo.reference_logprobs):
         ref = true(reference, raw, pieces, batch, *more)
         k1.append(((batch.rollout.logprobs - ref) * batch.rollout.mask).sum(1).view(-1, 4))
         return ref
 
+    def grpo_loss(logprobs, old, advantages, *more, true=grpo.grpo_loss, **options):
+        seen.extend(advantages.tolist() if len(k1) == 2 else [])
+        return true(logprobs, old, advantages, *more, **options)
+
     monkeypatch.setattr(grpo, "reference_logprobs", reference_logprobs)
+    monkeypatch.setattr(grpo, "grpo_loss", grpo_loss)
+    pull = [1.0]  # the first step moves the policy away from the reference; in the second nothing is earned
+
+    def estimate(rewards, weights, config):
+        assert list(weights) == ["correct", "format"]
+        advantages = torch.randn(rewards.shape[:2], generator=torch.Generator().manual_seed(0))
+        return advantages * pull[0], {}
+
+    def step_over(*args, true=grpo.optimizer_step, **options):
+        pull[0] = 0.0
+        return true(*args, **options)
+
+    monkeypatch.setattr(grpo, "optimizer_step", step_over)
     grpo.main(config(steps=2, beta=0.2, kl="k1", kl_in="reward", lr=1e-2), estimate)
-    rewards, weights = seen[-1]
-    assert weights == {"correct": 1.0, "format": 0.5, "kl": -0.2}
-    assert rewards[..., 2].abs().max() > 0  # the second step has left the reference
-    assert seen[1][0][..., 2].abs().max() < 1e-4  # the first has not
-    torch.testing.assert_close(rewards[..., 2], k1[-1])
+    assert k1[0].abs().max() < 1e-4 < k1[1].abs().max()
+    expected = -0.2 * (k1[1] - k1[1].mean(1, keepdim=True))
+    torch.testing.assert_close(torch.tensor(sorted(seen)), expected.flatten().sort().values, atol=1e-6, rtol=1e-5)
 
 
 def test_the_reference_moves_when_asked(here):

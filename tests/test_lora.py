@@ -251,6 +251,36 @@ def test_autocast_does_not_round_the_norms():
     assert torch.equal(inside, ours.weight)
 
 
+def test_autocast_does_not_round_the_learned_length():
+    """bf16 has no number between 1 and 1.0078: a factor of 1.003 on each row must act before the rounding."""
+    ours = layer(True, bias=False).float()
+    ours.reset()
+    x = torch.randn(4000, ours.in_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = ours(x).float().abs().sum()
+        ours.magnitude.mul_(1.003)
+        assert (ours(x).float().abs().sum() / before).item() == pytest.approx(1.003, abs=3e-4)
+
+
+def test_the_base_is_recognised_though_summed_in_another_order():
+    model = add_lora(tiny(), 2, 2, ["wq"])
+    state = lora_state(model)
+    one = next(iter(lora_layers(model).values()))
+    one.checksum *= 1 + 1e-13
+    load_lora_state(model, state)
+    one.base_weight.data[0, 0] += 1e-3
+    with pytest.raises(CheckpointError, match="not those of add_lora"):
+        load_lora_state(model, state)
+
+
+def test_merged_adapters_cannot_be_switched_off():
+    model = add_lora(tiny(), 2, 2, ["wq"])
+    with merged(model), pytest.raises(ValueError, match="unmerge_lora comes first"), lora_off(model):
+        pass
+    with lora_off(model):
+        pass
+
+
 # ---------------------------------------------------------------------------------------- inside a Transformer
 
 
@@ -466,12 +496,16 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
         ({"r": 3}, r"lora_A has shape \(2, 24\), the model wants \(3, 24\)"),
         ({"use_dora": True}, "magnitude is not among the saved ones"),
+        ({"r": None}, "cannot be read"),
+        ({"lora_alpha": "big"}, "cannot be read"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ]:
         file.write_text(json.dumps(good | change))
         model = tiny()
         with pytest.raises(CheckpointError, match=word):
             load_lora(model, tmp_path)
         assert not lora_layers(model)
+        assert all(p.requires_grad for p in model.parameters())
     file.write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_lora(tiny(), tmp_path)

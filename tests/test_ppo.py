@@ -208,6 +208,7 @@ def test_the_leash():
     assert adapt_beta(0.1, 6.0, 6.0, 64, 1000) == 0.1
     assert adapt_beta(0.1, 600.0, 6.0, 64, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
     assert adapt_beta(0.1, -3.0, 6.0, 64, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
+    assert adapt_beta(0.1, 0.0, 6.0, 64, 10) == 0.0  # a leash never pushes
     assert adapt_beta(0.1, 6.6, 6.0, 64, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.064))
 
 
@@ -463,6 +464,12 @@ def test_what_stands_outside_the_mask_does_not_matter():
         assert (again.item(), same) == (loss.item(), figures)
         (gradient,) = torch.autograd.grad(again, new)
         assert gradient.isfinite().all()
+        values, old_values, returns = (x.detach().clone() for x in (new, old, A))
+        dirty = [torch.where(mask, x, junk).requires_grad_() for x in (values, old_values, returns)]
+        loss_v, _ = value_loss(*dirty, mask)
+        assert loss_v.item() == value_loss(values, old_values, returns, mask)[0].item()
+        (gradient,) = torch.autograd.grad(loss_v, dirty[0])
+        assert gradient.isfinite().all()
     for changes in (
         {"value": "none"},
         {"baseline": "all"},
@@ -471,6 +478,9 @@ def test_what_stands_outside_the_mask_does_not_matter():
         {"lam": 1.5},
         {"kl_target": 0.0},
         {"minibatches": 7},
+        {"value_lr": -1.0},
+        {"stop_kl": -1.0},
+        {"clip_ratio": -0.1},
     ):
         with pytest.raises(ConfigError):
             config(**changes)

@@ -461,7 +461,7 @@ ODD = dict(n_layer=2, n_head=1, width=18, ffn_width=31)  # two ranks do not get 
 SHARDED = {  # what FSDP is tried with; the mixture is of three experts, balanced by biases that no optimizer sees
     "adamw": dict(optimizer="adamw", model=ODD),
     "muon": dict(optimizer="muon", model=ODD),
-    "mixture": dict(recompute=True, bias_rate=0.01, model=ODD | dict(n_expert=3, balancing="bias")),
+    "mixture": dict(recompute=True, bias_rate=0.01, model=ODD | dict(n_expert=3, expert_width=15, balancing="bias")),
     "bf16": dict(dtype="bf16", optimizer="adamw", model=ODD),
 }
 
@@ -583,6 +583,32 @@ def test_ctrl_c_in_the_loop_and_behind_it():
             signal.signal(number, handler)
 
 
+def test_what_is_said_when_it_stops(capsys):
+    dist = pretrain.setup("cpu")
+    for name, written, word in [
+        ("mine", True, "saved; add --resume true"),
+        ("mine", False, "but not saved"),
+        ("start/word-seed0-sft", True, "makes this start anew"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            pretrain.stopped(name, 3, written, dist)
+        assert stop.value.code == 130
+        assert word in capsys.readouterr().out
+
+
+def test_a_restart_adopts_only_a_run_of_its_own_launch(here, monkeypatch, capsys):
+    first = pretrain.main(config(steps=4, save_every=2))
+    assert pretrain.main(config(steps=4, save_every=2, resume=True)) == first  # nothing left to do: the same figures
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    dist = pretrain.setup("cpu")
+    assert pretrain.restarted(config(), dist)
+    (here / "runs/pretrain/launcher").write_text("1")
+    assert not pretrain.restarted(config(), dist)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    (here / "runs/pretrain/launcher").write_text(str(os.getppid()))
+    assert not pretrain.restarted(config(), dist)
+
+
 def test_the_stream_is_made_once(here, monkeypatch):
     pretrain.main(config(name="first"))
     monkeypatch.setattr(data, "write_stream", None)
@@ -593,6 +619,8 @@ def test_the_stream_is_made_once(here, monkeypatch):
 
 def test_an_earlier_run_is_moved_aside(here):
     pretrain.main(config(steps=1))
+    with pytest.raises(ConfigError, match="the run that --name pretrain would move aside"):
+        pretrain.main(config(steps=2, init="runs/pretrain"))
     pretrain.main(config(steps=2))
     assert set(metrics("runs/pretrain.1", "loss")) == {1}
     assert set(metrics("runs/pretrain", "loss")) == {1, 2}
@@ -630,6 +658,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"wandb": "project"}, "pip install wandb"),
         ({"tokenizer": "bytes"}, "bytes"),
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"floor": -1.0}, "floor is -1.0"),
+        ({"model": TransformerConfig(n_expert=4, n_expert_active=1)}, "norm_topk_prob false"),
         ({"model": TransformerConfig(context=4096)}, "smaller --model.context"),
     ],
 )

@@ -236,12 +236,14 @@ def test_the_chosen_answers_loss_is_added(here):
         config(backbone="encoder", sft_weight=1.0)
 
 
-@pytest.mark.parametrize("layout", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("layout", ["qwen3", "gpt2", "mixture"])
 def test_transformers_opens_it_and_gives_the_same_score(layout, scratch, tokenizer):
     from transformers import AutoModelForSequenceClassification
 
     sizes = dict(vocab_size=tokenizer.vocab_size, context=64, n_layer=2, n_head=4, width=32)
     c = TransformerConfig(n_kv_head=2, **sizes) if layout == "qwen3" else gpt2_config(**sizes)
+    if layout == "mixture":
+        c = TransformerConfig(n_kv_head=2, n_expert=4, balancing="none", **sizes)  # experts' outputs count twice: K = 2
     torch.manual_seed(0)
     model = randomised(RewardModel.from_policy(Transformer(c)))
     model.pad_id = tokenizer.endoftext_id
@@ -393,6 +395,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, back
         patch.setattr(reward_model, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             reward_model.main(config(name="parts", **changes))
+    monkeypatch.setattr(reward_model, "make_pairs", None)  # the pairs are those of the first part, not sampled again
     reward_model.main(config(name="parts", resume=True, **changes))
     for name in ("loss", "valid_loss", "valid_all"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name

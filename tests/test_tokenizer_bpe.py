@@ -278,6 +278,37 @@ def test_errors(bpe, tmp_path):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(TokenizerError, match=r"corrupt|not supported"):
             load_tokenizer(tmp_path)
+    bpe.save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "tokenizer.json").read_text())
+    for broken in (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+        {"model": {"vocab": good["model"]["vocab"] | {"!": 10**30}}},
+    ):
+        broken = {key: good[key] | value for key, value in broken.items()}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | broken))
+        with pytest.raises(TokenizerError, match="corrupt"):
+            load_tokenizer(tmp_path)
+
+
+def test_tokens_that_their_merges_do_not_make(tmp_path):
+    """tiktoken takes a piece that is a token as it stands. Where the merges would cut it, a file must ask for that."""
+    from tokenizers import Tokenizer
+
+    tokens = [*(bytes([b]) for b in range(256)), b"bc", b"ab", b"cd", b"abcd"]
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"c", b"d"), (b"ab", b"cd")]
+    for whole, wanted in ((False, [97, 256, 100]), (True, [259])):
+        ours = BPETokenizer(merges, dict(enumerate(tokens)), {}, whole=whole)
+        ours.save_pretrained(tmp_path)
+        theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert theirs.encode("abcd").ids == ours.encode_naive("abcd") == wanted
+        if whole:
+            again = load_tokenizer(tmp_path)
+            assert again.encode("abcd") == again.encode_naive("abcd") == wanted
+            again.save_pretrained(tmp_path / "again")
+            assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
+        else:
+            with pytest.raises(TokenizerError, match="do not make its token 'abcd'"):
+                load_tokenizer(tmp_path)
 
 
 def published(name):

@@ -485,7 +485,7 @@ def test_mixtures_learn_and_count(tokens):
     token_logprobs(model, torch.randint(0, 37, (8, 24))).mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     dense, expert = Transformer(TransformerConfig(**SMALL)), 3 * 16 * model.config.expert_width
-    assert model.config.expert_width == model.config.ffn_width // 3
+    assert model.config.expert_width == model.config.ffn_width // 3 // 8 * 8
     router, norms, norm = 16 * 5, 4 * 16, 3 * 16 * model.config.ffn_width
     assert model.num_params() == dense.num_params() - norm + 6 * expert + router + norms
     assert model.flops_per_token(8) == dense.flops_per_token(8) + 6 * (3 * expert + router - norm)

@@ -707,7 +707,9 @@ def finish(config, dist, run_dir, before, after, seconds):
         print(f"{after['n']} problems, {gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes")
         if gain < 0:
             print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
-        draw_curves(
+        length = ("completion length", {"length": "mean"}, "tokens", {})
+        clipped = ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {})
+        draw_curves(  # with one step per batch of rollouts nothing is ever clipped
             run_dir,
             f"{config.name}: PPO on {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
             [
@@ -715,7 +717,7 @@ def finish(config, dist, run_dir, before, after, seconds):
                 ("the reward model", {"score": "score", "reward": "score less the KL"}, "per answer", {}),
                 ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
                 ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "", {}),
-                ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {}),
+                clipped if config.inner_epochs * config.minibatches > 1 else length,
                 ("gradient norm", {"grad_norm": "policy", "grad_norm_value": "value"}, "before clipping", {}),
             ],
         )

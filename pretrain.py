@@ -808,7 +808,7 @@ def make_streams(config, dist, tokenizer, context, texts):
         if len(stream) <= context:
             raise ConfigError(
                 f"the {split} text of {config.data} has {len(stream)} tokens, a window needs {context + 1}: "
-                "give more text or a smaller --model.context"
+                + ("give more text" if config.init else "give more text or a smaller --model.context")
             )
     return streams
 

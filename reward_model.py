@@ -396,7 +396,8 @@ def make_pairs(config, policy, tokenizer, dist):
         if config.data == "word" and config.pairs != "corrupted":
             problems = load_problems("word", split, config.sample_problems if split == "train" else n, levels)
             groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist)
-            # one pair per held-out problem: the interval takes them for independent
+            # one pair per held-out problem and source, as an interval takes them for independent; that of "all" does so
+            # too, although with --pairs both a problem has a corrupted and a sampled one, and is a little too narrow
             pairs[split] += judged_pairs(problems, groups, config.samples if split == "train" else 1)
     return pairs
 

@@ -4,9 +4,9 @@
     python benchmarks/generate.py --dtype bfloat16    # on a GPU
 
 Both sample at temperature 1 from a random Qwen3-layout model, without a stop token, and keep a cache. Each figure is
-the best of `--repeats` runs, taken in turn. The floor is the time that the arithmetic alone takes: operations over
-the rate of a large matrix product measured in the same run, or the bytes of the weights, read once a step, over the
-measured bandwidth, whichever is longer.
+the best of two rounds of `--repeats` runs, taken in turn. The floor is the time that the arithmetic alone takes:
+operations over the rate of a large matrix product measured in the same run, or the bytes of the weights, read once a
+step, over the measured bandwidth, whichever is longer.
 """
 
 import argparse

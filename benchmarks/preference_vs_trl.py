@@ -114,7 +114,6 @@ def sft_trainer(rows):
     from trl import SFTConfig, SFTTrainer
 
     def make(common, callbacks):
-        # rows of ids and the mask of what is trained, as the trainer's own preparation would leave them
         arguments = SFTConfig(**common, completion_only_loss=True, shuffle_dataset=False)
         return SFTTrainer("start", args=arguments, train_dataset=dataset(rows), callbacks=callbacks)
 
@@ -186,7 +185,7 @@ def make_data(tokenizer, n):
     raise SystemExit(f"only {len(pairs)} pairs of {SHORTEST} to {LONGEST} tokens: choose another vocabulary")
 
 
-def held_out(pairs, n=4):
+def held_out(n=4):
     """A few pairs for the evaluations that our stages insist on, of the other splits."""
     return [p for split in ("valid", "test") for p in load_pairs("word", split, n)]
 
@@ -210,7 +209,7 @@ def main():
     model.save_pretrained("start")
     tokenizer.save_pretrained("start")
     pairs, ids = make_data(tokenizer, B if options.check else 8 * B)  # to check: one batch, every step
-    records = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs + held_out(pairs)]
+    records = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs + held_out()]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
     chats = [
         {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}]}

@@ -488,7 +488,7 @@ EXPERIMENTS = {
             "corrupted solutions": _dpo(pairs="offline"),
         },
         {"accuracy": "accuracy (%)", "length": "tokens"},
-        {"logp_chosen": "log π of the chosen answers (nats)", "pair_accuracy": "pairs in order", "kl": "KL to the start"},
+        {"logp_chosen": "log π of chosen answers (nats)", "pair_accuracy": "pairs in order", "kl": "KL to the start"},
     ),
 }
 

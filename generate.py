@@ -603,11 +603,7 @@ def main(config):
             with half:
                 said = answer(model, tokenizer, ids, stop_ids, config, generator)
             history.append({"role": "assistant", "content": said})
-        except (
-            KeyboardInterrupt,
-            ConfigError,
-            TokenizerError,
-        ) as error:  # such a message does not count
+        except (KeyboardInterrupt, ConfigError, TokenizerError) as error:  # such a message does not count
             print("(stopped)" if isinstance(error, KeyboardInterrupt) else f"({error})")
             history.pop()
 

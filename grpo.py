@@ -768,14 +768,13 @@ def main(config, estimate=estimate):
         ref_logprobs = None
         # Over all ranks, because a std over the batch, in some of the estimates, needs them all.
         advantages, extra = estimate(gather(stacked(batch, weights), dist), weights, config)  # (N, R)
+        advantages = advantages[slots]  # (n, R)
         if in_reward:  # the KL of the whole completion, at −β: behind the std, which would blow it up in even groups
             pieces = cut(batch, range(share), batch.rollout.mask, config, dist.device, pad)
             ref_logprobs = reference_logprobs(reference, raw, pieces, batch, config, autocast)
             kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
-            batch.rewards["kl"] = kl_tokens.sum(1).view(-1, R).cpu()
-        advantages = advantages[slots]  # (n, R)
-        if in_reward:
-            advantages = advantages - config.beta * (batch.rewards["kl"] - batch.rewards["kl"].mean(1, keepdim=True))
+            cost = batch.rewards["kl"] = kl_tokens.sum(1).view(-1, R).cpu()
+            advantages = advantages - config.beta * (cost - cost.mean(1, keepdim=True))
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)

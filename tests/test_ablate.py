@@ -56,6 +56,12 @@ def test_every_variant_has_flags_that_its_stage_knows(name, scratch, monkeypatch
             assert json.loads(json.dumps(settings)) == settings  # comparable with what result.json holds
 
 
+def test_a_commit_that_was_changed_is_marked(monkeypatch):
+    for full, short in (("0123456789ab", "01234567"), ("0123456789ab+", "01234567+"), ("unknown", "unknown")):
+        monkeypatch.setattr(ablate, "commit", lambda full=full: full)
+        assert ablate.short_commit() == short
+
+
 def small(**changes):
     model = {"context": 16, "n_layer": 1, "n_head": 2, "n_kv_head": 1, "width": 16} | changes
     return [

@@ -160,6 +160,11 @@ def test_bad_checkpoints_are_one_line(bert, tmp_path):
             opened(*arguments)
     with pytest.raises(CheckpointError, match=r"hold 'qa_outputs\.weight'"):
         opened(**{"qa_outputs.weight": torch.zeros(2, 24)})
+    for changes, word in [({"n_class": 0}, "n_class is 0"), ({"n_type": -1}, "n_type is -1")]:
+        with pytest.raises(CheckpointError, match=word):
+            EncoderConfig(**changes)
+    with pytest.raises(CheckpointError, match="exact_gelu is a form of gelu"):
+        EncoderConfig(exact_gelu=True)
     with pytest.raises(CheckpointError, match="no config"):
         Encoder.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "model.safetensors").write_bytes(b"short")
@@ -397,6 +402,11 @@ def test_a_run_leaves_what_it_should(scratch, capsys):
     examples = [(encode(tokenizer, r.text, 32), r.label) for r in test]
     assert evaluate(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
     assert np.sum(result["confusion"]) == len(test)
+
+
+def test_a_batch_without_holes_costs_nothing(scratch):
+    encoder.main(small(mlm_rate=1e-9))
+    assert set(metrics("runs/encoder", "mlm_loss").values()) == {0.0}
 
 
 def test_every_step_has_its_own_holes(scratch, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_weights, metrics, script
 
+import data
 import grpo
 import pretrain
 from data import Problem, load_problems
@@ -533,6 +534,19 @@ def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
     assert k1[0].abs().max() < 1e-4 < k1[1].abs().max()
     expected = -0.2 * (k1[1] - k1[1].mean(1, keepdim=True))
     torch.testing.assert_close(torch.tensor(sorted(seen)), expected.flatten().sort().values, atol=1e-6, rtol=1e-5)
+
+
+def test_the_start_is_the_best_until_something_beats_it(here):
+    grpo.main(config(steps=2, lr=0.0))
+    assert_same_weights("start", "runs/grpo/best")
+
+
+def test_problems_without_an_answer_are_refused(here, monkeypatch):
+    monkeypatch.setattr(grpo, "load_problems", data.load_problems)
+    line = json.dumps({"instruction": "Say something.", "output": "Something."})
+    (here / "talk.jsonl").write_text(f"{line}\n" * 60)
+    with pytest.raises(ConfigError, match=r"of talk\.jsonl have no answer after ####"):
+        grpo.main(config(data="talk.jsonl", max_new_tokens=4))
 
 
 def test_the_reference_moves_when_asked(here):

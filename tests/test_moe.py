@@ -255,6 +255,7 @@ def test_initial_weights():
     for name, p in built.named_parameters():
         expected = 0.02 / 4 if "down" in name else 0.02
         assert p.std().item() == pytest.approx(expected, rel=0.1), name
+    assert built(torch.randn(2, 3, 96)).shape == (2, 3, 96)  # a config whose defaults nobody has filled in
 
 
 # ---------------------------------------------------------------------------------------------------------------

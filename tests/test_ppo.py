@@ -455,6 +455,11 @@ def test_bad_input_is_one_line(here):
         ppo.main(config())
 
 
+def test_the_start_is_the_best_until_something_beats_it(here):
+    ppo.main(config(steps=1, lr=0.0))
+    assert_same_weights("start", "runs/ppo/best")
+
+
 def test_what_stands_outside_the_mask_does_not_matter():
     new, old, A, mask = batch()
     loss, figures = ppo_policy_loss(new, old, A, mask)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import threading
 import time
 
@@ -319,6 +320,7 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     sft.sft_start(config(init=None, levels=[3]), dist)  # another start
     sft.sft_start(config(init=None, levels=[3], device="auto"), dist)  # the same
     assert len(calls) == 3
+    assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", sft.start_name("my chats.jsonl", 0, "sft"))
     names = {sft.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
     assert len(names) == 3
 

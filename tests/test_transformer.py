@@ -671,6 +671,8 @@ def test_bad_configs(tmp_path):
         ({"n_expert": 4, "moe_every": 3}, "moe_every is 3: no block of 2 would be a mixture"),
         ({"n_expert": 4, "expert_width": 0}, "expert_width is 0"),
         ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
+        ({"capacity_factor": math.inf}, "capacity_factor is inf"),
+        ({"norm_eps": None}, "norm_eps is None"),
         ({"balancing": "luck"}, "choose one of aux, bias, none"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not known"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor of 0.5"),
@@ -824,6 +826,15 @@ def test_bad_gguf(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=message) as error:
             Transformer.from_gguf(path)
         assert "\n" not in str(error.value)
+
+    def unknown(*args):
+        raise NotImplementedError("no way to read Q1_0")
+
+    write_gguf(path, theirs, "llama")
+    with monkeypatch.context() as patch:
+        patch.setattr("gguf.dequantize", unknown)
+        with pytest.raises(CheckpointError, match=r"m\.gguf: .*: no way to read Q1_0"):
+            Transformer.from_gguf(path)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match="pip install gguf"):
         Transformer.from_gguf(path)

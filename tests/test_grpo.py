@@ -543,8 +543,8 @@ def test_the_start_is_the_best_until_something_beats_it(here):
 
 def test_problems_without_an_answer_are_refused(here, monkeypatch):
     monkeypatch.setattr(grpo, "load_problems", data.load_problems)
-    line = json.dumps({"instruction": "Say something.", "output": "Something."})
-    (here / "talk.jsonl").write_text(f"{line}\n" * 60)
+    lines = [json.dumps({"instruction": f"Say {i}.", "output": "Something."}) for i in range(80)]
+    (here / "talk.jsonl").write_text("\n".join(lines))
     with pytest.raises(ConfigError, match=r"of talk\.jsonl have no answer after ####"):
         grpo.main(config(data="talk.jsonl", max_new_tokens=4))
 

@@ -282,6 +282,20 @@ def _dpo(**flags):
     return [("dpo", {"steps": 150, "prompts": 1500, "eval_every": 50, "test_problems": 500} | flags)]
 
 
+_GRPO = {
+    "default": _grpo(),
+    "4 rollouts x 32 prompts": _grpo(prompts=32, rollouts=4),
+    "16 rollouts x 8 prompts": _grpo(prompts=8, rollouts=16),
+    "no std": _grpo(scale="none"),
+    "lr 1e-4": _grpo(lr=1e-4),
+    "lr 1e-3": _grpo(lr=1e-3),
+    "beta 0.05": _grpo(beta=0.05),
+    "2 inner epochs": _grpo(inner_epochs=2),
+    "clip higher": _grpo(clip_high=0.28, inner_epochs=2),
+    "dapo": _grpo(loss_type="dapo"),
+    "dr_grpo": _grpo(loss_type="dr_grpo"),
+}
+
 EXPERIMENTS = {
     "ladder": Experiment(
         "What does each stage add, from the same start, on the same held-out problems?",
@@ -440,19 +454,10 @@ EXPERIMENTS = {
     "grpo": Experiment(
         "Which of GRPO's settings matter, in 150 steps?",
         _TASK,
-        {
-            "default": _grpo(),
-            "4 rollouts x 32 prompts": _grpo(prompts=32, rollouts=4),
-            "16 rollouts x 8 prompts": _grpo(prompts=8, rollouts=16),
-            "no std": _grpo(scale="none"),
-            "beta 0.05": _grpo(beta=0.05),
-            "2 inner epochs": _grpo(inner_epochs=2),
-            "clip higher": _grpo(clip_high=0.28, inner_epochs=2),
-            "dapo": _grpo(loss_type="dapo"),
-            "dr_grpo": _grpo(loss_type="dr_grpo"),
-        },
+        _GRPO,
         _RL,
         {"reward_correct": "share of right rollouts", "kl": "KL to the reference"},
+        pairs=tuple((v, "2 inner epochs" if v == "clip higher" else "default") for v in list(_GRPO)[1:]),
     ),
     "gdpo": Experiment(
         "Three rewards: GRPO on the answer alone, GRPO on the sum, GDPO.",

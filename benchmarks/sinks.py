@@ -1,0 +1,88 @@
+"""Do a few first tokens keep a window stable (attention sinks, arXiv:2309.17453)? A trained model, read three ways.
+
+    python benchmarks/sinks.py --checkpoint PATH.gguf                     # 15 minutes on one core, 135 M parameters
+    python benchmarks/sinks.py --checkpoint runs/NAME --windows 32 --length 128
+    python benchmarks/sinks.py --checkpoint PATH.gguf --data FILE.txt       # another text than the built-in stories
+
+The model was trained to see everything before it. It reads rows of one text first so, then with a window of W tokens,
+then with as many tokens in sight of which some are the row's first: the sinks. Nothing is trained. Printed are nats per
+token over the row's first W tokens, where all three see the same, and behind them, with the standard error of the
+difference to seeing everything; and the share of all attention behind position W that falls on the first token.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from attention import Attention, attention_weights
+from data import narrative_texts
+from generate import open_checkpoint
+from transformer import token_logprobs
+
+
+def narrow(model, window, sinks):
+    """Lets every layer see `window` tokens and the first `sinks`, in place; no weight depends on either."""
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.window, layer.sinks = window, sinks
+
+
+@torch.no_grad()
+def losses(model, rows):
+    """rows (n, T+1) -> nats per token (n, T)."""
+    return -torch.cat([token_logprobs(model, row[None]) for row in rows])
+
+
+@torch.no_grad()
+def share_of_first(model, row, W):
+    """row (T,): mean over layers, heads and the queries behind W of the attention that the first token gets."""
+    weights = attention_weights(model, row[None])  # per layer (1, H, T, T)
+    return sum(w[..., W:, 0].mean().item() for w in weights) / len(weights)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run, a model's directory or a GGUF file")
+    parser.add_argument("--data", help="a text file; default: the built-in stories")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a row")
+    parser.add_argument("--windows", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer, _ = open_checkpoint(args.checkpoint)
+    model.eval()
+    text = Path(args.data).read_text() if args.data else "\n\n".join(narrative_texts("valid", 3000))
+    n, T = args.rows, args.length
+    ids = torch.tensor(tokenizer.encode(text[: 20 * n * (T + 1)]))  # more than enough, as a token is 2 to 5 letters
+    if len(ids) < n * (T + 1):
+        parser.error(f"the text has {len(ids)} tokens, {n} rows of {T} need {n * (T + 1)}: fewer --rows or --length")
+    if not 4 < min(args.windows) <= max(args.windows) < T <= model.config.context:
+        parser.error(f"a window has 5 tokens or more, a row more than that, and at most {model.config.context}")
+    rows = ids[: n * (T + 1)].view(n, T + 1)
+    narrow(model, None, 0)
+    everything = losses(model, rows)  # (n, T)
+    print(f"{n} rows of {T} tokens; nats per token")
+    print(f"{'in sight':<26}{'up to W':>10}{'behind':>10}{'difference':>20}{'on the first token':>22}")
+    for W in args.windows:
+        print(f"{'everything':<26}", end="")
+        print(f"{everything[:, :W].mean():>10.3f}{everything[:, W:].mean():>10.3f}{'':>20}", end="")
+        print(f"{share_of_first(model, rows[0, :-1], W):>21.1%}")
+        for sinks in (0, 1, 4):
+            narrow(model, W - sinks, sinks)
+            loss = losses(model, rows)
+            more = (loss - everything)[:, W:].mean(1)  # (n,)
+            error = more.std() / n**0.5
+            name = f"the last {W - sinks}" + (f" and {sinks} sink{'s'[: sinks - 1]}" if sinks else "")
+            print(f"{name:<26}{loss[:, :W].mean():>10.3f}{loss[:, W:].mean():>10.3f}", end="")
+            print(f"{f'{more.mean():+.3f} ± {error:.3f}':>20}", end="")
+            print(f"{share_of_first(model, rows[0, :-1], W):>21.1%}" if sinks else "", flush=True)
+        narrow(model, None, 0)
+
+
+if __name__ == "__main__":
+    main()

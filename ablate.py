@@ -554,8 +554,9 @@ def _run(settings, folder, threads):
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         started, last = time.perf_counter(), None
-        for stage, flags in settings["stages"]:
-            name = str((folder / "run").relative_to(RUNS))
+        for number, (stage, flags) in enumerate(settings["stages"], start=1):
+            ending = "" if number == len(settings["stages"]) else f"{number}"
+            name = str((folder / f"run{ending}").relative_to(RUNS))
             config = build(stage, flags | {"name": name, "init": last or flags.get("init")})
             figures = import_module(stage).main(config)
             last = figures["path"]

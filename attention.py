@@ -35,7 +35,7 @@ look at has learned to put it on the tokens that everyone sees. Keep those few *
 So a windowed layer never needs more than sinks + W keys: `RollingKVCache` keeps just those, in a ring, and decodes a
 stream of any length in constant memory and constant time per token. Positions keep counting along the stream: a key is
 stored turned by RoPE at its own place in the text, and so the outputs are those of one full pass with the same mask,
-up to rounding, which grows with the place: fp32 rounds the fastest pair's angle to 1/16 at a million tokens.
+up to rounding, which grows with the place: fp32 rounds the second pair's angle to 1/16 at a million tokens.
 StreamingLLM numbers the tokens *within the cache* instead, which keeps the distance to the
 sinks below what training has shown, but then every key must be turned anew in every step, and no full pass gives the
 same numbers. The window itself sees true distances either way.

@@ -361,9 +361,9 @@ class Config:
             raise ConfigError(f"--pairs {self.pairs!r} is not known; use sampled or offline")
         if self.pairs == "sampled" and self.data not in ("word", "gsm8k"):
             raise ConfigError(f"--pairs sampled needs a verifier, which {self.data} has not; use --pairs offline")
-        if self.pairs == "sampled" and (self.rollouts < 2 or self.temperature <= 0):
+        if self.pairs == "sampled" and (self.rollouts < 2 or not 0 < self.temperature < math.inf):
             raise ConfigError("--pairs sampled needs --rollouts of at least 2 and a --temperature above 0")
-        if self.beta <= 0:
+        if not 0 < self.beta < math.inf:
             raise ConfigError(f"--beta is {self.beta}; it must be above 0")
         if self.gamma and self.variant != "simpo":
             raise ConfigError(f"--gamma is the margin of --variant simpo; {self.variant} has none")
@@ -472,8 +472,8 @@ def main(config):
             room = raw.config.context - config.max_new_tokens
             problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
 
-    if config.pairs == "offline" or not problems:
-        load_pairs(config.data, "train", 1, tuple(config.levels), skip_bad=config.skip_bad)  # a typo must move nothing
+    if not config.resume and (config.pairs == "offline" or not problems):  # a typo must move nothing
+        load_pairs(config.data, "train", 1, tuple(config.levels), skip_bad=config.skip_bad)
     run_dir = open_run(config, dist)
     kept = run_dir / "pairs.pt"
     if config.resume and kept.is_file():  # pairs and reference log-probabilities are computed once in a run's life

@@ -40,7 +40,7 @@ reward, the held-out accuracy, the KL and the length. What each option changes i
                        the policy down without tying it to its start
 
 Groups without signal are skipped before the forward pass, which saves their time; the normalisers still count them, so
-the gradient is the same up to rounding. (With a KL or an entropy term in the loss they are computed.)
+the gradient is the same up to rounding. (With a KL or an entropy term they are computed.)
 
 A prompt is computed once for its group, in training as in sampling: its completions read its keys and values (`pack`).
 The old log-probabilities are the ones the sampler returned, so no second forward pass is needed; the sampler uses
@@ -214,7 +214,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
         k3 = r − 1 − log r   (Eq. 4)      unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
 
     In the reward (--kl_in reward) the estimate is a number and not differentiated: the policy gradient does that, and
-    there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion.
+    there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion. It is taken off the advantages, less
+    its group's mean and behind any division by the std (verl and TRL's older trainers take it off the rewards).
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":
@@ -418,7 +419,7 @@ class Config:
         check_positive(self, "minibatches", "eval_every", "eval_problems", "test_problems", "sample_every")
         check_positive(self, "save_every", "pass_problems", "pass_samples")
         check_rates(self)
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
         if self.rollouts < 2:
             raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")

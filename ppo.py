@@ -173,7 +173,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
 def adapt_beta(beta, kl, target, n, horizon):
     """The leash's next coefficient: shorter if the KL (nats per answer) of n answers is above its target."""
     error = min(0.2, max(-0.2, kl / target - 1))
-    return beta * max(0.0, 1 + error * n / horizon)
+    return beta * (1 + error * n / horizon)
 
 
 class RunningMoments:
@@ -354,7 +354,7 @@ class Config:
         check_positive(self, "eval_every", "eval_problems", "test_problems", "sample_every", "save_every")
         check_positive(self, "micro_batch")
         check_rates(self)
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
         if self.baseline not in ("wins", "mean", "none"):
             raise ConfigError(f"--baseline {self.baseline!r} is not known; use wins, mean or none")
@@ -364,8 +364,9 @@ class Config:
             raise ConfigError(f"--value {self.value!r} is not known; use shared or separate")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ConfigError(f"--kl_target is {self.kl_target}; it must be above 0, or not given")
-        if self.kl_horizon <= 0:
-            raise ConfigError(f"--kl_horizon is {self.kl_horizon}; it must be above 0")
+        least = 0.2 * self.prompts * self.rollouts
+        if self.kl_target is not None and not self.kl_horizon > least:
+            raise ConfigError(f"--kl_horizon is {self.kl_horizon}; above {least:g}, or one step can end the leash")
         if self.prompts < self.minibatches:
             raise ConfigError(f"--prompts {self.prompts} cannot be cut into {self.minibatches} minibatches")
         for name in ("value_lr", "stop_kl", "clip_ratio", "clip_value", "kl_beta", "value_weight"):

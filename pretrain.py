@@ -284,7 +284,7 @@ def peak_flops(dist):
     """The device's, for model FLOPs utilisation: from its data sheet, or else as measured with one matrix product."""
     name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "CPU"
     for known, flops in PEAK_FLOPS.items():
-        if re.search(rf"\b{known}\b", name):
+        if re.search(rf"\bG?{known}\b", name):
             return flops
     n, best = 768, math.inf
     a = torch.ones(n, n, device=dist.device)
@@ -312,22 +312,27 @@ def open_run(config, dist):
             path.rename(f"{path}.{n}")
             print(f"{path} held an earlier run: moved to {path}.{n}")
         path.mkdir(parents=True, exist_ok=True)
-        (path / "launcher").write_text(str(os.getppid()))
+        (path / "launcher").write_text(launcher())
     if dist.world > 1:
         distributed.barrier()
     return path
 
 
+def launcher():
+    """This launch: torchrun's --rdzv_id, which is new each time on one node, or else the process that started us."""
+    known = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return str(os.getppid()) if known == "none" else known
+
+
 def restarted(config, dist):
     """Whether torchrun started us again because a process had died, and this launch of it has made a run to go on from.
-    An earlier launch's run of the same name is none of ours: its launcher was another process."""
-    path, count = RUNS / config.name, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if not count:  # the same on all ranks
-        return False
-    ours = False
+    An earlier launch's run of the same name is none of ours."""
+    path, ours = RUNS / config.name, False
     if dist.is_main and saved_run(path) and (path / "launcher").is_file():
-        ours = (path / "launcher").read_text() == str(os.getppid())
-    return dist.sum(ours)[0] > 0
+        ours = (path / "launcher").read_text() == launcher()
+    # several nodes count their restarts apart: it is enough if one did
+    count, ours = dist.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), ours)
+    return count > 0 and ours > 0
 
 
 def saved_run(path):
@@ -919,7 +924,8 @@ def main(config):
     first, best, skipped, whole = 0, math.inf, 0, math.nan
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best, skipped, whole = (state.get(name, 0) for name in ("step", "best", "skipped", "whole"))
+        first, best, skipped = (state.get(name, 0) for name in ("step", "best", "skipped"))
+        whole = state.get("whole", math.nan)
     if config.recompute:
         for block in raw.blocks:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)

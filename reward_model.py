@@ -686,9 +686,8 @@ def main(config):
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
     if config.data != "word":
-        load_pairs(
-            config.data, "train", 1, skip_bad=config.skip_bad
-        )  # a wrong name is said before a start is made for it
+        # a wrong name is said before a start is made for it
+        load_pairs(config.data, "train", 1, skip_bad=config.skip_bad)
     init = config.init or (sft_start if config.data == "word" else text_start)(config, dist)
     raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
     pad, context = tokenizer.endoftext_id, raw.config.context
@@ -718,7 +717,7 @@ def main(config):
         pairs[split], groups[split] = map(list, zip(*both, strict=True))
 
     run_dir = open_run(config, dist)
-    if dist.is_main and not config.resume:
+    if dist.is_main and not config.resume and config.data == "word" and config.pairs != "corrupted":
         Path(f"{kept}.tmp").write_text(json.dumps({split: list(map(asdict, found)) for split, found in made.items()}))
         os.replace(f"{kept}.tmp", kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks

@@ -404,10 +404,8 @@ class BPETokenizer(Tokenizer):
 
     kind = "bpe"
 
-    def __init__(self, merges, vocab, special_ids, pattern=PATTERN, eos_token=None, nfc=False, whole=False):
+    def __init__(self, merges, vocab, special_ids, pattern=PATTERN, eos_token=None, nfc=False):
         """merges: [(left bytes, right bytes), …] in order. nfc: compose characters (é from e and ´) before encoding.
-        whole: a piece that is a token is taken as it stands, whatever the merges make of it (`ignore_merges` of the
-        tokenizers package).
 
         tiktoken knows no merges: it joins the neighbours whose union has the lowest id, and takes a piece that is a
         token as it stands. That is the same if ids rise with the merges and each token can be spelled in one way.
@@ -415,7 +413,7 @@ class BPETokenizer(Tokenizer):
         in the same way, so that no later pair can spell it again. For a loaded file both are checked.
         """
         super().__init__(vocab, special_ids, eos_token)
-        self.merges, self.pattern, self.nfc, self.whole = merges, pattern, nfc, whole
+        self.merges, self.pattern, self.nfc = merges, pattern, nfc
         self._ids = {data: i for i, data in vocab.items()}
         made = [self._ids.get(left + right, -1) for left, right in merges]
         if -1 in made or made != sorted(set(made)) or len(made) != sum(len(data) > 1 for data in self._ids):
@@ -450,9 +448,7 @@ class BPETokenizer(Tokenizer):
         """The algorithm, to be read: in each piece, merge the pair that was learned first until none is left."""
         rank, ids = {pair: i for i, pair in enumerate(self.merges)}, []
         for piece in self._split.findall(self._prepare(text)):
-            piece = piece.encode()
-            parts = [piece] if self.whole and piece in self._ids else spell(piece, rank)
-            ids += [self._ids[part] for part in parts]
+            ids += [self._ids[part] for part in spell(piece.encode(), rank)]
         return ids
 
     def _prepare(self, text):
@@ -462,12 +458,12 @@ class BPETokenizer(Tokenizer):
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def _content(self):
-        return [*super()._content(), self.merges, self.pattern, self.nfc, *([self.whole] if self.whole else [])]
+        return [*super()._content(), self.merges, self.pattern, self.nfc]
 
     def to_json(self):
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         merges = [[show(left), show(right)] for left, right in self.merges]
-        model = bpe_model(self.vocab) | {"merges": merges, "ignore_merges": self.whole}
+        model = bpe_model(self.vocab) | {"merges": merges}
         steps = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}, "decoder": BYTE_LEVEL}
         return {"normalizer": {"type": "NFC"} if self.nfc else None, **steps, "model": model}
 
@@ -643,10 +639,9 @@ def build(content, config):
         else:
             vocab = {i: unshow(token) for token, i in plain.items()}
             merges = [(unshow(left), unshow(right)) for left, right in pairs]
-            whole = bool(model.get("ignore_merges"))
-            tokenizer = BPETokenizer(merges, vocab, special, pattern, eos, normalizer == "NFC", whole)
+            tokenizer = BPETokenizer(merges, vocab, special, pattern, eos, normalizer == "NFC")
             rank = {pair: i for i, pair in enumerate(merges)}
-            if not whole and (odd := next((t for t in map(b"".join, merges) if len(spell(t, rank)) > 1), None)):
+            if odd := next((t for t in map(b"".join, merges) if len(spell(t, rank)) > 1), None):
                 raise TokenizerError(f"its merges do not make its token {show(odd)!r}: the ids would be wrong here")
         found = {show(data): i for i, data in tokenizer.vocab.items()}
     else:

@@ -12,7 +12,10 @@ import torch
 from conftest import ROOT, assert_one_line_error, metrics, script
 
 import ablate
+from data import load_problems
 from generate import ConfigError, parse_config
+from tokenizer_bpe import BPETokenizer
+from transformer import Transformer, TransformerConfig
 
 
 def test_the_interval_by_hand():
@@ -95,6 +98,29 @@ def test_a_run_writes_its_figures_and_a_repetition_gives_the_same(experiment, sc
     )
     assert json.loads((scratch / "runs/ablate/a/result.json").read_text())["settings"] == settings
     assert "validation loss" in (scratch / "runs/ablate/a/log.txt").read_text()
+
+
+def test_the_stages_of_a_variant_have_runs_of_their_own(experiment, scratch):
+    settings = ablate.settings_of("width", experiment, "narrow", 5, False)
+    ablate.run_one(settings | {"stages": settings["stages"] * 2}, "runs/ablate/two", 1)
+    runs = sorted(path.name for path in (scratch / "runs/ablate/two").iterdir() if path.is_dir())
+    assert runs == ["run", "run1"]  # nothing was moved aside, so that a later stage can start from an earlier one's
+
+
+def test_standing_measures_against_the_start_of_the_same_seed(scratch, monkeypatch):
+    problems = load_problems("word", "test", 3, (1,))
+    tokenizer = BPETokenizer.train([p.question + p.solution for p in problems] * 9, 300)
+    torch.manual_seed(0)
+    sizes = dict(context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
+    Transformer(TransformerConfig(tokenizer.vocab_size, **sizes)).save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    asked = []
+    monkeypatch.setattr(ablate, "sft_start", lambda config, dist: asked.append(config) or "start")
+    monkeypatch.setattr(ablate, "load_problems", lambda *args: problems)
+    got = ablate.standing("runs/ablate/a", {"path": "start"}, {"seed": 7})
+    assert [(config.seed, config.levels) for config in asked] == [(7, [1, 2])]
+    assert got["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert got["length"] > 0 <= got["pass_at_8"] <= 100
 
 
 def fake(experiment, values):

@@ -374,8 +374,11 @@ def test_bad_input_is_one_line(here):
     assert_one_line_error(fails("--data", "nothing.jsonl"), "nothing.jsonl")
     with pytest.raises(ConfigError, match="variant"):
         config(variant="dpo")
-    with pytest.raises(ConfigError, match="beta"):
-        config(beta=0.0)
+    for beta in (0.0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="beta"):
+            config(beta=beta)
+    with pytest.raises(ConfigError, match="temperature"):
+        config(pairs="sampled", temperature=math.nan)
     with pytest.raises(ConfigError, match="pairs"):
         config(pairs="both")
     with pytest.raises(ConfigError, match="label_smoothing"):

@@ -127,6 +127,12 @@ def config(**changes):
     return gdpo.Config(**(SMALL | dict(name="gdpo", steps=1, rollouts=6) | changes))
 
 
+def test_a_run_with_the_kl_in_the_reward(here):  # noqa: F811
+    gdpo.main(config(beta=0.1, kl="k1", kl_in="reward", steps=2, lr=1e-2))
+    assert all(math.isfinite(kl) for kl in metrics("runs/gdpo", "kl").values())
+    assert metrics("runs/gdpo", "kl")[2] > 0
+
+
 def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
     monkeypatch.setitem(grpo.REWARDS, "brevity", letter("i"))
     seen, used, roll_out, loss = [], [], grpo.roll_out, grpo.grpo_loss

@@ -678,6 +678,7 @@ def test_a_question_can_carry_an_instruction(here, spied):
         (["--data", "gsm8k"], ["--init"]),
         (["--loss_type", "ppo"], ["ppo", "dapo"]),
         (["--rollouts", "1"], ["rollouts"]),
+        (["--temperature", "nan"], ["temperature"]),
         (["--kl", "k4"], ["k4", "k3"]),
         (["--kl", "k1", "--beta", "0.1"], ["k1", "--kl_in reward"]),
         (["--kl_in", "advantage"], ["advantage", "reward"]),

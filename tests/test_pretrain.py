@@ -602,11 +602,14 @@ def test_a_restart_adopts_only_a_run_of_its_own_launch(here, monkeypatch, capsys
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     dist = pretrain.setup("cpu")
     assert pretrain.restarted(config(), dist)
-    (here / "runs/pretrain/launcher").write_text("1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert not pretrain.restarted(config(), dist)
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    (here / "runs/pretrain/launcher").write_text(str(os.getppid()))
+    (here / "runs/pretrain/launcher").write_text("another")  # though its process may be another: rank 0 can move
+    assert pretrain.restarted(config(), dist)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not pretrain.restarted(config(), dist)
+    monkeypatch.setattr(pretrain.Dist, "sum", lambda self, *values: [v + (i == 0) for i, v in enumerate(values)])
+    assert pretrain.restarted(config(), dist)  # another node counted a restart
 
 
 def test_the_stream_is_made_once(here, monkeypatch):

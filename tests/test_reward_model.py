@@ -15,7 +15,7 @@ import pretrain
 import reward_model
 from data import CORRUPTIONS, Problem, load_problems
 from encoder import Encoder, EncoderConfig
-from generate import ConfigError, open_checkpoint
+from generate import ConfigError, DivergedError, open_checkpoint
 from reward_model import (
     Config,
     RewardEncoder,
@@ -413,6 +413,13 @@ def test_two_processes_equal_one(here, backbone):
     assert_same_weights("runs/n1/last", "runs/n2/last", atol=1e-5, rtol=1e-3)
     reports = [json.loads((here / f"runs/n{n}/report.json").read_text()) for n in (1, 2)]
     assert reports[0]["best_of"] == pytest.approx(reports[1]["best_of"], abs=1e-6)  # the same samples
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
+    monkeypatch.setattr(reward_model, "optimizer_step", lambda *args: math.inf)
+    with pytest.raises(DivergedError, match="gradient norm inf at step 0"):
+        reward_model.main(config(pairs="corrupted"))
+    assert not (here / "runs/reward_model/pairs.json").exists()  # nothing was sampled
 
 
 def test_bad_input_is_one_line(here):

@@ -49,7 +49,7 @@ from data import DataError, find, load_problems
 from dpo import kl_to_reference
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from grpo import tidy
-from pretrain import RUNS, commit, read_metrics, setup
+from pretrain import RUNS, commit, pyplot, read_metrics, setup
 from sft import START, encode_prompt, evaluate, evaluate_samples, sft_start
 from transformer import Transformer, TransformerConfig
 
@@ -141,7 +141,7 @@ def standing(folder, figures, settings):
     raw, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
     start = open_checkpoint(sft_start(import_module("grpo").Config(seed=settings["seed"]), dist), dist.device)[0]
     greedy = evaluate(raw, tokenizer, problems, 64, dist)
-    texts, ended = zip(*((sample[1], sample[4]) for sample in greedy["samples"]), strict=True)
+    texts, ended = zip(*((s.text, s.ended) for s in greedy["samples"]), strict=True)
     several = evaluate_samples(raw, tokenizer, problems, 8, 64, dist)
     prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     return {
@@ -680,11 +680,7 @@ def machine():
 
 def draw(experiment, results, folders, seeds, target):
     """One panel for the table's first metric, one for each logged curve: means over the seeds, bands of ± half."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     variants = list(experiment.variants)
     metrics = [next(iter(experiment.columns)), *experiment.bars]
     extra = ["stream_built", "gradient_built", "stream_trained", "by_position", "copied"]

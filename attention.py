@@ -92,9 +92,9 @@ def causal_mask(T, S, device=None):
 
 def padding_mask(real, T):
     """real (B, S), True on real tokens -> (B, 1, T, S): causal, without the pads; a pad still sees itself."""
-    S = real.shape[1]
-    itself = torch.eye(S, dtype=torch.bool, device=real.device)[S - T :]  # (T, S)
-    return ((real[:, None] & causal_mask(T, S, real.device)) | itself)[:, None]
+    key = torch.arange(real.shape[1], device=real.device)  # (S,)
+    query = key[-T:, None]  # (T, 1)
+    return ((real[:, None] & (key <= query)) | (key == query))[:, None]
 
 
 def document_mask(documents):
@@ -104,7 +104,8 @@ def document_mask(documents):
 
 
 def in_sight(query, key, window, sinks=0):
-    """The rule above on positions: query (..., T), key (..., S) -> (..., T, S). A key below 0 is a pad or nothing."""
+    """The window's formula above on positions: query (..., T), key (..., S) -> (..., T, S). A key below 0 is a pad, or
+    a slot that is still empty."""
     query, key = query[..., :, None], key[..., None, :]
     near = query - key < window
     if sinks:
@@ -203,7 +204,7 @@ class RollingKVCache:
         if self.length > 0:  # the old keys must be read before the new ones are written over them
             held = min(self.length, keys.shape[2])
             slot, newest = torch.arange(held, device=k.device), position[:, :1] - 1  # (held,), (B, 1)
-            lap = newest - (newest - slot) % self.window  # (B, held): the last n ≤ newest that went to this slot
+            lap = newest - (newest - slot) % self.window  # (B, held): the last n ≤ newest with n ≡ slot (mod window)
             lap = lap.masked_fill(lap < self.sinks, -1)  # none did
             old = torch.where(slot < self.sinks, slot.where(slot <= newest, -1), lap)
             mask = in_sight(position, torch.cat([old, position], 1), self.window, self.sinks)  # (B, T, held + T)
@@ -259,9 +260,13 @@ class Attention(nn.Module):
         self.record = None  # a list, while attention_weights collects them
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        """x (B, T, C); rope = (cos, sin), each (T, D) or (B, T, D); mask None = causal, or boolean and final but for
-        the window, broadcastable to (B, H, T, S); cache a KVCache or, if the layer has a window, a RollingKVCache
-        (then the mask can be padding_mask's only), of which this is layer number `layer`."""
+        """x (B, T, C) -> (B, T, C).
+
+        rope: (cos, sin), each (T, D) or (B, T, D).
+        mask: None is causal; else boolean, broadcastable to (B, H, T, S), and final but for this layer's window.
+        cache: a KVCache, or where there is a window a RollingKVCache, with which the mask can only be padding_mask's.
+        layer: the number of this layer in the cache.
+        """
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_head, self.head_dim)
         k = self.wk(x).view(B, T, self.n_kv_head, self.head_dim)

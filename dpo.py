@@ -84,7 +84,7 @@ from sft import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions of h, the margin between the implicit rewards.
+# The objective, as pure functions of u and v.
 
 
 def sigmoid_loss(h, smoothing=0.0):
@@ -129,19 +129,18 @@ def dpo_loss(
         raise ConfigError(f"--variant {variant!r} is not known; use one of {', '.join(VARIANTS)}")
     if label_smoothing and variant not in ("sigmoid", "length_normalised"):
         raise ConfigError(f"--label_smoothing has no meaning with --variant {variant}; it needs a probability")
-    chosen_reward, rejected_reward = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # (B,), u and v
+    u, v = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # (B,)
     if variant == "simpo":
-        chosen_reward, rejected_reward = policy_chosen, policy_rejected
+        u, v = policy_chosen, policy_rejected
     if variant in ("ipo_mean", "length_normalised", "simpo"):
         if chosen_lengths is None or rejected_lengths is None:
             raise ConfigError(f"the variant {variant} needs the answers' lengths")
-        chosen_reward, rejected_reward = chosen_reward / chosen_lengths, rejected_reward / rejected_lengths
+        u, v = u / chosen_lengths, v / rejected_lengths
     if nll and chosen_lengths is None:
         raise ConfigError("nll is a mean per token: it needs the answers' lengths")
-    difference = chosen_reward - rejected_reward
-    h = beta * difference
+    h = beta * (u - v)
     if variant in ("ipo", "ipo_mean"):
-        losses = ipo_loss(difference, beta)
+        losses = ipo_loss(u - v, beta)
     elif variant == "hinge":
         losses = hinge_loss(h)
     else:
@@ -153,8 +152,8 @@ def dpo_loss(
         "loss": losses.mean(),
         "accuracy": (h > 0).float().mean(),
         "margin": h.mean(),
-        "reward_chosen": beta * chosen_reward.mean(),
-        "reward_rejected": beta * rejected_reward.mean(),
+        "reward_chosen": beta * u.mean(),
+        "reward_rejected": beta * v.mean(),
         "logp_chosen": policy_chosen.mean(),
         "logp_rejected": policy_rejected.mean(),
     }
@@ -250,14 +249,10 @@ def add_reference(raw, pairs, pad, dist, autocast, size=64):
     return [p | {"ref_chosen": c, "ref_rejected": r} for p, (c, r) in zip(pairs, sums.tolist(), strict=True)]
 
 
-def reference_of(pairs, device):
-    """-> ref_chosen, ref_rejected (b,)"""
-    return torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=device).unbind(1)
-
-
 @torch.no_grad()
 def kl_to_reference(raw, reference, tokenizer, prompts, max_new_tokens, dist, seed=0):
-    """KL(π ‖ π_ref) in nats per token: the mean of k3 over one sampled answer per prompt (lists of ids)."""
+    """KL(π ‖ π_ref) in nats per token: the mean of r − 1 − log r, r = π_ref / π (k3: see grpo.kl_estimate), over the
+    tokens of one sampled answer per prompt (lists of ids)."""
     mine = prompts[dist.rank :: dist.world]
     total, n = 0.0, 0
     if mine:
@@ -372,17 +367,7 @@ class Config:
         if self.init is None and self.data != "word":
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         one = torch.ones(1)  # ask the function itself whether it knows the variant, now rather than after the set-up
-        dpo_loss(
-            one,
-            one,
-            one,
-            one,
-            self.beta,
-            self.variant,
-            self.label_smoothing,
-            chosen_lengths=one,
-            rejected_lengths=one,
-        )
+        dpo_loss(*[one] * 4, self.beta, self.variant, self.label_smoothing, chosen_lengths=one, rejected_lengths=one)
 
 
 def make_pairs(config, dist, raw, tokenizer, problems, autocast):
@@ -435,12 +420,12 @@ def validate(raw, pairs, config, tokenizer, dist, autocast):
 
 
 def loss_of(config, chosen, rejected, pairs, lengths, n_pairs=None):
-    ref_chosen, ref_rejected = reference_of(pairs, chosen.device)
+    """dpo_loss of these pairs: chosen, rejected (b,) the policy's log π, lengths (b, 2)."""
+    reference = torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=chosen.device)  # (b, 2)
     return dpo_loss(
         chosen,
         rejected,
-        ref_chosen,
-        ref_rejected,
+        *reference.unbind(1),
         config.beta,
         config.variant,
         config.label_smoothing,
@@ -472,7 +457,7 @@ def main(config):
             room = raw.config.context - config.max_new_tokens
             problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
 
-    if not config.resume and (config.pairs == "offline" or not problems):  # a typo must move nothing
+    if not config.resume and config.pairs == "offline":  # a typo must move nothing
         load_pairs(config.data, "train", 1, tuple(config.levels), skip_bad=config.skip_bad)
     run_dir = open_run(config, dist)
     kept = run_dir / "pairs.pt"
@@ -484,7 +469,7 @@ def main(config):
             torch.save(pairs, f"{kept}.tmp")
             os.replace(f"{kept}.tmp", kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    add_lora(raw, **asdict(config.lora), seed=config.seed)  # rank 0: does nothing
+    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     first, best, before = 0, math.inf, None
     if config.resume:
@@ -519,7 +504,7 @@ def main(config):
             state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
         return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
-    rows = config.batch // dist.world
+    share = config.batch // dist.world  # pairs of a step on this rank
     shown = {}
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
@@ -528,20 +513,20 @@ def main(config):
             written = checkpoint("last", step)
             bar.close()
             stopped(config.name, step, written, dist)
-        if step and step % config.save_every == 0 and step != first:
+        if step != first and step % config.save_every == 0:
             checkpoint("last", step)
 
         # ------------------------------------------------------------------ one optimizer step
         started = time.perf_counter()
         chosen_rows = rows_at(len(pairs["train"]), step, config.batch, config.seed)
-        mine = [pairs["train"][i] for i in chosen_rows[dist.rank * rows : (dist.rank + 1) * rows]]
+        mine = [pairs["train"][i] for i in chosen_rows[dist.rank * share : (dist.rank + 1) * share]]
         mine.sort(key=lambda p: len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]))  # wastes less padding
         model.train()
         sums = {}
-        for i in range(0, rows, config.micro_batch):
+        for i in range(0, share, config.micro_batch):
             part = mine[i : i + config.micro_batch]
             packed, lengths = batch_of(part, tokenizer.endoftext_id, dist.device)
-            last = i + config.micro_batch >= rows
+            last = i + config.micro_batch >= share
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
                     chosen, rejected = pair_logprobs(model, packed)  # (b,) each

@@ -644,7 +644,7 @@ def main(config):
             written = checkpoint("last", step)
             bar.close()
             stopped(config.name, step, written, dist)
-        if step and step % config.save_every == 0 and step != first:
+        if step != first and step % config.save_every == 0:
             checkpoint("last", step)
         if step == config.mlm_steps:  # another objective: what the optimizer remembers of the old one would mislead
             optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)

@@ -72,6 +72,10 @@ class Rollout:
             for ids, mask in rows
         ]
 
+    def ended(self, stop_ids):
+        """(N·n,) bool: which rows met one of these ids, and so stopped by themselves instead of being cut off."""
+        return (torch.isin(self.ids, torch.tensor(stop_ids, device=self.ids.device)) & self.mask).any(1)
+
 
 def truncate(probs, top_k=None, top_p=None, min_p=None):
     """Zero the tail of each row: all but the k largest; all but the smallest set that holds mass p; all that are
@@ -160,7 +164,8 @@ class DecodeStep:
 
     def unit(self, x, dim):
         """norms.RMSNorm over `dim` of n numbers without its gain and its √n: x / √(|x|² + n·ε), statistics in fp32."""
-        if x.shape[1] >= 32 if dim == 0 else len(x) > 1:  # vector_norm is slow down columns and over many short rows
+        slow = x.shape[1] >= 32 if dim == 0 else len(x) > 1  # vector_norm is, down columns and over many short rows
+        if slow:
             norm = x.float().square().sum(dim, keepdim=True).sqrt()
         else:
             norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
@@ -309,8 +314,7 @@ def generate(
         memory = (1 << 40 if free is None else free) // 2
     a_row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * (longest + max_new_tokens)  # keys and values in fp32
     size = len(prompts) if on_tokens is not None else max(1, int(memory // (a_row * n)))  # prompts per batch
-    penalised = {"penalty": repetition_penalty} if repetition_penalty != 1.0 else {}
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, **penalised}
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "penalty": repetition_penalty}
     was_training = model.training
     model.eval()
     try:
@@ -352,7 +356,7 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
     visible[:, :longest] = real.repeat_interleave(n, dim=0)
     if dynamic is not None and static:
         step = StaticStep(dynamic, visible)
-    if "penalty" in how:
+    if how["penalty"] != 1.0:
         seen = torch.zeros(len(prompts), model.config.vocab_size, device=device).scatter_add_(1, tokens, real.float())
         how = {**how, "seen": (seen > 0).repeat_interleave(n, dim=0)}  # (N·n, V)
 

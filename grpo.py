@@ -479,7 +479,7 @@ def roll_out(step, attempt, slots, raw, tokenizer, problems, functions, config, 
     stop = tokenizer.stop_ids
     with autocast(), merged(raw):
         rollout = generate(raw, prompts, config.max_new_tokens, R, config.temperature, stop_ids=stop, uniforms=uniforms)
-    ended = (torch.isin(rollout.ids, torch.tensor(stop, device=rollout.ids.device)) & rollout.mask).any(1).cpu()
+    ended = rollout.ended(stop).cpu()  # (n·R,)
     texts = rollout.texts(tokenizer)
     rewards = score(functions, texts, [p for p in chosen for _ in range(R)], ended.tolist())
     if config.overlong:
@@ -525,12 +525,16 @@ class SharedKeys:
 
 
 def pack(prompts, answers, pad, parts=4):
-    """Prompts once each, and behind them their answers, so that R − 1 of R prompt passes are saved, forward and
-    backward. prompts: n lists of ids; answers: n lists of R lists of ids.
+    """Prompts once each, and batches of answers that read the prompts' keys and values: R − 1 of R prompt passes are
+    saved, forward and backward. (`sft.pack_answers` saves them with a group in one row and one forward; but there the
+    scores grow with the square of all its answers together, and a window would count the answers in between.)
 
-    -> tokens, positions, real (n, S) of the prompts, padded on the left, without their last token, which the answers
-    begin with, as it predicts R different first tokens; a list of parts, answers of like length, each
-    (prompts (b,), tokens, positions, targets (b, T), visible (b, T, S + T)); and order (n·R,), where each answer went.
+    prompts: n lists of ids; answers: n lists of R lists of ids. A prompt's last token predicts R different first
+    tokens, so it stands in front of each answer instead. Returns
+        tokens, positions, real (n, S): the prompts without their last token, padded on the left;
+        parts, a list: answers of like length as (owners (b,): whose prompt each reads; tokens, positions, targets
+            (b, T); visible (b, T, S + T));
+        order (n·R,): which row of the parts, one after the other, holds each answer.
     """
     S = max(1, *(len(p) - 1 for p in prompts))
     tokens, real = torch.full((len(prompts), S), pad), torch.zeros(len(prompts), S, dtype=torch.bool)
@@ -688,7 +692,7 @@ def main(config, estimate=estimate):
     functions, weights = reward_functions(config)
     init = config.init or sft_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device)
-    shared = config.lora.rank and not config.refresh_reference
+    shared = config.lora.rank and not config.refresh_reference  # then the reference is raw without its adapters
     reference = raw if shared else copy.deepcopy(raw).requires_grad_(False)
     add_lora(raw, **asdict(config.lora), seed=config.seed)
     problems = load_splits(config, tokenizer, raw.config.context, dist)
@@ -749,7 +753,7 @@ def main(config, estimate=estimate):
             written = checkpoint("last", step)
             bar.close()
             stopped(config.name, step, written, dist)
-        if step and step % config.save_every == 0 and step != first:
+        if step != first and step % config.save_every == 0:
             checkpoint("last", step)
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(raw.state_dict())

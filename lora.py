@@ -29,7 +29,7 @@ every forward pass, r·out·in multiplications per layer however short the batch
 **For a training stage** (sft, dpo, ppo, grpo); `lora: LoraConfig = field(default_factory=LoraConfig)` in its Config:
 
     raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    add_lora(raw, **asdict(config.lora), seed=config.seed)   # rank 0: does nothing. Freezes all but the adapters
+    add_lora(raw, **asdict(config.lora), seed=config.seed)   # rank 0 adds none. Freezes all but the adapters
     optimizers = make_optimizers(raw, ...)                   # as before: a frozen weight has no gradient, no step
     state["lora"] = lora_state(raw)                          # in checkpoint("last"); the weights are saved as before
     load_lora_state(raw, state["lora"], open_checkpoint(init)[0])       # on resume, after load_state, if rank > 0

@@ -182,12 +182,9 @@ class MoE(nn.Module):
         self.register_buffer("counts", torch.zeros(E, dtype=torch.int64), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
         self.losses = None  # (aux, z) of the last training forward, with their graph
-        self.init_weights(0.02, 0.02 / math.sqrt(2 * getattr(config, "n_layer", 1)))
-
-    def init_weights(self, std, std_out):
-        """N(0, std²), and N(0, std_out²) where the branch writes into the residual stream."""
+        small = 0.02 / math.sqrt(2 * getattr(config, "n_layer", 1))  # where the branch writes into the residual stream
         for name, p in self.named_parameters():
-            nn.init.normal_(p, std=std_out if "down" in name else std)
+            nn.init.normal_(p, std=small if "down" in name else 0.02)
 
     def __getstate__(self):
         """For copy.deepcopy and pickle, which refuse tensors that have a graph."""

@@ -34,12 +34,13 @@ Where the norm stands, x the residual stream and f a branch (attention or feed-f
 
 Say each branch returns as much variance as its input has. With post, the norm after block l divides x + f(x) by √2, on
 the way back too, which just undoes the doubling by the branch: every block, the last one as well, keeps a gradient of
-the same size however deep the stack, a step moves the output by √L times what one block would (arXiv:2004.08249), and
-training needs a warm-up. With pre, the stream's variance grows to 1 + l, and so the norm in front of block l divides
-its share and its gradient by √(1 + l): the deeper the stack, the gentler its last blocks; a step moves the output by
-√ln L. The weakness of pre: late branches add little to a long stream, and one branch with large weights drowns all the
-others. Sandwich mends that: at the start all branches weigh the same, whatever their weights; the gains learn the
-rest. `python norms.py` prints gradients and moves for the three.
+the same size however deep the stack, and a step moves the output of L blocks by √L times what one would
+(arXiv:2004.08249). Hence the warm-up that post-norm is said to need; here it does without one at 12 layers
+(results/norm-placement.md) and fails with one at 48 (results/norm-depth.md). With pre, the stream's variance grows to
+1 + l, and so the norm in front of block l divides its share and its gradient by √(1 + l): the deeper the stack, the
+gentler its last blocks; a step moves the output by √ln L. The weakness of pre: late branches add little to a long
+stream, and one branch with large weights drowns all the others. Sandwich mends that: at the start all branches weigh
+the same, whatever their weights; the gains learn the rest. `python norms.py` prints gradients and moves for the three.
 
 The trap is precision: in fp16, squares above 65,504 are infinite, so an activation of 256 is enough to turn the
 statistics into inf. They are taken in fp32 whatever comes in, and the result returns in the input's dtype.

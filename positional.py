@@ -25,7 +25,7 @@ new length / L at most, so that the new positions map to angles that are known:
     linear    ω_i / s for every pair             position interpolation, arXiv:2306.15595. Simple, but neighbours, which
                                                  the fast pairs tell apart, come s times closer
     NTK       θ ← θ s^(D/(D−2)), so ω_i s^(−2i/(D−2)): pair 0 as before, the last one divided by s exactly
-    dynamic   NTK with s = f ℓ/L − (f − 1) for a sequence of ℓ > L tokens: short ones are left alone
+    dynamic   NTK with s = f ℓ/L − (f − 1), f the dict's factor, for a sequence of ℓ > L tokens: short ones as before
     llama3    k_i ω_i + (1 − k_i) ω_i / s        k_i rises from 0 at r_i = 1 to 1 at r_i = 4 turns (Llama 3.1's code)
     yarn      the same, k_i from 0 at 1 turn to 1 at 32; and scores times (0.1 ln s + 1)², arXiv:2309.00071
 

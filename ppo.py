@@ -8,19 +8,23 @@ token, what the answer will get in the end; a token's advantage is by how much t
     A_t = δ_t + γλ A_{t+1}                        GAE, arXiv:1506.02438, Eq. 16; the returns are A + V
     policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)    ρ_t = exp(log π_θ(y_t) − log π_old(y_t)); masked mean
     value   ½ max((V − R)², (clip(V, V_old ± ε_v) − R)²)
-    β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon)     the adaptive leash, arXiv:1909.08593, KL per answer
+    β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon)     the adaptive leash, arXiv:1909.08593; KL per answer
 
 V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. λ = 1 is the return minus the guess
 (unbiased, noisy), λ = 0 believes the next guess. A trap: the mean and the spread of the advantages (`whiten`) are those
 of all tokens of the step on all ranks, and the returns are taken before whitening, or V would chase a moving target.
 
-What keeps a run alive, each by a flag: a reward model was only ever asked to compare answers to one prompt, its scores
-lie higher for some prompts than for others, and far out they mean little, so an answer is worth the probability with
-which it beats the prompt's other answers (`--baseline wins`, close to arXiv:2502.18770); or scores are brought to mean
-0 and standard deviation 1 of all scores seen so far (`--normalise`); an answer without an end is fined, as the reward
-model never saw one (`--missing_end`); the inner epochs stop when the policy has moved too far from the one that sampled
-(`--stop_kl`). Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ
-is 1 (in bf16 near 1: the sampler and the loss round differently).
+What keeps a run alive, each by a flag:
+
+    --baseline wins    a reward model was only asked to compare answers to one prompt: its scores lie higher for some
+                       prompts than for others, and far out they mean little. So an answer is worth the probability
+                       that it beats the prompt's other answers (close to arXiv:2502.18770)
+    --normalise        or: scores brought to mean 0 and standard deviation 1 of all scores seen so far
+    --missing_end      an answer without an end is fined, as the reward model never saw one
+    --stop_kl          the inner epochs end when the policy has moved too far from the one that sampled
+
+Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ is 1 (in bf16
+near 1: the sampler and the loss round differently).
 
 Unlike other codes, the prompt's other answers are a baseline here before the values are, and `whiten` divides by n, not
 n − 1.
@@ -223,13 +227,13 @@ class ActorCritic(nn.Module):
 
     def forward(self, packed, temperature=1.0):
         """What pack_answers made -> log-probabilities and values, (n·R, T) each, 0 behind an answer's end."""
-        tokens, positions, targets, mask, index, real = packed
-        logprobs = self.policy(tokens, positions, mask, targets=targets, temperature=temperature)  # (n, L)
+        tokens, positions, targets, visible, index, real = packed
+        logprobs = self.policy(tokens, positions, visible, targets=targets, temperature=temperature)  # (n, L)
         if self.critic is None:
             values = self.head(self.states).squeeze(-1)  # (n, L)
             del self.states
         else:
-            values = self.critic(tokens, positions, mask).squeeze(-1)
+            values = self.critic(tokens, positions, visible).squeeze(-1)
         return logprobs.flatten()[index] * real, values.float().flatten()[index] * real
 
 
@@ -436,7 +440,7 @@ def rollouts_at(step, policy, tokenizer, problems, config, dist, autocast):
             stop_ids=tokenizer.stop_ids,
             uniforms=uniforms,
         )
-    ended = ((rollout.ids == tokenizer.im_end_id) & rollout.mask).any(1)  # (n·R,)
+    ended = rollout.ended((tokenizer.im_end_id,))  # (n·R,); the reward model has seen no other end
     return chosen, prompts, rollout, ended
 
 
@@ -528,7 +532,7 @@ def main(config):
             written = checkpoint("last", step)
             bar.close()
             stopped(config.name, step, written, dist)
-        if step and step % config.save_every == 0 and step != first:
+        if step != first and step % config.save_every == 0:
             checkpoint("last", step)
 
         # ------------------------------------------------------------------ roll out and score
@@ -550,110 +554,99 @@ def main(config):
 
         # ------------------------------------------------------------------ values, reference, rewards, advantages
         sizes = [len(prompt) + sum(map(len, group)) for prompt, group in groups]
-        minibatches, packs = cut(step, config, dist, sizes), {}
+        minibatches = []  # (micro-batches, whether they count); a micro-batch: rows, packed, length of the longest
         values, ref_logprobs = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)  # (n·R, T)
         with torch.no_grad(), autocast():
-            for m, (pieces, _) in enumerate(minibatches):
-                for k, piece in enumerate(pieces):
+            for pieces, real in cut(step, config, dist, sizes):
+                micro_batches = []
+                for piece in pieces:
                     rows = torch.tensor([g * R + r for g in piece for r in range(R)], device=dist.device)
                     packed = pack_answers([prompts[g] for g in piece], [groups[g][1] for g in piece], pad)
                     packed = [t.to(dist.device) for t in packed]
-                    t = packed[-1].shape[1]  # the longest answer of the piece
+                    t = packed[-1].shape[1]
                     values[rows, :t] = raw(packed, config.temperature)[1]
                     with lora_off(reference):
                         ref_logprobs[rows, :t] = answer_logprobs(reference, packed, config.temperature).float()
-                    packs[m, k] = rows, packed, t
+                    micro_batches.append((rows, packed, t))
+                minibatches.append((micro_batches, real))
         log_ratio = (rollout.logprobs - ref_logprobs) * mask
         rewards = token_rewards(log_ratio, final, lengths, beta)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        weights = whiten(advantages, mask, dist) if config.whiten else advantages
+        whitened = whiten(advantages, mask, dist) if config.whiten else advantages
 
         # ------------------------------------------------------------------ inner epochs: a step per minibatch
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         rate = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-        tokens = [
-            float(sum(mask[packs[m, k][0]].sum() for k in range(len(p)))) * real
-            for m, (p, real) in enumerate(minibatches)
-        ]
+        tokens = [float(sum(mask[rows].sum() for rows, _, _ in some)) * real for some, real in minibatches]
         counts = dist.sum(*tokens)  # tokens of each minibatch, on all ranks, before it is cut
-        sums, updates, far = {}, 0, False
-        for _ in range(config.inner_epochs):
-            for m, (pieces, real) in enumerate(minibatches):
-                found = {}
-                for k in range(len(pieces)):
-                    rows, packed, t = packs[m, k]
-                    here = mask[rows, :t] & real
-                    last = k == len(pieces) - 1
-                    with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
-                        with autocast():
-                            logprobs, now = model(packed, config.temperature)  # (b, t) each
-                        old = rollout.logprobs[rows, :t], values[rows, :t]
-                        n = counts[m]
-                        loss, metrics = ppo_policy_loss(
-                            logprobs, old[0], weights[rows, :t], here, config.clip_ratio, n_tokens=n
-                        )
-                        loss_v, more = value_loss(now, old[1], returns[rows, :t], here, config.clip_value, n_tokens=n)
-                        loss = loss + config.value_weight * loss_v
-                        scaler.scale(loss * dist.world).backward()  # DDP divides by world
-                    weight = here.sum().item() / n
-                    for name, value in (metrics | more).items():
-                        share = 1 if name.endswith("_loss") else weight
-                        found[name] = found.get(name, 0.0) + value * share
-                found = dict(zip(found, dist.sum(*found.values()), strict=True))
-                if config.stop_kl and found["approx_kl3"] > config.stop_kl:
-                    far = True
-                    for optimizer in optimizers:
-                        optimizer.zero_grad(set_to_none=True)
-                    break
-                both = [optimizers[:-1], optimizers[-1:]]
-                norms = optimizer_steps(parts, both, (lr, value_lr * rate), scaler, config.clip)
-                if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
-                    raise DivergedError(
-                        f"the gradient is {norms} at step {step}; try a smaller --lr than {config.lr:.1e}"
-                    )
-                found |= {"grad_norm": norms[0], "grad_norm_value": norms[1]}
-                updates += 1
-                for name, value in found.items():
-                    sums[name] = sums.get(name, 0.0) + value
-            if far:
+        sums, updates = {}, 0
+        for (micro_batches, real), n in list(zip(minibatches, counts, strict=True)) * config.inner_epochs:
+            found = {}
+            for k, (rows, packed, t) in enumerate(micro_batches):
+                here = mask[rows, :t] & real
+                last = k == len(micro_batches) - 1
+                with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                    with autocast():
+                        logprobs, new_values = model(packed, config.temperature)  # (b, t) each
+                    old_logprobs, old_values = rollout.logprobs[rows, :t], values[rows, :t]
+                    A, goal = whitened[rows, :t], returns[rows, :t]
+                    loss, metrics = ppo_policy_loss(logprobs, old_logprobs, A, here, config.clip_ratio, n_tokens=n)
+                    loss_v, more = value_loss(new_values, old_values, goal, here, config.clip_value, n_tokens=n)
+                    loss = loss + config.value_weight * loss_v
+                    scaler.scale(loss * dist.world).backward()  # DDP divides by world
+                count = here.sum().item()
+                for name, value in (metrics | more).items():  # a loss is a sum already, the others are means
+                    found[name] = found.get(name, 0.0) + value * (1 if name.endswith("_loss") else count / n)
+            found = dict(zip(found, dist.sum(*found.values()), strict=True))
+            if config.stop_kl and found["approx_kl3"] > config.stop_kl:
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
                 break
+            both = [optimizers[:-1], optimizers[-1:]]
+            norms = optimizer_steps(parts, both, (lr, value_lr * rate), scaler, config.clip)
+            if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
+                raise DivergedError(f"the gradient is {norms} at step {step}; try a smaller --lr than {config.lr:.1e}")
+            found |= {"grad_norm": norms[0], "grad_norm_value": norms[1]}
+            updates += 1
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
 
         # ------------------------------------------------------------------ metrics: what matters first
         done = step + 1
         n_tokens, n_answers = sum(counts), config.prompts * R
-        error = ((returns - values) * mask).double()
-        spread = (returns * mask).double()
-        totals = dist.sum(
-            sum(truth),
-            scores.sum(),
-            paid.sum(),
-            rewards.sum() + (paid - final).sum(),
-            log_ratio.sum(),
-            ((-log_ratio).exp() - 1 + log_ratio).mul(mask).sum(),
-            -(rollout.logprobs * mask).sum(),
-            (~ended).sum(),
-            (values * mask).sum(),
-            error.sum(),
-            (error**2).sum(),
-            spread.sum(),
-            (spread**2).sum(),
-        )
-        correct, score, normalised, reward, kl, kl3, entropy, missing, value, e1, e2, s1, s2 = totals
-        e1, e2, s1, s2 = (x / n_tokens for x in (e1, e2, s1, s2))
+        error, goal = ((x * mask).double() for x in (returns - values, returns))  # (n·R, T)
+        total = {
+            "correct": sum(truth),
+            "score": scores.sum(),
+            "paid": paid.sum(),
+            "reward": rewards.sum() + (paid - final).sum(),  # as paid, before the baseline, less what the KL cost
+            "kl": log_ratio.sum(),  # k1
+            "kl3": ((-log_ratio).exp() - 1 + log_ratio).mul(mask).sum(),  # k3 (grpo.kl_estimate)
+            "entropy": -(rollout.logprobs * mask).sum(),
+            "missing_end": (~ended).sum(),
+            "value": (values * mask).sum(),
+            "error": error.sum(),
+            "error²": (error**2).sum(),
+            "goal": goal.sum(),
+            "goal²": (goal**2).sum(),
+        }
+        total = dict(zip(total, dist.sum(*total.values()), strict=True))
+        # variances over the tokens: of what the values missed, and of what they were to guess
+        missed, spread = (total[f"{x}²"] / n_tokens - (total[x] / n_tokens) ** 2 for x in ("error", "goal"))
         record = {
-            "correct": correct / n_answers,
-            "score": score / n_answers,
-            "score_normalised": normalised / n_answers,
-            "reward": reward / n_answers,
-            "reward_kl": -beta * kl / n_answers,
-            "missing_end": missing / n_answers,
-            "kl": kl3 / n_tokens,  # k3, nats per token
-            "kl_per_answer": kl / n_answers,  # k1 summed: what the leash is adapted to; may be negative by chance
+            "correct": total["correct"] / n_answers,
+            "score": total["score"] / n_answers,
+            "score_normalised": total["paid"] / n_answers,  # less the fines
+            "reward": total["reward"] / n_answers,
+            "reward_kl": -beta * total["kl"] / n_answers,
+            "missing_end": total["missing_end"] / n_answers,
+            "kl": total["kl3"] / n_tokens,
+            "kl_per_answer": total["kl"] / n_answers,  # what the leash is adapted to; may be negative by chance
             "kl_beta": beta,
-            "entropy": entropy / n_tokens,
+            "entropy": total["entropy"] / n_tokens,
             "length": n_tokens / n_answers,
-            "value": value / n_tokens,
-            "explained_variance": 1 - (e2 - e1**2) / max(s2 - s1**2, 1e-12),
+            "value": total["value"] / n_tokens,
+            "explained_variance": 1 - missed / max(spread, 1e-12),
             **{name: v / max(updates, 1) for name, v in sums.items()},
             "updates": updates,
             "lr": lr,
@@ -661,7 +654,7 @@ def main(config):
             "steps_per_second": 1 / (time.perf_counter() - started),
         }
         if config.kl_target is not None:
-            beta = adapt_beta(beta, kl / n_answers, config.kl_target, n_answers, config.kl_horizon)
+            beta = adapt_beta(beta, total["kl"] / n_answers, config.kl_target, n_answers, config.kl_horizon)
         if done % config.eval_every == 0 or done == config.steps:
             accuracy = record["accuracy"] = held_out("valid")["accuracy"]
             if accuracy > best:

@@ -17,8 +17,9 @@ stay fp32. DDP: `torchrun` starts a process per GPU, each holds the whole model 
 process keeps its part of every weight, gradient and moment alone, and a block's weights are gathered for as long as it
 is at work. All of it stands in the loop below, in sight.
 
-This file also owns the plumbing that every later stage imports: set-up, autocast, schedule, optimizer, checkpoint,
-log, curves. Each is a plain function; the loop is never inside one.
+This file also owns the plumbing that every later stage imports: set-up, autocast, schedule, optimizers, checkpoint,
+log, curves. It stands first, as plain functions and a few small classes, none of which holds the loop. On a first
+reading begin at `Config` and `main`, and come back for each helper where it is called.
 
 Run it:
     python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores
@@ -99,7 +100,8 @@ def setup(device="auto"):
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
         here, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if int(device[5:]) >= here if ":" in device else wanted > here:
+        too_few = int(device[5:]) >= here if ":" in device else wanted > here
+        if too_few:
             raise ConfigError(f"--device {device} for {wanted} processes, but torch sees {here} GPUs here")
         if device == "cuda":
             device = f"cuda:{local}"
@@ -120,7 +122,8 @@ def setup(device="auto"):
 
 
 def precision(dtype, dist):
-    """--dtype -> (the autocast context, the gradient scaler). auto: fp32 on CPU, bf16 on GPUs that have it."""
+    """--dtype -> (a function that makes the autocast context, the gradient scaler). auto: fp32 on CPU, bf16 on GPUs
+    that have it, fp16 on the rest."""
     if dtype == "auto":
         on_gpu = dist.device.type == "cuda"
         dtype = "fp32"
@@ -214,8 +217,8 @@ def share_of(x, like):
 
 
 def gathered(x, keep):
-    """Nested dicts and lists with sharded tensors -> the same with whole ones in CPU memory, where `keep` is true; all
-    ranks must call. One at a time, so a GPU needs room for one. Everything else stays as it is."""
+    """Nested dicts and lists -> the same with each sharded tensor made whole: in CPU memory if `keep`, else None. All
+    ranks must call. It goes tensor by tensor, so a GPU needs room for one. Everything else stays as it is."""
     if isinstance(x, dict):
         return {key: gathered(value, keep) for key, value in x.items()}
     if isinstance(x, list):
@@ -227,8 +230,8 @@ def gathered(x, keep):
 
 
 def unsharded(raw, dist):
-    """A model as it is, or, of one under FSDP, a plain copy in rank 0's CPU memory (None elsewhere): for what reads
-    the weights without a forward of all ranks, as `save_pretrained` and `generate` do. All ranks must call."""
+    """The model itself; under FSDP a plain copy of it in rank 0's CPU memory, and None on the other ranks. For
+    `save_pretrained` and `generate`, which read the weights without a forward of all ranks. All ranks must call."""
     if not hasattr(raw, "reshard"):  # fully_shard gives a module its methods
         return raw
     weights = gathered(raw.state_dict(), dist.is_main)
@@ -406,13 +409,14 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
         raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
+    # What a resumed run may have otherwise than before:
     free = {"steps", "resume", "save_every", "keep", "eval_every", "sample_every", "wandb", "device", "name", "fsdp"}
     now, then = asdict(config), state["config"]
     changed = [k for k in now if k not in free and now[k] != then.get(k)]
     if changed:
         said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
         raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
-    total = now["steps"] + now.get("mlm_steps", 0)
+    total = now["steps"] + now.get("mlm_steps", 0)  # encoder.py trains in two phases
     if state["step"] > total:
         raise ConfigError(f"{path} has done {state['step']} steps already, more than the {total} asked for")
     if now["steps"] != then["steps"] and dist.is_main:
@@ -559,6 +563,16 @@ def stopped(name, step, written, dist):
     raise SystemExit(130)
 
 
+def pyplot():
+    """matplotlib without a screen. Slow to import, so only where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def read_metrics(run_dir):
     """metrics.jsonl as {name: (steps, values)}, for drawing."""
     series = {}
@@ -583,11 +597,7 @@ def draw_curves(run_dir, title, panels):
 
     A metric of more than 60 points is drawn faintly, with its running mean on top.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     series = read_metrics(run_dir)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -617,11 +627,7 @@ def draw_curves(run_dir, title, panels):
 def draw_attention(run_dir, raw, tokenizer, text, most=24):
     """attention.png: who looks at whom in the first tokens of a text; a row per block, a column per head, up to 6 x 6.
     Over each its mean entropy: e to that power is the number of tokens that a query looks at."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     ids = tokenizer.encode(text[: 40 * most])[: min(most, raw.config.context)]
     training = raw.training
     raw.eval()
@@ -654,11 +660,7 @@ def load_record(load):
 
 def draw_experts(run_dir):
     """experts.png: the least and the most loaded expert by step, and every expert's load at the last validation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     series = read_metrics(run_dir)
     last = {tuple(map(int, k.split("/")[1:])): v[1][-1] for k, v in series.items() if k.startswith("load/")}
     if not last:
@@ -921,11 +923,11 @@ def main(config):
     context = config.model.context
     streams = make_streams(config, dist, tokenizer, context, texts)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
-    first, best, skipped, whole = 0, math.inf, 0, math.nan
+    first, best, skipped, valid_loss = 0, math.inf, 0, math.nan
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best, skipped = (state.get(name, 0) for name in ("step", "best", "skipped"))
-        whole = state.get("whole", math.nan)
+        valid_loss = state.get("whole", math.nan)
     if config.recompute:
         for block in raw.blocks:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
@@ -939,9 +941,9 @@ def main(config):
     byte_lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # special tokens are no text
     for i, spelling in tokenizer.vocab.items():
         byte_lengths[i] = len(spelling)
-    floor = None
+    entropy = None
     if config.data == "word":  # the built-in stories' entropy is known: no model can go below it
-        floor = narrative_entropy()[0] * len(documents) / sum(len(ids) + 1 for ids in documents)
+        entropy = narrative_entropy()[0] * len(documents) / sum(len(ids) + 1 for ids in documents)
     at_peak = raw.flops_per_token(context) / (peak_flops(dist) * dist.world)  # seconds per token
     if dist.is_main:
         tokens = config.batch * context
@@ -953,7 +955,7 @@ def main(config):
     def checkpoint(name, step):
         state = None
         if name == "last":
-            state = {"step": step, "best": best, "skipped": skipped, "whole": whole, "config": asdict(config)}
+            state = {"step": step, "best": best, "skipped": skipped, "whole": valid_loss, "config": asdict(config)}
             moments = gathered([o.state_dict() for o in optimizers], dist.is_main)
             state |= {"scaler": scaler.state_dict(), "optimizers": moments}
         written = save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
@@ -964,7 +966,7 @@ def main(config):
         return written
 
     def curves():
-        lines = {"entropy of the text": floor} if floor else {}
+        lines = {"entropy of the text": entropy} if entropy else {}
         draw_curves(
             run_dir,
             f"{config.name}: pretraining on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
@@ -985,7 +987,7 @@ def main(config):
             written = checkpoint("last", step)
             bar.close()
             stopped(config.name, step, written, dist)
-        if step and step % config.save_every == 0 and step != first:
+        if step != first and step % config.save_every == 0:
             checkpoint("last", step)
 
         # ------------------------------------------------------------------ one optimizer step
@@ -1045,7 +1047,7 @@ def main(config):
             if done == config.steps:
                 losses = validate(raw, rows(None), byte_lengths, dist, autocast)
             record["valid_loss"], record["valid_bits_per_byte"] = losses
-            whole = losses[0]
+            valid_loss = losses[0]
             readable = unsharded(raw, dist)
             if dist.is_main:
                 text = sample_text(readable, tokenizer, config.seed)
@@ -1064,10 +1066,10 @@ def main(config):
     interrupt.release()
     log.close()
     if dist.is_main:
-        known = f", entropy of the text {floor:.4f}" if floor else ""
+        known = f", entropy of the text {entropy:.4f}" if entropy else ""
         missed = f"; {skipped} steps skipped" if skipped else ""
-        print(f"validation loss {whole:.4f} nats per token{known}{missed}; {run_dir}/best, {run_dir}/curves.png")
-    return {"valid_loss": whole, "path": str(run_dir / "best")}
+        print(f"validation loss {valid_loss:.4f} nats per token{known}{missed}; {run_dir}/best, {run_dir}/curves.png")
+    return {"valid_loss": valid_loss, "path": str(run_dir / "best")}
 
 
 def sample_text(raw, tokenizer, seed, length=60):

@@ -75,6 +75,7 @@ from pretrain import (
     open_run,
     optimizer_step,
     precision,
+    pyplot,
     save,
     setup,
     stopped,
@@ -364,8 +365,7 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, batch=32
             rollout = generate(
                 policy, prompts, config.max_new_tokens, n, stop_ids=tokenizer.stop_ids, generator=generator
             )
-            stop = torch.tensor(tokenizer.stop_ids, device=rollout.ids.device)
-            ended = (torch.isin(rollout.ids, stop) & rollout.mask).any(1).tolist()
+            ended = rollout.ended(tokenizer.stop_ids).tolist()
             texts = rollout.texts(tokenizer)
             rows = [(t, is_correct(t, chunk[k // n]), e) for k, (t, e) in enumerate(zip(texts, ended, strict=True))]
             out.append([rows[k * n : k * n + n] for k in range(len(chunk))])
@@ -753,7 +753,7 @@ def main(config):
             written = checkpoint("last", step)
             bar.close()
             stopped(config.name, step, written, dist)
-        if step and step % config.save_every == 0 and step != first:
+        if step != first and step % config.save_every == 0:
             checkpoint("last", step)
 
         # ------------------------------------------------------------------ one optimizer step
@@ -883,11 +883,7 @@ def finish(config, run_dir, pairs, report, parameters):
 
 
 def draw_report(config, run_dir, pairs, report):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4))
     axis, by_kind = axes[0, 0], report["by_kind"]
     values = np.array([row[:3] for row in by_kind.values()])  # (kinds, 3)

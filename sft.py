@@ -49,6 +49,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +99,8 @@ def encode_prompt(tokenizer, problem):
 
 def encode_group(tokenizer, pair):
     """-> a group of two: (prompt ids, [chosen ids, rejected ids]), each answer with its end, as if it were sampled."""
-    prompt = encode_prompt(tokenizer, Problem(pair.prompt, pair.chosen, "", 1, pair.kind, pair.history))
+    problem = Problem(pair.prompt, pair.chosen, answer="", level=1, story=pair.kind, history=pair.history)
+    prompt = encode_prompt(tokenizer, problem)
     return prompt, [[*tokenizer.encode(answer), tokenizer.im_end_id] for answer in (pair.chosen, pair.rejected)]
 
 
@@ -133,11 +135,11 @@ def pack_examples(examples, pad, room):
     """
     rows = []
     for example in sorted(examples, key=lambda e: -len(e[0])):
-        fitting = next((row for row in rows if sum(len(ids) for ids, _ in row) + len(example[0]) <= room), None)
-        if fitting is None:
+        free = next((row for row in rows if sum(len(ids) for ids, _ in row) + len(example[0]) <= room), None)
+        if free is None:
             rows.append([example])
         else:
-            fitting.append(example)
+            free.append(example)
     joined = [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in rows]
     tokens, mask = collate(joined, pad)  # (B, L)
     positions, documents = torch.zeros_like(tokens), torch.full_like(tokens, -1)
@@ -161,8 +163,9 @@ def pack_answers(prompts, answers, pad):
     because it predicts R different first tokens. That saves R − 1 of R prompt passes, forward and backward. Not for
     models with a sliding window: see `no_window`.
 
-    prompts: n lists of ids; answers: n lists of R lists of ids. -> tokens, positions, targets (n, L); mask (n, L, L);
-    index (n·R, T): where in the flattened (n·L) row k's token t is predicted; real (n·R, T): whether it has a token t.
+    prompts: n lists of ids; answers: n lists of R lists of ids. -> tokens, positions, targets (n, L); visible
+    (n, L, L); index (n·R, T): where in the flattened (n·L) row k's token t is predicted; real (n·R, T): whether it has
+    a token t.
     """
     R = len(answers[0])
     n, L = len(prompts), max(len(p) - 1 + sum(map(len, group)) for p, group in zip(prompts, answers, strict=True))
@@ -202,8 +205,8 @@ def no_window(raw, path):
 
 def answer_logprobs(model, packed, temperature=1.0):
     """log π of every token of the answers that `pack_answers` packed -> (n·R, T), 0 behind an answer's end."""
-    tokens, positions, targets, mask, index, real = packed
-    logprobs = model(tokens, positions, mask, targets=targets, temperature=temperature)  # (n, L)
+    tokens, positions, targets, visible, index, real = packed
+    logprobs = model(tokens, positions, visible, targets=targets, temperature=temperature)  # (n, L)
     return logprobs.flatten()[index] * real
 
 
@@ -307,6 +310,16 @@ def evaluate_samples(raw, tokenizer, problems, n, max_new_tokens, dist, temperat
     return {name: value / len(problems) for name, value in zip(names, dist.sum(*sums), strict=True)}
 
 
+class Sample(NamedTuple):
+    """A greedy answer to a problem."""
+
+    problem: Problem
+    text: str
+    correct: bool
+    length: int  # tokens
+    ended: bool  # stopped by itself
+
+
 def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
     """Greedy exact match. Problems are dealt out to the ranks; every rank returns the same figures, and its own
     samples: {"accuracy", "low", "high", "n", "correct", "f1", "length", "truncated", "by_level", "samples"}. f1 is that
@@ -318,24 +331,20 @@ def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
         chunk = mine[i : i + batch]
         prompts = [encode_prompt(tokenizer, p) for p in chunk]
         rollout = generate(raw, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
-        stop = torch.tensor(tokenizer.stop_ids, device=rollout.ids.device)
-        ended = (torch.isin(rollout.ids, stop) & rollout.mask).any(1).tolist()
-        lengths = rollout.mask.sum(1).tolist()
-        texts = rollout.texts(tokenizer)
-        samples += [(p, t, is_correct(t, p), n, e) for p, t, n, e in zip(chunk, texts, lengths, ended, strict=True)]
+        texts, lengths = rollout.texts(tokenizer), rollout.mask.sum(1).tolist()
+        rows = zip(chunk, texts, lengths, rollout.ended(tokenizer.stop_ids).tolist(), strict=True)
+        samples += [Sample(p, text, is_correct(text, p), length, ended) for p, text, length, ended in rows]
     levels = sorted({p.level for p in problems})
     counts = [
         len(samples),
-        sum(s[2] for s in samples),
-        sum(s[3] for s in samples),
-        sum(not s[4] for s in samples),
-        sum(token_f1(s[1], s[0].solution) for s in samples),
+        sum(s.correct for s in samples),
+        sum(s.length for s in samples),
+        sum(not s.ended for s in samples),
+        sum(token_f1(s.text, s.problem.solution) for s in samples),
     ]
     for level in levels:
-        counts += [
-            sum(s[0].level == level for s in samples),
-            sum(s[2] for s in samples if s[0].level == level),
-        ]
+        here = [s.correct for s in samples if s.problem.level == level]
+        counts += [len(here), sum(here)]
     n, correct, tokens, truncated, f1, *rest = dist.sum(*counts)
     low, high = wilson(correct, n)
     by_level = {level: rest[2 * i + 1] / rest[2 * i] for i, level in enumerate(levels)}
@@ -373,9 +382,10 @@ def start_name(data, seed, stage):
 
 
 def made_once(name, what, stage, settings, dist):
-    """runs/NAME/best, by running a stage unless that has been done with these settings. A run that was broken off has
-    no file `finished`, one of other settings another; they do not count, and the new one moves them aside. Of several
-    runs that want the same start, one makes it and the others wait."""
+    """Run a stage into runs/NAME, unless that has been done with these settings; -> runs/NAME. When the stage ends, its
+    settings go into the file `finished`: a run without that file was broken off, one with another was made otherwise,
+    and either is moved aside by the new one. Of several processes that want the same start, one makes it, the others
+    wait."""
     finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
     made_by = json.dumps(made_by, sort_keys=True)
@@ -539,7 +549,8 @@ def worth_training(problems, config, dist):
 
 
 def main(config):
-    """Fine-tune; returns {"accuracy", "low", "high", "f1", "path"} on the test split, "valid" the best before."""
+    """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test", the one of
+    them that is the metric here, "valid", its best on the validation split, and "path"."""
     if config.sweep:
         return sweep(config)
     dist = setup(config.device)
@@ -574,7 +585,7 @@ def main(config):
 
     run_dir = open_run(config, dist)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    add_lora(raw, **asdict(config.lora), seed=config.seed)  # rank 0: does nothing
+    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best = 0, -1.0
     if config.resume:
@@ -598,7 +609,7 @@ def main(config):
             state |= {"optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
         return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
-    rows, done = config.batch // dist.world, first
+    share, done = config.batch // dist.world, first  # share: examples of a step on this rank
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -609,30 +620,29 @@ def main(config):
             written = checkpoint("last", step)
             bar.close()
             stopped(config.name, step, written, dist)
-        if step and step % config.save_every == 0 and step != first:
+        if step != first and step % config.save_every == 0:
             checkpoint("last", step)
 
         # ------------------------------------------------------------------ one optimizer step
         started = time.perf_counter()
-        share = 1.0
+        opened = 1.0
         if config.order == "shuffled":
             chosen = rows_at(len(examples), step, config.batch, config.seed)
         else:
-            share = pacing(step, config.steps, config.pace_start, config.pace)
-            chosen = paced_rows(ranked, step, config.batch, config.seed, share)
+            opened = pacing(step, config.steps, config.pace_start, config.pace)
+            chosen = paced_rows(ranked, step, config.batch, config.seed, opened)
         batch = [examples[i] for i in chosen]
-        n_tokens = sum(
-            sum(flags) for _, flags in batch
-        )  # weighed, of the whole step, all ranks, before the batch is cut
-        mine = batch[dist.rank * rows : (dist.rank + 1) * rows]
+        # Of the whole step, on all ranks, before the batch is cut; rated answers count with their weight.
+        n_tokens = sum(sum(flags) for _, flags in batch)
+        mine = batch[dist.rank * share : (dist.rank + 1) * share]
         mine = sorted(mine, key=lambda example: len(example[0]))  # micro-batches of like lengths waste no padding
         model.train()
         loss_sum = 0.0
-        for i in range(0, rows, config.micro_batch):
+        for i in range(0, share, config.micro_batch):
             part, pad = mine[i : i + config.micro_batch], tokenizer.endoftext_id
             made = pack_examples(part, pad, context) if config.packing else (*collate(part, pad), None, None)
             tokens, mask, positions, visible = (t if t is None else t.to(dist.device) for t in made)  # (b, T) each
-            last = i + config.micro_batch >= rows
+            last = i + config.micro_batch >= share
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
                     logprobs = token_logprobs(model, tokens, positions=positions, mask=visible)  # (b, T − 1)
@@ -647,13 +657,13 @@ def main(config):
             raise DivergedError(f"{said}; try a smaller --lr")
 
         done = step + 1
+        trained = sum(flag > 0 for _, flags in batch for flag in flags)
         record = {
             "loss": loss_sum,
             "lr": lr,
             "grad_norm": norm,
-            "tokens_per_second": sum(flag > 0 for _, flags in batch for flag in flags)
-            / (time.perf_counter() - started),
-            "open": share,
+            "tokens_per_second": trained / (time.perf_counter() - started),
+            "open": opened,
         }
         if done % config.eval_every == 0 or done == config.steps:
             with merged(raw):  # adapters, if any, folded in: as fast as without
@@ -724,10 +734,10 @@ def sweep(config):
 
 def write_samples(log, step, samples):
     shown = []
-    for problem, text, correct, _, _ in samples:
-        verdict = "right" if correct else f"wrong, the answer is {problem.answer}"
-        verdict = verdict if problem.answer else f"token F1 {token_f1(text, problem.solution):.2f}"
-        shown.append(f"**step {step}, {verdict}**\n\n> {problem.question}\n\n```\n{text}\n```")
+    for s in samples:
+        verdict = "right" if s.correct else f"wrong, the answer is {s.problem.answer}"
+        verdict = verdict if s.problem.answer else f"token F1 {token_f1(s.text, s.problem.solution):.2f}"
+        shown.append(f"**step {step}, {verdict}**\n\n> {s.problem.question}\n\n```\n{s.text}\n```")
     log.samples(step, "\n\n".join(shown))
 
 

@@ -9,7 +9,8 @@ Everything that a modern recipe varies is one field of `TransformerConfig`. The 
 GPT-2's (LayerNorm, learned positions, GELU, biases) is `gpt2_config(...)`, one call away. What each choice does:
 
 * pre-norm leaves the residual stream an open road from the loss to every layer, so depth trains without care;
-  post-norm, `x ← Norm(x + f(x))` (Vaswani et al. 2017), rescales that road at every block and needs a warm-up;
+  post-norm, `x ← Norm(x + f(x))` (Vaswani et al. 2017), rescales that road at every block, and is said to need a
+  warm-up: not seen here at 12 layers (results/norm-placement.md), while at 48 it fails with one (norm-depth.md);
   sandwich, `x ← x + Norm(f(Norm(x)))` (arXiv:2105.13290), keeps the road and bounds what a branch puts on it.
 * SwiGLU, `down(silu(gate x) ⊙ up x)` (arXiv:2002.05202), has three matrices where GELU's has two, so at equal
   parameters its inner width is 2/3 of the usual 4C.
@@ -171,7 +172,7 @@ class TransformerConfig:
         if self.rope_scaling is not None and (self.positions != "rope" or not isinstance(self.rope_scaling, dict)):
             raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}; it takes a dict, and positions of rope")
         try:
-            rope_frequencies(4, self.rope_theta, self.rope_scaling, self.context)
+            rope_frequencies(4, self.rope_theta, self.rope_scaling, self.context)  # for its checks; 4: any width
             rope_attention_factor(self.rope_scaling, self.context)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}: {error}") from None
@@ -187,21 +188,20 @@ class TransformerConfig:
     def resolved(self):
         """The same with the defaults that follow from other fields filled in. Not done in place: a default taken
         from one width must not survive a change of width."""
-        head_dim, ffn_width = self.head_dim or self.width // self.n_head, self.ffn_width
-        expert_width, qkv_bias = self.expert_width, self.bias if self.qkv_bias is None else self.qkv_bias
+        ffn_width, expert_width, scale = self.ffn_width, self.expert_width, self.routed_scale
         if ffn_width is None:
             wanted = self.width * 8 / 3 if self.activation == "swiglu" else self.width * 4
             ffn_width = 32 * max(1, round(wanted / 32))
         if expert_width is None and self.n_expert:
             expert_width = max(1, ffn_width // (self.n_expert_active + self.n_shared_expert))
             expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see MoE.forward
-        scale = self.routed_scale
         if scale is None and self.n_expert:
             scale = float(self.n_expert_active if self.norm_topk_prob else 1)
-        filled = dict(head_dim=head_dim, ffn_width=ffn_width, expert_width=expert_width, qkv_bias=qkv_bias)
-        filled |= dict(routed_scale=scale)
+        filled = dict(ffn_width=ffn_width, expert_width=expert_width, routed_scale=scale)
+        filled["head_dim"] = self.head_dim or self.width // self.n_head
+        filled["qkv_bias"] = self.bias if self.qkv_bias is None else self.qkv_bias
         if all(getattr(self, name) == value for name, value in filled.items()):
-            return self
+            return self  # nothing left to fill: `replace` checks the result, and its __post_init__ comes here again
         return replace(self, **filled)
 
 
@@ -262,7 +262,8 @@ class Block(nn.Module):
 
 
 def init_weights(model):
-    """N(0, 0.02²) everywhere, divided by √(2 n_layer) where a branch writes into the residual stream; biases 0."""
+    """Matrices: N(0, 0.02²), the std divided by √(2 n_layer) where a branch writes into the residual stream; biases: 0.
+    Gains stay 1, and a mixture's experts, (E, inner, C), as moe.py drew them, which is alike."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -272,6 +273,8 @@ def init_weights(model):
 
 
 class Transformer(nn.Module):
+    """A decoder: token ids (B, T) -> logits (B, T, V), or log-probabilities of given targets; see `forward`."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config = config.resolved()
@@ -318,7 +321,7 @@ class Transformer(nn.Module):
         """
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
-        beyond = False
+        beyond = False  # the end of the RoPE table, which is as long as the context
         if positions is None:
             beyond = start + T > self.config.context
             if beyond and (self.config.window is None or self.config.positions != "rope"):
@@ -326,10 +329,7 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)
         if mask is not None:
             if mask.dim() == 2:
-                if T == 1:  # a pad sees itself
-                    mask = F.pad(mask[:, :-1], (0, 1), value=True)[:, None, None]
-                else:
-                    mask = padding_mask(mask, T)
+                mask = padding_mask(mask, T)
             elif mask.dim() == 3:
                 mask = mask[:, None]  # (B, 1, T, S)
 
@@ -547,7 +547,7 @@ MIXTURE |= dict(balancing="balancing", routed_scale="routed_scale")  # ours alon
 LAYOUTS = {
     "qwen3": llama_like(
         "Qwen3ForCausalLM",
-        WINDOW,
+        keys=WINDOW,
         means=dict(qk_norm=True),
         fixed=dict(attention_bias=False),
         left_out=dict(head_dim=128, sliding_window=4096),
@@ -570,40 +570,40 @@ LAYOUTS = {
     ),
     "qwen2": llama_like(
         "Qwen2ForCausalLM",
-        WINDOW,
+        keys=WINDOW,
         means=dict(qkv_bias=True),
         left_out=dict(sliding_window=4096),
     ),
     "mistral": llama_like(
         "MistralForCausalLM",
-        WINDOW,
+        keys=WINDOW,
         left_out=dict(sliding_window=4096),
     ),
     "mixtral": llama_like(
         "MixtralForCausalLM",
-        WINDOW | MIXTURE | dict(n_expert="num_local_experts", expert_width="intermediate_size"),
-        {"blocks.{}.ffn.router.weight": "model.layers.{}.block_sparse_moe.gate.weight"}
+        keys=WINDOW | MIXTURE | dict(n_expert="num_local_experts", expert_width="intermediate_size"),
+        names={"blocks.{}.ffn.router.weight": "model.layers.{}.block_sparse_moe.gate.weight"}
         | {
             f"blocks.{{}}.ffn.{ours}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}.weight"
             for ours, theirs in dict(gate="w1", down="w2", up="w3").items()
         },
-        dict(n_shared_expert=0, moe_every=1, norm_topk_prob=True),
+        means=dict(n_shared_expert=0, moe_every=1, norm_topk_prob=True),
         left_out=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux", routed_scale=1.0),
     ),
     "qwen3_moe": llama_like(
         "Qwen3MoeForCausalLM",
-        WINDOW
+        keys=WINDOW
         | MIXTURE
         | dict(n_expert="num_experts", expert_width="moe_intermediate_size")
         | dict(moe_every="decoder_sparse_step", norm_topk_prob="norm_topk_prob"),
-        {"blocks.{}.ffn.router.weight": "model.layers.{}.mlp.gate.weight"}
+        names={"blocks.{}.ffn.router.weight": "model.layers.{}.mlp.gate.weight"}
         | {
             f"blocks.{{}}.ffn.{x}": f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight"
             for x in ("gate", "up", "down")
         },
-        dict(qk_norm=True, n_shared_expert=0),
-        dict(attention_bias=False, mlp_only_layers=[]),
-        dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux")
+        means=dict(qk_norm=True, n_shared_expert=0),
+        fixed=dict(attention_bias=False, mlp_only_layers=[]),
+        left_out=dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux")
         | dict(routed_scale=1.0),
     ),
     "attention_to_alignment": None,  # our own names and fields: what no class of transformers computes
@@ -640,12 +640,6 @@ def _grouped(keys, names):
         theirs = names[ours if block is None else ours.replace(block[0], "blocks.{}", 1)]
         groups.setdefault(theirs if block is None else theirs.replace("{}", block[1], 1), []).append(ours)
     return groups
-
-
-def hf_names(config, layout):
-    """Our tensor's name -> its name in the layout, for the tensors that stand there one for one."""
-    groups = _grouped(skeleton(config).state_dict(), LAYOUTS[layout].names)
-    return {ours[0]: theirs for theirs, ours in groups.items() if len(ours) == 1 and "{}" not in theirs}
 
 
 def scale_experts(state, factor):

@@ -328,7 +328,7 @@ EXPERIMENTS = {
             for placement in ("pre", "post", "sandwich")
         },
         _LOSS | _LAYERS,
-        {"loss": "training loss", "grad_norm": "gradient norm"},
+        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
         measure="layers",
         pairs=tuple((f"{p}, {w}", f"pre, {w}") for w in ("warm-up", "no warm-up") for p in ("post", "sandwich"))
         + tuple((f"{p}, no warm-up", f"{p}, warm-up") for p in ("pre", "post", "sandwich")),
@@ -342,7 +342,7 @@ EXPERIMENTS = {
             for placement in ("pre", "post")
         },
         _LOSS | _LAYERS,
-        {"loss": "training loss", "grad_norm": "gradient norm"},
+        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
         measure="layers",
         pairs=tuple((f"post, {depth} layers", f"pre, {depth} layers") for depth in (6, 12, 24, 48)),
     ),
@@ -351,7 +351,7 @@ EXPERIMENTS = {
         _chars(),
         {"LayerNorm": _pretrain(norm="layer"), "RMSNorm": _pretrain(norm="rms")},
         _LOSS | {"minutes": "minutes"},
-        {"loss": "training loss", "grad_norm": "gradient norm"},
+        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
     ),
     "positions": Experiment(
         "What do positions buy inside the trained length, and beyond it?",
@@ -360,7 +360,7 @@ EXPERIMENTS = {
         _LOSS
         | {"inside": "loss, first 128 characters", "outside": "loss, characters 129 to 256"}
         | {"entropy": "attention entropy (nats)"},
-        {"loss": "training loss"},
+        {"loss": "training loss (nats per token)"},
         measure="beyond",
     ),
     "copying": Experiment(
@@ -375,7 +375,7 @@ EXPERIMENTS = {
             "copied_inside": f"letters repeated, up to {COPY_TRAINED} dots (%)",
             "copied_outside": f"beyond {COPY_TRAINED} dots (%)",
         },
-        {"loss": "training loss"},
+        {"loss": "training loss (nats per token)"},
         measure="copying",
     ),
     "grad-clip": Experiment(
@@ -389,7 +389,7 @@ EXPERIMENTS = {
             "clipped_share": "clipped (%)",
             "spikes": "spikes",
         },
-        {"loss": "training loss", "grad_norm": "gradient norm"},
+        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
         measure="clipping",
         pairs=tuple((f"clip off, lr {lr:g}", f"clip 1.0, lr {lr:g}") for lr in (2e-3, 2e-2))
         + tuple((f"clip {clip}, lr 0.02", f"clip {clip}, lr 0.002") for clip in ("1.0", "off")),
@@ -402,7 +402,7 @@ EXPERIMENTS = {
             "SwiGLU": _pretrain(activation="swiglu", ffn_width=341),
         },
         _LOSS | {"minutes": "minutes"},
-        {"loss": "training loss"},
+        {"loss": "training loss (nats per token)"},
     ),
     "kv-heads": Experiment(
         "What do shared key/value heads cost in loss, and save in the cache?",
@@ -412,7 +412,7 @@ EXPERIMENTS = {
             for name, g in (("multi-head", 4), ("grouped", 2), ("multi-query", 1))
         },
         _LOSS | {"cache": "cache (numbers per token)", "parameters": "parameters"},
-        {"loss": "training loss"},
+        {"loss": "training loss (nats per token)"},
     ),
     "moe": Experiment(
         "Experts at equal active parameters: dense, and three ways to balance.",
@@ -427,9 +427,10 @@ EXPERIMENTS = {
             },
         },
         _LOSS | {"load_min": "least loaded (x even share)", "load_max": "most loaded", "parameters": "parameters"},
-        {"loss": "training loss", "load_max": "load of the fullest expert"},
+        {"loss": "training loss (nats per token)", "load_max": "load of the fullest expert (x even share)"},
         pairs=tuple((f"8 experts, {kind}", "dense") for kind in ("aux", "bias", "none"))
-        + tuple((f"8 experts, {kind}", "8 experts, aux") for kind in ("bias", "none")),
+        + tuple((f"8 experts, {kind}", "8 experts, aux") for kind in ("bias", "none"))
+        + (("8 experts, bias", "8 experts, none"),),
     ),
     "curriculum": Experiment(
         "Does the order of the demonstrations matter: shuffled, easy to hard, hard to easy?",
@@ -439,7 +440,7 @@ EXPERIMENTS = {
             for order in ("shuffled", "curriculum", "anti")
         },
         {"accuracy": "accuracy (%)"},
-        {"loss": "training loss"},
+        {"loss": "training loss (nats per token)"},
     ),
     "sft-lr": Experiment(
         "Which learning rate does SFT want?",
@@ -449,14 +450,14 @@ EXPERIMENTS = {
             for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
         },
         {"accuracy": "accuracy (%)"},
-        {"loss": "training loss"},
+        {"loss": "training loss (nats per token)"},
     ),
     "grpo": Experiment(
         "Which of GRPO's settings matter, in 150 steps?",
         _TASK,
         _GRPO,
         _RL,
-        {"reward_correct": "share of right rollouts", "kl": "KL to the reference"},
+        {"reward_correct": "share of right rollouts", "kl": "KL to the start (nats per token)"},
         pairs=tuple((v, "2 inner epochs" if v == "clip higher" else "default") for v in list(_GRPO)[1:]),
     ),
     "gdpo": Experiment(
@@ -474,7 +475,7 @@ EXPERIMENTS = {
             "reward_correct": "share of right rollouts",
             "reward_format": "share of tidy rollouts",
             "reward_brevity": "share of brief rollouts",
-            "collapsed_grpo": "groups that the sum collapses",
+            "collapsed_grpo": "share of groups collapsed",
         },
         front=("earned_brevity", "earned_correct"),
         measure="earned",
@@ -493,7 +494,11 @@ EXPERIMENTS = {
             "corrupted solutions": _dpo(pairs="offline"),
         },
         {"accuracy": "accuracy (%)", "length": "tokens"},
-        {"logp_chosen": "log π of chosen answers (nats)", "pair_accuracy": "pairs in order", "kl": "KL to the start"},
+        {
+            "logp_chosen": "log π of chosen answers (nats)",
+            "pair_accuracy": "share of pairs in order",
+            "kl": "KL to the start (nats per token)",
+        },
     ),
 }
 
@@ -615,12 +620,12 @@ def plus_minus(values):
 
 
 def difference(a, b):
-    """Paired values of two variants -> mean [interval], with as many decimals as the table gives a; bold if told
-    apart."""
+    """Paired values of two variants -> mean [interval], with as many decimals as the table gives a (or b, where a is
+    0); bold if told apart."""
     mean, half = interval([x - y for x, y in zip(a, b, strict=True)])
     if math.isnan(half):
         return "–"
-    decimals = len(number(interval(a)[0]).partition(".")[2])
+    decimals = len(number(interval(a)[0] or interval(b)[0]).partition(".")[2])
     if half == 0:
         return f"{mean:+,.{decimals}f}"
     text = f"{mean:+,.{decimals}f} [{mean - half:+,.{decimals}f}, {mean + half:+,.{decimals}f}]"
@@ -720,6 +725,8 @@ def draw(experiment, results, folders, seeds, target):
                 axis.fill_between(steps, mean - half, mean + half, color=f"C{i % 10}", alpha=0.15, linewidth=0)
         if axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
             axis.set_ylim(bottom=0)  # a band of few seeds may leave what is possible
+        if label.startswith("share"):
+            axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
         axis.set(title=label, xlabel="step", ylabel=label)
         axis.grid(alpha=0.25)
     titles = {
@@ -737,7 +744,7 @@ def draw(experiment, results, folders, seeds, target):
                 x = COPY_DISTANCES if name == "copied" else range(1, len(mean) + 1)
                 axis.plot(x, mean, marker="o", markersize=3, color=f"C{i % 10}", label=variant)
         title, xlabel, ylabel = titles[name]
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.set(title=f"{title}, mean of the seeds", xlabel=xlabel, ylabel=ylabel)
         if "built" in name or "stream" in name:
             axis.set_yscale("log")
         axis.grid(alpha=0.25)

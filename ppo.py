@@ -710,7 +710,7 @@ def finish(config, dist, run_dir, before, after, seconds):
                 ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
                 ("the reward model", {"score": "score", "reward": "score less the KL"}, "per answer", {}),
                 ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
-                ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "", {}),
+                ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "share; loss", {}),
                 clipped if config.inner_epochs * config.minibatches > 1 else length,
                 ("gradient norm", {"grad_norm": "policy", "grad_norm_value": "value"}, "before clipping", {}),
             ],

@@ -679,7 +679,7 @@ def draw_experts(run_dir):
     right.set(title=f"at step {series['load_min'][0][-1]}", xlabel="expert", ylabel="mixture layer")
     if load.shape[1] <= 16:
         right.set(xticks=range(load.shape[1]), yticks=range(load.shape[0]))
-    figure.colorbar(image, ax=right)
+    figure.colorbar(image, ax=right, label="multiples of the even share")
     figure.tight_layout()
     figure.savefig(Path(run_dir) / "experts.png", dpi=130)
     plt.close(figure)

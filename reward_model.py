@@ -910,7 +910,7 @@ def draw_report(config, run_dir, pairs, report):
         axis.plot(sizes, list(report["best_of"].values()), marker="o", label="best by the reward model")
         axis.plot(sizes, list(report["best_possible"].values()), marker=".", color="0.6", label="best by the truth")
         axis.set_xscale("log", base=2)
-        axis.set(title="best of n", xlabel="n", ylabel="share correct")
+        axis.set(title="best of n", xlabel="n", ylabel="share correct", ylim=(0, 1.02))
         axis.legend(loc="lower center", fontsize=8)
     else:
         axis.axis("off")

@@ -32,6 +32,7 @@ def test_the_interval_by_hand():
     assert ablate.difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0]) == "**+0.500 [+0.475, +0.525]**"
     assert ablate.difference([2.0, 1.0, 4.0], [1.0, 2.0, 3.0]) == "+0.333 [-2.535, +3.202]"
     assert ablate.difference([4096.0] * 2, [4000.0] * 2) == "+96"
+    assert ablate.difference([0.0] * 3, [0.82, 0.81, 0.83]) == "**-0.8200 [-0.8448, -0.7952]**"  # not "-1"
     assert ablate.difference([1.0, math.nan], [1.0, 2.0]) == "–"
 
 

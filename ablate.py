@@ -427,7 +427,7 @@ EXPERIMENTS = {
             },
         },
         _LOSS | {"load_min": "least loaded (x even share)", "load_max": "most loaded", "parameters": "parameters"},
-        {"loss": "training loss (nats per token)", "load_max": "load of the fullest expert (x even share)"},
+        {"loss": "training loss (nats per token)", "load_max": "fullest expert (x even share)"},
         pairs=tuple((f"8 experts, {kind}", "dense") for kind in ("aux", "bias", "none"))
         + tuple((f"8 experts, {kind}", "8 experts, aux") for kind in ("bias", "none"))
         + (("8 experts, bias", "8 experts, none"),),
@@ -684,9 +684,12 @@ def machine():
 
 
 def draw(experiment, results, folders, seeds, target):
-    """One panel for the table's first metric, one for each logged curve: means over the seeds, bands of ± half."""
+    """One panel for the table's first metric, one for each logged curve: means over the seeds, bands of ± half (of more
+    than 8 variants the bands would hide the curves)."""
     plt = pyplot()
     variants = list(experiment.variants)
+    crowd = len(variants) > 8
+    colors = plt.get_cmap("tab20" if len(variants) > 10 else "tab10").colors
     metrics = [next(iter(experiment.columns)), *experiment.bars]
     extra = ["stream_built", "gradient_built", "stream_trained", "by_position", "copied"]
     extra = [k for k in extra if any(k in figures for figures in results.values())]
@@ -694,12 +697,12 @@ def draw(experiment, results, folders, seeds, target):
     panels = len(metrics) + len(experiment.draw) + len(extra) + bool(experiment.front) + len(maps)
     columns = 2 if panels == 4 else min(3, panels)
     rows = math.ceil(panels / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, (4.6 if crowd else 3.4) * rows), squeeze=False)
     others = list(axes.flat)[len(metrics) :]
     for bars, metric in zip(axes.flat, metrics, strict=False):
         for i, variant in enumerate(variants):
             mean, half = interval([results[variant, s].get(metric, math.nan) for s in seeds])
-            bars.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="o", color=f"C{i % 10}", capsize=4)
+            bars.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="o", color=colors[i], capsize=4)
         bars.set(yticks=range(len(variants)), yticklabels=variants, xlabel=experiment.columns[metric])
         bars.set_title("at the end, mean and 95 % interval of the seeds", fontsize=10)
         if "(%)" in experiment.columns[metric]:  # an interval of few seeds may leave what is possible
@@ -719,15 +722,15 @@ def draw(experiment, results, folders, seeds, target):
             steps = torch.tensor(runs[0][0][:length], dtype=torch.float).unfold(0, width, width).mean(1)
             stack = torch.stack(curves).double()  # (seeds, points)
             mean = stack.mean(0)
-            axis.plot(steps, mean, color=f"C{i % 10}", label=variant)
-            if len(runs) > 1:
+            axis.plot(steps, mean, color=colors[i], label=variant)
+            if len(runs) > 1 and not crowd:
                 half = T_975[min(len(runs), 10)] * stack.std(0) / math.sqrt(len(runs))
-                axis.fill_between(steps, mean - half, mean + half, color=f"C{i % 10}", alpha=0.15, linewidth=0)
+                axis.fill_between(steps, mean - half, mean + half, color=colors[i], alpha=0.15, linewidth=0)
         if axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
             axis.set_ylim(bottom=0)  # a band of few seeds may leave what is possible
         if label.startswith("share"):
             axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
-        axis.set(title=label, xlabel="step", ylabel=label)
+        axis.set(title="mean of the seeds" if crowd else label, xlabel="step", ylabel=label)
         axis.grid(alpha=0.25)
     titles = {
         "stream_built": ("residual stream as built", "block", "root mean square"),
@@ -742,7 +745,7 @@ def draw(experiment, results, folders, seeds, target):
             if rows_:
                 mean = torch.tensor(rows_).mean(0).tolist()
                 x = COPY_DISTANCES if name == "copied" else range(1, len(mean) + 1)
-                axis.plot(x, mean, marker="o", markersize=3, color=f"C{i % 10}", label=variant)
+                axis.plot(x, mean, marker="o", markersize=3, color=colors[i], label=variant)
         title, xlabel, ylabel = titles[name]
         axis.set(title=f"{title}, mean of the seeds", xlabel=xlabel, ylabel=ylabel)
         if "built" in name or "stream" in name:
@@ -752,7 +755,7 @@ def draw(experiment, results, folders, seeds, target):
         axis, (x, y) = others[len(experiment.draw) + len(extra)], experiment.front
         for i, variant in enumerate(variants):
             points = [(results[variant, s].get(x, math.nan), results[variant, s].get(y, math.nan)) for s in seeds]
-            axis.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=variant)
+            axis.plot(*zip(*points, strict=True), "o", color=colors[i], label=variant)
         axis.set(xlabel=experiment.columns[x], ylabel=experiment.columns[y], title="at the end, a point per seed")
         axis.grid(alpha=0.25)
     for axis, variant in zip(others[panels - len(metrics) - len(maps) :], maps, strict=False):

@@ -271,6 +271,7 @@ _LAYERS = {"gradient_ratio": "gradient at block 1 / at the last, as built", "ent
 _TASK = (
     "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts a step, the prompts' order"
 )
+_CURVE = {"loss": "training loss (nats per token)"}
 _RL = {"accuracy": "accuracy (%)", "format": "format (%)", "length": "tokens", "kl": "KL to SFT (nats per token)"}
 
 
@@ -328,7 +329,7 @@ EXPERIMENTS = {
             for placement in ("pre", "post", "sandwich")
         },
         _LOSS | _LAYERS,
-        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
+        _CURVE | {"grad_norm": "gradient norm"},
         measure="layers",
         pairs=tuple((f"{p}, {w}", f"pre, {w}") for w in ("warm-up", "no warm-up") for p in ("post", "sandwich"))
         + tuple((f"{p}, no warm-up", f"{p}, warm-up") for p in ("pre", "post", "sandwich")),
@@ -342,7 +343,7 @@ EXPERIMENTS = {
             for placement in ("pre", "post")
         },
         _LOSS | _LAYERS,
-        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
+        _CURVE | {"grad_norm": "gradient norm"},
         measure="layers",
         pairs=tuple((f"post, {depth} layers", f"pre, {depth} layers") for depth in (6, 12, 24, 48)),
     ),
@@ -351,7 +352,7 @@ EXPERIMENTS = {
         _chars(),
         {"LayerNorm": _pretrain(norm="layer"), "RMSNorm": _pretrain(norm="rms")},
         _LOSS | {"minutes": "minutes"},
-        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
+        _CURVE | {"grad_norm": "gradient norm"},
     ),
     "positions": Experiment(
         "What do positions buy inside the trained length, and beyond it?",
@@ -360,7 +361,7 @@ EXPERIMENTS = {
         _LOSS
         | {"inside": "loss, first 128 characters", "outside": "loss, characters 129 to 256"}
         | {"entropy": "attention entropy (nats)"},
-        {"loss": "training loss (nats per token)"},
+        _CURVE,
         measure="beyond",
     ),
     "copying": Experiment(
@@ -375,7 +376,7 @@ EXPERIMENTS = {
             "copied_inside": f"letters repeated, up to {COPY_TRAINED} dots (%)",
             "copied_outside": f"beyond {COPY_TRAINED} dots (%)",
         },
-        {"loss": "training loss (nats per token)"},
+        _CURVE,
         measure="copying",
     ),
     "grad-clip": Experiment(
@@ -389,7 +390,7 @@ EXPERIMENTS = {
             "clipped_share": "clipped (%)",
             "spikes": "spikes",
         },
-        {"loss": "training loss (nats per token)", "grad_norm": "gradient norm"},
+        _CURVE | {"grad_norm": "gradient norm"},
         measure="clipping",
         pairs=tuple((f"clip off, lr {lr:g}", f"clip 1.0, lr {lr:g}") for lr in (2e-3, 2e-2))
         + tuple((f"clip {clip}, lr 0.02", f"clip {clip}, lr 0.002") for clip in ("1.0", "off")),
@@ -402,7 +403,7 @@ EXPERIMENTS = {
             "SwiGLU": _pretrain(activation="swiglu", ffn_width=341),
         },
         _LOSS | {"minutes": "minutes"},
-        {"loss": "training loss (nats per token)"},
+        _CURVE,
     ),
     "kv-heads": Experiment(
         "What do shared key/value heads cost in loss, and save in the cache?",
@@ -412,7 +413,7 @@ EXPERIMENTS = {
             for name, g in (("multi-head", 4), ("grouped", 2), ("multi-query", 1))
         },
         _LOSS | {"cache": "cache (numbers per token)", "parameters": "parameters"},
-        {"loss": "training loss (nats per token)"},
+        _CURVE,
     ),
     "moe": Experiment(
         "Experts at equal active parameters: dense, and three ways to balance.",
@@ -427,7 +428,7 @@ EXPERIMENTS = {
             },
         },
         _LOSS | {"load_min": "least loaded (x even share)", "load_max": "most loaded", "parameters": "parameters"},
-        {"loss": "training loss (nats per token)", "load_max": "fullest expert (x even share)"},
+        _CURVE | {"load_max": "fullest expert (x even share)"},
         pairs=tuple((f"8 experts, {kind}", "dense") for kind in ("aux", "bias", "none"))
         + tuple((f"8 experts, {kind}", "8 experts, aux") for kind in ("bias", "none"))
         + (("8 experts, bias", "8 experts, none"),),
@@ -440,7 +441,7 @@ EXPERIMENTS = {
             for order in ("shuffled", "curriculum", "anti")
         },
         {"accuracy": "accuracy (%)"},
-        {"loss": "training loss (nats per token)"},
+        _CURVE,
     ),
     "sft-lr": Experiment(
         "Which learning rate does SFT want?",
@@ -450,7 +451,7 @@ EXPERIMENTS = {
             for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
         },
         {"accuracy": "accuracy (%)"},
-        {"loss": "training loss (nats per token)"},
+        _CURVE,
     ),
     "grpo": Experiment(
         "Which of GRPO's settings matter, in 150 steps?",

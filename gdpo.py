@@ -102,10 +102,11 @@ class Config(grpo.Config):
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
 
     def __post_init__(self):
-        default = "none" if self.loss_type == "dr_grpo" else "group"  # what it becomes: a copy must pass too
-        if self.combine == "gdpo" and self.scale not in (None, default):
+        if self.combine == "gdpo" and self.scale is not None:
             raise ConfigError("--scale has no meaning with --combine gdpo, which normalises each reward by itself")
         super().__post_init__()
+        if self.combine == "gdpo":
+            self.scale = None
         if self.combine not in ("gdpo", "sum"):
             raise ConfigError(f"--combine {self.combine!r} is not known; use gdpo or sum")
         _, weights = grpo.reward_functions(self)

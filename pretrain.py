@@ -298,14 +298,20 @@ def peak_flops(dist):
     return 2 * n**3 / best
 
 
-def open_run(config, dist):
-    """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
+def run_path(config):
+    """runs/NAME. Raises ConfigError if that cannot be a run's name, or if there is nothing to resume there."""
     path = RUNS / config.name
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate"):
         raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
+    return path
+
+
+def open_run(config, dist):
+    """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
+    path = run_path(config)
     init = getattr(config, "init", None)
     if init and not config.resume and Path(init).resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"--init {init} is the run that --name {config.name} would move aside: give another --name")

@@ -76,6 +76,7 @@ from pretrain import (
     optimizer_step,
     precision,
     pyplot,
+    run_path,
     save,
     setup,
     stopped,
@@ -564,7 +565,7 @@ class Config:
     """SFT checkpoint whose samples are judged; default: --init."""
     name: str = "reward_model"
     """Run directory below runs/."""
-    steps: int = 300
+    steps: int = 600
     """Optimizer steps."""
     batch: int = 64
     """Pairs per optimizer step, over all ranks."""
@@ -642,6 +643,7 @@ class Config:
 
 def text_start(config, dist):
     """A pretrained trunk for real pairs without --init, on the text of their training split; made once, and reused."""
+    run_path(config)  # what is wrong with --name or --resume is said before a start is made
     name = start_name(config.data, config.seed, "pretrain")
     text = RUNS / f"{name}.txt"
     if dist.is_main and not (RUNS / name / "finished").exists():

@@ -74,6 +74,7 @@ from pretrain import (
     open_run,
     optimizer_step,
     precision,
+    run_path,
     save,
     saved_run,
     setup,
@@ -408,6 +409,7 @@ def made_once(name, what, stage, settings, dist):
 
 def pretrained_start(config, dist):
     """A short pretraining for a run that was given no --init; made once, under runs/start, and reused."""
+    run_path(config)  # what is wrong with --name or --resume is said before a start is made
     settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     if config.data != "word":  # real text wants more words and longer windows
         settings |= {"vocab_size": 2048, "model": TransformerConfig(context=512)}
@@ -423,6 +425,7 @@ def sft_start(config, dist):
     The SFT ends when half of the answers are right: a policy that fails half of the time has the most to learn. From
     there the accuracy climbs by two points a step, so a fixed number of steps would start each seed somewhere else.
     """
+    run_path(config)  # as above
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     name = start_name(config.data, config.seed, "sft")
     what = "no --init given: making an SFT checkpoint to start from"

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,7 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
     [
         ({"combine": "max"}, "max"),
         ({"scale": "batch"}, "normalises each reward by itself"),
+        ({"scale": "group"}, "normalises each reward by itself"),  # GRPO's default has no meaning here either
         ({"conditioned": ["brevity"]}, "brevity"),  # it has no weight
         ({"conditioned": ["format"], "correct_weight": 0.0}, "correct"),
     ],
@@ -176,3 +178,9 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
 def test_bad_settings(options, words):
     with pytest.raises(ConfigError, match=words):
         config(init="start", **options)
+
+
+def test_a_copy_of_settings_passes():
+    for changes in ({}, {"combine": "sum"}, {"combine": "sum", "scale": "batch"}, {"loss_type": "dr_grpo"}):
+        settings = config(init="start", **changes)
+        assert replace(settings) == settings

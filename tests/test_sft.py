@@ -1,5 +1,6 @@
 """sft.py: the mask, the loss and its invariances, packing, pacing, the figures, and the guarantees of a run."""
 
+import importlib
 import itertools
 import json
 import random
@@ -323,6 +324,15 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", sft.start_name("my chats.jsonl", 0, "sft"))
     names = {sft.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
     assert len(names) == 3
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo", "gdpo"])
+@pytest.mark.parametrize("options", [{"resume": True}, {"name": "../elsewhere"}])
+def test_what_cannot_run_makes_no_start(here, monkeypatch, stage, options):
+    monkeypatch.setattr(sft, "made_once", lambda *_: pytest.fail("a start was begun"))
+    module = importlib.import_module(stage)
+    with pytest.raises(ConfigError, match=r"holds no saved run|cannot be a run's directory"):
+        module.main(module.Config(**{"name": "nowhere", **options}))
 
 
 def test_a_start_that_two_runs_want_is_made_by_one(here, monkeypatch, capsys):

@@ -100,11 +100,14 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
     `seen` (B, V) marks. The log-probabilities are those of the model's own softmax at the temperature (at 1 if
     greedy), never of the truncated or penalised one.
     """
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
-    chosen = logprobs
+
+    def log_softmax(logits):  # dividing by 1 would be one more pass over (B, V)
+        return (logits.float() if temperature in (0, 1) else logits.float() / temperature).log_softmax(-1)
+
+    chosen = logprobs = log_softmax(logits)  # (B, V)
     if penalty != 1.0:
         less = torch.where(logits > 0, logits / penalty, logits * penalty)
-        chosen = (torch.where(seen, less, logits).float() / (temperature or 1.0)).log_softmax(-1)
+        chosen = log_softmax(torch.where(seen, less, logits))
     if temperature == 0:
         ids = chosen.argmax(-1)
     else:
@@ -120,10 +123,10 @@ class DecodeStep:
 
     For RMSNorm, SwiGLU and RoPE (Llama, Qwen). Fewer and larger operations: the three products of q, k and v become
     one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
-    them beforehand; keys of one head meet all queries that share them in one batched product. States are columns,
-    (C, B), because weight @ x of a few columns takes about half of the time of x @ weight.T (MKL, 2 cores). Built anew
-    by each `generate`, in about the time of a step, because the weights may have changed since: a second copy of them,
-    in the dtype of the cache.
+    them beforehand; keys of one head meet all queries that share them in one batched product. The matrices lie
+    transposed, (in, out): with few rows x @ W of such a W takes a half to four fifths of the time of x @ weight.T (MKL,
+    2 cores). Built anew by each `generate`, in about the time of a step, because the weights may have changed since: a
+    second copy of them, in the dtype of the cache.
     """
 
     @staticmethod
@@ -137,39 +140,34 @@ class DecodeStep:
         c = model.config
         self.config, self.cache, device = c, cache, model.embed.weight.device
         dtype, H, G, D = cache.keys[0].dtype, c.n_head, c.n_kv_head, c.head_dim
-
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
-
-        def matrix(weight):  # (out, in); one row is read fastest with the weight laid out column by column
-            weight = weight.to(dtype)
-            return weight.t().contiguous().t() if len(cache.keys[0]) == 1 else weight.contiguous()
-
         self.embed, self.layers, root = model.embed.weight, [], c.width**0.5
+
+        def transposed(*weights, gain=None):  # (out, in) each -> one (in, out)
+            weight = torch.cat(weights)
+            return (weight if gain is None else weight * (root * gain)).to(dtype).t().contiguous()
+
         for block in model.blocks:
             a, f, scale = block.attn, block.ffn, D**-0.5
-            qkv = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight]) * (root * block.norm1.weight)  # ((H + 2G)·D, C)
+            qkv = transposed(a.wq.weight, a.wk.weight, a.wv.weight, gain=block.norm1.weight)  # (C, (H + 2G)·D)
+            gate_up = transposed(f.gate.weight, f.up.weight, gain=block.norm2.weight)  # (C, 2 · inner)
             bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias]).to(dtype)
             if a.q_norm is not None:
                 gain = torch.cat([a.q_norm.weight.expand(H, D) * scale, a.k_norm.weight.expand(G, D)]) * D**0.5
             else:
                 gain = torch.cat([torch.full((H, D), scale), torch.ones(G, D)]).to(device)  # (H + G, D)
-            gate_up = torch.cat([f.gate.weight, f.up.weight]) * (root * block.norm2.weight)  # (2 · inner, C)
-            weights = [matrix(w) for w in (qkv, a.wo.weight, gate_up, f.down.weight)]
-            self.layers.append((*weights, bias, gain.to(dtype)))
+            wo, down = transposed(a.wo.weight), transposed(f.down.weight)
+            self.layers.append((qkv, wo, gate_up, down, bias, gain.to(dtype)))
         output = self.embed if model.head is None else model.head.weight
-        self.output = matrix(output * (root * model.norm.weight))  # (V, C)
+        self.output = transposed(output, gain=model.norm.weight)  # (C, V)
         signs = torch.ones(D, device=device)
         signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.apply_rope
         self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
 
-    def unit(self, x, dim):
-        """norms.RMSNorm over `dim` of n numbers without its gain and its √n: x / √(|x|² + n·ε), statistics in fp32."""
-        slow = x.shape[1] >= 32 if dim == 0 else len(x) > 1  # vector_norm is, down columns and over many short rows
-        if slow:
-            norm = x.float().square().sum(dim, keepdim=True).sqrt()
-        else:
-            norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(norm, self.eps[x.shape[dim]])).to(x.dtype)
+    def unit(self, x):
+        """norms.RMSNorm of n numbers without its gain and its √n: x / √(|x|² + n·ε), statistics in fp32. (..., n)"""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(norm, self.eps[x.shape[-1]])).to(x.dtype)
 
     def __call__(self, token, position, visible=None):
         """visible (B, S + 1) bool: which slots hold real tokens, None = all. Fills the next slot of the cache."""
@@ -180,27 +178,27 @@ class DecodeStep:
         """The step with keys and values written into `slot` of the cache, and the first S slots read."""
         c, cache = self.config, self.cache
         H, G, D, B = c.n_head, c.n_kv_head, c.head_dim, len(token)
-        x = F.embedding(token, self.embed).t().contiguous()  # (C, B), in fp32 under autocast, as in the model
+        x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
         cos, sin = F.embedding(position, self.cos)[:, None], F.embedding(position, self.sin)[:, None]  # (B, 1, D)
         hidden = self.cos.new_zeros(1, 1, 1)
         if visible is not None:
             hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
             hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
         for i, (qkv, wo, gate_up, down, bias, gain) in enumerate(self.layers):
-            h = product(qkv, self.unit(x, 0)).t()  # (B, (H + 2G)·D)
-            h = (h if bias is None else h + bias).reshape(B, H + 2 * G, D)
+            h = self.unit(x) @ qkv  # (B, (H + 2G)·D)
+            h = (h if bias is None else h + bias).view(B, H + 2 * G, D)
             qk, v = h[:, : H + G], h[:, H + G :]
-            qk = (self.unit(qk, -1) if c.qk_norm else qk) * gain
+            qk = (self.unit(qk) if c.qk_norm else qk) * gain
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
             keys, values = cache.keys[i], cache.values[i]  # (B, G, slots, D)
             keys[:, :, slot], values[:, :, slot] = qk[:, H:, None], v[:, :, None]
             keys, values = keys.view(B * G, -1, D)[:, :S], values.view(B * G, -1, D)[:, :S]
             scores = torch.baddbmm(hidden, qk[:, :H].reshape(B * G, H // G, D), keys.transpose(1, 2))  # (B·G, H/G, S)
             heads = torch.bmm(scores.softmax(-1), values)  # (B·G, H/G, D)
-            x = x + product(wo, heads.view(B, H * D).t())
-            gate, up = product(gate_up, self.unit(x, 0)).chunk(2)  # (inner, B) each
-            x = x + product(down, F.silu(gate) * up)
-        return product(self.output, self.unit(x, 0)).t().contiguous()
+            x = x + heads.view(B, H * D) @ wo
+            gate, up = (self.unit(x) @ gate_up).chunk(2, -1)  # (B, inner) each
+            x = x + (F.silu(gate) * up) @ down
+        return self.unit(x) @ self.output  # (B, V)
 
 
 class StaticStep:
@@ -249,11 +247,6 @@ class StaticStep:
         with torch.cuda.device(self.visible.device):
             self.graph.replay()
         return self.logits
-
-
-def product(weight, x):
-    """weight (out, in) @ x (in, B) -> (out, B). Between 2 and 15 columns each must be contiguous to be fast."""
-    return weight @ (x.t().contiguous().t() if 1 < x.shape[1] < 16 else x)
 
 
 def free_memory(device):

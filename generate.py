@@ -180,7 +180,6 @@ class DecodeStep:
         H, G, D, B = c.n_head, c.n_kv_head, c.head_dim, len(token)
         x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
         cos, sin = F.embedding(position, self.cos)[:, None], F.embedding(position, self.sin)[:, None]  # (B, 1, D)
-        hidden = self.cos.new_zeros(1, 1, 1)
         if visible is not None:
             hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
             hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
@@ -193,7 +192,9 @@ class DecodeStep:
             keys, values = cache.keys[i], cache.values[i]  # (B, G, slots, D)
             keys[:, :, slot], values[:, :, slot] = qk[:, H:, None], v[:, :, None]
             keys, values = keys.view(B * G, -1, D)[:, :S], values.view(B * G, -1, D)[:, :S]
-            scores = torch.baddbmm(hidden, qk[:, :H].reshape(B * G, H // G, D), keys.transpose(1, 2))  # (B·G, H/G, S)
+            scores = torch.bmm(qk[:, :H].reshape(B * G, H // G, D), keys.transpose(1, 2))  # (B·G, H/G, S)
+            if visible is not None:
+                scores += hidden
             heads = torch.bmm(scores.softmax(-1), values)  # (B·G, H/G, D)
             x = x + heads.view(B, H * D) @ wo
             gate, up = (self.unit(x) @ gate_up).chunk(2, -1)  # (B, inner) each
@@ -356,7 +357,7 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
     ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    row = torch.arange(rows, device=device)  # which output row each row of the shrinking batch is
+    row = slice(None)  # which output row each row of the shrinking batch is: all, until some have left
     live = torch.ones(rows, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         token, logprob = sample(logits, uniforms[row, t], **how)  # (B,), (B,)
@@ -377,7 +378,8 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
         if left <= (0.75 if step is dynamic else 0.5) * len(live):
             stay = live.nonzero().squeeze(-1)
             cache.keep(stay)
-            row, live, token, position = row[stay], live[stay], token[stay], position[stay]
+            row = stay if isinstance(row, slice) else row[stay]
+            live, token, position = live[stay], token[stay], position[stay]
             visible = visible[stay]
             if step is not dynamic:
                 step = StaticStep(dynamic, visible)

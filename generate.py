@@ -124,8 +124,8 @@ class DecodeStep:
     For RMSNorm, SwiGLU and RoPE (Llama, Qwen). Fewer and larger operations: the three products of q, k and v become
     one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
     them beforehand; keys of one head meet all queries that share them in one batched product. The matrices lie
-    transposed, (in, out): with few rows x @ W of such a W takes a half to four fifths of the time of x @ weight.T (MKL,
-    2 cores). Built anew by each `generate`, in about the time of a step, because the weights may have changed since: a
+    transposed, (in, out): of 4 to 32 rows x @ W of such a W takes about two thirds of the time of x @ weight.T (MKL, 2
+    cores). Built anew by each `generate`, in about the time of a step, because the weights may have changed since: a
     second copy of them, in the dtype of the cache.
     """
 

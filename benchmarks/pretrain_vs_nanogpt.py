@@ -142,6 +142,8 @@ def main():
     parser.add_argument("--speed_steps", type=int, default=200)
     args = parser.parse_args()
     nanogpt = args.nanogpt.resolve()
+    if not (nanogpt / "train.py").is_file():
+        parser.error(f"{nanogpt} holds no train.py: git clone https://github.com/karpathy/nanoGPT, and name the folder")
     val = prepare(nanogpt)
     with tempfile.TemporaryDirectory() as scratch:
         for part in args.parts:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention import Attention, attention_weights
 from data import narrative_texts
 from generate import open_checkpoint
-from transformer import token_logprobs
+from tokenizer_bpe import TokenizerError
+from transformer import CheckpointError, token_logprobs
 
 
 def narrow(model, window, sinks):
@@ -55,9 +56,12 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer, _ = open_checkpoint(args.checkpoint)
+    try:
+        model, tokenizer, _ = open_checkpoint(args.checkpoint)
+        text = Path(args.data).read_text() if args.data else "\n\n".join(narrative_texts("valid", 3000))
+    except (CheckpointError, TokenizerError, OSError, UnicodeDecodeError) as error:
+        parser.error(str(error))
     model.eval()
-    text = Path(args.data).read_text() if args.data else "\n\n".join(narrative_texts("valid", 3000))
     n, T = args.rows, args.length
     ids = torch.tensor(tokenizer.encode(text[: 20 * n * (T + 1)]))  # more than enough, as a token is 2 to 5 letters
     if len(ids) < n * (T + 1):

@@ -130,6 +130,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="the best of so many runs, taken in turn")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    for path, inside in ((args.minbpe, "minbpe"), (args.large, "")):
+        if path and not (path / inside).exists():
+            parser.error(f"{path / inside} is not there")
     if args.one:
         name, file, size = args.one
         return one(name, file, int(size))

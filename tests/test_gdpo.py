@@ -128,8 +128,14 @@ def config(**changes):
     return gdpo.Config(**(SMALL | dict(name="gdpo", steps=1, rollouts=6) | changes))
 
 
-def test_a_run_with_the_kl_in_the_reward(here):  # noqa: F811
-    gdpo.main(config(beta=0.1, kl="k1", kl_in="reward", steps=2, lr=1e-2))
+def test_a_run_with_the_kl_in_the_reward(here, monkeypatch):  # noqa: F811
+    used, loss = [], grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: (used.append(a[2]), loss(*a, **k))[1])
+    last = {}
+    for beta in (0.0, 0.1):
+        gdpo.main(config(beta=beta, kl="k1", kl_in="reward", steps=2, lr=1e-2))
+        last[beta] = used[-1]  # (n·R,) of the second step, when the policy has left the reference
+    assert last[0.0].shape != last[0.1].shape or (last[0.0] - last[0.1]).abs().max() > 1e-4
     assert all(math.isfinite(kl) for kl in metrics("runs/gdpo", "kl").values())
     assert metrics("runs/gdpo", "kl")[2] > 0
 

@@ -678,7 +678,7 @@ def test_a_question_can_carry_an_instruction(here, spied):
         (["--data", "gsm8k"], ["--init"]),
         (["--loss_type", "ppo"], ["ppo", "dapo"]),
         (["--rollouts", "1"], ["rollouts"]),
-        (["--temperature", "nan"], ["temperature"]),
+        (["--temperature", "0"], ["temperature"]),
         (["--kl", "k4"], ["k4", "k3"]),
         (["--kl", "k1", "--beta", "0.1"], ["k1", "--kl_in reward"]),
         (["--kl_in", "advantage"], ["advantage", "reward"]),
@@ -704,6 +704,12 @@ def test_bad_input_is_one_line(here, own, monkeypatch, capsys, flags, words):
     for word in words:
         assert word in lines[0]
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, math.nan, math.inf])
+def test_a_temperature_must_be_a_number_above_0(temperature):
+    with pytest.raises(ConfigError, match="temperature"):
+        config(temperature=temperature)
 
 
 def test_a_gradient_that_is_not_finite_stops_in_any_minibatch(here, monkeypatch):

@@ -474,6 +474,9 @@ def test_what_stands_outside_the_mask_does_not_matter():
         assert loss_v.item() == value_loss(values, old_values, returns, mask)[0].item()
         (gradient,) = torch.autograd.grad(loss_v, dirty[0])
         assert gradient.isfinite().all()
+
+
+def test_settings_that_cannot_be_used():
     for changes in (
         {"value": "none"},
         {"baseline": "all"},

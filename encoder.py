@@ -22,6 +22,9 @@ Training and validation come from the training file, the best checkpoint is chos
 file is read once, at the end. Beside it stands a bag of words: logistic regression on which words occur, trained on
 the same texts, its weight decay chosen on the same validation split. It knows nothing of order, so "not good" is good.
 
+Or take a decoder that has been trained (--init): its blocks are the same and only the mask goes, which it learns to live
+with while it learns the labels (as LLM2Vec, arXiv:2404.05961, which first trains it on holes as well).
+
 Simplified: windows of the pretraining text may hold several documents that see each other. A text longer than the
 context keeps its first quarter and its end (arXiv:1905.05583 finds the two ends best). No WordPiece: BERT's weights
 open here, its tokenizer does not.
@@ -30,6 +33,7 @@ Run it:
     python encoder.py                                                   # generated reviews, 2 minutes on 2 cores
     python encoder.py --data polarity --config configs/encoder_polarity.yaml
     python encoder.py --data reviews.csv                                # columns text and label
+    python encoder.py --data polarity --config configs/encoder_polarity_smollm2.yaml    # starts from a trained decoder
     torchrun --nproc_per_node 2 encoder.py --data imdb
 """
 
@@ -52,7 +56,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import batch_at, load_sentiment
-from generate import ConfigError, DivergedError, resolve_checkpoint, run
+from generate import ConfigError, DivergedError, open_checkpoint, resolve_checkpoint, run
 from norms import LayerNorm
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from pretrain import (
@@ -247,6 +251,18 @@ class Encoder(nn.Module):
         model.load_state_dict(own | tensors)
         return model
 
+    @classmethod
+    def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
+        """From a decoder (Transformer), whose blocks are the same: only the causal mask goes. Or from another encoder.
+        What `trunk` does not have, heads or `changes` of the config with more layers, starts anew."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(EncoderConfig(**asdict(trunk.config) | {"dropout": dropout} | changes))
+        own = model.state_dict()
+        kept = {k: v for k, v in trunk.state_dict().items() if k in own and not k.startswith("classifier.")}
+        model.load_state_dict(own | kept)
+        return model
+
 
 def mean_pool(x, real=None):
     """Mean of x (B, T, C) over the places where real (B, T) is True -> (B, C)."""
@@ -362,6 +378,24 @@ def open_encoder(path, device="cpu", dropout=0.0):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(f"{path}: {tokenizer.vocab_size} tokens, but {model.config.vocab_size} embeddings")
     return model.to(device), tokenizer, path
+
+
+def is_encoder(path):
+    try:
+        return json.loads((Path(path) / "config.json").read_text())["model_type"] in (OWN, "bert")
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # whoever opens it says what is wrong
+
+
+def open_start(init, model):
+    """-> (Encoder, tokenizer) of an encoder's checkpoint, or of a decoder's. Of `model` only the dropout counts, and
+    the context where a decoder's is longer. Raises CheckpointError."""
+    path = resolve_checkpoint(init)
+    if is_encoder(path):
+        return open_encoder(path, dropout=model.dropout)[:2]
+    decoder, tokenizer, _ = open_checkpoint(path)
+    shorter = {} if decoder.config.positions == "learned" else {"context": min(model.context, decoder.config.context)}
+    return Encoder.from_trunk(decoder, model.dropout, **shorter), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -513,7 +547,8 @@ class Config:
     vocab_size: int = 4096
     """Of the BPE tokenizer that is trained on the texts, special tokens included."""
     init: str | None = None
-    """Encoder checkpoint to start from (its architecture and tokenizer are used); default: random weights."""
+    """Checkpoint to start from, of an encoder or a decoder (its architecture and tokenizer are used); default: random
+    weights."""
     name: str = "encoder"
     """Run directory below runs/."""
     mlm_steps: int = 300
@@ -585,7 +620,12 @@ def main(config):
     texts["train"] = [f" {r.text.strip()}" for r in reviews["train"]]
     texts["train"] += [f" {r.text.strip()}" for name in config.text for r in load_sentiment(name, "train")]
     if config.init:
-        raw, tokenizer, _ = open_encoder(config.init, dropout=config.model.dropout)
+        raw, tokenizer = open_start(config.init, config.model)
+        if MASK not in tokenizer.special_ids and (config.mlm_steps or config.token_dropout):
+            raise ConfigError(
+                f"the tokenizer of {config.init} has no {MASK}, so nothing can be hidden: --mlm_steps 0 "
+                "--token_dropout 0 trains on the labels alone"
+            )
         config = replace(config, model=raw.config)
     run_dir = open_run(config, dist)
     if not config.init:
@@ -601,11 +641,10 @@ def main(config):
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         torch.manual_seed(config.seed)
         raw = Encoder(config.model)
-    if MASK not in tokenizer.special_ids:
-        raise ConfigError(f"{config.init}: its tokenizer has no {MASK}; it was not made for an encoder")
     raw.to(dist.device)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
-    mask_id, pad, context = tokenizer.special_ids[MASK], tokenizer.endoftext_id, raw.config.context
+    pad, context = tokenizer.endoftext_id, raw.config.context
+    mask_id = tokenizer.special_ids.get(MASK, pad)
     examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
     streams = make_streams(config, dist, tokenizer, context, texts) if config.mlm_steps else None
 

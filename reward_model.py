@@ -59,8 +59,7 @@ from tqdm import tqdm
 
 import pretrain
 from data import CORRUPTIONS, MEN, PLURAL, THEMES, WOMEN, DataError, Pair, corrupt, load_pairs, load_problems
-from encoder import OWN as ENCODER
-from encoder import Encoder, EncoderConfig, open_encoder
+from encoder import Encoder, is_encoder, open_encoder
 from generate import ConfigError, DivergedError, generate, open_checkpoint, resolve_checkpoint, run
 from pretrain import (
     RUNS,
@@ -257,19 +256,8 @@ class RewardEncoder(Encoder):
 
     @classmethod
     def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
-        """From an encoder, or from a decoder, whose blocks are the same: only the causal mask goes."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = cls(
-                EncoderConfig(
-                    **asdict(policy.config)
-                    | {"dropout": dropout, "n_class": 1, "n_layer": policy.config.n_layer + extra}
-                )
-            )
-        own = model.state_dict()
-        kept = {k: v for k, v in policy.state_dict().items() if k in own and not k.startswith("classifier.")}
-        model.load_state_dict(own | kept)
-        return model
+        """From an encoder or a decoder."""
+        return cls.from_trunk(policy, dropout, seed, n_class=1, n_layer=policy.config.n_layer + extra)
 
     @staticmethod
     def pack(groups, pad):
@@ -288,13 +276,6 @@ def open_reward_model(path, device="cpu", dropout=0.0):
     if kind is RewardEncoder and model.config.n_class != 1:
         raise CheckpointError(f"{path} is an encoder of {model.config.n_class} labels, no reward model")
     return model.to(device), load_tokenizer(path), path
-
-
-def is_encoder(path):
-    try:
-        return json.loads((Path(path) / "config.json").read_text())["model_type"] in (ENCODER, "bert")
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # whoever opens it says what is wrong
 
 
 def scores(model, packed):

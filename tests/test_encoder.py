@@ -1,6 +1,8 @@
 """encoder.py: BERT's own numbers, what may see what, the holes, the baseline, and the guarantees of a run."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from encoder import (
 from generate import ConfigError
 from pretrain import Dist
 from tokenizer_bpe import BPETokenizer
-from transformer import CheckpointError
+from transformer import CheckpointError, Transformer, TransformerConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 TINY = dict(vocab_size=61, context=20, n_layer=3, n_head=4, n_kv_head=2, width=24)
@@ -474,6 +476,41 @@ def test_a_later_run_starts_from_a_checkpoint(scratch):
     result = encoder.main(small(name="second", init="runs/first", mlm_steps=0, steps=1, lr=1e-9, data="sentiment"))
     assert_same_weights("runs/first/best", "runs/second/last", atol=1e-6, rtol=1e-6)
     assert set(result) == {"accuracy", "baseline", "confusion", "path"}
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_decoder_becomes_an_encoder_by_losing_its_mask(positions):
+    torch.manual_seed(0)
+    sizes = dict(context=16, n_layer=2, n_head=4, n_kv_head=2, width=16, positions=positions, norm_eps=1e-5)
+    decoder = Transformer(TransformerConfig(40, rope_theta=500.0, qkv_bias=True, **sizes)).eval()
+    shaken(decoder)
+    both = Encoder.from_trunk(decoder, seed=1).eval()
+    tokens = torch.randint(40, (3, 9))
+    everything = torch.ones(3, 9, 9, dtype=torch.bool)
+    logits = torch.nn.functional.linear(both.hidden(tokens), decoder.embed.weight)
+    torch.testing.assert_close(logits, decoder(tokens, mask=everything), atol=1e-5, rtol=1e-5)
+    assert (logits - decoder(tokens)).abs().max() > 0.1  # with its mask it says something else
+    again, other = (Encoder.from_trunk(decoder, seed=n).classifier.weight for n in (1, 2))
+    assert torch.equal(both.classifier.weight, again)
+    assert not torch.equal(again, other)
+
+
+def test_a_run_starts_from_a_decoder(scratch):
+    texts = [r.text for r in load_sentiment("sentiment", "train")[:200]]
+    tokenizer = BPETokenizer.train(texts, 300)
+    torch.manual_seed(0)
+    sizes = TransformerConfig(tokenizer.vocab_size, context=48, n_layer=1, n_head=2, n_kv_head=1, width=16)
+    decoder = Transformer(sizes)
+    decoder.save_pretrained("decoder")
+    tokenizer.save_pretrained("decoder")
+    with pytest.raises(ConfigError, match=re.escape(f"has no {MASK}")):
+        encoder.main(small(init="decoder"))
+    assert not Path("runs").exists()
+    result = encoder.main(small(init="decoder", mlm_steps=0, token_dropout=0.0, steps=1, lr=1e-9))
+    trained, _, _ = open_encoder(result["path"])
+    assert trained.config.context == 32  # of the two the shorter
+    for name, weight in decoder.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], weight, atol=1e-6, rtol=0)
 
 
 def test_bad_input_is_one_line(scratch, monkeypatch):

@@ -22,8 +22,8 @@ Training and validation come from the training file, the best checkpoint is chos
 file is read once, at the end. Beside it stands a bag of words: logistic regression on which words occur, trained on
 the same texts, its weight decay chosen on the same validation split. It knows nothing of order, so "not good" is good.
 
-Or take a decoder that has been trained (--init): its blocks are the same and only the mask goes, which it learns to live
-with while it learns the labels (as LLM2Vec, arXiv:2404.05961, which first trains it on holes as well).
+Or take a decoder that has been trained (--init): its blocks are the same and only the mask goes, which it learns to
+live with while it learns the labels (LLM2Vec, arXiv:2404.05961, first trains it on holes as well).
 
 Simplified: windows of the pretraining text may hold several documents that see each other. A text longer than the
 context keeps its first quarter and its end (arXiv:1905.05583 finds the two ends best). No WordPiece: BERT's weights

@@ -768,15 +768,15 @@ def main(config):
     baseline = None
     if dist.is_main:
         write_mistakes(run_dir, raw, reviews["test"], examples["test"], pad)
-        draw_curves(
-            run_dir,
-            f"{config.name}: an encoder on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
-            [
-                ("masked-LM", {"mlm_loss": "train", "mlm_valid_loss": "validation"}, "nats per hidden token", {}),
-                ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
-                ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
-            ],
-        )
+        panels = [
+            ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
+            ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
+        ]
+        if config.mlm_steps:
+            names = {"mlm_loss": "train", "mlm_valid_loss": "validation"}
+            panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
+        title = f"{config.name}: an encoder on {config.data}, {raw.num_params() / 1e6:.1f} M parameters"
+        draw_curves(run_dir, title, panels)
         print(confusion_table(result["confusion"]))
         words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])
         baseline, n = words["accuracy"], len(examples["test"])

@@ -33,7 +33,7 @@ Run it:
     python encoder.py                                                   # generated reviews, 2 minutes on 2 cores
     python encoder.py --data polarity --config configs/encoder_polarity.yaml
     python encoder.py --data reviews.csv                                # columns text and label
-    python encoder.py --data polarity --config configs/encoder_polarity_smollm2.yaml    # starts from a trained decoder
+    python encoder.py --config configs/encoder_polarity_smollm2.yaml    # starts from a trained decoder
     torchrun --nproc_per_node 2 encoder.py --data imdb
 """
 
@@ -381,6 +381,7 @@ def open_encoder(path, device="cpu", dropout=0.0):
 
 
 def is_encoder(path):
+    """Whether a directory holds an encoder's checkpoint, ours or BERT's."""
     try:
         return json.loads((Path(path) / "config.json").read_text())["model_type"] in (OWN, "bert")
     except (OSError, ValueError, TypeError, KeyError):

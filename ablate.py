@@ -49,7 +49,7 @@ from data import DataError, find, load_problems
 from dpo import kl_to_reference
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from grpo import tidy
-from pretrain import RUNS, commit, pyplot, read_metrics, setup
+from pretrain import RUNS, auto_dtype, commit, pyplot, read_metrics, setup
 from sft import START, encode_prompt, evaluate, evaluate_samples, sft_start
 from transformer import Transformer, TransformerConfig
 
@@ -675,13 +675,14 @@ def report(name, experiment, results, seeds, command, target, commits=()):
 
 
 def machine():
-    """Cores, processor and torch, for the record."""
+    """Cores, processor, torch and precision, for the record."""
     info = Path("/proc/cpuinfo")
     model = (
         [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
     )
     cpu = model[0] if model else platform.processor() or "unknown processor"
-    return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}"
+    kind = auto_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}, {kind}"
 
 
 def draw(experiment, results, folders, seeds, target):

@@ -340,7 +340,7 @@ class Config:
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = "auto"
-    """auto, fp32, bf16 or fp16."""
+    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
     wandb: str | None = None
     """Weights & Biases project to log to as well."""
     lora: LoraConfig = field(default_factory=LoraConfig)

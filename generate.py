@@ -126,7 +126,7 @@ class DecodeStep:
     them beforehand; keys of one head meet all queries that share them in one batched product. The matrices lie
     transposed, (in, out): of 4 to 32 rows x @ W of such a W takes about two thirds of the time of x @ weight.T (MKL, 2
     cores). Built anew by each `generate`, in about the time of a step, because the weights may have changed since: a
-    second copy of them, in the dtype of the cache.
+    second copy of them, in the dtype of autocast, where that is on. Attention computes in the dtype of the cache.
     """
 
     @staticmethod
@@ -140,18 +140,19 @@ class DecodeStep:
         c = model.config
         self.config, self.cache, device = c, cache, model.embed.weight.device
         dtype, H, G, D = cache.keys[0].dtype, c.n_head, c.n_kv_head, c.head_dim
+        matrices = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
         self.embed, self.layers, root = model.embed.weight, [], c.width**0.5
 
         def transposed(*weights, gain=None):  # (out, in) each -> one (in, out)
             weight = torch.cat(weights)
-            return (weight if gain is None else weight * (root * gain)).to(dtype).t().contiguous()
+            return (weight if gain is None else weight * (root * gain)).to(matrices).t().contiguous()
 
         for block in model.blocks:
             a, f, scale = block.attn, block.ffn, D**-0.5
             qkv = transposed(a.wq.weight, a.wk.weight, a.wv.weight, gain=block.norm1.weight)  # (C, (H + 2G)·D)
             gate_up = transposed(f.gate.weight, f.up.weight, gain=block.norm2.weight)  # (C, 2 · inner)
-            bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias]).to(dtype)
+            bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias]).to(matrices)
             if a.q_norm is not None:
                 gain = torch.cat([a.q_norm.weight.expand(H, D) * scale, a.k_norm.weight.expand(G, D)]) * D**0.5
             else:
@@ -176,6 +177,10 @@ class DecodeStep:
 
     def compute(self, token, position, visible, slot, S):
         """The step with keys and values written into `slot` of the cache, and the first S slots read."""
+        with torch.autocast(token.device.type, enabled=False):  # it would convert again in every call
+            return self._compute(token, position, visible, slot, S)
+
+    def _compute(self, token, position, visible, slot, S):
         c, cache = self.config, self.cache
         H, G, D, B = c.n_head, c.n_kv_head, c.head_dim, len(token)
         x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
@@ -184,8 +189,8 @@ class DecodeStep:
             hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
             hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
         for i, (qkv, wo, gate_up, down, bias, gain) in enumerate(self.layers):
-            h = self.unit(x) @ qkv  # (B, (H + 2G)·D)
-            h = (h if bias is None else h + bias).view(B, H + 2 * G, D)
+            h = self.unit(x).to(qkv.dtype) @ qkv  # (B, (H + 2G)·D)
+            h = (h if bias is None else h + bias).to(gain.dtype).view(B, H + 2 * G, D)
             qk, v = h[:, : H + G], h[:, H + G :]
             qk = (self.unit(qk) if c.qk_norm else qk) * gain
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
@@ -196,10 +201,10 @@ class DecodeStep:
             if visible is not None:
                 scores += hidden
             heads = torch.bmm(scores.softmax(-1), values)  # (B·G, H/G, D)
-            x = x + heads.view(B, H * D) @ wo
-            gate, up = (self.unit(x) @ gate_up).chunk(2, -1)  # (B, inner) each
+            x = x + heads.view(B, H * D).to(wo.dtype) @ wo
+            gate, up = (self.unit(x).to(gate_up.dtype) @ gate_up).chunk(2, -1)  # (B, inner) each
             x = x + (F.silu(gate) * up) @ down
-        return self.unit(x) @ self.output  # (B, V)
+        return self.unit(x).to(self.output.dtype) @ self.output  # (B, V)
 
 
 class StaticStep:
@@ -374,9 +379,11 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
             break
         if "seen" in how:
             how["seen"][torch.arange(len(token), device=device), token] = True
-        # Copying the survivors costs about a step, recording a graph for them about four: wait until it pays.
-        if left <= (0.75 if step is dynamic else 0.5) * len(live):
-            stay = live.nonzero().squeeze(-1)
+        # Copying the survivors costs about a step, recording a graph for them about four: wait until it pays. Finished
+        # rows fill them up to a multiple of 4, for every new number of rows costs something too: see sft.whole_eights.
+        few = -(-left // 4) * 4
+        if few <= (0.75 if step is dynamic else 0.5) * len(live):
+            stay = live.argsort(descending=True, stable=True)[:few]
             cache.keep(stay)
             row = stay if isinstance(row, slice) else row[stay]
             live, token, position = live[stay], token[stay], position[stay]

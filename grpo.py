@@ -108,6 +108,7 @@ from sft import (
     pass_at_k,
     rows_at,
     sft_start,
+    whole_eights,
 )
 from transformer import masked_mean
 
@@ -375,7 +376,7 @@ class Config:
     """Passes over each batch of rollouts."""
     minibatches: int = 1
     """Optimizer steps in a pass."""
-    micro_batch: int = 32
+    micro_batch: int = 128
     """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters instead of all weights: --lora.rank 8."""
@@ -410,7 +411,7 @@ class Config:
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = "auto"
-    """auto, fp32, bf16 or fp16."""
+    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
     wandb: str | None = None
     """Weights & Biases project to log to as well."""
 
@@ -521,7 +522,7 @@ class SharedKeys:
 
     def of(self, rows):
         """What was seen, once for each of these rows."""
-        return SharedKeys([(k[rows], v[rows]) for k, v in self.seen], self.length)
+        return SharedKeys([(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.seen], self.length)
 
 
 def pack(prompts, answers, pad, parts=4):
@@ -536,7 +537,7 @@ def pack(prompts, answers, pad, parts=4):
             (b, T); visible (b, T, S + T));
         order (n·R,): which row of the parts, one after the other, holds each answer.
     """
-    S = max(1, *(len(p) - 1 for p in prompts))
+    S = whole_eights(max(1, *(len(p) - 1 for p in prompts)))
     tokens, real = torch.full((len(prompts), S), pad), torch.zeros(len(prompts), S, dtype=torch.bool)
     for g, prompt in enumerate(prompts):
         tokens[g, S - len(prompt) + 1 :] = torch.tensor(prompt[:-1], dtype=torch.long)
@@ -547,7 +548,7 @@ def pack(prompts, answers, pad, parts=4):
     for i in range(0, len(rows), size):
         owners = torch.tensor([rows[row][0] for row in order[i : i + size]])
         chosen = [rows[row][1] for row in order[i : i + size]]
-        b, T = len(chosen), len(chosen[-1])
+        b, T = len(chosen), whole_eights(len(chosen[-1]))
         x, y = torch.full((b, T), pad), torch.full((b, T), pad)
         for k, (g, answer) in enumerate(zip(owners.tolist(), chosen, strict=True)):
             n = len(answer)
@@ -566,7 +567,8 @@ def moved(packed, device):
 
 
 def completion_logprobs(model, packed, temperature=1.0):
-    """log π of every completion token: what `pack` made -> (n·R, T). What stands behind a completion's end is junk."""
+    """log π of every completion token: what `pack` made -> (n·R, T), T at least the longest completion's. What
+    stands behind a completion's end is junk."""
     tokens, positions, real, parts, order = packed
     prompts = SharedKeys()
     model(tokens, positions, real, prompts, last_only=True)
@@ -630,9 +632,8 @@ def reference_logprobs(reference, raw, pieces, batch, config, autocast):
     out = torch.zeros_like(batch.rollout.logprobs)
     with lora_off(raw), autocast():
         for piece in pieces:
-            out[piece.rows, : piece.mask.shape[1]] = completion_logprobs(
-                reference, piece.packed, config.temperature
-            ).float()
+            T = piece.mask.shape[1]
+            out[piece.rows, :T] = completion_logprobs(reference, piece.packed, config.temperature)[:, :T].float()
     return out
 
 
@@ -802,9 +803,9 @@ def main(config, estimate=estimate):
                 last = piece is pieces[-1]
                 # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
-                    with autocast():
-                        logprobs = completion_logprobs(model, piece.packed, config.temperature)  # (b, T)
                     rows, T = piece.rows, piece.mask.shape[1]
+                    with autocast():
+                        logprobs = completion_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
                     old = batch.rollout.logprobs[rows, :T]
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]
                     step_of = {"n_completions": n_completions, "n_tokens": n_tokens}
@@ -943,7 +944,9 @@ def kl_to_start(raw, init, tokenizer, problems, config, dist):
         rollout = generate(raw, prompts, config.max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=table)
         answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
         packed = moved(pack(prompts, answers, tokenizer.endoftext_id), dist.device)
-        k3 = kl_estimate(completion_logprobs(raw, packed), completion_logprobs(start, packed)) * rollout.mask
+        T = rollout.mask.shape[1]
+        pair = (completion_logprobs(model, packed)[:, :T] for model in (raw, start))
+        k3 = kl_estimate(*pair) * rollout.mask
         total, count = total + k3.sum().item(), count + rollout.mask.sum().item()
     total, count = dist.sum(total, count)
     return total / count

@@ -53,6 +53,7 @@ Letters: C width; everything before the last dimension is left alone. Run it: `p
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -104,6 +105,32 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps).to(x.dtype)
 
 
+class RMSNormByHand(torch.autograd.Function):
+    """rms_norm with the gradient derived above. Without a GPU F.rms_norm is a chain of small operations, each a pass
+    over (..., C), and autograd follows it with a longer one. By hand both are short; the sums over the features and
+    over the tokens are products of a matrix and a vector."""
+
+    @staticmethod
+    def forward(ctx, x, gain, eps):
+        wide = torch.promote_types(gain.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        r_inverse = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # (..., 1), fp32 at least
+        ctx.save_for_backward(x, gain, r_inverse)
+        return (x * r_inverse).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        x, gain, r_inverse = ctx.saved_tensors
+        upstream, C = upstream.to(r_inverse.dtype), x.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside it
+            both = (x * upstream).reshape(-1, C)  # (N, C)
+            dgain = r_inverse.view(1, -1) @ both  # (1, C): Σ_tokens x̂ ⊙ upstream
+            along = (both @ gain.to(both.dtype)).view_as(r_inverse)  # (..., 1): Σ_C u ⊙ x
+        dx = (x * (along * r_inverse.square() / -C)).addcmul_(upstream, gain).mul_(r_inverse)  # x = r x̂
+        return dx.to(x.dtype), dgain[0].to(gain.dtype), None
+
+
 class RMSNorm(nn.Module):
     """rms_norm with a learned gain: x (..., C) -> (..., C)."""
 
@@ -117,12 +144,9 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, self.weight.dtype)  # as in LayerNorm
         gain = self.weight.to(wide)
-        if x.is_cuda:  # one kernel forward, one backward
+        if x.is_cuda or torch.compiler.is_compiling():  # one kernel forward, one backward
             return F.rms_norm(x.to(wide), gain.shape, gain, self.eps).to(x.dtype)
-        # Without a GPU F.rms_norm is a chain of small operations, each a pass over (..., C). A norm is one each way.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(wide, torch.float32))
-        r_inverse = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)  # (..., 1), fp32 at least
-        return (x * r_inverse * gain).to(x.dtype)
+        return RMSNormByHand.apply(x, gain, self.eps)
 
 
 def place(x, branch, placement, norm):

@@ -46,6 +46,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class LearnedPositions(nn.Module):
@@ -175,21 +176,35 @@ def rope_cos_sin(positions, frequencies, attention_factor=1.0):
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
+def rotate(x, cos, sin):
+    """(a, b) -> (a cos − b sin, b cos + a sin), a and b the halves of x's last dimension, in three calls."""
+    (a, b), (s, _), out = x.chunk(2, dim=-1), sin.chunk(2, dim=-1), x * cos
+    first, second = out.chunk(2, dim=-1)
+    first.addcmul_(b, s, value=-1)
+    second.addcmul_(a, s)
+    return out.to(x.dtype)
+
+
+class Rotation(torch.autograd.Function):
+    """`rotate` with its gradient: the rotation back. Autograd would take the halves apart and together again."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        cos, sin = ctx.saved_tensors
+        return rotate(upstream, cos, -sin), None, None
+
+
 def apply_rope(x, cos, sin):
     """Rotate x (B, H, T, D) by the angles of cos, sin, (T, D) or (B, T, D): pairs are (i, i + D/2). x's dtype."""
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D): the same for all heads
-    if not torch.is_grad_enabled():  # the formula, in place: the fewest calls, for decoding
-        (a, b), (s, _), out = x.chunk(2, dim=-1), sin.chunk(2, dim=-1), x * cos
-        first, second = out.chunk(2, dim=-1)
-        first.addcmul_(b, s, value=-1)  # a cos − b sin
-        second.addcmul_(a, s)  # b cos + a sin
-        return out.to(x.dtype)
-    half = x.shape[-1] // 2
-    signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    # (a, b) cos + (b, a) (−sin, sin): with the sign in the small table, one roll swaps the halves, and its gradient
-    # is a roll. The usual cat([-b, a]) negates half of x on the way in and half of the gradient on the way back.
-    return torch.addcmul(x * cos, x.roll(half, dims=-1), signed_sin).to(x.dtype)
+    return Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else rotate(x, cos, sin)
 
 
 def apply_rope_interleaved(x, positions, theta=10000.0):

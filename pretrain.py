@@ -11,11 +11,11 @@ are noise at first) and a cosine to a tenth of the peak (or a line, or warm-up, 
 inside the blocks, Muon (see `Muon`). Gradients are clipped by their global norm. A step whose loss or gradient is not
 finite is never taken.
 
-Mixed precision: fp32 on CPU; bf16 autocast on GPUs that have it; fp16 with a loss scaler on the rest. The weights
-stay fp32. DDP: `torchrun` starts a process per GPU, each holds the whole model and a share of the batch, and
-`backward` averages the gradients. FSDP (`--fsdp true`, arXiv:2304.11277), for a model that outgrows one GPU: each
-process keeps its part of every weight, gradient and moment alone, and a block's weights are gathered for as long as it
-is at work. All of it stands in the loop below, in sight.
+Mixed precision: bf16 autocast on GPUs that have it and on CPUs with AMX; fp16 with a loss scaler on other GPUs; fp32
+on other CPUs. The weights stay fp32. DDP: `torchrun` starts a process per GPU, each holds the whole model and a share
+of the batch, and `backward` averages the gradients. FSDP (`--fsdp true`, arXiv:2304.11277), for a model that outgrows
+one GPU: each process keeps its part of every weight, gradient and moment alone, and a block's weights are gathered for
+as long as it is at work. All of it stands in the loop below, in sight.
 
 This file also owns the plumbing that every later stage imports: set-up, autocast, schedule, optimizers, checkpoint,
 log, curves. It stands first, as plain functions and a few small classes, none of which holds the loop. On a first
@@ -121,14 +121,18 @@ def setup(device="auto"):
     return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
 
 
+def auto_dtype(device):
+    """bf16 where there are matrix units for it (most GPUs, CPUs with AMX), fp16 on older GPUs, which only emulate bf16,
+    fp32 elsewhere."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
 def precision(dtype, dist):
-    """--dtype -> (a function that makes the autocast context, the gradient scaler). auto: fp32 on CPU, bf16 on GPUs
-    that have it, fp16 on the rest."""
+    """--dtype -> (a function that makes the autocast context, the gradient scaler)."""
     if dtype == "auto":
-        on_gpu = dist.device.type == "cuda"
-        dtype = "fp32"
-        if on_gpu:  # older GPUs only emulate bf16, slowly
-            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        dtype = auto_dtype(dist.device)
     if dtype not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype!r} is not known; use auto, fp32, bf16 or fp16")
     # fp16 reaches only down to 6e-8: gradients are scaled up before they are made, and back before they are used.
@@ -754,7 +758,7 @@ class Config:
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = "auto"
-    """auto, fp32, bf16 or fp16."""
+    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
     compile: bool = False
     """Let torch.compile fuse the model: a minute at the start, faster steps after."""
     fsdp: bool = False

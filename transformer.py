@@ -48,7 +48,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from attention import Attention, KVCache, RollingKVCache, padding_mask
+from attention import Attention, KVCache, RollingKVCache, cast_once, padding_mask
 from moe import MoE
 from norms import LayerNorm, RMSNorm
 from positional import (
@@ -229,6 +229,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(inner, C, bias=config.bias)
 
     def forward(self, x):
+        x = cast_once(x)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2 was trained with the tanh form
@@ -354,12 +355,12 @@ class Transformer(nn.Module):
         return target_logprobs(x, output, targets, temperature, log_z=log_z)  # (B, T)
 
     def make_cache(self, batch, max_len):
-        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype the model runs in; with a window it
+        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype attention runs in; with a window it
         keeps no more than the model can see, and `max_len` is no limit."""
         c, like = self.config, self.embed.weight
         dtype = like.dtype
-        if torch.is_autocast_enabled(like.device.type):
-            dtype = torch.get_autocast_dtype(like.device.type)
+        if like.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
         if c.window is not None and c.window + c.sinks < max_len:
             return RollingKVCache(c.n_layer, batch, c.n_kv_head, c.window, c.head_dim, dtype, like.device, c.sinks)
         return KVCache(c.n_layer, batch, c.n_kv_head, max_len, c.head_dim, dtype, like.device)
@@ -451,7 +452,8 @@ def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=
     x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T,)
 
     def logprobs(x, targets):
-        logits = F.linear(x, output).float() / temperature
+        logits = F.linear(x, output).float()
+        logits = logits if temperature == 1 else logits / temperature  # a pass over (k, V) each way
         found = -F.cross_entropy(logits, targets, reduction="none")
         return torch.stack([found, logits.logsumexp(-1)]) if log_z else found
 

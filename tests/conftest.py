@@ -24,8 +24,18 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """--dtype auto is fp32 on every CPU here: what must come out equal is rounded alike, with AMX or without."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
 def script(name, *flags, cwd, processes=1, timeout=240):
-    """Run a stage as a user does, with torchrun if processes > 1; returns the finished process."""
+    """Run a stage as a user does, with torchrun if processes > 1; returns the finished process. In fp32, unless a flag
+    says otherwise: see `exact`."""
+    trains = Path(name).stem in ("pretrain", "encoder", "sft", "reward_model", "dpo", "ppo", "grpo", "gdpo")
+    if trains and not any(str(flag).startswith("--dtype") for flag in flags):
+        flags = [*flags, "--dtype=fp32"]
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

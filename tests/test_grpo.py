@@ -330,7 +330,7 @@ def test_packed_completions_are_scored_as_if_each_stood_alone():
     m, lengths = rollout.mask, rollout.mask.sum(1).tolist()
     assert len(set(lengths)) > 2
     rows = [ids[:n] for ids, n in zip(rollout.ids.tolist(), lengths, strict=True)]
-    logprobs = completion_logprobs(raw, pack(prompts, [rows[:4], rows[4:8], rows[8:]], pad=0), 0.8)
+    logprobs = completion_logprobs(raw, pack(prompts, [rows[:4], rows[4:8], rows[8:]], pad=0), 0.8)[:, : m.shape[1]]
     torch.testing.assert_close(logprobs[m], rollout.logprobs[m], atol=1e-4, rtol=1e-4)  # so the first ratio is 1
     up = torch.randn(logprobs.shape)
     together = torch.autograd.grad((logprobs * up * m).sum(), list(raw.parameters()))

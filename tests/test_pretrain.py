@@ -467,7 +467,7 @@ SHARDED = {  # what FSDP is tried with; the mixture is of three experts, balance
 
 
 def sharded_case(case, **changes):
-    changes = dict(data="longer.txt", save_every=2, keep=3, clip=0.5) | SHARDED[case] | changes
+    changes = dict(data="longer.txt", dtype="fp32", save_every=2, keep=3, clip=0.5) | SHARDED[case] | changes
     return config(**changes | dict(model=TransformerConfig(**MODEL | changes["model"])))
 
 

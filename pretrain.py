@@ -55,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from attention import attention_entropy, attention_weights
+from attention import attention_entropy, attention_weights, cast_once
 from data import batch_at, load_text, narrative_entropy, open_stream, stream_path, tokenise
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from moe import balancing_losses, expert_load, update_biases
@@ -288,13 +288,14 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A
 
 
 def peak_flops(dist):
-    """The device's, for model FLOPs utilisation: from its data sheet, or else as measured with one matrix product."""
+    """The device's, for model FLOPs utilisation: from its data sheet, or else as measured with one matrix product in
+    the dtype of autocast."""
     name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "CPU"
     for known, flops in PEAK_FLOPS.items():
         if re.search(rf"\bG?{known}\b", name):
             return flops
     n, best = 768, math.inf
-    a = torch.ones(n, n, device=dist.device)
+    a = cast_once(torch.ones(n, n, device=dist.device))
     for _ in range(5):
         started = time.perf_counter()
         (a @ a)[0, 0].item()
@@ -954,7 +955,8 @@ def main(config):
     entropy = None
     if config.data == "word":  # the built-in stories' entropy is known: no model can go below it
         entropy = narrative_entropy()[0] * len(documents) / sum(len(ids) + 1 for ids in documents)
-    at_peak = raw.flops_per_token(context) / (peak_flops(dist) * dist.world)  # seconds per token
+    with autocast():
+        at_peak = raw.flops_per_token(context) / (peak_flops(dist) * dist.world)  # seconds per token
     if dist.is_main:
         tokens = config.batch * context
         print(

@@ -15,6 +15,7 @@ from attention import (
     attention_entropy,
     attention_weights,
     banded_attention,
+    cast_once,
     causal_mask,
     document_mask,
     fast_attention,
@@ -211,6 +212,31 @@ def test_module_is_projections_around_the_formula(qk_norm):
     out = by_loop(heads(attn.wq, 6, attn.q_norm), heads(attn.wk, 2, attn.k_norm), heads(attn.wv, 2), mask)
     out = F.linear(out.permute(0, 2, 1, 3).reshape(B, T, 24), attn.wo.weight, attn.wo.bias)
     torch.testing.assert_close(attn(x), out, atol=1e-10, rtol=0)
+
+
+def test_under_autocast_only_the_matrices_are_rounded(monkeypatch):
+    """On a CPU attention itself stays in fp32, forward and backward, and the input is converted once for q, k and v."""
+    layer, x = Attention(24, 6, 2, qk_norm=True), torch.randn(B, T, 24, requires_grad=True)
+    turn, up = rope_cos_sin(torch.arange(T), rope_frequencies(4)), torch.randn(B, T, 24)
+    seen = []
+
+    def spied(q, k, v, **how):
+        seen.extend([t.dtype for t in (q, k, v)] + [torch.is_autocast_enabled("cpu")])
+        return sdpa(q, k, v, **how)
+
+    sdpa = F.scaled_dot_product_attention
+    exact = torch.autograd.grad(layer(x, turn), (x, *layer.parameters()), up)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, turn)
+        assert cast_once(x).dtype == torch.bfloat16
+    assert seen == [torch.float32] * 3 + [False]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x, turn), atol=0.01, rtol=0.02)
+    for found, expected in zip(torch.autograd.grad(out, (x, *layer.parameters()), up.bfloat16()), exact, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 0.02 * expected.norm()
+    assert cast_once(x) is x
 
 
 def test_a_changed_token_changes_no_earlier_output():

@@ -251,6 +251,47 @@ def test_the_decode_step_equals_the_model(change):
             torch.testing.assert_close(logits, whole[:, t], atol=2e-4, rtol=1e-4)
 
 
+def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
+    torch.manual_seed(0)
+    raw = Transformer(TransformerConfig(40, context=30, n_layer=2, n_head=4, n_kv_head=2, width=32)).eval()
+    for p in raw.parameters():
+        torch.nn.init.normal_(p, mean=0.2, std=0.4)
+    tokens, at = torch.randint(40, (3, 12)), torch.full((3,), 11)
+    with torch.no_grad():
+        exact = raw(tokens)[:, -1]
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = raw.make_cache(3, 12)
+            rounded = raw(tokens)[:, -1]
+            raw(tokens[:, :11], cache=cache)
+            found = DecodeStep(raw, cache)(tokens[:, 11], at)
+    assert {x.dtype for x in cache.keys + cache.values} == {torch.float32}  # on a CPU
+    assert found.dtype == rounded.dtype == torch.bfloat16
+    noise = (rounded.float() - exact).norm()
+    assert 0 < noise < 0.02 * exact.norm()
+    assert 0 < (found.float() - exact).norm() < 2 * noise  # rounded elsewhere, but no more than that
+
+
+def test_rows_leave_in_fours(model, monkeypatch):
+    """However many rows are left, a step is computed for a multiple of 4, or for all that were there."""
+    calls, compute = [], DecodeStep.compute
+
+    def counted(self, token, *more):
+        calls.append(len(token))
+        return compute(self, token, *more)
+
+    monkeypatch.setattr(DecodeStep, "compute", counted)
+    uniforms = torch.rand(27, 40, generator=torch.Generator().manual_seed(0))
+    rollout = generate(model, PROMPTS, 40, 9, stop_ids=(3, 5), uniforms=uniforms)
+    lengths, counts = rollout.mask.sum(1), list(calls)
+    alone = [generate(model, [PROMPTS[i // 9]], 40, stop_ids=(3, 5), uniforms=uniforms[[i]]) for i in (0, 13, 26)]
+    assert counts[0] == 27
+    assert all(n % 4 == 0 for n in counts if n < 27)
+    assert len(set(counts)) > 3
+    assert all(n >= (lengths > t + 1).sum() for t, n in enumerate(counts))
+    for i, row in zip((0, 13, 26), alone, strict=True):
+        assert torch.equal(rollout.ids[i][rollout.mask[i]], row.ids[0])
+
+
 def test_fixed_shapes_change_no_text(model):
     """Prompts of three lengths, rows that leave, and answers until the cache is full."""
     uniforms = torch.rand(9, 40, generator=torch.Generator().manual_seed(0))

@@ -60,6 +60,23 @@ def test_modules_equal_the_formulas_in_value_and_gradient(dtype):
         torch.testing.assert_close(dg, torch.autograd.grad(out, g, up)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_by_hand_is_exact_in_any_layout_and_under_autocast(dtype):
+    """x and what comes back lie in memory in different orders, as around attention; the gain is fp32."""
+    x = torch.randn(3, 5, 4, 64).to(dtype).requires_grad_()
+    up = torch.randn(3, 4, 5, 64).to(dtype).transpose(1, 2)
+    module = RMSNorm(64)
+    torch.nn.init.normal_(module.weight)
+    with torch.autocast("cpu", torch.bfloat16):  # backward too: its products must not be rounded
+        dx, dg = torch.autograd.grad(module(x), (x, module.weight), up)
+    exact = x.detach().double().requires_grad_(), module.weight.detach().double().requires_grad_()
+    expected = torch.autograd.grad(rms_norm(*exact), exact, up.double())
+    assert (dx.dtype, dg.dtype) == (dtype, torch.float32)
+    near = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=1e-3, rtol=2**-8)  # bf16's own rounding
+    torch.testing.assert_close(dx.double(), expected[0], **near)
+    torch.testing.assert_close(dg.double(), expected[1], atol=1e-5, rtol=1e-5)  # a sum over tokens, in fp32
+
+
 def test_rms_norm_equals_transformers():
     x, g, _ = inputs(torch.float32)
     theirs, ours = Qwen3RMSNorm(8, eps=1e-6), RMSNorm(8)

@@ -173,7 +173,11 @@ def test_rope_keeps_lengths_dtype_and_gradients():
     cos, sin = rope_cos_sin(torch.arange(T), rope_frequencies(D))
     torch.testing.assert_close(apply_rope(x, cos, sin).norm(dim=-1), x.norm(dim=-1), atol=1e-6, rtol=0)
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos.double(), sin.double()), (x,))
-    assert apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+    half = x.detach().bfloat16().requires_grad_()
+    assert apply_rope(half, cos, sin).dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(apply_rope(half, cos, sin), half, torch.ones(B, H, T, D, dtype=torch.bfloat16))
+    (expected,) = torch.autograd.grad(apply_rope(x, cos.double(), sin.double()).sum(), x)
+    torch.testing.assert_close(gradient.double(), expected, atol=0.01, rtol=2**-8)
     rows = torch.arange(T).expand(B, T)
     torch.testing.assert_close(apply_rope(x, *rope_cos_sin(rows, rope_frequencies(D))), apply_rope(x, cos, sin))
 

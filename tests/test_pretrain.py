@@ -491,6 +491,16 @@ def assert_same_checkpoint(one, two, atol):
     torch.testing.assert_close(two, one, atol=atol, rtol=0)  # moments are plain tensors, in the same places
 
 
+def test_auto_is_bf16_where_the_processor_has_units_for_it(monkeypatch):
+    dist = pretrain.Dist(0, 1, torch.device("cpu"))
+    for amx, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        autocast, scaler = pretrain.precision("auto", dist)
+        with autocast():
+            assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
+        assert not scaler.is_enabled()
+
+
 def test_sharded_equals_one_process(here, monkeypatch):
     """FSDP: losses, norms, validation, samples, weights and moments are those of one process with the same batch."""
     (here / "longer.txt").write_text((TEXT * 2)[:10_700])  # 33 windows to validate: one more pass for rank 0

@@ -1,7 +1,7 @@
 """grpo.py against TRL's GRPOTrainer: seconds a step, split into generation, scoring and training, and the floor.
 
 The same random Qwen3-layout model (about 2 M parameters), the same 16 prompts x 8 rollouts x 32 new tokens (both are
-kept from stopping earlier), the same reward, AdamW, fp32 on CPU and bf16 on a GPU; without KL and with it.
+kept from stopping earlier), the same reward, AdamW, both in the same --dtype; without KL and with it.
 Both train for real, in turn in one process: a round is a few steps of each, the first step of a round is not counted,
 and the figures are medians over all others.
 
@@ -79,7 +79,7 @@ def phases(began, ended, generating, scoring):
     return {"step": total, "generation": generation, "scoring": both - generation, "training": total - both}
 
 
-def ours(steps, beta, problems, device):
+def ours(steps, beta, problems, device, dtype):
     """grpo.main, as it is; only timed. -> {phase: seconds} of each step but the first."""
     marks = {name: [] for name in ("generate", "score", "reference_logprobs", "rows_at")}
     ends, before = [], {name: getattr(grpo, name) for name in (*marks, "Log", "load_problems", "draw_curves")}
@@ -99,7 +99,7 @@ def ours(steps, beta, problems, device):
         sizes = dict(prompts=N, rollouts=R, max_new_tokens=NEW, micro_batch=N * R, format_weight=0.0)
         sizes |= dict(optimizer="adamw", lr=5e-5)
         # The last step measures the KL and evaluates, the first warms up: neither counts.
-        grpo.main(grpo.Config(init="start", steps=steps + 2, beta=beta, device=device, **few, **sizes))
+        grpo.main(grpo.Config(init="start", steps=steps + 2, beta=beta, device=device, dtype=dtype, **few, **sizes))
     finally:
         for name, function in before.items():
             setattr(grpo, name, function)
@@ -109,7 +109,7 @@ def ours(steps, beta, problems, device):
     return [phases(began, ended, marks["generate"], scoring) for began, ended in steps][1:-1]
 
 
-def trls(steps, beta, prompts, device):
+def trls(steps, beta, prompts, device, dtype):
     """GRPOTrainer.train, as it is; only timed."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -127,7 +127,7 @@ def trls(steps, beta, prompts, device):
         learning_rate=5e-5,
         lr_scheduler_type="constant",
         use_cpu=device == "cpu",
-        bf16=device == "cuda",
+        bf16=dtype == "bf16",
         gradient_checkpointing=False,
         generation_kwargs={"min_new_tokens": NEW},
         report_to="none",
@@ -167,10 +167,9 @@ def trls(steps, beta, prompts, device):
     return results[1:]
 
 
-def matrix_rate(device, n):
+def matrix_rate(device, n, dtype):
     """Floating-point operations a second of an n x n product, the best of ten."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     times = []
     for _ in range(10):
         began = now(device)
@@ -208,7 +207,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--beta", type=float, default=0.04, help="weight of the KL in the second half")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of both; default bf16 on a GPU, else fp32")
     options = parser.parse_args()
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     os.chdir(tempfile.mkdtemp())
@@ -231,15 +232,18 @@ def main():
     print(
         f"{model.num_params():,} parameters, {N} prompts of {lengths[0]} to {lengths[-1]} tokens x {R} rollouts x {NEW}"
     )
-    print(f"new tokens; {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"new tokens; {options.device}, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
 
     runs, rates = {}, []
     for _ in range(options.rounds):
         for beta in (0.0, options.beta):
             for name, function, what in (("ours", ours, problems), ("TRL", trls, texts)):
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    runs.setdefault((name, beta > 0), []).extend(function(options.steps, beta, what, options.device))
-            rates.append(matrix_rate(options.device, 1024 if options.device == "cpu" else 8192))
+                    made = function(options.steps, beta, what, options.device, options.dtype)
+                runs.setdefault((name, beta > 0), []).extend(made)
+            rates.append(matrix_rate(options.device, 1024 if options.device == "cpu" else 8192, options.dtype))
     rate = statistics.median(rates)
 
     columns = ("step", *PHASES)

@@ -1,7 +1,7 @@
 """sft.py, reward_model.py and dpo.py against TRL's SFTTrainer, RewardTrainer and DPOTrainer: seconds a step.
 
 The same random Qwen3-layout model (about 1.8 M parameters), the same 32 examples or pairs a step, each answer with its
-prompt 54 to 64 tokens long, the same token ids, AdamW, fp32 on CPU and bf16 on a GPU. Both train for real, through
+prompt 54 to 64 tokens long, the same token ids, AdamW, both in the same --dtype. Both train for real, through
 their own `main` and `Trainer.train`, in turn in one process: a round is a few steps of each, a step is the time from
 the end of one to the end of the next (data, loss, backward, optimizer, logging), the first of a round is not counted,
 and the figures are medians over all others. TRL computes the reference's log-probabilities in each step unless it is
@@ -75,7 +75,7 @@ def ours(module, config, device):
     return [b - a for a, b in itertools.pairwise(ends[:-1])], losses
 
 
-def trls(make_trainer, steps, device):
+def trls(make_trainer, steps, device, dtype):
     """Trainer.train, as it is; only timed."""
     from transformers import TrainerCallback
 
@@ -98,7 +98,7 @@ def trls(make_trainer, steps, device):
         max_grad_norm=1.0,
         max_length=LONGEST,
         use_cpu=device == "cpu",
-        bf16=device == "cuda",
+        bf16=dtype == "bf16",
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
@@ -149,10 +149,9 @@ def dataset(rows):
     return Dataset.from_list(rows)
 
 
-def matrix_rate(device, n):
+def matrix_rate(device, n, dtype):
     """Floating-point operations a second of an n x n product, the best of ten."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     times = []
     for _ in range(10):
         began = now(device)
@@ -197,7 +196,9 @@ def main():
     parser.add_argument("--only", choices=("sft", "reward", "dpo"), help="one of the three alone")
     parser.add_argument("--check", action="store_true", help="compare the first losses and stop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of both; default bf16 on a GPU, else fp32")
     options = parser.parse_args()
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     os.chdir(tempfile.mkdtemp())
@@ -231,7 +232,9 @@ def main():
     assert all(r["chosen"].endswith(end) for r in trl_pairs)
 
     common = dict(init="start", batch=B, micro_batch=B, eval_every=10**6, eval_problems=2, test_problems=2)
-    common |= dict(max_new_tokens=2, device=options.device, save_every=10**6, steps=options.steps + 2, lr=1e-4)
+    common |= dict(
+        max_new_tokens=2, device=options.device, dtype=options.dtype, save_every=10**6, steps=options.steps + 2, lr=1e-4
+    )
     common |= dict(warmup=0, weight_decay=0.0)
     plain = {"optimizer": "adamw", "nll": 0.0, "beta": 0.1}  # what TRL's trainer does by default
     stages = {
@@ -259,7 +262,7 @@ def main():
     ]
     apart = [[(len(m["prompt"]) + len(m[s]) - 1, 0)] for m in ids for s in ("chosen", "rejected")]
     print(f"{model.num_params():,} parameters, {B} examples or pairs a step, rows of {SHORTEST} to {LONGEST} tokens;")
-    print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     times, first, rates = {}, {}, []
     for _ in range(1 if options.check else options.rounds):
@@ -270,11 +273,11 @@ def main():
             with silent[0], silent[1]:
                 results = {"ours": run_ours()}
                 for name, make in theirs.items():
-                    results[name] = trls(make, options.steps, options.device)
+                    results[name] = trls(make, options.steps, options.device, options.dtype)
             for name, (seconds, losses) in results.items():
                 times.setdefault((stage, name), []).extend(seconds)
                 first.setdefault((stage, name), losses[:2])
-            rates.append(matrix_rate(options.device, 1024 if options.device == "cpu" else 8192))
+            rates.append(matrix_rate(options.device, 1024 if options.device == "cpu" else 8192, options.dtype))
     rate = statistics.median(rates)
 
     for stage, (_, theirs, rows) in stages.items():

@@ -5,7 +5,8 @@
 
 1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW; ours with
    the tanh form of GELU), eager against eager and compiled against compiled; the median step of `--speed_steps`, the
-   best of `--repeats` runs in turn.
+   best of `--repeats` runs in turn. Ours in fp32, and on a CPU with AMX in bf16 too: nanoGPT's script knows no mixed
+   precision on a CPU.
 2. Recipes: nanoGPT's CPU recipe as its README gives it, then configs/shakespeare_cpu.yaml, then that with as many steps
    as fit into nanoGPT's wall time. Wall times are those of the whole process, from import to exit. Both models are
    evaluated over the whole validation split, cut into windows of the same context.
@@ -25,7 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
+import torch
+
+from pretrain import auto_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT, BATCH = 64, 12
@@ -101,19 +107,23 @@ def metrics(scratch, name):
     return [json.loads(line) for line in lines[1:]]
 
 
-def our_speed(scratch, compiled, steps):
-    our_run(scratch, [*SAME.split(), "--steps", steps, "--name", "speed", "--compile", str(compiled).lower()])
+def our_speed(scratch, compiled, dtype, steps):
+    flags = [*SAME.split(), "--steps", steps, "--name", "speed", "--dtype", dtype]
+    our_run(scratch, [*flags, "--compile", str(compiled).lower()])
     speeds = [record["tokens_per_second"] for record in metrics(scratch, "speed")]
     return statistics.median(speeds[len(speeds) // 4 :])
 
 
 def speed(nanogpt, scratch, compiled, args):
-    ours, theirs = [], []
+    kinds = ["fp32", "bf16"] if auto_dtype(torch.device("cpu")) == "bf16" else ["fp32"]
+    ours, theirs = {kind: [] for kind in kinds}, []
     for _ in range(args.repeats):
         theirs.append(nanogpt_speed(nanogpt, Path(scratch) / "out", compiled, args.speed_steps))
-        ours.append(our_speed(scratch, compiled, args.speed_steps))
-    a, b, what = max(ours), max(theirs), "compiled" if compiled else "eager"
-    print(f"{what:>9}: ours {a:8,.0f} tokens/s, nanoGPT {b:8,.0f}: {a / b:.2f} times", flush=True)
+        for kind in kinds:
+            ours[kind].append(our_speed(scratch, compiled, kind, args.speed_steps))
+    for kind in kinds:
+        a, b, what = max(ours[kind]), max(theirs), "compiled" if compiled else "eager"
+        print(f"{what:>9}: ours in {kind} {a:8,.0f} tokens/s, nanoGPT {b:8,.0f}: {a / b:.2f} times", flush=True)
 
 
 def recipe(scratch, name, *flags):

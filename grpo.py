@@ -376,8 +376,9 @@ class Config:
     """Passes over each batch of rollouts."""
     minibatches: int = 1
     """Optimizer steps in a pass."""
-    micro_batch: int = 128
-    """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
+    micro_batch: int | None = None
+    """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts. Default 128 for the
+    built-in problems, whose rows are short, else 32."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters instead of all weights: --lora.rank 8."""
     optimizer: str = "muon"
@@ -416,6 +417,8 @@ class Config:
     """Weights & Biases project to log to as well."""
 
     def __post_init__(self):
+        if self.micro_batch is None:
+            self.micro_batch = 128 if self.data == "word" else 32
         check_positive(self, "steps", "prompts", "rollouts", "max_new_tokens", "inner_epochs", "micro_batch")
         check_positive(self, "minibatches", "eval_every", "eval_problems", "test_problems", "sample_every")
         check_positive(self, "save_every", "pass_problems", "pass_samples")

@@ -76,6 +76,7 @@ from pretrain import (
 from reward_model import RewardModel, open_reward_model, score_groups
 from sft import (
     answer_logprobs,
+    answer_places,
     encode_prompt,
     evaluate,
     fitting,
@@ -228,7 +229,8 @@ class ActorCritic(nn.Module):
     def forward(self, packed, temperature=1.0):
         """What pack_answers made -> log-probabilities and values, (n·R, T) each, 0 behind an answer's end."""
         tokens, positions, targets, visible, index, real = packed
-        logprobs = self.policy(tokens, positions, visible, targets=targets, temperature=temperature)  # (n, L)
+        how = {"targets": targets, "temperature": temperature, "counted": answer_places(packed)}
+        logprobs = self.policy(tokens, positions, visible, **how)  # (n, L)
         if self.critic is None:
             values = self.head(self.states).squeeze(-1)  # (n, L)
             del self.states

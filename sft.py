@@ -211,10 +211,17 @@ def no_window(raw, path):
         )
 
 
+def answer_places(packed):
+    """(n, L) bool: where in the rows of `pack_answers` the tokens of the answers are predicted."""
+    tokens, *_, index, real = packed
+    return torch.zeros_like(tokens, dtype=torch.bool).flatten().index_fill(0, index[real], True).view_as(tokens)
+
+
 def answer_logprobs(model, packed, temperature=1.0):
     """log π of every token of the answers that `pack_answers` packed -> (n·R, T), 0 behind an answer's end."""
     tokens, positions, targets, visible, index, real = packed
-    logprobs = model(tokens, positions, visible, targets=targets, temperature=temperature)  # (n, L)
+    how = {"targets": targets, "temperature": temperature, "counted": answer_places(packed)}
+    logprobs = model(tokens, positions, visible, **how)  # (n, L)
     return logprobs.flatten()[index] * real
 
 
@@ -655,7 +662,8 @@ def main(config):
             last = i + config.micro_batch >= share
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
-                    logprobs = token_logprobs(model, tokens, positions=positions, mask=visible)  # (b, T − 1)
+                    counted = mask[:, 1:] > 0  # (b, T − 1)
+                    logprobs = token_logprobs(model, tokens, positions=positions, mask=visible, counted=counted)
                 loss, metrics = sft_loss(logprobs, mask[:, 1:], n_tokens)
                 scaler.scale(loss * dist.world).backward()  # DDP divides by world
             loss_sum += metrics["loss"]

@@ -306,6 +306,7 @@ class Transformer(nn.Module):
         *,
         targets=None,
         temperature=1.0,
+        counted=None,
         log_z=False,
         last_only=False,
     ):
@@ -317,6 +318,8 @@ class Transformer(nn.Module):
             (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
         cache: from make_cache, which this call fills and moves on.
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
+        counted: with targets, boolean (B, T): only there, and 0 elsewhere. A loss on the answers alone then leaves out
+            the prompts' share of the output matrix, with a large vocabulary a good part of a step.
         log_z: with targets, the pair of that and log Z, the logsumexp of the logits, (2, B, T) in fp32.
         last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
         """
@@ -352,7 +355,13 @@ class Transformer(nn.Module):
         output = self.embed.weight if self.head is None else self.head.weight  # (V, C)
         if targets is None:
             return F.linear(x, output)  # (B, T, V)
-        return target_logprobs(x, output, targets, temperature, log_z=log_z)  # (B, T)
+        if counted is None:
+            return target_logprobs(x, output, targets, temperature, log_z=log_z)  # (B, T)
+        places = counted.flatten().nonzero().squeeze(1)  # (k,)
+        x, wanted = x.flatten(0, 1).index_select(0, places), targets.flatten()[places]  # (k, C), (k,)
+        found = target_logprobs(x[None], output, wanted[None], temperature, log_z=log_z).squeeze(-2)  # (k,) or (2, k)
+        out = found.new_zeros(*found.shape[:-1], targets.numel()).index_copy(-1, places, found)
+        return out.unflatten(-1, targets.shape)  # (B, T) or (2, B, T)
 
     def make_cache(self, batch, max_len):
         """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype attention runs in; with a window it
@@ -466,16 +475,17 @@ def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=
     return out.view(*out.shape[:-1], *shape)
 
 
-def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None):
+def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, counted=None):
     """log π(tokens[:, t+1] | tokens[:, :t+1]) for every t: tokens (B, T) -> (B, T−1), in fp32.
 
-    Entry t belongs to token t+1, so a mask over tokens meets it as mask[:, 1:]. `model` may be wrapped in DDP.
+    Entry t belongs to token t+1, so a mask over tokens meets it as mask[:, 1:]. counted (B, T−1): only these, 0
+    elsewhere. `model` may be wrapped in DDP.
     """
     if positions is not None:
         positions = positions[..., :-1]
     if mask is not None:
         mask = mask[:, :-1] if mask.dim() == 2 else mask[..., :-1, :-1]
-    return model(tokens[:, :-1], positions, mask, targets=tokens[:, 1:], temperature=temperature)
+    return model(tokens[:, :-1], positions, mask, targets=tokens[:, 1:], temperature=temperature, counted=counted)
 
 
 def masked_mean(x, mask):

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import transformer
 from attention import attention_weights, document_mask
 from generate import generate
 from tokenizer_bpe import BPETokenizer, TokenizerError, show
@@ -330,6 +331,32 @@ def test_token_logprobs(tokens, temperature):
     logits = model(tokens) / temperature
     expected = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(token_logprobs(model, tokens, temperature).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_logprobs_where_they_count_and_nowhere_else(tokens, monkeypatch):
+    model, sizes = tiny().double(), []
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    counted, up = torch.rand(y.shape) < 0.4, torch.randn(2, *y.shape)
+    assert 0 < counted.sum() < counted.numel()
+    computed = transformer.target_logprobs
+    monkeypatch.setattr(
+        transformer, "target_logprobs", lambda x, *more, **how: sizes.append(x.shape) or computed(x, *more, **how)
+    )
+    weights = list(model.parameters())
+    for log_z in (False, True):
+        every = model(x, targets=y, temperature=0.7, log_z=log_z)
+        some = model(x, targets=y, temperature=0.7, log_z=log_z, counted=counted)
+        torch.testing.assert_close(some, every * counted)
+        scale = up if log_z else up[0]
+        expected = torch.autograd.grad((every * counted * scale).sum(), weights)
+        torch.testing.assert_close(torch.autograd.grad((some * scale).sum(), weights), expected)
+        assert sizes == [(*y.shape, model.config.width), (1, int(counted.sum()), model.config.width)]
+        sizes.clear()
+    torch.testing.assert_close(token_logprobs(model, tokens, 0.7, counted=counted), every[0] * counted)
+    none = model(x, targets=y, counted=torch.zeros_like(counted))
+    assert none.eq(0).all()
+    none.sum().backward()
+    assert all(w.grad.eq(0).all() for w in weights)
 
 
 def test_token_logprobs_of_padded_and_packed_rows(tokens):

@@ -50,7 +50,7 @@ from dpo import kl_to_reference
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
 from grpo import tidy
 from pretrain import RUNS, auto_dtype, commit, pyplot, read_metrics, setup
-from sft import START, encode_prompt, evaluate, evaluate_samples, sft_start
+from sft import encode_prompt, evaluate, evaluate_samples, sft_start
 from transformer import Transformer, TransformerConfig
 
 # Student's quantiles by n; above 10 that of 10, which is slightly too wide.
@@ -134,12 +134,17 @@ def clipping(folder, figures, settings):
     }
 
 
+def start_of(settings):
+    """The SFT checkpoint of a run's seed, from which DPO and all RL start."""
+    return sft_start(import_module("grpo").Config(seed=settings["seed"]), setup("auto"))
+
+
 def standing(folder, figures, settings):
     """A policy on 200 of the held-out problems: pass@8 at temperature 1, the share of tidy answers and their length
     (greedy), and the KL to the SFT checkpoint of the seed, per token of its own samples."""
     problems, dist = load_problems("word", "test", 200, (1, 2)), setup("auto")
     raw, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
-    start = open_checkpoint(sft_start(import_module("grpo").Config(seed=settings["seed"]), dist), dist.device)[0]
+    start = open_checkpoint(start_of(settings), dist.device)[0]
     greedy = evaluate(raw, tokenizer, problems, 64, dist)
     texts, ended = zip(*((s.text, s.ended) for s in greedy["samples"]), strict=True)
     several = evaluate_samples(raw, tokenizer, problems, 8, 64, dist)
@@ -303,11 +308,11 @@ EXPERIMENTS = {
         "the pretrained and the SFT checkpoint of a seed, the 1,000 test problems, greedy decoding",
         {
             "base": [("sft", {"steps": 1, "lr": 1e-9})],
-            "SFT": [("sft", START | {"test_problems": 1000})],  # the start of all that follow
-            "DPO": [("dpo", {"steps": 150, "prompts": 1500})],
+            "SFT": [("sft", {"steps": 1, "lr": 1e-9, "init": "START"})],  # the start of all that follow
             "PPO": [("ppo", {})],
-            "GRPO": [("grpo", {"steps": 200, "pass_problems": 20})],
-            "GDPO": [("gdpo", {"steps": 200, "pass_problems": 20, "brevity_weight": 0.2})],
+            "DPO": [("dpo", {"steps": 150, "prompts": 1500})],
+            "GRPO": [("grpo", {"steps": 150, "pass_problems": 20})],
+            "GDPO": [("gdpo", {"steps": 150, "pass_problems": 20, "brevity_weight": 0.2})],
         },
         {"accuracy": "accuracy (%)", "pass_at_8": "pass@8 (%)", "sampled": "one sample (%)"}
         | _RL
@@ -563,7 +568,8 @@ def _run(settings, folder, threads):
         for number, (stage, flags) in enumerate(settings["stages"], start=1):
             ending = "" if number == len(settings["stages"]) else f"{number}"
             name = str((folder / f"run{ending}").relative_to(RUNS))
-            config = build(stage, flags | {"name": name, "init": last or flags.get("init")})
+            init = start_of(settings) if flags.get("init") == "START" else flags.get("init")
+            config = build(stage, flags | {"name": name, "init": last or init})
             figures = import_module(stage).main(config)
             last = figures["path"]
         figures = flatten(figures) | {"minutes": (time.perf_counter() - started) / 60}

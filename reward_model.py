@@ -329,7 +329,7 @@ def encode_answer(tokenizer, answer):
     return [*tokenizer.encode(answer), tokenizer.im_end_id]
 
 
-def sample_answers(policy, tokenizer, problems, n, config, split, dist, batch=32):
+def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast, batch=32):
     """n answers of the policy to each problem, at temperature 1: [[(text, right, ended), …], …].
 
     What is sampled depends on seed, split and place in the list alone, not on how many ranks share the work.
@@ -344,9 +344,9 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, batch=32
         ):
             generator = torch.Generator().manual_seed((config.seed * 3 + salt) * 1_000_003 + i)
             prompts = [encode_prompt(tokenizer, p.question) for p in chunk]
-            rollout = generate(
-                policy, prompts, config.max_new_tokens, n, stop_ids=tokenizer.stop_ids, generator=generator
-            )
+            how = {"stop_ids": tokenizer.stop_ids, "generator": generator}
+            with autocast():
+                rollout = generate(policy, prompts, config.max_new_tokens, n, **how)
             ended = rollout.ended(tokenizer.stop_ids).tolist()
             texts = rollout.texts(tokenizer)
             rows = [(t, is_correct(t, chunk[k // n]), e) for k, (t, e) in enumerate(zip(texts, ended, strict=True))]
@@ -367,7 +367,7 @@ def judged_pairs(problems, groups, most):
     return pairs
 
 
-def make_pairs(config, policy, tokenizer, dist):
+def make_pairs(config, policy, tokenizer, dist, autocast):
     """{"train", "valid", "test": [Pair]} as --data and --pairs ask."""
     levels, pairs = tuple(config.levels), {}
     for split, n in (("train", config.n_pairs), ("valid", config.eval_pairs), ("test", config.test_pairs)):
@@ -377,7 +377,7 @@ def make_pairs(config, policy, tokenizer, dist):
             pairs[split] += load_pairs(config.data, split, n, levels, config.seed, kinds, config.skip_bad)
         if config.data == "word" and config.pairs != "corrupted":
             problems = load_problems("word", split, config.sample_problems if split == "train" else n, levels)
-            groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist)
+            groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist, autocast)
             # one pair per held-out problem and source, as an interval takes them for independent; that of "all" does so
             # too, although with --pairs both a problem has a corrupted and a sampled one, and is a little too narrow
             pairs[split] += judged_pairs(problems, groups, config.samples if split == "train" else 1)
@@ -478,7 +478,7 @@ def shaping(scores, **features):
 def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
     """Best-of-n, what shapes the score, and ties, on samples of the policy for test problems."""
     problems = load_problems("word", "test", config.best_of_problems, tuple(config.levels))
-    groups = sample_answers(policy, speaks, problems, config.best_of, config, "test", dist)
+    groups = sample_answers(policy, speaks, problems, config.best_of, config, "test", dist, autocast)
     encoded = [
         (encode_prompt(tokenizer, p.question), [encode_answer(tokenizer, text) for text, _, _ in group])
         for p, group in zip(problems, groups, strict=True)
@@ -678,7 +678,7 @@ def main(config):
     if config.resume and kept.is_file():  # sampled once in a run's life: a GPU may sample others the next time
         pairs = {split: [Pair(**pair) for pair in found] for split, found in json.loads(kept.read_text()).items()}
     else:
-        pairs = make_pairs(config, policy, speaks, dist)
+        pairs = make_pairs(config, policy, speaks, dist, autocast)
     made = {split: list(found) for split, found in pairs.items()}
     if config.data == "word" and config.best_of_problems and policy is not None:
         some = load_problems("word", "test", max(200, config.best_of_problems), tuple(config.levels))

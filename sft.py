@@ -154,8 +154,8 @@ def pack_examples(examples, pad, room):
 
 
 def whole_eights(n):
-    """n rounded up to a multiple of 8. For a length that no earlier batch had, oneDNN compiles new bf16 kernels on a CPU,
-    and torch.compile everything: a little padding costs less than many lengths."""
+    """n rounded up to a multiple of 8. For a length that no earlier batch had, oneDNN compiles new bf16 kernels on a
+    CPU, and torch.compile everything: a little padding costs less than many lengths."""
     return -(-n // 8) * 8
 
 

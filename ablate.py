@@ -307,8 +307,8 @@ EXPERIMENTS = {
         "What does each stage add, from the same start, on the same held-out problems?",
         "the pretrained and the SFT checkpoint of a seed, the 1,000 test problems, greedy decoding",
         {
-            "base": [("sft", {"steps": 1, "lr": 1e-9})],
-            "SFT": [("sft", {"steps": 1, "lr": 1e-9, "init": "START"})],  # the start of all that follow
+            "base": [("sft", {"steps": 1, "lr": 1e-30})],  # a step so small that no weight moves
+            "SFT": [("sft", {"steps": 1, "lr": 1e-30, "init": "START"})],  # the start of all that follow
             "PPO": [("ppo", {})],
             "DPO": [("dpo", {"steps": 150, "prompts": 1500})],
             "GRPO": [("grpo", {"steps": 150, "pass_problems": 20})],

@@ -140,7 +140,9 @@ class DecodeStep:
         c = model.config
         self.config, self.cache, device = c, cache, model.embed.weight.device
         dtype, H, G, D = cache.keys[0].dtype, c.n_head, c.n_kv_head, c.head_dim
-        matrices = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+        matrices = model.embed.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            matrices = torch.get_autocast_dtype(device.type)
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
         self.embed, self.layers, root = model.embed.weight, [], c.width**0.5
 

@@ -368,6 +368,8 @@ class Transformer(nn.Module):
         keeps no more than the model can see, and `max_len` is no limit."""
         c, like = self.config, self.embed.weight
         dtype = like.dtype
+        if not like.is_cuda and dtype == torch.bfloat16:  # on a CPU attention computes in fp32
+            dtype = torch.float32
         if like.is_cuda and torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
         if c.window is not None and c.window + c.sinks < max_len:

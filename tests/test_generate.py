@@ -1,5 +1,6 @@
 """generate.py: the sampler's distribution, batches against rows alone, and the script as a user meets it."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -269,6 +270,18 @@ def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
     noise = (rounded.float() - exact).norm()
     assert 0 < noise < 0.02 * exact.norm()
     assert 0 < (found.float() - exact).norm() < 2 * noise  # rounded elsewhere, but no more than that
+
+
+def test_a_model_whose_weights_are_bf16_continues_as_in_fp32(model):
+    rounded = copy.deepcopy(model).bfloat16()
+    uniforms = torch.rand(9, 5, generator=torch.Generator().manual_seed(1))
+    for static in (False, True):
+        found = generate(rounded, PROMPTS, 5, 3, uniforms=uniforms, static=static)
+        with torch.no_grad():
+            for i, prompt in enumerate(p for p in PROMPTS for _ in range(3)):
+                tokens = torch.tensor([prompt + found.ids[i].tolist()])
+                expected = token_logprobs(model, tokens)[0, -5:]
+                torch.testing.assert_close(found.logprobs[i], expected, atol=0.03, rtol=0.02)
 
 
 def test_rows_leave_in_fours(model, monkeypatch):

@@ -164,7 +164,7 @@ class DecodeStep:
         output = self.embed if model.head is None else model.head.weight
         self.output = transposed(output, gain=model.norm.weight)  # (C, V)
         signs = torch.ones(D, device=device)
-        signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.apply_rope
+        signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.rotate
         self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
 
     def unit(self, x):

@@ -556,7 +556,8 @@ def pack(prompts, answers, pad, parts=4):
         for k, (g, answer) in enumerate(zip(owners.tolist(), chosen, strict=True)):
             n = len(answer)
             x[k, :n], y[k, :n] = torch.tensor([prompts[g][-1], *answer[:-1]]), torch.tensor(answer)
-        positions = real.sum(1)[owners][:, None] + torch.arange(T)  # (b, T)
+        within = torch.arange(T).clamp(max=len(chosen[-1]) - 1)  # (T,) the padding must not leave the context
+        positions = real.sum(1)[owners][:, None] + within  # (b, T)
         visible = torch.cat([real[owners][:, None].expand(b, T, S), causal_mask(T, T).expand(b, T, T)], dim=2)
         packed.append((owners, x, positions, y, visible))
     return tokens, (real.cumsum(1) - 1).clamp(min=0), real, packed, torch.tensor(order).argsort()

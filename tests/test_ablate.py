@@ -213,6 +213,22 @@ def test_the_probes_on_a_small_model(scratch, monkeypatch):
             assert got["clipped_share"] == 100 * sum(n > 1 for n in norms) / 2
 
 
+def test_a_variant_may_be_the_sft_start_of_its_seed(scratch, monkeypatch):
+    class Built(Exception):
+        pass
+
+    def main(config):
+        raise Built(config.init, config.seed)
+
+    stage = import_module("sft")
+    monkeypatch.setattr(stage, "main", main)
+    monkeypatch.setattr(ablate, "sft_start", lambda config, dist: f"runs/start/{config.seed}")
+    settings = ablate.settings_of("ladder", ablate.EXPERIMENTS["ladder"], "SFT", 3, False)
+    with pytest.raises(Built) as built:
+        ablate._run(settings, "runs/ablate/x", 1)
+    assert built.value.args == ("runs/start/3", 3)
+
+
 def test_the_readme_counts_lines_rightly():
     rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) == 18

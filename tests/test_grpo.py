@@ -342,6 +342,20 @@ def test_packed_completions_are_scored_as_if_each_stood_alone():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_rounded_lengths_stay_within_the_context():
+    """A prompt and an answer that fill the context to its last token, of lengths that are no multiples of 8."""
+    torch.manual_seed(0)
+    raw = Transformer(TransformerConfig(30, context=18, n_layer=1, n_head=2, n_kv_head=1, width=16)).eval()
+    prompts, answers = [[1] * 13, [2] * 4], [[[3, 4, 5, 6, 7], [8]], [[9, 10], [11, 12, 13]]]
+    packed = pack(prompts, answers, pad=0)
+    assert packed[0].shape[1] == 16  # 12 tokens of the longest prompt
+    assert {x.shape[1] for _, x, *_ in packed[3]} == {8}
+    logprobs = completion_logprobs(raw, packed)
+    for row, answer in enumerate(answer for group in answers for answer in group):
+        expected = token_logprobs(raw, torch.tensor([prompts[row // 2] + answer]))[0, -len(answer) :]
+        torch.testing.assert_close(logprobs[row, : len(answer)], expected, atol=1e-5, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ runs
 
 

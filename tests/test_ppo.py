@@ -243,7 +243,9 @@ def models(kind):
 def test_values_stand_in_front_of_the_token_that_they_judge(kind):
     raw, head = models(kind)
     prompts, answers = [[1, 2, 3], [4]], [[[5, 6, 7, 8], [9]], [[10, 11], [12, 13, 14]]]
-    logprobs, values = raw(pack_answers(prompts, answers, 0), 0.8)
+    packed = pack_answers(prompts, answers, 0)
+    assert packed[0].shape == (2, 8)  # 7 and 5 tokens, rounded up
+    logprobs, values = raw(packed, 0.8)
     trunk = raw.policy if kind == "shared" else raw.critic
     for row, (prompt, answer) in enumerate((p, a) for p, group in zip(prompts, answers, strict=True) for a in group):
         n, tokens = len(answer), torch.tensor([prompt + answer])

@@ -309,10 +309,10 @@ EXPERIMENTS = {
         {
             "base": [("sft", {"steps": 1, "lr": 1e-30})],  # a step so small that no weight moves
             "SFT": [("sft", {"steps": 1, "lr": 1e-30, "init": "START"})],  # the start of all that follow
-            "PPO": [("ppo", {})],
-            "DPO": [("dpo", {"steps": 150, "prompts": 1500})],
-            "GRPO": [("grpo", {"steps": 150, "pass_problems": 20})],
-            "GDPO": [("gdpo", {"steps": 150, "pass_problems": 20, "brevity_weight": 0.2})],
+            "PPO": [("ppo", {"steps": 100})],
+            "DPO": [("dpo", {"steps": 100, "prompts": 1000})],
+            "GRPO": [("grpo", {"steps": 100, "pass_problems": 20})],
+            "GDPO": [("gdpo", {"steps": 100, "pass_problems": 20, "brevity_weight": 0.2})],
         },
         {"accuracy": "accuracy (%)", "pass_at_8": "pass@8 (%)", "sampled": "one sample (%)"}
         | _RL
@@ -858,6 +858,8 @@ def main(config):
             f"{len(stale)} of the runs were made by other settings or on another text, {stale[0]} first; "
             "--again true makes them anew"
         )
+    # What only looks at a start goes last: before, it would wait for the run that is making the start.
+    todo.sort(key=lambda run: any(flags.get("init") == "START" for _, flags in run[2]["stages"]))
     failed = []
     bar = tqdm(total=len(experiment.variants) * len(seeds), initial=len(results), unit="run", desc=name)
     with ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

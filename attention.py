@@ -265,8 +265,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
         self.record = None  # a list, while attention_weights collects them
 
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        """x (B, T, C) -> (B, T, C).
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0, last_only=False):
+        """x (B, T, C) -> (B, T, C); with last_only of the last token alone, (B, 1, C), beside the keys of all.
 
         rope: (cos, sin), each (T, D) or (B, T, D).
         mask: None is causal; else boolean, broadcastable to (B, H, T, S), and final but for this layer's window.
@@ -275,17 +275,18 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         x = cast_once(x)
-        q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        q, k, v = self.wq(x[:, -1:] if last_only else x), self.wk(x), self.wv(x)
         if x.dtype == torch.bfloat16 and not x.is_cuda:
             q, k, v = q.float(), k.float(), v.float()  # SDPA's bf16 backward pass is slow on a CPU
-        q = q.view(B, T, self.n_head, self.head_dim)
+        q = q.view(B, -1, self.n_head, self.head_dim)
         k = k.view(B, T, self.n_kv_head, self.head_dim)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
         if self.q_norm is not None:  # per head, before the rotation: RoPE keeps lengths, so the bound survives
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            q = apply_rope(q, *(table[..., -q.shape[2] :, :] for table in rope))
+            k = apply_rope(k, *rope)
         window = self.window
         if isinstance(cache, RollingKVCache):
             if (cache.window, cache.sinks) != (window, self.sinks):
@@ -297,12 +298,14 @@ class Attention(nn.Module):
             k, v, mask = cache.roll(layer, k, v, mask)  # (B, G, S, D)
         elif cache is not None:
             k, v = cache.update(layer, k, v)  # (B, G, S, D)
+        if last_only and mask is not None:
+            mask = mask[..., -1:, :]
         if self.record is not None:
             out, weights = naive_attention(q, k, v, final_mask(q, k, mask, window, self.sinks))
             self.record.append(weights.detach())
         else:
             out = fast_attention(q, k, v, mask, window, self.sinks)  # (B, H, T, D)
-        out = out.to(x.dtype).transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
+        out = out.to(x.dtype).transpose(1, 2).reshape(B, -1, self.n_head * self.head_dim)
         return self.wo(out)  # (B, T, C)
 
 

@@ -26,7 +26,7 @@ watch it fall. `--nll` (1 by default; 0 is plain DPO) adds the chosen answers' o
 wrong answer make a pair. `--pairs offline`: pairs from `data.load_pairs` (corrupted solutions, UltraFeedback, short
 style preferences, any JSONL). Either way the reference's log-probabilities are computed once and kept with the run.
 
-A pair is one row, its prompt once and both answers behind it, each blind to the other (`sft.pack_answers`).
+The prompt of a pair is computed once, and both answers read its keys and values (`sft.pack`).
 
 Without --init the script makes its own start on the built-in problems, as `grpo.py` does, under runs/start.
 
@@ -76,8 +76,8 @@ from sft import (
     evaluate,
     fitting,
     is_correct,
-    no_window,
-    pack_answers,
+    moved,
+    pack,
     rows_at,
     sft_start,
     wilson,
@@ -219,10 +219,9 @@ def sample_pairs(raw, tokenizer, problems, config, dist, seed, most):
 
 
 def batch_of(pairs, pad, device):
-    """Pairs -> what `pack_answers` gives, on the device, and the answers' lengths (b, 2)."""
-    packed = pack_answers([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad)
-    packed = [t.to(device) for t in packed]
-    return packed, packed[-1].sum(1).view(-1, 2)
+    """Pairs -> what `pack` gives, on the device, and the answers' lengths (b, 2)."""
+    packed = moved(pack([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad), device)
+    return packed, packed[-1].view(-1, 2)
 
 
 def pair_logprobs(model, packed):
@@ -237,7 +236,7 @@ def add_reference(raw, pairs, pad, dist, autocast, size=64):
     Each rank computes a share and all learn all: (n, 2) numbers, nothing beside the n answers.
     """
     raw.eval()
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i].values())))  # like lengths waste no padding
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["prompt"]))  # like lengths waste no padding
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=dist.device)
     for i in range(dist.rank * size, len(order), dist.world * size):
         rows = order[i : i + size]
@@ -259,8 +258,7 @@ def kl_to_reference(raw, reference, tokenizer, prompts, max_new_tokens, dist, se
         generator = torch.Generator().manual_seed(seed + dist.rank)
         rollout = generate(raw, mine, max_new_tokens, stop_ids=tokenizer.stop_ids, generator=generator)
         rows = zip(rollout.ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
-        packed = pack_answers(mine, [[ids[:length]] for ids, length in rows], tokenizer.endoftext_id)
-        packed = [t.to(dist.device) for t in packed]
+        packed = moved(pack(mine, [[ids[:length]] for ids, length in rows], tokenizer.endoftext_id), dist.device)
         log_r = answer_logprobs(reference, packed) - answer_logprobs(raw, packed)
         total, n = (log_r.exp() - log_r - 1).sum().item(), rollout.mask.sum().item()
     total, n = dist.sum(total, n)
@@ -446,7 +444,6 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    no_window(raw, init)
     reference = copy.deepcopy(raw).requires_grad_(False).eval()
     problems = None  # with a verifier: greedy accuracy is measured too
     if config.data in ("word", "gsm8k"):
@@ -520,7 +517,7 @@ def main(config):
         started = time.perf_counter()
         chosen_rows = rows_at(len(pairs["train"]), step, config.batch, config.seed)
         mine = [pairs["train"][i] for i in chosen_rows[dist.rank * share : (dist.rank + 1) * share]]
-        mine.sort(key=lambda p: len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]))  # wastes less padding
+        mine.sort(key=lambda p: len(p["prompt"]))  # wastes less padding
         model.train()
         sums = {}
         for i in range(0, share, config.micro_batch):

@@ -80,7 +80,6 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from attention import causal_mask
 from data import extract_answer, load_problems
 from generate import ConfigError, DivergedError, Rollout, generate, open_checkpoint, run
 from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
@@ -101,14 +100,16 @@ from pretrain import (
     stopped,
 )
 from sft import (
+    answer_logprobs,
     encode_prompt,
     evaluate,
     fitting,
     is_correct,
+    moved,
+    pack,
     pass_at_k,
     rows_at,
     sft_start,
-    whole_eights,
 )
 from transformer import masked_mean
 
@@ -511,79 +512,6 @@ def put(batch, where, new):
             values[g] = new.rewards[name][i]
 
 
-class SharedKeys:
-    """A cache for training: nothing is written in place, so the gradient flows back through the keys and values."""
-
-    def __init__(self, past=(), length=0):
-        self.past, self.seen, self.length = past, [], length  # (keys, values) of each layer: given, and with the new
-
-    def update(self, layer, k, v):
-        if self.past:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.past[layer], (k, v), strict=True))  # (B, G, S, D)
-        self.seen.append((k, v))
-        return k, v
-
-    def of(self, rows):
-        """What was seen, once for each of these rows."""
-        return SharedKeys([(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.seen], self.length)
-
-
-def pack(prompts, answers, pad, parts=4):
-    """Prompts once each, and batches of answers that read the prompts' keys and values: R − 1 of R prompt passes are
-    saved, forward and backward. (`sft.pack_answers` saves them with a group in one row and one forward; but there the
-    scores grow with the square of all its answers together, and a window would count the answers in between.)
-
-    prompts: n lists of ids; answers: n lists of R lists of ids. A prompt's last token predicts R different first
-    tokens, so it stands in front of each answer instead. Returns
-        tokens, positions, real (n, S): the prompts without their last token, padded on the left;
-        parts, a list: answers of like length as (owners (b,): whose prompt each reads; tokens, positions, targets
-            (b, T); visible (b, T, S + T));
-        order (n·R,): which row of the parts, one after the other, holds each answer.
-    """
-    S = whole_eights(max(1, *(len(p) - 1 for p in prompts)))
-    tokens, real = torch.full((len(prompts), S), pad), torch.zeros(len(prompts), S, dtype=torch.bool)
-    for g, prompt in enumerate(prompts):
-        tokens[g, S - len(prompt) + 1 :] = torch.tensor(prompt[:-1], dtype=torch.long)
-        real[g, S - len(prompt) + 1 :] = True
-    rows = [(g, answer) for g, group in enumerate(answers) for answer in group]
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
-    packed, size = [], math.ceil(len(rows) / parts)
-    for i in range(0, len(rows), size):
-        owners = torch.tensor([rows[row][0] for row in order[i : i + size]])
-        chosen = [rows[row][1] for row in order[i : i + size]]
-        b, T = len(chosen), whole_eights(len(chosen[-1]))
-        x, y = torch.full((b, T), pad), torch.full((b, T), pad)
-        for k, (g, answer) in enumerate(zip(owners.tolist(), chosen, strict=True)):
-            n = len(answer)
-            x[k, :n], y[k, :n] = torch.tensor([prompts[g][-1], *answer[:-1]]), torch.tensor(answer)
-        within = torch.arange(T).clamp(max=len(chosen[-1]) - 1)  # (T,) the padding must not leave the context
-        positions = real.sum(1)[owners][:, None] + within  # (b, T)
-        visible = torch.cat([real[owners][:, None].expand(b, T, S), causal_mask(T, T).expand(b, T, T)], dim=2)
-        packed.append((owners, x, positions, y, visible))
-    return tokens, (real.cumsum(1) - 1).clamp(min=0), real, packed, torch.tensor(order).argsort()
-
-
-def moved(packed, device):
-    """The same on the device."""
-    return tuple(
-        x.to(device) if torch.is_tensor(x) else [tuple(t.to(device) for t in part) for part in x] for x in packed
-    )
-
-
-def completion_logprobs(model, packed, temperature=1.0):
-    """log π of every completion token: what `pack` made -> (n·R, T), T at least the longest completion's. What
-    stands behind a completion's end is junk."""
-    tokens, positions, real, parts, order = packed
-    prompts = SharedKeys()
-    model(tokens, positions, real, prompts, last_only=True)
-    logprobs = [
-        model(x, at, visible, prompts.of(owners), targets=y, temperature=temperature)
-        for owners, x, at, y, visible in parts
-    ]
-    T = logprobs[-1].shape[1]
-    return torch.cat([F.pad(rows, (0, T - rows.shape[1])) for rows in logprobs])[order]
-
-
 @dataclass
 class Piece:
     """A micro-batch of b completions, ready for every inner epoch."""
@@ -637,7 +565,7 @@ def reference_logprobs(reference, raw, pieces, batch, config, autocast):
     with lora_off(raw), autocast():
         for piece in pieces:
             T = piece.mask.shape[1]
-            out[piece.rows, :T] = completion_logprobs(reference, piece.packed, config.temperature)[:, :T].float()
+            out[piece.rows, :T] = answer_logprobs(reference, piece.packed, config.temperature)[:, :T].float()
     return out
 
 
@@ -809,7 +737,7 @@ def main(config, estimate=estimate):
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     rows, T = piece.rows, piece.mask.shape[1]
                     with autocast():
-                        logprobs = completion_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
+                        logprobs = answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
                     old = batch.rollout.logprobs[rows, :T]
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]
                     step_of = {"n_completions": n_completions, "n_tokens": n_tokens}
@@ -949,7 +877,7 @@ def kl_to_start(raw, init, tokenizer, problems, config, dist):
         answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
         packed = moved(pack(prompts, answers, tokenizer.endoftext_id), dist.device)
         T = rollout.mask.shape[1]
-        pair = (completion_logprobs(model, packed)[:, :T] for model in (raw, start))
+        pair = (answer_logprobs(model, packed)[:, :T] for model in (raw, start))
         k3 = kl_estimate(*pair) * rollout.mask
         total, count = total + k3.sum().item(), count + rollout.mask.sum().item()
     total, count = dist.sum(total, count)

@@ -75,15 +75,16 @@ from pretrain import (
 )
 from reward_model import RewardModel, open_reward_model, score_groups
 from sft import (
+    SharedKeys,
     answer_logprobs,
-    answer_places,
     encode_prompt,
     evaluate,
     fitting,
+    in_order,
     is_correct,
     made_once,
-    no_window,
-    pack_answers,
+    moved,
+    pack,
     rows_at,
     sft_start,
     start_name,
@@ -227,16 +228,20 @@ class ActorCritic(nn.Module):
         return list((self.critic or self.head).parameters())
 
     def forward(self, packed, temperature=1.0):
-        """What pack_answers made -> log-probabilities and values, (n·R, T) each, 0 behind an answer's end."""
-        tokens, positions, targets, visible, index, real = packed
-        how = {"targets": targets, "temperature": temperature, "counted": answer_places(packed)}
-        logprobs = self.policy(tokens, positions, visible, **how)  # (n, L)
-        if self.critic is None:
-            values = self.head(self.states).squeeze(-1)  # (n, L)
-            del self.states
-        else:
-            values = self.critic(tokens, positions, visible).squeeze(-1)
-        return logprobs.flatten()[index] * real, values.float().flatten()[index] * real
+        """What `sft.pack` made -> log-probabilities and values, (k, T) each, 0 behind an answer's end."""
+        tokens, positions, real, parts, _ = packed
+        prompts, for_critic, logprobs, values = SharedKeys(), SharedKeys(), [], []
+        self.policy(tokens, positions, real, prompts, last_only=True)
+        if self.critic is not None:
+            self.critic(tokens, positions, real, for_critic, last_only=True)
+        for _, owners, x, at, y, visible in parts:
+            logprobs.append(self.policy(x, at, visible, prompts.of(owners), targets=y, temperature=temperature))
+            if self.critic is None:
+                values.append(self.head(self.states).squeeze(-1))  # (b, T)
+            else:
+                values.append(self.critic(x, at, visible, for_critic.of(owners)).squeeze(-1))
+        self.__dict__.pop("states", None)
+        return in_order(logprobs, packed), in_order(values, packed).float()
 
 
 def optimizer_steps(parts, optimizers, rates, scaler, clip):
@@ -401,9 +406,6 @@ def open_models(config, init, path, dist):
     the policy itself without its adapters: no second model in memory."""
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     judge, other, path = open_reward_model(path, dist.device)
-    no_window(policy, init)
-    if isinstance(judge, RewardModel):
-        no_window(judge, path)
     if other.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"the reward model {path} has another tokenizer than {init}: it would misread every answer")
     critic = None
@@ -456,7 +458,7 @@ def cut(step, config, dist, lengths):
     out = []
     for m in range(config.minibatches):
         mine = [g - dist.rank * share for g in order[m :: config.minibatches] if g // share == dist.rank]
-        mine.sort(key=lambda g: lengths[g])  # micro-batches of like lengths waste no padding
+        mine.sort(key=lambda g: lengths[g])  # prompts of like length waste no padding
         out.append(([mine[i : i + size] for i in range(0, len(mine), size)] or [[0]], bool(mine)))
     return out
 
@@ -555,20 +557,19 @@ def main(config):
         sampled = time.perf_counter()
 
         # ------------------------------------------------------------------ values, reference, rewards, advantages
-        sizes = [len(prompt) + sum(map(len, group)) for prompt, group in groups]
         minibatches = []  # (micro-batches, whether they count); a micro-batch: rows, packed, length of the longest
         values, ref_logprobs = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)  # (n·R, T)
         with torch.no_grad(), autocast():
-            for pieces, real in cut(step, config, dist, sizes):
+            for pieces, real in cut(step, config, dist, list(map(len, prompts))):
                 micro_batches = []
                 for piece in pieces:
                     rows = torch.tensor([g * R + r for g in piece for r in range(R)], device=dist.device)
-                    packed = pack_answers([prompts[g] for g in piece], [groups[g][1] for g in piece], pad)
-                    packed = [t.to(dist.device) for t in packed]
-                    t = packed[-1].shape[1]
-                    values[rows, :t] = raw(packed, config.temperature)[1]
+                    packed = pack([prompts[g] for g in piece], [groups[g][1] for g in piece], pad)
+                    t, packed = packed[-1].max().item(), moved(packed, dist.device)
+                    values[rows, :t] = raw(packed, config.temperature)[1][:, :t]
                     with lora_off(reference):
-                        ref_logprobs[rows, :t] = answer_logprobs(reference, packed, config.temperature).float()
+                        found = answer_logprobs(reference, packed, config.temperature)
+                    ref_logprobs[rows, :t] = found[:, :t].float()
                     micro_batches.append((rows, packed, t))
                 minibatches.append((micro_batches, real))
         log_ratio = (rollout.logprobs - ref_logprobs) * mask
@@ -589,7 +590,7 @@ def main(config):
                 last = k == len(micro_batches) - 1
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():
-                        logprobs, new_values = model(packed, config.temperature)  # (b, t) each
+                        logprobs, new_values = (x[:, :t] for x in model(packed, config.temperature))  # (b, t) each
                     old_logprobs, old_values = rollout.logprobs[rows, :t], values[rows, :t]
                     A, goal = whitened[rows, :t], returns[rows, :t]
                     loss, metrics = ppo_policy_loss(logprobs, old_logprobs, A, here, config.clip_ratio, n_tokens=n)

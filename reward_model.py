@@ -10,10 +10,7 @@ the score r. The pair's better answer should score higher:
                                                                  adding a constant to all changes L by nothing at all;
                                                                  this pulls them to zero, which PPO's value head likes
 
-Both answers of a pair follow the same prompt, so it is computed once:
-
-    tokens     p₀ … p_{P−2} | p_{P−1} w₀ w₁ … <|im_end|> | p_{P−1} l₀ l₁ … <|im_end|>      scores at each <|im_end|>
-    positions  0 … P−2      | P−1     P  P+1 …           | P−1     P  P+1 …                each blind to the other
+Both answers of a pair follow the same prompt, so it is computed once, and both read its keys and values (`sft.pack`).
 
 To see that 5 + 3 = 9 is wrong, a model must know the sum and compare. The policy does know it (its log π orders 96 %
 of such pairs rightly), but only in its last layer, where it predicts the next token, and a head on the last token
@@ -81,13 +78,14 @@ from pretrain import (
     stopped,
 )
 from sft import (
+    SharedKeys,
     collate,
     encode_group,
     fitting,
     is_correct,
     made_once,
-    no_window,
-    pack_answers,
+    moved,
+    pack,
     rows_at,
     sft_start,
     start_name,
@@ -99,12 +97,12 @@ from transformer import (
     CheckpointError,
     Transformer,
     TransformerConfig,
+    counted_logprobs,
     fill,
     layout_of,
     open_safetensors,
     read_hf_config,
     scale_experts,
-    target_logprobs,
     to_hf_config,
     to_layout,
 )
@@ -156,18 +154,17 @@ class RewardModel(Transformer):
     def _keep(self, module, inputs, states):
         self.states = states  # (B, T, C), what the head reads
 
-    def forward(self, tokens, positions=None, mask=None, *, where=None, targets=None):
-        """(B, T) -> scores (B, T, 1). With `where`, places (k,) in the flattened (B·T), also the language model's
-        log π of targets (k,) there, (k,), read from the same states by the matrix of the embedding."""
-        found = super().forward(tokens, positions, mask)
+    def forward(self, tokens, positions=None, mask=None, cache=None, *, last_only=False, targets=None, counted=None):
+        """(B, T) -> scores (B, T, 1). With targets also the language model's log π of them, (B, T), 0 but where counted
+        (B, T) is True: read from the same states by the matrix of the embedding."""
+        found = super().forward(tokens, positions, mask, cache, last_only=last_only)
         states = self.__dict__.pop("states")
         if torch.is_autocast_enabled(states.device.type):  # in bf16 the scores of two like answers would tie
             with torch.autocast(states.device.type, enabled=False):
                 found = self.head(states.float())
-        if where is None:
+        if targets is None:
             return found
-        states = states.flatten(0, 1)[where]  # (k, C)
-        return found, target_logprobs(states[None], self.embed.weight, targets[None], 1.0)[0]
+        return found, counted_logprobs(states, self.embed.weight, targets, 1.0, counted)
 
     @classmethod
     def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
@@ -185,24 +182,32 @@ class RewardModel(Transformer):
 
     @staticmethod
     def pack(groups, pad):
-        """[(prompt ids, R lists of answer ids), …] -> tokens, positions (n, L), mask (n, L, L), last (n·R,): where in
-        the flattened (n·L) each answer's last token stands. (`pack_answers` packs what predicts an answer; one more
-        token makes its last one an input too.)"""
+        """[(prompt ids, lists of answer ids), …] -> what `sft.pack` gives, each answer with one token more: it packs
+        what predicts an answer, and the last token, where the score stands, predicts nothing."""
         answers = [[[*answer, pad] for answer in group] for _, group in groups]
-        tokens, positions, _, mask, index, real = pack_answers([prompt for prompt, _ in groups], answers, pad)
-        return tokens, positions, mask, index.gather(1, real.sum(1, keepdim=True) - 1).squeeze(1)
+        return pack([prompt for prompt, _ in groups], answers, pad)
 
     @staticmethod
-    def pack_words(groups, pad):
-        """-> what `pack` gives; and, for the loss of each group's first answer, where in the flattened (n·L) its tokens
-        are predicted (k,), the tokens (k,), and weights (k,), 1 in sum for each group."""
-        answers = [[[*answer, pad] for answer in group] for _, group in groups]
-        tokens, positions, targets, mask, index, real = pack_answers([prompt for prompt, _ in groups], answers, pad)
-        lengths, R = real.sum(1, keepdim=True) - 1, len(answers[0])  # (n·R, 1), without what would follow the end
-        first = torch.arange(real.shape[1]) < lengths[::R]  # (n, T)
-        where = index[::R][first]  # (k,)
-        ends = index.gather(1, lengths).squeeze(1)  # (n·R,)
-        return (tokens, positions, mask, ends), (where, targets.flatten()[where], (first / lengths[::R])[first])
+    def read(model, packed, words=False):
+        """-> the score of each answer, (k,). With `words`, of groups of R answers each, also the mean log π of the
+        tokens of each group's first answer, (n,). `model` may be wrapped in DDP."""
+        tokens, positions, real, parts, lengths = packed
+        prompts, found, logprobs = SharedKeys(), [], []
+        model(tokens, positions, real, prompts, last_only=True)
+        for rows, owners, x, at, y, visible in parts:
+            how, ends = {}, lengths[rows] - 1  # (b,) where the last tokens stand
+            if words:
+                first = rows % (len(lengths) // len(tokens)) == 0  # (b,)
+                spoken = torch.arange(x.shape[1], device=x.device) < ends[:, None]  # (b, T)
+                how = {"targets": y, "counted": spoken & first[:, None]}
+            out = model(x, at, visible, prompts.of(owners), **how)
+            if words:
+                out, logs = out
+                logprobs.append(logs.sum(1) / ends)  # (b,), 0 where it is not the first
+            found.append(out.squeeze(-1).gather(1, ends[:, None]))  # (b, 1)
+        order = torch.cat([part[0] for part in parts]).argsort()
+        found = torch.cat(found).squeeze(1)[order].float()
+        return (found, torch.cat(logprobs)[order].view(len(tokens), -1)[:, 0]) if words else found
 
     def save_pretrained(self, path):
         """As transformers' …ForSequenceClassification with num_labels 1 saves it: the trunk, and `score.weight`."""
@@ -261,11 +266,14 @@ class RewardEncoder(Encoder):
 
     @staticmethod
     def pack(groups, pad):
-        """-> tokens, real (n·R, T), and the number of each row. Nothing can be shared: the prompt's states depend on
-        the answer behind it."""
+        """-> tokens, real (k, T). Nothing can be shared: the prompt's states depend on the answer behind it."""
         rows = [[*prompt, *answer] for prompt, answers in groups for answer in answers]
-        tokens, real = collate([(row, [True] * len(row)) for row in rows], pad)
-        return tokens, real, torch.arange(len(rows))
+        return collate([(row, [True] * len(row)) for row in rows], pad)
+
+    @staticmethod
+    def read(model, packed):
+        """-> the score of each answer, (k,)."""
+        return model(*packed).squeeze(1).float()
 
 
 def open_reward_model(path, device="cpu", dropout=0.0):
@@ -278,31 +286,23 @@ def open_reward_model(path, device="cpu", dropout=0.0):
     return model.to(device), load_tokenizer(path), path
 
 
-def scores(model, packed):
-    """What the model's `pack` made -> (n·R,) in fp32. `model` may be wrapped in DDP."""
-    *inputs, where = packed
-    return model(*inputs).flatten()[where].float()
-
-
 @torch.no_grad()
-def score_groups(model, groups, pad, device, autocast, per_row=8, tokens=16_384):
+def score_groups(model, groups, pad, device, autocast, tokens=16_384):
     """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, whatever their lengths and numbers."""
     model.eval()
-    pieces = [(g, k) for g, (_, answers) in enumerate(groups) for k in range(0, len(answers), per_row)]
-    row = {(g, k): (groups[g][0], groups[g][1][k : k + per_row]) for g, k in pieces}
+    pieces = [(g, k) for g, (_, answers) in enumerate(groups) for k in range(0, len(answers), 64)]
+    row = {(g, k): (groups[g][0], groups[g][1][k : k + 64]) for g, k in pieces}
     size = {piece: len(prompt) + sum(map(len, answers)) for piece, (prompt, answers) in row.items()}
-    pieces.sort(key=lambda piece: (len(row[piece][1]), size[piece]))  # rows of one shape waste no padding
     found = [[0.0] * len(answers) for _, answers in groups]
     while pieces:
-        R = len(row[pieces[-1]][1])
-        fits = max(1, tokens // size[pieces[-1]])
-        batch = [piece for piece in pieces[-fits:] if len(row[piece][1]) == R]
-        del pieces[-len(batch) :]
+        batch, room = [pieces.pop()], tokens
+        while pieces and (room := room - size[batch[-1]]) >= size[pieces[-1]]:
+            batch.append(pieces.pop())
         with autocast():
-            packed = [t.to(device) for t in model.pack([row[piece] for piece in batch], pad)]
-            values = scores(model, packed).view(-1, R).tolist()
-        for (g, k), got in zip(batch, values, strict=True):
-            found[g][k : k + R] = got
+            values = model.read(model, moved(model.pack([row[piece] for piece in batch], pad), device)).tolist()
+        for g, k in batch:
+            n = len(row[g, k][1])
+            found[g][k : k + n], values = values[:n], values[n:]
     return found
 
 
@@ -652,8 +652,6 @@ def open_trunk(config, init, dist):
         trunk, tokenizer, _ = open_checkpoint(path)
         if config.sft_weight and not trunk.config.tie_embeddings:
             raise ConfigError(f"{path} has an output matrix of its own, which a reward model drops: --sft_weight 0")
-        if config.backbone == "decoder":
-            no_window(trunk, path)
     if config.data == "word" and (config.sampler is not None or not is_encoder(path)):
         policy, speaks, _ = open_checkpoint(config.sampler or path, dist.device)
     kind = RewardEncoder if config.backbone == "encoder" else RewardModel
@@ -744,24 +742,20 @@ def main(config):
         model.train()
         batch = [groups["train"][i] for i in rows_at(len(groups["train"]), step, config.batch, config.seed)]
         mine = batch[dist.rank * rows : (dist.rank + 1) * rows]
-        mine.sort(key=lambda group: len(group[0]) + sum(map(len, group[1])))  # like lengths waste no padding
+        mine.sort(key=lambda group: len(group[0]))  # prompts of like length waste no padding
         sums = {}
         for i in range(0, rows, config.micro_batch):
             piece = mine[i : i + config.micro_batch]
             last = i + config.micro_batch >= rows
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 nll = torch.zeros((), device=dist.device)
-                if config.sft_weight:
-                    packed, words = ([t.to(dist.device) for t in part] for part in raw.pack_words(piece, pad))
-                    (*inputs, ends), (where, targets, weights) = packed, words
-                    with autocast():
-                        found, logprobs = model(*inputs, where=where, targets=targets)
-                    found = found.flatten()[ends].float()
-                    nll = -(logprobs * weights).sum() / config.batch  # of the chosen answers, per token
-                else:
-                    packed = [t.to(dist.device) for t in raw.pack(piece, pad)]
-                    with autocast():
-                        found = scores(model, packed)
+                packed = moved(raw.pack(piece, pad), dist.device)
+                with autocast():
+                    if config.sft_weight:
+                        found, logprobs = raw.read(model, packed, words=True)
+                        nll = -logprobs.sum() / config.batch  # of the chosen answers, per token
+                    else:
+                        found = raw.read(model, packed)
                 chosen, rejected = found.view(-1, 2).unbind(1)  # (b,) each
                 loss, metrics = objective(chosen, rejected, config.margin, centre=config.centre, n_pairs=config.batch)
                 loss = loss + config.sft_weight * nll

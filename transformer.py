@@ -252,11 +252,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.placement = c.norm_placement
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(self, x, rope, mask, cache, layer, last_only=False):
+        """(B, T, C) -> (B, T, C); with last_only (B, 1, C): behind the last block nobody reads the others."""
+        a = self.attn(x if self.placement == "post" else self.norm1(x), rope, mask, cache, layer, last_only)
+        x = x[:, -1:] if last_only else x
         if self.placement == "post":
-            x = self.norm1(x + self.dropout(self.attn(x, rope, mask, cache, layer)))
+            x = self.norm1(x + self.dropout(a))
             return self.norm2(x + self.dropout(self.ffn(x)))
-        a = self.attn(self.norm1(x), rope, mask, cache, layer)  # (B, T, C)
         x = x + self.dropout(self.norm1_out(a) if self.placement == "sandwich" else a)
         f = self.ffn(self.norm2(x))
         return x + self.dropout(self.norm2_out(f) if self.placement == "sandwich" else f)
@@ -348,20 +350,16 @@ class Transformer(nn.Module):
             x = x * math.sqrt(self.config.width) + sinusoidal_positions(positions, self.config.width).to(x)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            x = block(x, rope, mask, cache, layer, last_only and layer == len(self.blocks) - 1)
         if cache is not None:
             cache.length += T
-        x = self.norm(x[:, -1:] if last_only else x)
+        x = self.norm(x)
         output = self.embed.weight if self.head is None else self.head.weight  # (V, C)
         if targets is None:
             return F.linear(x, output)  # (B, T, V)
         if counted is None:
-            return target_logprobs(x, output, targets, temperature, log_z=log_z)  # (B, T)
-        places = counted.flatten().nonzero().squeeze(1)  # (k,)
-        x, wanted = x.flatten(0, 1).index_select(0, places), targets.flatten()[places]  # (k, C), (k,)
-        found = target_logprobs(x[None], output, wanted[None], temperature, log_z=log_z).squeeze(-2)  # (k,) or (2, k)
-        out = found.new_zeros(*found.shape[:-1], targets.numel()).index_copy(-1, places, found)
-        return out.unflatten(-1, targets.shape)  # (B, T) or (2, B, T)
+            return target_logprobs(x, output, targets, temperature, log_z=log_z)  # (B, T) or (2, B, T)
+        return counted_logprobs(x, output, targets, temperature, counted, log_z)
 
     def make_cache(self, batch, max_len):
         """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype attention runs in; with a window it
@@ -475,6 +473,15 @@ def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=
         pieces = zip(x.split(size), targets.split(size), strict=True)
         out = torch.cat([checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces], dim=-1)
     return out.view(*out.shape[:-1], *shape)
+
+
+def counted_logprobs(x, output, targets, temperature, counted, log_z=False):
+    """target_logprobs where counted (B, T) is True, and 0 elsewhere."""
+    places = counted.flatten().nonzero().squeeze(1)  # (k,)
+    x, wanted = x.flatten(0, 1).index_select(0, places), targets.flatten()[places]  # (k, C), (k,)
+    found = target_logprobs(x[None], output, wanted[None], temperature, log_z=log_z).squeeze(-2)  # (k,) or (2, k)
+    out = found.new_zeros(*found.shape[:-1], targets.numel()).index_copy(-1, places, found)
+    return out.unflatten(-1, targets.shape)  # (B, T) or (2, B, T)
 
 
 def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, counted=None):

@@ -392,8 +392,3 @@ def test_bad_input_is_one_line(here):
     for name, value in (("lr", -1.0), ("seed", -1), ("dropout", 1.0), ("weight_decay", -0.1)):
         with pytest.raises(ConfigError, match=f"--{name} is {value}"):
             config(**{name: value})
-    sizes = dict(vocab_size=open_checkpoint("start")[1].vocab_size, context=160, n_layer=1, width=36)
-    windowed = TransformerConfig(**sizes, window=64)
-    Transformer(windowed).save_pretrained("start")
-    with pytest.raises(ConfigError, match="window of 64"):
-        dpo.main(config())

@@ -14,8 +14,8 @@ import data
 import grpo
 import pretrain
 from data import Problem, load_problems
-from generate import ConfigError, generate, run
-from grpo import Config, completion_logprobs, group_advantages, grpo_loss, kl_estimate, pack, score
+from generate import ConfigError, run
+from grpo import Config, group_advantages, grpo_loss, kl_estimate, score
 from lora import LoraConfig
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
@@ -319,41 +319,6 @@ def test_any_cut_gives_the_same_gradient(loss_type):
         cut = [x[rows, :T] for x in (new, old)], [x[rows, :T] for x in (mask, ref)]
         parts = parts + grpo_loss(*cut[0], A[rows], *cut[1], 0.3, loss_type=loss_type, **step)[0]
     torch.testing.assert_close(torch.autograd.grad(parts, new)[0], whole)
-
-
-def test_packed_completions_are_scored_as_if_each_stood_alone():
-    torch.manual_seed(0)
-    raw = Transformer(TransformerConfig(30, context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)).eval()
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    generator = torch.Generator().manual_seed(1)
-    rollout = generate(raw, prompts, 9, n=4, stop_ids=tuple(range(22, 30)), generator=generator, temperature=0.8)
-    m, lengths = rollout.mask, rollout.mask.sum(1).tolist()
-    assert len(set(lengths)) > 2
-    rows = [ids[:n] for ids, n in zip(rollout.ids.tolist(), lengths, strict=True)]
-    logprobs = completion_logprobs(raw, pack(prompts, [rows[:4], rows[4:8], rows[8:]], pad=0), 0.8)[:, : m.shape[1]]
-    torch.testing.assert_close(logprobs[m], rollout.logprobs[m], atol=1e-4, rtol=1e-4)  # so the first ratio is 1
-    up = torch.randn(logprobs.shape)
-    together = torch.autograd.grad((logprobs * up * m).sum(), list(raw.parameters()))
-    alone = 0.0
-    for row, n in enumerate(lengths):
-        tokens = torch.tensor([prompts[row // 4] + rows[row]])
-        alone = alone + (token_logprobs(raw, tokens, 0.8)[0, -n:] * up[row, :n]).sum()
-    for a, b in zip(together, torch.autograd.grad(alone, list(raw.parameters())), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-
-
-def test_rounded_lengths_stay_within_the_context():
-    """A prompt and an answer that fill the context to its last token, of lengths that are no multiples of 8."""
-    torch.manual_seed(0)
-    raw = Transformer(TransformerConfig(30, context=18, n_layer=1, n_head=2, n_kv_head=1, width=16)).eval()
-    prompts, answers = [[1] * 13, [2] * 4], [[[3, 4, 5, 6, 7], [8]], [[9, 10], [11, 12, 13]]]
-    packed = pack(prompts, answers, pad=0)
-    assert packed[0].shape[1] == 16  # 12 tokens of the longest prompt
-    assert {x.shape[1] for _, x, *_ in packed[3]} == {8}
-    logprobs = completion_logprobs(raw, packed)
-    for row, answer in enumerate(answer for group in answers for answer in group):
-        expected = token_logprobs(raw, torch.tensor([prompts[row // 2] + answer]))[0, -len(answer) :]
-        torch.testing.assert_close(logprobs[row, : len(answer)], expected, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ runs

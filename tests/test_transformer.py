@@ -431,9 +431,40 @@ def test_a_pad_alone_sees_itself(tokens):
         assert torch.equal(weights.sum(-1), torch.ones(2, 4, 1))
 
 
-def test_last_only_and_the_end_of_the_context(tokens):
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_placement": "post"},
+        {"norm_placement": "sandwich"},
+        {"window": 3},
+        {"window": 3, "sinks": 1},
+        {"positions": "learned"},
+        {"n_expert": 4, "balancing": "none"},
+    ],
+    ids=str,
+)
+def test_last_only_is_the_last_of_all(tokens, changes, padded, cached):
+    """The last block computes one query then; the cache holds the keys of all."""
+    model = tiny(**changes).eval()
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[0, :2] = not padded
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    found = []
+    for last_only in (True, False):
+        cache = model.make_cache(len(tokens), 24) if cached else None
+        found.append([model(tokens, positions, real if padded else None, cache, last_only=last_only)[:, -1:]])
+        if cached:
+            whole = torch.cat([real, torch.ones_like(real[:, :1])], 1) if padded else None
+            found[-1].append(model(tokens[:, :1], positions[:, -1:] + 1, whole, cache))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_end_of_the_context():
     model = tiny()
-    torch.testing.assert_close(model(tokens, last_only=True), model(tokens)[:, -1:])
     with pytest.raises(ValueError, match="25 tokens do not fit the model's context of 24"):
         model(torch.zeros(1, 25, dtype=torch.long))
 

@@ -309,10 +309,10 @@ EXPERIMENTS = {
         {
             "base": [("sft", {"steps": 1, "lr": 1e-30})],  # a step so small that no weight moves
             "SFT": [("sft", {"steps": 1, "lr": 1e-30, "init": "START"})],  # the start of all that follow
-            "PPO": [("ppo", {"steps": 100})],
-            "DPO": [("dpo", {"steps": 100, "prompts": 1000})],
-            "GRPO": [("grpo", {"steps": 100, "pass_problems": 20})],
-            "GDPO": [("gdpo", {"steps": 100, "pass_problems": 20, "brevity_weight": 0.2})],
+            "PPO": [("ppo", {"steps": 80})],
+            "DPO": [("dpo", {"steps": 80, "prompts": 1000})],
+            "GRPO": [("grpo", {"steps": 80, "pass_problems": 20})],
+            "GDPO": [("gdpo", {"steps": 80, "pass_problems": 20, "brevity_weight": 0.2})],
         },
         {"accuracy": "accuracy (%)", "pass_at_8": "pass@8 (%)", "sampled": "one sample (%)"}
         | _RL

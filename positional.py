@@ -59,7 +59,7 @@ class LearnedPositions(nn.Module):
     def forward(self, positions):
         # On CUDA the check would make the CPU wait for the GPU in every step; indexing past the end stops there too,
         # if less politely. Nothing would stop a negative position: −1 would quietly be the last row.
-        if positions.numel() and not positions.is_cuda:
+        if positions.numel() and not (positions.is_cuda or torch.compiler.is_compiling()):
             for position in (positions.min().item(), positions.max().item()):
                 if not 0 <= position < len(self.weight):
                     raise ValueError(f"position {position} asked for, the table has {len(self.weight)}")

@@ -291,6 +291,7 @@ def score_groups(model, groups, pad, device, autocast, tokens=16_384):
     """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, whatever their lengths and numbers."""
     model.eval()
     pieces = [(g, k) for g, (_, answers) in enumerate(groups) for k in range(0, len(answers), 64)]
+    pieces.sort(key=lambda piece: len(groups[piece[0]][0]))  # prompts of like length waste no padding
     row = {(g, k): (groups[g][0], groups[g][1][k : k + 64]) for g, k in pieces}
     size = {piece: len(prompt) + sum(map(len, answers)) for piece, (prompt, answers) in row.items()}
     found = [[0.0] * len(answers) for _, answers in groups]

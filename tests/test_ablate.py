@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from importlib import import_module
 
@@ -229,6 +230,31 @@ def test_a_variant_may_be_the_sft_start_of_its_seed(scratch, monkeypatch):
     assert built.value.args == ("runs/start/3", 3)
 
 
+def test_what_only_looks_at_a_start_goes_last(scratch, monkeypatch):
+    order = []
+
+    class Pool:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, call, settings, *args):
+            order.append(settings["stages"][0][1].get("init"))
+            job = Future()
+            job.set_exception(RuntimeError("not run"))
+            return job
+
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Pool)
+    with pytest.raises(ConfigError, match="6 of the runs failed"):
+        ablate.main(ablate.Config(experiment="ladder", quick=True, seeds=[0]))
+    assert order == [None] * 5 + ["START"]
+
+
 def test_the_readme_counts_lines_rightly():
     rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) == 18
@@ -248,14 +274,12 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
             pass
 
         def submit(self, call, *args):
-            job = ablate_future()
+            job = Future()
             try:
                 job.set_result(call(*args))
             except BaseException as error:
                 job.set_exception(error)
             return job
-
-    from concurrent.futures import Future as ablate_future
 
     monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
     config = ablate.Config(experiment="width", quick=True, seeds=[0])

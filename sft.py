@@ -177,7 +177,7 @@ class SharedKeys:
         return SharedKeys([(k.index_select(0, owners), v.index_select(0, owners)) for k, v in self.seen], self.length)
 
 
-def pack(prompts, answers, pad, most=32):
+def pack(prompts, answers, pad, most=64):
     """Prompts once each, and batches of answers that read the prompts' keys and values: with R answers to a prompt,
     R − 1 of R prompt passes are saved, forward and backward. (All R behind the prompt in one row would save them too,
     but the scores then grow with the square of the R answers together.)

@@ -230,26 +230,36 @@ def test_a_variant_may_be_the_sft_start_of_its_seed(scratch, monkeypatch):
     assert built.value.args == ("runs/start/3", 3)
 
 
+class Here:
+    """The pool's place, in this process: a spawned one would not know a test's experiment."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, call, *args):
+        job = Future()
+        try:
+            job.set_result(call(*args))
+        except BaseException as error:
+            job.set_exception(error)
+        return job
+
+
 def test_what_only_looks_at_a_start_goes_last(scratch, monkeypatch):
     order = []
 
-    class Pool:
-        def __init__(self, *args, **kwargs):
-            pass
+    def not_run(settings, *args):
+        order.append(settings["stages"][0][1].get("init"))
+        raise RuntimeError("not run")
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def submit(self, call, settings, *args):
-            order.append(settings["stages"][0][1].get("init"))
-            job = Future()
-            job.set_exception(RuntimeError("not run"))
-            return job
-
-    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(ablate, "run_one", not_run)
     with pytest.raises(ConfigError, match="6 of the runs failed"):
         ablate.main(ablate.Config(experiment="ladder", quick=True, seeds=[0]))
     assert order == [None] * 5 + ["START"]
@@ -263,24 +273,6 @@ def test_the_readme_counts_lines_rightly():
 
 
 def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scratch, monkeypatch, capsys):
-    class Here:  # the pool's place, in this process: a spawned one would not know the experiment above
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def submit(self, call, *args):
-            job = Future()
-            try:
-                job.set_result(call(*args))
-            except BaseException as error:
-                job.set_exception(error)
-            return job
-
     monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
     config = ablate.Config(experiment="width", quick=True, seeds=[0])
     experiment.quick = {"steps": 1}

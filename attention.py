@@ -137,36 +137,40 @@ class KVCache:
     """
 
     def __init__(self, n_layer, batch, n_kv_head, max_len, head_dim, dtype=torch.float32, device=None):
-        shape = (batch, n_kv_head, max_len, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layer)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layer)]
+        self.store = torch.empty(n_layer, 2, batch, n_kv_head, max_len, head_dim, dtype=dtype, device=device)
         self.length = 0
+
+    @property
+    def keys(self):
+        return [layer[0] for layer in self.store]  # n_layer times (B, G, max_len, D)
+
+    @property
+    def values(self):
+        return [layer[1] for layer in self.store]
 
     def update(self, layer, k, v):
         """Append k and v, each (B, G, T, D), to a layer; returns all its keys and values, (B, G, length + T, D)."""
-        end = self.length + k.shape[2]
-        if end > self.keys[layer].shape[2]:
-            raise ValueError(f"the cache holds {self.keys[layer].shape[2]} tokens, {end} were asked for")
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        store, end = self.store[layer], self.length + k.shape[2]  # (2, B, G, max_len, D)
+        if end > store.shape[3]:
+            raise ValueError(f"the cache holds {store.shape[3]} tokens, {end} were asked for")
+        store[0, :, :, self.length : end] = k
+        store[1, :, :, self.length : end] = v
+        return store[0, :, :, :end], store[1, :, :, :end]
 
     def repeat(self, n, max_len):
         """A cache of B·n rows with room for `max_len` tokens: each row n times, so a prompt is computed once."""
-        L, (B, G, _, D) = len(self.keys), self.keys[0].shape
-        out = KVCache(L, B * n, G, max_len, D, self.keys[0].dtype, self.keys[0].device)
+        L, _, B, G, _, D = self.store.shape
+        out = KVCache(L, B * n, G, max_len, D, self.store.dtype, self.store.device)
         out.length = self.length
-        for mine, theirs in zip(self.keys + self.values, out.keys + out.values, strict=True):
-            rows = theirs.view(B, n, G, max_len, D)[:, :, :, : self.length]
-            rows.copy_(mine[:, None, :, : self.length])  # (B, 1, G, S, D) -> (B, n, G, S, D)
+        rows = out.store.view(L, 2, B, n, G, max_len, D)[..., : self.length, :]
+        rows.copy_(self.store[:, :, :, None, :, : self.length])  # (L, 2, B, 1, G, S, D) -> (L, 2, B, n, G, S, D)
         return out
 
     def keep(self, rows):
         """Drop all but the rows of the index `rows`, in place: finished sequences leave the batch."""
-        for store in (self.keys, self.values):
-            for layer, x in enumerate(store):
-                x[: len(rows), :, : self.length] = x[rows, :, : self.length]
-                store[layer] = x[: len(rows)]
+        for layer in self.store:  # (2, B, G, max_len, D)
+            layer[:, : len(rows), :, : self.length] = layer[:, rows, :, : self.length]
+        self.store = self.store[:, :, : len(rows)]
 
 
 class RollingKVCache:

@@ -101,21 +101,27 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
     greedy), never of the truncated or penalised one.
     """
 
-    def log_softmax(logits):  # dividing by 1 would be one more pass over (B, V)
-        return (logits.float() if temperature in (0, 1) else logits.float() / temperature).log_softmax(-1)
+    def scale(logits):  # dividing by 1 would be one more pass over (B, V)
+        return logits.float() if temperature in (0, 1) else logits.float() / temperature
 
-    chosen = logprobs = log_softmax(logits)  # (B, V)
+    chosen = scaled = scale(logits)  # (B, V)
     if penalty != 1.0:
-        less = torch.where(logits > 0, logits / penalty, logits * penalty)
-        chosen = log_softmax(torch.where(seen, less, logits))
+        chosen = scale(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
     if temperature == 0:
-        ids = chosen.argmax(-1)
+        ids = chosen.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        cdf = truncate(chosen.exp(), top_k, top_p, min_p).cumsum(-1)  # (B, V)
+        probs = chosen.softmax(-1)
+        cdf = truncate(probs, top_k, top_p, min_p).cumsum(-1)  # (B, V)
         # right=True: the first token whose cumulative mass exceeds u, so one of probability 0 is never drawn
-        ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-        ids = ids.clamp(max=logits.shape[-1] - 1)
-    return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
+        ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+        if chosen is scaled:  # what was drawn from is the model's own softmax
+            return ids.squeeze(-1), probs.gather(-1, ids).log().squeeze(-1)
+    return ids.squeeze(-1), scaled.log_softmax(-1).gather(-1, ids).squeeze(-1)
+
+
+def added(x, h, weight):
+    """x + h @ weight, in one operation where the dtypes allow it."""
+    return torch.addmm(x, h, weight) if x.dtype == h.dtype else x + h @ weight
 
 
 class DecodeStep:
@@ -144,11 +150,14 @@ class DecodeStep:
         if torch.is_autocast_enabled(device.type):
             matrices = torch.get_autocast_dtype(device.type)
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
-        self.embed, self.layers, root = model.embed.weight, [], c.width**0.5
+        self.embed, self.layers, gains, root = model.embed.weight, [], [], c.width**0.5
 
         def transposed(*weights, gain=None):  # (out, in) each -> one (in, out)
-            weight = torch.cat(weights)
-            return (weight if gain is None else weight * (root * gain)).to(matrices).t().contiguous()
+            rows = [len(weight) for weight in weights]
+            out = weights[0].new_empty(weights[0].shape[1], sum(rows), dtype=matrices)
+            for weight, part in zip(weights, out.split(rows, dim=1), strict=True):
+                part.copy_(weight.t()) if gain is None else torch.mul(weight.t(), (root * gain)[:, None], out=part)
+            return out
 
         for block in model.blocks:
             a, f, scale = block.attn, block.ffn, D**-0.5
@@ -160,52 +169,58 @@ class DecodeStep:
             else:
                 gain = torch.cat([torch.full((H, D), scale), torch.ones(G, D)]).to(device)  # (H + G, D)
             wo, down = transposed(a.wo.weight), transposed(f.down.weight)
-            self.layers.append((qkv, wo, gate_up, down, bias, gain.to(dtype)))
+            self.layers.append((qkv, wo, gate_up, down, bias))
+            gains.append(gain.to(dtype))
         output = self.embed if model.head is None else model.head.weight
         self.output = transposed(output, gain=model.norm.weight)  # (C, V)
         signs = torch.ones(D, device=device)
         signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.rotate
         self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
+        gains = torch.stack(gains)[:, None]  # (layers, 1, H + G, D)
+        self.gains = gains, gains.roll(D // 2, -1)  # of (a, b) and of (b, a)
 
     def unit(self, x):
-        """norms.RMSNorm of n numbers without its gain and its √n: x / √(|x|² + n·ε), statistics in fp32. (..., n)"""
+        """norms.RMSNorm of n numbers without its gain and its √n: x / √(|x|² + n·ε), (..., n) -> (..., n) in fp32."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(norm, self.eps[x.shape[-1]])).to(x.dtype)
+        return x / torch.hypot(norm, self.eps[x.shape[-1]])
 
     def __call__(self, token, position, visible=None):
         """visible (B, S + 1) bool: which slots hold real tokens, None = all. Fills the next slot of the cache."""
         S = self.cache.length = self.cache.length + 1
-        return self.compute(token, position, visible, slice(S - 1, S), S)
+        return self.compute(token, position, visible, S - 1, S)
 
     def compute(self, token, position, visible, slot, S):
-        """The step with keys and values written into `slot` of the cache, and the first S slots read."""
+        """The step with keys and values written into `slot` of the cache, a number or a tensor of one, and the first S
+        slots read."""
         with torch.autocast(token.device.type, enabled=False):  # it would convert again in every call
             return self._compute(token, position, visible, slot, S)
 
     def _compute(self, token, position, visible, slot, S):
-        c, cache = self.config, self.cache
+        c, store, fixed = self.config, self.cache.store, isinstance(slot, torch.Tensor)
         H, G, D, B = c.n_head, c.n_kv_head, c.head_dim, len(token)
         x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
-        cos, sin = F.embedding(position, self.cos)[:, None], F.embedding(position, self.sin)[:, None]  # (B, 1, D)
+        turns = zip((self.cos, self.sin), self.gains, strict=True)  # RoPE and the gains in one, for all layers:
+        cos, sin = ((F.embedding(position, table)[:, None] * gain).unbind() for table, gain in turns)  # (B, H + G, D)
+        kv = store.view(c.n_layer, 2, B * G, -1, D)[:, :, :, :S]
+        keys, values = kv[:, 0].mT.unbind(), kv[:, 1].unbind()  # of each layer (B·G, D, S), (B·G, S, D)
+        new = (store if fixed else store[:, :, :, :, slot]).unbind()  # of each layer (2, B, G, D)
         if visible is not None:
             hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
             hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
-        for i, (qkv, wo, gate_up, down, bias, gain) in enumerate(self.layers):
+        for i, (qkv, wo, gate_up, down, bias) in enumerate(self.layers):
             h = self.unit(x).to(qkv.dtype) @ qkv  # (B, (H + 2G)·D)
-            h = (h if bias is None else h + bias).to(gain.dtype).view(B, H + 2 * G, D)
-            qk, v = h[:, : H + G], h[:, H + G :]
-            qk = (self.unit(qk) if c.qk_norm else qk) * gain
-            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-            keys, values = cache.keys[i], cache.values[i]  # (B, G, slots, D)
-            keys[:, :, slot], values[:, :, slot] = qk[:, H:, None], v[:, :, None]
-            keys, values = keys.view(B * G, -1, D)[:, :S], values.view(B * G, -1, D)[:, :S]
-            scores = torch.bmm(qk[:, :H].reshape(B * G, H // G, D), keys.transpose(1, 2))  # (B·G, H/G, S)
+            h = (h if bias is None else h + bias).to(store.dtype).view(B, H + 2 * G, D)
+            qk, k_v = h[:, : H + G], h[:, H:].view(B, 2, G, D).transpose(0, 1)  # k and v: (2, B, G, D)
+            n = self.unit(qk) if c.qk_norm else qk
+            torch.addcmul(n * cos[i], n.roll(D // 2, -1), sin[i], out=qk)
+            new[i].index_copy_(3, slot, k_v.unsqueeze(3)) if fixed else new[i].copy_(k_v)
+            scores = torch.bmm(h[:, :H].reshape(B * G, H // G, D), keys[i])  # (B·G, H/G, S)
             if visible is not None:
                 scores += hidden
-            heads = torch.bmm(scores.softmax(-1), values)  # (B·G, H/G, D)
-            x = x + heads.view(B, H * D).to(wo.dtype) @ wo
+            heads = torch.bmm(scores.softmax(-1), values[i])  # (B·G, H/G, D)
+            x = added(x, heads.view(B, H * D).to(wo.dtype), wo)
             gate, up = (self.unit(x).to(gate_up.dtype) @ gate_up).chunk(2, -1)  # (B, inner) each
-            x = x + (F.silu(gate) * up) @ down
+            x = added(x, F.silu(gate) * up, down)
         return self.unit(x).to(self.output.dtype) @ self.output  # (B, V)
 
 
@@ -222,8 +237,7 @@ class StaticStep:
         self.step, self.visible, (B, slots) = step, visible, visible.shape
         self.token, self.position, self.slot = (visible.new_zeros(n, dtype=torch.long) for n in (B, B, 1))
         self.slots, self.graph = torch.arange(slots, device=visible.device), None
-        for x in step.cache.keys + step.cache.values:
-            x[:, :, step.cache.length :] = 0.0  # memory that nobody wrote may hold NaN, and 0 · NaN is NaN
+        step.cache.store[..., step.cache.length :, :] = 0.0  # memory that nobody wrote may hold NaN, and 0 · NaN is NaN
         if visible.is_cuda:
             with torch.cuda.device(visible.device):  # streams are those of the current GPU
                 self.record()
@@ -368,15 +382,14 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
     live = torch.ones(rows, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         token, logprob = sample(logits, uniforms[row, t], **how)  # (B,), (B,)
-        ids[row, t] = token * live
-        mask[row, t] = live
-        logprobs[row, t] = logprob * live
-        live = live & ~torch.isin(token, stop)
+        ids[row, t], mask[row, t], logprobs[row, t] = token, live, logprob
+        if stop_ids:
+            live = live & ~torch.isin(token, stop)
         if on_tokens is not None:
-            end = on_tokens(ids[:, t], mask[:, t])
+            end = on_tokens(ids[:, t] * mask[:, t], mask[:, t])
             if end is not None:
                 live = live & ~end.to(device)[row]
-        left = int(live.sum())
+        left = int(live.sum()) if stop_ids or on_tokens is not None else rows
         if left == 0 or t + 1 == max_new_tokens:
             break
         if "seen" in how:
@@ -400,7 +413,8 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
             logits = step(token, position, shown)  # (B, V)
         else:
             logits = model(token[:, None], position[:, None], shown, cache)[:, -1]
-    return ids[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1]
+    mask = mask[:, : t + 1]  # a row that has ended writes on until it leaves
+    return ids[:, : t + 1] * mask, mask, logprobs[:, : t + 1] * mask
 
 
 # ---------------------------------------------------------------------------------------------------------------

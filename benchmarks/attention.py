@@ -52,8 +52,7 @@ def stream(n, window, sinks, width=64, heads=4):
     whole = Attention(width, heads, 2, D, qk_norm=True)
     rolling = RollingKVCache(1, 1, 2, window, D, sinks=sinks)
     growing = KVCache(1, 1, 2, n, D)
-    for store in growing.keys + growing.values:
-        store.zero_()  # claim the memory now, so that the peak below is the rolling cache's own doing
+    growing.store.zero_()  # claim the memory now, so that the peak below is the rolling cache's own doing
     frequencies, x = rope_frequencies(D), torch.randn(1, 64, width)
 
     def step(layer, cache, t):

@@ -239,11 +239,9 @@ def test_the_decode_step_equals_the_model(change):
         whole = raw(tokens, positions, real)
         cache = raw.make_cache(3, 12)
         raw(tokens[:, :8], positions[:, :8], real[:, :8], cache)
-        for x in cache.keys + cache.values:
-            x[:, :, 8:] = torch.nan  # what nobody wrote may be anything
+        cache.store[..., 8:, :] = torch.nan  # what nobody wrote may be anything
         still = cache.repeat(1, 12)
-        for x in still.keys + still.values:
-            x[:, :, 8:] = torch.nan
+        still.store[..., 8:, :] = torch.nan
         step, static = DecodeStep(raw, cache), StaticStep(DecodeStep(raw, still), real)
         for t in range(8, 12):
             logits = step(tokens[:, t], positions[:, t], real[:, : t + 1])
@@ -265,11 +263,32 @@ def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
             rounded = raw(tokens)[:, -1]
             raw(tokens[:, :11], cache=cache)
             found = DecodeStep(raw, cache)(tokens[:, 11], at)
-    assert {x.dtype for x in cache.keys + cache.values} == {torch.float32}  # on a CPU
+    assert cache.store.dtype == torch.float32  # on a CPU
     assert found.dtype == rounded.dtype == torch.bfloat16
     noise = (rounded.float() - exact).norm()
     assert 0 < noise < 0.02 * exact.norm()
     assert 0 < (found.float() - exact).norm() < 2 * noise  # rounded elsewhere, but no more than that
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_in_bf16_as_on_a_gpu(static):
+    """There attention computes in the dtype of autocast, and so the step does; a CPU's cache is fp32."""
+    torch.manual_seed(0)
+    raw = Transformer(TransformerConfig(40, context=30, n_layer=2, n_head=4, n_kv_head=2, width=32)).eval()
+    for p in raw.parameters():
+        torch.nn.init.normal_(p, mean=0.2, std=0.4)
+    tokens, at = torch.randint(40, (3, 12)), torch.full((3,), 11)
+    with torch.no_grad():
+        exact = raw(tokens)[:, -1]
+        cache = raw.make_cache(3, 12)
+        raw(tokens[:, :11], cache=cache)
+        cache.store = cache.store.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            step = DecodeStep(raw, cache)
+            step = StaticStep(step, torch.ones(3, 12, dtype=torch.bool)) if static else step
+            found = step(tokens[:, 11], at)
+    assert found.dtype == cache.store.dtype == torch.bfloat16
+    assert 0 < (found.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_model_whose_weights_are_bf16_continues_as_in_fp32(model):

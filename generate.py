@@ -119,9 +119,9 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
     return ids.squeeze(-1), scaled.log_softmax(-1).gather(-1, ids).squeeze(-1)
 
 
-def added(x, h, weight):
-    """x + h @ weight, in one operation where the dtypes allow it."""
-    return torch.addmm(x, h, weight) if x.dtype == h.dtype else x + h @ weight
+def add_product(x, h, weight):
+    """x += h @ weight, in one operation where the dtypes allow it."""
+    x.addmm_(h, weight) if x.dtype == h.dtype else x.add_(h @ weight)
 
 
 class DecodeStep:
@@ -129,10 +129,12 @@ class DecodeStep:
 
     For RMSNorm, SwiGLU and RoPE (Llama, Qwen). Fewer and larger operations: the three products of q, k and v become
     one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
-    them beforehand; keys of one head meet all queries that share them in one batched product. The matrices lie
-    transposed, (in, out): of 4 to 32 rows x @ W of such a W takes about two thirds of the time of x @ weight.T (MKL, 2
-    cores). Built anew by each `generate`, in about the time of a step, because the weights may have changed since: a
-    second copy of them, in the dtype of autocast, where that is on. Attention computes in the dtype of the cache.
+    them beforehand, those of q and k into the tables of RoPE; keys and values are written at once; keys of one head
+    meet all queries that share them in one batched product. In fp32 the matrices for 4 rows and more lie transposed,
+    (in, out), and the output matrix always: of up to 32 rows x @ W of such a W takes about two thirds of the time of
+    x @ weight.T (MKL, 2 cores), while in bf16 (oneDNN) it takes longer. Built anew by each `generate`, in about the
+    time of a few steps, because the weights may have changed since: a second copy of them, in the dtype of autocast,
+    where that is on. Attention computes in the dtype of the cache.
     """
 
     @staticmethod
@@ -145,34 +147,39 @@ class DecodeStep:
     def __init__(self, model, cache):
         c = model.config
         self.config, self.cache, device = c, cache, model.embed.weight.device
-        dtype, H, G, D = cache.keys[0].dtype, c.n_head, c.n_kv_head, c.head_dim
+        dtype, H, G, D = cache.store.dtype, c.n_head, c.n_kv_head, c.head_dim
         matrices = model.embed.weight.dtype
         if torch.is_autocast_enabled(device.type):
             matrices = torch.get_autocast_dtype(device.type)
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
         self.embed, self.layers, gains, root = model.embed.weight, [], [], c.width**0.5
 
-        def transposed(*weights, gain=None):  # (out, in) each -> one (in, out)
-            rows = [len(weight) for weight in weights]
-            out = weights[0].new_empty(weights[0].shape[1], sum(rows), dtype=matrices)
-            for weight, part in zip(weights, out.split(rows, dim=1), strict=True):
+        def matrix(*weights, gain=None, rows=cache.store.shape[2]):
+            """Weights (out, in) -> one matrix (in, sum of outs), with the gains and √C of the norm in front in it."""
+            transposed = rows >= 4 and matrices == torch.float32
+            if len(weights) == 1 and gain is None and not transposed:
+                return weights[0].to(matrices).t()
+            outs, size = [len(weight) for weight in weights], weights[0].shape[1]
+            whole = weights[0].new_empty((size, sum(outs)) if transposed else (sum(outs), size), dtype=matrices)
+            whole = whole if transposed else whole.t()
+            for weight, part in zip(weights, whole.split(outs, dim=1), strict=True):
                 part.copy_(weight.t()) if gain is None else torch.mul(weight.t(), (root * gain)[:, None], out=part)
-            return out
+            return whole
 
         for block in model.blocks:
             a, f, scale = block.attn, block.ffn, D**-0.5
-            qkv = transposed(a.wq.weight, a.wk.weight, a.wv.weight, gain=block.norm1.weight)  # (C, (H + 2G)·D)
-            gate_up = transposed(f.gate.weight, f.up.weight, gain=block.norm2.weight)  # (C, 2 · inner)
+            qkv = matrix(a.wq.weight, a.wk.weight, a.wv.weight, gain=block.norm1.weight)  # (C, (H + 2G)·D)
+            gate_up = matrix(f.gate.weight, f.up.weight, gain=block.norm2.weight)  # (C, 2 · inner)
             bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias]).to(matrices)
             if a.q_norm is not None:
                 gain = torch.cat([a.q_norm.weight.expand(H, D) * scale, a.k_norm.weight.expand(G, D)]) * D**0.5
             else:
                 gain = torch.cat([torch.full((H, D), scale), torch.ones(G, D)]).to(device)  # (H + G, D)
-            wo, down = transposed(a.wo.weight), transposed(f.down.weight)
+            wo, down = matrix(a.wo.weight), matrix(f.down.weight)
             self.layers.append((qkv, wo, gate_up, down, bias))
             gains.append(gain.to(dtype))
         output = self.embed if model.head is None else model.head.weight
-        self.output = transposed(output, gain=model.norm.weight)  # (C, V)
+        self.output = matrix(*output.split(1024), gain=model.norm.weight, rows=4)  # (C, V)
         signs = torch.ones(D, device=device)
         signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.rotate
         self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
@@ -180,7 +187,7 @@ class DecodeStep:
         self.gains = gains, gains.roll(D // 2, -1)  # of (a, b) and of (b, a)
 
     def unit(self, x):
-        """norms.RMSNorm of n numbers without its gain and its √n: x / √(|x|² + n·ε), (..., n) -> (..., n) in fp32."""
+        """norms.RMSNorm of n numbers without its gain and its √n: x / √(|x|² + n·ε), in fp32. (..., n) -> (..., n)"""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return x / torch.hypot(norm, self.eps[x.shape[-1]])
 
@@ -199,7 +206,7 @@ class DecodeStep:
         c, store, fixed = self.config, self.cache.store, isinstance(slot, torch.Tensor)
         H, G, D, B = c.n_head, c.n_kv_head, c.head_dim, len(token)
         x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
-        turns = zip((self.cos, self.sin), self.gains, strict=True)  # RoPE and the gains in one, for all layers:
+        turns = zip((self.cos, self.sin), self.gains, strict=True)  # RoPE with the gains in it, for all layers
         cos, sin = ((F.embedding(position, table)[:, None] * gain).unbind() for table, gain in turns)  # (B, H + G, D)
         kv = store.view(c.n_layer, 2, B * G, -1, D)[:, :, :, :S]
         keys, values = kv[:, 0].mT.unbind(), kv[:, 1].unbind()  # of each layer (B·G, D, S), (B·G, S, D)
@@ -218,9 +225,9 @@ class DecodeStep:
             if visible is not None:
                 scores += hidden
             heads = torch.bmm(scores.softmax(-1), values[i])  # (B·G, H/G, D)
-            x = added(x, heads.view(B, H * D).to(wo.dtype), wo)
+            add_product(x, heads.view(B, H * D).to(wo.dtype), wo)
             gate, up = (self.unit(x).to(gate_up.dtype) @ gate_up).chunk(2, -1)  # (B, inner) each
-            x = added(x, F.silu(gate) * up, down)
+            add_product(x, F.silu(gate) * up, down)
         return self.unit(x).to(self.output.dtype) @ self.output  # (B, V)
 
 

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
-from pretrain import auto_dtype
+from pretrain import auto_dtype, keep_freed_memory
 from transformer import Transformer, TransformerConfig
 
 SIZES = (  # 1.9 and 9.6 M parameters
@@ -62,6 +62,7 @@ def main():
     from transformers import AutoModelForCausalLM
     from transformers import __version__ as version
 
+    keep_freed_memory()  # as the training scripts do, for transformers too
     kinds = {"fp32": torch.float32}
     if auto_dtype(torch.device(args.device)) == "bf16":
         kinds["bf16"] = torch.bfloat16

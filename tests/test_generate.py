@@ -225,19 +225,20 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
     [{}, {"qk_norm": False}, {"qk_norm": False, "qkv_bias": True}, {"tie_embeddings": False}, {"n_kv_head": 2}],
     ids=str,
 )
-def test_the_decode_step_equals_the_model(change):
+@pytest.mark.parametrize("rows", [3, 6], ids="{} rows".format)  # its matrices lie otherwise from 4 rows on
+def test_the_decode_step_equals_the_model(change, rows):
     torch.manual_seed(0)
     config = TransformerConfig(40, **({"context": 30, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "width": 32} | change))
     raw = Transformer(config).eval()
     for p in raw.parameters():
         torch.nn.init.normal_(p, mean=0.2, std=0.4)  # gains and biases too, or half of the mistakes stay hidden
     assert DecodeStep.fits(raw)
-    tokens, real = torch.randint(40, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
+    tokens, real = torch.randint(40, (rows, 12)), torch.ones(rows, 12, dtype=torch.bool)
     real[1, :3] = real[2, :7] = False
     positions = (real.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         whole = raw(tokens, positions, real)
-        cache = raw.make_cache(3, 12)
+        cache = raw.make_cache(rows, 12)
         raw(tokens[:, :8], positions[:, :8], real[:, :8], cache)
         cache.store[..., 8:, :] = torch.nan  # what nobody wrote may be anything
         still = cache.repeat(1, 12)
@@ -430,6 +431,10 @@ def test_seed_streaming_and_training_mode(model):
     rollout = draw(1, stop_ids=(2, 3, 4), on_tokens=lambda ids, live: seen.append((ids.clone(), live.clone())))
     assert torch.equal(torch.stack([ids for ids, _ in seen], 1), rollout.ids)
     assert torch.equal(torch.stack([live for _, live in seen], 1), rollout.mask)
+    rollout = draw(1, on_tokens=lambda ids, live: torch.tensor([True, False] * len(PROMPTS)))
+    assert rollout.mask.sum(1).tolist() == [1, 9] * len(PROMPTS)
+    assert not rollout.ids[::2, 1:].any()
+    assert draw(1, on_tokens=lambda ids, live: torch.ones(len(ids), dtype=torch.bool)).ids.shape[1] == 1
     model.train()
     draw(1)
     assert model.training

@@ -224,10 +224,10 @@ class DecodeStep:
             scores = torch.bmm(h[:, :H].reshape(B * G, H // G, D), keys[i])  # (B·G, H/G, S)
             if visible is not None:
                 scores += hidden
-            heads = torch.bmm(scores.softmax(-1), values[i])  # (B·G, H/G, D)
+            heads = torch.bmm(torch.softmax(scores, -1, out=scores), values[i])  # (B·G, H/G, D)
             add_product(x, heads.view(B, H * D).to(wo.dtype), wo)
             gate, up = (self.unit(x).to(gate_up.dtype) @ gate_up).chunk(2, -1)  # (B, inner) each
-            add_product(x, F.silu(gate) * up, down)
+            add_product(x, F.silu(gate).mul_(up), down)
         return self.unit(x).to(self.output.dtype) @ self.output  # (B, V)
 
 

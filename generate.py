@@ -125,7 +125,7 @@ def add_product(x, h, weight):
 
 
 class DecodeStep:
-    """Transformer.forward for one new token per row: token (B,), position (B,) -> logits (B, V).
+    """Transformer.forward for one new token per row: token (B,), position (B,) or (1,) -> logits (B, V).
 
     For RMSNorm, SwiGLU and RoPE (Llama, Qwen). Fewer and larger operations: the three products of q, k and v become
     one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
@@ -373,7 +373,8 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
     cache = cache.repeat(n, longest + max_new_tokens)
     dynamic = step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
     logits = logits.repeat_interleave(n, dim=0)  # (N·n, V)
-    position = positions[:, -1].repeat_interleave(n, dim=0)  # (N·n,) of the last token read
+    # of the last token read: (N·n,), or where no prompt is padded one for all rows, (1,)
+    position = positions[:, -1].repeat_interleave(n, dim=0) if padded else positions[0, -1:]
     visible = torch.ones(rows, longest + max_new_tokens, dtype=torch.bool, device=device)
     visible[:, :longest] = real.repeat_interleave(n, dim=0)
     if dynamic is not None and static:
@@ -408,8 +409,8 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
             stay = live.argsort(descending=True, stable=True)[:few]
             cache.keep(stay)
             row = stay if isinstance(row, slice) else row[stay]
-            live, token, position = live[stay], token[stay], position[stay]
-            visible = visible[stay]
+            live, token, visible = live[stay], token[stay], visible[stay]
+            position = position[stay] if padded else position
             if step is not dynamic:
                 step = StaticStep(dynamic, visible)
             if "seen" in how:

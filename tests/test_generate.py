@@ -156,6 +156,24 @@ def test_padding_changes_nothing_under_other_positions(positions):
         torch.testing.assert_close(batch.logprobs[row], alone.logprobs[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"positions": "learned"}, {"window": 6}], ids=str)
+def test_prompts_of_one_length_continue_as_beside_a_longer_one(change, static):
+    """Without pads all rows share a position; a longer prompt among them gives each row its own."""
+    torch.manual_seed(0)
+    raw = Transformer(TransformerConfig(40, context=48, n_layer=2, n_head=2, n_kv_head=1, width=16, **change))
+    for p in raw.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    prompts, uniforms, how = [[1, 2, 3], [4, 5, 6], [9, 8, 7]], torch.rand(12, 30), {"stop_ids": range(6), "n": 3}
+    even = generate(raw, prompts, 30, uniforms=uniforms[:9], static=static, **how)
+    beside = generate(raw, [*prompts, [11] * 8], 30, uniforms=uniforms, static=static, **how)
+    assert even.mask.sum(1).min() < 8  # rows have left
+    T = even.ids.shape[1]
+    assert torch.equal(even.ids, beside.ids[:9, :T])
+    assert torch.equal(even.mask, beside.mask[:9, :T])
+    torch.testing.assert_close(even.logprobs, beside.logprobs[:9, :T], atol=1e-4, rtol=1e-4)
+
+
 def test_a_batch_of_finished_rows_ends_early(model):
     first = generate(model, PROMPTS, 1, temperature=0).ids.flatten().tolist()
     rollout = generate(model, PROMPTS, 20, temperature=0, stop_ids=first)

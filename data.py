@@ -1149,8 +1149,8 @@ def plain_problem(question, solution, where, story, history=(), rated=None) -> P
     return Problem(question, solution, extract_answer(solution) or "", level, story, history, rating)
 
 
-def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
-    """The documents of a split, "train" or "valid", for pretraining.
+def load_text(name: str | Path = "word", split: str = "train", skip_bad: bool = False) -> list[str]:
+    """The documents of a split, "train" or "valid", for pretraining. skip_bad: as for `load_problems`.
 
     "word"             narratives: 20,000 for train, 1,000 for valid; no text is in both
     "tinystories"      one story a document
@@ -1165,7 +1165,7 @@ def load_text(name: str | Path = "word", split: str = "train") -> list[str]:
     if name in ("gsm8k", "instructions", "ratings") or records:
         return [
             "\n".join([*(content for _, content in problem.history), problem.question, problem.solution])
-            for problem in load_problems(name, split)
+            for problem in load_problems(name, split, skip_bad=skip_bad)
         ]
     if name in DATASETS and name not in ("tinyshakespeare", "tinystories"):
         known = "word, tinystories, tinyshakespeare, gsm8k, instructions, ratings"

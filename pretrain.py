@@ -637,7 +637,7 @@ def draw_curves(run_dir, title, panels):
         axis.set(title=heading, xlabel="step", ylabel=ylabel)
         axis.grid(alpha=0.25)
         if len(metrics) + len(lines) > 1:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, framealpha=0.5)  # a point behind it shows through
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.suptitle(title)
@@ -717,6 +717,8 @@ class Config:
 
     data: str = "word"
     """word (built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
+    skip_bad: bool = False
+    """Where --data holds records (.jsonl, .json, .csv): count and leave out those that cannot be used."""
     tokenizer: str = "bpe"
     """bpe, char or byte, trained on the text; or a directory that holds a tokenizer.json."""
     vocab_size: int = 768
@@ -905,7 +907,7 @@ def main(config):
     if config.fsdp and (dist.world == 1 or scaler.is_enabled()):
         need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
         raise ConfigError(f"--fsdp needs {need}")
-    texts = {split: load_text(config.data, split) for split in ("train", "valid")}
+    texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     if config.init:
         raw, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
         config = replace(config, model=raw.config)

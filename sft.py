@@ -443,6 +443,8 @@ def pretrained_start(config, dist):
     settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     if config.data != "word":  # real text wants more words and longer windows
         settings |= {"vocab_size": 2048, "model": TransformerConfig(context=512)}
+    if config.skip_bad:
+        settings["skip_bad"] = True
     name = start_name(config.data, config.seed, "pretrain")
     return made_once(
         name, f"no --init given: pretraining a start on the text of {config.data} first", pretrain, settings, dist

@@ -829,6 +829,10 @@ def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
     line = "rated.csv: skipped 6 records that cannot be used (first: record 1: the rating is 7, it must be from 1 to 5)"
     assert len(said) == 3
     assert all(s.endswith(line) for s in said)
+    with pytest.raises(DataError, match="record 1: the rating is 7"):
+        load_text(path, "train")
+    texts = [text for split in ("train", "valid") for text in load_text(path, split, skip_bad=True)]
+    assert sorted(texts) == sorted(f"{p.question}\n{p.solution}" for p in kept if data.split_of(p.question) != "test")
 
     path = write_pairs(tmp_path / "pairs.jsonl", *[pair_record(f"prompt {i}") for i in range(100)], {"prompt": "p"})
     with pytest.raises(DataError, match="line 101"):

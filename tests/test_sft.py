@@ -383,6 +383,15 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     assert len(names) == 3
 
 
+def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
+    monkeypatch.setattr(sft, "made_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings))
+    dist = pretrain.setup("cpu")
+    for data in ("word", "mine.jsonl"):
+        for skip_bad in (False, True):
+            start = sft.pretrained_start(sft.Config(data=data, skip_bad=skip_bad), dist)
+            assert (start.data, start.skip_bad) == (data, skip_bad)
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo", "gdpo"])
 @pytest.mark.parametrize("options", [{"resume": True}, {"name": "../elsewhere"}])
 def test_what_cannot_run_makes_no_start(here, monkeypatch, stage, options):

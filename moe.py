@@ -138,16 +138,22 @@ def slices_grouped(x, counts, gate, up, down):
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
-def sparse_experts(x, index, weights, gate, up, down, keep=None, slices=slices_loop):
-    """The fast path: each token through its K experts, except where keep (T, K) is False. As dense_experts."""
+def sparse_experts(x, index, weights, gate, up, down, keep=None, slices=slices_loop, whole=1):
+    """The fast path: each token through its K experts, except where keep (T, K) is False. As dense_experts.
+
+    whole: rows are added until each expert has a multiple of `whole`; what comes of them is thrown away.
+    """
     (T, K), E = index.shape, len(up)
     queue = index.flatten()  # (T·K,), entry t·K + k is token t's k-th choice
     order = queue.argsort(stable=True)
     if keep is not None:
         order = order[keep.flatten()[order]]
     counts = tally(queue[order], E)
-    rows = slices(x.index_select(0, order // K), counts, gate, up, down)  # (T·K, C) less what is dropped
-    rows = rows.new_zeros(T * K, x.shape[1]).index_copy(0, order, rows)  # back in the tokens' order
+    if whole > 1:  # the added rows are the last token's, and bound for an entry behind all others
+        parts = [F.pad(part, (0, -len(part) % whole), value=T * K) for part in order.split(counts.tolist())]
+        order, counts = torch.cat(parts), torch.tensor([len(part) for part in parts])
+    rows = slices(x.index_select(0, (order // K).clamp(max=T - 1)), counts, gate, up, down)  # (T·K or so, C)
+    rows = rows.new_zeros(T * K + 1, x.shape[1]).index_copy(0, order, rows)[:-1]  # back in the tokens' order
     return (rows.unflatten(0, (T, K)) * weights[..., None]).sum(1)  # (T, C)
 
 
@@ -202,10 +208,14 @@ class MoE(nn.Module):
         if self.training:
             self._record(logits, probs, index, keep)
         # The kernel takes bf16 and rows of whole 16 bytes; for anything else torch loops over the experts too.
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         fits = dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and self.up.shape[1] % 8 == 0
         slices = slices_grouped if x.is_cuda and fits else slices_loop
-        y = sparse_experts(x, index, self.scale * weights, self.gate, self.up, self.down, keep, slices)  # (T, C)
+        # On a CPU oneDNN compiles new bf16 kernels for each number of rows that it has not seen: let them be few.
+        whole = 32 if dtype == torch.bfloat16 and not x.is_cuda else 1
+        matrices = self.gate, self.up, self.down
+        y = sparse_experts(x, index, self.scale * weights, *matrices, keep, slices, whole)  # (T, C)
         if self.shared is not None:
             gate = self.shared["gate"].weight if "gate" in self.shared else None
             y = y + expert(x, gate, self.shared["up"].weight, self.shared["down"].weight)

@@ -179,7 +179,8 @@ def test_layer_equals_the_formula(activation, balancing, n_shared):
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("slices", [slices_loop, slices_grouped])
-def test_fast_equals_dense_forward_and_backward(slices, gated):
+@pytest.mark.parametrize("whole", [1, 8])
+def test_fast_equals_dense_forward_and_backward(slices, gated, whole):
     exact = slices is slices_loop
     dtype = torch.float64 if exact else torch.float32  # the kernel takes no float64
     built = layer(0.4, dtype, activation="swiglu" if gated else "gelu", width=16, expert_width=8)
@@ -191,7 +192,7 @@ def test_fast_equals_dense_forward_and_backward(slices, gated):
         one_hot = torch.zeros(31, E, dtype=dtype)
         one_hot = one_hot.scatter_add(1, index, kept)  # an expert may be chosen twice here
         dense = dense_experts(x, torch.arange(E).expand(31, E), one_hot, built.gate, built.up, built.down)
-        fast = sparse_experts(x, index, weights, built.gate, built.up, built.down, keep, slices)
+        fast = sparse_experts(x, index, weights, built.gate, built.up, built.down, keep, slices, whole)
         tolerance = dict(atol=1e-10, rtol=1e-10) if exact else dict(atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(fast, dense, **tolerance)
         leaves = [x, weights, *(p for p in (built.gate, built.up, built.down) if p is not None)]
@@ -477,6 +478,18 @@ assert (grouped - looped).abs().max() < 0.02 * exact.abs().max()
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_experts_compute_few_numbers_of_rows_in_bf16_on_a_cpu(monkeypatch, half):
+    """Many numbers of tokens: in fp32 as many rows as were sent, in bf16 multiples of 32."""
+    rows, built = [], layer(dtype=torch.float32, width=16, expert_width=8)
+    monkeypatch.setattr(moe, "expert", lambda x, *matrices: rows.append(len(x)) or expert(x.float(), *matrices))
+    for T in range(40, 140, 7):
+        built(torch.randn(1, T, 16, dtype=torch.bfloat16 if half else torch.float32))
+    uneven = [n for n in rows if n % 32]
+    assert len(set(uneven)) == 0 if half else len(set(uneven)) > 20
+    assert half or sum(rows) == sum(K * T for T in range(40, 140, 7))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -137,6 +137,7 @@ class KVCache:
     """
 
     def __init__(self, n_layer, batch, n_kv_head, max_len, head_dim, dtype=torch.float32, device=None):
+        # keys and values of all layers in one tensor, so that a decoding step writes both at once
         self.store = torch.empty(n_layer, 2, batch, n_kv_head, max_len, head_dim, dtype=dtype, device=device)
         self.length = 0
 

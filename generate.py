@@ -121,7 +121,10 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
 
 def add_product(x, h, weight):
     """x += h @ weight, in one operation where the dtypes allow it."""
-    x.addmm_(h, weight) if x.dtype == h.dtype else x.add_(h @ weight)
+    if x.dtype == h.dtype:
+        x.addmm_(h, weight)
+    else:
+        x.add_(h @ weight)
 
 
 class DecodeStep:
@@ -131,10 +134,10 @@ class DecodeStep:
     one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
     them beforehand, those of q and k into the tables of RoPE; keys and values are written at once; keys of one head
     meet all queries that share them in one batched product. In fp32 the matrices for 4 rows and more lie transposed,
-    (in, out), and the output matrix always: of up to 32 rows x @ W of such a W takes about two thirds of the time of
-    x @ weight.T (MKL, 2 cores), while in bf16 (oneDNN) it takes longer. Built anew by each `generate`, in about the
-    time of a few steps, because the weights may have changed since: a second copy of them, in the dtype of autocast,
-    where that is on. Attention computes in the dtype of the cache.
+    (in, out), and the output matrix always: of 4 to 32 rows x @ W of such a W takes two thirds to four fifths of the
+    time of x @ weight.T (MKL, 2 cores), while in bf16 (oneDNN) it takes up to a fifth longer. Built anew by each
+    `generate`, in about the time of a few steps, because the weights may have changed since: a second copy of them, in
+    the dtype of autocast, where that is on. Attention computes in the dtype of the cache.
     """
 
     @staticmethod
@@ -154,16 +157,19 @@ class DecodeStep:
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
         self.embed, self.layers, gains, root = model.embed.weight, [], [], c.width**0.5
 
-        def matrix(*weights, gain=None, rows=cache.store.shape[2]):
+        def matrix(*weights, gain=None, few=cache.store.shape[2] < 4):
             """Weights (out, in) -> one matrix (in, sum of outs), with the gains and √C of the norm in front in it."""
-            transposed = rows >= 4 and matrices == torch.float32
+            transposed = matrices == torch.float32 and not few
             if len(weights) == 1 and gain is None and not transposed:
                 return weights[0].to(matrices).t()
             outs, size = [len(weight) for weight in weights], weights[0].shape[1]
             whole = weights[0].new_empty((size, sum(outs)) if transposed else (sum(outs), size), dtype=matrices)
             whole = whole if transposed else whole.t()
             for weight, part in zip(weights, whole.split(outs, dim=1), strict=True):
-                part.copy_(weight.t()) if gain is None else torch.mul(weight.t(), (root * gain)[:, None], out=part)
+                if gain is None:
+                    part.copy_(weight.t())
+                else:
+                    torch.mul(weight.t(), (root * gain)[:, None], out=part)
             return whole
 
         for block in model.blocks:
@@ -179,7 +185,7 @@ class DecodeStep:
             self.layers.append((qkv, wo, gate_up, down, bias))
             gains.append(gain.to(dtype))
         output = self.embed if model.head is None else model.head.weight
-        self.output = matrix(*output.split(1024), gain=model.norm.weight, rows=4)  # (C, V)
+        self.output = matrix(*output.split(1024), gain=model.norm.weight, few=False)  # (C, V)
         signs = torch.ones(D, device=device)
         signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.rotate
         self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
@@ -220,7 +226,10 @@ class DecodeStep:
             qk, k_v = h[:, : H + G], h[:, H:].view(B, 2, G, D).transpose(0, 1)  # k and v: (2, B, G, D)
             n = self.unit(qk) if c.qk_norm else qk
             torch.addcmul(n * cos[i], n.roll(D // 2, -1), sin[i], out=qk)
-            new[i].index_copy_(3, slot, k_v.unsqueeze(3)) if fixed else new[i].copy_(k_v)
+            if fixed:
+                new[i].index_copy_(3, slot, k_v.unsqueeze(3))
+            else:
+                new[i].copy_(k_v)
             scores = torch.bmm(h[:, :H].reshape(B * G, H // G, D), keys[i])  # (B·G, H/G, S)
             if visible is not None:
                 scores += hidden

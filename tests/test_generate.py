@@ -238,6 +238,16 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
     assert [("said 1" in a, "rat" in a, "long" in a) for a in asked[3:]] == [(True, False, False), (False,) * 3]
 
 
+def uneven(**change):
+    """A small model whose gains and biases are random too, or half of a decoding step's mistakes stay hidden."""
+    torch.manual_seed(0)
+    config = TransformerConfig(40, **({"context": 30, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "width": 32} | change))
+    raw = Transformer(config).eval()
+    for p in raw.parameters():
+        torch.nn.init.normal_(p, mean=0.2, std=0.4)
+    return raw
+
+
 @pytest.mark.parametrize(
     "change",
     [{}, {"qk_norm": False}, {"qk_norm": False, "qkv_bias": True}, {"tie_embeddings": False}, {"n_kv_head": 2}],
@@ -245,11 +255,7 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
 )
 @pytest.mark.parametrize("rows", [3, 6], ids="{} rows".format)  # its matrices lie otherwise from 4 rows on
 def test_the_decode_step_equals_the_model(change, rows):
-    torch.manual_seed(0)
-    config = TransformerConfig(40, **({"context": 30, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "width": 32} | change))
-    raw = Transformer(config).eval()
-    for p in raw.parameters():
-        torch.nn.init.normal_(p, mean=0.2, std=0.4)  # gains and biases too, or half of the mistakes stay hidden
+    raw = uneven(**change)
     assert DecodeStep.fits(raw)
     tokens, real = torch.randint(40, (rows, 12)), torch.ones(rows, 12, dtype=torch.bool)
     real[1, :3] = real[2, :7] = False
@@ -270,10 +276,7 @@ def test_the_decode_step_equals_the_model(change, rows):
 
 
 def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
-    torch.manual_seed(0)
-    raw = Transformer(TransformerConfig(40, context=30, n_layer=2, n_head=4, n_kv_head=2, width=32)).eval()
-    for p in raw.parameters():
-        torch.nn.init.normal_(p, mean=0.2, std=0.4)
+    raw = uneven(n_kv_head=2)
     tokens, at = torch.randint(40, (3, 12)), torch.full((3,), 11)
     with torch.no_grad():
         exact = raw(tokens)[:, -1]
@@ -292,10 +295,7 @@ def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cache_in_bf16_as_on_a_gpu(static):
     """There attention computes in the dtype of autocast, and so the step does; a CPU's cache is fp32."""
-    torch.manual_seed(0)
-    raw = Transformer(TransformerConfig(40, context=30, n_layer=2, n_head=4, n_kv_head=2, width=32)).eval()
-    for p in raw.parameters():
-        torch.nn.init.normal_(p, mean=0.2, std=0.4)
+    raw = uneven(n_kv_head=2)
     tokens, at = torch.randint(40, (3, 12)), torch.full((3,), 11)
     with torch.no_grad():
         exact = raw(tokens)[:, -1]

@@ -532,7 +532,7 @@ def main(config):
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * len(part)
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
         record = {name: v / config.batch for name, v in zip(sums, dist.sum(*sums.values()), strict=True)}
         if not math.isfinite(record["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
             said = f"the loss is {record['loss']}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"

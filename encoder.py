@@ -734,7 +734,7 @@ def main(config):
                 scaler.scale(loss * dist.world).backward()  # DDP divides by world
             loss_sum += metrics["loss"]
             right += metrics["right"]
-        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
         loss_sum, right = dist.sum(loss_sum, right)
         if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
             said = f"the loss is {loss_sum}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"

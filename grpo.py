@@ -748,7 +748,7 @@ def main(config, estimate=estimate):
                 sums["ratio_max"] = max(sums["ratio_max"], metrics.pop("ratio_max"))
                 for name, value in metrics.items():  # the loss is a sum over pieces, the others means over tokens
                     sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else count)
-            norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+            norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
             if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler meets inf, skips the step, goes lower
                 where = f"at step {step} (learning rate {lr:.1e})"
                 raise DivergedError(f"the gradient is {norm} {where}; try a smaller --lr")

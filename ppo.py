@@ -244,7 +244,7 @@ class ActorCritic(nn.Module):
         return in_order(logprobs, packed), in_order(values, packed).float()
 
 
-def optimizer_steps(parts, optimizers, rates, scaler, clip):
+def optimizer_steps(parts, optimizers, rates, scaler, autocast, clip):
     """One step of each part, the policy and the values, clipped on its own. optimizers: a list for each part. -> the
     norms before clipping; if one is not finite, all weights stay as they are."""
     norms = []
@@ -256,7 +256,8 @@ def optimizer_steps(parts, optimizers, rates, scaler, clip):
         norms.append(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item())
     for optimizer in (o for own in optimizers for o in own):
         if all(map(math.isfinite, norms)):  # or neither part steps
-            scaler.step(optimizer)
+            with autocast():
+                scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return norms
@@ -606,7 +607,7 @@ def main(config):
                     optimizer.zero_grad(set_to_none=True)
                 break
             both = [optimizers[:-1], optimizers[-1:]]
-            norms = optimizer_steps(parts, both, (lr, value_lr * rate), scaler, config.clip)
+            norms = optimizer_steps(parts, both, (lr, value_lr * rate), scaler, autocast, config.clip)
             if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
                 raise DivergedError(f"the gradient is {norms} at step {step}; try a smaller --lr than {config.lr:.1e}")
             found |= {"grad_norm": norms[0], "grad_norm_value": norms[1]}

@@ -177,12 +177,15 @@ class Muon(torch.optim.Optimizer):
 
     A matrix's momentum M = U S Vᵀ is dominated by a few directions. Muon steps along U Vᵀ instead: every direction
     moves at the same pace. U Vᵀ comes without an SVD from five rounds of the odd polynomial
-    X ← aX + b(XXᵀ)X + c(XXᵀ)²X, which drives all singular values of X towards 1. In fp32: bf16 would do on a GPU.
+    X ← aX + b(XXᵀ)X + c(XXᵀ)²X, which drives all singular values of X towards 1; under autocast in its dtype, which
+    is exact enough. Matrices of one shape go through it together: small ones, one by one, would not fill the machine.
     The factor 0.2 √max(rows, columns) gives the update the size of AdamW's, so both share a learning rate.
 
     Under FSDP a rank holds some rows of each matrix, but U Vᵀ needs them all: every rank gathers the matrix,
     orthogonalises it whole, the same on all ranks, and keeps its own rows. The momentum stays shared out.
     """
+
+    STACK = 2**24  # numbers that go through the iteration together at most: bounds the memory
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -190,30 +193,41 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}  # {shape: parameters}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p.grad)
-                m = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(m, group["momentum"])  # Nesterov: look one step ahead
-                whole = update.full_tensor() if is_sharded(update) else update
-                update = share_of(orthogonalise(whole), update)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"])
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for shape, params in alike.items():
+                size = 1 if is_sharded(params[0]) else max(1, self.STACK // shape.numel())
+                for i in range(0, len(params), size):
+                    self._step_alike(params[i : i + size], group)
+
+    def _step_alike(self, params, group):
+        updates = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p.grad)
+            m = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(m, group["momentum"])  # Nesterov: look one step ahead
+            updates.append(update.full_tensor() if is_sharded(update) else update)
+        for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(share_of(update, p), alpha=-0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"])
 
 
 def orthogonalise(m, rounds=5):
-    """(rows, columns), or a stack of such (E, rows, columns) -> the nearest matrix with singular values 1, roughly
-    (they end between 0.7 and 1.2)."""
-    x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
+    """A stack of matrices (..., rows, columns) -> the nearest ones with singular values 1, roughly (they end between
+    0.7 and 1.2)."""
+    x = m.reshape(-1, *m.shape[-2:])  # (n, rows, columns)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
     wide = m.shape[-2] <= m.shape[-1]
-    x = x if wide else x.mT  # so that X Xᵀ is the smaller product
+    x = x if wide else x.mT.contiguous()  # so that X Xᵀ is the smaller product
     for _ in range(rounds):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if wide else x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a @ a
+        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x + b @ x
+    return (x if wide else x.mT).reshape(m.shape)
 
 
 def is_sharded(x):
@@ -277,9 +291,9 @@ def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
     return optimizers + ([Muon(inner, lr, weight_decay=weight_decay)] if inner else [])
 
 
-def optimizer_step(raw, optimizers, scaler, lr, clip):
-    """Unscale, clip by the global norm, step, clear. Returns the norm before clipping; if that is not finite, the
-    weights stay as they are."""
+def optimizer_step(raw, optimizers, scaler, autocast, lr, clip):
+    """Unscale, clip by the global norm, step (Muon's products in autocast's dtype), clear. Returns the norm before
+    clipping; if that is not finite, the weights stay as they are."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -288,7 +302,8 @@ def optimizer_step(raw, optimizers, scaler, lr, clip):
     norm = (norm.full_tensor() if is_sharded(norm) else norm).item()  # under FSDP, over all ranks' parts
     for optimizer in optimizers:
         if math.isfinite(norm):  # the scaler asks each optimizer by itself: one would step where the other overflowed
-            scaler.step(optimizer)
+            with autocast():
+                scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()  # half the scale after an overflow, twice after 2,000 steps without
     return norm
@@ -1040,7 +1055,7 @@ def main(config):
         lr = lr_at(step, config.steps, config.lr, config.warmup, config.floor, config.schedule)
         (loss_sum,) = dist.sum(loss_sum)
         if math.isfinite(loss_sum):
-            norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+            norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
         else:
             norm = math.nan
             raw.zero_grad(set_to_none=True)

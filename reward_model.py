@@ -766,7 +766,7 @@ def main(config):
                 weight = 1 if name.endswith("loss") else len(piece) / config.batch
                 sums[name] = sums.get(name, 0.0) + value * weight
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(raw, optimizers, scaler, lr, config.clip)
+        norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
         sums = dict(zip(sums, dist.sum(*sums.values()), strict=True))
         finite = math.isfinite(sums["loss"] + sums["nll_loss"]) and (math.isfinite(norm) or scaler.is_enabled())
         if not finite:

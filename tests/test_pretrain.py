@@ -115,6 +115,43 @@ def test_muon_step_by_hand():
     torch.testing.assert_close(p.detach(), before * (1 - 0.05) - 0.1 * 0.2 * math.sqrt(6) * update)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_against_torch(dtype, monkeypatch):
+    """torch.optim.Muon iterates in bf16, one matrix at a time; ours in autocast's dtype, those of one shape at once."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(Muon, "STACK", 2000)  # two of 24 x 40
+    mine = [torch.nn.Parameter(torch.randn(s)) for s in ((24, 40), (24, 40), (40, 24), (16, 16), (24, 40), (1, 7))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    settings = dict(lr=0.1, momentum=0.9, weight_decay=0.5)
+    ours = Muon(mine, **settings)
+    reference = torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        before = [p.detach().clone() for p in mine]
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad, q.data = torch.randn_like(p), p.data.clone()  # each step by itself
+            q.grad = p.grad.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ours.step()
+        reference.step()
+        for p, q, start in zip(mine, theirs, before, strict=True):
+            assert p.dtype == torch.float32
+            assert (p - q).norm() < 0.015 * (q - start).norm()
+
+
+def test_the_optimizer_steps_in_the_precision_of_autocast(monkeypatch):
+    seen, whole = [], pretrain.orthogonalise
+    monkeypatch.setattr(pretrain, "orthogonalise", lambda m: seen.append(whole(m)) or seen[-1])
+    raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
+    dist = pretrain.setup("cpu")
+    for dtype in ("fp32", "bf16"):
+        autocast, scaler = pretrain.precision(dtype, dist)
+        optimizers = make_optimizers(raw, "muon", 1e-3, 0.1)
+        loss_of(raw, torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64), 0.0)[0].backward()
+        optimizer_step(raw, optimizers, scaler, autocast, 1e-2, clip=0.5)
+        assert {update.dtype for update in seen} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+        seen.clear()
+
+
 def test_a_run_learns_and_leaves_everything(here, capsys):
     result = pretrain.main(config(steps=60, lr=1e-2, eval_every=30, dtype="fp32"))
     losses = metrics("runs/pretrain", "loss")
@@ -295,7 +332,7 @@ def test_a_scaled_step_is_a_plain_step_or_none(optimizer):
         x, y = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
         optimizers = make_optimizers(raw, optimizer, 1e-3, 0.1)
         scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
-        norm = optimizer_step(raw, optimizers, scaler, 1e-2, clip=0.5)
+        norm = optimizer_step(raw, optimizers, scaler, contextlib.nullcontext, 1e-2, clip=0.5)
         both.append([torch.tensor(norm), *raw.parameters()])
         if scaler.is_enabled():
             scaled = raw, optimizers, scaler
@@ -307,7 +344,7 @@ def test_a_scaled_step_is_a_plain_step_or_none(optimizer):
         before = copy.deepcopy([raw.state_dict(), [o.state_dict()["state"] for o in optimizers]])
         scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
         raw.get_parameter(name).grad[0, 0] = math.inf
-        assert not math.isfinite(optimizer_step(raw, optimizers, scaler, 1e-2, clip=0.5))
+        assert not math.isfinite(optimizer_step(raw, optimizers, scaler, contextlib.nullcontext, 1e-2, clip=0.5))
         after = [raw.state_dict(), [o.state_dict()["state"] for o in optimizers]]
         torch.testing.assert_close(after, before, atol=0, rtol=0)
         assert scaler.get_scale() == scale

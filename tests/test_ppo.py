@@ -70,6 +70,21 @@ def batch(B=5, T=7):
 # ------------------------------------------------------------------------------------------------ advantages
 
 
+@pytest.mark.parametrize(("dtype", "wanted"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_both_parts_step_in_the_precision_of_autocast(dtype, wanted, monkeypatch):
+    seen, whole = [], pretrain.orthogonalise
+    monkeypatch.setattr(pretrain, "orthogonalise", lambda m: seen.append(whole(m).dtype) or whole(m))
+    autocast, scaler = pretrain.precision(dtype, pretrain.setup("cpu"))
+    parts = [[torch.nn.Parameter(torch.randn(4, 6))] for _ in range(2)]
+    before = [parameters[0].detach().clone() for parameters in parts]
+    for (p,) in parts:
+        p.grad = torch.randn(4, 6)
+    ppo.optimizer_steps(parts, [[pretrain.Muon(p, 0.1)] for p in parts], (0.1, 0.2), scaler, autocast, clip=1.0)
+    assert seen == [wanted, wanted]
+    lengths = [(p.detach() - old).norm().item() for (p,), old in zip(parts, before, strict=True)]
+    assert lengths[1] == pytest.approx(2 * lengths[0], rel=0.2)  # each at its own rate; U Vᵀ is as long as it is wide
+
+
 def test_token_rewards_by_hand():
     log_ratio = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, 0.0]])
     got = token_rewards(log_ratio, torch.tensor([10.0, -4.0]), torch.tensor([3, 1]), 0.1)

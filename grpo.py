@@ -27,7 +27,7 @@ reward, the held-out accuracy, the KL and the length. What each option changes i
     --clip_high        above --clip_low it lets unlikely tokens grow further before the clip stops them (DAPO)
     --ratio sequence   ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: clipping keeps or drops whole completions, and
                        one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4)
-    --kl, --kl_in      how, and where, distance to the reference costs: see `kl_estimate`
+    --kl, --kl_in, --kl_unbiased      how, and where, distance to the reference costs: see `kl_estimate`
     --entropy_bonus    adds c ∇H(π(· | q, y_<t)), which flattens the distribution at each token: see `grpo_loss`
     --mask_truncated   cut-off completions still count in the group's mean, but push no token: being cut off is not
                        the same as being wrong
@@ -48,9 +48,9 @@ temperature alone, and the loss scores at that same temperature. Dropout stays o
 bf16 the sampler and the loss round differently and ρ is only near 1 (`ratio_max` is logged): GSPO's narrow clips want
 --dtype fp32.
 
-What others do differently: TRL's default is --loss_type dapo, verl's a mean over the batch's tokens; verl's epsilon
-under the std is 1e-6, it bounds log ρ to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729); TRL
-leaves a NaN reward out, here it is an error.
+What others do differently: TRL's defaults are --loss_type dapo and --kl_unbiased true, and it leaves a NaN reward out
+(here it is an error); verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, it bounds log ρ
+to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
 
 Rewards are named functions with weights (see `REWARDS`); `--reward module:function` adds your own. At the end a table
 compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to
@@ -215,6 +215,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
         k2 = (log r)² / 2                 biased, ≥ 0            ∇KL(π ‖ π_ref)
         k3 = r − 1 − log r   (Eq. 4)      unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
 
+    Times ρ_t = π / π_old, with its gradient (--kl_unbiased; DeepSeek-V3.2, arXiv:2512.02556, §3.1; TRL's default), the
+    mean over y ~ π_old becomes that over y ~ π, gradient included: k1 and k3 then have ∇KL(π ‖ π_ref).
     In the reward (--kl_in reward) the estimate is a number and not differentiated: the policy gradient does that, and
     there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion. It is taken off the advantages, less
     its group's mean and behind any division by the std (verl and TRL's older trainers take it off the rewards).
@@ -253,6 +255,7 @@ def grpo_loss(
     *,
     ratio="token",
     kl="k3",
+    kl_unbiased=False,
     entropy_bonus=0.0,
     n_completions=None,
     n_tokens=None,
@@ -274,11 +277,11 @@ def grpo_loss(
     # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
     logprobs = torch.where(mask > 0, logprobs, 0.0)
     log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
-    if ratio == "sequence":
-        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)
-    elif ratio != "token":
+    if ratio not in ("token", "sequence"):
         raise ConfigError(f"--ratio {ratio!r} is not known; use token or sequence")
-    rho = log_ratio.exp()
+    rho = log_ratio.exp()  # (B, T)
+    if ratio == "sequence":
+        rho = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp().expand_as(mask)
     A = advantages[:, None]  # (B, 1)
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     per_token = -torch.minimum(rho * A, clipped * A)  # the pessimistic one of the two, for either sign of A
@@ -286,7 +289,8 @@ def grpo_loss(
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
-            per_token = per_token + beta * kl_estimate(logprobs, ref_logprobs, kl)
+            cost = kl_estimate(logprobs, ref_logprobs, kl)
+            per_token = per_token + beta * (log_ratio.exp() * cost if kl_unbiased else cost)
         metrics["kl"] = masked_mean(kl_estimate(logprobs.detach(), ref_logprobs, "k3"), mask)
     if entropy_bonus:
         per_token = per_token + entropy_bonus * logprobs.square() / 2
@@ -369,6 +373,8 @@ class Config:
     """Estimator of the KL: k1, k2 or k3."""
     kl_in: str = "loss"
     """Where the KL costs: loss or reward."""
+    kl_unbiased: bool = False
+    """Multiply the KL in the loss by the importance ratio: then its gradient is that of KL(policy, reference)."""
     refresh_reference: int = 0
     """Every so many steps the policy becomes its own reference; 0 keeps the start."""
     entropy_bonus: float = 0.0
@@ -437,8 +443,12 @@ class Config:
             raise ConfigError(f"--overlong {self.overlong} is more than --max_new_tokens {self.max_new_tokens}")
         if self.kl_in not in ("loss", "reward"):
             raise ConfigError(f"--kl_in {self.kl_in!r} is not known; use loss or reward")
-        if self.beta and (self.kl, self.kl_in) == ("k1", "loss"):
-            raise ConfigError("--kl k1 in the loss has no gradient on average; use --kl_in reward, or k2 or k3")
+        if self.kl_unbiased and self.kl_in == "reward":
+            raise ConfigError("--kl_unbiased has no meaning with --kl_in reward, where the KL is not differentiated")
+        if self.beta and (self.kl, self.kl_in, self.kl_unbiased) == ("k1", "loss", False):
+            raise ConfigError(
+                "--kl k1 in the loss has no gradient on average; use --kl_in reward, --kl_unbiased true, or k2 or k3"
+            )
         if self.init is None and self.data != "word":
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         if self.scale is None:
@@ -676,7 +686,7 @@ def main(config, estimate=estimate):
     in_reward, in_loss = (config.beta > 0 and config.kl_in == where for where in ("reward", "loss"))
     options = {name: getattr(config, name) for name in ("clip_low", "clip_high", "loss_type", "ratio", "kl")}
     options |= {"beta": config.beta if in_loss else 0.0, "entropy_bonus": config.entropy_bonus}
-    options |= {"max_length": config.max_new_tokens}
+    options |= {"kl_unbiased": config.kl_unbiased, "max_length": config.max_new_tokens}
     pad = tokenizer.endoftext_id
     accuracy, kl, warned, extra = best, 0.0, False, {}
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")

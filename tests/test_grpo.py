@@ -2,6 +2,7 @@
 of a step (micro-batches, ranks, resuming), and runs whose reward must rise."""
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -285,6 +286,24 @@ def test_kl_estimators_against_exact_sums():
     torch.testing.assert_close(torch.autograd.grad(in_reward, theta)[0], gradients["k2"])
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_the_unbiased_kl_has_the_gradient_of_the_kl(kind, ratio):
+    """Completions of two tokens, drawn from an older policy, the second whatever the first: Σ π_old · loss, exactly."""
+    theta, log_p, ref = policies()
+    older = (theta.detach() + torch.randn(5, dtype=torch.float64)).log_softmax(0)
+    forward = (log_p.exp() * (log_p - ref)).sum()
+    (expected,) = torch.autograd.grad(forward, theta, retain_graph=True)
+    ones, total = torch.ones(1, 2), 0.0
+    for both in itertools.product(range(5), repeat=2):
+        new, old, reference = (x[list(both)].view(1, 2) for x in (log_p, older, ref))
+        options = dict(kl=kind, kl_unbiased=True, ratio=ratio)
+        loss, _ = grpo_loss(new, old, torch.zeros(1), ones, reference, 0.7, **options)  # advantage 0: the KL alone
+        total = total + old.sum().exp() * loss
+    torch.testing.assert_close(total, 0.7 * forward)
+    torch.testing.assert_close(torch.autograd.grad(total, theta)[0], 0.7 * expected)
+
+
 def test_the_entropy_bonus_has_the_gradient_of_the_entropy():
     theta, log_p, _ = policies()
     entropy = -(log_p.exp() * log_p).sum()
@@ -416,6 +435,15 @@ def test_first_ratio_is_one_and_later_ones_are_not(here, spied):
     grpo.main(config(name="b", lr=1e-2, steps=1, inner_epochs=3, minibatches=2))
     assert max(metrics("runs/b", "ratio_max").values()) > 1.01
     assert len(spied["gradients"]) == 3 + 6
+
+
+def test_the_unbiased_kl_reaches_the_loss(here, spied):
+    """At the reference itself both KLs have no gradient; after a step they have different ones."""
+    for unbiased in (False, True):
+        grpo.main(config(steps=1, beta=3.0, inner_epochs=2, lr=1e-2, kl_unbiased=unbiased))
+    plain, corrected = spied["gradients"][:2], spied["gradients"][2:]
+    assert_same_gradient(plain[0], corrected[0])
+    assert any((plain[1][name] - corrected[1][name]).norm() > 0.05 * plain[1][name].norm() for name in plain[1])
 
 
 def test_minibatches_share_out_the_groups(here, spied):
@@ -660,6 +688,7 @@ def test_a_question_can_carry_an_instruction(here, spied):
         (["--temperature", "0"], ["temperature"]),
         (["--kl", "k4"], ["k4", "k3"]),
         (["--kl", "k1", "--beta", "0.1"], ["k1", "--kl_in reward"]),
+        (["--kl_unbiased", "true", "--kl_in", "reward"], ["kl_unbiased", "--kl_in reward"]),
         (["--kl_in", "advantage"], ["advantage", "reward"]),
         (["--ratio", "word"], ["word", "sequence"]),
         (["--scale", "all"], ["all", "batch"]),

@@ -1,0 +1,215 @@
+"""The objectives against TRL itself: its trainers' losses, and their gradients in every weight, for the same model and
+the same tokens; the advantages that it makes of the same rewards."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import dpo
+import gdpo
+import sft
+from grpo import grpo_loss, summed_advantages
+from reward_model import RewardModel, bradley_terry_loss
+from tokenizer_bpe import BPETokenizer
+from transformer import LAYOUTS, Transformer, TransformerConfig, layout_of, to_layout
+
+pytest.importorskip("trl", reason="trl is not installed: the loops of the other tests are the check then")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPTS = ["How many apples?", "Tom has 3. He buys 4 more. How many?"]
+ANSWERS = [
+    ["Tom has 7 now.", "There are 3 + 4 = 7.\n#### 7", "No"],
+    ["#### 12", "He has 3 + 4 = 7 apples.", "Tom buys"],
+]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A random model and its tokenizer, as files that both sides open, and the prompts and answers as ids."""
+    path = tmp_path_factory.mktemp("trl")
+    tokenizer = BPETokenizer.train(["\n".join(PROMPTS + [text for group in ANSWERS for text in group])] * 4, 300)
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(tokenizer.vocab_size, context=96, n_layer=2, n_head=4, n_kv_head=2, width=32))
+    with torch.no_grad():
+        for p in model.parameters():  # far from uniform: mistakes must show
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(path / "start")
+    tokenizer.save_pretrained(path / "start")
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    answers = [[[*tokenizer.encode(text), tokenizer.im_end_id] for text in group] for group in ANSWERS]
+    return path / "start", tokenizer, prompts, answers
+
+
+def trainer_of(kind, start, tmp_path, rows, **options):
+    """TRL's trainer `kind` on the model of `start`, in float64."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    opener = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
+    common = dict(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    common |= dict(gradient_checkpointing=False, max_steps=1) | options.pop("args")
+    return getattr(trl, f"{kind}Trainer")(
+        model=opener.from_pretrained(start).double(),
+        args=getattr(trl, f"{kind}Config")(**common),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(start),
+        **options,
+    )
+
+
+def assert_same_gradients(ours, theirs):
+    """Of every weight, by the names of the layout that transformers knows."""
+    gradients = {name: p.grad for name, p in ours.named_parameters() if name != "head.weight"}
+    expected = {name: p.grad for name, p in theirs.named_parameters() if name != "score.weight"}
+    mapped = to_layout(gradients, LAYOUTS[layout_of(ours.config)].names)
+    assert len(expected) > 20
+    for name, gradient in expected.items():
+        torch.testing.assert_close(mapped[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, at=name: f"{at}: {m}")
+
+
+def padded(rows, left):
+    """Lists of ids -> ids and mask (B, T), padded with 0 on the left or on the right."""
+    T = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        zeros, ones = [0] * (T - len(row)), [1] * len(row)
+        ids.append(zeros + row if left else row + zeros)
+        mask.append(zeros + ones if left else ones + zeros)
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.fixture(scope="module")
+def grpo_trainer(start, tmp_path_factory):
+    args = dict(per_device_train_batch_size=6, num_generations=3, max_completion_length=20, beta=0.3, temperature=0.7)
+    args |= dict(epsilon=0.2, epsilon_high=0.28)
+    path, into, rows = start[0], tmp_path_factory.mktemp("grpo"), [{"prompt": text} for text in PROMPTS]
+    return trainer_of("GRPO", path, into, rows, reward_funcs=[lambda **_: [0.0]], args=args)
+
+
+@pytest.mark.parametrize(("ratio", "unbiased"), [("token", False), ("token", True), ("sequence", False)])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_grpo_loss_and_gradient(start, grpo_trainer, loss_type, ratio, unbiased, beta):
+    """(With a sequence's ratio TRL weighs each token's KL by that ratio too, a known fault: huggingface/trl#6586.)"""
+    path, _, prompts, answers = start
+    trainer, model = grpo_trainer, Transformer.from_pretrained(path).double()
+    trainer.loss_type, trainer.importance_sampling_level, trainer.beta = loss_type, ratio, beta
+    trainer.current_gradient_accumulation_steps, trainer.args.use_bias_correction_kl = 1, unbiased
+    flat = [answer for group in answers for answer in group]
+    ids, mask = padded([prompts[0]] * 3 + [prompts[1]] * 3, left=True)
+    completions, completion_mask = padded(flat, left=False)
+    logprobs = sft.answer_logprobs(model, sft.pack(prompts, answers, 0), 0.7)[:, : completions.shape[1]]
+    torch.manual_seed(1)
+    noise = 0.3 * torch.randn(2, *logprobs.shape, dtype=torch.float64) + 0.3 * torch.randn(6, 1)
+    old, ref = logprobs.detach() + noise
+    A = torch.randn(6, dtype=torch.float64)
+    inputs = {"prompt_ids": ids, "prompt_mask": mask, "completion_ids": completions, "completion_mask": completion_mask}
+    inputs |= {"advantages": A, "old_per_token_logps": old, "ref_per_token_logps": ref}
+    trainer.model.zero_grad()
+    theirs = trainer._compute_loss(trainer.model, inputs | {"num_items_in_batch": completion_mask.sum()})
+    theirs.backward()
+    options = dict(beta=beta, clip_low=0.2, clip_high=0.28, loss_type=loss_type, ratio=ratio, kl_unbiased=unbiased)
+    ours, figures = grpo_loss(logprobs, old, A, completion_mask, ref, **options, max_length=20)
+    ours.backward()
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
+    assert 0 < figures["clip_fraction"] < 1
+    assert_same_gradients(model, trainer.model)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_grpo(grpo_trainer, scale, monkeypatch):
+    rewards, weights = made_rewards(), {"a": 1.0, "b": 0.5, "c": 0.2}
+    theirs = advantages_of(grpo_trainer, rewards, weights, monkeypatch, "sum_then_normalize", scale)
+    torch.testing.assert_close(summed_advantages(rewards, weights, scale), theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_advantages_of_gdpo(grpo_trainer, monkeypatch):
+    rewards, weights = made_rewards(), {"a": 1.0, "b": 0.5, "c": 0.2}
+    theirs = advantages_of(grpo_trainer, rewards, weights, monkeypatch, "normalize_then_sum", "group")
+    ours = gdpo.gdpo_advantages(rewards, weights.values())
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert (ours - summed_advantages(rewards, weights)).abs().max() > 0.1
+
+
+def made_rewards():
+    """(2, 3, 3): groups, rollouts, rewards; one of the rewards is the same for a whole group."""
+    torch.manual_seed(2)
+    rewards = torch.rand(2, 3, 3)
+    rewards[0, :, 1] = 0.3
+    return rewards
+
+
+def advantages_of(trainer, rewards, weights, monkeypatch, aggregation, scale):
+    """What TRL makes of these rewards (N, R, M) of its own rollouts: (N, R)."""
+    flat = rewards.flatten(0, 1)  # (N·R, M)
+    monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: flat)
+    monkeypatch.setattr(trainer, "multi_objective_aggregation", aggregation)
+    monkeypatch.setattr(trainer, "scale_rewards", scale)
+    monkeypatch.setattr(trainer, "reward_weights", torch.tensor(list(weights.values())))
+    names = list(weights)
+    monkeypatch.setattr(trainer, "reward_funcs", names)
+    monkeypatch.setattr(trainer, "reward_func_names", names)
+    rows = [{"prompt": text} for text in PROMPTS for _ in range(3)]
+    return trainer._generate_and_score_completions(rows)["advantages"].view(2, 3)
+
+
+def pairs_of(prompts, answers):
+    """The first two answers of each prompt as TRL's batch, the chosen ones first: -> model inputs, completion mask."""
+    rows = [(p, group[side]) for side in (0, 1) for p, group in zip(prompts, answers, strict=True)]
+    ids, real = padded([p + answer for p, answer in rows], left=False)
+    spoken = torch.zeros_like(real)
+    for i, (p, answer) in enumerate(rows):
+        spoken[i, len(p) : len(p) + len(answer)] = 1
+    return {"input_ids": ids, "attention_mask": real}, spoken
+
+
+@pytest.mark.parametrize(("variant", "loss_type"), [("sigmoid", "sigmoid"), ("hinge", "hinge"), ("ipo_mean", "ipo")])
+def test_dpo_loss_and_gradient(start, tmp_path, variant, loss_type):
+    path, _, prompts, answers = start
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    trainer = trainer_of("DPO", path, tmp_path, rows, args=dict(beta=0.7, loss_type=loss_type))
+    torch.manual_seed(1)
+    with torch.no_grad():  # the policy has moved away from the reference
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    policy, reference = (Transformer.from_pretrained(path).double() for _ in range(2))
+    trainer.model.save_pretrained(tmp_path / "moved")
+    policy = Transformer.from_pretrained(tmp_path / "moved", dtype=torch.float64)
+
+    batch, spoken = pairs_of(prompts, answers)
+    theirs = trainer.compute_loss(trainer.model, batch | {"completion_mask": spoken})
+    theirs.backward()
+    packed = sft.pack(prompts, [group[:2] for group in answers], 0)
+    with torch.no_grad():
+        ref = dpo.pair_logprobs(reference, packed)
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed[-1].view(-1, 2).unbind(1), strict=True))
+    ours, _ = dpo.dpo_loss(*dpo.pair_logprobs(policy, packed), *ref, 0.7, variant, **lengths)
+    ours.backward()
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-5)
+    assert_same_gradients(policy, trainer.model)
+
+
+def test_reward_loss_and_gradient(start, tmp_path):
+    path, tokenizer, prompts, answers = start
+    model = RewardModel.from_policy(Transformer.from_pretrained(path))
+    model.pad_id = tokenizer.endoftext_id
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    trainer = trainer_of("Reward", tmp_path / "judge", tmp_path, rows, args=dict(center_rewards_coefficient=0.05))
+    batch, _ = pairs_of(prompts, answers)
+    batch["input_ids"][batch["attention_mask"] == 0] = model.pad_id
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    model = model.double()
+    groups = [(p, group[:2]) for p, group in zip(prompts, answers, strict=True)]
+    scores = model.read(model, model.pack(groups, model.pad_id)).view(-1, 2)
+    ours, _ = bradley_terry_loss(*scores.unbind(1), centre=0.05)
+    ours.backward()
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.head.weight.grad, trainer.model.score.weight.grad, atol=1e-6, rtol=1e-4)
+    assert_same_gradients(model, trainer.model)

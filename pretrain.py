@@ -273,14 +273,16 @@ def unsharded(raw, dist):
 def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest. Returns a list.
 
-    Decay pulls matrices towards zero; gains, biases and positions have no business there.
+    Decay pulls matrices towards zero; gains, biases and positions have no business there. A router's rows are the
+    experts' labels, as an embedding's are the words': AdamW, like the embedding (results/moe_word.md).
     """
     if kind not in ("adamw", "muon"):
         raise ConfigError(f"--optimizer {kind!r} is not known; use adamw or muon")
     named = list(raw.named_parameters())
-    inner = [p for n, p in named if kind == "muon" and p.dim() >= 2 and n.startswith("blocks.")]
+    matrices = [(n, p) for n, p in named if p.dim() >= 2 and "learned" not in n]
+    inner = [p for n, p in matrices if kind == "muon" and n.startswith("blocks.") and not n.endswith("router.weight")]
     chosen = {id(p) for p in inner}
-    decayed = [p for n, p in named if p.dim() >= 2 and "learned" not in n and id(p) not in chosen]
+    decayed = [p for _, p in matrices if id(p) not in chosen]
     chosen |= {id(p) for p in decayed}
     plain = [p for _, p in named if id(p) not in chosen]
     groups = [

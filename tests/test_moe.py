@@ -634,8 +634,11 @@ def test_muon_treats_experts_as_matrices_of_their_own():
     pretrain.Muon([a, b], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(a[1], b, atol=1e-5, rtol=1e-4)
     raw = Transformer(TransformerConfig(**MODEL, vocab_size=20))
-    _, muon = pretrain.make_optimizers(raw, "muon", 1e-3, 0.1)
+    second, muon = pretrain.make_optimizers(raw, "muon", 1e-3, 0.1)
     (adamw,) = pretrain.make_optimizers(raw, "adamw", 1e-3, 0.1)
     experts = {id(p) for block in raw.blocks for p in (block.ffn.gate, block.ffn.up, block.ffn.down)}
     assert experts <= {id(p) for g in muon.param_groups for p in g["params"]}
+    routers = {id(block.ffn.router.weight) for block in raw.blocks}  # labels, like an embedding: not Muon's
+    for optimizer in (second, adamw):
+        assert routers <= {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.1 for p in g["params"]}
     assert experts <= {id(p) for g in adamw.param_groups if g["weight_decay"] == 0.1 for p in g["params"]}

@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         if c.activation == "gelu" and c.exact_gelu:
             for block in self.blocks:
                 block.ffn = ExactFeedForward(c)
-        self.norm = make_norm(c) if c.norm_placement == "pre" else nn.Identity()
+        self.norm = nn.Identity() if c.norm_placement == "post" else make_norm(c)
         self.pooler = nn.Linear(c.width, c.width) if c.pooler else None
         # The two heads. Masked-LM is BERT's: one more layer, then the embedding matrix and a bias per token.
         self.transform, self.transform_norm = nn.Linear(c.width, c.width), LayerNorm(c.width, c.norm_eps)
@@ -479,6 +479,8 @@ def validate_mlm(raw, stream, context, mask_id, pad, dist, seed, rate, most=256)
     hidden, chosen = hide(tokens, mask_id, raw.config.vocab_size, tokens == pad, generator, rate)
     total, device = 0.0, raw.embed.weight.device
     for rows in torch.arange(len(tokens))[dist.rank :: dist.world].split(32):
+        if len(rows) == 0:  # fewer windows than ranks
+            continue
         x, y, where = (t[rows].to(device) for t in (hidden, tokens, chosen))
         total -= raw(x, targets=y, chosen=where).sum().item()
     raw.train(was_training)
@@ -598,6 +600,8 @@ class Config:
     def __post_init__(self):
         check_positive(self, "mlm_batch", "steps", "batch", "micro_batch", "eval_every", "save_every")
         check_rates(self)
+        if not self.init and self.vocab_size < 258:
+            raise ConfigError(f"--vocab_size is {self.vocab_size}; it counts 256 bytes and 2 special tokens too")
         if self.mlm_lr < 0:
             raise ConfigError(f"--mlm_lr is {self.mlm_lr}; it must be at least 0")
         if self.model.n_class < 2:
@@ -628,6 +632,8 @@ def main(config):
                 "--token_dropout 0 trains on the labels alone"
             )
         config = replace(config, model=raw.config)
+    with torch.device("meta"):  # what it refuses, it refuses before an earlier run is moved aside
+        Encoder(config.model)
     run_dir = open_run(config, dist)
     if not config.init:
         if config.resume:

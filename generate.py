@@ -78,7 +78,7 @@ class Rollout:
 
 
 def truncate(probs, top_k=None, top_p=None, min_p=None):
-    """Zero the tail of each row: all but the k largest; all but the smallest set that holds mass p; all that are
+    """Zero the tail of each row: all below the k-th largest; all but the smallest set that holds mass p; all that are
     less than min_p times as likely as the likeliest. (B, V)"""
     if top_k is not None and top_k < probs.shape[-1]:
         kth = probs.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
@@ -194,7 +194,7 @@ class DecodeStep:
 
     def unit(self, x):
         """norms.RMSNorm of n numbers without its gain and its √n: x / √(|x|² + n·ε), in fp32. (..., n) -> (..., n)"""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         return x / torch.hypot(norm, self.eps[x.shape[-1]])
 
     def __call__(self, token, position, visible=None):
@@ -447,7 +447,7 @@ def resolve_checkpoint(path):
     for candidate in (path, path / "best", path / "last", path / "last.old"):
         if (candidate / "config.json").is_file():
             return candidate
-    what = "holds no checkpoint" if path.is_dir() else "is not there"
+    what = "holds no checkpoint" if path.is_dir() else "is no checkpoint" if path.exists() else "is not there"
     raise CheckpointError(f"{path} {what}; give a run directory or one that save_pretrained wrote")
 
 
@@ -545,8 +545,10 @@ class Config:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.temperature != 0 and not 1e-5 <= self.temperature < math.inf:  # below, logits over it overflow
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or at least 1e-5")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^32")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -159,11 +159,14 @@ def _read_scaling(scaling, context, theta=10000.0):
     factor = scaling.get("factor")
     if factor is None:  # DeepSeek's YaRN: the new length over the old one
         factor = (context or trained) / trained if kind == "yarn" else 1.0
-    if not isinstance(factor, int | float) or not factor >= 1:
+    if not isinstance(factor, int | float) or not 1 <= factor < math.inf:
         raise ValueError(f"RoPE scaling by a factor of {factor!r}; it must be a number of at least 1")
+    theta = scaling.get("rope_theta") or theta
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise ValueError(f"rope_theta is {theta!r}; it must be a number above 0")
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ValueError("RoPE scaling 'llama3' needs low_freq_factor below high_freq_factor")
-    return kind, factor, trained, scaling.get("rope_theta") or theta
+    return kind, factor, trained, theta
 
 
 def rope_cos_sin(positions, frequencies, attention_factor=1.0):

@@ -824,6 +824,8 @@ def check_rates(config):
     for name in ("lr", "weight_decay", "warmup", "clip", "seed"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 0")
+    if config.seed >= 2**32:
+        raise ConfigError(f"--seed is {config.seed}; it must be below 2^32, which is {2**32}")
     if config.optimizer not in ("adamw", "muon"):
         raise ConfigError(f"--optimizer {config.optimizer!r} is not known; use adamw or muon")
     if config.wandb and importlib.util.find_spec("wandb") is None:

@@ -54,6 +54,8 @@ PATTERN = (
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
+REST = r"[\s\S])+"  # see read_pattern
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # end of a document, and padding; a turn's two ends
 ROLES = ("system", "user", "assistant")
 # ChatML. The generation markers let transformers give the mask of what the assistant said (see encode_chat).
@@ -214,9 +216,12 @@ def batches(texts):
 def blocks(text):
     """A string or a file in blocks of BATCH characters."""
     if isinstance(text, Path):
-        with text.open(encoding="utf-8") as file:
-            while block := file.read(BATCH):
-                yield block
+        try:
+            with text.open(encoding="utf-8", newline="") as file:  # \r stays what it is
+                while block := file.read(BATCH):
+                    yield block
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{text} cannot be read: {error}") from None
     else:
         utf8(text)
         yield from (text[i : i + BATCH] for i in range(0, len(text), BATCH))
@@ -663,7 +668,10 @@ def read_pattern(steps):
             return SMOLLM_PATTERN
         cut = [steps[0].get(key) for key in ("behavior", "invert")]
         if kinds == ["Split", "ByteLevel"] and cut == ["Isolated", False] and not whole:
-            return steps[0]["pattern"]["Regex"]
+            pattern = steps[0]["pattern"]["Regex"]
+            if pattern in (PATTERN, GPT2_PATTERN, SMOLLM_PATTERN) or pattern.endswith(REST):
+                return pattern
+            return rf"{pattern}|(?:(?!{pattern}){REST}"  # what it leaves out is a piece too; tiktoken would drop it
     raise TokenizerError(f"the pre-tokenizer {' + '.join(map(str, kinds))} is not supported with these settings")
 
 

@@ -362,14 +362,14 @@ class Transformer(nn.Module):
         return counted_logprobs(x, output, targets, temperature, counted, log_z)
 
     def make_cache(self, batch, max_len):
-        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype attention runs in; with a window it
-        keeps no more than the model can see, and `max_len` is no limit."""
+        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype attention runs in; with a window
+        smaller than that it keeps no more than the model can see, and `max_len` is no limit."""
         c, like = self.config, self.embed.weight
-        dtype = like.dtype
-        if not like.is_cuda and dtype == torch.bfloat16:  # on a CPU attention computes in fp32
+        kind, dtype = like.device.type, like.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if kind == "cpu" and dtype == torch.bfloat16:  # on a CPU attention computes in fp32 instead
             dtype = torch.float32
-        if like.is_cuda and torch.is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
         if c.window is not None and c.window + c.sinks < max_len:
             return RollingKVCache(c.n_layer, batch, c.n_kv_head, c.window, c.head_dim, dtype, like.device, c.sinks)
         return KVCache(c.n_layer, batch, c.n_kv_head, max_len, c.head_dim, dtype, like.device)
@@ -975,7 +975,7 @@ def _default_system(tokenizer, path):
                 tokenizer.default_system = found and found[1]
             if text != tokenizer.decode(tokenizer.encode_chat(messages, True)[0]):
                 raise TokenizerError(f"{path}: its chat template is not ChatML, the only one that is known here")
-    except TemplateError as error:
+    except (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise TokenizerError(f"{path}: its chat template does not work: {error}") from None
     return tokenizer.default_system
 

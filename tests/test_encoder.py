@@ -471,6 +471,31 @@ def test_two_processes_are_one(scratch):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_more_processes_than_validation_windows(scratch, monkeypatch):
+    """Rank 1 of two has no window of a stream that holds one; it counts nothing, instead of falling over."""
+    model, stream = tiny(), np.arange(40, dtype=np.uint16)
+    monkeypatch.setattr(Dist, "sum", lambda self, *values: values)
+    one, first, second = (
+        encoder.validate_mlm(model, stream, 16, 1, 0, Dist(rank, world, torch.device("cpu")), 3, 0.4, most=1)
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    )
+    assert (first, second) == (one, 0.0)
+    assert one > 1
+
+
+def test_a_mistaken_model_moves_no_earlier_run(scratch):
+    (scratch / "runs/encoder").mkdir(parents=True)
+    (scratch / "runs/encoder/metrics.jsonl").write_text("{}\n")
+    for flags, words in [
+        (["--vocab_size=100"], ["vocab_size is 100"]),
+        (["--model.window=4"], ["window is for decoders"]),
+        (["--model.tie_embeddings=false"], ["tie_embeddings is false"]),
+        (["--seed=4294967296"], ["seed is 4294967296"]),
+    ]:
+        assert_one_line_error(script("encoder.py", *flags, cwd=scratch), *words)
+    assert [path.name for path in (scratch / "runs").iterdir()] == ["encoder"]
+
+
 def test_a_later_run_starts_from_a_checkpoint(scratch):
     encoder.main(small(name="first"))
     result = encoder.main(small(name="second", init="runs/first", mlm_steps=0, steps=1, lr=1e-9, data="sentiment"))
@@ -478,10 +503,11 @@ def test_a_later_run_starts_from_a_checkpoint(scratch):
     assert set(result) == {"accuracy", "baseline", "confusion", "path"}
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_a_decoder_becomes_an_encoder_by_losing_its_mask(positions):
+@pytest.mark.parametrize(("positions", "placement"), [("rope", "pre"), ("learned", "sandwich"), ("rope", "post")])
+def test_a_decoder_becomes_an_encoder_by_losing_its_mask(positions, placement):
     torch.manual_seed(0)
     sizes = dict(context=16, n_layer=2, n_head=4, n_kv_head=2, width=16, positions=positions, norm_eps=1e-5)
+    sizes |= dict(norm_placement=placement)
     decoder = Transformer(TransformerConfig(40, rope_theta=500.0, qkv_bias=True, **sizes)).eval()
     shaken(decoder)
     both = Encoder.from_trunk(decoder, seed=1).eval()

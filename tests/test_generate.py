@@ -1,5 +1,6 @@
 """generate.py: the sampler's distribution, batches against rows alone, and the script as a user meets it."""
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
@@ -292,6 +293,24 @@ def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
     assert 0 < (found.float() - exact).norm() < 2 * noise  # rounded elsewhere, but no more than that
 
 
+@pytest.mark.parametrize("what", ["fp16", "fp64"])
+def test_other_precisions_continue_as_fp32(model, what):
+    """fp16 under autocast, as --dtype fp16 on a CPU, and weights that are fp64."""
+    uniforms = torch.rand(9, 5, generator=torch.Generator().manual_seed(1))
+    other, tight = copy.deepcopy(model), dict(atol=1e-5, rtol=1e-5)
+    context = contextlib.nullcontext()
+    if what == "fp16":
+        context, tight = torch.autocast("cpu", torch.float16), dict(atol=0.01, rtol=0.005)
+    else:
+        other = other.double()
+    with context:
+        found = generate(other, PROMPTS, 5, 3, uniforms=uniforms)
+    with torch.no_grad():
+        for i, prompt in enumerate(p for p in PROMPTS for _ in range(3)):
+            expected = token_logprobs(model, torch.tensor([prompt + found.ids[i].tolist()]))[0, -5:]
+            torch.testing.assert_close(found.logprobs[i].float(), expected, **tight)
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cache_in_bf16_as_on_a_gpu(static):
     """There attention computes in the dtype of autocast, and so the step does; a CPU's cache is fp32."""
@@ -538,6 +557,8 @@ def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
     [
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", ".nan"], "temperature is nan"),
+        (["--temperature", "1e-39"], "at least 1e-5"),
+        (["--seed", str(2**64)], "below 2^32"),
         (["--top_k", "0"], "top_k is 0"),
         (["--top_p", "1.5"], "top_p is 1.5"),
         (["--max_new_tokens", "-3"], "max_new_tokens is -3"),

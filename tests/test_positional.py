@@ -111,6 +111,8 @@ def test_scaling_that_cannot_be_used():
         ({"rope_type": "llama3", "factor": 2.0}, "lacks low_freq_factor, high_freq_factor"),
         ({"rope_type": "linear", "factor": 0.5}, "factor of 0.5; it must be a number of at least 1"),
         ({"rope_type": "linear", "factor": "4"}, "factor of '4'"),
+        ({"rope_type": "linear", "factor": math.inf}, "factor of inf"),
+        ({"rope_type": "linear", "factor": 4.0, "rope_theta": -5.0}, "rope_theta is -5.0; it must be a number above 0"),
         ({"rope_type": "dynamic", "factor": 2.0}, "needs the length that the model was trained with"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("yarn", "is 'yarn'; it must be a dict"),

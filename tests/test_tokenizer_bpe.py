@@ -83,8 +83,8 @@ def test_counting_in_processes_and_from_a_file_changes_nothing(tmp_path, monkeyp
     """Batches of a few characters end in the middle of words, of runs of spaces and line ends, of what is one piece."""
     text = (TEXT[:500] + " \n\n  \t x\r\n'll 12 'S.\n\n..\n,\n  ;") * 3
     (tmp_path / "a.txt").write_bytes(text.encode())
-    plain = read_plainly(text.replace("\r\n", "\n"))
-    assert count_words(text.replace("\r\n", "\n")) == plain == count_words(tmp_path / "a.txt")
+    plain = read_plainly(text)
+    assert count_words(text) == plain == count_words(tmp_path / "a.txt")
     for size in (1, 300):
         monkeypatch.setattr(tokenizer_bpe, "BATCH", size)
         assert list(cut(blocks(text))) != [text] == ["".join(cut(blocks(text)))]
@@ -114,6 +114,29 @@ def trained_by_tokenizers(pre_tokenizer, text, size, special=(), alphabet=None):
     )
     theirs.train_from_iterator([text], trainer)
     return theirs
+
+
+@pytest.mark.parametrize("pattern", [r"\d", r"\p{L}+| ?\p{N}+", r"\s+(?=\d)|\p{L}{2}"])
+def test_what_a_foreign_split_does_not_match_is_kept(pattern, tmp_path):
+    theirs = trained_by_tokenizers(split_by(pattern), TEXT, 320)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    opened = load_tokenizer(tmp_path)
+    for text in ("hello world, 12!", "  a1 b22\n\n\tc333 \U0001f642", "", TEXT[:2000]):
+        assert opened.encode(text) == opened.encode_naive(text) == theirs.encode(text).ids
+        assert opened.decode(opened.encode(text)) == text
+    opened.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(TEXT[:2000]) == opened.encode(TEXT[:2000])
+
+
+def test_a_file_is_the_text_in_it(tmp_path):
+    path, text = tmp_path / "a.txt", "one\r\ntwo\rthree\r\n" * 9
+    path.write_bytes(text.encode())
+    assert train_bpe(path, 12) == train_bpe(text, 12) != train_bpe(text.replace("\r", ""), 12)
+    path.write_bytes(b"\xff\xfe")
+    for bad in (path, tmp_path / "nothing.txt"):
+        with pytest.raises(TokenizerError, match=f"{bad.name} cannot be read"):
+            train_bpe(bad, 1)
 
 
 @pytest.mark.parametrize("kind", range(3), ids=["bpe", "byte", "char"])

@@ -21,9 +21,10 @@ something else. Each row says three things: how the event is *told*, how its ari
 (worked lines) and a narrative (told and worked sentences in turn). Every step feeds the next: no intermediate
 result is idle.
 
-**The split.** `split_of` hashes the question itself (blake2b, 80/10/10). The generator for a split draws
-again until the hash agrees, so a test question cannot occur in train, whatever the seed, the level or the
-sample size.
+**The split.** `split_of` hashes the told sentences (blake2b, 80/10/10). The generator for a split draws again
+until the hash agrees, so a story of the test split occurs neither in another split's problems, however the
+question is put, nor, worked out, in its narratives, whatever the seed, the level or the sample size. (Files have
+no such sentences: there the question itself is hashed.)
 
 **Entropy.** Every choice of the generator is uniform over a finite list, whose length may depend on the
 choices before it ("gives away k of n"). The grammar is unambiguous: a text can be made in one way only
@@ -582,6 +583,10 @@ class Tale(NamedTuple):
     asks: tuple[str, ...]  # templates of the closing question
     answer: int
 
+    @property
+    def told(self) -> str:
+        return " ".join(told for told, _ in self.beats)
+
 
 def tell(draw: Draw, level: int) -> Tale:
     """One walk through the tables with `level` arithmetic steps."""
@@ -643,8 +648,8 @@ def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2
     while True:  # 1.25 tries for train, 10 for valid and test
         draw = Draw(rng)
         tale = tell(draw, level)
-        question = " ".join([told for told, _ in tale.beats]) + " " + draw.fill(tale.asks)
-        if split_of(question) == split:
+        question = f"{tale.told} {draw.fill(tale.asks)}"
+        if split_of(tale.told) == split:
             break
     lines = [worked for _, worked in tale.beats if worked]
     return Problem(question, "\n".join([*lines, f"#### {tale.answer}"]), str(tale.answer), level, tale.story)
@@ -731,12 +736,12 @@ def rewrite(line: str, step: re.Match, a, op: str, b, c: int) -> str:
     return f"{line[: step.start()]}{a} {op} {b} = {result}{line[step.end() :]}"
 
 
-def narrative(rng: random.Random) -> tuple[str, float]:
-    """A story told with its arithmetic, three to six sentences -> (text, −log p(text) in nats, exact)."""
+def narrative(rng: random.Random) -> tuple[str, float, str]:
+    """A story told with its arithmetic, three to six sentences -> (text, −log p(text) in nats, exact; what is told)."""
     draw = Draw(rng)
     scene = f"It is a {draw.choice(WEATHER)} {draw.choice(HOURS)}."
     tale = tell(draw, draw.choice((1, 2)))
-    return " ".join([scene, *(part for beat in tale.beats for part in beat if part)]), draw.nats
+    return " ".join([scene, *(part for beat in tale.beats for part in beat if part)]), draw.nats, tale.told
 
 
 def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
@@ -745,8 +750,10 @@ def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
     texts = []
     for i in range(n):
         rng = random.Random(f"narrative/{seed}/{split}/{i}")
-        while split_of(text := narrative(rng)[0]) != split:
-            pass
+        while True:
+            text, _, told = narrative(rng)
+            if split_of(told) == split:
+                break
         texts.append(text)
     return texts
 
@@ -1602,10 +1609,10 @@ def main() -> None:
     for kind in CORRUPTIONS:
         print(f"  {kind:15s} " + corrupt(problems[2], kind, rng).replace("\n", " / "))
 
-    text, nats = narrative(rng)
+    text, nats, _ = narrative(rng)
     mean, error = narrative_entropy(1000)
     print(f"\nNarrative: {text}\n  {nats:.2f} nats; the mean over narratives is {mean:.2f} ± {error:.2f}")
-    found = [split_of(narrative(rng)[0]) for _ in range(2000)]
+    found = [split_of(narrative(rng)[2]) for _ in range(2000)]
     print("\nSplit of 2000 narratives: " + ", ".join(f"{split} {found.count(split)}" for split in SPLITS))
     assert abs(found.count("train") - 1600) < 100
     assert extract_answer("#### $1,234.50 per day.") == "1234.5"

@@ -69,6 +69,7 @@ class Experiment:
     draw: dict
     quick: dict = field(default_factory=lambda: {"steps": 4})
     bars: tuple = ()  # columns that are drawn beside the first
+    dashed: str = ""  # variants with this in their name are drawn dashed: some lie on their twins
     front: tuple = ()  # two columns to draw against each other, a point per run
     against: str | None = None  # the variant that the others are compared with; default the first
     pairs: tuple = ()  # or else which are compared with which: (variant, the one it is compared with)
@@ -276,7 +277,8 @@ _LAYERS = {"gradient_ratio": "gradient at block 1 / at the last, as built", "ent
 _TASK = (
     "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts a step, the prompts' order"
 )
-_CURVE = {"loss": "training loss (nats per token)"}
+_CURVE = {"loss": "training loss (nats per character)"}  # of these models a token is a character
+_CURVE_SFT = {"loss": "training loss (nats per token)"}
 _RL = {"accuracy": "accuracy (%)", "format": "format (%)", "length": "tokens", "kl": "KL to SFT (nats per token)"}
 
 
@@ -336,6 +338,7 @@ EXPERIMENTS = {
         _LOSS | _LAYERS,
         _CURVE | {"grad_norm": "gradient norm"},
         measure="layers",
+        dashed="no warm-up",
         pairs=tuple((f"{p}, {w}", f"pre, {w}") for w in ("warm-up", "no warm-up") for p in ("post", "sandwich"))
         + tuple((f"{p}, no warm-up", f"{p}, warm-up") for p in ("pre", "post", "sandwich")),
     ),
@@ -446,7 +449,7 @@ EXPERIMENTS = {
             for order in ("shuffled", "curriculum", "anti")
         },
         {"accuracy": "accuracy (%)"},
-        _CURVE,
+        _CURVE_SFT,
     ),
     "sft-lr": Experiment(
         "Which learning rate does SFT want?",
@@ -456,7 +459,7 @@ EXPERIMENTS = {
             for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
         },
         {"accuracy": "accuracy (%)"},
-        _CURVE,
+        _CURVE_SFT,
     ),
     "grpo": Experiment(
         "Which of GRPO's settings matter, in 150 steps?",
@@ -666,10 +669,12 @@ def report(name, experiment, results, seeds, command, target, commits=()):
     columns = {k: v for k, v in columns.items() if k != "minutes"}
     if pairs and len(seeds) > 1:
         base = "" if experiment.pairs else f" to *{first}*"
-        lines += [f"Paired differences{base}, with their 95 % intervals; bold: the interval leaves out 0.", ""]
-        lines += ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
-        for a, b in pairs:
-            cells = (difference(values(a, m), values(b, m)) for m in columns)
+        head = f"Paired differences{base}, with their 95 % intervals; bold: the interval leaves out 0."
+        rows = [[difference(values(a, m), values(b, m)) for m in columns] for a, b in pairs]
+        if sum("[" in cell for cells in rows for cell in cells) >= 5:
+            head += " Not corrected for the number of comparisons: an interval that ends near 0 is a hint."
+        lines += [head, "", "| | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
+        for (a, b), cells in zip(pairs, rows, strict=True):
             lines.append(f"| {f'{a} against {b}' if experiment.pairs else a} | " + " | ".join(cells) + " |")
         lines.append("")
     texts = {v: results[v, seeds[0]]["text"] for v in variants if "text" in results[v, seeds[0]]}
@@ -692,12 +697,13 @@ def machine():
 
 
 def draw(experiment, results, folders, seeds, target):
-    """One panel for the table's first metric, one for each logged curve: means over the seeds, bands of ± half (of more
-    than 8 variants the bands would hide the curves)."""
+    """One panel for the table's first metric, one for each logged curve: means over the seeds, bands of ± half (of 8
+    variants or more the bands would hide the curves)."""
     plt = pyplot()
     variants = list(experiment.variants)
-    crowd = len(variants) > 8
+    crowd = len(variants) >= 8
     colors = plt.get_cmap("tab20" if len(variants) > 10 else "tab10").colors
+    dashes = ["--" if experiment.dashed and experiment.dashed in v else "-" for v in variants]
     metrics = [next(iter(experiment.columns)), *experiment.bars]
     extra = ["stream_built", "gradient_built", "stream_trained", "by_position", "copied"]
     extra = [k for k in extra if any(k in figures for figures in results.values())]
@@ -708,14 +714,19 @@ def draw(experiment, results, folders, seeds, target):
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, (4.6 if crowd else 3.4) * rows), squeeze=False)
     others = list(axes.flat)[len(metrics) :]
     for bars, metric in zip(axes.flat, metrics, strict=False):
-        for i, variant in enumerate(variants):
-            mean, half = interval([results[variant, s].get(metric, math.nan) for s in seeds])
+        found = [interval([results[variant, s].get(metric, math.nan) for s in seeds]) for variant in variants]
+        for i, (mean, half) in enumerate(found):
             bars.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="o", color=colors[i], capsize=4)
         bars.set(yticks=range(len(variants)), yticklabels=variants, xlabel=experiment.columns[metric])
         bars.set_title("at the end, mean and 95 % interval of the seeds", fontsize=10)
         if "(%)" in experiment.columns[metric]:  # an interval of few seeds may leave what is possible
             left, right = bars.get_xlim()
-            bars.set_xlim(max(left, -3), min(right, 103))
+            left, right = bars.set_xlim(max(left, -3), min(right, 103))
+            for i, (mean, half) in enumerate(found):
+                for edge, marker, cut in ((left, "<", mean - half < left), (right, ">", mean + half > right)):
+                    if cut:
+                        bars.plot(edge, i, marker, color=colors[i], clip_on=False)
+                        bars.set_xlabel(f"{experiment.columns[metric]}\nan arrow: the interval goes on")
         bars.invert_yaxis()
         bars.grid(alpha=0.25)
     for axis, (name, label) in zip(others, experiment.draw.items(), strict=False):
@@ -730,7 +741,7 @@ def draw(experiment, results, folders, seeds, target):
             steps = torch.tensor(runs[0][0][:length], dtype=torch.float).unfold(0, width, width).mean(1)
             stack = torch.stack(curves).double()  # (seeds, points)
             mean = stack.mean(0)
-            axis.plot(steps, mean, color=colors[i], label=variant)
+            axis.plot(steps, mean, dashes[i], color=colors[i], label=variant)
             if len(runs) > 1 and not crowd:
                 half = T_975[min(len(runs), 10)] * stack.std(0) / math.sqrt(len(runs))
                 axis.fill_between(steps, mean - half, mean + half, color=colors[i], alpha=0.15, linewidth=0)
@@ -744,8 +755,12 @@ def draw(experiment, results, folders, seeds, target):
         "stream_built": ("residual stream as built", "block", "root mean square"),
         "gradient_built": ("gradient as built", "block", "root mean square"),
         "stream_trained": ("residual stream as trained", "block", "root mean square"),
-        "by_position": ("loss by position, twice the trained length", "sixteenth of the window", "nats per character"),
-        "copied": ("letters repeated", "dots between", "%"),
+        "by_position": (
+            "loss by position",
+            "sixteenth of the window (dashed: the trained length)",
+            "nats per character",
+        ),
+        "copied": ("letters repeated", "dots between (dashed: the most in training)", "%"),
     }
     for axis, name in zip(others[len(experiment.draw) :], extra, strict=False):
         for i, variant in enumerate(variants):
@@ -753,9 +768,12 @@ def draw(experiment, results, folders, seeds, target):
             if rows_:
                 mean = torch.tensor(rows_).mean(0).tolist()
                 x = COPY_DISTANCES if name == "copied" else range(1, len(mean) + 1)
-                axis.plot(x, mean, marker="o", markersize=3, color=colors[i], label=variant)
+                axis.plot(x, mean, dashes[i], marker="o", markersize=3, color=colors[i], label=variant)
         title, xlabel, ylabel = titles[name]
-        axis.set(title=f"{title}, mean of the seeds", xlabel=xlabel, ylabel=ylabel)
+        axis.set_title(f"{title}, mean of the seeds", fontsize=10)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        if "dashed" in xlabel:
+            axis.axvline(COPY_TRAINED if name == "copied" else 8.5, color="0.4", linestyle="--", linewidth=1)
         if "built" in name or "stream" in name:
             axis.set_yscale("log")
         axis.grid(alpha=0.25)

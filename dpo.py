@@ -614,7 +614,7 @@ def draw(config, run_dir, verified):
     ]
     if verified:
         panels.insert(0, ("held-out accuracy, greedy", {"accuracy": "validation"}, "share correct", {}))
-    draw_curves(run_dir, f"{config.name}: DPO ({config.variant}, {config.pairs} pairs) on {config.data}", panels)
+    draw_curves(run_dir, f"DPO ({config.variant}, {config.pairs} pairs) on {config.data}, seed {config.seed}", panels)
 
 
 if __name__ == "__main__":

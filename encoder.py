@@ -782,7 +782,7 @@ def main(config):
         if config.mlm_steps:
             names = {"mlm_loss": "train", "mlm_valid_loss": "validation"}
             panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
-        title = f"{config.name}: an encoder on {config.data}, {raw.num_params() / 1e6:.1f} M parameters"
+        title = f"an encoder on {config.data}, seed {config.seed}, {raw.num_params() / 1e6:.1f} M parameters"
         draw_curves(run_dir, title, panels)
         print(confusion_table(result["confusion"]))
         words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])

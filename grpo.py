@@ -920,7 +920,7 @@ def report(config, run_dir, before, after, kl, seconds, weights, extra):
     lost = {"zero_variance": "no signal"} | {name: name.replace("_", " by ") for name in extra if "collapsed" in name}
     draw_curves(
         run_dir,
-        f"{config.name}: {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
+        f"{config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
         [
             ("validation accuracy, greedy", {"accuracy": "validation"}, "share correct", {}),
             ("rewards", drawn, "mean over rollouts", {}),

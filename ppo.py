@@ -709,7 +709,7 @@ def finish(config, dist, run_dir, before, after, seconds):
         clipped = ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {})
         draw_curves(  # with one step per batch of rollouts nothing is ever clipped
             run_dir,
-            f"{config.name}: PPO on {config.data}, accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
+            f"PPO on {config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
             [
                 ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
                 ("the reward model", {"score": "score", "reward": "score less the KL"}, "per answer", {}),

@@ -1013,7 +1013,7 @@ def main(config):
         lines = {"entropy of the text": entropy} if entropy else {}
         draw_curves(
             run_dir,
-            f"{config.name}: pretraining on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
+            f"pretraining on {config.data}, seed {config.seed}, {raw.num_params() / 1e6:.1f} M parameters",
             [
                 ("loss", {"loss": "train", "valid_loss": "validation"}, "nats per token", lines),
                 ("gradient norm", {"grad_norm": "before clipping", "clipped": "share of clipped steps"}, "norm", {}),

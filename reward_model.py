@@ -850,7 +850,7 @@ def finish(config, run_dir, pairs, report, parameters):
     kinds = {f"valid_{kind}": kind for kind in report["by_kind"]}
     draw_curves(
         run_dir,
-        f"{config.name}: reward model on {config.data}, {parameters / 1e6:.1f} M parameters",
+        f"reward model on {config.data}, seed {config.seed}, {parameters / 1e6:.1f} M parameters",
         [
             ("loss", {"loss": "train", "valid_loss": "validation"}, "nats per pair", {"a coin": math.log(2)}),
             ("pairs ranked rightly", {"accuracy": "train", **kinds}, "share", {}),
@@ -892,7 +892,7 @@ def draw_report(config, run_dir, pairs, report):
         axis.legend(loc="lower center", fontsize=8)
     else:
         axis.axis("off")
-    figure.suptitle(f"{config.name}: {len(pairs)} held-out pairs of {config.data}")
+    figure.suptitle(f"reward model, seed {config.seed}: {len(pairs)} held-out pairs of {config.data}")
     figure.tight_layout()
     figure.savefig(run_dir / "report.png", dpi=130)
     plt.close(figure)

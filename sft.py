@@ -727,7 +727,7 @@ def main(config):
     if dist.is_main:
         draw_curves(
             run_dir,
-            f"{config.name}: SFT on {config.data}, {raw.num_params() / 1e6:.1f} M parameters",
+            f"SFT on {config.data}, seed {config.seed}, {raw.num_params() / 1e6:.1f} M parameters",
             [
                 ("loss on the answers", {"loss": "train"}, "nats per token", {}),
                 (

@@ -7,7 +7,7 @@ a GPU or a CPU with AMX, in bf16 too: ours under autocast, as in a rollout of gr
 figure is the best of two rounds of `--repeats` runs, taken in turn; the last ratio is between the faster precisions of
 the two. The floor is the time that the arithmetic alone takes in the faster of ours: operations over the rate of a
 large matrix product measured in the same run, or the bytes of the weights, read once a step, over the measured
-bandwidth, whichever is longer.
+bandwidth, whichever is longer. Needs the project's `.[dev]`.
 """
 
 import argparse

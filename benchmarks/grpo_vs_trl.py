@@ -14,7 +14,7 @@ weight and token forward, 4 backward, attention on top) over the rate of a large
 rounds. On a GPU decoding is bound by memory instead: shown is how much of the measured copy bandwidth its traffic
 (all weights and the cache, once a token) reaches.
 
-Needs `pip install trl` beside the project. Run it, from the project's directory:
+Needs the project's `.[dev]`. Run it, from the project's directory:
     python benchmarks/grpo_vs_trl.py                          # about 2 minutes on 2 cores
     python benchmarks/grpo_vs_trl.py --rounds 1 --steps 2     # does it work?
 """

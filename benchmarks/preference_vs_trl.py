@@ -15,7 +15,7 @@ With --check both see the same one batch, and their first two losses are compare
 must give the same loss, and the same gradient through AdamW the same loss again. (TRL draws the reward model's head
 anew, so that one is left out.)
 
-Needs `pip install trl` beside the project. Run it, from the project's directory:
+Needs the project's `.[dev]`. Run it, from the project's directory:
     python benchmarks/preference_vs_trl.py                          # about 3 minutes on 2 cores
     python benchmarks/preference_vs_trl.py --rounds 1 --steps 2     # does it work?
 """

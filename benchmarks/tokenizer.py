@@ -8,7 +8,7 @@ or more; or --large FILE). Each trainer runs in a process of its own, so that it
 file is timed, importing is not. minbpe recounts the text for each merge, so it is timed on --minbpe_merges merges and
 multiplied. `tokenizers` gets the same split as ours, and the text in pieces that change nothing, because it counts in
 parallel over items. Encoding: megabytes per second of our `encode` and of tiktoken with our ranks, on the text as a
-whole and line by line.
+whole and line by line. Needs the project's `.[dev]`.
 """
 
 import argparse

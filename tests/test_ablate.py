@@ -171,6 +171,55 @@ def test_the_report_tells_apart_only_what_the_paired_interval_does(experiment, s
     assert "seed 0:\n\n* wide: `` a / b ``\n\n!" in text
 
 
+def test_the_report_says_that_many_comparisons_are_not_corrected(experiment, scratch):
+    note = "leaves out 0. Not corrected for the number of comparisons: an interval that ends near 0 is a hint."
+    for n, said in ((5, False), (6, True)):  # paired with the first: 4 and 5 intervals; parameters have none
+        many = replace(experiment, variants=dict.fromkeys(map(str, range(n)), ()))
+        results = fake(many, [[i, 2, 3 - i] for i in range(n)])
+        text = ablate.report("width", many, results, [0, 1, 2], "x", scratch / "width.md")
+        assert "leaves out 0." in text
+        assert (note in text) is said
+        assert ("Not corrected" in text) is said
+
+
+def test_curves_are_labelled_by_the_unit_of_what_is_trained():
+    for name, experiment in ablate.EXPERIMENTS.items():
+        _, flags = next(iter(experiment.variants.values()))[0]
+        unit = "nats per character" if flags.get("tokenizer") == "char" else "nats per token"
+        assert unit in experiment.draw.get("loss", unit), name
+
+
+def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(scratch, monkeypatch):
+    kept = []
+    monkeypatch.setattr(ablate.pyplot(), "close", kept.append)
+    (scratch / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 9.0 - i}) + "\n" for i in (1, 2, 3)))
+
+    def panels(*variants):
+        made = ablate.Experiment(
+            "?", "", dict.fromkeys(variants), {"accuracy": "accuracy (%)"}, {"loss": "loss"}, dashed="no warm-up"
+        )
+        results = {
+            (v, s): {"accuracy": (8.6, 71.4, 72.2)[s] if v == "post" else 50 + s, "by_position": [2.0] * 16}
+            for v in variants
+            for s in range(3)
+        }
+        ablate.draw(made, results, dict.fromkeys(results, scratch), [0, 1, 2], scratch / "picture.png")
+        return kept[-1].axes
+
+    bars, curves, positions = panels("post", "post, no warm-up")[:3]
+    arrows = [(line.get_marker(), *line.get_ydata()) for line in bars.lines if line.get_marker() in ("<", ">")]
+    assert arrows == [("<", 0), (">", 0)]  # 50.7 ± 90.7; not 51 ± 2.5
+    assert bars.get_xlabel() == "accuracy (%)\nan arrow: the interval goes on"
+    assert [line.get_linestyle() for line in curves.lines] == ["-", "--"]
+    assert [line.get_linestyle() for line in positions.lines] == ["-", "--", "--"]
+    assert list(positions.lines[-1].get_xdata()) == [8.5, 8.5]  # between the 8th and the 9th of 16
+    assert len(curves.collections) == 2  # bands
+    bars, curves, *_ = panels(*map(str, range(8)))
+    assert bars.get_xlabel() == "accuracy (%)"
+    assert not curves.collections
+    assert len(curves.lines) == 8
+
+
 def test_a_run_that_diverged_is_a_result(experiment, scratch):
     hot = [
         ("pretrain", experiment.variants["wide"][0][1] | {"lr": 1e30, "clip": 0.0, "steps": 5, "optimizer": "adamw"})

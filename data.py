@@ -1078,8 +1078,8 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
     {"instruction", "input", "output"}  `input` may be missing or empty
 
     The last three are taken as they stand; without a #### line their answer is "": SFT can use them, no verifier
-    will accept it. GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made for a
-    calculator that overwrites the sampled tokens; without one, the model would write each result twice.
+    will accept it. In the first two GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made
+    for a calculator that overwrites the sampled tokens; without one, the model would write each result twice.
     """
     if "messages" in record:
         return conversation_from(record["messages"], where, story)
@@ -1099,9 +1099,10 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
             raise DataError(f"{where}: {key!r} must be text that is not empty")
         fields[key] = encodable(value.strip(), where)
 
-    text = fields.get("solution", fields["answer"])
-    level = max(1, len(re.findall(r"<<[^<>]*>>", text)))
-    text = re.sub(r"<<[^<>]*>>", "", text)
+    key = "solution" if "solution" in fields else "answer"
+    text, steps = re.subn(r"<<[-+*/().,\d ]+=[-/.,\d ]+>>", "", fields[key])  # not `cout << x; cin >> y`
+    if not text.strip():
+        raise DataError(f"{where}: {key!r} holds nothing but calculator annotations")
     if "####" not in text:
         bare = extract_answer("#### " + fields["answer"])
         if "solution" in fields:
@@ -1113,7 +1114,7 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
         raise DataError(f"{where}: no single number after ####: {text[-60:]!r}")
     if "solution" in fields and not same_answer(answer, extract_answer("#### " + fields["answer"])):
         raise DataError(f"{where}: the solution ends in {answer}, the answer says {fields['answer']!r}")
-    return Problem(fields["question"], text, answer or "", level, story)
+    return Problem(fields["question"], text, answer or "", max(1, steps), story)
 
 
 def conversation_from(turns, where: str, story: str) -> Problem:
@@ -1144,9 +1145,7 @@ def plain_problem(question, solution, where, story, history=(), rated=None) -> P
             raise DataError(f"{where}: the rating is {rated.get('rating')!r}, not a number from 1 to 5") from None
         if not 1 <= rating <= 5:
             raise DataError(f"{where}: the rating is {rated['rating']}, it must be from 1 to 5")
-    level = max(1, len(re.findall(r"<<[^<>]*>>", solution)))
-    solution = re.sub(r"<<[^<>]*>>", "", solution)
-    return Problem(question, solution, extract_answer(solution) or "", level, story, history, rating)
+    return Problem(question, solution, extract_answer(solution) or "", 1, story, history, rating)
 
 
 def load_text(name: str | Path = "word", split: str = "train", skip_bad: bool = False) -> list[str]:

@@ -557,6 +557,10 @@ def test_user_file(tmp_path):
     assert (by["C?"].solution, by["C?"].answer) == ("#### 1200", "1200")
     assert (by["D?"].solution, by["D?"].answer) == ("Blue, I think.", "")
     assert (by["E?"].answer, by["E?"].story) == ("7", "file")
+    shifts = "cout << x; cin >> y;\nHe has 3+(4)=<<3+(4)=7>>7, half: <<7/2=3.5>>3.5 pens.\n#### 3.5"
+    problem = data.problem_from({"question": "F?", "answer": shifts}, "", "")  # only what is an annotation goes
+    assert problem.solution == "cout << x; cin >> y;\nHe has 3+(4)=7, half: 3.5 pens.\n#### 3.5"
+    assert (problem.level, problem.answer) == (2, "3.5")
     assert [data.problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5)] == [
         "0.00001",
         "100000000000000000000",
@@ -578,6 +582,7 @@ def test_user_file(tmp_path):
         ('{"question": "", "answer": "5"}', "line 2: 'question' must be text"),
         ('{"question": "A?", "answer": null}', "line 2: 'answer' must be text"),
         ('{"question": "A?", "answer": "#### 5 or 6"}', "line 2: no single number"),
+        ('{"question": "A?", "answer": "<<1+1=2>>"}', "line 2: 'answer' holds nothing but calculator annotations"),
         ('{"question": "A?", "solution": "x", "answer": "many"}', "line 2: no single number"),
         ('{"question": "A?", "solution": "x\\n#### 3", "answer": "4"}', "line 2: the solution ends in 3"),
         ('{"messages": [{"role": "user", "content": "A?"}]}', "line 2: messages must be"),
@@ -814,6 +819,17 @@ def test_instructions(tmp_path):
     found = [problem for split in data.SPLITS for problem in load_problems(tmp_path / "all.json", split)]
     assert {p.question for p in found} == {f"do {i}" + ("" if i % 2 else "\nx") for i in range(60)}
     assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)
+
+
+@pytest.mark.parametrize("said", ["cout << x; cin >> y;", "Use a << 2, then b >> 1.", "<<1+1=2>>", "1+1=<<1+1=2>>2"])
+def test_whatever_is_no_worked_problem_is_taken_as_it_stands(said):
+    for record in (
+        {"instruction": "i", "output": said},
+        {"prompt": "p", "response": said, "rating": 5},
+        {"messages": [turn("user", "u"), turn("assistant", said)]},
+    ):
+        problem = data.problem_from(record, "", "file")
+        assert (problem.solution, problem.level, problem.answer) == (said, 1, "")
 
 
 def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):

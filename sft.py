@@ -110,7 +110,8 @@ def encode_example(tokenizer, problem, weighted=False):
     """-> ids, flags: True on what is trained, which are all turns of the assistant; weighted: the weight, or 0.0."""
     ids, flags = tokenizer.encode_chat(chat(problem))
     if weighted:
-        flags = [(problem.rating - 1) / 4 * flag for flag in flags]
+        weight = 1.0 if problem.rating is None else (problem.rating - 1) / 4  # nobody doubted it
+        flags = [weight * flag for flag in flags]
     return ids, flags
 
 
@@ -502,7 +503,7 @@ class Config:
     pace: float = 0.5
     """Share of the steps after which all are open."""
     rated: str = "weights"
-    """How rated responses count: weights ((rating - 1) / 4) or threshold."""
+    """How rated responses count: weights ((rating - 1) / 4) or threshold. Others, in the same file, count in full."""
     min_rating: float = 4.0
     """Least rating to train on with a threshold, and of the references in an evaluation."""
     stop_at: float = 1.0

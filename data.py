@@ -1262,13 +1262,17 @@ def word_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequenc
 
 def pair_from(record: dict, where: str, name: str) -> Pair:
     """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not. Or, as
-    Anthropic writes them, two whole dialogues {"chosen", "rejected"} that differ in the assistant's last turn."""
-    if str(record.get("chosen")).lstrip().startswith("Human:"):
+    Anthropic writes them, without a prompt two whole dialogues {"chosen", "rejected"} that differ in the assistant's
+    last turn."""
+    prompted = "prompt" in record or "instruction" in record
+    if not prompted and str(record.get("chosen")).lstrip().startswith("Human:"):
         return pair_of_dialogues(record, where)
     prompt = prompt_of(record, where)
     kind = name if name in DATASETS else "file"
     if name == "ultrafeedback":
         scores = record.get("metadata") or {}
+        if not isinstance(scores, dict):
+            raise DataError(f"{where}: 'metadata' must be an object {{...}}, not {type(scores).__name__}")
         if scores.get("score_chosen") is not None and scores.get("score_chosen") == scores.get("score_rejected"):
             kind = "equal_scores"
     return Pair(prompt, text_of(record, "chosen", where), text_of(record, "rejected", where), kind)
@@ -1279,7 +1283,7 @@ def pair_of_dialogues(record: dict, where: str) -> Pair:
     for key in ("chosen", "rejected"):
         start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text_of(record, key, where))
         roles, contents = parts[::2], [content.strip() for content in parts[1::2]]
-        if start or roles != ["Human", "Assistant"] * (len(roles) // 2) or not all(contents[:-1]):
+        if start or not roles or roles != ["Human", "Assistant"] * (len(roles) // 2) or not all(contents[:-1]):
             raise DataError(f"{where}: {key!r} must be Human and Assistant in turn, the Assistant last, not {roles}")
         names = {"Human": "user", "Assistant": "assistant"}
         said.append([(names[role], content) for role, content in zip(roles, contents, strict=True)])

@@ -921,10 +921,19 @@ def test_pairs_of_dialogues(tmp_path, monkeypatch):
         {"chosen": start + " x\n\nHuman: more", "rejected": start + " y"},
         {"chosen": "\n\nHuman: \n\nAssistant: x", "rejected": "\n\nHuman: \n\nAssistant: y"},
         {"chosen": one["chosen"], "rejected": f"Well.{one['rejected']}"},
+        {"chosen": one["chosen"], "rejected": ""},
     ]
-    for record, message in zip(bad, ("differ before", "the Assistant last", "must be Human", "must be"), strict=True):
+    messages = ("differ before", "the Assistant last", "must be Human", "must be", "'rejected' must be Human")
+    for record, message in zip(bad, messages, strict=True):
         with pytest.raises(DataError, match=f"line 1: .*{message}"):
             load_pairs(write_pairs(tmp_path / "bad.jsonl", record), "train")
+
+
+def test_what_has_a_prompt_is_no_dialogue(tmp_path):
+    answers = {"chosen": "Human: the speaker", "rejected": "robot"}
+    for key in ("prompt", "instruction"):
+        pair = data.pair_from({key: "Name a role", **answers}, "", "x.jsonl")
+        assert pair == data.Pair("Name a role", "Human: the speaker", "robot", "file")
 
 
 def test_a_dialogues_history_decides_its_split(tmp_path):
@@ -969,6 +978,17 @@ def test_bad_pairs_name_their_record(tmp_path, record, message):
     path = write_pairs(tmp_path / "pairs.jsonl", pair_record("p"), record)
     with pytest.raises(DataError, match=re.escape(f"pairs.jsonl line 2: {message}")):
         load_pairs(path)
+
+
+def test_scores_that_cannot_be_read_name_their_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    (tmp_path / "preferences").mkdir()
+    path = tmp_path / "preferences/ultrafeedback_test.jsonl"
+    write_pairs(path, pair_record("p"), pair_record("q") | {"metadata": {"score_chosen": 4, "score_rejected": 4}})
+    assert [pair.kind for pair in load_pairs("ultrafeedback", "test")] == ["ultrafeedback", "equal_scores"]
+    write_pairs(path, pair_record("p"), pair_record("q") | {"metadata": "score_chosen: 4"})
+    with pytest.raises(DataError, match=r"line 2: 'metadata' must be an object \{\.\.\.\}, not str"):
+        load_pairs("ultrafeedback", "test")
 
 
 def test_pairs_that_are_not_there(tmp_path):

@@ -567,6 +567,8 @@ class Config:
             raise ConfigError(f"--min_rating is {self.min_rating}; ratings go from 1 to 5")
         if self.demonstrations is not None:
             check_positive(self, "demonstrations")
+        if self.samples < 0:
+            raise ConfigError(f"--samples is {self.samples}; it must be at least 0")
         if any(lr <= 0 for lr in self.sweep):
             raise ConfigError(f"--sweep {self.sweep}: learning rates must be above 0")
 

@@ -585,6 +585,7 @@ def test_bad_input_is_one_line(here):
         dict(rated="stars"),
         dict(pace=2.0),
         dict(sweep=[0.0]),
+        dict(samples=-1),
     ):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             config(**changes)

@@ -337,6 +337,8 @@ def run_path(config):
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate"):
         raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
+    if file := next((parent for parent in path.parents if parent.is_file()), None):
+        raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
     return path

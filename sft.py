@@ -758,8 +758,10 @@ def main(config):
 def sweep(config):
     """One run per learning rate, NAME/lr0.001 and so on, then the table. The validation split chooses."""
     results = {}
-    for lr in config.sweep:
-        name = f"{config.name}/lr{lr:g}"
+    names = {lr: f"{config.name}/lr{lr:g}" for lr in config.sweep}
+    if config.resume and not any(saved_run(RUNS / name) for name in names.values()):
+        raise ConfigError(f"--resume: {RUNS / config.name} holds no saved run of this sweep to continue")
+    for lr, name in names.items():
         resume = config.resume and saved_run(RUNS / name) is not None  # those behind the one that stopped are new
         results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
     best = max(results, key=lambda lr: results[lr]["valid"])

@@ -565,6 +565,8 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     monkeypatch.setattr(sft, "main", pretended)
     state = here / "runs/sft/lr0.001/last/trainer_state.pt"  # where an interrupted sweep stopped
     state.parent.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="runs/sft holds no saved run of this sweep"):
+        sft.main(config(sweep=list(scores), resume=True))
     state.touch()
     result = sft.main(config(sweep=list(scores), resume=True))
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)

@@ -1085,8 +1085,8 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
     {"instruction", "input", "output"}  `input` may be missing or empty
 
     The last three are taken as they stand; without a #### line their answer is "": SFT can use them, no verifier
-    will accept it. GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made for a
-    calculator that overwrites the sampled tokens; without one, the model would write each result twice.
+    will accept it. In the first two GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made
+    for a calculator that overwrites the sampled tokens; without one, the model would write each result twice.
     """
     if "messages" in record:
         return conversation_from(record["messages"], where, story)
@@ -1106,9 +1106,10 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
             raise DataError(f"{where}: {key!r} must be text that is not empty")
         fields[key] = encodable(value.strip(), where)
 
-    text = fields.get("solution", fields["answer"])
-    level = max(1, len(re.findall(r"<<[^<>]*>>", text)))
-    text = re.sub(r"<<[^<>]*>>", "", text)
+    key = "solution" if "solution" in fields else "answer"
+    text, steps = re.subn(r"<<[-+*/().,\d ]+=[-/.,\d ]+>>", "", fields[key])  # not `cout << x; cin >> y`
+    if not text.strip():
+        raise DataError(f"{where}: {key!r} holds nothing but calculator annotations")
     if "####" not in text:
         bare = extract_answer("#### " + fields["answer"])
         if "solution" in fields:
@@ -1120,7 +1121,7 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
         raise DataError(f"{where}: no single number after ####: {text[-60:]!r}")
     if "solution" in fields and not same_answer(answer, extract_answer("#### " + fields["answer"])):
         raise DataError(f"{where}: the solution ends in {answer}, the answer says {fields['answer']!r}")
-    return Problem(fields["question"], text, answer or "", level, story)
+    return Problem(fields["question"], text, answer or "", max(1, steps), story)
 
 
 def conversation_from(turns, where: str, story: str) -> Problem:
@@ -1151,9 +1152,7 @@ def plain_problem(question, solution, where, story, history=(), rated=None) -> P
             raise DataError(f"{where}: the rating is {rated.get('rating')!r}, not a number from 1 to 5") from None
         if not 1 <= rating <= 5:
             raise DataError(f"{where}: the rating is {rated['rating']}, it must be from 1 to 5")
-    level = max(1, len(re.findall(r"<<[^<>]*>>", solution)))
-    solution = re.sub(r"<<[^<>]*>>", "", solution)
-    return Problem(question, solution, extract_answer(solution) or "", level, story, history, rating)
+    return Problem(question, solution, extract_answer(solution) or "", 1, story, history, rating)
 
 
 def load_text(name: str | Path = "word", split: str = "train", skip_bad: bool = False) -> list[str]:
@@ -1270,13 +1269,17 @@ def word_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequenc
 
 def pair_from(record: dict, where: str, name: str) -> Pair:
     """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not. Or, as
-    Anthropic writes them, two whole dialogues {"chosen", "rejected"} that differ in the assistant's last turn."""
-    if str(record.get("chosen")).lstrip().startswith("Human:"):
+    Anthropic writes them, without a prompt two whole dialogues {"chosen", "rejected"} that differ in the assistant's
+    last turn."""
+    prompted = "prompt" in record or "instruction" in record
+    if not prompted and str(record.get("chosen")).lstrip().startswith("Human:"):
         return pair_of_dialogues(record, where)
     prompt = prompt_of(record, where)
     kind = name if name in DATASETS else "file"
     if name == "ultrafeedback":
         scores = record.get("metadata") or {}
+        if not isinstance(scores, dict):
+            raise DataError(f"{where}: 'metadata' must be an object {{...}}, not {type(scores).__name__}")
         if scores.get("score_chosen") is not None and scores.get("score_chosen") == scores.get("score_rejected"):
             kind = "equal_scores"
     return Pair(prompt, text_of(record, "chosen", where), text_of(record, "rejected", where), kind)
@@ -1287,7 +1290,7 @@ def pair_of_dialogues(record: dict, where: str) -> Pair:
     for key in ("chosen", "rejected"):
         start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text_of(record, key, where))
         roles, contents = parts[::2], [content.strip() for content in parts[1::2]]
-        if start or roles != ["Human", "Assistant"] * (len(roles) // 2) or not all(contents[:-1]):
+        if start or not roles or roles != ["Human", "Assistant"] * (len(roles) // 2) or not all(contents[:-1]):
             raise DataError(f"{where}: {key!r} must be Human and Assistant in turn, the Assistant last, not {roles}")
         names = {"Human": "user", "Assistant": "assistant"}
         said.append([(names[role], content) for role, content in zip(roles, contents, strict=True)])

@@ -808,7 +808,7 @@ def write_mistakes(run_dir, raw, reviews, examples, pad, most=20):
     """The surest wrong answers on the test split into samples.md."""
     p = predict(raw, [ids for ids, _ in examples], pad)
     wrong = [(p[i].max().item(), i) for i in range(len(p)) if p[i].argmax() != reviews[i].label]
-    with (run_dir / "samples.md").open("a") as file:
+    with (run_dir / "samples.md").open("w") as file:
         for sure, i in sorted(wrong, reverse=True)[:most]:
             names = LABELS if p.shape[1] == 2 else range(p.shape[1])
             said, truth = names[int(p[i].argmax())], names[reviews[i].label]

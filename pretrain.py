@@ -337,6 +337,8 @@ def run_path(config):
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate"):
         raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
+    if file := next((parent for parent in path.parents if parent.is_file()), None):
+        raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
     return path
@@ -489,7 +491,7 @@ def commit():
 class Log:
     """metrics.jsonl, TensorBoard and, if asked for, Weights & Biases: one record per call. Silent off rank 0.
 
-    A resumed run's file is cut back to the step it resumes from, so each step stands in it once.
+    A resumed run's file is cut back to the step it resumes from, and so is samples.md: each step stands in them once.
     """
 
     def __init__(self, run_dir, config, dist, first_step=0):
@@ -511,6 +513,12 @@ class Log:
             "world": dist.world,
         }
         self.path.write_text("".join(line + "\n" for line in kept or [json.dumps(header)]))
+        said = run_dir / "samples.md"
+        if said.exists():
+            marks = re.finditer(rb"^<!-- step (\d+) -->$", said.read_bytes(), re.M)
+            later = [mark.start() for mark in marks if int(mark[1]) > first_step]
+            if later:
+                os.truncate(said, later[0])
         self.board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
         if config.wandb:
             import wandb
@@ -532,11 +540,11 @@ class Log:
             self.wandb.log(record, step=step)
 
     def samples(self, step, text):
-        """What the model said, in Markdown: into samples.md and to the trackers."""
+        """What the model said, in Markdown: into samples.md, behind a comment with the step, and to the trackers."""
         if not self.active:
             return
         with (self.run_dir / "samples.md").open("a") as file:
-            file.write(text.rstrip("\n") + "\n\n")
+            file.write(f"<!-- step {step} -->\n" + text.rstrip("\n") + "\n\n")
         self.board.add_text("samples", text, step)
         if self.wandb is not None:
             import wandb

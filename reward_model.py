@@ -600,8 +600,11 @@ class Config:
         check_positive(self, "steps", "batch", "micro_batch", "eval_every", "eval_pairs", "test_pairs", "save_every")
         check_positive(self, "samples", "sample_problems", "best_of", "max_new_tokens")
         check_rates(self)
-        if self.extra_layers < 0:
-            raise ConfigError(f"--extra_layers is {self.extra_layers}; it must be at least 0")
+        if self.n_pairs is not None:
+            check_positive(self, "n_pairs")
+        for name in ("extra_layers", "best_of_problems"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
         if self.sampler is not None and self.data != "word":
             raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {self.data}")
         for name, known in (

@@ -110,7 +110,8 @@ def encode_example(tokenizer, problem, weighted=False):
     """-> ids, flags: True on what is trained, which are all turns of the assistant; weighted: the weight, or 0.0."""
     ids, flags = tokenizer.encode_chat(chat(problem))
     if weighted:
-        flags = [(problem.rating - 1) / 4 * flag for flag in flags]
+        weight = 1.0 if problem.rating is None else (problem.rating - 1) / 4  # nobody doubted it
+        flags = [weight * flag for flag in flags]
     return ids, flags
 
 
@@ -502,7 +503,7 @@ class Config:
     pace: float = 0.5
     """Share of the steps after which all are open."""
     rated: str = "weights"
-    """How rated responses count: weights ((rating - 1) / 4) or threshold."""
+    """How rated responses count: weights ((rating - 1) / 4) or threshold. Others, in the same file, count in full."""
     min_rating: float = 4.0
     """Least rating to train on with a threshold, and of the references in an evaluation."""
     stop_at: float = 1.0
@@ -566,6 +567,8 @@ class Config:
             raise ConfigError(f"--min_rating is {self.min_rating}; ratings go from 1 to 5")
         if self.demonstrations is not None:
             check_positive(self, "demonstrations")
+        if self.samples < 0:
+            raise ConfigError(f"--samples is {self.samples}; it must be at least 0")
         if any(lr <= 0 for lr in self.sweep):
             raise ConfigError(f"--sweep {self.sweep}: learning rates must be above 0")
 
@@ -755,8 +758,10 @@ def main(config):
 def sweep(config):
     """One run per learning rate, NAME/lr0.001 and so on, then the table. The validation split chooses."""
     results = {}
-    for lr in config.sweep:
-        name = f"{config.name}/lr{lr:g}"
+    names = {lr: f"{config.name}/lr{lr:g}" for lr in config.sweep}
+    if config.resume and not any(saved_run(RUNS / name) for name in names.values()):
+        raise ConfigError(f"--resume: {RUNS / config.name} holds no saved run of this sweep to continue")
+    for lr, name in names.items():
         resume = config.resume and saved_run(RUNS / name) is not None  # those behind the one that stopped are new
         results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
     best = max(results, key=lambda lr: results[lr]["valid"])

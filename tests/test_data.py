@@ -564,6 +564,10 @@ def test_user_file(tmp_path):
     assert (by["C?"].solution, by["C?"].answer) == ("#### 1200", "1200")
     assert (by["D?"].solution, by["D?"].answer) == ("Blue, I think.", "")
     assert (by["E?"].answer, by["E?"].story) == ("7", "file")
+    shifts = "cout << x; cin >> y;\nHe has 3+(4)=<<3+(4)=7>>7, half: <<7/2=3.5>>3.5 pens.\n#### 3.5"
+    problem = data.problem_from({"question": "F?", "answer": shifts}, "", "")  # only what is an annotation goes
+    assert problem.solution == "cout << x; cin >> y;\nHe has 3+(4)=7, half: 3.5 pens.\n#### 3.5"
+    assert (problem.level, problem.answer) == (2, "3.5")
     assert [data.problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5)] == [
         "0.00001",
         "100000000000000000000",
@@ -585,6 +589,7 @@ def test_user_file(tmp_path):
         ('{"question": "", "answer": "5"}', "line 2: 'question' must be text"),
         ('{"question": "A?", "answer": null}', "line 2: 'answer' must be text"),
         ('{"question": "A?", "answer": "#### 5 or 6"}', "line 2: no single number"),
+        ('{"question": "A?", "answer": "<<1+1=2>>"}', "line 2: 'answer' holds nothing but calculator annotations"),
         ('{"question": "A?", "solution": "x", "answer": "many"}', "line 2: no single number"),
         ('{"question": "A?", "solution": "x\\n#### 3", "answer": "4"}', "line 2: the solution ends in 3"),
         ('{"messages": [{"role": "user", "content": "A?"}]}', "line 2: messages must be"),
@@ -823,6 +828,17 @@ def test_instructions(tmp_path):
     assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)
 
 
+@pytest.mark.parametrize("said", ["cout << x; cin >> y;", "Use a << 2, then b >> 1.", "<<1+1=2>>", "1+1=<<1+1=2>>2"])
+def test_whatever_is_no_worked_problem_is_taken_as_it_stands(said):
+    for record in (
+        {"instruction": "i", "output": said},
+        {"prompt": "p", "response": said, "rating": 5},
+        {"messages": [turn("user", "u"), turn("assistant", said)]},
+    ):
+        problem = data.problem_from(record, "", "file")
+        assert (problem.solution, problem.level, problem.answer) == (said, 1, "")
+
+
 def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
     rows = [f"p{i},r{i},{3 if i % 20 else 7}" for i in range(100)]
     path = tmp_path / "rated.csv"
@@ -912,10 +928,19 @@ def test_pairs_of_dialogues(tmp_path, monkeypatch):
         {"chosen": start + " x\n\nHuman: more", "rejected": start + " y"},
         {"chosen": "\n\nHuman: \n\nAssistant: x", "rejected": "\n\nHuman: \n\nAssistant: y"},
         {"chosen": one["chosen"], "rejected": f"Well.{one['rejected']}"},
+        {"chosen": one["chosen"], "rejected": ""},
     ]
-    for record, message in zip(bad, ("differ before", "the Assistant last", "must be Human", "must be"), strict=True):
+    messages = ("differ before", "the Assistant last", "must be Human", "must be", "'rejected' must be Human")
+    for record, message in zip(bad, messages, strict=True):
         with pytest.raises(DataError, match=f"line 1: .*{message}"):
             load_pairs(write_pairs(tmp_path / "bad.jsonl", record), "train")
+
+
+def test_what_has_a_prompt_is_no_dialogue(tmp_path):
+    answers = {"chosen": "Human: the speaker", "rejected": "robot"}
+    for key in ("prompt", "instruction"):
+        pair = data.pair_from({key: "Name a role", **answers}, "", "x.jsonl")
+        assert pair == data.Pair("Name a role", "Human: the speaker", "robot", "file")
 
 
 def test_a_dialogues_history_decides_its_split(tmp_path):
@@ -960,6 +985,17 @@ def test_bad_pairs_name_their_record(tmp_path, record, message):
     path = write_pairs(tmp_path / "pairs.jsonl", pair_record("p"), record)
     with pytest.raises(DataError, match=re.escape(f"pairs.jsonl line 2: {message}")):
         load_pairs(path)
+
+
+def test_scores_that_cannot_be_read_name_their_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    (tmp_path / "preferences").mkdir()
+    path = tmp_path / "preferences/ultrafeedback_test.jsonl"
+    write_pairs(path, pair_record("p"), pair_record("q") | {"metadata": {"score_chosen": 4, "score_rejected": 4}})
+    assert [pair.kind for pair in load_pairs("ultrafeedback", "test")] == ["ultrafeedback", "equal_scores"]
+    write_pairs(path, pair_record("p"), pair_record("q") | {"metadata": "score_chosen: 4"})
+    with pytest.raises(DataError, match=r"line 2: 'metadata' must be an object \{\.\.\.\}, not str"):
+        load_pairs("ultrafeedback", "test")
 
 
 def test_pairs_that_are_not_there(tmp_path):

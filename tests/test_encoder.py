@@ -404,6 +404,10 @@ def test_a_run_leaves_what_it_should(scratch, capsys):
     examples = [(encode(tokenizer, r.text, 32), r.label) for r in test]
     assert evaluate(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
     assert np.sum(result["confusion"]) == len(test)
+    mistakes = (run / "samples.md").read_text()
+    assert mistakes.count("%, but it is ") == min(20, len(test) - np.trace(result["confusion"]))
+    encoder.main(small(resume=True))
+    assert (run / "samples.md").read_text() == mistakes  # once, however often the end is resumed
 
 
 def test_a_batch_without_holes_costs_nothing(scratch):

@@ -451,6 +451,32 @@ def test_a_killed_worker_is_started_again(here):
     assert not (here / "runs" / "parts.1").exists()  # resumed, not begun again
 
 
+def test_samples_are_cut_back_to_the_step_that_is_resumed(here, monkeypatch):
+    class KillAt4:
+        def __init__(self, dist):
+            self.asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            if self.asked == 5:
+                raise ProcessLookupError
+            return False
+
+    said = "a $b\n**step 9**\r\n<!-- step 9"  # it writes almost as we do
+    monkeypatch.setattr(pretrain, "sample_text", lambda *_: said)
+    changes = dict(save_every=2, eval_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "Interrupt", KillAt4)
+        with pytest.raises(ProcessLookupError):
+            pretrain.main(config(name="parts", **changes))
+    samples = here / "runs/parts/samples.md"
+    assert samples.read_bytes().count(said.encode()) == 4
+    pretrain.main(config(name="parts", resume=True, **changes))
+    pretrain.main(config(name="whole", **changes))
+    assert samples.read_bytes() == (here / "runs/whole/samples.md").read_bytes()
+    assert samples.read_bytes().count(said.encode()) == 6
+
+
 def test_a_log_cut_in_the_middle_of_a_line(here):
     pretrain.main(config(save_every=3, steps=3))
     with open("runs/pretrain/metrics.jsonl", "a") as file:
@@ -741,6 +767,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"device": "abacus"}, "abacus"),
         ({"resume": True}, "no saved run"),
         *[({"name": name}, "a run's directory") for name in ("../x", ".", "/x", "a/./b", "start", "streams")],
+        *[({"name": f"pretrain/metrics.jsonl/{x}"}, "metrics.jsonl is a file") for x in ("x", "x/y")],
         ({"wandb": "project"}, "pip install wandb"),
         ({"tokenizer": "bytes"}, "bytes"),
         ({"lr": -1.0}, "lr is -1.0"),

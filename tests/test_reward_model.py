@@ -437,6 +437,9 @@ def test_bad_input_is_one_line(here):
         ({"extra_layers": -1}, "--extra_layers is -1"),
         ({"data": "style", "sampler": "start"}, "no verifier"),
         ({"lr": -1.0}, "--lr is -1.0"),
+        ({"best_of_problems": -1}, "--best_of_problems is -1; it must be at least 0"),
+        ({"n_pairs": -5}, "--n_pairs is -5; it must be at least 1"),
+        ({"data": "style", "n_pairs": 0}, "--n_pairs is 0; it must be at least 1"),
     ]:
         with pytest.raises(ConfigError, match=words):
             config(**changes)

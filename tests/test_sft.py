@@ -90,17 +90,17 @@ def test_a_pair_is_encoded_behind_all_that_was_said(tokenizer):
 
 
 def test_a_rating_weighs_its_tokens(tokenizer):
-    rated = [Problem("Q?", "An answer.", "", 1, "file", rating=r) for r in (2, 4, 5)]
+    rated = [Problem("Q?", "An answer.", "", 1, "file", rating=r) for r in (2, 4, 5, None)]
     examples = [encode_example(tokenizer, p, weighted=True) for p in rated]
     mask = collate(examples, 0)[1]
     assert mask.dtype == torch.float32
-    assert [row.unique().tolist() for row in mask] == [[0, 0.25], [0, 0.75], [0, 1.0]]
+    assert [row.unique().tolist() for row in mask] == [[0, 0.25], [0, 0.75], [0, 1.0], [0, 1.0]]
     torch.manual_seed(0)
-    logprobs = -torch.rand(3, mask.shape[1], dtype=torch.float64)
+    logprobs = -torch.rand(4, mask.shape[1], dtype=torch.float64)
     loss, _ = sft_loss(logprobs, mask)
-    rows = [logprobs[i][mask[i] > 0].sum() for i in range(3)]
+    rows = [logprobs[i][mask[i] > 0].sum() for i in range(4)]
     n = int((mask[0] > 0).sum())
-    expected = -(0.25 * rows[0] + 0.75 * rows[1] + rows[2]) / (2.0 * n)
+    expected = -(0.25 * rows[0] + 0.75 * rows[1] + rows[2] + rows[3]) / (3.0 * n)
     torch.testing.assert_close(loss, expected)
 
 
@@ -499,6 +499,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
 
 def write_ratings(path, n=120):
     rows = [{"prompt": f"Say {i}", "response": f"Well, {i}.", "rating": 1 + i % 5} for i in range(n)]
+    rows += [{"instruction": f"Say nicely {i}", "output": f"Well, {i}."} for i in range(n // 4)]  # unrated
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -564,6 +565,8 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     monkeypatch.setattr(sft, "main", pretended)
     state = here / "runs/sft/lr0.001/last/trainer_state.pt"  # where an interrupted sweep stopped
     state.parent.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="runs/sft holds no saved run of this sweep"):
+        sft.main(config(sweep=list(scores), resume=True))
     state.touch()
     result = sft.main(config(sweep=list(scores), resume=True))
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)
@@ -584,6 +587,7 @@ def test_bad_input_is_one_line(here):
         dict(rated="stars"),
         dict(pace=2.0),
         dict(sweep=[0.0]),
+        dict(samples=-1),
     ):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             config(**changes)

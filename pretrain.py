@@ -332,22 +332,25 @@ def peak_flops(dist):
 
 
 def run_path(config):
-    """runs/NAME. Raises ConfigError if that cannot be a run's name, or if there is nothing to resume there."""
+    """runs/NAME. Raises ConfigError if that cannot be a run's name, if there is nothing to resume there, or if what the
+    run is to read is the earlier run that it would move aside."""
     path = RUNS / config.name
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate"):
         raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
+    for flag in ("init", "tokenizer", "reward_model", "sampler"):
+        read = getattr(config, flag, None)
+        if read and not config.resume and Path(read).resolve().is_relative_to(path.resolve()):
+            aside = f"the run that --name {config.name} would move aside"
+            raise ConfigError(f"--{flag} {read} is {aside}: give another --name")
     return path
 
 
 def open_run(config, dist):
     """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
     path = run_path(config)
-    init = getattr(config, "init", None)
-    if init and not config.resume and Path(init).resolve().is_relative_to(path.resolve()):
-        raise ConfigError(f"--init {init} is the run that --name {config.name} would move aside: give another --name")
     if dist.is_main:
         if not config.resume and path.exists():
             n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())

@@ -465,6 +465,14 @@ def test_bad_input_is_one_line(here):
     assert not (here / "runs").exists()
 
 
+def test_the_reward_model_is_not_moved_aside(here):
+    (here / "runs").mkdir()
+    (here / "judge").rename("runs/judge")
+    with pytest.raises(ConfigError, match="--reward_model runs/judge is the run that --name judge would move aside"):
+        ppo.main(config(reward_model="runs/judge", name="judge"))
+    assert (here / "runs/judge/config.json").exists()
+
+
 def test_the_start_is_the_best_until_something_beats_it(here):
     ppo.main(config(steps=1, lr=0.0))
     assert_same_weights("start", "runs/ppo/best")

@@ -707,6 +707,8 @@ def test_an_earlier_run_is_moved_aside(here):
     pretrain.main(config(steps=1))
     with pytest.raises(ConfigError, match="the run that --name pretrain would move aside"):
         pretrain.main(config(steps=2, init="runs/pretrain"))
+    with pytest.raises(ConfigError, match="--tokenizer runs/pretrain/best is the run that --name pretrain would"):
+        pretrain.main(config(steps=2, tokenizer="runs/pretrain/best"))
     pretrain.main(config(steps=2))
     assert set(metrics("runs/pretrain.1", "loss")) == {1}
     assert set(metrics("runs/pretrain", "loss")) == {1, 2}

@@ -3,6 +3,7 @@ of a run."""
 
 import json
 import math
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -452,6 +453,13 @@ def test_samples_that_are_never_right_make_no_pairs(here):
         reward_model.main(config(pairs="sampled"))
     with pytest.raises(ConfigError, match="do not fit the model's context"):
         reward_model.main(config(pairs="corrupted", max_new_tokens=150))
+
+
+def test_the_sampler_is_not_moved_aside(here):
+    shutil.copytree("start", "runs/rm")
+    with pytest.raises(ConfigError, match="--sampler runs/rm is the run that --name rm would move aside"):
+        reward_model.main(config(sampler="runs/rm", name="rm", pairs="corrupted"))
+    assert (here / "runs/rm/config.json").exists()
 
 
 def test_a_broken_off_start_does_not_count(scratch, monkeypatch):

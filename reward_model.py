@@ -114,7 +114,8 @@ from transformer import (
 def bradley_terry_loss(chosen, rejected, margin=None, *, centre=0.0, n_pairs=None):
     """Scores (B,) each -> (loss, metrics): −log σ(chosen − rejected − margin), averaged.
 
-    margin: None, a number or (B,). centre: weight of (chosen + rejected)². n_pairs: of the whole optimizer step, over
+    margin: None, a number or (B,). centre: weight of (chosen + rejected)², in the loss alone: the metric is what a
+    validation measures, whatever the weight. n_pairs: of the whole optimizer step, over
     micro-batches and ranks; default: of this batch, which is then the step.
     """
     gap = chosen - rejected
@@ -128,11 +129,12 @@ def hinge_loss(chosen, rejected, margin=1.0, *, centre=0.0, n_pairs=None):
 
 
 def _reduce(per_pair, chosen, rejected, centre, n_pairs):
-    if centre:
-        per_pair = per_pair + centre * (chosen + rejected).square()
-    loss = per_pair.sum() / (n_pairs or len(chosen))
+    n = n_pairs or len(chosen)
+    loss = per_pair.sum() / n
     gap = (chosen - rejected).detach()
     metrics = {"loss": loss.item(), "accuracy": ((gap > 0) + 0.5 * (gap == 0)).mean().item()}
+    if centre:
+        loss = loss + centre * (chosen + rejected).square().sum() / n
     return loss, metrics | {"margin": gap.mean().item(), "score": (chosen + rejected).mean().item() / 2}
 
 

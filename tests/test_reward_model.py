@@ -118,6 +118,8 @@ def test_a_constant_changes_nothing_but_the_centring(objective):
     torch.testing.assert_close(objective(chosen + 5, rejected + 5, 0.5)[0], objective(chosen, rejected, 0.5)[0])
     plain, centred = (objective(chosen, rejected, 0.5, centre=c)[0] for c in (0.0, 0.3))
     torch.testing.assert_close(centred - plain, 0.3 * ((chosen + rejected) ** 2).mean())
+    figures = objective(chosen, rejected, 0.5, centre=0.3)[1]
+    assert figures["loss"] == pytest.approx(plain.item())  # as the validation loss, next to which it is drawn
 
 
 def test_far_apart_scores_stay_finite():

@@ -929,26 +929,30 @@ def main(config):
     if config.fsdp and (dist.world == 1 or scaler.is_enabled()):
         need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
         raise ConfigError(f"--fsdp needs {need}")
+    run_path(config)
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     if config.init:
         raw, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
         config = replace(config, model=raw.config)
-    elif config.tokenizer not in ("bpe", "char", "byte"):
-        load_tokenizer(config.tokenizer)  # a typo must not move an earlier run aside
     if config.model.n_expert and config.model.n_expert_active == 1 and config.model.norm_topk_prob and not config.init:
         raise ConfigError(
             "one active expert, whose weight p / p is 1, leaves the router without a gradient: "
             "add --model.norm_topk_prob false"
         )
-    run_dir = open_run(config, dist)
     if not config.init:
-        made = saved_run(run_dir) if config.resume else run_dir / "data"
-        if dist.is_main and not config.resume:
-            make_tokenizer(config.tokenizer, texts["train"], config.vocab_size).save_pretrained(made)
+        made = [None]
+        if config.resume:
+            made = [load_tokenizer(saved_run(run_path(config)))]
+        elif dist.is_main:
+            made = [make_tokenizer(config.tokenizer, texts["train"], config.vocab_size)]
         if dist.world > 1:
-            distributed.barrier()
-        tokenizer = load_tokenizer(made)
+            distributed.broadcast_object_list(made)  # trained once; no file, as there is no run directory yet
+        tokenizer = made[0]
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    context = config.model.context
+    streams = make_streams(config, dist, tokenizer, context, texts)
+    run_dir = open_run(config, dist)  # behind all that can refuse what was asked for: a typo moves no earlier run aside
+    if not config.init:
         torch.manual_seed(config.seed)
         raw = Transformer(config.model)
     if config.fsdp:  # made in CPU memory; each block goes to the GPU and is cut, before the next one follows
@@ -966,8 +970,6 @@ def main(config):
     else:
         raw.to(dist.device)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
-    context = config.model.context
-    streams = make_streams(config, dist, tokenizer, context, texts)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best, skipped, valid_loss = 0, math.inf, 0, math.nan
     if config.resume:

@@ -530,6 +530,7 @@ def main(config):
         return save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
 
     accuracy = best
+    checked = any(p.answer for p in problems["valid"])  # else there is nothing to choose by: best/ is the latest
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -661,7 +662,7 @@ def main(config):
             beta = adapt_beta(beta, total["kl"] / n_answers, config.kl_target, n_answers, config.kl_horizon)
         if done % config.eval_every == 0 or done == config.steps:
             accuracy = record["accuracy"] = held_out("valid")["accuracy"]
-            if accuracy > best:
+            if accuracy > best or not checked:
                 best = accuracy
                 checkpoint("best", done)
         log(done, **record)

@@ -1,6 +1,7 @@
 """ppo.py: GAE, losses and gradients against plain loops, what the values may know, and the guarantees of a run."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -476,6 +477,13 @@ def test_the_reward_model_is_not_moved_aside(here):
 def test_the_start_is_the_best_until_something_beats_it(here):
     ppo.main(config(steps=1, lr=0.0))
     assert_same_weights("start", "runs/ppo/best")
+
+
+def test_without_answers_the_best_is_the_latest(here, monkeypatch):
+    few = [replace(p, answer="") for p in load_problems("word", "train", 60)]
+    monkeypatch.setattr(ppo, "load_problems", lambda name, split, n, levels: few[:n])
+    ppo.main(config())
+    assert_same_weights("runs/ppo/best", "runs/ppo/last")
 
 
 def test_what_stands_outside_the_mask_does_not_matter():

@@ -774,6 +774,10 @@ def main(config, estimate=estimate):
         # ------------------------------------------------------------------ metrics: what matters first
         done = step + 1
         record = summarise(figures, sums, trained, config, dist) | extra
+        # No scaler mends these. The entropy, as a step without a signal has no loss.
+        if not math.isfinite(record["loss"] + record["entropy"]):
+            said = f"the loss is {record['loss']}, the entropy {record['entropy']} at step {step}"
+            raise DivergedError(f"{said} (learning rate {lr:.1e}); try a smaller --lr, or --dtype fp32")
         record |= {"grad_norm": norm, "lr": lr, "loss": record.pop("loss") / max(1, updates)}
         record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
         if done % config.eval_every == 0 or done == config.steps:

@@ -603,6 +603,9 @@ def main(config):
                 for name, value in (metrics | more).items():  # a loss is a sum already, the others are means
                     found[name] = found.get(name, 0.0) + value * (1 if name.endswith("_loss") else count / n)
             found = dict(zip(found, dist.sum(*found.values()), strict=True))
+            if not math.isfinite(found["policy_loss"] + found["value_loss"]):  # which no scaler mends
+                said = f"the loss is {found['policy_loss']}, that of the values {found['value_loss']} at step {step}"
+                raise DivergedError(f"{said} (learning rate {lr:.1e}); try a smaller --lr, or --dtype fp32")
             if config.stop_kl and found["approx_kl3"] > config.stop_kl:
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)

@@ -16,7 +16,7 @@ import data
 import grpo
 import pretrain
 from data import Problem, load_problems
-from generate import ConfigError, run
+from generate import ConfigError, DivergedError, open_checkpoint, run
 from grpo import Config, group_advantages, grpo_loss, kl_estimate, score
 from lora import LoraConfig
 from tokenizer_bpe import BPETokenizer
@@ -742,6 +742,20 @@ def test_a_gradient_that_is_not_finite_stops_in_any_minibatch(here, monkeypatch)
     monkeypatch.setattr(grpo, "optimizer_step", lambda *_: next(norms))
     with pytest.raises(ConfigError, match="the gradient is nan at step 0"):
         grpo.main(config(minibatches=2))
+
+
+@pytest.mark.parametrize(("signal", "loss"), [(True, "nan"), (False, "0.0")])
+def test_activations_that_overflow_fp16_stop_the_run(here, monkeypatch, signal, loss):
+    """A scaler forgives a gradient that is not finite, but no scale mends this loss; nor without a signal the rollouts,
+    of which no loss is made."""
+    raw, tokenizer, _ = open_checkpoint("start")
+    with torch.no_grad():
+        raw.blocks[0].ffn.down.weight.mul_(1e9)
+    raw.save_pretrained("big")
+    tokenizer.save_pretrained("big")
+    monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, *_: [float(signal * i) for i in range(len(texts))])
+    with pytest.raises(DivergedError, match=f"the loss is {loss}, the entropy nan at step 0"):
+        grpo.main(config(init="big", dtype="fp16", format_weight=0.0))
 
 
 def test_prompts_must_be_shared_evenly(here, monkeypatch):

@@ -65,6 +65,7 @@ from pretrain import (
     open_run,
     optimizer_step,
     precision,
+    run_path,
     save,
     setup,
     stopped,
@@ -445,6 +446,7 @@ def main(config):
     init = config.init or sft_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
     reference = copy.deepcopy(raw).requires_grad_(False).eval()
+    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     problems = None  # with a verifier: greedy accuracy is measured too
     if config.data in ("word", "gsm8k"):
         most = {"train": config.prompts, "valid": config.eval_problems, "test": config.test_problems}
@@ -454,19 +456,17 @@ def main(config):
             room = raw.config.context - config.max_new_tokens
             problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
 
-    if not config.resume and config.pairs == "offline":  # a typo must move nothing
-        load_pairs(config.data, "train", 1, tuple(config.levels), skip_bad=config.skip_bad)
-    run_dir = open_run(config, dist)
-    kept = run_dir / "pairs.pt"
-    if config.resume and kept.is_file():  # pairs and reference log-probabilities are computed once in a run's life
+    kept = run_path(config) / "pairs.pt"
+    again = config.resume and kept.is_file()  # pairs and reference log-probabilities are computed once in a run's life
+    if again:
         pairs = torch.load(kept, weights_only=True)
-    else:
+    else:  # before open_run: pairs that cannot be had must move nothing
         pairs = make_pairs(config, dist, reference, tokenizer, problems, autocast)
-        if dist.is_main:
-            torch.save(pairs, f"{kept}.tmp")
-            os.replace(f"{kept}.tmp", kept)
+    run_dir = open_run(config, dist)
+    if dist.is_main and not again:
+        torch.save(pairs, f"{kept}.tmp")
+        os.replace(f"{kept}.tmp", kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     first, best, before = 0, math.inf, None
     if config.resume:

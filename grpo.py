@@ -478,6 +478,15 @@ class Batch:
     rewards: dict  # {name: (n, R)}
 
 
+def earned(functions, texts, problems, ended, lengths, config):
+    """What `score` says, and --overlong: {name: (len(texts),)}."""
+    rewards = score(functions, texts, problems, ended)
+    if config.overlong:
+        over = torch.tensor(lengths) - (config.max_new_tokens - config.overlong)
+        rewards["overlong"] = -(over / config.overlong).clamp(min=0.0)
+    return rewards
+
+
 def roll_out(step, attempt, slots, raw, tokenizer, problems, functions, config, autocast):
     """Sample and reward the groups in `slots` (0 … prompts − 1) of step `step`.
 
@@ -496,10 +505,8 @@ def roll_out(step, attempt, slots, raw, tokenizer, problems, functions, config, 
         rollout = generate(raw, prompts, config.max_new_tokens, R, config.temperature, stop_ids=stop, uniforms=uniforms)
     ended = rollout.ended(stop).cpu()  # (n·R,)
     texts = rollout.texts(tokenizer)
-    rewards = score(functions, texts, [p for p in chosen for _ in range(R)], ended.tolist())
-    if config.overlong:
-        over = rollout.mask.sum(1).cpu() - (config.max_new_tokens - config.overlong)
-        rewards["overlong"] = -(over / config.overlong).clamp(min=0.0)
+    lengths = rollout.mask.sum(1).tolist()
+    rewards = earned(functions, texts, [p for p in chosen for _ in range(R)], ended.tolist(), lengths, config)
     rewards = {name: values.view(-1, R) for name, values in rewards.items()}
     return Batch(chosen, prompts, rollout, texts, ended.view(-1, R), rewards)
 
@@ -642,7 +649,7 @@ def main(config, estimate=estimate):
 
     run_dir = open_run(config, dist)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    first, best, before = 0, -1.0, None
+    first, best, before, found = 0, -1.0, None, {}
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best, before = state["step"], state["best"], state["before"]
@@ -658,9 +665,9 @@ def main(config, estimate=estimate):
 
     if before is None:
         before = held_out(raw, tokenizer, problems, config, dist)
-        best = validate(raw, tokenizer, problems, config, dist)
+        found, best = validate(raw, tokenizer, problems, functions, weights, config, dist)
         save(run_dir, "best", dist, raw, tokenizer, chat=True)  # until something beats it, the start is the best
-        log(0, accuracy=best)
+        log(0, **found)
     if dist.is_main:
         print(
             f"{raw.num_params():,} parameters from {init}; {len(problems['train']):,} training prompts; "
@@ -688,7 +695,7 @@ def main(config, estimate=estimate):
     options |= {"beta": config.beta if in_loss else 0.0, "entropy_bonus": config.entropy_bonus}
     options |= {"kl_unbiased": config.kl_unbiased, "max_length": config.max_new_tokens}
     pad = tokenizer.endoftext_id
-    accuracy, kl, warned, extra = best, 0.0, False, {}
+    kl, warned, extra = 0.0, False, {}
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -767,18 +774,24 @@ def main(config, estimate=estimate):
         # ------------------------------------------------------------------ metrics: what matters first
         done = step + 1
         record = summarise(figures, sums, trained, config, dist) | extra
+        # No scaler mends these. The entropy, as a step without a signal has no loss.
+        if not math.isfinite(record["loss"] + record["entropy"]):
+            said = f"the loss is {record['loss']}, the entropy {record['entropy']} at step {step}"
+            raise DivergedError(f"{said} (learning rate {lr:.1e}); try a smaller --lr, or --dtype fp32")
         record |= {"grad_norm": norm, "lr": lr, "loss": record.pop("loss") / max(1, updates)}
         record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
         if done % config.eval_every == 0 or done == config.steps:
-            accuracy = record["accuracy"] = validate(raw, tokenizer, problems, config, dist)
-            if accuracy > best:
-                best = accuracy
+            found, chosen_by = validate(raw, tokenizer, problems, functions, weights, config, dist)
+            record |= found
+            if chosen_by > best:
+                best = chosen_by
                 checkpoint("best", done)
-            if accuracy < before["accuracy"] - 0.1 and not warned and dist.is_main:
+            if found["accuracy"] < before["accuracy"] - 0.1 and not warned and dist.is_main:
                 warned = True
                 bar.write(
-                    f"WARNING: held-out accuracy fell from {before['accuracy']:.1%} to {accuracy:.1%}: the policy is "
-                    f"collapsing. Try a smaller --lr than {config.lr:.0e}, or a larger --beta; best/ keeps the best."
+                    f"WARNING: held-out accuracy fell from {before['accuracy']:.1%} to {found['accuracy']:.1%}: the "
+                    f"policy is collapsing. Try a smaller --lr than {config.lr:.0e}, or a larger --beta; best/ keeps "
+                    "the best."
                 )
         log(done, **record)
         kl = record.get("kl", kl)
@@ -786,7 +799,7 @@ def main(config, estimate=estimate):
             show_samples(bar, log, done, batch, weights)
         bar.set_postfix(
             reward=f"{record['reward']:.2f}",
-            accuracy=f"{accuracy:.1%}",
+            **{name: f"{value:.3f}" for name, value in found.items()},
             kl=f"{kl:.3f}",
             length=f"{record['length']:.0f}",
             refresh=False,
@@ -847,9 +860,19 @@ def show_samples(bar, log, step, batch, weights):
     log.show(step, histograms={"rewards": total, "lengths": mask.sum(1), "logprobs": batch.rollout.logprobs[mask]})
 
 
-def validate(raw, tokenizer, problems, config, dist):
+def validate(raw, tokenizer, problems, functions, weights, config, dist):
+    """-> {"accuracy"} of greedy answers, and by what best/ is chosen: the accuracy, or if no problem has an answer to
+    check, what the greedy answers earn, {"valid_reward"} then too."""
     with merged(raw):
-        return evaluate(raw, tokenizer, problems["valid"], config.max_new_tokens, dist)["accuracy"]
+        result = evaluate(raw, tokenizer, problems["valid"], config.max_new_tokens, dist)
+    found = {"accuracy": result["accuracy"]}
+    if any(p.answer for p in problems["valid"]):
+        return found, result["accuracy"]
+    rows = [(s.text, s.problem, s.ended, s.length) for s in result["samples"]]  # this rank's
+    rewards = earned(functions, *(list(part) for part in zip(*rows, strict=True)), config) if rows else {}
+    (total,) = dist.sum(sum(weights[name] * values.sum() for name, values in rewards.items() if name in weights))
+    found["valid_reward"] = total / result["n"]
+    return found, found["valid_reward"]
 
 
 def held_out(raw, tokenizer, problems, config, dist):

@@ -530,6 +530,7 @@ def main(config):
         return save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
 
     accuracy = best
+    checked = any(p.answer for p in problems["valid"])  # else there is nothing to choose by: best/ is the latest
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -602,6 +603,9 @@ def main(config):
                 for name, value in (metrics | more).items():  # a loss is a sum already, the others are means
                     found[name] = found.get(name, 0.0) + value * (1 if name.endswith("_loss") else count / n)
             found = dict(zip(found, dist.sum(*found.values()), strict=True))
+            if not math.isfinite(found["policy_loss"] + found["value_loss"]):  # which no scaler mends
+                said = f"the loss is {found['policy_loss']}, that of the values {found['value_loss']} at step {step}"
+                raise DivergedError(f"{said} (learning rate {lr:.1e}); try a smaller --lr, or --dtype fp32")
             if config.stop_kl and found["approx_kl3"] > config.stop_kl:
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
@@ -661,7 +665,7 @@ def main(config):
             beta = adapt_beta(beta, total["kl"] / n_answers, config.kl_target, n_answers, config.kl_horizon)
         if done % config.eval_every == 0 or done == config.steps:
             accuracy = record["accuracy"] = held_out("valid")["accuracy"]
-            if accuracy > best:
+            if accuracy > best or not checked:
                 best = accuracy
                 checkpoint("best", done)
         log(done, **record)

@@ -332,7 +332,8 @@ def peak_flops(dist):
 
 
 def run_path(config):
-    """runs/NAME. Raises ConfigError if that cannot be a run's name, or if there is nothing to resume there."""
+    """runs/NAME. Raises ConfigError if that cannot be a run's name, if there is nothing to resume there, or if what the
+    run is to read is the earlier run that it would move aside."""
     path = RUNS / config.name
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate"):
@@ -341,15 +342,17 @@ def run_path(config):
         raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
+    for flag in ("init", "tokenizer", "reward_model", "sampler"):
+        read = getattr(config, flag, None)
+        if read and not config.resume and Path(read).resolve().is_relative_to(path.resolve()):
+            aside = f"the run that --name {config.name} would move aside"
+            raise ConfigError(f"--{flag} {read} is {aside}: give another --name")
     return path
 
 
 def open_run(config, dist):
     """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
     path = run_path(config)
-    init = getattr(config, "init", None)
-    if init and not config.resume and Path(init).resolve().is_relative_to(path.resolve()):
-        raise ConfigError(f"--init {init} is the run that --name {config.name} would move aside: give another --name")
     if dist.is_main:
         if not config.resume and path.exists():
             n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
@@ -934,26 +937,30 @@ def main(config):
     if config.fsdp and (dist.world == 1 or scaler.is_enabled()):
         need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
         raise ConfigError(f"--fsdp needs {need}")
+    run_path(config)
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     if config.init:
         raw, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
         config = replace(config, model=raw.config)
-    elif config.tokenizer not in ("bpe", "char", "byte"):
-        load_tokenizer(config.tokenizer)  # a typo must not move an earlier run aside
     if config.model.n_expert and config.model.n_expert_active == 1 and config.model.norm_topk_prob and not config.init:
         raise ConfigError(
             "one active expert, whose weight p / p is 1, leaves the router without a gradient: "
             "add --model.norm_topk_prob false"
         )
-    run_dir = open_run(config, dist)
     if not config.init:
-        made = saved_run(run_dir) if config.resume else run_dir / "data"
-        if dist.is_main and not config.resume:
-            make_tokenizer(config.tokenizer, texts["train"], config.vocab_size).save_pretrained(made)
+        made = [None]
+        if config.resume:
+            made = [load_tokenizer(saved_run(run_path(config)))]
+        elif dist.is_main:
+            made = [make_tokenizer(config.tokenizer, texts["train"], config.vocab_size)]
         if dist.world > 1:
-            distributed.barrier()
-        tokenizer = load_tokenizer(made)
+            distributed.broadcast_object_list(made)  # trained once; no file, as there is no run directory yet
+        tokenizer = made[0]
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    context = config.model.context
+    streams = make_streams(config, dist, tokenizer, context, texts)
+    run_dir = open_run(config, dist)  # behind all that can refuse what was asked for: a typo moves no earlier run aside
+    if not config.init:
         torch.manual_seed(config.seed)
         raw = Transformer(config.model)
     if config.fsdp:  # made in CPU memory; each block goes to the GPU and is cut, before the next one follows
@@ -971,8 +978,6 @@ def main(config):
     else:
         raw.to(dist.device)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
-    context = config.model.context
-    streams = make_streams(config, dist, tokenizer, context, texts)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best, skipped, valid_loss = 0, math.inf, 0, math.nan
     if config.resume:

@@ -114,7 +114,8 @@ from transformer import (
 def bradley_terry_loss(chosen, rejected, margin=None, *, centre=0.0, n_pairs=None):
     """Scores (B,) each -> (loss, metrics): −log σ(chosen − rejected − margin), averaged.
 
-    margin: None, a number or (B,). centre: weight of (chosen + rejected)². n_pairs: of the whole optimizer step, over
+    margin: None, a number or (B,). centre: weight of (chosen + rejected)², in the loss alone: the metric is what a
+    validation measures, whatever the weight. n_pairs: of the whole optimizer step, over
     micro-batches and ranks; default: of this batch, which is then the step.
     """
     gap = chosen - rejected
@@ -128,11 +129,12 @@ def hinge_loss(chosen, rejected, margin=1.0, *, centre=0.0, n_pairs=None):
 
 
 def _reduce(per_pair, chosen, rejected, centre, n_pairs):
-    if centre:
-        per_pair = per_pair + centre * (chosen + rejected).square()
-    loss = per_pair.sum() / (n_pairs or len(chosen))
+    n = n_pairs or len(chosen)
+    loss = per_pair.sum() / n
     gap = (chosen - rejected).detach()
     metrics = {"loss": loss.item(), "accuracy": ((gap > 0) + 0.5 * (gap == 0)).mean().item()}
+    if centre:
+        loss = loss + centre * (chosen + rejected).square().sum() / n
     return loss, metrics | {"margin": gap.mean().item(), "score": (chosen + rejected).mean().item() / 2}
 
 
@@ -331,7 +333,7 @@ def encode_answer(tokenizer, answer):
 
 
 def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast, batch=32):
-    """n answers of the policy to each problem, at temperature 1: [[(text, right, ended), …], …].
+    """n answers of the policy to each problem, at temperature 1: [[(text, right, ended, ids), …], …].
 
     What is sampled depends on seed, split and place in the list alone, not on how many ranks share the work.
     """
@@ -348,9 +350,10 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast
             how = {"stop_ids": tokenizer.stop_ids, "generator": generator}
             with autocast():
                 rollout = generate(policy, prompts, config.max_new_tokens, n, **how)
-            ended = rollout.ended(tokenizer.stop_ids).tolist()
-            texts = rollout.texts(tokenizer)
-            rows = [(t, is_correct(t, chunk[k // n]), e) for k, (t, e) in enumerate(zip(texts, ended, strict=True))]
+            ended, lengths = rollout.ended(tokenizer.stop_ids).tolist(), rollout.mask.sum(1).tolist()
+            ids = [row[:length] for row, length in zip(rollout.ids.tolist(), lengths, strict=True)]
+            told = enumerate(zip(rollout.texts(tokenizer), ended, ids, strict=True))
+            rows = [(text, is_correct(text, chunk[k // n]), end, i) for k, (text, end, i) in told]
             out.append([rows[k * n : k * n + n] for k in range(len(chunk))])
         return out
 
@@ -379,6 +382,7 @@ def make_pairs(config, policy, tokenizer, dist, autocast):
         if config.data == "word" and config.pairs != "corrupted":
             problems = load_problems("word", split, config.sample_problems if split == "train" else n, levels)
             groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist, autocast)
+            groups = [[row[:3] for row in group] for group in groups]
             # one pair per held-out problem and source, as an interval takes them for independent; that of "all" does so
             # too, although with --pairs both a problem has a corrupted and a sampled one, and is a little too narrow
             pairs[split] += judged_pairs(problems, groups, config.samples if split == "train" else 1)
@@ -400,6 +404,18 @@ def rank_pairs(model, groups, pairs, pad, dist, autocast):
         n, hits = int(chosen.sum()), float(right[chosen].sum())  # plain numbers: `best` goes into trainer_state.pt
         by_kind[kind] = (hits / n, *wilson(hits, n), n)
     return found, by_kind
+
+
+def score_fitting(model, groups, pad, dist, autocast):
+    """As score_groups, spread over the ranks; NaN for a whole group if one of its answers does not fit the context."""
+    context = model.config.context
+    fits = [len(prompt) + max(map(len, answers)) <= context for prompt, answers in groups]
+    kept = [group for group, fit in zip(groups, fits, strict=True) if fit]
+    if len(kept) < len(groups) and dist.is_main:
+        n = f"{len(groups) - len(kept)} of {len(groups)}"
+        print(f"{n} prompts of the report are, with their answers, longer than {context} tokens: left out")
+    found = iter(share(dist, kept, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
+    return [next(found) if fit else [math.nan] * len(group[1]) for group, fit in zip(groups, fits, strict=True)]
 
 
 def calibration(gaps, bins=8):
@@ -438,7 +454,8 @@ def rename(text):
 
 
 def consistency(score, n, seed, levels):
-    """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores), with what the answer should be:
+    """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores, NaN where they cannot be had, which is
+    left out), with what the answer should be:
 
     renamed   the share of pairs whose order new names and items leave alone (1), and the scores' correlation (1)
     right_above_one_error, one_error_above_two     the shares in which right > one error > that and no answer (1 each)
@@ -446,13 +463,15 @@ def consistency(score, n, seed, levels):
     rng, pairs = random.Random(f"consistency/{seed}"), load_pairs("word", "test", n, levels, seed)
     told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
     again = np.array(score([(rename(p.prompt), [rename(p.chosen), rename(p.rejected)]) for p in pairs]))
-    chains = []
+    fits = ~np.isnan(told + again).any(1)
+    told, again, chains = told[fits], again[fits], []
     for problem in load_problems("word", "test", n, levels):
         with contextlib.suppress(DataError):
             wrong = corrupt(problem, rng.choice(CORRUPTIONS[:2]), rng)
             worse = "\n".join(line for line in wrong.split("\n") if "####" not in line)
             chains.append((problem.question, [problem.solution, wrong, worse]))
     chain = np.array(score(chains))
+    chain = chain[~np.isnan(chain).any(1)]
     return {
         "renamed_same_order": float(((told[:, 0] > told[:, 1]) == (again[:, 0] > again[:, 1])).mean()),
         "renamed_correlation": float(np.corrcoef(told.flatten(), again.flatten())[0, 1]),
@@ -480,20 +499,28 @@ def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
     """Best-of-n, what shapes the score, and ties, on samples of the policy for test problems."""
     problems = load_problems("word", "test", config.best_of_problems, tuple(config.levels))
     groups = sample_answers(policy, speaks, problems, config.best_of, config, "test", dist, autocast)
-    encoded = [
-        (encode_prompt(tokenizer, p.question), [encode_answer(tokenizer, text) for text, _, _ in group])
-        for p, group in zip(problems, groups, strict=True)
-    ]
+    # Scored as they were sampled, as PPO does: of broken bytes the text is longer than they were. To a tokenizer of its
+    # own only the text can be shown, cut off where the context ends.
+    known = speaks.fingerprint == tokenizer.fingerprint and policy.config.vocab_size <= model.config.vocab_size
+    encoded, cut = [], 0
+    for problem, group in zip(problems, groups, strict=True):
+        prompt = encode_prompt(tokenizer, problem.question)
+        answers = [ids if known else encode_answer(tokenizer, text) for text, _, _, ids in group]
+        room = model.config.context - len(prompt)
+        cut += sum(len(answer) > room for answer in answers)
+        encoded.append((prompt, [answer[:room] for answer in answers]))
+    if cut and dist.is_main:
+        print(f"{cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
     pad = tokenizer.endoftext_id
     values = np.array(share(dist, encoded, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
-    correct = np.array([[right for _, right, _ in group] for group in groups], dtype=float)
+    correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
     length = [[len(answer) for answer in answers] for _, answers in encoded]
-    tidy = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, _, _ in group] for group in groups]
+    tidy = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, *_ in group] for group in groups]
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.best_of]
     ties = [
         values[g][rows].std()
         for g, group in enumerate(groups)
-        if len(rows := list({text: k for k, (text, right, _) in enumerate(group) if right}.values())) > 1
+        if len(rows := list({text: k for k, (text, right, *_) in enumerate(group) if right}.values())) > 1
     ]
     return {
         "best_of": dict(zip(map(str, sizes), best_of_n(values, correct, sizes), strict=True)),
@@ -670,26 +697,32 @@ def main(config):
     if config.batch % dist.world:
         raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
     autocast, scaler = precision(config.dtype, dist)
-    if config.data != "word":
-        # a wrong name is said before a start is made for it
-        load_pairs(config.data, "train", 1, skip_bad=config.skip_bad)
+    run_path(config)  # what is wrong with --name or --resume is said before anything is made or sampled,
+    pairs = None
+    if config.data != "word":  # and so is a wrong name, or a split without a pair
+        pairs = make_pairs(config, None, None, dist, autocast)
     init = config.init or (sft_start if config.data == "word" else text_start)(config, dist)
     raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
     pad, context = tokenizer.endoftext_id, raw.config.context
+    probed = config.data == "word" and config.best_of_problems and policy is not None
+    if probed:  # the last thing that is done, but whether it can be done is said now
+        some = load_problems("word", "test", max(200, config.best_of_problems), tuple(config.levels))
+        answers = [max(config.max_new_tokens, len(encode_answer(tokenizer, p.solution))) for p in some]
+        scored = max(len(encode_prompt(tokenizer, p.question)) + n for p, n in zip(some, answers, strict=True))
+        written = max(len(encode_prompt(speaks, p.question)) for p in some) + config.max_new_tokens
+        for n, room in ((scored, context), (written, policy.config.context)):
+            if n > room:
+                raise ConfigError(
+                    f"prompts with their solutions or --max_new_tokens, {n} tokens together, do not fit the model's "
+                    f"context of {room}: use lower --levels, or leave out the report on samples with "
+                    "--best_of_problems 0"
+                )
     kept, groups = RUNS / config.name / "pairs.json", {}
     if config.resume and kept.is_file():  # sampled once in a run's life: a GPU may sample others the next time
         pairs = {split: [Pair(**pair) for pair in found] for split, found in json.loads(kept.read_text()).items()}
-    else:
+    elif pairs is None:
         pairs = make_pairs(config, policy, speaks, dist, autocast)
     made = {split: list(found) for split, found in pairs.items()}
-    if config.data == "word" and config.best_of_problems and policy is not None:
-        some = load_problems("word", "test", max(200, config.best_of_problems), tuple(config.levels))
-        longest = max(len(encode_prompt(tokenizer, p.question)) for p in some) + config.max_new_tokens
-        if longest > min(context, policy.config.context):
-            raise ConfigError(
-                f"prompts and --max_new_tokens of {longest} tokens together do not fit the model's context: use lower "
-                "--levels, or leave out the report on samples with --best_of_problems 0"
-            )
     for split in pairs:
         if not pairs[split]:
             raise ConfigError(
@@ -804,11 +837,11 @@ def main(config):
     report = {"by_kind": by_kind, "scores": found.tolist()}
     report["calibration"], report["calibration_error"] = calibration(found[:, 0] - found[:, 1])
     report |= text_figures(pairs["test"], groups["test"], found)
-    if config.data == "word" and config.best_of_problems and policy is not None:
+    if probed:
 
         def score(texts):
             encoded = [(encode_prompt(tokenizer, p), [encode_answer(tokenizer, a) for a in ys]) for p, ys in texts]
-            return share(dist, encoded, lambda mine: score_groups(raw, mine, pad, dist.device, autocast))
+            return score_fitting(raw, encoded, pad, dist, autocast)
 
         report |= consistency(score, 200, config.seed, tuple(config.levels))
         report |= probe_samples(raw, policy, speaks, tokenizer, config, dist, autocast)

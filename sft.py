@@ -606,6 +606,7 @@ def main(config):
     metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to check
     init = config.init or pretrained_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
+    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     context = raw.config.context
     for split in ("valid", "test"):
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems[split]]
@@ -623,7 +624,6 @@ def main(config):
 
     run_dir = open_run(config, dist)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best = 0, -1.0
     if config.resume:

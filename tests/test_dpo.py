@@ -10,12 +10,13 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import dpo
 import pretrain
-from data import DataError, load_pairs, load_problems
+from data import DataError, load_pairs, load_problems, split_of
 from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, kl_to_reference, pair_logprobs
 from generate import ConfigError, open_checkpoint
+from lora import LoraConfig
 from sft import encode_prompt
 from tokenizer_bpe import BPETokenizer
-from transformer import Transformer, TransformerConfig, token_logprobs
+from transformer import CheckpointError, Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", pairs="offline", prompts=40, steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2)
 SMALL |= dict(eval_problems=5, test_problems=5, max_new_tokens=8, device="cpu", lr=1e-3, optimizer="adamw", nll=0.0)
@@ -302,11 +303,22 @@ def test_a_rank_without_a_pair_adds_nothing(here):
     assert not any(sent[1])
 
 
-def test_a_typo_moves_no_earlier_run(here):
-    dpo.main(config())
-    with pytest.raises(DataError, match="nothing"):
-        dpo.main(config(data="nothing.jsonl"))
-    assert (here / "runs/dpo/metrics.jsonl").exists()
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nothing.jsonl"}, "nothing"),
+        ({"data": "some.jsonl"}, "has no pair in the split valid"),
+        ({"lora": LoraConfig(2, targets=["zz"])}, "'zz' matches no Linear layer"),
+        ({"pairs": "sampled"}, "no train prompt got both"),
+    ],
+)
+def test_a_typo_moves_no_earlier_run(here, changes, message):
+    pairs = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
+    kept = [pair for pair in pairs if split_of(pair["prompt"]) != "valid"]
+    (here / "some.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in kept))
+    (here / "runs/dpo").mkdir(parents=True)
+    with pytest.raises((ConfigError, CheckpointError, DataError), match=message):
+        dpo.main(config(**changes))
     assert not (here / "runs/dpo.1").exists()
 
 

@@ -6,16 +6,17 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, metrics, script
+from conftest import ROOT, assert_same_weights, metrics, script, weights
 
 import data
 import grpo
 import pretrain
 from data import Problem, load_problems
-from generate import ConfigError, run
+from generate import ConfigError, DivergedError, open_checkpoint, run
 from grpo import Config, group_advantages, grpo_loss, kl_estimate, score
 from lora import LoraConfig
 from tokenizer_bpe import BPETokenizer
@@ -548,6 +549,22 @@ def test_the_start_is_the_best_until_something_beats_it(here):
     assert_same_weights("start", "runs/grpo/best")
 
 
+def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch):
+    few = [replace(p, answer="") for p in load_problems("word", "train", 60)]
+    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, levels: few[:n])
+    paid = iter([1.0, 3.0, 2.0])  # the greedy answers of the start, and of steps 2 and 3
+
+    def reward(texts, problems, ended):
+        return [next(paid)] * 3 if len(texts) == 3 else letter("a")(texts, problems, ended)
+
+    monkeypatch.setitem(grpo.REWARDS, "format", reward)
+    grpo.main(config(correct_weight=0.0, overlong=3))
+    assert metrics("runs/grpo", "valid_reward") == {0: -0.5, 2: 0.5, 3: 0.0}  # half of it, less 1: they are cut off
+    best, last, start = (weights(path) for path in ("runs/grpo/best", "runs/grpo/last", "start"))
+    for other in (start, last):
+        assert any((best[name] != other[name]).any() for name in best)
+
+
 def test_problems_without_an_answer_are_refused(here, monkeypatch):
     monkeypatch.setattr(grpo, "load_problems", data.load_problems)
     lines = [json.dumps({"instruction": f"Say {i}.", "output": "Something."}) for i in range(80)]
@@ -600,7 +617,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
 def test_two_processes_equal_one(here, own, monkeypatch):
     known = [p for split in ("train", "valid", "test") for p in load_problems("word", split, 60)]
     (here / "p.jsonl").write_text(
-        "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in known)
+        "".join(json.dumps({"question": p.question, "answer": "None to check."}) + "\n" for p in known)
     )
     flags = SMALL | EVERYTHING | dict(data="p.jsonl", steps=2, rollouts=5, refill=2, kl="k1", kl_in="reward")
     flags |= dict(correct_weight=0.0, format_weight=0.0, reward="own:letters", name="two")
@@ -611,7 +628,7 @@ def test_two_processes_equal_one(here, own, monkeypatch):
     assert (here / "runs/two/curves.png").stat().st_size > 0
     monkeypatch.setattr(grpo, "load_problems", load_problems)
     grpo.main(Config(**(flags | {"name": "one"})))
-    for name in ("reward", "grad_norm", "kl", "length", "zero_variance", "accuracy", "entropy", "loss"):
+    for name in ("reward", "grad_norm", "kl", "length", "zero_variance", "valid_reward", "entropy", "loss"):
         a, b = metrics("runs/one", name), metrics("runs/two", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
     assert min(metrics("runs/one", "grad_norm").values()) > 0
@@ -725,6 +742,20 @@ def test_a_gradient_that_is_not_finite_stops_in_any_minibatch(here, monkeypatch)
     monkeypatch.setattr(grpo, "optimizer_step", lambda *_: next(norms))
     with pytest.raises(ConfigError, match="the gradient is nan at step 0"):
         grpo.main(config(minibatches=2))
+
+
+@pytest.mark.parametrize(("signal", "loss"), [(True, "nan"), (False, "0.0")])
+def test_activations_that_overflow_fp16_stop_the_run(here, monkeypatch, signal, loss):
+    """A scaler forgives a gradient that is not finite, but no scale mends this loss; nor without a signal the rollouts,
+    of which no loss is made."""
+    raw, tokenizer, _ = open_checkpoint("start")
+    with torch.no_grad():
+        raw.blocks[0].ffn.down.weight.mul_(1e9)
+    raw.save_pretrained("big")
+    tokenizer.save_pretrained("big")
+    monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, *_: [float(signal * i) for i in range(len(texts))])
+    with pytest.raises(DivergedError, match=f"the loss is {loss}, the entropy nan at step 0"):
+        grpo.main(config(init="big", dtype="fp16", format_weight=0.0))
 
 
 def test_prompts_must_be_shared_evenly(here, monkeypatch):

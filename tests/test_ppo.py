@@ -1,6 +1,7 @@
 """ppo.py: GAE, losses and gradients against plain loops, what the values may know, and the guarantees of a run."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 import ppo
 import pretrain
 from data import load_problems
-from generate import ConfigError, generate, open_checkpoint
+from generate import ConfigError, DivergedError, generate, open_checkpoint
 from lora import LoraConfig
 from ppo import (
     ActorCritic,
@@ -465,9 +466,35 @@ def test_bad_input_is_one_line(here):
     assert not (here / "runs").exists()
 
 
+def test_the_reward_model_is_not_moved_aside(here):
+    (here / "runs").mkdir()
+    (here / "judge").rename("runs/judge")
+    with pytest.raises(ConfigError, match="--reward_model runs/judge is the run that --name judge would move aside"):
+        ppo.main(config(reward_model="runs/judge", name="judge"))
+    assert (here / "runs/judge/config.json").exists()
+
+
 def test_the_start_is_the_best_until_something_beats_it(here):
     ppo.main(config(steps=1, lr=0.0))
     assert_same_weights("start", "runs/ppo/best")
+
+
+def test_without_answers_the_best_is_the_latest(here, monkeypatch):
+    few = [replace(p, answer="") for p in load_problems("word", "train", 60)]
+    monkeypatch.setattr(ppo, "load_problems", lambda name, split, n, levels: few[:n])
+    ppo.main(config())
+    assert_same_weights("runs/ppo/best", "runs/ppo/last")
+
+
+def test_activations_that_overflow_fp16_stop_the_run(here):
+    """A scaler forgives a gradient that is not finite, but no scale mends this loss."""
+    raw, tokenizer, _ = open_checkpoint("start")
+    with torch.no_grad():
+        raw.blocks[0].ffn.down.weight.mul_(1e9)
+    raw.save_pretrained("big")
+    tokenizer.save_pretrained("big")
+    with pytest.raises(DivergedError, match="the loss is nan, that of the values nan at step 0"):
+        ppo.main(config(init="big", dtype="fp16"))
 
 
 def test_what_stands_outside_the_mask_does_not_matter():

@@ -733,6 +733,8 @@ def test_an_earlier_run_is_moved_aside(here):
     pretrain.main(config(steps=1))
     with pytest.raises(ConfigError, match="the run that --name pretrain would move aside"):
         pretrain.main(config(steps=2, init="runs/pretrain"))
+    with pytest.raises(ConfigError, match="--tokenizer runs/pretrain/best is the run that --name pretrain would"):
+        pretrain.main(config(steps=2, tokenizer="runs/pretrain/best"))
     pretrain.main(config(steps=2))
     assert set(metrics("runs/pretrain.1", "loss")) == {1}
     assert set(metrics("runs/pretrain", "loss")) == {1, 2}
@@ -775,17 +777,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"floor": -1.0}, "floor is -1.0"),
         ({"model": TransformerConfig(n_expert=4, n_expert_active=1)}, "norm_topk_prob false"),
         ({"model": TransformerConfig(context=4096)}, "smaller --model.context"),
+        ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size 100 is too small"),
+        ({"tokenizer": "char", "data": "odd.txt"}, "character 'ß' at position"),
     ],
 )
 def test_bad_settings(here, changes, message, monkeypatch):
     monkeypatch.setattr(pretrain.importlib.util, "find_spec", lambda name: None)  # wandb is not there
+    (here / "odd.txt").write_text(TEXT + "ß")  # the ß is in the validation part alone
     earlier = here / "runs/pretrain/metrics.jsonl"
     earlier.parent.mkdir(parents=True)
     earlier.touch()
     with pytest.raises((ConfigError, TokenizerError), match=message):
         pretrain.main(config(**changes))
-    if changes.keys() != {"model"}:
-        assert earlier.exists()  # a typo moves no earlier run aside
+    assert earlier.exists()  # a typo moves no earlier run aside
 
 
 def test_the_best_is_chosen_on_the_same_rows_each_time(here, monkeypatch):

@@ -3,6 +3,7 @@ of a run."""
 
 import json
 import math
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import pretrain
 import reward_model
-from data import CORRUPTIONS, Problem, load_problems
+from data import CORRUPTIONS, DataError, Problem, load_problems, split_of
 from encoder import Encoder, EncoderConfig
 from generate import ConfigError, DivergedError, open_checkpoint
 from reward_model import (
@@ -30,7 +31,7 @@ from reward_model import (
     score_groups,
     shaping,
 )
-from tokenizer_bpe import BPETokenizer
+from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import CheckpointError, Transformer, TransformerConfig, gpt2_config
 
 SMALL = dict(init="start", pairs="both", n_pairs=30, sample_problems=6, samples=3, max_new_tokens=8, steps=4, batch=6)
@@ -117,6 +118,8 @@ def test_a_constant_changes_nothing_but_the_centring(objective):
     torch.testing.assert_close(objective(chosen + 5, rejected + 5, 0.5)[0], objective(chosen, rejected, 0.5)[0])
     plain, centred = (objective(chosen, rejected, 0.5, centre=c)[0] for c in (0.0, 0.3))
     torch.testing.assert_close(centred - plain, 0.3 * ((chosen + rejected) ** 2).mean())
+    figures = objective(chosen, rejected, 0.5, centre=0.3)[1]
+    assert figures["loss"] == pytest.approx(plain.item())  # as the validation loss, next to which it is drawn
 
 
 def test_far_apart_scores_stay_finite():
@@ -455,6 +458,65 @@ def test_samples_that_are_never_right_make_no_pairs(here):
         reward_model.main(config(pairs="sampled"))
     with pytest.raises(ConfigError, match="do not fit the model's context"):
         reward_model.main(config(pairs="corrupted", max_new_tokens=150))
+
+
+def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys):
+    """Corrupted and renamed solutions may be longer than the right ones: those are left out, and no run breaks off."""
+    raw = Transformer(TransformerConfig(tokenizer.vocab_size, context=145, n_layer=1, n_head=2, n_kv_head=1, width=16))
+    raw.save_pretrained("start")
+    result = reward_model.main(config(pairs="corrupted", max_new_tokens=48))
+    out = capsys.readouterr().out
+    assert "of 200 prompts of the report are, with their answers, longer than 145 tokens: left out" in out
+    assert 0 <= result["renamed_same_order"] <= 1
+    assert 0 <= result["right_above_one_error"] <= 1
+    raw = Transformer(TransformerConfig(tokenizer.vocab_size, context=144, n_layer=1, n_head=2, n_kv_head=1, width=16))
+    raw.save_pretrained("start")
+    with pytest.raises(ConfigError, match="solutions or --max_new_tokens, 145 tokens together, do not fit the model's"):
+        reward_model.main(config(pairs="corrupted"))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_samples_of_broken_bytes_are_scored(here, tokenizer, monkeypatch, capsys, own):
+    """As they were sampled: their text, in which a byte that is no UTF-8 has become three, may not fit the context. Of
+    a policy with another tokenizer there is only the text: it is cut off."""
+    policy = open_checkpoint("start")[0]
+    reads = ByteTokenizer() if own else tokenizer
+    c, dist = config(max_new_tokens=20, best_of=8), pretrain.setup("cpu")
+    prompts = [reward_model.encode_prompt(reads, p.question) for p in load_problems("word", "test", c.best_of_problems)]
+    sizes = TransformerConfig(reads.vocab_size, max(map(len, prompts)) + 20, 1, 2, 1, 16)
+    model, seen = RewardModel.from_policy(Transformer(sizes)), []
+
+    def see(model, groups, *more, true=reward_model.score_groups):
+        seen.extend(groups)
+        return true(model, groups, *more)
+
+    monkeypatch.setattr(reward_model, "score_groups", see)
+    autocast, _ = pretrain.precision("fp32", dist)
+    found = reward_model.probe_samples(model, policy, tokenizer, reads, c, dist, autocast)
+    assert set(found["best_of"]) == {"1", "2", "4", "8"}
+    assert [prompt for prompt, _ in seen] == prompts
+    if not own:
+        assert max(len(answer) for _, answers in seen for answer in answers) == 20  # none has got longer
+    assert ("sampled answers are longer than the context: cut off" in capsys.readouterr().out) is own
+
+
+def test_the_sampler_is_not_moved_aside(here):
+    shutil.copytree("start", "runs/rm")
+    with pytest.raises(ConfigError, match="--sampler runs/rm is the run that --name rm would move aside"):
+        reward_model.main(config(sampler="runs/rm", name="rm", pairs="corrupted"))
+    assert (here / "runs/rm/config.json").exists()
+
+
+def test_what_cannot_run_is_said_before_anything_is_made(here, monkeypatch):
+    monkeypatch.setattr(reward_model, "made_once", lambda *_: pytest.fail("a start was begun"))
+    monkeypatch.setattr(reward_model, "sample_answers", lambda *_: pytest.fail("answers were sampled"))
+    with pytest.raises(ConfigError, match="holds no saved run"):
+        reward_model.main(config(resume=True))
+    pairs = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
+    kept = [p for p in pairs if split_of(p["prompt"]) != "valid"]
+    (here / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in kept))
+    with pytest.raises(DataError, match="has no pair in the split valid"):
+        reward_model.main(config(init=None, data="pairs.jsonl"))
 
 
 def test_a_broken_off_start_does_not_count(scratch, monkeypatch):

@@ -18,6 +18,7 @@ import pretrain
 import sft
 from data import Pair, Problem, load_problems
 from generate import ConfigError, Rollout, generate, open_checkpoint
+from lora import LoraConfig
 from sft import (
     Config,
     answer_logprobs,
@@ -33,7 +34,7 @@ from sft import (
     wilson,
 )
 from tokenizer_bpe import BPETokenizer
-from transformer import Transformer, TransformerConfig, token_logprobs
+from transformer import CheckpointError, Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2, eval_problems=4, test_problems=5)
 SMALL |= dict(max_new_tokens=8, device="cpu", demonstrations=40)
@@ -572,6 +573,13 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)
     [best] = [line for line in capsys.readouterr().out.splitlines() if "<- best" in line]
     assert best.split()[:3] == ["0.003", "60.0%", "40.0%"]
+
+
+def test_a_typo_moves_no_earlier_run(here):
+    (here / "runs/sft").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="'zz' matches no Linear layer"):
+        sft.main(config(lora=LoraConfig(2, targets=["zz"])))
+    assert not (here / "runs/sft.1").exists()
 
 
 def test_bad_input_is_one_line(here):

@@ -386,7 +386,7 @@ def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):
         return [[tokenizer.decode(answer).count("e") / 3 for answer in answers] for _, answers in groups]
 
     monkeypatch.setattr(ppo, "score_groups", letters)
-    settings = dict(steps=30, lr=2e-2, prompts=16, rollouts=4, kl_beta=0.0, eval_every=30, test_problems=1, stop_kl=0.0)
+    settings = dict(steps=40, lr=2e-2, prompts=16, rollouts=4, kl_beta=0.0, eval_every=40, test_problems=1, stop_kl=0.0)
     ppo.main(config(**settings))
     earned = list(metrics("runs/ppo", "score").values())
     assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.2

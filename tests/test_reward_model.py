@@ -462,17 +462,20 @@ def test_samples_that_are_never_right_make_no_pairs(here):
 
 def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys):
     """Corrupted and renamed solutions may be longer than the right ones: those are left out, and no run breaks off."""
-    raw = Transformer(TransformerConfig(tokenizer.vocab_size, context=145, n_layer=1, n_head=2, n_kv_head=1, width=16))
-    raw.save_pretrained("start")
+    lengths = []
+    for p in load_problems("word", "test", 200, tuple(config().levels)):
+        answer = max(48, len(reward_model.encode_answer(tokenizer, p.solution)))
+        lengths.append(len(reward_model.encode_prompt(tokenizer, p.question)) + answer)
+    sizes = dict(n_layer=1, n_head=2, n_kv_head=1, width=16)
+    Transformer(TransformerConfig(tokenizer.vocab_size, context=max(lengths), **sizes)).save_pretrained("start")
     result = reward_model.main(config(pairs="corrupted", max_new_tokens=48))
     out = capsys.readouterr().out
-    assert "of 200 prompts of the report are, with their answers, longer than 145 tokens: left out" in out
+    assert f"of 200 prompts of the report are, with their answers, longer than {max(lengths)} tokens: left out" in out
     assert 0 <= result["renamed_same_order"] <= 1
     assert 0 <= result["right_above_one_error"] <= 1
-    raw = Transformer(TransformerConfig(tokenizer.vocab_size, context=144, n_layer=1, n_head=2, n_kv_head=1, width=16))
-    raw.save_pretrained("start")
-    with pytest.raises(ConfigError, match="solutions or --max_new_tokens, 145 tokens together, do not fit the model's"):
-        reward_model.main(config(pairs="corrupted"))
+    Transformer(TransformerConfig(tokenizer.vocab_size, context=max(lengths) - 1, **sizes)).save_pretrained("start")
+    with pytest.raises(ConfigError, match=f"solutions or --max_new_tokens, {max(lengths)} tokens together, do not fit"):
+        reward_model.main(config(pairs="corrupted", max_new_tokens=48))
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -460,8 +460,9 @@ def test_samples_that_are_never_right_make_no_pairs(here):
         reward_model.main(config(pairs="corrupted", max_new_tokens=150))
 
 
-def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys):
-    """Corrupted and renamed solutions may be longer than the right ones: those are left out, and no run breaks off."""
+def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys, monkeypatch):
+    """Renamed solutions may be longer than the right ones: those are left out, and no run breaks off."""
+    monkeypatch.setattr(reward_model, "rename", lambda text: text.replace("####", "Done. ####"))
     lengths = []
     for p in load_problems("word", "test", 200, tuple(config().levels)):
         answer = max(48, len(reward_model.encode_answer(tokenizer, p.solution)))

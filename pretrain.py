@@ -721,8 +721,8 @@ def draw_experts(run_dir):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, label in (("load_max", "most loaded expert"), ("load_min", "least loaded")):
         left.plot(*series[name], marker="o", markersize=3, label=label)
-    for level in (0.5, 1, 2):
-        left.axhline(level, color="0.4", linestyle="--", linewidth=1)
+    for level, label in ((0.5, "half the even share, and twice"), (1, None), (2, None)):
+        left.axhline(level, color="0.4", linestyle="-" if level == 1 else "--", linewidth=1, label=label)
     left.set(title="load of an expert", xlabel="step", ylabel="multiples of the even share", ylim=(0, None))
     left.legend(fontsize=8)
     image = right.imshow(load, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")

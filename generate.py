@@ -42,6 +42,7 @@ from pathlib import Path
 import jsonargparse
 import torch
 import torch.nn.functional as F
+from torch import distributed
 
 from data import DataError
 from tokenizer_bpe import TokenizerError, load_tokenizer
@@ -503,6 +504,8 @@ def run(main, cls, description=None):
     """Entry of every script: flags in, and what the user can mend comes out as one line and exit status 2."""
     try:
         main(parse_config(cls, description=description))
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # a line for each node
             print(f"error: {error}", file=sys.stderr)

@@ -573,6 +573,20 @@ def test_settings_that_cannot_be_used(checkpoint, capsys, monkeypatch, flags, wo
     assert word in failure(capsys, lambda: run(main, Config))
 
 
+def test_the_process_group_is_left(monkeypatch, tmp_path):
+    """At the interpreter's end gloo's threads sometimes abort a process whose work is done."""
+    begun = []
+
+    def main(config):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        begun.append(torch.distributed.is_initialized())
+
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "x"])
+    run(main, Config)
+    assert begun == [True]
+    assert not torch.distributed.is_initialized()
+
+
 def test_the_script(checkpoint):
     done = script("generate.py", "--checkpoint", "run", "--prompt", "the cat", "--max_new_tokens", 5, cwd=checkpoint)
     assert done.returncode == 0, done.stderr

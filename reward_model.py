@@ -632,6 +632,8 @@ class Config:
         for name in ("extra_layers", "best_of_problems"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
+        if unknown := set(self.kinds) - set(CORRUPTIONS):
+            raise ConfigError(f"--kinds holds {min(unknown)!r}; choose some of {', '.join(CORRUPTIONS)}")
         if self.sampler is not None and self.data != "word":
             raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {self.data}")
         for name, known in (

@@ -441,6 +441,7 @@ def test_bad_input_is_one_line(here):
         ({"data": "style", "sampler": "start"}, "no verifier"),
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"best_of_problems": -1}, "--best_of_problems is -1; it must be at least 0"),
+        ({"kinds": ["wrong_sum", "typo"]}, "--kinds holds 'typo'; choose some of wrong_sum"),
         ({"n_pairs": -5}, "--n_pairs is -5; it must be at least 1"),
         ({"data": "style", "n_pairs": 0}, "--n_pairs is 0; it must be at least 1"),
     ]:

@@ -72,6 +72,7 @@ from pretrain import (
     open_run,
     optimizer_step,
     precision,
+    run_path,
     save,
     saved_run,
     setup,
@@ -624,6 +625,7 @@ def main(config):
     texts = {"valid": [f" {r.text.strip()}" for r in reviews["valid"]]}
     texts["train"] = [f" {r.text.strip()}" for r in reviews["train"]]
     texts["train"] += [f" {r.text.strip()}" for name in config.text for r in load_sentiment(name, "train")]
+    run_path(config)
     if config.init:
         raw, tokenizer = open_start(config.init, config.model)
         if MASK not in tokenizer.special_ids and (config.mlm_steps or config.token_dropout):
@@ -632,29 +634,25 @@ def main(config):
                 "--token_dropout 0 trains on the labels alone"
             )
         config = replace(config, model=raw.config)
-    with torch.device("meta"):  # what it refuses, it refuses before an earlier run is moved aside
-        Encoder(config.model)
-    run_dir = open_run(config, dist)
-    if not config.init:
+    else:
+        made = [None]
         if config.resume:
-            tokenizer = load_tokenizer(saved_run(run_dir))
-        else:
-            if dist.is_main:
-                tokenizer = BPETokenizer.train(texts["train"], config.vocab_size, ("<|endoftext|>", MASK))
-                tokenizer.save_pretrained(run_dir / "data")
-            if dist.world > 1:
-                distributed.barrier()
-            tokenizer = load_tokenizer(run_dir / "data")
+            made = [load_tokenizer(saved_run(run_path(config)))]
+        elif dist.is_main:
+            made = [BPETokenizer.train(texts["train"], config.vocab_size, ("<|endoftext|>", MASK))]
+        if dist.world > 1:
+            distributed.broadcast_object_list(made)
+        tokenizer = made[0]
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         torch.manual_seed(config.seed)
         raw = Encoder(config.model)
-    raw.to(dist.device)
-    torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
     pad, context = tokenizer.endoftext_id, raw.config.context
     mask_id = tokenizer.special_ids.get(MASK, pad)
     examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
     streams = make_streams(config, dist, tokenizer, context, texts) if config.mlm_steps else None
-
+    run_dir = open_run(config, dist)  # behind all that can refuse what was asked for: a typo moves no earlier run aside
+    raw.to(dist.device)
+    torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
     first, best, total = 0, -1.0, config.mlm_steps + config.steps
     if config.resume:

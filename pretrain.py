@@ -664,8 +664,17 @@ def draw_curves(run_dir, title, panels):
             axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=label)
         axis.set(title=heading, xlabel="step", ylabel=ylabel)
         axis.grid(alpha=0.25)
+        drawn = [y for line in axis.lines for y in line.get_ydata()]
+        if heading == "loss" and drawn and 0 < 5 * min(drawn) < max(drawn):
+            axis.set_yscale("log")  # or the first steps would flatten all others
+            axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
         if len(metrics) + len(lines) > 1:
-            axis.legend(fontsize=8, framealpha=0.5)  # a point behind it shows through
+            bottom = axis.get_ylim()[0]
+            axis.margins(y=0.25)  # room for the legend, above
+            axis.set_ylim(bottom=bottom)
+            axis.legend(fontsize=8, framealpha=0.5, loc="upper center", ncols=2)  # a point behind it shows through
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.suptitle(title)

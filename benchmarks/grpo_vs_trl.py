@@ -11,8 +11,9 @@ and the figures are medians over all others.
 
 The floor is the floating-point operations that the step cannot do without (each prompt read once per group, 2 per
 weight and token forward, 4 backward, attention on top) over the rate of a large matrix product, measured between the
-rounds. On a GPU decoding is bound by memory instead: shown is how much of the measured copy bandwidth its traffic
-(all weights and the cache, once a token) reaches.
+rounds; `floor, by rows` reads a prompt again for each of its rollouts, as TRL lays them out, so a step that shares
+prompts may come below it. On a GPU decoding is bound by memory instead: shown is how much of the measured copy
+bandwidth its traffic (all weights and the cache, once a token) reaches.
 
 Needs the project's `.[dev]`. Run it, from the project's directory:
     python benchmarks/grpo_vs_trl.py                          # about 2 minutes on 2 cores
@@ -189,14 +190,15 @@ def bandwidth():
     return 2 * x.numel() * 4 / min(times)
 
 
-def work(model, prompts, kl):
-    """Floating-point operations of a step: {phase: number}, each prompt read once per group."""
+def work(model, prompts, kl, by_rows=False):
+    """Floating-point operations of a step: {phase: number}; each prompt read once per group, or once per rollout."""
     c = model.config
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     attention = 4 * c.n_layer * c.n_head * c.head_dim  # per query and key: q · k and a · v
     lengths = [len(p) for p in prompts]
-    tokens = sum(lengths) + N * R * NEW
-    pairs = sum(n * n / 2 + R * NEW * (n + NEW / 2) for n in lengths)
+    times = R if by_rows else 1
+    tokens = sum(times * n + R * NEW for n in lengths)
+    pairs = sum(times * n * n / 2 + R * NEW * (n + NEW / 2) for n in lengths)
     forward = 2 * weights * tokens + attention * pairs
     return {"generation": forward, "scoring": forward if kl else 0.0, "training": 3 * forward}
 
@@ -247,18 +249,19 @@ def main():
     rate = statistics.median(rates)
 
     columns = ("step", *PHASES)
-    print(f"{'seconds':<16}" + "".join(f"{name:>12}" for name in columns))
+    print(f"{'seconds':<24}" + "".join(f"{name:>12}" for name in columns))
     for kl in (False, True):
         rows = {name: {c: statistics.median(r[c] for r in runs[name, kl]) for c in columns} for name in ("ours", "TRL")}
-        flops = work(model, prompts, kl)
-        rows["floor"] = {phase: flops[phase] / rate for phase in PHASES}
-        rows["floor"]["step"] = sum(rows["floor"].values())
+        for name in ("floor", "floor, by rows"):
+            flops = work(model, prompts, kl, by_rows=name != "floor")
+            rows[name] = {phase: flops[phase] / rate for phase in PHASES} | {"step": sum(flops.values()) / rate}
         print("with KL" if kl else "without KL")
         for name, row in rows.items():
-            print(f"  {name:<14}" + "".join(f"{row[c]:>12.3f}" for c in columns))
-        for title, a, b in (("TRL / ours", "TRL", "ours"), ("ours / floor", "ours", "floor")):
+            print(f"  {name:<22}" + "".join(f"{row[c]:>12.3f}" for c in columns))
+        ratios = ("TRL / ours", "ours / floor", "ours / floor, by rows", "TRL / floor, by rows")
+        for title, (a, b) in ((title, title.split(" / ")) for title in ratios):
             cells = [f"{rows[a][c] / rows[b][c]:>11.2f}x" if rows[b][c] > 1e-9 else f"{'':>12}" for c in columns]
-            print(f"  {title:<14}" + "".join(cells))
+            print(f"  {title:<22}" + "".join(cells))
         spread = [sorted(r["step"] for r in runs["ours", kl]), sorted(r["step"] for r in runs["TRL", kl])]
         print(f"  steps: ours {spread[0][0]:.3f} to {spread[0][-1]:.3f}, TRL {spread[1][0]:.3f} to {spread[1][-1]:.3f}")
     print(f"floor: {sum(work(model, prompts, False).values()) / 1e9:.1f} G operations a step (with KL "

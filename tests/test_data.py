@@ -163,21 +163,37 @@ def test_short_and_varied(problems):
         assert min(operators[op] for op in "+-*/") > 0.05 * operators.total()
 
 
-def test_no_story_is_in_two_splits():
-    """However it is asked about, and worked out in a narrative: what is told before the question is in one split."""
-    where = {}
+def test_no_story_is_in_a_later_splits_text():
+    """However it is asked about, worked out in a narrative, or gone on with: a story of the test split, known by what
+    is told up to any sentence, is in no problem or narrative of train or valid; one of valid is in none of train."""
+    stories, texts = {}, {}  # {split: what its problems and narratives tell}, {split: those and their beginnings}
     for split in data.SPLITS:
-        stories = []
+        told = []
         for seed in (0, 1):
             for problem in word_problems(split, 2000, (1, 1, 1, 2, 3), seed=seed):
-                stories.append(problem.question[: problem.question.rindex(". ") + 1])
+                told.append(problem.question[: problem.question.rindex(". ") + 1])
             for text in data.narrative_texts(split, 4000, seed=seed):
                 sentences = re.split(r"(?<=[.]) ", text)[1:]  # without the scene
-                stories.append(" ".join(s for s in sentences if "=" not in s))
-        for story in stories:
-            assert data.split_of(story) == split
-            assert where.setdefault(story, split) == split
-    assert len(where) < 34_000  # of 36,000: many a story came more than once, so there was something to find
+                told.append(" ".join(s for s in sentences if "=" not in s))
+        stories[split] = set(told)
+        ends = [[match.end() for match in re.finditer(r"[.](?= |$)", story)] for story in told]
+        texts[split] = {story[:end] for story, cuts in zip(told, ends, strict=True) for end in cuts}
+        assert len(stories[split]) < 0.97 * len(told)  # many came more than once: there was something to find
+        assert len(texts[split]) > 1.3 * len(stories[split])
+    for early, late in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        assert not stories[late] & texts[early]
+    assert stories["train"] & texts["test"]  # a test problem may go on from what is known: nothing learns from it
+
+
+def test_splits_shares():
+    rng = random.Random(0)
+    for levels, train, test in (((1,), 0.8, 0.1), ((2,), 0.64, 0.19)):
+        found = [data.narrative(rng, levels)[2].split for _ in range(4000)]
+        assert abs(found.count("train") / 4000 - train) < 0.03
+        assert abs(found.count("test") / 4000 - test) < 0.03
+    for split in data.SPLITS:  # the split does not change how many long stories there are
+        long = [text.count(" = ") - 1 for text in data.narrative_texts(split, 2000)]
+        assert abs(np.mean(long) - 0.5) < 0.05
     assert data.split_of("Tom  has\n5 APPLES.") == data.split_of("tom has 5 apples.")
     counts = collections.Counter(data.split_of(str(i)) for i in range(5000))
     assert abs(counts["train"] - 4000) < 150

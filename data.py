@@ -1118,10 +1118,10 @@ def problem_from(record: dict, where: str, story: str) -> Problem:
     if not text.strip():
         raise DataError(f"{where}: {key!r} holds nothing but calculator annotations")
     if "####" not in text:
-        bare = extract_answer("#### " + fields["answer"])
+        bare, number = extract_answer("#### " + fields["answer"]), NUMBER.fullmatch(fields["answer"])
         if "solution" in fields:
             text = f"{text}\n#### {bare}"
-        elif bare is not None:
+        elif number and not number[3]:  # no words behind it: "12 people came." is a text
             text = f"#### {bare}"
     answer = extract_answer(text)
     if answer is None and ("####" in text or "solution" in fields):

@@ -32,6 +32,7 @@ Run it:
 
 import contextlib
 import ctypes
+import fcntl
 import html
 import importlib.util
 import json
@@ -271,14 +272,14 @@ def unsharded(raw, dist):
 
 
 def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest. Returns a list.
+    """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for the rest. Returns a list.
 
     Decay pulls matrices towards zero; gains, biases and positions have no business there. A router's rows are the
     experts' labels, as an embedding's are the words': AdamW, like the embedding (results/moe_word.md).
     """
     if kind not in ("adamw", "muon"):
         raise ConfigError(f"--optimizer {kind!r} is not known; use adamw or muon")
-    named = list(raw.named_parameters())
+    named = [(n, p) for n, p in raw.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if p.dim() >= 2 and "learned" not in n]
     inner = [p for n, p in matrices if kind == "muon" and n.startswith("blocks.") and not n.endswith("router.weight")]
     chosen = {id(p) for p in inner}
@@ -289,7 +290,8 @@ def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)]
+    groups = [g for g in groups if g["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)] if groups else []
     return optimizers + ([Muon(inner, lr, weight_decay=weight_decay)] if inner else [])
 
 
@@ -350,15 +352,41 @@ def run_path(config):
     return path
 
 
+HELD = {}  # {run directory: a descriptor that holds its lock, from open_run to Log.close}
+
+
+def hold(path):
+    """Lock a run directory; the kernel unlocks it when the process ends, however. ConfigError if another has it."""
+    let_go(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"{path} is being written by another process; give this run another --name") from None
+    except OSError:  # a file system without locks
+        pass
+    HELD[path] = descriptor
+
+
+def let_go(path):
+    if path in HELD:
+        os.close(HELD.pop(path))
+
+
 def open_run(config, dist):
-    """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten."""
+    """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten; one that
+    is under way is left alone: ConfigError."""
     path = run_path(config)
     if dist.is_main:
-        if not config.resume and path.exists():
-            n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
-            path.rename(f"{path}.{n}")
-            print(f"{path} held an earlier run: moved to {path}.{n}")
+        if path.exists():
+            hold(path)
+            if not config.resume:
+                n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
+                path.rename(f"{path}.{n}")
+                print(f"{path} held an earlier run: moved to {path}.{n}")
         path.mkdir(parents=True, exist_ok=True)
+        hold(path)
         (path / "launcher").write_text(launcher())
     if dist.world > 1:
         distributed.barrier()
@@ -576,6 +604,7 @@ class Log:
             self.board.close()
             if self.wandb is not None:
                 self.wandb.finish()
+            let_go(self.run_dir)
 
 
 class Interrupt:
@@ -829,6 +858,10 @@ class Config:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
         if self.schedule not in ("cosine", "linear", "wsd"):
             raise ConfigError(f"--schedule {self.schedule!r} is not known; use cosine, linear or wsd")
+        if self.model.context < 2:
+            raise ConfigError(
+                f"--model.context is {self.model.context}; it must be at least 2, or nothing stands before"
+            )
         if self.fsdp and self.compile:
             raise ConfigError("--fsdp and --compile do not work together here; leave one of them out")
 
@@ -947,6 +980,8 @@ def main(config):
         need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
         raise ConfigError(f"--fsdp needs {need}")
     run_path(config)
+    if config.model.vocab_size != TransformerConfig.vocab_size and not config.init:
+        raise ConfigError("--model.vocab_size is the tokenizer's; for another size of its vocabulary use --vocab_size")
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     if config.init:
         raw, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
@@ -968,6 +1003,7 @@ def main(config):
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     context = config.model.context
     streams = make_streams(config, dist, tokenizer, context, texts)
+    digests = {split: Path(stream.filename).name for split, stream in streams.items()}  # of the texts
     run_dir = open_run(config, dist)  # behind all that can refuse what was asked for: a typo moves no earlier run aside
     if not config.init:
         torch.manual_seed(config.seed)
@@ -993,6 +1029,8 @@ def main(config):
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best, skipped = (state.get(name, 0) for name in ("step", "best", "skipped"))
         valid_loss = state.get("whole", math.nan)
+        if state.get("streams", digests) != digests:
+            raise ConfigError(f"--resume continues a run as it was, but the text of --data {config.data} has changed")
     if config.recompute:
         for block in raw.blocks:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
@@ -1022,6 +1060,7 @@ def main(config):
         state = None
         if name == "last":
             state = {"step": step, "best": best, "skipped": skipped, "whole": valid_loss, "config": asdict(config)}
+            state |= {"streams": digests}
             moments = gathered([o.state_dict() for o in optimizers], dist.is_main)
             state |= {"scaler": scaler.state_dict(), "optimizers": moments}
         written = save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)

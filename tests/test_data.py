@@ -567,18 +567,22 @@ def test_user_file(tmp_path):
         {"question": "B?", "solution": "Two and two.", "answer": 4},
         {"question": "C?", "answer": "$1,200"},
         {"question": "D?", "answer": "Blue, I think."},
+        {"question": "G?", "answer": "12 people came to the party."},
+        {"question": "H?", "answer": "5 in each box.\n3 boxes hold 5 * 3 = 15, so fifteen."},
         {"messages": [{"role": "user", "content": "E?"}, {"role": "assistant", "content": "x\n#### 7"}]},
     ]
     records += [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(100)]
     file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
     found = {split: load_problems(file, split) for split in data.SPLITS}
-    assert sum(len(part) for part in found.values()) == 105
+    assert sum(len(part) for part in found.values()) == 107
     assert all(data.split_of(problem.question) == split for split, part in found.items() for problem in part)
     by = {problem.question: problem for part in found.values() for problem in part}
     assert by["A?"].solution == "He has 1+1=2 pens.\n#### 2"
     assert (by["B?"].solution, by["B?"].answer) == ("Two and two.\n#### 4", "4")
     assert (by["C?"].solution, by["C?"].answer) == ("#### 1200", "1200")
     assert (by["D?"].solution, by["D?"].answer) == ("Blue, I think.", "")
+    assert (by["G?"].solution, by["G?"].answer) == ("12 people came to the party.", "")
+    assert (by["H?"].solution, by["H?"].answer) == ("5 in each box.\n3 boxes hold 5 * 3 = 15, so fifteen.", "")
     assert (by["E?"].answer, by["E?"].story) == ("7", "file")
     shifts = "cout << x; cin >> y;\nHe has 3+(4)=<<3+(4)=7>>7, half: <<7/2=3.5>>3.5 pens.\n#### 3.5"
     problem = data.problem_from({"question": "F?", "answer": shifts}, "", "")  # only what is an annotation goes

@@ -4,6 +4,7 @@ an interruption change nothing."""
 import contextlib
 import copy
 import ctypes
+import fcntl
 import itertools
 import json
 import math
@@ -740,6 +741,49 @@ def test_an_earlier_run_is_moved_aside(here):
     assert set(metrics("runs/pretrain", "loss")) == {1, 2}
 
 
+def test_a_run_under_way_is_left_alone(here):
+    """Another process's run is not moved from under its feet, nor written into; once that has ended, it is as any."""
+    pretrain.main(config(steps=1))
+    before = (here / "runs/pretrain/metrics.jsonl").read_bytes()
+    other = os.open("runs/pretrain", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # our own run let go of it when it ended, or this would raise
+    for changes in ({}, {"resume": True, "steps": 2}):
+        with pytest.raises(ConfigError, match=r"runs/pretrain is being written by another process; give .* --name"):
+            pretrain.main(config(steps=1) if not changes else config(**changes))
+    assert (here / "runs/pretrain/metrics.jsonl").read_bytes() == before
+    os.close(other)
+    seen = []
+
+    class Log(pretrain.Log):
+        def __call__(self, step, **record):
+            with contextlib.suppress(BlockingIOError):  # a lock is held while the run is under way
+                fcntl.flock(os.open(self.run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                seen.append(step)
+            super().__call__(step, **record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "Log", Log)
+        pretrain.main(config(steps=1))
+    assert not seen
+    assert (here / "runs/pretrain.1/metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_frozen_is_in_no_optimizer(here):
+    """Under fp16 the scaler refuses to step an optimizer that saw no gradient."""
+    raw = Transformer(TransformerConfig(vocab_size=20, **MODEL))
+    for name, p in raw.named_parameters():
+        p.requires_grad_(name.startswith("blocks.0") and p.dim() == 2)
+    (muon,) = make_optimizers(raw, "muon", 1e-3, 0.1)
+    learns = {id(p) for p in raw.parameters() if p.requires_grad}
+    assert {id(p) for g in muon.param_groups for p in g["params"]} == learns
+    for p in raw.parameters():
+        p.requires_grad_(p.dim() == 1)
+    (adamw,) = make_optimizers(raw, "muon", 1e-3, 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(raw(torch.arange(8)[None]).sum()).backward()
+    assert math.isfinite(pretrain.optimizer_step(raw, [adamw], scaler, contextlib.nullcontext, 1e-3, 1.0))
+
+
 def test_continuing_from_a_checkpoint_takes_its_architecture(here):
     pretrain.main(config(name="first"))
     pretrain.main(config(name="second", init="runs/first", steps=1, model=TransformerConfig()))
@@ -777,6 +821,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"floor": -1.0}, "floor is -1.0"),
         ({"model": TransformerConfig(n_expert=4, n_expert_active=1)}, "norm_topk_prob false"),
         ({"model": TransformerConfig(context=4096)}, "smaller --model.context"),
+        ({"model": TransformerConfig(context=1)}, "model.context is 1"),
+        ({"model": TransformerConfig(vocab_size=5000)}, "use --vocab_size"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size 100 is too small"),
         ({"tokenizer": "char", "data": "odd.txt"}, "character 'ß' at position"),
     ],
@@ -823,6 +869,11 @@ def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
         pretrain.main(config(resume=True, steps=2))
     with pytest.raises(ConfigError, match=r"lr 0\.004 -> 0\.1"):
         pretrain.main(config(resume=True, lr=0.1))
+    text = (here / "text.txt").read_text()
+    (here / "text.txt").write_text(text.replace("plus", "slup", 1))
+    with pytest.raises(ConfigError, match=r"the text of --data text\.txt has changed"):
+        pretrain.main(config(resume=True))
+    (here / "text.txt").write_text(text)
     (here / "runs/pretrain/last/trainer_state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="corrupt"):
         pretrain.main(config(resume=True))

@@ -265,7 +265,7 @@ def test_the_probes_on_a_small_model(scratch, monkeypatch):
 
 
 class Counting(torch.nn.Module):
-    """Predicts ids that count up: its loss at position t of a window is (t + 1) · (target − input), on aligned targets
+    """Predicts ids that count up: its loss at position t of a window is (t + 1) · |target − input|, on aligned targets
     t + 1. Not a Transformer, so that what is measured of it is known."""
 
     def __init__(self, context, positions="rope"):
@@ -274,7 +274,7 @@ class Counting(torch.nn.Module):
 
     def forward(self, ids, targets):
         step = torch.arange(1, ids.shape[1] + 1)
-        return -(step * (targets - ids)).double()  # (B, T)
+        return -(step * (targets - ids).abs()).double()  # (B, T)
 
 
 def test_loss_by_position_by_hand(monkeypatch):

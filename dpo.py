@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from data import load_pairs, load_problems
 from generate import ConfigError, DivergedError, generate, open_checkpoint, run
-from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
+from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
 from pretrain import (
     Interrupt,
     Log,
@@ -252,15 +252,19 @@ def add_reference(raw, pairs, pad, dist, autocast, size=64):
 @torch.no_grad()
 def kl_to_reference(raw, reference, tokenizer, prompts, max_new_tokens, dist, seed=0):
     """KL(π ‖ π_ref) in nats per token: the mean of r − 1 − log r, r = π_ref / π (k3: see grpo.kl_estimate), over the
-    tokens of one sampled answer per prompt (lists of ids)."""
+    tokens of one sampled answer per prompt (lists of ids). The reference may be raw itself, then without its adapters.
+    """
     mine = prompts[dist.rank :: dist.world]
     total, n = 0.0, 0
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     if mine:
-        generator = torch.Generator().manual_seed(seed + dist.rank)
-        rollout = generate(raw, mine, max_new_tokens, stop_ids=tokenizer.stop_ids, generator=generator)
+        drawn = uniforms[dist.rank :: dist.world]  # the same for a prompt, whichever rank has it
+        rollout = generate(raw, mine, max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=drawn)
         rows = zip(rollout.ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
         packed = moved(pack(mine, [[ids[:length]] for ids, length in rows], tokenizer.endoftext_id), dist.device)
-        log_r = answer_logprobs(reference, packed) - answer_logprobs(raw, packed)
+        with lora_off(raw):
+            then = answer_logprobs(reference, packed)
+        log_r = then - answer_logprobs(raw, packed)
         total, n = (log_r.exp() - log_r - 1).sum().item(), rollout.mask.sum().item()
     total, n = dist.sum(total, n)
     return total / n
@@ -445,7 +449,8 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    reference = copy.deepcopy(raw).requires_grad_(False).eval()
+    # With LoRA the reference is raw without its adapters: no second model in memory.
+    reference = raw.eval() if config.lora.rank else copy.deepcopy(raw).requires_grad_(False).eval()
     add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     problems = None  # with a verifier: greedy accuracy is measured too
     if config.data in ("word", "gsm8k"):
@@ -461,7 +466,8 @@ def main(config):
     if again:
         pairs = torch.load(kept, weights_only=True)
     else:  # before open_run: pairs that cannot be had must move nothing
-        pairs = make_pairs(config, dist, reference, tokenizer, problems, autocast)
+        with lora_off(raw):
+            pairs = make_pairs(config, dist, reference, tokenizer, problems, autocast)
     run_dir = open_run(config, dist)
     if dist.is_main and not again:
         torch.save(pairs, f"{kept}.tmp")
@@ -472,8 +478,9 @@ def main(config):
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
         first, best, before = state["step"], state["best"], state["before"]
-        if config.lora.rank:
-            load_lora_state(raw, state["lora"], reference)
+        began -= state["seconds"]
+        if config.lora.rank:  # what the adapters correct are the weights of --init
+            load_lora_state(raw, state["lora"], open_checkpoint(init)[0])
     model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
@@ -499,6 +506,7 @@ def main(config):
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
             state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
+            state |= {"seconds": time.perf_counter() - began}
         return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     share = config.batch // dist.world  # pairs of a step on this rank

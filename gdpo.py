@@ -117,9 +117,6 @@ class Config(grpo.Config):
 
 def estimate(rewards, weights, config):
     """What grpo.main asks instead of GRPO's sum: rewards (N, R, M), {name: weight} -> advantages (N, R), metrics."""
-    names = list(weights)
-    for name in config.conditioned:
-        rewards = condition(rewards, names.index(name), names.index("correct"))
     if config.combine == "sum":
         advantages = summed_advantages(rewards, weights, config.scale)
     else:
@@ -127,9 +124,17 @@ def estimate(rewards, weights, config):
     return advantages, collapse(rewards, weights)
 
 
+def stacked(batch, weights, config):
+    """The rewards that have a weight, (n, R, M), those of --conditioned 0 where the answer is wrong."""
+    rewards, names = grpo.stacked(batch, weights, config), list(weights)
+    for name in config.conditioned:
+        rewards = condition(rewards, names.index(name), names.index("correct"))
+    return rewards
+
+
 def main(config):
     """Train; returns what grpo.main returns."""
-    return grpo.main(config, estimate)
+    return grpo.main(config, estimate, stacked)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ from transformer import masked_mean
 # Rewards: functions of (texts, problems, ended), three lists of one length, that return a number for each text.
 # `ended`: the completion stopped by itself instead of being cut off.
 
-ANSWER_LINE = re.compile(r"#### -?\$?[\d,]*\.?\d+")
+ANSWER_LINE = re.compile(r"#### -?\$?[0-9,]*\.?[0-9]+")
 
 
 def correct(texts, problems, ended):
@@ -126,10 +126,10 @@ def correct(texts, problems, ended):
 
 
 def tidy(texts, problems, ended):
-    """1 if the text stops by itself, and its last line and no other is `#### number`."""
+    """1 if the text stops by itself, and its last line and no other is `#### number`, bare and readable."""
     last = [(text.strip().splitlines() or [""])[-1].strip() for text in texts]
     return [
-        float(e and text.count("####") == 1 and ANSWER_LINE.fullmatch(line) is not None)
+        float(e and text.count("####") == 1 and bool(ANSWER_LINE.fullmatch(line)) and extract_answer(line) is not None)
         for text, line, e in zip(texts, last, ended, strict=True)
     ]
 
@@ -150,13 +150,12 @@ REWARDS = {"correct": correct, "format": tidy, "brevity": brevity, "integer": in
 def load_reward(path):
     """ "module:function" -> (its name, the function); modules are looked for beside the script and where one stands."""
     module, _, name = path.partition(":")
-    sys.path.append(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for good: the function may import others when it is called
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the user's module trips over while it is imported
         raise ConfigError(f"--reward {path}: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.pop()
     if not callable(function) or name in {*REWARDS, "overlong", "kl"}:
         raise ConfigError(f"--reward {path}: " + (f"{name} is taken" if callable(function) else "not a function"))
     return name, function
@@ -632,7 +631,12 @@ def reward_functions(config):
     return functions, weights
 
 
-def main(config, estimate=estimate):
+def stacked(batch, weights, config):
+    """The rewards that have a weight, (n, R, M): what is paid for, which gdpo.py may make depend on the answer."""
+    return torch.stack([batch.rewards[name] for name in weights], dim=-1)
+
+
+def main(config, estimate=estimate, stacked=stacked):
     """Train; returns {"before", "after"} (test accuracies), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
@@ -649,10 +653,10 @@ def main(config, estimate=estimate):
 
     run_dir = open_run(config, dist)
     optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    first, best, before, found = 0, -1.0, None, {}
+    first, best, before, start = 0, -1.0, None, {}
     if config.resume:
         state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best, before = state["step"], state["best"], state["before"]
+        first, best, before, start = (state[name] for name in ("step", "best", "before", "start"))
         began -= state["seconds"]
         if config.lora.rank:  # what the adapters correct are the weights of --init
             load_lora_state(raw, state["lora"], open_checkpoint(init)[0])
@@ -665,9 +669,10 @@ def main(config, estimate=estimate):
 
     if before is None:
         before = held_out(raw, tokenizer, problems, config, dist)
-        found, best = validate(raw, tokenizer, problems, functions, weights, config, dist)
+        start, best = validate(raw, tokenizer, problems, functions, weights, config, dist)
         save(run_dir, "best", dist, raw, tokenizer, chat=True)  # until something beats it, the start is the best
-        log(0, **found)
+    if first == 0:  # a run that was stopped before its first step has not kept it
+        log(0, **start)
     if dist.is_main:
         print(
             f"{raw.num_params():,} parameters from {init}; {len(problems['train']):,} training prompts; "
@@ -678,14 +683,14 @@ def main(config, estimate=estimate):
         state = None
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers]}
+            state |= {"before": before, "start": start, "optimizers": [o.state_dict() for o in optimizers]}
             state |= {"seconds": time.perf_counter() - began, "lora": lora_state(raw)}
             state |= {"reference": reference.state_dict() if config.refresh_reference else None}
         return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
 
     def alive(batch):
         """(n,): which groups have a signal."""
-        return estimate(stacked(batch, weights), weights, config)[0].ne(0).any(1)
+        return estimate(stacked(batch, weights, config), weights, config)[0].ne(0).any(1)
 
     sampler = (raw, tokenizer, problems["train"], functions, config, autocast)
     R, share = config.rollouts, config.prompts // dist.world
@@ -695,7 +700,7 @@ def main(config, estimate=estimate):
     options |= {"beta": config.beta if in_loss else 0.0, "entropy_bonus": config.entropy_bonus}
     options |= {"kl_unbiased": config.kl_unbiased, "max_length": config.max_new_tokens}
     pad = tokenizer.endoftext_id
-    kl, warned, extra = 0.0, False, {}
+    kl, warned, extra, found = 0.0, False, {}, start
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
     for step in bar:
         # ------------------------------------------------------------------ once in a while
@@ -712,7 +717,8 @@ def main(config, estimate=estimate):
         # ------------------------------------------------------------------ roll out and reward
         started = time.perf_counter()
         batch = roll_out(step, 0, slots, *sampler)
-        figures = tally(batch, weights, alive(batch))  # before any refill, which would flatter the policy
+        # before any refill, which would flatter the policy
+        figures = tally(batch, stacked(batch, weights, config), weights, alive(batch))
         for attempt in range(1, config.refill + 1):
             dead = alive(batch).logical_not().nonzero().squeeze(1).tolist()
             if dead:
@@ -722,7 +728,7 @@ def main(config, estimate=estimate):
         # ------------------------------------------------------------------ advantages
         ref_logprobs = None
         # Over all ranks, because a std over the batch, in some of the estimates, needs them all.
-        advantages, extra = estimate(gather(stacked(batch, weights), dist), weights, config)  # (N, R)
+        advantages, extra = estimate(gather(stacked(batch, weights, config), dist), weights, config)  # (N, R)
         advantages = advantages[slots]  # (n, R)
         if in_reward:  # the KL of the whole completion, at −β: behind the std, which would blow it up in even groups
             pieces = cut(batch, range(share), batch.rollout.mask, config, dist.device, pad)
@@ -786,17 +792,17 @@ def main(config, estimate=estimate):
             if chosen_by > best:
                 best = chosen_by
                 checkpoint("best", done)
-            if found["accuracy"] < before["accuracy"] - 0.1 and not warned and dist.is_main:
+            if found["accuracy"] < start["accuracy"] - 0.1 and not warned and dist.is_main:
                 warned = True
                 bar.write(
-                    f"WARNING: held-out accuracy fell from {before['accuracy']:.1%} to {found['accuracy']:.1%}: the "
+                    f"WARNING: validation accuracy fell from {start['accuracy']:.1%} to {found['accuracy']:.1%}: the "
                     f"policy is collapsing. Try a smaller --lr than {config.lr:.0e}, or a larger --beta; best/ keeps "
                     "the best."
                 )
         log(done, **record)
         kl = record.get("kl", kl)
         if dist.is_main and (done == 1 or done % config.sample_every == 0):
-            show_samples(bar, log, done, batch, weights)
+            show_samples(bar, log, done, batch, stacked(batch, weights, config), weights)
         bar.set_postfix(
             reward=f"{record['reward']:.2f}",
             **{name: f"{value:.3f}" for name, value in found.items()},
@@ -815,14 +821,9 @@ def main(config, estimate=estimate):
     return {"before": before, "after": after, "kl": kl, "seconds": seconds, "path": str(run_dir / "last")}
 
 
-def stacked(batch, weights):
-    """The rewards that have a weight, (n, R, M)."""
-    return torch.stack([batch.rewards[name] for name in weights], dim=-1)
-
-
-def tally(batch, weights, alive):
-    """Sums over this rank's completions, of the policy as it is: {metric: number}."""
-    figures = {"reward": sum(w * batch.rewards[name].sum() for name, w in weights.items())}
+def tally(batch, paid, weights, alive):
+    """Sums over this rank's completions, of the policy as it is: {metric: number}. paid (n, R, M): see `stacked`."""
+    figures = {"reward": sum(w * paid[..., m].sum() for m, w in enumerate(weights.values()))}
     figures |= {f"reward_{name}": values.sum() for name, values in batch.rewards.items()}
     figures |= {"truncated": batch.ended.logical_not().sum(), "zero_variance": alive.logical_not().sum()}
     figures |= {"length": batch.rollout.mask.sum()}
@@ -845,10 +846,10 @@ def summarise(figures, sums, trained, config, dist):
     return record | {"loss": loss}
 
 
-def show_samples(bar, log, step, batch, weights):
+def show_samples(bar, log, step, batch, paid, weights):
     """The best and the worst rollout of the group that differs most, with each part of its reward; and how lengths,
     rewards and log-probabilities are distributed, for the trackers."""
-    total = sum(w * batch.rewards[name] for name, w in weights.items())  # (n, R)
+    total = sum(w * paid[..., m] for m, w in enumerate(weights.values()))  # (n, R)
     g = (total.max(1).values - total.min(1).values).argmax().item()
     lines = [f"step {step}: {batch.problems[g].question} (answer {batch.problems[g].answer})"]
     for r in sorted({total[g].argmax().item(), total[g].argmin().item()}):
@@ -899,7 +900,7 @@ def held_out(raw, tokenizer, problems, config, dist):
 @torch.no_grad()
 def kl_to_start(raw, init, tokenizer, problems, config, dist):
     """KL(π ‖ the model of --init) in nats per token: mean of k3 over one sampled completion per problem."""
-    start = open_checkpoint(init, dist.device)[0].eval()  # the reference may have moved on
+    start = raw if config.lora.rank else open_checkpoint(init, dist.device)[0].eval()  # the reference may have moved on
     mine = problems[dist.rank :: dist.world]
     uniforms = torch.rand(len(problems), config.max_new_tokens, generator=torch.Generator().manual_seed(config.seed))
     total = count = 0.0
@@ -910,8 +911,10 @@ def kl_to_start(raw, init, tokenizer, problems, config, dist):
         answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
         packed = moved(pack(prompts, answers, tokenizer.endoftext_id), dist.device)
         T = rollout.mask.shape[1]
-        pair = (answer_logprobs(model, packed)[:, :T] for model in (raw, start))
-        k3 = kl_estimate(*pair) * rollout.mask
+        now = answer_logprobs(raw, packed)[:, :T]
+        with lora_off(raw):
+            then = answer_logprobs(start, packed)[:, :T]
+        k3 = kl_estimate(now, then) * rollout.mask
         total, count = total + k3.sum().item(), count + rollout.mask.sum().item()
     total, count = dist.sum(total, count)
     return total / count

@@ -376,6 +376,8 @@ class Config:
             raise ConfigError(f"--value {self.value!r} is not known; use shared or separate")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ConfigError(f"--kl_target is {self.kl_target}; it must be above 0, or not given")
+        if self.kl_target is not None and self.kl_beta == 0:
+            raise ConfigError("--kl_beta 0 stays 0, as --kl_target multiplies it; start from more")
         least = 0.2 * self.prompts * self.rollouts
         if self.kl_target is not None and not self.kl_horizon > least:
             raise ConfigError(f"--kl_horizon is {self.kl_horizon}; above {least:g}, or one step can end the leash")
@@ -409,6 +411,9 @@ def open_models(config, init, path, dist):
     judge, other, path = open_reward_model(path, dist.device)
     if other.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"the reward model {path} has another tokenizer than {init}: it would misread every answer")
+    if policy.config.vocab_size > judge.config.vocab_size:
+        sizes = f"{init} may sample {policy.config.vocab_size} ids, the reward model {path} knows"
+        raise ConfigError(f"{sizes} {judge.config.vocab_size}: take one whose embedding is padded as far")
     critic = None
     if config.value == "separate":
         if not isinstance(judge, RewardModel):
@@ -512,6 +517,7 @@ def main(config):
         before = held_out("test")
         best = held_out("valid")["accuracy"]
         save(run_dir, "best", dist, policy, tokenizer, chat=True)  # until something beats it, the start is the best
+    if first == 0:  # a run that was stopped before its first step has not kept it
         log(0, accuracy=best)
     start_accuracy = before["accuracy"]
     if dist.is_main:
@@ -644,8 +650,8 @@ def main(config):
         record = {
             "correct": total["correct"] / n_answers,
             "score": total["score"] / n_answers,
-            "score_normalised": total["paid"] / n_answers,  # less the fines
-            "reward": total["reward"] / n_answers,
+            "paid": total["paid"] / n_answers,  # the score, normalised if asked for, less the fines
+            "reward": total["reward"] / n_answers,  # and less the KL
             "reward_kl": -beta * total["kl"] / n_answers,
             "missing_end": total["missing_end"] / n_answers,
             "kl": total["kl3"] / n_tokens,
@@ -716,7 +722,7 @@ def finish(config, dist, run_dir, before, after, seconds):
             f"PPO on {config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
             [
                 ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
-                ("the reward model", {"score": "score", "reward": "score less the KL"}, "per answer", {}),
+                ("the reward model", {"score": "score", "reward": "less fines and KL"}, "per answer", {}),
                 ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
                 ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "share; loss", {}),
                 clipped if config.inner_epochs * config.minibatches > 1 else length,

@@ -128,6 +128,9 @@ def hinge_loss(chosen, rejected, margin=1.0, *, centre=0.0, n_pairs=None):
     return _reduce((margin - (chosen - rejected)).clamp(min=0), chosen, rejected, centre, n_pairs)
 
 
+LOSSES = {"bradley_terry": bradley_terry_loss, "hinge": hinge_loss}
+
+
 def _reduce(per_pair, chosen, rejected, centre, n_pairs):
     n = n_pairs or len(chosen)
     loss = per_pair.sum() / n
@@ -609,7 +612,7 @@ class Config:
     best_of: int = 64
     """Samples per problem of the best-of-n curve."""
     best_of_problems: int = 100
-    """Its problems; 0 leaves it out."""
+    """Problems of the report on samples: best of n, what moves the score; 0 leaves it out."""
     save_every: int = 100
     """Steps between checkpoints of last/."""
     seed: int = 0
@@ -637,7 +640,7 @@ class Config:
         if self.sampler is not None and self.data != "word":
             raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {self.data}")
         for name, known in (
-            ("loss", ("bradley_terry", "hinge")),
+            ("loss", tuple(LOSSES)),
             ("pairs", ("corrupted", "sampled", "both")),
             ("backbone", ("decoder", "encoder")),
         ):
@@ -749,7 +752,7 @@ def main(config):
     model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
     log = Log(run_dir, config, dist, first)
     interrupt = Interrupt(dist)
-    objective = {"bradley_terry": bradley_terry_loss, "hinge": hinge_loss}[config.loss]
+    objective = LOSSES[config.loss]
     if dist.is_main:
         kinds = Counter(pair.kind for pair in pairs["train"])
         print(
@@ -839,20 +842,30 @@ def main(config):
     report = {"by_kind": by_kind, "scores": found.tolist()}
     report["calibration"], report["calibration_error"] = calibration(found[:, 0] - found[:, 1])
     report |= text_figures(pairs["test"], groups["test"], found)
-    if probed:
+    if config.data == "word":
 
         def score(texts):
             encoded = [(encode_prompt(tokenizer, p), [encode_answer(tokenizer, a) for a in ys]) for p, ys in texts]
             return score_fitting(raw, encoded, pad, dist, autocast)
 
         report |= consistency(score, 200, config.seed, tuple(config.levels))
+    if probed:
         report |= probe_samples(raw, policy, speaks, tokenizer, config, dist, autocast)
     if dist.is_main:
-        (run_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        (run_dir / "report.json").write_text(json.dumps(without_nan(report), indent=1, allow_nan=False) + "\n")
         finish(config, run_dir, pairs["test"], report, raw.num_params())
         print(f"{path}, {run_dir}/curves.png, {run_dir}/report.png, {run_dir}/report.json")
     accuracy, low, high, _ = by_kind["all"]
     return {"accuracy": accuracy, "low": low, "high": high, "path": str(path)} | report
+
+
+def without_nan(x):
+    """The same dictionaries, lists and numbers with None for NaN, which is no JSON."""
+    if isinstance(x, dict):
+        return {key: without_nan(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [without_nan(value) for value in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
 
 
 def text_figures(pairs, groups, found):
@@ -876,21 +889,28 @@ def finish(config, run_dir, pairs, report, parameters):
         f"calibration error {report['calibration_error']:.3f}; the longer answer is the chosen one in "
         f"{report['longer_is_chosen']:.1%}"
     )
-    if "best_of" in report:
-        r = report
+    r = report
+    if "renamed_same_order" in report:
         print(
             f"new names and items: order kept in {r['renamed_same_order']:.1%}; right above one error "
-            f"{r['right_above_one_error']:.1%}, one error above two {r['one_error_above_two']:.1%}; spread among right "
-            f"answers {r['spread_of_right_answers']:.2f}, among all {r['spread_of_all_answers']:.2f}"
+            f"{r['right_above_one_error']:.1%}, one error above two {r['one_error_above_two']:.1%}"
+        )
+    if "best_of" in report:
+        print(
+            f"samples: spread among right answers {r['spread_of_right_answers']:.2f}, among all "
+            f"{r['spread_of_all_answers']:.2f}"
         )
         print("correlation with the score: " + ", ".join(f"{k} {v:+.2f}" for k, v in r["shaping"].items()))
         print("best of n: " + ", ".join(f"{n} {v:.1%}" for n, v in r["best_of"].items()))
     kinds = {f"valid_{kind}": kind for kind in report["by_kind"]}
+    loss_of = LOSSES[config.loss]
+    coin = loss_of(torch.zeros(1), torch.zeros(1), config.margin)[1]["loss"]
+    unit = "nats per pair" if config.loss == "bradley_terry" else "per pair"
     draw_curves(
         run_dir,
         f"reward model on {config.data}, seed {config.seed}, {parameters / 1e6:.1f} M parameters",
         [
-            ("loss", {"loss": "train", "valid_loss": "validation"}, "nats per pair", {"a coin": math.log(2)}),
+            ("loss", {"loss": "train", "valid_loss": "validation"}, unit, {"equal scores": coin}),
             ("pairs ranked rightly", {"accuracy": "train", **kinds}, "share", {}),
             ("scores", {"margin": "chosen − rejected", "score": "mean"}, "score", {}),
         ],

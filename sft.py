@@ -763,13 +763,23 @@ def sweep(config):
         raise ConfigError(f"--resume: {RUNS / config.name} holds no saved run of this sweep to continue")
     for lr, name in names.items():
         resume = config.resume and saved_run(RUNS / name) is not None  # those behind the one that stopped are new
-        results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
+        try:
+            results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
+        except DivergedError as error:  # a rate that is too high is a result too
+            results[lr], said = {"valid": -math.inf, "test": math.nan}, error
+    if all(result["valid"] == -math.inf for result in results.values()):
+        raise said
     best = max(results, key=lambda lr: results[lr]["valid"])
     if setup(config.device).is_main:
         print(f"\n{'learning rate':>14}{'validation':>12}{'test':>8}")
         for lr, result in results.items():
             chosen = "  <- best" if lr == best else ""
-            print(f"{lr:>14g}{result['valid']:>12.1%}{result['test']:>8.1%}{chosen}")
+            figures = (
+                f"{result['valid']:>12.1%}{result['test']:>8.1%}"
+                if result["valid"] > -math.inf
+                else f"{'diverged':>12}"
+            )
+            print(f"{lr:>14g}{figures}{chosen}")
     return results[best] | {"lr": best}
 
 

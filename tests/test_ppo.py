@@ -332,7 +332,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
         with pytest.raises(SystemExit):
             ppo.main(config(name="parts", **changes))
     ppo.main(config(name="parts", resume=True, **changes))
-    for name in ("score", "score_normalised", "policy_loss", "value_loss", "kl_beta", "accuracy", "correct"):
+    for name in ("score", "paid", "policy_loss", "value_loss", "kl_beta", "accuracy", "correct"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name
     assert len(set(metrics("runs/whole", "kl_beta").values())) > 1
     assert_same_weights("runs/whole/last", "runs/parts/last")
@@ -421,10 +421,10 @@ def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
 def test_the_leash_is_in_the_rewards(here, baseline):
     """Nats per answer times the coefficient, and the score: nothing else is paid."""
     ppo.main(config(kl_beta=0.7, steps=3, missing_end=0.0, baseline=baseline))
-    at = {name: metrics("runs/ppo", name) for name in ("reward", "score_normalised", "kl_per_answer", "reward_kl")}
+    at = {name: metrics("runs/ppo", name) for name in ("reward", "paid", "kl_per_answer", "reward_kl")}
     for step in (1, 2, 3):
         assert at["reward_kl"][step] == pytest.approx(-0.7 * at["kl_per_answer"][step], abs=1e-6)
-        assert at["reward"][step] == pytest.approx(at["score_normalised"][step] + at["reward_kl"][step], abs=1e-5)
+        assert at["reward"][step] == pytest.approx(at["paid"][step] + at["reward_kl"][step], abs=1e-5)
     assert abs(at["kl_per_answer"][1]) < 1e-4  # the policy is the reference still
     assert abs(at["kl_per_answer"][3]) > 1e-4
 
@@ -440,7 +440,7 @@ def test_inner_epochs_stop_when_the_policy_has_moved(here):
 def test_an_answer_without_an_end_is_fined(here):
     for name, fine in (("a", 0.0), ("b", 2.0)):
         ppo.main(config(name=name, missing_end=fine, steps=1))
-    a, b = (metrics(f"runs/{name}", "score_normalised")[1] for name in "ab")
+    a, b = (metrics(f"runs/{name}", "paid")[1] for name in "ab")
     assert metrics("runs/a", "missing_end")[1] > 0
     assert a - b == pytest.approx(2 * metrics("runs/a", "missing_end")[1], abs=1e-5)
     assert metrics("runs/a", "score") == metrics("runs/b", "score")

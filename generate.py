@@ -504,14 +504,22 @@ def run(main, cls, description=None):
     """Entry of every script: flags in, and what the user can mend comes out as one line and exit status 2."""
     try:
         main(parse_config(cls, description=description))
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+        status = 0
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # a line for each node
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    if distributed.is_available() and distributed.is_initialized():
+        if status == 0:
+            distributed.destroy_process_group()
+        # Where DDP was used its threads live on (torch 2.13), and now and then they abort the interpreter's end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------

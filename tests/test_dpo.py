@@ -1,7 +1,9 @@
 """dpo.py: every loss and its gradient against plain loops, what a pair's row computes, and the guarantees of a run."""
 
+import copy
 import json
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -176,11 +178,39 @@ def test_reference_is_the_start(tokenizer):
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_kl_to_reference(tokenizer):
+def test_kl_to_reference(tokenizer, monkeypatch):
     raw, other, dist = tiny(tokenizer), tiny(tokenizer, seed=1), pretrain.setup("cpu")
     prompts = [encode_prompt(tokenizer, p) for p in load_problems("word", "valid", 3)]
     assert kl_to_reference(raw, raw, tokenizer, prompts, 8, dist) == pytest.approx(0, abs=1e-6)
-    assert kl_to_reference(raw, other, tokenizer, prompts, 8, dist) > 1e-4
+    torch.manual_seed(2)
+    for p in other.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    seen, sample = [], dpo.generate
+    monkeypatch.setattr(dpo, "generate", lambda *args, **kwargs: seen.append(sample(*args, **kwargs)) or seen[-1])
+    got, total, n = kl_to_reference(raw, other, tokenizer, prompts, 8, dist), 0.0, 0
+    for prompt, ids, real in zip(prompts, seen[0].ids, seen[0].mask, strict=True):
+        answer = ids[real].tolist()
+        log_r = [token_logprobs(m, torch.tensor([prompt + answer]))[0, -len(answer) :] for m in (other, raw)]
+        log_r = log_r[0] - log_r[1]  # log π_ref / π
+        total, n = total + (log_r.exp() - 1 - log_r).sum().item(), n + len(answer)
+    assert got == pytest.approx(total / n, rel=1e-4)
+    assert abs(got - kl_to_reference(other, raw, tokenizer, prompts, 8, dist)) > 0.01
+
+
+def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer, monkeypatch):
+    raw, dist = tiny(tokenizer), pretrain.setup("cpu")
+    before = copy.deepcopy(raw)
+    dpo.add_lora(raw, **asdict(LoraConfig(rank=2)))
+    for name, p in raw.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.5)
+    prompts = [encode_prompt(tokenizer, p) for p in load_problems("word", "valid", 3)]
+    shared, apart = (kl_to_reference(raw, reference, tokenizer, prompts, 8, dist) for reference in (raw, before))
+    assert shared == pytest.approx(apart, rel=1e-5)
+    assert shared > 1e-3
+    monkeypatch.setattr(dpo.copy, "deepcopy", None)  # no second model
+    dpo.main(config(lora=dpo.LoraConfig(rank=2), lr=1e-2))
+    assert max(metrics("runs/dpo", "kl").values()) > 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ sampled pairs
@@ -278,9 +308,9 @@ def test_two_processes_equal_one(here):
     one = script("dpo.py", *flags, "--name", "one", cwd=here)
     two = script("dpo.py", *flags, "--name", "two", cwd=here, processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    for name in ("loss", "grad_norm", "valid_loss", "valid_logp_chosen", "accuracy"):
+    for name in ("loss", "grad_norm", "valid_loss", "valid_logp_chosen", "accuracy", "kl"):
         a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3 if name == "kl" else 1e-4), name
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
 
 

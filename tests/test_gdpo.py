@@ -157,6 +157,8 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
         rewards = torch.stack([seen[-1].rewards[name] for name in ("correct", "format", "brevity")], dim=-1)
         if "conditioned" in options:
             rewards[..., 2] *= rewards[..., 0]
+        paid = (rewards @ torch.tensor([1.0, 0.5, 0.3])).mean().item()
+        assert metrics("runs/gdpo", "reward")[settings.steps] == pytest.approx(paid, abs=1e-6)
         expected = by_loop(rewards.double(), [1.0, 0.5, 0.3])
         if "combine" in options:
             expected = group_advantages(rewards @ torch.tensor([1.0, 0.5, 0.3]))

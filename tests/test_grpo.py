@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -47,6 +47,8 @@ SEVEN = Problem("q", "3 + 4 = 7\n#### 7", "7", 1, "x")
         ("the answer is 7", True, (0, 0, 1, 0)),
         ("the answer to this is 7", True, (0, 0, 0, 0)),
         ("#### 7 apples", True, (1, 0, 1, 1)),
+        ("#### 1,2", True, (0, 0, 1, 0)),  # looks like a number, and the verifier reads none
+        ("#### ٧", True, (0, 0, 1, 0)),
         ("#### 7.5", True, (0, 1, 1, 0)),
         ("", True, (0, 0, 1, 0)),
     ],
@@ -90,6 +92,20 @@ def test_a_reward_of_your_own(own):
     functions, weights = grpo.reward_functions(config(reward="own:letters", reward_weight=0.7, correct_weight=0.0))
     assert weights == {"format": 0.5, "letters": 0.7}
     assert list(functions) == ["correct", "format", "brevity", "integer", "letters"]
+
+
+def test_a_reward_may_use_others_of_its_own_when_it_is_called(scratch, monkeypatch):
+    (scratch / "neighbour.py").write_text("def ones(n): return [1.0] * n")
+    (scratch / "late.py").write_text(
+        "import sys\nsys.path.append('/mine')\n"
+        "def reward(texts, problems, ended):\n    from neighbour import ones\n    return ones(len(texts))\n"
+    )
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(scratch))])
+    for name in ("late", "neighbour"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    name, function = grpo.load_reward("late:reward")
+    assert score({name: function}, ["a", "b"], [SEVEN] * 2, [True] * 2)["reward"].tolist() == [1.0, 1.0]
+    assert "/mine" in sys.path
 
 
 @pytest.mark.parametrize(
@@ -664,17 +680,60 @@ def test_a_reward_for_a_letter_is_learned(here):
 
 
 def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
-    figures = iter([0.5, 0.5, 0.2, 0.2, 0.2, 0.2, 0.2])
+    figures, asked = iter([0.9, 0.5, 0.5, 0.2, 0.2, 0.2, 0.2]), []  # test, validation, and so on
 
     def fake(*_):
         a = next(figures)
+        asked.append(a)
         return {"accuracy": a, "low": a, "high": a, "n": 4, "length": 3.0, "by_level": {1: a}, "samples": []}
 
     monkeypatch.setattr(grpo, "evaluate", fake)
-    grpo.main(config())
+    grpo.main(config(eval_every=1))
     out = capsys.readouterr()
-    assert "the policy is collapsing" in out.out + out.err
+    assert "validation accuracy fell from 50.0% to 20.0%: the policy is collapsing" in out.out + out.err
+    assert out.out.count("collapsing") + out.err.count("collapsing") == 1
+    assert len(asked) == 6
     assert "ended worse than it began" in out.out
+
+
+def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "Interrupt", lambda dist: True)
+        with pytest.raises(SystemExit):
+            grpo.main(config())
+    start = metrics("runs/grpo", "accuracy")
+    grpo.main(config(resume=True))
+    assert metrics("runs/grpo", "accuracy").items() >= start.items()
+    assert list(start) == [0]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_kl_to_the_start_by_hand(here, monkeypatch, rank):
+    """Of the trained model to the start, on its own samples, and with LoRA without a second model."""
+    if rank:
+        opened = grpo.open_checkpoint
+        monkeypatch.setattr(grpo, "open_checkpoint", lambda *args: seen.append("opened") or opened(*args))
+    seen = []
+    dist, settings = pretrain.setup("cpu"), config(lora=LoraConfig(rank), dtype="fp32")
+    raw, tokenizer, _ = open_checkpoint("start")
+    start = copy.deepcopy(raw)
+    grpo.add_lora(raw, **asdict(LoraConfig(rank)))
+    torch.manual_seed(0)
+    for name, p in raw.named_parameters():
+        if not rank or "lora_B" in name:
+            p.data += 0.3 * torch.randn_like(p)
+    sample = grpo.generate
+    monkeypatch.setattr(grpo, "generate", lambda *args, **kwargs: seen.append(sample(*args, **kwargs)) or seen[-1])
+    problems = load_problems("word", "test", 4)
+    got, total, n = grpo.kl_to_start(raw, "start", tokenizer, problems, settings, dist), 0.0, 0
+    assert len(seen) == 1  # the samples, and with LoRA no checkpoint
+    for problem, ids, real in zip(problems, seen[0].ids, seen[0].mask, strict=True):
+        answer = ids[real].tolist()
+        row = torch.tensor([grpo.encode_prompt(tokenizer, problem) + answer])
+        log_r = (token_logprobs(start, row) - token_logprobs(raw, row))[0, -len(answer) :]
+        total, n = total + (log_r.exp() - 1 - log_r).sum().item(), n + len(answer)
+    assert got == pytest.approx(total / n, rel=1e-3)
+    assert got > 1e-3
 
 
 def test_the_table_tells_sharpened_from_new(here, capsys):

@@ -1,8 +1,10 @@
 """ppo.py: GAE, losses and gradients against plain loops, what the values may know, and the guarantees of a run."""
 
+import contextlib
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
@@ -24,7 +26,7 @@ from ppo import (
     value_loss,
     whiten,
 )
-from reward_model import RewardEncoder, RewardModel
+from reward_model import RewardEncoder, RewardModel, score_groups
 from sft import pack
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
@@ -338,6 +340,93 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
+def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
+    """One step, from the sampled answers to the gradient of every weight and to the figures of the log: each answer
+    alone, unpacked, GAE as its double sum. The reference is another model and the values are not 0."""
+    seen, sample, made = {}, ppo.rollouts_at, ppo.open_models
+
+    def open_models(*args):
+        raw, reference, judge, tokenizer = made(*args)
+        torch.manual_seed(3)
+        for p in [*reference.parameters(), *raw.head.parameters()]:
+            p.data += 0.2 * torch.randn_like(p)
+        seen["models"] = raw, reference, judge
+        return raw, reference, judge, tokenizer
+
+    def step(parts, *_):
+        seen["gradients"] = {n: p.grad.clone() for n, p in seen["models"][0].named_parameters() if p.grad is not None}
+        return [0.0, 0.0]  # no weight moves
+
+    monkeypatch.setattr(ppo, "open_models", open_models)
+    monkeypatch.setattr(ppo, "rollouts_at", lambda *args: seen.setdefault("rolled", sample(*args)))
+    monkeypatch.setattr(ppo, "optimizer_steps", step)
+    tau, gamma, lam, beta, fine = 0.8, 0.9, 0.7, 0.3, 0.25
+    changes = dict(temperature=tau, gamma=gamma, lam=lam, kl_beta=beta, missing_end=fine, value_weight=0.5)
+    ppo.main(config(steps=1, minibatches=1, baseline="none", whiten=False, dtype="fp32", stop_kl=0.0, **changes))
+
+    (raw, reference, judge), (_, prompts, rollout, ended) = seen["models"], seen["rolled"]
+    lengths = rollout.mask.sum(1).tolist()
+    N, K = sum(lengths), len(lengths)
+    loss, paid, k1, k3, errors, goals, earned = 0.0, 0.0, 0.0, 0.0, [], [], 0.0
+    for k, n in enumerate(lengths):
+        prompt, answer = prompts[k // 2], rollout.ids[k, :n].tolist()
+        row = torch.tensor([prompt + answer])
+        logp = token_logprobs(raw.policy, row, tau)[0, -n:]
+        with torch.no_grad():
+            log_ratio = logp.detach() - token_logprobs(reference, row, tau)[0, -n:]
+        values = raw(pack([prompt], [[answer]], tokenizer.endoftext_id), tau)[1][0, :n]
+        V = [*values.tolist(), 0.0]
+        worth = score(judge, prompt, answer) - fine * (not ended[k])
+        rewards = [-beta * x for x in log_ratio.tolist()]
+        rewards[-1] += worth
+        delta = [rewards[t] + gamma * V[t + 1] - V[t] for t in range(n)]
+        A = torch.tensor([sum((gamma * lam) ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)])
+        goal = A + values.detach()
+        loss = loss - ((logp - logp.detach()).exp() * A).sum() / N
+        loss = loss + 0.5 * 0.5 * ((values - goal) ** 2).sum() / N
+        paid, earned = paid + worth, earned + sum(rewards)
+        k1, k3 = k1 + log_ratio.sum().item(), k3 + ((-log_ratio).exp() - 1 + log_ratio).sum().item()
+        errors, goals = errors + (goal - values.detach()).tolist(), goals + goal.tolist()
+    for p in raw.parameters():
+        p.grad = None
+    loss.backward()
+    expected = {name: p.grad for name, p in raw.named_parameters() if p.grad is not None}
+    assert expected.keys() == seen["gradients"].keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen["gradients"][name], gradient, atol=1e-5, rtol=1e-3)
+    assert max(g.abs().max() for g in expected.values()) > 0.01
+    figures = {"paid": paid / K, "reward": earned / K, "kl": k3 / N, "kl_per_answer": k1 / K}
+    figures |= {"explained_variance": 1 - np.var(errors) / np.var(goals), "value": np.mean(goals) - np.mean(errors)}
+    for name, value in figures.items():
+        assert metrics("runs/ppo", name)[1] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert figures["kl"] > 0.01
+    assert abs(figures["explained_variance"]) > 0.01
+
+
+def score(judge, prompt, answer):
+    ((value,),) = score_groups(judge, [(prompt, [answer])], judge.pad_id, "cpu", contextlib.nullcontext)
+    return value
+
+
+def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "Interrupt", lambda dist: True)
+        with pytest.raises(SystemExit):
+            ppo.main(config())
+    start = metrics("runs/ppo", "accuracy")
+    ppo.main(config(resume=True))
+    assert metrics("runs/ppo", "accuracy").items() >= start.items()
+    assert list(start) == [0]
+
+
+def test_a_policy_may_not_write_what_the_reward_model_cannot_read(here, tokenizer):
+    shape = dict(context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
+    Transformer(TransformerConfig(tokenizer.vocab_size + 56, **shape)).save_pretrained("padded")
+    tokenizer.save_pretrained("padded")
+    with pytest.raises(ConfigError, match=r"padded may sample \d+ ids, the reward model judge knows"):
+        ppo.main(config(init="padded"))
+
+
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_two_processes_equal_one(here, value):
     flags = [x for k, v in (SMALL | {"value": value}).items() for x in (f"--{k}", v)]
@@ -524,6 +613,7 @@ def test_settings_that_cannot_be_used():
         {"kl_target": 0.5, "kl_horizon": 0.2 * 4 * 4, "prompts": 4, "rollouts": 4},
         {"lam": 1.5},
         {"kl_target": 0.0},
+        {"kl_target": 3.0, "kl_beta": 0.0},
         {"minibatches": 7},
         {"value_lr": -1.0},
         {"stop_kl": -1.0},

@@ -369,6 +369,36 @@ def test_every_kind_of_pair_is_reported(here, lucky):
         assert 0 <= result[name] <= 1
 
 
+@pytest.mark.parametrize(
+    ("loss", "margin", "coin", "unit"),
+    [
+        ("bradley_terry", None, math.log(2), "nats per pair"),
+        ("bradley_terry", 1.0, math.log(1 + math.e), "nats per pair"),
+        ("hinge", 1.5, 1.5, "per pair"),
+    ],
+)
+def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, loss, margin, coin, unit):
+    drawn = []
+    monkeypatch.setattr(reward_model, "draw_curves", lambda folder, title, panels: drawn.append(panels[0]))
+    reward_model.main(config(loss=loss, margin=margin, steps=1, pairs="corrupted", best_of_problems=0))
+    assert drawn[0][2] == unit
+    assert drawn[0][3] == {"equal scores": pytest.approx(coin, rel=1e-6)}
+
+
+def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
+    monkeypatch.setattr(reward_model, "text_figures", lambda *_: {"longer_is_chosen": 0.5, "none": [math.nan, 1.0]})
+    result = reward_model.main(config(steps=1, pairs="corrupted", best_of_problems=0))
+    assert 0 <= result["renamed_same_order"] <= 1
+    assert "best_of" not in result
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    written = json.loads((here / "runs/reward_model/report.json").read_text(), parse_constant=refuse)
+    assert written["none"] == [None, 1.0]
+    assert written["one_error_above_two"] == result["one_error_above_two"]
+
+
 @pytest.mark.parametrize("loss", ["bradley_terry", "hinge"])
 def test_micro_batches_change_nothing(here, lucky, loss):
     for name, size in (("whole", 6), ("cut", 2)):

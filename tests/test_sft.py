@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import pretrain
 import sft
 from data import Pair, Problem, load_problems
-from generate import ConfigError, Rollout, generate, open_checkpoint
+from generate import ConfigError, DivergedError, Rollout, generate, open_checkpoint
 from lora import LoraConfig
 from sft import (
     Config,
@@ -573,6 +573,16 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)
     [best] = [line for line in capsys.readouterr().out.splitlines() if "<- best" in line]
     assert best.split()[:3] == ["0.003", "60.0%", "40.0%"]
+
+
+def test_a_sweep_goes_on_behind_a_rate_that_diverges(here, capsys):
+    hot = dict(optimizer="adamw", clip=0.0, steps=3, dtype="fp32")
+    result = sft.main(config(sweep=[9e5, 1e-3], **hot))
+    assert result["lr"] == 1e-3
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["900000", "diverged"] in rows
+    with pytest.raises(DivergedError, match="learning rate 9"):
+        sft.main(config(sweep=[9e5], name="all", **hot))
 
 
 def test_a_typo_moves_no_earlier_run(here):

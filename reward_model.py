@@ -462,6 +462,8 @@ def consistency(score, n, seed, levels):
 
     renamed   the share of pairs whose order new names and items leave alone (1), and the scores' correlation (1)
     right_above_one_error, one_error_above_two     the shares in which right > one error > that and no answer (1 each)
+
+    -> {name: figure}, empty if no score can be had.
     """
     rng, pairs = random.Random(f"consistency/{seed}"), load_pairs("word", "test", n, levels, seed)
     told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
@@ -475,6 +477,8 @@ def consistency(score, n, seed, levels):
             chains.append((problem.question, [problem.solution, wrong, worse]))
     chain = np.array(score(chains))
     chain = chain[~np.isnan(chain).any(1)]
+    if not len(told) or not len(chain):
+        return {}
     return {
         "renamed_same_order": float(((told[:, 0] > told[:, 1]) == (again[:, 0] > again[:, 1])).mean()),
         "renamed_correlation": float(np.corrcoef(told.flatten(), again.flatten())[0, 1]),

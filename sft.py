@@ -692,6 +692,8 @@ def main(config):
         norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
         (loss_sum,) = dist.sum(loss_sum)
         if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
+            bar.close()  # a sweep goes on with the next run
+            log.close()
             said = f"the loss is {loss_sum}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
             raise DivergedError(f"{said}; try a smaller --lr")
 

@@ -385,6 +385,13 @@ def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, loss, margin,
     assert drawn[0][3] == {"equal scores": pytest.approx(coin, rel=1e-6)}
 
 
+def test_scores_that_cannot_be_had_are_not_reported():
+    def score(groups):
+        return [[math.nan] * len(answers) for _, answers in groups]
+
+    assert reward_model.consistency(score, 5, 0, (1, 2)) == {}
+
+
 def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
     monkeypatch.setattr(reward_model, "text_figures", lambda *_: {"longer_is_chosen": 0.5, "none": [math.nan, 1.0]})
     result = reward_model.main(config(steps=1, pairs="corrupted", best_of_problems=0))

@@ -91,7 +91,7 @@ LABELS = ("negative", "positive")
 
 @dataclass
 class EncoderConfig(TransformerConfig):
-    """The architecture. The defaults are a 1 M-parameter model, without its embeddings."""
+    """The architecture. The defaults are a 0.8 M-parameter model, without its embeddings."""
 
     context: int = 128
     """Longest text in tokens."""
@@ -326,6 +326,9 @@ def bert_names(config):
     return names
 
 
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
 def bert_to_ours(tensors, config):
     """BERT's tensors under our names; those that mean nothing here are left out."""
     names = {theirs: ours for ours, theirs in bert_names(config).items()}
@@ -335,6 +338,9 @@ def bert_to_ours(tensors, config):
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if bare and not name.startswith(("cls.", "mean_classifier.")):
             name = f"bert.{name}"
+        words = tensors.get(WORDS, tensors.get(WORDS.removeprefix("bert.")))
+        if name.endswith("decoder.weight") and (words is None or not torch.equal(tensor, words)):
+            raise CheckpointError(f"{name} is not the embedding, though here the two are tied")
         # a tied copy, a bookkeeping buffer, the next-sentence head, a classifier that reads the pooler
         useless = name.startswith(("bert.classifier.", "classifier.")) or "seq_relationship" in name
         if not useless and not name.endswith(("decoder.weight", "decoder.bias", "position_ids")):

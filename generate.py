@@ -334,6 +334,8 @@ def generate(
         raise ConfigError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {c.context}"
         )
+    if not temperature >= 0 or (top_k is not None and top_k < 1):
+        raise ConfigError(f"temperature is {temperature} and top_k {top_k}; they must be at least 0 and 1")
     if max_new_tokens < 1 or n < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} and n is {n}; both must be at least 1")
     if uniforms is None:

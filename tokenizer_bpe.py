@@ -257,6 +257,9 @@ class Tokenizer:
     """Special tokens, chat, decoding, files. A kind adds `encode_ordinary` and `to_json`."""
 
     kind = None
+    chat_template = None  # Jinja, of the file that it came from: see read_chat_template
+    default_system = None  # what the system says in a chat that does not begin with it
+    no_chat = None  # why it cannot frame a chat
 
     def __init__(self, vocab, special_ids, eos_token=None):
         """vocab: {id: bytes} of the plain tokens. special_ids: {"<|endoftext|>": id, …}. eos_token: a special token's
@@ -297,7 +300,8 @@ class Tokenizer:
         return hashlib.sha256(repr(self._content()).encode()).hexdigest()[:16]
 
     def _content(self):
-        return [self.kind, sorted(self.vocab.items()), sorted(self.special_ids.items())]
+        content = [self.kind, sorted(self.vocab.items()), sorted(self.special_ids.items())]
+        return content if self.default_system is None else [*content, self.default_system]
 
     def encode(self, text, allowed_special=()):
         """text -> ids. allowed_special: "all", or the names of the special tokens that may be read as such.
@@ -341,13 +345,19 @@ class Tokenizer:
         The special tokens are put in as ids, so a content cannot forge one. The text between two of them is encoded
         in one go, as transformers does with CHAT_TEMPLATE. Only an answer is encoded apart from its "assistant\\n",
         because it is sampled apart: ids then differ from the template's if an answer begins with an empty line, whose
-        line end would merge with the one before it.
+        line end would merge with the one before it. If the tokenizer came with a default system turn, a chat without
+        one begins with that.
         """
+        if self.no_chat:
+            raise TokenizerError(self.no_chat)
         if not {"<|im_start|>", "<|im_end|>"} <= set(self.special_ids):
             raise TokenizerError("this tokenizer has no <|im_start|> and <|im_end|>: it cannot frame a chat")
         start, end = self.special_ids["<|im_start|>"], self.im_end_id
         opening, newline = [start, *self.encode("assistant\n")], self.encode("\n")
         ids, mask = [], []
+        if self.default_system is not None and messages and check_message(0, messages[0])[0] != "system":
+            ids = [start, *self.encode(f"system\n{self.default_system}"), end, *newline]
+            mask = [False] * len(ids)
         for number, message in enumerate(messages):
             role, content = check_message(number, message)
             if role == "assistant":
@@ -359,6 +369,37 @@ class Tokenizer:
         if add_generation_prompt:
             ids, mask = ids + opening, mask + [False] * len(opening)
         return ids, mask
+
+    def read_chat_template(self, template):
+        """Frame chats as the Jinja template of a loaded file does. It must be ChatML, with a default system turn or
+        none; of any other no_chat keeps the reason: a model asked in a strange frame answers strangely."""
+        self.chat_template = template
+        if template == CHAT_TEMPLATE:
+            return
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            self.no_chat = "to read its chat template: pip install jinja2"
+            return
+        # Spaces at the ends show a template that strips them, a beginning of text (bos) one that asks for it.
+        turns = [{"role": role, "content": f" the {role}'s words "} for role in ("system", "user", "assistant", "user")]
+        known = {"add_generation_prompt": True, "bos_token": "<a beginning>", "eos_token": self.eos_token}
+        try:
+            sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # it may come from anywhere
+            read = sandbox.from_string(regex.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
+            for messages in (turns[1:2], turns[:2], turns[1:], turns):  # the first time, find it; then, is it all?
+                text = read.render(messages=messages, **known)
+                if messages == turns[1:2]:
+                    start, end = map(regex.escape, ("<|im_start|>", "<|im_end|>\n"))
+                    found = regex.match(f"{start}system\n(.*?){end}{start}user", text, regex.DOTALL)
+                    self.default_system = found and found[1]
+                if text != self.decode(self.encode_chat(messages, True)[0]):
+                    raise TokenizerError("its chat template is not ChatML, the only one that is known here")
+        except TokenizerError as error:
+            self.no_chat, self.default_system = str(error), None
+        except (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            self.no_chat, self.default_system = f"its chat template does not work: {error}", None
 
     def save_pretrained(self, path, model_max_length=None):
         """Write tokenizer.json and tokenizer_config.json into a directory, each under a temporary name first."""
@@ -374,8 +415,12 @@ class Tokenizer:
         if self.eos_token:
             config |= {"eos_token": self.eos_token}
             config |= {"pad_token": self.token_bytes(self.endoftext_id).decode()}
-        if {"<|im_start|>", "<|im_end|>"} <= set(self.special_ids):
-            config |= {"chat_template": CHAT_TEMPLATE}  # what encode_chat writes, whatever a loaded file had
+        if self.no_chat:
+            config |= {"chat_template": self.chat_template}
+        elif {"<|im_start|>", "<|im_end|>"} <= set(self.special_ids):  # what encode_chat writes
+            first = json.dumps(f"<|im_start|>system\n{self.default_system}<|im_end|>\n", ensure_ascii=False)
+            first = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {first} }}}}{{% endif %}}"
+            config |= {"chat_template": CHAT_TEMPLATE if self.default_system is None else first + CHAT_TEMPLATE}
         if model_max_length is not None:
             config |= {"model_max_length": model_max_length}
         for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
@@ -452,8 +497,8 @@ class BPETokenizer(Tokenizer):
     def encode_naive(self, text):
         """The algorithm, to be read: in each piece, merge the pair that was learned first until none is left."""
         rank, ids = {pair: i for i, pair in enumerate(self.merges)}, []
-        for piece in self._split.findall(self._prepare(text)):
-            ids += [self._ids[part] for part in spell(piece.encode(), rank)]
+        for piece in self._split.finditer(self._prepare(text)):
+            ids += [self._ids[part] for part in spell(piece[0].encode(), rank)]
         return ids
 
     def _prepare(self, text):
@@ -586,7 +631,10 @@ def load_tokenizer(path):
     content, config_file = read_json(file), file.with_name("tokenizer_config.json")
     config = read_json(config_file) if config_file.exists() else {}
     try:
-        return build(from_openai(content, path / "vocab.bpe") if openai else content, config)
+        tokenizer = build(from_openai(content, path / "vocab.bpe") if openai else content, config)
+        if template := chat_template_of(file.parent, config):
+            tokenizer.read_chat_template(template)
+        return tokenizer
     except TokenizerError as error:
         raise TokenizerError(f"{file}: {error}") from None
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError, regex.error):
@@ -645,15 +693,30 @@ def build(content, config):
             vocab = {i: unshow(token) for token, i in plain.items()}
             merges = [(unshow(left), unshow(right)) for left, right in pairs]
             tokenizer = BPETokenizer(merges, vocab, special, pattern, eos, normalizer == "NFC")
-            rank = {pair: i for i, pair in enumerate(merges)}
-            if odd := next((t for t in map(b"".join, merges) if len(spell(t, rank)) > 1), None):
-                raise TokenizerError(f"its merges do not make its token {show(odd)!r}: the ids would be wrong here")
+            check_spelling(tokenizer)
         found = {show(data): i for i, data in tokenizer.vocab.items()}
     else:
         raise TokenizerError(f"a {kind} model with this pre-tokenizer is not supported here")
     if (found, tokenizer.special_ids) != (plain, special):
         raise TokenizerError(f"these are not the ids of a {tokenizer.kind} tokenizer")
     return tokenizer
+
+
+def check_spelling(tokenizer):
+    """Whether each token is what its own merges make of it (see BPETokenizer). Raises TokenizerError."""
+    rank = {pair: i for i, pair in enumerate(tokenizer.merges)}
+    if odd := next((t for t in map(b"".join, tokenizer.merges) if len(spell(t, rank)) > 1), None):
+        raise TokenizerError(f"its merges do not make its token {show(odd)!r}: the ids would be wrong here")
+
+
+def chat_template_of(folder, config):
+    """The chat template of a directory: chat_template.jinja, or in tokenizer_config.json; None if there is none."""
+    file, found = folder / "chat_template.jinja", config.get("chat_template")
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    if isinstance(found, list):  # several by name
+        found = next((one["template"] for one in found if one["name"] == "default"), None)
+    return found
 
 
 def read_pattern(steps):
@@ -671,6 +734,8 @@ def read_pattern(steps):
             pattern = steps[0]["pattern"]["Regex"]
             if pattern in (PATTERN, GPT2_PATTERN, SMOLLM_PATTERN) or pattern.endswith(REST):
                 return pattern
+            if regex.search(r"\{\d*,?\d*\}\+", pattern):  # a repeated group to tokenizers, possessive to others
+                raise TokenizerError(f"its split {pattern!r} repeats {{m,n}}+, which means two things: not supported")
             return rf"{pattern}|(?:(?!{pattern}){REST}"  # what it leaves out is a piece too; tiktoken would drop it
     raise TokenizerError(f"the pre-tokenizer {' + '.join(map(str, kinds))} is not supported with these settings")
 

@@ -719,6 +719,9 @@ def fill(config, names, found, get, where, dtype=torch.float32):
     own = model.state_dict()
     for name, tensor in from_layout(get, empty, names):
         own[name].copy_(tensor)
+    for name in found.keys() - wanted.keys():
+        if name.endswith("lm_head.weight") and not torch.equal(get(name).to(own["embed.weight"]), own["embed.weight"]):
+            raise CheckpointError(f"{where}: {name} is not the embedding, though its config calls the two tied")
     return model
 
 
@@ -757,7 +760,7 @@ def local_directory(path):
         why = "to take it for a name on the Hugging Face hub: pip install huggingface_hub"
         raise CheckpointError(f"{name} is not there; {why}") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors", "merges.txt"]))
     except Exception as error:  # of many kinds: no such name, no rights to it, no network
         why = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{name} is not there, and the Hugging Face hub does not give it: {why}") from None
@@ -810,7 +813,10 @@ def from_hf_config(hf, kind):
     hf = layout.left_out | hf
     if "num_local_experts" in hf:  # transformers 5 calls Qwen3-MoE's so too
         hf.setdefault("num_experts", hf["num_local_experts"])
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 writes the first, with the base
+    new, old = ((hf.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+    if new and old and any(new.get(k, v) != v for k, v in {"rope_type": old.get("type"), **old}.items() if k != "type"):
+        raise CheckpointError("rope_scaling and rope_parameters say different things: keep one of them")
+    rope = new or old  # transformers 5 writes the first, with the base
     hf["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4)))
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
@@ -893,6 +899,9 @@ def gguf_config(metadata, tensors, path):
     if kind not in GGUF_KINDS:
         raise CheckpointError(f"{path}: architecture {kind!r} is not known here; known: {', '.join(GGUF_KINDS)}")
     scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    factors = (metadata.get(f"{kind}.rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear"))
+    if scaling == "none" and any(factor not in (0.0, 1.0) for factor in factors):
+        scaling = "linear"  # as llama.cpp takes it
     if scaling != "none" or "rope_freqs.weight" in tensors or metadata.get(f"{kind}.expert_count"):
         what = "mixtures of experts" if metadata.get(f"{kind}.expert_count") else "RoPE scaling"
         raise CheckpointError(f"{path}: {what} in a GGUF file is not supported; use the safetensors checkpoint")
@@ -919,16 +928,15 @@ def gguf_config(metadata, tensors, path):
 def gguf_tokenizer(metadata, path):
     """The byte-level BPE that a GGUF file brings. Its encode_chat writes what the file's chat template would, a default
     system turn included; .chat_template is that template, or None if there is none. Raises TokenizerError."""
-    from tokenizer_bpe import CHAR_TO_BYTE, GPT2_PATTERN, PATTERN, SMOLLM_PATTERN, BPETokenizer, TokenizerError
-
-    class GGUFTokenizer(BPETokenizer):
-        chat_template = default_system = None
-
-        def encode_chat(self, messages, add_generation_prompt=False):
-            first = messages[0].get("role") if messages and isinstance(messages[0], dict) else None
-            if self.default_system is not None and first not in (None, "system"):
-                messages = [{"role": "system", "content": self.default_system}, *messages]
-            return super().encode_chat(messages, add_generation_prompt)
+    from tokenizer_bpe import (
+        CHAR_TO_BYTE,
+        GPT2_PATTERN,
+        PATTERN,
+        SMOLLM_PATTERN,
+        BPETokenizer,
+        TokenizerError,
+        check_spelling,
+    )
 
     def unshow(token):
         return bytes(CHAR_TO_BYTE[c] for c in token)
@@ -945,39 +953,17 @@ def gguf_tokenizer(metadata, path):
         special = {token: i for i, (token, kind) in enumerate(kinds) if kind in (3, 4)}  # control tokens, user's own
         merges = [tuple(unshow(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
         eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
-        tokenizer = GGUFTokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
+        tokenizer = BPETokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
+        check_spelling(tokenizer)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise TokenizerError(f"{path}: the tokenizer is corrupt: {error}") from None
+    if metadata.get("tokenizer.ggml.add_bos_token"):
+        raise TokenizerError(f"{path}: its texts begin with a token of their own (add_bos_token): not supported here")
     if "tokenizer.chat_template" in metadata:
-        tokenizer.chat_template = metadata["tokenizer.chat_template"]
-        tokenizer.default_system = _default_system(tokenizer, path)
+        tokenizer.read_chat_template(metadata["tokenizer.chat_template"])
+        if tokenizer.no_chat:
+            raise TokenizerError(f"{path}: {tokenizer.no_chat}")
     return tokenizer
-
-
-def _default_system(tokenizer, path):
-    """What the chat template lets the system say when nobody asked it to; None if nothing. Raises TokenizerError on a
-    template that is not ChatML, which encode_chat writes: a model asked in a strange frame answers strangely."""
-    from tokenizer_bpe import TokenizerError
-
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise TokenizerError(f"to read the chat template of {path}: pip install jinja2") from None
-    turns = [{"role": role, "content": f"the {role}'s words"} for role in ("system", "user", "assistant", "user")]
-    try:
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # the file may come from anywhere
-        template = sandbox.from_string(tokenizer.chat_template)
-        for messages in (turns[1:2], turns[:2], turns[1:], turns):  # the first time, find it; then, see if it is all
-            text = template.render(messages=messages, add_generation_prompt=True)
-            if messages == turns[1:2]:
-                found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n<\|im_start\|>user", text, re.DOTALL)
-                tokenizer.default_system = found and found[1]
-            if text != tokenizer.decode(tokenizer.encode_chat(messages, True)[0]):
-                raise TokenizerError(f"{path}: its chat template is not ChatML, the only one that is known here")
-    except (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise TokenizerError(f"{path}: its chat template does not work: {error}") from None
-    return tokenizer.default_system
 
 
 def main():

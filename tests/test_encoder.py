@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,18 @@ def test_saved_again_the_weights_are_byte_equal_and_bert_opens_them(bert, tmp_pa
     logits = again(tokens, attention_mask=real.long(), token_type_ids=types).logits
     torch.testing.assert_close(ours.eval().token_logits(ours.hidden(tokens, real, types))[real], logits[real])
     assert torch.equal(Encoder.from_pretrained(tmp_path).classifier.weight, ours.classifier.weight)
+
+
+def test_an_output_matrix_of_its_own_is_not_dropped(bert, tmp_path):
+    shutil.copytree(bert[1], tmp_path / "untied")
+    file = tmp_path / "untied" / "model.safetensors"
+    tensors = load_file(file)
+    words = tensors["bert.embeddings.word_embeddings.weight"]
+    save_file(tensors | {"cls.predictions.decoder.weight": words.clone()}, file, {"format": "pt"})
+    Encoder.from_pretrained(tmp_path / "untied")
+    save_file(tensors | {"cls.predictions.decoder.weight": words + 1}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"decoder\.weight is not the embedding"):
+        Encoder.from_pretrained(tmp_path / "untied")
 
 
 def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):

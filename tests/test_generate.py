@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import sys
 from pathlib import Path
 
@@ -201,6 +202,9 @@ def test_what_generate_is_given_must_fit(model):
     for bad, words in [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"n": 0}, "n is 0"),
+        ({"temperature": -1.0}, r"temperature is -1\.0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": 0}, "top_k 0"),
         ({"uniforms": torch.rand(1, 5)}, r"uniforms are \(1, 5\), not \(1, 4\)"),
         ({"uniforms": torch.rand(2, 4)}, r"uniforms are \(2, 4\)"),
     ]:

@@ -116,7 +116,15 @@ def trained_by_tokenizers(pre_tokenizer, text, size, special=(), alphabet=None):
     return theirs
 
 
-@pytest.mark.parametrize("pattern", [r"\d", r"\p{L}+| ?\p{N}+", r"\s+(?=\d)|\p{L}{2}"])
+def test_a_pattern_that_means_two_things_is_refused(tmp_path):
+    """\\p{N}{1,3}+ repeats a group in the tokenizers package, 20|123 being one piece; to tiktoken it is possessive."""
+    theirs = trained_by_tokenizers(split_by(r"\p{N}{1,3}+|\p{L}+"), TEXT, 320)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="means two things"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [r"\d", r"\p{L}+| ?\p{N}+", r"\s+(?=\d)|\p{L}{2}", r"(\p{L}+)|\p{N}"])
 def test_what_a_foreign_split_does_not_match_is_kept(pattern, tmp_path):
     theirs = trained_by_tokenizers(split_by(pattern), TEXT, 320)
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -174,6 +182,50 @@ def test_chat_equals_the_stored_template(bpe, tmp_path):
     assert [int(m) for m in mask] == theirs["assistant_masks"]
     prompt = auto.apply_chat_template(chat[:2], tokenize=True, add_generation_prompt=True, return_dict=True)
     assert bpe.encode_chat(chat[:2], True)[0] == prompt["input_ids"]
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "by name", "chat_template.jinja"])
+def test_a_default_system_turn_is_kept(bpe, where, tmp_path):
+    """As Qwen2.5's and SmolLM2's templates have it; opened, saved and opened again the frame is transformers' own."""
+    bpe.save_pretrained(tmp_path)
+    said = 'Be "kind", \\o/ naïve 🙂.\nNow!'
+    turn = "{{- '<|im_start|>system\\n' }}{{ " + json.dumps(said, ensure_ascii=False) + " }}{{ '<|im_end|>\\n' }}"
+    template = "{%- if messages[0].role != 'system' %}" + turn + "{%- endif %}" + CHAT_TEMPLATE
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    found = {"tokenizer_config.json": template, "by name": [{"name": "default", "template": template}]}.get(where)
+    if found is None:
+        del config["chat_template"]
+        (tmp_path / where).write_text(template)
+    else:
+        config["chat_template"] = found
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    opened = load_tokenizer(tmp_path)
+    assert opened.default_system == said
+    opened.save_pretrained(tmp_path / "again")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for messages in (chat, [{"role": "system", "content": "Be rude."}, *chat]):
+        theirs = auto.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        for ours in (opened, load_tokenizer(tmp_path / "again")):
+            ids, mask = ours.encode_chat(messages)
+            assert (ids, [int(m) for m in mask]) == (theirs["input_ids"], theirs["assistant_masks"])
+        again = AutoTokenizer.from_pretrained(tmp_path / "again")
+        assert again.apply_chat_template(messages, tokenize=False) == opened.decode(ids)
+    assert opened.fingerprint == load_tokenizer(tmp_path / "again").fingerprint != bpe.fingerprint
+
+
+def test_a_strange_frame_is_refused_when_it_is_asked_for(bpe, tmp_path):
+    bpe.save_pretrained(tmp_path)
+    template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for _ in range(2):  # saved it is the same
+        opened = load_tokenizer(tmp_path)
+        assert opened.encode("plain text") == bpe.encode("plain text")
+        with pytest.raises(TokenizerError, match="its chat template is not ChatML"):
+            opened.encode_chat([{"role": "user", "content": "Hi"}])
+        opened.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
 
 
 def test_content_cannot_forge_a_turn(bpe):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -25,7 +26,7 @@ from transformers import (
 
 import transformer
 from attention import attention_weights, document_mask
-from generate import generate
+from generate import generate, is_chat_model, open_checkpoint
 from tokenizer_bpe import BPETokenizer, TokenizerError, show
 from transformer import (
     CheckpointError,
@@ -641,6 +642,7 @@ def damage_tensors(change):
         (damage_config("use_sliding_window", 1, max_window_layers=1), "use_sliding_window is not supported in some"),
         (damage_config("use_sliding_window", True, max_window_layers=0, sliding_window=0), "window is 0"),
         (damage_config("rope_parameters", [1]), "config.json: "),
+        (damage_config("rope_scaling", YARN, rope_parameters={"rope_type": "default"}), "say different things"),
         (damage_config("rope_theta", "high"), "config.json: .*high"),
         (damage_config("rope_theta", 0), "rope_theta is 0"),
         (damage_config("rms_norm_eps", -1), "norm_eps is -1"),
@@ -654,6 +656,7 @@ def damage_tensors(change):
         (damage_tensors(lambda t: t.update({"model.norm.weight": torch.ones(())})), "shape"),
         (damage_tensors(lambda t: t.pop("model.norm.weight")), "lack 'model.norm.weight'"),
         (damage_tensors(lambda t: t.update(extra=torch.ones(1))), "hold 'extra'"),
+        (damage_tensors(lambda t: t.update({"lm_head.weight": torch.ones(37, 16)})), "is not the embedding, though"),
     ],
 )
 def test_bad_checkpoints(tmp_path, damage, message):
@@ -767,6 +770,8 @@ def write_gguf(path, theirs, kind, quantise=(), tokenizer=None, leave_out=(), **
         writer.add_sliding_window(c.sliding_window)
     if metadata.get("rotated"):
         writer.add_rope_dimension_count(metadata["rotated"])
+    if metadata.get("rope_factor"):
+        writer.add_rope_scaling_factor(metadata["rope_factor"])
     if metadata.get("rope_scaling"):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     if tokenizer is not None:
@@ -780,6 +785,7 @@ def write_gguf(path, theirs, kind, quantise=(), tokenizer=None, leave_out=(), **
         writer.add_token_merges([f"{show(a)} {show(b)}" for a, b in tokenizer.merges])
         writer.add_eos_token_id(tokenizer.im_end_id)
         writer.add_chat_template(metadata.get("template", CHATML))
+        writer.add_add_bos_token(metadata.get("add_bos", False))
     state = theirs.state_dict()
     for name, tensor in state.items():
         stem, _, end = name.rpartition(".")
@@ -833,7 +839,7 @@ def test_gguf(name, quantise, tmp_path, tokens):
 def test_the_tokenizer_in_a_gguf_file(tmp_path):
     text = "Tom has 5 apples, and 12 pears. Don't count them, naïve one! \n\n" * 3
     tokenizer = BPETokenizer.train(text, 300)
-    theirs = AutoModelForCausalLM.from_config(IN_GGUF["qwen2"])
+    theirs = AutoModelForCausalLM.from_config(Qwen2Config(**WIDE | {"vocab_size": tokenizer.vocab_size}))
     path = tmp_path / "m.gguf"
     write_gguf(path, theirs, "qwen2", tokenizer=tokenizer)
     opened = gguf_tokenizer(Transformer.from_gguf(path)[1], path)
@@ -846,11 +852,26 @@ def test_the_tokenizer_in_a_gguf_file(tmp_path):
     answer = {"role": "assistant", "content": "Hello"}
     assert opened.encode_chat([user], True) == tokenizer.encode_chat([system, user], True)
     assert opened.encode_chat([user, answer]) == tokenizer.encode_chat([system, user, answer])
+    folder = tmp_path / "saved"  # opened, saved and opened again it frames a chat as before, here and for transformers
+    again, chat, where = open_checkpoint(path)
+    assert is_chat_model(where, chat)
+    again.save_pretrained(folder)
+    chat.save_pretrained(folder)
+    again = open_checkpoint(folder)[1]
+    assert again.encode_chat([user], True) == opened.encode_chat([user], True)
+    assert again.fingerprint == opened.fingerprint != tokenizer.fingerprint
+    their_text = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [user], tokenize=False, add_generation_prompt=True
+    )
+    assert their_text == opened.decode(opened.encode_chat([user], True)[0])
     rude = {"role": "system", "content": "Be rude."}
     assert opened.encode_chat([rude, user]) == tokenizer.encode_chat([rude, user])
     plain = CHATML.replace("loop.first", "false")
     for changes, message in [
         (dict(template="{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"), "is not ChatML"),
+        (dict(template="{{ bos_token }}" + CHATML), "is not ChatML"),
+        (dict(template=CHATML.replace("m.content", "(m.content | trim)")), "is not ChatML"),
+        (dict(add_bos=True), r"begin with a token of their own \(add_bos_token\)"),
         (dict(template="{% for m in messages %}"), "its chat template does not work"),
         (dict(template="{{ messages[0].content + none }}"), "its chat template does not work"),
         (dict(template="{{ 1 / 0 }}"), "its chat template does not work"),
@@ -879,6 +900,7 @@ def test_bad_gguf(tmp_path, monkeypatch):
         (lambda: write_gguf(path, theirs, "llama", architecture="qwen2"), "lacks 'qwen2.context_length'|lack '.*bias"),
         (lambda: write_gguf(path, theirs, "llama", rotated=8), "RoPE over 8 of 16 features is not supported"),
         (lambda: write_gguf(path, theirs, "llama", rope_scaling=True), "RoPE scaling in a GGUF file is not supported"),
+        (lambda: write_gguf(path, theirs, "llama", rope_factor=4.0), "RoPE scaling in a GGUF file is not supported"),
         (lambda: [write_gguf(path, theirs, "llama"), path.write_bytes(path.read_bytes()[:-999])], "corrupt or no GGUF"),
         (lambda: [write_gguf(path, theirs, "llama"), path.write_bytes(path.read_bytes()[:300])], "corrupt or no GGUF"),
     ]:

@@ -577,18 +577,27 @@ def test_settings_that_cannot_be_used(checkpoint, capsys, monkeypatch, flags, wo
     assert word in failure(capsys, lambda: run(main, Config))
 
 
-def test_the_process_group_is_left(monkeypatch, tmp_path):
-    """At the interpreter's end gloo's threads sometimes abort a process whose work is done."""
-    begun = []
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (ConfigError("no"), 2), (KeyboardInterrupt(), 130)])
+def test_one_of_several_processes_ends_at_once(monkeypatch, tmp_path, capfd, error, status):
+    """At the interpreter's end gloo's threads sometimes abort a process whose work is done. What was printed is there."""
+    begun, left = [], []
 
     def main(config):
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         begun.append(torch.distributed.is_initialized())
+        if error is not None:
+            raise error
 
     monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "x"])
-    run(main, Config)
+    monkeypatch.setattr(generate_module.os, "_exit", left.append)
+    with contextlib.suppress(SystemExit):
+        run(main, Config)
     assert begun == [True]
-    assert not torch.distributed.is_initialized()
+    assert left == [status]
+    assert capfd.readouterr().err == ("error: no\n" if status == 2 else "")
+    assert torch.distributed.is_initialized() == (status != 0)
+    if status:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_script(checkpoint):

@@ -470,12 +470,13 @@ EXPERIMENTS = {
         pairs=tuple((v, "2 inner epochs" if v == "clip higher" else "default") for v in list(_GRPO)[1:]),
     ),
     "gdpo": Experiment(
-        "Three rewards: GRPO on the answer alone, GRPO on the sum, GDPO.",
+        "Three rewards: GRPO on the answer alone, GRPO on the sum, GDPO, and brevity paid for right answers alone.",
         _TASK,
         {
             "GRPO, answer alone": _grpo(format_weight=0.0),
             "GRPO, sum": _grpo("gdpo", combine="sum", format_weight=0.5, brevity_weight=0.5),
             "GDPO": _grpo("gdpo", format_weight=0.5, brevity_weight=0.5),
+            "GDPO, brevity if right": _grpo("gdpo", format_weight=0.5, brevity_weight=0.5, conditioned=["brevity"]),
         },
         _RL
         | {"earned_correct": "right (%)", "earned_format": "tidy (%)", "earned_brevity": "brief (%)"}

@@ -697,6 +697,18 @@ def machine():
     return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}, {kind}"
 
 
+def side_by_side(runs):
+    """runs: (steps, values) of each seed -> steps (points,), values (seeds, points): at most 80 points, each the mean of
+    neighbours, at the steps that all have. GRPO, say, logs no KL where no group has anything to teach."""
+    values = [dict(zip(*run, strict=True)) for run in runs]  # {step: value}
+    steps = sorted(set.intersection(*map(set, values))) if values else []
+    rows = torch.tensor([steps, *([run[step] for step in steps] for run in values)], dtype=torch.double)
+    if steps:
+        width = max(1, len(steps) // 40)
+        rows = rows.unfold(1, width, width).mean(2)
+    return rows[0], rows[1:]
+
+
 def draw(experiment, results, folders, seeds, target):
     """One panel for the table's first metric, one for each logged curve: means over the seeds, bands of ± half (of 8
     variants or more the bands would hide the curves)."""
@@ -734,13 +746,9 @@ def draw(experiment, results, folders, seeds, target):
         for i, variant in enumerate(variants):
             runs = [read_metrics(folders[variant, s]).get(name) for s in seeds]
             runs = [r for r in runs if r]
-            if not runs:
+            steps, stack = side_by_side(runs)
+            if not len(steps):
                 continue
-            length = min(len(r[1]) for r in runs)
-            width = max(1, length // 40)
-            curves = [torch.tensor(r[1][:length]).unfold(0, width, width).mean(1) for r in runs]
-            steps = torch.tensor(runs[0][0][:length], dtype=torch.float).unfold(0, width, width).mean(1)
-            stack = torch.stack(curves).double()  # (seeds, points)
             mean = stack.mean(0)
             axis.plot(steps, mean, dashes[i], color=colors[i], label=variant)
             if len(runs) > 1 and not crowd:

@@ -69,7 +69,7 @@ class Rollout:
         """The completions as strings: plain tokens only, neither special ones nor a padded vocabulary's spare ids."""
         rows = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
         return [
-            tokenizer.decode([i for i, real in zip(ids, mask, strict=True) if real and i in tokenizer.vocab])
+            tokenizer.decode([i for i, real in zip(ids, mask, strict=True) if real and i in tokenizer.text_ids])
             for ids, mask in rows
         ]
 
@@ -588,7 +588,7 @@ def answer(model, tokenizer, ids, stop_ids, config, generator):
 
     def show(token, live):  # a character may span several tokens: the decoder holds back an unfinished one
         nonlocal text, shown
-        if not live[0] or token[0].item() in stop_ids or token[0].item() not in tokenizer.vocab:
+        if not live[0] or token[0].item() in stop_ids or token[0].item() not in tokenizer.text_ids:
             return None
         text += decoder.decode(tokenizer.decode_bytes([token[0].item()]))
         found = [text.index(stop) for stop in config.stop if stop in text]

@@ -1042,8 +1042,8 @@ def main(config):
 
     documents = tokenizer.encode_batch(texts["valid"]) if len(texts["valid"]) > 1 else []
     byte_lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # special tokens are no text
-    for i, spelling in tokenizer.vocab.items():
-        byte_lengths[i] = len(spelling)
+    for i in tokenizer.text_ids:
+        byte_lengths[i] = len(tokenizer.token_bytes(i))
     entropy = None
     if config.data == "word":  # the built-in stories' entropy is known: no model can go below it
         entropy = narrative_entropy()[0] * len(documents) / sum(len(ids) + 1 for ids in documents)

@@ -264,10 +264,18 @@ class Tokenizer:
     def __init__(self, vocab, special_ids, eos_token=None):
         """vocab: {id: bytes} of the plain tokens. special_ids: {"<|endoftext|>": id, …}. eos_token: a special token's
         name for tokenizer_config.json; by default the end of a turn, or else of a document."""
-        self.vocab, self.special_ids = vocab, dict(special_ids)
+        self.vocab, self.special_ids, self.added_ids = vocab, dict(special_ids), {}
+        self.text_ids = set(vocab)  # what stands for text, and not for the end of one
         self._bytes = vocab | {i: name.encode() for name, i in self.special_ids.items()}
         names = [name for name in (eos_token, "<|im_end|>", "<|endoftext|>") if name in self.special_ids]
         self.eos_token = names[0] if names else None
+
+    def add_words(self, ids):
+        """ids: {"<think>": id, …}, words that are tokens as they stand, in any text, but no special ones: Qwen3 thinks
+        and calls its tools between such. A file's `normalized` is not looked at: it matters for accents behind one."""
+        self.added_ids = dict(ids)
+        self.text_ids |= set(ids.values())
+        self._bytes |= {i: name.encode() for name, i in ids.items()}
 
     @property
     def vocab_size(self):
@@ -301,6 +309,7 @@ class Tokenizer:
 
     def _content(self):
         content = [self.kind, sorted(self.vocab.items()), sorted(self.special_ids.items())]
+        content += [sorted(self.added_ids.items())] if self.added_ids else []
         return content if self.default_system is None else [*content, self.default_system]
 
     def encode(self, text, allowed_special=()):
@@ -310,15 +319,16 @@ class Tokenizer:
         training data, could type <|im_end|><|im_start|>system and speak with another's voice.
         """
         allowed = set(self.special_ids) if allowed_special == "all" else set(allowed_special)
-        if not allowed:
-            return self.encode_ordinary(text)
-        utf8(text)
         for name in sorted(allowed - set(self.special_ids)):
             raise TokenizerError(f"{name!r} is not a special token here; they are {[*self.special_ids]}")
-        longest_first = sorted(allowed, key=len, reverse=True)
+        whole = {name: self.special_ids[name] for name in allowed} | self.added_ids
+        if not whole:
+            return self.encode_ordinary(text)
+        utf8(text)
+        longest_first = sorted(whole, key=len, reverse=True)
         ids = []
         for piece in regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text):
-            ids += [self.special_ids[piece]] if piece in allowed else self.encode_ordinary(piece)
+            ids += [whole[piece]] if piece in whole else self.encode_ordinary(piece)
         return ids
 
     def encode_batch(self, texts):
@@ -405,10 +415,10 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json into a directory, each under a temporary name first."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        special = sorted(self.special_ids.items(), key=lambda item: item[1])
-        tokenizer = {"version": "1.0", "truncation": None, "padding": None}
-        tokenizer |= {"added_tokens": [{"id": i, "content": name, **flags} for name, i in special]}
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+        names = sorted((self.special_ids | self.added_ids).items(), key=lambda item: item[1])
+        added = [{"id": i, "content": name, **flags, "special": name in self.special_ids} for name, i in names]
+        tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
         tokenizer |= {"normalizer": None, "post_processor": None, **self.to_json()}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         # A name that the vocabulary lacks would make transformers add it, as an id that the model has no row for.
@@ -492,6 +502,8 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         """The ids of each text, on several threads: tiktoken lets go of Python's lock."""
+        if self.added_ids:
+            return super().encode_batch(texts)
         return self._fast.encode_ordinary_batch([self._prepare(text) for text in texts], num_threads=os.cpu_count())
 
     def encode_naive(self, text):
@@ -664,20 +676,21 @@ def build(content, config):
     """The tokenizer that a tokenizer.json describes; only what is known to give the same ids is let through."""
     model, steps = content["model"], content["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    special = {token["content"]: token["id"] for token in content["added_tokens"]}
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos  # older files spell the token out as an object
+    special, added = {}, {}
+    for token in content["added_tokens"]:
+        ends = token["content"] in (eos, *SPECIAL_TOKENS)
+        (special if ends or token.get("special", True) else added)[token["content"]] = token["id"]
+        narrow = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        if narrow and token["content"] in added:
+            raise TokenizerError(f"its token {token['content']!r} is {narrow[0]}: not supported here")
     names = sorted(special, key=special.get)
-    plain = {token: i for token, i in model["vocab"].items() if token not in special}
+    plain = {token: i for token, i in model["vocab"].items() if token not in special | added}
     kind = model.get("type", "BPE")
     normalizer, after = ((content.get(key) or {}).get("type") for key in ("normalizer", "post_processor"))
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     used = [option for option in options if model.get(option)]
-    blank = [t["content"] for t in content["added_tokens"] if not t.get("special", True) and not t["content"].strip()]
-    if blank:
-        raise TokenizerError(
-            f"it cuts {blank[0]!r} out of any text: not supported here, the ids would be wrong without"
-        )
     if normalizer not in (None, "NFC") or after not in (None, "ByteLevel") or used:
         parts = [part for part in (normalizer, after, *used) if part not in (None, "NFC", "ByteLevel")]
         raise TokenizerError(f"{', '.join(parts)}: not supported here, and the ids would be wrong without")
@@ -699,6 +712,7 @@ def build(content, config):
         raise TokenizerError(f"a {kind} model with this pre-tokenizer is not supported here")
     if (found, tokenizer.special_ids) != (plain, special):
         raise TokenizerError(f"these are not the ids of a {tokenizer.kind} tokenizer")
+    tokenizer.add_words(added)
     return tokenizer
 
 

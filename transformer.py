@@ -819,7 +819,8 @@ def from_hf_config(hf, kind):
     rope = new or old  # transformers 5 writes the first, with the base
     hf["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4)))
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+    trained = {k: hf[k] for k in ("original_max_position_embeddings",) if hf.get(k)}  # beside the dict it goes first
+    hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} | trained if scaled else None
     if kind.startswith("qwen"):
         hf["sliding_window"] = _qwen_window(hf, kind)
     values = layout.means | {ours: hf[theirs] for ours, theirs in layout.keys.items()}
@@ -950,10 +951,11 @@ def gguf_tokenizer(metadata, path):
         tokens = metadata["tokenizer.ggml.tokens"]
         kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
         vocab = {i: unshow(token) for i, (token, kind) in enumerate(kinds) if kind == 1}
-        special = {token: i for i, (token, kind) in enumerate(kinds) if kind in (3, 4)}  # control tokens, user's own
+        special = {token: i for i, (token, kind) in enumerate(kinds) if kind == 3}
         merges = [tuple(unshow(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
         eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
         tokenizer = BPETokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
+        tokenizer.add_words({token: i for i, (token, kind) in enumerate(kinds) if kind == 4})
         check_spelling(tokenizer)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise TokenizerError(f"{path}: the tokenizer is corrupt: {error}") from None

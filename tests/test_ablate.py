@@ -221,6 +221,20 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(scrat
     assert len(curves.lines) == 8
 
 
+def test_curves_of_seeds_that_lack_steps():
+    """By step, not by place: the third KL of a run that has none at step 100 is that of step 150."""
+    whole, holed = ([1, 50, 100, 150], [0.0, 1.0, 2.0, 3.0]), ([1, 50, 150, 150], [4.0, 5.0, 6.0, 7.0])
+    steps, values = ablate.side_by_side([whole, holed])
+    assert steps.tolist() == [1, 50, 150]
+    assert values.tolist() == [[0, 1, 3], [4, 5, 7]]  # of a step logged twice, before and after a resume, the last
+    assert [x.numel() for x in ablate.side_by_side([whole, ([2], [0.0])])] == [0, 0]
+    assert [x.numel() for x in ablate.side_by_side([])] == [0, 0]
+    many = list(range(100)), [float(i % 2) for i in range(100)]
+    steps, values = ablate.side_by_side([many, many])
+    assert steps.tolist() == [0.5 + 2 * i for i in range(50)]
+    assert values.tolist() == [[0.5] * 50] * 2
+
+
 def test_a_run_that_diverged_is_a_result(experiment, scratch):
     hot = [
         ("pretrain", experiment.variants["wide"][0][1] | {"lr": 1e30, "clip": 0.0, "steps": 5, "optimizer": "adamw"})

@@ -196,6 +196,8 @@ def test_texts_leave_out_pads_and_special_tokens():
     ids = torch.cat([ids, torch.tensor([[*cat, 270 + 9, 0, 0]])])  # a row that a padded vocabulary has to spare
     mask = torch.cat([mask, mask])
     assert Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer) == [" cat", " cat"]
+    tokenizer.add_words({"<think>": 270 + 9})
+    assert Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer) == [" cat", " cat<think>"]
 
 
 def test_what_generate_is_given_must_fit(model):
@@ -460,6 +462,12 @@ def test_stop_texts_end_an_answer_and_are_not_shown(capsys):
     whole = say()
     assert say(whole[5:8], "never said") == whole[: whole.index(whole[5:8])]
     assert say(whole[-1] + "never said") == whole  # held back as a beginning, then shown
+    first = whole[0]  # a word that is a token, but no special one, is shown
+    tokenizer.special_ids["<think>"] = tokenizer.encode(first)[0]
+    tokenizer.text_ids.discard(tokenizer.encode(first)[0])
+    assert first not in say()
+    tokenizer.add_words({"<think>": tokenizer.encode(first)[0]})
+    assert say() == whole.replace(first, "<think>")
 
 
 def test_seed_streaming_and_training_mode(model):

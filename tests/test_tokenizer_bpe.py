@@ -294,7 +294,15 @@ def make_smollm2():
     return trained_by_tokenizers(steps, TEXT, 500, SPECIAL_TOKENS, alphabet), SMOLLM_PATTERN
 
 
-@pytest.mark.parametrize("make", [make_gpt2, make_qwen2, make_smollm2])
+def make_qwen3():
+    """Qwen3 has words besides, tokens in any text, that are not special; GPT-NeoX has such for runs of blanks."""
+    theirs, pattern = make_qwen2()
+    words = ["<think>", "</think>", "<think>more", "    ", "  "]
+    theirs.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    return theirs, pattern
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_qwen2, make_smollm2, make_qwen3])
 def test_tokenizers_of_other_makes_open(make, tmp_path):
     theirs, pattern = make()
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -308,16 +316,51 @@ def test_tokenizers_of_other_makes_open(make, tmp_path):
     assert again.fingerprint == ours.fingerprint
 
     @settings(max_examples=200, deadline=None)
-    @given(st.text() | st.text("a1 '\n\té´s\u0301") | st.sampled_from(HARD))
+    @given(
+        st.text()
+        | st.text("a1 '\n\té´s\u0301")
+        | st.sampled_from(HARD)
+        | st.lists(st.sampled_from(["<think>", "</think>", "more", "<", "think>", " ", "  ", "é"])).map("".join)
+    )
     def same_ids(text):
-        expected = theirs.encode(text.replace("<|", "< |")).ids
+        text = text.replace("<|", "< |")
+        expected = theirs.encode(text).ids
         for tokenizer in (ours, again):
-            assert tokenizer.encode(text.replace("<|", "< |")) == expected
-        assert ours.encode_naive(text.replace("<|", "< |")) == expected
-        assert written.encode(text.replace("<|", "< |")).ids == expected
+            assert tokenizer.encode(text) == tokenizer.encode_batch([text])[0] == expected
+        assert ours.added_ids or ours.encode_naive(text) == expected
+        assert written.encode(text).ids == expected
+        assert ours.nfc or ours.decode(expected) == text
 
     same_ids()
     assert ours.encode("a<|endoftext|>", allowed_special="all") == theirs.encode("a<|endoftext|>").ids
+
+
+def test_words_that_are_tokens_but_not_special(tmp_path):
+    theirs, _ = make_qwen3()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours, end = load_tokenizer(tmp_path), "<|im_end|>"
+    assert end in ours.special_ids
+    assert set(ours.added_ids) == {"<think>", "</think>", "<think>more", "    ", "  "}
+    ids = theirs.encode(f"<think>a</think>b{end}").ids
+    assert ours.encode(f"<think>a</think>b{end}", allowed_special=[end]) == ids
+    assert [i for i in ids if i not in ours.text_ids] == [ours.im_end_id]
+    assert theirs.decode(ids) == ours.decode([i for i in ids if i in ours.text_ids])  # it skips special tokens
+    chat = [{"role": "user", "content": "<think>"}, {"role": "assistant", "content": "<think>a</think>b"}]
+    ours.save_pretrained(tmp_path / "again")
+    hf = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert hf.apply_chat_template(chat, return_dict=False) == ours.encode_chat(chat)[0]
+    other = load_tokenizer(tmp_path / "again")
+    other.added_ids = {}
+    assert other.fingerprint != ours.fingerprint
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    names = [token["content"] for token in content["added_tokens"]]
+    content["added_tokens"][names.index(end)]["special"] = False  # whatever a file says, it frames a chat
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
+    content["added_tokens"][names.index("</think>")]["lstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="'</think>' is lstrip"):
+        load_tokenizer(tmp_path)
 
 
 def test_what_gpt2_and_smollm2_lack(tmp_path):

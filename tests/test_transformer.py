@@ -160,6 +160,19 @@ def test_an_older_config_json(tmp_path, tokens):
         torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llama 3", "llama yarn", "llama linear"])
+def test_the_trained_length_beside_the_rope_settings(name, tmp_path, tokens):
+    theirs_of(name).save_pretrained(tmp_path)
+    inside = Transformer.from_pretrained(tmp_path)(tokens)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"original_max_position_embeddings": 7}))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        ours = Transformer.from_pretrained(tmp_path)(tokens)
+        torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+    assert torch.allclose(ours, inside, atol=1e-3) == (name == "llama linear")  # which asks for no trained length
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -775,13 +788,14 @@ def write_gguf(path, theirs, kind, quantise=(), tokenizer=None, leave_out=(), **
     if metadata.get("rope_scaling"):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     if tokenizer is not None:
-        both = tokenizer.vocab | {i: name.encode() for name, i in tokenizer.special_ids.items()}
-        special = set(tokenizer.special_ids.values())
-        shown = [both[i].decode() if i in special else show(both[i]) for i in range(len(both))]
+        kinds = (tokenizer.special_ids, tokenizer.added_ids)
+        special, added = ({i: name.encode() for name, i in ids.items()} for ids in kinds)
+        both = tokenizer.vocab | special | added
+        shown = [both[i].decode() if i in special | added else show(both[i]) for i in range(len(both))]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(metadata.get("pre", "qwen2"))
         writer.add_token_list(shown)
-        writer.add_token_types([3 if i in special else 1 for i in range(len(both))])
+        writer.add_token_types([3 if i in special else 4 if i in added else 1 for i in range(len(both))])
         writer.add_token_merges([f"{show(a)} {show(b)}" for a, b in tokenizer.merges])
         writer.add_eos_token_id(tokenizer.im_end_id)
         writer.add_chat_template(metadata.get("template", CHATML))
@@ -839,11 +853,14 @@ def test_gguf(name, quantise, tmp_path, tokens):
 def test_the_tokenizer_in_a_gguf_file(tmp_path):
     text = "Tom has 5 apples, and 12 pears. Don't count them, naïve one! \n\n" * 3
     tokenizer = BPETokenizer.train(text, 300)
+    tokenizer.add_words({"<think>": tokenizer.vocab_size, "</think>": tokenizer.vocab_size + 1})
     theirs = AutoModelForCausalLM.from_config(Qwen2Config(**WIDE | {"vocab_size": tokenizer.vocab_size}))
     path = tmp_path / "m.gguf"
     write_gguf(path, theirs, "qwen2", tokenizer=tokenizer)
     opened = gguf_tokenizer(Transformer.from_gguf(path)[1], path)
-    for sample in (text, "pears 345 🙂<|im_end|>", ""):
+    assert opened.encode("<think>a")[0] == tokenizer.vocab_size - 2
+    assert len(opened.special_ids) == 3
+    for sample in (text, "pears 345 🙂<|im_end|><think>", ""):
         assert opened.encode(sample) == tokenizer.encode(sample)
         assert opened.decode(opened.encode(sample)) == sample
     assert opened.encode("na\u00efve") == opened.encode("nai\u0308ve")  # Qwen2 composes characters first

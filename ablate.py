@@ -698,7 +698,7 @@ def machine():
 
 
 def side_by_side(runs):
-    """runs: (steps, values) of each seed -> steps (points,), values (seeds, points): at most 80 points, each the mean of
+    """runs: (steps, values) of each seed -> steps (points,), values (seeds, points): at most 80, each the mean of
     neighbours, at the steps that all have. GRPO, say, logs no KL where no group has anything to teach."""
     values = [dict(zip(*run, strict=True)) for run in runs]  # {step: value}
     steps = sorted(set.intersection(*map(set, values))) if values else []

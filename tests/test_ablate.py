@@ -197,7 +197,12 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(scrat
 
     def panels(*variants):
         made = ablate.Experiment(
-            "?", "", dict.fromkeys(variants), {"accuracy": "accuracy (%)"}, {"loss": "loss"}, dashed="no warm-up"
+            "?",
+            "",
+            dict.fromkeys(variants),
+            {"accuracy": "accuracy (%)"},
+            {"loss": "loss", "kl": "KL"},
+            dashed="no warm-up",
         )
         results = {
             (v, s): {"accuracy": (8.6, 71.4, 72.2)[s] if v == "post" else 50 + s, "by_position": [2.0] * 16}
@@ -207,7 +212,8 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(scrat
         ablate.draw(made, results, dict.fromkeys(results, scratch), [0, 1, 2], scratch / "picture.png")
         return kept[-1].axes
 
-    bars, curves, positions = panels("post", "post, no warm-up")[:3]
+    bars, curves, never, positions = panels("post", "post, no warm-up")[:4]
+    assert not never.lines  # what no run has logged
     arrows = [(line.get_marker(), *line.get_ydata()) for line in bars.lines if line.get_marker() in ("<", ">")]
     assert arrows == [("<", 0), (">", 0)]  # 50.7 ± 90.7; not 51 ± 2.5
     assert bars.get_xlabel() == "accuracy (%)\nan arrow: the interval goes on"

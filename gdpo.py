@@ -21,7 +21,8 @@ rewards of equal weight and equal std are exchangeable; unequal weights part the
 
 What it costs: a weight w_k now weighs standard deviations, not rewards, so a reward that hardly differs inside a group
 counts as much as one that differs a lot. And one that is easy, or can be had without the task, is had first: an empty
-answer is brief. Hence conditioned rewards (--conditioned): r_k counts only where the answer is right.
+answer is brief. Hence conditioned rewards (--conditioned): r_k counts only where the answer is right. Without it two
+of six seeds came to stop after the first of two steps, brief, tidy and wrong; with it none did (results/gdpo.md).
 
 Equal to the authors' TRL code (NVlabs/GDPO, trl-GDPO, `_generate_and_score_completions`): epsilon 1e-4 in both steps,
 standard deviations with ddof 1, over the completions of the step on all ranks. (TRL itself has it since as

@@ -598,7 +598,8 @@ def report(config, before, after, n, seconds):
     gain = f"{(after['accuracy'] - before['accuracy']) * 100:+.1f} points in " if "accuracy" in after else ""
     print(f"{gain}{config.steps} steps, {seconds / 60:.1f} minutes")
     if after["pairs"]["logp_chosen"] < before["pairs"]["logp_chosen"]:
-        print("the chosen answers became less probable too: DPO fits the difference alone (see curves.png)")
+        spite = f", in spite of --nll {config.nll:g}" if config.nll else ""
+        print(f"the chosen answers became less probable too{spite}: DPO fits the difference alone (see curves.png)")
 
 
 def draw(config, run_dir, verified):

@@ -32,6 +32,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
 import time
@@ -543,6 +544,9 @@ def configs_of(settings):
     return json.loads(json.dumps([asdict(build(stage, flags)) for stage, flags in settings["stages"]]))
 
 
+STOPPED = []  # in the process of a run: whether it was stopped
+
+
 def short_commit():
     """Eight digits, and "+" where files differ from the commit."""
     full = commit()
@@ -551,11 +555,16 @@ def short_commit():
 
 def run_one(settings, folder, threads):
     """Run a variant with a seed; its figures, also written to folder/result.json, {"diverged": …} if it did. Runs in a
-    process of its own."""
+    process of its own, which does no other once it was stopped: the pool hands out one more than it has processes."""
+    if STOPPED:
+        raise KeyboardInterrupt
     try:
         figures = _run(settings, folder, threads)
     except DivergedError as error:
         figures = {"diverged": str(error)}
+    except (KeyboardInterrupt, SystemExit):
+        STOPPED.append(True)
+        raise
     folder = Path(folder)
     made = {"settings": settings, "configs": configs_of(settings), "commit": short_commit(), "figures": figures}
     (folder / "result.tmp").write_text(json.dumps(made))
@@ -847,6 +856,13 @@ def left_out(target, name, variants, seeds):
     return lost + [f"seed {s}" for s in (found[1].split(", ") if found else []) if int(s) not in seeds]
 
 
+def pass_on(number, _):
+    """Ctrl-C reaches the runs by itself, in the terminal; SIGTERM reaches this process alone."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGINT)
+    raise KeyboardInterrupt
+
+
 def main(config):
     """Run what is missing, then write results/NAME.md and .png; returns {(variant, seed): figures}."""
     if config.list:
@@ -889,6 +905,8 @@ def main(config):
     todo.sort(key=lambda run: any(flags.get("init") == "START" for _, flags in run[2]["stages"]))
     failed = []
     bar = tqdm(total=len(experiment.variants) * len(seeds), initial=len(results), unit="run", desc=name)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, pass_on)
     with ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             jobs = {pool.submit(run_one, *what, threads): (v, s, what[1]) for v, s, *what in todo}
@@ -902,6 +920,7 @@ def main(config):
                 bar.update()
         except KeyboardInterrupt:  # each run has got it too and has stopped; what was waiting is not begun
             pool.shutdown(cancel_futures=True)
+            bar.close()
             print("stopped; the same command makes the runs that are missing")
             raise SystemExit(130) from None
     bar.close()

@@ -1,9 +1,15 @@
 """ablate.py: the intervals by hand, every experiment's flags, a small experiment from first run to picture."""
 
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from importlib import import_module
@@ -498,3 +504,31 @@ def test_every_recipe_is_one_of_its_stages_settings(recipe, scratch):
     stage = re.search(r"python (\w+)\.py", recipe.read_text(encoding="utf-8"))[1]
     config = parse_config(import_module(stage).Config, ["--config", str(recipe)])
     assert recipe.stem.startswith(config.name)  # its run directory says which recipe it was
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to one process, as a batch system", "Ctrl-C to all, as a terminal"])
+def test_a_stop_stops_all(how, tmp_path):
+    """The runs hold the pipe open as long as they live, which would be minutes."""
+    environment = os.environ | {"ALIGN_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "ablate.py"), "norm-kind"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        running, end = [], time.monotonic() + 120
+        while len(running) < 2 and time.monotonic() < end:
+            time.sleep(0.2)
+            running = list(tmp_path.glob("runs/ablate/norm-kind/*/run/metrics.jsonl"))
+            running = [log for log in running if '"loss"' in log.read_text()]
+        if "SIGTERM" in how:
+            process.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[0].decode()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert said.endswith("stopped; the same command makes the runs that are missing\n")
+    logs = [log.read_text() for log in tmp_path.glob("runs/ablate/norm-kind/*/log.txt")]
+    assert ["saved; add --resume" in log for log in logs] == [True, True]  # and a third has not begun

@@ -819,8 +819,9 @@ def from_hf_config(hf, kind):
     rope = new or old  # transformers 5 writes the first, with the base
     hf["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4)))
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    trained = {k: hf[k] for k in ("original_max_position_embeddings",) if hf.get(k)}  # beside the dict it goes first
-    hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} | trained if scaled else None
+    hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+    if scaled and hf.get("original_max_position_embeddings"):  # beside the dict it goes before what stands in it
+        hf["rope_scaling"]["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     if kind.startswith("qwen"):
         hf["sliding_window"] = _qwen_window(hf, kind)
     values = layout.means | {ours: hf[theirs] for ours, theirs in layout.keys.items()}

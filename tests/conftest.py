@@ -50,6 +50,18 @@ def metrics(run_dir, name):
     return {r["step"]: r[name] for r in records if name in r}
 
 
+def assert_the_start_is_kept(stage, config, run_dir, monkeypatch):
+    """A run of `stage` that is stopped before its first step, then resumed, still has the accuracy of step 0."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "Interrupt", lambda dist: True)
+        with pytest.raises(SystemExit):
+            stage.main(config())
+    start = metrics(run_dir, "accuracy")
+    stage.main(config(resume=True))
+    assert metrics(run_dir, "accuracy").items() >= start.items()
+    assert list(start) == [0]
+
+
 def weights(run_dir):
     from safetensors.torch import load_file
 

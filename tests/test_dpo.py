@@ -434,3 +434,14 @@ def test_bad_input_is_one_line(here):
     for name, value in (("lr", -1.0), ("seed", -1), ("dropout", 1.0), ("weight_decay", -0.1)):
         with pytest.raises(ConfigError, match=f"--{name} is {value}"):
             config(**{name: value})
+
+
+def test_the_report_says_when_chosen_answers_became_less_probable(capsys):
+    def said(nll, chosen):
+        pairs = {"loss": 0.6, "logp_chosen": -5.0, "logp_rejected": -8.0, "accuracy": 0.75}
+        dpo.report(Config(nll=nll), {"pairs": pairs}, {"pairs": pairs | {"logp_chosen": chosen}}, 100, 60.0)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert said(1.0, -6.0).startswith("the chosen answers became less probable too, in spite of --nll 1:")
+    assert said(0.0, -6.0).startswith("the chosen answers became less probable too: DPO fits the difference alone")
+    assert said(1.0, -4.0) == "300 steps, 1.0 minutes"

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, metrics, script, weights
+from conftest import ROOT, assert_same_weights, assert_the_start_is_kept, metrics, script, weights
 
 import data
 import grpo
@@ -697,14 +697,7 @@ def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
 
 
 def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo, "Interrupt", lambda dist: True)
-        with pytest.raises(SystemExit):
-            grpo.main(config())
-    start = metrics("runs/grpo", "accuracy")
-    grpo.main(config(resume=True))
-    assert metrics("runs/grpo", "accuracy").items() >= start.items()
-    assert list(start) == [0]
+    assert_the_start_is_kept(grpo, config, "runs/grpo", monkeypatch)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from conftest import assert_one_line_error, assert_same_weights, assert_the_start_is_kept, metrics, script
 
 import ppo
 import pretrain
@@ -409,14 +409,7 @@ def score(judge, prompt, answer):
 
 
 def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "Interrupt", lambda dist: True)
-        with pytest.raises(SystemExit):
-            ppo.main(config())
-    start = metrics("runs/ppo", "accuracy")
-    ppo.main(config(resume=True))
-    assert metrics("runs/ppo", "accuracy").items() >= start.items()
-    assert list(start) == [0]
+    assert_the_start_is_kept(ppo, config, "runs/ppo", monkeypatch)
 
 
 def test_a_policy_may_not_write_what_the_reward_model_cannot_read(here, tokenizer):

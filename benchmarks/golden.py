@@ -1,4 +1,4 @@
-"""The safety net of a refactoring: short seeded runs of every stage, and whether two versions of the code agree on them.
+"""The safety net of a refactoring: short seeded runs of every stage, and whether two versions of the code agree.
 
     python benchmarks/golden.py record OLD --repo ../old-checkout      # every figure of metrics.jsonl, and the weights
     python benchmarks/golden.py record NEW                             # the same with this checkout
@@ -6,7 +6,7 @@
 
 A run is compared to the last bit: all that metrics.jsonl holds but what a clock made, and a checksum of each
 checkpoint's weights. So both records must come from one machine and one version of torch. Each process has one thread
-and computes in fp32; runs named `…_2` are two processes of torchrun. About 12 minutes on two cores; --only sft takes
+and computes in fp32; runs named `…_2` are two processes of torchrun. About 6 minutes on two cores; --only sft takes
 the runs whose name begins so, which needs the runs that they start from.
 """
 
@@ -21,12 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CLOCKS = ("_per_second", "seconds", "mfu")
-NO_NUMBERS = ("wandb",)
-
 BASE = "--init runs/pretrain/best"
 SFT = "--init runs/sft/best"
 SHORT = "--eval_problems 20 --test_problems 20"
 RL = f"{SFT} {SHORT} --prompts 4 --rollouts 4 --steps 4 --eval_every 2 --max_new_tokens 40"
+PAIRS = "--n_pairs 60 --sample_problems 60 --eval_pairs 20 --test_pairs 20"
 GRPO = f"{RL} --pass_problems 4 --pass_samples 4"
 # In stages: the runs of one stage may start from those of the stages before it, and go side by side.
 RUNS = [
@@ -54,10 +53,10 @@ RUNS = [
         "sft_lora": f"sft.py {BASE} {SHORT} --steps 6 --eval_every 3 --lora.rank 4 --optimizer adamw --lr 1e-3",
     },
     {
-        "reward_model": f"reward_model.py {SFT} --steps 6 --eval_every 3 --max_pairs 60 --best_of_problems 4",
-        "reward_model_2": f"reward_model.py {SFT} --steps 6 --eval_every 3 --max_pairs 60 --best_of_problems 0 "
+        "reward_model": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 4",
+        "reward_model_2": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 0 "
         "--pairs corrupted",
-        "reward_hinge": f"reward_model.py {SFT} --steps 6 --eval_every 3 --max_pairs 60 --best_of_problems 0 "
+        "reward_hinge": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 0 "
         "--pairs corrupted --loss hinge --margin 1 --centre 0.01 --sft_weight 0",
         "dpo": f"dpo.py {SFT} {SHORT} --prompts 60 --steps 6 --eval_every 3 --batch 8 --max_new_tokens 40",
         "dpo_2": f"dpo.py {SFT} {SHORT} --prompts 60 --steps 6 --eval_every 3 --batch 8 --max_new_tokens 40",
@@ -140,8 +139,12 @@ def compare(old, new, only):
             continue
         else:
             pairs = zip(old[name]["steps"], new[name]["steps"], strict=False)
-            keys = [f"step {a['step']}: {k} {a.get(k)} -> {b.get(k)}" for a, b in pairs for k in sorted(a.keys() | b.keys())
-                    if a.get(k) != b.get(k)]  # fmt: skip
+            keys = [
+                f"step {a['step']}: {k} {a.get(k)} -> {b.get(k)}"
+                for a, b in pairs
+                for k in sorted(a.keys() | b.keys())
+                if a.get(k) != b.get(k)
+            ]
             said = "; ".join(keys[:4]) or "the weights, or the number of steps"
         differ += 1
         print(f"{name}: {said}")

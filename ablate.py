@@ -46,12 +46,19 @@ import torch
 from tqdm import tqdm
 
 from attention import attention_entropy, attention_weights
-from data import DataError, find, load_problems
+from data import encode_prompt, find, load_problems, load_text
 from dpo import kl_to_reference
-from generate import ConfigError, DivergedError, generate, open_checkpoint, run
+from evaluate import evaluate, evaluate_samples
+from generate import generate
 from grpo import tidy
-from pretrain import RUNS, auto_dtype, commit, pyplot, read_metrics, setup
-from sft import encode_prompt, evaluate, evaluate_samples, sft_start
+from sft import sft_start
+from support.checkpoints import open_checkpoint
+from support.cli import run
+from support.devices import auto_dtype, setup
+from support.errors import ConfigError, DataError, DivergedError
+from support.log import commit, read_metrics
+from support.plots import pyplot
+from support.runs import RUNS
 from transformer import Transformer, TransformerConfig
 
 # Student's quantiles by n; above 10 that of 10, which is slightly too wide.
@@ -256,8 +263,6 @@ def _corpus():
 
 
 def _text(split):
-    from data import load_text
-
     return load_text(_corpus(), split)
 
 

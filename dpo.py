@@ -50,39 +50,21 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import load_pairs, load_problems
-from generate import ConfigError, DivergedError, generate, open_checkpoint, run
+from data import encode_group, encode_prompt, load_pairs, load_problems, rows_at
+from evaluate import evaluate, is_correct, wilson
+from generate import generate
 from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
-from pretrain import (
-    Interrupt,
-    Log,
-    check_positive,
-    check_rates,
-    draw_curves,
-    load_state,
-    lr_at,
-    make_optimizers,
-    open_run,
-    optimizer_step,
-    precision,
-    run_path,
-    save,
-    setup,
-    stopped,
-)
-from sft import (
-    answer_logprobs,
-    encode_group,
-    encode_prompt,
-    evaluate,
-    fitting,
-    is_correct,
-    moved,
-    pack,
-    rows_at,
-    sft_start,
-    wilson,
-)
+from optim import lr_at, make_optimizers, optimizer_step
+from sft import sft_start
+from support.checkpoints import open_checkpoint
+from support.cli import check_positive, check_rates, run
+from support.devices import precision, setup
+from support.errors import ConfigError, DivergedError
+from support.log import Log
+from support.plots import draw_curves
+from support.records import fitting
+from support.runs import Interrupt, load_state, open_run, run_path, save, stopped
+from support.shared_prompt import answer_logprobs, moved, pack
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objective, as pure functions of u and v.

@@ -55,32 +55,21 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import batch_at, load_sentiment
-from generate import ConfigError, DivergedError, open_checkpoint, resolve_checkpoint, run
+from data import batch_at, load_sentiment, rows_at
+from evaluate import wilson
 from norms import LayerNorm
+from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
-from pretrain import (
-    Interrupt,
-    Log,
-    check_positive,
-    check_rates,
-    draw_curves,
-    load_state,
-    lr_at,
-    make_optimizers,
-    make_streams,
-    open_run,
-    optimizer_step,
-    precision,
-    run_path,
-    save,
-    saved_run,
-    setup,
-    stopped,
-)
-from sft import rows_at, wilson
+from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.cli import check_positive, check_rates, run
+from support.devices import precision, setup
+from support.errors import CheckpointError, ConfigError, DivergedError
+from support.log import Log
+from support.plots import draw_curves
+from support.runs import Interrupt, load_state, open_run, run_path, save, saved_run, stopped
+from support.streams import make_streams
 from tokenizer_bpe import BPETokenizer, load_tokenizer
-from transformer import Block, CheckpointError, FeedForward, TransformerConfig, init_weights, make_norm
+from transformer import Block, FeedForward, TransformerConfig, init_weights, make_norm
 
 MASK = "<|mask|>"
 LABELS = ("negative", "positive")

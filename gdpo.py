@@ -46,8 +46,9 @@ from dataclasses import dataclass, field
 import torch
 
 import grpo
-from generate import ConfigError, run
 from grpo import group_advantages, summed_advantages
+from support.cli import run
+from support.errors import ConfigError
 
 
 def gdpo_advantages(rewards, weights=None):

@@ -32,29 +32,19 @@ Run it:
 """
 
 import codecs
-import json
 import math
-import os
 import sys
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import jsonargparse
 import torch
 import torch.nn.functional as F
-from torch import distributed
 
-from data import DataError
-from tokenizer_bpe import TokenizerError, load_tokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig, gguf_tokenizer, local_directory
-
-
-class ConfigError(ValueError):
-    """Settings that do not fit together or an input that cannot be used: one line says what to change."""
-
-
-class DivergedError(ConfigError):
-    """A loss or a gradient that is no longer a finite number."""
+from support.checkpoints import is_chat_model, open_checkpoint
+from support.cli import run
+from support.devices import free_memory
+from support.errors import ConfigError, TokenizerError
+from support.fast_decode import DecodeStep, StaticStep
+from transformer import Transformer, TransformerConfig
 
 
 @dataclass
@@ -118,186 +108,6 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
         if chosen is scaled:  # what was drawn from is the model's own softmax
             return ids.squeeze(-1), probs.gather(-1, ids).log().squeeze(-1)
     return ids.squeeze(-1), scaled.log_softmax(-1).gather(-1, ids).squeeze(-1)
-
-
-def add_product(x, h, weight):
-    """x += h @ weight, in one operation where the dtypes allow it."""
-    if x.dtype == h.dtype:
-        x.addmm_(h, weight)
-    else:
-        x.add_(h @ weight)
-
-
-class DecodeStep:
-    """Transformer.forward for one new token per row: token (B,), position (B,) or (1,) -> logits (B, V).
-
-    For RMSNorm, SwiGLU and RoPE (Llama, Qwen). Fewer and larger operations: the three products of q, k and v become
-    one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices behind
-    them beforehand, those of q and k into the tables of RoPE; keys and values are written at once; keys of one head
-    meet all queries that share them in one batched product. In fp32 the matrices for 4 rows and more lie transposed,
-    (in, out), and the output matrix always: of 4 to 32 rows x @ W of such a W takes two thirds to four fifths of the
-    time of x @ weight.T (MKL, 2 cores), while in bf16 (oneDNN) it takes up to a fifth longer. Built anew by each
-    `generate`, in about the time of a few steps, because the weights may have changed since: a second copy of them, in
-    the dtype of autocast, where that is on. Attention computes in the dtype of the cache.
-    """
-
-    @staticmethod
-    def fits(model):
-        """Whether this layout is one of those that are computed here."""
-        c = model.config
-        usual = (c.norm, c.norm_placement, c.activation, c.positions) == ("rms", "pre", "swiglu", "rope")
-        return usual and not (c.bias or c.window or c.n_expert)
-
-    def __init__(self, model, cache):
-        c = model.config
-        self.config, self.cache, device = c, cache, model.embed.weight.device
-        dtype, H, G, D = cache.store.dtype, c.n_head, c.n_kv_head, c.head_dim
-        matrices = model.embed.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            matrices = torch.get_autocast_dtype(device.type)
-        self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
-        self.embed, self.layers, gains, root = model.embed.weight, [], [], c.width**0.5
-
-        def matrix(*weights, gain=None, few=cache.store.shape[2] < 4):
-            """Weights (out, in) -> one matrix (in, sum of outs), with the gains and √C of the norm in front in it."""
-            transposed = matrices == torch.float32 and not few
-            if len(weights) == 1 and gain is None and not transposed:
-                return weights[0].to(matrices).t()
-            outs, size = [len(weight) for weight in weights], weights[0].shape[1]
-            whole = weights[0].new_empty((size, sum(outs)) if transposed else (sum(outs), size), dtype=matrices)
-            whole = whole if transposed else whole.t()
-            for weight, part in zip(weights, whole.split(outs, dim=1), strict=True):
-                if gain is None:
-                    part.copy_(weight.t())
-                else:
-                    torch.mul(weight.t(), (root * gain)[:, None], out=part)
-            return whole
-
-        for block in model.blocks:
-            a, f, scale = block.attn, block.ffn, D**-0.5
-            qkv = matrix(a.wq.weight, a.wk.weight, a.wv.weight, gain=block.norm1.weight)  # (C, (H + 2G)·D)
-            gate_up = matrix(f.gate.weight, f.up.weight, gain=block.norm2.weight)  # (C, 2 · inner)
-            bias = None if a.wq.bias is None else torch.cat([a.wq.bias, a.wk.bias, a.wv.bias]).to(matrices)
-            if a.q_norm is not None:
-                gain = torch.cat([a.q_norm.weight.expand(H, D) * scale, a.k_norm.weight.expand(G, D)]) * D**0.5
-            else:
-                gain = torch.cat([torch.full((H, D), scale), torch.ones(G, D)]).to(device)  # (H + G, D)
-            wo, down = matrix(a.wo.weight), matrix(f.down.weight)
-            self.layers.append((qkv, wo, gate_up, down, bias))
-            gains.append(gain.to(dtype))
-        output = self.embed if model.head is None else model.head.weight
-        self.output = matrix(*output.split(1024), gain=model.norm.weight, few=False)  # (C, V)
-        signs = torch.ones(D, device=device)
-        signs[: D // 2] = -1.0  # (a, b) -> (a, b) cos + (b, a) (−sin, sin): see positional.rotate
-        self.cos, self.sin = model.rope_cos.to(dtype), (model.rope_sin * signs).to(dtype)  # (context, D)
-        gains = torch.stack(gains)[:, None]  # (layers, 1, H + G, D)
-        self.gains = gains, gains.roll(D // 2, -1)  # of (a, b) and of (b, a)
-
-    def unit(self, x):
-        """norms.RMSNorm of n numbers without its gain and its √n: x / √(|x|² + n·ε), in fp32. (..., n) -> (..., n)"""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        return x / torch.hypot(norm, self.eps[x.shape[-1]])
-
-    def __call__(self, token, position, visible=None):
-        """visible (B, S + 1) bool: which slots hold real tokens, None = all. Fills the next slot of the cache."""
-        S = self.cache.length = self.cache.length + 1
-        return self.compute(token, position, visible, S - 1, S)
-
-    def compute(self, token, position, visible, slot, S):
-        """The step with keys and values written into `slot` of the cache, a number or a tensor of one, and the first S
-        slots read."""
-        with torch.autocast(token.device.type, enabled=False):  # it would convert again in every call
-            return self._compute(token, position, visible, slot, S)
-
-    def _compute(self, token, position, visible, slot, S):
-        c, store, fixed = self.config, self.cache.store, isinstance(slot, torch.Tensor)
-        H, G, D, B = c.n_head, c.n_kv_head, c.head_dim, len(token)
-        x = F.embedding(token, self.embed)  # (B, C), in fp32 under autocast, as in the model
-        turns = zip((self.cos, self.sin), self.gains, strict=True)  # RoPE with the gains in it, for all layers
-        cos, sin = ((F.embedding(position, table)[:, None] * gain).unbind() for table, gain in turns)  # (B, H + G, D)
-        kv = store.view(c.n_layer, 2, B * G, -1, D)[:, :, :, :S]
-        keys, values = kv[:, 0].mT.unbind(), kv[:, 1].unbind()  # of each layer (B·G, D, S), (B·G, S, D)
-        new = (store if fixed else store[:, :, :, :, slot]).unbind()  # of each layer (2, B, G, D)
-        if visible is not None:
-            hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
-            hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
-        for i, (qkv, wo, gate_up, down, bias) in enumerate(self.layers):
-            h = self.unit(x).to(qkv.dtype) @ qkv  # (B, (H + 2G)·D)
-            h = (h if bias is None else h + bias).to(store.dtype).view(B, H + 2 * G, D)
-            qk, k_v = h[:, : H + G], h[:, H:].view(B, 2, G, D).transpose(0, 1)  # k and v: (2, B, G, D)
-            n = self.unit(qk) if c.qk_norm else qk
-            torch.addcmul(n * cos[i], n.roll(D // 2, -1), sin[i], out=qk)
-            if fixed:
-                new[i].index_copy_(3, slot, k_v.unsqueeze(3))
-            else:
-                new[i].copy_(k_v)
-            scores = torch.bmm(h[:, :H].reshape(B * G, H // G, D), keys[i])  # (B·G, H/G, S)
-            if visible is not None:
-                scores += hidden
-            heads = torch.bmm(torch.softmax(scores, -1, out=scores), values[i])  # (B·G, H/G, D)
-            add_product(x, heads.view(B, H * D).to(wo.dtype), wo)
-            gate, up = (self.unit(x).to(gate_up.dtype) @ gate_up).chunk(2, -1)  # (B, inner) each
-            add_product(x, F.silu(gate).mul_(up), down)
-        return self.unit(x).to(self.output.dtype) @ self.output  # (B, V)
-
-
-class StaticStep:
-    """A DecodeStep whose tensors keep their shapes and addresses from one token to the next, as a CUDA graph needs it:
-    it reads all slots of the cache and hides those that are not written yet.
-
-    Recorded once, a step of many kernels is then started by one call. Without a GPU the same is computed step by step.
-    (The recording has not been run on a GPU yet.)
-    """
-
-    def __init__(self, step, visible):
-        """visible (B, slots) bool: which slots of the cache hold, or will hold, real tokens."""
-        self.step, self.visible, (B, slots) = step, visible, visible.shape
-        self.token, self.position, self.slot = (visible.new_zeros(n, dtype=torch.long) for n in (B, B, 1))
-        self.slots, self.graph = torch.arange(slots, device=visible.device), None
-        step.cache.store[..., step.cache.length :, :] = 0.0  # memory that nobody wrote may hold NaN, and 0 · NaN is NaN
-        if visible.is_cuda:
-            with torch.cuda.device(visible.device):  # streams are those of the current GPU
-                self.record()
-
-    def record(self):
-        self.slot.fill_(self.step.cache.length)  # what the trial runs write here the first step overwrites
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up in their first calls, which no graph can hold
-            for _ in range(2):
-                self.compute()
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
-            self.logits = self.compute()
-
-    def compute(self):
-        visible = self.visible & (self.slots <= self.slot)
-        return self.step.compute(self.token, self.position, visible, self.slot, len(self.slots))
-
-    def __call__(self, token, position, visible=None):
-        """As DecodeStep, but `visible` was given beforehand. The next call overwrites the logits (B, V)."""
-        self.token.copy_(token)
-        self.position.copy_(position)
-        self.slot.fill_(self.step.cache.length)
-        self.step.cache.length += 1
-        if self.graph is None:
-            return self.compute()
-        with torch.cuda.device(self.visible.device):
-            self.graph.replay()
-        return self.logits
-
-
-def free_memory(device):
-    """Bytes that `device` can still give; None where the system does not say."""
-    if device.type == "cuda":  # blocks that torch keeps for itself are free to us
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        with open("/proc/meminfo") as file:  # MemAvailable counts the page cache, which gives way
-            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration):
-        return None
 
 
 def generate(
@@ -435,93 +245,6 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
             logits = model(token[:, None], position[:, None], shown, cache)[:, -1]
     mask = mask[:, : t + 1]  # a row that has ended writes on until it leaves
     return ids[:, : t + 1] * mask, mask, logprobs[:, : t + 1] * mask
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Opening a checkpoint and reading flags: used by every script from here on.
-
-
-def resolve_checkpoint(path):
-    """A checkpoint directory, a .gguf file, a run directory, of which `best`, else `last` is meant, or the name of a
-    model on the Hugging Face hub. Raises CheckpointError."""
-    path = Path(path) if str(path).startswith("runs/") else local_directory(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    for candidate in (path, path / "best", path / "last", path / "last.old"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    what = "holds no checkpoint" if path.is_dir() else "is no checkpoint" if path.exists() else "is not there"
-    raise CheckpointError(f"{path} {what}; give a run directory or one that save_pretrained wrote")
-
-
-def open_checkpoint(path, device="cpu", dropout=0.0):
-    """-> (model in fp32, tokenizer, directory). Raises CheckpointError, also if the two vocabularies differ."""
-    path = resolve_checkpoint(path)
-    if path.suffix == ".gguf":
-        model, metadata = Transformer.from_gguf(path, dropout)
-        tokenizer = gguf_tokenizer(metadata, path)
-    else:
-        tokenizer, model = load_tokenizer(path), Transformer.from_pretrained(path, dropout=dropout)
-    if tokenizer.vocab_size > model.config.vocab_size:  # published models pad theirs, so it may be larger
-        raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
-            "they do not belong together"
-        )
-    return model.to(device), tokenizer, path
-
-
-def is_chat_model(path, tokenizer):
-    """Whether the checkpoint was trained to end its turns: its generation_config.json then stops at <|im_end|>, or its
-    GGUF file brings a chat template."""
-    if Path(path).suffix == ".gguf":
-        return tokenizer.chat_template is not None
-    try:
-        stop = json.loads((Path(path) / "generation_config.json").read_text())["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return tokenizer.special_ids.get("<|im_end|>", -1) in (stop if isinstance(stop, list) else [stop])
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    def error(self, message, ex=None):
-        """One line, no usage dump: what is wrong, and where the flags are listed."""
-        text = " ".join(str(message).split())
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
-
-
-def parse_config(cls, args=None, description=None):
-    """A Config dataclass from flags and YAML: `--steps 500 --config FILE.yaml --model.n_layer 6`. The attribute
-    docstrings of `cls` are the help; `--print_config` writes the YAML of what would run."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(description=(description or cls.__doc__ or "").strip().split("\n\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of these settings; flags after it win")
-    parser.add_class_arguments(cls)
-    settings = parser.instantiate(parser.parse_args(args))
-    return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
-
-
-def run(main, cls, description=None):
-    """Entry of every script: flags in, and what the user can mend comes out as one line and exit status 2."""
-    try:
-        main(parse_config(cls, description=description))
-        status = 0
-    except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # a line for each node
-            print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    if distributed.is_available() and distributed.is_initialized():
-        if status == 0:
-            distributed.destroy_process_group()
-        # Where DDP was used its threads live on (torch 2.13), and now and then they abort the interpreter's end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    if status:
-        sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -80,37 +80,22 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import extract_answer, load_problems
-from generate import ConfigError, DivergedError, Rollout, generate, open_checkpoint, run
+from data import encode_prompt, load_problems, rows_at
+from evaluate import evaluate, is_correct, kl_estimate, pass_at_k
+from generate import Rollout, generate
 from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
-from pretrain import (
-    Interrupt,
-    Log,
-    check_positive,
-    check_rates,
-    draw_curves,
-    load_state,
-    lr_at,
-    make_optimizers,
-    open_run,
-    optimizer_step,
-    precision,
-    save,
-    setup,
-    stopped,
-)
-from sft import (
-    answer_logprobs,
-    encode_prompt,
-    evaluate,
-    fitting,
-    is_correct,
-    moved,
-    pack,
-    pass_at_k,
-    rows_at,
-    sft_start,
-)
+from optim import lr_at, make_optimizers, optimizer_step
+from sft import sft_start
+from support.answers import extract_answer
+from support.checkpoints import open_checkpoint
+from support.cli import check_positive, check_rates, run
+from support.devices import precision, setup
+from support.errors import ConfigError, DivergedError
+from support.log import Log
+from support.plots import draw_curves
+from support.records import fitting
+from support.runs import Interrupt, load_state, open_run, save, stopped
+from support.shared_prompt import answer_logprobs, moved, pack
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -204,30 +189,6 @@ def group_advantages(rewards, scale="group"):
         raise ConfigError(f"--scale {scale!r} is not known; use group, batch or none")
     std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
     return centred / (std + 1e-4)
-
-
-def kl_estimate(logprobs, ref_logprobs, kind="k3"):
-    """What a sampled token says of KL(π ‖ π_ref), elementwise (J. Schulman, "Approximating KL divergence", 2020).
-
-    With r = π_ref(y) / π(y), y ~ π:      value                  gradient, in expectation over y ~ π
-        k1 = −log r                       unbiased, any sign     0: E[∇log π] = 0, so never put it in the loss
-        k2 = (log r)² / 2                 biased, ≥ 0            ∇KL(π ‖ π_ref)
-        k3 = r − 1 − log r   (Eq. 4)      unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
-
-    Times ρ_t = π / π_old, with its gradient (--kl_unbiased; DeepSeek-V3.2, arXiv:2512.02556, §3.1; TRL's default), the
-    mean over y ~ π_old becomes that over y ~ π, gradient included: k1 and k3 then have ∇KL(π ‖ π_ref).
-    In the reward (--kl_in reward) the estimate is a number and not differentiated: the policy gradient does that, and
-    there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion. It is taken off the advantages, less
-    its group's mean and behind any division by the std (verl and TRL's older trainers take it off the rewards).
-    """
-    log_r = ref_logprobs - logprobs
-    if kind == "k1":
-        return -log_r
-    if kind == "k2":
-        return log_r.square() / 2
-    if kind == "k3":
-        return log_r.exp() - 1 - log_r
-    raise ConfigError(f"--kl {kind!r} is not known; use k1, k2 or k3")
 
 
 def token_weights(mask, loss_type, n_completions, n_tokens, max_length):

@@ -66,7 +66,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from transformer import LAYOUTS, CheckpointError, Transformer, TransformerConfig, layout_of
+from support.errors import CheckpointError
+from support.hf import LAYOUTS, layout_of
+from transformer import Transformer, TransformerConfig
 
 
 @dataclass

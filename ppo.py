@@ -55,40 +55,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import reward_model
-from data import load_problems
-from generate import ConfigError, DivergedError, generate, open_checkpoint, run
+from data import encode_prompt, load_problems, rows_at
+from evaluate import evaluate, is_correct
+from generate import generate
 from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
-from pretrain import (
-    Interrupt,
-    Log,
-    check_positive,
-    check_rates,
-    draw_curves,
-    load_state,
-    lr_at,
-    make_optimizers,
-    open_run,
-    precision,
-    save,
-    setup,
-    stopped,
-)
+from optim import lr_at, make_optimizers
 from reward_model import RewardModel, open_reward_model, score_groups
-from sft import (
-    SharedKeys,
-    answer_logprobs,
-    encode_prompt,
-    evaluate,
-    fitting,
-    in_order,
-    is_correct,
-    made_once,
-    moved,
-    pack,
-    rows_at,
-    sft_start,
-    start_name,
-)
+from sft import sft_start
+from support.checkpoints import open_checkpoint
+from support.cli import check_positive, check_rates, run
+from support.devices import precision, setup
+from support.errors import ConfigError, DivergedError
+from support.log import Log
+from support.plots import draw_curves
+from support.records import fitting
+from support.runs import Interrupt, load_state, made_once, open_run, save, start_name, stopped
+from support.shared_prompt import SharedKeys, answer_logprobs, in_order, moved, pack
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------

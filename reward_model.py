@@ -55,49 +55,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pretrain
-from data import CORRUPTIONS, MEN, PLURAL, THEMES, WOMEN, DataError, Pair, corrupt, load_pairs, load_problems
+from data import Pair, encode_group, load_pairs, load_problems, rows_at
 from encoder import Encoder, is_encoder, open_encoder
-from generate import ConfigError, DivergedError, generate, open_checkpoint, resolve_checkpoint, run
-from pretrain import (
-    RUNS,
-    Interrupt,
-    Log,
-    check_positive,
-    check_rates,
-    draw_curves,
-    load_state,
-    lr_at,
-    make_optimizers,
-    open_run,
-    optimizer_step,
-    precision,
-    pyplot,
-    run_path,
-    save,
-    setup,
-    stopped,
-)
-from sft import (
-    SharedKeys,
-    collate,
-    encode_group,
-    fitting,
-    is_correct,
-    made_once,
-    moved,
-    pack,
-    rows_at,
-    sft_start,
-    start_name,
-    wilson,
-)
-from tokenizer_bpe import load_tokenizer
-from transformer import (
+from evaluate import is_correct, wilson
+from generate import generate
+from optim import lr_at, make_optimizers, optimizer_step
+from sft import collate, sft_start
+from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.cli import check_positive, check_rates, run
+from support.devices import precision, setup
+from support.errors import CheckpointError, ConfigError, DataError, DivergedError
+from support.hf import (
     LAYOUTS,
-    CheckpointError,
-    Transformer,
-    TransformerConfig,
-    counted_logprobs,
     fill,
     layout_of,
     open_safetensors,
@@ -106,6 +75,14 @@ from transformer import (
     to_hf_config,
     to_layout,
 )
+from support.log import Log
+from support.plots import draw_curves, pyplot
+from support.records import fitting
+from support.runs import RUNS, Interrupt, load_state, made_once, open_run, run_path, save, start_name, stopped
+from support.shared_prompt import SharedKeys, moved, pack
+from support.word_problems import CORRUPTIONS, MEN, PLURAL, THEMES, WOMEN, corrupt
+from tokenizer_bpe import load_tokenizer
+from transformer import Transformer, TransformerConfig, counted_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objectives, as pure functions.
@@ -239,12 +216,14 @@ class RewardModel(Transformer):
     def from_pretrained(cls, path, dropout=0.0):
         """Raises CheckpointError, also if the directory holds a language model instead."""
         path = Path(path)
-        layout, config = read_hf_config(path)
+        layout, config = read_hf_config(path, TransformerConfig)
         shapes, get = open_safetensors(path)
         if shapes.pop("score.weight", None) != (1, config.width):
             raise CheckpointError(f"{path} has no score head: it is no reward model; python reward_model.py makes one")
         names = LAYOUTS[layout].names if LAYOUTS[layout] else None
-        model = cls.from_policy(fill(replace(config, tie_embeddings=True), names, shapes, get, path), dropout)
+        model = cls.from_policy(
+            fill(Transformer, replace(config, tie_embeddings=True), names, shapes, get, path), dropout
+        )
         model.head.weight.data.copy_(get("score.weight"))
         if names and model.config.n_expert:
             model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))

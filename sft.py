@@ -39,71 +39,43 @@ Run it:
     torchrun --nproc_per_node 2 sft.py --init runs/pretrain
 """
 
-import collections
 import contextlib
-import hashlib
-import json
 import math
-import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pretrain
-from attention import causal_mask, document_mask
-from data import Problem, alone, extract_answer, load_problems, same_answer
-from generate import ConfigError, DivergedError, generate, open_checkpoint, run
+from attention import document_mask
+from data import chat, encode_prompt, load_problems, rows_at
+from evaluate import evaluate, evaluate_samples, token_f1
 from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
-from pretrain import (
+from optim import lr_at, make_optimizers, optimizer_step
+from support.checkpoints import open_checkpoint
+from support.cli import check_positive, check_rates, run
+from support.devices import precision, setup
+from support.errors import ConfigError, DivergedError
+from support.log import Log
+from support.plots import draw_curves
+from support.records import fitting
+from support.runs import (
     RUNS,
     Interrupt,
-    Log,
-    check_positive,
-    check_rates,
-    draw_curves,
     load_state,
-    lr_at,
-    make_optimizers,
+    made_once,
     open_run,
-    optimizer_step,
-    precision,
     run_path,
     save,
     saved_run,
-    setup,
+    start_name,
     stopped,
 )
 from transformer import TransformerConfig, token_logprobs
-
-
-def chat(problem):
-    """A problem as a conversation; its last turn is the assistant's."""
-    earlier = [{"role": role, "content": content} for role, content in problem.history]
-    return [
-        *earlier,
-        {"role": "user", "content": problem.question},
-        {"role": "assistant", "content": problem.solution},
-    ]
-
-
-def encode_prompt(tokenizer, problem):
-    """The ids up to where the assistant begins its last turn."""
-    return tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)[0]
-
-
-def encode_group(tokenizer, pair):
-    """-> a group of two: (prompt ids, [chosen ids, rejected ids]), each answer with its end, as if it were sampled."""
-    problem = Problem(pair.prompt, pair.chosen, answer="", level=1, story=pair.kind, history=pair.history)
-    prompt = encode_prompt(tokenizer, problem)
-    return prompt, [[*tokenizer.encode(answer), tokenizer.im_end_id] for answer in (pair.chosen, pair.rejected)]
 
 
 def encode_example(tokenizer, problem, weighted=False):
@@ -155,106 +127,12 @@ def pack_examples(examples, pad, room):
     return tokens, mask, positions, document_mask(documents)
 
 
-def whole_eights(n):
-    """n rounded up to a multiple of 8. For a length that no earlier batch had, oneDNN compiles new bf16 kernels on a
-    CPU, and torch.compile everything: a little padding costs less than many lengths."""
-    return -(-n // 8) * 8
-
-
-class SharedKeys:
-    """A cache for training: nothing is written in place, so the gradient flows back through the keys and values."""
-
-    def __init__(self, past=(), length=0):
-        self.past, self.seen, self.length = past, [], length  # (keys, values) of each layer: given, and with the new
-
-    def update(self, layer, k, v):
-        if self.past:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.past[layer], (k, v), strict=True))  # (B, G, S, D)
-        self.seen.append((k, v))
-        return k, v
-
-    def of(self, owners):
-        """What was seen, once for each of these rows."""
-        return SharedKeys([(k.index_select(0, owners), v.index_select(0, owners)) for k, v in self.seen], self.length)
-
-
-def pack(prompts, answers, pad, most=64):
-    """Prompts once each, and batches of answers that read the prompts' keys and values: with R answers to a prompt,
-    R − 1 of R prompt passes are saved, forward and backward. (All R behind the prompt in one row would save them too,
-    but the scores then grow with the square of the R answers together.)
-
-    prompts: n lists of ids; answers: n lists of lists of ids, k in all. A prompt's last token predicts a different
-    first token in each answer, so it stands in front of each instead. Returns
-        tokens, positions, real (n, S): the prompts without their last token, padded on the left;
-        parts, a list: answers of like length, a quarter of all or `most` of them, as (rows (b,): which of the k they
-            are; owners (b,): whose prompt each reads; tokens, positions, targets (b, T); visible (b, T, S + T));
-        lengths (k,): how many tokens each answer has.
-    """
-    S = whole_eights(max(1, *(len(p) - 1 for p in prompts)))
-    tokens, real = torch.full((len(prompts), S), pad), torch.zeros(len(prompts), S, dtype=torch.bool)
-    for g, prompt in enumerate(prompts):
-        tokens[g, S - len(prompt) + 1 :] = torch.tensor(prompt[:-1], dtype=torch.long)
-        real[g, S - len(prompt) + 1 :] = True
-    flat = [(g, answer) for g, group in enumerate(answers) for answer in group]
-    lengths = torch.tensor([len(answer) for _, answer in flat])
-    order, parts = lengths.argsort(stable=True), []
-    for rows in order.split(max(most, math.ceil(len(flat) / 4))):
-        owners, chosen = (list(part) for part in zip(*(flat[k] for k in rows.tolist()), strict=True))
-        b, T = len(chosen), whole_eights(len(chosen[-1]))
-        x, y = torch.full((b, T), pad), torch.full((b, T), pad)
-        for i, (g, answer) in enumerate(zip(owners, chosen, strict=True)):
-            n = len(answer)
-            x[i, :n], y[i, :n] = torch.tensor([prompts[g][-1], *answer[:-1]]), torch.tensor(answer)
-        owners = torch.tensor(owners)
-        within = torch.minimum(torch.arange(T), lengths[rows, None] - 1)  # (b, T) pads must not leave the context
-        positions = real.sum(1)[owners][:, None] + within  # (b, T)
-        visible = torch.cat([real[owners][:, None].expand(b, T, S), causal_mask(T, T).expand(b, T, T)], dim=2)
-        parts.append((rows, owners, x, positions, y, visible))
-    return tokens, (real.cumsum(1) - 1).clamp(min=0), real, parts, lengths
-
-
-def moved(packed, device):
-    """The same on the device."""
-    return tuple(
-        x.to(device) if torch.is_tensor(x) else [tuple(t.to(device) for t in part) for part in x] for x in packed
-    )
-
-
-def in_order(found, packed):
-    """What was found for each part's answers, (b, T) each -> (k, T) in the answers' order, 0 behind an answer's end."""
-    *_, parts, lengths = packed
-    T = found[-1].shape[1]  # the last part's are the longest
-    found = torch.cat([F.pad(rows, (0, T - rows.shape[1])) for rows in found])  # (k, T)
-    found = found[torch.cat([part[0] for part in parts]).argsort()]
-    return found * (torch.arange(T, device=found.device) < lengths[:, None])
-
-
-def answer_logprobs(model, packed, temperature=1.0):
-    """log π of every token of the answers that `pack` packed -> (k, T), 0 behind an answer's end. T is at least the
-    longest answer's length."""
-    tokens, positions, real, parts, _ = packed
-    prompts = SharedKeys()
-    model(tokens, positions, real, prompts, last_only=True)
-    logprobs = [
-        model(x, at, visible, prompts.of(owners), targets=y, temperature=temperature)
-        for _, owners, x, at, y, visible in parts
-    ]
-    return in_order(logprobs, packed)
-
-
 def sft_loss(logprobs, mask, n_tokens=None):
     """logprobs and mask (B, T), boolean or weights: the masked sum over n_tokens (default: the mask's own sum)."""
     n = mask.sum() if n_tokens is None else n_tokens
     n = n if n > 0 else 1
     loss = -(logprobs * mask).sum() / n
     return loss, {"loss": loss.item()}
-
-
-def rows_at(n, step, batch, seed):
-    """Which of n examples are in the batch of this step: epochs without replacement, a pure function of step."""
-    wanted = np.arange(step * batch, (step + 1) * batch)
-    orders = {e: np.random.default_rng((seed, e)).permutation(n) for e in np.unique(wanted // n)}
-    return [int(orders[i // n][i % n]) for i in wanted]
 
 
 def pacing(step, steps, start, pace):
@@ -277,165 +155,6 @@ def paced_rows(ranked, step, batch, seed, share):
     n = max(1, round(share * len(ranked)))
     rng = np.random.default_rng((seed, 2, step))
     return [ranked[i] for i in rng.choice(n, batch, replace=n < batch)]
-
-
-def wilson(successes, n, z=1.96):
-    """95 % interval of a proportion (Wilson 1927): unlike p ± z·se it stays inside [0, 1] and is right near both."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def is_correct(text, problem):
-    found = extract_answer(text)
-    return found is not None and same_answer(found, problem.answer)
-
-
-def words(text):
-    """Lower case, without punctuation and articles, much as SQuAD compares answers (arXiv:1606.05250)."""
-    return [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the")]
-
-
-def token_f1(text, reference):
-    """Harmonic mean of precision and recall of the words, as bags: 1 if the same, 0 if none is shared."""
-    ours, theirs = words(text), words(reference)
-    if not ours or not theirs:
-        return float(ours == theirs)
-    shared = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
-    return 2 * shared / (len(ours) + len(theirs))
-
-
-def pass_at_k(n, correct, k):
-    """Chance that k of the n samples, drawn without replacement, hold a right one; unbiased (arXiv:2107.03374)."""
-    return 1.0 if n - correct < k else 1 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def majority(answers):
-    """The most frequent answer, of several the one that came first; None, which is no answer, has no vote."""
-    votes = collections.Counter(a for a in answers if a is not None)
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def evaluate_samples(raw, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32):
-    """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two.
-
-    Chunks of problems are dealt out to the ranks and seeded one by one, so any number of ranks finds the same.
-    """
-    ks = sorted({1, n} | {2**i for i in range(1, 20) if 2**i < n})
-    sums = [0.0] * (len(ks) + 1)
-    for c in range(dist.rank, math.ceil(len(problems) / batch), dist.world):
-        chunk = problems[c * batch : (c + 1) * batch]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + c)
-        prompts = [encode_prompt(tokenizer, p) for p in chunk]
-        stops = dict(stop_ids=tokenizer.stop_ids, generator=generator)
-        texts = generate(raw, prompts, max_new_tokens, n, temperature, **stops).texts(tokenizer)
-        for i, problem in enumerate(chunk):
-            answers = [extract_answer(text) for text in texts[i * n : (i + 1) * n]]
-            correct = sum(same_answer(a, problem.answer) for a in answers)
-            for j, k in enumerate(ks):
-                sums[j] += pass_at_k(n, correct, k)
-            sums[-1] += same_answer(majority(answers), problem.answer)
-    names = [f"pass@{k}" for k in ks] + [f"majority@{n}"]
-    return {name: value / len(problems) for name, value in zip(names, dist.sum(*sums), strict=True)}
-
-
-class Sample(NamedTuple):
-    """A greedy answer to a problem."""
-
-    problem: Problem
-    text: str
-    correct: bool
-    length: int  # tokens
-    ended: bool  # stopped by itself
-
-
-def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
-    """Greedy exact match. Problems are dealt out to the ranks; every rank returns the same figures, and its own
-    samples: {"accuracy", "low", "high", "n", "correct", "f1", "length", "truncated", "by_level", "samples"}. f1 is that
-    of the words with the reference solution's: the figure for free text, where no answer can be checked."""
-    mine = problems[dist.rank :: dist.world]
-    mine = sorted(mine, key=lambda p: len(p.question))  # rows of one length waste no padding
-    samples = []
-    for i in range(0, len(mine), batch):
-        chunk = mine[i : i + batch]
-        prompts = [encode_prompt(tokenizer, p) for p in chunk]
-        rollout = generate(raw, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
-        texts, lengths = rollout.texts(tokenizer), rollout.mask.sum(1).tolist()
-        rows = zip(chunk, texts, lengths, rollout.ended(tokenizer.stop_ids).tolist(), strict=True)
-        samples += [Sample(p, text, is_correct(text, p), length, ended) for p, text, length, ended in rows]
-    levels = sorted({p.level for p in problems})
-    counts = [
-        len(samples),
-        sum(s.correct for s in samples),
-        sum(s.length for s in samples),
-        sum(not s.ended for s in samples),
-        sum(token_f1(s.text, s.problem.solution) for s in samples),
-    ]
-    for level in levels:
-        here = [s.correct for s in samples if s.problem.level == level]
-        counts += [len(here), sum(here)]
-    n, correct, tokens, truncated, f1, *rest = dist.sum(*counts)
-    low, high = wilson(correct, n)
-    by_level = {level: rest[2 * i + 1] / rest[2 * i] for i, level in enumerate(levels)}
-    return {
-        "accuracy": correct / n,
-        "low": low,
-        "high": high,
-        "n": int(n),
-        "correct": int(correct),
-        "f1": f1 / n,
-        "length": tokens / n,
-        "truncated": truncated / n,
-        "by_level": by_level,
-        "samples": samples,
-    }
-
-
-def fitting(problems, lengths, room, what, dist):
-    """The problems that fit the context; says how many did not. Raises ConfigError if none does."""
-    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= room]
-    if not kept:
-        raise ConfigError(f"no {what} fits: the shortest has {min(lengths)} tokens, the room is {room}")
-    if len(kept) < len(problems) and dist.is_main:
-        print(f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out")
-    return kept
-
-
-def start_name(data, seed, stage):
-    """Where a stage that was given no --init keeps the start that it makes for itself."""
-    known = data
-    if not data.isidentifier():  # a path: two files of one name are two starts
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
-        known = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
-    return f"start/{known}-seed{seed}-{stage}"
-
-
-def made_once(name, what, stage, settings, dist):
-    """Run a stage into runs/NAME, unless that has been done with these settings; -> runs/NAME. When the stage ends, its
-    settings go into the file `finished`: a run without that file was broken off, one with another was made otherwise,
-    and either is moved aside by the new one. Of several processes that want the same start, one makes it, the others
-    wait."""
-    finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
-    made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
-    made_by = json.dumps(made_by, sort_keys=True)
-    if dist.is_main:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    with alone(lock) if dist.is_main else contextlib.nullcontext():
-        found = dist.is_main and finished.exists() and finished.read_text() == made_by
-        if dist.sum(found)[0]:  # the other ranks wait here for what rank 0 found
-            if dist.is_main:
-                print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
-        else:
-            if dist.is_main:
-                print(f"{what} -> {RUNS / name}")
-            stage.main(stage.Config(name=name, **settings))
-            if dist.is_main:
-                finished.write_text(made_by)
-    return str(RUNS / name)
 
 
 def pretrained_start(config, dist):

@@ -36,10 +36,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-
-class TokenizerError(ValueError):
-    """A tokenizer or a text that cannot be used: one line says what is wrong, where, and what to do."""
-
+from support.errors import TokenizerError
 
 # Merges never cross the borders that this pattern draws, so "dog." and "dog!" share the token "dog". It is GPT-4's
 # split as changed by Qwen2: each digit stands alone. If "12" and "123" were tokens, the same digit would have another

@@ -35,17 +35,13 @@ Run it: `python transformer.py` checks the cache, the parameter count and the lo
 import json
 import math
 import os
-import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from attention import Attention, KVCache, RollingKVCache, cast_once, padding_mask
@@ -53,16 +49,23 @@ from moe import MoE
 from norms import LayerNorm, RMSNorm
 from positional import (
     LearnedPositions,
-    interleaved_to_half,
     rope_attention_factor,
     rope_cos_sin,
     rope_frequencies,
     sinusoidal_positions,
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or a model config that cannot be used: one line says what is wrong, where, and what to do."""
+from support.errors import CheckpointError
+from support.hf import (
+    LAYOUTS,
+    fill,
+    layout_of,
+    local_directory,
+    open_safetensors,
+    read_hf_config,
+    scale_experts,
+    to_hf_config,
+    to_layout,
+)
 
 
 @dataclass
@@ -414,7 +417,7 @@ class Transformer(nn.Module):
         1e-5 of their size, the update rounds to nothing.
         """
         path = local_directory(path)
-        layout, config = read_hf_config(path)
+        layout, config = read_hf_config(path, TransformerConfig)
         shapes, get = open_safetensors(path)
         names, prefix = None, ""
         if LAYOUTS[layout] is not None:
@@ -424,30 +427,10 @@ class Transformer(nn.Module):
         found = {prefix + name: shape for name, shape in shapes.items()}
         # Both act in training alone, and what the file was trained with is not for the next stage.
         config = replace(config, dropout=dropout, capacity_factor=None)
-        model = fill(config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
+        model = fill(cls, config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
         if names is not None and model.config.n_expert:
             model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
         return model
-
-    @classmethod
-    def from_gguf(cls, path, dropout=0.0):
-        """Open a GGUF file of llama.cpp's, dequantised to fp32 -> (model, metadata), the latter for gguf_tokenizer.
-        Raises CheckpointError."""
-        metadata, tensors = read_gguf(path)
-        config = gguf_config(metadata, tensors, path)
-        shapes = {name: shape for name, (shape, _) in tensors.items()}
-
-        def get(name):
-            try:
-                tensor = tensors[name][1]()
-            except NotImplementedError as error:
-                raise CheckpointError(f"{path}: {name}: {error}") from None
-            heads = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
-            if heads and metadata["general.architecture"] == "llama":  # rotates neighbours; see positional.py
-                return interleaved_to_half(tensor, heads)
-            return tensor
-
-        return fill(replace(config, dropout=dropout), GGUF_NAMES, shapes, get, path), metadata
 
 
 def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=False):
@@ -500,473 +483,6 @@ def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, co
 def masked_mean(x, mask):
     """Mean of x over the places where mask is True; 0 where there are none. Same shapes in, a scalar out."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints. A layout is a table: how Hugging Face calls our tensors and our config's fields, and what all models of
-# the kind have in common. In a tensor's name the first {} is the block; a second one counts the experts, which are one
-# tensor here. Several of ours under one name are stacked there: GPT-2 keeps queries, keys and values in one matrix.
-
-
-@dataclass(frozen=True)
-class Layout:
-    architecture: str  # the class in transformers
-    names: dict  # our tensor -> theirs
-    keys: dict  # our config field -> their key in config.json
-    means: dict  # fields of ours that are the same in every model of this kind
-    fixed: dict  # further keys of config.json: written so, and refused if a file says otherwise
-    left_out: dict  # what the class takes for a key that config.json leaves out
-
-
-def llama_like(architecture, keys=(), names=(), means=(), fixed=(), left_out=()):
-    """Llama's layout, with what another model of the family changes."""
-    names = {
-        "embed.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-        "blocks.{}.norm1.weight": "model.layers.{}.input_layernorm.weight",
-        "blocks.{}.norm2.weight": "model.layers.{}.post_attention_layernorm.weight",
-        **{f"blocks.{{}}.attn.w{x}.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
-        **{f"blocks.{{}}.attn.w{x}.bias": f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"},
-        **{f"blocks.{{}}.attn.{x}_norm.weight": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"},
-        **{f"blocks.{{}}.ffn.{x}.weight": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-    } | dict(names)
-    keys = {
-        "vocab_size": "vocab_size",
-        "context": "max_position_embeddings",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "width": "hidden_size",
-        "ffn_width": "intermediate_size",
-        "norm_eps": "rms_norm_eps",
-        "rope_theta": "rope_theta",
-        "rope_scaling": "rope_scaling",
-        "tie_embeddings": "tie_word_embeddings",
-    } | dict(keys)
-    common = dict(norm="rms", norm_placement="pre", positions="rope", activation="swiglu", bias=False, qkv_bias=False)
-    common |= dict(qk_norm=False, window=None, sinks=0, n_expert=0) | dict(means)
-    common = {field: value for field, value in common.items() if field not in keys}
-    left = dict(rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, head_dim=None, tie_word_embeddings=False)
-    return Layout(architecture, names, keys, common, {"hidden_act": "silu"} | dict(fixed), left | dict(left_out))
-
-
-def gpt2_names():
-    parts = {f"blocks.{{}}.attn.w{x}": "h.{}.attn.c_attn" for x in "qkv"} | {"norm": "ln_f"}
-    parts |= {"blocks.{}.norm1": "h.{}.ln_1", "blocks.{}.norm2": "h.{}.ln_2", "blocks.{}.attn.wo": "h.{}.attn.c_proj"}
-    parts |= {"blocks.{}.ffn.up": "h.{}.mlp.c_fc", "blocks.{}.ffn.down": "h.{}.mlp.c_proj"}
-    names = {f"{a}.{kind}": f"transformer.{b}.{kind}" for a, b in parts.items() for kind in ("weight", "bias")}
-    return names | {"embed.weight": "transformer.wte.weight", "learned.weight": "transformer.wpe.weight"}
-
-
-TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D stores (in, out)
-IGNORED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # tied copies and buffers
-WINDOW = {"window": "sliding_window"}
-MIXTURE = dict(n_expert_active="num_experts_per_tok")
-MIXTURE |= dict(balancing="balancing", routed_scale="routed_scale")  # ours alone, to train on
-LAYOUTS = {
-    "qwen3": llama_like(
-        "Qwen3ForCausalLM",
-        keys=WINDOW,
-        means=dict(qk_norm=True),
-        fixed=dict(attention_bias=False),
-        left_out=dict(head_dim=128, sliding_window=4096),
-    ),
-    "gpt2": Layout(
-        "GPT2LMHeadModel",
-        gpt2_names(),
-        dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", width="n_embd")
-        | dict(ffn_width="n_inner", norm_eps="layer_norm_epsilon"),
-        dict(norm="layer", norm_placement="pre", positions="learned", activation="gelu", bias=True, qkv_bias=True)
-        | dict(qk_norm=False, window=None, sinks=0, n_expert=0, tie_embeddings=True),
-        dict(activation_function="gelu_new", tie_word_embeddings=True, scale_attn_weights=True)
-        | dict(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
-        dict(n_inner=None, layer_norm_epsilon=1e-5),
-    ),
-    "llama": llama_like(
-        "LlamaForCausalLM",
-        fixed=dict(attention_bias=False, mlp_bias=False),
-        left_out=dict(num_key_value_heads=None),
-    ),
-    "qwen2": llama_like(
-        "Qwen2ForCausalLM",
-        keys=WINDOW,
-        means=dict(qkv_bias=True),
-        left_out=dict(sliding_window=4096),
-    ),
-    "mistral": llama_like(
-        "MistralForCausalLM",
-        keys=WINDOW,
-        left_out=dict(sliding_window=4096),
-    ),
-    "mixtral": llama_like(
-        "MixtralForCausalLM",
-        keys=WINDOW | MIXTURE | dict(n_expert="num_local_experts", expert_width="intermediate_size"),
-        names={"blocks.{}.ffn.router.weight": "model.layers.{}.block_sparse_moe.gate.weight"}
-        | {
-            f"blocks.{{}}.ffn.{ours}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}.weight"
-            for ours, theirs in dict(gate="w1", down="w2", up="w3").items()
-        },
-        means=dict(n_shared_expert=0, moe_every=1, norm_topk_prob=True),
-        left_out=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux", routed_scale=1.0),
-    ),
-    "qwen3_moe": llama_like(
-        "Qwen3MoeForCausalLM",
-        keys=WINDOW
-        | MIXTURE
-        | dict(n_expert="num_experts", expert_width="moe_intermediate_size")
-        | dict(moe_every="decoder_sparse_step", norm_topk_prob="norm_topk_prob"),
-        names={"blocks.{}.ffn.router.weight": "model.layers.{}.mlp.gate.weight"}
-        | {
-            f"blocks.{{}}.ffn.{x}": f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight"
-            for x in ("gate", "up", "down")
-        },
-        means=dict(qk_norm=True, n_shared_expert=0),
-        fixed=dict(attention_bias=False, mlp_only_layers=[]),
-        left_out=dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux")
-        | dict(routed_scale=1.0),
-    ),
-    "attention_to_alignment": None,  # our own names and fields: what no class of transformers computes
-}
-
-
-def layout_of(config):
-    """The Hugging Face class that computes exactly what this config does, or our own name if none does."""
-    c = config.resolved()
-    whole_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.width
-    for kind, layout in LAYOUTS.items():
-        if layout is None or (kind == "gpt2" and not whole_heads):
-            continue
-        if c.n_expert and (c.balancing == "bias" or math.frexp(c.routed_scale)[0] != 0.5):  # 0.5: a power of two
-            continue
-        if all(getattr(c, field) == value for field, value in layout.means.items()):
-            return kind
-    return "attention_to_alignment"
-
-
-def skeleton(config):
-    """The model without its numbers: shapes alone, on no device."""
-    with torch.device("meta"):
-        return Transformer(config)
-
-
-def _grouped(keys, names):
-    """Our tensors' names under each of theirs: {"model.norm.weight": ["norm.weight"], ...}. names None: the same."""
-    groups = {}
-    if names is None:
-        return {name: [name] for name in keys}
-    for ours in keys:
-        block = re.match(r"blocks\.(\d+)", ours)
-        theirs = names[ours if block is None else ours.replace(block[0], "blocks.{}", 1)]
-        groups.setdefault(theirs if block is None else theirs.replace("{}", block[1], 1), []).append(ours)
-    return groups
-
-
-def scale_experts(state, factor):
-    """The experts' output matrices times `factor`: the layouts of transformers have no routed_scale, so there it is
-    multiplied into the weights, exactly, as it is a power of two."""
-    if factor in (None, 1.0):
-        return state
-    return {name: w * factor if name.endswith("down") and w.dim() == 3 else w for name, w in state.items()}
-
-
-def to_layout(state, names):
-    """Our state dict -> theirs."""
-    out = {}
-    for theirs, ours in _grouped(state, names).items():
-        tensor = torch.cat([state[name] for name in ours]) if len(ours) > 1 else state[ours[0]]
-        if "{}" in theirs:
-            out |= {theirs.format(e): expert for e, expert in enumerate(tensor)}
-        else:
-            out[theirs] = tensor.t() if theirs.endswith(TURNED) else tensor
-    return out
-
-
-def from_layout(get, like, names):
-    """get(their name) -> tensor; like: our state dict, for its names and shapes. Yields our names and tensors."""
-    for theirs, ours in _grouped(like, names).items():
-        if "{}" in theirs:
-            tensor = torch.stack([get(theirs.format(e)) for e in range(len(like[ours[0]]))])
-        else:
-            tensor = get(theirs).t() if theirs.endswith(TURNED) else get(theirs)
-        yield from zip(ours, tensor.split([len(like[name]) for name in ours]), strict=True)
-
-
-class NoInit(TorchFunctionMode):
-    """Within it torch.nn.init does nothing: what a file overwrites need not be drawn first, which takes longer."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-def fill(config, names, found, get, where, dtype=torch.float32):
-    """A Transformer of `config` with a file's weights. found: {their name: shape} of what is there; get(their name)
-    -> tensor. Names and shapes are checked before any memory is spent. Raises CheckpointError."""
-    empty = skeleton(config).state_dict()
-    wanted = {name: tuple(tensor.shape) for name, tensor in to_layout(empty, names).items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise CheckpointError(f"{where}: the weights lack {name!r}, which its config asks for")
-        if name not in wanted and not name.endswith(IGNORED):
-            raise CheckpointError(f"{where}: the weights hold {name!r}, which its config does not explain")
-        if found[name] != wanted.get(name, found[name]):
-            raise CheckpointError(f"{where}: {name} has shape {found[name]}, its config asks for {wanted[name]}")
-    with torch.random.fork_rng(devices=[]), NoInit():  # opening a file must not move the caller's random numbers
-        model = Transformer(config).to(dtype or get(next(iter(wanted))).dtype)
-    own = model.state_dict()
-    for name, tensor in from_layout(get, empty, names):
-        own[name].copy_(tensor)
-    for name in found.keys() - wanted.keys():
-        if name.endswith("lm_head.weight") and not torch.equal(get(name).to(own["embed.weight"]), own["embed.weight"]):
-            raise CheckpointError(f"{where}: {name} is not the embedding, though its config calls the two tied")
-    return model
-
-
-def open_safetensors(path):
-    """A directory's weights, in one file or in shards -> {name: shape}, and get(name) -> tensor. CheckpointError."""
-    file, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    files = [file]
-    if not file.exists() and index.exists():
-        try:
-            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            raise CheckpointError(f"{index} is corrupt: no JSON with a weight_map") from None
-    shapes, where = {}, {}
-    for file in files:
-        try:
-            handle = safe_open(file, "pt")
-            for name in handle.keys():  # noqa: SIM118, it is no dict
-                shapes[name], where[name] = tuple(handle.get_slice(name).get_shape()), handle
-        except FileNotFoundError:
-            what = "is it a checkpoint directory?" if len(files) == 1 else f"{index.name} names it as a shard"
-            raise CheckpointError(f"{path} has no {file.name}; {what}") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is corrupt or unreadable: {error}") from None
-    return shapes, lambda name: where[name].get_tensor(name)
-
-
-def local_directory(path):
-    """The checkpoint's directory. What is none here and reads like a hub name, owner/name, is downloaded from the
-    Hugging Face hub first, or found in its cache. Raises CheckpointError."""
-    name, path = str(path), Path(path)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.parent.exists():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        why = "to take it for a name on the Hugging Face hub: pip install huggingface_hub"
-        raise CheckpointError(f"{name} is not there; {why}") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors", "merges.txt"]))
-    except Exception as error:  # of many kinds: no such name, no rights to it, no network
-        why = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{name} is not there, and the Hugging Face hub does not give it: {why}") from None
-
-
-def to_hf_config(config, layout):
-    """config.json's content, without the special tokens, which the tokenizer knows."""
-    table = LAYOUTS[layout]
-    if table is None:
-        return {"model_type": layout, **asdict(config)}
-    content = {"architectures": [table.architecture], "model_type": layout}
-    content |= {theirs: getattr(config, ours) for ours, theirs in table.keys.items()} | table.fixed
-    if layout.startswith("qwen"):  # blocks from max_window_layers on have the window
-        content |= {"use_sliding_window": config.window is not None}
-        content |= {"max_window_layers": config.n_layer if config.window is None else 0}
-    return content
-
-
-def read_hf_config(path):
-    """A checkpoint directory's config.json -> (layout, TransformerConfig). Raises CheckpointError."""
-    file = Path(path) / "config.json"
-    try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-        kind = hf["model_type"]
-    except FileNotFoundError:
-        what = "has no config.json" if Path(path).is_dir() else "is not there"
-        raise CheckpointError(f"{path} {what}; a checkpoint is a directory that save_pretrained wrote") from None
-    except (OSError, ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{file} is not a model's config.json: no JSON with a model_type") from None
-    if kind not in list(LAYOUTS):  # a list, as kind may be anything that JSON holds
-        raise CheckpointError(f"{file}: model_type {kind!r} is not known here; known: {', '.join(LAYOUTS)}")
-    try:
-        if LAYOUTS[kind] is not None:
-            return kind, from_hf_config(hf, kind)
-        known = {f.name for f in fields(TransformerConfig)}
-        return kind, TransformerConfig(**{k: v for k, v in hf.items() if k in known})
-    except KeyError as missing:
-        raise CheckpointError(f"{file} lacks {missing}") from None
-    except (TypeError, AttributeError, ValueError) as error:  # wrong types, and our own CheckpointError
-        raise CheckpointError(f"{file}: {error}") from None
-
-
-def from_hf_config(hf, kind):
-    """config.json's content in a layout -> TransformerConfig."""
-    layout = LAYOUTS[kind]
-    # What would change the computation and is not written here must not pass in silence.
-    for name, value in (layout.fixed | dict(quantization_config=None, partial_rotary_factor=1.0)).items():
-        if hf.get(name, value) not in (value, None):
-            raise CheckpointError(f"{name} = {hf[name]!r} is not supported, only {value!r}")
-    hf = layout.left_out | hf
-    if "num_local_experts" in hf:  # transformers 5 calls Qwen3-MoE's so too
-        hf.setdefault("num_experts", hf["num_local_experts"])
-    new, old = ((hf.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
-    if new and old and any(new.get(k, v) != v for k, v in {"rope_type": old.get("type"), **old}.items() if k != "type"):
-        raise CheckpointError("rope_scaling and rope_parameters say different things: keep one of them")
-    rope = new or old  # transformers 5 writes the first, with the base
-    hf["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4)))
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
-    if scaled and hf.get("original_max_position_embeddings"):  # beside the dict it goes before what stands in it
-        hf["rope_scaling"]["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    if kind.startswith("qwen"):
-        hf["sliding_window"] = _qwen_window(hf, kind)
-    values = layout.means | {ours: hf[theirs] for ours, theirs in layout.keys.items()}
-    if values.get("n_kv_head") is None:
-        values["n_kv_head"] = values["n_head"]
-    if kind == "gpt2" and values["ffn_width"] is None:
-        values["ffn_width"] = 4 * values["width"]
-    return TransformerConfig(**values)
-
-
-def _qwen_window(hf, kind):
-    """Qwen lets some blocks slide and others not; here all do or none."""
-    if not hf.get("use_sliding_window"):
-        return None
-    n_layer = hf["num_hidden_layers"]
-    full = 0 if kind == "qwen3_moe" else min(n_layer, hf.get("max_window_layers", 28))
-    kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
-    if len(set(kinds)) > 1:
-        raise CheckpointError("use_sliding_window is not supported in some blocks only")
-    return hf["sliding_window"] if "sliding_attention" in kinds else None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# GGUF: llama.cpp's format, one file with the weights, quantised in blocks, and with the tokenizer. Its names are one
-# more table.
-
-GGUF_NAMES = {
-    "embed.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "head.weight": "output.weight",
-    "blocks.{}.norm1.weight": "blk.{}.attn_norm.weight",
-    "blocks.{}.norm2.weight": "blk.{}.ffn_norm.weight",
-    "blocks.{}.attn.wo.weight": "blk.{}.attn_output.weight",
-    **{f"blocks.{{}}.attn.w{x}.{kind}": f"blk.{{}}.attn_{x}.{kind}" for x in "qkv" for kind in ("weight", "bias")},
-    **{f"blocks.{{}}.attn.{x}_norm.weight": f"blk.{{}}.attn_{x}_norm.weight" for x in "qk"},
-    **{f"blocks.{{}}.ffn.{x}.weight": f"blk.{{}}.ffn_{x}.weight" for x in ("gate", "up", "down")},
-}
-GGUF_KEYS = {
-    "context": "context_length",
-    "n_layer": "block_count",
-    "n_head": "attention.head_count",
-    "n_kv_head": "attention.head_count_kv",
-    "width": "embedding_length",
-    "ffn_width": "feed_forward_length",
-    "norm_eps": "attention.layer_norm_rms_epsilon",
-}
-GGUF_KINDS = ("llama", "qwen2", "qwen3")
-
-
-def read_gguf(path):
-    """-> metadata {key: value}; tensors {name: (shape, function that dequantises it)}. Raises CheckpointError."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is not there")
-    try:
-        import gguf
-    except ImportError:
-        raise CheckpointError(f"to open {path}: pip install gguf") from None
-
-    class Reader(gguf.GGUFReader):  # cuts its file up 300,000 times: a plain array is three times faster than a memmap
-        data = property(lambda self: self.plain, lambda self, mapped: setattr(self, "plain", np.asarray(mapped)))
-
-    try:
-        reader = Reader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-        raise CheckpointError(f"{path} is corrupt or no GGUF file: {error}") from None
-
-    def numbers(tensor):
-        return lambda: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-
-    return metadata, {t.name: (tuple(map(int, t.shape[::-1])), numbers(t)) for t in reader.tensors}
-
-
-def gguf_config(metadata, tensors, path):
-    """The metadata of a GGUF file -> TransformerConfig. Raises CheckpointError."""
-    kind = metadata.get("general.architecture")
-    if kind not in GGUF_KINDS:
-        raise CheckpointError(f"{path}: architecture {kind!r} is not known here; known: {', '.join(GGUF_KINDS)}")
-    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
-    factors = (metadata.get(f"{kind}.rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear"))
-    if scaling == "none" and any(factor not in (0.0, 1.0) for factor in factors):
-        scaling = "linear"  # as llama.cpp takes it
-    if scaling != "none" or "rope_freqs.weight" in tensors or metadata.get(f"{kind}.expert_count"):
-        what = "mixtures of experts" if metadata.get(f"{kind}.expert_count") else "RoPE scaling"
-        raise CheckpointError(f"{path}: {what} in a GGUF file is not supported; use the safetensors checkpoint")
-    values = dict(LAYOUTS[kind].means)
-    try:
-        values |= {ours: metadata[f"{kind}.{theirs}"] for ours, theirs in GGUF_KEYS.items()}
-        values["vocab_size"] = tensors["token_embd.weight"][0][0]
-    except KeyError as missing:
-        raise CheckpointError(f"{path} lacks {missing}") from None
-    values["head_dim"] = metadata.get(f"{kind}.attention.key_length")
-    values["rope_theta"] = metadata.get(f"{kind}.rope.freq_base", 10000.0)
-    values["window"] = metadata.get(f"{kind}.attention.sliding_window")
-    values["tie_embeddings"] = "output.weight" not in tensors
-    try:
-        config = TransformerConfig(**values)
-    except (CheckpointError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    rotated = metadata.get(f"{kind}.rope.dimension_count", config.resolved().head_dim)
-    if rotated != config.resolved().head_dim:
-        raise CheckpointError(f"{path}: RoPE over {rotated} of {config.resolved().head_dim} features is not supported")
-    return config
-
-
-def gguf_tokenizer(metadata, path):
-    """The byte-level BPE that a GGUF file brings. Its encode_chat writes what the file's chat template would, a default
-    system turn included; .chat_template is that template, or None if there is none. Raises TokenizerError."""
-    from tokenizer_bpe import (
-        CHAR_TO_BYTE,
-        GPT2_PATTERN,
-        PATTERN,
-        SMOLLM_PATTERN,
-        BPETokenizer,
-        TokenizerError,
-        check_spelling,
-    )
-
-    def unshow(token):
-        return bytes(CHAR_TO_BYTE[c] for c in token)
-
-    patterns = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN, "qwen2": PATTERN}
-    kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind != "gpt2" or split not in patterns:
-        known = f"gpt2 with a split of {', '.join(patterns)}"
-        raise TokenizerError(f"{path}: a {kind} tokenizer with the split {split!r} is not known here; known: {known}")
-    try:
-        tokens = metadata["tokenizer.ggml.tokens"]
-        kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
-        vocab = {i: unshow(token) for i, (token, kind) in enumerate(kinds) if kind == 1}
-        special = {token: i for i, (token, kind) in enumerate(kinds) if kind == 3}
-        merges = [tuple(unshow(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
-        eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
-        tokenizer = BPETokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
-        tokenizer.add_words({token: i for i, (token, kind) in enumerate(kinds) if kind == 4})
-        check_spelling(tokenizer)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{path}: the tokenizer is corrupt: {error}") from None
-    if metadata.get("tokenizer.ggml.add_bos_token"):
-        raise TokenizerError(f"{path}: its texts begin with a token of their own (add_bos_token): not supported here")
-    if "tokenizer.chat_template" in metadata:
-        tokenizer.read_chat_template(metadata["tokenizer.chat_template"])
-        if tokenizer.no_chat:
-            raise TokenizerError(f"{path}: {tokenizer.no_chat}")
-    return tokenizer
 
 
 def main():

@@ -22,15 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention import (
-    Attention,
-    KVCache,
-    RollingKVCache,
-    banded_attention,
-    fast_attention,
-    naive_attention,
-    window_mask,
-)
+from attention import Attention, KVCache, RollingKVCache, banded_attention, fast_attention, naive_attention, window_mask
 from positional import rope_cos_sin, rope_frequencies
 
 

@@ -39,8 +39,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import grpo
-from data import load_problems
-from sft import encode_prompt
+from data import encode_prompt, load_problems
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 

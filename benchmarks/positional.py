@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import narrative_texts
 from positional import rope_attention_factor, rope_cos_sin, rope_frequencies
+from support.word_problems import narrative_texts
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from pretrain import auto_dtype
+from support.devices import auto_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT, BATCH = 64, 12

@@ -20,10 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention import Attention, attention_weights
-from data import narrative_texts
-from generate import open_checkpoint
-from tokenizer_bpe import TokenizerError
-from transformer import CheckpointError, token_logprobs
+from support.checkpoints import open_checkpoint
+from support.errors import CheckpointError, TokenizerError
+from support.word_problems import narrative_texts
+from transformer import token_logprobs
 
 
 def narrow(model, window, sinks):

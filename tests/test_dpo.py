@@ -12,13 +12,15 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import dpo
 import pretrain
-from data import DataError, load_pairs, load_problems, split_of
+from data import encode_prompt, load_pairs, load_problems
 from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, kl_to_reference, pair_logprobs
-from generate import ConfigError, open_checkpoint
 from lora import LoraConfig
-from sft import encode_prompt
+from support import devices
+from support.checkpoints import open_checkpoint
+from support.errors import CheckpointError, ConfigError, DataError
+from support.splits import split_of
 from tokenizer_bpe import BPETokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig, token_logprobs
+from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", pairs="offline", prompts=40, steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2)
 SMALL |= dict(eval_problems=5, test_problems=5, max_new_tokens=8, device="cpu", lr=1e-3, optimizer="adamw", nll=0.0)
@@ -166,8 +168,8 @@ def test_pairs_end_where_the_template_ends(tokenizer):
 
 
 def test_reference_is_the_start(tokenizer):
-    raw, dist = tiny(tokenizer), pretrain.setup("cpu")
-    autocast, _ = pretrain.precision("fp32", dist)
+    raw, dist = tiny(tokenizer), devices.setup("cpu")
+    autocast, _ = devices.precision("fp32", dist)
     pairs = [encode_pair(tokenizer, pair) for pair in load_pairs("word", "train", 9)]
     known = add_reference(raw, pairs, tokenizer.endoftext_id, dist, autocast, size=4)
     for pair in known:
@@ -179,7 +181,7 @@ def test_reference_is_the_start(tokenizer):
 
 
 def test_kl_to_reference(tokenizer, monkeypatch):
-    raw, other, dist = tiny(tokenizer), tiny(tokenizer, seed=1), pretrain.setup("cpu")
+    raw, other, dist = tiny(tokenizer), tiny(tokenizer, seed=1), devices.setup("cpu")
     prompts = [encode_prompt(tokenizer, p) for p in load_problems("word", "valid", 3)]
     assert kl_to_reference(raw, raw, tokenizer, prompts, 8, dist) == pytest.approx(0, abs=1e-6)
     torch.manual_seed(2)
@@ -198,7 +200,7 @@ def test_kl_to_reference(tokenizer, monkeypatch):
 
 
 def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer, monkeypatch):
-    raw, dist = tiny(tokenizer), pretrain.setup("cpu")
+    raw, dist = tiny(tokenizer), devices.setup("cpu")
     before = copy.deepcopy(raw)
     dpo.add_lora(raw, **asdict(LoraConfig(rank=2)))
     for name, p in raw.named_parameters():
@@ -221,7 +223,7 @@ def test_sampled_pairs(tokenizer, monkeypatch):
     monkeypatch.setattr(dpo, "is_correct", lambda text, problem: len(text) % 2 == 0)
     raw, problems = tiny(tokenizer), load_problems("word", "train", 130)
     settings = config(pairs="sampled", rollouts=6, max_new_tokens=60)
-    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, pretrain.setup("cpu"), seed=3, most=2)
+    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, devices.setup("cpu"), seed=3, most=2)
     assert 0.2 < share < 0.8
     assert len(pairs) > 20
     prompts = [encode_prompt(tokenizer, p) for p in problems]
@@ -234,7 +236,7 @@ def test_sampled_pairs(tokenizer, monkeypatch):
     assert max(sum(pair["prompt"] == p for pair in pairs) for p in prompts) == 2
     assert len({str(pair) for pair in pairs}) == len(pairs)
 
-    class Rank(pretrain.Dist):
+    class Rank(devices.Dist):
         def sum(self, *values):
             return values
 
@@ -290,8 +292,8 @@ def test_best_is_chosen_by_the_validation_loss(here):
     raw, tokenizer, path = open_checkpoint("runs/dpo")
     assert str(path) == result["path"]
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"]
-    dist = pretrain.setup("cpu")
-    figures = dpo.validate(raw, pairs, config(), tokenizer, dist, pretrain.precision("fp32", dist)[0])
+    dist = devices.setup("cpu")
+    figures = dpo.validate(raw, pairs, config(), tokenizer, dist, devices.precision("fp32", dist)[0])
     assert figures["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
 
 
@@ -324,7 +326,7 @@ def test_a_rank_without_a_pair_adds_nothing(here):
     dpo.main(config())
     raw, tokenizer, _ = open_checkpoint("runs/dpo")
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"][:1]
-    autocast, sent = pretrain.precision("fp32", pretrain.setup("cpu"))[0], []
+    autocast, sent = devices.precision("fp32", devices.setup("cpu"))[0], []
     for rank in (0, 1):
         dist = SimpleNamespace(rank=rank, world=2, device="cpu", sum=lambda *values: sent.append(values) or values)
         dpo.validate(raw, pairs, config(), tokenizer, dist, autocast)

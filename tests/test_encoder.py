@@ -31,10 +31,10 @@ from encoder import (
     open_encoder,
     predict,
 )
-from generate import ConfigError
-from pretrain import Dist
+from support.devices import Dist
+from support.errors import CheckpointError, ConfigError
 from tokenizer_bpe import BPETokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig
+from transformer import Transformer, TransformerConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 TINY = dict(vocab_size=61, context=20, n_layer=3, n_head=4, n_kv_head=2, width=24)

@@ -12,8 +12,8 @@ from test_grpo import SMALL, here, letter, start  # noqa: F401
 import gdpo
 import grpo
 from gdpo import collapse, condition, distinct, gdpo_advantages
-from generate import ConfigError
 from grpo import group_advantages
+from support.errors import ConfigError
 
 
 def mean_std(values):

@@ -11,25 +11,15 @@ import torch
 from conftest import assert_one_line_error, script
 
 import generate as generate_module
-from generate import (
-    Config,
-    ConfigError,
-    DecodeStep,
-    Rollout,
-    StaticStep,
-    answer,
-    free_memory,
-    generate,
-    main,
-    open_checkpoint,
-    parse_config,
-    resolve_checkpoint,
-    run,
-    sample,
-    truncate,
-)
+from generate import Config, Rollout, answer, generate, main, sample, truncate
+from support import cli
+from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.cli import parse_config, run
+from support.devices import free_memory
+from support.errors import CheckpointError, ConfigError
+from support.fast_decode import DecodeStep, StaticStep
 from tokenizer_bpe import BPETokenizer, CharTokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig, token_logprobs
+from transformer import Transformer, TransformerConfig, token_logprobs
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
 
@@ -597,7 +587,7 @@ def test_one_of_several_processes_ends_at_once(monkeypatch, tmp_path, capfd, err
             raise error
 
     monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "x"])
-    monkeypatch.setattr(generate_module.os, "_exit", left.append)
+    monkeypatch.setattr(cli.os, "_exit", left.append)
     with contextlib.suppress(SystemExit):
         run(main, Config)
     assert begun == [True]

@@ -14,11 +14,14 @@ from conftest import ROOT, assert_same_weights, assert_the_start_is_kept, metric
 
 import data
 import grpo
-import pretrain
 from data import Problem, load_problems
-from generate import ConfigError, DivergedError, open_checkpoint, run
-from grpo import Config, group_advantages, grpo_loss, kl_estimate, score
+from evaluate import kl_estimate
+from grpo import Config, group_advantages, grpo_loss, score
 from lora import LoraConfig
+from support import devices
+from support.checkpoints import open_checkpoint
+from support.cli import run
+from support.errors import ConfigError, DivergedError
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -707,7 +710,7 @@ def test_the_kl_to_the_start_by_hand(here, monkeypatch, rank):
         opened = grpo.open_checkpoint
         monkeypatch.setattr(grpo, "open_checkpoint", lambda *args: seen.append("opened") or opened(*args))
     seen = []
-    dist, settings = pretrain.setup("cpu"), config(lora=LoraConfig(rank), dtype="fp32")
+    dist, settings = devices.setup("cpu"), config(lora=LoraConfig(rank), dtype="fp32")
     raw, tokenizer, _ = open_checkpoint("start")
     start = copy.deepcopy(raw)
     grpo.add_lora(raw, **asdict(LoraConfig(rank)))
@@ -811,13 +814,13 @@ def test_activations_that_overflow_fp16_stop_the_run(here, monkeypatch, signal, 
 
 
 def test_prompts_must_be_shared_evenly(here, monkeypatch):
-    monkeypatch.setattr(grpo, "setup", lambda _: pretrain.Dist(0, 3, torch.device("cpu")))
+    monkeypatch.setattr(grpo, "setup", lambda _: devices.Dist(0, 3, torch.device("cpu")))
     with pytest.raises(ConfigError, match="cannot be shared"):
         grpo.main(config())
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("gsm8k_grpo*.yaml")), ids=lambda p: p.stem)
 def test_recipes_can_be_read(recipe):
-    from generate import parse_config
+    from support.cli import parse_config
 
     assert parse_config(Config, ["--config", str(recipe)]).data == "gsm8k"

@@ -24,7 +24,8 @@ from lora import (
     save_lora,
     unmerge_lora,
 )
-from transformer import CheckpointError, Transformer, TransformerConfig, gpt2_config, token_logprobs
+from support.errors import CheckpointError
+from transformer import Transformer, TransformerConfig, gpt2_config, token_logprobs
 
 pytestmark = [  # PEFT's and transformers' words to each other
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing"),

@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import moe
+import optim
 import pretrain
 from moe import (
     MoE,
@@ -626,16 +627,16 @@ def test_resuming_keeps_the_biases(here):
 def test_muon_treats_experts_as_matrices_of_their_own():
     stack = torch.randn(11, 5, 9)  # more experts than rows or columns
     for matrices in (stack, stack.mT):
-        alone = torch.stack([pretrain.orthogonalise(m) for m in matrices])
-        torch.testing.assert_close(pretrain.orthogonalise(matrices), alone, atol=1e-4, rtol=1e-4)
+        alone = torch.stack([optim.orthogonalise(m) for m in matrices])
+        torch.testing.assert_close(optim.orthogonalise(matrices), alone, atol=1e-4, rtol=1e-4)
     a, b = torch.nn.Parameter(stack.clone()), torch.nn.Parameter(stack[1].clone())
     a.grad = torch.randn(11, 5, 9)
     b.grad = a.grad[1].clone()
-    pretrain.Muon([a, b], lr=0.1, weight_decay=0.5).step()
+    optim.Muon([a, b], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(a[1], b, atol=1e-5, rtol=1e-4)
     raw = Transformer(TransformerConfig(**MODEL, vocab_size=20))
-    second, muon = pretrain.make_optimizers(raw, "muon", 1e-3, 0.1)
-    (adamw,) = pretrain.make_optimizers(raw, "adamw", 1e-3, 0.1)
+    second, muon = optim.make_optimizers(raw, "muon", 1e-3, 0.1)
+    (adamw,) = optim.make_optimizers(raw, "adamw", 1e-3, 0.1)
     experts = {id(p) for block in raw.blocks for p in (block.ffn.gate, block.ffn.up, block.ffn.down)}
     assert experts <= {id(p) for g in muon.param_groups for p in g["params"]}
     routers = {id(block.ffn.router.weight) for block in raw.blocks}  # labels, like an embedding: not Muon's

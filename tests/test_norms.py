@@ -5,16 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from norms import (
-    LayerNorm,
-    RMSNorm,
-    deep_stack,
-    layer_norm,
-    layer_norm_gradient,
-    place,
-    rms_norm,
-    rms_norm_gradient,
-)
+from norms import LayerNorm, RMSNorm, deep_stack, layer_norm, layer_norm_gradient, place, rms_norm, rms_norm_gradient
 
 SHAPE = (2, 3, 8)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import assert_one_line_error, assert_same_weights, assert_the_start_is_kept, metrics, script
 
+import optim
 import ppo
-import pretrain
 from data import load_problems
-from generate import ConfigError, DivergedError, generate, open_checkpoint
+from generate import generate
 from lora import LoraConfig
 from ppo import (
     ActorCritic,
@@ -27,7 +27,10 @@ from ppo import (
     whiten,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
-from sft import pack
+from support import devices
+from support.checkpoints import open_checkpoint
+from support.errors import ConfigError, DivergedError
+from support.shared_prompt import pack
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -75,14 +78,14 @@ def batch(B=5, T=7):
 
 @pytest.mark.parametrize(("dtype", "wanted"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_both_parts_step_in_the_precision_of_autocast(dtype, wanted, monkeypatch):
-    seen, whole = [], pretrain.orthogonalise
-    monkeypatch.setattr(pretrain, "orthogonalise", lambda m: seen.append(whole(m).dtype) or whole(m))
-    autocast, scaler = pretrain.precision(dtype, pretrain.setup("cpu"))
+    seen, whole = [], optim.orthogonalise
+    monkeypatch.setattr(optim, "orthogonalise", lambda m: seen.append(whole(m).dtype) or whole(m))
+    autocast, scaler = devices.precision(dtype, devices.setup("cpu"))
     parts = [[torch.nn.Parameter(torch.randn(4, 6))] for _ in range(2)]
     before = [parameters[0].detach().clone() for parameters in parts]
     for (p,) in parts:
         p.grad = torch.randn(4, 6)
-    ppo.optimizer_steps(parts, [[pretrain.Muon(p, 0.1)] for p in parts], (0.1, 0.2), scaler, autocast, clip=1.0)
+    ppo.optimizer_steps(parts, [[optim.Muon(p, 0.1)] for p in parts], (0.1, 0.2), scaler, autocast, clip=1.0)
     assert seen == [wanted, wanted]
     lengths = [(p.detach() - old).norm().item() for (p,), old in zip(parts, before, strict=True)]
     assert lengths[1] == pytest.approx(2 * lengths[0], rel=0.2)  # each at its own rate; U Vᵀ is as long as it is wide
@@ -132,7 +135,7 @@ def test_whitening_is_over_masked_tokens():
     assert (white[~mask] == 0).all()
     torch.testing.assert_close(whiten(x.masked_fill(~mask, 7.0) * 3 + 2, mask), white)
     assert whiten(torch.ones(2, 3), torch.ones(2, 3)).abs().max() == 0  # no spread, no NaN
-    torch.testing.assert_close(whiten(x, mask, pretrain.setup("cpu")), white)
+    torch.testing.assert_close(whiten(x, mask, devices.setup("cpu")), white)
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -231,7 +234,7 @@ def test_the_leash():
 
 def test_running_moments_are_those_of_everything_seen():
     torch.manual_seed(0)
-    batches, dist = [3 + 2 * torch.randn(n) for n in (4, 9, 1, 30)], pretrain.setup("cpu")
+    batches, dist = [3 + 2 * torch.randn(n) for n in (4, 9, 1, 30)], devices.setup("cpu")
     moments = RunningMoments()
     for scores in batches:
         moments.add(scores, dist)
@@ -291,14 +294,14 @@ def test_the_first_ratio_is_one(kind):
 
 def test_the_cut_of_two_ranks_is_that_of_one():
     c = config(prompts=8, minibatches=3, micro_batch=4)
-    whole = cut(5, c, pretrain.Dist(0, 1, None), list(range(8)))
+    whole = cut(5, c, devices.Dist(0, 1, None), list(range(8)))
     assert sorted(g for pieces, _ in whole for piece in pieces for g in piece) == list(range(8))
     assert max(len(piece) for pieces, _ in whole for piece in pieces) == 2
-    halves = [cut(5, c, pretrain.Dist(rank, 2, None), list(range(4))) for rank in (0, 1)]
+    halves = [cut(5, c, devices.Dist(rank, 2, None), list(range(4))) for rank in (0, 1)]
     for m, (pieces, _) in enumerate(whole):
         found = [4 * r + g for r in (0, 1) for piece in halves[r][m][0] for g in piece if halves[r][m][1]]
         assert sorted(found) == sorted(g for piece in pieces for g in piece)
-    alone = cut(0, config(prompts=2, minibatches=2), pretrain.Dist(0, 2, None), [1])
+    alone = cut(0, config(prompts=2, minibatches=2), devices.Dist(0, 2, None), [1])
     assert sorted(real for _, real in alone) == [False, True]  # nothing of its own: a group at weight 0
 
 

@@ -24,22 +24,14 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, script, weights
 
-import data
+import optim
 import pretrain
 import transformer
-from generate import ConfigError
-from pretrain import (
-    Config,
-    Muon,
-    loss_of,
-    lr_at,
-    make_optimizers,
-    optimizer_step,
-    orthogonalise,
-    validate,
-    validation_rows,
-)
-from tokenizer_bpe import CharTokenizer, TokenizerError
+from optim import Muon, lr_at, make_optimizers, optimizer_step, orthogonalise
+from pretrain import Config, loss_of, validate, validation_rows
+from support import cli, devices, log, plots, runs, streams
+from support.errors import ConfigError, TokenizerError
+from tokenizer_bpe import CharTokenizer
 from transformer import Transformer, TransformerConfig
 
 TEXT = "".join(f"{a} plus {b} is {a + b}. " for a in range(20) for b in range(20))
@@ -140,12 +132,12 @@ def test_muon_against_torch(dtype, monkeypatch):
 
 
 def test_the_optimizer_steps_in_the_precision_of_autocast(monkeypatch):
-    seen, whole = [], pretrain.orthogonalise
-    monkeypatch.setattr(pretrain, "orthogonalise", lambda m: seen.append(whole(m)) or seen[-1])
+    seen, whole = [], optim.orthogonalise
+    monkeypatch.setattr(optim, "orthogonalise", lambda m: seen.append(whole(m)) or seen[-1])
     raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
-    dist = pretrain.setup("cpu")
+    dist = devices.setup("cpu")
     for dtype in ("fp32", "bf16"):
-        autocast, scaler = pretrain.precision(dtype, dist)
+        autocast, scaler = devices.precision(dtype, dist)
         optimizers = make_optimizers(raw, "muon", 1e-3, 0.1)
         loss_of(raw, torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64), 0.0)[0].backward()
         optimizer_step(raw, optimizers, scaler, autocast, 1e-2, clip=0.5)
@@ -200,7 +192,7 @@ def test_weights_and_biases_gets_it_all(here, monkeypatch):
 
 def test_the_final_validation_loss_is_torchs_cross_entropy(here):
     pretrain.main(config())
-    from generate import open_checkpoint
+    from support.checkpoints import open_checkpoint
 
     raw, tokenizer, _ = open_checkpoint("runs/pretrain/last")
     ids = torch.tensor(tokenizer.encode(TEXT[len(TEXT) * 9 // 10 :]))
@@ -223,13 +215,13 @@ def test_documents_are_validated_whole(here):
         y = torch.tensor([*i, separator])
         total += torch.nn.functional.cross_entropy(raw(x)[0], y, reduction="sum").item()
     n_tokens, n_bytes = sum(len(i) + 1 for i in ids), sum(map(len, ids))
-    dist = pretrain.Dist(0, 1, torch.device("cpu"))
+    dist = devices.Dist(0, 1, torch.device("cpu"))
     rows = validation_rows(ids, stream, 32, separator)
     got = validate(raw, rows, byte_lengths, dist, contextlib.nullcontext)
     assert got == pytest.approx((total / n_tokens, total / n_bytes / math.log(2)), rel=1e-5)
     halves = []  # two ranks, each with its own rows, add up to one
     for rank in range(2):
-        half = pretrain.Dist(rank, 2, torch.device("cpu"))
+        half = devices.Dist(rank, 2, torch.device("cpu"))
         half.sum = lambda *values: halves.append(values) or values
         validate(raw, rows, byte_lengths, half, contextlib.nullcontext)
     assert halves[0][0] + halves[1][0] == pytest.approx(total, rel=1e-5)
@@ -538,8 +530,8 @@ def sharded_case(case, **changes):
 
 def run_sharded():
     """What each of two ranks does: all cases, and the first two again from step 4, with FSDP and without."""
-    pretrain.draw_curves = pretrain.draw_experts = lambda *args: None  # the most of a short run's time
-    dist = pretrain.setup("cpu")
+    plots.draw_curves = plots.draw_experts = lambda *args: None  # the most of a short run's time
+    dist = devices.setup("cpu")
     for case in SHARDED:
         done = sharded_case(case, name=f"{case}/two", micro_batch=3, fsdp=True)  # 4 windows a rank, in two parts
         pretrain.main(done)
@@ -591,10 +583,10 @@ print(faults())
 
 
 def test_auto_is_bf16_where_the_processor_has_units_for_it(monkeypatch):
-    dist = pretrain.Dist(0, 1, torch.device("cpu"))
+    dist = devices.Dist(0, 1, torch.device("cpu"))
     for amx, kind in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        autocast, scaler = pretrain.precision("auto", dist)
+        autocast, scaler = devices.precision("auto", dist)
         with autocast():
             assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
         assert not scaler.is_enabled()
@@ -636,7 +628,7 @@ def test_sharded_equals_one_process(here, monkeypatch):
 )
 def test_what_sharding_refuses(here, changes, message, monkeypatch):
     if changes:
-        monkeypatch.setattr(pretrain, "setup", lambda _: pretrain.Dist(0, 2, torch.device("cpu")))
+        monkeypatch.setattr(pretrain, "setup", lambda _: devices.Dist(0, 2, torch.device("cpu")))
         monkeypatch.setattr(pretrain, "restarted", lambda *_: False)  # it would ask the other process
     with pytest.raises(ConfigError, match=f"^--fsdp.*{message}"):
         pretrain.main(config(fsdp=True, **changes))
@@ -676,15 +668,15 @@ def test_rates_below_0_are_refused(name):
 def test_ctrl_c_in_the_loop_and_behind_it():
     """In the loop the first one is only noted; behind it it ends the program, as does one that nobody saw."""
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before, dist = [signal.getsignal(number) for number in numbers], pretrain.setup("cpu")
+    before, dist = [signal.getsignal(number) for number in numbers], devices.setup("cpu")
     try:
-        interrupt = pretrain.Interrupt(dist)
+        interrupt = runs.Interrupt(dist)
         assert not interrupt
         signal.raise_signal(signal.SIGTERM)
         assert interrupt
         with pytest.raises(KeyboardInterrupt):
             interrupt.release()
-        pretrain.Interrupt(dist).release()
+        runs.Interrupt(dist).release()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -694,14 +686,14 @@ def test_ctrl_c_in_the_loop_and_behind_it():
 
 
 def test_what_is_said_when_it_stops(capsys):
-    dist = pretrain.setup("cpu")
+    dist = devices.setup("cpu")
     for name, written, word in [
         ("mine", True, "saved; add --resume true"),
         ("mine", False, "but not saved"),
         ("start/word-seed0-sft", True, "makes this start anew"),
     ]:
         with pytest.raises(SystemExit) as stop:
-            pretrain.stopped(name, 3, written, dist)
+            runs.stopped(name, 3, written, dist)
         assert stop.value.code == 130
         assert word in capsys.readouterr().out
 
@@ -710,21 +702,21 @@ def test_a_restart_adopts_only_a_run_of_its_own_launch(here, monkeypatch, capsys
     first = pretrain.main(config(steps=4, save_every=2))
     assert pretrain.main(config(steps=4, save_every=2, resume=True)) == first  # nothing left to do: the same figures
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    dist = pretrain.setup("cpu")
-    assert pretrain.restarted(config(), dist)
+    dist = devices.setup("cpu")
+    assert runs.restarted(config(), dist)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert not pretrain.restarted(config(), dist)
+    assert not runs.restarted(config(), dist)
     (here / "runs/pretrain/launcher").write_text("another")  # though its process may be another: rank 0 can move
-    assert pretrain.restarted(config(), dist)
+    assert runs.restarted(config(), dist)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not pretrain.restarted(config(), dist)
-    monkeypatch.setattr(pretrain.Dist, "sum", lambda self, *values: [v + (i == 0) for i, v in enumerate(values)])
-    assert pretrain.restarted(config(), dist)  # another node counted a restart
+    assert not runs.restarted(config(), dist)
+    monkeypatch.setattr(devices.Dist, "sum", lambda self, *values: [v + (i == 0) for i, v in enumerate(values)])
+    assert runs.restarted(config(), dist)  # another node counted a restart
 
 
 def test_the_stream_is_made_once(here, monkeypatch):
     pretrain.main(config(name="first"))
-    monkeypatch.setattr(data, "write_stream", None)
+    monkeypatch.setattr(streams, "write_stream", None)
     pretrain.main(config(name="second"))
     assert metrics("runs/first", "loss") == metrics("runs/second", "loss")
     assert len(list((here / "runs/streams").glob("*.bin"))) == 2  # training and validation
@@ -754,7 +746,7 @@ def test_a_run_under_way_is_left_alone(here):
     os.close(other)
     seen = []
 
-    class Log(pretrain.Log):
+    class Log(log.Log):
         def __call__(self, step, **record):
             with contextlib.suppress(BlockingIOError):  # a lock is held while the run is under way
                 fcntl.flock(os.open(self.run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -781,7 +773,7 @@ def test_what_is_frozen_is_in_no_optimizer(here):
     (adamw,) = make_optimizers(raw, "muon", 1e-3, 0.1)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(raw(torch.arange(8)[None]).sum()).backward()
-    assert math.isfinite(pretrain.optimizer_step(raw, [adamw], scaler, contextlib.nullcontext, 1e-3, 1.0))
+    assert math.isfinite(optim.optimizer_step(raw, [adamw], scaler, contextlib.nullcontext, 1e-3, 1.0))
 
 
 def test_continuing_from_a_checkpoint_takes_its_architecture(here):
@@ -828,7 +820,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
     ],
 )
 def test_bad_settings(here, changes, message, monkeypatch):
-    monkeypatch.setattr(pretrain.importlib.util, "find_spec", lambda name: None)  # wandb is not there
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)  # wandb is not there
     (here / "odd.txt").write_text(TEXT + "ß")  # the ß is in the validation part alone
     earlier = here / "runs/pretrain/metrics.jsonl"
     earlier.parent.mkdir(parents=True)
@@ -853,7 +845,7 @@ def test_tokens_that_look_like_formulas_are_drawn(here):
     tokenizer = CharTokenizer.train(["a$ b"])
     raw = Transformer(TransformerConfig(**MODEL | {"vocab_size": tokenizer.vocab_size}))
     tokenizer.decode = lambda ids: "$$"
-    pretrain.draw_attention(here, raw, tokenizer, "a$ b$ a")
+    plots.draw_attention(here, raw, tokenizer, "a$ b$ a")
     assert (here / "attention.png").stat().st_size > 5000
 
 

@@ -12,11 +12,9 @@ import pytest
 import torch
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
-import pretrain
 import reward_model
-from data import CORRUPTIONS, DataError, Problem, load_problems, split_of
+from data import Problem, load_problems
 from encoder import Encoder, EncoderConfig
-from generate import ConfigError, DivergedError, open_checkpoint
 from reward_model import (
     Config,
     RewardEncoder,
@@ -31,8 +29,13 @@ from reward_model import (
     score_groups,
     shaping,
 )
+from support import devices
+from support.checkpoints import open_checkpoint
+from support.errors import CheckpointError, ConfigError, DataError, DivergedError
+from support.splits import split_of
+from support.word_problems import CORRUPTIONS
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig, gpt2_config
+from transformer import Transformer, TransformerConfig, gpt2_config
 
 SMALL = dict(init="start", pairs="both", n_pairs=30, sample_problems=6, samples=3, max_new_tokens=8, steps=4, batch=6)
 SMALL |= dict(micro_batch=6, warmup=1, eval_every=2, eval_pairs=5, test_pairs=5, best_of=4, best_of_problems=2)
@@ -187,9 +190,7 @@ def test_groups_of_any_number_and_length(kind):
             for k in torch.randint(1, 9, (n + 1,), generator=generator)
         )
         groups.append((prompt, answers))
-    found = score_groups(
-        model, groups, 0, torch.device("cpu"), pretrain.precision("fp32", pretrain.setup("cpu"))[0], 40
-    )
+    found = score_groups(model, groups, 0, torch.device("cpu"), devices.precision("fp32", devices.setup("cpu"))[0], 40)
     assert [len(f) for f in found] == [1, 5, 2, 3, 2]
     for (prompt, answers), row in zip(groups, found, strict=True):
         for answer, value in zip(answers, row, strict=True):
@@ -523,7 +524,7 @@ def test_samples_of_broken_bytes_are_scored(here, tokenizer, monkeypatch, capsys
     a policy with another tokenizer there is only the text: it is cut off."""
     policy = open_checkpoint("start")[0]
     reads = ByteTokenizer() if own else tokenizer
-    c, dist = config(max_new_tokens=20, best_of=8), pretrain.setup("cpu")
+    c, dist = config(max_new_tokens=20, best_of=8), devices.setup("cpu")
     prompts = [reward_model.encode_prompt(reads, p.question) for p in load_problems("word", "test", c.best_of_problems)]
     sizes = TransformerConfig(reads.vocab_size, max(map(len, prompts)) + 20, 1, 2, 1, 16)
     model, seen = RewardModel.from_policy(Transformer(sizes)), []
@@ -533,7 +534,7 @@ def test_samples_of_broken_bytes_are_scored(here, tokenizer, monkeypatch, capsys
         return true(model, groups, *more)
 
     monkeypatch.setattr(reward_model, "score_groups", see)
-    autocast, _ = pretrain.precision("fp32", dist)
+    autocast, _ = devices.precision("fp32", dist)
     found = reward_model.probe_samples(model, policy, tokenizer, reads, c, dist, autocast)
     assert set(found["best_of"]) == {"1", "2", "4", "8"}
     assert [prompt for prompt, _ in seen] == prompts

@@ -14,27 +14,20 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pretrain
+import data
+import evaluate as evaluation
 import sft
-from data import Pair, Problem, load_problems
-from generate import ConfigError, DivergedError, Rollout, generate, open_checkpoint
+from data import Pair, Problem, chat, encode_group, load_problems, rows_at
+from evaluate import evaluate, wilson
+from generate import Rollout, generate
 from lora import LoraConfig
-from sft import (
-    Config,
-    answer_logprobs,
-    chat,
-    collate,
-    encode_example,
-    encode_group,
-    evaluate,
-    pack,
-    pack_examples,
-    rows_at,
-    sft_loss,
-    wilson,
-)
+from sft import Config, collate, encode_example, pack_examples, sft_loss
+from support import devices, runs
+from support.checkpoints import open_checkpoint
+from support.errors import CheckpointError, ConfigError, DivergedError
+from support.shared_prompt import answer_logprobs, pack
 from tokenizer_bpe import BPETokenizer
-from transformer import CheckpointError, Transformer, TransformerConfig, token_logprobs
+from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2, eval_problems=4, test_problems=5)
 SMALL |= dict(max_new_tokens=8, device="cpu", demonstrations=40)
@@ -63,7 +56,7 @@ def test_exactly_the_answer_and_its_end_are_trained(tokenizer):
     ids, mask = tokenizer.encode_chat(chat(problem))
     trained = [i for i, flag in zip(ids, mask, strict=True) if flag]
     assert trained == [*tokenizer.encode(problem.solution), tokenizer.special_ids["<|im_end|>"]]
-    prompt = sft.encode_prompt(tokenizer, problem)
+    prompt = data.encode_prompt(tokenizer, problem)
     assert ids[: len(prompt)] == prompt
     assert not any(mask[: len(prompt)])
 
@@ -77,7 +70,7 @@ def test_every_turn_of_the_assistant_is_trained(tokenizer):
     end = tokenizer.special_ids["<|im_end|>"]
     said = [[*tokenizer.encode(text), end] for text in ("Three. #### 3", "Four. #### 4")]
     assert [i for i, flag in zip(ids, flags, strict=True) if flag] == said[0] + said[1]
-    prompt = sft.encode_prompt(tokenizer, problem)
+    prompt = data.encode_prompt(tokenizer, problem)
     assert ids[: len(prompt)] == prompt
     assert ids[len(prompt) :] == [*said[1], *tokenizer.encode("\n")]
 
@@ -260,11 +253,11 @@ def test_pacing_opens_the_easy_first():
 
 
 def test_token_f1_by_hand():
-    assert sft.token_f1("The cat sat.", "a cat sat") == 1
-    assert sft.token_f1("cat cat dog", "cat bird") == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
-    assert sft.token_f1("cat", "dog") == 0
-    assert sft.token_f1("", "") == 1
-    assert sft.token_f1("", "dog") == sft.token_f1("dog", "the") == 0
+    assert evaluation.token_f1("The cat sat.", "a cat sat") == 1
+    assert evaluation.token_f1("cat cat dog", "cat bird") == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
+    assert evaluation.token_f1("cat", "dog") == 0
+    assert evaluation.token_f1("", "") == 1
+    assert evaluation.token_f1("", "dog") == evaluation.token_f1("dog", "the") == 0
 
 
 @pytest.mark.parametrize("correct", range(6))
@@ -272,13 +265,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(correct):
     samples = [i < correct for i in range(5)]
     for k in range(1, 6):
         subsets = list(itertools.combinations(samples, k))
-        assert sft.pass_at_k(5, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+        assert evaluation.pass_at_k(5, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_majority():
-    assert sft.majority(["3", None, "4", "4", None, None]) == "4"
-    assert sft.majority(["4", "3", "3", "4"]) == "4"  # a tie: the first
-    assert sft.majority([None, None]) is None
+    assert evaluation.majority(["3", None, "4", "4", None, None]) == "4"
+    assert evaluation.majority(["4", "3", "3", "4"]) == "4"  # a tie: the first
+    assert evaluation.majority([None, None]) is None
 
 
 def test_wilson_against_published_values():
@@ -306,16 +299,16 @@ def test_evaluate_counts(tokenizer, monkeypatch):
         ids = torch.tensor([text[:max_new_tokens]] * len(prompts))
         return Rollout(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
 
-    monkeypatch.setattr(sft, "generate", parrot)
+    monkeypatch.setattr(evaluation, "generate", parrot)
     answers = [("12", 1, "#### 12"), ("12.0", 2, "no"), ("13", 2, "no"), ("1", 1, "12 no")]
     problems = [Problem("q?", solution, a, level, "x") for a, level, solution in answers]
-    result = evaluate(None, tokenizer, problems, 20, pretrain.setup("cpu"))
+    result = evaluate(None, tokenizer, problems, 20, devices.setup("cpu"))
     assert (result["correct"], result["n"], result["accuracy"]) == (2, 4, 0.5)
     assert result["f1"] == pytest.approx((1 + 0 + 0 + 2 / 3) / 4)
     assert result["length"] == len(text)
     assert result["truncated"] == 0
     assert result["by_level"] == {1: 0.5, 2: 0.5}
-    assert evaluate(None, tokenizer, problems, len(text) - 1, pretrain.setup("cpu"))["truncated"] == 1
+    assert evaluate(None, tokenizer, problems, len(text) - 1, devices.setup("cpu"))["truncated"] == 1
 
 
 def test_evaluate_samples_counts(tokenizer, monkeypatch):
@@ -329,17 +322,18 @@ def test_evaluate_samples_counts(tokenizer, monkeypatch):
         def texts(self, tokenizer):
             return [text for p in self.prompts for text in scripts["A?" if "A?" in tokenizer.decode(p) else "B?"]]
 
-    monkeypatch.setattr(sft, "generate", lambda raw, prompts, *sizes, **more: Said(prompts))
-    result = sft.evaluate_samples(None, tokenizer, problems, 4, 8, pretrain.setup("cpu"), batch=1)
+    monkeypatch.setattr(evaluation, "generate", lambda raw, prompts, *sizes, **more: Said(prompts))
+    result = evaluation.evaluate_samples(None, tokenizer, problems, 4, 8, devices.setup("cpu"), batch=1)
     assert list(result) == ["pass@1", "pass@2", "pass@4", "majority@4"]
     assert list(result.values()) == pytest.approx([(1 / 4 + 2 / 4) / 2, (1 / 2 + 5 / 6) / 2, 1.0, 0.5])
 
-    class Rank(pretrain.Dist):
+    class Rank(devices.Dist):
         def sum(self, *values):
             return values
 
     parts = [
-        sft.evaluate_samples(None, tokenizer, problems, 4, 8, Rank(r, 2, torch.device("cpu")), batch=1) for r in (0, 1)
+        evaluation.evaluate_samples(None, tokenizer, problems, 4, 8, Rank(r, 2, torch.device("cpu")), batch=1)
+        for r in (0, 1)
     ]
     for name, value in result.items():  # two ranks together find what one finds
         assert sum(part[name] for part in parts) == pytest.approx(value)
@@ -369,7 +363,7 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
             raise KeyboardInterrupt  # a checkpoint is there, but the run is not at its end
 
     monkeypatch.setattr(sft, "main", attempt)
-    dist = pretrain.setup("cpu")
+    dist = devices.setup("cpu")
     with pytest.raises(KeyboardInterrupt):
         sft.sft_start(config(init=None), dist)
     for _ in range(2):
@@ -379,18 +373,18 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     sft.sft_start(config(init=None, levels=[3]), dist)  # another start
     sft.sft_start(config(init=None, levels=[3], device="auto"), dist)  # the same
     assert len(calls) == 3
-    assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", sft.start_name("my chats.jsonl", 0, "sft"))
-    names = {sft.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
+    assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", runs.start_name("my chats.jsonl", 0, "sft"))
+    names = {runs.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
     assert len(names) == 3
 
 
 def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
     monkeypatch.setattr(sft, "made_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings))
-    dist = pretrain.setup("cpu")
-    for data in ("word", "mine.jsonl"):
+    dist = devices.setup("cpu")
+    for name in ("word", "mine.jsonl"):
         for skip_bad in (False, True):
-            start = sft.pretrained_start(sft.Config(data=data, skip_bad=skip_bad), dist)
-            assert (start.data, start.skip_bad) == (data, skip_bad)
+            start = sft.pretrained_start(sft.Config(data=name, skip_bad=skip_bad), dist)
+            assert (start.data, start.skip_bad) == (name, skip_bad)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo", "gdpo"])
@@ -416,7 +410,7 @@ def test_a_start_that_two_runs_want_is_made_by_one(here, monkeypatch, capsys):
         sft.sft_start(config(init=None), dist)
 
     monkeypatch.setattr(sft, "main", attempt)
-    dist = pretrain.setup("cpu")
+    dist = devices.setup("cpu")
     thread = threading.Thread(target=first)
     thread.start()
     assert begun.wait(10)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import tokenizer_bpe
+from support.errors import TokenizerError
 from tokenizer_bpe import (
     BYTE_TO_CHAR,
     CHAT_TEMPLATE,
@@ -24,7 +25,6 @@ from tokenizer_bpe import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
-    TokenizerError,
     blocks,
     count_words,
     cut,

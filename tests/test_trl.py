@@ -10,11 +10,12 @@ import torch
 
 import dpo
 import gdpo
-import sft
 from grpo import grpo_loss, summed_advantages
 from reward_model import RewardModel, bradley_terry_loss
+from support import shared_prompt
+from support.hf import LAYOUTS, layout_of, to_layout
 from tokenizer_bpe import BPETokenizer
-from transformer import LAYOUTS, Transformer, TransformerConfig, layout_of, to_layout
+from transformer import Transformer, TransformerConfig
 
 pytest.importorskip("trl", reason="trl is not installed: the loops of the other tests are the check then")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -102,7 +103,9 @@ def test_grpo_loss_and_gradient(start, grpo_trainer, loss_type, ratio, unbiased,
     flat = [answer for group in answers for answer in group]
     ids, mask = padded([prompts[0]] * 3 + [prompts[1]] * 3, left=True)
     completions, completion_mask = padded(flat, left=False)
-    logprobs = sft.answer_logprobs(model, sft.pack(prompts, answers, 0), 0.7)[:, : completions.shape[1]]
+    logprobs = shared_prompt.answer_logprobs(model, shared_prompt.pack(prompts, answers, 0), 0.7)[
+        :, : completions.shape[1]
+    ]
     torch.manual_seed(1)
     noise = 0.3 * torch.randn(2, *logprobs.shape, dtype=torch.float64) + 0.3 * torch.randn(6, 1)
     old, ref = logprobs.detach() + noise
@@ -183,7 +186,7 @@ def test_dpo_loss_and_gradient(start, tmp_path, variant, loss_type):
     batch, spoken = pairs_of(prompts, answers)
     theirs = trainer.compute_loss(trainer.model, batch | {"completion_mask": spoken})
     theirs.backward()
-    packed = sft.pack(prompts, [group[:2] for group in answers], 0)
+    packed = shared_prompt.pack(prompts, [group[:2] for group in answers], 0)
     with torch.no_grad():
         ref = dpo.pair_logprobs(reference, packed)
     lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed[-1].view(-1, 2).unbind(1), strict=True))

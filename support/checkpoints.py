@@ -1,0 +1,51 @@
+"""Opening a checkpoint of any format: model, tokenizer, directory."""
+
+import json
+from pathlib import Path
+
+from support.errors import CheckpointError
+from support.gguf import gguf_tokenizer, open_gguf
+from support.hf import local_directory
+from tokenizer_bpe import load_tokenizer
+from transformer import Transformer
+
+
+def resolve_checkpoint(path):
+    """A checkpoint directory, a .gguf file, a run directory, of which `best`, else `last` is meant, or the name of a
+    model on the Hugging Face hub. Raises CheckpointError."""
+    path = Path(path) if str(path).startswith("runs/") else local_directory(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    for candidate in (path, path / "best", path / "last", path / "last.old"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    what = "holds no checkpoint" if path.is_dir() else "is no checkpoint" if path.exists() else "is not there"
+    raise CheckpointError(f"{path} {what}; give a run directory or one that save_pretrained wrote")
+
+
+def open_checkpoint(path, device="cpu", dropout=0.0):
+    """-> (model in fp32, tokenizer, directory). Raises CheckpointError, also if the two vocabularies differ."""
+    path = resolve_checkpoint(path)
+    if path.suffix == ".gguf":
+        model, metadata = open_gguf(path, dropout)
+        tokenizer = gguf_tokenizer(metadata, path)
+    else:
+        tokenizer, model = load_tokenizer(path), Transformer.from_pretrained(path, dropout=dropout)
+    if tokenizer.vocab_size > model.config.vocab_size:  # published models pad theirs, so it may be larger
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model.to(device), tokenizer, path
+
+
+def is_chat_model(path, tokenizer):
+    """Whether the checkpoint was trained to end its turns: its generation_config.json then stops at <|im_end|>, or its
+    GGUF file brings a chat template."""
+    if Path(path).suffix == ".gguf":
+        return tokenizer.chat_template is not None
+    try:
+        stop = json.loads((Path(path) / "generation_config.json").read_text())["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return tokenizer.special_ids.get("<|im_end|>", -1) in (stop if isinstance(stop, list) else [stop])

@@ -1,0 +1,75 @@
+"""A Config dataclass from flags and YAML; what the user can mend comes out as one line and exit status 2."""
+
+import importlib.util
+import math
+import os
+import sys
+from dataclasses import fields
+
+import jsonargparse
+from torch import distributed
+
+from support.errors import CheckpointError, ConfigError, DataError, TokenizerError
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message, ex=None):
+        """One line, no usage dump: what is wrong, and where the flags are listed."""
+        text = " ".join(str(message).split())
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_config(cls, args=None, description=None):
+    """A Config dataclass from flags and YAML: `--steps 500 --config FILE.yaml --model.n_layer 6`. The attribute
+    docstrings of `cls` are the help; `--print_config` writes the YAML of what would run."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(description=(description or cls.__doc__ or "").strip().split("\n\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file of these settings; flags after it win")
+    parser.add_class_arguments(cls)
+    settings = parser.instantiate(parser.parse_args(args))
+    return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
+
+
+def run(main, cls, description=None):
+    """Entry of every script: flags in, and what the user can mend comes out as one line and exit status 2."""
+    try:
+        main(parse_config(cls, description=description))
+        status = 0
+    except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # a line for each node
+            print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    if distributed.is_available() and distributed.is_initialized():
+        if status == 0:
+            distributed.destroy_process_group()
+        # Where DDP was used its threads live on (torch 2.13), and now and then they abort the interpreter's end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def check_positive(config, *names):
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def check_rates(config):
+    """What every stage has: raises ConfigError on values that an optimizer or a generator would refuse."""
+    for name in ("lr", "weight_decay", "warmup", "clip", "seed"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 0")
+    if config.seed >= 2**32:
+        raise ConfigError(f"--seed is {config.seed}; it must be below 2^32, which is {2**32}")
+    if config.optimizer not in ("adamw", "muon"):
+        raise ConfigError(f"--optimizer {config.optimizer!r} is not known; use adamw or muon")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb needs a package that is not here: pip install wandb")
+    if not 0 <= getattr(config, "dropout", 0.0) < 1:
+        raise ConfigError(f"--dropout is {config.dropout}; it must be at least 0 and below 1")

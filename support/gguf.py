@@ -1,0 +1,144 @@
+"""llama.cpp's format: one file with the weights, quantised in blocks, and with the tokenizer."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from positional import interleaved_to_half
+from support.errors import CheckpointError, TokenizerError
+from support.hf import LAYOUTS, fill
+from tokenizer_bpe import CHAR_TO_BYTE, GPT2_PATTERN, PATTERN, SMOLLM_PATTERN, BPETokenizer, check_spelling
+from transformer import Transformer, TransformerConfig
+
+GGUF_NAMES = {
+    "embed.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
+    "blocks.{}.norm1.weight": "blk.{}.attn_norm.weight",
+    "blocks.{}.norm2.weight": "blk.{}.ffn_norm.weight",
+    "blocks.{}.attn.wo.weight": "blk.{}.attn_output.weight",
+    **{f"blocks.{{}}.attn.w{x}.{kind}": f"blk.{{}}.attn_{x}.{kind}" for x in "qkv" for kind in ("weight", "bias")},
+    **{f"blocks.{{}}.attn.{x}_norm.weight": f"blk.{{}}.attn_{x}_norm.weight" for x in "qk"},
+    **{f"blocks.{{}}.ffn.{x}.weight": f"blk.{{}}.ffn_{x}.weight" for x in ("gate", "up", "down")},
+}
+GGUF_KEYS = {
+    "context": "context_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_kv_head": "attention.head_count_kv",
+    "width": "embedding_length",
+    "ffn_width": "feed_forward_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
+GGUF_KINDS = ("llama", "qwen2", "qwen3")
+
+
+def read_gguf(path):
+    """-> metadata {key: value}; tensors {name: (shape, function that dequantises it)}. Raises CheckpointError."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} is not there")
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(f"to open {path}: pip install gguf") from None
+
+    class Reader(gguf.GGUFReader):  # cuts its file up 300,000 times: a plain array is three times faster than a memmap
+        data = property(lambda self: self.plain, lambda self, mapped: setattr(self, "plain", np.asarray(mapped)))
+
+    try:
+        reader = Reader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+        raise CheckpointError(f"{path} is corrupt or no GGUF file: {error}") from None
+
+    def numbers(tensor):
+        return lambda: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+    return metadata, {t.name: (tuple(map(int, t.shape[::-1])), numbers(t)) for t in reader.tensors}
+
+
+def gguf_config(metadata, tensors, path):
+    """The metadata of a GGUF file -> TransformerConfig. Raises CheckpointError."""
+    kind = metadata.get("general.architecture")
+    if kind not in GGUF_KINDS:
+        raise CheckpointError(f"{path}: architecture {kind!r} is not known here; known: {', '.join(GGUF_KINDS)}")
+    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    factors = (metadata.get(f"{kind}.rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear"))
+    if scaling == "none" and any(factor not in (0.0, 1.0) for factor in factors):
+        scaling = "linear"  # as llama.cpp takes it
+    if scaling != "none" or "rope_freqs.weight" in tensors or metadata.get(f"{kind}.expert_count"):
+        what = "mixtures of experts" if metadata.get(f"{kind}.expert_count") else "RoPE scaling"
+        raise CheckpointError(f"{path}: {what} in a GGUF file is not supported; use the safetensors checkpoint")
+    values = dict(LAYOUTS[kind].means)
+    try:
+        values |= {ours: metadata[f"{kind}.{theirs}"] for ours, theirs in GGUF_KEYS.items()}
+        values["vocab_size"] = tensors["token_embd.weight"][0][0]
+    except KeyError as missing:
+        raise CheckpointError(f"{path} lacks {missing}") from None
+    values["head_dim"] = metadata.get(f"{kind}.attention.key_length")
+    values["rope_theta"] = metadata.get(f"{kind}.rope.freq_base", 10000.0)
+    values["window"] = metadata.get(f"{kind}.attention.sliding_window")
+    values["tie_embeddings"] = "output.weight" not in tensors
+    try:
+        config = TransformerConfig(**values)
+    except (CheckpointError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    rotated = metadata.get(f"{kind}.rope.dimension_count", config.resolved().head_dim)
+    if rotated != config.resolved().head_dim:
+        raise CheckpointError(f"{path}: RoPE over {rotated} of {config.resolved().head_dim} features is not supported")
+    return config
+
+
+def open_gguf(path, dropout=0.0):
+    """Open a GGUF file of llama.cpp's, dequantised to fp32 -> (model, metadata), the latter for gguf_tokenizer.
+    Raises CheckpointError."""
+    metadata, tensors = read_gguf(path)
+    config = gguf_config(metadata, tensors, path)
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+
+    def get(name):
+        try:
+            tensor = tensors[name][1]()
+        except NotImplementedError as error:
+            raise CheckpointError(f"{path}: {name}: {error}") from None
+        heads = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
+        if heads and metadata["general.architecture"] == "llama":  # rotates neighbours; see positional.py
+            return interleaved_to_half(tensor, heads)
+        return tensor
+
+    return fill(Transformer, replace(config, dropout=dropout), GGUF_NAMES, shapes, get, path), metadata
+
+
+def gguf_tokenizer(metadata, path):
+    """The byte-level BPE that a GGUF file brings. Its encode_chat writes what the file's chat template would, a default
+    system turn included; .chat_template is that template, or None if there is none. Raises TokenizerError."""
+
+    def unshow(token):
+        return bytes(CHAR_TO_BYTE[c] for c in token)
+
+    patterns = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN, "qwen2": PATTERN}
+    kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind != "gpt2" or split not in patterns:
+        known = f"gpt2 with a split of {', '.join(patterns)}"
+        raise TokenizerError(f"{path}: a {kind} tokenizer with the split {split!r} is not known here; known: {known}")
+    try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
+        vocab = {i: unshow(token) for i, (token, kind) in enumerate(kinds) if kind == 1}
+        special = {token: i for i, (token, kind) in enumerate(kinds) if kind == 3}
+        merges = [tuple(unshow(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
+        eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
+        tokenizer = BPETokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
+        tokenizer.add_words({token: i for i, (token, kind) in enumerate(kinds) if kind == 4})
+        check_spelling(tokenizer)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{path}: the tokenizer is corrupt: {error}") from None
+    if metadata.get("tokenizer.ggml.add_bos_token"):
+        raise TokenizerError(f"{path}: its texts begin with a token of their own (add_bos_token): not supported here")
+    if "tokenizer.chat_template" in metadata:
+        tokenizer.read_chat_template(metadata["tokenizer.chat_template"])
+        if tokenizer.no_chat:
+            raise TokenizerError(f"{path}: {tokenizer.no_chat}")
+    return tokenizer

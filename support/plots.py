@@ -1,0 +1,128 @@
+"""Every picture that a run draws."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attention import attention_entropy, attention_weights
+from support.log import read_metrics
+
+
+def pyplot():
+    """matplotlib without a screen. Slow to import, so only where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def smooth(values, width):
+    """Centred running mean, shorter at the ends."""
+    values = np.asarray(values, dtype=float)
+    return [values[max(0, i - width) : i + width + 1].mean() for i in range(len(values))]
+
+
+def draw_curves(run_dir, title, panels):
+    """curves.png: a panel per (heading, {metric: label}, y-axis label, {label: level of a dashed line}).
+
+    A metric of more than 60 points is drawn faintly, with its running mean on top.
+    """
+    plt = pyplot()
+    series = read_metrics(run_dir)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 3.1 * rows), squeeze=False)
+    for axis, (heading, metrics, ylabel, lines) in zip(axes.flat, panels, strict=False):
+        for i, (name, label) in enumerate(metrics.items()):
+            steps, values = series.get(name, ([], []))
+            if len(values) > 60:
+                axis.plot(steps, values, color=f"C{i}", alpha=0.2, linewidth=0.8)
+                axis.plot(steps, smooth(values, len(values) // 40), color=f"C{i}", label=label)
+            else:
+                axis.plot(steps, values, color=f"C{i}", marker="o", markersize=3, label=label)
+        for label, level in lines.items():
+            axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=label)
+        axis.set(title=heading, xlabel="step", ylabel=ylabel)
+        axis.grid(alpha=0.25)
+        drawn = [y for line in axis.lines for y in line.get_ydata()]
+        if heading == "loss" and drawn and 0 < 5 * min(drawn) < max(drawn):
+            axis.set_yscale("log")  # or the first steps would flatten all others
+            axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+        if len(metrics) + len(lines) > 1:
+            bottom = axis.get_ylim()[0]
+            axis.margins(y=0.25)  # room for the legend, above
+            axis.set_ylim(bottom=bottom)
+            axis.legend(fontsize=8, framealpha=0.5, loc="upper center", ncols=2)  # a point behind it shows through
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(Path(run_dir) / "curves.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_attention(run_dir, raw, tokenizer, text, most=24):
+    """attention.png: who looks at whom in the first tokens of a text; a row per block, a column per head, up to 6 x 6.
+    Over each its mean entropy: e to that power is the number of tokens that a query looks at."""
+    plt = pyplot()
+    ids = tokenizer.encode(text[: 40 * most])[: min(most, raw.config.context)]
+    training = raw.training
+    raw.eval()
+    maps = attention_weights(raw, torch.tensor([ids], device=raw.embed.weight.device))  # per block (1, H, T, T)
+    raw.train(training)
+    rows, columns = min(6, len(maps)), min(6, maps[0].shape[1])
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.0 * rows + 0.9), squeeze=False)
+    labels = [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
+    for layer in range(rows):
+        entropies = attention_entropy(maps[layer])[0].mean(1).tolist()  # H
+        for head in range(columns):
+            axis = axes[layer, head]
+            axis.imshow(maps[layer][0, head].cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
+            axis.set_title(f"{layer + 1}.{head + 1}: {entropies[head]:.2f} nats", fontsize=7)
+            axis.set(xticks=[], yticks=[])
+        axes[layer, 0].set_yticks(range(len(ids)), labels, fontsize=4, parse_math=False)  # a token may be "$$"
+    for axis in axes[-1]:
+        axis.set_xticks(range(len(ids)), labels, fontsize=4, rotation=90, parse_math=False)
+    figure.suptitle("attention weights, block.head: query (row) to key (column)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(Path(run_dir) / "attention.png", dpi=150)
+    plt.close(figure)
+
+
+def load_record(load):
+    """Loads in multiples of the even share (layers, E) -> what the log keeps of them."""
+    record = {"load_min": load.min().item(), "load_max": load.max().item()}
+    return record | {f"load/{i}/{e}": x for i, row in enumerate(load.tolist()) for e, x in enumerate(row)}
+
+
+def draw_experts(run_dir):
+    """experts.png: the least and the most loaded expert by step, and every expert's load at the last validation."""
+    plt = pyplot()
+    series = read_metrics(run_dir)
+    last = {tuple(map(int, k.split("/")[1:])): v[1][-1] for k, v in series.items() if k.startswith("load/")}
+    if not last:
+        return
+    load = np.zeros(np.array(list(last)).max(0) + 1)  # (layers, E)
+    for place, value in last.items():
+        load[place] = value
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for name, label in (("load_max", "most loaded expert"), ("load_min", "least loaded")):
+        left.plot(*series[name], marker="o", markersize=3, label=label)
+    for level, label in ((0.5, "half the even share, and twice"), (1, None), (2, None)):
+        left.axhline(level, color="0.4", linestyle="-" if level == 1 else "--", linewidth=1, label=label)
+    left.set(title="load of an expert", xlabel="step", ylabel="multiples of the even share", ylim=(0, None))
+    left.legend(fontsize=8)
+    image = right.imshow(load, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
+    right.set(title=f"at step {series['load_min'][0][-1]}", xlabel="expert", ylabel="mixture layer")
+    if load.shape[1] <= 16:
+        right.set(xticks=range(load.shape[1]), yticks=range(load.shape[0]))
+    figure.colorbar(image, ax=right, label="multiples of the even share")
+    figure.tight_layout()
+    figure.savefig(Path(run_dir) / "experts.png", dpi=130)
+    plt.close(figure)

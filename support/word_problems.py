@@ -1,0 +1,680 @@
+"""The built-in word problems: the grammar, the generator, its entropy, and wrong solutions."""
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from support.answers import extract_answer
+from support.errors import DataError
+from support.splits import SPLITS, check_split, split_of
+
+# The grammar. A block per theme, with the nouns it is about. A row is one event:
+#
+#   +  told | told     an operator and what is told, in other words. + - * / act on the running total,
+#                      "k-" subtracts the total from the row's own number, "=" opens with a number
+#   -> worked [unit]   the solution line, and what its result counts if that is not the theme's noun
+#   ?  asked           the question if the story ends here
+#
+# -> and ? under a section's name serve all rows of the section that have none (?+ and ?- by operator). [<= 5]
+# bounds the row's number: nobody eats 20 eggs. "use" pastes a shared block.
+#
+# Slots: N the hero, he/He/his/him the pronouns, F a friend (of the other sex, so that a pronoun has one
+# reading), thing/things the noun, k the row's number, ks "3 apples", more "3 more apples", fewer "3 fewer
+# apples", a and b the operands, e "5 + 3 = 8", eq "5 + 3 = 8 apples", unit "apples". Names of POOLS are drawn
+# when a template has them.
+
+GRAMMAR = """
+owning-open
+    -> {N} has {eq} in all. | In all, {he} has {eq}.
+    ?  How many {things} does {N} have in all? | How many {things} does {he} have?
+
+owning-then
+    -> {N} has {eq}. | Now {he} has {eq}. | {He} has {eq} now.
+    ?+ How many {things} does {N} have now? | How many {things} does {he} have in all?
+    ?- How many {things} does {N} have left? | How many {things} does {he} still have?
+
+start
+    =  {N} has {ks}. | {N} buys {ks} {at}. | {N} starts the day with {ks}.
+    +  {N} has {a} big {things} and {b} small {things}.
+    +  {N} buys {a} {things} on {day} and {b} on {next}.
+
+buy
+    +  {He} buys {more} {at}. | Then {he} buys {more}.
+    +  {F} gives {him} {more}. | {He} gets {more} from {F}.
+
+give
+    -  {He} gives {ks} to {F}. | {He} gives {F} {ks}.
+
+eat
+    -  {He} eats {ks}. | {He} eats {k} of {his} {things} for lunch. [<= 5]
+
+share
+    /  {He} shares {his} {things} equally among {k} friends. | Then {k} friends share {his} {things} equally.
+    -> Each friend gets {eq}. | Each of them gets {eq}.
+    ?  How many {things} does each friend get? | How many {things} are there for each friend?
+
+pack
+    /  {He} packs all {his} {things} in bags of {k}. | {He} puts {his} {things} in bags, {k} in each bag.
+    -> {He} fills {eq}. | {He} needs {eq}. [bag]
+    ?  How many bags does {he} fill? | How many bags does {N} need?
+
+sell
+    *  {He} sells all {his} {things} for ${k} each. | {He} sells each of {his} {things} for ${k}.
+    -> {He} gets {eq}. | {N} earns {eq}. [dollar]
+    ?  How much money does {he} get? | How many dollars does {N} earn?
+
+compare
+    +  {F} has {ks}.
+    -> Together they have {eq}. | They have {eq} in all.
+    ?  How many {things} do they have together? | How many {things} do {N} and {F} have in all?
+    -  {F} has {ks}.
+    -> {N} has {e} more {unit}.
+    ?  How many more {things} does {N} have than {F}?
+    +  {F} has {more} than {N}.
+    -> {F} has {eq}.
+    ?  How many {things} does {F} have?
+    -  {F} has {fewer} than {N}.
+    -> {F} has {eq}.
+    ?  How many {things} does {F} have?
+    *  {F} has {k} times as many {things} as {N}.
+    -> {F} has {eq}.
+    ?  How many {things} does {F} have?
+
+food: apple orange pear egg plum carrot
+  open
+    use owning-open
+    use start
+    *  {N} has {a} baskets with {ks} in each basket. | {N} has {a} baskets of {ks} each.
+  then
+    use owning-then
+    use buy
+    use give
+    use eat
+  end
+    use share
+    use pack
+    use sell
+    use compare
+
+things: book pencil marble sticker card shell coin stamp balloon toy
+  open
+    use owning-open
+    use start
+    *  {N} has {a} boxes with {ks} in each box. | {N} has {a} boxes of {ks} each.
+  then
+    use owning-then
+    use buy
+    use give
+    +  {He} finds {more} {where}.
+    -  {He} loses {ks} {where}. | Then {he} loses {k} of {his} {things}.
+  end
+    use share
+    use sell
+    use compare
+    /  {He} sorts all {his} {things} into piles of {k}. | {He} puts {his} {things} in piles of {k}.
+    -> {He} makes {eq}. [pile]
+    ?  How many piles does {he} make? | How many piles does {N} make?
+
+baking: cookie muffin bun cupcake
+  open
+    use owning-open
+    =  {N} bakes {ks}. | {N} bakes {ks} for a party.
+    *  {N} bakes {a} trays of {ks} each. | {N} bakes {a} trays with {ks} on each tray.
+    +  {N} bakes {a} {things} in the morning and {b} in the evening.
+  then
+    use owning-then
+    +  {He} bakes {more}. | {F} brings {him} {more}.
+    use give
+    use eat
+    -  {His} family eats {ks}. [<= 12]
+  end
+    use share
+    use pack
+    use sell
+    /  {He} puts {his} {things} on plates, {k} on each plate.
+    -> {He} fills {eq}. | {He} needs {eq}. [plate]
+    ?  How many plates does {he} need? | How many plates does {N} fill?
+
+garden: rose tulip daisy flower
+  open
+    use owning-open
+    =  {N} plants {ks}. | {N} has {ks} in {his} garden.
+    *  {N} plants {a} rows of {ks} each. | {N} plants {a} rows with {ks} in each row.
+    +  {N} plants {a} {things} on {day} and {b} on {next}.
+  then
+    use owning-then
+    +  {He} plants {more}. | {F} plants {more} for {him}.
+    -  A rabbit eats {ks}. | A storm breaks {k} of {his} {things}. [<= 9]
+    -  {He} picks {ks} for {F}.
+  end
+    use sell
+    /  {He} picks all {his} {things} and puts {k} in each vase.
+    -> {He} fills {eq}. | {He} needs {eq}. [vase]
+    ?  How many vases does {he} fill? | How many vases does {N} need?
+    *  Each of {his} {things} needs {k} cups of water.
+    -> They need {eq} of water. [cup]
+    ?  How many cups of water do they need? | How many cups of water does {N} need?
+
+shop: dollar
+  open
+    -> {N} pays {eq}. | {He} spends {eq}.
+    ?  How much does {N} pay in all? | How many dollars does {he} spend?
+    =  {N} buys a {toy} for ${k}. | {N} buys a {toy} that costs ${k}.
+    *  {N} buys {a} {toys} for ${k} each. | {N} buys {a} {toys}. Each {toy} costs ${k}.
+    +  {N} buys a {toy} for ${a} and a {toy2} for ${b}.
+  then
+    -> {N} pays {eq}. | Now {he} pays {eq}. | The cost is {eq}.
+    ?  How much does {N} pay in all? | How many dollars does {he} spend?
+    +  {He} also buys a {toy} for ${k}. | Then {he} buys a {toy} for ${k}.
+    -  The shop takes ${k} off the price. | {He} uses a coupon for ${k} off.
+  end
+    k- {He} pays with ${k}. | {He} gives the shop ${k}.
+    -> {He} gets {eq} back.
+    ?  How much change does {he} get? | How many dollars does {N} get back?
+    /  Then {k} friends share the cost equally. | A group of {k} friends shares the cost equally.
+    -> Each friend pays {eq}.
+    ?  How much does each friend pay? | How many dollars does each friend pay?
+    +  {F} spends ${k} more than {N}.
+    -> {F} spends {eq}.
+    ?  How much does {F} spend?
+    -  {F} spends ${k} less than {N}.
+    -> {F} spends {eq}.
+    ?  How much does {F} spend?
+    *  {F} spends {k} times as much as {N}.
+    -> {F} spends {eq}.
+    ?  How much does {F} spend?
+
+savings: dollar
+  open
+    -> {N} has {eq} in all. | In all, {he} has {eq}.
+    ?  How much money does {N} have in all? | How many dollars does {he} get?
+    =  {N} has ${k}. | {N} has ${k} in {his} piggy bank.
+    *  {N} saves ${k} a week for {a} weeks. | {N} earns ${k} an hour and works for {a} hours.
+    +  {N} earns ${a} on {day} and ${b} on {next}.
+  then
+    -> {N} has {eq}. | Now {he} has {eq}. | {He} has {eq} now.
+    ?+ How much money does {N} have now? | How many dollars does {he} have in all?
+    ?- How much money does {N} have left? | How many dollars does {he} have left?
+    +  {F} gives {him} ${k}. | {He} gets ${k} from {F}.
+    +  {He} earns ${k} more by {job}.
+    -  {He} buys a {toy} for ${k}. | {He} spends ${k} on a {toy}.
+    -  {He} gives ${k} to {F}.
+  end
+    k- {He} wants a {toy} that costs ${k}. | A {toy} costs ${k}.
+    -> {He} needs {e} more {unit}.
+    ?  How much more money does {he} need for the {toy}?
+    /  {He} spends it all on {toys} that cost ${k} each. | {He} spends it all on {toys} for ${k} each.
+    -> {He} buys {eq}. [toy]
+    ?  How many {toys} does {he} buy?
+    /  {He} shares all {his} money equally among {k} friends.
+    -> Each friend gets {eq}.
+    ?  How much money does each friend get? | How many dollars does each friend get?
+    *  {F} has {k} times as much money as {N}.
+    -> {F} has {eq}.
+    ?  How much money does {F} have?
+    +  {F} has ${k} more than {N}.
+    -> {F} has {eq}.
+    ?  How much money does {F} have?
+    -  {F} has ${k} less than {N}.
+    -> {F} has {eq}.
+    ?  How much money does {F} have?
+
+trip: mile
+  open
+    -> {N} goes {eq}. | In all, {he} goes {eq}.
+    ?  How many miles does {N} go in all? | How far does {he} go in all?
+    =  {N} rides {ks} on {day}. | {N} rides {his} bike for {ks}.
+    *  {N} walks {ks} a day for {a} days. | {N} rides {ks} a day for {a} days.
+    +  {N} rides {a} {things} on {day} and {b} on {next}.
+  then
+    -> {N} goes {eq}. | In all, {he} goes {eq}. | That makes {eq}.
+    ?  How many miles does {N} go in all? | How far does {he} go in all?
+    +  Then {he} rides {more}. | After a rest, {he} rides {more}.
+    +  Then {he} walks {more}. | {He} walks {more} with {F}. [<= 5]
+  end
+    k- {He} wants to go {ks} in all. | {His} goal is {ks}.
+    -> {He} has {eq} to go.
+    ?  How many miles does {he} still have to go? | How many more miles does {N} have to go?
+    *  Each mile takes {him} {k} minutes.
+    -> {He} needs {eq}. [minute]
+    ?  How many minutes does {he} need? | How many minutes does it take {him}?
+    /  {He} goes {ks} an hour.
+    -> {He} needs {eq}. [hour]
+    ?  How many hours does {he} need? | How many hours does it take {him}?
+    +  {F} goes {more} than {N}.
+    -> {F} goes {eq}.
+    ?  How many miles does {F} go?
+    -  {F} goes {fewer} than {N}.
+    -> {F} goes {eq}.
+    ?  How many miles does {F} go?
+    *  {F} goes {k} times as far as {N}.
+    -> {F} goes {eq}.
+    ?  How many miles does {F} go?
+
+reading: page
+  open
+    -> {N} has {eq} to read. | {He} has to read {eq}.
+    ?  How many pages does {N} have to read? | How many pages are there in all?
+    =  {N} has a book of {ks}. | {N} starts a book that has {ks}.
+    *  {N} has {a} books of {ks} each. | {N} wants to read {a} books. Each book has {ks}.
+    +  {N} has to read {a} {things} for school and {b} for fun.
+  then
+    -> {N} has {eq} to read. | Now {he} has {eq} left. | {He} still has {eq} left.
+    ?  How many pages are left? | How many pages does {he} still have to read?
+    -  {He} reads {ks} on the bus. | {He} reads {ks} in bed.
+    -  {He} reads {ks} {where}. | {He} reads {ks} to {F}.
+  end
+    /  From now on, {he} reads {ks} a day. | Each day from now on, {he} reads {ks}.
+    -> {He} needs {eq}. [day]
+    ?  How many days does {he} need to finish? | How many days does it take {him} to finish?
+    *  Each page takes {him} {k} minutes. | {He} needs {k} minutes for each page.
+    -> {He} needs {eq}. [minute]
+    ?  How many minutes does {he} need to finish? | How many minutes does it take {him} to finish?
+
+ride: person
+  open
+    -> It carries {eq}. | In all, it carries {eq}.
+    ?  How many people does it carry? | How many people are there in all?
+    =  There are {ks} on a {ride}. | A {ride} leaves the {stop} with {ks}.
+    *  A train has {a} cars with {ks} in each car. | A train has {a} cars. Each car carries {ks}.
+    +  There are {a} children and {b} adults on a {ride}.
+  then
+    -> It carries {eq}. | Now it carries {eq}. | It has {eq} on it.
+    ?+ How many people does it carry now? | How many people are there now?
+    ?- How many people are left on it? | How many people are still on it?
+    +  At the {stop}, {k} more people get on. | Then {k} more people get on.
+    -  At the {stop}, {k} people get off. | Then {k} people get off.
+  end
+    *  Each person on it pays ${k}. | Each person on it buys a ticket for ${k}.
+    -> They pay {eq}. [dollar]
+    ?  How much do they pay in all? | How many dollars do they pay in all?
+    /  At the last stop, the people on it take taxis, {k} in each taxi.
+    -> They need {eq}. [taxi]
+    ?  How many taxis do they need? | How many taxis do they fill?
+    /  The people on it sit in rows of {k}.
+    -> They fill {eq}. [row]
+    ?  How many rows do they fill?
+
+class: child
+  open
+    -> The class has {eq}. | That makes {eq}.
+    ?  How many children are there in all? | How many children are in the class?
+    =  There are {ks} in a class. | A class has {ks}.
+    *  A class has {a} tables with {ks} at each table. | In a class, {ks} sit at each of {a} tables.
+    +  A class has {a} boys and {b} girls. | There are {a} boys and {b} girls in a class.
+  then
+    -> The class has {eq}. | Now the class has {eq}. | The class has {eq} now.
+    ?+ How many children are there now? | How many children are in the class now?
+    ?- How many children are left? | How many children are still there?
+    +  Then {k} new children join the class. | Soon {k} more children come.
+    -  Then {k} children go home. | Soon {k} of the children go home.
+  end
+    /  The teacher makes teams of {k}. | The class plays in teams of {k}.
+    -> This makes {eq}. | The class makes {eq}. [team]
+    ?  How many teams does the class make? | How many teams are there?
+    *  Each child in the class gets {k} {gifts}. | The teacher gives each child in the class {k} {gifts}.
+    -> They get {eq}. [gift]
+    ?  How many {gifts} do they get in all? | How many {gifts} does the teacher need?
+"""
+# The vocabulary is small on purpose: words recur, so that a model of a million parameters can learn them all.
+
+MEN = ("Tom", "Ben", "Sam", "Max", "Leo", "Jack", "Adam", "Luke", "Noah", "Paul")
+WOMEN = ("Anna", "Mia", "Jane", "Emma", "Kate", "Sara", "Zoe", "Lucy", "Nora", "Ella")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+POOLS = {
+    "at": ("at the market", "at the shop", "at the fair"),
+    "where": ("at home", "at school", "in the park", "in the garden"),
+    "stop": ("market", "bridge", "park", "beach", "museum"),
+    "ride": ("bus", "tram", "boat"),
+    "job": ("washing a car", "walking a dog", "painting a fence"),
+    "toy": ("ball", "kite", "cap", "game", "puzzle", "lamp"),
+    "gift": ("book", "pencil", "card", "balloon"),
+}
+WEATHER = ("sunny", "rainy", "cold", "warm", "windy")
+HOURS = ("day", "morning", "afternoon", "evening")
+START = {"reading": range(10, 41)}  # what a "=" row may open with, where that is not 5..20
+IRREGULAR = {"daisy": "daisies", "person": "people", "child": "children"}
+
+
+class Row(NamedTuple):
+    op: str
+    told: tuple[str, ...]
+    worked: tuple[str, ...]
+    ask: tuple[str, ...]
+    unit: str  # "" = the theme's noun
+    most: int  # the largest number of a middle row
+
+
+class Theme(NamedTuple):
+    things: tuple[str, ...]
+    open: tuple[Row, ...]
+    then: tuple[Row, ...]  # only + and -: they keep the unit, so any number of them can follow
+    end: tuple[Row, ...]  # last step only: they change the unit or the owner
+    person: bool  # has a hero
+    start: range
+    least: int  # smallest number of a middle row: 2 without a hero, where "1 people get off" would come out
+
+
+def parse(grammar: str) -> dict[str, Theme]:
+    """GRAMMAR as tables: {"food": Theme(...), ...}."""
+    blocks, themes = {}, {}
+    for block in grammar.strip().split("\n\n"):
+        title, *lines = block.split("\n")
+        name, _, nouns = title.partition(":")
+        lines = [new for line in lines for new in blocks.get(line.removeprefix("    use "), [line])]
+        blocks[name] = lines
+        if nouns:
+            rows = {"open": [], "then": [], "end": []}
+            for line in lines:
+                mark, _, text = line.strip().partition(" ")
+                text, _, note = text.strip().removesuffix("]").partition(" [")
+                texts = tuple(text.split(" | "))
+                if mark in rows:
+                    section, default, last = rows[mark], {}, None
+                elif mark not in ("->", "?", "?+", "?-"):
+                    most = int(note.removeprefix("<= ") or 20)
+                    ask = default.get("?" + mark, default.get("?", ()))
+                    last = Row(mark, texts, default.get("->", ()), ask, "", most)
+                    section.append(last)
+                elif last is None:
+                    default[mark] = texts
+                else:
+                    new = dict(worked=texts, unit=note) if mark == "->" else dict(ask=texts)
+                    section[-1] = last = last._replace(**new)
+            person = "{N}" in rows["open"][0].told[0]
+            tables = (tuple(section) for section in rows.values())
+            start = START.get(name, range(5, 21))
+            themes[name] = Theme(tuple(nouns.split()), *tables, person, start, 1 if person else 2)
+    return themes
+
+
+THEMES = parse(GRAMMAR)
+STORIES = tuple(THEMES)
+NOUNS = {noun for theme in THEMES.values() for noun in theme.things} | {*POOLS["toy"], *POOLS["gift"]}
+
+
+NOUNS |= {row.unit for theme in THEMES.values() for row in theme.end if row.unit}
+PLURAL = {noun: IRREGULAR.get(noun, noun + "s") for noun in sorted(NOUNS)}
+SINGULAR = {plural: noun for noun, plural in PLURAL.items()}
+
+
+def count(n: int, noun: str, adjective: str = "") -> str:
+    """count(1, "apple") -> "1 apple"; count(2, "daisy", "more ") -> "2 more daisies"."""
+    return f"{n} {adjective}{noun if n == 1 else PLURAL[noun]}"
+
+
+SOLVE = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b if b and a % b == 0 else None,  # None: does not come out even
+}
+
+
+@cache
+def numbers(op: str, total: int, left: int, least: int, most: int) -> Sequence[int]:
+    """The numbers that a row with `op` may bring when `left` more steps follow; empty: it cannot stand here.
+
+    Totals stay in 1 + left .. 50 - left, so that a chain never runs dry before its last step.
+    """
+    if op == "+":
+        return range(least, min(most, 50 - left - total) + 1)
+    if op == "-":
+        return range(least, min(most, total - 1 - left) + 1)
+    if op == "k-":  # not 2 * total: k - total would equal total, and a skipped step would go unseen
+        return [k for k in range(5, 61, 5) if total < k <= total + 30 and k != 2 * total]
+    if op == "*":
+        return range(2, 7) if 2 <= total <= 10 else ()
+    return [k for k in range(2, 7) if total % k == 0 and total // k <= 10]
+
+
+class Draw(dict):
+    """The slots of a story, each drawn from `rng` when a template first names it, and the nats so far."""
+
+    def __init__(self, rng):
+        self.rng, self.nats, self.used = rng, 0.0, []
+
+    def choice(self, options):
+        self.nats += math.log(len(options))
+        return options[self.rng.randrange(len(options))]
+
+    def new(self, options: Sequence[str]) -> str:
+        """A choice that this story has not made yet: a second friend is another friend."""
+        self.used.append(self.choice([option for option in options if option not in self.used]))
+        return self.used[-1]
+
+    def fill(self, templates: Sequence[str]) -> str:
+        return self.choice(templates).format_map(self)
+
+    def __missing__(self, key: str) -> str:
+        if key == "day":
+            i = self.choice(range(4))
+            self["day"], self["next"] = DAYS[i], DAYS[i + 1]
+        elif key == "F":
+            self["F"] = self.new(self.friends)
+        elif key == "stop":
+            self["stop"] = self.new(POOLS["stop"])
+        elif key == "toy2":
+            self["toy2"] = self.new(POOLS["toy"])
+        elif key in ("toy", "toys"):
+            self["toy"] = self.new(POOLS["toy"])
+            self["toys"] = PLURAL[self["toy"]]
+        elif key == "gifts":
+            self["gift"] = self.choice(POOLS["gift"])
+            self["gifts"] = PLURAL[self["gift"]]
+        else:
+            self[key] = self.choice(POOLS[key])
+        return self[key]
+
+    def hero(self) -> None:
+        men = self.choice((True, False))
+        hero = self.choice(MEN if men else WOMEN)
+        self.friends = WOMEN if men else MEN
+        he, his, him = ("he", "his", "him") if men else ("she", "her", "her")
+        self.update(N=hero, he=he, He=he.capitalize(), his=his, His=his.capitalize(), him=him)
+
+    def beat(self, theme: Theme, row: Row, a: int, b: int, k: int) -> tuple[str, str, int]:
+        """One row with its numbers -> told sentence, worked line ("" without an operator), result."""
+        for slot in ("F", "day", "next", "toy", "toys", "toy2", "gift", "gifts", *POOLS):
+            self.pop(slot, None)  # each row draws its own
+        thing = self["thing"]
+        self.update(a=a, b=b, k=k, ks=count(k, thing))
+        self.update(more=count(k, thing, "more "), fewer=count(k, thing, "fewer "))
+        told = self.fill(row.told)
+        if row.op == "=":
+            return told, "", k
+        op = row.op[-1]
+        c = SOLVE[op](a, b)
+        unit = self[row.unit] if row.unit in POOLS else row.unit or thing
+        self.update(e=f"{a} {op} {b} = {c}", eq=f"{a} {op} {b} = {count(c, unit)}")
+        self["unit"] = unit if c == 1 else PLURAL[unit]
+        return told, self.fill(row.worked), c
+
+
+class Tale(NamedTuple):
+    story: str
+    beats: list[tuple[str, str]]  # (told, worked); worked is "" where nothing is computed
+    asks: tuple[str, ...]  # templates of the closing question
+    answer: int
+
+    @property
+    def split(self) -> str:
+        """The last of SPLITS among those of the story and of its beginnings that are stories, one step or more."""
+        told = accumulate((told for told, _ in self.beats), "{} {}".format)
+        stories = [text for text, (_, worked) in zip(told, self.beats, strict=True) if worked]
+        return max(map(split_of, stories), key=SPLITS.index)
+
+
+def tell(draw: Draw, level: int) -> Tale:
+    """One walk through the tables with `level` arithmetic steps."""
+    story = draw.choice(STORIES)
+    theme = THEMES[story]
+    if theme.person:
+        draw.hero()
+    draw["thing"] = draw.choice(theme.things)
+    draw["things"] = PLURAL[draw["thing"]]
+
+    row = draw.choice(theme.open)
+    if row.op == "*":
+        a = draw.choice(range(2, 7))
+        b = draw.choice(range(2, min(10, 48 // a) + 1))
+    elif row.op == "+":
+        a, b = draw.choice(range(3, 21)), draw.choice(range(3, 21))
+    else:
+        a, b = 0, draw.choice(theme.start)
+    told, worked, total = draw.beat(theme, row, a, b, k=b)
+    beats = [(told, worked)]
+
+    for left in reversed(range(level - (row.op != "="))):  # steps still to come after this one
+        rows = [new for new in theme.then if new is not row] + list(() if left else theme.end)
+        fits = [(row, ks) for row in rows if (ks := numbers(row.op, total, left, theme.least, row.most))]
+        row, ks = draw.choice(fits)
+        k = draw.choice(ks)
+        a, b = (k, total) if row.op == "k-" else (total, k)
+        told, worked, total = draw.beat(theme, row, a, b, k)
+        beats.append((told, worked))
+    return Tale(story, beats, row.ask, total)
+
+
+class WordProblem(NamedTuple):
+    """The first five fields of data.Problem."""
+
+    question: str
+    solution: str
+    answer: str
+    level: int
+    story: str
+
+
+def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2), seed: int = 0) -> WordProblem:
+    """Problem `index` of an endless list: random access. Its level is levels[index % len(levels)]."""
+    check_split(split)
+    if not levels or not set(levels) <= {1, 2, 3}:
+        raise DataError(f"levels must be some of 1, 2, 3, not {levels!r}")
+    level = levels[index % len(levels)]
+    rng = random.Random(f"problem/{seed}/{split}/{level}/{index}")
+    while True:  # 1.25 to 2 tries for train, 4 to 10 for valid and test
+        draw = Draw(rng)
+        tale = tell(draw, level)
+        question = " ".join([*(told for told, _ in tale.beats), draw.fill(tale.asks)])
+        if tale.split == split:
+            break
+    lines = [worked for _, worked in tale.beats if worked]
+    return WordProblem(question, "\n".join([*lines, f"#### {tale.answer}"]), str(tale.answer), level, tale.story)
+
+
+def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[WordProblem]:
+    """n different questions, problem i at levels[i % len(levels)]. A longer list begins with the shorter."""
+    problems, seen = [], set()
+    for i in range(n):
+        index = i
+        while (problem := word_problem(index, split, levels, seed)).question in seen:
+            index += len(levels) * 10**9  # the same level, and an index that no list reaches
+        seen.add(problem.question)
+        problems.append(problem)
+    return problems
+
+
+CORRUPTIONS = ("wrong_sum", "skipped_step", "wrong_operator", "missing_answer")
+STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)((?: more)?) (\w+)")
+
+
+def corrupt(problem: WordProblem, kind: str, rng: random.Random) -> str:
+    """A wrong solution of a built-in problem, for preference pairs: one error, then sound work on top of it.
+
+    wrong_sum       one result is off by 1, 2 or 10:          "Tom has 5 + 3 = 9 apples."
+    wrong_operator  one step computes something else:         "Tom has 5 - 3 = 2 apples."
+    skipped_step    one line is missing. Only from level 2 on; at level 1 nothing would be left: DataError
+    missing_answer  no `#### ANSWER` line
+
+    The error is carried into every later line and the final answer, so that no number fails to match the next
+    line. The final answer is never the right one.
+    """
+    lines = problem.solution.split("\n")
+    if kind == "missing_answer":
+        return "\n".join(line for line in lines if "####" not in line)
+    if kind not in CORRUPTIONS:
+        raise DataError(f"unknown corruption {kind!r}: choose one of {', '.join(CORRUPTIONS)}")
+    steps = [STEP.search(line) for line in lines[:-1]]
+    if not steps or None in steps:
+        raise DataError(f"{kind} needs the built-in form 'a + b = c things' on every line: {problem.solution!r}")
+    if kind == "skipped_step" and len(steps) == 1:
+        raise DataError("skipped_step needs a problem of level 2 or 3: one step less leaves nothing")
+
+    wrong = []
+    for i, step in enumerate(steps):
+        a, op, b, c = int(step[1]), step[2], int(step[3]), int(step[4])
+        if kind == "wrong_sum":
+            changes = [(op, c + d) for d in (-10, -2, -1, 1, 2, 10)]
+        elif kind == "wrong_operator":
+            changes = [(o, SOLVE[o](a, b)) for o in SOLVE if o != op]
+        else:  # the next line starts from what this one started from
+            before = (a, b) if i == 0 else (int(steps[i - 1][4]),)
+            changes = [(None, value) for value in before]
+        wrong += [(i, o, value) for o, value in changes if value is not None and value >= 0 and value != c]
+    rng.shuffle(wrong)
+    for i, o, value in wrong:
+        text = carry_on(lines, steps, i, o, value)
+        if text and extract_answer(text) != problem.answer:
+            return text
+    raise DataError(f"{kind} finds no wrong solution for {problem.question!r}")
+
+
+def carry_on(lines: list[str], steps: list[re.Match], i: int, op: str | None, value: int) -> str | None:
+    """The solution with `value` as result of step i, through `op` (None: no such line), and what follows.
+
+    None if a later step does not come out even or falls below zero: the error would show.
+    """
+    out = lines[:i]
+    if op is not None:
+        out.append(rewrite(lines[i], steps[i], steps[i][1], op, steps[i][3], value))
+    for old, step, line in zip(steps[i:], steps[i + 1 :], lines[i + 1 :], strict=False):
+        a, b = int(step[1]), int(step[3])
+        a, b = (value, b) if step[1] == old[4] else (a, value)  # "k-" rows have the total on the right
+        value = SOLVE[step[2]](a, b)
+        if value is None or value < 0:
+            return None
+        out.append(rewrite(line, step, a, step[2], b, value))
+    return "\n".join([*out, f"#### {value}"])
+
+
+def rewrite(line: str, step: re.Match, a, op: str, b, c: int) -> str:
+    noun = SINGULAR.get(step[6], step[6])  # "= 1 apples" would give the wrong solution away
+    result = count(c, noun, "more " if step[5] else "")
+    return f"{line[: step.start()]}{a} {op} {b} = {result}{line[step.end() :]}"
+
+
+def narrative(rng: random.Random, levels: Sequence[int] = (1, 2)) -> tuple[str, float, Tale]:
+    """A story told with its arithmetic, three to six sentences -> (text, −log p(text) in nats, exact; the story)."""
+    draw = Draw(rng)
+    scene = f"It is a {draw.choice(WEATHER)} {draw.choice(HOURS)}."
+    tale = tell(draw, draw.choice(levels))
+    return " ".join([scene, *(part for beat in tale.beats for part in beat if part)]), draw.nats, tale
+
+
+def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
+    """n narratives of one split as drawn: repeats stay, or the entropy would be another."""
+    check_split(split)
+    texts = []
+    for i in range(n):
+        rng = random.Random(f"narrative/{seed}/{split}/{i}")
+        level = rng.randrange(1, 3)  # once: fewer long stories than short ones are train's
+        while True:
+            text, _, tale = narrative(rng, (level,))
+            if tale.split == split:
+                break
+        texts.append(text)
+    return texts
+
+
+def narrative_entropy(n: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Entropy of a narrative in nats, end marker included: mean of n exact −log p, standard error."""
+    rng = random.Random(f"entropy/{seed}")
+    nats = np.array([narrative(rng)[1] for _ in range(n)])
+    return float(nats.mean()), float(nats.std(ddof=1) / math.sqrt(n))

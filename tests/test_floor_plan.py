@@ -1,0 +1,105 @@
+"""The two floors: chapters at the top level in reading order, the engine room in support/. Imports go upwards only."""
+
+import ast
+from importlib import import_module
+
+import pytest
+from conftest import ROOT
+
+CHAPTERS = [
+    "norms",
+    "positional",
+    "attention",
+    "moe",
+    "transformer",
+    "tokenizer_bpe",
+    "data",
+    "optim",
+    "generate",
+    "pretrain",
+    "lora",
+    "evaluate",
+    "sft",
+    "encoder",
+    "reward_model",
+    "dpo",
+    "ppo",
+    "grpo",
+    "gdpo",
+    "ablate",
+]
+ROOMS = sorted(f"support.{path.stem}" for path in (ROOT / "support").glob("[!_]*.py"))
+
+
+def source(module):
+    return ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+
+
+def imports(tree):
+    """The modules of this repository that are imported anywhere in a file, inside functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "support":
+            found |= {f"support.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & {*CHAPTERS, *ROOMS}
+
+
+def chapters_below(module, above=()):
+    """Every chapter that importing a module brings in, through the engine room too. A circle fails."""
+    assert module not in above, f"a circle of imports: {' -> '.join([*above, module])}"
+    found = set()
+    for name in imports(source(module)):
+        if name in CHAPTERS:
+            found.add(name)
+        else:
+            found |= chapters_below(name, (*above, module))
+    return found
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_imports_only_what_stands_before_it(chapter):
+    later = CHAPTERS[CHAPTERS.index(chapter) :]
+    assert not chapters_below(chapter) & set(later)
+
+
+@pytest.mark.parametrize("module", [*CHAPTERS, *ROOMS])
+def test_nothing_of_ours_is_imported_inside_a_function(module):
+    functions = [node for node in ast.walk(source(module)) if isinstance(node, ast.FunctionDef)]
+    assert not set().union(*map(imports, functions)), "an import that dodges the order is a wall in the wrong place"
+
+
+def test_every_file_of_the_top_level_is_a_chapter_in_the_readme_and_installed():
+    files = {path.stem for path in ROOT.glob("*.py")}
+    assert files == set(CHAPTERS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    places = [readme.index(f"| `{name}.py` |") for name in CHAPTERS]
+    assert places == sorted(places)
+    installed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f'"{name}"' in installed for name in CHAPTERS)
+
+
+NAMES = """
+transformer: TransformerConfig Transformer token_logprobs masked_mean
+tokenizer_bpe: BPETokenizer load_tokenizer
+generate: generate
+reward_model: bradley_terry_loss
+dpo: dpo_loss
+ppo: gae ppo_policy_loss value_loss
+grpo: group_advantages grpo_loss extract_answer
+gdpo: gdpo_advantages
+moe: MoE load_balancing_loss
+lora: add_lora merge_lora
+optim: Muon lr_at
+evaluate: extract_answer same_answer pass_at_k wilson token_f1
+"""
+
+
+@pytest.mark.parametrize("line", NAMES.strip().splitlines())
+def test_the_names_that_others_may_rely_on(line):
+    module, _, names = line.partition(": ")
+    for name in names.split():
+        assert hasattr(import_module(module), name), name

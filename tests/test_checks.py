@@ -61,5 +61,5 @@ def test_what_is_refused_and_how(changes, said):
 def test_what_is_allowed():
     config = Child(steps=1, lr=0, few=3, rates=[0.5], share=0, seed=2**32 - 1, bounded=4, kind="c")
     assert replace(config, few=None).few is None
-    with pytest.raises(CheckpointError, match="^steps is -1; it must be at least 1$"):
+    with pytest.raises(CheckpointError, match="steps is -1"):
         check(Parent(steps=-1), CheckpointError, dashes="")

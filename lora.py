@@ -66,6 +66,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError
 from support.hf import LAYOUTS, layout_of
 from transformer import Transformer, TransformerConfig
@@ -325,6 +326,20 @@ def load_lora_state(model, state, base=None):
     for name, weight in merged_weights.items():
         if not torch.allclose(now[name], weight, rtol=1e-4, atol=1e-5):
             raise CheckpointError(f"{name}: base and adapters do not make the saved model: the base has changed since")
+
+
+class LoraState:
+    """What a run keeps of the adapters of `model`, whose frozen weights are those of the checkpoint `base`."""
+
+    def __init__(self, model, base):
+        self.model, self.base = model, base
+
+    def state_dict(self):
+        return lora_state(self.model)
+
+    def load_state_dict(self, state):
+        if lora_layers(self.model):  # what the adapters correct are the weights of the base
+            load_lora_state(self.model, state, open_checkpoint(self.base)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -252,7 +252,8 @@ class RewardEncoder(Encoder):
     def pack(groups, pad):
         """-> tokens, real (k, T). Nothing can be shared: the prompt's states depend on the answer behind it."""
         rows = [[*prompt, *answer] for prompt, answers in groups for answer in answers]
-        return collate([(row, [True] * len(row)) for row in rows], pad)
+        padded = collate([(row, [True] * len(row)) for row in rows], pad)
+        return padded.tokens, padded.mask
 
     @staticmethod
     def read(model, packed):

@@ -44,37 +44,26 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import pretrain
 from attention import document_mask
 from data import chat, encode_prompt, load_problems, rows_at
 from evaluate import evaluate, evaluate_samples, token_f1
-from lora import LoraConfig, add_lora, load_lora_state, lora_state, merged
+from lora import LoraConfig, LoraState, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
-from support.cli import check_positive, check_rates, run
+from support.checks import Amount, Count, Part, Positive, Range, Share, Whole
+from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
-from support.log import Log
 from support.plots import draw_curves
 from support.records import fitting
-from support.runs import (
-    RUNS,
-    Interrupt,
-    load_state,
-    made_once,
-    open_run,
-    run_path,
-    save,
-    saved_run,
-    start_name,
-    stopped,
-)
+from support.runs import RUNS, Run, RunConfig, made_once, run_path, saved_run, start_name
 from transformer import TransformerConfig, token_logprobs
 
 
@@ -87,26 +76,35 @@ def encode_example(tokenizer, problem, weighted=False):
     return ids, flags
 
 
-def collate(examples, pad):
-    """[(ids, flags), …] -> tokens (B, T) int64, mask (B, T): padded on the right, where causality hides it.
+@dataclass
+class Rows:
+    """A micro-batch of examples, padded or packed."""
 
-    The mask is boolean, or fp32 where the flags are weights.
-    """
+    tokens: torch.Tensor  # (B, T) int64
+    mask: torch.Tensor  # (B, T) True on what is trained, or its weight in fp32
+    positions: torch.Tensor | None = None  # (B, T) packed: from 0 in each example
+    visible: torch.Tensor | None = None  # (B, 1, T, T) packed: causal, and inside one's own example
+
+    def to(self, device):
+        moved = {name: x if x is None else x.to(device) for name, x in vars(self).items()}
+        return Rows(**moved)
+
+
+def collate(examples, pad):
+    """[(ids, flags), …] -> Rows: padded on the right, where causality hides it."""
     T = max(len(ids) for ids, _ in examples)
     tokens = torch.full((len(examples), T), pad, dtype=torch.long)
     mask = torch.zeros(len(examples), T, dtype=torch.tensor(examples[0][1][:1]).dtype)
     for row, (ids, flags) in enumerate(examples):
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = torch.tensor(flags)
-    return tokens, mask
+    return Rows(tokens, mask)
 
 
 def pack_examples(examples, pad, room):
     """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room.
 
-    -> tokens (B, L); mask (B, L) as in `collate`; positions (B, L), from 0 in each example; visible (B, 1, L, L), for
-    attention: causal, and inside one's own example. A first token is never trained (it opens a turn), so no target
-    has its predecessor in another example.
+    A first token is never trained (it opens a turn), so no target has its predecessor in another example.
     """
     rows = []
     for example in sorted(examples, key=lambda e: -len(e[0])):
@@ -115,16 +113,17 @@ def pack_examples(examples, pad, room):
             rows.append([example])
         else:
             free.append(example)
-    joined = [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in rows]
-    tokens, mask = collate(joined, pad)  # (B, L)
-    positions, documents = torch.zeros_like(tokens), torch.full_like(tokens, -1)
+    joined = collate(
+        [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in rows], pad
+    )
+    positions, documents = torch.zeros_like(joined.tokens), torch.full_like(joined.tokens, -1)  # (B, T)
     for r, row in enumerate(rows):
-        at = 0
+        start = 0
         for number, (ids, _) in enumerate(row):
-            positions[r, at : at + len(ids)] = torch.arange(len(ids))
-            documents[r, at : at + len(ids)] = number
-            at += len(ids)
-    return tokens, mask, positions, document_mask(documents)
+            positions[r, start : start + len(ids)] = torch.arange(len(ids))
+            documents[r, start : start + len(ids)] = number
+            start += len(ids)
+    return replace(joined, positions=positions, visible=document_mask(documents))
 
 
 def sft_loss(logprobs, mask, n_tokens=None):
@@ -188,7 +187,7 @@ START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "t
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Fine-tune a pretrained decoder on worked solutions."""
 
     data: str = "word"
@@ -199,134 +198,74 @@ class Config:
     at the first."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
-    demonstrations: int | None = None
+    demonstrations: Count | None = None
     """Use only so many training examples; default all."""
     init: str | None = None
     """Checkpoint to start from; default: a short pretraining, made once under runs/start."""
     name: str = "sft"
-    """Run directory below runs/."""
-    steps: int = 200
-    """Optimizer steps."""
-    batch: int = 64
+    batch: Count = 64
     """Examples per optimizer step, over all ranks."""
-    micro_batch: int = 64
+    micro_batch: Count = 64
     """Examples per forward pass of one rank; smaller accumulates gradients and saves memory."""
     packing: bool = False
     """Several examples in a row, each blind to the others, instead of padding."""
-    order: str = "shuffled"
+    order: Literal["shuffled", "curriculum", "anti"] = "shuffled"
     """shuffled, curriculum (easy first) or anti (hard first)."""
-    difficulty: str = "level"
+    difficulty: Literal["level", "length"] = "level"
     """What a curriculum ranks by: level (arithmetic steps) or length (tokens)."""
-    pace_start: float = 0.2
+    pace_start: Annotated[float, Range(float, 0, 1, above=True, below=False)] = 0.2
     """Share of the ranked examples that a curriculum opens with."""
-    pace: float = 0.5
+    pace: Share = 0.5
     """Share of the steps after which all are open."""
-    rated: str = "weights"
+    rated: Literal["weights", "threshold"] = "weights"
     """How rated responses count: weights ((rating - 1) / 4) or threshold. Others, in the same file, count in full."""
-    min_rating: float = 4.0
+    min_rating: Annotated[float, Range(float, 1, 5, below=False)] = 4.0
     """Least rating to train on with a threshold, and of the references in an evaluation."""
     stop_at: float = 1.0
     """End at the first evaluation whose validation accuracy (F1 for free text) reaches this."""
-    optimizer: str = "muon"
-    """adamw, or muon for the matrices of the blocks."""
-    lr: float = 2e-3
-    """Peak learning rate."""
-    sweep: list[float] = field(default_factory=list)
+    sweep: list[Positive] = field(default_factory=list)
     """Learning rates: one run each, then a table by the validation split."""
-    warmup: int = 10
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.1
-    """Decoupled, on matrices only."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
-    max_new_tokens: int = 96
+    weight_decay: Amount = 0.1
+    max_new_tokens: Count = 96
     """Longest answer when evaluating."""
-    eval_every: int = 100
-    """Steps between evaluations on the validation split."""
-    eval_problems: int = 200
+    eval_every: Count = 100
+    eval_problems: Count = 200
     """Validation problems per evaluation."""
-    test_problems: int = 1000
+    test_problems: Count = 1000
     """Held-out problems of the last evaluation."""
-    samples: int = 0
+    samples: Whole = 0
     """Sampled answers per test problem for pass@k and majority@k; 0 leaves them out."""
-    save_every: int = 200
-    """Steps between checkpoints of last/."""
-    seed: int = 0
-    """Of the data order and the dropout."""
-    dropout: float = 0.0
+    save_every: Count = 200
+    dropout: Part = 0.0
     """Dropout while training."""
-    resume: bool = False
-    """Continue runs/NAME/last as if it had never stopped."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    dtype: str = "auto"
-    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
-    wandb: str | None = None
-    """Weights & Biases project to log to as well."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
 
-    def __post_init__(self):
-        check_positive(self, "steps", "batch", "micro_batch", "eval_every", "eval_problems", "test_problems")
-        check_positive(self, "save_every", "max_new_tokens")
-        check_rates(self)
-        choices = {
-            "order": ("shuffled", "curriculum", "anti"),
-            "difficulty": ("level", "length"),
-            "rated": ("weights", "threshold"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"--{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}")
-        if not 0 < self.pace_start <= 1 or not 0 <= self.pace <= 1:
-            raise ConfigError(
-                f"--pace_start {self.pace_start} and --pace {self.pace} must be shares, above 0 and up to 1"
-            )
-        if not 1 <= self.min_rating <= 5:
-            raise ConfigError(f"--min_rating is {self.min_rating}; ratings go from 1 to 5")
-        if self.demonstrations is not None:
-            check_positive(self, "demonstrations")
-        if self.samples < 0:
-            raise ConfigError(f"--samples is {self.samples}; it must be at least 0")
-        if any(lr <= 0 for lr in self.sweep):
-            raise ConfigError(f"--sweep {self.sweep}: learning rates must be above 0")
 
-
-def worth_training(problems, config, dist):
-    """Of rated responses those that weigh anything, or reach the threshold; says how many did not."""
+def load_splits(config, dist):
+    """{"train", "valid", "test"}: problems; of rated responses those that weigh anything, or reach the threshold."""
+    most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
+    problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
     least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
-    kept = [p for p in problems if p.rating is None or p.rating >= least]
+    kept = [p for p in problems["train"] if p.rating is None or p.rating >= least]
     if not kept:
         wanted = f"{config.min_rating:g} or more" if config.rated == "threshold" else "above 1"
         raise ConfigError(f"no response of {config.data} is rated {wanted}")
-    if len(kept) < len(problems) and dist.is_main:
+    if len(kept) < len(problems["train"]) and dist.is_main:
         how = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which weighs nothing"
-        print(f"{len(problems) - len(kept)} of {len(problems)} responses are rated {how}: left out")
-    return kept
-
-
-def main(config):
-    """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test", the one of
-    them that is the metric here, "valid", its best on the validation split, and "path"."""
-    if config.sweep:
-        return sweep(config)
-    dist = setup(config.device)
-    if config.batch % dist.world:
-        raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
-    autocast, scaler = precision(config.dtype, dist)
-    most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
-    problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
-    problems["train"] = worth_training(problems["train"], config, dist)
+        out = len(problems["train"]) - len(kept)
+        print(f"{out} of {len(problems['train'])} responses are rated {how}: left out")
+    problems["train"] = kept
     for split in ("valid", "test"):  # only good responses are references
-        good = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]
-        if not good:
+        problems[split] = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]
+        if not problems[split]:
             raise ConfigError(f"no {split} response of {config.data} is rated {config.min_rating:g} or more")
-        problems[split] = good
-    metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to check
-    init = config.init or pretrained_start(config, dist)
-    raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    context = raw.config.context
+    return problems
+
+
+def encode_splits(config, problems, tokenizer, context, dist):
+    """-> the training examples as (ids, flags), and how difficult each is. What does not fit the context is left out,
+    of `problems` in place."""
     for split in ("valid", "test"):
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems[split]]
         room = context - config.max_new_tokens
@@ -335,145 +274,130 @@ def main(config):
     examples = [(*encode_example(tokenizer, p, weighted), p.level) for p in problems["train"]]
     examples = fitting(examples, [len(ids) for ids, _, _ in examples], context, "training example", dist)
     difficulties = [level if config.difficulty == "level" else len(ids) for ids, _, level in examples]
-    examples = [(ids, flags) for ids, flags, _ in examples]
     if config.order != "shuffled" and len(set(difficulties)) == 1:
         same = f"all examples have {config.difficulty} {difficulties[0]}"
         raise ConfigError(f"--order {config.order}, but {same}; try --difficulty length")
+    return [(ids, flags) for ids, flags, _ in examples], difficulties
+
+
+def main(config):
+    """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test", the one of
+    them that is the metric here, "valid", its best on the validation split, and "path"."""
+    if config.sweep:
+        return sweep(config)
+    dist = setup(config.device)
+    share = dist.share("batch", config.batch)  # examples of a step on this rank
+    autocast, scaler = precision(config.dtype, dist)
+    problems = load_splits(config, dist)
+    metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to check
+    init = config.init or pretrained_start(config, dist)
+    policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
+    add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
+    examples, difficulties = encode_splits(config, problems, tokenizer, policy.config.context, dist)
     ranked = rank_examples(difficulties, config.order, config.seed)
 
-    run_dir = open_run(config, dist)
+    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
-    first, best = 0, -1.0
-    if config.resume:
-        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best = state["step"], state["best"]
-        if config.lora.rank:
-            load_lora_state(raw, state["lora"], open_checkpoint(init)[0])
-    model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
-    log = Log(run_dir, config, dist, first)
-    interrupt = Interrupt(dist)
+    adapters = {"lora": LoraState(policy, init)}
+    run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters)
+    model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
     if dist.is_main:
         print(
-            f"{raw.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} steps "
-            f"of {config.batch} = {config.steps * config.batch / len(examples):.1f} epochs"
+            f"{policy.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} "
+            f"steps of {config.batch} = {config.steps * config.batch / len(examples):.1f} epochs"
         )
 
-    def checkpoint(name, step):
-        state = None
-        if name == "last":
-            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state |= {"optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
-        return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
-
-    share, done = config.batch // dist.world, first  # share: examples of a step on this rank
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
-    for step in bar:
-        # ------------------------------------------------------------------ once in a while
-        if best >= config.stop_at:  # here, so that a run that is resumed stops as well
-            bar.close()
+    for step in run.steps():
+        if run.state.best >= config.stop_at:  # here, so that a run that is resumed stops as well
             break
-        if interrupt:
-            written = checkpoint("last", step)
-            bar.close()
-            stopped(config.name, step, written, dist)
-        if step != first and step % config.save_every == 0:
-            checkpoint("last", step)
-
-        # ------------------------------------------------------------------ one optimizer step
-        started = time.perf_counter()
-        opened = 1.0
+        # ------------------------------------------------------------------ the batch
+        started, opened = time.perf_counter(), 1.0
         if config.order == "shuffled":
             chosen = rows_at(len(examples), step, config.batch, config.seed)
         else:
             opened = pacing(step, config.steps, config.pace_start, config.pace)
             chosen = paced_rows(ranked, step, config.batch, config.seed, opened)
-        batch = [examples[i] for i in chosen]
-        # Of the whole step, on all ranks, before the batch is cut; rated answers count with their weight.
+        batch = [examples[i] for i in chosen]  # of all ranks
+        # Counted before the batch is cut: rated answers count with their weight.
         n_tokens = sum(sum(flags) for _, flags in batch)
-        mine = batch[dist.rank * share : (dist.rank + 1) * share]
-        mine = sorted(mine, key=lambda example: len(example[0]))  # micro-batches of like lengths waste no padding
+        own = batch[dist.rank * share : (dist.rank + 1) * share]
+        own = sorted(own, key=lambda example: len(example[0]))  # micro-batches of like lengths waste no padding
+
+        # ------------------------------------------------------------------ one optimizer step
         model.train()
         loss_sum = 0.0
         for i in range(0, share, config.micro_batch):
-            part, pad = mine[i : i + config.micro_batch], tokenizer.endoftext_id
-            made = pack_examples(part, pad, context) if config.packing else (*collate(part, pad), None, None)
-            tokens, mask, positions, visible = (t if t is None else t.to(dist.device) for t in made)  # (b, T) each
+            micro, pad = own[i : i + config.micro_batch], tokenizer.endoftext_id
+            rows = pack_examples(micro, pad, policy.config.context) if config.packing else collate(micro, pad)
+            rows = rows.to(dist.device)
             last = i + config.micro_batch >= share
+            # DDP sums up the gradients over the ranks in the last backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
-                    counted = mask[:, 1:] > 0  # (b, T − 1)
-                    logprobs = token_logprobs(model, tokens, positions=positions, mask=visible, counted=counted)
-                loss, metrics = sft_loss(logprobs, mask[:, 1:], n_tokens)
+                    counted = rows.mask[:, 1:] > 0  # (b, T − 1)
+                    logprobs = token_logprobs(
+                        model, rows.tokens, positions=rows.positions, mask=rows.visible, counted=counted
+                    )  # (b, T − 1)
+                loss, metrics = sft_loss(logprobs, rows.mask[:, 1:], n_tokens)
                 scaler.scale(loss * dist.world).backward()  # DDP divides by world
             loss_sum += metrics["loss"]
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
+        norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
         (loss_sum,) = dist.sum(loss_sum)
-        if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
-            bar.close()  # a sweep goes on with the next run
-            log.close()
-            said = f"the loss is {loss_sum}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
-            raise DivergedError(f"{said}; try a smaller --lr")
+        run.check_finite(lr, norm, loss=loss_sum)
 
-        done = step + 1
+        # ------------------------------------------------------------------ look
         trained = sum(flag > 0 for _, flags in batch for flag in flags)
-        record = {
-            "loss": loss_sum,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": trained / (time.perf_counter() - started),
-            "open": opened,
-        }
-        if done % config.eval_every == 0 or done == config.steps:
-            with merged(raw):  # adapters, if any, folded in: as fast as without
-                result = evaluate(raw, tokenizer, problems["valid"], config.max_new_tokens, dist)
+        speed = trained / (time.perf_counter() - started)
+        record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "open": opened}
+        if run.due(config.eval_every):
+            with merged(policy):  # adapters, if any, folded in: as fast as without
+                result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
             record |= {k: result[k] for k in ("accuracy", "f1", "length")}
-            if dist.is_main:
-                bar.write(f"step {done}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
-                write_samples(log, done, result["samples"][:3])
-            if result[metric] > best:
-                best = result[metric]
-                checkpoint("best", done)
-        log(done, **record)
-        bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", **{metric: f"{max(best, 0):.1%}"})
-    checkpoint("last", done)
-    interrupt.release()
-    log.close()
+            run.say(f"step {step + 1}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
+            write_samples(run.log, step + 1, result["samples"][:3])
+            run.keep_best(result[metric])
+        run.log(step + 1, **record)
+        best = max(run.state.best, 0)
+        run.bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", **{metric: f"{best:.1%}"})
+    run.close()
 
     # The test split, once, with the checkpoint that the validation split chose.
-    raw, tokenizer, path = open_checkpoint(run_dir, dist.device)
-    result = evaluate(raw, tokenizer, problems["test"], config.max_new_tokens, dist)
+    policy, tokenizer, path = open_checkpoint(run.path, dist.device)
+    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
     sampled = {}
     if config.samples:
         sizes = (config.samples, config.max_new_tokens, dist)
-        sampled = evaluate_samples(raw, tokenizer, problems["test"], *sizes, seed=config.seed)
+        sampled = evaluate_samples(policy, tokenizer, problems["test"], *sizes, seed=config.seed)
     if dist.is_main:
-        draw_curves(
-            run_dir,
-            f"SFT on {config.data}, seed {config.seed}, {raw.num_params() / 1e6:.1f} M parameters",
-            [
-                ("loss on the answers", {"loss": "train"}, "nats per token", {}),
-                (
-                    ("exact match, greedy", {"accuracy": "validation"}, "share correct", {})
-                    if metric == "accuracy"
-                    else ("token F1, greedy", {"f1": "validation"}, "F1", {})
-                ),
-                ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
-            ],
-        )
-        levels = ", ".join(f"level {k} {v:.1%}" for k, v in result["by_level"].items())
-        if metric == "accuracy":
-            print(
-                f"test accuracy {result['accuracy']:.1%} [{result['low']:.1%}, {result['high']:.1%}] on {result['n']} "
-                f"held-out problems ({levels}); {path}, {run_dir}/curves.png"
-            )
-        else:
-            print(f"test token F1 {result['f1']:.1%} on {result['n']} held-out prompts; {path}, {run_dir}/curves.png")
-        if sampled:
-            print("  ".join(f"{name} {value:.1%}" for name, value in sampled.items()) + " at temperature 1")
+        report(config, run.path, result, sampled, metric, policy.num_params(), path)
     figures = {k: result[k] for k in ("accuracy", "low", "high", "f1")} | sampled
-    return figures | {"valid": best, "test": result[metric], "path": str(path)}
+    return figures | {"valid": run.state.best, "test": result[metric], "path": str(path)}
+
+
+def report(config, run_path, result, sampled, metric, n_params, path):
+    """The line of the test split, and the curves."""
+    metrics = {"accuracy": ("exact match, greedy", "share correct"), "f1": ("token F1, greedy", "F1")}
+    heading, unit = metrics[metric]
+    draw_curves(
+        run_path,
+        f"SFT on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
+        [
+            ("loss on the answers", {"loss": "train"}, "nats per token", {}),
+            (heading, {metric: "validation"}, unit, {}),
+            ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
+        ],
+    )
+    levels = ", ".join(f"level {k} {v:.1%}" for k, v in result["by_level"].items())
+    if metric == "accuracy":
+        print(
+            f"test accuracy {result['accuracy']:.1%} [{result['low']:.1%}, {result['high']:.1%}] on {result['n']} "
+            f"held-out problems ({levels}); {path}, {run_path}/curves.png"
+        )
+    else:
+        print(f"test token F1 {result['f1']:.1%} on {result['n']} held-out prompts; {path}, {run_path}/curves.png")
+    if sampled:
+        print("  ".join(f"{name} {value:.1%}" for name, value in sampled.items()) + " at temperature 1")
 
 
 def sweep(config):
@@ -514,4 +438,4 @@ def write_samples(log, step, samples):
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -124,7 +124,11 @@ def record(folder, repo, only):
         wanted = {name: command for name, command in stage.items() if name.startswith(only)}
         with ThreadPoolExecutor(2) as pool:
             ok &= all(list(pool.map(lambda item: run(*item, repo, folder), wanted.items())))
-    found = {path.parent.name: figures(path.parent) for path in sorted((folder / "runs").glob("*/metrics.jsonl"))}
+    found = {
+        path.parent.name: figures(path.parent)
+        for path in sorted((folder / "runs").glob("*/metrics.jsonl"))
+        if "." not in path.parent.name
+    }
     (folder / "golden.json").write_text(json.dumps(found, indent=1))
     return ok
 

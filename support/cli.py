@@ -3,12 +3,14 @@
 import importlib.util
 import math
 import os
+import re
 import sys
 from dataclasses import fields
 
 import jsonargparse
 from torch import distributed
 
+from support.checks import listed
 from support.errors import CheckpointError, ConfigError, DataError, TokenizerError
 
 
@@ -16,6 +18,10 @@ class _Parser(jsonargparse.ArgumentParser):
     def error(self, message, ex=None):
         """One line, no usage dump: what is wrong, and where the flags are listed."""
         text = " ".join(str(message).split())
+        choice = re.fullmatch(r'Parser key "(.+?)": Expected a typing\.Literal\[(.*)\]\. Got value: (.*)', text)
+        if choice:  # as checks.check says it
+            words = listed(re.findall("'(.*?)'", choice[2]))
+            text = f"--{choice[1]} {choice[3]!r} is not known; use {words}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
@@ -32,7 +38,7 @@ def parse_config(cls, args=None, description=None):
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
 
-def run(main, cls, description=None):
+def run_script(main, cls, description=None):
     """Entry of every script: flags in, and what the user can mend comes out as one line and exit status 2."""
     try:
         main(parse_config(cls, description=description))
@@ -52,6 +58,9 @@ def run(main, cls, description=None):
         os._exit(status)
     if status:
         sys.exit(status)
+
+
+run = run_script
 
 
 def check_positive(config, *names):

@@ -49,6 +49,12 @@ class Dist:
         distributed.all_reduce(total)
         return total.tolist()
 
+    def share(self, flag, n):
+        """One rank's part of the n that --flag asks of all together. ConfigError if it does not come out even."""
+        if n % self.world:
+            raise ConfigError(f"--{flag} {n} cannot be shared by {self.world} processes evenly")
+        return n // self.world
+
 
 def keep_freed_memory():
     """Ask the C library, where it is glibc, to keep freed memory for the next tensor. It would hand that of large

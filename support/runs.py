@@ -2,23 +2,178 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import signal
-from dataclasses import asdict, is_dataclass
+import time
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import distributed
+from tqdm import tqdm
 
-from support.errors import CheckpointError, ConfigError
+from support.checks import Amount, Count, Seed, Whole, check
+from support.errors import CheckpointError, ConfigError, DivergedError
 from support.locks import alone, hold
-from support.sharding import share_of, unsharded
+from support.log import Log
+from support.sharding import gathered, share_of, unsharded
 
 RUNS = Path("runs")
+
+
+@dataclass
+class RunConfig:
+    """What means the same in every training stage; a stage's Config inherits it and adds its own."""
+
+    init: str | None = None
+    """Checkpoint to start from; default: one that is made once under runs/start, and reused."""
+    name: str = "run"
+    """Run directory below runs/."""
+    steps: Count = 200
+    """Optimizer steps."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """adamw, or muon for the matrices of the blocks; adamw wants about a sixth of the learning rate."""
+    lr: Amount = 2e-3
+    """Peak learning rate."""
+    warmup: Whole = 10
+    """Steps of linear warm-up."""
+    weight_decay: Amount = 0.0
+    """Decoupled, on matrices only."""
+    clip: Amount = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    eval_every: Count = 50
+    """Steps between evaluations on the validation split."""
+    save_every: Count = 100
+    """Steps between checkpoints of last/."""
+    seed: Seed = 0
+    """Of all that is random: the start where one is made, the data order, the sampling, the dropout."""
+    resume: bool = False
+    """Continue runs/NAME/last as if it had never stopped."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well."""
+
+    def __post_init__(self):
+        check(self)
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ConfigError("--wandb needs a package that is not here: pip install wandb")
+
+
+class Run:
+    """A run under way: what the loop of every stage needs and does not teach.
+
+        run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0)     # new, or resumed
+        for step in run.steps():                   # with a progress bar; Ctrl-C, and --save_every, write last/
+            ...
+            run.keep_best(accuracy)                # best/, if it is
+            run.log(step + 1, loss=loss)           # metrics.jsonl and the trackers
+        run.close()                                # last/, and Ctrl-C is as usual again
+
+    `state` holds what a resumed run must know besides weights, optimizers, scaler and random numbers: the best value so
+    far, and what the stage gives by name, as numbers, lists and dicts. `parts` holds further objects by name that have
+    a state_dict. `model` is the unwrapped one.
+    """
+
+    def __init__(self, config, dist, model, tokenizer, optimizers, scaler, *, best=-math.inf, lower_is_better=False,
+                 chat=True, parts=None, began=None, on_save=None, **state):  # fmt: skip
+        """best: what a checkpoint must exceed (or, lower_is_better, undercut) to become best/. chat: whether generation
+        ends with the turn or with the document. began: time.perf_counter() when the stage began. on_save(): called by
+        rank 0 after last/ was written. Raises ConfigError on a name that cannot be used or a run that cannot go on."""
+        self.config, self.dist, self.model, self.tokenizer = config, dist, model, tokenizer
+        self.optimizers, self.scaler, self.parts = optimizers, scaler, parts or {}
+        self.chat, self.on_save, self.lower_is_better = chat, on_save, lower_is_better
+        self.state = SimpleNamespace(best=best, **state)
+        self.began = time.perf_counter() if began is None else began
+        self.path, self.first = open_run(config, dist), 0
+        if config.resume:
+            saved = load_state(self.path, dist, model, optimizers, scaler, config)
+            for name in vars(self.state).keys() & saved.keys():
+                setattr(self.state, name, saved[name])
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self.first, self.began = saved["step"], self.began - saved.get("seconds", 0.0)
+        self.done = self.first  # steps that have been taken
+        self.log = Log(self.path, config, dist, self.first)
+        self.interrupt = Interrupt(dist)
+
+    def steps(self, total=None):
+        """The steps that are still to do, 0 … total − 1, by default --steps of them."""
+        total = self.config.steps if total is None else total
+        steps = range(self.first, total)
+        self.bar = tqdm(steps, initial=self.first, total=total, disable=not self.dist.is_main, unit="step")
+        for step in self.bar:
+            if self.interrupt:
+                written = self.save("last")
+                self.bar.close()
+                stopped(self.config.name, step, written, self.dist)
+            if step != self.first and step % self.config.save_every == 0:
+                self.save("last")
+            yield step
+            self.done = step + 1
+
+    def save(self, name):
+        """Write the checkpoint best/, or last/ with all that resuming needs. Returns whether it could be written."""
+        state = None
+        if name == "last":
+            moments = gathered([optimizer.state_dict() for optimizer in self.optimizers], self.dist.is_main)
+            state = {"step": self.done, "config": asdict(self.config), "seconds": self.seconds, **vars(self.state)}
+            state |= {"optimizers": moments, "scaler": self.scaler.state_dict()}
+            state |= {part: kept.state_dict() for part, kept in self.parts.items()}
+        written = save(self.path, name, self.dist, self.model, self.tokenizer, self.chat, state)
+        if self.dist.is_main and written and name == "last":
+            if keep := getattr(self.config, "keep", 0):
+                keep_copy(self.path, self.done, keep)
+            if self.on_save:
+                self.on_save()
+        return written
+
+    def keep_best(self, value):
+        """Write best/ if the value is better than all before; it belongs to the step that is under way."""
+        if value < self.state.best if self.lower_is_better else value > self.state.best:
+            self.state.best = value
+            self.save("best")
+
+    def due(self, every):
+        """Whether the step under way is a multiple of `every`, or the last."""
+        return (self.done + 1) % every == 0 or self.done + 1 == self.config.steps
+
+    @property
+    def seconds(self):
+        """Since the stage began, earlier parts of a resumed run included."""
+        return time.perf_counter() - self.began
+
+    def say(self, text):
+        """Print a line above the progress bar, once."""
+        if self.dist.is_main:
+            self.bar.write(text)
+
+    def check_finite(self, lr, norm, mend="try a smaller --lr", **losses):
+        """Raise DivergedError if a loss is no finite number, or the gradient's norm without a scaler, which meets inf,
+        skips the step and goes lower."""
+        if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return
+        self.bar.close()  # a sweep goes on with the next run
+        self.log.close()
+        values = ", ".join(f"the {name.replace('_', ' ')} is {value}" for name, value in losses.items())
+        where = f"the gradient norm {norm} at step {self.done} (learning rate {lr:.1e})"
+        raise DivergedError(f"{values}, {where}; {mend}")
+
+    def close(self):
+        """After the last step: write last/, close the log, give Ctrl-C back."""
+        self.save("last")
+        self.interrupt.release()
+        self.log.close()
 
 
 def run_path(config):
@@ -138,6 +293,10 @@ def keep_copy(run_dir, step, keep):
         shutil.rmtree(path)
 
 
+# Options that earlier versions had, at the value that made no difference: a run saved with it can still be resumed.
+GONE = {}
+
+
 def load_state(run_dir, dist, raw, optimizers, scaler, config):
     """Put a saved run back: weights, optimizers, scaler, generators. Returns its state, with `step` done so far."""
     path = saved_run(run_dir)
@@ -154,6 +313,10 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
     if changed:
         said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
         raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
+    gone = {k: value for k, value in then.items() if k not in now and value != GONE.get(k)}
+    if gone:
+        said = ", ".join(f"{k} {value!r}" for k, value in gone.items())
+        raise ConfigError(f"{path} was made with {said}, which this version no longer has: it cannot be resumed here")
     total = now["steps"] + now.get("mlm_steps", 0)  # encoder.py trains in two phases
     if state["step"] > total:
         raise ConfigError(f"{path} has done {state['step']} steps already, more than the {total} asked for")

@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from support import runs
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # the tensors are small, and the other cores have tests of their own
@@ -53,7 +55,7 @@ def metrics(run_dir, name):
 def assert_the_start_is_kept(stage, config, run_dir, monkeypatch):
     """A run of `stage` that is stopped before its first step, then resumed, still has the accuracy of step 0."""
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "Interrupt", lambda dist: True)
+        patch.setattr(stage if hasattr(stage, "Interrupt") else runs, "Interrupt", lambda dist: True)
         with pytest.raises(SystemExit):
             stage.main(config())
     start = metrics(run_dir, "accuracy")

@@ -86,7 +86,7 @@ def test_a_pair_is_encoded_behind_all_that_was_said(tokenizer):
 def test_a_rating_weighs_its_tokens(tokenizer):
     rated = [Problem("Q?", "An answer.", "", 1, "file", rating=r) for r in (2, 4, 5, None)]
     examples = [encode_example(tokenizer, p, weighted=True) for p in rated]
-    mask = collate(examples, 0)[1]
+    mask = collate(examples, 0).mask
     assert mask.dtype == torch.float32
     assert [row.unique().tolist() for row in mask] == [[0, 0.25], [0, 0.75], [0, 1.0], [0, 1.0]]
     torch.manual_seed(0)
@@ -99,7 +99,8 @@ def test_a_rating_weighs_its_tokens(tokenizer):
 
 
 def test_collate_pads_on_the_right_with_mask_false():
-    tokens, mask = collate([([5, 6, 7], [False, True, True]), ([8], [True])], pad=3)
+    rows = collate([([5, 6, 7], [False, True, True]), ([8], [True])], pad=3)
+    tokens, mask = rows.tokens, rows.mask
     assert tokens.tolist() == [[5, 6, 7], [8, 3, 3]]
     assert mask.tolist() == [[False, True, True], [True, False, False]]
 
@@ -135,7 +136,8 @@ def test_a_pad_changes_nothing(tokenizer):
         raw.zero_grad()
         n = sum(sum(flags) for _, flags in examples)
         for batch in batches:
-            tokens, mask = collate(batch, tokenizer.endoftext_id)
+            rows = collate(batch, tokenizer.endoftext_id)
+            tokens, mask = rows.tokens, rows.mask
             sft_loss(token_logprobs(raw, tokens), mask[:, 1:], n)[0].backward()
         return torch.cat([p.grad.flatten() for p in raw.parameters()])
 
@@ -209,24 +211,25 @@ def test_packing_changes_neither_loss_nor_gradient(tokenizer, positions):
 
     padded = collate(examples, tokenizer.endoftext_id)
     packed = pack_examples(examples, tokenizer.endoftext_id, room)
-    assert len(packed[0]) < len(examples)
-    assert packed[0].shape[1] <= room
-    assert packed[1].sum() == padded[1].sum()
-    loss, theirs = gradient(*padded)
-    again, ours = gradient(*packed)
+    assert len(packed.tokens) < len(examples)
+    assert packed.tokens.shape[1] <= room
+    assert packed.mask.sum() == padded.mask.sum()
+    loss, theirs = gradient(**vars(padded))
+    again, ours = gradient(**vars(packed))
     assert again == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-5)
     assert theirs.norm() > 1e-3
-    leaking, _ = gradient(*packed[:3])  # without the document mask it is another loss
+    leaking, _ = gradient(packed.tokens, packed.mask, packed.positions)  # without the document mask it is another loss
     assert abs(leaking - loss) > 1e-3
     if positions == "learned":
-        shifted, _ = gradient(packed[0], packed[1], None, packed[3])  # nor without positions that start anew
+        shifted, _ = gradient(packed.tokens, packed.mask, None, packed.visible)  # nor without positions that start anew
         assert abs(shifted - loss) > 1e-3
 
 
 def test_packing_by_hand():
     examples = [([5, 6, 7], [False, True, True]), ([8, 9, 4, 3], [False, False, True, True]), ([1, 2], [False, True])]
-    tokens, mask, positions, visible = pack_examples(examples, 0, 6)
+    rows = pack_examples(examples, 0, 6)
+    tokens, mask, positions, visible = rows.tokens, rows.mask, rows.positions, rows.visible
     assert tokens.tolist() == [[8, 9, 4, 3, 1, 2], [5, 6, 7, 0, 0, 0]]
     assert mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
     assert positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
@@ -484,7 +487,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
             return self.asked == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "Interrupt", StopAt2)
+        patch.setattr(runs, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             sft.main(config(name="parts", **changes))
     sft.main(config(name="parts", resume=True, **changes))
@@ -538,7 +541,7 @@ def test_lora_trains_and_resumes(here, monkeypatch):
             return self.asked == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "Interrupt", StopAt2)
+        patch.setattr(runs, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             sft.main(config(name="parts", **changes))
     sft.main(config(name="parts", resume=True, **changes))

@@ -53,7 +53,7 @@ from tqdm import tqdm
 from data import encode_group, encode_prompt, load_pairs, load_problems, rows_at
 from evaluate import evaluate, is_correct, wilson
 from generate import generate
-from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
+from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
 from support.checkpoints import open_checkpoint
@@ -61,6 +61,7 @@ from support.cli import check_positive, check_rates, run
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
 from support.log import Log
+from support.lora_files import load_lora_state, lora_state
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import Interrupt, load_state, open_run, run_path, save, stopped

@@ -83,7 +83,7 @@ from tqdm import tqdm
 from data import encode_prompt, load_problems, rows_at
 from evaluate import evaluate, is_correct, kl_estimate, pass_at_k
 from generate import Rollout, generate
-from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
+from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
 from support.answers import extract_answer
@@ -92,6 +92,7 @@ from support.cli import check_positive, check_rates, run
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
 from support.log import Log
+from support.lora_files import load_lora_state, lora_state
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import Interrupt, load_state, open_run, save, stopped

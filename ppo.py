@@ -58,7 +58,7 @@ import reward_model
 from data import encode_prompt, load_problems, rows_at
 from evaluate import evaluate, is_correct
 from generate import generate
-from lora import LoraConfig, add_lora, load_lora_state, lora_off, lora_state, merged
+from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers
 from reward_model import RewardModel, open_reward_model, score_groups
 from sft import sft_start
@@ -67,6 +67,7 @@ from support.cli import check_positive, check_rates, run
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
 from support.log import Log
+from support.lora_files import load_lora_state, lora_state
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import Interrupt, load_state, made_once, open_run, save, start_name, stopped

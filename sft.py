@@ -54,13 +54,14 @@ import pretrain
 from attention import document_mask
 from data import chat, encode_prompt, load_problems, rows_at
 from evaluate import evaluate, evaluate_samples, token_f1
-from lora import LoraConfig, LoraState, add_lora, merged
+from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Part, Positive, Range, Share, Whole
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
+from support.lora_files import LoraState
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import RUNS, Run, RunConfig, made_once, run_path, saved_run, start_name

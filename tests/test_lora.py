@@ -9,22 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from generate import generate
-from lora import (
-    LoraConfig,
-    LoRALinear,
-    add_lora,
-    drop_lora,
-    load_lora,
-    load_lora_state,
-    lora_layers,
-    lora_off,
-    lora_state,
-    merge_lora,
-    merged,
-    save_lora,
-    unmerge_lora,
-)
+from lora import LoraConfig, LoRALinear, add_lora, drop_lora, lora_layers, lora_off, merge_lora, merged, unmerge_lora
 from support.errors import CheckpointError
+from support.lora_files import load_lora, load_lora_state, lora_state, save_lora
 from transformer import Transformer, TransformerConfig, gpt2_config, token_logprobs
 
 pytestmark = [  # PEFT's and transformers' words to each other

@@ -85,17 +85,29 @@ def token_rewards(log_ratio, final, lengths, beta):
     return rewards
 
 
-def against_the_others(scores, how):
-    """scores (N, R) of R answers to each of N prompts -> what they are worth, (N, R).
+def less_baseline(rewards, baseline="mean"):
+    """rewards (N, R) of R answers to each of N prompts -> the same less a baseline that the answer did not choose, (N, R).
 
-    wins: the probability, averaged over the other answers, that this one is the better of the two as the Bradley-Terry
-    model of the scores has it, less one half (of raw scores: --normalise changes their unit). mean: the score less the
-    mean of the group. none: the score.
+    mean: the mean of the prompt's answers (GRPO); leave_one_out: the mean of its other answers (RLOO, arXiv:2402.14740),
+    which is R / (R − 1) times as far away; none. Answers that all earn the same, or one alone, get exactly 0.
     """
-    if how == "wins":
-        beats = torch.sigmoid(scores[:, :, None] - scores[:, None])  # (N, R, R), ½ against itself
-        return (beats - 0.5).sum(2) / (scores.shape[1] - 1)
-    return scores - scores.mean(1, keepdim=True) if how == "mean" else scores
+    if baseline == "none":
+        return rewards
+    if baseline not in ("mean", "leave_one_out"):
+        raise ConfigError(f"--baseline {baseline!r} is not known; use mean, leave_one_out or none")
+    R = rewards.shape[1]
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if baseline == "leave_one_out" and R > 1:
+        centred = centred * R / (R - 1)
+    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # exactly, not up to the mean's rounding
+    return centred.masked_fill(same, 0.0)
+
+
+def win_rates(scores):
+    """scores (N, R) of R answers to each of N prompts -> the probability that each is better than another one of its
+    prompt, as the Bradley-Terry model of the scores has it, less one half: (N, R), between −½ and ½."""
+    beats = torch.sigmoid(scores[:, :, None] - scores[:, None])  # (N, R, R), ½ against itself
+    return (beats - 0.5).sum(2) / (scores.shape[1] - 1)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -542,7 +554,9 @@ def main(config):
         scores = torch.tensor(score_groups(judge, groups, pad, dist.device, autocast)).flatten().to(dist.device)
         moments.add(scores, dist)
         paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~ended  # (n·R,)
-        final = against_the_others(paid.view(-1, R), config.baseline).flatten()
+        groups_paid = paid.view(-1, R)  # (n, R)
+        final = win_rates(groups_paid) if config.baseline == "wins" else less_baseline(groups_paid, config.baseline)
+        final = final.flatten()  # (n·R,)
         texts = rollout.texts(tokenizer)
         truth = [is_correct(text, chosen[k // R]) for k, text in enumerate(texts)]  # for the eyes, not for the loss
         sampled = time.perf_counter()

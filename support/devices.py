@@ -49,6 +49,14 @@ class Dist:
         distributed.all_reduce(total)
         return total.tolist()
 
+    def gather(self, values):
+        """(n, …) of each rank -> (N, …), in rank order, on the CPU."""
+        if self.world == 1:
+            return values
+        everywhere = [torch.empty_like(values).to(self.device) for _ in range(self.world)]
+        distributed.all_gather(everywhere, values.contiguous().to(self.device))
+        return torch.cat(everywhere).cpu()
+
     def share(self, flag, n):
         """One rank's part of the n that --flag asks of all together. ConfigError if it does not come out even."""
         if n % self.world:

@@ -165,9 +165,9 @@ class Run:
             return
         self.bar.close()  # a sweep goes on with the next run
         self.log.close()
-        values = ", ".join(f"the {name.replace('_', ' ')} is {value}" for name, value in losses.items())
-        where = f"the gradient norm {norm} at step {self.done} (learning rate {lr:.1e})"
-        raise DivergedError(f"{values}, {where}; {mend}")
+        values = {name.replace("_", " "): value for name, value in losses.items()} | {"gradient norm": norm}
+        said = ", ".join(f"the {name} is {value}" for name, value in values.items())
+        raise DivergedError(f"{said} at step {self.done} (learning rate {lr:.1e}); {mend}")
 
     def close(self):
         """After the last step: write last/, close the log, give Ctrl-C back."""

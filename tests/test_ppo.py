@@ -480,11 +480,22 @@ def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):
 def test_wins_by_hand():
     """Scores 2, 0 and 0: the first beats each of the others with probability σ(2), they each other with ½."""
     sigma = 1 / (1 + math.exp(-2))
-    wins = ppo.against_the_others(torch.tensor([[2.0, 0.0, 0.0], [5.0, 5.0, 5.0]]), "wins")
+    wins = ppo.win_rates(torch.tensor([[2.0, 0.0, 0.0], [5.0, 5.0, 5.0]]))
     expected = [[sigma - 0.5, (1 - sigma - 0.5) / 2, (1 - sigma - 0.5) / 2], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(wins, torch.tensor(expected))
-    mean = ppo.against_the_others(torch.tensor([[2.0, 0.0, 1.0]]), "mean")
-    assert mean.tolist() == [[1.0, -1.0, 0.0]]
+
+
+def test_a_baseline_by_hand():
+    rewards = torch.tensor([[2.0, 0.0, 1.0], [0.1, 0.1, 0.1], [4.0, 0.0, 0.5]], dtype=torch.float64)
+    assert ppo.less_baseline(rewards[:1]).tolist() == [[1.0, -1.0, 0.0]]
+    assert ppo.less_baseline(rewards, "none") is rewards
+    others = [[r - (sum(row) - r) / 2 for r in row] for row in rewards.tolist()]  # less the mean of the other two
+    torch.testing.assert_close(ppo.less_baseline(rewards, "leave_one_out"), torch.tensor(others, dtype=torch.float64))
+    for baseline in ("mean", "leave_one_out"):
+        assert (ppo.less_baseline(rewards, baseline)[1] == 0).all()  # 0.1 is no float: no rounding leaks
+        assert ppo.less_baseline(rewards[:, :1], baseline).tolist() == [[0.0]] * 3
+    with pytest.raises(ConfigError, match="--baseline 'median' is not known"):
+        ppo.less_baseline(rewards, "median")
 
 
 def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):

@@ -86,10 +86,10 @@ def token_rewards(log_ratio, final, lengths, beta):
 
 
 def less_baseline(rewards, baseline="mean"):
-    """rewards (N, R) of R answers to each of N prompts -> the same less a baseline that the answer did not choose, (N, R).
+    """rewards (N, R) of R answers to each of N prompts -> (N, R), less a baseline that is the prompt's own.
 
-    mean: the mean of the prompt's answers (GRPO); leave_one_out: the mean of its other answers (RLOO, arXiv:2402.14740),
-    which is R / (R − 1) times as far away; none. Answers that all earn the same, or one alone, get exactly 0.
+    mean: the mean of the prompt's answers (GRPO); leave_one_out: that of its other answers (RLOO, arXiv:2402.14740),
+    which lies R / (R − 1) times as far away; none. Answers that all earn the same, or one alone, get exactly 0.
     """
     if baseline == "none":
         return rewards

@@ -28,9 +28,7 @@ def score(functions, texts, problems, ended):
     """{name: function} -> {name: rewards (len(texts),)}. Raises ConfigError on what is no list of finite numbers."""
 
     def refused(what):
-        if int(
-            os.environ.get("LOCAL_RANK", 0)
-        ):  # `run_script` speaks for rank 0 alone, but these texts are this rank's
+        if int(os.environ.get("LOCAL_RANK", 0)):  # run_script speaks for rank 0 alone, the texts are this rank's
             print(f"error: {what}", file=sys.stderr, flush=True)
         return ConfigError(what)
 

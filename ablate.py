@@ -47,8 +47,7 @@ from tqdm import tqdm
 
 from attention import attention_entropy, attention_weights
 from data import encode_prompt, find, load_problems, load_text
-from dpo import kl_to_reference
-from evaluate import evaluate, evaluate_samples
+from evaluate import evaluate, evaluate_samples, sampled_kl
 from generate import generate
 from grpo import tidy
 from sft import sft_start
@@ -163,7 +162,7 @@ def standing(folder, figures, settings):
         "sampled": 100 * several["pass@1"],
         "format": 100 * statistics.mean(tidy(texts, problems, ended)),
         "length": greedy["length"],
-        "kl": kl_to_reference(raw, start, tokenizer, prompts, 64, dist),
+        "kl": sampled_kl(raw, start, tokenizer, prompts, 64, dist),
     }
 
 

@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import encode_group, encode_prompt, load_pairs, load_problems, rows_at
-from evaluate import evaluate, is_correct, wilson
+from evaluate import before_and_after, evaluate, is_correct, logged, metric_panels, sampled_kl, wilson
 from generate import generate
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
@@ -230,27 +230,6 @@ def add_reference(raw, pairs, pad, dist, autocast, size=64):
     if dist.world > 1:
         torch.distributed.all_reduce(sums)
     return [p | {"ref_chosen": c, "ref_rejected": r} for p, (c, r) in zip(pairs, sums.tolist(), strict=True)]
-
-
-@torch.no_grad()
-def kl_to_reference(raw, reference, tokenizer, prompts, max_new_tokens, dist, seed=0):
-    """KL(π ‖ π_ref) in nats per token: the mean of r − 1 − log r, r = π_ref / π (k3: see grpo.kl_estimate), over the
-    tokens of one sampled answer per prompt (lists of ids). The reference may be raw itself, then without its adapters.
-    """
-    mine = prompts[dist.rank :: dist.world]
-    total, n = 0.0, 0
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    if mine:
-        drawn = uniforms[dist.rank :: dist.world]  # the same for a prompt, whichever rank has it
-        rollout = generate(raw, mine, max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=drawn)
-        rows = zip(rollout.ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
-        packed = moved(pack(mine, [[ids[:length]] for ids, length in rows], tokenizer.endoftext_id), dist.device)
-        with lora_off(raw):
-            then = answer_logprobs(reference, packed)
-        log_r = then - answer_logprobs(raw, packed)
-        total, n = (log_r.exp() - log_r - 1).sum().item(), rollout.mask.sum().item()
-    total, n = dist.sum(total, n)
-    return total / n
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -537,10 +516,10 @@ def main(config):
                 result = held_out("valid")
             record |= {f"valid_{k}": v for k, v in result["pairs"].items()}
             length = min(config.max_new_tokens, room)
-            record["kl"] = kl_to_reference(raw, reference, tokenizer, prompts, length, dist, config.seed)
+            record["kl"] = sampled_kl(raw, reference, tokenizer, prompts, length, dist, config.seed)
             shown = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
             if problems:
-                record["accuracy"] = result["accuracy"]
+                record |= logged(result)
                 shown["accuracy"] = f"{result['accuracy']:.1%}"
             if record["valid_loss"] < best:
                 best = record["valid_loss"]
@@ -564,22 +543,15 @@ def main(config):
 
 def report(config, before, after, n, seconds):
     """The table at the end."""
-    print(f"\n{'held-out test':<34}{'before':>16}{'after':>20}")
-    if "accuracy" in after:
-        said = [f"{r['accuracy']:.1%} [{r['low']:.1%}, {r['high']:.1%}]" for r in (before, after)]
-        print(f"{'greedy accuracy, 95 % interval':<30}{said[0]:>22}{said[1]:>22}")
-        print(f"{'answer length':<34}{before['length']:>16.1f}{after['length']:>20.1f}")
     low, high = wilson(after["pairs"]["accuracy"] * n, n)
-    ordered = f"{after['pairs']['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-    print(f"{'pairs ordered rightly':<34}{'–':>16}{ordered:>22}")
-    for name, what in (
+    rows = [["pairs ordered rightly", "–", f"{after['pairs']['accuracy']:.1%} [{low:.1%}, {high:.1%}]"]]
+    for name, label in (
         ("loss", "loss on pairs"),
         ("logp_chosen", "log π(chosen)"),
         ("logp_rejected", "log π(rejected)"),
     ):
-        print(f"{what:<34}{before['pairs'][name]:>16.3f}{after['pairs'][name]:>20.3f}")
-    gain = f"{(after['accuracy'] - before['accuracy']) * 100:+.1f} points in " if "accuracy" in after else ""
-    print(f"{gain}{config.steps} steps, {seconds / 60:.1f} minutes")
+        rows.append([label, *(f"{r['pairs'][name]:.3f}" for r in (before, after))])
+    before_and_after(before, after, config.steps, seconds, rows)
     if after["pairs"]["logp_chosen"] < before["pairs"]["logp_chosen"]:
         spite = f", in spite of --nll {config.nll:g}" if config.nll else ""
         print(f"the chosen answers became less probable too{spite}: DPO fits the difference alone (see curves.png)")
@@ -605,7 +577,7 @@ def draw(config, run_dir, verified):
         ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
     ]
     if verified:
-        panels.insert(0, ("held-out accuracy, greedy", {"accuracy": "validation"}, "share correct", {}))
+        panels = [*metric_panels(), *panels]
     draw_curves(run_dir, f"DPO ({config.variant}, {config.pairs} pairs) on {config.data}, seed {config.seed}", panels)
 
 

@@ -3,29 +3,27 @@
 import collections
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from data import Problem, encode_prompt
 from generate import generate
+from lora import lora_off
 from support.answers import extract_answer, same_answer
 from support.errors import ConfigError
+from support.shared_prompt import answer_logprobs, moved, pack
+from support.tables import text_table
 
-
-def wilson(successes, n, z=1.96):
-    """95 % interval of a proportion (Wilson 1927): unlike p ± z·se it stays inside [0, 1] and is right near both."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+# ---------------------------------------------------------------------------------------------------------------
+# One answer.
 
 
 def is_correct(text, problem):
-    found = extract_answer(text)
-    return found is not None and same_answer(found, problem.answer)
+    """The verifier: whether the number after #### is the problem's answer (see `extract_answer`)."""
+    answer = extract_answer(text)
+    return answer is not None and same_answer(answer, problem.answer)
 
 
 def words(text):
@@ -42,6 +40,10 @@ def token_f1(text, reference):
     return 2 * shared / (len(ours) + len(theirs))
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Several answers to one problem.
+
+
 def pass_at_k(n, correct, k):
     """Chance that k of the n samples, drawn without replacement, hold a right one; unbiased (arXiv:2107.03374)."""
     return 1.0 if n - correct < k else 1 - math.comb(n - correct, k) / math.comb(n, k)
@@ -53,27 +55,55 @@ def majority(answers):
     return votes.most_common(1)[0][0] if votes else None
 
 
-def evaluate_samples(raw, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32):
-    """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two.
+# ---------------------------------------------------------------------------------------------------------------
+# Many problems: how sure is a proportion, and how sure a difference?
 
-    Chunks of problems are dealt out to the ranks and seeded one by one, so any number of ranks finds the same.
+
+def wilson(successes, n, z=1.96):
+    """95 % interval of a proportion (Wilson 1927): unlike p ± z·se it stays inside [0, 1] and is right near both."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(only_first, only_second):
+    """Exact two-sided p-value of two models' accuracies on the same problems (McNemar 1947, in its binomial form).
+
+    only_first, only_second: how many problems the one alone gets right, and the other alone. Those on which they agree
+    say nothing about which is better. If neither were, each of the n others would fall to either side like a coin:
+    p = P(a split at least as uneven) = 2 Σ_{i ≤ min} C(n, i) / 2^n, at most 1.
     """
-    ks = sorted({1, n} | {2**i for i in range(1, 20) if 2**i < n})
-    sums = [0.0] * (len(ks) + 1)
-    for c in range(dist.rank, math.ceil(len(problems) / batch), dist.world):
-        chunk = problems[c * batch : (c + 1) * batch]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + c)
-        prompts = [encode_prompt(tokenizer, p) for p in chunk]
-        stops = dict(stop_ids=tokenizer.stop_ids, generator=generator)
-        texts = generate(raw, prompts, max_new_tokens, n, temperature, **stops).texts(tokenizer)
-        for i, problem in enumerate(chunk):
-            answers = [extract_answer(text) for text in texts[i * n : (i + 1) * n]]
-            correct = sum(same_answer(a, problem.answer) for a in answers)
-            for j, k in enumerate(ks):
-                sums[j] += pass_at_k(n, correct, k)
-            sums[-1] += same_answer(majority(answers), problem.answer)
-    names = [f"pass@{k}" for k in ks] + [f"majority@{n}"]
-    return {name: value / len(problems) for name, value in zip(names, dist.sum(*sums), strict=True)}
+    n, k = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)  # whole numbers: no rounding before the /
+
+
+def paired_interval(only_first, only_second, n, z=1.96):
+    """95 % interval of accuracy(second) − accuracy(first) on the same n problems: Wald's with a Laplace adjustment
+    (Bonett and Price 2012, J. Educ. Behav. Stat. 37, 479; recommended by Fagerland et al. 2014, Stat. Med. 33, 2850).
+
+    One pair is added to each kind of disagreement, so that the interval has a width even where the two never differ.
+    """
+    p, q = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    half = z * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
+    return max(-1.0, q - p - half), min(1.0, q - p + half)
+
+
+def compare(first, second):
+    """Two lists of verdicts on the same problems -> {"difference": of the accuracies, "low", "high", "p", and how often
+    "only_first" and "only_second" is right}."""
+    only_first = sum(a > b for a, b in zip(first, second, strict=True))
+    only_second = sum(b > a for a, b in zip(first, second, strict=True))
+    low, high = paired_interval(only_first, only_second, len(first))
+    counts = {"only_first": only_first, "only_second": only_second}
+    difference = (only_second - only_first) / len(first)
+    return {"difference": difference, "low": low, "high": high, "p": mcnemar(only_first, only_second)} | counts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A model.
 
 
 class Sample(NamedTuple):
@@ -86,46 +116,76 @@ class Sample(NamedTuple):
     ended: bool  # stopped by itself
 
 
-def evaluate(raw, tokenizer, problems, max_new_tokens, dist, batch=256):
-    """Greedy exact match. Problems are dealt out to the ranks; every rank returns the same figures, and its own
-    samples: {"accuracy", "low", "high", "n", "correct", "f1", "length", "truncated", "by_level", "samples"}. f1 is that
-    of the words with the reference solution's: the figure for free text, where no answer can be checked."""
-    mine = problems[dist.rank :: dist.world]
-    mine = sorted(mine, key=lambda p: len(p.question))  # rows of one length waste no padding
-    samples = []
-    for i in range(0, len(mine), batch):
-        chunk = mine[i : i + batch]
-        prompts = [encode_prompt(tokenizer, p) for p in chunk]
-        rollout = generate(raw, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
-        texts, lengths = rollout.texts(tokenizer), rollout.mask.sum(1).tolist()
-        rows = zip(chunk, texts, lengths, rollout.ended(tokenizer.stop_ids).tolist(), strict=True)
-        samples += [Sample(p, text, is_correct(text, p), length, ended) for p, text, length, ended in rows]
-    levels = sorted({p.level for p in problems})
-    counts = [
-        len(samples),
-        sum(s.correct for s in samples),
-        sum(s.length for s in samples),
-        sum(not s.ended for s in samples),
-        sum(token_f1(s.text, s.problem.solution) for s in samples),
-    ]
-    for level in levels:
-        here = [s.correct for s in samples if s.problem.level == level]
-        counts += [len(here), sum(here)]
-    n, correct, tokens, truncated, f1, *rest = dist.sum(*counts)
+class Metric(NamedTuple):
+    """A figure that every stage measures: its mean over the held-out problems, in the log, the table and the curves."""
+
+    of: Callable[[Sample], float]
+    label: str  # in tables, and over the curve
+    unit: str  # beside the curve
+    form: str = ".1%"
+    logged: bool = True  # by every stage; else by those that ask for it, and the table has it all the same
+
+
+# A new metric is a row here, and no more: evaluated, logged, tabled and drawn by each stage under its name, which must
+# be none that a stage's log has already.
+METRICS = {
+    "accuracy": Metric(lambda s: s.correct, "accuracy, greedy", "share correct"),
+    "f1": Metric(lambda s: token_f1(s.text, s.problem.solution), "token F1, greedy", "F1", logged=False),
+    "length": Metric(lambda s: s.length, "answer length", "tokens", ".1f", logged=False),
+    "truncated": Metric(lambda s: not s.ended, "cut off", "share of answers", logged=False),
+}
+
+
+def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256):
+    """Greedy answers. Problems are dealt out to the ranks; every rank returns the same figures, and its own samples:
+    the mean of each of METRICS; "n", "correct", "low", "high": how many, how many right, and the accuracy's interval;
+    "by_level": {level: accuracy}; "verdicts": 1.0 or 0.0 for each problem; "samples".
+    """
+    mine = range(dist.rank, len(problems), dist.world)
+    mine = sorted(mine, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
+    samples, verdicts = [], [0.0] * len(problems)
+    for at in range(0, len(mine), batch):
+        chunk = mine[at : at + batch]
+        prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
+        rollout = generate(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
+        texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
+        for i, text, length, end in zip(chunk, texts, lengths.tolist(), ended.tolist(), strict=True):
+            verdicts[i] = is_correct(text, problems[i])
+            samples.append(Sample(problems[i], text, verdicts[i], length, end))
+    n, verdicts = len(problems), dist.sum(*verdicts)
+    totals = dist.sum(*(sum(map(metric.of, samples)) for metric in METRICS.values()))
+    by_level = {}
+    for level in sorted({p.level for p in problems}):
+        of_level = [verdict for verdict, p in zip(verdicts, problems, strict=True) if p.level == level]
+        by_level[level] = sum(of_level) / len(of_level)
+    correct = int(sum(verdicts))
     low, high = wilson(correct, n)
-    by_level = {level: rest[2 * i + 1] / rest[2 * i] for i, level in enumerate(levels)}
-    return {
-        "accuracy": correct / n,
-        "low": low,
-        "high": high,
-        "n": int(n),
-        "correct": int(correct),
-        "f1": f1 / n,
-        "length": tokens / n,
-        "truncated": truncated / n,
-        "by_level": by_level,
-        "samples": samples,
-    }
+    means = {name: total / n for name, total in zip(METRICS, totals, strict=True)}
+    figures = {"low": low, "high": high, "n": n, "correct": correct, "by_level": by_level}
+    return means | figures | {"verdicts": verdicts, "samples": samples}
+
+
+def evaluate_samples(policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32):
+    """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two.
+
+    Chunks of problems are dealt out to the ranks and seeded one by one, so any number of ranks finds the same.
+    """
+    ks = sorted({1, n} | {2**i for i in range(1, 20) if 2**i < n})
+    sums = [0.0] * (len(ks) + 1)
+    for c in range(dist.rank, math.ceil(len(problems) / batch), dist.world):
+        chunk = problems[c * batch : (c + 1) * batch]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + c)
+        prompts = [encode_prompt(tokenizer, p) for p in chunk]
+        stops = dict(stop_ids=tokenizer.stop_ids, generator=generator)
+        texts = generate(policy, prompts, max_new_tokens, n, temperature, **stops).texts(tokenizer)
+        for i, problem in enumerate(chunk):
+            answers = [extract_answer(text) for text in texts[i * n : (i + 1) * n]]
+            correct = sum(same_answer(a, problem.answer) for a in answers)
+            for j, k in enumerate(ks):
+                sums[j] += pass_at_k(n, correct, k)
+            sums[-1] += same_answer(majority(answers), problem.answer)
+    names = [f"pass@{k}" for k in ks] + [f"majority@{n}"]
+    return {name: value / len(problems) for name, value in zip(names, dist.sum(*sums), strict=True)}
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k3"):
@@ -150,3 +210,81 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     if kind == "k3":
         return log_r.exp() - 1 - log_r
     raise ConfigError(f"--kl {kind!r} is not known; use k1, k2 or k3")
+
+
+@torch.no_grad()
+def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed=0, batch=64):
+    """KL(π ‖ π_ref) in nats per token: the mean of k3 over the tokens of one answer of the policy to each prompt (lists
+    of ids). The reference may be the policy itself, then without its adapters.
+
+    The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it.
+    """
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    mine, uniforms = prompts[dist.rank :: dist.world], uniforms[dist.rank :: dist.world]
+    total, n_tokens = 0.0, 0
+    for i in range(0, len(mine), batch):
+        chunk, drawn = mine[i : i + batch], uniforms[i : i + batch]
+        rollout = generate(policy, chunk, max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=drawn)
+        answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
+        packed = moved(pack(chunk, answers, tokenizer.endoftext_id), dist.device)
+        with lora_off(policy):
+            ref_logprobs = answer_logprobs(reference, packed)  # (b, T), 0 after an answer's end, as are the policy's
+        log_r = ref_logprobs - answer_logprobs(policy, packed)
+        total += (log_r.exp() - log_r - 1).sum().item()  # k3
+        n_tokens += rollout.mask.sum().item()
+    total, n_tokens = dist.sum(total, n_tokens)
+    return total / n_tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a stage logs, draws and prints of it.
+
+
+def selected(also, without):
+    """The metrics that all stages log, and those that a stage asks for."""
+    return {k: m for k, m in METRICS.items() if (m.logged or k in also) and k not in without}
+
+
+def logged(result, *also):
+    """A result of `evaluate` -> {metric: value} for metrics.jsonl."""
+    return {name: result[name] for name in selected(also, ())}
+
+
+def metric_panels(*also, without=()):
+    """A panel of curves.png for each of them (see `support.plots.draw_curves`)."""
+    return [(f"{m.label}", {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
+
+
+def metric_rows(results, without=()):
+    """Results of `evaluate` -> rows of a table, [label, a cell for each]: every metric that they all have, the accuracy
+    with its interval and by level."""
+    rows = []
+    for name, metric in METRICS.items():
+        if name in without or not all(name in result for result in results):
+            continue
+        rows.append([metric.label, *(format(result[name], metric.form) for result in results)])
+        if name == "accuracy":
+            rows.append(["  95 % interval", *(f"[{r['low']:.1%}, {r['high']:.1%}]" for r in results)])
+            for level in results[0]["by_level"] if len(results[0]["by_level"]) > 1 else ():
+                rows.append([f"  level {level}", *(f"{r['by_level'][level]:.1%}" for r in results)])
+    return rows
+
+
+def before_and_after(before, after, steps, seconds, rows=(), notes=()):
+    """Print the table at the end of a stage: results of `evaluate` on the test split, the stage's own rows, [label,
+    before, after], its notes, and what was gained."""
+    print("\n" + text_table([["held-out test", "before", "after"], *metric_rows([before, after]), *rows]))
+    for note in notes:
+        print(note)
+    gain, spent = 0.0, f"{steps} steps, {seconds / 60:.1f} minutes"
+    if "accuracy" in after:
+        gain = after["accuracy"] - before["accuracy"]
+        said = f"{after['n']} problems, {gain * 100:+.1f} points"
+        if "verdicts" in before:  # a run that an older version began has none
+            pair = compare(before["verdicts"], after["verdicts"])
+            interval = f"95 % interval [{pair['low'] * 100:+.1f}, {pair['high'] * 100:+.1f}]"
+            said += f" ({interval}, McNemar's p = {pair['p']:.2g})"
+        spent = f"{said} in {spent}"
+    print(spent)
+    if gain < 0:
+        print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")

@@ -81,7 +81,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import encode_prompt, load_problems, rows_at
-from evaluate import evaluate, is_correct, kl_estimate, pass_at_k
+from evaluate import (
+    before_and_after,
+    evaluate,
+    is_correct,
+    kl_estimate,
+    logged,
+    metric_panels,
+    pass_at_k,
+    sampled_kl,
+)
 from generate import Rollout, generate
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
@@ -776,7 +785,10 @@ def main(config, estimate=estimate, stacked=stacked):
     interrupt.release()
     log.close()
     after = held_out(raw, tokenizer, problems, config, dist)
-    kl = kl_to_start(raw, init, tokenizer, problems["test"][:200], config, dist)
+    # The reference may have moved on from the start; with LoRA the start is the policy without its adapters.
+    origin = raw if config.lora.rank else open_checkpoint(init, dist.device)[0].eval()
+    prompts = [encode_prompt(tokenizer, p) for p in problems["test"][:200]]
+    kl = sampled_kl(raw, origin, tokenizer, prompts, config.max_new_tokens, dist, config.seed, config.micro_batch)
     seconds = time.perf_counter() - began
     if dist.is_main:
         report(config, run_dir, before, after, kl, seconds, weights, extra)
@@ -824,11 +836,11 @@ def show_samples(bar, log, step, batch, paid, weights):
 
 
 def validate(raw, tokenizer, problems, functions, weights, config, dist):
-    """-> {"accuracy"} of greedy answers, and by what best/ is chosen: the accuracy, or if no problem has an answer to
+    """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if no problem has an answer to
     check, what the greedy answers earn, {"valid_reward"} then too."""
     with merged(raw):
         result = evaluate(raw, tokenizer, problems["valid"], config.max_new_tokens, dist)
-    found = {"accuracy": result["accuracy"]}
+    found = logged(result)
     if any(p.answer for p in problems["valid"]):
         return found, result["accuracy"]
     rows = [(s.text, s.problem, s.ended, s.length) for s in result["samples"]]  # this rank's
@@ -859,58 +871,27 @@ def held_out(raw, tokenizer, problems, config, dist):
     return kept | {"solved": [int(c) for c in dist.sum(*solved)]}
 
 
-@torch.no_grad()
-def kl_to_start(raw, init, tokenizer, problems, config, dist):
-    """KL(π ‖ the model of --init) in nats per token: mean of k3 over one sampled completion per problem."""
-    start = raw if config.lora.rank else open_checkpoint(init, dist.device)[0].eval()  # the reference may have moved on
-    mine = problems[dist.rank :: dist.world]
-    uniforms = torch.rand(len(problems), config.max_new_tokens, generator=torch.Generator().manual_seed(config.seed))
-    total = count = 0.0
-    for i in range(0, len(mine), config.micro_batch):
-        prompts = [encode_prompt(tokenizer, p) for p in mine[i : i + config.micro_batch]]
-        table = uniforms[dist.rank :: dist.world][i : i + config.micro_batch]
-        rollout = generate(raw, prompts, config.max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=table)
-        answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
-        packed = moved(pack(prompts, answers, tokenizer.endoftext_id), dist.device)
-        T = rollout.mask.shape[1]
-        now = answer_logprobs(raw, packed)[:, :T]
-        with lora_off(raw):
-            then = answer_logprobs(start, packed)[:, :T]
-        k3 = kl_estimate(now, then) * rollout.mask
-        total, count = total + k3.sum().item(), count + rollout.mask.sum().item()
-    total, count = dist.sum(total, count)
-    return total / count
-
-
 def report(config, run_dir, before, after, kl, seconds, weights, extra):
     """The table of before and after, and the curves."""
     n = config.pass_samples
-    ks = sorted({1, round(n**0.5), n})
-    heads = "".join(f"{f'pass@{k}':>9}" for k in ks)
-    print(f"\n{'held-out test':<14}{'accuracy':>9}  {'95 % interval':<18}{'length':>7}{'KL to start':>13}{heads}")
-    for name, r, d in (("before", before, 0.0), ("after", after, kl)):
-        interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
-        passed = "".join(f"{sum(pass_at_k(n, c, k) for c in r['solved']) / len(r['solved']):>9.1%}" for k in ks)
-        print(f"{name:<14}{r['accuracy']:>9.1%}  {interval:<18}{r['length']:>7.1f}{d:>13.4f}{passed}")
-    for level, value in after["by_level"].items():
-        print(f"  level {level}: {before['by_level'][level]:.1%} -> {value:.1%}")
+    rows = [["KL to the start, nats per token", f"{0:.4f}", f"{kl:.4f}"]]
+    for k in sorted({1, round(n**0.5), n}):
+        means = [sum(pass_at_k(n, c, k) for c in r["solved"]) / len(r["solved"]) for r in (before, after)]
+        rows.append([f"pass@{k}", *(f"{mean:.1%}" for mean in means)])
     pairs = list(zip(before["solved"], after["solved"], strict=True))
-    print(
-        f"accuracy: greedy, {after['n']} problems; pass@k: {n} samples of {len(pairs)} of them, of which "
+    note = (
+        f"pass@k: {n} samples of each of {len(pairs)} problems, of which "
         f"{sum(a > 0 and not b for b, a in pairs)} were never solved before and are now, "
         f"{sum(b > 0 and not a for b, a in pairs)} the other way round"
     )
-    gain = after["accuracy"] - before["accuracy"]
-    print(f"{gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes")
-    if gain < 0:
-        print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
+    before_and_after(before, after, config.steps, seconds, rows, [note])
     drawn = {f"reward_{name}": name for name in weights}
     lost = {"zero_variance": "no signal"} | {name: name.replace("_", " by ") for name in extra if "collapsed" in name}
     draw_curves(
         run_dir,
         f"{config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
         [
-            ("validation accuracy, greedy", {"accuracy": "validation"}, "share correct", {}),
+            *metric_panels(),
             ("rewards", drawn, "mean over rollouts", {}),
             ("entropy and KL", {"entropy": "entropy", "kl": "KL to the reference"}, "nats per token", {}),
             ("completion length", {"length": "mean"}, "tokens", {}),

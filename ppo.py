@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import reward_model
 from data import encode_prompt, load_problems, rows_at
-from evaluate import evaluate, is_correct
+from evaluate import before_and_after, evaluate, is_correct, kl_estimate, logged, metric_panels
 from generate import generate
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers
@@ -494,6 +494,7 @@ def main(config):
     if config.resume:
         state = load_state(run_dir, dist, policy, optimizers, scaler, config)
         first, best, before, beta = state["step"], state["best"], state["before"], state["beta"]
+        start = state.get("start", {"accuracy": best})  # a run of an older version kept no more
         moments = RunningMoments(*state["moments"])
         began -= state["seconds"]
         if config.lora.rank:  # what the adapters correct are the weights of --init
@@ -510,10 +511,11 @@ def main(config):
 
     if before is None:
         before = held_out("test")
-        best = held_out("valid")["accuracy"]
+        start = logged(held_out("valid"))
+        best = start["accuracy"]
         save(run_dir, "best", dist, policy, tokenizer, chat=True)  # until something beats it, the start is the best
     if first == 0:  # a run that was stopped before its first step has not kept it
-        log(0, accuracy=best)
+        log(0, **start)
     start_accuracy = before["accuracy"]
     if dist.is_main:
         print(
@@ -525,7 +527,8 @@ def main(config):
         state = None
         if name == "last":
             state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "beta": beta}
+            state |= {"before": before, "start": start, "beta": beta}
+            state |= {"optimizers": [o.state_dict() for o in optimizers]}
             state |= {"moments": [moments.n, moments.mean, moments.squares], "seconds": time.perf_counter() - began}
             state |= {"value": (raw.critic or raw.head).state_dict(), "lora": lora_state(policy)}
         return save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
@@ -632,7 +635,7 @@ def main(config):
             "paid": paid.sum(),
             "reward": rewards.sum() + (paid - final).sum(),  # as paid, before the baseline, less what the KL cost
             "kl": log_ratio.sum(),  # k1
-            "kl3": ((-log_ratio).exp() - 1 + log_ratio).mul(mask).sum(),  # k3 (grpo.kl_estimate)
+            "kl3": (kl_estimate(rollout.logprobs, ref_logprobs, "k3") * mask).sum(),
             "entropy": -(rollout.logprobs * mask).sum(),
             "missing_end": (~ended).sum(),
             "value": (values * mask).sum(),
@@ -667,7 +670,8 @@ def main(config):
         if config.kl_target is not None:
             beta = adapt_beta(beta, total["kl"] / n_answers, config.kl_target, n_answers, config.kl_horizon)
         if done % config.eval_every == 0 or done == config.steps:
-            accuracy = record["accuracy"] = held_out("valid")["accuracy"]
+            record |= logged(held_out("valid"))
+            accuracy = record["accuracy"]
             if accuracy > best or not checked:
                 best = accuracy
                 checkpoint("best", done)
@@ -701,17 +705,8 @@ def show_samples(bar, log, step, texts, chosen, scores, truth, R):
 
 def finish(config, dist, run_dir, before, after, seconds):
     """The table and the curves."""
-    gain = after["accuracy"] - before["accuracy"]
     if dist.is_main:
-        print(f"\n{'held-out test, greedy':<24}{'accuracy':>9}  {'95 % interval':<18}{'length':>7}")
-        for name, r in (("before", before), ("after", after)):
-            interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
-            print(f"{name:<24}{r['accuracy']:>9.1%}  {interval:<18}{r['length']:>7.1f}")
-        for level, value in after["by_level"].items():
-            print(f"  level {level}: {before['by_level'][level]:.1%} -> {value:.1%}")
-        print(f"{after['n']} problems, {gain * 100:+.1f} points in {config.steps} steps, {seconds / 60:.1f} minutes")
-        if gain < 0:
-            print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
+        before_and_after(before, after, config.steps, seconds)
         length = ("completion length", {"length": "mean"}, "tokens", {})
         clipped = ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {})
         draw_curves(  # with one step per batch of rollouts nothing is ever clipped
@@ -719,6 +714,7 @@ def finish(config, dist, run_dir, before, after, seconds):
             f"PPO on {config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
             [
                 ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
+                *metric_panels(without=("accuracy",)),
                 ("the reward model", {"score": "score", "reward": "less fines and KL"}, "per answer", {}),
                 ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
                 ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "share; loss", {}),

@@ -53,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pretrain
 from attention import document_mask
 from data import chat, encode_prompt, load_problems, rows_at
-from evaluate import evaluate, evaluate_samples, token_f1
+from evaluate import evaluate, evaluate_samples, logged, metric_panels, metric_rows, token_f1
 from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
@@ -65,6 +65,7 @@ from support.lora_files import LoraState
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import RUNS, Run, RunConfig, made_once, run_path, saved_run, start_name
+from support.tables import text_table
 from transformer import TransformerConfig, token_logprobs
 
 
@@ -354,7 +355,7 @@ def main(config):
         if run.due(config.eval_every):
             with merged(policy):  # adapters, if any, folded in: as fast as without
                 result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
-            record |= {k: result[k] for k in ("accuracy", "f1", "length")}
+            record |= logged(result, "f1", "length")
             run.say(f"step {step + 1}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
             write_samples(run.log, step + 1, result["samples"][:3])
             run.keep_best(result[metric])
@@ -377,28 +378,20 @@ def main(config):
 
 
 def report(config, run_path, result, sampled, metric, n_params, path):
-    """The line of the test split, and the curves."""
-    metrics = {"accuracy": ("exact match, greedy", "share correct"), "f1": ("token F1, greedy", "F1")}
-    heading, unit = metrics[metric]
+    """The table of the test split, and the curves."""
+    hidden = () if metric == "accuracy" else ("accuracy",)  # free text has no answer to check
     draw_curves(
         run_path,
         f"SFT on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
         [
             ("loss on the answers", {"loss": "train"}, "nats per token", {}),
-            (heading, {metric: "validation"}, unit, {}),
+            *metric_panels("f1", without=hidden),
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
         ],
     )
-    levels = ", ".join(f"level {k} {v:.1%}" for k, v in result["by_level"].items())
-    if metric == "accuracy":
-        print(
-            f"test accuracy {result['accuracy']:.1%} [{result['low']:.1%}, {result['high']:.1%}] on {result['n']} "
-            f"held-out problems ({levels}); {path}, {run_path}/curves.png"
-        )
-    else:
-        print(f"test token F1 {result['f1']:.1%} on {result['n']} held-out prompts; {path}, {run_path}/curves.png")
-    if sampled:
-        print("  ".join(f"{name} {value:.1%}" for name, value in sampled.items()) + " at temperature 1")
+    rows = [[f"{name}, temperature 1", f"{value:.1%}"] for name, value in sampled.items()]
+    print(text_table([["held-out test", f"{result['n']} problems"], *metric_rows([result], hidden), *rows]))
+    print(f"{path}, {run_path}/curves.png")
 
 
 def sweep(config):

@@ -13,7 +13,7 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 import dpo
 import pretrain
 from data import encode_prompt, load_pairs, load_problems
-from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, kl_to_reference, pair_logprobs
+from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, pair_logprobs
 from lora import LoraConfig
 from support import devices
 from support.checkpoints import open_checkpoint
@@ -180,25 +180,6 @@ def test_reference_is_the_start(tokenizer):
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_kl_to_reference(tokenizer, monkeypatch):
-    raw, other, dist = tiny(tokenizer), tiny(tokenizer, seed=1), devices.setup("cpu")
-    prompts = [encode_prompt(tokenizer, p) for p in load_problems("word", "valid", 3)]
-    assert kl_to_reference(raw, raw, tokenizer, prompts, 8, dist) == pytest.approx(0, abs=1e-6)
-    torch.manual_seed(2)
-    for p in other.parameters():
-        p.data += 0.3 * torch.randn_like(p)
-    seen, sample = [], dpo.generate
-    monkeypatch.setattr(dpo, "generate", lambda *args, **kwargs: seen.append(sample(*args, **kwargs)) or seen[-1])
-    got, total, n = kl_to_reference(raw, other, tokenizer, prompts, 8, dist), 0.0, 0
-    for prompt, ids, real in zip(prompts, seen[0].ids, seen[0].mask, strict=True):
-        answer = ids[real].tolist()
-        log_r = [token_logprobs(m, torch.tensor([prompt + answer]))[0, -len(answer) :] for m in (other, raw)]
-        log_r = log_r[0] - log_r[1]  # log π_ref / π
-        total, n = total + (log_r.exp() - 1 - log_r).sum().item(), n + len(answer)
-    assert got == pytest.approx(total / n, rel=1e-4)
-    assert abs(got - kl_to_reference(other, raw, tokenizer, prompts, 8, dist)) > 0.01
-
-
 def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer, monkeypatch):
     raw, dist = tiny(tokenizer), devices.setup("cpu")
     before = copy.deepcopy(raw)
@@ -207,7 +188,7 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
         if "lora_B" in name:
             p.data.normal_(std=0.5)
     prompts = [encode_prompt(tokenizer, p) for p in load_problems("word", "valid", 3)]
-    shared, apart = (kl_to_reference(raw, reference, tokenizer, prompts, 8, dist) for reference in (raw, before))
+    shared, apart = (dpo.sampled_kl(raw, reference, tokenizer, prompts, 8, dist) for reference in (raw, before))
     assert shared == pytest.approx(apart, rel=1e-5)
     assert shared > 1e-3
     monkeypatch.setattr(dpo, "copy", None)  # no second model

@@ -94,7 +94,7 @@ gdpo: gdpo_advantages
 moe: MoE load_balancing_loss
 lora: add_lora merge_lora
 optim: Muon lr_at
-evaluate: extract_answer same_answer pass_at_k wilson token_f1
+evaluate: extract_answer same_answer pass_at_k wilson mcnemar token_f1
 """
 
 

@@ -1,7 +1,6 @@
 """sft.py: the mask, the loss and its invariances, packing, pacing, the figures, and the guarantees of a run."""
 
 import importlib
-import itertools
 import json
 import random
 import re
@@ -15,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import evaluate as evaluation
 import sft
 from data import Pair, Problem, chat, encode_group, load_problems, rows_at
-from evaluate import evaluate, wilson
-from generate import Rollout, generate
+from generate import generate
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
 from support import devices, runs
@@ -255,36 +252,6 @@ def test_pacing_opens_the_easy_first():
     assert len(sft.paced_rows(easy, 0, 12, 0, 0.01)) == 12  # one example is open: it is repeated
 
 
-def test_token_f1_by_hand():
-    assert evaluation.token_f1("The cat sat.", "a cat sat") == 1
-    assert evaluation.token_f1("cat cat dog", "cat bird") == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
-    assert evaluation.token_f1("cat", "dog") == 0
-    assert evaluation.token_f1("", "") == 1
-    assert evaluation.token_f1("", "dog") == evaluation.token_f1("dog", "the") == 0
-
-
-@pytest.mark.parametrize("correct", range(6))
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(correct):
-    samples = [i < correct for i in range(5)]
-    for k in range(1, 6):
-        subsets = list(itertools.combinations(samples, k))
-        assert evaluation.pass_at_k(5, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
-def test_majority():
-    assert evaluation.majority(["3", None, "4", "4", None, None]) == "4"
-    assert evaluation.majority(["4", "3", "3", "4"]) == "4"  # a tie: the first
-    assert evaluation.majority([None, None]) is None
-
-
-def test_wilson_against_published_values():
-    # Newcombe 1998 (Statistics in Medicine 17), table I, method 3: 81/263, 15/148, 0/20, 1/29
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=6e-5)
-    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=6e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=6e-5)
-    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=6e-5)
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5))
 def test_every_epoch_sees_each_example_once(n, batch, seed):
@@ -293,53 +260,6 @@ def test_every_epoch_sees_each_example_once(n, batch, seed):
     for epoch in range(len(seen) // n):
         assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert rows_at(n, 2, batch, seed) == seen[2 * batch : 3 * batch]  # whatever came before
-
-
-def test_evaluate_counts(tokenizer, monkeypatch):
-    text = [*tokenizer.encode("#### 12"), tokenizer.special_ids["<|im_end|>"]]
-
-    def parrot(raw, prompts, max_new_tokens, **settings):  # always says the same
-        ids = torch.tensor([text[:max_new_tokens]] * len(prompts))
-        return Rollout(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
-
-    monkeypatch.setattr(evaluation, "generate", parrot)
-    answers = [("12", 1, "#### 12"), ("12.0", 2, "no"), ("13", 2, "no"), ("1", 1, "12 no")]
-    problems = [Problem("q?", solution, a, level, "x") for a, level, solution in answers]
-    result = evaluate(None, tokenizer, problems, 20, devices.setup("cpu"))
-    assert (result["correct"], result["n"], result["accuracy"]) == (2, 4, 0.5)
-    assert result["f1"] == pytest.approx((1 + 0 + 0 + 2 / 3) / 4)
-    assert result["length"] == len(text)
-    assert result["truncated"] == 0
-    assert result["by_level"] == {1: 0.5, 2: 0.5}
-    assert evaluate(None, tokenizer, problems, len(text) - 1, devices.setup("cpu"))["truncated"] == 1
-
-
-def test_evaluate_samples_counts(tokenizer, monkeypatch):
-    scripts = {"A?": ["#### 1", "#### 2", "#### 2", "no"], "B?": ["#### 5", "no", "no", "#### 5"]}
-    problems = [Problem("A?", "", "1", 1, "x"), Problem("B?", "", "5", 1, "x")]
-
-    class Said:
-        def __init__(self, prompts):
-            self.prompts = prompts
-
-        def texts(self, tokenizer):
-            return [text for p in self.prompts for text in scripts["A?" if "A?" in tokenizer.decode(p) else "B?"]]
-
-    monkeypatch.setattr(evaluation, "generate", lambda raw, prompts, *sizes, **more: Said(prompts))
-    result = evaluation.evaluate_samples(None, tokenizer, problems, 4, 8, devices.setup("cpu"), batch=1)
-    assert list(result) == ["pass@1", "pass@2", "pass@4", "majority@4"]
-    assert list(result.values()) == pytest.approx([(1 / 4 + 2 / 4) / 2, (1 / 2 + 5 / 6) / 2, 1.0, 0.5])
-
-    class Rank(devices.Dist):
-        def sum(self, *values):
-            return values
-
-    parts = [
-        evaluation.evaluate_samples(None, tokenizer, problems, 4, 8, Rank(r, 2, torch.device("cpu")), batch=1)
-        for r in (0, 1)
-    ]
-    for name, value in result.items():  # two ranks together find what one finds
-        assert sum(part[name] for part in parts) == pytest.approx(value)
 
 
 def test_a_run_ends_at_the_accuracy_asked_for(here, monkeypatch):
@@ -509,7 +429,8 @@ def test_a_run_on_rated_responses(here, capsys, rated):
     losses = list(metrics("runs/sft", "loss").values())
     assert losses[-1] < 0.8 * losses[0]
     assert ("rated 1, which weighs nothing" if rated == "weights" else "rated below 4: left out") in said
-    assert "test token F1" in said
+    assert "\ntoken F1, greedy" in said
+    assert "accuracy" not in said  # there is no answer to check
     assert 0 <= result["f1"] <= 1
 
 

@@ -25,8 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import tokenizer_bpe  # noqa: E402
-from tokenizer_bpe import PATTERN, BPETokenizer, unshow  # noqa: E402
+from support import word_counts  # noqa: E402
+from support.tokenizer_files import unshow  # noqa: E402
+from tokenizer_bpe import PATTERN, BPETokenizer  # noqa: E402
 
 
 def ours(file, vocab_size):
@@ -36,8 +37,8 @@ def ours(file, vocab_size):
 def theirs(file, vocab_size):
     import tokenizers
 
-    tokenizer_bpe.BATCH = 2**16
-    pieces = list(tokenizer_bpe.cut(tokenizer_bpe.blocks(Path(file))))
+    word_counts.BATCH = 2**16
+    pieces = list(word_counts.cut(word_counts.blocks(Path(file))))
     level = tokenizers.pre_tokenizers.ByteLevel
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -9,7 +9,8 @@ import torch
 from positional import interleaved_to_half
 from support.errors import CheckpointError, TokenizerError
 from support.hf import LAYOUTS, fill
-from tokenizer_bpe import CHAR_TO_BYTE, GPT2_PATTERN, PATTERN, SMOLLM_PATTERN, BPETokenizer, check_spelling
+from support.tokenizer_files import spec_of_gguf
+from tokenizer_bpe import from_spec
 from transformer import Transformer, TransformerConfig
 
 GGUF_NAMES = {
@@ -114,31 +115,8 @@ def open_gguf(path, dropout=0.0):
 def gguf_tokenizer(metadata, path):
     """The byte-level BPE that a GGUF file brings. Its encode_chat writes what the file's chat template would, a default
     system turn included; .chat_template is that template, or None if there is none. Raises TokenizerError."""
-
-    def unshow(token):
-        return bytes(CHAR_TO_BYTE[c] for c in token)
-
-    patterns = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN, "qwen2": PATTERN}
-    kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind != "gpt2" or split not in patterns:
-        known = f"gpt2 with a split of {', '.join(patterns)}"
-        raise TokenizerError(f"{path}: a {kind} tokenizer with the split {split!r} is not known here; known: {known}")
+    spec = spec_of_gguf(metadata, path)
     try:
-        tokens = metadata["tokenizer.ggml.tokens"]
-        kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
-        vocab = {i: unshow(token) for i, (token, kind) in enumerate(kinds) if kind == 1}
-        special = {token: i for i, (token, kind) in enumerate(kinds) if kind == 3}
-        merges = [tuple(unshow(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
-        eos = tokens[metadata["tokenizer.ggml.eos_token_id"]]
-        tokenizer = BPETokenizer(merges, vocab, special, patterns[split], eos, nfc=split == "qwen2")
-        tokenizer.add_words({token: i for i, (token, kind) in enumerate(kinds) if kind == 4})
-        check_spelling(tokenizer)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        return from_spec(spec)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise TokenizerError(f"{path}: the tokenizer is corrupt: {error}") from None
-    if metadata.get("tokenizer.ggml.add_bos_token"):
-        raise TokenizerError(f"{path}: its texts begin with a token of their own (add_bos_token): not supported here")
-    if "tokenizer.chat_template" in metadata:
-        tokenizer.read_chat_template(metadata["tokenizer.chat_template"])
-        if tokenizer.no_chat:
-            raise TokenizerError(f"{path}: {tokenizer.no_chat}")
-    return tokenizer

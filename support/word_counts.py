@@ -1,0 +1,103 @@
+"""How often each word of a text occurs: what BPE is trained on. On all cores; a file may be larger than the memory."""
+
+import multiprocessing
+import os
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+
+import regex
+
+from support.errors import TokenizerError
+
+BATCH = 2**22  # characters that one process counts at a time: this, not the size of the text, bounds the memory
+# Where a long text may be cut: the last place where a space follows a letter or a digit, or where one of these begins a
+# line. No word of tokenizer_bpe.PATTERN crosses it; of another pattern one may.
+BORDER = regex.compile(r"(?r)(?<=[\p{L}\p{N}])\s|(?<=[\r\n])(?=[\p{L}\p{N}])")
+
+
+def count_words(texts, pattern):
+    """How often each word that `pattern` cuts out occurs: {bytes: count}. A text has far fewer words than places.
+
+    texts: a string, the Path of a file (read piece by piece), or several of them. pattern: tokenizer_bpe.PATTERN, which
+    BORDER fits. Raises TokenizerError.
+    """
+    jobs, words = batches(texts), Counter()
+    first = list(islice(jobs, 2))
+    processes = 1 if len(first) < 2 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if processes == 1:
+        for batch in chain(first, jobs):
+            words.update(count_batch(batch, pattern))
+    else:
+        # Forked, so that a script without `if __name__ == "__main__"` may train. The workers touch nothing but strings.
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+            waiting = deque()
+            for batch in chain(first, jobs):
+                waiting.append(pool.submit(count_batch, batch, pattern))
+                if len(waiting) > 2 * processes:
+                    words.update(waiting.popleft().result())
+            for counted in waiting:
+                words.update(counted.result())
+    if not words:
+        raise TokenizerError("the training text is empty: there is nothing to count")
+    return {word.encode(): count for word, count in words.items()}
+
+
+def count_batch(batch, pattern):
+    """[text, …] -> {word: count}"""
+    split, words = regex.compile(pattern), Counter()
+    for text in batch:
+        utf8(text)
+        words.update(split.findall(text))
+    return words
+
+
+def batches(texts):
+    """Lists of texts of BATCH characters or a little more; a longer text is cut at a BORDER."""
+    batch, length = [], 0
+    for text in [texts] if isinstance(texts, str | Path) else texts:
+        for piece in cut(blocks(text)):
+            batch.append(piece)
+            length += len(piece)
+            if length >= BATCH:
+                yield batch
+                batch, length = [], 0
+    yield batch
+
+
+def blocks(text):
+    """A string or a file in blocks of BATCH characters."""
+    if isinstance(text, Path):
+        try:
+            with text.open(encoding="utf-8", newline="") as file:  # \r stays what it is
+                while block := file.read(BATCH):
+                    yield block
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{text} cannot be read: {error}") from None
+    else:
+        utf8(text)
+        yield from (text[i : i + BATCH] for i in range(0, len(text), BATCH))
+
+
+def cut(blocks):
+    """Blocks of one text, which may end inside a word -> the same text cut at BORDERs, where a word always ends."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        if len(rest) >= BATCH and (border := BORDER.search(rest)):
+            yield rest[: border.start()]
+            rest = rest[border.start() :]
+    if rest:
+        yield rest
+
+
+def utf8(text):
+    """The text's bytes. Half a surrogate pair, as broken JSON may hold, has none; tiktoken would make it U+FFFD."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"a text must be a str, not {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        where = f"character {text[error.start]!r} at position {error.start}"
+        raise TokenizerError(f"{where} is half of a surrogate pair, which UTF-8 cannot hold") from None

@@ -1,0 +1,354 @@
+"""support/tokenizer_files.py against tokenizers, transformers and tiktoken."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_tokenizer_bpe import BYTE_LEVEL, CHAT, HARD, TEXT, bpe, published, split_by, trained_by_tokenizers  # noqa: F401
+from transformers import AutoTokenizer
+
+from support.errors import TokenizerError
+from support.gguf import gguf_tokenizer
+from support.tokenizer_files import (
+    BYTE_TO_CHAR,
+    CHAT_TEMPLATE,
+    SPLITS,
+    TokenizerSpec,
+    chatml,
+    read_tokenizer,
+    show,
+    write_tokenizer,
+)
+from tokenizer_bpe import PATTERN, SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
+
+
+def test_a_pattern_that_means_two_things_is_refused(tmp_path):
+    """\\p{N}{1,3}+ repeats a group in the tokenizers package, 20|123 being one piece; to tiktoken it is possessive."""
+    theirs = trained_by_tokenizers(split_by(r"\p{N}{1,3}+|\p{L}+"), TEXT, 320)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="means two things"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [r"\d", r"\p{L}+| ?\p{N}+", r"\s+(?=\d)|\p{L}{2}", r"(\p{L}+)|\p{N}"])
+def test_what_a_foreign_split_does_not_match_is_kept(pattern, tmp_path):
+    theirs = trained_by_tokenizers(split_by(pattern), TEXT, 320)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    opened = load_tokenizer(tmp_path)
+    for text in ("hello world, 12!", "  a1 b22\n\n\tc333 \U0001f642", "", TEXT[:2000]):
+        assert opened.encode(text) == opened.encode_naive(text) == theirs.encode(text).ids
+        assert opened.decode(opened.encode(text)) == text
+    opened.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.encode(TEXT[:2000]) == opened.encode(TEXT[:2000])
+    again.save_pretrained(tmp_path / "third")
+    written = [(tmp_path / name / "tokenizer.json").read_text() for name in ("again", "third")]
+    assert written[0] == written[1]
+
+
+def kinds():
+    return [BPETokenizer.train(TEXT, 400), ByteTokenizer(), CharTokenizer.train([TEXT, *HARD, str(CHAT)])]
+
+
+def specs():
+    """One of each kind, with all that a file can say, made by hand."""
+    special = {"<|endoftext|>": 900, "<|im_start|>": 901, "<|im_end|>": 902, "<|other|>": 903}
+    every_byte = {byte: bytes([byte]) for byte in range(256)}
+    vocab = {3 * byte: bytes([byte]) for byte in range(256)} | {800: b" a", 801: b"\xc3\xa9", 810: b" a\xc3\xa9"}
+    merges = [(b" ", b"a"), (b"\xc3", b"\xa9"), (b" a", b"\xc3\xa9")]
+    return [
+        TokenizerSpec("byte", every_byte, {}),
+        TokenizerSpec(
+            "byte", every_byte, special, "<|other|>", {"<think>": 950}, default_system='Be "kind", \\o/ 🙂.\n'
+        ),
+        TokenizerSpec("char", {0: b"a", 1: b"\xc3\xa9", 2: b"\n"}, special, "<|im_end|>"),
+        TokenizerSpec("bpe", vocab, special, "<|endoftext|>", {"  ": 950, "<think>": 951}, merges, PATTERN, nfc=True),
+        TokenizerSpec("bpe", vocab, special, "<|im_end|>", {}, merges, SPLITS["gpt-2"], default_system=""),
+    ]
+
+
+@pytest.mark.parametrize("spec", specs(), ids=["plain", "all", "char", "bpe", "gpt-2"])
+def test_what_is_written_is_read(spec, tmp_path):
+    write_tokenizer(spec, tmp_path)
+    again, file = read_tokenizer(tmp_path)
+    assert file == tmp_path / "tokenizer.json"
+    assert replace(again, chat_template=None) == spec
+    assert again.fingerprint == spec.fingerprint
+
+
+@pytest.mark.parametrize("system", [None, "", "Be kind.\nNow!"])
+def test_the_frame_as_text_is_the_frame_in_ids(bpe, system, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(bpe, "default_system", system)
+    for messages in (CHAT, CHAT[1:], CHAT[2:3]):
+        assert chatml(messages, system) == bpe.decode(bpe.encode_chat(messages, True)[0])
+
+
+@pytest.mark.parametrize("kind", range(3), ids=["bpe", "byte", "char"])
+def test_saved_ids_equal_tokenizers_and_transformers(kind, tmp_path):
+    ours = kinds()[kind]
+    ours.save_pretrained(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    assert (auto.eos_token, auto.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    for text in HARD:
+        plain = text.replace("<|im_end|>", "<|im_ end|>") if kind != 2 else text.replace("<|im_end|>", "")
+        assert theirs.encode(plain).ids == ours.encode(plain) == auto(plain)["input_ids"]
+        assert theirs.decode(ours.encode(plain)) == plain == ours.decode(ours.encode(plain))
+    assert theirs.encode("yes<|im_end|>").ids == ours.encode("yes<|im_end|>", allowed_special="all")
+    again = load_tokenizer(tmp_path)
+    assert type(again) in (type(ours), BPETokenizer)
+    assert again.fingerprint == ours.fingerprint
+    assert auto.chat_template == CHAT_TEMPLATE
+    assert again.stop_ids == ours.stop_ids
+    assert [again.encode(t) for t in HARD] == [ours.encode(t) for t in HARD]
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "by name", "chat_template.jinja"])
+def test_a_default_system_turn_is_kept(bpe, where, tmp_path):  # noqa: F811
+    """As Qwen2.5's and SmolLM2's templates have it; opened, saved and opened again the frame is transformers' own."""
+    bpe.save_pretrained(tmp_path)
+    said = 'Be "kind", \\o/ naïve 🙂.\nNow!'
+    turn = "{{- '<|im_start|>system\\n' }}{{ " + json.dumps(said, ensure_ascii=False) + " }}{{ '<|im_end|>\\n' }}"
+    template = "{%- if messages[0].role != 'system' %}" + turn + "{%- endif %}" + CHAT_TEMPLATE
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    found = {"tokenizer_config.json": template, "by name": [{"name": "default", "template": template}]}.get(where)
+    if found is None:
+        del config["chat_template"]
+        (tmp_path / where).write_text(template)
+    else:
+        config["chat_template"] = found
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    opened = load_tokenizer(tmp_path)
+    assert opened.default_system == said
+    opened.save_pretrained(tmp_path / "again")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for messages in (chat, [{"role": "system", "content": "Be rude."}, *chat]):
+        theirs = auto.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        for ours in (opened, load_tokenizer(tmp_path / "again")):
+            ids, mask = ours.encode_chat(messages)
+            assert (ids, [int(m) for m in mask]) == (theirs["input_ids"], theirs["assistant_masks"])
+        again = AutoTokenizer.from_pretrained(tmp_path / "again")
+        assert again.apply_chat_template(messages, tokenize=False) == opened.decode(ids)
+    assert opened.fingerprint == load_tokenizer(tmp_path / "again").fingerprint != bpe.fingerprint
+
+
+def test_a_strange_frame_is_refused_when_it_is_asked_for(bpe, tmp_path):  # noqa: F811
+    bpe.save_pretrained(tmp_path)
+    template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for _ in range(2):  # saved it is the same
+        opened = load_tokenizer(tmp_path)
+        assert opened.encode("plain text") == bpe.encode("plain text")
+        with pytest.raises(TokenizerError, match="its chat template is not ChatML"):
+            opened.encode_chat([{"role": "user", "content": "Hi"}])
+        opened.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
+
+
+def make_gpt2():
+    """-> a tokenizer of GPT-2's make, trained by `tokenizers`; the pattern that it splits by."""
+    return trained_by_tokenizers(BYTE_LEVEL(add_prefix_space=False), TEXT, 500, ["<|endoftext|>"]), SPLITS["gpt-2"]
+
+
+def make_qwen2():
+    """Qwen2 composes characters first, and adds its special tokens behind the others."""
+    theirs = trained_by_tokenizers(split_by(PATTERN), TEXT, 500)
+    theirs.normalizer = tokenizers.normalizers.NFC()
+    theirs.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    theirs.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS])
+    return theirs, PATTERN
+
+
+def make_smollm2():
+    """SmolLM2 cuts the digits out before GPT-2's pattern, has the special tokens first, and lacks some bytes."""
+    steps = [tokenizers.pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL(add_prefix_space=False)]
+    alphabet = sorted(set(BYTE_LEVEL.alphabet()) - {BYTE_TO_CHAR[0xFF], BYTE_TO_CHAR[0xC1]})
+    steps = tokenizers.pre_tokenizers.Sequence(steps)
+    return trained_by_tokenizers(steps, TEXT, 500, SPECIAL_TOKENS, alphabet), SPLITS["smollm"]
+
+
+def make_qwen3():
+    """Qwen3 has words besides, tokens in any text, that are not special; GPT-NeoX has such for runs of blanks."""
+    theirs, pattern = make_qwen2()
+    words = ["<think>", "</think>", "<think>more", "    ", "  "]
+    theirs.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    return theirs, pattern
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_qwen2, make_smollm2, make_qwen3])
+def test_tokenizers_of_other_makes_open(make, tmp_path):
+    theirs, pattern = make()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.pattern, ours.eos_token) == (pattern, "<|endoftext|>")
+    assert ours.vocab_size == theirs.get_vocab_size()
+    ours.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.fingerprint == ours.fingerprint
+
+    @settings(max_examples=200, deadline=None)
+    @given(
+        st.text()
+        | st.text("a1 '\n\té´s\u0301")
+        | st.sampled_from(HARD)
+        | st.lists(st.sampled_from(["<think>", "</think>", "more", "<", "think>", " ", "  ", "é"])).map("".join)
+    )
+    def same_ids(text):
+        text = text.replace("<|", "< |")
+        expected = theirs.encode(text).ids
+        for tokenizer in (ours, again):
+            assert tokenizer.encode(text) == tokenizer.encode_batch([text])[0] == expected
+        assert ours.added_ids or ours.encode_naive(text) == expected
+        assert written.encode(text).ids == expected
+        assert ours.nfc or ours.decode(expected) == text
+
+    same_ids()
+    assert ours.encode("a<|endoftext|>", allowed_special="all") == theirs.encode("a<|endoftext|>").ids
+
+
+def test_words_that_are_tokens_but_not_special(tmp_path):
+    theirs, _ = make_qwen3()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours, end = load_tokenizer(tmp_path), "<|im_end|>"
+    assert end in ours.special_ids
+    assert set(ours.added_ids) == {"<think>", "</think>", "<think>more", "    ", "  "}
+    ids = theirs.encode(f"<think>a</think>b{end}").ids
+    assert ours.encode(f"<think>a</think>b{end}", allowed_special=[end]) == ids
+    assert [i for i in ids if i not in ours.text_ids] == [ours.im_end_id]
+    assert theirs.decode(ids) == ours.decode([i for i in ids if i in ours.text_ids])  # it skips special tokens
+    chat = [{"role": "user", "content": "<think>"}, {"role": "assistant", "content": "<think>a</think>b"}]
+    ours.save_pretrained(tmp_path / "again")
+    hf = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert hf.apply_chat_template(chat, return_dict=False) == ours.encode_chat(chat)[0]
+    other = load_tokenizer(tmp_path / "again")
+    other.added_ids = {}
+    assert other.fingerprint != ours.fingerprint
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    names = [token["content"] for token in content["added_tokens"]]
+    content["added_tokens"][names.index(end)]["special"] = False  # whatever a file says, it frames a chat
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
+    content["added_tokens"][names.index("</think>")]["lstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="'</think>' is lstrip"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_gpt2_and_smollm2_lack(tmp_path):
+    make_gpt2()[0].save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.stop_ids == (ours.endoftext_id,)
+    with pytest.raises(TokenizerError, match="cannot frame a chat"):
+        ours.encode_chat(CHAT)
+    alphabet = sorted(set(BYTE_LEVEL.alphabet()) - {BYTE_TO_CHAR[0xF0]})
+    trained_by_tokenizers(split_by(PATTERN), "abc", 400, alphabet=alphabet).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"bytes \[240\], which this vocabulary lacks"):
+        load_tokenizer(tmp_path).encode("a smile 🙂")
+
+
+def test_the_byte_alphabet_is_gpt2s():
+    assert sorted(BYTE_TO_CHAR.values()) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert BYTE_TO_CHAR[32] == "Ġ"
+
+
+def test_errors(bpe, tmp_path):  # noqa: F811
+    with pytest.raises(TokenizerError, match="is not there"):
+        load_tokenizer(tmp_path)
+    for content in ("{", "[]", '{"model": {"type": "Unigram"}, "pre_tokenizer": {}, "added_tokens": []}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(TokenizerError, match=r"corrupt|not supported"):
+            load_tokenizer(tmp_path)
+    bpe.save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "tokenizer.json").read_text())
+    for broken in (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+        {"model": {"vocab": good["model"]["vocab"] | {"!": 10**30}}},
+    ):
+        broken = {key: good[key] | value for key, value in broken.items()}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | broken))
+        with pytest.raises(TokenizerError, match="corrupt"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_gguf_file_whose_tokenizer_is_broken(bpe):  # noqa: F811
+    tokens = [show(token) for token in bpe.vocab.values()] + list(SPECIAL_TOKENS)
+    good = {
+        "model": "gpt2",
+        "pre": "qwen2",
+        "tokens": tokens,
+        "token_type": [1] * len(bpe.vocab) + [3] * 3,
+        "merges": [f"{show(left)} {show(right)}" for left, right in bpe.merges],
+        "eos_token_id": 599,
+    }
+
+    def opened(**changes):
+        return gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in (good | changes).items()}, "x.gguf")
+
+    assert opened().encode(TEXT) == bpe.encode(TEXT)
+    for changes in (
+        {"merges": [3, *good["merges"][1:]]},
+        {"merges": good["merges"][::-1]},
+        {"merges": None},
+        {"tokens": [None, *tokens[1:]]},
+        {"tokens": [*tokens[:-1], None]},
+        {"token_type": [1]},
+        {"eos_token_id": 10**9},
+    ):
+        with pytest.raises(TokenizerError, match=r"^x\.gguf: the tokenizer is corrupt: ") as error:
+            opened(**changes)
+        assert "\n" not in str(error.value)
+
+
+def test_tokens_that_their_merges_do_not_make(tmp_path):
+    """tiktoken takes a piece that is a token as it stands and joins any two neighbours whose union is one; a file whose
+    merges would cut such a token is refused, whether it asks for the first (`ignore_merges`) or not."""
+    from tokenizers import Tokenizer
+
+    tokens = [*(bytes([b]) for b in range(256)), b"bc", b"ab", b"cd", b"abcd"]
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"c", b"d"), (b"ab", b"cd")]
+    ours = BPETokenizer(merges, dict(enumerate(tokens)), {})
+    ours.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    assert Tokenizer.from_file(str(file)).encode("abcd").ids == ours.encode_naive("abcd") == [97, 256, 100]
+    for asked in (False, True):
+        content = json.loads(file.read_text())
+        content["model"]["ignore_merges"] = asked
+        file.write_text(json.dumps(content))
+        with pytest.raises(TokenizerError, match="do not make its token 'abcd'"):
+            load_tokenizer(tmp_path)
+
+
+def test_gpt2_as_published(tmp_path):
+    """tiktoken builds GPT-2's ranks from the same two files by its own code."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    folder, text = published("gpt2"), published("taylorswift.txt").read_text(encoding="utf-8")
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    theirs = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    ours = load_tokenizer(folder)
+    assert (ours.vocab_size, ours.endoftext_id) == (50257, 50256)
+    assert ours.encode("Hello, world") == [15496, 11, 995]
+    assert ours.encode("a<|endoftext|>", allowed_special="all") == [64, 50256]
+    ours.save_pretrained(tmp_path)
+    package = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text())
+    @example(text)
+    @example("".join(HARD))
+    def same_ids(text):
+        text = text.replace("<|endoftext|>", "")
+        assert ours.encode(text) == theirs.encode_ordinary(text) == package.encode(text).ids
+
+    same_ids()
+    assert ours.encode(text[:5000]) == ours.encode_naive(text[:5000])

@@ -1,0 +1,41 @@
+"""support/word_counts.py against a plain count."""
+
+from collections import Counter
+
+import pytest
+import regex
+from test_tokenizer_bpe import TEXT
+
+from support import word_counts
+from support.errors import TokenizerError
+from support.word_counts import blocks, count_words, cut
+from tokenizer_bpe import PATTERN, train_bpe
+
+
+def test_counting_in_processes_and_from_a_file_changes_nothing(tmp_path, monkeypatch):
+    """Batches of a few characters end in the middle of words, of runs of spaces and line ends, of what is one piece."""
+    text = (TEXT[:500] + " \n\n  \t x\r\n'll 12 'S.\n\n..\n,\n  ;") * 3
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    plain = read_plainly(text)
+    assert count_words(text, PATTERN) == plain == count_words(tmp_path / "a.txt", PATTERN)
+    for size in (1, 300):
+        monkeypatch.setattr(word_counts, "BATCH", size)
+        assert list(cut(blocks(text))) != [text] == ["".join(cut(blocks(text)))]
+        assert count_words(tmp_path / "a.txt", PATTERN) == plain
+        assert count_words([text[:999], text[999:]], PATTERN) == read_plainly(text[:999]) + read_plainly(text[999:])
+    with pytest.raises(TokenizerError, match="surrogate"):  # from a worker
+        count_words(["a b " * 500, "c \ud83d"] * 9, PATTERN)
+
+
+def read_plainly(text):
+    return Counter(piece.encode() for piece in regex.findall(PATTERN, text))
+
+
+def test_a_file_is_the_text_in_it(tmp_path):
+    path, text = tmp_path / "a.txt", "one\r\ntwo\rthree\r\n" * 9
+    path.write_bytes(text.encode())
+    assert train_bpe(path, 12) == train_bpe(text, 12) != train_bpe(text.replace("\r", ""), 12)
+    path.write_bytes(b"\xff\xfe")
+    for bad in (path, tmp_path / "nothing.txt"):
+        with pytest.raises(TokenizerError, match=f"{bad.name} cannot be read"):
+            train_bpe(bad, 1)

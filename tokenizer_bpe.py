@@ -423,9 +423,12 @@ class BPETokenizer(Tokenizer):
 
     def _prepare(self, text):
         data = utf8(text)
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+            data = text.encode()
         if self._absent and len(data.translate(None, self._absent)) < len(data):
             raise TokenizerError(f"the text holds one of the bytes {list(self._absent)}, which this vocabulary lacks")
-        return unicodedata.normalize("NFC", text) if self.nfc else text
+        return text
 
 
 class ByteTokenizer(Tokenizer):

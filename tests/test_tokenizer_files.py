@@ -253,6 +253,13 @@ def test_what_gpt2_and_smollm2_lack(tmp_path):
     trained_by_tokenizers(split_by(PATTERN), "abc", 400, alphabet=alphabet).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match=r"bytes \[240\], which this vocabulary lacks"):
         load_tokenizer(tmp_path).encode("a smile 🙂")
+    # "é" written as e and an accent has no byte 0xC3 until it is composed
+    alphabet = sorted(set(BYTE_LEVEL.alphabet()) - {BYTE_TO_CHAR[0xC3]})
+    theirs = trained_by_tokenizers(split_by(PATTERN), "abc", 400, alphabet=alphabet)
+    theirs.normalizer = tokenizers.normalizers.NFC()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"bytes \[195\], which this vocabulary lacks"):
+        load_tokenizer(tmp_path).encode("e\u0301")
 
 
 def test_the_byte_alphabet_is_gpt2s():

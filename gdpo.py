@@ -117,7 +117,7 @@ class Config(grpo.Config):
                 raise ConfigError(f"--conditioned needs a weight for {name!r}; there are {', '.join(weights)}")
 
 
-def estimate(rewards, weights, config):
+def advantages_of(rewards, weights, config):
     """What grpo.main asks instead of GRPO's sum: rewards (N, R, M), {name: weight} -> advantages (N, R), metrics."""
     if config.combine == "sum":
         advantages = summed_advantages(rewards, weights, config.scale)
@@ -126,9 +126,9 @@ def estimate(rewards, weights, config):
     return advantages, collapse(rewards, weights)
 
 
-def stacked(batch, weights, config):
+def paid_rewards(batch, weights, config):
     """The rewards that have a weight, (n, R, M), those of --conditioned 0 where the answer is wrong."""
-    rewards, names = grpo.stacked(batch, weights, config), list(weights)
+    rewards, names = grpo.paid_rewards(batch, weights, config), list(weights)
     for name in config.conditioned:
         rewards = condition(rewards, names.index(name), names.index("correct"))
     return rewards
@@ -136,7 +136,7 @@ def stacked(batch, weights, config):
 
 def main(config):
     """Train; returns what grpo.main returns."""
-    return grpo.main(config, estimate, stacked)
+    return grpo.main(config, advantages_of, paid_rewards)
 
 
 if __name__ == "__main__":

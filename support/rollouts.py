@@ -1,0 +1,141 @@
+"""A step's rollouts: sampled by groups, and cut into minibatches and micro-batches for the update.
+
+`Sampler` lets a policy answer a step's prompts R times; what it samples depends on (seed, step) alone, so two ranks
+sample what one would, and a resumed run what an uninterrupted one would. `cut` packs groups of answers for one forward
+pass each (support/shared_prompt.py), so that a prompt is computed once for all of its answers.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from data import encode_prompt, rows_at
+from generate import Rollout, generate
+from lora import merged
+from support.shared_prompt import moved, pack
+
+
+@dataclass
+class Batch:
+    """One rank's groups of a step: n prompts, R completions each; row g·R + r is rollout r of prompt g."""
+
+    problems: list  # n
+    prompts: list  # n lists of ids
+    rollout: Rollout  # n·R rows
+    texts: list  # n·R strings
+    ended: torch.Tensor  # (n, R) bool: stopped by itself
+    rewards: dict = field(default_factory=dict)  # {name: (n, R)}
+
+    @property
+    def answers(self):
+        """n lists of R lists of ids."""
+        R, lengths = self.ended.shape[1], self.rollout.mask.sum(1).tolist()
+        rows = [ids[:length] for ids, length in zip(self.rollout.ids.tolist(), lengths, strict=True)]
+        return [rows[g * R : g * R + R] for g in range(len(self.prompts))]
+
+    def put(self, groups, new):
+        """Replace these groups by those of the batch `new`, in place."""
+        R = self.ended.shape[1]
+        rows = [g * R + r for g in groups for r in range(R)]
+        for name in ("ids", "mask", "logprobs"):
+            old, fresh = getattr(self.rollout, name), getattr(new.rollout, name)  # (n·R, T) of one T and of another
+            T = max(old.shape[1], fresh.shape[1])
+            old = F.pad(old, (0, T - old.shape[1]))
+            old[rows] = F.pad(fresh, (0, T - fresh.shape[1]))
+            setattr(self.rollout, name, old)
+        for i, g in enumerate(groups):
+            self.problems[g], self.prompts[g] = new.problems[i], new.prompts[i]
+            self.texts[g * R : g * R + R] = new.texts[i * R : i * R + R]
+            self.ended[g] = new.ended[i]
+            for name, values in self.rewards.items():
+                values[g] = new.rewards[name][i]
+
+
+@dataclass
+class Sampler:
+    """sample(step, slots) -> Batch: the answers to the prompts in `slots` (0 … prompts − 1) of a step.
+
+    The prompts of a step are one row of a table, its randomness is one table of uniforms, both made from (seed, step,
+    attempt) alone; slots are rows of them. Attempts after the first draw from an order of their own.
+    """
+
+    policy: torch.nn.Module
+    tokenizer: object
+    problems: list
+    config: object  # prompts, rollouts, max_new_tokens, temperature, seed
+    autocast: object
+    stop_ids: tuple  # what ends an answer by itself
+
+    def __call__(self, step, slots, attempt=0):
+        c, R = self.config, self.config.rollouts
+        order = rows_at(len(self.problems), step, c.prompts, c.seed + 7_919 * attempt)
+        chosen = [self.problems[order[slot]] for slot in slots]
+        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step + 2**40 * attempt)
+        uniforms = torch.rand(c.prompts, R, c.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, T)
+        prompts = [encode_prompt(self.tokenizer, p) for p in chosen]
+        with self.autocast(), merged(self.policy):
+            rollout = generate(
+                self.policy,
+                prompts,
+                c.max_new_tokens,
+                n=R,
+                temperature=c.temperature,
+                stop_ids=self.tokenizer.stop_ids,
+                uniforms=uniforms,
+            )
+        ended = rollout.ended(self.stop_ids).cpu().view(-1, R)
+        return Batch(chosen, prompts, rollout, rollout.texts(self.tokenizer), ended)
+
+
+@dataclass
+class Piece:
+    """A micro-batch of b completions, ready for every inner epoch."""
+
+    rows: list  # b, which rows of the batch
+    packed: tuple  # what `pack` made of them
+    mask: torch.Tensor  # (b, T) the tokens that count, T their longest
+
+
+@dataclass
+class Minibatch:
+    """What one optimizer step sees. The counts are those of all ranks, before the cut, skipped groups too: how it is
+    cut into pieces never changes the gradient."""
+
+    pieces: list  # this rank's
+    n_completions: float
+    n_tokens: float
+
+
+def cut(batch, groups, counted, micro_batch, pad):
+    """Micro-batches of the given groups, whole groups each -> [Piece]. counted (n·R, T): the tokens that count."""
+    R, answers = batch.ended.shape[1], batch.answers
+    size = max(1, micro_batch // R)
+    groups = sorted(groups, key=lambda g: len(batch.prompts[g]))  # prompts of like length waste no padding
+    pieces = []
+    for i in range(0, len(groups), size):
+        some = groups[i : i + size]
+        rows = [g * R + r for g in some for r in range(R)]
+        packed = moved(pack([batch.prompts[g] for g in some], [answers[g] for g in some], pad), counted.device)
+        longest = max(len(answer) for g in some for answer in answers[g])
+        pieces.append(Piece(rows, packed, counted[rows, :longest]))
+    return pieces
+
+
+def minibatches_of(batch, parts, useful, counted, micro_batch, pad, dist):
+    """parts: for each minibatch the groups of it that this rank has -> [Minibatch].
+
+    useful (n,): the groups that have something to say; the others are not computed. A minibatch that has nothing to
+    learn from on any rank is left out; a rank with nothing to learn from still takes part in the all-reduce, with a
+    group of weight 0.
+    """
+    R, minibatches = batch.ended.shape[1], []
+    for groups in parts:
+        kept = [g for g in groups if useful[g]]
+        tokens = counted.reshape(len(batch.prompts), -1)[groups].sum().item()
+        n_completions, n_tokens, n_kept = dist.sum(len(groups) * R, tokens, len(kept))
+        if n_kept:
+            mask = counted if kept else torch.zeros_like(counted)
+            pieces = cut(batch, kept or [0], mask, micro_batch, pad)
+            minibatches.append(Minibatch(pieces, n_completions, max(1.0, n_tokens)))
+    return minibatches

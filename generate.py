@@ -193,7 +193,7 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
     cache = model.make_cache(len(prompts), longest)
     logits = model(tokens, positions, real if padded else None, cache, last_only=True)[:, -1]  # (N, V)
     cache = cache.repeat(n, longest + max_new_tokens)
-    dynamic = step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
+    dynamic = step = DecodeStep(model, cache) if DecodeStep.fits(model, cache) else None
     logits = logits.repeat_interleave(n, dim=0)  # (N·n, V)
     # of the last token read: (N·n,), or where no prompt is padded one for all rows, (1,)
     position = positions[:, -1].repeat_interleave(n, dim=0) if padded else positions[0, -1:]

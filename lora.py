@@ -81,6 +81,8 @@ class LoraConfig:
 class LoRALinear(nn.Module):
     """A frozen Linear and its adapter: x (..., in) -> (..., out). Takes the Linear's own tensors, not copies."""
 
+    acts_as = nn.Linear  # x weightᵀ + bias: support/fast_decode.py may read the two instead of calling the layer
+
     def __init__(self, linear, rank, alpha, dora=False, generator=None):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape

@@ -212,12 +212,8 @@ class ActorCritic(nn.Module):
             self.head = nn.Linear(policy.config.width, 1, bias=True)
             nn.init.zeros_(self.head.weight)  # V starts at 0, not at noise that the first advantages would carry
             nn.init.zeros_(self.head.bias)
-            policy.norm.register_forward_hook(self._keep)
         else:
             nn.init.zeros_(critic.head.weight)
-
-    def _keep(self, module, inputs, states):
-        self.states = states  # (n, L, C), what the policy's output matrix and the value head both read
 
     def value_parameters(self):
         return list((self.critic or self.head).parameters())
@@ -230,12 +226,13 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             self.critic(tokens, positions, real, for_critic, last_only=True)
         for _, owners, x, at, y, visible in parts:
-            logprobs.append(self.policy(x, at, visible, prompts.of(owners), targets=y, temperature=temperature))
+            how = {"targets": y, "temperature": temperature, "with_states": True}
+            found, states = self.policy(x, at, visible, prompts.of(owners), **how)  # (b, T), (b, T, C)
+            logprobs.append(found)
             if self.critic is None:
-                values.append(self.head(self.states).squeeze(-1))  # (b, T)
+                values.append(self.head(states).squeeze(-1))  # (b, T)
             else:
                 values.append(self.critic(x, at, visible, for_critic.of(owners)).squeeze(-1))
-        self.__dict__.pop("states", None)
         return in_order(logprobs, packed), in_order(values, packed).float()
 
 

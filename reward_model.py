@@ -131,27 +131,23 @@ class RewardModel(Transformer):
         super().__init__(replace(config, tie_embeddings=True))  # there is no output matrix to tie
         self.head = nn.Linear(self.config.width, 1, bias=False)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width))
-        self.norm.register_forward_hook(self._keep)
-
-    def _keep(self, module, inputs, states):
-        self.states = states  # (B, T, C), what the head reads
 
     def forward(self, tokens, positions=None, mask=None, cache=None, *, last_only=False, targets=None, counted=None):
         """(B, T) -> scores (B, T, 1). With targets also the language model's log π of them, (B, T), 0 but where counted
         (B, T) is True: read from the same states by the matrix of the embedding."""
-        found = super().forward(tokens, positions, mask, cache, last_only=last_only)
-        states = self.__dict__.pop("states")
-        if torch.is_autocast_enabled(states.device.type):  # in bf16 the scores of two like answers would tie
-            with torch.autocast(states.device.type, enabled=False):
-                found = self.head(states.float())
+        states = self.hidden(tokens, positions, mask, cache, last_only)  # (B, T, C)
+        with torch.autocast(states.device.type, enabled=False):  # in bf16 the scores of two like answers would tie
+            scores = self.head(states.to(self.head.weight.dtype))  # (B, T, 1)
         if targets is None:
-            return found
-        return found, counted_logprobs(states, self.embed.weight, targets, 1.0, counted)
+            return scores
+        return scores, counted_logprobs(states, self.embed.weight, targets, 1.0, counted)
 
     @classmethod
     def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
         """The trunk of a language model, `extra` new blocks on it that add nothing yet (with post-norm they normalise
-        once more), and a new head."""
+        once more), and a new head. CheckpointError on a policy whose config says more than this class computes."""
+        if type(policy.config) is not cls.config_class:
+            raise CheckpointError(f"{cls.__name__} cannot be built on the policy's {type(policy.config).__name__}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(replace(policy.config, dropout=dropout, n_layer=policy.config.n_layer + extra))
@@ -195,9 +191,9 @@ class RewardModel(Transformer):
         """As transformers' …ForSequenceClassification with num_labels 1 saves it: the trunk, and `score.weight`."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        layout = layout_of(self.config)
         state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
         head = state.pop("head.weight")
+        layout = layout_of(self.config, state)
         names = None
         if LAYOUTS[layout]:
             names, state = LAYOUTS[layout].names, scale_experts(state, self.config.routed_scale)
@@ -216,15 +212,13 @@ class RewardModel(Transformer):
     def from_pretrained(cls, path, dropout=0.0):
         """Raises CheckpointError, also if the directory holds a language model instead."""
         path = Path(path)
-        layout, config = read_hf_config(path, TransformerConfig)
+        layout, config = read_hf_config(path, cls.config_class)
         shapes, get = open_safetensors(path)
-        if shapes.pop("score.weight", None) != (1, config.width):
+        if shapes.get("score.weight") != (1, config.width):
             raise CheckpointError(f"{path} has no score head: it is no reward model; python reward_model.py makes one")
         names = LAYOUTS[layout].names if LAYOUTS[layout] else None
-        model = cls.from_policy(
-            fill(Transformer, replace(config, tie_embeddings=True), names, shapes, get, path), dropout
-        )
-        model.head.weight.data.copy_(get("score.weight"))
+        config = replace(config, dropout=dropout, capacity_factor=None)
+        model = fill(cls, config, (names or {}) | {"head.weight": "score.weight"}, shapes, get, path)
         if names and model.config.n_expert:
             model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
         model.pad_id = json.loads((path / "config.json").read_text()).get("pad_token_id")

@@ -70,7 +70,12 @@ from support.hf import (
 
 @dataclass
 class TransformerConfig:
-    """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores."""
+    """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores.
+
+    A new field, here or in a subclass, needs nothing more to be right: until it is declared as one that they compute,
+    the fast decoding step (support/fast_decode.py) leaves the model to itself, and a checkpoint is in our own layout
+    rather than in one of transformers' (support/hf.py).
+    """
 
     vocab_size: int = 512  # V; the training scripts take it from the tokenizer
     context: int = 256
@@ -281,6 +286,8 @@ def init_weights(model):
 class Transformer(nn.Module):
     """A decoder: token ids (B, T) -> logits (B, T, V), or log-probabilities of given targets; see `forward`."""
 
+    config_class = TransformerConfig  # what from_pretrained reads; a subclass with fields of its own names its own
+
     def __init__(self, config):
         super().__init__()
         self.config = config = config.resolved()
@@ -302,32 +309,8 @@ class Transformer(nn.Module):
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, c.context)  # (D/2,)
         return rope_cos_sin(positions, frequencies, rope_attention_factor(c.rope_scaling, c.context))
 
-    def forward(
-        self,
-        tokens,
-        positions=None,
-        mask=None,
-        cache=None,
-        *,
-        targets=None,
-        temperature=1.0,
-        counted=None,
-        log_z=False,
-        last_only=False,
-    ):
-        """tokens (B, T) -> logits (B, T, V).
-
-        positions: (T,) or (B, T), default 0 … T−1, or behind what the cache holds. By default they must be within
-            the context, unless a window with RoPE makes the model blind to how far the text has come.
-        mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
-            (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
-        cache: from make_cache, which this call fills and moves on.
-        targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
-        counted: with targets, boolean (B, T): only there, and 0 elsewhere. A loss on the answers alone then leaves out
-            the prompts' share of the output matrix, with a large vocabulary a good part of a step.
-        log_z: with targets, the pair of that and log Z, the logsumexp of the logits, (2, B, T) in fp32.
-        last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
-        """
+    def hidden(self, tokens, positions=None, mask=None, cache=None, last_only=False):
+        """tokens (B, T) -> the normalised states that the output matrix reads, (B, T, C); the rest as in `forward`."""
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
         beyond = False  # the end of the RoPE table, which is as long as the context
@@ -356,13 +339,49 @@ class Transformer(nn.Module):
             x = block(x, rope, mask, cache, layer, last_only and layer == len(self.blocks) - 1)
         if cache is not None:
             cache.length += T
-        x = self.norm(x)
-        output = self.embed.weight if self.head is None else self.head.weight  # (V, C)
+        return self.norm(x)
+
+    @property
+    def output(self):
+        """The matrix (V, C) that turns a state into logits."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        tokens,
+        positions=None,
+        mask=None,
+        cache=None,
+        *,
+        targets=None,
+        temperature=1.0,
+        counted=None,
+        log_z=False,
+        last_only=False,
+        with_states=False,
+    ):
+        """tokens (B, T) -> logits (B, T, V).
+
+        positions: (T,) or (B, T), default 0 … T−1, or behind what the cache holds. By default they must be within
+            the context, unless a window with RoPE makes the model blind to how far the text has come.
+        mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
+            (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
+        cache: from make_cache, which this call fills and moves on.
+        targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
+        counted: with targets, boolean (B, T): only there, and 0 elsewhere. A loss on the answers alone then leaves out
+            the prompts' share of the output matrix, with a large vocabulary a good part of a step.
+        log_z: with targets, the pair of that and log Z, the logsumexp of the logits, (2, B, T) in fp32.
+        last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
+        with_states: the pair of what comes back otherwise and `hidden`'s states (B, T, C), for a head beside this one.
+        """
+        x = self.hidden(tokens, positions, mask, cache, last_only)  # (B, T, C)
         if targets is None:
-            return F.linear(x, output)  # (B, T, V)
-        if counted is None:
-            return target_logprobs(x, output, targets, temperature, log_z=log_z)  # (B, T) or (2, B, T)
-        return counted_logprobs(x, output, targets, temperature, counted, log_z)
+            out = F.linear(x, self.output)  # (B, T, V)
+        elif counted is None:
+            out = target_logprobs(x, self.output, targets, temperature, log_z=log_z)  # (B, T) or (2, B, T)
+        else:
+            out = counted_logprobs(x, self.output, targets, temperature, counted, log_z)
+        return (out, x) if with_states else out
 
     def make_cache(self, batch, max_len):
         """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype attention runs in; with a window
@@ -396,8 +415,8 @@ class Transformer(nn.Module):
         """Write config.json and model.safetensors in Hugging Face's layout, each under a temporary name first."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        layout = layout_of(self.config)
         state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        layout = layout_of(self.config, state)
         names = None
         if LAYOUTS[layout] is not None:
             names, state = LAYOUTS[layout].names, scale_experts(state, self.config.routed_scale)
@@ -417,7 +436,7 @@ class Transformer(nn.Module):
         1e-5 of their size, the update rounds to nothing.
         """
         path = local_directory(path)
-        layout, config = read_hf_config(path, TransformerConfig)
+        layout, config = read_hf_config(path, cls.config_class)
         shapes, get = open_safetensors(path)
         names, prefix = None, ""
         if LAYOUTS[layout] is not None:

@@ -9,7 +9,7 @@
 
 import math
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -84,3 +84,11 @@ def check(config, error=ConfigError, dashes="--"):
     for name, hint in declared(type(config)).items():
         if said := refusal(hint, getattr(config, name)):
             raise error(f"{dashes}{name} {said}")
+
+
+def only_declared(config, any_value, required):
+    """Whether every field of a config is declared: a name in `any_value`, or in `required` and of the value there. So
+    code that computes a part of what a config can say opts in, field by field; one that it has never heard of may
+    change anything, whatever its value."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return all(name in any_value or (name in required and required[name] == v) for name, v in values.items())

@@ -1,7 +1,47 @@
 """One decoding step with fewer, larger operations, and the CUDA graph."""
 
+import re
+
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from attention import Attention, KVCache
+from norms import RMSNorm
+from support.checks import only_declared
+from support.hf import MIXTURE_ONLY, TRAINING_ONLY
+from transformer import Block, FeedForward, Transformer
+
+# DecodeStep repeats the arithmetic of other classes, so it opts in: all that it computes is declared here, and a model
+# with anything else, a field of the config, a module, a tensor, a hook, is left to its own forward. These fields may
+# have any value:
+READ = {"vocab_size", "context", "n_layer", "n_head", "n_kv_head", "head_dim", "width", "ffn_width", "norm_eps"}
+READ |= {"rope_theta", "rope_scaling", "qk_norm", "qkv_bias", "tie_embeddings", *TRAINING_ONLY, *MIXTURE_ONLY}
+# These must be so:
+REQUIRED = {"norm": "rms", "norm_placement": "pre", "activation": "swiglu", "positions": "rope", "bias": False}
+REQUIRED |= {"window": None, "sinks": 0, "n_expert": 0}
+# And no module may be of another class, nor do anything but that class's forward as it is when this file is read:
+MODULES = {"": Transformer, "embed": nn.Embedding, "dropout": nn.Dropout, "norm": RMSNorm, "head": nn.Linear}
+MODULES |= {"blocks": nn.ModuleList, "blocks.{}": Block, "blocks.{}.norm1": RMSNorm, "blocks.{}.norm2": RMSNorm}
+MODULES |= {"blocks.{}.attn": Attention, "blocks.{}.ffn": FeedForward, "blocks.{}.dropout": nn.Dropout}
+MODULES |= {f"blocks.{{}}.attn.{name}": nn.Linear for name in ("wq", "wk", "wv", "wo")}
+MODULES |= {f"blocks.{{}}.attn.{name}": RMSNorm for name in ("q_norm", "k_norm")}
+MODULES |= {f"blocks.{{}}.ffn.{name}": nn.Linear for name in ("gate", "up", "down")}
+METHODS = ("forward", "hidden")
+ARITHMETIC = {kind: [getattr(kind, name, None) for name in METHODS] for kind in MODULES.values()}
+TENSORS = {"weight", "bias", "rope_cos", "rope_sin"}
+
+
+def computed_here(name, module, config):
+    """Whether a model's module of this name is one whose arithmetic DecodeStep repeats."""
+    kind = MODULES.get(re.sub(r"^blocks\.\d+", "blocks.{}", name))
+    if kind is None or module._forward_hooks or module._forward_pre_hooks or vars(module).keys() & {*METHODS}:
+        return False
+    if vars(type(module)).get("acts_as") is kind:  # LoRALinear
+        return True
+    same = [getattr(type(module), name, None) for name in METHODS] == ARITHMETIC[kind]
+    usual = getattr(module, "window", None) is None and getattr(module, "eps", config.norm_eps) == config.norm_eps
+    return same and usual and module._parameters.keys() | module._buffers.keys() <= TENSORS
 
 
 def add_product(x, h, weight):
@@ -26,11 +66,10 @@ class DecodeStep:
     """
 
     @staticmethod
-    def fits(model):
-        """Whether this layout is one of those that are computed here."""
-        c = model.config
-        usual = (c.norm, c.norm_placement, c.activation, c.positions) == ("rms", "pre", "swiglu", "rope")
-        return usual and not (c.bias or c.window or c.n_expert)
+    def fits(model, cache):
+        """Whether this model is one that is computed here, from what is declared above, and with a KVCache."""
+        declared = type(cache) is KVCache and only_declared(model.config, READ, REQUIRED)
+        return declared and all(computed_here(name, module, model.config) for name, module in model.named_modules())
 
     def __init__(self, model, cache):
         c = model.config

@@ -10,11 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
+from support.checks import only_declared
 from support.errors import CheckpointError
 
 # A layout is a table: how Hugging Face calls our tensors and our config's fields, and what all models of the kind have
 # in common. In a tensor's name the first {} is the block; a second one counts the experts, which are one tensor here.
-# Several of ours under one name are stacked there: GPT-2 keeps queries, keys and values in one matrix.
+# Several of ours under one name are stacked there: GPT-2 keeps queries, keys and values in one matrix. What no table
+# declares, a field or a tensor, no class of transformers computes: such a model is saved in our own layout.
+
+TRAINING_ONLY = ("dropout", "capacity_factor")
+MIXTURE_ONLY = ("n_expert_active", "expert_width", "n_shared_expert", "moe_every", "norm_topk_prob", "routed_scale")
+MIXTURE_ONLY += ("balancing",)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Layout:
     means: dict  # fields of ours that are the same in every model of this kind
     fixed: dict  # further keys of config.json: written so, and refused if a file says otherwise
     left_out: dict  # what the class takes for a key that config.json leaves out
+    no_matter: tuple  # fields of ours that change nothing in a model of this kind, or only its training
 
 
 def llama_like(architecture, keys=(), names=(), means=(), fixed=(), left_out=()):
@@ -57,8 +64,10 @@ def llama_like(architecture, keys=(), names=(), means=(), fixed=(), left_out=())
     common = dict(norm="rms", norm_placement="pre", positions="rope", activation="swiglu", bias=False, qkv_bias=False)
     common |= dict(qk_norm=False, window=None, sinks=0, n_expert=0) | dict(means)
     common = {field: value for field, value in common.items() if field not in keys}
+    fixed = {"hidden_act": "silu"} | dict(fixed)
     left = dict(rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, head_dim=None, tie_word_embeddings=False)
-    return Layout(architecture, names, keys, common, {"hidden_act": "silu"} | dict(fixed), left | dict(left_out))
+    no_matter = TRAINING_ONLY if "n_expert" in keys else TRAINING_ONLY + MIXTURE_ONLY
+    return Layout(architecture, names, keys, common, fixed, left | dict(left_out), no_matter)
 
 
 def gpt2_names():
@@ -94,6 +103,7 @@ LAYOUTS = {
         dict(activation_function="gelu_new", tie_word_embeddings=True, scale_attn_weights=True)
         | dict(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         dict(n_inner=None, layer_norm_epsilon=1e-5),
+        (*TRAINING_ONLY, *MIXTURE_ONLY, "rope_theta", "rope_scaling", "n_kv_head", "head_dim"),  # heads: see layout_of
     ),
     "llama": llama_like(
         "LlamaForCausalLM",
@@ -142,16 +152,22 @@ LAYOUTS = {
 }
 
 
-def layout_of(config):
-    """The Hugging Face class that computes exactly what this config does, or our own name if none does."""
+# What stands in config.json beside the fields of the config in our own layout.
+NOT_OURS = ("model_type", "architectures", "dtype", "id2label", "label2id", "pad_token_id")
+
+
+def layout_of(config, tensors=()):
+    """The Hugging Face class that computes exactly what this config does, or our own name if none does. `tensors`, the
+    names of a model's, may belong to something that no config speaks of: then it is our own layout too."""
     c = config.resolved()
+    named = {re.sub(r"^blocks\.\d+", "blocks.{}", name) for name in tensors}
     whole_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.width
     for kind, layout in LAYOUTS.items():
         if layout is None or (kind == "gpt2" and not whole_heads):
             continue
         if c.n_expert and (c.balancing == "bias" or math.frexp(c.routed_scale)[0] != 0.5):  # 0.5: a power of two
             continue
-        if all(getattr(c, field) == value for field, value in layout.means.items()):
+        if only_declared(c, {*layout.keys, *layout.no_matter}, layout.means) and named <= layout.names.keys():
             return kind
     return "attention_to_alignment"
 
@@ -163,13 +179,13 @@ def skeleton(model_class, config):
 
 
 def _grouped(keys, names):
-    """Our tensors' names under each of theirs: {"model.norm.weight": ["norm.weight"], ...}. names None: the same."""
+    """Our tensors' names under each of theirs: {"model.norm.weight": ["norm.weight"], ...}. What `names` does not know,
+    and with names None all, is called as it is here."""
     groups = {}
-    if names is None:
-        return {name: [name] for name in keys}
     for ours in keys:
         block = re.match(r"blocks\.(\d+)", ours)
-        theirs = names[ours if block is None else ours.replace(block[0], "blocks.{}", 1)]
+        kind = ours if block is None else ours.replace(block[0], "blocks.{}", 1)
+        theirs = (names or {}).get(kind, kind)
         groups.setdefault(theirs if block is None else theirs.replace("{}", block[1], 1), []).append(ours)
     return groups
 
@@ -306,8 +322,12 @@ def read_hf_config(path, config_class):
     try:
         if LAYOUTS[kind] is not None:
             return kind, config_class(**from_hf_config(hf, kind))
-        known = {f.name for f in fields(config_class)}
-        return kind, config_class(**{k: v for k, v in hf.items() if k in known})
+        settings = {key: value for key, value in hf.items() if key not in NOT_OURS}
+        for key in settings.keys() - {
+            f.name for f in fields(config_class)
+        }:  # a model without it computes another thing
+            raise CheckpointError(f"{key} = {hf[key]!r} is no field of {config_class.__name__}")
+        return kind, config_class(**settings)
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {missing}") from None
     except (TypeError, AttributeError, ValueError) as error:  # wrong types, and our own CheckpointError

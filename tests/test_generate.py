@@ -17,7 +17,6 @@ from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.cli import parse_config, run
 from support.devices import free_memory
 from support.errors import CheckpointError, ConfigError
-from support.fast_decode import DecodeStep, StaticStep
 from tokenizer_bpe import BPETokenizer, CharTokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -235,60 +234,6 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
     assert [("said 1" in a, "rat" in a, "long" in a) for a in asked[3:]] == [(True, False, False), (False,) * 3]
 
 
-def uneven(**change):
-    """A small model whose gains and biases are random too, or half of a decoding step's mistakes stay hidden."""
-    torch.manual_seed(0)
-    config = TransformerConfig(40, **({"context": 30, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "width": 32} | change))
-    raw = Transformer(config).eval()
-    for p in raw.parameters():
-        torch.nn.init.normal_(p, mean=0.2, std=0.4)
-    return raw
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{}, {"qk_norm": False}, {"qk_norm": False, "qkv_bias": True}, {"tie_embeddings": False}, {"n_kv_head": 2}],
-    ids=str,
-)
-@pytest.mark.parametrize("rows", [3, 6], ids="{} rows".format)  # its matrices lie otherwise from 4 rows on
-def test_the_decode_step_equals_the_model(change, rows):
-    raw = uneven(**change)
-    assert DecodeStep.fits(raw)
-    tokens, real = torch.randint(40, (rows, 12)), torch.ones(rows, 12, dtype=torch.bool)
-    real[1, :3] = real[2, :7] = False
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        whole = raw(tokens, positions, real)
-        cache = raw.make_cache(rows, 12)
-        raw(tokens[:, :8], positions[:, :8], real[:, :8], cache)
-        cache.store[..., 8:, :] = torch.nan  # what nobody wrote may be anything
-        still = cache.repeat(1, 12)
-        still.store[..., 8:, :] = torch.nan
-        step, static = DecodeStep(raw, cache), StaticStep(DecodeStep(raw, still), real)
-        for t in range(8, 12):
-            logits = step(tokens[:, t], positions[:, t], real[:, : t + 1])
-            torch.testing.assert_close(logits, whole[:, t], atol=2e-4, rtol=1e-4)
-            logits = static(tokens[:, t], positions[:, t])
-            torch.testing.assert_close(logits, whole[:, t], atol=2e-4, rtol=1e-4)
-
-
-def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
-    raw = uneven(n_kv_head=2)
-    tokens, at = torch.randint(40, (3, 12)), torch.full((3,), 11)
-    with torch.no_grad():
-        exact = raw(tokens)[:, -1]
-        with torch.autocast("cpu", torch.bfloat16):
-            cache = raw.make_cache(3, 12)
-            rounded = raw(tokens)[:, -1]
-            raw(tokens[:, :11], cache=cache)
-            found = DecodeStep(raw, cache)(tokens[:, 11], at)
-    assert cache.store.dtype == torch.float32  # on a CPU
-    assert found.dtype == rounded.dtype == torch.bfloat16
-    noise = (rounded.float() - exact).norm()
-    assert 0 < noise < 0.02 * exact.norm()
-    assert 0 < (found.float() - exact).norm() < 2 * noise  # rounded elsewhere, but no more than that
-
-
 @pytest.mark.parametrize("what", ["fp16", "fp64"])
 def test_other_precisions_continue_as_fp32(model, what):
     """fp16 under autocast, as --dtype fp16 on a CPU, and weights that are fp64."""
@@ -307,24 +252,6 @@ def test_other_precisions_continue_as_fp32(model, what):
             torch.testing.assert_close(found.logprobs[i].float(), expected, **tight)
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_a_cache_in_bf16_as_on_a_gpu(static):
-    """There attention computes in the dtype of autocast, and so the step does; a CPU's cache is fp32."""
-    raw = uneven(n_kv_head=2)
-    tokens, at = torch.randint(40, (3, 12)), torch.full((3,), 11)
-    with torch.no_grad():
-        exact = raw(tokens)[:, -1]
-        cache = raw.make_cache(3, 12)
-        raw(tokens[:, :11], cache=cache)
-        cache.store = cache.store.bfloat16()
-        with torch.autocast("cpu", torch.bfloat16):
-            step = DecodeStep(raw, cache)
-            step = StaticStep(step, torch.ones(3, 12, dtype=torch.bool)) if static else step
-            found = step(tokens[:, 11], at)
-    assert found.dtype == cache.store.dtype == torch.bfloat16
-    assert 0 < (found.float() - exact).norm() < 0.02 * exact.norm()
-
-
 def test_a_model_whose_weights_are_bf16_continues_as_in_fp32(model):
     rounded = copy.deepcopy(model).bfloat16()
     uniforms = torch.rand(9, 5, generator=torch.Generator().manual_seed(1))
@@ -335,27 +262,6 @@ def test_a_model_whose_weights_are_bf16_continues_as_in_fp32(model):
                 tokens = torch.tensor([prompt + found.ids[i].tolist()])
                 expected = token_logprobs(model, tokens)[0, -5:]
                 torch.testing.assert_close(found.logprobs[i], expected, atol=0.03, rtol=0.02)
-
-
-def test_rows_leave_in_fours(model, monkeypatch):
-    """However many rows are left, a step is computed for a multiple of 4, or for all that were there."""
-    calls, compute = [], DecodeStep.compute
-
-    def counted(self, token, *more):
-        calls.append(len(token))
-        return compute(self, token, *more)
-
-    monkeypatch.setattr(DecodeStep, "compute", counted)
-    uniforms = torch.rand(27, 40, generator=torch.Generator().manual_seed(0))
-    rollout = generate(model, PROMPTS, 40, 9, stop_ids=(3, 5), uniforms=uniforms)
-    lengths, counts = rollout.mask.sum(1), list(calls)
-    alone = [generate(model, [PROMPTS[i // 9]], 40, stop_ids=(3, 5), uniforms=uniforms[[i]]) for i in (0, 13, 26)]
-    assert counts[0] == 27
-    assert all(n % 4 == 0 for n in counts if n < 27)
-    assert len(set(counts)) > 3
-    assert all(n >= (lengths > t + 1).sum() for t, n in enumerate(counts))
-    for i, row in zip((0, 13, 26), alone, strict=True):
-        assert torch.equal(rollout.ids[i][rollout.mask[i]], row.ids[0])
 
 
 def test_fixed_shapes_change_no_text(model):
@@ -370,13 +276,6 @@ def test_fixed_shapes_change_no_text(model):
     lengths = plain.mask.sum(1).tolist()
     assert min(lengths) < 10  # most rows left the batch on the way
     assert len(set(lengths)) > 4
-
-
-def test_other_layouts_do_without_the_decode_step():
-    for change in ({"norm": "layer"}, {"activation": "gelu"}, {"positions": "learned"}, {"norm_placement": "post"}):
-        assert not DecodeStep.fits(
-            Transformer(TransformerConfig(40, n_layer=1, width=16, n_head=2, n_kv_head=1, **change))
-        )
 
 
 def test_min_p_and_the_repetition_penalty_against_transformers():
@@ -413,8 +312,8 @@ def test_the_penalty_sees_the_prompt_and_what_was_written(model):
 
 def test_little_memory_means_more_batches_and_the_same_rows(model, monkeypatch):
     calls = []
-    forward = Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: calls.append(len(a[0])) or forward(self, *a, **k))
+    make = Transformer.make_cache  # once for the prompts of a batch
+    monkeypatch.setattr(Transformer, "make_cache", lambda self, *a: calls.append(a[0]) or make(self, *a))
     table = torch.rand(6, 9)
     stop = generate(model, PROMPTS[:1], 1, n=2, uniforms=table[:2, :1]).ids.flatten().tolist()  # prompt 0 ends at once
     calls.clear()

@@ -1,0 +1,65 @@
+"""What someone may add to the model: fast paths and file formats that have never heard of it must not go on without."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from attention import Attention
+from transformer import Transformer, TransformerConfig
+
+SIZES = {"vocab_size": 40, "context": 48, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "width": 32}
+
+
+@dataclass
+class GatedConfig(TransformerConfig):
+    gate: bool = True
+
+
+class GatedAttention(Attention):
+    """The output of attention times σ(W x)."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.gate = nn.Linear(args[0], args[0], bias=False)
+
+    def forward(self, x, *more):
+        out = super().forward(x, *more)
+        return out * torch.sigmoid(self.gate(x[:, -out.shape[1] :]))
+
+
+class GatedTransformer(Transformer):
+    config_class = GatedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = self.config
+        for block in self.blocks if c.gate else ():
+            block.attn = GatedAttention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, c.qk_norm, c.norm_eps)
+
+
+@dataclass
+class ScaledConfig(TransformerConfig):
+    logit_scale: float = 0.5
+
+
+class ScaledTransformer(Transformer):
+    config_class = ScaledConfig
+
+    def hidden(self, *inputs, **more):
+        return super().hidden(*inputs, **more) * self.config.logit_scale
+
+
+def randomised(raw):
+    torch.manual_seed(0)
+    for p in raw.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return raw.eval()
+
+
+def gated():
+    return randomised(GatedTransformer(GatedConfig(**SIZES)))
+
+
+def scaled():
+    return randomised(ScaledTransformer(ScaledConfig(**SIZES)))

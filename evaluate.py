@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from data import Problem, encode_prompt
 from generate import generate
@@ -136,16 +137,20 @@ METRICS = {
 }
 
 
-def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256):
+def batches(items, size):
+    """In pieces of at most `size`."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None):
     """Greedy answers. Problems are dealt out to the ranks; every rank returns the same figures, and its own samples:
     the mean of each of METRICS; "n", "correct", "low", "high": how many, how many right, and the accuracy's interval;
-    "by_level": {level: accuracy}; "verdicts": 1.0 or 0.0 for each problem; "samples".
+    "by_level": {level: accuracy}; "verdicts": 1.0 or 0.0 for each problem; "samples". progress: the name of a bar.
     """
     mine = range(dist.rank, len(problems), dist.world)
     mine = sorted(mine, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
     samples, verdicts = [], [0.0] * len(problems)
-    for at in range(0, len(mine), batch):
-        chunk = mine[at : at + batch]
+    for chunk in tqdm(batches(mine, batch), desc=progress, leave=False, disable=progress is None or not dist.is_main):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         rollout = generate(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
@@ -165,27 +170,29 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256):
     return means | figures | {"verdicts": verdicts, "samples": samples}
 
 
-def evaluate_samples(policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32):
-    """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two.
+def evaluate_samples(
+    policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None
+):
+    """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two, and "solved",
+    how many of each problem's answers are right.
 
-    Chunks of problems are dealt out to the ranks and seeded one by one, so any number of ranks finds the same.
+    A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
+    uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    mine = range(dist.rank, len(problems), dist.world)
+    solved, voted = [0] * len(problems), 0
+    for chunk in tqdm(batches(mine, batch), desc=progress, leave=False, disable=progress is None or not dist.is_main):
+        prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
+        sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
+        texts = generate(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
+        for row, i in enumerate(chunk):
+            answers = [extract_answer(text) for text in texts[row * n : (row + 1) * n]]
+            solved[i] = sum(same_answer(answer, problems[i].answer) for answer in answers)
+            voted += same_answer(majority(answers), problems[i].answer)
+    *solved, voted = map(int, dist.sum(*solved, voted))
     ks = sorted({1, n} | {2**i for i in range(1, 20) if 2**i < n})
-    sums = [0.0] * (len(ks) + 1)
-    for c in range(dist.rank, math.ceil(len(problems) / batch), dist.world):
-        chunk = problems[c * batch : (c + 1) * batch]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + c)
-        prompts = [encode_prompt(tokenizer, p) for p in chunk]
-        stops = dict(stop_ids=tokenizer.stop_ids, generator=generator)
-        texts = generate(policy, prompts, max_new_tokens, n, temperature, **stops).texts(tokenizer)
-        for i, problem in enumerate(chunk):
-            answers = [extract_answer(text) for text in texts[i * n : (i + 1) * n]]
-            correct = sum(same_answer(a, problem.answer) for a in answers)
-            for j, k in enumerate(ks):
-                sums[j] += pass_at_k(n, correct, k)
-            sums[-1] += same_answer(majority(answers), problem.answer)
-    names = [f"pass@{k}" for k in ks] + [f"majority@{n}"]
-    return {name: value / len(problems) for name, value in zip(names, dist.sum(*sums), strict=True)}
+    figures = {f"pass@{k}": sum(pass_at_k(n, correct, k) for correct in solved) / len(problems) for k in ks}
+    return figures | {f"majority@{n}": voted / len(problems), "solved": solved}
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k3"):

@@ -78,8 +78,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import encode_prompt, load_problems
-from evaluate import before_and_after, evaluate, is_correct, kl_estimate, logged, metric_panels, pass_at_k, sampled_kl
-from generate import generate
+from evaluate import (
+    before_and_after,
+    evaluate,
+    evaluate_samples,
+    is_correct,
+    kl_estimate,
+    logged,
+    metric_panels,
+    pass_at_k,
+    sampled_kl,
+)
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from ppo import less_baseline
@@ -650,19 +659,11 @@ def held_out(policy, tokenizer, problems, config, dist):
     """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
     with merged(policy):
         result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
-    some = problems["test"][: config.pass_problems]
-    n, T = config.pass_samples, config.max_new_tokens
-    uniforms = torch.rand(len(some), n, T, generator=torch.Generator().manual_seed(config.seed))
-    solved, own = [0] * len(some), range(dist.rank, len(some), dist.world)
-    for i in range(0, len(own), config.prompts):
-        chunk = list(own[i : i + config.prompts])
-        prompts, table = [encode_prompt(tokenizer, some[p]) for p in chunk], uniforms[chunk].flatten(0, 1)
-        with merged(policy):
-            rollout = generate(policy, prompts, T, n, config.temperature, stop_ids=tokenizer.stop_ids, uniforms=table)
-        for row, text in enumerate(rollout.texts(tokenizer)):
-            solved[chunk[row // n]] += is_correct(text, some[chunk[row // n]])
+        some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
+        sampling = {"temperature": config.temperature, "seed": config.seed, "batch": config.prompts}
+        sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
     figures = {name: value for name, value in result.items() if name != "samples"}
-    return figures | {"solved": [int(c) for c in dist.sum(*solved)]}
+    return figures | {"solved": sampled["solved"]}
 
 
 def report(config, run, after, kl, weights, extra):

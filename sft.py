@@ -389,7 +389,7 @@ def report(config, run_path, result, sampled, metric, n_params, path):
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
         ],
     )
-    rows = [[f"{name}, temperature 1", f"{value:.1%}"] for name, value in sampled.items()]
+    rows = [[f"{name}, temperature 1", f"{value:.1%}"] for name, value in sampled.items() if name != "solved"]
     print(text_table([["held-out test", f"{result['n']} problems"], *metric_rows([result], hidden), *rows]))
     print(f"{path}, {run_path}/curves.png")
 

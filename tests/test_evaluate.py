@@ -15,6 +15,7 @@ from data import Problem, encode_prompt, load_problems
 from evaluate import (
     METRICS,
     Metric,
+    batches,
     before_and_after,
     compare,
     evaluate,
@@ -185,6 +186,7 @@ def test_evaluate_samples_counts(tokenizer, monkeypatch):
 
     monkeypatch.setattr(evaluation, "generate", lambda raw, prompts, *sizes, **more: Said(prompts))
     result = evaluate_samples(None, tokenizer, problems, 4, 8, devices.setup("cpu"), batch=1)
+    assert result.pop("solved") == [1, 2]
     assert list(result) == ["pass@1", "pass@2", "pass@4", "majority@4"]
     assert list(result.values()) == pytest.approx([(1 / 4 + 2 / 4) / 2, (1 / 2 + 5 / 6) / 2, 1.0, 0.5])
 
@@ -281,6 +283,25 @@ def test_tables_of_cells():
     rows = [["", "a", "bbb"], ["long label", "1.0%", "2"]]
     assert text_table(rows).splitlines() == ["               a  bbb", "long label  1.0%    2"]
     assert markdown_table(rows).splitlines() == ["|  | a | bbb |", "|---|---:|---:|", "| long label | 1.0% | 2 |"]
+
+
+def test_a_problem_is_sampled_alike_in_any_batch_and_on_any_rank(tokenizer, monkeypatch):
+    problems, policy, seen, sample = load_problems("word", "test", 5), tiny(tokenizer), [], evaluation.generate
+
+    def keep(*args, **kwargs):
+        rollout = sample(*args, **kwargs)
+        seen.extend(zip(args[1], batches(rollout.texts(tokenizer), 3), strict=True))
+        return rollout
+
+    monkeypatch.setattr(evaluation, "generate", keep)
+    runs = []
+    for batch, ranks in ((5, 1), (2, 1), (2, 2)):
+        for rank in range(ranks):
+            evaluate_samples(policy, tokenizer, problems, 3, 8, Rank(rank, ranks, torch.device("cpu")), batch=batch)
+        runs.append(sorted(seen))
+        seen.clear()
+    assert runs[0] == runs[1] == runs[2]
+    assert len({text for _, texts in runs[0] for text in texts}) > 5
 
 
 # ------------------------------------------------------------------------------------------------ KL

@@ -773,9 +773,7 @@ def test_activations_that_overflow_fp16_stop_the_run(here, monkeypatch, signal, 
     raw.save_pretrained("big")
     tokenizer.save_pretrained("big")
     monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, *_: [float(signal * i) for i in range(len(texts))])
-    with pytest.raises(
-        DivergedError, match=f"the loss is {loss}, the entropy is nan, .* at step 0"
-    ):
+    with pytest.raises(DivergedError, match=f"the loss is {loss}, the entropy is nan, .* at step 0"):
         grpo.main(config(init="big", dtype="fp16", format_weight=0.0))
 
 

@@ -1,18 +1,197 @@
-"""Optimizers and schedules."""
+"""Optimizers: gradient descent, momentum, Adam, AdamW, Muon; the learning rate's schedule; clipping; the scaler.
+
+Given g = dL/dw, how far does each weight move? Five answers, each a repair of the one before.
+
+Gradient descent: w ← w − η g. Near a minimum the loss is a bowl, along an axis of curvature h it is ½ h w², g = h w and
+
+    w ← (1 − η h) w            shrinks while η < 2/h: the steepest axis limits η, and the flattest one waits for it
+
+With κ = h_max / h_min, the best η is 2 / (h_max + h_min): a step leaves (κ − 1)/(κ + 1) of the error, κ steps about
+e⁻² of it.
+
+Momentum (Polyak 1964): m ← μ m + g,  w ← w − η m. What the gradients agree on adds up, to g/(1 − μ); what changes sign
+from step to step cancels. On the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), and the roots of z² − (1 + μ − η h) z + μ
+have size √μ as long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis in that window shrinks at one pace. To fit all in,
+
+    √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
+
+Nesterov's variant steps along g + μ m: the momentum as it will be if the next gradient is like this one.
+
+Adam (arXiv:1412.6980, Algorithm 1) gives every weight a rate of its own, from the size of its own gradients:
+
+    m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²        running means of g and of its square
+    m̂ = m / (1 − β₁ᵗ)            v̂ = v / (1 − β₂ᵗ)             both begin at 0: their weights sum to 1 − βᵗ
+    w ← w − η m̂ / (√v̂ + ε)
+
+The scale of g cancels: ten times the loss makes the same step. If the gradients agree, |m̂| = √v̂ and w moves by η; if
+they are noise, m keeps (1 − β₁)/(1 + β₁) of their variance, and w moves by 0.23 η (β₁ = 0.9), to and fro. At t = 1 the
+step is η sign(g), noise and all: one reason for the warm-up. The price of a rate for each number: it depends on the
+axes that the weights happen to lie on. A bowl along them is round to Adam, the same bowl turned by 45° is not (demo).
+
+AdamW (arXiv:1711.05101, Algorithm 2) shrinks the weights beside that step, by the same share for all:
+
+    w ← (1 − η λ) w − η m̂ / (√v̂ + ε)        not g ← g + λ w, whose λ w is divided by √v̂ too: large gradients, no decay
+
+Muon (K. Jordan et al. 2024, arXiv:2502.16982) sees a matrix, where Adam sees numbers. Which step D of size 1 lowers the
+loss most, ⟨G, D⟩ = Σ G_ij D_ij at its largest? That depends on what size means (arXiv:2409.20325):
+
+    √Σ D_ij²                       D = G / ‖G‖                        gradient descent
+    max |D_ij|                     D = sign(G)                        Adam with β₁ = β₂ = 0
+    the largest singular value     D = U Vᵀ where G = U S Vᵀ          Muon
+
+The last bounds by how much the output of a layer y = W x changes, ‖D x‖ ≤ ‖x‖ for every x. A momentum M = U S Vᵀ is
+dominated by a few directions; along U Vᵀ all of them move at one pace. It comes without an SVD: an odd polynomial of a
+matrix acts on its singular values alone, (X Xᵀ) X = U S³ Vᵀ, and five rounds of
+
+    X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X        X = M / ‖M‖ at first;  a, b, c = 3.4445, −4.7750, 2.0315
+
+bring all of them that begin above 0.002 to between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the
+small ones quickly, was worth more than that. The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so
+0.2 √max(rows, columns) U Vᵀ is 0.2 η a weight, about what AdamW moves one by when the gradients are noise.
+
+One step of training (`optimizer_step`), and what the defaults run:
+
+    loss · S            backward       fp16 only: gradients below 6e-8 would become 0, so they are made S times as large
+    g ← g / S                          and unscaled before anything looks at them
+    g ← g min(1, clip / ‖g‖)           ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
+    η = lr_at(step, …)                 a line up, then a cosine to a tenth of the peak; in GRPO and PPO a line to 0
+    Muon                               the matrices inside the blocks: attention, feed-forward, experts
+    AdamW                              embeddings, output, routers, gains, biases, at the same η; only matrices decay
+    ‖g‖ is inf or nan?                 nothing moves; S is halved. After 2,000 good steps in a row it is doubled
+
+Which one, at which rate. Muon is the default of every stage but PPO. That is a choice and no finding: it went furthest
+in the first trials of GRPO, one run each (results/grpo_word.md); the setting of PPO that raised accuracy had AdamW, and
+other things changed with it (results/ppo_word.md); in pretraining no page here separates the two. `--optimizer adamw`
+wants about a sixth of the learning rate: of two rates tried for GRPO, 3e-4 did better with Muon and 5e-5 with AdamW.
+Part of it is arithmetic: at one η AdamW moves a weight by 0.23 η (noise) to η (agreement), Muon by 0.2 η either way.
+Clipping made no difference that three seeds show, under AdamW (results/grad-clip.md): it divides by √v̂ as it is.
+
+SGD, Adam and AdamW below are the plain form, to read and to test against; training runs torch's fused AdamW, which
+computes the same in one pass over the memory. Muon is ours. Run the worked example: `python optim.py`.
+"""
 
 import math
+from functools import partial
 
 import torch
 
 from support.errors import ConfigError
-from support.sharding import is_sharded, share_of
+from support.sharding import of_one_shape, share_of, whole
+
+# ---------------------------------------------------------------------------------------------------------------
+# One weight tensor at a time.
+
+
+class PerTensor(torch.optim.Optimizer):
+    """What the plain optimizers share: `update` for each tensor w of any shape, with its gradient g, what it remembers
+    (`state`, empty at first) and the settings of its group. It changes w in place."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, settings)
+        self.names = list(settings)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            settings = {name: group[name] for name in self.names}
+            for w in group["params"]:
+                if w.grad is not None:
+                    self.update(w, w.grad, self.state[w], **settings)
+
+
+class SGD(PerTensor):
+    """Gradient descent; with momentum, Polyak's or Nesterov's."""
+
+    def __init__(self, params, lr, momentum=0.0, nesterov=False):
+        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov)
+
+    def update(self, w, g, state, lr, momentum, nesterov):
+        m = state["m"] = momentum * state.get("m", 0) + g
+        w -= lr * (g + momentum * m if nesterov else m)
+
+
+class Adam(PerTensor):
+    """arXiv:1412.6980, Algorithm 1. Its weight decay is the gradient of λ/2 ‖w‖² (L2), and so is divided by √v̂ too."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def update(self, w, g, state, lr, betas, eps, weight_decay):
+        g = g + weight_decay * w
+        t = state["t"] = state.get("t", 0) + 1
+        m = state["m"] = betas[0] * state.get("m", 0) + (1 - betas[0]) * g
+        v = state["v"] = betas[1] * state.get("v", 0) + (1 - betas[1]) * g**2
+        m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+        w -= lr * m_hat / (v_hat.sqrt() + eps)
+
+
+class AdamW(Adam):
+    """arXiv:1711.05101, Algorithm 2: the decay is decoupled from the gradient."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def update(self, w, g, state, lr, betas, eps, weight_decay):
+        w *= 1 - lr * weight_decay
+        super().update(w, g, state, lr, betas, eps, weight_decay=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Muon: one matrix at a time, in stacks.
+
+
+def orthogonalise(m, rounds=5):
+    """U S Vᵀ -> U S′ Vᵀ, S′ between 0.68 and 1.21 where S is above 0.002 ‖S‖: a stack of matrices (..., rows, columns),
+    each by itself. In autocast's dtype, which is exact enough."""
+    x = m.reshape(-1, *m.shape[-2:])  # (n, rows, columns)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1, or the polynomial blows up
+    wide = m.shape[-2] <= m.shape[-1]
+    x = x if wide else x.mT.contiguous()  # so that X Xᵀ is the smaller product
+    for _ in range(rounds):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a @ a
+        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x + b @ x
+    return (x if wide else x.mT).reshape(m.shape)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov's momentum, orthogonalised, in AdamW's size. Parameters are matrices, or stacks of them (experts, rows,
+    columns). Those of one shape go through the rounds together: small ones, one by one, do not fill the machine.
+
+    Under FSDP a rank holds some rows of each matrix, but U Vᵀ needs them all: every rank gathers the matrix (`whole`),
+    orthogonalises it, the same on all ranks, and keeps its own rows (`share_of`). The momentum stays sharded."""
+
+    STACK = 2**24  # numbers that go through the rounds together at most: bounds the memory
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, mu, decay = group["lr"], group["momentum"], group["weight_decay"]
+            for ws in of_one_shape(group["params"], self.STACK):
+                ahead = []
+                for w in ws:
+                    state = self.state[w]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(w.grad)
+                    m = state["momentum"].lerp_(w.grad, 1 - mu)  # m ← μ m + (1 − μ) g
+                    ahead.append(whole(w.grad.lerp(m, mu)))  # Nesterov: (1 − μ) g + μ m
+                for w, update in zip(ws, orthogonalise(torch.stack(ahead)), strict=True):  # (n, ..., rows, columns)
+                    w.mul_(1 - lr * decay)
+                    w.add_(share_of(update, w), alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The rate, the clip, and one step of training.
 
 
 def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
     """Learning rate of step 0 … steps−1: up a line to `peak` in `warmup` steps, then down to floor · peak.
 
-    cosine or linear from there on; wsd (arXiv:2404.06395) stays at the peak until the last `decay` share of the steps,
-    then falls in a line: a run can be prolonged from any checkpoint before the fall.
+    cosine (arXiv:1608.03983, one half-wave) or linear from there on; wsd (arXiv:2404.06395) stays at the peak until the
+    last `decay` share of the steps, then falls in a line: a run can be prolonged from any checkpoint before the fall.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -22,62 +201,14 @@ def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
     return peak * (floor + (1 - floor) * share)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (K. Jordan et al. 2024; scaled as in arXiv:2502.16982).
-
-    A matrix's momentum M = U S Vᵀ is dominated by a few directions. Muon steps along U Vᵀ instead: every direction
-    moves at the same pace. U Vᵀ comes without an SVD from five rounds of the odd polynomial
-    X ← aX + b(XXᵀ)X + c(XXᵀ)²X, which drives all singular values of X towards 1; under autocast in its dtype, which
-    is exact enough. Matrices of one shape go through it together: small ones, one by one, would not fill the machine.
-    The factor 0.2 √max(rows, columns) gives the update the size of AdamW's, so both share a learning rate.
-
-    Under FSDP a rank holds some rows of each matrix, but U Vᵀ needs them all: every rank gathers the matrix,
-    orthogonalises it whole, the same on all ranks, and keeps its own rows. The momentum stays shared out.
-    """
-
-    STACK = 2**24  # numbers that go through the iteration together at most: bounds the memory
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            alike = {}  # {shape: parameters}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for shape, params in alike.items():
-                size = 1 if is_sharded(params[0]) else max(1, self.STACK // shape.numel())
-                for i in range(0, len(params), size):
-                    self._step_alike(params[i : i + size], group)
-
-    def _step_alike(self, params, group):
-        updates = []
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p.grad)
-            m = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(m, group["momentum"])  # Nesterov: look one step ahead
-            updates.append(update.full_tensor() if is_sharded(update) else update)
-        for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(share_of(update, p), alpha=-0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"])
-
-
-def orthogonalise(m, rounds=5):
-    """A stack of matrices (..., rows, columns) -> the nearest ones with singular values 1, roughly (they end between
-    0.7 and 1.2)."""
-    x = m.reshape(-1, *m.shape[-2:])  # (n, rows, columns)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
-    wide = m.shape[-2] <= m.shape[-1]
-    x = x if wide else x.mT.contiguous()  # so that X Xᵀ is the smaller product
-    for _ in range(rounds):
-        a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a @ a
-        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x + b @ x
-    return (x if wide else x.mT).reshape(m.shape)
+def clip_by_global_norm(gradients, clip):
+    """Tensors of any shapes, in place: all times clip / ‖g‖ if ‖g‖, over all of them, is above clip > 0. -> ‖g‖ before.
+    The plain form: `optimizer_step` calls torch's, which takes all tensors at once and knows sharded ones."""
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+    if norm > clip:
+        for g in gradients:
+            g *= clip / norm
+    return norm
 
 
 def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
@@ -88,31 +219,30 @@ def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
     """
     if kind not in ("adamw", "muon"):
         raise ConfigError(f"--optimizer {kind!r} is not known; use adamw or muon")
-    named = [(n, p) for n, p in raw.named_parameters() if p.requires_grad]
-    matrices = [(n, p) for n, p in named if p.dim() >= 2 and "learned" not in n]
-    inner = [p for n, p in matrices if kind == "muon" and n.startswith("blocks.") and not n.endswith("router.weight")]
-    chosen = {id(p) for p in inner}
-    decayed = [p for _, p in matrices if id(p) not in chosen]
-    chosen |= {id(p) for p in decayed}
-    plain = [p for _, p in named if id(p) not in chosen]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
+    inner, decayed, plain = [], [], []
+    for name, p in raw.named_parameters():
+        matrix = p.dim() >= 2 and "learned" not in name  # learned positions are a table of vectors
+        if not p.requires_grad:
+            continue
+        if matrix and kind == "muon" and name.startswith("blocks.") and not name.endswith("router.weight"):
+            inner.append(p)
+        else:
+            (decayed if matrix else plain).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)] if groups else []
     return optimizers + ([Muon(inner, lr, weight_decay=weight_decay)] if inner else [])
 
 
 def optimizer_step(raw, optimizers, scaler, autocast, lr, clip):
-    """Unscale, clip by the global norm, step (Muon's products in autocast's dtype), clear. Returns the norm before
-    clipping; if that is not finite, the weights stay as they are."""
+    """Unscale, clip by the global norm (0: do not), step (Muon's products in autocast's dtype), clear. Returns the norm
+    before clipping; if that is not finite, the weights stay as they are."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf)
-    norm = (norm.full_tensor() if is_sharded(norm) else norm).item()  # under FSDP, over all ranks' parts
+    norm = whole(norm).item()  # under FSDP, over all ranks' parts
     for optimizer in optimizers:
         if math.isfinite(norm):  # the scaler asks each optimizer by itself: one would step where the other overflowed
             with autocast():
@@ -120,3 +250,88 @@ def optimizer_step(raw, optimizers, scaler, autocast, lr, clip):
         optimizer.zero_grad(set_to_none=True)
     scaler.update()  # half the scale after an overflow, twice after 2,000 steps without
     return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# By hand.
+
+
+def walk(optimizer, start, gradient, steps):
+    """`optimizer`, a function of a list of parameters, from `start`; gradient(t, w) -> the path (steps + 1, *shape)."""
+    w = torch.nn.Parameter(start.clone())
+    optimizer, path = optimizer([w]), [start]
+    for t in range(steps):
+        w.grad = gradient(t, w.detach())
+        optimizer.step()
+        path.append(w.detach().clone())
+    return torch.stack(path)
+
+
+def main():
+    torch.manual_seed(0)
+    one = torch.ones(2, dtype=torch.float64)
+
+    print("the bowl ½ (100 x² + y²) from (1, 1), κ = 100: distance from the minimum after n steps")
+    A = torch.diag(torch.tensor([100.0, 1.0], dtype=torch.float64))
+    turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
+    B = turn @ A @ turn.T
+    paths = {
+        "gradient descent, η = 2/101": walk(lambda w: SGD(w, 2 / 101), one, lambda t, w: A @ w, 100),
+        "momentum (9/11)², η = 4/121": walk(lambda w: SGD(w, 4 / 121, (9 / 11) ** 2), one, lambda t, w: A @ w, 100),
+        "Adam, η = 0.1": walk(lambda w: Adam(w, 0.1), one, lambda t, w: A @ w, 100),
+        "Adam, the bowl turned by 45°": walk(lambda w: Adam(w, 0.1), turn @ one, lambda t, w: B @ w, 100),
+    }
+    print(f"  {'':<28}" + "".join(f"{f'n = {n}':>10}" for n in (1, 2, 10, 50, 100)))
+    for name, path in paths.items():
+        print(f"  {name:<28}" + "".join(f"{path[n].norm():>10.4f}" for n in (1, 2, 10, 50, 100)))
+    descent, momentum, adam, turned = paths.values()
+    torch.testing.assert_close(descent.abs(), (99 / 101) ** torch.arange(101.0).double()[:, None] * one)  # |1 − η h|
+    torch.testing.assert_close(adam[:, 0], adam[:, 1])  # g is (100 x, y), the factor cancels: down the diagonal
+    torch.testing.assert_close(adam[1], 0.9 * one)
+    assert momentum[100].norm() < 1e-4 < adam[100].norm() < descent[100].norm() < turned[100].norm()
+
+    print("\ndecay: two weights, 1 at first, whose gradients change sign each step; η λ = 0.001, 1,000 steps")
+    swing = torch.tensor([10.0, 0.1], dtype=torch.float64)
+    by_hand = {Adam: 0.999 ** (1000 / swing), AdamW: 0.999 ** (1000 * one)}  # divided by √v̂ = |gradient|, or not
+    for kind, wanted in by_hand.items():
+        w = walk(partial(kind, lr=0.01, weight_decay=0.1), one, lambda t, w: swing * (-1) ** t, 1000)[-1]
+        print(f"  {kind.__name__:<6}gradients ± 10: {w[0]:.2f}, by hand {wanted[0]:.2f}", end="")
+        print(f"    gradients ± 0.1: {w[1]:.2f}, by hand {wanted[1]:.2f}")
+        assert (w - wanted).abs().max() < 0.02
+
+    print("\nG = [[3, 0], [4, 5]] = U S Vᵀ, S = 3√5 and √5: which step of size 1 lowers the loss most?")
+    G = torch.tensor([[3.0, 0.0], [4.0, 5.0]], dtype=torch.float64)  # GᵀG = [[25, 20], [20, 25]]: S² = 45 and 5
+    UV = torch.tensor([[2.0, -1.0], [1.0, 2.0]], dtype=torch.float64) / math.sqrt(5)  # a rotation
+    gains = []
+    for name, D in (("G", G), ("sign(G)", G.sign()), ("U Vᵀ", UV)):
+        D = D / torch.linalg.matrix_norm(D, 2)
+        gains.append((G * D).sum().item())
+        print(f"  {name:<9}singular values 1 and {torch.linalg.svdvals(D)[1]:.2f}    ⟨G, D⟩ = {gains[-1]:.3f}")
+    assert abs(max(gains) - 4 * math.sqrt(5)) < 1e-9  # the sum of S
+    print("singular values on their way to U Vᵀ, round by round (the first two are those of G / ‖G‖)")
+    for x in (3 / math.sqrt(10), 1 / math.sqrt(10), 0.01, 0.001):
+        matrix = torch.diag(torch.tensor([x, math.sqrt(1 - x**2)], dtype=torch.float64))
+        rounds = [orthogonalise(matrix, n)[0, 0].item() for n in range(6)]
+        print("  " + "".join(f"{y:>9.4f}" for y in rounds))
+        assert abs(rounds[1] - (3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5)) < 1e-5
+
+    print("\nhow far a step of η = 1 moves a weight of a 32 x 64 matrix (root mean square)")
+    noise = torch.randn(100, 32, 64)
+    same = noise[:1].expand(100, -1, -1)
+    for kind, agreed in ((AdamW, 1.0), (Muon, 0.2)):
+        paths = [
+            walk(partial(kind, lr=1.0, weight_decay=0.0), 0 * noise[0], lambda t, w, g=g: g[t], 100)
+            for g in (noise, same)
+        ]
+        far = [path.diff(dim=0)[50:].square().mean().sqrt().item() for path in paths]
+        print(f"  {kind.__name__:<7}gradients are noise: {far[0]:.2f}    all the same: {far[1]:.2f}")
+        assert abs(far[0] - 0.2) < 0.1 > abs(far[1] - agreed)
+
+    print("\nlearning rate of steps 0 … 9: peak 1, two steps of warm-up, floor 0.1")
+    for schedule in ("cosine", "linear", "wsd"):
+        rates = [lr_at(step, 10, 1.0, 2, schedule=schedule, decay=0.4) for step in range(10)]
+        print(f"  {schedule:<7}" + "".join(f"{rate:>6.2f}" for rate in rates))
+
+
+if __name__ == "__main__":
+    main()

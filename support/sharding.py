@@ -8,6 +8,23 @@ def is_sharded(x):
     return hasattr(x, "full_tensor")
 
 
+def whole(x):
+    """A sharded tensor, gathered from all ranks, which must all call; any other as it is."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def of_one_shape(params, most):
+    """Parameters that have a gradient -> lists of one shape each, of at most `most` numbers together, or one parameter.
+    A sharded one stands alone, so that no more than one is whole at a time."""
+    alike = {}  # {shape: parameters}
+    for p in params:
+        if p.grad is not None:
+            alike.setdefault(p.shape, []).append(p)
+    for shape, same in alike.items():
+        size = 1 if is_sharded(same[0]) else max(1, most // shape.numel())
+        yield from (same[i : i + size] for i in range(0, len(same), size))
+
+
 def share_of(x, like):
     """A whole tensor -> this rank's part of it, cut as the sharded tensor `like` is; x itself if that is not sharded,
     or if x has nothing to cut (Adam's count of steps). All ranks hold the same x, so nothing is sent."""

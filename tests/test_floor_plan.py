@@ -93,7 +93,7 @@ grpo: group_advantages grpo_loss extract_answer
 gdpo: gdpo_advantages
 moe: MoE load_balancing_loss
 lora: add_lora merge_lora
-optim: Muon lr_at
+optim: AdamW Muon lr_at
 evaluate: extract_answer same_answer pass_at_k wilson mcnemar token_f1
 """
 

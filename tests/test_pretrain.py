@@ -1,8 +1,7 @@
-"""pretrain.py: schedule, optimizers, and what a run must guarantee: the cut of a batch, the number of processes and
+"""pretrain.py: its loss, and what a run must guarantee: the cut of a batch, the number of processes and
 an interruption change nothing."""
 
 import contextlib
-import copy
 import ctypes
 import fcntl
 import itertools
@@ -24,10 +23,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, script, weights
 
-import optim
 import pretrain
 import transformer
-from optim import Muon, lr_at, make_optimizers, optimizer_step, orthogonalise
 from pretrain import Config, loss_of, validate, validation_rows
 from support import cli, devices, log, plots, runs, streams
 from support.errors import ConfigError, TokenizerError
@@ -56,93 +53,6 @@ def flags(**changes):
     for name, value in MODEL.items():
         out += [f"--model.{name}", value]
     return out
-
-
-def test_learning_rate_by_hand():
-    got = [lr_at(s, 8, 1.0, 2) for s in range(8)]
-    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
-    assert got == pytest.approx([0.5, 1.0, *cosine])
-    assert cosine[3] == pytest.approx(0.55)
-    assert lr_at(100, 8, 1.0, 2) == pytest.approx(0.1)
-
-
-def test_schedules_by_hand():
-    line = [lr_at(s, 6, 1.0, 2, floor=0.2, schedule="linear") for s in range(7)]
-    assert line == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
-    wsd = [lr_at(s, 10, 2.0, 1, floor=0.0, schedule="wsd", decay=0.4) for s in range(11)]
-    assert wsd == pytest.approx([2, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0])
-
-
-def test_decay_only_where_it_belongs():
-    raw = Transformer(TransformerConfig(vocab_size=20, positions="learned", bias=True, norm="layer", **MODEL))
-    (adamw,) = make_optimizers(raw, "adamw", 1e-3, 0.1)
-    decay = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
-    assert len(decay) == len(list(raw.parameters()))
-    for name, p in raw.named_parameters():
-        assert decay[id(p)] == (0.1 if p.dim() == 2 and "learned" not in name else 0.0), name
-    adamw, muon = make_optimizers(raw, "muon", 1e-3, 0.1)
-    in_muon = {id(p) for g in muon.param_groups for p in g["params"]}
-    assert in_muon == {id(p) for n, p in raw.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
-    assert len(in_muon) + sum(len(g["params"]) for g in adamw.param_groups) == len(decay)
-
-
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)])
-def test_orthogonalise_against_svd(shape):
-    torch.manual_seed(0)
-    m = torch.randn(*shape)
-    u, _, vh = torch.linalg.svd(m, full_matrices=False)
-    got = orthogonalise(m)
-    inside = u.t() @ got @ vh.t()  # diagonal if the singular vectors are kept
-    assert torch.linalg.svdvals(got).min() > 0.6
-    assert torch.linalg.svdvals(got).max() < 1.3
-    torch.testing.assert_close(inside, torch.diag(inside.diagonal()), atol=1e-4, rtol=0)
-
-
-def test_muon_step_by_hand():
-    torch.manual_seed(0)
-    p, grad = torch.nn.Parameter(torch.randn(4, 6)), torch.randn(4, 6)
-    before = p.detach().clone()
-    p.grad = grad.clone()
-    Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5).step()
-    update = orthogonalise(0.1 * grad + 0.9 * (0.1 * grad))  # Nesterov, from momentum 0
-    torch.testing.assert_close(p.detach(), before * (1 - 0.05) - 0.1 * 0.2 * math.sqrt(6) * update)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_against_torch(dtype, monkeypatch):
-    """torch.optim.Muon iterates in bf16, one matrix at a time; ours in autocast's dtype, those of one shape at once."""
-    torch.manual_seed(0)
-    monkeypatch.setattr(Muon, "STACK", 2000)  # two of 24 x 40
-    mine = [torch.nn.Parameter(torch.randn(s)) for s in ((24, 40), (24, 40), (40, 24), (16, 16), (24, 40), (1, 7))]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
-    settings = dict(lr=0.1, momentum=0.9, weight_decay=0.5)
-    ours = Muon(mine, **settings)
-    reference = torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        before = [p.detach().clone() for p in mine]
-        for p, q in zip(mine, theirs, strict=True):
-            p.grad, q.data = torch.randn_like(p), p.data.clone()  # each step by itself
-            q.grad = p.grad.clone()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            ours.step()
-        reference.step()
-        for p, q, start in zip(mine, theirs, before, strict=True):
-            assert p.dtype == torch.float32
-            assert (p - q).norm() < 0.015 * (q - start).norm()
-
-
-def test_the_optimizer_steps_in_the_precision_of_autocast(monkeypatch):
-    seen, whole = [], optim.orthogonalise
-    monkeypatch.setattr(optim, "orthogonalise", lambda m: seen.append(whole(m)) or seen[-1])
-    raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
-    dist = devices.setup("cpu")
-    for dtype in ("fp32", "bf16"):
-        autocast, scaler = devices.precision(dtype, dist)
-        optimizers = make_optimizers(raw, "muon", 1e-3, 0.1)
-        loss_of(raw, torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64), 0.0)[0].backward()
-        optimizer_step(raw, optimizers, scaler, autocast, 1e-2, clip=0.5)
-        assert {update.dtype for update in seen} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
-        seen.clear()
 
 
 def test_a_run_learns_and_leaves_everything(here, capsys):
@@ -312,36 +222,6 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(here, monkeypatch, cap
     assert metrics("runs/pretrain", "skipped") == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1}
     assert math.isfinite(metrics("runs/pretrain", "loss")[6])
     assert "1 steps skipped" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_scaled_step_is_a_plain_step_or_none(optimizer):
-    """fp16: gradients of 1,024 times the loss are unscaled before clipping; one that overflowed, be it AdamW's or
-    Muon's, leaves all weights and moments as they are and halves the scale."""
-    both = []
-    for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu", enabled=False)):
-        torch.manual_seed(0)
-        raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
-        x, y = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
-        optimizers = make_optimizers(raw, optimizer, 1e-3, 0.1)
-        scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
-        norm = optimizer_step(raw, optimizers, scaler, contextlib.nullcontext, 1e-2, clip=0.5)
-        both.append([torch.tensor(norm), *raw.parameters()])
-        if scaler.is_enabled():
-            scaled = raw, optimizers, scaler
-    assert both[1][0] > 0.5
-    torch.testing.assert_close(both[0], both[1])
-
-    raw, optimizers, scaler = scaled
-    for name, scale in (("embed.weight", 512), ("blocks.0.attn.wq.weight", 256)):
-        before = copy.deepcopy([raw.state_dict(), [o.state_dict()["state"] for o in optimizers]])
-        scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
-        raw.get_parameter(name).grad[0, 0] = math.inf
-        assert not math.isfinite(optimizer_step(raw, optimizers, scaler, contextlib.nullcontext, 1e-2, clip=0.5))
-        after = [raw.state_dict(), [o.state_dict()["state"] for o in optimizers]]
-        torch.testing.assert_close(after, before, atol=0, rtol=0)
-        assert scaler.get_scale() == scale
-        assert all(p.grad is None for p in raw.parameters())
 
 
 def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch):
@@ -758,22 +638,6 @@ def test_a_run_under_way_is_left_alone(here):
         pretrain.main(config(steps=1))
     assert not seen
     assert (here / "runs/pretrain.1/metrics.jsonl").read_bytes() == before
-
-
-def test_what_is_frozen_is_in_no_optimizer(here):
-    """Under fp16 the scaler refuses to step an optimizer that saw no gradient."""
-    raw = Transformer(TransformerConfig(vocab_size=20, **MODEL))
-    for name, p in raw.named_parameters():
-        p.requires_grad_(name.startswith("blocks.0") and p.dim() == 2)
-    (muon,) = make_optimizers(raw, "muon", 1e-3, 0.1)
-    learns = {id(p) for p in raw.parameters() if p.requires_grad}
-    assert {id(p) for g in muon.param_groups for p in g["params"]} == learns
-    for p in raw.parameters():
-        p.requires_grad_(p.dim() == 1)
-    (adamw,) = make_optimizers(raw, "muon", 1e-3, 0.1)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(raw(torch.arange(8)[None]).sum()).backward()
-    assert math.isfinite(optim.optimizer_step(raw, [adamw], scaler, contextlib.nullcontext, 1e-3, 1.0))
 
 
 def test_continuing_from_a_checkpoint_takes_its_architecture(here):

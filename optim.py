@@ -60,11 +60,12 @@ One step of training (`optimizer_step`), and what the defaults run:
     ‖g‖ is inf or nan?                 nothing moves; S is halved. After 2,000 good steps in a row it is doubled
 
 Which one, at which rate. Muon is the default of every stage but PPO. That is a choice and no finding: it went furthest
-in the first trials of GRPO, one run each (results/grpo_word.md); the setting of PPO that raised accuracy had AdamW, and
-other things changed with it (results/ppo_word.md); in pretraining no page here separates the two. `--optimizer adamw`
-wants about a sixth of the learning rate: of two rates tried for GRPO, 3e-4 did better with Muon and 5e-5 with AdamW.
-Part of it is arithmetic: at one η AdamW moves a weight by 0.23 η (noise) to η (agreement), Muon by 0.2 η either way.
-Clipping made no difference that three seeds show, under AdamW (results/grad-clip.md): it divides by √v̂ as it is.
+in the first trials of GRPO, one run each (results/grpo_word.md); the setting that PPO kept has AdamW, and other things
+changed with it (results/ppo_word.md); for pretraining no page here separates the two. In GRPO, DPO and PPO `--optimizer
+adamw` wants about a sixth of Muon's rate: of two tried for GRPO, 3e-4 did better with Muon and 5e-5 with AdamW. A part
+of it is arithmetic: at one η AdamW moves a weight by 0.23 η (noise) to η (agreement), Muon by about 0.2 η either way.
+For other stages the sixth is not measured. Clipping made no difference that three seeds show, under AdamW
+(results/grad-clip.md): dividing by √v̂ limits the step already.
 
 SGD, Adam and AdamW below are the plain form, to read and to test against; training runs torch's fused AdamW, which
 computes the same in one pass over the memory. Muon is ours. Run the worked example: `python optim.py`.

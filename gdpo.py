@@ -42,12 +42,13 @@ Run it:
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 import grpo
 from grpo import group_advantages, summed_advantages
-from support.cli import run
+from support.cli import run_script
 from support.errors import ConfigError
 
 
@@ -97,8 +98,7 @@ class Config(grpo.Config):
     """Train a policy with several verifiable rewards (GDPO)."""
 
     name: str = "gdpo"
-    """Run directory below runs/."""
-    combine: str = "gdpo"
+    combine: Literal["gdpo", "sum"] = "gdpo"
     """gdpo, or sum: the advantages of GRPO, for comparison."""
     conditioned: list[str] = field(default_factory=list)
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
@@ -109,8 +109,6 @@ class Config(grpo.Config):
         super().__post_init__()
         if self.combine == "gdpo":
             self.scale = None
-        if self.combine not in ("gdpo", "sum"):
-            raise ConfigError(f"--combine {self.combine!r} is not known; use gdpo or sum")
         _, weights = grpo.reward_functions(self)
         for name in [*self.conditioned, *(["correct"] if self.conditioned else [])]:
             if name not in weights:
@@ -140,4 +138,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

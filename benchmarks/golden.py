@@ -134,25 +134,28 @@ def record(folder, repo, only):
 
 
 def compare(old, new, only):
+    """Every figure that both have, to the last bit. A metric that one of them lacks is named, and is no difference."""
     old, new = (json.loads((path / "golden.json").read_text()) for path in (old, new))
-    differ = 0
-    for name in sorted(n for n in old.keys() | new.keys() if n.startswith(only)):
-        if name not in old or name not in new:
-            said = f"only in {'the first' if name in old else 'the second'}"
-        elif old[name] == new[name]:
-            continue
-        else:
-            pairs = zip(old[name]["steps"], new[name]["steps"], strict=False)
-            keys = [
-                f"step {a['step']}: {k} {a.get(k)} -> {b.get(k)}"
-                for a, b in pairs
-                for k in sorted(a.keys() | b.keys())
-                if a.get(k) != b.get(k)
-            ]
-            said = "; ".join(keys[:4]) or "the weights, or the number of steps"
-        differ += 1
-        print(f"{name}: {said}")
-    print(f"{len(old)} runs, {differ} differ")
+    both = sorted(name for name in old.keys() & new.keys() if name.startswith(only))
+    differ, gone, added = 0, set(), set()
+    for name in both:
+        pairs = list(zip(old[name]["steps"], new[name]["steps"], strict=False))
+        said = [
+            f"step {a['step']}: {k} {a[k]} -> {b[k]}" for a, b in pairs for k in a.keys() & b.keys() if a[k] != b[k]
+        ]
+        if len(old[name]["steps"]) != len(new[name]["steps"]):
+            said.append("the number of steps")
+        if old[name]["weights"] != new[name]["weights"]:
+            said.append("the weights")
+        gone |= {k for a, b in pairs for k in a.keys() - b.keys()}
+        added |= {k for a, b in pairs for k in b.keys() - a.keys()}
+        if said:
+            differ += 1
+            print(f"{name}: {'; '.join(said[:4])}")
+    for what, names in (("no longer logged", gone), ("logged now", added)):
+        if names:
+            print(f"{what}: {', '.join(sorted(names))}")
+    print(f"{len(both)} runs that both have, {differ} differ")
     return differ == 0
 
 

@@ -103,7 +103,7 @@ from support.lora_files import LoraState
 from support.plots import draw_curves
 from support.records import fitting
 from support.rewards import load_reward, score
-from support.rollouts import Sampler, cut, minibatches_of
+from support.rollouts import Sampler, cut, minibatches_of, show_samples
 from support.runs import Run, RunConfig
 from support.shared_prompt import answer_logprobs
 from transformer import masked_mean
@@ -253,10 +253,14 @@ def grpo_loss(
     return loss, dict(zip(metrics, values, strict=True))
 
 
+def reward_sums(rewards, weights):
+    """rewards (N, R, M), {name: weight} of the M -> (N, R)."""
+    return sum(w * rewards[..., m] for m, w in enumerate(weights.values()))
+
+
 def summed_advantages(rewards, weights, scale="group"):
-    """rewards (N, R, M), {name: weight} of the M -> advantages (N, R): GRPO adds the rewards up, then compares."""
-    total = sum(w * rewards[..., m] for m, w in enumerate(weights.values()))  # (N, R)
-    return group_advantages(total, scale)
+    """rewards (N, R, M) -> advantages (N, R): GRPO adds the rewards up, then compares."""
+    return group_advantages(reward_sums(rewards, weights), scale)
 
 
 def advantages_of(rewards, weights, config):
@@ -565,7 +569,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                 )
         run.log(step + 1, **record)
         if dist.is_main and (step == 0 or (step + 1) % config.sample_every == 0):
-            show_samples(run, batch, paid_rewards(batch, weights, config), weights)
+            show_samples(run, batch, reward_sums(paid_rewards(batch, weights, config), weights))
         kl = record.get("kl", kl)
         brief = {"kl": f"{kl:.3f}", "length": f"{record['length']:.0f}"}
         brief |= {name: f"{value:.3f}" for name, value in shown.items()}
@@ -622,22 +626,6 @@ def summarise(figures, sums, n_trained, n_updates, config, dist):
     if n_trained:
         record |= {name: total[name] / n_trained for name in means} | {"ratio_max": sums["ratio_max"]}
     return record | {"loss": loss / max(1, n_updates)}
-
-
-def show_samples(run, batch, paid, weights):
-    """The best and the worst rollout of the group that differs most, with each part of its reward; and how lengths,
-    rewards and log-probabilities are distributed, for the trackers."""
-    step, total = run.done + 1, sum(w * paid[..., m] for m, w in enumerate(weights.values()))  # (n, R)
-    g = (total.max(1).values - total.min(1).values).argmax().item()
-    lines = [f"step {step}: {batch.problems[g].question} (answer {batch.problems[g].answer})"]
-    for r in sorted({total[g].argmax().item(), total[g].argmin().item()}):
-        parts = "  ".join(f"{name} {values[g, r]:.4g}" for name, values in batch.rewards.items())
-        lines.append(f"  [{parts}  sum {total[g, r]:.2f}]  {batch.texts[g * total.shape[1] + r]!r}")
-    run.say("\n".join(lines))
-    run.log.samples(step, "\n".join(lines))
-    mask = batch.rollout.mask
-    histograms = {"rewards": total, "lengths": mask.sum(1), "logprobs": batch.rollout.logprobs[mask]}
-    run.log.show(step, histograms=histograms)
 
 
 def validate(policy, tokenizer, problems, functions, weights, config, dist):

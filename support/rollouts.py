@@ -139,3 +139,19 @@ def minibatches_of(batch, parts, useful, counted, micro_batch, pad, dist):
             pieces = cut(batch, kept or [0], mask, micro_batch, pad)
             minibatches.append(Minibatch(pieces, n_completions, max(1.0, n_tokens)))
     return minibatches
+
+
+def show_samples(run, batch, total):
+    """The best and the worst rollout of the group that differs most, with each part of its reward; and how lengths,
+    rewards and log-probabilities are distributed, for the trackers. total (n, R): what each earned in all."""
+    step = run.done + 1
+    g = (total.max(1).values - total.min(1).values).argmax().item()
+    lines = [f"step {step}: {batch.problems[g].question} (answer {batch.problems[g].answer})"]
+    for r in sorted({total[g].argmax().item(), total[g].argmin().item()}):
+        parts = "  ".join(f"{name} {values[g, r]:.4g}" for name, values in batch.rewards.items())
+        lines.append(f"  [{parts}  sum {total[g, r]:.2f}]  {batch.texts[g * total.shape[1] + r]!r}")
+    run.say("\n".join(lines))
+    run.log.samples(step, "\n".join(lines))
+    mask = batch.rollout.mask
+    histograms = {"rewards": total, "lengths": mask.sum(1), "logprobs": batch.rollout.logprobs[mask]}
+    run.log.show(step, histograms=histograms)

@@ -247,6 +247,13 @@ def balancing_losses(model):
     return {name: sum(layer.losses[i] for layer in layers) for i, name in enumerate(("aux", "z"))}
 
 
+def balancing_price(model, aux_weight, z_weight):
+    """What a training loss adds per token: aux_weight · aux + z_weight · z of `balancing_losses`, a scalar; 0 without
+    MoE layers."""
+    losses = balancing_losses(model)
+    return torch.as_tensor(aux_weight * losses["aux"] + z_weight * losses["z"])
+
+
 def _total(counters):
     """One tensor per layer -> stacked, and summed over the ranks: all ranks must call."""
     total = torch.stack(counters)
@@ -259,6 +266,14 @@ def expert_load(model):
     """(layers, E): each expert's share of the assignments since the last update_biases. All ranks must call."""
     counts = _total([layer.counts for layer in moe_layers(model)])
     return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def load_record(model):
+    """`expert_load` in multiples of the even share, as the log keeps it: the least, the most, and load/LAYER/EXPERT."""
+    layers = moe_layers(model)
+    load = expert_load(model) * layers[0].n_expert  # (layers, E)
+    record = {"load_min": load.min().item(), "load_max": load.max().item()}
+    return record | {f"load/{i}/{e}": x for i, row in enumerate(load.tolist()) for e, x in enumerate(row)}
 
 
 def dropped_assignments(model):

@@ -33,7 +33,7 @@ RUNS = [
         "pretrain": "pretrain.py --steps 120 --eval_every 40 --eval_tokens 4000",
         "pretrain_2": "pretrain.py --steps 8 --eval_every 4 --eval_tokens 2000",
         "pretrain_adamw": "pretrain.py --steps 8 --eval_every 4 --eval_tokens 2000 --optimizer adamw --lr 1e-3 "
-        "--micro_batch 4 --schedule wsd --z_loss 1e-4 --model.dropout 0.1 --recompute true",
+        "--micro_batch 4 --schedule wsd --model.dropout 0.1 --recompute true",
         "pretrain_moe": "pretrain.py --steps 8 --eval_every 4 --eval_tokens 2000 --model.n_expert 4 "
         "--model.n_expert_active 2",
         "pretrain_bias": "pretrain.py --steps 8 --eval_every 4 --eval_tokens 2000 --model.n_expert 4 "

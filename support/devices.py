@@ -57,6 +57,13 @@ class Dist:
         distributed.all_gather(everywhere, values.contiguous().to(self.device))
         return torch.cat(everywhere).cpu()
 
+    def from_main(self, make):
+        """What make() returns on rank 0, on every rank; it must be something that can be pickled."""
+        value = [make() if self.is_main else None]
+        if self.world > 1:
+            distributed.broadcast_object_list(value)
+        return value[0]
+
     def share(self, flag, n):
         """One rank's part of the n that --flag asks of all together. ConfigError if it does not come out even."""
         if n % self.world:

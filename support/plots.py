@@ -95,12 +95,6 @@ def draw_attention(run_dir, raw, tokenizer, text, most=24):
     plt.close(figure)
 
 
-def load_record(load):
-    """Loads in multiples of the even share (layers, E) -> what the log keeps of them."""
-    record = {"load_min": load.min().item(), "load_max": load.max().item()}
-    return record | {f"load/{i}/{e}": x for i, row in enumerate(load.tolist()) for e, x in enumerate(row)}
-
-
 def draw_experts(run_dir):
     """experts.png: the least and the most loaded expert by step, and every expert's load at the last validation."""
     plt = pyplot()

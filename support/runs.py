@@ -294,7 +294,7 @@ def keep_copy(run_dir, step, keep):
 
 
 # Options that earlier versions had, at the value that made no difference: a run saved with it can still be resumed.
-GONE = {}
+GONE = {"z_loss": 0.0}
 
 
 def load_state(run_dir, dist, raw, optimizers, scaler, config):

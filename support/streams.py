@@ -119,6 +119,22 @@ def open_stream(path: str | Path, fingerprint: str, check: bool = False) -> np.m
     return np.memmap(path, dtype=dtype, mode="r", shape=(tokens,))
 
 
+class Streams(dict):
+    """{"train", "valid"}: the ids of a text, (tokens,) arrays on disk. What a run keeps of them are their names, which
+    are digests of text and tokenizer: a resumed run must find the same."""
+
+    def __init__(self, data, arrays):
+        super().__init__(arrays)
+        self.data = data
+
+    def state_dict(self):
+        return {split: Path(array.filename).name for split, array in self.items()}
+
+    def load_state_dict(self, saved):
+        if saved != self.state_dict():
+            raise ConfigError(f"--resume continues a run as it was, but the text of --data {self.data} has changed")
+
+
 def make_streams(config, dist, tokenizer, context, texts):
     """The texts as ids in runs/streams, made once by rank 0 for every run that wants the same; all ranks map the files
     into memory."""
@@ -128,11 +144,11 @@ def make_streams(config, dist, tokenizer, context, texts):
             tokenise(path, texts[split], tokenizer)
     if dist.world > 1:
         distributed.barrier()
-    streams = {split: open_stream(path, tokenizer.fingerprint, dist.is_main) for split, path in paths.items()}
-    for split, stream in streams.items():
-        if len(stream) <= context:
+    arrays = {split: open_stream(path, tokenizer.fingerprint, dist.is_main) for split, path in paths.items()}
+    for split, array in arrays.items():
+        if len(array) <= context:
             raise ConfigError(
-                f"the {split} text of {config.data} has {len(stream)} tokens, a window needs {context + 1}: "
+                f"the {split} text of {config.data} has {len(array)} tokens, a window needs {context + 1}: "
                 + ("give more text" if config.init else "give more text or a smaller --model.context")
             )
-    return streams
+    return Streams(config.data, arrays)

@@ -9,7 +9,7 @@ import torch
 
 import optim
 from optim import SGD, Adam, AdamW, Muon, clip_by_global_norm, lr_at, make_optimizers, optimizer_step, orthogonalise
-from pretrain import loss_of
+from pretrain import next_token_loss
 from support import devices
 from transformer import Transformer, TransformerConfig
 
@@ -223,7 +223,7 @@ def test_the_optimizer_steps_in_the_precision_of_autocast(monkeypatch):
     for dtype in ("fp32", "bf16"):
         autocast, scaler = devices.precision(dtype, dist)
         optimizers = make_optimizers(raw, "muon", 1e-3, 0.1)
-        loss_of(raw, torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64), 0.0)[0].backward()
+        next_token_loss(raw, torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)).backward()
         optimizer_step(raw, optimizers, scaler, autocast, 1e-2, clip=0.5)
         assert {update.dtype for update in seen} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
         seen.clear()
@@ -239,7 +239,7 @@ def test_a_scaled_step_is_a_plain_step_or_none(optimizer):
         raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
         x, y = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
         optimizers = make_optimizers(raw, optimizer, 1e-3, 0.1)
-        scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
+        scaler.scale(next_token_loss(raw, x, y)).backward()
         norm = optimizer_step(raw, optimizers, scaler, contextlib.nullcontext, 1e-2, clip=0.5)
         both.append([torch.tensor(norm), *raw.parameters()])
         if scaler.is_enabled():
@@ -250,7 +250,7 @@ def test_a_scaled_step_is_a_plain_step_or_none(optimizer):
     raw, optimizers, scaler = scaled
     for name, scale in (("embed.weight", 512), ("blocks.0.attn.wq.weight", 256)):
         before = copy.deepcopy([raw.state_dict(), [o.state_dict()["state"] for o in optimizers]])
-        scaler.scale(loss_of(raw, x, y, 0.0)[0]).backward()
+        scaler.scale(next_token_loss(raw, x, y)).backward()
         raw.get_parameter(name).grad[0, 0] = math.inf
         assert not math.isfinite(optimizer_step(raw, optimizers, scaler, contextlib.nullcontext, 1e-2, clip=0.5))
         after = [raw.state_dict(), [o.state_dict()["state"] for o in optimizers]]

@@ -25,7 +25,7 @@ from conftest import ROOT, assert_one_line_error, assert_same_weights, metrics, 
 
 import pretrain
 import transformer
-from pretrain import Config, loss_of, validate, validation_rows
+from pretrain import Config, next_token_loss, validate, validation_rows
 from support import cli, devices, log, plots, runs, streams
 from support.errors import ConfigError, TokenizerError
 from tokenizer_bpe import CharTokenizer
@@ -144,21 +144,16 @@ def test_documents_are_validated_whole(here):
 
 
 @pytest.mark.parametrize("numbers", [2**24, 33])  # all tokens at once, and 3 of the 10 in a chunk
-def test_z_loss_against_autograd_by_hand(monkeypatch, numbers):
+def test_the_loss_against_torchs(monkeypatch, numbers):
     chunked = partial(transformer.target_logprobs, chunk_numbers=numbers)
     monkeypatch.setattr(transformer, "target_logprobs", chunked)
     raw = Transformer(TransformerConfig(vocab_size=11, **MODEL))
     x, y = torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 5))
-    loss, objective = loss_of(raw, x, y, 0.3)
-    logits = raw(x)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-    z = logits.exp().sum(-1).log()
+    loss = next_token_loss(raw, x, y)
+    expected = torch.nn.functional.cross_entropy(raw(x).flatten(0, 1), y.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
-    plain = expected + 0.3 * (z * z).sum()
-    torch.testing.assert_close(objective, plain)
-    for a, b in zip(*(torch.autograd.grad(f, list(raw.parameters())) for f in (objective, plain)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(f, list(raw.parameters())) for f in (loss, expected)), strict=True):
         torch.testing.assert_close(a, b)
-    torch.testing.assert_close(loss_of(raw, x, y, 0.0)[1], expected)
 
 
 def test_recomputed_activations_change_nothing(here):
@@ -196,18 +191,17 @@ def poison(monkeypatch, call):
     """The loss of the call-th micro-batch is NaN."""
     calls = itertools.count()
 
-    def loss_of(*args):
-        loss, objective = plain(*args)
-        return (loss * math.nan, objective * math.nan) if next(calls) == call else (loss, objective)
+    def loss(*args):
+        return plain(*args) * (math.nan if next(calls) == call else 1)
 
-    plain = pretrain.loss_of
-    monkeypatch.setattr(pretrain, "loss_of", loss_of)
+    plain = pretrain.next_token_loss
+    monkeypatch.setattr(pretrain, "next_token_loss", loss)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(here, monkeypatch):
     poison(monkeypatch, 4)
     with pytest.raises(
-        ConfigError, match=r"step 4 the loss is nan.*learning rate 2\.\de-03.*checkpoint: runs/pretrain/last"
+        ConfigError, match=r"the loss is nan.* at step 4 .*learning rate 2\.\de-03.*checkpoint: runs/pretrain/last"
     ):
         pretrain.main(config(save_every=2))
     assert all(w.isfinite().all() for w in weights("runs/pretrain/last").values())
@@ -227,12 +221,13 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(here, monkeypatch, cap
 def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch):
     """On a CPU, autocast to fp16; the second step's gradient overflows, its loss does not."""
 
-    def loss_of(*args):
-        loss, objective = plain(*args)
-        return loss, objective * (1e38 if next(calls) == 1 else 1)
+    def loss(*args):
+        loss, scale = plain(*args), 1e38 if next(calls) == 1 else 1
+        loss.register_hook(lambda gradient: gradient * scale)  # going back alone
+        return loss
 
-    calls, plain = itertools.count(), pretrain.loss_of
-    monkeypatch.setattr(pretrain, "loss_of", loss_of)
+    calls, plain = itertools.count(), pretrain.next_token_loss
+    monkeypatch.setattr(pretrain, "next_token_loss", loss)
     monkeypatch.setattr(pretrain, "draw_curves", lambda *args: None)
     whole = config(name="whole", dtype="fp16", save_every=1, keep=6)
     pretrain.main(whole)
@@ -339,7 +334,7 @@ def test_samples_are_cut_back_to_the_step_that_is_resumed(here, monkeypatch):
     monkeypatch.setattr(pretrain, "sample_text", lambda *_: said)
     changes = dict(save_every=2, eval_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "Interrupt", KillAt4)
+        patch.setattr(runs, "Interrupt", KillAt4)
         with pytest.raises(ProcessLookupError):
             pretrain.main(config(name="parts", **changes))
     samples = here / "runs/parts/samples.md"
@@ -410,7 +405,7 @@ def sharded_case(case, **changes):
 
 def run_sharded():
     """What each of two ranks does: all cases, and the first two again from step 4, with FSDP and without."""
-    plots.draw_curves = plots.draw_experts = lambda *args: None  # the most of a short run's time
+    pretrain.draw = lambda *args: None  # the pictures are the most of a short run's time
     dist = devices.setup("cpu")
     for case in SHARDED:
         done = sharded_case(case, name=f"{case}/two", micro_batch=3, fsdp=True)  # 4 windows a rank, in two parts
@@ -481,8 +476,7 @@ def test_sharded_equals_one_process(here, monkeypatch):
     )
     process = script(here / "ranks.py", cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
-    for name in ("draw_curves", "draw_experts"):
-        monkeypatch.setattr(pretrain, name, lambda *args: None)
+    monkeypatch.setattr(pretrain, "draw", lambda *args: None)
     for case in SHARDED:
         pretrain.main(sharded_case(case, name=f"{case}/one"))
         near = 0.01 if case == "bf16" else 1e-5  # autocast leaves gains in fp32, FSDP gathers them in bf16
@@ -529,7 +523,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer, monkeypatch):
             return self.asked == 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "Interrupt", StopAt3)
+        patch.setattr(runs, "Interrupt", StopAt3)
         with pytest.raises(SystemExit):
             pretrain.main(config(name="parts", **changes))
     assert set(metrics("runs/parts", "loss")) == {1, 2, 3}
@@ -634,7 +628,7 @@ def test_a_run_under_way_is_left_alone(here):
             super().__call__(step, **record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "Log", Log)
+        patch.setattr(runs, "Log", Log)
         pretrain.main(config(steps=1))
     assert not seen
     assert (here / "runs/pretrain.1/metrics.jsonl").read_bytes() == before

@@ -11,13 +11,12 @@ import torch
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import dpo
-import pretrain
 from data import encode_prompt, load_pairs, load_problems
 from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, pair_logprobs
 from lora import LoraConfig
 from support import devices
 from support.checkpoints import open_checkpoint
-from support.errors import CheckpointError, ConfigError, DataError
+from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.splits import split_of
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
@@ -299,7 +298,7 @@ def test_two_processes_equal_one(here):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
     monkeypatch.setattr(dpo, "optimizer_step", lambda *args: math.inf)
-    with pytest.raises(pretrain.DivergedError, match="gradient norm inf at step 0"):
+    with pytest.raises(DivergedError, match="gradient norm inf at step 0"):
         dpo.main(config())
 
 

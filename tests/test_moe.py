@@ -23,6 +23,7 @@ import pretrain
 from moe import (
     MoE,
     balancing_losses,
+    balancing_price,
     dense_experts,
     dropped_assignments,
     expert,
@@ -386,6 +387,8 @@ def test_losses_are_those_of_the_last_training_forward_summed_over_layers():
         x = one.eval()(x)
     got = balancing_losses(stack)
     torch.testing.assert_close(got, {"aux": aux, "z": z})
+    torch.testing.assert_close(balancing_price(stack, 0.3, 0.02), 0.3 * aux + 0.02 * z)
+    assert balancing_price(torch.nn.Linear(2, 2), 0.3, 0.02) == 0.0
     for one, load in zip(stack, loads, strict=True):
         assert one.counts.sum() == K * 15
         assert (one.counts >= load).all()

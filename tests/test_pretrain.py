@@ -727,3 +727,28 @@ def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
     (here / "runs/pretrain/last/trainer_state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="corrupt"):
         pretrain.main(config(resume=True))
+
+
+def test_a_run_with_an_option_that_is_gone_resumes_if_it_made_no_difference(here):
+    pretrain.main(config(steps=3))
+    path = here / "runs/pretrain/last/trainer_state.pt"
+    state = torch.load(path)
+    for value in (1e-4, 0.0):
+        torch.save(state | {"config": state["config"] | {"z_loss": value}}, path)
+        if value:
+            with pytest.raises(ConfigError, match=r"made with z_loss 0\.0001, which this version no longer has"):
+                pretrain.main(config(resume=True))
+    pretrain.main(config(resume=True))
+    assert set(metrics("runs/pretrain", "loss")) == {1, 2, 3, 4, 5, 6}
+
+
+def test_rank_0_makes_it_for_all(monkeypatch):
+    def broadcast(box):  # rank 0 comes first
+        sent.extend(box if not sent else [])
+        box[:] = sent
+
+    sent, calls = [], []
+    monkeypatch.setattr(devices.distributed, "broadcast_object_list", broadcast)
+    ranks = [devices.Dist(rank, 2, torch.device("cpu")) for rank in range(2)]
+    assert [dist.from_main(lambda rank=dist.rank: calls.append(rank) or "made") for dist in ranks] == ["made"] * 2
+    assert calls == [0]

@@ -294,7 +294,11 @@ def keep_copy(run_dir, step, keep):
 
 
 # Options that earlier versions had, at the value that made no difference: a run saved with it can still be resumed.
-GONE = {"z_loss": 0.0}
+GONE = {
+    "z_loss": 0.0,  # pretrain.py
+    "entropy_bonus": 0.0,  # grpo.py
+    "integer_weight": 0.0,
+}
 
 
 def load_state(run_dir, dist, raw, optimizers, scaler, config):
@@ -308,12 +312,12 @@ def load_state(run_dir, dist, raw, optimizers, scaler, config):
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
     # What a resumed run may have otherwise than before:
     free = {"steps", "resume", "save_every", "keep", "eval_every", "sample_every", "wandb", "device", "name", "fsdp"}
-    now, then = asdict(config), state["config"]
+    now, then = asdict(config), asdict(type(config)()) | state["config"]  # an option that is new was at its default
     changed = [k for k in now if k not in free and now[k] != then.get(k)]
     if changed:
         said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
         raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
-    gone = {k: value for k, value in then.items() if k not in now and value != GONE.get(k)}
+    gone = {k: value for k, value in state["config"].items() if k not in now and value != GONE.get(k)}
     if gone:
         said = ", ".join(f"{k} {value!r}" for k, value in gone.items())
         raise ConfigError(f"{path} was made with {said}, which this version no longer has: it cannot be resumed here")

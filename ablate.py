@@ -46,7 +46,7 @@ import torch
 from tqdm import tqdm
 
 from attention import attention_entropy, attention_weights
-from data import encode_prompt, find, load_problems, load_text
+from data import DEFAULT_TASK, encode_prompt, find, load_problems, load_text
 from evaluate import evaluate, evaluate_samples, sampled_kl
 from generate import generate
 from grpo import tidy
@@ -150,7 +150,7 @@ def start_of(settings):
 def standing(folder, figures, settings):
     """A policy on 200 of the held-out problems: pass@8 at temperature 1, the share of tidy answers and their length
     (greedy), and the KL to the SFT checkpoint of the seed, per token of its own samples."""
-    problems, dist = load_problems("word", "test", 200, (1, 2)), setup("auto")
+    problems, dist = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup("auto")
     raw, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
     start = open_checkpoint(start_of(settings), dist.device)[0]
     greedy = evaluate(raw, tokenizer, problems, 64, dist)
@@ -258,7 +258,7 @@ def _corpus():
         find("tinyshakespeare")
         return "tinyshakespeare"
     except DataError:
-        return "word"
+        return DEFAULT_TASK
 
 
 def _text(split):

@@ -56,8 +56,8 @@ import os
 import random
 import re
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -88,15 +88,100 @@ class Problem:
 
     `level` is the number of arithmetic steps; `story` the theme, or "gsm8k", or "file". In a longer conversation
     `history` holds what was said before the question, as (role, content). `rating` is that of a rated solution, 1 to 5.
+    `task` is the row of TASKS whose verifier judges the answers; "" takes the default one.
     """
 
     question: str
     solution: str
     answer: str
-    level: int
-    story: str
+    level: int = 1
+    story: str = ""
     history: tuple[tuple[str, str], ...] = ()
     rating: float | None = None
+    task: str = ""
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Tasks: problems that are made here, and all that the stages ask about them.
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that every stage takes by its name in TASKS. Only `problems` is needed.
+
+    problems     (split, n, levels, seed) -> n different problems of a split, as tuples of Problem's first fields,
+                 (question, solution, answer) at least; no problem is in two splits. --levels of the command line are
+                 passed through
+    text         (split, n) -> n documents for pretraining; None: its problems, the question and the solution
+    entropy      () -> nats per document of that text and their standard error, where it is known
+    answer       text -> the answer that it commits to, or None
+    same_answer  (a, b) -> whether two answers are the same; a problem's own solution has to pass
+    corruptions  {kind of error: the fewest steps that a problem needs to have it}, the hardest to see first
+    corrupt      (problem, kind, rng) -> a wrong solution for preference pairs; DataError if there is none
+    rename       text -> the same with other names, which should change no judgement
+    pretrain     settings of pretrain.py, other than its defaults, for a start that a stage makes for itself
+    sft          the same of sft.py
+    micro_batch  how many completions grpo.py trains on in one forward pass
+    """
+
+    problems: Callable | None = None
+    text: Callable | None = None
+    entropy: Callable | None = None
+    answer: Callable = extract_answer
+    same_answer: Callable = same_answer
+    corruptions: dict[str, int] = field(default_factory=dict)
+    corrupt: Callable | None = None
+    rename: Callable | None = None
+    pretrain: dict = field(default_factory=dict)
+    sft: dict = field(default_factory=dict)
+    micro_batch: int = 32
+
+
+TASKS = {
+    "word": Task(
+        problems=built_in.word_problems,
+        text=narrative_texts,
+        entropy=narrative_entropy,
+        corruptions=CORRUPTIONS,
+        corrupt=corrupt,
+        rename=built_in.rename,
+        micro_batch=128,  # its rows are short
+    ),
+}
+DEFAULT_TASK = next(iter(TASKS))
+FILES = Task(pretrain={"vocab_size": 2048, "model": {"context": 512}})  # real text: more words, longer windows
+
+
+def task_of(name: str | Path) -> Task:
+    """The row of a task; for anything else that has a name (a file, GSM8K) what holds for all of those."""
+    return TASKS.get(name, FILES)
+
+
+def has_verifier(name: str | Path) -> bool:
+    """Whether every problem of a data set has an answer that can be checked."""
+    return name in TASKS or name == "gsm8k"
+
+
+def make_problems(name: str, split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[Problem]:
+    """At most n problems of a task. Raises DataError on the first whose own solution the task's verifier refuses: with
+    it every policy would show 0 % for ever."""
+    task = TASKS[name]
+    problems = [Problem(*fields, task=name) for fields in task.problems(split, n, levels, seed)]
+    for problem in problems:
+        found = task.answer(problem.solution)
+        if found is None or not task.same_answer(found, problem.answer):
+            raise DataError(
+                f"task {name}: its own solution of {problem.question[:60]!r} does not verify: it gives {found!r}, the "
+                f"answer is {problem.answer!r}"
+            )
+    if not problems:
+        raise DataError(f"task {name} has no problem in the split {split}")
+    return problems
+
+
+def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[Problem]:
+    """n different built-in problems, problem i at levels[i % len(levels)]. A longer list begins with the shorter."""
+    return make_problems(DEFAULT_TASK, split, n, levels, seed)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -114,6 +199,9 @@ STYLE_URL = (
 HH_URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/"
 
 
+SIZES = {"train": 20_000, "valid": 1_000, "test": 1_000}  # how many a task makes, if nobody says
+
+
 class Source(NamedTuple):
     path: str  # below $ALIGN_DATA
     url: str = ""  # "" = cannot be downloaded from here
@@ -126,7 +214,6 @@ SHAKESPEARE = Source(
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
 DATASETS: dict[str, dict[str, Source]] = {
-    "word": {},  # built in: no file
     "gsm8k": {
         "train": Source(
             "gsm8k/train.jsonl",
@@ -170,16 +257,16 @@ def find(name: str | Path, split: str = "train") -> Path:
 
     A known name wins over a file of the same name: write `./gsm8k` for the file.
     """
+    if str(name) in TASKS:
+        raise DataError(f"{name} is built in and has no file: use load_problems or load_text")
     if str(name) not in DATASETS:
         path = Path(name)
         if path.is_dir():
             raise DataError(f"{path} is a folder: give the file in it")
         if path.is_file():
             return path
-        raise DataError(f"{name}: no such file, and not one of the known datasets {', '.join(DATASETS)}")
+        raise DataError(f"{name}: no such file, and not one of the known datasets {', '.join([*TASKS, *DATASETS])}")
     sources = DATASETS[str(name)]
-    if not sources:
-        raise DataError(f"{name} is built in and has no file: use load_problems or load_text")
     check_split(split, tuple(sources))
     path = data_folder() / sources[split].path
     if path.is_dir():
@@ -219,13 +306,8 @@ def download(name: str, split: str = "train") -> Path:
     return path
 
 
-def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[Problem]:
-    """n different built-in problems, problem i at levels[i % len(levels)]. A longer list begins with the shorter."""
-    return [Problem(*problem) for problem in built_in.word_problems(split, n, levels, seed)]
-
-
 def load_problems(
-    name: str | Path = "word",
+    name: str | Path = DEFAULT_TASK,
     split: str = "train",
     n: int | None = None,
     levels: Sequence[int] = (1, 2),
@@ -234,18 +316,18 @@ def load_problems(
     """The problems of a split, at most n. skip_bad: records that cannot be used are counted and left out, in one
     printed line, instead of ending it.
 
-    "word"    generated at `levels`: 20,000 for train, 1,000 for valid and for test, unless n says otherwise
+    a task    generated at `levels`: 20,000 for train, 1,000 for valid and for test, unless n says otherwise
     "gsm8k"   test is the published test split; valid the last 500 of the published train split, train the
               rest, so that nothing is ever selected on test
     "instructions", "ratings", or a path: JSONL, a JSON array or CSV of what `problem_from` knows; the split by the
               hash of the question and what was said before it
     """
     check_split(split)
-    if name == "word":
-        return word_problems(split, (20_000 if split == "train" else 1_000) if n is None else n, levels)
+    if name in TASKS:
+        return make_problems(name, split, SIZES[split] if n is None else n, levels)
     known = ("gsm8k", "instructions", "ratings", "style")
     if name in DATASETS and name not in known:
-        raise DataError(f"{name} has no problems: choose word, {', '.join(known)}, or the path of a .jsonl")
+        raise DataError(f"{name} has no problems: choose {', '.join([*TASKS, *known])}, or the path of a .jsonl")
     path = find(name, {"valid": "train"}.get(split, split) if name == "gsm8k" else "train")
     story = "gsm8k" if name == "gsm8k" else "file"
     problems = read_all(path, lambda record, where: problem_from(record, where, story), skip_bad)
@@ -343,27 +425,27 @@ def plain_problem(question, solution, where, story, history=(), rated=None) -> P
     return Problem(question, solution, extract_answer(solution) or "", 1, story, history, rating)
 
 
-def load_text(name: str | Path = "word", split: str = "train", skip_bad: bool = False) -> list[str]:
+def load_text(name: str | Path = DEFAULT_TASK, split: str = "train", skip_bad: bool = False) -> list[str]:
     """The documents of a split, "train" or "valid", for pretraining. skip_bad: as for `load_problems`.
 
-    "word"             narratives: 20,000 for train, 1,000 for valid; no text is in both
+    a task             its texts: 20,000 for train, 1,000 for valid; no text is in both
     "tinystories"      one story a document
     "gsm8k", "instructions", "ratings", or a path of records (see `read_records`): a problem and its solution a
                        document, in a conversation with what was said before
     "tinyshakespeare"  or a path: one document; the first 90 % of its characters is train, the rest valid
     """
     check_split(split, ("train", "valid"))
-    if name == "word":
-        return narrative_texts(split, 20_000 if split == "train" else 1_000)
+    if task_of(name).text:
+        return task_of(name).text(split, SIZES[split])
     records = Path(str(name).removesuffix(".gz")).suffix in (".jsonl", ".json", ".csv", ".tsv")
-    if name in ("gsm8k", "instructions", "ratings") or records:
+    if name in (*TASKS, "gsm8k", "instructions", "ratings") or records:
         return [
             "\n".join([*(content for _, content in problem.history), problem.question, problem.solution])
             for problem in load_problems(name, split, skip_bad=skip_bad)
         ]
     if name in DATASETS and name not in ("tinyshakespeare", "tinystories"):
-        known = "word, tinystories, tinyshakespeare, gsm8k, instructions, ratings"
-        raise DataError(f"{name} has no text for pretraining: choose {known}, or a path")
+        known = "tinystories, tinyshakespeare, gsm8k, instructions, ratings"
+        raise DataError(f"{name} has no text for pretraining: choose {', '.join(TASKS)}, {known}, or a path")
     path = find(name, split)
     text = read_text(path)
     if name == "tinystories":
@@ -391,19 +473,19 @@ class Pair:
 
 
 def load_pairs(
-    name: str | Path = "word",
+    name: str | Path = DEFAULT_TASK,
     split: str = "train",
     n: int | None = None,
     levels: Sequence[int] = (1, 2),
     seed: int = 0,
-    kinds: Sequence[str] = CORRUPTIONS,
+    kinds: Sequence[str] | None = None,
     skip_bad: bool = False,
 ) -> list[Pair]:
     """The preference pairs of a split, at most n. skip_bad: as for `load_problems`.
 
-    "word"           the problems of `load_problems`, each solution against one corrupted by `corrupt`, the `kinds` in
-                     turn (one that is named twice comes twice as often); 20,000 for train, 1,000 for valid and for
-                     test; `seed` draws the corruptions
+    a task           the problems of `load_problems`, each solution against a corrupted one, the `kinds` (default: all
+                     that the task has) in turn, so that one that is named twice comes twice as often; `seed` draws the
+                     corruptions
     "ultrafeedback"  test is the published test split; of the published train split the prompts whose hash says
                      "valid" are valid and the rest train. Pairs of equal scores have the kind "equal_scores"
     "hh"             Anthropic's helpful-base dialogues (arXiv:2204.05862), split as "ultrafeedback" is
@@ -413,14 +495,18 @@ def load_pairs(
     Pairs that teach nothing (both answers the same, or one empty) are skipped and counted, in one printed line.
     """
     check_split(split)
-    if name == "word":
-        problems = load_problems("word", split, n, levels)
-        if unknown := set(kinds) - set(CORRUPTIONS):
-            raise DataError(f"unknown corruption {min(unknown)!r}: choose from {', '.join(CORRUPTIONS)}")
-        return [word_pair(problem, i // len(levels), split, seed, kinds) for i, problem in enumerate(problems)]
+    if name in TASKS:
+        known = TASKS[name].corruptions
+        if not known:
+            raise DataError(f"task {name} has no corrupted solutions to make pairs of: sample them")
+        kinds = list(known) if kinds is None else kinds
+        if unknown := set(kinds) - set(known):
+            raise DataError(f"unknown corruption {min(unknown)!r}: choose from {', '.join(known)}")
+        problems = load_problems(name, split, n, levels)
+        return [corrupted_pair(problem, i // len(levels), split, seed, kinds) for i, problem in enumerate(problems)]
     published = name in ("ultrafeedback", "hh")
     if name in DATASETS and not published and name != "style":
-        known = "word, ultrafeedback, hh, style"
+        known = ", ".join([*TASKS, "ultrafeedback", "hh", "style"])
         raise DataError(f"{name} has no preference pairs: choose {known}, or the path of a .jsonl")
     path = find(name, split if published and split == "test" else "train")
     pairs, same, empty = [], [], []
@@ -442,14 +528,14 @@ def load_pairs(
     return pairs[:n]
 
 
-def word_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequence[str] = CORRUPTIONS) -> Pair:
-    """The solution of a built-in problem against the corruption whose turn it is, or the next that is possible."""
-    rng = random.Random(f"pair/{seed}/{split}/{problem.question}")
-    asked, others = ([k for k in ks if problem.level > 1 or k != "skipped_step"] for ks in (kinds, CORRUPTIONS))
+def corrupted_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequence[str]) -> Pair:
+    """The solution of a task's problem against the corruption whose turn it is, or the next that is possible."""
+    rng, task = random.Random(f"pair/{seed}/{split}/{problem.question}"), TASKS[problem.task]
+    asked, others = ([k for k in ks if problem.level >= task.corruptions[k]] for ks in (kinds, task.corruptions))
     start = turn % max(1, len(asked))
     for kind in [*asked[start:], *asked[:start], *others]:
         try:
-            return Pair(problem.question, problem.solution, corrupt(problem, kind, rng), kind)
+            return Pair(problem.question, problem.solution, task.corrupt(problem, kind, rng), kind)
         except DataError:  # in this problem every such error would show
             continue
     raise DataError(f"no corruption fits the solution of {problem.question!r}")

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import encode_group, encode_prompt, load_pairs, load_problems, rows_at
+from data import DEFAULT_TASK, TASKS, encode_group, encode_prompt, has_verifier, load_pairs, load_problems, rows_at
 from evaluate import before_and_after, evaluate, is_correct, logged, metric_panels, sampled_kl, wilson
 from generate import generate
 from lora import LoraConfig, add_lora, lora_off, merged
@@ -240,7 +240,7 @@ def add_reference(raw, pairs, pad, dist, autocast, size=64):
 class Config:
     """Fit a policy to preference pairs (DPO)."""
 
-    data: str = "word"
+    data: str = DEFAULT_TASK
     """word (built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or the path of a .jsonl of pairs."""
     skip_bad: bool = False
     """Count and leave out records that cannot be used, instead of stopping at the first."""
@@ -316,10 +316,10 @@ class Config:
         check_positive(self, "max_new_tokens", "eval_problems", "test_problems", "save_every")
         check_rates(self)
         if self.pairs is None:
-            self.pairs = "sampled" if self.data in ("word", "gsm8k") else "offline"
+            self.pairs = "sampled" if has_verifier(self.data) else "offline"
         if self.pairs not in ("sampled", "offline"):
             raise ConfigError(f"--pairs {self.pairs!r} is not known; use sampled or offline")
-        if self.pairs == "sampled" and self.data not in ("word", "gsm8k"):
+        if self.pairs == "sampled" and not has_verifier(self.data):
             raise ConfigError(f"--pairs sampled needs a verifier, which {self.data} has not; use --pairs offline")
         if self.pairs == "sampled" and (self.rollouts < 2 or not 0 < self.temperature < math.inf):
             raise ConfigError("--pairs sampled needs --rollouts of at least 2 and a --temperature above 0")
@@ -329,7 +329,7 @@ class Config:
             raise ConfigError(f"--gamma is the margin of --variant simpo; {self.variant} has none")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"--label_smoothing is {self.label_smoothing}; it must be at least 0 and below 0.5")
-        if self.init is None and self.data != "word":
+        if self.init is None and self.data not in TASKS:
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         one = torch.ones(1)  # ask the function itself whether it knows the variant, now rather than after the set-up
         dpo_loss(*[one] * 4, self.beta, self.variant, self.label_smoothing, chosen_lengths=one, rejected_lengths=one)
@@ -415,7 +415,7 @@ def main(config):
     reference = raw.eval() if config.lora.rank else copy.deepcopy(raw).requires_grad_(False).eval()
     add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     problems = None  # with a verifier: greedy accuracy is measured too
-    if config.data in ("word", "gsm8k"):
+    if has_verifier(config.data):
         most = {"train": config.prompts, "valid": config.eval_problems, "test": config.test_problems}
         problems = {split: load_problems(config.data, split, n, tuple(config.levels)) for split, n in most.items()}
         for split, found in problems.items():

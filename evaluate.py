@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data import Problem, encode_prompt
+from data import Problem, encode_prompt, task_of
 from generate import generate
 from lora import lora_off
-from support.answers import extract_answer, same_answer
+from support.answers import extract_answer, same_answer  # noqa: F401  the usual verifier, offered here
 from support.errors import ConfigError
 from support.shared_prompt import answer_logprobs, moved, pack
 from support.tables import text_table
@@ -22,9 +22,11 @@ from support.tables import text_table
 
 
 def is_correct(text, problem):
-    """The verifier: whether the number after #### is the problem's answer (see `extract_answer`)."""
-    answer = extract_answer(text)
-    return answer is not None and same_answer(answer, problem.answer)
+    """The verifier of the problem's task; the usual one is whether the number after #### is the problem's answer (see
+    `extract_answer`)."""
+    task = task_of(problem.task)
+    answer = task.answer(text)
+    return answer is not None and task.same_answer(answer, problem.answer)
 
 
 def words(text):
@@ -186,9 +188,10 @@ def evaluate_samples(
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
         texts = generate(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
         for row, i in enumerate(chunk):
-            answers = [extract_answer(text) for text in texts[row * n : (row + 1) * n]]
-            solved[i] = sum(same_answer(answer, problems[i].answer) for answer in answers)
-            voted += same_answer(majority(answers), problems[i].answer)
+            task, said = task_of(problems[i].task), texts[row * n : (row + 1) * n]
+            solved[i] = sum(is_correct(text, problems[i]) for text in said)
+            most = majority(map(task.answer, said))
+            voted += most is not None and task.same_answer(most, problems[i].answer)
     *solved, voted = map(int, dist.sum(*solved, voted))
     ks = sorted({1, n} | {2**i for i in range(1, 20) if 2**i < n})
     figures = {f"pass@{k}": sum(pass_at_k(n, correct, k) for correct in solved) / len(problems) for k in ks}

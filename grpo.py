@@ -77,7 +77,7 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import encode_prompt, load_problems
+from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
 from evaluate import (
     before_and_after,
     evaluate,
@@ -276,7 +276,7 @@ def advantages_of(rewards, weights, config):
 class Config(RunConfig):
     """Train a policy with verifiable rewards (GRPO)."""
 
-    data: str = "word"
+    data: str = DEFAULT_TASK
     """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
@@ -356,7 +356,7 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.micro_batch is None:
-            self.micro_batch = 128 if self.data == "word" else 32
+            self.micro_batch = task_of(self.data).micro_batch
         if self.rollouts < 2:
             raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")
         if self.minibatches > self.prompts:
@@ -369,7 +369,7 @@ class Config(RunConfig):
             raise ConfigError(
                 "--kl k1 in the loss has no gradient on average; use --kl_in reward, --kl_unbiased true, or k2 or k3"
             )
-        if self.init is None and self.data != "word":
+        if self.init is None and self.data not in TASKS:
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         objective = OBJECTIVES[self.loss_type]
         self.scale = objective.scale if self.scale is None else self.scale

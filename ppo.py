@@ -55,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import reward_model
-from data import encode_prompt, load_problems, rows_at
+from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, rows_at
 from evaluate import before_and_after, evaluate, is_correct, kl_estimate, logged, metric_panels
 from generate import generate
 from lora import LoraConfig, add_lora, lora_off, merged
@@ -263,7 +263,7 @@ def optimizer_steps(parts, optimizers, rates, scaler, autocast, clip):
 class Config:
     """Train a policy against a reward model (PPO)."""
 
-    data: str = "word"
+    data: str = DEFAULT_TASK
     """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
@@ -381,7 +381,7 @@ class Config:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be from 0 to 1")
-        if self.init is None and self.data != "word":
+        if self.init is None and self.data not in TASKS:
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         if self.init is not None and self.reward_model is None:
             train = f"python reward_model.py --init {self.init}"
@@ -392,6 +392,8 @@ def reward_start(config, init, dist):
     """A reward model for a run that was given none; made once, under runs/start, and reused."""
     settings = {"init": init, "levels": config.levels, "seed": config.seed}
     settings |= {"device": config.device, "dtype": config.dtype}
+    if config.data != DEFAULT_TASK:
+        settings["data"] = config.data
     name = start_name(config.data, config.seed, "reward")
     return made_once(name, "no --reward_model given: training one", reward_model, settings, dist)
 

@@ -59,7 +59,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data import batch_at, load_text
+from data import DEFAULT_TASK, batch_at, load_text, task_of
 from generate import generate
 from moe import balancing_price, load_record, update_biases
 from optim import lr_at, make_optimizers, optimizer_step
@@ -72,7 +72,6 @@ from support.plots import draw_attention, draw_curves, draw_experts
 from support.runs import RUNS, Run, RunConfig, restarted, run_path, saved_run
 from support.sharding import unsharded
 from support.streams import make_streams
-from support.word_problems import narrative_entropy
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -136,7 +135,7 @@ def validate(policy, rows, byte_lengths, dist, autocast):
 class Config(RunConfig):
     """Pretrain a decoder on text."""
 
-    data: str = "word"
+    data: str = DEFAULT_TASK
     """word (built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
     skip_bad: bool = False
     """Where --data holds records (.jsonl, .json, .csv): count and leave out those that cannot be used."""
@@ -264,11 +263,12 @@ def bytes_of_tokens(tokenizer):
 
 
 def known_entropy(data, documents):
-    """Of the built-in stories, in nats per token of these documents, of which each ends with one more: no model can go
-    below it. None of other texts."""
-    if data != "word":
+    """Of a task's generated text, in nats per token of these documents, of which each ends with one more: no model can
+    go below it. None where it is not known."""
+    if task_of(data).entropy is None:
         return None
-    return narrative_entropy()[0] * len(documents) / sum(len(ids) + 1 for ids in documents)
+    nats, _ = task_of(data).entropy()  # per document
+    return nats * len(documents) / sum(len(ids) + 1 for ids in documents)
 
 
 def main(config):

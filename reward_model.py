@@ -55,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pretrain
-from data import Pair, encode_group, load_pairs, load_problems, rows_at
+from data import DEFAULT_TASK, TASKS, Pair, encode_group, load_pairs, load_problems, rows_at, task_of
 from encoder import Encoder, is_encoder, open_encoder
 from evaluate import is_correct, wilson
 from generate import generate
@@ -80,7 +80,6 @@ from support.plots import draw_curves, pyplot
 from support.records import fitting
 from support.runs import RUNS, Interrupt, load_state, made_once, open_run, run_path, save, start_name, stopped
 from support.shared_prompt import SharedKeys, moved, pack
-from support.word_problems import CORRUPTIONS, MEN, PLURAL, THEMES, WOMEN, corrupt
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig, counted_logprobs
 
@@ -353,11 +352,11 @@ def make_pairs(config, policy, tokenizer, dist, autocast):
     levels, pairs = tuple(config.levels), {}
     for split, n in (("train", config.n_pairs), ("valid", config.eval_pairs), ("test", config.test_pairs)):
         pairs[split] = []
-        if config.data != "word" or config.pairs != "sampled":
-            kinds = config.kinds if split == "train" else CORRUPTIONS
+        if config.data not in TASKS or config.pairs != "sampled":
+            kinds = config.kinds if split == "train" else None  # all alike
             pairs[split] += load_pairs(config.data, split, n, levels, config.seed, kinds, config.skip_bad)
-        if config.data == "word" and config.pairs != "corrupted":
-            problems = load_problems("word", split, config.sample_problems if split == "train" else n, levels)
+        if config.data in TASKS and config.pairs != "corrupted":
+            problems = load_problems(config.data, split, config.sample_problems if split == "train" else n, levels)
             groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist, autocast)
             groups = [[row[:3] for row in group] for group in groups]
             # one pair per held-out problem and source, as an interval takes them for independent; that of "all" does so
@@ -416,21 +415,7 @@ def best_of_n(scores, correct, sizes):
     return [float((ordered * [math.comb(k, n - 1) / math.comb(M, n) for k in range(M)]).sum(1).mean()) for n in sizes]
 
 
-def _turn(words):
-    return dict(zip(words, [*words[1:], words[0]], strict=True))
-
-
-def rename(text):
-    """The same story with other names and other things: every name and noun becomes the next one of its list."""
-    table = _turn(MEN) | _turn(WOMEN)
-    for theme in THEMES.values():
-        if len(theme.things) > 1:
-            turned = _turn(theme.things)
-            table |= turned | {PLURAL[a]: PLURAL[b] for a, b in turned.items()}
-    return re.sub(r"[A-Za-z]+", lambda word: table.get(word[0], word[0]), text)
-
-
-def consistency(score, n, seed, levels):
+def consistency(score, n, seed, levels, data=DEFAULT_TASK):
     """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores, NaN where they cannot be had, which is
     left out), with what the answer should be:
 
@@ -439,14 +424,15 @@ def consistency(score, n, seed, levels):
 
     -> {name: figure}, empty if no score can be had.
     """
-    rng, pairs = random.Random(f"consistency/{seed}"), load_pairs("word", "test", n, levels, seed)
+    task, rng = TASKS[data], random.Random(f"consistency/{seed}")
+    pairs, rename, kinds = load_pairs(data, "test", n, levels, seed), task.rename, list(task.corruptions)
     told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
     again = np.array(score([(rename(p.prompt), [rename(p.chosen), rename(p.rejected)]) for p in pairs]))
     fits = ~np.isnan(told + again).any(1)
     told, again, chains = told[fits], again[fits], []
-    for problem in load_problems("word", "test", n, levels):
+    for problem in load_problems(data, "test", n, levels):
         with contextlib.suppress(DataError):
-            wrong = corrupt(problem, rng.choice(CORRUPTIONS[:2]), rng)
+            wrong = task.corrupt(problem, rng.choice(kinds[:2]), rng)
             worse = "\n".join(line for line in wrong.split("\n") if "####" not in line)
             chains.append((problem.question, [problem.solution, wrong, worse]))
     chain = np.array(score(chains))
@@ -478,7 +464,7 @@ def shaping(scores, **features):
 
 def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
     """Best-of-n, what shapes the score, and ties, on samples of the policy for test problems."""
-    problems = load_problems("word", "test", config.best_of_problems, tuple(config.levels))
+    problems = load_problems(config.data, "test", config.best_of_problems, tuple(config.levels))
     groups = sample_answers(policy, speaks, problems, config.best_of, config, "test", dist, autocast)
     # Scored as they were sampled, as PPO does: of broken bytes the text is longer than they were. To a tokenizer of its
     # own only the text can be shown, cut off where the context ends.
@@ -526,19 +512,20 @@ def _none(correct, n):
 class Config:
     """Train a reward model on pairs of answers."""
 
-    data: str = "word"
+    data: str = DEFAULT_TASK
     """word (built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt, chosen, rejected."""
     skip_bad: bool = False
     """Count and leave out records that cannot be used, instead of stopping at the first."""
-    pairs: str = "both"
-    """Of the built-in problems: corrupted solutions, sampled from --init and judged by the verifier, or both."""
+    pairs: str | None = None
+    """Of the built-in problems: corrupted solutions, sampled from --init and judged by the verifier, or both; default
+    both, and sampled for a task that has no corruptions."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
     n_pairs: int | None = None
     """Training pairs at most; default 12,000 corrupted ones, or all real ones."""
-    kinds: list[str] = field(default_factory=lambda: ["wrong_sum"] * 4 + list(CORRUPTIONS[1:]))
-    """Errors of the corrupted training pairs, in turn: one that is named twice comes twice as often, and wrong sums are
-    by far the hardest to see. The held-out pairs have all kinds alike."""
+    kinds: list[str] | None = None
+    """Errors of the corrupted training pairs, in turn: one that is named twice comes twice as often. Default all, and
+    the task's first, which is the hardest to see (a wrong sum), four times. The held-out pairs have all kinds alike."""
     sample_problems: int = 3000
     """Training problems to sample pairs from."""
     samples: int = 8
@@ -613,9 +600,14 @@ class Config:
         for name in ("extra_layers", "best_of_problems"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
-        if unknown := set(self.kinds) - set(CORRUPTIONS):
-            raise ConfigError(f"--kinds holds {min(unknown)!r}; choose some of {', '.join(CORRUPTIONS)}")
-        if self.sampler is not None and self.data != "word":
+        corruptions = list(TASKS.get(self.data, TASKS[DEFAULT_TASK]).corruptions)
+        if self.pairs is None:
+            self.pairs = "both" if corruptions else "sampled"
+        if self.kinds is None:
+            self.kinds = corruptions[:1] * 3 + corruptions
+        if unknown := set(self.kinds) - set(corruptions):
+            raise ConfigError(f"--kinds holds {min(unknown)!r}; choose some of {', '.join(corruptions)}")
+        if self.sampler is not None and self.data not in TASKS:
             raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {self.data}")
         for name, known in (
             ("loss", tuple(LOSSES)),
@@ -632,7 +624,7 @@ class Config:
             raise ConfigError(
                 "--sft_weight needs a decoder: an encoder has seen the word that it would have to predict"
             )
-        if self.n_pairs is None and self.data == "word":
+        if self.n_pairs is None and self.data in TASKS:
             self.n_pairs = 12_000
 
 
@@ -660,13 +652,13 @@ def open_trunk(config, init, dist):
         if config.backbone == "decoder":
             raise ConfigError(f"{path} is an encoder: --backbone encoder")
         trunk, tokenizer, _ = open_encoder(path)
-        if config.sampler is None and config.data == "word" and config.pairs != "corrupted":
+        if config.sampler is None and config.data in TASKS and config.pairs != "corrupted":
             raise ConfigError(f"{path} is an encoder and writes no answers: --sampler RUN, or --pairs corrupted")
     else:
         trunk, tokenizer, _ = open_checkpoint(path)
         if config.sft_weight and not trunk.config.tie_embeddings:
             raise ConfigError(f"{path} has an output matrix of its own, which a reward model drops: --sft_weight 0")
-    if config.data == "word" and (config.sampler is not None or not is_encoder(path)):
+    if config.data in TASKS and (config.sampler is not None or not is_encoder(path)):
         policy, speaks, _ = open_checkpoint(config.sampler or path, dist.device)
     kind = RewardEncoder if config.backbone == "encoder" else RewardModel
     raw = kind.from_policy(trunk, config.dropout, config.seed, config.extra_layers).to(dist.device)
@@ -682,14 +674,14 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     run_path(config)  # what is wrong with --name or --resume is said before anything is made or sampled,
     pairs = None
-    if config.data != "word":  # and so is a wrong name, or a split without a pair
+    if config.data not in TASKS:  # and so is a wrong name, or a split without a pair
         pairs = make_pairs(config, None, None, dist, autocast)
-    init = config.init or (sft_start if config.data == "word" else text_start)(config, dist)
+    init = config.init or (sft_start if config.data in TASKS else text_start)(config, dist)
     raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
     pad, context = tokenizer.endoftext_id, raw.config.context
-    probed = config.data == "word" and config.best_of_problems and policy is not None
+    probed = config.data in TASKS and config.best_of_problems and policy is not None
     if probed:  # the last thing that is done, but whether it can be done is said now
-        some = load_problems("word", "test", max(200, config.best_of_problems), tuple(config.levels))
+        some = load_problems(config.data, "test", max(200, config.best_of_problems), tuple(config.levels))
         answers = [max(config.max_new_tokens, len(encode_answer(tokenizer, p.solution))) for p in some]
         scored = max(len(encode_prompt(tokenizer, p.question)) + n for p, n in zip(some, answers, strict=True))
         written = max(len(encode_prompt(speaks, p.question)) for p in some) + config.max_new_tokens
@@ -718,7 +710,7 @@ def main(config):
         pairs[split], groups[split] = map(list, zip(*both, strict=True))
 
     run_dir = open_run(config, dist)
-    if dist.is_main and not config.resume and config.data == "word" and config.pairs != "corrupted":
+    if dist.is_main and not config.resume and config.data in TASKS and config.pairs != "corrupted":
         Path(f"{kept}.tmp").write_text(json.dumps({split: list(map(asdict, found)) for split, found in made.items()}))
         os.replace(f"{kept}.tmp", kept)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
@@ -820,13 +812,13 @@ def main(config):
     report = {"by_kind": by_kind, "scores": found.tolist()}
     report["calibration"], report["calibration_error"] = calibration(found[:, 0] - found[:, 1])
     report |= text_figures(pairs["test"], groups["test"], found)
-    if config.data == "word":
+    if task_of(config.data).rename and task_of(config.data).corruptions:
 
         def score(texts):
             encoded = [(encode_prompt(tokenizer, p), [encode_answer(tokenizer, a) for a in ys]) for p, ys in texts]
             return score_fitting(raw, encoded, pad, dist, autocast)
 
-        report |= consistency(score, 200, config.seed, tuple(config.levels))
+        report |= consistency(score, 200, config.seed, tuple(config.levels), config.data)
     if probed:
         report |= probe_samples(raw, policy, speaks, tokenizer, config, dist, autocast)
     if dist.is_main:

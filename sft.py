@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from attention import document_mask
-from data import chat, encode_prompt, load_problems, rows_at
+from data import DEFAULT_TASK, chat, encode_prompt, load_problems, rows_at, task_of
 from evaluate import evaluate, evaluate_samples, logged, metric_panels, metric_rows, token_f1
 from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
@@ -162,8 +162,9 @@ def pretrained_start(config, dist):
     """A short pretraining for a run that was given no --init; made once, under runs/start, and reused."""
     run_path(config)  # what is wrong with --name or --resume is said before a start is made
     settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
-    if config.data != "word":  # real text wants more words and longer windows
-        settings |= {"vocab_size": 2048, "model": TransformerConfig(context=512)}
+    settings |= task_of(config.data).pretrain
+    if "model" in settings:
+        settings["model"] = TransformerConfig(**settings["model"])
     if config.skip_bad:
         settings["skip_bad"] = True
     name = start_name(config.data, config.seed, "pretrain")
@@ -180,9 +181,11 @@ def sft_start(config, dist):
     """
     run_path(config)  # as above
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
+    if config.data != DEFAULT_TASK:
+        settings["data"] = config.data
     name = start_name(config.data, config.seed, "sft")
     what = "no --init given: making an SFT checkpoint to start from"
-    return made_once(name, what, sys.modules[__name__], START | settings, dist)
+    return made_once(name, what, sys.modules[__name__], START | task_of(config.data).sft | settings, dist)
 
 
 START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "test_problems": 500}
@@ -192,7 +195,7 @@ START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "t
 class Config(RunConfig):
     """Fine-tune a pretrained decoder on worked solutions."""
 
-    data: str = "word"
+    data: str = DEFAULT_TASK
     """word (built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or .csv of questions and
     answers, conversations (messages), instructions or rated responses."""
     skip_bad: bool = False

@@ -581,7 +581,8 @@ def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int 
     return problems
 
 
-CORRUPTIONS = ("wrong_sum", "skipped_step", "wrong_operator", "missing_answer")
+# The kinds of error, the hardest to see first, each with the fewest steps that a problem needs to have it.
+CORRUPTIONS = {"wrong_sum": 1, "skipped_step": 2, "wrong_operator": 1, "missing_answer": 1}
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)((?: more)?) (\w+)")
 
 
@@ -678,3 +679,17 @@ def narrative_entropy(n: int = 2000, seed: int = 0) -> tuple[float, float]:
     rng = random.Random(f"entropy/{seed}")
     nats = np.array([narrative(rng)[1] for _ in range(n)])
     return float(nats.mean()), float(nats.std(ddof=1) / math.sqrt(n))
+
+
+def _turn(words):
+    return dict(zip(words, [*words[1:], words[0]], strict=True))
+
+
+def rename(text):
+    """The same story with other names and other things: every name and noun becomes the next one of its list."""
+    table = _turn(MEN) | _turn(WOMEN)
+    for theme in THEMES.values():
+        if len(theme.things) > 1:
+            turned = _turn(theme.things)
+            table |= turned | {PLURAL[a]: PLURAL[b] for a, b in turned.items()}
+    return re.sub(r"[A-Za-z]+", lambda word: table.get(word[0], word[0]), text)

@@ -199,7 +199,7 @@ def test_deterministic_distinct_balanced():
     assert len({problem.question for problem in a}) == 4000
     assert [problem.level for problem in a] == [1, 2] * 2000
     assert a[:500] == word_problems("train", 500, (1, 2), seed=3)
-    assert a[7] == Problem(*built_in.word_problem(7, "train", (1, 2), seed=3))
+    assert a[7] == Problem(*built_in.word_problem(7, "train", (1, 2), seed=3), task="word")
     assert a[:50] != word_problems("train", 50, (1, 2), seed=4)
     assert [p.level for p in word_problems("valid", 6, (3, 1))] == [3, 1] * 3
 

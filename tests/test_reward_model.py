@@ -4,6 +4,7 @@ of a run."""
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import reward_model
-from data import Problem, load_problems
+from data import TASKS, Problem, load_problems
 from encoder import Encoder, EncoderConfig
 from reward_model import (
     Config,
@@ -25,7 +26,6 @@ from reward_model import (
     hinge_loss,
     judged_pairs,
     open_reward_model,
-    rename,
     score_groups,
     shaping,
 )
@@ -33,7 +33,7 @@ from support import devices
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.splits import split_of
-from support.word_problems import CORRUPTIONS
+from support.word_problems import CORRUPTIONS, rename
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import Transformer, TransformerConfig, gpt2_config
 
@@ -501,7 +501,8 @@ def test_samples_that_are_never_right_make_no_pairs(here):
 
 def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys, monkeypatch):
     """Renamed solutions may be longer than the right ones: those are left out, and no run breaks off."""
-    monkeypatch.setattr(reward_model, "rename", lambda text: text.replace("####", "Done. ####"))
+    longer = replace(TASKS["word"], rename=lambda text: text.replace("####", "Done. ####"))
+    monkeypatch.setitem(TASKS, "word", longer)
     lengths = []
     for p in load_problems("word", "test", 200, tuple(config().levels)):
         answer = max(48, len(reward_model.encode_answer(tokenizer, p.solution)))

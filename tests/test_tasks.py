@@ -135,7 +135,7 @@ def test_sampled_answers_are_judged_by_their_task(task, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", lambda *_, **__: Rollout)
     problem, dist = Problem("Backwards: abc", "It is: cba", "cba", task="backwards"), devices.setup("cpu")
     found = evaluate_samples(None, Tokenizer, [problem], 4, 8, dist)
-    assert found == {"pass@1": 0.75, "pass@2": 1.0, "pass@4": 1.0, "majority@4": 1.0}
+    assert found == {"pass@1": 0.75, "pass@2": 1.0, "pass@4": 1.0, "majority@4": 1.0, "solved": [3]}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,15 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def here(scratch):
+    """`scratch`, with the text that tests/tiny.py trains on."""
+    from tiny import TEXT  # it imports a stage, which most test files do without
+
+    (scratch / "text.txt").write_text(TEXT)
+    return scratch
+
+
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """--dtype auto is fp32 on every CPU here: what must come out equal is rounded alike, with AMX or without."""

@@ -1,0 +1,228 @@
+"""support/runs.py: what is saved, kept, moved aside and resumed; kills, Ctrl-C, locks."""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_weights, metrics, weights
+from tiny import config, flags
+
+import pretrain
+from pretrain import Config
+from support import devices, log, runs
+from support.errors import ConfigError
+
+
+def test_the_newest_checkpoints_are_kept(here):
+    pretrain.main(config(save_every=1, keep=2))
+    assert sorted(p.name for p in (here / "runs/pretrain").glob("step_*")) == ["step_0000005", "step_0000006"]
+    assert_same_weights("runs/pretrain/last", "runs/pretrain/step_0000006")
+    assert not torch.equal(*(weights(f"runs/pretrain/step_000000{i}")["model.norm.weight"] for i in (5, 6)))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_keeps_the_checkpoint_before(here, monkeypatch, capsys, error):
+    pretrain.main(config(name="three", steps=3))
+    calls, plain = itertools.count(), torch.save
+
+    def full(*args):
+        if next(calls) > 0:
+            Path(args[1]).write_bytes(b"half")
+            raise error
+        plain(*args)
+
+    monkeypatch.setattr(torch, "save", full)
+    pretrain.main(config(save_every=3))
+    said = capsys.readouterr().out
+    assert "runs/pretrain/last could not be written" in said
+    assert str(error) in said
+    assert torch.load("runs/pretrain/last/trainer_state.pt")["step"] == 3
+    assert not list((here / "runs/pretrain").glob("*.tmp"))
+
+
+def start(here, *changes, processes=0):
+    command = [sys.executable, str(ROOT / "pretrain.py")]
+    if processes:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
+        command = [sys.executable, *launch, str(ROOT / "pretrain.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [str(x) for x in (*flags(steps=60, save_every=5, eval_every=30), *changes)]
+    with open(here / "stderr.txt", "w") as said:  # a pipe that nobody reads would fill up and stop the process
+        return subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.DEVNULL, stderr=said)
+
+
+def assert_ends_well(process, here, seconds=240):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    assert process.wait() == 0, (here / "stderr.txt").read_text()[-3000:]
+
+
+def until(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+def test_killed_anywhere_and_resumed(here):
+    """SIGKILL at a random step, and in the middle of writing a checkpoint; KILLS=10 tries more often."""
+    assert_ends_well(start(here, "--name", "whole"), here)
+    run, rng = here / "runs" / "parts", random.Random()
+    for trial in range(int(os.environ.get("KILLS", 2))):
+        shutil.rmtree(run, ignore_errors=True)
+        process = start(here, "--name", "parts")
+        after = rng.randint(6, 50)
+        log = run / "metrics.jsonl"
+        until(lambda: log.exists() and len(log.read_text().splitlines()) > after, process)  # noqa: B023
+        if trial % 2:
+            until((run / "last.tmp").exists, process)
+        process.kill()
+        process.wait()
+        assert_ends_well(start(here, "--name", "parts", "--resume", "true"), here)
+        assert_same_weights("runs/whole/last", "runs/parts/last")
+        assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+
+
+def test_a_killed_worker_is_started_again(here):
+    assert_ends_well(start(here, "--name", "whole", processes=2), here)
+    process, log = start(here, "--name", "parts", processes=2), here / "runs" / "parts" / "metrics.jsonl"
+    until(lambda: log.exists() and len(log.read_text().splitlines()) > 20, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(c) for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert_ends_well(process, here)
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+    assert not (here / "runs" / "parts.1").exists()  # resumed, not begun again
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "warmup", "clip", "seed"])
+def test_rates_below_0_are_refused(name):
+    with pytest.raises(ConfigError, match=f"--{name} is -1"):
+        Config(**{name: -1})
+
+
+def test_ctrl_c_in_the_loop_and_behind_it():
+    """In the loop the first one is only noted; behind it it ends the program, as does one that nobody saw."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before, dist = [signal.getsignal(number) for number in numbers], devices.setup("cpu")
+    try:
+        interrupt = runs.Interrupt(dist)
+        assert not interrupt
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.release()
+        runs.Interrupt(dist).release()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_what_is_said_when_it_stops(capsys):
+    dist = devices.setup("cpu")
+    for name, written, word in [
+        ("mine", True, "saved; add --resume true"),
+        ("mine", False, "but not saved"),
+        ("start/word-seed0-sft", True, "makes this start anew"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            runs.stopped(name, 3, written, dist)
+        assert stop.value.code == 130
+        assert word in capsys.readouterr().out
+
+
+def test_a_restart_adopts_only_a_run_of_its_own_launch(here, monkeypatch, capsys):
+    first = pretrain.main(config(steps=4, save_every=2))
+    assert pretrain.main(config(steps=4, save_every=2, resume=True)) == first  # nothing left to do: the same figures
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    dist = devices.setup("cpu")
+    assert runs.restarted(config(), dist)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert not runs.restarted(config(), dist)
+    (here / "runs/pretrain/launcher").write_text("another")  # though its process may be another: rank 0 can move
+    assert runs.restarted(config(), dist)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not runs.restarted(config(), dist)
+    monkeypatch.setattr(devices.Dist, "sum", lambda self, *values: [v + (i == 0) for i, v in enumerate(values)])
+    assert runs.restarted(config(), dist)  # another node counted a restart
+
+
+def test_an_earlier_run_is_moved_aside(here):
+    pretrain.main(config(steps=1))
+    with pytest.raises(ConfigError, match="the run that --name pretrain would move aside"):
+        pretrain.main(config(steps=2, init="runs/pretrain"))
+    with pytest.raises(ConfigError, match="--tokenizer runs/pretrain/best is the run that --name pretrain would"):
+        pretrain.main(config(steps=2, tokenizer="runs/pretrain/best"))
+    pretrain.main(config(steps=2))
+    assert set(metrics("runs/pretrain.1", "loss")) == {1}
+    assert set(metrics("runs/pretrain", "loss")) == {1, 2}
+
+
+def test_a_run_under_way_is_left_alone(here):
+    """Another process's run is not moved from under its feet, nor written into; once that has ended, it is as any."""
+    pretrain.main(config(steps=1))
+    before = (here / "runs/pretrain/metrics.jsonl").read_bytes()
+    other = os.open("runs/pretrain", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # our own run let go of it when it ended, or this would raise
+    for changes in ({}, {"resume": True, "steps": 2}):
+        with pytest.raises(ConfigError, match=r"runs/pretrain is being written by another process; give .* --name"):
+            pretrain.main(config(steps=1) if not changes else config(**changes))
+    assert (here / "runs/pretrain/metrics.jsonl").read_bytes() == before
+    os.close(other)
+    seen = []
+
+    class Log(log.Log):
+        def __call__(self, step, **record):
+            with contextlib.suppress(BlockingIOError):  # a lock is held while the run is under way
+                fcntl.flock(os.open(self.run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                seen.append(step)
+            super().__call__(step, **record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "Log", Log)
+        pretrain.main(config(steps=1))
+    assert not seen
+    assert (here / "runs/pretrain.1/metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
+    pretrain.main(config())
+    with pytest.raises(ConfigError, match="has done 6 steps already, more than the 2 asked for"):
+        pretrain.main(config(resume=True, steps=2))
+    with pytest.raises(ConfigError, match=r"lr 0\.004 -> 0\.1"):
+        pretrain.main(config(resume=True, lr=0.1))
+    text = (here / "text.txt").read_text()
+    (here / "text.txt").write_text(text.replace("plus", "slup", 1))
+    with pytest.raises(ConfigError, match=r"the text of --data text\.txt has changed"):
+        pretrain.main(config(resume=True))
+    (here / "text.txt").write_text(text)
+    (here / "runs/pretrain/last/trainer_state.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="corrupt"):
+        pretrain.main(config(resume=True))
+
+
+def test_a_run_with_an_option_that_is_gone_resumes_if_it_made_no_difference(here):
+    pretrain.main(config(steps=3))
+    path = here / "runs/pretrain/last/trainer_state.pt"
+    state = torch.load(path)
+    for value in (1e-4, 0.0):
+        torch.save(state | {"config": state["config"] | {"z_loss": value}}, path)
+        if value:
+            with pytest.raises(ConfigError, match=r"made with z_loss 0\.0001, which this version no longer has"):
+                pretrain.main(config(resume=True))
+    pretrain.main(config(resume=True))
+    assert set(metrics("runs/pretrain", "loss")) == {1, 2, 3, 4, 5, 6}

@@ -1,0 +1,91 @@
+"""FSDP: what ranks that share the model compute, save and resume is what one process does."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_weights, metrics, script, weights
+from tiny import MODEL, TEXT, config
+
+import pretrain
+from support import devices
+from support.errors import ConfigError
+from transformer import TransformerConfig
+
+ODD = dict(n_layer=2, n_head=1, width=18, ffn_width=31)  # two ranks do not get as many rows of each matrix
+
+SHARDED = {  # what FSDP is tried with; the mixture is of three experts, balanced by biases that no optimizer sees
+    "adamw": dict(optimizer="adamw", model=ODD),
+    "muon": dict(optimizer="muon", model=ODD),
+    "mixture": dict(recompute=True, bias_rate=0.01, model=ODD | dict(n_expert=3, expert_width=15, balancing="bias")),
+    "bf16": dict(dtype="bf16", optimizer="adamw", model=ODD),
+}
+
+
+def sharded_case(case, **changes):
+    changes = dict(data="longer.txt", dtype="fp32", save_every=2, keep=3, clip=0.5) | SHARDED[case] | changes
+    return config(**changes | dict(model=TransformerConfig(**MODEL | changes["model"])))
+
+
+def run_sharded():
+    """What each of two ranks does: all cases, and the first two again from step 4, with FSDP and without."""
+    pretrain.draw = lambda *args: None  # the pictures are the most of a short run's time
+    dist = devices.setup("cpu")
+    for case in SHARDED:
+        done = sharded_case(case, name=f"{case}/two", micro_batch=3, fsdp=True)  # 4 windows a rank, in two parts
+        pretrain.main(done)
+        for fsdp in (True, False) if case in ("adamw", "muon") else ():
+            if dist.is_main:
+                shutil.copytree(f"runs/{case}/two/step_0000004", f"runs/{case}/two-{fsdp}/last")
+            torch.distributed.barrier()
+            pretrain.main(replace(done, name=f"{case}/two-{fsdp}", fsdp=fsdp, resume=True))
+
+
+def assert_same_checkpoint(one, two, atol):
+    assert_same_weights(one, two, atol=atol, rtol=0)
+    one, two = (torch.load(f"{path}/trainer_state.pt", weights_only=True)["optimizers"] for path in (one, two))
+    torch.testing.assert_close(two, one, atol=atol, rtol=0)  # moments are plain tensors, in the same places
+
+
+def test_sharded_equals_one_process(here, monkeypatch):
+    """FSDP: losses, norms, validation, samples, weights and moments are those of one process with the same batch."""
+    (here / "longer.txt").write_text((TEXT * 2)[:10_700])  # 33 windows to validate: one more pass for rank 0
+    (here / "ranks.py").write_text(
+        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+        "from test_sharding import run_sharded\nrun_sharded()\n"
+    )
+    process = script(here / "ranks.py", cwd=here, processes=2)
+    assert process.returncode == 0, process.stderr
+    monkeypatch.setattr(pretrain, "draw", lambda *args: None)
+    for case in SHARDED:
+        pretrain.main(sharded_case(case, name=f"{case}/one"))
+        near = 0.01 if case == "bf16" else 1e-5  # autocast leaves gains in fp32, FSDP gathers them in bf16
+        for name in ("loss", "grad_norm", "valid_loss"):
+            one, two = (list(metrics(f"runs/{case}/{x}", name).values()) for x in ("one", "two"))
+            assert one == pytest.approx(two, rel=near), (case, name)
+        assert set(metrics(f"runs/{case}/two", "clipped").values()) == {1.0}
+        for step in (2, 4, 6):
+            assert_same_checkpoint(*(f"runs/{case}/{x}/step_000000{step}" for x in ("one", "two")), near)
+        assert all(w.dtype == torch.float32 for w in weights(f"runs/{case}/two/last").values())
+    for case in ("adamw", "muon"):
+        for again in ("two-True", "two-False"):
+            assert set(metrics(f"runs/{case}/{again}", "loss")) == {5, 6}
+            assert_same_checkpoint(f"runs/{case}/one/last", f"runs/{case}/{again}/last", 1e-5)
+        one, two = (Path(f"runs/{case}/{x}/samples.md").read_text() for x in ("one", "two"))
+        assert one == two
+    assert weights("runs/mixture/two/last")["blocks.0.ffn.selection_bias"].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({}, "torchrun"), ({"compile": True}, "--compile do not"), ({"dtype": "fp16"}, "bf16 or fp32")],
+)
+def test_what_sharding_refuses(here, changes, message, monkeypatch):
+    if changes:
+        monkeypatch.setattr(pretrain, "setup", lambda _: devices.Dist(0, 2, torch.device("cpu")))
+        monkeypatch.setattr(pretrain, "restarted", lambda *_: False)  # it would ask the other process
+    with pytest.raises(ConfigError, match=f"^--fsdp.*{message}"):
+        pretrain.main(config(fsdp=True, **changes))
+    assert not (here / "runs").exists()

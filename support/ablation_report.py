@@ -1,0 +1,304 @@
+"""The page and the picture of a controlled experiment: results/NAME.md and results/NAME.png.
+
+Nothing is computed here but the layout. ablate.py hands over what it has measured and its statistics:
+
+    results      {(variant, seed): {metric: number}}
+    means        {variant: {metric: interval}}             an interval has .mean, .half (NaN: it is none), .significant
+    differences  {(a, b): {metric: interval}}              of the variants a − b, paired by seed
+    curves       {metric: {variant: (steps, intervals)}}
+
+A variant's row in the table, its point in a panel and its curve have the order and the colour of the experiment.
+"""
+
+import math
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from support.copy_lines import DISTANCES, MOST_DOTS
+from support.devices import auto_dtype
+from support.plots import pyplot
+
+# What a figure of a finished run is called in the table.
+HEADINGS = {
+    "valid_loss": "validation loss (nats per character)",
+    "inside": "loss, first 128 characters",
+    "outside": "loss, characters 129 to 256",
+    "gradient_ratio": "gradient at block 1 / at the last, as built",
+    "entropy": "attention entropy (nats)",
+    "norm_median": "median norm",
+    "norm_p99": "99th percentile",
+    "clipped_share": "clipped (%)",
+    "spikes": "spikes",
+    "copied_inside": f"letters repeated, up to {MOST_DOTS} dots (%)",
+    "copied_outside": f"beyond {MOST_DOTS} dots (%)",
+    "load_min": "least loaded (x even share)",
+    "load_max": "most loaded",
+    "cache": "cache (numbers per token)",
+    "parameters": "parameters",
+    "accuracy": "accuracy (%)",
+    "pass_at_8": "pass@8 (%)",
+    "sampled": "one sample (%)",
+    "format": "format (%)",
+    "length": "tokens",
+    "kl": "KL to SFT (nats per token)",
+    "earned_correct": "right (%)",
+    "earned_format": "tidy (%)",
+    "earned_brevity": "brief (%)",
+    "collapsed": "groups collapsed (%)",
+    "minutes": "minutes",
+}
+
+# What a logged metric is called at its curve; unit: that of a loss, a character or a token.
+CURVES = {
+    "loss": "training loss (nats per {unit})",
+    "grad_norm": "gradient norm",
+    "load_max": "fullest expert (x even share)",
+    "reward_correct": "share of right rollouts",
+    "reward_format": "share of tidy rollouts",
+    "reward_brevity": "share of brief rollouts",
+    "collapsed_grpo": "share of groups collapsed",
+    "logp_chosen": "log π of chosen answers (nats)",
+    "pair_accuracy": "share of pairs in order",
+    "kl": "KL to the start (nats per token)",
+}
+
+# Figures that are a list, drawn as a curve: heading, label of the x-axis, of the y-axis.
+PROFILES = {
+    "stream_built": ("residual stream as built", "block", "root mean square"),
+    "gradient_built": ("gradient as built", "block", "root mean square"),
+    "stream_trained": ("residual stream as trained", "block", "root mean square"),
+    "by_position": ("loss by position", "sixteenth of the window (dashed: the trained length)", "nats per character"),
+    "copied": ("letters repeated", "dots between (dashed: the most in training)", "%"),
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page.
+
+
+def page(experiment, results, means, differences, seeds, command, commits, picture, text=None):
+    """-> the text of results/NAME.md. commits: those of the runs; picture: the name of its file, which lies beside the
+    page; text: the corpus, where there is one to name."""
+    name = Path(picture).stem
+    held = experiment.held + (f"; text: {text}" if text else "")
+    where = f"{machine()}, commit {', '.join(sorted(set(commits))) or 'unknown'}"
+    lines = [
+        f"# {name}: {experiment.question}",
+        "",
+        f"Held: {held}.",
+        f"Command: `{command}`. {len(seeds)} seeds ({', '.join(map(str, seeds))}); {where}.",
+        "",
+    ]
+    columns = [m for m in experiment.columns if any(m in figures for figures in results.values())]
+    lines += header(columns)
+    for variant in means:
+        lines.append(f"| {variant} | " + " | ".join(plus_minus(means[variant][m]) for m in columns) + " |")
+    lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
+    for (variant, seed), figures in results.items():
+        if "diverged" in figures:
+            lines += [f"Diverged: {variant}, seed {seed}: {figures['diverged']}", ""]
+    if differences and len(seeds) > 1:
+        columns = [m for m in columns if m != "minutes"]  # those depend on what else the machine does
+        lines += [*difference_table(experiment, columns, means, differences), ""]
+    texts = {v: results[v, seeds[0]]["text"] for v in means if "text" in results[v, seeds[0]]}
+    if texts:
+        lines += [f"What they write after a line's end, at temperature 1, seed {seeds[0]}:", ""]
+        lines += [f"* {variant}: `` {' / '.join(text.split(chr(10)))} ``" for variant, text in texts.items()] + [""]
+    lines += [f"![{name}]({picture})", ""]
+    return "\n".join(lines)
+
+
+def header(columns):
+    return ["| | " + " | ".join(HEADINGS[m] for m in columns) + " |", "|---|" + "---:|" * len(columns)]
+
+
+def difference_table(experiment, columns, means, differences):
+    """Its heading and its lines; a row is called by both variants where the experiment names its pairs."""
+    cells = {
+        (a, b): [signed(intervals[m], means[a][m].mean or means[b][m].mean) for m in columns]
+        for (a, b), intervals in differences.items()
+    }
+    base = "" if experiment.pairs else f" to *{next(b for _, b in differences)}*"
+    heading = f"Paired differences{base}, with their 95 % intervals; bold: the interval leaves out 0."
+    if sum("[" in cell for row in cells.values() for cell in row) >= 5:
+        heading += " Not corrected for the number of comparisons: an interval that ends near 0 is a hint."
+    lines = [heading, "", *header(columns)]
+    for (a, b), row in cells.items():
+        lines.append(f"| {f'{a} against {b}' if experiment.pairs else a} | " + " | ".join(row) + " |")
+    return lines
+
+
+def number(x):
+    """A number with enough digits to compare it, no more."""
+    if math.isnan(x):
+        return "–"
+    if abs(x) > 100:
+        return f"{x:,.0f}"
+    if x == 0:
+        return "0"
+    return f"{x:.1f}" if abs(x) >= 20 else f"{x:.3f}" if abs(x) >= 1 else f"{x:.4f}"
+
+
+def plus_minus(interval):
+    """A mean and half its interval, with as many decimals each."""
+    text = number(interval.mean)
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {interval.half:,.{decimals}f}" if interval.half > 0 else text
+
+
+def signed(difference, of):
+    """A difference and its interval, with the decimals that the table gives a number of the size `of`; bold if it is
+    significant."""
+    mean, half = difference
+    if math.isnan(half):
+        return "–"
+    decimals = len(number(of).partition(".")[2])
+    if half == 0:
+        return f"{mean:+,.{decimals}f}"
+    text = f"{mean:+,.{decimals}f} [{mean - half:+,.{decimals}f}, {mean + half:+,.{decimals}f}]"
+    return f"**{text}**" if difference.significant else text
+
+
+def machine():
+    """Cores, processor, torch and precision, for the record."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    cpu = models[0] if models else platform.processor() or "unknown processor"
+    kind = auto_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}, {kind}"
+
+
+def seeds_on(path):
+    """The seeds of the page that is there, none if none is."""
+    match = re.search(r" seeds \(([\d, ]+)\)", path.read_text()) if path.exists() else None
+    return [int(seed) for seed in match[1].split(", ")] if match else []
+
+
+def write_page(path, text):
+    """What a person wrote below "Reading" on the page that is there survives."""
+    kept = path.read_text().split("\n## Reading\n", 1)[1:] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "".join("\n## Reading\n" + words for words in kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The picture.
+
+
+def draw(experiment, results, means, curves, seeds, target):
+    """The panels in their order: a point per variant for the table's first metric and for `bars`; the logged curves;
+    profiles where a probe measured them; `front`; attention maps of the first seed."""
+    plt = pyplot()
+    crowd = len(means) >= 8
+    colors = plt.get_cmap("tab20" if len(means) > 10 else "tab10").colors
+    dashed = [bool(experiment.dashed) and experiment.dashed in variant for variant in means]
+    looks = {v: {"color": colors[i], "linestyle": "--" if dashed[i] else "-"} for i, v in enumerate(means)}
+    metrics = [experiment.columns[0], *experiment.bars]
+    profiles = [name for name in PROFILES if any(name in figures for figures in results.values())]
+    maps = [v for v in means if "attention" in results[v, seeds[0]]] if len(means) <= 6 else []
+
+    panels = len(metrics) + len(curves) + len(profiles) + bool(experiment.front) + len(maps)
+    columns = 2 if panels == 4 else min(3, panels)
+    rows = math.ceil(panels / columns)
+    size = (4.6 * columns, (4.6 if crowd else 3.4) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    panel = iter(axes.flat)
+    for metric in metrics:
+        draw_means(next(panel), HEADINGS[metric], {v: means[v][metric] for v in means}, looks)
+    for metric, of_variants in curves.items():
+        draw_curves(next(panel), CURVES[metric].format(unit=experiment.unit), of_variants, looks, crowd)
+    for name in profiles:
+        lists = {v: [results[v, s][name] for s in seeds if name in results[v, s]] for v in means}
+        draw_profile(next(panel), name, {v: torch.tensor(x).mean(0).tolist() for v, x in lists.items() if x}, looks)
+    if experiment.front:
+        draw_front(next(panel), *experiment.front, results, seeds, looks)
+    for variant in maps:
+        axis = next(panel)
+        axis.imshow(results[variant, seeds[0]]["attention"], vmin=0, vmax=0.5, cmap="Blues")
+        axis.set_title(f"attention, {variant}: mean of all heads", fontsize=10)
+        axis.set(xlabel="key (character)", ylabel="query")
+    for axis in panel:  # places without a panel
+        axis.axis("off")
+
+    labelled = [axis.get_legend_handles_labels() for axis in axes.flat]
+    handles, labels = next((x for x in labelled if x[0]), ([], []))
+    if handles:
+        figure.legend(handles, labels, loc="lower center", ncols=min(4, len(means)), fontsize=9)
+    below = 0.1 + 0.25 * math.ceil(len(means) / 4) if handles else 0.0  # inches for the legend
+    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def draw_means(axis, label, means, looks):
+    """A row per variant: the mean and its interval, cut at what a percentage can be."""
+    for i, (variant, (mean, half)) in enumerate(means.items()):
+        width = None if math.isnan(half) else half
+        axis.errorbar(mean, i, xerr=width, fmt="o", color=looks[variant]["color"], capsize=4)
+    axis.set(yticks=range(len(means)), yticklabels=list(means), xlabel=label)
+    axis.set_title("at the end, mean and 95 % interval of the seeds", fontsize=10)
+    if "(%)" in label:  # an interval of few seeds may leave what is possible
+        left, right = axis.get_xlim()
+        left, right = axis.set_xlim(max(left, -3), min(right, 103))
+        for i, (variant, (mean, half)) in enumerate(means.items()):
+            for edge, marker, cut in ((left, "<", mean - half < left), (right, ">", mean + half > right)):
+                if cut:
+                    axis.plot(edge, i, marker, color=looks[variant]["color"], clip_on=False)
+                    axis.set_xlabel(f"{label}\nan arrow: the interval goes on")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.25)
+
+
+def draw_curves(axis, label, curves, looks, crowd):
+    """A curve per variant with a band of its interval; no bands in a crowd, where they would hide the curves."""
+    for variant, (steps, intervals) in curves.items():
+        axis.plot(steps, [x.mean for x in intervals], label=variant, **looks[variant])
+        if not crowd and not math.isnan(intervals[0].half):
+            low, high = [x.mean - x.half for x in intervals], [x.mean + x.half for x in intervals]
+            axis.fill_between(steps, low, high, color=looks[variant]["color"], alpha=0.15, linewidth=0)
+    if axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
+        axis.set_ylim(bottom=0)  # a band of few seeds may leave what is possible
+    if label.startswith("share"):
+        axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
+    axis.set(title="mean of the seeds" if crowd else label, xlabel="step", ylabel=label)
+    axis.grid(alpha=0.25)
+
+
+def draw_profile(axis, name, profiles, looks):
+    """A curve per variant over blocks, positions or distances: the mean of the seeds."""
+    title, xlabel, ylabel = PROFILES[name]
+    for variant, mean in profiles.items():
+        x = DISTANCES if name == "copied" else range(1, len(mean) + 1)
+        axis.plot(x, mean, marker="o", markersize=3, label=variant, **looks[variant])
+    axis.set_title(f"{title}, mean of the seeds", fontsize=10)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if "dashed" in xlabel:
+        axis.axvline(MOST_DOTS if name == "copied" else 8.5, color="0.4", linestyle="--", linewidth=1)
+    if ylabel == "root mean square":
+        axis.set_yscale("log")
+    axis.grid(alpha=0.25)
+
+
+def draw_front(axis, x, y, results, seeds, looks):
+    """Two metrics against each other, a point per run."""
+    for variant, look in looks.items():
+        points = [(results[variant, s].get(x, math.nan), results[variant, s].get(y, math.nan)) for s in seeds]
+        axis.plot(*zip(*points, strict=True), "o", color=look["color"], label=variant)
+    axis.set(xlabel=HEADINGS[x], ylabel=HEADINGS[y], title="at the end, a point per seed")
+    axis.grid(alpha=0.25)
+
+
+def side_by_side(runs):
+    """runs: (steps, values) of each seed -> steps (points,), values (seeds, points): at most 80, each the mean of
+    neighbours, at the steps that all have. GRPO, say, logs no KL where no group has anything to teach."""
+    values = [dict(zip(*run, strict=True)) for run in runs]  # {step: value}
+    steps = sorted(set.intersection(*map(set, values))) if values else []
+    table = torch.tensor([steps, *([run[step] for step in steps] for run in values)], dtype=torch.double)
+    if steps:
+        width = max(1, len(steps) // 40)
+        table = table.unfold(1, width, width).mean(2)  # (1 + seeds, points)
+    return table[0], table[1:]

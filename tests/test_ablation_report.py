@@ -1,0 +1,143 @@
+"""support/ablation_report.py: what the page and the picture of an experiment show, by hand."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import ablate
+from ablate import Interval, paired_interval, student_interval
+from support import ablation_report
+from support.ablation_report import plus_minus, side_by_side, signed
+from support.log import read_metrics
+
+EXPERIMENT = ablate.Experiment(
+    "Is wider better?", "the rest", {"narrow": (), "wide": ()}, ("valid_loss", "parameters"), ("loss",)
+)
+
+
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    """The variants of these tests are names alone."""
+    monkeypatch.setattr(ablate.Experiment, "unit", "token")
+
+
+def fake(experiment, values):
+    return {
+        (variant, seed): {"valid_loss": x, "parameters": 10}
+        for variant, row in zip(experiment.variants, values, strict=True)
+        for seed, x in enumerate(row)
+    }
+
+
+def page(experiment, results, commits=()):
+    statistics = ablate.compare(experiment, results, [0, 1, 2])
+    return ablation_report.page(experiment, results, *statistics, [0, 1, 2], "x", commits, "width.png")
+
+
+def test_numbers_and_intervals_in_words():
+    assert plus_minus(student_interval([1.0, 2.0, 6.0])) == "3.000 ± 6.573"
+    assert plus_minus(student_interval([0.25])) == "0.2500"  # one seed has no interval
+    assert plus_minus(student_interval([1.0, math.nan, 2.0])) == "–"
+    assert plus_minus(Interval(54.66, 0.0)) == "54.7"
+
+    def difference(a, b):
+        return signed(paired_interval(a, b), student_interval(a).mean or student_interval(b).mean)
+
+    assert difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0]) == "**+0.500 [+0.475, +0.525]**"
+    assert difference([2.0, 1.0, 4.0], [1.0, 2.0, 3.0]) == "+0.333 [-2.535, +3.202]"
+    assert difference([4096.0] * 2, [4000.0] * 2) == "+96"
+    assert difference([0.0] * 3, [0.82, 0.81, 0.83]) == "**-0.8200 [-0.8448, -0.7952]**"  # not "-1"
+    assert difference([1.0, math.nan], [1.0, 2.0]) == "–"
+
+
+def test_the_page_calls_significant_only_what_the_paired_interval_does():
+    # Far apart seeds, but the difference is the same in each: pairing shows what two separate intervals would hide.
+    paired = page(EXPERIMENT, fake(EXPERIMENT, [[1, 2, 3], [1.5, 2.51, 3.49]]))
+    assert paired.startswith("# width: Is wider better?\n\nHeld: the rest.\nCommand: `x`. 3 seeds (0, 1, 2); ")
+    assert "| wide | **+0.500 [+0.475, +0.525]** | +0.000 |" in paired
+    assert "| narrow | 2.000 ± 2.484 | 10.000 |" in paired  # parameters do not differ, so they have no ±
+    noisy = page(EXPERIMENT, fake(EXPERIMENT, [[1, 2, 3], [2, 1, 4]]))
+    assert "| wide | +0.333 [-2.535, +3.202] |" in noisy
+    # Named pairs instead of one baseline, in the direction that their names say.
+    named = replace(EXPERIMENT, pairs=(("narrow", "wide"),))
+    results = fake(EXPERIMENT, [[1, 2, 3], [1.5, 2.51, 3.49]])
+    text = page(named, results)
+    assert "| narrow against wide | **-0.500 [-0.525, -0.475]** | +0.000 |" in text
+    assert not any(word in text for word in ("to *narrow*", "write"))
+    results["wide", 0]["text"], results["wide", 1]["text"] = "a\nb", "another seed's"
+    text = page(named, results)
+    assert "seed 0:\n\n* wide: `` a / b ``\n\n!" in text
+
+
+def test_a_run_that_diverged_stands_on_the_page(tmp_path):
+    three = replace(EXPERIMENT, variants=dict.fromkeys(["narrow", "wide", "hot"], ()))
+    results = fake(three, [[1, 2, 3], [2, 1, 4], [5, 6, 7]]) | {("hot", 0): {"diverged": "at step 3"}}
+    text = page(three, results, ["abc", "abc"])
+    assert "Diverged: hot, seed 0: at step 3" in text
+    assert "| hot | – |" in text
+    assert "commit abc." in text
+    means, _ = ablate.compare(three, results, [0, 1, 2])
+    ablation_report.draw(three, results, means, {"loss": {}}, [0, 1, 2], tmp_path / "width.png")
+    assert (tmp_path / "width.png").stat().st_size > 5000
+
+
+def test_the_page_says_that_many_comparisons_are_not_corrected():
+    note = "leaves out 0. Not corrected for the number of comparisons: an interval that ends near 0 is a hint."
+    for n, corrected in ((5, True), (6, False)):  # paired with the first: 4 and 5 intervals; parameters have none
+        many = replace(EXPERIMENT, variants=dict.fromkeys(map(str, range(n)), ()))
+        text = page(many, fake(many, [[i, 2, 3 - i] for i in range(n)]))
+        assert "leaves out 0." in text
+        assert (note in text) is not corrected
+        assert ("Not corrected" in text) is not corrected
+
+
+def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(ablation_report.pyplot(), "close", kept.append)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 9.0 - i}) + "\n" for i in (1, 2, 3)))
+
+    def panels(*variants):
+        experiment = ablate.Experiment(
+            "?", "", dict.fromkeys(variants), ("accuracy",), ("loss", "kl"), dashed="no warm-up"
+        )
+        results = {
+            (v, s): {"accuracy": (8.6, 71.4, 72.2)[s] if v == "post" else 50 + s, "by_position": [2.0] * 16}
+            for v in variants
+            for s in range(3)
+        }
+        logs = dict.fromkeys(results, read_metrics(tmp_path))
+        curves = {metric: ablate.mean_curves(logs, variants, [0, 1, 2], metric) for metric in experiment.curves}
+        means, _ = ablate.compare(experiment, results, [0, 1, 2])
+        ablation_report.draw(experiment, results, means, curves, [0, 1, 2], tmp_path / "picture.png")
+        return kept[-1].axes
+
+    bars, curves, never, positions = panels("post", "post, no warm-up")[:4]
+    assert not never.lines  # what no run has logged
+    arrows = [(line.get_marker(), *line.get_ydata()) for line in bars.lines if line.get_marker() in ("<", ">")]
+    assert arrows == [("<", 0), (">", 0)]  # 50.7 ± 90.7; not 51 ± 2.5
+    assert bars.get_xlabel() == "accuracy (%)\nan arrow: the interval goes on"
+    assert [line.get_linestyle() for line in curves.lines] == ["-", "--"]
+    assert curves.get_ylabel() == "training loss (nats per token)"
+    assert [line.get_linestyle() for line in positions.lines] == ["-", "--", "--"]
+    assert list(positions.lines[-1].get_xdata()) == [8.5, 8.5]  # between the 8th and the 9th of 16
+    assert len(curves.collections) == 2  # bands
+    bars, curves, *_ = panels(*map(str, range(8)))
+    assert bars.get_xlabel() == "accuracy (%)"
+    assert not curves.collections
+    assert len(curves.lines) == 8
+
+
+def test_curves_of_seeds_that_lack_steps():
+    """By step, not by place: the third KL of a run that has none at step 100 is that of step 150."""
+    whole, holed = ([1, 50, 100, 150], [0.0, 1.0, 2.0, 3.0]), ([1, 50, 150, 150], [4.0, 5.0, 6.0, 7.0])
+    steps, values = side_by_side([whole, holed])
+    assert steps.tolist() == [1, 50, 150]
+    assert values.tolist() == [[0, 1, 3], [4, 5, 7]]  # of a step logged twice, before and after a resume, the last
+    assert [x.numel() for x in side_by_side([whole, ([2], [0.0])])] == [0, 0]
+    assert [x.numel() for x in side_by_side([])] == [0, 0]
+    many = list(range(100)), [float(i % 2) for i in range(100)]
+    steps, values = side_by_side([many, many])
+    assert steps.tolist() == [0.5 + 2 * i for i in range(50)]
+    assert values.tolist() == [[0.5] * 50] * 2

@@ -1,8 +1,8 @@
 """Controlled experiments: change one factor, hold the rest, several seeds, one table and one picture.
 
-A run of training is one draw from a distribution: another seed gives other weights to start from, another order of the
-data, another result. Two variants compared by a run each may differ by their seeds alone. So each variant runs with the
-same n seeds, and what is reported is an interval (arXiv:2304.01315 on why few seeds mislead). For n numbers x
+One training run is one draw from a distribution: another seed gives other weights to start from, another order of the
+data, another result. Two variants with a run each may differ by their seeds alone. So every variant runs with the same
+n seeds, and what is reported is an interval (arXiv:2304.01315 on why few seeds mislead). Of n numbers:
 
     mean ± half     half = t(0.975, n − 1) · s / √n          s standard deviation over the seeds, with n − 1
 
@@ -587,11 +587,8 @@ def main(config):
     # 4. report
     command = f"python ablate.py {name}" + (" --quick true" if config.quick else "")
     command += f" --seeds '{seeds}'" if seeds != [0, 1, 2] and not config.quick else ""
-    text = (
-        probes.corpus()
-        if any(flags.get("data") is probes.corpus for _, flags in experiment.variants.values())
-        else None
-    )
+    reads_corpus = any(flags.get("data") is probes.corpus for _, flags in experiment.variants.values())
+    text = probes.corpus() if reads_corpus else None
     commits = {result["commit"] for result in saved.values()}
     picture = target.with_suffix(".png")
     written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text)

@@ -25,7 +25,7 @@ without training. In pseudo-code:
     for variant in variants, for seed in seeds:                   in processes of their own, --jobs side by side
         figures[variant, seed] = stage(flags of the variant, seed), evaluated, and what the probe measures
     means       = {variant: student_interval(figures of its seeds)}
-    differences = {(a, b): paired_interval(figures of a, figures of b)}
+    differences = {(a, b): paired_difference(figures of a, figures of b)}
     results/NAME.md, results/NAME.png
 
 Each run ends in runs/ablate/NAME/VARIANT-seedS/result.json, beside the commit and all settings, defaults included. One
@@ -100,21 +100,29 @@ def student_interval(values):
     return Interval(statistics.mean(values), half)
 
 
-def paired_interval(a, b):
+def paired_difference(a, b):
     """a, b: n numbers each, in the order of the seeds -> the interval of a − b."""
     return student_interval([x - y for x, y in zip(a, b, strict=True)])
 
 
-def compare(experiment, results, seeds):
-    """{(variant, seed): figures} -> means {variant: {metric: interval}}, differences {(a, b): {metric: interval}}."""
+def means_of(experiment, results, seeds):
+    """{(variant, seed): figures} -> {variant: {metric: the interval of its mean}}."""
+    values = {v: by_seed(results, v, seeds, experiment.columns) for v in experiment.variants}
+    return {v: {metric: student_interval(x) for metric, x in of_metric.items()} for v, of_metric in values.items()}
 
-    def values(variant, metric):
-        return [results[variant, seed].get(metric, math.nan) for seed in seeds]
 
-    columns = experiment.columns
-    means = {v: {m: student_interval(values(v, m)) for m in columns} for v in experiment.variants}
-    pairs = experiment.compared()
-    return means, {(a, b): {m: paired_interval(values(a, m), values(b, m)) for m in columns} for a, b in pairs}
+def differences_of(experiment, results, seeds):
+    """{(variant, seed): figures} -> {(a, b): {metric: the interval of a − b}} of the variants that are compared."""
+    values = {v: by_seed(results, v, seeds, experiment.columns) for v in experiment.variants}
+    return {
+        (a, b): {metric: paired_difference(values[a][metric], values[b][metric]) for metric in experiment.columns}
+        for a, b in experiment.compared()
+    }
+
+
+def by_seed(results, variant, seeds, metrics):
+    """{metric: its values, one per seed}, NaN where there is none."""
+    return {metric: [results[variant, seed].get(metric, math.nan) for seed in seeds] for metric in metrics}
 
 
 def mean_curves(logs, variants, seeds, metric):
@@ -132,11 +140,11 @@ def mean_curves(logs, variants, seeds, metric):
 def demo():
     """Three seeds of two variants: b is above a in each by about as much, which only pairing shows."""
     a, b = [1.0, 2.0, 3.0], [1.5, 2.51, 3.49]
-    of_a, of_b, of_difference = student_interval(a), student_interval(b), paired_interval(b, a)
+    of_a, of_b, of_difference = student_interval(a), student_interval(b), paired_difference(b, a)
     assert abs(of_a.half - 4.303 * 1 / 3**0.5) < 1e-9  # the deviations are −1, 0, 1, so s = 1
     assert of_a.mean + of_a.half > of_b.mean  # b's mean lies inside a's interval
     assert of_difference.significant
-    assert not paired_interval([2.51, 3.49, 1.5], a).significant  # the same numbers, but not paired by seed
+    assert not paired_difference([2.51, 3.49, 1.5], a).significant  # the same numbers, but not paired by seed
     print(
         f"""seed       0      1      2     mean ± half, half = 4.303 s / √3
 a       1.00   2.00   3.00     {of_a.mean:.2f} ± {of_a.half:.2f}
@@ -580,7 +588,7 @@ def main(config):
     # 3. compare
     saved = {key: read_result(folder) for key, folder in folders.items()}
     results = {key: result["figures"] for key, result in saved.items()}
-    means, differences = compare(experiment, results, seeds)
+    means, differences = means_of(experiment, results, seeds), differences_of(experiment, results, seeds)
     logs = {key: read_metrics(folder / "run") for key, folder in folders.items()} if experiment.curves else {}
     curves = {metric: mean_curves(logs, experiment.variants, seeds, metric) for metric in experiment.curves}
 

@@ -22,8 +22,7 @@ import torch
 import sft
 from attention import attention_entropy, attention_weights
 from data import encode_prompt, find, load_problems, load_text
-from dpo import kl_to_reference
-from evaluate import evaluate, evaluate_samples
+from evaluate import evaluate, evaluate_samples, sampled_kl
 from generate import generate
 from grpo import tidy
 from support.checkpoints import open_checkpoint
@@ -202,7 +201,7 @@ def held_out(folder, figures, settings):
         "sampled": 100 * sampled["pass@1"],
         "format": 100 * statistics.mean(tidy(texts, problems, ended)),
         "length": greedy["length"],
-        "kl": kl_to_reference(policy, start, tokenizer, prompts, NEW_TOKENS, dist),
+        "kl": sampled_kl(policy, start, tokenizer, prompts, NEW_TOKENS, dist),
     }
 
 

@@ -37,10 +37,10 @@ def test_the_interval_by_hand():
     assert math.isnan(ablate.student_interval([1.0]).half)
     for bad in (math.nan, math.inf):
         assert all(map(math.isnan, ablate.student_interval([1.0, bad, 2.0])))
-    paired = ablate.paired_interval([1.5, 2.51, 3.49], [1.0, 2.0, 3.0])
+    paired = ablate.paired_difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0])
     assert paired == pytest.approx((0.5, 4.303 * 0.01 / math.sqrt(3)))
     assert paired.significant
-    assert ablate.paired_interval([1.0, 2.0, 3.0], [1.5, 2.51, 3.49]).mean == -paired.mean
+    assert ablate.paired_difference([1.0, 2.0, 3.0], [1.5, 2.51, 3.49]).mean == -paired.mean
     assert ablate.Interval(-1.0, 0.5).significant
     assert not ablate.Interval(0.5, 0.5).significant  # 0 is its end
     assert not ablate.Interval(0.5, math.nan).significant
@@ -49,13 +49,15 @@ def test_the_interval_by_hand():
 def test_what_is_compared_with_what():
     results = {(v, s): {"a": i + s, "b": 1.0} for i, v in enumerate("xyz") for s in (0, 1)} | {("z", 1): {"b": 1.0}}
     plain = ablate.Experiment("?", "", dict.fromkeys("xyz"), ("a", "b"), ())
-    means, differences = ablate.compare(plain, results, [0, 1])
+    means = ablate.means_of(plain, results, [0, 1])
     assert means["x"]["a"].mean == 0.5
     assert math.isnan(means["z"]["a"].mean)  # one of its seeds has no such figure
+    differences = ablate.differences_of(plain, results, [0, 1])
     assert list(differences) == [("y", "x"), ("z", "x")]
     assert differences["y", "x"] == {"a": (1.0, 0.0), "b": (0.0, 0.0)}
-    assert list(ablate.compare(replace(plain, against="y"), results, [0, 1])[1]) == [("x", "y"), ("z", "y")]
-    assert list(ablate.compare(replace(plain, pairs=(("z", "y"),)), results, [0, 1])[1]) == [("z", "y")]
+    against, pairs = replace(plain, against="y"), replace(plain, pairs=(("z", "y"),))
+    assert list(ablate.differences_of(against, results, [0, 1])) == [("x", "y"), ("z", "y")]
+    assert list(ablate.differences_of(pairs, results, [0, 1])) == [("z", "y")]
 
 
 def test_a_curve_is_the_mean_of_the_seeds_at_the_steps_that_all_have():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import ablate
-from ablate import Interval, paired_interval, student_interval
+from ablate import Interval, paired_difference, student_interval
 from support import ablation_report
 from support.ablation_report import plus_minus, side_by_side, signed
 from support.log import read_metrics
@@ -32,8 +32,8 @@ def fake(experiment, values):
 
 
 def page(experiment, results, commits=()):
-    statistics = ablate.compare(experiment, results, [0, 1, 2])
-    return ablation_report.page(experiment, results, *statistics, [0, 1, 2], "x", commits, "width.png")
+    means, differences = (f(experiment, results, [0, 1, 2]) for f in (ablate.means_of, ablate.differences_of))
+    return ablation_report.page(experiment, results, means, differences, [0, 1, 2], "x", commits, "width.png")
 
 
 def test_numbers_and_intervals_in_words():
@@ -43,7 +43,7 @@ def test_numbers_and_intervals_in_words():
     assert plus_minus(Interval(54.66, 0.0)) == "54.7"
 
     def difference(a, b):
-        return signed(paired_interval(a, b), student_interval(a).mean or student_interval(b).mean)
+        return signed(paired_difference(a, b), student_interval(a).mean or student_interval(b).mean)
 
     assert difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0]) == "**+0.500 [+0.475, +0.525]**"
     assert difference([2.0, 1.0, 4.0], [1.0, 2.0, 3.0]) == "+0.333 [-2.535, +3.202]"
@@ -52,7 +52,7 @@ def test_numbers_and_intervals_in_words():
     assert difference([1.0, math.nan], [1.0, 2.0]) == "–"
 
 
-def test_the_page_calls_significant_only_what_the_paired_interval_does():
+def test_the_page_calls_significant_only_what_the_paired_difference_does():
     # Far apart seeds, but the difference is the same in each: pairing shows what two separate intervals would hide.
     paired = page(EXPERIMENT, fake(EXPERIMENT, [[1, 2, 3], [1.5, 2.51, 3.49]]))
     assert paired.startswith("# width: Is wider better?\n\nHeld: the rest.\nCommand: `x`. 3 seeds (0, 1, 2); ")
@@ -78,7 +78,7 @@ def test_a_run_that_diverged_stands_on_the_page(tmp_path):
     assert "Diverged: hot, seed 0: at step 3" in text
     assert "| hot | – |" in text
     assert "commit abc." in text
-    means, _ = ablate.compare(three, results, [0, 1, 2])
+    means = ablate.means_of(three, results, [0, 1, 2])
     ablation_report.draw(three, results, means, {"loss": {}}, [0, 1, 2], tmp_path / "width.png")
     assert (tmp_path / "width.png").stat().st_size > 5000
 
@@ -109,7 +109,7 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_p
         }
         logs = dict.fromkeys(results, read_metrics(tmp_path))
         curves = {metric: ablate.mean_curves(logs, variants, [0, 1, 2], metric) for metric in experiment.curves}
-        means, _ = ablate.compare(experiment, results, [0, 1, 2])
+        means = ablate.means_of(experiment, results, [0, 1, 2])
         ablation_report.draw(experiment, results, means, curves, [0, 1, 2], tmp_path / "picture.png")
         return kept[-1].axes
 

@@ -213,7 +213,12 @@ def draw(experiment, results, means, curves, seeds, target):
         draw_curves(next(panel), CURVES[metric].format(unit=experiment.unit), of_variants, looks, crowd)
     for name in profiles:
         lists = {v: [results[v, s][name] for s in seeds if name in results[v, s]] for v in means}
-        draw_profile(next(panel), name, {v: torch.tensor(x).mean(0).tolist() for v, x in lists.items() if x}, looks)
+        draw_profile(
+            next(panel),
+            name,
+            {v: torch.tensor(x, dtype=torch.double).mean(0).tolist() for v, x in lists.items() if x},
+            looks,
+        )
     if experiment.front:
         draw_front(next(panel), *experiment.front, results, seeds, looks)
     for variant in maps:

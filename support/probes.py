@@ -21,7 +21,7 @@ import torch
 
 import sft
 from attention import attention_entropy, attention_weights
-from data import encode_prompt, find, load_problems, load_text
+from data import DEFAULT_TASK, encode_prompt, find, load_problems, load_text
 from evaluate import evaluate, evaluate_samples, sampled_kl
 from generate import generate
 from grpo import tidy
@@ -45,7 +45,7 @@ def corpus():
         find("tinyshakespeare")
         return "tinyshakespeare"
     except DataError:
-        return "word"
+        return DEFAULT_TASK
 
 
 def validation_text():
@@ -176,7 +176,7 @@ def measure_start(config):
     """The figures that a stage returns after training, of a start: "accuracy", "low", "high", "f1", …, "path"."""
     dist = setup()
     policy, tokenizer, path = open_checkpoint(start_of(config.seed, config.start), dist.device)
-    problems = load_problems("word", "test", config.test_problems, (1, 2))
+    problems = load_problems(DEFAULT_TASK, "test", config.test_problems, (1, 2))
     return evaluate(policy, tokenizer, problems, NEW_TOKENS, dist) | {"path": str(path)}
 
 
@@ -189,7 +189,7 @@ def start_of(seed, kind="sft"):
 def held_out(folder, figures, settings):
     """A policy on 200 of the held-out problems: pass@8 at temperature 1, the share of answers in the right format and
     their length (greedy), and the KL to the SFT checkpoint of the seed, per token of its own samples."""
-    problems, dist = load_problems("word", "test", 200, (1, 2)), setup()
+    problems, dist = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup()
     policy, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
     start = open_checkpoint(start_of(settings["config"]["seed"]), dist.device)[0]
     greedy = evaluate(policy, tokenizer, problems, NEW_TOKENS, dist)

@@ -38,19 +38,14 @@ Run it:
 """
 
 import contextlib
-import json
 import math
-import os
 import re
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -64,6 +59,7 @@ from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.cli import check_positive, check_rates, run
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError, DivergedError
+from support.hf_bert import is_encoder, load_encoder, save_encoder
 from support.log import Log
 from support.plots import draw_curves
 from support.runs import Interrupt, load_state, open_run, run_path, save, saved_run, stopped
@@ -127,6 +123,8 @@ class ExactFeedForward(FeedForward):
 
 
 class Encoder(nn.Module):
+    config_class = EncoderConfig
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config.resolved()
@@ -199,47 +197,12 @@ class Encoder(nn.Module):
 
     def save_pretrained(self, path):
         """Write config.json and model.safetensors: in BERT's layout if the config is BERT's, else in our own."""
-        path, c = Path(path), self.config
-        path.mkdir(parents=True, exist_ok=True)
-        kind = "bert" if is_bert(c) else OWN
-        names = bert_names(c) if kind == "bert" else {}
-        state = {names.get(k, k): v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        config = bert_to_hf(c) if kind == "bert" else {"model_type": OWN, **asdict(c)}
-        config["dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
-        save_file(state, path / "model.safetensors.tmp", metadata={"format": "pt"})
-        (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(path / f"{name}.tmp", path / name)
+        save_encoder(self, path)
 
     @classmethod
     def from_pretrained(cls, path, dropout=0.0):
         """Open a directory in BERT's layout, where missing heads start anew, or our own; in fp32. CheckpointError."""
-        path = Path(path)
-        kind, config = read_config(path)
-        try:
-            tensors = load_file(path / "model.safetensors")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} has no model.safetensors; is it a checkpoint directory?") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path / 'model.safetensors'} is corrupt or unreadable: {error}") from None
-        if kind == "bert":
-            tensors = bert_to_ours(tensors, config)
-        with torch.random.fork_rng(devices=[]):  # opening a file must not move the caller's random numbers
-            torch.manual_seed(0)  # new heads are the same on every rank
-            model = cls(replace(config, dropout=dropout))
-        own = model.state_dict()
-        heads = ("classifier.", "pooler.", "transform", "token_bias") if kind == "bert" else ()
-        for name in sorted(own.keys() | tensors.keys()):
-            if name not in own:
-                raise CheckpointError(f"{path}: the weights hold {name!r}, which its config.json does not explain")
-            if name not in tensors:
-                if not name.startswith(heads):
-                    raise CheckpointError(f"{path}: the weights lack {name!r}, which its config.json asks for")
-            elif own[name].shape != tensors[name].shape:
-                want, got = tuple(own[name].shape), tuple(tensors[name].shape)
-                raise CheckpointError(f"{path}: {name} has shape {got}, its config.json asks for {want}")
-        model.load_state_dict(own | tensors)
-        return model
+        return load_encoder(cls, path, dropout)
 
     @classmethod
     def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
@@ -261,112 +224,6 @@ def mean_pool(x, real=None):
     return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# BERT's layout.
-
-OWN = "attention_to_alignment_encoder"
-BERT = {
-    "embed": "embeddings.word_embeddings",
-    "learned": "embeddings.position_embeddings",
-    "types": "embeddings.token_type_embeddings",
-    "embed_norm": "embeddings.LayerNorm",
-    "blocks.{}.attn.wq": "encoder.layer.{}.attention.self.query",
-    "blocks.{}.attn.wk": "encoder.layer.{}.attention.self.key",
-    "blocks.{}.attn.wv": "encoder.layer.{}.attention.self.value",
-    "blocks.{}.attn.wo": "encoder.layer.{}.attention.output.dense",
-    "blocks.{}.norm1": "encoder.layer.{}.attention.output.LayerNorm",
-    "blocks.{}.ffn.up": "encoder.layer.{}.intermediate.dense",
-    "blocks.{}.ffn.down": "encoder.layer.{}.output.dense",
-    "blocks.{}.norm2": "encoder.layer.{}.output.LayerNorm",
-    "pooler": "pooler.dense",
-}
-BERT_HEADS = {
-    "transform": "cls.predictions.transform.dense",
-    "transform_norm": "cls.predictions.transform.LayerNorm",
-    "classifier": "mean_classifier",  # BERT's own "classifier" reads the pooler: not this one
-}
-BERT_FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-BERT_SIZES = {
-    "vocab_size": "vocab_size",
-    "context": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "width": "hidden_size",
-    "ffn_width": "intermediate_size",
-    "norm_eps": "layer_norm_eps",
-    "n_type": "type_vocab_size",
-}
-
-
-def is_bert(config):
-    """Whether transformers' BertModel computes exactly what this config does."""
-    sizes = {name: getattr(config, name) for name in (*BERT_SIZES, "n_class", "dropout")}
-    return config.n_type > 0 and config.resolved() == bert_config(**sizes).resolved()
-
-
-def bert_names(config):
-    """Our tensor name -> BERT's, for every tensor of the config."""
-    pairs = {ours: f"bert.{theirs}" for ours, theirs in BERT.items()} | BERT_HEADS
-    names = {"token_bias": "cls.predictions.bias"}
-    for ours, theirs in pairs.items():
-        for i in range(config.n_layer) if "{}" in ours else [""]:
-            for kind in ("weight", "bias"):
-                names[f"{ours.format(i)}.{kind}"] = f"{theirs.format(i)}.{kind}"
-    return names
-
-
-WORDS = "bert.embeddings.word_embeddings.weight"
-
-
-def bert_to_ours(tensors, config):
-    """BERT's tensors under our names; those that mean nothing here are left out."""
-    names = {theirs: ours for ours, theirs in bert_names(config).items()}
-    bare = not any(name.startswith("bert.") for name in tensors)  # BertModel alone is saved without the prefix
-    state = {}
-    for name, tensor in tensors.items():
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if bare and not name.startswith(("cls.", "mean_classifier.")):
-            name = f"bert.{name}"
-        words = tensors.get(WORDS, tensors.get(WORDS.removeprefix("bert.")))
-        if name.endswith("decoder.weight") and (words is None or not torch.equal(tensor, words)):
-            raise CheckpointError(f"{name} is not the embedding, though here the two are tied")
-        # a tied copy, a bookkeeping buffer, the next-sentence head, a classifier that reads the pooler
-        useless = name.startswith(("bert.classifier.", "classifier.")) or "seq_relationship" in name
-        if not useless and not name.endswith(("decoder.weight", "decoder.bias", "position_ids")):
-            state[names.get(name, name)] = tensor.float()
-    return state
-
-
-def bert_to_hf(config):
-    hf = {theirs: getattr(config, ours) for ours, theirs in BERT_SIZES.items()}
-    head = {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
-    return head | hf | BERT_FIXED | {"num_labels": config.n_class, "tie_word_embeddings": True}
-
-
-def read_config(path):
-    """-> (layout, EncoderConfig). Raises CheckpointError."""
-    file = Path(path) / "config.json"
-    try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-        kind = hf["model_type"]
-        if kind == OWN:
-            known = {f.name for f in fields(EncoderConfig)}
-            return kind, EncoderConfig(**{k: v for k, v in hf.items() if k in known})
-        if kind != "bert":
-            raise CheckpointError(f"model_type {kind!r} is no encoder that is known here, only bert and {OWN}")
-        for name, value in BERT_FIXED.items():
-            if hf.get(name, value) != value:
-                raise CheckpointError(f"{name} = {hf[name]!r} is not supported, only {value!r}")
-        sizes = {ours: hf[theirs] for ours, theirs in BERT_SIZES.items()}
-        return kind, bert_config(**sizes, n_class=hf.get("num_labels") or len(hf.get("id2label", "01")))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no config.json; a checkpoint is a directory that holds one") from None
-    except KeyError as missing:
-        raise CheckpointError(f"{file} lacks {missing}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # wrong types, and our own CheckpointError
-        raise CheckpointError(f"{file}: {error}") from None
-
-
 def open_encoder(path, device="cpu", dropout=0.0):
     """-> (model in fp32, tokenizer, directory), from a checkpoint or a run directory. Raises CheckpointError."""
     path = resolve_checkpoint(path)
@@ -374,14 +231,6 @@ def open_encoder(path, device="cpu", dropout=0.0):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(f"{path}: {tokenizer.vocab_size} tokens, but {model.config.vocab_size} embeddings")
     return model.to(device), tokenizer, path
-
-
-def is_encoder(path):
-    """Whether a directory holds an encoder's checkpoint, ours or BERT's."""
-    try:
-        return json.loads((Path(path) / "config.json").read_text())["model_type"] in (OWN, "bert")
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # whoever opens it says what is wrong
 
 
 def open_start(init, model):

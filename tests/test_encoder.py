@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,14 @@ from encoder import (
 )
 from support.devices import Dist
 from support.errors import CheckpointError, ConfigError
+from support.hf import to_layout
+from support.hf_bert import BERT, OWN, is_bert
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 TINY = dict(vocab_size=61, context=20, n_layer=3, n_head=4, n_kv_head=2, width=24)
-BERT = TINY | dict(n_kv_head=4, ffn_width=40)
+BERT_SIZES = TINY | dict(n_kv_head=4, ffn_width=40)
 
 
 def shaken(model, seed=1):
@@ -96,12 +99,11 @@ def test_states_logits_pool_and_gradients_are_berts(bert):
     theirs.zero_grad()
     (logits[real] * up).sum().backward()
     (out.prediction_logits[real] * up).sum().backward()
-    names = encoder.bert_names(ours.config)
     their_grads = {name: p.grad for name, p in theirs.named_parameters()}
     compared = 0
-    for name, p in ours.named_parameters():
-        if not name.startswith(("pooler", "classifier")):
-            torch.testing.assert_close(p.grad, their_grads[names[name]], atol=1e-3, rtol=1e-4, msg=name)
+    for name, p in to_layout(dict(ours.named_parameters()), BERT.names).items():
+        if not name.startswith(("bert.pooler", "mean_classifier")):
+            torch.testing.assert_close(p.grad, their_grads[name], atol=1e-3, rtol=1e-4, msg=name)
             compared += 1
     assert compared == 5 + 16 * 3 + 5
 
@@ -116,9 +118,10 @@ def test_saved_again_the_weights_are_byte_equal_and_bert_opens_them(bert, tmp_pa
     assert set(after) - set(before) == {"mean_classifier.weight", "mean_classifier.bias"}
     assert all(torch.equal(after[n], before[n]) for n in before.keys() & after.keys())
     tokens, real, types = rows()
-    again = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval().double()
     logits = again(tokens, attention_mask=real.long(), token_type_ids=types).logits
-    torch.testing.assert_close(ours.eval().token_logits(ours.hidden(tokens, real, types))[real], logits[real])
+    double = Encoder.from_pretrained(path).eval().double()  # so that nothing but the formulas could differ
+    torch.testing.assert_close(double.token_logits(double.hidden(tokens, real, types))[real], logits[real])
     assert torch.equal(Encoder.from_pretrained(tmp_path).classifier.weight, ours.classifier.weight)
 
 
@@ -150,6 +153,33 @@ def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
     pooled = {"classifier.weight": torch.full((2, 24), 7.0), "classifier.bias": torch.full((2,), 3.0)}
     save_file(tensors | pooled, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
     assert Encoder.from_pretrained(tmp_path / "old").classifier.weight.abs().max() < 7  # reads the pooler: not ours
+
+
+def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
+    """A field, even at a value that changes nothing, or a tensor."""
+    assert sorted([*BERT.keys, *BERT.means, *BERT.no_matter]) == sorted(f.name for f in fields(EncoderConfig))
+    assert is_bert(bert_config())
+    assert not is_bert(bert_config(n_kv_head=4))
+    assert not is_bert(bert_config(positions="sinusoidal"))
+
+    @dataclass
+    class GatedConfig(EncoderConfig):
+        gate: bool = False
+
+    class Gated(Encoder):
+        config_class = GatedConfig
+
+    model = Encoder(bert_config(**BERT_SIZES))
+    gated = Gated(GatedConfig(**asdict(model.config)))
+    model.blocks[1].attn.gate = torch.nn.Linear(24, 24)
+    for name, ours in (("tensor", model), ("field", gated)):
+        ours.save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == OWN
+    assert Gated.from_pretrained(tmp_path / "field").config == gated.config
+    with pytest.raises(CheckpointError, match=r"gate = False is no field of EncoderConfig$"):
+        Encoder.from_pretrained(tmp_path / "field")
+    with pytest.raises(CheckpointError, match=r"hold 'blocks\.1\.attn\.gate\.bias'"):
+        Encoder.from_pretrained(tmp_path / "tensor")
 
 
 def test_bad_checkpoints_are_one_line(bert, tmp_path):
@@ -259,7 +289,7 @@ def test_every_parameter_of_the_objective_gets_a_gradient():
 
 
 def test_saved_and_opened_it_is_the_same(tmp_path):
-    for i, model in enumerate([tiny(n_class=3), shaken(Encoder(bert_config(**BERT))), tiny(n_type=2)]):
+    for i, model in enumerate([tiny(n_class=3), shaken(Encoder(bert_config(**BERT_SIZES))), tiny(n_type=2)]):
         model.save_pretrained(tmp_path / str(i))
         again = Encoder.from_pretrained(tmp_path / str(i)).eval()
         assert again.config == model.config

@@ -65,7 +65,7 @@ from support.lora_files import load_lora_state, lora_state
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import Interrupt, load_state, open_run, run_path, save, stopped
-from support.shared_prompt import answer_logprobs, moved, pack
+from support.shared_prompt import pack, shared_answer_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objective, as pure functions of u and v.
@@ -204,13 +204,13 @@ def sample_pairs(raw, tokenizer, problems, config, dist, seed, most):
 
 def batch_of(pairs, pad, device):
     """Pairs -> what `pack` gives, on the device, and the answers' lengths (b, 2)."""
-    packed = moved(pack([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad), device)
-    return packed, packed[-1].view(-1, 2)
+    packed = pack([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad).to(device)
+    return packed, packed.lengths.view(-1, 2)
 
 
 def pair_logprobs(model, packed):
     """log π of the chosen and of the rejected answers, summed over their tokens: (b,), (b,)."""
-    return answer_logprobs(model, packed).sum(1).view(-1, 2).unbind(1)
+    return shared_answer_logprobs(model, packed).sum(1).view(-1, 2).unbind(1)
 
 
 @torch.no_grad()

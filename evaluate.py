@@ -14,7 +14,7 @@ from generate import generate
 from lora import lora_off
 from support.answers import extract_answer, same_answer  # noqa: F401  the usual verifier, offered here
 from support.errors import ConfigError
-from support.shared_prompt import answer_logprobs, moved, pack
+from support.shared_prompt import pack, shared_answer_logprobs
 from support.tables import text_table
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -236,10 +236,10 @@ def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed
         chunk, drawn = mine[i : i + batch], uniforms[i : i + batch]
         rollout = generate(policy, chunk, max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=drawn)
         answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
-        packed = moved(pack(chunk, answers, tokenizer.endoftext_id), dist.device)
+        packed = pack(chunk, answers, tokenizer.endoftext_id).to(dist.device)
         with lora_off(policy):
-            ref_logprobs = answer_logprobs(reference, packed)  # (b, T), 0 after an answer's end, as are the policy's
-        log_r = ref_logprobs - answer_logprobs(policy, packed)
+            ref_logprobs = shared_answer_logprobs(reference, packed)  # (b, T), 0 after an answer's end
+        log_r = ref_logprobs - shared_answer_logprobs(policy, packed)
         total += (log_r.exp() - log_r - 1).sum().item()  # k3
         n_tokens += rollout.mask.sum().item()
     total, n_tokens = dist.sum(total, n_tokens)

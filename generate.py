@@ -225,7 +225,7 @@ def _generate(model, prompts, uniforms, n, stop_ids, on_tokens, how, static):
         if "seen" in how:
             how["seen"][torch.arange(len(token), device=device), token] = True
         # Copying the survivors costs about a step, recording a graph for them about four: wait until it pays. Finished
-        # rows fill them up to a multiple of 4, for every new number of rows costs something too: see sft.whole_eights.
+        # rows fill them up to a multiple of 4, for every new number of rows costs something too: see round_up_to_8.
         few = -(-left // 4) * 4
         if few <= (0.75 if step is dynamic else 0.5) * len(live):
             stay = live.argsort(descending=True, stable=True)[:few]

@@ -105,7 +105,7 @@ from support.records import fitting
 from support.rewards import load_reward, score
 from support.rollouts import Sampler, cut, minibatches_of, show_samples
 from support.runs import Run, RunConfig
-from support.shared_prompt import answer_logprobs
+from support.shared_prompt import shared_answer_logprobs
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -409,7 +409,8 @@ def reference_logprobs(reference, policy, pieces, batch, config, autocast):
     with lora_off(policy), autocast():
         for piece in pieces:
             T = piece.mask.shape[1]
-            out[piece.rows, :T] = answer_logprobs(reference, piece.packed, config.temperature)[:, :T].float()
+            logprobs = shared_answer_logprobs(reference, piece.packed, config.temperature)
+            out[piece.rows, :T] = logprobs[:, :T].float()
     return out
 
 
@@ -534,7 +535,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                 # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():
-                        logprobs = answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
+                        logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
                     old = batch.rollout.logprobs[rows, :T]
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]
                     counts = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}

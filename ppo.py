@@ -71,7 +71,7 @@ from support.lora_files import load_lora_state, lora_state
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import Interrupt, load_state, made_once, open_run, save, start_name, stopped
-from support.shared_prompt import SharedKeys, answer_logprobs, in_order, moved, pack
+from support.shared_prompt import pack, shared_answer_logprobs
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -219,21 +219,16 @@ class ActorCritic(nn.Module):
         return list((self.critic or self.head).parameters())
 
     def forward(self, packed, temperature=1.0):
-        """What `sft.pack` made -> log-probabilities and values, (k, T) each, 0 behind an answer's end."""
-        tokens, positions, real, parts, _ = packed
-        prompts, for_critic, logprobs, values = SharedKeys(), SharedKeys(), [], []
-        self.policy(tokens, positions, real, prompts, last_only=True)
-        if self.critic is not None:
-            self.critic(tokens, positions, real, for_critic, last_only=True)
-        for _, owners, x, at, y, visible in parts:
-            how = {"targets": y, "temperature": temperature, "with_states": True}
-            found, states = self.policy(x, at, visible, prompts.of(owners), **how)  # (b, T), (b, T, C)
-            logprobs.append(found)
+        """What `pack` made -> log-probabilities and values, (k, T) each, 0 after an answer's end."""
+        logprobs, values = [], []
+        options = {"temperature": temperature, "with_states": True}
+        for found, states in packed.outputs(self.policy, lambda part: options | {"targets": part.targets}):
+            logprobs.append(found)  # (b, T)
             if self.critic is None:
                 values.append(self.head(states).squeeze(-1))  # (b, T)
-            else:
-                values.append(self.critic(x, at, visible, for_critic.of(owners)).squeeze(-1))
-        return in_order(logprobs, packed), in_order(values, packed).float()
+        if self.critic is not None:
+            values = [scores.squeeze(-1) for scores in packed.outputs(self.critic)]  # (b, T) each
+        return packed.in_order(logprobs), packed.in_order(values).float()
 
 
 def optimizer_steps(parts, optimizers, rates, scaler, autocast, clip):
@@ -572,10 +567,10 @@ def main(config):
                 for piece in pieces:
                     rows = torch.tensor([g * R + r for g in piece for r in range(R)], device=dist.device)
                     packed = pack([prompts[g] for g in piece], [groups[g][1] for g in piece], pad)
-                    t, packed = packed[-1].max().item(), moved(packed, dist.device)
+                    t, packed = packed.lengths.max().item(), packed.to(dist.device)
                     values[rows, :t] = raw(packed, config.temperature)[1][:, :t]
                     with lora_off(reference):
-                        found = answer_logprobs(reference, packed, config.temperature)
+                        found = shared_answer_logprobs(reference, packed, config.temperature)
                     ref_logprobs[rows, :t] = found[:, :t].float()
                     micro_batches.append((rows, packed, t))
                 minibatches.append((micro_batches, real))

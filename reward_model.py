@@ -39,12 +39,14 @@ import contextlib
 import json
 import math
 import os
-import random
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,9 +64,10 @@ from generate import generate
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import collate, sft_start
 from support.checkpoints import open_checkpoint, resolve_checkpoint
-from support.cli import check_positive, check_rates, run
+from support.checks import Amount, Count, Part, Whole
+from support.cli import run_script
 from support.devices import precision, setup
-from support.errors import CheckpointError, ConfigError, DataError, DivergedError
+from support.errors import CheckpointError, ConfigError
 from support.hf import (
     LAYOUTS,
     fill,
@@ -75,11 +78,10 @@ from support.hf import (
     to_hf_config,
     to_layout,
 )
-from support.log import Log
-from support.plots import draw_curves, pyplot
 from support.records import fitting
-from support.runs import RUNS, Interrupt, load_state, made_once, open_run, run_path, save, start_name, stopped
-from support.shared_prompt import SharedKeys, moved, pack
+from support.reward_report import consistency, finish, sample_figures, text_figures
+from support.runs import RUNS, Run, RunConfig, made_once, run_path, start_name
+from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig, counted_logprobs
 
@@ -104,7 +106,16 @@ def hinge_loss(chosen, rejected, margin=1.0, *, centre=0.0, n_pairs=None):
     return _reduce((margin - (chosen - rejected)).clamp(min=0), chosen, rejected, centre, n_pairs)
 
 
-LOSSES = {"bradley_terry": bradley_terry_loss, "hinge": hinge_loss}
+@dataclass(frozen=True)
+class Loss:
+    """(chosen, rejected, margin, *, centre, n_pairs) -> (loss, metrics), the margin that it goes with, and its unit."""
+
+    of: Callable
+    margin: float = 0.0
+    unit: str = "per pair"
+
+
+LOSSES = {"bradley_terry": Loss(bradley_terry_loss, unit="nats per pair"), "hinge": Loss(hinge_loss, margin=1.0)}
 
 
 def _reduce(per_pair, chosen, rejected, centre, n_pairs):
@@ -158,33 +169,32 @@ class RewardModel(Transformer):
         return model
 
     @staticmethod
-    def pack(groups, pad):
-        """[(prompt ids, lists of answer ids), …] -> what `sft.pack` gives, each answer with one token more: it packs
-        what predicts an answer, and the last token, where the score stands, predicts nothing."""
+    def pack(groups, pad, device="cpu"):
+        """[(prompt ids, lists of answer ids), …] -> PackedAnswers on the device, each answer with one token more: it
+        packs what predicts an answer, and the last token, where the score stands, predicts nothing."""
         answers = [[[*answer, pad] for answer in group] for _, group in groups]
-        return pack([prompt for prompt, _ in groups], answers, pad)
+        return pack([prompt for prompt, _ in groups], answers, pad).to(device)
 
     @staticmethod
     def read(model, packed, words=False):
         """-> the score of each answer, (k,). With `words`, of groups of R answers each, also the mean log π of the
         tokens of each group's first answer, (n,). `model` may be wrapped in DDP."""
-        tokens, positions, real, parts, lengths = packed
-        prompts, found, logprobs = SharedKeys(), [], []
-        model(tokens, positions, real, prompts, last_only=True)
-        for rows, owners, x, at, y, visible in parts:
-            how, ends = {}, lengths[rows] - 1  # (b,) where the last tokens stand
-            if words:
-                first = rows % (len(lengths) // len(tokens)) == 0  # (b,)
-                spoken = torch.arange(x.shape[1], device=x.device) < ends[:, None]  # (b, T)
-                how = {"targets": y, "counted": spoken & first[:, None]}
-            out = model(x, at, visible, prompts.of(owners), **how)
+        n, k = len(packed.tokens), len(packed.lengths)
+
+        def first_answers(part):  # of the last token, added in `pack`, no log π is asked for
+            spoken = torch.arange(part.tokens.shape[1], device=part.rows.device) < packed.lengths[part.rows, None] - 1
+            first = part.rows % (k // n) == 0  # (b,)
+            return {"targets": part.targets, "counted": spoken & first[:, None]}  # (b, T) each
+
+        scores, logprobs = [], []
+        for part, out in zip(packed.parts, packed.outputs(model, first_answers if words else None), strict=True):
+            end = packed.lengths[part.rows, None] - 1  # (b, 1) where the last tokens stand
             if words:
                 out, logs = out
-                logprobs.append(logs.sum(1) / ends)  # (b,), 0 where it is not the first
-            found.append(out.squeeze(-1).gather(1, ends[:, None]))  # (b, 1)
-        order = torch.cat([part[0] for part in parts]).argsort()
-        found = torch.cat(found).squeeze(1)[order].float()
-        return (found, torch.cat(logprobs)[order].view(len(tokens), -1)[:, 0]) if words else found
+                logprobs.append(logs.sum(1, keepdim=True) / end)  # (b, 1), 0 where it is not the first
+            scores.append(out.squeeze(-1).gather(1, end))  # (b, 1)
+        scores = packed.in_order(scores).squeeze(1).float()  # (k,)
+        return (scores, packed.in_order(logprobs).view(n, -1)[:, 0]) if words else scores
 
     def save_pretrained(self, path):
         """As transformers' …ForSequenceClassification with num_labels 1 saves it: the trunk, and `score.weight`."""
@@ -242,10 +252,10 @@ class RewardEncoder(Encoder):
         return cls.from_trunk(policy, dropout, seed, n_class=1, n_layer=policy.config.n_layer + extra)
 
     @staticmethod
-    def pack(groups, pad):
-        """-> tokens, real (k, T). Nothing can be shared: the prompt's states depend on the answer behind it."""
+    def pack(groups, pad, device="cpu"):
+        """-> tokens, real (k, T). Nothing can be shared: the prompt's states depend on the answer after it."""
         rows = [[*prompt, *answer] for prompt, answers in groups for answer in answers]
-        padded = collate([(row, [True] * len(row)) for row in rows], pad)
+        padded = collate([(row, [True] * len(row)) for row in rows], pad).to(device)
         return padded.tokens, padded.mask
 
     @staticmethod
@@ -278,32 +288,23 @@ def score_groups(model, groups, pad, device, autocast, tokens=16_384):
         while pieces and (room := room - size[batch[-1]]) >= size[pieces[-1]]:
             batch.append(pieces.pop())
         with autocast():
-            values = model.read(model, moved(model.pack([row[piece] for piece in batch], pad), device)).tolist()
+            values = model.read(model, model.pack([row[piece] for piece in batch], pad, device)).tolist()
         for g, k in batch:
             n = len(row[g, k][1])
             found[g][k : k + n], values = values[:n], values[n:]
     return found
 
 
-def share(dist, items, work):
-    """work(the items of this rank) -> one result per item; every rank gets all of them, in the items' order."""
-    mine = work(items[dist.rank :: dist.world])
-    if dist.world == 1:
-        return mine
-    everyone = [None] * dist.world
-    distributed.all_gather_object(everyone, mine)
-    return [everyone[i % dist.world][i // dist.world] for i in range(len(items))]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Pairs.
 
 
-def encode_prompt(tokenizer, prompt):
+def ids_of_prompt(tokenizer, prompt):
+    """The ids of a question, up to where its answer begins."""
     return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
 
 
-def encode_answer(tokenizer, answer):
+def ids_of_answer(tokenizer, answer):
     """The ids of an answer and its end, as a policy would have sampled them."""
     return [*tokenizer.encode(answer), tokenizer.im_end_id]
 
@@ -322,7 +323,7 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast
             mine, desc=f"sampling {split} answers", unit="batch", leave=False, disable=not dist.is_main
         ):
             generator = torch.Generator().manual_seed((config.seed * 3 + salt) * 1_000_003 + i)
-            prompts = [encode_prompt(tokenizer, p.question) for p in chunk]
+            prompts = [ids_of_prompt(tokenizer, p.question) for p in chunk]
             how = {"stop_ids": tokenizer.stop_ids, "generator": generator}
             with autocast():
                 rollout = generate(policy, prompts, config.max_new_tokens, n, **how)
@@ -333,7 +334,7 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast
             out.append([rows[k * n : k * n + n] for k in range(len(chunk))])
         return out
 
-    return [group for chunk in share(dist, chunks, work) for group in chunk]
+    return [group for chunk in dist.deal(chunks, work) for group in chunk]
 
 
 def judged_pairs(problems, groups, most):
@@ -371,7 +372,7 @@ def make_pairs(config, policy, tokenizer, dist, autocast):
 
 def rank_pairs(model, groups, pairs, pad, dist, autocast):
     """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
-    found = share(dist, groups, lambda mine: score_groups(model, mine, pad, dist.device, autocast))
+    found = dist.deal(groups, lambda mine: score_groups(model, mine, pad, dist.device, autocast))
     found = np.array(found)  # (n, 2)
     right = (found[:, 0] > found[:, 1]) + 0.5 * (found[:, 0] == found[:, 1])  # a tie is half right, as a coin would be
     by_kind = {}
@@ -390,7 +391,7 @@ def score_fitting(model, groups, pad, dist, autocast):
     if len(kept) < len(groups) and dist.is_main:
         n = f"{len(groups) - len(kept)} of {len(groups)}"
         print(f"{n} prompts of the report are, with their answers, longer than {context} tokens: left out")
-    found = iter(share(dist, kept, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
+    found = iter(dist.deal(kept, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
     return [next(found) if fit else [math.nan] * len(group[1]) for group, fit in zip(groups, fits, strict=True)]
 
 
@@ -415,51 +416,10 @@ def best_of_n(scores, correct, sizes):
     return [float((ordered * [math.comb(k, n - 1) / math.comb(M, n) for k in range(M)]).sum(1).mean()) for n in sizes]
 
 
-def consistency(score, n, seed, levels, data=DEFAULT_TASK):
-    """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores, NaN where they cannot be had, which is
-    left out), with what the answer should be:
-
-    renamed   the share of pairs whose order new names and items leave alone (1), and the scores' correlation (1)
-    right_above_one_error, one_error_above_two     the shares in which right > one error > that and no answer (1 each)
-
-    -> {name: figure}, empty if no score can be had.
-    """
-    task, rng = TASKS[data], random.Random(f"consistency/{seed}")
-    pairs, rename, kinds = load_pairs(data, "test", n, levels, seed), task.rename, list(task.corruptions)
-    told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
-    again = np.array(score([(rename(p.prompt), [rename(p.chosen), rename(p.rejected)]) for p in pairs]))
-    fits = ~np.isnan(told + again).any(1)
-    told, again, chains = told[fits], again[fits], []
-    for problem in load_problems(data, "test", n, levels):
-        with contextlib.suppress(DataError):
-            wrong = task.corrupt(problem, rng.choice(kinds[:2]), rng)
-            worse = "\n".join(line for line in wrong.split("\n") if "####" not in line)
-            chains.append((problem.question, [problem.solution, wrong, worse]))
-    chain = np.array(score(chains))
-    chain = chain[~np.isnan(chain).any(1)]
-    if not len(told) or not len(chain):
-        return {}
-    return {
-        "renamed_same_order": float(((told[:, 0] > told[:, 1]) == (again[:, 0] > again[:, 1])).mean()),
-        "renamed_correlation": float(np.corrcoef(told.flatten(), again.flatten())[0, 1]),
-        "right_above_one_error": float((chain[:, 0] > chain[:, 1]).mean()),
-        "one_error_above_two": float((chain[:, 1] > chain[:, 2]).mean()),
-    }
-
-
-def shaping(scores, **features):
-    """scores (N, M) of M answers to each of N prompts; features (N, M) each -> {name: correlation with the score
-    within a prompt}: what moves the score among answers to one question."""
-
-    def centred(x):
-        return (x - x.mean(1, keepdims=True)).flatten()
-
-    y, out = centred(scores), {}
-    for name, x in features.items():
-        x = centred(np.asarray(x, dtype=float))
-        norm = np.linalg.norm(x) * np.linalg.norm(y)
-        out[name] = float(x @ y / norm) if norm > 0 else math.nan
-    return out
+def score_texts(model, tokenizer, groups, dist, autocast):
+    """[(prompt, [answers]), …] in words -> lists of scores, NaN where they do not fit the context."""
+    encoded = [(ids_of_prompt(tokenizer, p), [ids_of_answer(tokenizer, a) for a in answers]) for p, answers in groups]
+    return score_fitting(model, encoded, tokenizer.endoftext_id, dist, autocast)
 
 
 def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
@@ -469,39 +429,21 @@ def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
     # Scored as they were sampled, as PPO does: of broken bytes the text is longer than they were. To a tokenizer of its
     # own only the text can be shown, cut off where the context ends.
     known = speaks.fingerprint == tokenizer.fingerprint and policy.config.vocab_size <= model.config.vocab_size
-    encoded, cut = [], 0
+    encoded, n_cut = [], 0
     for problem, group in zip(problems, groups, strict=True):
-        prompt = encode_prompt(tokenizer, problem.question)
-        answers = [ids if known else encode_answer(tokenizer, text) for text, _, _, ids in group]
+        prompt = ids_of_prompt(tokenizer, problem.question)
+        answers = [ids if known else ids_of_answer(tokenizer, text) for text, _, _, ids in group]
         room = model.config.context - len(prompt)
-        cut += sum(len(answer) > room for answer in answers)
+        n_cut += sum(len(answer) > room for answer in answers)
         encoded.append((prompt, [answer[:room] for answer in answers]))
-    if cut and dist.is_main:
-        print(f"{cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
+    if n_cut and dist.is_main:
+        print(f"{n_cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
     pad = tokenizer.endoftext_id
-    values = np.array(share(dist, encoded, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
+    scores = np.array(dist.deal(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast)))  # (N, M)
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
-    length = [[len(answer) for answer in answers] for _, answers in encoded]
-    tidy = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, *_ in group] for group in groups]
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.best_of]
-    ties = [
-        values[g][rows].std()
-        for g, group in enumerate(groups)
-        if len(rows := list({text: k for k, (text, right, *_) in enumerate(group) if right}.values())) > 1
-    ]
-    return {
-        "best_of": dict(zip(map(str, sizes), best_of_n(values, correct, sizes), strict=True)),
-        "best_possible": {str(n): 1 - float(np.mean([_none(row, n) for row in correct])) for n in sizes},
-        "shaping": shaping(values, correct=correct, length=length, tidy=tidy),
-        "spread_of_right_answers": float(np.mean(ties)) if ties else math.nan,
-        "spread_of_all_answers": float(values.std(1).mean()),
-    }
-
-
-def _none(correct, n):
-    """The probability that none of n answers drawn from these is right."""
-    M, c = len(correct), int(sum(correct))
-    return math.comb(M - c, n) / math.comb(M, n)
+    figures = sample_figures(scores, groups, [answers for _, answers in encoded], sizes)
+    return {"best_of": dict(zip(map(str, sizes), best_of_n(scores, correct, sizes), strict=True))} | figures
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -509,46 +451,44 @@ def _none(correct, n):
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Train a reward model on pairs of answers."""
 
     data: str = DEFAULT_TASK
     """word (built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt, chosen, rejected."""
     skip_bad: bool = False
     """Count and leave out records that cannot be used, instead of stopping at the first."""
-    pairs: str | None = None
+    pairs: Literal["corrupted", "sampled", "both"] | None = None
     """Of the built-in problems: corrupted solutions, sampled from --init and judged by the verifier, or both; default
     both, and sampled for a task that has no corruptions."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
-    n_pairs: int | None = None
+    n_pairs: Count | None = None
     """Training pairs at most; default 12,000 corrupted ones, or all real ones."""
     kinds: list[str] | None = None
     """Errors of the corrupted training pairs, in turn: one that is named twice comes twice as often. Default all, and
     the task's first, which is the hardest to see (a wrong sum), four times. The held-out pairs have all kinds alike."""
-    sample_problems: int = 3000
+    sample_problems: Count = 3000
     """Training problems to sample pairs from."""
-    samples: int = 8
+    samples: Count = 8
     """Answers sampled for each."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest sampled answer."""
     init: str | None = None
     """SFT checkpoint: the trunk to start from, and the sampler; default: made once under runs/start."""
-    backbone: str = "decoder"
+    backbone: Literal["decoder", "encoder"] = "decoder"
     """decoder (score at the last token), or encoder (bidirectional; --init may be of either kind)."""
-    extra_layers: int = 2
+    extra_layers: Whole = 2
     """New blocks on top of those of --init."""
     sampler: str | None = None
     """SFT checkpoint whose samples are judged; default: --init."""
     name: str = "reward_model"
-    """Run directory below runs/."""
-    steps: int = 600
-    """Optimizer steps."""
-    batch: int = 64
+    steps: Count = 600
+    batch: Count = 64
     """Pairs per optimizer step, over all ranks."""
-    micro_batch: int = 32
+    micro_batch: Count = 32
     """Pairs per forward pass of one rank; smaller accumulates gradients and saves memory."""
-    loss: str = "bradley_terry"
+    loss: Literal[tuple(LOSSES)] = "bradley_terry"
     """bradley_terry or hinge."""
     margin: float | None = None
     """By how much the better answer has to win; default 0, and 1 for the hinge."""
@@ -556,50 +496,20 @@ class Config:
     """Weight of the squared sum of the two scores."""
     sft_weight: float | None = None
     """Weight of the chosen answers' own loss per token, as in SFT; default 1, and 0 for an encoder, which cannot."""
-    optimizer: str = "muon"
-    """adamw, or muon for the matrices of the blocks."""
-    lr: float = 2e-3
-    """Peak learning rate."""
-    warmup: int = 10
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.01
-    """Decoupled, on matrices only."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
-    dropout: float = 0.0
+    weight_decay: Amount = 0.01
+    dropout: Part = 0.0
     """Dropout while training."""
-    eval_every: int = 50
-    """Steps between evaluations on the validation split."""
-    eval_pairs: int = 200
+    eval_pairs: Count = 200
     """Validation pairs (and problems to sample from)."""
-    test_pairs: int = 500
+    test_pairs: Count = 500
     """Held-out pairs of the last evaluation."""
-    best_of: int = 64
+    best_of: Count = 64
     """Samples per problem of the best-of-n curve."""
-    best_of_problems: int = 100
+    best_of_problems: Whole = 100
     """Problems of the report on samples: best of n, what moves the score; 0 leaves it out."""
-    save_every: int = 100
-    """Steps between checkpoints of last/."""
-    seed: int = 0
-    """Of the head, the data order, the samples and the dropout."""
-    resume: bool = False
-    """Continue runs/NAME/last as if it had never stopped."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    dtype: str = "auto"
-    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
-    wandb: str | None = None
-    """Weights & Biases project to log to as well."""
 
     def __post_init__(self):
-        check_positive(self, "steps", "batch", "micro_batch", "eval_every", "eval_pairs", "test_pairs", "save_every")
-        check_positive(self, "samples", "sample_problems", "best_of", "max_new_tokens")
-        check_rates(self)
-        if self.n_pairs is not None:
-            check_positive(self, "n_pairs")
-        for name in ("extra_layers", "best_of_problems"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
+        super().__post_init__()
         corruptions = list(TASKS.get(self.data, TASKS[DEFAULT_TASK]).corruptions)
         if self.pairs is None:
             self.pairs = "both" if corruptions else "sampled"
@@ -609,15 +519,8 @@ class Config:
             raise ConfigError(f"--kinds holds {min(unknown)!r}; choose some of {', '.join(corruptions)}")
         if self.sampler is not None and self.data not in TASKS:
             raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {self.data}")
-        for name, known in (
-            ("loss", tuple(LOSSES)),
-            ("pairs", ("corrupted", "sampled", "both")),
-            ("backbone", ("decoder", "encoder")),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"--{name} {getattr(self, name)!r} is not known; use {' or '.join(known)}")
         if self.margin is None:
-            self.margin = 1.0 if self.loss == "hinge" else 0.0
+            self.margin = LOSSES[self.loss].margin
         if self.sft_weight is None:
             self.sft_weight = 1.0 if self.backbone == "decoder" else 0.0
         if self.sft_weight and self.backbone == "encoder":
@@ -666,38 +569,24 @@ def open_trunk(config, init, dist):
     return raw, policy, tokenizer, speaks
 
 
-def main(config):
-    """Train; returns {"accuracy", "low", "high", "by_kind", "path"} on the test split, and the report's figures."""
-    dist = setup(config.device)
-    if config.batch % dist.world:
-        raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
-    autocast, scaler = precision(config.dtype, dist)
-    run_path(config)  # what is wrong with --name or --resume is said before anything is made or sampled,
-    pairs = None
-    if config.data not in TASKS:  # and so is a wrong name, or a split without a pair
-        pairs = make_pairs(config, None, None, dist, autocast)
-    init = config.init or (sft_start if config.data in TASKS else text_start)(config, dist)
-    raw, policy, tokenizer, speaks = open_trunk(config, init, dist)
-    pad, context = tokenizer.endoftext_id, raw.config.context
-    probed = config.data in TASKS and config.best_of_problems and policy is not None
-    if probed:  # the last thing that is done, but whether it can be done is said now
-        some = load_problems(config.data, "test", max(200, config.best_of_problems), tuple(config.levels))
-        answers = [max(config.max_new_tokens, len(encode_answer(tokenizer, p.solution))) for p in some]
-        scored = max(len(encode_prompt(tokenizer, p.question)) + n for p, n in zip(some, answers, strict=True))
-        written = max(len(encode_prompt(speaks, p.question)) for p in some) + config.max_new_tokens
-        for n, room in ((scored, context), (written, policy.config.context)):
-            if n > room:
-                raise ConfigError(
-                    f"prompts with their solutions or --max_new_tokens, {n} tokens together, do not fit the model's "
-                    f"context of {room}: use lower --levels, or leave out the report on samples with "
-                    "--best_of_problems 0"
-                )
-    kept, groups = RUNS / config.name / "pairs.json", {}
-    if config.resume and kept.is_file():  # sampled once in a run's life: a GPU may sample others the next time
-        pairs = {split: [Pair(**pair) for pair in found] for split, found in json.loads(kept.read_text()).items()}
-    elif pairs is None:
-        pairs = make_pairs(config, policy, speaks, dist, autocast)
-    made = {split: list(found) for split, found in pairs.items()}
+def check_room(config, judge, policy, tokenizer, speaks):
+    """The report on samples is the last thing that is done, but whether it can be done is said now. ConfigError."""
+    problems = load_problems(config.data, "test", max(200, config.best_of_problems), tuple(config.levels))
+    answers = [max(config.max_new_tokens, len(ids_of_answer(tokenizer, p.solution))) for p in problems]
+    scored = max(len(ids_of_prompt(tokenizer, p.question)) + n for p, n in zip(problems, answers, strict=True))
+    written = max(len(ids_of_prompt(speaks, p.question)) for p in problems) + config.max_new_tokens
+    for n, room in ((scored, judge.config.context), (written, policy.config.context)):
+        if n > room:
+            raise ConfigError(
+                f"prompts with their solutions or --max_new_tokens, {n} tokens together, do not fit the model's "
+                f"context of {room}: use lower --levels, or leave out the report on samples with "
+                "--best_of_problems 0"
+            )
+
+
+def fitting_groups(pairs, tokenizer, context, dist):
+    """{split: [Pair]} -> the pairs that fit the context, and their ids (see `encode_group`), {split: list} each."""
+    kept, groups = {}, {}
     for split in pairs:
         if not pairs[split]:
             raise ConfigError(
@@ -707,224 +596,115 @@ def main(config):
         both = [(pair, encode_group(tokenizer, pair)) for pair in pairs[split]]
         lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
         both = fitting(both, lengths, context, f"{split} pair", dist)
-        pairs[split], groups[split] = map(list, zip(*both, strict=True))
+        kept[split], groups[split] = map(list, zip(*both, strict=True))
+    return kept, groups
 
-    run_dir = open_run(config, dist)
-    if dist.is_main and not config.resume and config.data in TASKS and config.pairs != "corrupted":
-        Path(f"{kept}.tmp").write_text(json.dumps({split: list(map(asdict, found)) for split, found in made.items()}))
-        os.replace(f"{kept}.tmp", kept)
+
+def main(config):
+    """Train; returns {"accuracy", "low", "high", "by_kind", "path"} on the test split, and the report's figures."""
+    dist = setup(config.device)
+    share = dist.share("batch", config.batch)  # pairs of a step on this rank
+    autocast, scaler = precision(config.dtype, dist)
+    run_path(config)  # what is wrong with --name or --resume is said before anything is made or sampled,
+    pairs = None
+    if config.data not in TASKS:  # and so is a wrong name, or a split without a pair
+        pairs = make_pairs(config, None, None, dist, autocast)
+    init = config.init or (sft_start if config.data in TASKS else text_start)(config, dist)
+    judge, policy, tokenizer, speaks = open_trunk(config, init, dist)
+    pad, probed = tokenizer.endoftext_id, config.data in TASKS and config.best_of_problems and policy is not None
+    if probed:
+        check_room(config, judge, policy, tokenizer, speaks)
+    file = RUNS / config.name / "pairs.json"  # sampled once in a run's life: a GPU may sample others the next time
+    if config.resume and file.is_file():
+        pairs = {split: [Pair(**pair) for pair in kept] for split, kept in json.loads(file.read_text()).items()}
+    elif pairs is None:
+        pairs = make_pairs(config, policy, speaks, dist, autocast)
+    fitted, groups = fitting_groups(pairs, tokenizer, judge.config.context, dist)
+
+    optimizers = make_optimizers(judge, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
-    first, best = 0, -1.0
-    if config.resume:
-        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best = state["step"], state["best"]
-    model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
-    log = Log(run_dir, config, dist, first)
-    interrupt = Interrupt(dist)
+    run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0)
+    if dist.is_main and not config.resume and config.data in TASKS and config.pairs != "corrupted":
+        Path(f"{file}.tmp").write_text(json.dumps({split: list(map(asdict, kept)) for split, kept in pairs.items()}))
+        os.replace(f"{file}.tmp", file)
+    pairs = fitted
+    model = DistributedDataParallel(judge, broadcast_buffers=False) if dist.world > 1 else judge
     objective = LOSSES[config.loss]
     if dist.is_main:
         kinds = Counter(pair.kind for pair in pairs["train"])
         print(
-            f"{raw.num_params():,} parameters from {init}; {len(pairs['train']):,} training pairs "
+            f"{judge.num_params():,} parameters from {init}; {len(pairs['train']):,} training pairs "
             f"({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}), {config.steps} steps of {config.batch} = "
             f"{config.steps * config.batch / len(pairs['train']):.1f} epochs"
         )
 
-    def checkpoint(name, step):
-        state = None
-        if name == "last":
-            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state["optimizers"] = [o.state_dict() for o in optimizers]
-        return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
-
-    rows = config.batch // dist.world
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
-    for step in bar:
-        # ------------------------------------------------------------------ once in a while
-        if interrupt:
-            written = checkpoint("last", step)
-            bar.close()
-            stopped(config.name, step, written, dist)
-        if step != first and step % config.save_every == 0:
-            checkpoint("last", step)
-
+    for step in run.steps():
         # ------------------------------------------------------------------ one optimizer step
         started = time.perf_counter()
         model.train()
         batch = [groups["train"][i] for i in rows_at(len(groups["train"]), step, config.batch, config.seed)]
-        mine = batch[dist.rank * rows : (dist.rank + 1) * rows]
-        mine.sort(key=lambda group: len(group[0]))  # prompts of like length waste no padding
+        own = batch[dist.rank * share : (dist.rank + 1) * share]
+        own.sort(key=lambda group: len(group[0]))  # prompts of like length waste no padding
         sums = {}
-        for i in range(0, rows, config.micro_batch):
-            piece = mine[i : i + config.micro_batch]
-            last = i + config.micro_batch >= rows
+        for i in range(0, share, config.micro_batch):
+            micro = own[i : i + config.micro_batch]
+            last = i + config.micro_batch >= share
+            # DDP sums up the gradients over the ranks in the last backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 nll = torch.zeros((), device=dist.device)
-                packed = moved(raw.pack(piece, pad), dist.device)
+                packed = judge.pack(micro, pad, dist.device)
                 with autocast():
                     if config.sft_weight:
-                        found, logprobs = raw.read(model, packed, words=True)
+                        scores, logprobs = judge.read(model, packed, words=True)  # (2b,), (b,)
                         nll = -logprobs.sum() / config.batch  # of the chosen answers, per token
                     else:
-                        found = raw.read(model, packed)
-                chosen, rejected = found.view(-1, 2).unbind(1)  # (b,) each
-                loss, metrics = objective(chosen, rejected, config.margin, centre=config.centre, n_pairs=config.batch)
-                loss = loss + config.sft_weight * nll
+                        scores = judge.read(model, packed)
+                chosen, rejected = scores.view(-1, 2).unbind(1)  # (b,) each
+                loss, metrics = objective.of(
+                    chosen, rejected, config.margin, centre=config.centre, n_pairs=config.batch
+                )
                 metrics["nll_loss"] = nll.item()
-                scaler.scale(loss * dist.world).backward()  # DDP divides by world
-            for name, value in metrics.items():
-                weight = 1 if name.endswith("loss") else len(piece) / config.batch
+                scaler.scale((loss + config.sft_weight * nll) * dist.world).backward()  # DDP divides by world
+            for name, value in metrics.items():  # a loss is a sum already, the others are means
+                weight = 1 if name.endswith("loss") else len(micro) / config.batch
                 sums[name] = sums.get(name, 0.0) + value * weight
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
+        norm = optimizer_step(judge, optimizers, scaler, autocast, lr, config.clip)
         sums = dict(zip(sums, dist.sum(*sums.values()), strict=True))
-        finite = math.isfinite(sums["loss"] + sums["nll_loss"]) and (math.isfinite(norm) or scaler.is_enabled())
-        if not finite:
-            said = f"the loss is {sums['loss']}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
-            raise DivergedError(f"{said}; try a smaller --lr")
+        run.check_finite(lr, norm, loss=sums["loss"], nll_loss=sums["nll_loss"])
 
-        done = step + 1
-        record = sums | {
-            "lr": lr,
-            "grad_norm": norm,
-            "pairs_per_second": config.batch / (time.perf_counter() - started),
-        }
-        if done % config.eval_every == 0 or done == config.steps:
-            found, by_kind = rank_pairs(raw, groups["valid"], pairs["valid"], pad, dist, autocast)
+        # ------------------------------------------------------------------ look
+        speed = config.batch / (time.perf_counter() - started)
+        record = sums | {"lr": lr, "grad_norm": norm, "pairs_per_second": speed}
+        if run.due(config.eval_every):
+            scores, by_kind = rank_pairs(judge, groups["valid"], pairs["valid"], pad, dist, autocast)
             record |= {f"valid_{kind}": row[0] for kind, row in by_kind.items()}
-            record["valid_loss"] = objective(*torch.from_numpy(found).unbind(1), config.margin)[1]["loss"]
-            if dist.is_main:
-                shown = ", ".join(f"{kind} {row[0]:.1%}" for kind, row in by_kind.items())
-                bar.write(f"step {done}  loss {sums['loss']:.3f}  validation accuracy: {shown}")
-            if by_kind["all"][0] > best:
-                best = by_kind["all"][0]
-                checkpoint("best", done)
-        log(done, **record)
-        bar.set_postfix(loss=f"{sums['loss']:.3f}", accuracy=f"{max(best, 0):.1%}")
-    checkpoint("last", config.steps)
-    interrupt.release()
-    log.close()
+            record["valid_loss"] = objective.of(*torch.from_numpy(scores).unbind(1), config.margin)[1]["loss"]
+            shown = ", ".join(f"{kind} {row[0]:.1%}" for kind, row in by_kind.items())
+            run.say(f"step {step + 1}  loss {sums['loss']:.3f}  validation accuracy: {shown}")
+            run.keep_best(by_kind["all"][0])
+        run.log(step + 1, **record)
+        run.bar.set_postfix(loss=f"{sums['loss']:.3f}", accuracy=f"{max(run.state.best, 0):.1%}")
+    run.close()
 
     # The test split, once, with the checkpoint that the validation split chose.
-    raw, tokenizer, path = open_reward_model(run_dir, dist.device)
-    found, by_kind = rank_pairs(raw, groups["test"], pairs["test"], pad, dist, autocast)
-    report = {"by_kind": by_kind, "scores": found.tolist()}
-    report["calibration"], report["calibration_error"] = calibration(found[:, 0] - found[:, 1])
-    report |= text_figures(pairs["test"], groups["test"], found)
+    judge, tokenizer, path = open_reward_model(run.path, dist.device)
+    scores, by_kind = rank_pairs(judge, groups["test"], pairs["test"], pad, dist, autocast)
+    report = {"by_kind": by_kind, "scores": scores.tolist()}
+    report["calibration"], report["calibration_error"] = calibration(scores[:, 0] - scores[:, 1])
+    report |= text_figures(groups["test"], scores)
     if task_of(config.data).rename and task_of(config.data).corruptions:
-
-        def score(texts):
-            encoded = [(encode_prompt(tokenizer, p), [encode_answer(tokenizer, a) for a in ys]) for p, ys in texts]
-            return score_fitting(raw, encoded, pad, dist, autocast)
-
+        score = partial(score_texts, judge, tokenizer, dist=dist, autocast=autocast)
         report |= consistency(score, 200, config.seed, tuple(config.levels), config.data)
     if probed:
-        report |= probe_samples(raw, policy, speaks, tokenizer, config, dist, autocast)
+        report |= probe_samples(judge, policy, speaks, tokenizer, config, dist, autocast)
     if dist.is_main:
-        (run_dir / "report.json").write_text(json.dumps(without_nan(report), indent=1, allow_nan=False) + "\n")
-        finish(config, run_dir, pairs["test"], report, raw.num_params())
-        print(f"{path}, {run_dir}/curves.png, {run_dir}/report.png, {run_dir}/report.json")
+        coin = objective.of(torch.zeros(1), torch.zeros(1), config.margin)[1]["loss"]
+        finish(config, run.path, len(pairs["test"]), report, judge.num_params(), objective.unit, coin)
+        print(f"{path}, {run.path}/curves.png, {run.path}/report.png, {run.path}/report.json")
     accuracy, low, high, _ = by_kind["all"]
     return {"accuracy": accuracy, "low": low, "high": high, "path": str(path)} | report
 
 
-def without_nan(x):
-    """The same dictionaries, lists and numbers with None for NaN, which is no JSON."""
-    if isinstance(x, dict):
-        return {key: without_nan(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [without_nan(value) for value in x]
-    return None if isinstance(x, float) and math.isnan(x) else x
-
-
-def text_figures(pairs, groups, found):
-    """Would length alone have done? The share of pairs in which the longer answer is the chosen one, and the
-    correlation of the difference in score with the difference in length."""
-    lengths = np.array([[len(answer) for answer in answers] for _, answers in groups])
-    longer, gap = lengths[:, 0] - lengths[:, 1], found[:, 0] - found[:, 1]
-    varies = longer.std() > 0 and gap.std() > 0
-    return {
-        "longer_is_chosen": float(((longer > 0) + 0.5 * (longer == 0)).mean()),
-        "gap_length_correlation": float(np.corrcoef(longer, gap)[0, 1]) if varies else math.nan,
-    }
-
-
-def finish(config, run_dir, pairs, report, parameters):
-    """Print the table, draw curves.png and report.png."""
-    print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
-    for kind, (accuracy, low, high, n) in report["by_kind"].items():
-        print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
-    print(
-        f"calibration error {report['calibration_error']:.3f}; the longer answer is the chosen one in "
-        f"{report['longer_is_chosen']:.1%}"
-    )
-    r = report
-    if "renamed_same_order" in report:
-        print(
-            f"new names and items: order kept in {r['renamed_same_order']:.1%}; right above one error "
-            f"{r['right_above_one_error']:.1%}, one error above two {r['one_error_above_two']:.1%}"
-        )
-    if "best_of" in report:
-        print(
-            f"samples: spread among right answers {r['spread_of_right_answers']:.2f}, among all "
-            f"{r['spread_of_all_answers']:.2f}"
-        )
-        print("correlation with the score: " + ", ".join(f"{k} {v:+.2f}" for k, v in r["shaping"].items()))
-        print("best of n: " + ", ".join(f"{n} {v:.1%}" for n, v in r["best_of"].items()))
-    kinds = {f"valid_{kind}": kind for kind in report["by_kind"]}
-    loss_of = LOSSES[config.loss]
-    coin = loss_of(torch.zeros(1), torch.zeros(1), config.margin)[1]["loss"]
-    unit = "nats per pair" if config.loss == "bradley_terry" else "per pair"
-    draw_curves(
-        run_dir,
-        f"reward model on {config.data}, seed {config.seed}, {parameters / 1e6:.1f} M parameters",
-        [
-            ("loss", {"loss": "train", "valid_loss": "validation"}, unit, {"equal scores": coin}),
-            ("pairs ranked rightly", {"accuracy": "train", **kinds}, "share", {}),
-            ("scores", {"margin": "chosen − rejected", "score": "mean"}, "score", {}),
-        ],
-    )
-    draw_report(config, run_dir, pairs, report)
-
-
-def draw_report(config, run_dir, pairs, report):
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4))
-    axis, by_kind = axes[0, 0], report["by_kind"]
-    values = np.array([row[:3] for row in by_kind.values()])  # (kinds, 3)
-    around = np.abs(values[:, 1:].T - values[:, 0])
-    axis.errorbar(values[:, 0], list(by_kind), xerr=around, fmt="o", capsize=3)
-    axis.axvline(0.5, color="0.4", linestyle="--", linewidth=1)
-    axis.set(title="held-out pairs ranked rightly, 95 % interval", xlabel="share")
-    axis = axes[0, 1]
-    found = np.array(report["scores"])
-    edges = np.histogram_bin_edges(found, 40)
-    for column, label in enumerate(("chosen", "rejected")):
-        axis.hist(found[:, column], edges, alpha=0.6, label=label)
-    axis.set(title="scores", xlabel="score", ylabel="answers")
-    axis.legend()
-    axis = axes[1, 0]
-    sure, right, n = zip(*report["calibration"], strict=True)
-    axis.plot([0.5, 1], [0.5, 1], color="0.4", linestyle="--", linewidth=1)
-    axis.scatter(sure, right, s=np.clip(np.array(n), 10, 200))
-    error = report["calibration_error"]
-    axis.set(title=f"calibration, error {error:.3f}", xlabel="predicted", ylabel="share right")
-    axis = axes[1, 1]
-    if "best_of" in report:
-        sizes = [int(n) for n in report["best_of"]]
-        axis.plot(sizes, list(report["best_of"].values()), marker="o", label="best by the reward model")
-        axis.plot(sizes, list(report["best_possible"].values()), marker=".", color="0.6", label="best by the truth")
-        axis.set_xscale("log", base=2)
-        axis.set(title="best of n", xlabel="n", ylabel="share correct", ylim=(0, 1.02))
-        axis.legend(loc="lower center", fontsize=8)
-    else:
-        axis.axis("off")
-    figure.suptitle(f"reward model, seed {config.seed}: {len(pairs)} held-out pairs of {config.data}")
-    figure.tight_layout()
-    figure.savefig(run_dir / "report.png", dpi=130)
-    plt.close(figure)
-
-
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

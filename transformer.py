@@ -453,8 +453,8 @@ class Transformer(nn.Module):
 
 
 def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=False):
-    """log softmax(x outputᵀ / temperature)[targets]: x (B, T, C), output (V, C), targets (B, T) -> (B, T), fp32; with
-    log_z (2, B, T), the second of the pair is the softmax's log Z.
+    """log softmax(x outputᵀ / temperature)[targets]: x (B, T, C), output (V, C), targets (B, T) -> (B, T), fp32 or
+    wider; with log_z (2, B, T), the second of the pair is the softmax's log Z.
 
     The logits of a chunk of tokens live only while the chunk is worked on (at most 64 MiB of them), and are
     computed again in the backward pass. With 50,000 words and 32 x 1,024 tokens that is 64 MiB instead of 6 GiB.
@@ -463,7 +463,8 @@ def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=
     x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T,)
 
     def logprobs(x, targets):
-        logits = F.linear(x, output).float()
+        logits = F.linear(x, output)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits if temperature == 1 else logits / temperature  # a pass over (k, V) each way
         found = -F.cross_entropy(logits, targets, reduction="none")
         return torch.stack([found, logits.logsumexp(-1)]) if log_z else found
@@ -497,6 +498,27 @@ def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, co
     if mask is not None:
         mask = mask[:, :-1] if mask.dim() == 2 else mask[..., :-1, :-1]
     return model(tokens[:, :-1], positions, mask, targets=tokens[:, 1:], temperature=temperature, counted=counted)
+
+
+def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
+    """log π of every token of an answer, given its prompt. prompts and answers: B lists of ids each, T the longest
+    answer's length -> (B, T) in fp32, 0 after an answer's end, and the mask (B, T), True on the answers' tokens.
+
+    The plain form: prompt and answer stand in one row, padded on the right, where causality hides the pads. Several
+    answers to one prompt read it once each; support/shared_prompt.py, equal in value and gradient, reads it once.
+    """
+    device = next(model.parameters()).device
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    L, T = max(map(len, rows)), max(map(len, answers))
+    tokens = torch.tensor([row + [pad] * (L - len(row)) for row in rows], device=device)  # (B, L)
+    start, length = (torch.tensor([*map(len, ids)], device=device)[:, None] for ids in (prompts, answers))  # (B, 1)
+
+    place = torch.arange(1, L, device=device)  # of the tokens that the L − 1 log-probabilities belong to
+    in_answer = (start <= place) & (place < start + length)  # (B, L−1)
+    logprobs = token_logprobs(model, tokens, temperature, counted=in_answer)  # (B, L−1), 0 outside the answers
+    t = torch.arange(T, device=device)
+    mask = t < length  # (B, T)
+    return logprobs.gather(1, (start - 1 + t).clamp(max=L - 2)) * mask, mask
 
 
 def masked_mean(x, mask):

@@ -49,6 +49,15 @@ class Dist:
         distributed.all_reduce(total)
         return total.tolist()
 
+    def deal(self, items, work):
+        """work(the items of this rank) -> one result per item; every rank gets all of them, in the items' order."""
+        own = work(items[self.rank :: self.world])
+        if self.world == 1:
+            return own
+        everyone = [None] * self.world
+        distributed.all_gather_object(everyone, own)
+        return [everyone[i % self.world][i // self.world] for i in range(len(items))]
+
     def gather(self, values):
         """(n, …) of each rank -> (N, …), in rank order, on the CPU."""
         if self.world == 1:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from data import encode_prompt, rows_at
 from generate import Rollout, generate
 from lora import merged
-from support.shared_prompt import moved, pack
+from support.shared_prompt import PackedAnswers, pack
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Piece:
     """A micro-batch of b completions, ready for every inner epoch."""
 
     rows: list  # b, which rows of the batch
-    packed: tuple  # what `pack` made of them
+    packed: PackedAnswers
     mask: torch.Tensor  # (b, T) the tokens that count, T their longest
 
 
@@ -116,7 +116,7 @@ def cut(batch, groups, counted, micro_batch, pad):
     for i in range(0, len(groups), size):
         some = groups[i : i + size]
         rows = [g * R + r for g in some for r in range(R)]
-        packed = moved(pack([batch.prompts[g] for g in some], [answers[g] for g in some], pad), counted.device)
+        packed = pack([batch.prompts[g] for g in some], [answers[g] for g in some], pad).to(counted.device)
         longest = max(len(answer) for g in some for answer in answers[g])
         pieces.append(Piece(rows, packed, counted[rows, :longest]))
     return pieces

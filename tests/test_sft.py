@@ -16,13 +16,11 @@ from hypothesis import strategies as st
 import data
 import sft
 from data import Pair, Problem, chat, encode_group, load_problems, rows_at
-from generate import generate
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
 from support import devices, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DivergedError
-from support.shared_prompt import answer_logprobs, pack
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -141,50 +139,6 @@ def test_a_pad_changes_nothing(tokenizer):
     together, apart = gradient([examples]), gradient([[e] for e in examples])
     torch.testing.assert_close(together, apart, atol=1e-7, rtol=1e-5)
     assert together.norm() > 1e-3
-
-
-@pytest.mark.parametrize("sight", [{}, {"window": 4, "sinks": 1}], ids=["all", "window"])
-def test_packed_answers_are_scored_as_if_each_stood_alone(sight):
-    torch.manual_seed(0)
-    sizes = dict(context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)
-    raw = Transformer(TransformerConfig(30, **sizes, **sight)).eval()
-    prompts, sizes = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], (5, 3, 4)
-    generator = torch.Generator().manual_seed(1)
-    rollout = generate(raw, prompts, 9, n=5, stop_ids=tuple(range(22, 30)), generator=generator, temperature=0.8)
-    rows = [ids[real].tolist() for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
-    groups = [rows[5 * g : 5 * g + n] for g, n in enumerate(sizes)]  # not as many to each prompt
-    kept = [5 * g + r for g, n in enumerate(sizes) for r in range(n)]
-    assert len({len(rows[k]) for k in kept}) > 2
-    packed = pack(prompts, groups, pad=0, most=4)
-    assert [len(part[0]) for part in packed[3]] == [4, 4, 4]
-    logprobs, m = answer_logprobs(raw, packed, 0.8), rollout.mask[kept]
-    assert (logprobs[:, m.shape[1] :] == 0).all()
-    logprobs = logprobs[:, : m.shape[1]]
-    assert (logprobs[~m] == 0).all()
-    torch.testing.assert_close(logprobs[m], rollout.logprobs[kept][m], atol=1e-4, rtol=1e-4)  # so the first ratio is 1
-    up = torch.randn(logprobs.shape)
-    together = torch.autograd.grad((logprobs * up).sum(), list(raw.parameters()))
-    alone = 0.0
-    for i, k in enumerate(kept):
-        tokens, n = torch.tensor([prompts[k // 5] + rows[k]]), len(rows[k])
-        alone = alone + (token_logprobs(raw, tokens, 0.8)[0, -n:] * up[i, :n]).sum()
-    for a, b in zip(together, torch.autograd.grad(alone, list(raw.parameters())), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-
-
-def test_rounded_lengths_stay_within_the_context():
-    """Prompts and answers that fill the context to its last token, of lengths that are no multiples of 8; and a long
-    prompt's short answer beside a short prompt's long one, whose lengths together would leave it."""
-    torch.manual_seed(0)
-    raw = Transformer(TransformerConfig(30, context=18, n_layer=1, n_head=2, n_kv_head=1, width=16)).eval()
-    prompts, answers = [[1] * 13, [2] * 4], [[[3, 4, 5, 6, 7], [8]], [[9, 10] * 7, [11, 12, 13]]]
-    packed = pack(prompts, answers, pad=0)
-    assert packed[0].shape[1] == 16  # 12 tokens of the longest prompt
-    assert [part[2].shape[1] for part in packed[3]] == [16]
-    logprobs = answer_logprobs(raw, packed)
-    for row, answer in enumerate(answer for group in answers for answer in group):
-        expected = token_logprobs(raw, torch.tensor([prompts[row // 2] + answer]))[0, -len(answer) :]
-        torch.testing.assert_close(logprobs[row, : len(answer)], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])

@@ -103,7 +103,7 @@ def test_grpo_loss_and_gradient(start, grpo_trainer, loss_type, ratio, unbiased,
     flat = [answer for group in answers for answer in group]
     ids, mask = padded([prompts[0]] * 3 + [prompts[1]] * 3, left=True)
     completions, completion_mask = padded(flat, left=False)
-    logprobs = shared_prompt.answer_logprobs(model, shared_prompt.pack(prompts, answers, 0), 0.7)[
+    logprobs = shared_prompt.shared_answer_logprobs(model, shared_prompt.pack(prompts, answers, 0), 0.7)[
         :, : completions.shape[1]
     ]
     torch.manual_seed(1)
@@ -189,7 +189,7 @@ def test_dpo_loss_and_gradient(start, tmp_path, variant, loss_type):
     packed = shared_prompt.pack(prompts, [group[:2] for group in answers], 0)
     with torch.no_grad():
         ref = dpo.pair_logprobs(reference, packed)
-    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed[-1].view(-1, 2).unbind(1), strict=True))
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed.lengths.view(-1, 2).unbind(1), strict=True))
     ours, _ = dpo.dpo_loss(*dpo.pair_logprobs(policy, packed), *ref, 0.7, variant, **lengths)
     ours.backward()
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-5)

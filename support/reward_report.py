@@ -1,0 +1,187 @@
+"""A reward model's report: where its scores can be trusted, as figures, a table and two pictures.
+
+What is measured, and what it should be, stands with each function; calibration and best-of-n are the chapter's own.
+"""
+
+import contextlib
+import json
+import math
+import random
+import re
+
+import numpy as np
+
+from data import DEFAULT_TASK, TASKS, load_pairs, load_problems
+from support.errors import DataError
+from support.plots import draw_curves, pyplot
+
+
+def consistency(score, n, seed, levels, data=DEFAULT_TASK):
+    """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores, NaN where they cannot be had, which is
+    left out), with what the answer should be:
+
+    renamed   the share of pairs whose order new names and items leave alone (1), and the scores' correlation (1)
+    right_above_one_error, one_error_above_two     the shares in which right > one error > that and no answer (1 each)
+
+    -> {name: figure}, empty if no score can be had.
+    """
+    task, rng = TASKS[data], random.Random(f"consistency/{seed}")
+    pairs, rename, kinds = load_pairs(data, "test", n, levels, seed), task.rename, list(task.corruptions)
+    told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
+    again = np.array(score([(rename(p.prompt), [rename(p.chosen), rename(p.rejected)]) for p in pairs]))
+    fits = ~np.isnan(told + again).any(1)
+    told, again, chains = told[fits], again[fits], []
+    for problem in load_problems(data, "test", n, levels):
+        with contextlib.suppress(DataError):
+            wrong = task.corrupt(problem, rng.choice(kinds[:2]), rng)
+            worse = "\n".join(line for line in wrong.split("\n") if "####" not in line)
+            chains.append((problem.question, [problem.solution, wrong, worse]))
+    chain = np.array(score(chains))
+    chain = chain[~np.isnan(chain).any(1)]
+    if not len(told) or not len(chain):
+        return {}
+    return {
+        "renamed_same_order": float(((told[:, 0] > told[:, 1]) == (again[:, 0] > again[:, 1])).mean()),
+        "renamed_correlation": float(np.corrcoef(told.flatten(), again.flatten())[0, 1]),
+        "right_above_one_error": float((chain[:, 0] > chain[:, 1]).mean()),
+        "one_error_above_two": float((chain[:, 1] > chain[:, 2]).mean()),
+    }
+
+
+def shaping(scores, **features):
+    """scores (N, M) of M answers to each of N prompts; features (N, M) each -> {name: correlation with the score
+    within a prompt}: what moves the score among answers to one question."""
+
+    def centred(x):
+        return (x - x.mean(1, keepdims=True)).flatten()
+
+    y, out = centred(scores), {}
+    for name, x in features.items():
+        x = centred(np.asarray(x, dtype=float))
+        norm = np.linalg.norm(x) * np.linalg.norm(y)
+        out[name] = float(x @ y / norm) if norm > 0 else math.nan
+    return out
+
+
+def sample_figures(scores, groups, answers, sizes):
+    """Sampled answers to test problems: scores (N, M), groups N x M of (text, right, …), answers N x M lists of ids ->
+    what moves the score among answers to one question, and how far it lies apart where nothing should."""
+    correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)  # (N, M)
+    length = [[len(ids) for ids in group] for group in answers]
+    tidy = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, *_ in group] for group in groups]
+    ties = [
+        scores[g][rows].std()
+        for g, group in enumerate(groups)
+        if len(rows := list({text: k for k, (text, right, *_) in enumerate(group) if right}.values())) > 1
+    ]
+    return {
+        "best_possible": {str(n): 1 - float(np.mean([none_right(row, n) for row in correct])) for n in sizes},
+        "shaping": shaping(scores, correct=correct, length=length, tidy=tidy),
+        "spread_of_right_answers": float(np.mean(ties)) if ties else math.nan,
+        "spread_of_all_answers": float(scores.std(1).mean()),
+    }
+
+
+def none_right(correct, n):
+    """The probability that none of n answers drawn from these is right."""
+    M, c = len(correct), int(sum(correct))
+    return math.comb(M - c, n) / math.comb(M, n)
+
+
+def without_nan(x):
+    """The same dictionaries, lists and numbers with None for NaN, which is no JSON."""
+    if isinstance(x, dict):
+        return {key: without_nan(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [without_nan(value) for value in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
+
+
+def text_figures(groups, found):
+    """Would length alone have done? The share of pairs in which the longer answer is the chosen one, and the
+    correlation of the difference in score with the difference in length."""
+    lengths = np.array([[len(answer) for answer in answers] for _, answers in groups])
+    longer, gap = lengths[:, 0] - lengths[:, 1], found[:, 0] - found[:, 1]
+    varies = longer.std() > 0 and gap.std() > 0
+    return {
+        "longer_is_chosen": float(((longer > 0) + 0.5 * (longer == 0)).mean()),
+        "gap_length_correlation": float(np.corrcoef(longer, gap)[0, 1]) if varies else math.nan,
+    }
+
+
+def finish(config, run_dir, n_pairs, report, n_params, unit, coin):
+    """Write report.json, print the table, draw curves.png and report.png. coin: the loss of equal scores, in `unit`."""
+    text = json.dumps(without_nan(report), indent=1, allow_nan=False)
+    (run_dir / "report.json").write_text(text + "
+")
+    print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
+    for kind, (accuracy, low, high, n) in report["by_kind"].items():
+        print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
+    print(
+        f"calibration error {report['calibration_error']:.3f}; the longer answer is the chosen one in "
+        f"{report['longer_is_chosen']:.1%}"
+    )
+    r = report
+    if "renamed_same_order" in report:
+        print(
+            f"new names and items: order kept in {r['renamed_same_order']:.1%}; right above one error "
+            f"{r['right_above_one_error']:.1%}, one error above two {r['one_error_above_two']:.1%}"
+        )
+    if "best_of" in report:
+        print(
+            f"samples: spread among right answers {r['spread_of_right_answers']:.2f}, among all "
+            f"{r['spread_of_all_answers']:.2f}"
+        )
+        print("correlation with the score: " + ", ".join(f"{k} {v:+.2f}" for k, v in r["shaping"].items()))
+        print("best of n: " + ", ".join(f"{n} {v:.1%}" for n, v in r["best_of"].items()))
+    kinds = {f"valid_{kind}": kind for kind in report["by_kind"]}
+    draw_curves(
+        run_dir,
+        f"reward model on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
+        [
+            ("loss", {"loss": "train", "valid_loss": "validation"}, unit, {"equal scores": coin}),
+            ("pairs ranked rightly", {"accuracy": "train", **kinds}, "share", {}),
+            ("scores", {"margin": "chosen − rejected", "score": "mean"}, "score", {}),
+        ],
+    )
+    draw_report(config, run_dir, n_pairs, report)
+
+
+def draw_report(config, run_dir, n_pairs, report):
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4))
+    axis, by_kind = axes[0, 0], report["by_kind"]
+    values = np.array([row[:3] for row in by_kind.values()])  # (kinds, 3)
+    around = np.abs(values[:, 1:].T - values[:, 0])
+    axis.errorbar(values[:, 0], list(by_kind), xerr=around, fmt="o", capsize=3)
+    axis.axvline(0.5, color="0.4", linestyle="--", linewidth=1)
+    axis.set(title="held-out pairs ranked rightly, 95 % interval", xlabel="share")
+    axis = axes[0, 1]
+    found = np.array(report["scores"])
+    edges = np.histogram_bin_edges(found, 40)
+    for column, label in enumerate(("chosen", "rejected")):
+        axis.hist(found[:, column], edges, alpha=0.6, label=label)
+    axis.set(title="scores", xlabel="score", ylabel="answers")
+    axis.legend()
+    axis = axes[1, 0]
+    sure, right, n = zip(*report["calibration"], strict=True)
+    axis.plot([0.5, 1], [0.5, 1], color="0.4", linestyle="--", linewidth=1)
+    axis.scatter(sure, right, s=np.clip(np.array(n), 10, 200))
+    error = report["calibration_error"]
+    axis.set(title=f"calibration, error {error:.3f}", xlabel="predicted", ylabel="share right")
+    axis = axes[1, 1]
+    if "best_of" in report:
+        sizes = [int(n) for n in report["best_of"]]
+        axis.plot(sizes, list(report["best_of"].values()), marker="o", label="best by the reward model")
+        axis.plot(sizes, list(report["best_possible"].values()), marker=".", color="0.6", label="best by the truth")
+        axis.set_xscale("log", base=2)
+        axis.set(title="best of n", xlabel="n", ylabel="share correct", ylim=(0, 1.02))
+        axis.legend(loc="lower center", fontsize=8)
+    else:
+        axis.axis("off")
+    figure.suptitle(f"reward model, seed {config.seed}: {n_pairs} held-out pairs of {config.data}")
+    figure.tight_layout()
+    figure.savefig(run_dir / "report.png", dpi=130)
+    plt.close(figure)
+
+

@@ -112,8 +112,7 @@ def text_figures(groups, found):
 def finish(config, run_dir, n_pairs, report, n_params, unit, coin):
     """Write report.json, print the table, draw curves.png and report.png. coin: the loss of equal scores, in `unit`."""
     text = json.dumps(without_nan(report), indent=1, allow_nan=False)
-    (run_dir / "report.json").write_text(text + "
-")
+    (run_dir / "report.json").write_text(text + "\n")
     print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
     for kind, (accuracy, low, high, n) in report["by_kind"].items():
         print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
@@ -183,5 +182,3 @@ def draw_report(config, run_dir, n_pairs, report):
     figure.tight_layout()
     figure.savefig(run_dir / "report.png", dpi=130)
     plt.close(figure)
-
-

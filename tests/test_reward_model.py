@@ -27,11 +27,11 @@ from reward_model import (
     judged_pairs,
     open_reward_model,
     score_groups,
-    shaping,
 )
-from support import devices
+from support import devices, reward_report, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
+from support.reward_report import shaping
 from support.splits import split_of
 from support.word_problems import CORRUPTIONS, rename
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
@@ -380,7 +380,7 @@ def test_every_kind_of_pair_is_reported(here, lucky):
 )
 def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, loss, margin, coin, unit):
     drawn = []
-    monkeypatch.setattr(reward_model, "draw_curves", lambda folder, title, panels: drawn.append(panels[0]))
+    monkeypatch.setattr(reward_report, "draw_curves", lambda folder, title, panels: drawn.append(panels[0]))
     reward_model.main(config(loss=loss, margin=margin, steps=1, pairs="corrupted", best_of_problems=0))
     assert drawn[0][2] == unit
     assert drawn[0][3] == {"equal scores": pytest.approx(coin, rel=1e-6)}
@@ -431,7 +431,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, back
             return self.asked == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(reward_model, "Interrupt", StopAt2)
+        patch.setattr(runs, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             reward_model.main(config(name="parts", **changes))
     monkeypatch.setattr(reward_model, "make_pairs", None)  # the pairs are those of the first part, not sampled again
@@ -456,7 +456,7 @@ def test_two_processes_equal_one(here, backbone):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
     monkeypatch.setattr(reward_model, "optimizer_step", lambda *args: math.inf)
-    with pytest.raises(DivergedError, match="gradient norm inf at step 0"):
+    with pytest.raises(DivergedError, match="gradient norm is inf at step 0"):
         reward_model.main(config(pairs="corrupted"))
     assert not (here / "runs/reward_model/pairs.json").exists()  # nothing was sampled
 
@@ -505,8 +505,8 @@ def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys, mo
     monkeypatch.setitem(TASKS, "word", longer)
     lengths = []
     for p in load_problems("word", "test", 200, tuple(config().levels)):
-        answer = max(48, len(reward_model.encode_answer(tokenizer, p.solution)))
-        lengths.append(len(reward_model.encode_prompt(tokenizer, p.question)) + answer)
+        answer = max(48, len(reward_model.ids_of_answer(tokenizer, p.solution)))
+        lengths.append(len(reward_model.ids_of_prompt(tokenizer, p.question)) + answer)
     sizes = dict(n_layer=1, n_head=2, n_kv_head=1, width=16)
     Transformer(TransformerConfig(tokenizer.vocab_size, context=max(lengths), **sizes)).save_pretrained("start")
     result = reward_model.main(config(pairs="corrupted", max_new_tokens=48))
@@ -526,7 +526,7 @@ def test_samples_of_broken_bytes_are_scored(here, tokenizer, monkeypatch, capsys
     policy = open_checkpoint("start")[0]
     reads = ByteTokenizer() if own else tokenizer
     c, dist = config(max_new_tokens=20, best_of=8), devices.setup("cpu")
-    prompts = [reward_model.encode_prompt(reads, p.question) for p in load_problems("word", "test", c.best_of_problems)]
+    prompts = [reward_model.ids_of_prompt(reads, p.question) for p in load_problems("word", "test", c.best_of_problems)]
     sizes = TransformerConfig(reads.vocab_size, max(map(len, prompts)) + 20, 1, 2, 1, 16)
     model, seen = RewardModel.from_policy(Transformer(sizes)), []
 

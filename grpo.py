@@ -14,11 +14,23 @@ too, which only scales A_i: r_i − mean = (R − 1)/R · (r_i − mean of the o
     A_i  = (r_i − mean(r_1 … r_R)) / (std(r_1 … r_R) + 1e-4)           one number per completion, all its tokens
     loss = Σ_i,t w_t [ −min(ρ_t A_i, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_i) + β KL_t ]                           Eq. 3
 
-On the first optimizer step after a rollout ρ = 1: the gradient is REINFORCE with the group's mean as baseline. The
-*value* of the loss hovers near zero and means little, because the advantages of a group sum to zero. Watch the
-reward, the held-out accuracy, the KL and the length. What each option changes in that gradient:
+One step, for N questions (main has the same steps):
 
-    --loss_type        w_t, the weight of a token:
+    batch      = roll_out(step)                       N·R answers with their log π_old, each judged           1. ask
+    A          = group_advantages(rewards)            (N, R), zero mean in each group                         2. compare
+    for minibatch in batch:                           an optimizer step each                                  3. update
+        logprobs = shared_answer_logprobs(model, …)   (b, T), with gradient
+        loss     = grpo_loss(logprobs, log π_old, A, mask, log π_ref)
+        backward, clip the gradient's norm, step
+    log, every so often answer held-out questions                                                             4. look
+
+On the first optimizer step after a rollout ρ = 1: the gradient is REINFORCE with the group's mean as baseline. The
+defaults take one such step per batch, with β = 0: the clip and the KL penalty are there and do nothing until
+--minibatches, --inner_epochs or --beta say so. The *value* of the loss hovers near zero and means little, because the
+advantages of a group sum to zero. Watch the reward, the held-out accuracy, the KL and the length. What each option
+changes in the gradient:
+
+    --loss_type        the weight w_t of a token, and the settings that go with it (`OBJECTIVES`):
         grpo           1 / (completions · |y_i|): a mean per completion; long wrong ones are punished less per token
         dapo           1 / tokens of the step: every token counts the same (arXiv:2503.14476; ε_high = 0.28)
         dr_grpo        1 / (completions · longest): a constant, and no std: unbiased (arXiv:2503.20783)
@@ -27,37 +39,30 @@ reward, the held-out accuracy, the KL and the length. What each option changes i
     --clip_high        above --clip_low it lets unlikely tokens grow further before the clip stops them (DAPO)
     --ratio sequence   ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: clipping keeps or drops whole completions, and
                        one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4)
-    --kl, --kl_in, --kl_unbiased      how, and where, distance to the reference costs: see `kl_estimate`
+    --kl, --kl_in, --kl_unbiased      how, and where, distance to the reference costs: see `evaluate.kl_estimate`
     --mask_truncated   cut-off completions still count in the group's mean, but push no token: being cut off is not
                        the same as being wrong
     --overlong n       soft punishment instead: from 0 to −1 over the last n tokens before the limit (DAPO)
     --refill n         prompts whose R rewards are all equal have A = 0 and teach nothing; replace them by fresh ones,
-                       up to n times (DAPO's dynamic sampling): more of the gradient comes from the border of what the
-                       policy can do, for more rollouts
+                       up to n times (DAPO's dynamic sampling), for more rollouts
     --inner_epochs, --minibatches     more optimizer steps per rollout; from the second on ρ ≠ 1 and the clip works
-    --refresh_reference n             the KL is measured from where the policy was up to n steps ago, so it slows
-                       the policy down without tying it to its start
-
-Groups without signal are skipped before the forward pass, which saves their time; the normalisers still count them, so
-the gradient is the same up to rounding. (With a KL term they are computed.)
+    --refresh_reference n             the KL is measured from where the policy was up to n steps ago
 
 A prompt is computed once for its group, in training as in sampling: its completions read its keys and values
-(`shared_answer_logprobs`, the fast form of transformer.answer_logprobs).
-The old log-probabilities are the ones the sampler returned, so no second forward pass is needed; the sampler uses
-temperature alone, and the loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1. In
-bf16 the sampler and the loss round differently and ρ is only near 1 (`ratio_max` is logged): GSPO's narrow clips want
---dtype fp32.
+(support/shared_prompt.py, the fast form of transformer.answer_logprobs). Groups without signal are skipped before the
+forward pass; the normalisers still count them, so the gradient is the same up to rounding. (With a KL penalty they are
+computed.) The old log-probabilities are the ones that the sampler returned; the sampler uses temperature alone, and the
+loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1. In bf16 the sampler and the loss
+round differently and ρ is only near 1 (`ratio_max` is logged): GSPO's narrow clips want --dtype fp32.
 
 What others do differently: TRL's defaults are --loss_type dapo and --kl_unbiased true, and it leaves a NaN reward out
 (here it is an error); verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, it bounds log ρ
 to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
 
-Rewards are named functions with weights (see `REWARDS`); `--reward module:function` adds your own. At the end a table
-compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to
-what pass@k was) from new ability (pass@k rises too).
-
-Without --init the script makes its own start on the built-in problems: a short pretraining and SFT, kept under
-runs/start and reused. With --data gsm8k give it a checkpoint: --init runs/sft.
+Rewards are named functions with weights (`REWARDS`); `--reward module:function` adds your own. At the end a table
+compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to what
+pass@k was) from new ability (pass@k rises too). Without --init the script makes its own start on the built-in problems,
+a short pretraining and SFT, kept under runs/start and reused. With --data gsm8k give it a checkpoint: --init runs/sft.
 
 Run it:
     python grpo.py --steps 500

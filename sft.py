@@ -26,9 +26,19 @@ the first g(s) of them, g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)), 
 arXiv:1904.03626 has exponential steps); a batch is drawn from the open ones. `anti` ranks the other way round, and
 `shuffled` (epochs without replacement) is what both must beat.
 
-Evaluation generates greedily and compares the number after `####` with the reference (exact match), with Wilson's
-95 % interval; for free text it reports token F1. `--samples 8` adds pass@k and majority@k. The best checkpoint is
-chosen on the validation split; the test split is looked at once, at the end.
+One step, for a batch of B examples:
+
+    batch    = examples[order at this step]                  ids and flags, of all ranks
+    n        = Σ flags                                       the tokens that count, before the batch is cut
+    for micro-batch of this rank:
+        rows     = collate(…) or pack_examples(…)            tokens, mask                            (b, T)
+        logprobs = token_logprobs(model, rows.tokens)        of every token but the first            (b, T − 1)
+        loss     = −Σ rows.mask[:, 1:] · logprobs / n        backward
+    clip the gradient's norm, optimizer step, learning rate down a cosine
+
+The defaults run 200 such steps of 64 worked solutions, shuffled, padded, all weights trained; packing, curricula,
+ratings, adapters and dropout are off. Every --eval_every steps the model answers held-out problems (evaluate.py): the
+best checkpoint is chosen on the validation split; the test split is looked at once, at the end.
 
 Run it:
     python sft.py                                    # built-in word problems; pretrains its start first

@@ -51,8 +51,8 @@ changes in the gradient:
 A prompt is computed once for its group, in training as in sampling: its completions read its keys and values
 (support/shared_prompt.py, the fast form of transformer.answer_logprobs). Groups without signal are skipped before the
 forward pass; the normalisers still count them, so the gradient is the same up to rounding. (With a KL penalty they are
-computed.) The old log-probabilities are the ones that the sampler returned; the sampler uses temperature alone, and the
-loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1. In bf16 the sampler and the loss
+computed.) The old log-probabilities are the ones that the sampler returned; it uses temperature alone, and the
+loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1. In bf16 sampler and loss
 round differently and ρ is only near 1 (`ratio_max` is logged): GSPO's narrow clips want --dtype fp32.
 
 What others do differently: TRL's defaults are --loss_type dapo and --kl_unbiased true, and it leaves a NaN reward out

@@ -1,8 +1,12 @@
-"""The answer that a text commits to, as a canonical number: the verifier's reading part."""
+"""The usual verifier: what answer a text commits to, and whether two answers are the same number.
+
+A task may bring its own (data.Task); this one reads the number after GSM8K's marker ####.
+"""
 
 import re
 from decimal import Decimal, InvalidOperation
 
+# What may stand after the marker: groups 1 sign, 2 number, 3 words after it.
 NUMBER = re.compile(
     r"\s*(?:\$\s*)?(?:([-+−])\s*)?(?:\$\s*)?([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"\s?[%$]?[.,;!]?(?:\s(.*))?\s*"

@@ -1,14 +1,25 @@
-"""Reading files of records: JSONL, JSON, CSV, TSV, each perhaps gzipped; what is wrong is one line with its place."""
+"""Files of records, whoever wrote them: JSONL, JSON, CSV, TSV or plain text, each perhaps gzipped.
+
+`read_records` makes a file's rows plain dictionaries, each with its place; `problem_fields`, `pair_fields` and
+`review_fields` know the keys that data sets use for a problem, a preference pair and a review, and return the fields of
+ours. What is wrong is a DataError of one line that begins with the file and the place.
+"""
 
 import csv
 import gzip
 import io
 import json
 import os
+import re
 import zlib
+from decimal import Decimal
 from pathlib import Path
 
+from support.answers import NUMBER, extract_answer, same_answer
 from support.errors import ConfigError, DataError
+
+# -----------------------------------------------------------------------------------------------------------------
+# From a file to plain dictionaries.
 
 
 def read_text(path: Path) -> str:
@@ -28,16 +39,33 @@ def read_text(path: Path) -> str:
 
 def read_all(path: Path, parse, skip_bad: bool) -> list:
     """What `parse(record, where)` makes of each record. skip_bad: those that it refuses are counted and left out."""
-    found, bad = [], []
+    parsed, bad = [], []
     for place, record in read_records(path):
         try:
-            found.append(parse(record, f"{path} {place}"))
+            parsed.append(parse(record, f"{path} {place}"))
         except DataError as error:
             if not skip_bad:
                 raise
             bad.append(str(error).removeprefix(f"{path} "))
     report_skipped(path, {"records that cannot be used": bad})
-    return found
+    return parsed
+
+
+def report_skipped(path: Path, skipped: dict[str, list[str]]) -> None:
+    """One line, from one process: how many records were left out, why, and where the first stands."""
+    counts = [f"{len(places)} {what} (first: {places[0]})" for what, places in skipped.items() if places]
+    if counts and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: skipped {', '.join(counts)}")
+
+
+def fitting(problems, lengths, room, what, dist):
+    """The problems that fit the context; says how many did not. Raises ConfigError if none does."""
+    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= room]
+    if not kept:
+        raise ConfigError(f"no {what} fits: the shortest has {min(lengths)} tokens, the room is {room}")
+    if len(kept) < len(problems) and dist.is_main:
+        print(f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out")
+    return kept
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
@@ -54,36 +82,37 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
             raise DataError(f"{path}: cannot be read as JSON ({error})") from error
         if not isinstance(records, list):
             raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
-        found = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
+        placed = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
     elif kind in (".csv", ".tsv"):
         form = {"strict": True} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         csv.field_size_limit(1 << 30)  # a text may be long
         rows = csv.DictReader(io.StringIO(text), **form)
         try:
-            found = [(f"record {n}", row) for n, row in enumerate(rows, start=1)]
+            placed = [(f"record {n}", row) for n, row in enumerate(rows, start=1)]
         except csv.Error as error:
             raise DataError(f"{path} line {rows.reader.line_num}: not CSV ({error})") from error
-        for place, row in found:
+        for place, row in placed:
             if None in row or None in row.values():
                 raise DataError(f"{path} {place}: not as many fields as the header has columns")
     else:
-        found = []
+        placed = []
         for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
             if line.strip():
                 try:
-                    found.append((f"line {number}", json.loads(line)))
+                    placed.append((f"line {number}", json.loads(line)))
                 except json.JSONDecodeError as error:
                     where = f"{path} line {number}"
                     raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{path} line {number}: cannot be read as JSON ({error})") from error
-    for place, record in found:
+    for place, record in placed:
         if not isinstance(record, dict):
             raise DataError(f"{path} {place}: a record is an object {{...}}, not {type(record).__name__}")
-    return found
+    return placed
 
 
 def text_of(record: dict, key: str, where: str) -> str:
+    """What stands under a key, without the blanks around it. It may be empty."""
     if key not in record:
         raise DataError(f"{where}: the key {key!r} is missing")
     if not isinstance(record[key], str):
@@ -92,6 +121,7 @@ def text_of(record: dict, key: str, where: str) -> str:
 
 
 def encodable(text: str, where: str) -> str:
+    """The text itself, if it can be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -110,18 +140,149 @@ def prompt_of(record: dict, where: str) -> str:
     return prompt
 
 
-def report_skipped(path: Path, skipped: dict[str, list[str]]) -> None:
-    """One line, from one process: how many records were left out, why, and where the first stands."""
-    said = [f"{len(places)} {what} (first: {places[0]})" for what, places in skipped.items() if places]
-    if said and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: skipped {', '.join(said)}")
+# -----------------------------------------------------------------------------------------------------------------
+# What a record of a problem says, whoever wrote it: the fields of data.Problem by name.
 
 
-def fitting(problems, lengths, room, what, dist):
-    """The problems that fit the context; says how many did not. Raises ConfigError if none does."""
-    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= room]
-    if not kept:
-        raise ConfigError(f"no {what} fits: the shortest has {min(lengths)} tokens, the room is {room}")
-    if len(kept) < len(problems) and dist.is_main:
-        print(f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out")
-    return kept
+def problem_fields(record: dict, where: str, story: str) -> dict:
+    """The keys of the record are one of
+
+    {"question", "answer"}              `answer` is the worked solution with its #### line, or just a number
+    {"question", "solution", "answer"}  `answer` is the number
+    {"messages": [...]}                 a conversation, whose last turn is the assistant's: the solution
+    {"prompt", "response", "rating"}    a response and its rating, 1 to 5
+    {"instruction", "input", "output"}  `input` may be missing or empty
+
+    The last three are taken as they stand; without a #### line their answer is "": SFT can use them, no verifier
+    will accept it. In the first two GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made
+    for a calculator that overwrites the sampled tokens; without one, the model would write each result twice.
+    """
+    if "messages" in record:
+        return conversation_fields(record["messages"], where, story)
+    if "rating" in record or "response" in record:
+        fields = plain_fields(prompt_of(record, where), text_of(record, "response", where), where, story)
+        return fields | {"rating": rating_of(record, where)}
+    if "instruction" in record:
+        return plain_fields(prompt_of(record, where), text_of(record, "output", where), where, story)
+    return worked_fields(record, where, story)
+
+
+def worked_fields(record: dict, where: str, story: str) -> dict:
+    """A question with a number as its answer; level: the calculator annotations in the solution, at least 1."""
+    for key in ("question", "answer"):
+        if key not in record:
+            raise DataError(f"{where}: the key {key!r} is missing")
+    given = {}
+    for key in ("question", "answer", *(["solution"] if "solution" in record else [])):
+        value = record[key]
+        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = format(Decimal(str(value)), "f")  # 1e-05 would not be read
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{where}: {key!r} must be text that is not empty")
+        given[key] = encodable(value.strip(), where)
+
+    key = "solution" if "solution" in given else "answer"
+    solution, annotations = re.subn(r"<<[-+*/().,\d ]+=[-/.,\d ]+>>", "", given[key])  # not `cout << x; cin >> y`
+    if not solution.strip():
+        raise DataError(f"{where}: {key!r} holds nothing but calculator annotations")
+    if "####" not in solution:
+        bare, number = extract_answer("#### " + given["answer"]), NUMBER.fullmatch(given["answer"])
+        if "solution" in given:
+            solution = f"{solution}\n#### {bare}"
+        elif number and not number[3]:  # no words after it: "12 people came." is a text
+            solution = f"#### {bare}"
+    answer = extract_answer(solution)
+    if answer is None and ("####" in solution or "solution" in given):
+        raise DataError(f"{where}: no single number after ####: {solution[-60:]!r}")
+    if "solution" in given and not same_answer(answer, extract_answer("#### " + given["answer"])):
+        raise DataError(f"{where}: the solution ends in {answer}, the answer says {given['answer']!r}")
+    level = max(1, annotations)
+    return dict(question=given["question"], solution=solution, answer=answer or "", level=level, story=story)
+
+
+def conversation_fields(turns, where: str, story: str) -> dict:
+    """[{"role", "content"}, ...]: perhaps a system turn, then user and assistant in turn, the assistant last."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{where}: messages must be a list of {{role, content}}")
+    roles = [turn.get("role") for turn in turns]
+    after_system = roles[1:] if roles[:1] == ["system"] else roles
+    if not after_system or after_system != ["user", "assistant"] * (len(after_system) // 2):
+        raise DataError(f"{where}: messages must be user and assistant in turn and end with the assistant, not {roles}")
+    contents = [turn.get("content") for turn in turns]
+    for number, content in enumerate(contents, start=1):
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f"{where}: the content of message {number} must be text that is not empty")
+    contents = [encodable(content.strip(), where) for content in contents]
+    history = tuple(zip(roles[:-2], contents[:-2], strict=True))
+    return plain_fields(contents[-2], contents[-1], where, story) | {"history": history}
+
+
+def plain_fields(question: str, solution: str, where: str, story: str) -> dict:
+    """A solution that is taken as it stands."""
+    if not solution:
+        raise DataError(f"{where}: the response is empty")
+    return dict(question=question, solution=solution, answer=extract_answer(solution) or "", level=1, story=story)
+
+
+def rating_of(record: dict, where: str) -> float:
+    try:
+        rating = float(record["rating"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise DataError(f"{where}: the rating is {record.get('rating')!r}, not a number from 1 to 5") from None
+    if not 1 <= rating <= 5:
+        raise DataError(f"{where}: the rating is {record['rating']}, it must be from 1 to 5")
+    return rating
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# The same for a preference pair (the fields of data.Pair) and for a review.
+
+
+def pair_fields(record: dict, where: str, kind: str) -> dict:
+    """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not. Or, as
+    Anthropic writes them, without a prompt two whole dialogues {"chosen", "rejected"} that differ in the assistant's
+    last turn."""
+    has_prompt = "prompt" in record or "instruction" in record
+    if not has_prompt and str(record.get("chosen")).lstrip().startswith("Human:"):
+        return dialogue_fields(record, where)
+    prompt = prompt_of(record, where)
+    if kind == "ultrafeedback" and scored_alike(record, where):
+        kind = "equal_scores"
+    return dict(
+        prompt=prompt, chosen=text_of(record, "chosen", where), rejected=text_of(record, "rejected", where), kind=kind
+    )
+
+
+def dialogue_fields(record: dict, where: str) -> dict:
+    dialogues = []
+    for key in ("chosen", "rejected"):
+        start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text_of(record, key, where))
+        speakers, contents = parts[::2], [content.strip() for content in parts[1::2]]
+        in_turn = speakers and speakers == ["Human", "Assistant"] * (len(speakers) // 2)
+        if start or not in_turn or not all(contents[:-1]):
+            raise DataError(f"{where}: {key!r} must be Human and Assistant in turn, the Assistant last, not {speakers}")
+        roles = {"Human": "user", "Assistant": "assistant"}
+        dialogues.append([(roles[speaker], content) for speaker, content in zip(speakers, contents, strict=True)])
+    (*history, (_, prompt), (_, chosen)), (*_, (_, rejected)) = dialogues
+    if dialogues[0][:-1] != dialogues[1][:-1]:
+        raise DataError(f"{where}: the dialogues differ before the assistant's last turn")
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected, kind="hh", history=tuple(history))
+
+
+def scored_alike(record: dict, where: str) -> bool:
+    """Whether UltraFeedback's judge gave both answers of a pair the same score."""
+    scores = record.get("metadata") or {}
+    if not isinstance(scores, dict):
+        raise DataError(f"{where}: 'metadata' must be an object {{...}}, not {type(scores).__name__}")
+    return scores.get("score_chosen") is not None and scores.get("score_chosen") == scores.get("score_rejected")
+
+
+LABELS = {"1": 1, "0": 0, "positive": 1, "negative": 0, "pos": 1, "neg": 0}
+
+
+def review_fields(record: dict, where: str) -> tuple[str, int]:
+    """{"text", "label"} -> the text, and 1 where it praises, 0 where it pans."""
+    label = LABELS.get(str(record.get("label")).strip().lower())
+    if label is None:
+        raise DataError(f"{where}: 'label' must be 1 or 0, positive or negative, not {record.get('label')!r}")
+    return text_of(record, "text", where), label

@@ -1,11 +1,16 @@
-"""The generated reviews, which praise or pan."""
+"""The generated reviews, which praise or pan: for the encoder's classification, offline.
+
+A review is up to two remarks that say nothing and one or two verdicts that agree, in any order. A verdict has words of
+both kinds ("the plot may be dull ; what stays is the moving cast ."), so a bag of words sees little: where they stand
+says everything.
+"""
 
 import random
 
 from support.splits import check_split, split_of
 
-# The generated reviews. {v} is a word of praise where the review praises and + stands in front, or pans and - stands
-# there; {o} is a word of the other kind. So the words alone say little, their places say everything.
+# {v} is a word of praise where the review praises and + stands in front, or pans and - stands there; {o} is a word of
+# the other kind; {a} and {b} are parts of a film.
 VERDICTS = """
 + the {a} is {v} .
 + i find the {a} {v} .
@@ -40,7 +45,7 @@ REVIEW_WORDS = {line.split()[0]: line.split()[1:] for line in WORDS}
 
 
 def sentiment_review(rng: random.Random) -> tuple[str, int]:
-    """Up to two remarks and one or two verdicts that agree, in any order."""
+    """-> the text, and 1 where it praises, 0 where it pans."""
     label = rng.randrange(2)
     sentences = [rng.choice(NEUTRAL) for _ in range(rng.randrange(3))]
     for _ in range(rng.choice((1, 1, 2))):

@@ -1,4 +1,8 @@
-"""Which split a text belongs to, by a hash of it."""
+"""Which split a text belongs to, by a hash of it.
+
+A hash, unlike a shuffled list, gives a text the same split in every version of a file and in every sample size, and
+two copies of a text the same one.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,6 +14,7 @@ SPLIT_OF_DIGIT = ("train",) * 8 + ("valid", "test")
 
 
 def check_split(split: str, splits: Sequence[str] = SPLITS) -> None:
+    """DataError if there is no such split."""
     if split not in splits:
         raise DataError(f"unknown split {split!r}: choose one of {', '.join(splits)}")
 

@@ -1,4 +1,9 @@
-"""Token streams: one long array of ids on disk, made once for every run that wants it."""
+"""Token streams: pretraining reads one long array of ids from disk, without loading it.
+
+A stream is a flat file of uint16 or uint32 and, beside it, a JSON file that says how to read it. It stands under a name
+made of its texts and its tokenizer, so every run that wants the same one shares it: `make_streams` makes what is not
+there, `data.batch_at` cuts a step's windows out of it.
+"""
 
 import hashlib
 import json
@@ -16,7 +21,7 @@ from support.runs import RUNS
 
 
 def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: int, fingerprint: str) -> Path:
-    """Write pieces of token ids behind one another as one flat array -> the path.
+    """Write pieces of token ids one after another as one flat array -> the path.
 
     uint16 up to 65,536 ids, else uint32: half the disk and half the reading. Beside it `PATH.json` says how
     to read it and which tokenizer (`fingerprint`) made it: another tokenizer's ids train wrongly and do not
@@ -33,7 +38,7 @@ def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: 
             for piece in pieces:
                 ids = np.asarray(piece, dtype=np.int64)
                 if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):  # a cast would wrap in silence
-                    raise DataError(f"{path}: a token id outside 0..{vocab_size - 1} behind the first {tokens}")
+                    raise DataError(f"{path}: a token id outside 0..{vocab_size - 1} after the first {tokens}")
                 data = ids.astype(dtype).tobytes()
                 file.write(data)
                 digest.update(data)
@@ -61,11 +66,11 @@ def stream_path(folder: str | Path, texts: Sequence[str], tokenizer) -> Path:
 
 
 def tokenise(path: Path, texts: Sequence[str], tokenizer, some: int = 1000) -> None:
-    """Write the stream of `texts` to what `stream_path` said, unless it is there. Several documents are followed by
+    """Write the stream of `texts` to what `stream_path` names, unless it is there. Several documents are followed by
     <|endoftext|> each; one alone is a text without borders.
 
     `some` documents at a time, on all cores, into a file of their own under PATH.parts. Whoever is interrupted finds
-    them there the next time and goes on behind the last. (One text alone is encoded in one go.) A second run that wants
+    them there the next time and goes on after the last. (One text alone is encoded in one go.) A second run that wants
     a stream of the same folder waits for the first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,11 +110,11 @@ def open_stream(path: str | Path, fingerprint: str, check: bool = False) -> np.m
             raise DataError(f"no {file}: {again}")
     try:
         about = json.loads(sidecar.read_text(encoding="utf-8"))
-        dtype, tokens, found = np.dtype(about["dtype"]), int(about["tokens"]), about["fingerprint"]
+        dtype, tokens, made_with = np.dtype(about["dtype"]), int(about["tokens"]), about["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{sidecar} cannot be read ({error!r}): {again}") from error
-    if found != fingerprint:
-        raise DataError(f"{path} was made with tokenizer {found}, this run has {fingerprint}: {again}")
+    if made_with != fingerprint:
+        raise DataError(f"{path} was made with tokenizer {made_with}, this run has {fingerprint}: {again}")
     if path.stat().st_size != tokens * dtype.itemsize:
         raise DataError(f"{path} has {path.stat().st_size} bytes, not {tokens} x {dtype.itemsize}: {again}")
     if check:

@@ -1,4 +1,38 @@
-"""The built-in word problems: the grammar, the generator, its entropy, and wrong solutions."""
+"""The built-in word problems: a grammar of small stories, and what is made of it.
+
+English problems in GSM8K's shape (Cobbe et al. 2021, arXiv:2110.14168): a question, one worked line per arithmetic
+step, a last line `#### ANSWER`. They need no download, so every stage runs offline: `narrative_texts` for pretraining,
+`word_problems` for SFT and reinforcement learning, `corrupt` for preference pairs. data.TASKS has them as a row.
+
+**How a problem is made.** A theme (food, a shop, a bus, ...) is a table of rows. A story opens with a row from `open`,
+walks through rows from `then` (buys, gives away, loses), each one addition or subtraction on the running total, and may
+close with a row from `end` (shares, packs, sells, compares) that turns the total into something else. Each row has a
+*sentence* for the event, a line in which its arithmetic is *worked*, and what is *asked* if the story stops there. So
+one walk gives a problem (the sentences and the question), its solution (the worked lines) and a narrative (sentences
+and worked lines in turn). Every step feeds the next: no intermediate result is idle.
+
+**The split** is that of the sentences (`split_of`, a hash), and a story has many beginnings: "Tom has 5 apples. He
+buys 3 more." is one problem, and the first half of others. So a story belongs to the last split (train, valid, test)
+that any of its beginnings with a step hashes to (`Story.split`), and the generator draws again until that is the one
+asked for. Then no story of the test split stands in another split's problems, neither with another question nor as the
+beginning of a longer story, and not worked out in a narrative, whatever the seed, the level or the sample size.
+
+**Entropy.** Every choice of the generator is uniform over a finite list, whose length may depend on the choices before
+it ("gives away k of n"). The grammar is unambiguous: a text can be made in one way only (tests/test_word_problems.py
+enumerates a cut-down grammar and checks it). Then p(text) is the product of 1 / options, and
+
+    nats(text) = -log p(text) = sum over the choices of log(options)       exact, for this one text
+    H = E[nats(text)]                                                      the entropy of a document
+
+By Gibbs' inequality the expected loss per document of any model, end marker included, is at least H: a floor known in
+advance. Divided by the mean number of tokens per document it is the floor per token. Small print: a split keeps a share
+of the texts, so strictly its floor is H - log(1 / share), 0.2 to 0.4 nats (train) or 1.8 to 2.3 (valid) lower, for a
+model that could compute blake2b. And a train set of n documents can be memorised, so the floor speaks of fresh
+documents, that is, of the validation loss.
+
+**Simplified.** Uniform choices, so no Zipf law of words and no Benford law of numbers; no distractors; whole numbers 1
+to 60; present tense. Running totals stay in 1..50, so that a small vocabulary of numbers recurs.
+"""
 
 import math
 import random
@@ -14,9 +48,10 @@ from support.answers import extract_answer
 from support.errors import DataError
 from support.splits import SPLITS, check_split, split_of
 
+# -----------------------------------------------------------------------------------------------------------------
 # The grammar. A block per theme, with the nouns it is about. A row is one event:
 #
-#   +  told | told     an operator and what is told, in other words. + - * / act on the running total,
+#   +  this | that     an operator and a sentence, in several wordings. + - * / act on the running total,
 #                      "k-" subtracts the total from the row's own number, "=" opens with a number
 #   -> worked [unit]   the solution line, and what its result counts if that is not the theme's noun
 #   ?  asked           the question if the story ends here
@@ -342,9 +377,15 @@ START = {"reading": range(10, 41)}  # what a "=" row may open with, where that i
 IRREGULAR = {"daisy": "daisies", "person": "people", "child": "children"}
 
 
+# -----------------------------------------------------------------------------------------------------------------
+# The grammar as tables.
+
+
 class Row(NamedTuple):
+    """One event that a story may have next."""
+
     op: str
-    told: tuple[str, ...]
+    sentence: tuple[str, ...]  # a choice of wordings, as below
     worked: tuple[str, ...]
     ask: tuple[str, ...]
     unit: str  # "" = the theme's noun
@@ -352,6 +393,8 @@ class Row(NamedTuple):
 
 
 class Theme(NamedTuple):
+    """What stories of one kind are about, and their events."""
+
     things: tuple[str, ...]
     open: tuple[Row, ...]
     then: tuple[Row, ...]  # only + and -: they keep the unit, so any number of them can follow
@@ -387,7 +430,7 @@ def parse(grammar: str) -> dict[str, Theme]:
                 else:
                     new = dict(worked=texts, unit=note) if mark == "->" else dict(ask=texts)
                     section[-1] = last = last._replace(**new)
-            person = "{N}" in rows["open"][0].told[0]
+            person = "{N}" in rows["open"][0].sentence[0]
             tables = (tuple(section) for section in rows.values())
             start = START.get(name, range(5, 21))
             themes[name] = Theme(tuple(nouns.split()), *tables, person, start, 1 if person else 2)
@@ -397,8 +440,6 @@ def parse(grammar: str) -> dict[str, Theme]:
 THEMES = parse(GRAMMAR)
 STORIES = tuple(THEMES)
 NOUNS = {noun for theme in THEMES.values() for noun in theme.things} | {*POOLS["toy"], *POOLS["gift"]}
-
-
 NOUNS |= {row.unit for theme in THEMES.values() for row in theme.end if row.unit}
 PLURAL = {noun: IRREGULAR.get(noun, noun + "s") for noun in sorted(NOUNS)}
 SINGULAR = {plural: noun for noun, plural in PLURAL.items()}
@@ -408,6 +449,9 @@ def count(n: int, noun: str, adjective: str = "") -> str:
     """count(1, "apple") -> "1 apple"; count(2, "daisy", "more ") -> "2 more daisies"."""
     return f"{n} {adjective}{noun if n == 1 else PLURAL[noun]}"
 
+
+# -----------------------------------------------------------------------------------------------------------------
+# A story: choices, one after another, and what they cost in nats.
 
 SOLVE = {
     "+": lambda a, b: a + b,
@@ -480,41 +524,43 @@ class Draw(dict):
         self.update(N=hero, he=he, He=he.capitalize(), his=his, His=his.capitalize(), him=him)
 
     def beat(self, theme: Theme, row: Row, a: int, b: int, k: int) -> tuple[str, str, int]:
-        """One row with its numbers -> told sentence, worked line ("" without an operator), result."""
+        """One row with its numbers -> sentence, worked line ("" without an operator), result."""
         for slot in ("F", "day", "next", "toy", "toys", "toy2", "gift", "gifts", *POOLS):
             self.pop(slot, None)  # each row draws its own
         thing = self["thing"]
         self.update(a=a, b=b, k=k, ks=count(k, thing))
         self.update(more=count(k, thing, "more "), fewer=count(k, thing, "fewer "))
-        told = self.fill(row.told)
+        sentence = self.fill(row.sentence)
         if row.op == "=":
-            return told, "", k
+            return sentence, "", k
         op = row.op[-1]
         c = SOLVE[op](a, b)
         unit = self[row.unit] if row.unit in POOLS else row.unit or thing
         self.update(e=f"{a} {op} {b} = {c}", eq=f"{a} {op} {b} = {count(c, unit)}")
         self["unit"] = unit if c == 1 else PLURAL[unit]
-        return told, self.fill(row.worked), c
+        return sentence, self.fill(row.worked), c
 
 
-class Tale(NamedTuple):
-    story: str
-    beats: list[tuple[str, str]]  # (told, worked); worked is "" where nothing is computed
+class Story(NamedTuple):
+    """A story as it was drawn: its sentences, and the question that may follow them."""
+
+    theme: str
+    beats: list[tuple[str, str]]  # (sentence, worked line); the line is "" where nothing is computed
     asks: tuple[str, ...]  # templates of the closing question
     answer: int
 
     @property
     def split(self) -> str:
         """The last of SPLITS among those of the story and of its beginnings that are stories, one step or more."""
-        told = accumulate((told for told, _ in self.beats), "{} {}".format)
-        stories = [text for text, (_, worked) in zip(told, self.beats, strict=True) if worked]
+        beginnings = accumulate((sentence for sentence, _ in self.beats), "{} {}".format)
+        stories = [text for text, (_, worked) in zip(beginnings, self.beats, strict=True) if worked]
         return max(map(split_of, stories), key=SPLITS.index)
 
 
-def tell(draw: Draw, level: int) -> Tale:
+def generate_story(draw: Draw, level: int) -> Story:
     """One walk through the tables with `level` arithmetic steps."""
-    story = draw.choice(STORIES)
-    theme = THEMES[story]
+    name = draw.choice(STORIES)
+    theme = THEMES[name]
     if theme.person:
         draw.hero()
     draw["thing"] = draw.choice(theme.things)
@@ -528,8 +574,8 @@ def tell(draw: Draw, level: int) -> Tale:
         a, b = draw.choice(range(3, 21)), draw.choice(range(3, 21))
     else:
         a, b = 0, draw.choice(theme.start)
-    told, worked, total = draw.beat(theme, row, a, b, k=b)
-    beats = [(told, worked)]
+    sentence, worked, total = draw.beat(theme, row, a, b, k=b)
+    beats = [(sentence, worked)]
 
     for left in reversed(range(level - (row.op != "="))):  # steps still to come after this one
         rows = [new for new in theme.then if new is not row] + list(() if left else theme.end)
@@ -537,9 +583,13 @@ def tell(draw: Draw, level: int) -> Tale:
         row, ks = draw.choice(fits)
         k = draw.choice(ks)
         a, b = (k, total) if row.op == "k-" else (total, k)
-        told, worked, total = draw.beat(theme, row, a, b, k)
-        beats.append((told, worked))
-    return Tale(story, beats, row.ask, total)
+        sentence, worked, total = draw.beat(theme, row, a, b, k)
+        beats.append((sentence, worked))
+    return Story(name, beats, row.ask, total)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Problems.
 
 
 class WordProblem(NamedTuple):
@@ -561,12 +611,12 @@ def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2
     rng = random.Random(f"problem/{seed}/{split}/{level}/{index}")
     while True:  # 1.25 to 2 tries for train, 4 to 10 for valid and test
         draw = Draw(rng)
-        tale = tell(draw, level)
-        question = " ".join([*(told for told, _ in tale.beats), draw.fill(tale.asks)])
-        if tale.split == split:
+        story = generate_story(draw, level)
+        question = " ".join([*(sentence for sentence, _ in story.beats), draw.fill(story.asks)])
+        if story.split == split:
             break
-    lines = [worked for _, worked in tale.beats if worked]
-    return WordProblem(question, "\n".join([*lines, f"#### {tale.answer}"]), str(tale.answer), level, tale.story)
+    lines = [worked for _, worked in story.beats if worked]
+    return WordProblem(question, "\n".join([*lines, f"#### {story.answer}"]), str(story.answer), level, story.theme)
 
 
 def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[WordProblem]:
@@ -580,6 +630,9 @@ def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int 
         problems.append(problem)
     return problems
 
+
+# -----------------------------------------------------------------------------------------------------------------
+# Wrong solutions.
 
 # The kinds of error, the hardest to see first, each with the fewest steps that a problem needs to have it.
 CORRUPTIONS = {"wrong_sum": 1, "skipped_step": 2, "wrong_operator": 1, "missing_answer": 1}
@@ -651,12 +704,16 @@ def rewrite(line: str, step: re.Match, a, op: str, b, c: int) -> str:
     return f"{line[: step.start()]}{a} {op} {b} = {result}{line[step.end() :]}"
 
 
-def narrative(rng: random.Random, levels: Sequence[int] = (1, 2)) -> tuple[str, float, Tale]:
+# -----------------------------------------------------------------------------------------------------------------
+# Text for pretraining, and its entropy.
+
+
+def narrative(rng: random.Random, levels: Sequence[int] = (1, 2)) -> tuple[str, float, Story]:
     """A story told with its arithmetic, three to six sentences -> (text, −log p(text) in nats, exact; the story)."""
     draw = Draw(rng)
     scene = f"It is a {draw.choice(WEATHER)} {draw.choice(HOURS)}."
-    tale = tell(draw, draw.choice(levels))
-    return " ".join([scene, *(part for beat in tale.beats for part in beat if part)]), draw.nats, tale
+    story = generate_story(draw, draw.choice(levels))
+    return " ".join([scene, *(part for beat in story.beats for part in beat if part)]), draw.nats, story
 
 
 def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
@@ -667,8 +724,8 @@ def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
         rng = random.Random(f"narrative/{seed}/{split}/{i}")
         level = rng.randrange(1, 3)  # once: fewer long stories than short ones are train's
         while True:
-            text, _, tale = narrative(rng, (level,))
-            if tale.split == split:
+            text, _, story = narrative(rng, (level,))
+            if story.split == split:
                 break
         texts.append(text)
     return texts
@@ -681,11 +738,15 @@ def narrative_entropy(n: int = 2000, seed: int = 0) -> tuple[float, float]:
     return float(nats.mean()), float(nats.std(ddof=1) / math.sqrt(n))
 
 
+# -----------------------------------------------------------------------------------------------------------------
+# The same story with other names.
+
+
 def _turn(words):
     return dict(zip(words, [*words[1:], words[0]], strict=True))
 
 
-def rename(text):
+def rename(text: str) -> str:
     """The same story with other names and other things: every name and noun becomes the next one of its list."""
     table = _turn(MEN) | _turn(WOMEN)
     for theme in THEMES.values():

@@ -1,0 +1,88 @@
+"""Where the file of a data set lies, and fetching it if it is not there.
+
+A file is looked for in $ALIGN_DATA (default `downloads/`), then downloaded there, and its sha256 is checked.
+"""
+
+import hashlib
+import http.client
+import os
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from support.errors import DataError
+
+SHA256 = {  # of what is downloaded; a file that is not here is taken as it comes
+    "gsm8k/train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "gsm8k/test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    "tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "preferences/short_style_preferences.json": "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+}
+
+
+class Source(NamedTuple):
+    """One file of a data set."""
+
+    path: str  # below $ALIGN_DATA
+    url: str = ""  # "" = cannot be downloaded from here
+
+
+def files(path: str, url: str = "", splits: Sequence[str] = ("train", "test")) -> dict[str, Source]:
+    """{split: its file}; {} in the path and the URL is the split's name."""
+    return {split: Source(path.format(split), url.format(split)) for split in splits}
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("ALIGN_DATA") or "downloads")
+
+
+def fetch(name: str, source: Source) -> Path:
+    """Where the file is, after a download if need be. A half-done download never has the final name."""
+    path = data_folder() / source.path
+    if path.is_dir():
+        raise DataError(f"{path} is a folder where the file of {name} is expected: remove it")
+    if path.is_file():
+        return path
+    by_hand = f"put the file at {path} by hand, or set ALIGN_DATA to the folder that has {source.path}"
+    if not source.url:
+        raise DataError(f"{name}: no {path}, and this dataset has no automatic download: {by_hand}")
+    from tqdm import tqdm  # here, so that reading data needs numpy at most
+
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes do not write into one file
+    digest = hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(source.url, timeout=30) as reply, open(partial, "wb") as file:
+            size = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := reply.read(1 << 16):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            if size and file.tell() != size:  # a connection that breaks looks like an end
+                raise OSError(f"{file.tell()} of {size} bytes came")
+        known = SHA256.get(source.path)
+        if known and digest.hexdigest() != known:
+            raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {known}; {by_hand}")
+        os.replace(partial, path)
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        raise DataError(f"{name}: cannot download {source.url} ({error}): {by_hand}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def imdb_reviews(part: str, source: Source) -> list[tuple[str, int]]:
+    """Maas et al. 2011, 25,000 reviews in train and in test, through Hugging Face's `datasets`: (text, label) each."""
+    path = data_folder() / source.path
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"imdb: no {path}, and no package to download it: pip install -e '.[hub]'") from None
+    try:
+        reviews = load_dataset("stanfordnlp/imdb", split=part)
+    except Exception as error:  # whatever the network, the hub or the cache raises
+        message = " ".join(str(error).split())[:200]
+        raise DataError(f"imdb: no {path}, and the download failed ({type(error).__name__}: {message})") from error
+    return [(review["text"].replace("<br />", "\n"), review["label"]) for review in reviews]

@@ -1,0 +1,486 @@
+"""support/records.py and support/downloads.py: files of every form, foreign keys, what is wrong in one line."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import types
+import urllib.error
+
+import pytest
+
+import data
+from data import Pair, Problem, load_pairs, load_problems, load_sentiment, load_text, split_key
+from support import downloads, records, splits
+from support.errors import DataError
+
+
+def problem_from(record, where, story):
+    return Problem(**records.problem_fields(record, where, story))
+
+
+def test_user_file(tmp_path):
+    file = tmp_path / "own.jsonl"
+    records = [
+        {"question": "A?", "answer": "He has 1+1=<<1+1=2>>2 pens.\n#### 2"},
+        {"question": "B?", "solution": "Two and two.", "answer": 4},
+        {"question": "C?", "answer": "$1,200"},
+        {"question": "D?", "answer": "Blue, I think."},
+        {"question": "G?", "answer": "12 people came to the party."},
+        {"question": "H?", "answer": "5 in each box.\n3 boxes hold 5 * 3 = 15, so fifteen."},
+        {"messages": [{"role": "user", "content": "E?"}, {"role": "assistant", "content": "x\n#### 7"}]},
+    ]
+    records += [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(100)]
+    file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    found = {split: load_problems(file, split) for split in splits.SPLITS}
+    assert sum(len(part) for part in found.values()) == 107
+    assert all(splits.split_of(problem.question) == split for split, part in found.items() for problem in part)
+    by = {problem.question: problem for part in found.values() for problem in part}
+    assert by["A?"].solution == "He has 1+1=2 pens.\n#### 2"
+    assert (by["B?"].solution, by["B?"].answer) == ("Two and two.\n#### 4", "4")
+    assert (by["C?"].solution, by["C?"].answer) == ("#### 1200", "1200")
+    assert (by["D?"].solution, by["D?"].answer) == ("Blue, I think.", "")
+    assert (by["G?"].solution, by["G?"].answer) == ("12 people came to the party.", "")
+    assert (by["H?"].solution, by["H?"].answer) == ("5 in each box.\n3 boxes hold 5 * 3 = 15, so fifteen.", "")
+    assert (by["E?"].answer, by["E?"].story) == ("7", "file")
+    shifts = "cout << x; cin >> y;\nHe has 3+(4)=<<3+(4)=7>>7, half: <<7/2=3.5>>3.5 pens.\n#### 3.5"
+    problem = problem_from({"question": "F?", "answer": shifts}, "", "")  # only what is an annotation goes
+    assert problem.solution == "cout << x; cin >> y;\nHe has 3+(4)=7, half: 3.5 pens.\n#### 3.5"
+    assert (problem.level, problem.answer) == (2, "3.5")
+    assert [problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5)] == [
+        "0.00001",
+        "100000000000000000000",
+        "2.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nonsense", "line 2: not JSON"),
+        ("[1, 2]", "line 2: a record is an object"),
+        ('{"question": "A \\ud83d?", "answer": "5"}', "half of a surrogate pair"),
+        ('{"prompt": "p \\ud83d", "response": "r", "rating": 5}', "half of a surrogate pair"),
+        ('{"question": "A?", "answer": ' + "9" * 5000 + "}", "line 2: cannot be read as JSON"),
+        ("[" * 100_000, "line 2: cannot be read as JSON"),
+        ('{"question": "A?"}', "line 2: the key 'answer' is missing"),
+        ('{"answer": "5"}', "line 2: the key 'question' is missing"),
+        ('{"question": "", "answer": "5"}', "line 2: 'question' must be text"),
+        ('{"question": "A?", "answer": null}', "line 2: 'answer' must be text"),
+        ('{"question": "A?", "answer": "#### 5 or 6"}', "line 2: no single number"),
+        ('{"question": "A?", "answer": "<<1+1=2>>"}', "line 2: 'answer' holds nothing but calculator annotations"),
+        ('{"question": "A?", "solution": "x", "answer": "many"}', "line 2: no single number"),
+        ('{"question": "A?", "solution": "x\\n#### 3", "answer": "4"}', "line 2: the solution ends in 3"),
+        ('{"messages": [{"role": "user", "content": "A?"}]}', "line 2: messages must be"),
+        ('{"messages": "A?"}', "line 2: messages must be"),
+        (
+            '{"messages": [{"role": "user"}, {"role": "assistant", "content": "5"}]}',
+            "line 2: the content of message 1 must",
+        ),
+    ],
+)
+def test_bad_records_name_the_line(tmp_path, line, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"question": "A?", "answer": "5"}\n' + line + "\n")
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        load_problems(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Reply(io.BytesIO):
+    headers = {"Content-Length": "5"}  # noqa: RUF012
+
+
+def test_download(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    file = tmp_path / "gsm8k/test.jsonl"
+
+    def offline(url, timeout):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", offline)
+    with pytest.raises(DataError, match=r"cannot download https://raw.*no route.*put the file at") as caught:
+        data.find("gsm8k", "test")
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+    asked = []
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Reply(b"hello"))
+    with pytest.raises(DataError, match="has changed: sha256 2cf24d"):
+        data.find("gsm8k", "test")
+    assert not list(file.parent.iterdir())  # neither the file nor a part of it
+
+    digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    monkeypatch.setitem(downloads.SHA256, "gsm8k/test.jsonl", digest)
+    assert data.find("gsm8k", "test").read_text() == "hello"
+    assert list(file.parent.iterdir()) == [file]
+    assert asked[-1].endswith("/grade_school_math/data/test.jsonl")
+
+    file.unlink()
+    monkeypatch.delitem(downloads.SHA256, "gsm8k/test.jsonl")
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda url, timeout: Reply(b"hel"))
+    with pytest.raises(DataError, match="3 of 5 bytes came"):  # the connection broke
+        data.find("gsm8k", "test")
+    assert not list(file.parent.iterdir())
+
+
+def test_records_of_every_form_are_records_in_pretraining_too(tmp_path):
+    rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(40)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    expected = load_text(tmp_path / "a.jsonl", "train")
+    assert len(expected) > 20
+    assert expected[0].startswith("What is ")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.tsv").write_text("question\tanswer\n" + "".join(f"{r['question']}\t{r['answer']}\n" for r in rows))
+    (tmp_path / "d.csv").write_text("question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows))
+    for name in ("b.jsonl.gz", "c.tsv", "d.csv"):
+        assert load_text(tmp_path / name, "train") == expected
+
+
+def test_damaged_files_and_other_datasets_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    (tmp_path / "a.csv").write_text('question,answer\n"1 + 1? 2"x,2\n')
+    (tmp_path / "b.csv").write_text("question,answer\n" + "long " * 40_000 + ",2\n" * 1)
+    whole = gzip.compress(bytes(range(256)) * 50)
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[:30] + b"\xff" * 9 + whole[39:])
+    for call, words in [
+        (lambda: load_problems(tmp_path / "a.csv"), "line 2: not CSV"),
+        (lambda: load_problems(tmp_path / "c.jsonl.gz"), "cannot read"),
+        (lambda: load_problems("tinyshakespeare"), "has no problems: choose word"),
+        (lambda: load_text("polarity"), "has no text for pretraining: choose word"),
+    ]:
+        with pytest.raises(DataError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    [(place, row)] = records.read_records(tmp_path / "b.csv")
+    assert (place, len(row["question"])) == ("record 1", 200_000)
+    assert splits.split_of("half of a pair: \ud83d") in splits.SPLITS
+
+
+# Conversations, instructions, ratings.
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_conversations(tmp_path):
+    long = [turn("system", "Be brief."), turn("user", "A?"), turn("assistant", "B."), turn("user", " C? ")]
+    long.append(turn("assistant", "#### Why\nBecause.\n"))
+    short = [turn("user", "2 + 3?"), turn("assistant", "5")]
+    path = write_pairs(tmp_path / "chats.jsonl", {"messages": long}, {"messages": short})
+    found = []
+    for split in splits.SPLITS:
+        with contextlib.suppress(DataError):  # two records do not fill three splits
+            found += load_problems(path, split)
+    first, second = sorted(found, key=lambda problem: problem.question, reverse=True)
+    assert (first.question, first.solution, first.answer) == ("C?", "#### Why\nBecause.", "")
+    assert first.history == (("system", "Be brief."), ("user", "A?"), ("assistant", "B."))
+    assert (second.question, second.solution, second.history) == ("2 + 3?", "5", ())  # as it stands
+    again = problem_from({"messages": long[1:]}, "x", "file")  # the same question after other words: another key
+    assert split_key(again.history, again.question) != split_key(first.history, first.question)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "must be user and assistant in turn"),
+        ([turn("system", "s")], "must be user and assistant in turn"),
+        ([turn("assistant", "a")], "must be user and assistant in turn"),
+        ([turn("user", "a"), turn("user", "b"), turn("assistant", "c")], "must be user and assistant in turn"),
+        ([turn("user", "a"), turn("assistant", "b"), turn("user", "c")], "end with the assistant"),
+        ([turn("user", "a"), turn("assistant", " ")], "the content of message 2"),
+        ([turn("user", 3), turn("assistant", "b")], "the content of message 1"),
+        ([1, 2], "a list of {role, content}"),
+    ],
+)
+def test_bad_conversations(turns, message):
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        problem_from({"messages": turns}, "f.jsonl line 9", "file")
+    assert str(caught.value).startswith("f.jsonl line 9: ")
+
+
+def test_ratings_in_csv_and_jsonl(tmp_path):
+    rows = [{"prompt": f"ask {i}", "response": f'say "{i}",\nor not', "rating": 1 + i % 5} for i in range(80)]
+    with open(tmp_path / "rated.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "response", "rating"])
+        writer.writeheader()
+        writer.writerows(rows)
+    write_pairs(tmp_path / "rated.jsonl", *rows)
+    for split in splits.SPLITS:
+        problems = load_problems(tmp_path / "rated.csv", split)
+        assert problems == load_problems(tmp_path / "rated.jsonl", split)
+        for problem in problems:
+            i = int(problem.question.split()[1])
+            assert (problem.solution, problem.rating, problem.answer) == (rows[i]["response"], 1 + i % 5, "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("p,r,6", "the rating is 6, it must be from 1 to 5"),
+        ("p,r,0.5", "the rating is 0.5, it must"),
+        ("p,r,nan", "the rating is nan, it must"),
+        ("p,r,good", "the rating is 'good', not a number"),
+        ("p,r,", "the rating is '', not a number"),
+        ("p,r,1e999", "the rating is 1e999, it must"),
+        ("p,,4", "the response is empty"),
+        (",r,4", "'prompt' is empty"),
+        ("p,r", "not as many fields"),
+        ("p,r,4,5", "not as many fields"),
+    ],
+)
+def test_bad_ratings_name_their_record(tmp_path, row, message):
+    (tmp_path / "rated.csv").write_text(f"prompt,response,rating\np,r,5\n{row}\n")
+    with pytest.raises(DataError, match=re.escape(f"rated.csv record 2: {message}")):
+        load_problems(tmp_path / "rated.csv")
+
+
+def test_instructions(tmp_path):
+    records = [{"instruction": f"do {i}", "input": "" if i % 2 else "x", "output": str(i)} for i in range(60)]
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    assert "do 7\n7" in load_text(tmp_path / "all.json") + load_text(tmp_path / "all.json", "valid")
+    found = [problem for split in splits.SPLITS for problem in load_problems(tmp_path / "all.json", split)]
+    assert {p.question for p in found} == {f"do {i}" + ("" if i % 2 else "\nx") for i in range(60)}
+    assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)
+
+
+@pytest.mark.parametrize("said", ["cout << x; cin >> y;", "Use a << 2, then b >> 1.", "<<1+1=2>>", "1+1=<<1+1=2>>2"])
+def test_whatever_is_no_worked_problem_is_taken_as_it_stands(said):
+    for record in (
+        {"instruction": "i", "output": said},
+        {"prompt": "p", "response": said, "rating": 5},
+        {"messages": [turn("user", "u"), turn("assistant", said)]},
+    ):
+        problem = problem_from(record, "", "file")
+        assert (problem.solution, problem.level, problem.answer) == (said, 1, "")
+
+
+def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
+    rows = [f"p{i},r{i},{3 if i % 20 else 7}" for i in range(100)]
+    path = tmp_path / "rated.csv"
+    path.write_text("\n".join(["prompt,response,rating", *rows, "p,,4"]) + "\n")
+    with pytest.raises(DataError, match="record 1: the rating is 7"):
+        load_problems(path, "train")
+    kept = [p for split in splits.SPLITS for p in load_problems(path, split, skip_bad=True)]
+    assert len(kept) == 95
+    assert all(p.rating == 3 for p in kept)
+    said = capsys.readouterr().out.splitlines()
+    line = "rated.csv: skipped 6 records that cannot be used (first: record 1: the rating is 7, it must be from 1 to 5)"
+    assert len(said) == 3
+    assert all(s.endswith(line) for s in said)
+    with pytest.raises(DataError, match="record 1: the rating is 7"):
+        load_text(path, "train")
+    texts = [text for split in ("train", "valid") for text in load_text(path, split, skip_bad=True)]
+    assert sorted(texts) == sorted(f"{p.question}\n{p.solution}" for p in kept if splits.split_of(p.question) != "test")
+
+    path = write_pairs(tmp_path / "pairs.jsonl", *[pair_record(f"prompt {i}") for i in range(100)], {"prompt": "p"})
+    with pytest.raises(DataError, match="line 101"):
+        load_pairs(path, "train")
+    assert sum(len(load_pairs(path, split, skip_bad=True)) for split in splits.SPLITS) == 100
+    assert "skipped 1 records that cannot be used (first: line 101: the key" in capsys.readouterr().out
+
+
+# Preference pairs.
+
+
+def write_pairs(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+def pair_record(prompt, chosen="good", rejected="bad"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_pairs_of_dialogues(tmp_path, monkeypatch):
+    """Anthropic's transcripts, by name, from a file that stands where the download would."""
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    one = {"chosen": "\n\nHuman: Is it 2?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Is it 2?\n\nAssistant: No: 3."}
+    start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nNice day.\n\nHuman: Human: what?\n\nAssistant:"
+    long = {"chosen": start + " A human.", "rejected": start + " Who knows?"}
+    (tmp_path / "preferences").mkdir()
+    with gzip.open(tmp_path / "preferences/hh_helpful_test.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in (one, long))
+    short, deep = load_pairs("hh", "test")
+    assert (short.prompt, short.chosen, short.rejected, short.kind) == ("Is it 2?", "Yes.", "No: 3.", "hh")
+    assert short.history == ()
+    assert (deep.prompt, deep.chosen, deep.rejected) == ("Human: what?", "A human.", "Who knows?")
+    assert deep.history == (("user", "Hi"), ("assistant", "Hello.\n\nNice day."))
+    bad = [
+        {"chosen": start + " x", "rejected": one["rejected"]},
+        {"chosen": start + " x\n\nHuman: more", "rejected": start + " y"},
+        {"chosen": "\n\nHuman: \n\nAssistant: x", "rejected": "\n\nHuman: \n\nAssistant: y"},
+        {"chosen": one["chosen"], "rejected": f"Well.{one['rejected']}"},
+        {"chosen": one["chosen"], "rejected": ""},
+    ]
+    messages = ("differ before", "the Assistant last", "must be Human", "must be", "'rejected' must be Human")
+    for record, message in zip(bad, messages, strict=True):
+        with pytest.raises(DataError, match=f"line 1: .*{message}"):
+            load_pairs(write_pairs(tmp_path / "bad.jsonl", record), "train")
+
+
+def test_what_has_a_prompt_is_no_dialogue(tmp_path):
+    answers = {"chosen": "Human: the speaker", "rejected": "robot"}
+    for key in ("prompt", "instruction"):
+        pair = Pair(**records.pair_fields({key: "Name a role", **answers}, "", "file"))
+        assert pair == Pair("Name a role", "Human: the speaker", "robot", "file")
+
+
+def test_a_dialogues_history_decides_its_split(tmp_path):
+    ask = [f"\n\nHuman: {i}\n\nAssistant: ok\n\nHuman: same\n\nAssistant:" for i in range(60)]
+    path = write_pairs(tmp_path / "d.jsonl", *[{"chosen": f"{a} yes", "rejected": f"{a} no"} for a in ask])
+    for split in splits.SPLITS:
+        assert {p.history[0][1] for p in load_pairs(path, split)} == {
+            str(i) for i in range(60) if splits.split_of(f"{i} ok same") == split
+        }
+
+
+def test_pairs_of_a_file(tmp_path, capsys):
+    records = [pair_record(f"prompt {i}") for i in range(100)]
+    records[3] |= {"rejected": " good\n"}
+    records[5] |= {"chosen": "  "}
+    records[8] |= {"rejected": ""}
+    path = write_pairs(tmp_path / "pairs.jsonl", *records)
+    found = {split: load_pairs(path, split) for split in splits.SPLITS}
+    said = capsys.readouterr().out.splitlines()
+    line = "pairs.jsonl: skipped 1 pairs of equal answers (first: line 4), 2 pairs with an empty answer "
+    assert len(said) == 3
+    assert all(f"{line}(first: line 6)" in s for s in said)
+    for split, pairs in found.items():
+        assert pairs
+        assert all(splits.split_of(pair.prompt) == split for pair in pairs)
+        assert all((pair.chosen, pair.rejected, pair.kind) == ("good", "bad", "file") for pair in pairs)
+    assert sum(map(len, found.values())) == 97
+    assert load_pairs(path, "train", 5) == found["train"][:5]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "the key 'rejected' is missing"),
+        ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "'rejected' must be text, not list"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
+        ({"chosen": "a", "rejected": "b"}, "the key 'prompt' is missing"),
+        ([1], "a record is an object {...}, not list"),
+    ],
+)
+def test_bad_pairs_name_their_record(tmp_path, record, message):
+    path = write_pairs(tmp_path / "pairs.jsonl", pair_record("p"), record)
+    with pytest.raises(DataError, match=re.escape(f"pairs.jsonl line 2: {message}")):
+        load_pairs(path)
+
+
+def test_scores_that_cannot_be_read_name_their_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    (tmp_path / "preferences").mkdir()
+    path = tmp_path / "preferences/ultrafeedback_test.jsonl"
+    write_pairs(path, pair_record("p"), pair_record("q") | {"metadata": {"score_chosen": 4, "score_rejected": 4}})
+    assert [pair.kind for pair in load_pairs("ultrafeedback", "test")] == ["ultrafeedback", "equal_scores"]
+    write_pairs(path, pair_record("p"), pair_record("q") | {"metadata": "score_chosen: 4"})
+    with pytest.raises(DataError, match=r"line 2: 'metadata' must be an object \{\.\.\.\}, not str"):
+        load_pairs("ultrafeedback", "test")
+
+
+def test_pairs_that_are_not_there(tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "p",')
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        load_pairs(tmp_path / "cut.jsonl")
+    with pytest.raises(DataError, match="gsm8k has no preference pairs"):
+        load_pairs("gsm8k")
+    one = write_pairs(tmp_path / "one.jsonl", pair_record("p"))
+    other = next(split for split in splits.SPLITS if split != splits.split_of("p"))
+    with pytest.raises(DataError, match=f"no pair in the split {other}"):
+        load_pairs(one, other)
+
+
+def test_style_pairs_read_an_array(tmp_path, monkeypatch):
+    records = [{"instruction": f"say {i}", "input": "x" * (i % 2), "chosen": "a", "rejected": "b"} for i in range(60)]
+    (tmp_path / "preferences").mkdir()
+    (tmp_path / "preferences/short_style_preferences.json").write_text(json.dumps(records))
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    prompts = [pair.prompt for split in splits.SPLITS for pair in load_pairs("style", split)]
+    assert sorted(prompts) == sorted(f"say {i}" + "\nx" * (i % 2) for i in range(60))
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl", "a.json", "a.tsv.gz", "a.jsonl.gz"])
+def test_reviews_of_a_file(tmp_path, name):
+    reviews = [(f'review {i} with "quotes, and commas"', i % 2) for i in range(60)]
+    kind = name.split(".")[1]
+    if kind == "tsv":
+        text = "text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in reviews)
+    elif kind == "csv":
+        file = io.StringIO()
+        csv.writer(file).writerows([("label", "text"), *((("negative", "positive")[n], t) for t, n in reviews)])
+        text = file.getvalue()
+    else:
+        rows = [json.dumps({"text": t, "label": label, "id": "x"}) for t, label in reviews]
+        text = "\n".join(rows) if kind == "jsonl" else f"[{','.join(rows)}]"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    parts = {split: load_sentiment(path, split) for split in splits.SPLITS}
+    assert sorted(r for part in parts.values() for r in part) == sorted(reviews)
+    assert all(splits.split_of(r.text) == split for split, part in parts.items() for r in part)
+
+
+def test_bad_reviews_name_their_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = "".join(json.dumps({"text": f"text {i}", "label": i % 2}) + "\n" for i in range(40))
+    for line, message in [
+        ({"text": "x", "label": 2}, "line 41: 'label' must be 1 or 0, positive or negative, not 2"),
+        ({"text": "x"}, "line 41: 'label' must be"),
+        ({"label": 1}, "line 41: the key 'text' is missing"),
+        ({"text": 5, "label": 1}, "line 41: 'text' must be text"),
+    ]:
+        path.write_text(good + json.dumps(line))
+        with pytest.raises(DataError, match=message):
+            load_sentiment(path)
+    path.write_text(good.replace('"label": 0', '"label": 1'))
+    with pytest.raises(DataError, match="the split train needs texts of both labels"):
+        load_sentiment(path)
+    (tmp_path / "b.tsv.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"cannot read .*Not a gzipped file"):
+        load_sentiment(tmp_path / "b.tsv.gz")
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(good.encode())[:60])
+    with pytest.raises(DataError, match=r"cannot read .*ended before"):
+        load_sentiment(tmp_path / "b.tsv.gz")
+    with pytest.raises(DataError, match="unknown split"):
+        load_sentiment("sentiment", "dev")
+
+
+def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    rows = [{"text": f"film {i}<br />end", "label": i % 2} for i in range(50)]
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    parts = {split: load_sentiment("imdb", split) for split in splits.SPLITS}
+    assert asked == [("stanfordnlp/imdb", part) for part in ("train", "train", "test")]
+    assert len(parts["train"]) + len(parts["valid"]) == len(parts["test"]) == 50
+    assert not set(parts["train"]) & set(parts["valid"])
+    assert parts["test"][0] == ("film 0\nend", 0)
+
+    def fail(name, split):
+        raise ConnectionError("no network\nhere")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
+    with pytest.raises(DataError, match=r"the download failed \(ConnectionError: no network here\)"):
+        load_sentiment("imdb")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="no package to download it: pip install"):
+        load_sentiment("imdb")
+    (tmp_path / "sentiment").mkdir()
+    lines = "".join(json.dumps({"text": f"mine {i}", "label": i % 2}) + "\n" for i in range(9))
+    (tmp_path / "sentiment/imdb_test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert len(load_sentiment("imdb", "test")) == 9
+    with pytest.raises(DataError, match=r"polarity: no .*this dataset has no automatic download"):
+        load_sentiment("polarity")

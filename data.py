@@ -26,8 +26,8 @@ derives the text's entropy).
 visit everything once per epoch, in an order drawn from (seed, epoch). So a resumed run needs its step and no more, and
 two processes with batch b see what one sees with batch 2b.
 
-**A task of your own** is a generator and a row of TASKS. Every stage takes it by its name, pretrains and fine-tunes what
-it starts from on it, and judges answers by its verifier (tests/test_tasks.py has one):
+**A task of your own** is a generator and a row of TASKS. Every stage takes it by its name, pretrains and fine-tunes
+what it starts from on it, and judges answers by its verifier (tests/test_tasks.py has one):
 
     def sums(split, n, levels, seed): ...          n tuples ("2 + 3?", "#### 5", "5"), no question in two splits
     "sums": Task(problems=sums)                    python sft.py --data sums; python grpo.py --data sums

@@ -154,6 +154,14 @@ def test_a_task_whose_own_solutions_fail_is_refused(task, monkeypatch, changes, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_task_without_problems_is_refused_and_a_generous_one_is_cut(task, monkeypatch):
+    monkeypatch.setitem(TASKS, "backwards", replace(task, problems=lambda *_: []))
+    with pytest.raises(DataError, match="task backwards has no problem in the split test"):
+        load_problems("backwards", "test")
+    monkeypatch.setitem(TASKS, "backwards", replace(task, problems=lambda s, n, *more: backwards(s, n + 5, *more)))
+    assert len(load_problems("backwards", n=7)) == 7
+
+
 def test_a_task_needs_no_init_and_a_file_does(task):
     for stage in (dpo, grpo, ppo):
         stage.Config(data="backwards")

@@ -1,21 +1,77 @@
-"""How to tell whether a model got better."""
+"""How to tell whether a model got better: the verifier, pass@k, intervals, paired tests; a script for any checkpoint.
+
+A model answers N held-out problems, and the verifier compares what stands after #### with the answer.
+
+    accuracy      c / N of greedy answers (temperature 0): for a model that must answer once
+    pass@k        1 − C(n − c, k) / C(n, k), averaged over the problems: c of n samples are right; the chance that k of
+                  them hold a right one (arXiv:2107.03374, Eq. 1). 1 − (1 − c/n)^k would be biased
+    majority@n    whether the most frequent of n answers is right (self-consistency, arXiv:2203.11171)
+    token F1      of the words with the reference: for free text, where no answer can be checked
+
+How sure is a proportion p̂ = c / N? Wilson's interval holds every p from which p̂ is no further than z = 1.96 standard
+deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:
+
+    (p̂ + z²/2N ± z √(p̂ (1 − p̂) / N + z²/4N²)) / (1 + z²/N)        N = 1000: ± 3.1 points or less, N = 100: ± 9.6
+
+Is B better than A? Ask both the same problems, and look at those on which they differ: b that A alone solves, c that B
+alone does. Two intervals that overlap say nothing: most problems are easy for both or hard for both, which makes each
+accuracy uncertain and their difference none the less sure.
+
+    McNemar       p = 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c)       fair coins, falling at least as unevenly
+    the gain      (c − b) / N, its interval from b, c and N alone
+
+In short:
+
+    texts    = generate(policy, prompts, temperature=0)                 N
+    verdicts = is_correct(text, problem) of each                        N times 0 or 1
+    accuracy = mean(verdicts);  wilson(sum(verdicts), N)                and the mean of each of METRICS
+    B vs A   = compare(verdicts of A, verdicts of B)                    gain, interval, p
+
+Traps:
+  * Greedy accuracy and pass@k answer different questions. RL makes likely what a sample would sometimes hit: pass@1
+    rises, while pass@k for a large k may fall (arXiv:2504.13837).
+  * What was chosen on a split looks too good on it. Choose checkpoint, learning rate and prompt on `valid`; look at
+    `test` once. And of twenty comparisons one is significant at 95 % by chance.
+  * An answer that was cut off is wrong. Read `cut off` before the accuracy, and a dozen answers before either.
+  * These intervals are over problems. Another seed of the training is another model: ablate.py pairs over seeds.
+
+Also here, as every stage uses them: METRICS, the rows that are measured, logged, tabled and drawn; and the KL to a
+reference, from samples.
+
+Run it:
+    python evaluate.py                                               # by hand, on numbers small enough for a pencil
+    python evaluate.py --checkpoint runs/sft --samples 8
+    python evaluate.py --checkpoint runs/grpo --against runs/sft     # on the same problems
+    python evaluate.py --checkpoint downloads/SmolLM2-135M-Instruct.Q4_1.gguf --data gsm8k --max_new_tokens 256
+"""
 
 import collections
+import itertools
 import math
 import re
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from data import Problem, encode_prompt, task_of
+from data import DEFAULT_TASK, Problem, encode_prompt, load_problems, task_of
 from generate import generate
 from lora import lora_off
 from support.answers import extract_answer, same_answer  # noqa: F401  the usual verifier, offered here
-from support.errors import ConfigError
+from support.checkpoints import is_chat_model, open_checkpoint
+from support.checks import Count, Seed, Whole, check
+from support.cli import run_script
+from support.devices import precision, setup
+from support.errors import CheckpointError, ConfigError
+from support.log import commit
+from support.records import fitting
+from support.runs import RUNS
 from support.shared_prompt import pack, shared_answer_logprobs
-from support.tables import text_table
+from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, text_table, write_tables
 
 # ---------------------------------------------------------------------------------------------------------------
 # One answer.
@@ -139,9 +195,9 @@ METRICS = {
 }
 
 
-def batches(items, size):
-    """In pieces of at most `size`."""
-    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+def bar_of(progress, dist):
+    """How tqdm draws a bar of this name, on rank 0; none without a name."""
+    return {"desc": progress, "leave": False, "disable": progress is None or not dist.is_main}
 
 
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None):
@@ -152,7 +208,8 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
     mine = range(dist.rank, len(problems), dist.world)
     mine = sorted(mine, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
     samples, verdicts = [], [0.0] * len(problems)
-    for chunk in tqdm(batches(mine, batch), desc=progress, leave=False, disable=progress is None or not dist.is_main):
+    for at in tqdm(range(0, len(mine), batch), **bar_of(progress, dist)):
+        chunk = mine[at : at + batch]
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         rollout = generate(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
@@ -181,9 +238,9 @@ def evaluate_samples(
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
     uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    mine = range(dist.rank, len(problems), dist.world)
-    solved, voted = [0] * len(problems), 0
-    for chunk in tqdm(batches(mine, batch), desc=progress, leave=False, disable=progress is None or not dist.is_main):
+    mine, solved, voted = list(range(dist.rank, len(problems), dist.world)), [0] * len(problems), 0
+    for at in tqdm(range(0, len(mine), batch), **bar_of(progress, dist)):
+        chunk = mine[at : at + batch]
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
         texts = generate(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
@@ -265,36 +322,163 @@ def metric_panels(*also, without=()):
     return [(f"{m.label}", {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
 
 
-def metric_rows(results, without=()):
-    """Results of `evaluate` -> rows of a table, [label, a cell for each]: every metric that they all have, the accuracy
-    with its interval and by level."""
-    rows = []
-    for name, metric in METRICS.items():
-        if name in without or not all(name in result for result in results):
-            continue
-        rows.append([metric.label, *(format(result[name], metric.form) for result in results)])
-        if name == "accuracy":
-            rows.append(["  95 % interval", *(f"[{r['low']:.1%}, {r['high']:.1%}]" for r in results)])
-            for level in results[0]["by_level"] if len(results[0]["by_level"]) > 1 else ():
-                rows.append([f"  level {level}", *(f"{r['by_level'][level]:.1%}" for r in results)])
-    return rows
-
-
 def before_and_after(before, after, steps, seconds, rows=(), notes=()):
     """Print the table at the end of a stage: results of `evaluate` on the test split, the stage's own rows, [label,
     before, after], its notes, and what was gained."""
-    print("\n" + text_table([["held-out test", "before", "after"], *metric_rows([before, after]), *rows]))
+    print("\n" + text_table([["held-out test", "before", "after"], *metric_rows([before, after], METRICS), *rows]))
     for note in notes:
         print(note)
     gain, spent = 0.0, f"{steps} steps, {seconds / 60:.1f} minutes"
     if "accuracy" in after:
         gain = after["accuracy"] - before["accuracy"]
-        said = f"{after['n']} problems, {gain * 100:+.1f} points"
-        if "verdicts" in before:  # a run that an older version began has none
-            pair = compare(before["verdicts"], after["verdicts"])
-            interval = f"95 % interval [{pair['low'] * 100:+.1f}, {pair['high'] * 100:+.1f}]"
-            said += f" ({interval}, McNemar's p = {pair['p']:.2g})"
-        spent = f"{said} in {spent}"
+        paired = "verdicts" in before  # not in a run that an older version began
+        said = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"
+        spent = f"{after['n']} problems, {said} in {spent}"
     print(spent)
     if gain < 0:
         print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# By hand.
+
+
+def demo():
+    """Everything above on numbers small enough to check with a pencil."""
+    problem = Problem("2 + 3?", "2 + 3 = 5\n#### 5", "5", 1, "demo")
+    texts = ["2 + 3 = 5\n#### 5", "#### 5.0", "#### 6", "the answer is 5"]
+    verdicts = [is_correct(text, problem) for text in texts]
+    assert verdicts == [True, True, False, False]
+    assert majority([extract_answer(text) for text in texts]) == "5"  # 5.0 is 5: two votes
+    print(f"2 + 3?           {dict(zip(texts, verdicts, strict=True))}, by majority 5")
+
+    hits = [any(pair) for pair in itertools.combinations(verdicts, 2)]  # the 6 pairs of 4 samples
+    assert pass_at_k(4, 2, 2) == sum(hits) / len(hits) == 5 / 6
+    print(f"of 4 samples     pass@1 {pass_at_k(4, 2, 1):.3f}; pass@2 {pass_at_k(4, 2, 2):.3f}: 5 of the 6 pairs hit")
+
+    low, high = wilson(6, 8)
+    for p in (low, high):  # either end is 1.96 of its own standard deviations from what was seen
+        assert math.isclose(abs(6 / 8 - p), 1.96 * math.sqrt(p * (1 - p) / 8))
+    print(f"6 of 8 right     {6 / 8:.1%}, 95 % interval [{low:.1%}, {high:.1%}]")
+
+    first, second = [1, 1, 0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 0, 0]
+    pair = compare(first, second)
+    assert (pair["only_first"], pair["only_second"]) == (0, 6)
+    assert pair["p"] == 2 / 2**6  # six coins that all fall to one side, or all to the other
+    assert pair["low"] > 0  # significant, though the intervals of the two overlap:
+    assert wilson(sum(first), 10)[1] > wilson(sum(second), 10)[0]
+    print(f"2, then 8 of 10  6 problems gained, none lost: {gain_of(pair)}")
+
+    pi, ref = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])  # of two tokens
+    exact = (pi * (pi / ref).log()).sum()
+    k1, k3 = (kl_estimate(pi.log(), ref.log(), kind) for kind in ("k1", "k3"))
+    for estimate in (k1, k3):
+        assert torch.isclose((pi * estimate).sum(), exact)
+    said = [f"{name} {estimate[0]:.3f} or {estimate[1]:.3f}" for name, estimate in (("k1", k1), ("k3", k3))]
+    print(f"KL of two tokens {exact:.4f}; a sample says {', '.join(said)}: both right on average, k3 never below 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script.
+
+
+@dataclass
+class Config:
+    """Measure a checkpoint on held-out problems, or two on the same."""
+
+    checkpoint: str
+    """A run directory such as runs/sft, a checkpoint directory, a .gguf file, or a name on the Hugging Face hub."""
+    against: str | None = None
+    """A second one, which answers the same problems: the difference gets an interval and McNemar's exact test."""
+    data: str = DEFAULT_TASK
+    """word (built-in problems), gsm8k, or the path of a .jsonl, .json or .csv of questions and answers."""
+    split: Literal["test", "valid", "train"] = "test"
+    """Choose on valid, and look at test once."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Levels of the built-in problems: 1 to 3 steps."""
+    problems: Count | None = None
+    """Use only so many; default all, 1,000 of the built-in ones."""
+    instruction: str = ""
+    """Put after each question: how to answer, for a model that was not fine-tuned to end with #### and a number."""
+    samples: Whole = 0
+    """Answers to sample per problem, at temperature 1, for pass@k and majority; 0 leaves them out."""
+    max_new_tokens: Count = 96
+    """Longest answer in tokens."""
+    out: str | None = None
+    """Folder for table.md and result.json, which are overwritten; default one under runs/evaluate."""
+    seed: Seed = 0
+    """Of the samples."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """As in the evaluations of the stages; bf16 is faster on most GPUs."""
+
+    def __post_init__(self):
+        check(self)
+
+
+def main(config):
+    """Measure, print, write; returns what result.json holds."""
+    dist = setup(config.device)
+    autocast, _ = precision(config.dtype, dist)
+    problems = load_problems(config.data, config.split, config.problems, tuple(config.levels))
+    checked = any(p.answer for p in problems)  # else free text: token F1 alone says something
+    if config.samples and not checked:
+        raise ConfigError(f"--samples needs answers to check, and no problem of {config.data} has a number after ####")
+    if config.instruction:
+        problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
+    names = [name for name in (config.checkpoint, config.against) if name]
+    folder = Path(config.out) if config.out else RUNS / "evaluate" / file_name(*names, config.data, config.split)
+    models = [open_chat_model(name) for name in names]  # on the CPU: the device needs room for one
+    if dist.is_main:
+        make_folder(folder)
+    for policy, tokenizer in models:  # both are asked the problems that fit both
+        lengths = [len(encode_prompt(tokenizer, p)) for p in problems]
+        room = policy.config.context - config.max_new_tokens
+        problems = fitting(problems, lengths, room, f"{config.split} prompt", dist)
+
+    results, T, n = [], config.max_new_tokens, config.samples
+    for name, (policy, tokenizer) in zip(names, models, strict=True):
+        policy.to(dist.device)
+        with autocast():
+            result = evaluate(policy, tokenizer, problems, T, dist, batch=64, progress=name)
+            if n:
+                sampling = {"seed": config.seed, "batch": max(1, 64 // n), "progress": f"{name}, {n} samples each"}
+                result |= evaluate_samples(policy, tokenizer, problems, n, T, dist, **sampling)
+        policy.to("cpu")
+        results.append({key: value for key, value in result.items() if key != "samples"})
+
+    title = f"{config.data}, {config.split}, {len(problems)} problems"
+    rows = [[title, *names], *metric_rows(results, METRICS, () if checked else ("accuracy",)), *sample_rows(results)]
+    record, notes = {"settings": asdict(config), "commit": commit(), "results": results}, []
+    if config.against and checked:
+        pair = record["pair"] = compare(results[1]["verdicts"], results[0]["verdicts"])
+        alone = f"right alone {pair['only_second']} times, the other {pair['only_first']}"
+        notes.append(f"{config.checkpoint} less {config.against}: {gain_of(pair)}; {alone}")
+    for name, result in zip(names, results, strict=True):
+        if result["truncated"] > 0.02:
+            notes.append(
+                f"{result['truncated']:.0%} of the answers of {name} were cut off: try a larger --max_new_tokens"
+            )
+    if dist.is_main:
+        print("\n".join([text_table(rows), *notes]))
+        print(write_tables(folder, rows, notes, record))
+    return record
+
+
+def open_chat_model(name):
+    """-> model, tokenizer. Raises CheckpointError on a base model, which cannot be asked."""
+    policy, tokenizer, path = open_checkpoint(name)
+    if not is_chat_model(path, tokenizer):
+        raise CheckpointError(
+            f"{path} is a base model, which was never taught to answer a question and stop: fine-tune it first (sft.py)"
+        )
+    return policy, tokenizer
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        demo()
+        print("\nto measure a checkpoint: python evaluate.py --checkpoint DIR (see --help)")
+    else:
+        run_script(main, Config, __doc__)

@@ -63,7 +63,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pretrain
 from attention import document_mask
 from data import DEFAULT_TASK, chat, encode_prompt, load_problems, rows_at, task_of
-from evaluate import evaluate, evaluate_samples, logged, metric_panels, metric_rows, token_f1
+from evaluate import METRICS, evaluate, evaluate_samples, logged, metric_panels, token_f1
 from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
@@ -75,7 +75,7 @@ from support.lora_files import LoraState
 from support.plots import draw_curves
 from support.records import fitting
 from support.runs import RUNS, Run, RunConfig, made_once, run_path, saved_run, start_name
-from support.tables import text_table
+from support.tables import metric_rows, sample_rows, text_table
 from transformer import TransformerConfig, token_logprobs
 
 
@@ -402,8 +402,8 @@ def report(config, run_path, result, sampled, metric, n_params, path):
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
         ],
     )
-    rows = [[f"{name}, temperature 1", f"{value:.1%}"] for name, value in sampled.items() if name != "solved"]
-    print(text_table([["held-out test", f"{result['n']} problems"], *metric_rows([result], hidden), *rows]))
+    rows = [*metric_rows([result], METRICS, hidden), *sample_rows([sampled])]
+    print(text_table([["held-out test", f"{result['n']} problems"], *rows]))
     print(f"{path}, {run_path}/curves.png")
 
 

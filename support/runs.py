@@ -181,7 +181,7 @@ def run_path(config):
     run is to read is the earlier run that it would move aside."""
     path = RUNS / config.name
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
-    if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate"):
+    if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate", "evaluate"):
         raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
     if file := next((parent for parent in path.parents if parent.is_file()), None):
         raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")

@@ -1,4 +1,10 @@
-"""Tables of text cells, for a terminal and in Markdown."""
+"""Tables of text cells, for a terminal and in Markdown; those of an evaluation, and its files."""
+
+import json
+import re
+from pathlib import Path
+
+from support.errors import ConfigError
 
 
 def text_table(rows):
@@ -15,3 +21,51 @@ def markdown_table(rows):
     """The same in Markdown."""
     heading, *body = ("| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows)
     return "\n".join([heading, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body])
+
+
+def metric_rows(results, metrics, without=()):
+    """Results of `evaluate`, and its METRICS -> rows, [label, a cell of each]: every metric that they all have, the
+    accuracy with its interval and by level."""
+    rows = []
+    for name, metric in metrics.items():
+        if name in without or not all(name in result for result in results):
+            continue
+        rows.append([metric.label, *(format(result[name], metric.form) for result in results)])
+        if name == "accuracy":
+            rows.append(["  95 % interval", *(f"[{r['low']:.1%}, {r['high']:.1%}]" for r in results)])
+            for level in results[0]["by_level"] if len(results[0]["by_level"]) > 1 else ():
+                rows.append([f"  level {level}", *(f"{r['by_level'][level]:.1%}" for r in results)])
+    return rows
+
+
+def sample_rows(results):
+    """Results of `evaluate_samples` -> rows."""
+    names = [name for name in results[0] if name.startswith(("pass@", "majority@"))]
+    return [[f"{name}, temperature 1", *(f"{result[name]:.1%}" for result in results)] for name in names]
+
+
+def gain_of(pair):
+    """What `compare` says of two models, in words."""
+    interval = f"[{pair['low'] * 100:+.1f}, {pair['high'] * 100:+.1f}]"
+    return f"{pair['difference'] * 100:+.1f} points (95 % interval {interval}, McNemar's p = {pair['p']:.2g})"
+
+
+def make_folder(folder):
+    """Before the long work. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be made: {error.strerror}") from None
+
+
+def write_tables(folder, rows, notes, record):
+    """table.md, with the notes, and result.json into the folder; -> where they are."""
+    (folder / "table.md").write_text("\n\n".join([markdown_table(rows), *notes]) + "\n", encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return f"{folder}/table.md, {folder}/result.json"
+
+
+def file_name(*names):
+    """A name for a file or folder from the ends of paths and other names: runs/sft, a/b/c.jsonl -> sft-b_c.jsonl"""
+    ends = ["/".join(Path(name).parts[-2:]).removeprefix("runs/") for name in names]
+    return "-".join("_".join(re.findall(r"[\w.]+", end)) for end in ends)

@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import json
 import math
+import sys
 from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,8 +17,8 @@ import evaluate as evaluation
 from data import Problem, encode_prompt, load_problems
 from evaluate import (
     METRICS,
+    Config,
     Metric,
-    batches,
     before_and_after,
     compare,
     evaluate,
@@ -25,7 +28,6 @@ from evaluate import (
     majority,
     mcnemar,
     metric_panels,
-    metric_rows,
     paired_interval,
     pass_at_k,
     sampled_kl,
@@ -35,7 +37,10 @@ from evaluate import (
 from generate import Rollout
 from lora import LoraConfig, add_lora
 from support import devices
-from support.tables import markdown_table, text_table
+from support.checkpoints import open_checkpoint
+from support.cli import run_script
+from support.splits import split_of
+from support.tables import file_name, markdown_table, metric_rows, text_table
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -230,7 +235,7 @@ def test_a_new_metric_is_a_row(tokenizer, monkeypatch):
     assert result["letters"] == pytest.approx(mean)
     assert logged(result) == {"accuracy": result["accuracy"], "letters": result["letters"]}
     assert ("letters", {"letters": "validation"}, "per answer", {}) in metric_panels()
-    assert ["letters", f"{mean:.2f}"] in metric_rows([result])
+    assert ["letters", f"{mean:.2f}"] in metric_rows([result], METRICS)
 
 
 def test_what_is_logged_and_drawn():
@@ -280,9 +285,9 @@ def test_the_table_of_before_and_after(capsys):
 
 
 def test_tables_of_cells():
-    rows = [["", "a", "bbb"], ["long label", "1.0%", "2"]]
-    assert text_table(rows).splitlines() == ["               a  bbb", "long label  1.0%    2"]
-    assert markdown_table(rows).splitlines() == ["|  | a | bbb |", "|---|---:|---:|", "| long label | 1.0% | 2 |"]
+    rows = [["of", "a", "bbb"], ["long label", "1.0%", "2"]]
+    assert text_table(rows).splitlines() == ["of             a  bbb", "long label  1.0%    2"]
+    assert markdown_table(rows).splitlines() == ["| of | a | bbb |", "|---|---:|---:|", "| long label | 1.0% | 2 |"]
 
 
 def test_a_problem_is_sampled_alike_in_any_batch_and_on_any_rank(tokenizer, monkeypatch):
@@ -290,7 +295,7 @@ def test_a_problem_is_sampled_alike_in_any_batch_and_on_any_rank(tokenizer, monk
 
     def keep(*args, **kwargs):
         rollout = sample(*args, **kwargs)
-        seen.extend(zip(args[1], batches(rollout.texts(tokenizer), 3), strict=True))
+        seen.extend(zip(map(tuple, args[1]), zip(*[iter(rollout.texts(tokenizer))] * 3, strict=True), strict=True))
         return rollout
 
     monkeypatch.setattr(evaluation, "generate", keep)
@@ -369,3 +374,173 @@ def test_the_sampled_kl_on_two_ranks(tokenizer, monkeypatch):
     whole = sampled_kl(policy, other, tokenizer, prompts, 8, devices.setup("cpu"))
     assert sums[2] == (0.0, 0)
     assert sum(s[0] for s in sums) / sum(s[1] for s in sums) == pytest.approx(whole, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+@pytest.fixture
+def here(scratch, tokenizer):
+    """Two chat models, `one` with a context of 160 and `other` with 100, a base model, and 9 problems of two kinds."""
+    for name, seed, context in (("one", 0, 160), ("other", 1, 100), ("base", 2, 160)):
+        torch.manual_seed(seed)
+        sizes = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "width": 16}
+        Transformer(TransformerConfig(tokenizer.vocab_size, context=context, **sizes)).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        stop = {"eos_token_id": [tokenizer.im_end_id] if name != "base" else [tokenizer.endoftext_id]}
+        (scratch / name / "generation_config.json").write_text(json.dumps(stop))
+    sums = {f"{i} and 0?": str(i) for i in range(200)}
+    kept = [{"question": q, "answer": a} for q, a in sums.items() if split_of(q) == "test"][:9]
+    (scratch / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return scratch
+
+
+def answers(rights, tokenizer, asked):
+    """A `generate` that answers rightly where the model with this context knows the number: {context: numbers}."""
+
+    def generate(policy, prompts, max_new_tokens, n=1, temperature=1.0, **settings):
+        rows = []
+        for prompt in prompts:
+            asked.append(tokenizer.decode([i for i in prompt if i in tokenizer.text_ids]))
+            number = asked[-1].removeprefix("user\n").split()[0]
+            right = int(number) in rights[policy.config.context]
+            rows += [tokenizer.encode(f"#### {number if right and r % 2 == 0 else 999}") for r in range(n)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[t < len(row) for t in range(width)] for row in rows])
+        return Rollout(ids, mask, torch.zeros(ids.shape))
+
+    return generate
+
+
+def test_two_checkpoints_on_the_same_problems(here, tokenizer, monkeypatch, capsys):
+    numbers = [p.answer for p in load_problems("sums.jsonl", "test")]
+    numbers = list(map(int, numbers))
+    rights, asked = {160: numbers[:7], 100: [numbers[0], numbers[8]]}, []
+    monkeypatch.setattr(evaluation, "generate", answers(rights, tokenizer, asked))
+    flags = dict(data="sums.jsonl", samples=2, max_new_tokens=20, instruction="Say it.", device="cpu")
+    record = evaluation.main(Config("one", against="other", **flags))
+    assert all("0?\nSay it." in prompt for prompt in asked)
+    assert record["results"][0]["verdicts"] == [1] * 7 + [0] * 2
+    assert record["results"][1]["verdicts"] == [1] + [0] * 7 + [1]
+    assert record["pair"] == compare(record["results"][1]["verdicts"], record["results"][0]["verdicts"])
+    assert (record["pair"]["only_first"], record["pair"]["only_second"]) == (1, 6)
+    out, folder = capsys.readouterr().out, here / "runs/evaluate/one-other-sums.jsonl-test"
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
+    table = (folder / "table.md").read_text()
+    for row in ("| accuracy, greedy | 77.8% | 22.2% |", "| pass@1, temperature 1 | 38.9% | 11.1% |"):
+        assert row in table
+    assert "| pass@2, temperature 1 | 77.8% | 22.2% |" in table
+    low, high = (100 * x for x in paired_interval(1, 6, 9))
+    said = f"one less other: +55.6 points (95 % interval [{low:+.1f}, {high:+.1f}], McNemar's p = 0.12); right alone 6"
+    assert said in table
+    assert said in out
+    assert "many answers" not in out
+
+
+def test_the_problems_fit_both_and_a_cut_is_told(here, capsys):
+    long = {"question": "7 and 0?" + " and 0" * 30, "answer": "7"}
+    with (here / "sums.jsonl").open("a") as file:
+        for i in range(50):  # some of them fall into the split
+            file.write(json.dumps(long | {"question": f"{i} {long['question']}"}) + "\n")
+    record = evaluation.main(Config("one", against="other", data="sums.jsonl", max_new_tokens=4, device="cpu"))
+    assert [r["n"] for r in record["results"]] == [9, 9]
+    out = capsys.readouterr().out
+    assert "are longer than 96 tokens: left out" in out
+    assert "100% of the answers of one were cut off: try a larger --max_new_tokens" in out
+
+
+def test_free_text_has_an_f1_and_nothing_to_test(here, capsys):
+    texts = [{"instruction": f"Say {i}.", "output": f"I say {i}"} for i in range(60)]
+    (here / "chats.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    record = evaluation.main(Config("one", against="other", data="chats.jsonl", max_new_tokens=8, device="cpu"))
+    out = capsys.readouterr().out
+    assert "pair" not in record
+    assert "token F1" in out
+    assert "accuracy" not in out
+    assert "McNemar" not in out
+
+
+def test_two_processes_equal_one(here):
+    flags = ["--checkpoint", "one", "--problems", 7, "--samples", 2, "--max_new_tokens", 8, "--device", "cpu"]
+    done = script("evaluate.py", *flags, cwd=here, processes=2)
+    assert done.returncode == 0, done.stderr
+    both = json.loads((here / "runs/evaluate/one-word-test/result.json").read_text())
+    record = evaluation.main(Config("one", problems=7, samples=2, max_new_tokens=8, device="cpu", out="alone"))
+    assert both["results"] == json.loads(json.dumps(record["results"]))
+    assert done.stdout.count("accuracy, greedy") == 1
+    assert len(record["results"][0]["verdicts"]) == 7
+
+
+@pytest.mark.parametrize("form", ["directory", "gguf"])
+def test_a_model_of_transformers(scratch, tokenizer, form):
+    """What others wrote: a directory of transformers', or a GGUF file. The answers are those of transformers."""
+    from test_transformer import WIDE, AutoModelForCausalLM, Qwen2Config, write_gguf
+
+    torch.manual_seed(0)
+    sizes = WIDE | {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 200, "eos_token_id": 1}
+    theirs = AutoModelForCausalLM.from_config(Qwen2Config(**sizes)).eval()
+    theirs.generation_config.eos_token_id = tokenizer.im_end_id
+    if form == "gguf":
+        path = scratch / "m.gguf"
+        write_gguf(path, theirs, "qwen2", tokenizer=tokenizer)
+    else:
+        path = scratch / "theirs"
+        theirs.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        theirs.generation_config.save_pretrained(path)
+    opened, records = open_checkpoint(path)[1], []
+    for question in [f"Say {i}." for i in range(60) if split_of(f"Say {i}.") == "test"][:4]:
+        row = torch.tensor([encode_prompt(opened, Problem(question, "", "", 1, "x"))])
+        prompt = row.shape[1]
+        while row.shape[1] < prompt + 12 and row[0, -1] not in opened.stop_ids[:1]:
+            with torch.no_grad():
+                row = torch.cat([row, theirs(row).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        text = opened.decode([i for i in row[0, prompt:].tolist() if i in opened.text_ids])
+        records.append({"instruction": question, "output": text})
+    (scratch / "theirs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    record = evaluation.main(Config(str(path), data="theirs.jsonl", max_new_tokens=12, device="cpu"))
+    assert record["results"][0]["n"] == 4
+    assert record["results"][0]["f1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--checkpoint", "base"], ["base is a base model", "sft.py"]),
+        (["--checkpoint", "one", "--against", "base"], ["base is a base model"]),
+        (["--checkpoint", "nowhere"], ["nowhere"]),
+        (["--checkpoint", "one", "--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--checkpoint", "one", "--split", "dev"], ["dev", "valid"]),
+        (["--checkpoint", "one", "--samples", "-1"], ["samples", "at least 0"]),
+        (["--checkpoint", "one", "--problems", "0"], ["problems", "at least 1"]),
+        (["--checkpoint", "one", "--max_new_tokens", "160"], ["no test prompt fits"]),
+        (["--checkpoint", "one", "--data", "chats.jsonl", "--samples", "2"], ["--samples", "####"]),
+        (["--checkpoint", "one", "--out", "sums.jsonl"], ["--out sums.jsonl cannot be made"]),
+        (["--against", "one"], ["checkpoint"]),
+    ],
+)
+def test_bad_input_is_one_line(here, monkeypatch, capsys, flags, words):
+    texts = [{"instruction": f"Say {i}.", "output": f"I say {i}"} for i in range(60)]
+    (here / "chats.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("the long work had begun"))
+    with pytest.raises(SystemExit) as stop:
+        run_script(evaluation.main, Config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert stop.value.code == 2
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+
+
+def test_without_arguments_it_works_by_hand(here):
+    done = script("evaluate.py", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "6 problems gained, none lost: +60.0 points" in done.stdout
+    assert "--checkpoint DIR" in done.stdout
+
+
+def test_names_of_folders():
+    assert file_name("runs/sft", "a/b/c.jsonl", "test") == "sft-b_c.jsonl-test"
+    assert file_name("Qwen/Qwen3-0.6B", "/x/y/last/") == "Qwen_Qwen3_0.6B-y_last"

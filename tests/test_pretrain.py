@@ -251,7 +251,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"dtype": "int8"}, "int8"),
         ({"device": "abacus"}, "abacus"),
         ({"resume": True}, "no saved run"),
-        *[({"name": name}, "a run's directory") for name in ("../x", ".", "/x", "a/./b", "start", "streams")],
+        *[
+            ({"name": name}, "a run's directory")
+            for name in ("../x", ".", "/x", "a/./b", "start", "streams", "evaluate")
+        ],
         *[({"name": f"pretrain/metrics.jsonl/{x}"}, "metrics.jsonl is a file") for x in ("x", "x/y")],
         ({"wandb": "project"}, "pip install wandb"),
         ({"tokenizer": "bytes"}, "bytes"),

@@ -59,6 +59,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from attention import attention_weights
 from data import DEFAULT_TASK, batch_at, load_text, task_of
 from generate import generate
 from moe import balancing_price, load_record, update_biases
@@ -402,8 +403,20 @@ def show(run, policy, tokenizer, record, text):
     run.log.samples(step, f"**step {step}** (validation loss {valid_loss:.3f})\n\n{sample}")
     run.log.show(step, histograms={f"weights/{name}": weight for name, weight in policy.named_parameters()})
     if step == run.config.steps:  # a second or two
-        draw_attention(run.path, policy, tokenizer, text)
+        draw_attention(run.path, *first_tokens(policy, tokenizer, text))
         run.log.show(step, ["attention"])
+
+
+def first_tokens(policy, tokenizer, text, most=24):
+    """The attention among the first tokens of a text: per block the weights (H, T, T); and those T tokens as text."""
+    ids = tokenizer.encode(text[: 40 * most])[: min(most, policy.config.context)]
+    training = policy.training
+    policy.eval()
+    weights = attention_weights(
+        policy, torch.tensor([ids], device=policy.embed.weight.device)
+    )  # per block (1, H, T, T)
+    policy.train(training)
+    return [w[0] for w in weights], [tokenizer.decode([i]) for i in ids]
 
 
 def sample_text(policy, tokenizer, seed, length=60):

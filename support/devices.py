@@ -1,4 +1,11 @@
-"""Which device, dtype and process group; sums over the ranks; memory."""
+"""Where a stage computes: the device, the process group and its ranks, the precision; memory and speed.
+
+dist = setup(config.device)                      one process, or one of torchrun's; a CPU or a GPU each
+dist.is_main, dist.sum(loss), dist.share(…)      who am I among them, and what we have together
+autocast, scaler = precision(config.dtype, dist)
+with autocast(): ...                             a stage's forward passes; scaler.scale(loss).backward()
+peak_flops(dist), free_memory(device)            what the device could do, what it has left
+"""
 
 import contextlib
 import ctypes
@@ -13,25 +20,12 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from attention import cast_once
 from support.errors import ConfigError
-
-
-def free_memory(device):
-    """Bytes that `device` can still give; None where the system does not say."""
-    if device.type == "cuda":  # blocks that torch keeps for itself are free to us
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        with open("/proc/meminfo") as file:  # MemAvailable counts the page cache, which gives way
-            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration):
-        return None
 
 
 @dataclass
 class Dist:
-    """Who am I among the processes, and on which device do I compute."""
+    """Who am I among the processes, and on which device do I compute. Of one process it costs nothing."""
 
     rank: int
     world: int
@@ -80,17 +74,9 @@ class Dist:
         return n // self.world
 
 
-def keep_freed_memory():
-    """Ask the C library, where it is glibc, to keep freed memory for the next tensor. It would hand that of large
-    tensors back to the kernel, which clears every page before it lends it again: thousands in a step on a CPU."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # elsewhere there is no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: only what is larger than 32 MiB, the most that it takes
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor what is free at the heap's end
-
-
 def setup(device="auto"):
-    """Join the process group if torchrun started us (RANK, WORLD_SIZE, LOCAL_RANK), and choose the device."""
+    """--device -> Dist: join the process group if torchrun started us (RANK, WORLD_SIZE, LOCAL_RANK), and choose the
+    device. ConfigError if there is none such here."""
     keep_freed_memory()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
@@ -122,16 +108,8 @@ def setup(device="auto"):
     return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
 
 
-def auto_dtype(device):
-    """bf16 where there are matrix units for it (most GPUs, CPUs with AMX), fp16 on older GPUs, which only emulate bf16,
-    fp32 elsewhere."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
-
-
 def precision(dtype, dist):
-    """--dtype -> (a function that makes the autocast context, the gradient scaler)."""
+    """--dtype -> (a function that makes the autocast context, the gradient scaler, which does nothing but in fp16)."""
     if dtype == "auto":
         dtype = auto_dtype(dist.device)
     if dtype not in ("fp32", "bf16", "fp16"):
@@ -148,6 +126,14 @@ def precision(dtype, dist):
     return autocast, scaler
 
 
+def auto_dtype(device):
+    """bf16 where there are matrix units for it (most GPUs, CPUs with AMX), fp16 on older GPUs, which only emulate bf16,
+    fp32 elsewhere."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
 # Floating-point operations per second that the data sheets state, dense, bf16.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 
@@ -159,10 +145,33 @@ def peak_flops(dist):
     for known, flops in PEAK_FLOPS.items():
         if re.search(rf"\bG?{known}\b", name):
             return flops
+    kind = dist.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     n, best = 768, math.inf
-    a = cast_once(torch.ones(n, n, device=dist.device))
+    a = torch.ones(n, n, device=dist.device, dtype=dtype)
     for _ in range(5):
         started = time.perf_counter()
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best
+
+
+def free_memory(device):
+    """Bytes that `device` can still give; None where the system does not say."""
+    if device.type == "cuda":  # blocks that torch keeps for itself are free to us
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        with open("/proc/meminfo") as file:  # MemAvailable counts the page cache, which gives way
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return None
+
+
+def keep_freed_memory():
+    """Ask the C library, where it is glibc, to keep freed memory for the next tensor. It would hand that of large
+    tensors back to the kernel, which clears every page before it lends it again: thousands in a step on a CPU."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # elsewhere there is no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: only what is larger than 32 MiB, the most that it takes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor what is free at the heap's end

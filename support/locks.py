@@ -1,4 +1,9 @@
-"""Who may write a file or a folder: locks that the kernel lets go of when a process ends, however."""
+"""Locks on files and folders. The kernel holds them, and lets go when a process ends, however it ends.
+
+with alone(path): ...      wait until nobody else has it: a file or a start that several processes want to make, once
+hold(run_dir)              have it from now on, or ConfigError: two runs must not write one directory
+let_go(run_dir)            until here, or until the process ends
+"""
 
 import contextlib
 import fcntl
@@ -10,20 +15,20 @@ from support.errors import ConfigError
 
 @contextlib.contextmanager
 def alone(path: Path):
-    """Hold a file or folder: whoever else wants to hold it waits. A process that dies lets go."""
-    held = os.open(path, os.O_RDONLY)
+    """Have a file or folder that is there; whoever else wants it waits."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
-HELD = {}  # {run directory: a descriptor that holds its lock, from open_run to Log.close}
+HELD = {}  # {run directory: a descriptor that holds its lock}
 
 
 def hold(path):
-    """Lock a run directory; the kernel unlocks it when the process ends, however. ConfigError if another has it."""
+    """Lock a run directory. ConfigError if another process has it."""
     let_go(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -37,5 +42,6 @@ def hold(path):
 
 
 def let_go(path):
+    """Unlock a run directory, if this process holds it."""
     if path in HELD:
         os.close(HELD.pop(path))

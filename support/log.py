@@ -1,4 +1,16 @@
-"""metrics.jsonl, TensorBoard, Weights & Biases."""
+"""What a run records, for a reader, for a picture and for the trackers.
+
+    log = Log(run_dir, config, dist)               one per run; ranks other than 0 record nothing
+    log(step, loss=2.1, lr=1e-3)                   numbers: a line of metrics.jsonl, a point in each tracker
+    log.samples(step, "The cat sat")               what the model writes: samples.md, and the trackers
+    log.show(step, ["attention"], {"w": weight})   a picture of the run, a histogram: for the trackers alone
+    log.close()
+    steps, losses = read_metrics(run_dir)["loss"]
+
+The trackers are TensorBoard and, with --wandb PROJECT, Weights & Biases. The first line of metrics.jsonl has all
+settings, the commit and the machine; each other line is a step. A run that is resumed cuts both files back to the step
+from which it goes on, so that every step stands in them once.
+"""
 
 import html
 import json
@@ -13,32 +25,16 @@ import torch
 from support.locks import let_go
 
 
-def commit():
-    """Of this repository, with + if files differ from it; nothing without git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
 class Log:
-    """metrics.jsonl, TensorBoard and, if asked for, Weights & Biases: one record per call. Silent off rank 0.
-
-    A resumed run's file is cut back to the step it resumes from, and so is samples.md: each step stands in them once.
-    """
+    """metrics.jsonl, samples.md and the trackers of a run, open until `close`; see above."""
 
     def __init__(self, run_dir, config, dist, first_step=0):
-        self.active, self.path, self.wandb = dist.is_main, run_dir / "metrics.jsonl", None
-        self.run_dir = run_dir
+        """first_step: how many steps the run has done already; what the files have of later ones goes."""
+        self.run_dir, self.active = run_dir, dist.is_main
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
 
-        kept = []
-        if first_step and self.path.exists():
-            lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]  # a kill may cut the last one
-            kept = [x for x in lines if json.loads(x).get("step", -1) <= first_step]
         header = {
             "config": asdict(config),
             "commit": commit(),
@@ -46,24 +42,15 @@ class Log:
             "device": str(dist.device),
             "world": dist.world,
         }
-        self.path.write_text("".join(line + "\n" for line in kept or [json.dumps(header)]))
-        said = run_dir / "samples.md"
-        if said.exists():
-            marks = re.finditer(rb"^<!-- step (\d+) -->$", said.read_bytes(), re.M)
-            later = [mark.start() for mark in marks if int(mark[1]) > first_step]
-            if later:
-                os.truncate(said, later[0])
+        self.path = run_dir / "metrics.jsonl"
+        lines = lines_up_to(self.path, first_step) or [json.dumps(header)]
+        self.path.write_text("".join(line + "\n" for line in lines))
+        cut_samples(run_dir / "samples.md", first_step)
         self.board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
-        if config.wandb:
-            import wandb
-
-            known = run_dir / "wandb_id"  # a resumed run goes on in the same one there
-            if not (first_step and known.exists()):
-                known.write_text(wandb.util.generate_id())
-            about = {"project": config.wandb, "name": config.name, "config": header}
-            self.wandb = wandb.init(**about, id=known.read_text(), resume="allow")
+        self.wandb = open_wandb(run_dir, config, header, resumed=first_step > 0) if config.wandb else None
 
     def __call__(self, step, **record):
+        """Numbers of a step, by name."""
         if not self.active:
             return
         with self.path.open("a") as file:
@@ -74,7 +61,7 @@ class Log:
             self.wandb.log(record, step=step)
 
     def samples(self, step, text):
-        """What the model said, in Markdown: into samples.md, behind a comment with the step, and to the trackers."""
+        """What the model writes, in Markdown: into samples.md, after a comment with the step, and to the trackers."""
         if not self.active:
             return
         with (self.run_dir / "samples.md").open("a") as file:
@@ -91,18 +78,20 @@ class Log:
             return
         from matplotlib.image import imread
 
+        histograms = {name: values.detach().float().cpu() for name, values in dict(histograms).items()}
         for name in pictures:
             self.board.add_image(name, imread(self.run_dir / f"{name}.png"), step, dataformats="HWC")
-        for name, values in dict(histograms).items():
-            self.board.add_histogram(name, values.detach().float().cpu(), step)
+        for name, values in histograms.items():
+            self.board.add_histogram(name, values, step)
         if self.wandb is not None:
             import wandb
 
             shown = {name: wandb.Image(str(self.run_dir / f"{name}.png")) for name in pictures}
-            shown |= {k: wandb.Histogram(v.detach().float().cpu().numpy()) for k, v in dict(histograms).items()}
+            shown |= {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}
             self.wandb.log(shown, step=step)
 
     def close(self):
+        """Finish the trackers and give up the run directory, which `open_run` locked."""
         if self.active:
             self.board.close()
             if self.wandb is not None:
@@ -111,7 +100,7 @@ class Log:
 
 
 def read_metrics(run_dir):
-    """metrics.jsonl as {name: (steps, values)}, for drawing."""
+    """metrics.jsonl -> {name: (steps, values)}, for drawing and measuring."""
     series = {}
     for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -121,3 +110,40 @@ def read_metrics(run_dir):
                 steps.append(record["step"])
                 values.append(value)
     return series
+
+
+def lines_up_to(path, step):
+    """The lines of metrics.jsonl that a run resumed at `step` keeps, the header first; none for a new run."""
+    if not step or not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
+    return [line for line in lines if json.loads(line).get("step", -1) <= step]
+
+
+def cut_samples(path, step):
+    """Cut samples.md off where the first step after `step` begins."""
+    if path.exists():
+        marks = re.finditer(rb"^<!-- step (\d+) -->$", path.read_bytes(), re.M)
+        later = [mark.start() for mark in marks if int(mark[1]) > step]
+        if later:
+            os.truncate(path, later[0])
+
+
+def open_wandb(run_dir, config, header, resumed):
+    """A run of Weights & Biases; a resumed one goes on in the run that it has there, whose id lies in wandb_id."""
+    import wandb
+
+    known = run_dir / "wandb_id"
+    if not (resumed and known.exists()):
+        known.write_text(wandb.util.generate_id())
+    about = {"project": config.wandb, "name": config.name, "config": header}
+    return wandb.init(**about, id=known.read_text(), resume="allow")
+
+
+def commit():
+    """Of this repository, with + if files differ from it; nothing without git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

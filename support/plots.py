@@ -1,4 +1,12 @@
-"""Every picture that a run draws."""
+"""The pictures of a run, drawn from what it has recorded; of an experiment with many runs, see ablation_report.py.
+
+    draw_curves(run_dir, title, panels)       curves.png, of every stage: any metrics of metrics.jsonl
+    draw_attention(run_dir, maps, tokens)     attention.png, of pretraining: who looks at whom
+    draw_experts(run_dir)                     experts.png, of a mixture of experts: who has how much to do
+
+Nothing is computed of a model here: what a picture shows comes in as numbers. A stage with a picture of its own draws
+it with `pyplot`.
+"""
 
 import math
 from pathlib import Path
@@ -6,31 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attention import attention_entropy, attention_weights
 from support.log import read_metrics
 
 
-def pyplot():
-    """matplotlib without a screen. Slow to import, so only where something is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def smooth(values, width):
-    """Centred running mean, shorter at the ends."""
-    values = np.asarray(values, dtype=float)
-    return [values[max(0, i - width) : i + width + 1].mean() for i in range(len(values))]
-
-
 def draw_curves(run_dir, title, panels):
-    """curves.png: a panel per (heading, {metric: label}, y-axis label, {label: level of a dashed line}).
-
-    A metric of more than 60 points is drawn faintly, with its running mean on top.
-    """
+    """curves.png, by step, from metrics.jsonl. panels: [(heading, {metric: label}, y-axis label, {label: level of a
+    dashed line}), …]. A metric of more than 60 points is drawn faintly, with its running mean on top."""
     plt = pyplot()
     series = read_metrics(run_dir)
     columns = min(3, len(panels))
@@ -67,28 +56,24 @@ def draw_curves(run_dir, title, panels):
     plt.close(figure)
 
 
-def draw_attention(run_dir, raw, tokenizer, text, most=24):
-    """attention.png: who looks at whom in the first tokens of a text; a row per block, a column per head, up to 6 x 6.
-    Over each its mean entropy: e to that power is the number of tokens that a query looks at."""
+def draw_attention(run_dir, maps, tokens):
+    """attention.png: a row per block, a column per head, up to 6 x 6. maps: per block the weights (H, T, T); tokens:
+    the T texts at the axes. Over each map its mean entropy: e to that power is the number of tokens that a query looks
+    at."""
     plt = pyplot()
-    ids = tokenizer.encode(text[: 40 * most])[: min(most, raw.config.context)]
-    training = raw.training
-    raw.eval()
-    maps = attention_weights(raw, torch.tensor([ids], device=raw.embed.weight.device))  # per block (1, H, T, T)
-    raw.train(training)
-    rows, columns = min(6, len(maps)), min(6, maps[0].shape[1])
+    rows, columns = min(6, len(maps)), min(6, len(maps[0]))
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.0 * rows + 0.9), squeeze=False)
-    labels = [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
+    labels = [token.replace("\n", "\\n") for token in tokens]
     for layer in range(rows):
-        entropies = attention_entropy(maps[layer])[0].mean(1).tolist()  # H
+        entropies = torch.special.entr(maps[layer]).sum(-1).mean(-1).tolist()  # (H, T, T) -> H
         for head in range(columns):
             axis = axes[layer, head]
-            axis.imshow(maps[layer][0, head].cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
+            axis.imshow(maps[layer][head].cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
             axis.set_title(f"{layer + 1}.{head + 1}: {entropies[head]:.2f} nats", fontsize=7)
             axis.set(xticks=[], yticks=[])
-        axes[layer, 0].set_yticks(range(len(ids)), labels, fontsize=4, parse_math=False)  # a token may be "$$"
+        axes[layer, 0].set_yticks(range(len(labels)), labels, fontsize=4, parse_math=False)  # a token may be "$$"
     for axis in axes[-1]:
-        axis.set_xticks(range(len(ids)), labels, fontsize=4, rotation=90, parse_math=False)
+        axis.set_xticks(range(len(labels)), labels, fontsize=4, rotation=90, parse_math=False)
     figure.suptitle("attention weights, block.head: query (row) to key (column)", fontsize=9)
     figure.tight_layout()
     figure.savefig(Path(run_dir) / "attention.png", dpi=150)
@@ -96,15 +81,16 @@ def draw_attention(run_dir, raw, tokenizer, text, most=24):
 
 
 def draw_experts(run_dir):
-    """experts.png: the least and the most loaded expert by step, and every expert's load at the last validation."""
+    """experts.png: the least and the most loaded expert by step, and every expert's load at the last validation, from
+    what `moe.load_record` put into metrics.jsonl; nothing where no validation was logged."""
     plt = pyplot()
     series = read_metrics(run_dir)
     last = {tuple(map(int, k.split("/")[1:])): v[1][-1] for k, v in series.items() if k.startswith("load/")}
     if not last:
         return
     load = np.zeros(np.array(list(last)).max(0) + 1)  # (layers, E)
-    for place, value in last.items():
-        load[place] = value
+    for (layer, expert), value in last.items():
+        load[layer, expert] = value
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, label in (("load_max", "most loaded expert"), ("load_min", "least loaded")):
         left.plot(*series[name], marker="o", markersize=3, label=label)
@@ -120,3 +106,19 @@ def draw_experts(run_dir):
     figure.tight_layout()
     figure.savefig(Path(run_dir) / "experts.png", dpi=130)
     plt.close(figure)
+
+
+def pyplot():
+    """matplotlib.pyplot, without a screen. Slow to import, so only where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def smooth(values, width):
+    """Centred running mean, shorter at the ends."""
+    values = np.asarray(values, dtype=float)
+    return [values[max(0, i - width) : i + width + 1].mean() for i in range(len(values))]

@@ -60,6 +60,8 @@ def test_the_page_calls_significant_only_what_the_paired_difference_does():
     assert "| narrow | 2.000 ± 2.484 | 10.000 |" in paired  # parameters do not differ, so they have no ±
     noisy = page(EXPERIMENT, fake(EXPERIMENT, [[1, 2, 3], [2, 1, 4]]))
     assert "| wide | +0.333 [-2.535, +3.202] |" in noisy
+    zero = page(EXPERIMENT, fake(EXPERIMENT, [[0.82, 0.81, 0.83], [0, 0, 0]]))
+    assert "| wide | **-0.8200 [-0.8448, -0.7952]** |" in zero  # with the decimals of the other, where a mean is 0
     # Named pairs instead of one baseline, in the direction that their names say.
     named = replace(EXPERIMENT, pairs=(("narrow", "wide"),))
     results = fake(EXPERIMENT, [[1, 2, 3], [1.5, 2.51, 3.49]])

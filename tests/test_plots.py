@@ -1,15 +1,35 @@
 """support/plots.py."""
 
+import math
+
+import torch
 from tiny import MODEL
 
+import pretrain
 from support import plots
 from tokenizer_bpe import CharTokenizer
 from transformer import Transformer, TransformerConfig
 
 
-def test_tokens_that_look_like_formulas_are_drawn(here):
+def test_who_looks_at_whom_in_the_first_tokens(here):
     tokenizer = CharTokenizer.train(["a$ b"])
-    raw = Transformer(TransformerConfig(**MODEL | {"vocab_size": tokenizer.vocab_size}))
-    tokenizer.decode = lambda ids: "$$"
-    plots.draw_attention(here, raw, tokenizer, "a$ b$ a")
+    policy = Transformer(TransformerConfig(**MODEL | {"vocab_size": tokenizer.vocab_size})).train()
+    maps, tokens = pretrain.first_tokens(policy, tokenizer, "a$ b$ a" * 20, most=5)
+    assert tokens == ["a", "$", " ", "b", "$"]
+    assert [tuple(w.shape) for w in maps] == [(MODEL["n_head"], 5, 5)] * MODEL["n_layer"]
+    for w in maps:
+        torch.testing.assert_close(w.sum(-1), torch.ones(MODEL["n_head"], 5))
+    assert policy.training
+    assert len(pretrain.first_tokens(policy, tokenizer, "a$ b" * 99)[1]) == min(24, MODEL["context"])
+
+
+def test_tokens_that_look_like_formulas_are_drawn(here, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots.pyplot(), "close", kept.append)
+    even = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]  # query t looks at t + 1 keys alike
+    plots.draw_attention(here, [torch.stack([torch.eye(4), even])] * 3, ["$$", "\n", "a", "b"])
     assert (here / "attention.png").stat().st_size > 5000
+    titles = [axis.get_title() for axis in kept[0].axes]
+    entropy = sum(math.log(n) for n in (1, 2, 3, 4)) / 4
+    assert titles[:2] == ["1.1: 0.00 nats", f"1.2: {entropy:.2f} nats"]
+    assert [text.get_text() for text in kept[0].axes[0].get_yticklabels()] == ["$$", "\\n", "a", "b"]

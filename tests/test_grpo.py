@@ -16,6 +16,7 @@ from conftest import ROOT, assert_same_weights, assert_the_start_is_kept, metric
 import data
 import grpo
 from data import Problem, load_problems
+from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss
 from lora import LoraConfig
@@ -678,7 +679,7 @@ def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
     def fake(*_):
         a = next(figures)
         asked.append(a)
-        return {"accuracy": a, "low": a, "high": a, "n": 4, "length": 3.0, "by_level": {1: a}, "samples": []}
+        return dict.fromkeys(METRICS, a) | {"low": a, "high": a, "n": 4, "by_level": {1: a}, "samples": []}
 
     monkeypatch.setattr(grpo, "evaluate", fake)
     grpo.main(config(eval_every=1))

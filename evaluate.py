@@ -133,7 +133,8 @@ def mcnemar(only_first, only_second):
 
     only_first, only_second: how many problems the one alone gets right, and the other alone. Those on which they agree
     say nothing about which is better. If neither were, each of the n others would fall to either side like a coin:
-    p = P(a split at least as uneven) = 2 Σ_{i ≤ min} C(n, i) / 2^n, at most 1.
+    p = P(a split at least as uneven) = 2 Σ_{i ≤ min} C(n, i) / 2^n, at most 1. Exact, and so on the careful side: where p
+    is about 0.05 the paired interval may leave out 0 already.
     """
     n, k = only_first + only_second, min(only_first, only_second)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)  # whole numbers: no rounding before the /
@@ -205,11 +206,11 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
     the mean of each of METRICS; "n", "correct", "low", "high": how many, how many right, and the accuracy's interval;
     "by_level": {level: accuracy}; "verdicts": 1.0 or 0.0 for each problem; "samples". progress: the name of a bar.
     """
-    mine = range(dist.rank, len(problems), dist.world)
-    mine = sorted(mine, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
+    own = range(dist.rank, len(problems), dist.world)
+    own = sorted(own, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
     samples, verdicts = [], [0.0] * len(problems)
-    for at in tqdm(range(0, len(mine), batch), **bar_of(progress, dist)):
-        chunk = mine[at : at + batch]
+    for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
+        chunk = own[at : at + batch]
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         rollout = generate(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
@@ -238,9 +239,9 @@ def evaluate_samples(
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
     uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    mine, solved, voted = list(range(dist.rank, len(problems), dist.world)), [0] * len(problems), 0
-    for at in tqdm(range(0, len(mine), batch), **bar_of(progress, dist)):
-        chunk = mine[at : at + batch]
+    own, solved, voted = list(range(dist.rank, len(problems), dist.world)), [0] * len(problems), 0
+    for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
+        chunk = own[at : at + batch]
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
         texts = generate(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
@@ -287,10 +288,10 @@ def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed
     The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it.
     """
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    mine, uniforms = prompts[dist.rank :: dist.world], uniforms[dist.rank :: dist.world]
+    own, uniforms = prompts[dist.rank :: dist.world], uniforms[dist.rank :: dist.world]
     total, n_tokens = 0.0, 0
-    for i in range(0, len(mine), batch):
-        chunk, drawn = mine[i : i + batch], uniforms[i : i + batch]
+    for i in range(0, len(own), batch):
+        chunk, drawn = own[i : i + batch], uniforms[i : i + batch]
         rollout = generate(policy, chunk, max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=drawn)
         answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
         packed = pack(chunk, answers, tokenizer.endoftext_id).to(dist.device)
@@ -319,7 +320,7 @@ def logged(result, *also):
 
 def metric_panels(*also, without=()):
     """A panel of curves.png for each of them (see `support.plots.draw_curves`)."""
-    return [(f"{m.label}", {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
+    return [(m.label, {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
 
 
 def before_and_after(before, after, steps, seconds, rows=(), notes=()):
@@ -332,8 +333,8 @@ def before_and_after(before, after, steps, seconds, rows=(), notes=()):
     if "accuracy" in after:
         gain = after["accuracy"] - before["accuracy"]
         paired = "verdicts" in before  # not in a run that an older version began
-        said = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"
-        spent = f"{after['n']} problems, {said} in {spent}"
+        points = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"
+        spent = f"{after['n']} problems, {points} in {spent}"
     print(spent)
     if gain < 0:
         print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
@@ -374,8 +375,8 @@ def demo():
     k1, k3 = (kl_estimate(pi.log(), ref.log(), kind) for kind in ("k1", "k3"))
     for estimate in (k1, k3):
         assert torch.isclose((pi * estimate).sum(), exact)
-    said = [f"{name} {estimate[0]:.3f} or {estimate[1]:.3f}" for name, estimate in (("k1", k1), ("k3", k3))]
-    print(f"KL of two tokens {exact:.4f}; a sample says {', '.join(said)}: both right on average, k3 never below 0")
+    samples = f"k1 {k1[0]:.3f} or {k1[1]:.3f}, k3 {k3[0]:.3f} or {k3[1]:.3f}"
+    print(f"KL of two tokens {exact:.4f}; a sample says {samples}: both right on average, k3 never below 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------

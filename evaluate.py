@@ -133,8 +133,8 @@ def mcnemar(only_first, only_second):
 
     only_first, only_second: how many problems the one alone gets right, and the other alone. Those on which they agree
     say nothing about which is better. If neither were, each of the n others would fall to either side like a coin:
-    p = P(a split at least as uneven) = 2 Σ_{i ≤ min} C(n, i) / 2^n, at most 1. Exact, and so on the careful side: where p
-    is about 0.05 the paired interval may leave out 0 already.
+    p = P(a split at least as uneven) = 2 Σ_{i ≤ min} C(n, i) / 2^n, at most 1. Exact, and so on the careful side: where
+    it is about 0.05 the paired interval may leave out 0 already.
     """
     n, k = only_first + only_second, min(only_first, only_second)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)  # whole numbers: no rounding before the /

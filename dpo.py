@@ -1,4 +1,4 @@
-"""DPO: preferences without a reward model (Rafailov et al. 2023, arXiv:2305.18290), and its variants.
+"""DPO: preferences without a reward model (Rafailov et al. 2023, arXiv:2305.18290), and its relatives.
 
 RLHF fits a reward to pairs, then a policy to the reward under a KL penalty. The best policy of that problem is known
 in closed form, π* ∝ π_ref exp(r / β); turned round, r = β log(π*/π_ref) + const. Put this r into the Bradley-Terry
@@ -7,28 +7,45 @@ model of the pairs, and the reward model is gone: the policy is fitted to the pa
     u = log π_θ(y_w) − log π_ref(y_w)          log π(y): summed over the answer's tokens, its end token included
     v = log π_θ(y_l) − log π_ref(y_l)          y_w the chosen, y_l the rejected answer
     h = β (u − v)                               the margin between the implicit rewards βu and βv
+
+    --variant           loss of a pair          (a row of `VARIANTS` each)
     sigmoid             −log σ(h)               Eq. 7; with smoothing ε: −(1 − ε) log σ(h) − ε log σ(−h), cDPO
     hinge               max(0, 1 − h)           SLiC's (arXiv:2305.10425) with a reference (RSO, arXiv:2309.06657)
     ipo                 (u − v − 1/(2β))²       Eq. 17 of arXiv:2310.12036, sums as in the paper: a margin to *meet*
-    ipo_mean            the same on means per token, as TRL computes it
-    length_normalised   −log σ(h) on means per token: a long answer has no larger margin for its length
-    simpo               −log σ(β (mean log π_θ(y_w) − mean log π_θ(y_l)) − γ), no reference (arXiv:2405.14734); as
-                        published with --beta 2 to 2.5 --gamma 0.5 to 1.5 --nll 0
+    ipo_mean            the same                on means per token, as TRL computes it
+    length_normalised   −log σ(h)               on means per token: a long answer has no larger margin for its length
+    simpo               −log σ(h − γ)           on means per token of log π_θ alone, no reference (arXiv:2405.14734);
+                                                as published with --beta 2 to 2.5 --gamma 0.5 to 1.5 --nll 0
 
 Eq. 7 starts at ln 2 and its gradient is −β σ(−h) (∇log π(y_w) − ∇log π(y_l)): pairs already ordered weigh little.
 
+One step, for B pairs:
+
+    pairs    = next_pairs(step)                     B of (prompt, y_w, y_l), lists of ids
+    w, l     = pair_logprobs(policy, pairs)         log π_θ of both answers, with gradient     (B,), (B,)
+    u, v     = w − ref_w, l − ref_l                 log π_ref: computed once, kept with them   (B,), (B,)
+    losses   = variant(u, v, β)                     from the table above                       (B,)
+    loss     = mean(losses − nll · w / |y_w|)       holds the chosen answers up                ()
+    backward, clip the gradient's norm, optimizer step
+
 **The known failure.** Only the *difference* is fitted. The cheapest way to widen it is often to push both answers
 down, the rejected one faster, and the mass goes to answers that nobody judged. So `logp_chosen` is logged and drawn:
-watch it fall. `--nll` (1 by default; 0 is plain DPO) adds the chosen answers' own loss, a mean per answer
-(arXiv:2404.19733; TRL's `sft` term is a mean over the batch's tokens), which holds them up.
+watch it fall. `--nll` adds the chosen answers' own loss, a mean per answer (arXiv:2404.19733; TRL's `sft` term is a
+mean over the batch's tokens), which holds them up.
 
 **Pairs.** `--pairs sampled`: the start answers each training prompt R times and the verifier judges; a right and a
 wrong answer make a pair. `--pairs offline`: pairs from `data.load_pairs` (corrupted solutions, UltraFeedback, short
-style preferences, any JSONL). Either way the reference's log-probabilities are computed once and kept with the run.
+style preferences, any JSONL). The prompt of a pair is computed once, and both answers read its keys and values
+(`shared_answer_logprobs`, the fast form of transformer.answer_logprobs).
 
-The prompt of a pair is computed once, and both answers read its keys and values (`sft.pack`).
+**The reference.** Its log-probabilities are the policy's own before the first step, computed once and kept with the
+run, so that training needs no second model; where the variant has no reference none are computed. The KL to the start
+is measured at evaluations, whatever the variant: for that alone a frozen copy of the start waits in the CPU's memory.
+With --lora.rank the policy without its adapters is the start, and there is no copy.
 
-Without --init the script makes its own start on the built-in problems, as `grpo.py` does, under runs/start.
+The defaults run Eq. 7 on sampled pairs with β = 0.3 and the chosen answers' own loss (--nll 1; 0 is plain DPO). Off by
+default: label smoothing, LoRA, dropout. Without --init the script makes its own start on the built-in problems, as
+grpo.py does, under runs/start.
 
 Run it:
     python dpo.py                                                         # pairs sampled from the start
@@ -40,52 +57,89 @@ Run it:
 import contextlib
 import copy
 import math
-import os
-import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data import DEFAULT_TASK, TASKS, encode_group, encode_prompt, has_verifier, load_pairs, load_problems, rows_at
-from evaluate import before_and_after, evaluate, is_correct, logged, metric_panels, sampled_kl, wilson
-from generate import generate
+from evaluate import before_and_after, evaluate, logged, metric_panels, sampled_kl, wilson
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
 from support.checkpoints import open_checkpoint
-from support.cli import check_positive, check_rates, run
+from support.checks import Amount, Count, Part, Positive, Range, listed
+from support.cli import run_script
 from support.devices import precision, setup
-from support.errors import ConfigError, DivergedError
-from support.log import Log
-from support.lora_files import load_lora_state, lora_state
+from support.errors import ConfigError
+from support.lora_files import LoraState
+from support.pairs import add_reference, batch_of, keep_pairs, kept_pairs, pair_logprobs, sample_pairs
 from support.plots import draw_curves
-from support.records import fitting
-from support.runs import Interrupt, load_state, open_run, run_path, save, stopped
-from support.shared_prompt import pack, shared_answer_logprobs
+from support.records import load_splits
+from support.runs import Run, RunConfig
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions of u and v.
+# The objective, as pure functions. u, v (B,): what a variant compares, see `Variant` -> the loss of each pair (B,).
 
 
-def sigmoid_loss(h, smoothing=0.0):
-    """Eq. 7. smoothing: the share of pairs whose label is taken to be wrong; then the best h is finite."""
-    return -(1 - smoothing) * F.logsigmoid(h) - smoothing * F.logsigmoid(-h)
+def sigmoid_loss(u, v, beta, label_smoothing=0.0):
+    """Eq. 7. label_smoothing: the share of pairs whose label is taken to be wrong; then the best h is finite."""
+    h = beta * (u - v)
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
-def hinge_loss(h):
-    return (1 - h).clamp(min=0)
+def hinge_loss(u, v, beta):
+    """No gradient once h has reached 1."""
+    return (1 - beta * (u - v)).clamp(min=0)
 
 
-def ipo_loss(difference, beta):
-    """difference: u − v, not yet times β. A square pulls back a margin that has grown too large."""
-    return (difference - 1 / (2 * beta)) ** 2
+def ipo_loss(u, v, beta):
+    """A square pulls back a margin that has grown too large."""
+    return (u - v - 1 / (2 * beta)) ** 2
 
 
-VARIANTS = ("sigmoid", "hinge", "ipo", "ipo_mean", "length_normalised", "simpo")
+def simpo_loss(u, v, beta, gamma=0.0):
+    """gamma: the margin that a pair is to have."""
+    return -F.logsigmoid(beta * (u - v) - gamma)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A preference loss and what it compares. A new one is its function and a row of VARIANTS; a setting of its own is
+    an argument of the function, named in the row, and a field of Config."""
+
+    loss: Callable  # (u, v, beta, the settings by name) -> (B,)
+    reference: bool = True  # u, v are log π − log π_ref; else log π alone
+    per_token: bool = False  # divided by the answers' lengths
+    settings: tuple[str, ...] = ()  # what it takes besides beta; with other variants these flags are refused
+
+    @property
+    def reward(self):
+        """What an implicit reward is, in words for an axis."""
+        return f"β {'log π/π_ref' if self.reference else 'log π'}{' per token' if self.per_token else ''}"
+
+
+VARIANTS = {
+    "sigmoid": Variant(sigmoid_loss, settings=("label_smoothing",)),
+    "hinge": Variant(hinge_loss),
+    "ipo": Variant(ipo_loss),
+    "ipo_mean": Variant(ipo_loss, per_token=True),
+    "length_normalised": Variant(sigmoid_loss, per_token=True, settings=("label_smoothing",)),
+    "simpo": Variant(simpo_loss, reference=False, per_token=True, settings=("gamma",)),
+}
+
+
+def check_settings(variant, names):
+    """Raise ConfigError on a setting that the variant does not take."""
+    for name in names:
+        if name not in VARIANTS[variant].settings:
+            takers = [known for known, row in VARIANTS.items() if name in row.settings]
+            raise ConfigError(f"--{name} has no meaning with --variant {variant}, only with {listed(takers)}")
 
 
 def dpo_loss(
@@ -99,39 +153,35 @@ def dpo_loss(
     *,
     chosen_lengths=None,
     rejected_lengths=None,
-    gamma=0.0,
     nll=0.0,
     n_pairs=None,
+    **settings,
 ):
-    """Log-probabilities (B,), summed over the answer's tokens -> (loss, metrics).
+    """Log-probabilities (B,), summed over the answer's tokens -> (loss, metrics). variant: a row of VARIANTS.
 
-    chosen_lengths, rejected_lengths (B,): token counts, for what works with means per token. gamma: the margin that
-    simpo wants. nll: weight of −mean log π(y_w), added. n_pairs: of the whole optimizer step, over micro-batches and
-    ranks; default B. Metrics are means over this batch; `accuracy` is the share of pairs with h > 0.
+    ref_chosen, ref_rejected: None will do where the variant has no reference. chosen_lengths, rejected_lengths (B,):
+    token counts, for what works with means per token. nll: weight of −mean log π(y_w), added. n_pairs: of the whole
+    optimizer step, over micro-batches and ranks; default B. settings: of the variant, such as simpo's gamma. Metrics
+    are means over this batch; `accuracy` is the share of pairs with h > 0.
     """
     if variant not in VARIANTS:
-        raise ConfigError(f"--variant {variant!r} is not known; use one of {', '.join(VARIANTS)}")
-    if label_smoothing and variant not in ("sigmoid", "length_normalised"):
-        raise ConfigError(f"--label_smoothing has no meaning with --variant {variant}; it needs a probability")
-    u, v = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # (B,)
-    if variant == "simpo":
-        u, v = policy_chosen, policy_rejected
-    if variant in ("ipo_mean", "length_normalised", "simpo"):
-        if chosen_lengths is None or rejected_lengths is None:
-            raise ConfigError(f"the variant {variant} needs the answers' lengths")
-        u, v = u / chosen_lengths, v / rejected_lengths
+        raise ConfigError(f"--variant {variant!r} is not known; use {listed(VARIANTS)}")
+    row, settings = VARIANTS[variant], {"label_smoothing": label_smoothing} | settings
+    check_settings(variant, [name for name, value in settings.items() if value])
+    if row.per_token and (chosen_lengths is None or rejected_lengths is None):
+        raise ConfigError(f"the variant {variant} needs the answers' lengths")
     if nll and chosen_lengths is None:
         raise ConfigError("nll is a mean per token: it needs the answers' lengths")
-    h = beta * (u - v)
-    if variant in ("ipo", "ipo_mean"):
-        losses = ipo_loss(u - v, beta)
-    elif variant == "hinge":
-        losses = hinge_loss(h)
-    else:
-        losses = sigmoid_loss(h - gamma if variant == "simpo" else h, label_smoothing)
+    u, v = policy_chosen, policy_rejected  # (B,)
+    if row.reference:
+        u, v = u - ref_chosen, v - ref_rejected
+    if row.per_token:
+        u, v = u / chosen_lengths, v / rejected_lengths
+    losses = row.loss(u, v, beta, **{name: settings[name] for name in row.settings if name in settings})  # (B,)
     if nll:
         losses = losses - nll * policy_chosen / chosen_lengths
     loss = losses.sum() / (n_pairs or len(losses))
+    h = beta * (u - v)
     metrics = {
         "loss": losses.mean(),
         "accuracy": (h > 0).float().mean(),
@@ -145,91 +195,26 @@ def dpo_loss(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pairs as ids: {"prompt", "chosen", "rejected"} -> lists of ids, an answer with its end token.
+# Pairs as ids: {"prompt", "chosen", "rejected"}, an answer with its end token.
 
 
 def encode_pair(tokenizer, pair):
+    """A `data.Pair`, text, as ids."""
     prompt, (chosen, rejected) = encode_group(tokenizer, pair)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-@torch.no_grad()
-def sample_pairs(raw, tokenizer, problems, config, dist, seed, most):
-    """Answer each problem R times, let the verifier judge, pair right answers with wrong ones.
-
-    At most `most` of a prompt, each answer in one pair; a prompt whose answers are all right or all wrong
-    gives none. Chunks of prompts are dealt out to the ranks and seeded one by one: any number of ranks finds the same
-    pairs. -> pairs (the same list on every rank), the share of right answers.
+def pair_up(answers, rng, most=None):
+    """Answers to one prompt, (ids, right, ended) each -> [(chosen, rejected), …]: right ones against wrong ones, drawn
+    by rng, each in one pair, at most `most` pairs. What is right must also have stopped by itself; repeats count once.
     """
-    R, size = config.rollouts, 64
-    chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
-    found, right = {}, 0
-    mine = range(dist.rank, len(chunks), dist.world)
-    for c in tqdm(mine, desc="sampling pairs", unit="chunk", leave=False, disable=not dist.is_main):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + c)
-        uniforms = torch.rand(len(chunks[c]) * R, config.max_new_tokens, generator=generator)
-        prompts = [encode_prompt(tokenizer, p) for p in chunks[c]]
-        rollout = generate(
-            raw,
-            prompts,
-            config.max_new_tokens,
-            n=R,
-            temperature=config.temperature,
-            stop_ids=tokenizer.stop_ids,
-            uniforms=uniforms,
-        )
-        ids, lengths, texts = rollout.ids.tolist(), rollout.mask.sum(1).tolist(), rollout.texts(tokenizer)
-        rng = random.Random(f"pairs/{seed}/{c}")
-        found[c] = []
-        for i, problem in enumerate(chunks[c]):
-            answers = {True: [], False: []}
-            for row in range(i * R, (i + 1) * R):
-                answer = ids[row][: lengths[row]]
-                correct = is_correct(texts[row], problem)
-                right += correct
-                ended = answer[-1] in tokenizer.stop_ids
-                if answer not in answers[correct] and (ended or not correct):  # a right answer must also stop
-                    answers[correct].append(answer)
-            for side in answers.values():
-                rng.shuffle(side)
-            pairs = list(zip(answers[True], answers[False], strict=False))[:most]
-            found[c] += [{"prompt": prompts[i], "chosen": good, "rejected": bad} for good, bad in pairs]
-    (right,) = dist.sum(right)
-    if dist.world > 1:
-        everywhere = [None] * dist.world
-        torch.distributed.all_gather_object(everywhere, found)
-        found = {c: pairs for part in everywhere for c, pairs in part.items()}
-    return [pair for c in range(len(chunks)) for pair in found[c]], right / (len(problems) * R)
-
-
-def batch_of(pairs, pad, device):
-    """Pairs -> what `pack` gives, on the device, and the answers' lengths (b, 2)."""
-    packed = pack([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad).to(device)
-    return packed, packed.lengths.view(-1, 2)
-
-
-def pair_logprobs(model, packed):
-    """log π of the chosen and of the rejected answers, summed over their tokens: (b,), (b,)."""
-    return shared_answer_logprobs(model, packed).sum(1).view(-1, 2).unbind(1)
-
-
-@torch.no_grad()
-def add_reference(raw, pairs, pad, dist, autocast, size=64):
-    """Put the reference's log π of both answers into each pair, once: "ref_chosen" and "ref_rejected".
-
-    Each rank computes a share and all learn all: (n, 2) numbers, nothing beside the n answers.
-    """
-    raw.eval()
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["prompt"]))  # like lengths waste no padding
-    sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=dist.device)
-    for i in range(dist.rank * size, len(order), dist.world * size):
-        rows = order[i : i + size]
-        packed, _ = batch_of([pairs[row] for row in rows], pad, dist.device)
-        with autocast():
-            sums[rows] = torch.stack(pair_logprobs(raw, packed), dim=1).double()
-    if dist.world > 1:
-        torch.distributed.all_reduce(sums)
-    return [p | {"ref_chosen": c, "ref_rejected": r} for p, (c, r) in zip(pairs, sums.tolist(), strict=True)]
+    sides = {True: [], False: []}
+    for ids, right, ended in answers:
+        if ids not in sides[right] and (ended or not right):
+            sides[right].append(ids)
+    for side in sides.values():
+        rng.shuffle(side)
+    return list(zip(sides[True], sides[False], strict=False))[:most]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,7 +222,7 @@ def add_reference(raw, pairs, pad, dist, autocast, size=64):
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Fit a policy to preference pairs (DPO)."""
 
     data: str = DEFAULT_TASK
@@ -246,340 +231,263 @@ class Config:
     """Count and leave out records that cannot be used, instead of stopping at the first."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Levels of the built-in problems: 1 to 3 steps."""
-    pairs: str | None = None
+    pairs: Literal["sampled", "offline"] | None = None
     """sampled (from the start, judged by the verifier) or offline; default sampled for word and gsm8k."""
-    prompts: int = 3000
+    prompts: Count = 3000
     """Training prompts to sample answers for; or, offline, the most pairs to use."""
-    rollouts: int = 8
+    rollouts: Annotated[int, Range(int, 2)] = 8
     """Sampled answers per prompt."""
-    pairs_per_prompt: int = 4
-    """Most pairs made of one prompt's samples."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the sampling."""
     init: str | None = None
     """SFT checkpoint to start from, also the reference; default: made once under runs/start."""
     name: str = "dpo"
-    """Run directory below runs/."""
-    steps: int = 300
-    """Optimizer steps."""
-    batch: int = 32
+    steps: Count = 300
+    batch: Count = 32
     """Pairs per optimizer step, over all ranks."""
-    micro_batch: int = 32
+    micro_batch: Count = 32
     """Pairs per forward pass of one rank."""
-    variant: str = "sigmoid"
-    """sigmoid, hinge, ipo, ipo_mean, length_normalised or simpo."""
-    beta: float = 0.3
+    variant: Literal[tuple(VARIANTS)] = "sigmoid"
+    """The loss of a pair."""
+    beta: Positive = 0.3
     """How dear it is to leave the reference."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(float, 0, 0.5)] = 0.0
     """Share of pairs taken to be labelled wrongly (cDPO)."""
-    gamma: float = 0.0
+    gamma: Amount = 0.0
     """The margin of --variant simpo."""
-    nll: float = 1.0
+    nll: Amount = 1.0
     """Weight of the chosen answers' own loss per token, as in SFT; 0 is plain DPO."""
-    optimizer: str = "muon"
-    """adamw, or muon for the matrices of the blocks; adamw wants about a sixth of the learning rate."""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    warmup: int = 10
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.0
-    """Decoupled, on matrices only."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
-    max_new_tokens: int = 64
+    lr: Amount = 2e-4
+    max_new_tokens: Count = 64
     """Longest sampled answer."""
-    eval_every: int = 50
-    """Steps between evaluations on the validation split."""
-    eval_problems: int = 200
+    eval_problems: Count = 200
     """Validation problems (and their pairs) per evaluation."""
-    test_problems: int = 1000
+    test_problems: Count = 1000
     """Held-out problems (or pairs) of the evaluation before and after."""
-    save_every: int = 100
-    """Steps between checkpoints of last/."""
-    seed: int = 0
-    """Of the pairs, their order and the dropout (and of the start, where one is made)."""
-    dropout: float = 0.0
+    dropout: Part = 0.0
     """Dropout while training."""
-    resume: bool = False
-    """Continue runs/NAME/last as if it had never stopped."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    dtype: str = "auto"
-    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
-    wandb: str | None = None
-    """Weights & Biases project to log to as well."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
 
     def __post_init__(self):
-        check_positive(self, "prompts", "rollouts", "pairs_per_prompt", "steps", "batch", "micro_batch", "eval_every")
-        check_positive(self, "max_new_tokens", "eval_problems", "test_problems", "save_every")
-        check_rates(self)
+        super().__post_init__()
         if self.pairs is None:
             self.pairs = "sampled" if has_verifier(self.data) else "offline"
-        if self.pairs not in ("sampled", "offline"):
-            raise ConfigError(f"--pairs {self.pairs!r} is not known; use sampled or offline")
         if self.pairs == "sampled" and not has_verifier(self.data):
             raise ConfigError(f"--pairs sampled needs a verifier, which {self.data} has not; use --pairs offline")
-        if self.pairs == "sampled" and (self.rollouts < 2 or not 0 < self.temperature < math.inf):
-            raise ConfigError("--pairs sampled needs --rollouts of at least 2 and a --temperature above 0")
-        if not 0 < self.beta < math.inf:
-            raise ConfigError(f"--beta is {self.beta}; it must be above 0")
-        if self.gamma and self.variant != "simpo":
-            raise ConfigError(f"--gamma is the margin of --variant simpo; {self.variant} has none")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"--label_smoothing is {self.label_smoothing}; it must be at least 0 and below 0.5")
+        of_variants = {name for row in VARIANTS.values() for name in row.settings}
+        check_settings(self.variant, [n for n in sorted(of_variants) if getattr(self, n) != getattr(Config, n)])
         if self.init is None and self.data not in TASKS:
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
-        one = torch.ones(1)  # ask the function itself whether it knows the variant, now rather than after the set-up
-        dpo_loss(*[one] * 4, self.beta, self.variant, self.label_smoothing, chosen_lengths=one, rejected_lengths=one)
+
+    @property
+    def sizes(self):
+        """{split: the most problems or pairs of it}."""
+        return {"train": self.prompts, "valid": self.eval_problems, "test": self.test_problems}
 
 
-def make_pairs(config, dist, raw, tokenizer, problems, autocast):
-    """{"train", "valid", "test"}: pairs of ids with their reference log-probabilities."""
-    made = {}
-    most = {"train": config.prompts, "valid": config.eval_problems, "test": config.test_problems}
-    for number, split in enumerate(most):
-        if config.pairs == "sampled":
-            seed = config.seed * 3 + number
-            each = config.pairs_per_prompt if split == "train" else 1  # held-out pairs are to be independent
+def make_pairs(policy, tokenizer, problems, config, dist, autocast):
+    """{"train", "valid", "test"}: pairs of ids, of the variants with a reference with its log-probabilities.
+
+    The policy is still the start, which answers the problems, and is the reference.
+    """
+    policy.eval()
+    if config.pairs == "offline":
+
+        def load(split, n):
+            pairs = load_pairs(config.data, split, n, tuple(config.levels), config.seed, skip_bad=config.skip_bad)
+            return [encode_pair(tokenizer, pair) for pair in pairs]
+
+        def length(pair):
+            return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
+
+        pairs = load_splits(load, config.sizes, length, policy.config.context, "pair", dist)
+    else:
+        pairs = {}
+        for number, (split, some) in enumerate(problems.items()):
+            rule = pair_up if split == "train" else partial(pair_up, most=1)  # held-out pairs are to be independent
             with autocast():
-                pairs, right = sample_pairs(raw, tokenizer, problems[split], config, dist, seed, each)
-            if not pairs:
+                sampled = sample_pairs(policy, tokenizer, some, config, dist, config.seed * 3 + number, rule)
+            pairs[split], right = sampled
+            if not pairs[split]:
                 raise ConfigError(
                     f"no {split} prompt got both a right and a wrong answer ({right:.1%} of all are right): give "
                     "another --init, more --rollouts or more --prompts"
                 )
             if dist.is_main:
-                n = len(problems[split])
-                print(
-                    f"{split}: {len(pairs):,} pairs from {config.rollouts} answers to {n:,} prompts, {right:.1%} right"
-                )
-        else:
-            how = {"seed": config.seed, "skip_bad": config.skip_bad}
-            found = load_pairs(config.data, split, most[split], tuple(config.levels), **how)
-            pairs = [encode_pair(tokenizer, pair) for pair in found]
-            lengths = [len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs]
-            pairs = fitting(pairs, lengths, raw.config.context, f"{split} pair", dist)
-        made[split] = add_reference(raw, pairs, tokenizer.endoftext_id, dist, autocast)
-    return made
+                answers = f"{config.rollouts} answers to {len(some):,} prompts, {right:.1%} right"
+                print(f"{split}: {len(pairs[split]):,} pairs from {answers}")
+    if VARIANTS[config.variant].reference:
+        pad = tokenizer.endoftext_id
+        pairs = {split: add_reference(policy, some, pad, dist, autocast) for split, some in pairs.items()}
+    return pairs
+
+
+def loss_with(config):
+    """dpo_loss with what a run's settings fix."""
+    settings = {name: getattr(config, name) for name in VARIANTS[config.variant].settings}
+    return partial(dpo_loss, beta=config.beta, variant=config.variant, nll=config.nll, **settings)
 
 
 @torch.no_grad()
-def validate(raw, pairs, config, tokenizer, dist, autocast):
-    """The loss and its metrics over pairs, dealt out to the ranks: {"loss", "accuracy", "margin", …}."""
-    raw.eval()
-    mine = pairs[dist.rank :: dist.world]
-    counts = bool(mine)  # a rank without a pair scores one for nothing: all must add up the same numbers
-    mine, sums = sorted(mine or pairs[:1], key=lambda p: len(p["prompt"]) + len(p["chosen"])), {}
-    for i in range(0, len(mine), 64):
-        chunk = mine[i : i + 64]
-        packed, lengths = batch_of(chunk, tokenizer.endoftext_id, dist.device)
+def validate(policy, pairs, tokenizer, config, dist, autocast):
+    """The means of the loss and its metrics over pairs, dealt out to the ranks: {"loss", "accuracy", "margin", …}."""
+    policy.eval()
+    own, loss_of = pairs[dist.rank :: dist.world], loss_with(config)
+    counts = bool(own)  # a rank without a pair scores one for nothing: all must add up the same numbers
+    own, sums = sorted(own or pairs[:1], key=lambda p: len(p["prompt"]) + len(p["chosen"])), {}
+    for i in range(0, len(own), 64):
+        micro = batch_of(own[i : i + 64], tokenizer.endoftext_id, dist.device)
         with autocast():
-            chosen, rejected = pair_logprobs(raw, packed)
-        metrics = loss_of(config, chosen, rejected, chunk, lengths)[1]
+            chosen, rejected = pair_logprobs(policy, micro.packed)
+        metrics = loss_of(chosen, rejected, *micro.reference, **micro.lengths)[1]
         for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value * len(chunk) * counts
-    values = dist.sum(*sums.values())
-    return {name: value / len(pairs) for name, value in zip(sums, values, strict=True)}
+            sums[name] = sums.get(name, 0.0) + value * len(chosen) * counts
+    return {name: value / len(pairs) for name, value in zip(sums, dist.sum(*sums.values()), strict=True)}
 
 
-def loss_of(config, chosen, rejected, pairs, lengths, n_pairs=None):
-    """dpo_loss of these pairs: chosen, rejected (b,) the policy's log π, lengths (b, 2)."""
-    reference = torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=chosen.device)  # (b, 2)
-    return dpo_loss(
-        chosen,
-        rejected,
-        *reference.unbind(1),
-        config.beta,
-        config.variant,
-        config.label_smoothing,
-        chosen_lengths=lengths[:, 0],
-        rejected_lengths=lengths[:, 1],
-        gamma=config.gamma,
-        nll=config.nll,
-        n_pairs=n_pairs,
-    )
+def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast):
+    """Pairs of the split: loss, implicit accuracy and the rest; greedy answers, where a verifier is: exact match."""
+    with merged(policy):  # adapters, if any, folded in: as fast as without
+        figures = {"pairs": validate(policy, pairs[split], tokenizer, config, dist, autocast)}
+        if problems:
+            result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
+            figures |= {name: value for name, value in result.items() if name != "samples"}
+    return figures
+
+
+def kl_to_start(policy, start, pairs, tokenizer, config, dist):
+    """KL(π ‖ π_start) in nats per token, of sampled answers to the prompts of 64 validation pairs."""
+    prompts = [pair["prompt"] for pair in pairs["valid"][:64]]
+    room = policy.config.context - max(map(len, prompts))
+    reference = policy if start is None else start.to(dist.device)  # None: the policy without its adapters
+    kl = sampled_kl(policy, reference, tokenizer, prompts, min(config.max_new_tokens, room), dist, config.seed)
+    if start is not None:
+        start.cpu()
+    return kl
 
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    if config.batch % dist.world:
-        raise ConfigError(f"--batch {config.batch} cannot be shared by {dist.world} processes evenly")
+    share = dist.share("batch", config.batch)  # pairs of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
-    raw, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    # With LoRA the reference is raw without its adapters: no second model in memory.
-    reference = raw.eval() if config.lora.rank else copy.deepcopy(raw).requires_grad_(False).eval()
-    add_lora(raw, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
+    policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
+    start = None  # for the KL alone. With LoRA it is the policy without its adapters: no second model
+    if not config.lora.rank:
+        start = copy.deepcopy(policy).requires_grad_(False).eval().cpu()
+    add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     problems = None  # with a verifier: greedy accuracy is measured too
     if has_verifier(config.data):
-        most = {"train": config.prompts, "valid": config.eval_problems, "test": config.test_problems}
-        problems = {split: load_problems(config.data, split, n, tuple(config.levels)) for split, n in most.items()}
-        for split, found in problems.items():
-            lengths = [len(encode_prompt(tokenizer, p)) for p in found]
-            room = raw.config.context - config.max_new_tokens
-            problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
+        load = partial(load_problems, config.data, levels=tuple(config.levels))
+        room = policy.config.context - config.max_new_tokens
+        problems = load_splits(load, config.sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
-    kept = run_path(config) / "pairs.pt"
-    again = config.resume and kept.is_file()  # pairs and reference log-probabilities are computed once in a run's life
-    if again:
-        pairs = torch.load(kept, weights_only=True)
-    else:  # before open_run: pairs that cannot be had must move nothing
-        with lora_off(raw):
-            pairs = make_pairs(config, dist, reference, tokenizer, problems, autocast)
-    run_dir = open_run(config, dist)
-    if dist.is_main and not again:
-        torch.save(pairs, f"{kept}.tmp")
-        os.replace(f"{kept}.tmp", kept)
+    pairs = kept_pairs(config)  # they are made once in a run's life
+    if pairs is None:  # before the run has a directory: pairs that cannot be had must move no earlier run
+        with lora_off(policy):
+            pairs = make_pairs(policy, tokenizer, problems, config, dist, autocast)
+    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    first, best, before = 0, math.inf, None
-    if config.resume:
-        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best, before = state["step"], state["best"], state["before"]
-        began -= state["seconds"]
-        if config.lora.rank:  # what the adapters correct are the weights of --init
-            load_lora_state(raw, state["lora"], open_checkpoint(init)[0])
-    model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
-    log = Log(run_dir, config, dist, first)
-    interrupt = Interrupt(dist)
+    state = {"parts": {"lora": LoraState(policy, init)}, "began": began, "before": None}
+    run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=math.inf, lower_is_better=True, **state)
+    keep_pairs(run, pairs)
+    model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
-    def held_out(split):
-        """Pairs of the split: loss, implicit accuracy and the rest; greedy answers: exact match."""
-        figures = {"pairs": validate(raw, pairs[split], config, tokenizer, dist, autocast)}
-        if problems:
-            result = evaluate(raw, tokenizer, problems[split], config.max_new_tokens, dist)
-            figures |= {k: v for k, v in result.items() if k != "samples"}
-        return figures
-
-    prompts = [p["prompt"] for p in pairs["valid"][:64]]
-    room = raw.config.context - max(map(len, prompts))
-    if before is None:
-        before = held_out("test")
+    given = {"pairs": pairs, "problems": problems, "tokenizer": tokenizer, "config": config}
+    measure = partial(held_out, dist=dist, autocast=autocast, **given)  # (policy, split) -> figures
+    if run.state.before is None:
+        run.state.before = measure(policy, "test")
     if dist.is_main:
-        known = f"; test accuracy before: {before['accuracy']:.1%}" if problems else ""
-        print(f"{raw.num_params():,} parameters from {init}; {len(pairs['train']):,} training pairs{known}")
+        accuracy = f"; test accuracy before: {run.state.before['accuracy']:.1%}" if problems else ""
+        print(f"{policy.num_params():,} parameters from {init}; {len(pairs['train']):,} training pairs{accuracy}")
 
-    def checkpoint(name, step):
-        state = None
-        if name == "last":
-            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state |= {"before": before, "optimizers": [o.state_dict() for o in optimizers], "lora": lora_state(raw)}
-            state |= {"seconds": time.perf_counter() - began}
-        return save(run_dir, name, dist, raw, tokenizer, chat=True, state=state)
-
-    share = config.batch // dist.world  # pairs of a step on this rank
-    shown = {}
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
-    for step in bar:
-        # ------------------------------------------------------------------ once in a while
-        if interrupt:
-            written = checkpoint("last", step)
-            bar.close()
-            stopped(config.name, step, written, dist)
-        if step != first and step % config.save_every == 0:
-            checkpoint("last", step)
-
-        # ------------------------------------------------------------------ one optimizer step
+    loss_of, shown = loss_with(config), {}
+    for step in run.steps():
+        # 1. the step's pairs, and this rank's part of them
         started = time.perf_counter()
-        chosen_rows = rows_at(len(pairs["train"]), step, config.batch, config.seed)
-        mine = [pairs["train"][i] for i in chosen_rows[dist.rank * share : (dist.rank + 1) * share]]
-        mine.sort(key=lambda p: len(p["prompt"]))  # wastes less padding
+        rows = rows_at(len(pairs["train"]), step, config.batch, config.seed)
+        own = [pairs["train"][i] for i in rows[dist.rank * share : (dist.rank + 1) * share]]
+        own.sort(key=lambda pair: len(pair["prompt"]))  # like lengths waste no padding
+
+        # 2. one optimizer step
         model.train()
         sums = {}
         for i in range(0, share, config.micro_batch):
-            part = mine[i : i + config.micro_batch]
-            packed, lengths = batch_of(part, tokenizer.endoftext_id, dist.device)
+            micro = batch_of(own[i : i + config.micro_batch], tokenizer.endoftext_id, dist.device)
             last = i + config.micro_batch >= share
+            # DDP sums up the gradients over the ranks in the last backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
-                    chosen, rejected = pair_logprobs(model, packed)  # (b,) each
-                loss, metrics = loss_of(config, chosen, rejected, part, lengths, n_pairs=config.batch)
+                    chosen, rejected = pair_logprobs(model, micro.packed)  # (b,) each
+                loss, metrics = loss_of(chosen, rejected, *micro.reference, **micro.lengths, n_pairs=config.batch)
                 scaler.scale(loss * dist.world).backward()  # DDP divides by world
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * len(part)
+                sums[name] = sums.get(name, 0.0) + value * len(chosen)
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
-        record = {name: v / config.batch for name, v in zip(sums, dist.sum(*sums.values()), strict=True)}
-        if not math.isfinite(record["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
-            said = f"the loss is {record['loss']}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
-            raise DivergedError(f"{said}; try a smaller --lr")
+        norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
+        means = {name: v / config.batch for name, v in zip(sums, dist.sum(*sums.values()), strict=True)}
+        run.check_finite(lr, norm, loss=means["loss"])
 
-        done = step + 1
-        record = {f"pair_{k}" if k == "accuracy" else k: v for k, v in record.items()}
-        record |= {"grad_norm": norm, "lr": lr, "steps_per_second": 1 / (time.perf_counter() - started)}
-        if done % config.eval_every == 0 or done == config.steps:
-            with merged(raw):  # adapters, if any, folded in: as fast as without
-                result = held_out("valid")
-            record |= {f"valid_{k}": v for k, v in result["pairs"].items()}
-            length = min(config.max_new_tokens, room)
-            record["kl"] = sampled_kl(raw, reference, tokenizer, prompts, length, dist, config.seed)
+        # 3. look
+        record = {"pair_accuracy": means.pop("accuracy")} | means | {"grad_norm": norm, "lr": lr}
+        record["steps_per_second"] = 1 / (time.perf_counter() - started)
+        if run.due(config.eval_every):
+            result = measure(policy, "valid")
+            record |= {f"valid_{name}": value for name, value in result["pairs"].items()}
+            record["kl"] = kl_to_start(policy, start, pairs, tokenizer, config, dist)
             shown = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
             if problems:
                 record |= logged(result)
                 shown["accuracy"] = f"{result['accuracy']:.1%}"
-            if record["valid_loss"] < best:
-                best = record["valid_loss"]
-                checkpoint("best", done)
-        log(done, **record)
-        bar.set_postfix(loss=f"{record['loss']:.3f}", logp=f"{record['logp_chosen']:.1f}", **shown, refresh=False)
-    checkpoint("last", config.steps)
-    interrupt.release()
-    log.close()
+            run.keep_best(record["valid_loss"])
+        run.log(step + 1, **record)
+        brief = {"loss": f"{record['loss']:.3f}", "logp": f"{record['logp_chosen']:.1f}"}
+        run.bar.set_postfix(**brief, **shown, refresh=False)
+    run.close()
 
     # The test split, once, with the checkpoint that the validation loss chose.
-    raw, tokenizer, path = open_checkpoint(run_dir, dist.device)
-    after = held_out("test")
-    seconds = time.perf_counter() - began
+    policy, tokenizer, path = open_checkpoint(run.path, dist.device)
+    before, after = run.state.before, measure(policy, "test")
     if dist.is_main:
-        report(config, before, after, len(pairs["test"]), seconds)
-        draw(config, run_dir, bool(problems))
-        print(f"{path}, {run_dir}/last, {run_dir}/curves.png")
-    return {"before": before, "after": after, "path": str(path), "seconds": seconds}
+        report(config, before, after, len(pairs["test"]), run.seconds)
+        draw(config, run.path, bool(problems))
+        print(f"{path}, {run.path}/last, {run.path}/curves.png")
+    return {"before": before, "after": after, "path": str(path), "seconds": run.seconds}
 
 
 def report(config, before, after, n, seconds):
-    """The table at the end."""
+    """The table at the end; n: how many test pairs there are."""
     low, high = wilson(after["pairs"]["accuracy"] * n, n)
     rows = [["pairs ordered rightly", "–", f"{after['pairs']['accuracy']:.1%} [{low:.1%}, {high:.1%}]"]]
-    for name, label in (
-        ("loss", "loss on pairs"),
-        ("logp_chosen", "log π(chosen)"),
-        ("logp_rejected", "log π(rejected)"),
-    ):
-        rows.append([label, *(f"{r['pairs'][name]:.3f}" for r in (before, after))])
+    labels = {"loss": "loss on pairs", "logp_chosen": "log π(chosen)", "logp_rejected": "log π(rejected)"}
+    for name, label in labels.items():
+        rows.append([label, *(f"{figures['pairs'][name]:.3f}" for figures in (before, after))])
     before_and_after(before, after, config.steps, seconds, rows)
     if after["pairs"]["logp_chosen"] < before["pairs"]["logp_chosen"]:
         spite = f", in spite of --nll {config.nll:g}" if config.nll else ""
         print(f"the chosen answers became less probable too{spite}: DPO fits the difference alone (see curves.png)")
 
 
-def draw(config, run_dir, verified):
-    panels = [
-        ("loss on pairs", {"loss": "train", "valid_loss": "validation"}, "nats", {}),
-        ("pairs ordered rightly", {"pair_accuracy": "train", "valid_accuracy": "validation"}, "share", {}),
-        (
-            "implicit rewards, validation",
-            {"valid_reward_chosen": "chosen", "valid_reward_rejected": "rejected"},
-            "β log π/π_ref",
-            {},
-        ),
-        (
-            "log π of the answers, validation",
-            {"valid_logp_chosen": "chosen", "valid_logp_rejected": "rejected"},
-            "nats",
-            {},
-        ),
-        ("KL to the reference", {"kl": "sampled answers"}, "nats per token", {}),
-        ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
-    ]
-    if verified:
-        panels = [*metric_panels(), *panels]
-    draw_curves(run_dir, f"DPO ({config.variant}, {config.pairs} pairs) on {config.data}, seed {config.seed}", panels)
+def draw(config, run_path, verified):
+    """The curves."""
+    rewards, logps = ({f"valid_{name}_{side}": side for side in ("chosen", "rejected")} for name in ("reward", "logp"))
+    draw_curves(
+        run_path,
+        f"DPO ({config.variant}, {config.pairs} pairs) on {config.data}, seed {config.seed}",
+        [
+            *(metric_panels() if verified else ()),
+            ("loss on pairs", {"loss": "train", "valid_loss": "validation"}, "nats", {}),
+            ("pairs ordered rightly", {"pair_accuracy": "train", "valid_accuracy": "validation"}, "share", {}),
+            ("implicit rewards, validation", rewards, VARIANTS[config.variant].reward, {}),
+            ("log π of the answers, validation", logps, "nats", {}),
+            ("KL to the start", {"kl": "sampled answers"}, "nats per token", {}),
+            ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
+        ],
+    )
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -45,7 +45,7 @@ class Dist:
 
     def deal(self, items, work):
         """work(the items of this rank) -> one result per item; every rank gets all of them, in the items' order."""
-        own = work(items[self.rank :: self.world])
+        own = list(work(items[self.rank :: self.world]))
         if self.world == 1:
             return own
         everyone = [None] * self.world

@@ -68,6 +68,16 @@ def fitting(problems, lengths, room, what, dist):
     return kept
 
 
+def load_splits(load, sizes, length, room, what, dist):
+    """{split: those of load(split, n) that fit the room by their length} for the {split: n} of sizes. ConfigError if
+    none of a split does."""
+    splits = {}
+    for split, n in sizes.items():
+        records = load(split, n)
+        splits[split] = fitting(records, [length(record) for record in records], room, f"{split} {what}", dist)
+    return splits
+
+
 def read_records(path: Path) -> list[tuple[str, dict]]:
     """The objects of a .jsonl, of a .json that holds one array, of a .csv, or of a .tsv (which has no quoting: a text
     may hold quotes, but no tab), each with its place: "line 3" of a .jsonl, "record 3" of the others, counted from 1.

@@ -298,6 +298,7 @@ GONE = {
     "z_loss": 0.0,  # pretrain.py
     "entropy_bonus": 0.0,  # grpo.py
     "integer_weight": 0.0,
+    "pairs_per_prompt": 4,  # dpo.py
 }
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,13 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import dpo
 from data import encode_prompt, load_pairs, load_problems
-from dpo import VARIANTS, Config, add_reference, batch_of, dpo_loss, encode_pair, pair_logprobs
+from dpo import VARIANTS, Config, dpo_loss, encode_pair, pair_up
 from lora import LoraConfig
-from support import devices
+from support import devices, runs
+from support import pairs as pairs_room
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
+from support.pairs import add_reference, batch_of, pair_logprobs
 from support.splits import split_of
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
@@ -80,7 +83,9 @@ def by_loop(logps, lengths, beta, variant, smoothing, gamma):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_and_gradient_against_a_loop(variant, smoothing):
     logps, lengths = numbers()
-    more = dict(chosen_lengths=lengths[0], rejected_lengths=lengths[1], gamma=0.7)
+    more = dict(chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+    if variant == "simpo":
+        more["gamma"] = 0.7
     if smoothing and variant not in ("sigmoid", "length_normalised"):
         with pytest.raises(ConfigError, match="label_smoothing"):
             dpo_loss(*logps, 0.3, variant, smoothing, **more)
@@ -134,14 +139,40 @@ def test_properties():
     torch.testing.assert_close(dpo_loss(*logps, n_pairs=14)[0], dpo_loss(*logps)[0] / 2)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("setting", ["label_smoothing", "gamma"])
+def test_a_setting_is_for_the_variants_that_take_it(variant, setting):
+    logps, lengths = numbers()
+    more = {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1], setting: 0.2}
+    if setting in VARIANTS[variant].settings:
+        assert dpo_loss(*logps, 0.3, variant, **more)[0] != dpo_loss(*logps, 0.3, variant, **more | {setting: 0.0})[0]
+        assert getattr(config(variant=variant, **{setting: 0.2}), setting) == 0.2
+        assert dpo.loss_with(config(variant=variant, **{setting: 0.2})).keywords[setting] == 0.2
+        return
+    takers = [name for name, row in VARIANTS.items() if setting in row.settings]
+    for refused in (lambda: dpo_loss(*logps, 0.3, variant, **more), lambda: config(variant=variant, **{setting: 0.2})):
+        with pytest.raises(ConfigError, match=f"--{setting} has no meaning with --variant {variant}, only with ") as e:
+            refused()
+        assert all(name in str(e.value).rpartition("only with")[2] for name in takers)
+
+
+def test_a_setting_keeps_its_own_default_and_its_zero(monkeypatch):
+    """Of a variant to come: what it takes by default need not be 0."""
+    monkeypatch.setitem(VARIANTS, "new", dpo.Variant(lambda u, v, beta, far=3.0: far + 0 * u, settings=("far",)))
+    logps, _ = numbers()
+    assert dpo_loss(*logps, variant="new")[0] == 3
+    assert dpo_loss(*logps, variant="new", far=0.0)[0] == 0
+
+
 # ------------------------------------------------------------------------------------------------ a pair's row
 
 
 def test_a_packed_pair_is_two_rows_of_its_own(tokenizer):
     raw = tiny(tokenizer).double()
     pairs = [encode_pair(tokenizer, pair) for pair in load_pairs("word", "train", 5)]
-    packed, lengths = batch_of(pairs, tokenizer.endoftext_id, "cpu")
-    together = torch.stack(pair_logprobs(raw, packed), dim=1)  # (5, 2)
+    batch = batch_of(pairs, tokenizer.endoftext_id, "cpu")
+    lengths = torch.stack([batch.lengths["chosen_lengths"], batch.lengths["rejected_lengths"]], dim=1)
+    together = torch.stack(pair_logprobs(raw, batch.packed), dim=1)  # (5, 2)
     apart = torch.zeros(5, 2, dtype=torch.float64)
     for i, pair in enumerate(pairs):
         for side, answer in enumerate((pair["chosen"], pair["rejected"])):
@@ -175,7 +206,7 @@ def test_reference_is_the_start(tokenizer):
         row = torch.tensor([pair["prompt"] + pair["rejected"]])
         expected = token_logprobs(raw, row)[0, len(pair["prompt"]) - 1 :].sum().item()
         assert pair["ref_rejected"] == pytest.approx(expected, abs=1e-4)
-    result = dpo.validate(raw, known, config(), tokenizer, dist, autocast)
+    result = dpo.validate(raw, known, tokenizer, config(), dist, autocast)
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
@@ -195,15 +226,31 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
     assert max(metrics("runs/dpo", "kl").values()) > 1e-6
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
+    asked, add, drawn = [], dpo.add_reference, []
+    monkeypatch.setattr(dpo, "add_reference", lambda policy, pairs, *more: asked.append(1) or add(policy, pairs, *more))
+    monkeypatch.setattr(dpo, "draw_curves", lambda path, title, panels: drawn.extend(panels))
+    dpo.main(config(variant=variant, steps=1))
+    pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
+    assert len(asked) == (0 if variant == "simpo" else 3)
+    assert all(("ref_chosen" in pair) is (variant != "simpo") for some in pairs.values() for pair in some)
+    label = next(unit for heading, _, unit, _ in drawn if heading.startswith("implicit rewards"))
+    per_token = variant in ("ipo_mean", "length_normalised", "simpo")
+    assert label == ("β log π" if variant == "simpo" else "β log π/π_ref") + " per token" * per_token
+    assert max(metrics("runs/dpo", "kl").values()) > 0  # to the start, whatever the variant
+
+
 # ------------------------------------------------------------------------------------------------ sampled pairs
 
 
 def test_sampled_pairs(tokenizer, monkeypatch):
     """A verifier that likes texts of even length; the chunks come out the same however many ranks share them."""
-    monkeypatch.setattr(dpo, "is_correct", lambda text, problem: len(text) % 2 == 0)
+    monkeypatch.setattr(pairs_room, "is_correct", lambda text, problem: len(text) % 2 == 0)
     raw, problems = tiny(tokenizer), load_problems("word", "train", 130)
     settings = config(pairs="sampled", rollouts=6, max_new_tokens=60)
-    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, devices.setup("cpu"), seed=3, most=2)
+    rule = partial(pair_up, most=2)
+    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, devices.setup("cpu"), 3, rule)
     assert 0.2 < share < 0.8
     assert len(pairs) > 20
     prompts = [encode_prompt(tokenizer, p) for p in problems]
@@ -216,29 +263,28 @@ def test_sampled_pairs(tokenizer, monkeypatch):
     assert max(sum(pair["prompt"] == p for pair in pairs) for p in prompts) == 2
     assert len({str(pair) for pair in pairs}) == len(pairs)
 
-    class Rank(devices.Dist):
-        def sum(self, *values):
-            return values
-
     parts = []
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, mine: parts.append(mine) or out.clear())
-    for rank in (0, 1):
-        with pytest.raises(KeyError):  # this fake gathers nothing
-            dpo.sample_pairs(raw, tokenizer, problems, settings, Rank(rank, 2, torch.device("cpu")), seed=3, most=2)
-    assert sorted(parts[0]) == [0, 2]
-    assert sorted(parts[1]) == [1]
-    both = parts[0] | parts[1]
-    assert [pair for c in sorted(both) for pair in both[c]] == pairs
+
+    def gather(everywhere, own):
+        parts.append(own)
+        everywhere[: len(parts)] = parts
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    ranks = [devices.Dist(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    with pytest.raises(TypeError):  # the second rank has not come yet
+        dpo.sample_pairs(raw, tokenizer, problems, settings, ranks[0], 3, rule)
+    assert dpo.sample_pairs(raw, tokenizer, problems, settings, ranks[1], 3, rule) == (pairs, share)
+    assert [len(part) for part in parts] == [2, 1]  # chunks 0 and 2, chunk 1
 
 
 def test_a_run_with_sampled_pairs(here, monkeypatch):
-    monkeypatch.setattr(dpo, "is_correct", lambda text, problem: len(text) % 2 == 0)
+    monkeypatch.setattr(pairs_room, "is_correct", lambda text, problem: len(text) % 2 == 0)
     changes = dict(rollouts=8, max_new_tokens=60, eval_problems=20, test_problems=20, steps=10, lr=2e-2)
     result = dpo.main(config(pairs="sampled", **changes))
     assert result["before"]["pairs"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     losses = list(metrics("runs/dpo", "loss").values())
     assert losses[-1] < 0.9 * losses[0]  # these few pairs can be learnt by heart
-    monkeypatch.setattr(dpo, "is_correct", lambda text, problem: False)
+    monkeypatch.setattr(pairs_room, "is_correct", lambda text, problem: False)
     with pytest.raises(ConfigError, match="no train prompt got both a right and a wrong answer"):
         dpo.main(config(pairs="sampled", rollouts=2))
 
@@ -273,7 +319,7 @@ def test_best_is_chosen_by_the_validation_loss(here):
     assert str(path) == result["path"]
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"]
     dist = devices.setup("cpu")
-    figures = dpo.validate(raw, pairs, config(), tokenizer, dist, devices.precision("fp32", dist)[0])
+    figures = dpo.validate(raw, pairs, tokenizer, config(), dist, devices.precision("fp32", dist)[0])
     assert figures["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
 
 
@@ -298,7 +344,7 @@ def test_two_processes_equal_one(here):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
     monkeypatch.setattr(dpo, "optimizer_step", lambda *args: math.inf)
-    with pytest.raises(DivergedError, match="gradient norm inf at step 0"):
+    with pytest.raises(DivergedError, match="gradient norm is inf at step 0"):
         dpo.main(config())
 
 
@@ -309,7 +355,7 @@ def test_a_rank_without_a_pair_adds_nothing(here):
     autocast, sent = devices.precision("fp32", devices.setup("cpu"))[0], []
     for rank in (0, 1):
         dist = SimpleNamespace(rank=rank, world=2, device="cpu", sum=lambda *values: sent.append(values) or values)
-        dpo.validate(raw, pairs, config(), tokenizer, dist, autocast)
+        dpo.validate(raw, pairs, tokenizer, config(), dist, autocast)
     assert len(sent[0]) == len(sent[1]) > 0
     assert any(sent[0])
     assert not any(sent[1])
@@ -347,7 +393,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
             return self.asked == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "Interrupt", StopAt2)
+        patch.setattr(runs, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             dpo.main(config(name="parts", **changes))
     with monkeypatch.context() as patch:
@@ -372,7 +418,7 @@ def test_lora_trains_and_resumes(here, monkeypatch):
             return self.asked == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "Interrupt", StopAt2)
+        patch.setattr(runs, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             dpo.main(config(name="parts", **changes))
     dpo.main(config(name="parts", resume=True, **changes))

@@ -43,6 +43,7 @@ import torch
 import dpo
 import sft
 from data import load_pairs
+from support import runs
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -57,20 +58,20 @@ def now(device):
 
 def ours(module, config, device):
     """module.main, as it is; only timed. -> seconds of each counted step, the losses."""
-    ends, losses, before = [], [], {name: getattr(module, name) for name in ("Log", "draw_curves")}
+    ends, losses, room = [], [], module if hasattr(module, "Log") else runs
+    usual, draw = room.Log, module.draw_curves
 
-    class Log(module.Log):
+    class Log(usual):
         def __call__(self, step, **record):
             ends.append(now(device))
             losses.append(record["loss"])
             super().__call__(step, **record)
 
-    module.Log, module.draw_curves = Log, lambda *_: None
+    room.Log, module.draw_curves = Log, lambda *_: None
     try:
         module.main(config)
     finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+        room.Log, module.draw_curves = usual, draw
     # The first step warms up, the last one is followed by an evaluation: neither counts.
     return [b - a for a, b in itertools.pairwise(ends[:-1])], losses
 

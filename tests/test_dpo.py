@@ -226,18 +226,24 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
     assert max(metrics("runs/dpo", "kl").values()) > 1e-6
 
 
+def test_which_variants_have_a_reference_and_which_are_per_token():
+    assert not VARIANTS["simpo"].reference
+    assert all(VARIANTS[name].reference for name in ("sigmoid", "hinge", "ipo", "ipo_mean", "length_normalised"))
+    assert all(VARIANTS[name].per_token for name in ("ipo_mean", "length_normalised", "simpo"))
+    assert not any(VARIANTS[name].per_token for name in ("sigmoid", "hinge", "ipo"))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
-    asked, add, drawn = [], dpo.add_reference, []
+    asked, add, drawn, row = [], dpo.add_reference, [], VARIANTS[variant]
     monkeypatch.setattr(dpo, "add_reference", lambda policy, pairs, *more: asked.append(1) or add(policy, pairs, *more))
     monkeypatch.setattr(dpo, "draw_curves", lambda path, title, panels: drawn.extend(panels))
     dpo.main(config(variant=variant, steps=1))
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
-    assert len(asked) == (0 if variant == "simpo" else 3)
-    assert all(("ref_chosen" in pair) is (variant != "simpo") for some in pairs.values() for pair in some)
+    assert len(asked) == (3 if row.reference else 0)
+    assert all(("ref_chosen" in pair) is row.reference for some in pairs.values() for pair in some)
     label = next(unit for heading, _, unit, _ in drawn if heading.startswith("implicit rewards"))
-    per_token = variant in ("ipo_mean", "length_normalised", "simpo")
-    assert label == ("β log π" if variant == "simpo" else "β log π/π_ref") + " per token" * per_token
+    assert label == ("β log π/π_ref" if row.reference else "β log π") + " per token" * row.per_token
     assert max(metrics("runs/dpo", "kl").values()) > 0  # to the start, whatever the variant
 
 

@@ -19,14 +19,15 @@ model of the pairs, and the reward model is gone: the policy is fitted to the pa
 
 Eq. 7 starts at ln 2 and its gradient is −β σ(−h) (∇log π(y_w) − ∇log π(y_l)): pairs already ordered weigh little.
 
-One step, for B pairs:
+One step, for B pairs (main has the same steps):
 
-    pairs    = next_pairs(step)                     B of (prompt, y_w, y_l), lists of ids
-    w, l     = pair_logprobs(policy, pairs)         log π_θ of both answers, with gradient     (B,), (B,)
-    u, v     = w − ref_w, l − ref_l                 log π_ref: computed once, kept with them   (B,), (B,)
-    losses   = variant(u, v, β)                     from the table above                       (B,)
-    loss     = mean(losses − nll · w / |y_w|)       holds the chosen answers up                ()
-    backward, clip the gradient's norm, optimizer step
+    pairs   = next_pairs(step)                     B of (prompt, y_w, y_l), lists of ids                    1. pairs
+    w, l    = pair_logprobs(model, pairs)          (B,), (B,) log π_θ of both answers, with gradient        2. update
+    u, v    = w − ref_w, l − ref_l                 (B,), (B,) log π_ref: computed once, kept with the pairs
+    losses  = variant(u, v, β)                     (B,) from the table above
+    loss    = mean(losses − nll · w / |y_w|)       the second term holds the chosen answers up
+    backward, clip the gradient's norm, step
+    log, every so often measure held-out pairs, answers to held-out problems, and the KL                    3. look
 
 **The known failure.** Only the *difference* is fitted. The cheapest way to widen it is often to push both answers
 down, the rejected one faster, and the mass goes to answers that nobody judged. So `logp_chosen` is logged and drawn:
@@ -36,7 +37,7 @@ mean over the batch's tokens), which holds them up.
 **Pairs.** `--pairs sampled`: the start answers each training prompt R times and the verifier judges; a right and a
 wrong answer make a pair. `--pairs offline`: pairs from `data.load_pairs` (corrupted solutions, UltraFeedback, short
 style preferences, any JSONL). The prompt of a pair is computed once, and both answers read its keys and values
-(`shared_answer_logprobs`, the fast form of transformer.answer_logprobs).
+(support/shared_prompt.py, the fast form of transformer.answer_logprobs).
 
 **The reference.** Its log-probabilities are the policy's own before the first step, computed once and kept with the
 run, so that training needs no second model; where the variant has no reference none are computed. The KL to the start

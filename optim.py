@@ -238,19 +238,28 @@ def make_optimizers(raw, kind, lr, weight_decay, betas=(0.9, 0.95)):
 def optimizer_step(raw, optimizers, scaler, autocast, lr, clip):
     """Unscale, clip by the global norm (0: do not), step (Muon's products in autocast's dtype), clear. Returns the norm
     before clipping; if that is not finite, the weights stay as they are."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
-    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), clip if clip > 0 else math.inf)
-    norm = whole(norm).item()  # under FSDP, over all ranks' parts
-    for optimizer in optimizers:
-        if math.isfinite(norm):  # the scaler asks each optimizer by itself: one would step where the other overflowed
+    (norm,) = optimizer_steps([(raw.parameters(), optimizers, lr)], scaler, autocast, clip)
+    return norm
+
+
+def optimizer_steps(parts, scaler, autocast, clip):
+    """The same for parts that are clipped each by itself, as a policy and its values are: (parameters, optimizers, lr)
+    of each -> a norm of each. If one is not finite, no part steps."""
+    norms = []
+    for parameters, optimizers, lr in parts:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+        norms.append(whole(norm).item())  # under FSDP, over all ranks' parts
+    for optimizer in (optimizer for _, optimizers, _ in parts for optimizer in optimizers):
+        if all(map(math.isfinite, norms)):  # the scaler asks each by itself: one would step where another overflowed
             with autocast():
                 scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()  # half the scale after an overflow, twice after 2,000 steps without
-    return norm
+    return norms
 
 
 # ---------------------------------------------------------------------------------------------------------------

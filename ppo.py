@@ -1,25 +1,45 @@
-"""PPO for language: a policy, a learned reward, a value for every token, and a leash (arXiv:1707.06347, 2203.02155).
+"""PPO for language: a learned reward, a value for every token, a clip and a KL penalty (arXiv:1707.06347, 2203.02155).
 
 A reward model says after the last token how good an answer was. Which tokens earned it? A value head guesses, at every
 token, what the answer will get in the end; a token's advantage is by how much the guess rose.
 
-    r_t = −β (log π_old(y_t) − log π_ref(y_t)),   plus the score at the end token     the leash is paid token by token
-    δ_t = r_t + γ V_{t+1} − V_t,                  V behind the last token is 0
+    r_t = −β (log π_old(y_t) − log π_ref(y_t)),   plus the score at the end token     a KL penalty on every token
+    δ_t = r_t + γ V_{t+1} − V_t,                  V is 0 after the last token
     A_t = δ_t + γλ A_{t+1}                        GAE, arXiv:1506.02438, Eq. 16; the returns are A + V
     policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)    ρ_t = exp(log π_θ(y_t) − log π_old(y_t)); masked mean
     value   ½ max((V − R)², (clip(V, V_old ± ε_v) − R)²)
-    β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon)     the adaptive leash, arXiv:1909.08593; KL per answer
+    β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon)     if a target is given, arXiv:1909.08593; KL per answer
 
 V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. λ = 1 is the return minus the guess
-(unbiased, noisy), λ = 0 believes the next guess. A trap: the mean and the spread of the advantages (`whiten`) are those
-of all tokens of the step on all ranks, and the returns are taken before whitening, or V would chase a moving target.
+(unbiased, noisy), λ = 0 believes the next guess.
+
+One step, for N prompts:
+
+    answers    = sample(policy, prompts, n=R)              ids, mask, old_logprobs                          (N·R, T)
+    scores     = reward_model(prompts, answers)            one number per answer, less a fine without an end  (N, R)
+    final      = win_rates(scores)                         or less_baseline(scores)                           (N, R)
+    V_old      = values(answers)                           no gradient                                      (N·R, T)
+    r          = −β (old_logprobs − ref_logprobs)          and + final at each answer's last token          (N·R, T)
+    A, returns = gae(r, V_old)                             then A is whitened over all tokens of the step   (N·R, T)
+    for minibatch in split(answers):
+        logprobs, V = actor_critic(minibatch)              one forward pass, with gradient                    (b, T)
+        loss = ppo_policy_loss(logprobs, old_logprobs, A) + c · value_loss(V, V_old, returns)
+        stop here if KL(π_old ‖ π) is above stop_kl
+        backward, clip the gradient's norm (the policy's and the values' apart), optimizer steps
+
+What the defaults run: 16 prompts × 8 answers, β = 0.05, λ = 1, ε = ε_v = 0.2, rewards by `--baseline wins`, values from
+the policy's own trunk, and one optimizer step per batch of rollouts: there ρ is 1 and no clip acts, which takes
+--minibatches or --inner_epochs. Off: --kl_target, --normalise, a separate value network, LoRA.
+
+A trap: the mean and the spread of the advantages (`whiten`) are those of all tokens of the step on all ranks, and the
+returns are taken before whitening, or V would chase a moving target.
 
 What keeps a run alive, each by a flag:
 
     --baseline wins    a reward model was only asked to compare answers to one prompt: its scores lie higher for some
                        prompts than for others, and far out they mean little. So an answer is worth the probability
                        that it beats the prompt's other answers (close to arXiv:2502.18770)
-    --normalise        or: scores brought to mean 0 and standard deviation 1 of all scores seen so far
+    --normalise        or: scores brought to mean 0 and standard deviation 1 of all scores so far
     --missing_end      an answer without an end is fined, as the reward model never saw one
     --stop_kl          the inner epochs end when the policy has moved too far from the one that sampled
 
@@ -48,30 +68,30 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import reward_model
-from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, rows_at
+from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
 from evaluate import before_and_after, evaluate, is_correct, kl_estimate, logged, metric_panels
-from generate import generate
 from lora import LoraConfig, add_lora, lora_off, merged
-from optim import lr_at, make_optimizers
+from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import RewardModel, open_reward_model, score_groups
 from sft import sft_start
 from support.checkpoints import open_checkpoint
-from support.cli import check_positive, check_rates, run
+from support.checks import Amount, Count, Positive, Share, Whole
+from support.cli import run_script
 from support.devices import precision, setup
-from support.errors import ConfigError, DivergedError
-from support.log import Log
-from support.lora_files import load_lora_state, lora_state
+from support.errors import ConfigError
+from support.lora_files import LoraState
 from support.plots import draw_curves
 from support.records import fitting
-from support.runs import Interrupt, load_state, made_once, open_run, save, start_name, stopped
-from support.shared_prompt import pack, shared_answer_logprobs
+from support.rollouts import Sampler, minibatches_of, shuffled_groups
+from support.runs import Run, RunConfig, made_once, start_name
+from support.shared_prompt import shared_answer_logprobs
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -79,7 +99,7 @@ from transformer import masked_mean
 
 
 def token_rewards(log_ratio, final, lengths, beta):
-    """log_ratio log π_old − log π_ref, 0 behind the end; final (B,) what the whole answer is worth; lengths (B,)."""
+    """log_ratio log π_old − log π_ref, 0 after the end; final (B,) what the whole answer is worth; lengths (B,)."""
     rewards = -beta * log_ratio
     rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += final
     return rewards
@@ -114,7 +134,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """-> advantages, returns, both 0 outside the mask. values[:, t] is V before token t is known."""
     mask = mask.to(values.dtype)
     advantages, carry = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    following = torch.zeros_like(carry)  # V_{t+1}, 0 behind the last token
+    following = torch.zeros_like(carry)  # V_{t+1}, 0 after the last token
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]
         carry = (delta + gamma * lam * carry) * mask[:, t]
@@ -139,9 +159,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
     Metrics are means over this batch's tokens."""
     # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
     real = mask.bool()
-    log_ratio = torch.where(real, logprobs - torch.where(real, old_logprobs, 0.0), 0.0).float()
-    advantages = torch.where(real, advantages, 0.0)
-    ratio = log_ratio.exp()
+    logprobs, old_logprobs, advantages = (torch.where(real, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+    ratio = (logprobs - old_logprobs).float().exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     per_token = -torch.minimum(plain, clipped)  # the pessimistic one of the two, for either sign of A
     loss = (per_token * mask).sum() / (n_tokens or mask.sum().clamp(min=1))
@@ -149,8 +168,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
         metrics = {
             "policy_loss": loss,
             "clip_fraction": masked_mean((clipped < plain).float(), mask),
-            "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
-            "approx_kl3": masked_mean(ratio - 1 - log_ratio, mask),  # unbiased, and ≥ 0
+            "approx_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k2"), mask),  # of KL(π_old ‖ π)
+            "approx_kl3": masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask),
             "ratio": masked_mean(ratio, mask),
         }
         values = torch.stack([v.float() for v in metrics.values()]).tolist()  # one wait for the device, not five
@@ -172,7 +191,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
 
 
 def adapt_beta(beta, kl, target, n, horizon):
-    """The leash's next coefficient: shorter if the KL (nats per answer) of n answers is above its target."""
+    """The next weight of the KL penalty: more if the KL (nats per answer) of n answers is above its target."""
     error = min(0.2, max(-0.2, kl / target - 1))
     return beta * (1 + error * n / horizon)
 
@@ -194,6 +213,12 @@ class RunningMoments:
 
     def normalise(self, scores):
         return (scores - self.mean) / (math.sqrt(self.squares / max(self.n, 1)) + 1e-8)
+
+    def state_dict(self):
+        return [self.n, self.mean, self.squares]
+
+    def load_state_dict(self, state):
+        self.n, self.mean, self.squares = state
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,8 +247,8 @@ class ActorCritic(nn.Module):
         """What `pack` made -> log-probabilities and values, (k, T) each, 0 after an answer's end."""
         logprobs, values = [], []
         options = {"temperature": temperature, "with_states": True}
-        for found, states in packed.outputs(self.policy, lambda part: options | {"targets": part.targets}):
-            logprobs.append(found)  # (b, T)
+        for logp, states in packed.outputs(self.policy, lambda part: options | {"targets": part.targets}):
+            logprobs.append(logp)  # (b, T)
             if self.critic is None:
                 values.append(self.head(states).squeeze(-1))  # (b, T)
         if self.critic is not None:
@@ -231,31 +256,12 @@ class ActorCritic(nn.Module):
         return packed.in_order(logprobs), packed.in_order(values).float()
 
 
-def optimizer_steps(parts, optimizers, rates, scaler, autocast, clip):
-    """One step of each part, the policy and the values, clipped on its own. optimizers: a list for each part. -> the
-    norms before clipping; if one is not finite, all weights stay as they are."""
-    norms = []
-    for parameters, own, rate in zip(parts, optimizers, rates, strict=True):
-        for optimizer in own:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            scaler.unscale_(optimizer)
-        norms.append(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item())
-    for optimizer in (o for own in optimizers for o in own):
-        if all(map(math.isfinite, norms)):  # or neither part steps
-            with autocast():
-                scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    return norms
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The stage.
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Train a policy against a reward model (PPO)."""
 
     data: str = DEFAULT_TASK
@@ -266,37 +272,36 @@ class Config:
     """SFT checkpoint to start from, also the reference of the KL; default: made once under runs/start."""
     reward_model: str | None = None
     """Reward model, of the same tokenizer; default: made once under runs/start."""
-    value: str = "shared"
+    value: Literal["shared", "separate"] = "shared"
     """The values' trunk: shared with the policy, or separate (starts from the reward model)."""
     name: str = "ppo"
-    """Run directory below runs/."""
-    steps: int = 150
-    """Rollout batches."""
-    prompts: int = 16
+    steps: Count = 150
+    """Batches of rollouts."""
+    prompts: Count = 16
     """Prompts N per step, over all ranks."""
-    rollouts: int = 8
+    rollouts: Count = 8
     """Completions R per prompt."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest completion."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the sampling, and of the log-probabilities in the loss."""
-    kl_beta: float = 0.05
-    """The leash: weight of the KL to the reference in the rewards; with --kl_target only where it starts."""
-    kl_target: float | None = None
-    """Adapt the leash so that the KL stays near this many nats per answer."""
-    kl_horizon: float = 5000.0
-    """Answers over which the leash adapts."""
-    gamma: float = 1.0
+    kl_beta: Amount = 0.05
+    """Weight of the KL penalty in the rewards; with --kl_target only where it starts."""
+    kl_target: Positive | None = None
+    """Adapt the weight of the KL penalty so that the KL stays near this many nats per answer."""
+    kl_horizon: Positive = 5000.0
+    """Answers over which it adapts."""
+    gamma: Share = 1.0
     """Discount per token."""
-    lam: float = 1.0
+    lam: Share = 1.0
     """GAE's λ: below 1 the first tokens of an answer hear less of its score while the values are still poor."""
-    clip_ratio: float = 0.2
+    clip_ratio: Amount = 0.2
     """How far a ratio may pay."""
-    clip_value: float = 0.2
+    clip_value: Amount = 0.2
     """How far a value may move from where it was while sampling, at a gain; 0: anywhere."""
-    value_weight: float = 0.1
+    value_weight: Amount = 0.1
     """Of the value loss."""
-    baseline: str = "wins"
+    baseline: Literal["wins", "mean", "none"] = "wins"
     """What a score is compared with: wins (how probably it beats each of the prompt's other answers; bounded), mean
     (that of the prompt's answers) or none (the values must find out how a prompt's scores lie)."""
     whiten: bool = True
@@ -305,77 +310,46 @@ class Config:
     """Bring the scores to mean 0 and standard deviation 1 of all scores so far."""
     missing_end: float = 1.0
     """Fine for an answer that was cut off, in units of the (normalised) score."""
-    inner_epochs: int = 1
+    inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
-    minibatches: int = 1
+    minibatches: Count = 1
     """Optimizer steps in a pass."""
-    stop_kl: float = 0.1
+    stop_kl: Amount = 0.1
     """Leave the inner epochs when the policy is this far, in nats per token, from the one that sampled; 0: never."""
-    micro_batch: int = 64
+    micro_batch: Count = 64
     """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters of the policy instead of all its weights: --lora.rank 8."""
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     """Of the policy: adamw, or muon for the matrices of the blocks, which wants about six times the learning rate."""
-    lr: float = 5e-5
+    lr: Amount = 5e-5
     """Learning rate of the policy after the warm-up; it falls in a line to 0 from there."""
-    value_lr: float = 1e-3
+    value_lr: Amount = 1e-3
     """Learning rate of the value head after the warm-up; a separate network takes a tenth of it."""
-    warmup: int = 5
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.0
-    """Decoupled, on matrices only."""
-    clip: float = 1.0
+    warmup: Whole = 5
+    clip: Amount = 1.0
     """Largest gradient norm, of the policy's and the value's each; 0 turns clipping off."""
-    eval_every: int = 25
-    """Steps between evaluations on the validation split."""
-    eval_problems: int = 200
+    eval_every: Count = 25
+    eval_problems: Count = 200
     """Validation problems per evaluation."""
-    test_problems: int = 1000
+    test_problems: Count = 1000
     """Held-out problems of the evaluation before and after."""
-    sample_every: int = 50
+    sample_every: Count = 50
     """Steps between printed rollouts."""
-    save_every: int = 50
-    """Steps between checkpoints of last/."""
-    seed: int = 0
-    """Of the prompt order and the sampling (and of the start, where one is made)."""
-    resume: bool = False
-    """Continue runs/NAME/last as if it had never stopped."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    dtype: str = "auto"
-    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
-    wandb: str | None = None
-    """Weights & Biases project to log to as well."""
+    save_every: Count = 50
 
     def __post_init__(self):
-        check_positive(self, "steps", "prompts", "rollouts", "max_new_tokens", "inner_epochs", "minibatches")
-        check_positive(self, "eval_every", "eval_problems", "test_problems", "sample_every", "save_every")
-        check_positive(self, "micro_batch")
-        check_rates(self)
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"--temperature is {self.temperature}; a policy gradient needs sampling, above 0")
-        if self.baseline not in ("wins", "mean", "none"):
-            raise ConfigError(f"--baseline {self.baseline!r} is not known; use wins, mean or none")
+        super().__post_init__()
         if self.baseline != "none" and self.rollouts < 2:
             raise ConfigError(f"--baseline {self.baseline} needs --rollouts of at least 2: there is no other answer")
-        if self.value not in ("shared", "separate"):
-            raise ConfigError(f"--value {self.value!r} is not known; use shared or separate")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise ConfigError(f"--kl_target is {self.kl_target}; it must be above 0, or not given")
         if self.kl_target is not None and self.kl_beta == 0:
             raise ConfigError("--kl_beta 0 stays 0, as --kl_target multiplies it; start from more")
         least = 0.2 * self.prompts * self.rollouts
         if self.kl_target is not None and not self.kl_horizon > least:
-            raise ConfigError(f"--kl_horizon is {self.kl_horizon}; above {least:g}, or one step can end the leash")
+            bound = f"above {least:g}, or one step can end the KL penalty"
+            raise ConfigError(f"--kl_horizon is {self.kl_horizon}; it must be {bound}")
         if self.prompts < self.minibatches:
             raise ConfigError(f"--prompts {self.prompts} cannot be cut into {self.minibatches} minibatches")
-        for name in ("value_lr", "stop_kl", "clip_ratio", "clip_value", "kl_beta", "value_weight"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 0")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.init is None and self.data not in TASKS:
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         if self.init is not None and self.reward_model is None:
@@ -408,317 +382,254 @@ def open_models(config, init, path, dist):
         if not isinstance(judge, RewardModel):
             raise ConfigError(f"--value separate needs a decoder as reward model, {path} is an encoder; use shared")
         critic = copy.deepcopy(judge)
-    raw = ActorCritic(policy, critic).to(dist.device)
-    raw.eval()  # for good: with dropout the ratio on fresh rollouts would not be 1
+    actor_critic = ActorCritic(policy, critic).to(dist.device)
+    actor_critic.eval()  # for good: with dropout the ratio on fresh rollouts would not be 1
     if config.lora.rank:
         add_lora(policy, **asdict(config.lora), seed=config.seed)
-        return raw, policy, judge.requires_grad_(False).eval(), tokenizer
+        return actor_critic, policy, judge.requires_grad_(False).eval(), tokenizer
     reference, _, _ = open_checkpoint(init, dist.device)
-    return raw, reference.requires_grad_(False).eval(), judge.requires_grad_(False).eval(), tokenizer
+    return actor_critic, reference.requires_grad_(False).eval(), judge.requires_grad_(False).eval(), tokenizer
+
+
+def load_splits(config, tokenizer, context, dist):
+    """{"train", "valid", "test"}: the problems whose prompts leave room for an answer."""
+    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
+    splits = {}
+    for split, n in sizes.items():
+        problems = load_problems(config.data, split, n, tuple(config.levels))
+        lengths = [len(encode_prompt(tokenizer, p)) for p in problems]
+        splits[split] = fitting(problems, lengths, context - config.max_new_tokens, f"{split} prompt", dist)
+    return splits
 
 
 @torch.no_grad()
-def rollouts_at(step, policy, tokenizer, problems, config, dist, autocast):
-    """Sample this rank's share of step `step`'s completions -> its problems, their prompts (n lists of ids), the
-    Rollout of n·R rows, and which of them ended their turn. All of the step's randomness is one table of uniforms
-    seeded by (seed, step), of which each rank takes its rows."""
-    chosen = [problems[i] for i in rows_at(len(problems), step, config.prompts, config.seed)]
-    share, R = config.prompts // dist.world, config.rollouts
-    chosen = chosen[dist.rank * share : (dist.rank + 1) * share]
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    uniforms = torch.rand(config.prompts * R, config.max_new_tokens, generator=generator)
-    uniforms = uniforms[dist.rank * share * R : (dist.rank + 1) * share * R]
-    prompts = [encode_prompt(tokenizer, p) for p in chosen]
-    with autocast(), merged(policy):
-        rollout = generate(
-            policy,
-            prompts,
-            config.max_new_tokens,
-            n=R,
-            temperature=config.temperature,
-            stop_ids=tokenizer.stop_ids,
-            uniforms=uniforms,
-        )
-    ended = rollout.ended((tokenizer.im_end_id,))  # (n·R,); the reward model has seen no other end
-    return chosen, prompts, rollout, ended
+def values_and_reference(actor_critic, reference, pieces, batch, config, autocast):
+    """Before the update: V and log π_ref of every token of the pieces' answers, each (n·R, T) and 0 elsewhere."""
+    values, ref_logprobs = torch.zeros_like(batch.rollout.logprobs), torch.zeros_like(batch.rollout.logprobs)
+    with autocast():
+        for piece in pieces:
+            T = piece.mask.shape[1]
+            values[piece.rows, :T] = actor_critic(piece.packed, config.temperature)[1][:, :T]
+            with lora_off(reference):
+                logprobs = shared_answer_logprobs(reference, piece.packed, config.temperature)
+            ref_logprobs[piece.rows, :T] = logprobs[:, :T].float()
+    return values, ref_logprobs
 
 
-def cut(step, config, dist, lengths):
-    """The groups of each minibatch that are this rank's, in micro-batches: [([[group, …], …], True), …]. Which group
-    falls into which minibatch depends on (seed, step) alone. A rank without any takes part with its first group, at
-    weight 0: ([[0]], False)."""
-    share, size = config.prompts // dist.world, max(1, config.micro_batch // config.rollouts)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    order = torch.randperm(config.prompts, generator=generator).tolist()
-    out = []
-    for m in range(config.minibatches):
-        mine = [g - dist.rank * share for g in order[m :: config.minibatches] if g // share == dist.rank]
-        mine.sort(key=lambda g: lengths[g])  # prompts of like length waste no padding
-        out.append(([mine[i : i + size] for i in range(0, len(mine), size)] or [[0]], bool(mine)))
-    return out
+def held_out(policy, tokenizer, problems, config, dist):
+    """The figures of greedy answers to these problems."""
+    with merged(policy):
+        result = evaluate(policy, tokenizer, problems, config.max_new_tokens, dist)
+    return {name: value for name, value in result.items() if name != "samples"}
 
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    if config.prompts % dist.world:
-        raise ConfigError(f"--prompts {config.prompts} cannot be shared by {dist.world} processes evenly")
+    share, R = dist.share("prompts", config.prompts), config.rollouts  # n prompts of a step on this rank
+    slots = list(range(dist.rank * share, (dist.rank + 1) * share))  # which of the step's N they are
     autocast, scaler = precision(config.dtype, dist)
-    problems = {
-        "train": load_problems(config.data, "train", None, tuple(config.levels)),
-        "valid": load_problems(config.data, "valid", config.eval_problems, tuple(config.levels)),
-        "test": load_problems(config.data, "test", config.test_problems, tuple(config.levels)),
-    }
     init = config.init or sft_start(config, dist)
     judge_path = config.reward_model or reward_start(config, init, dist)
-    raw, reference, judge, tokenizer = open_models(config, init, judge_path, dist)
-    policy, pad, R = raw.policy, tokenizer.endoftext_id, config.rollouts
-    room = min(policy.config.context, judge.config.context) - config.max_new_tokens
-    for split, found in problems.items():
-        lengths = [len(encode_prompt(tokenizer, p)) for p in found]
-        problems[split] = fitting(found, lengths, room, f"{split} prompt", dist)
+    actor_critic, reference, judge, tokenizer = open_models(config, init, judge_path, dist)
+    policy, pad = actor_critic.policy, tokenizer.endoftext_id
+    problems = load_splits(config, tokenizer, min(policy.config.context, judge.config.context), dist)
 
-    run_dir = open_run(config, dist)
-    value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
-    parts = [[p for p in policy.parameters() if p.requires_grad], raw.value_parameters()]
-    own = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    optimizers = [*own, torch.optim.AdamW(parts[1], lr=value_lr, betas=(0.9, 0.999), weight_decay=0.0)]
-    first, best, before, beta, moments = 0, -1.0, None, config.kl_beta, RunningMoments()
-    if config.resume:
-        state = load_state(run_dir, dist, policy, optimizers, scaler, config)
-        first, best, before, beta = state["step"], state["best"], state["before"], state["beta"]
-        start = state.get("start", {"accuracy": best})  # a run of an older version kept no more
-        moments = RunningMoments(*state["moments"])
-        began -= state["seconds"]
-        if config.lora.rank:  # what the adapters correct are the weights of --init
-            load_lora_state(policy, state["lora"], open_checkpoint(init)[0])
-        (raw.critic or raw.head).load_state_dict(state["value"])
-    model = DistributedDataParallel(raw, broadcast_buffers=False) if dist.world > 1 else raw
-    log = Log(run_dir, config, dist, first)
-    interrupt = Interrupt(dist)
-
-    def held_out(split):
-        with merged(policy):
-            result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
-        return {k: v for k, v in result.items() if k != "samples"}
-
-    if before is None:
-        before = held_out("test")
-        start = logged(held_out("valid"))
-        best = start["accuracy"]
-        save(run_dir, "best", dist, policy, tokenizer, chat=True)  # until something beats it, the start is the best
-    if first == 0:  # a run that was stopped before its first step has not kept it
-        log(0, **start)
-    start_accuracy = before["accuracy"]
+    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
+    value_parameters = actor_critic.value_parameters()
+    value_optimizer = torch.optim.AdamW(value_parameters, betas=(0.9, 0.999), weight_decay=0.0)
+    moments = RunningMoments()
+    kept = {"lora": LoraState(policy, init), "value": actor_critic.critic or actor_critic.head, "moments": moments}
+    state = {"best": -1.0, "before": None, "start": {}, "beta": config.kl_beta, "parts": kept, "began": began}
+    run = Run(config, dist, policy, tokenizer, [*optimizers, value_optimizer], scaler, **state)
+    model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
+    if run.state.before is None:
+        run.state.before = held_out(policy, tokenizer, problems["test"], config, dist)
+        run.state.start = logged(held_out(policy, tokenizer, problems["valid"], config, dist))
+        run.state.best = run.state.start["accuracy"]
+        run.save("best")  # until something beats it, the start is the best
+    if run.first == 0:  # a run that was stopped before its first step has not kept it
+        run.log(0, **run.state.start)
     if dist.is_main:
         print(
-            f"{raw.policy.num_params():,} parameters from {init}, rewards from {judge_path}; "
-            f"{len(problems['train']):,} training prompts; test accuracy before: {start_accuracy:.1%}"
+            f"{policy.num_params():,} parameters from {init}, rewards from {judge_path}; "
+            f"{len(problems['train']):,} training prompts; test accuracy before: {run.state.before['accuracy']:.1%}"
         )
 
-    def checkpoint(name, step):
-        state = None
-        if name == "last":
-            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state |= {"before": before, "start": start, "beta": beta}
-            state |= {"optimizers": [o.state_dict() for o in optimizers]}
-            state |= {"moments": [moments.n, moments.mean, moments.squares], "seconds": time.perf_counter() - began}
-            state |= {"value": (raw.critic or raw.head).state_dict(), "lora": lora_state(policy)}
-        return save(run_dir, name, dist, policy, tokenizer, chat=True, state=state)
-
-    accuracy = best
-    checked = any(p.answer for p in problems["valid"])  # else there is nothing to choose by: best/ is the latest
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not dist.is_main, unit="step")
-    for step in bar:
-        # ------------------------------------------------------------------ once in a while
-        if interrupt:
-            written = checkpoint("last", step)
-            bar.close()
-            stopped(config.name, step, written, dist)
-        if step != first and step % config.save_every == 0:
-            checkpoint("last", step)
-
-        # ------------------------------------------------------------------ roll out and score
+    # The reward model has seen no other end than im_end.
+    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, (tokenizer.im_end_id,))
+    checked = any(p.answer for p in problems["valid"])
+    shown = run.state.start or {"accuracy": run.state.best}  # a run that an older version began kept no more
+    for step in run.steps():
+        # 1. ask, let the policy answer each prompt R times, and judge
         started = time.perf_counter()
-        chosen, prompts, rollout, ended = rollouts_at(
-            step, policy, tokenizer, problems["train"], config, dist, autocast
-        )
-        mask = rollout.mask  # (n·R, T)
-        lengths = mask.sum(1)  # (n·R,)
-        answers = [ids[:n] for ids, n in zip(rollout.ids.tolist(), lengths.tolist(), strict=True)]
-        groups = [(prompt, answers[g * R : g * R + R]) for g, prompt in enumerate(prompts)]
-        scores = torch.tensor(score_groups(judge, groups, pad, dist.device, autocast)).flatten().to(dist.device)
+        batch = sample(step, slots)
+        old_logprobs, mask = batch.rollout.logprobs, batch.rollout.mask  # (n·R, T)
+        answers = list(zip(batch.prompts, batch.answers, strict=True))  # n pairs of a prompt and its R answers
+        scores = torch.tensor(score_groups(judge, answers, pad, dist.device, autocast))  # (n, R)
         moments.add(scores, dist)
-        paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~ended  # (n·R,)
-        groups_paid = paid.view(-1, R)  # (n, R)
-        final = win_rates(groups_paid) if config.baseline == "wins" else less_baseline(groups_paid, config.baseline)
-        final = final.flatten()  # (n·R,)
-        texts = rollout.texts(tokenizer)
-        truth = [is_correct(text, chosen[k // R]) for k, text in enumerate(texts)]  # for the eyes, not for the loss
+        paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~batch.ended  # (n, R)
+        final = win_rates(paid) if config.baseline == "wins" else less_baseline(paid, config.baseline)  # (n, R)
+        right = [is_correct(text, batch.problems[k // R]) for k, text in enumerate(batch.texts)]  # logged, never paid
         sampled = time.perf_counter()
 
-        # ------------------------------------------------------------------ values, reference, rewards, advantages
-        minibatches = []  # (micro-batches, whether they count); a micro-batch: rows, packed, length of the longest
-        values, ref_logprobs = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)  # (n·R, T)
-        with torch.no_grad(), autocast():
-            for pieces, real in cut(step, config, dist, list(map(len, prompts))):
-                micro_batches = []
-                for piece in pieces:
-                    rows = torch.tensor([g * R + r for g in piece for r in range(R)], device=dist.device)
-                    packed = pack([prompts[g] for g in piece], [groups[g][1] for g in piece], pad)
-                    t, packed = packed.lengths.max().item(), packed.to(dist.device)
-                    values[rows, :t] = raw(packed, config.temperature)[1][:, :t]
-                    with lora_off(reference):
-                        found = shared_answer_logprobs(reference, packed, config.temperature)
-                    ref_logprobs[rows, :t] = found[:, :t].float()
-                    micro_batches.append((rows, packed, t))
-                minibatches.append((micro_batches, real))
-        log_ratio = (rollout.logprobs - ref_logprobs) * mask
-        rewards = token_rewards(log_ratio, final, lengths, beta)
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        whitened = whiten(advantages, mask, dist) if config.whiten else advantages
+        # 2. what each token was worth: values, rewards with the KL penalty, advantages
+        groups = shuffled_groups(step, slots, config)  # of each minibatch
+        minibatches = minibatches_of(batch, groups, None, mask, config.micro_batch, pad, dist)
+        pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
+        old_values, ref_logprobs = values_and_reference(actor_critic, reference, pieces, batch, config, autocast)
+        log_ratio = kl_estimate(old_logprobs, ref_logprobs, "k1") * mask  # (n·R, T) log π_old − log π_ref
+        rewards = token_rewards(log_ratio, final.flatten().to(dist.device), mask.sum(1), run.state.beta)  # (n·R, T)
+        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)  # (n·R, T) each
+        A = whiten(advantages, mask, dist) if config.whiten else advantages
 
-        # ------------------------------------------------------------------ inner epochs: a step per minibatch
+        # 3. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
-        rate = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-        tokens = [float(sum(mask[rows].sum() for rows, _, _ in some)) * real for some, real in minibatches]
-        counts = dist.sum(*tokens)  # tokens of each minibatch, on all ranks, before it is cut
+        value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
+        value_lr *= min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        parts = [(list(policy.parameters()), optimizers, lr), (value_parameters, [value_optimizer], value_lr)]
         sums, updates = {}, 0
-        for (micro_batches, real), n in list(zip(minibatches, counts, strict=True)) * config.inner_epochs:
-            found = {}
-            for k, (rows, packed, t) in enumerate(micro_batches):
-                here = mask[rows, :t] & real
-                last = k == len(micro_batches) - 1
+        for minibatch in minibatches * config.inner_epochs:
+            n_tokens, figures = minibatch.n_tokens, {}
+            for piece in minibatch.pieces:
+                T, last = piece.mask.shape[1], piece is minibatch.pieces[-1]
+                at = piece.rows, slice(T)  # of what is (n·R, T'): (b, T)
+                # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():
-                        logprobs, new_values = (x[:, :t] for x in model(packed, config.temperature))  # (b, t) each
-                    old_logprobs, old_values = rollout.logprobs[rows, :t], values[rows, :t]
-                    A, goal = whitened[rows, :t], returns[rows, :t]
-                    loss, metrics = ppo_policy_loss(logprobs, old_logprobs, A, here, config.clip_ratio, n_tokens=n)
-                    loss_v, more = value_loss(new_values, old_values, goal, here, config.clip_value, n_tokens=n)
-                    loss = loss + config.value_weight * loss_v
-                    scaler.scale(loss * dist.world).backward()  # DDP divides by world
-                count = here.sum().item()
-                for name, value in (metrics | more).items():  # a loss is a sum already, the others are means
-                    found[name] = found.get(name, 0.0) + value * (1 if name.endswith("_loss") else count / n)
-            found = dict(zip(found, dist.sum(*found.values()), strict=True))
-            if not math.isfinite(found["policy_loss"] + found["value_loss"]):  # which no scaler mends
-                said = f"the loss is {found['policy_loss']}, that of the values {found['value_loss']} at step {step}"
-                raise DivergedError(f"{said} (learning rate {lr:.1e}); try a smaller --lr, or --dtype fp32")
-            if config.stop_kl and found["approx_kl3"] > config.stop_kl:
-                for optimizer in optimizers:
+                        logprobs, values = (x[:, :T] for x in model(piece.packed, config.temperature))  # (b, T) each
+                    loss, metrics = ppo_policy_loss(
+                        logprobs, old_logprobs[at], A[at], piece.mask, config.clip_ratio, n_tokens=n_tokens
+                    )
+                    loss_v, metrics_v = value_loss(
+                        values, old_values[at], returns[at], piece.mask, config.clip_value, n_tokens=n_tokens
+                    )
+                    scaler.scale((loss + config.value_weight * loss_v) * dist.world).backward()
+                share_of_tokens = piece.mask.sum().item() / n_tokens
+                for name, value in (metrics | metrics_v).items():  # a loss is a sum already, the others are means
+                    weight = 1 if name.endswith("_loss") else share_of_tokens
+                    figures[name] = figures.get(name, 0.0) + value * weight
+            figures = dict(zip(figures, dist.sum(*figures.values()), strict=True))
+            losses = {name: figures[name] for name in ("policy_loss", "value_loss")}
+            run.check_finite(lr, mend="try a smaller --lr, or --dtype fp32", **losses)  # which no scaler mends
+            if config.stop_kl and figures["approx_kl3"] > config.stop_kl:
+                for optimizer in run.optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 break
-            both = [optimizers[:-1], optimizers[-1:]]
-            norms = optimizer_steps(parts, both, (lr, value_lr * rate), scaler, autocast, config.clip)
-            if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
-                raise DivergedError(f"the gradient is {norms} at step {step}; try a smaller --lr than {config.lr:.1e}")
-            found |= {"grad_norm": norms[0], "grad_norm_value": norms[1]}
+            norm, value_norm = optimizer_steps(parts, scaler, autocast, config.clip)  # each clipped by itself
+            run.check_finite(lr, math.hypot(norm, value_norm))
+            figures |= {"grad_norm": norm, "grad_norm_value": value_norm}
+            sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
             updates += 1
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value
 
-        # ------------------------------------------------------------------ metrics: what matters first
-        done = step + 1
-        n_tokens, n_answers = sum(counts), config.prompts * R
-        error, goal = ((x * mask).double() for x in (returns - values, returns))  # (n·R, T)
-        total = {
-            "correct": sum(truth),
+        # 4. look
+        n_answers = config.prompts * R
+        totals = {
+            "correct": sum(right),
             "score": scores.sum(),
-            "paid": paid.sum(),
-            "reward": rewards.sum() + (paid - final).sum(),  # as paid, before the baseline, less what the KL cost
-            "kl": log_ratio.sum(),  # k1
-            "kl3": (kl_estimate(rollout.logprobs, ref_logprobs, "k3") * mask).sum(),
-            "entropy": -(rollout.logprobs * mask).sum(),
-            "missing_end": (~ended).sum(),
-            "value": (values * mask).sum(),
-            "error": error.sum(),
-            "error²": (error**2).sum(),
-            "goal": goal.sum(),
-            "goal²": (goal**2).sum(),
+            "paid": paid.sum(),  # the score, normalised if asked for, less the fines
+            "reward": rewards.sum() + (paid - final).sum(),  # that less the KL penalty: before the baseline
+            "missing_end": batch.ended.logical_not().sum(),
         }
-        total = dict(zip(total, dist.sum(*total.values()), strict=True))
-        # variances over the tokens: of what the values missed, and of what they were to guess
-        missed, spread = (total[f"{x}²"] / n_tokens - (total[x] / n_tokens) ** 2 for x in ("error", "goal"))
-        record = {
-            "correct": total["correct"] / n_answers,
-            "score": total["score"] / n_answers,
-            "paid": total["paid"] / n_answers,  # the score, normalised if asked for, less the fines
-            "reward": total["reward"] / n_answers,  # and less the KL
-            "reward_kl": -beta * total["kl"] / n_answers,
-            "missing_end": total["missing_end"] / n_answers,
-            "kl": total["kl3"] / n_tokens,
-            "kl_per_answer": total["kl"] / n_answers,  # what the leash is adapted to; may be negative by chance
-            "kl_beta": beta,
-            "entropy": total["entropy"] / n_tokens,
-            "length": n_tokens / n_answers,
-            "value": total["value"] / n_tokens,
-            "explained_variance": 1 - missed / max(spread, 1e-12),
-            **{name: v / max(updates, 1) for name, v in sums.items()},
-            "updates": updates,
-            "lr": lr,
-            "seconds_rollout": sampled - started,
-            "steps_per_second": 1 / (time.perf_counter() - started),
-        }
+        totals |= tally(old_logprobs, ref_logprobs, old_values, returns, mask)
+        record = summarise(totals, n_answers, run.state.beta, dist)
+        record |= {name: value / max(updates, 1) for name, value in sums.items()} | {"updates": updates, "lr": lr}
+        record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
         if config.kl_target is not None:
-            beta = adapt_beta(beta, total["kl"] / n_answers, config.kl_target, n_answers, config.kl_horizon)
-        if done % config.eval_every == 0 or done == config.steps:
-            record |= logged(held_out("valid"))
-            accuracy = record["accuracy"]
-            if accuracy > best or not checked:
-                best = accuracy
-                checkpoint("best", done)
-        log(done, **record)
-        if dist.is_main and (done == 1 or done % config.sample_every == 0):
-            show_samples(bar, log, done, texts, chosen, scores, truth, R)
-            log.show(done, histograms={"scores": scores, "advantages": advantages[mask], "values": values[mask]})
-        bar.set_postfix(
-            score=f"{record['score']:.2f}",
-            correct=f"{record['correct']:.1%}",
-            accuracy=f"{accuracy:.1%}",
-            kl=f"{record['kl']:.3f}",
-            refresh=False,
-        )
-    checkpoint("last", config.steps)
-    interrupt.release()
-    log.close()
-    return finish(config, dist, run_dir, before, held_out("test"), time.perf_counter() - began)
+            kl = record["kl_per_answer"]
+            run.state.beta = adapt_beta(run.state.beta, kl, config.kl_target, n_answers, config.kl_horizon)
+        if run.due(config.eval_every):
+            shown = logged(held_out(policy, tokenizer, problems["valid"], config, dist))
+            record |= shown
+            run.keep_best(shown["accuracy"] if checked else step + 1)  # without answers to check, the latest
+        run.log(step + 1, **record)
+        if dist.is_main and (step == 0 or (step + 1) % config.sample_every == 0):
+            show_samples(run, batch, scores, right, advantages, old_values)
+        brief = {"score": f"{record['score']:.2f}", "kl": f"{record['kl']:.3f}"}
+        brief |= {"correct": f"{record['correct']:.1%}", "accuracy": f"{shown['accuracy']:.1%}"}
+        run.bar.set_postfix(brief, refresh=False)
+    run.close()
+    after = held_out(policy, tokenizer, problems["test"], config, dist)
+    if dist.is_main:
+        report(config, run, after)
+    return {"before": run.state.before, "after": after, "seconds": run.seconds, "path": str(run.path / "last")}
 
 
-def show_samples(bar, log, step, texts, chosen, scores, truth, R):
-    """The rollouts of the highest and of the lowest score, with the verifier's judgement."""
+def tally(logprobs, ref_logprobs, values, returns, mask):
+    """Sums over this rank's tokens, of what was known before the update; all (n·R, T)."""
+    error, goal = ((x * mask).double() for x in (returns - values, returns))
+    return {
+        "tokens": mask.sum(),
+        "kl": (kl_estimate(logprobs, ref_logprobs, "k1") * mask).sum(),
+        "kl3": (kl_estimate(logprobs, ref_logprobs, "k3") * mask).sum(),
+        "entropy": -(logprobs * mask).sum(),  # E[−log π], by the samples
+        "value": (values * mask).sum(),
+        "error": error.sum(),
+        "error²": (error**2).sum(),
+        "goal": goal.sum(),
+        "goal²": (goal**2).sum(),
+    }
+
+
+def summarise(totals, n_answers, beta, dist):
+    """Sums of each rank -> means over all ranks' answers or tokens, for the log."""
+    totals = dict(zip(totals, dist.sum(*totals.values()), strict=True))
+    n_tokens = totals["tokens"]
+    per_answer = {name: total / n_answers for name, total in totals.items()}
+    per_token = {name: total / n_tokens for name, total in totals.items()}
+    # variances over the tokens: of what the values missed, and of what they were to guess
+    missed, spread = (per_token[f"{x}²"] - per_token[x] ** 2 for x in ("error", "goal"))
+    return {
+        **{name: per_answer[name] for name in ("correct", "score", "paid", "reward", "missing_end")},
+        "reward_kl": -beta * totals["kl"] / n_answers,
+        "kl": per_token["kl3"],
+        "kl_per_answer": per_answer["kl"],  # what β is adapted to; may be negative by chance
+        "kl_beta": beta,
+        "entropy": per_token["entropy"],
+        "length": per_answer["tokens"],
+        "value": per_token["value"],
+        "explained_variance": 1 - missed / max(spread, 1e-12),
+    }
+
+
+def show_samples(run, batch, scores, right, advantages, values):
+    """The rollouts of the highest and of the lowest score, with the verifier's judgement; and how scores (n, R),
+    advantages and values (n·R, T) are distributed, for the trackers."""
+    step, R = run.done + 1, scores.shape[1]
     lines = [f"step {step}"]
     for row in dict.fromkeys((scores.argmax().item(), scores.argmin().item())):
-        problem, verdict = chosen[row // R], "right" if truth[row] else "wrong"
-        lines.append(f"  [score {scores[row]:.2f}, {verdict}] {problem.question} (answer {problem.answer})")
-        lines.append(f"    {texts[row]!r}")
-    bar.write("\n".join(lines))
-    log.samples(step, "\n".join(lines))
+        problem, verdict = batch.problems[row // R], "right" if right[row] else "wrong"
+        lines.append(f"  [score {scores.flatten()[row]:.2f}, {verdict}] {problem.question} (answer {problem.answer})")
+        lines.append(f"    {batch.texts[row]!r}")
+    run.say("\n".join(lines))
+    run.log.samples(step, "\n".join(lines))
+    mask = batch.rollout.mask
+    run.log.show(step, histograms={"scores": scores, "advantages": advantages[mask], "values": values[mask]})
 
 
-def finish(config, dist, run_dir, before, after, seconds):
-    """The table and the curves."""
-    if dist.is_main:
-        before_and_after(before, after, config.steps, seconds)
-        length = ("completion length", {"length": "mean"}, "tokens", {})
-        clipped = ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {})
-        draw_curves(  # with one step per batch of rollouts nothing is ever clipped
-            run_dir,
-            f"PPO on {config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
-            [
-                ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
-                *metric_panels(without=("accuracy",)),
-                ("the reward model", {"score": "score", "reward": "less fines and KL"}, "per answer", {}),
-                ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
-                ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "share; loss", {}),
-                clipped if config.inner_epochs * config.minibatches > 1 else length,
-                ("gradient norm", {"grad_norm": "policy", "grad_norm_value": "value"}, "before clipping", {}),
-            ],
-        )
-        print(f"{run_dir}/last, {run_dir}/best, {run_dir}/curves.png, {run_dir}/samples.md")
-    return {"before": before, "after": after, "seconds": seconds, "path": str(run_dir / "last")}
+def report(config, run, after):
+    """The table of before and after, and the curves."""
+    before = run.state.before
+    before_and_after(before, after, config.steps, run.seconds)
+    length = ("completion length", {"length": "mean"}, "tokens", {})
+    clipped = ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {})
+    draw_curves(
+        run.path,
+        f"PPO on {config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
+        [
+            ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
+            *metric_panels(without=("accuracy",)),
+            ("the reward model", {"score": "score", "reward": "less fines and KL"}, "per answer", {}),
+            ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
+            ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "share; loss", {}),
+            # with one step per batch of rollouts nothing is ever clipped
+            clipped if config.inner_epochs * config.minibatches > 1 else length,
+            ("gradient norm", {"grad_norm": "policy", "grad_norm_value": "value"}, "before clipping", {}),
+        ],
+    )
+    print(f"{run.path}/last, {run.path}/best, {run.path}/curves.png, {run.path}/samples.md")
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -122,16 +122,25 @@ def cut(batch, groups, counted, micro_batch, pad):
     return pieces
 
 
+def shuffled_groups(step, slots, config):
+    """For each of a step's minibatches, drawn by (seed, step) alone, the groups of it that are this rank's, which has
+    the prompts in `slots`: [[group, …], …]."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    order = torch.randperm(config.prompts, generator=generator).tolist()
+    parts = [order[m :: config.minibatches] for m in range(config.minibatches)]
+    return [[slots.index(slot) for slot in part if slot in slots] for part in parts]
+
+
 def minibatches_of(batch, parts, useful, counted, micro_batch, pad, dist):
     """parts: for each minibatch the groups of it that this rank has -> [Minibatch].
 
-    useful (n,): the groups that have something to say; the others are not computed. A minibatch that has nothing to
-    learn from on any rank is left out; a rank with nothing to learn from still takes part in the all-reduce, with a
-    group of weight 0.
+    useful (n,): the groups that have something to say, None: all; the others are not computed. A minibatch that has
+    nothing to learn from on any rank is left out; a rank with nothing to learn from still takes part in the all-reduce,
+    with a group of weight 0.
     """
     R, minibatches = batch.ended.shape[1], []
     for groups in parts:
-        kept = [g for g in groups if useful[g]]
+        kept = [g for g in groups if useful is None or useful[g]]
         tokens = counted.reshape(len(batch.prompts), -1)[groups].sum().item()
         n_completions, n_tokens, n_kept = dist.sum(len(groups) * R, tokens, len(kept))
         if n_kept:

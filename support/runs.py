@@ -158,14 +158,16 @@ class Run:
         if self.dist.is_main:
             self.bar.write(text)
 
-    def check_finite(self, lr, norm, mend="try a smaller --lr", **losses):
+    def check_finite(self, lr, norm=None, mend="try a smaller --lr", **losses):
         """Raise DivergedError if a loss is no finite number, or the gradient's norm without a scaler, which meets inf,
-        skips the step and goes lower."""
-        if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or self.scaler.is_enabled()):
+        skips the step and goes lower. norm None: it is not known yet."""
+        known = norm is None or math.isfinite(norm) or self.scaler.is_enabled()
+        if known and all(map(math.isfinite, losses.values())):
             return
         self.bar.close()  # a sweep goes on with the next run
         self.log.close()
-        values = {name.replace("_", " "): value for name, value in losses.items()} | {"gradient norm": norm}
+        values = {name.replace("_", " "): value for name, value in losses.items()}
+        values |= {} if norm is None else {"gradient norm": norm}
         said = ", ".join(f"the {name} is {value}" for name, value in values.items())
         raise DivergedError(f"{said} at step {self.done} (learning rate {lr:.1e}); {mend}")
 

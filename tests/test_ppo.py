@@ -12,14 +12,13 @@ from conftest import assert_one_line_error, assert_same_weights, assert_the_star
 import optim
 import ppo
 from data import load_problems
-from generate import generate
+from generate import Rollout, generate
 from lora import LoraConfig
 from ppo import (
     ActorCritic,
     Config,
     RunningMoments,
     adapt_beta,
-    cut,
     gae,
     ppo_policy_loss,
     token_rewards,
@@ -27,9 +26,10 @@ from ppo import (
     whiten,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
-from support import devices
+from support import devices, runs
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
+from support.rollouts import Batch, minibatches_of, shuffled_groups
 from support.shared_prompt import pack
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
@@ -85,7 +85,8 @@ def test_both_parts_step_in_the_precision_of_autocast(dtype, wanted, monkeypatch
     before = [parameters[0].detach().clone() for parameters in parts]
     for (p,) in parts:
         p.grad = torch.randn(4, 6)
-    ppo.optimizer_steps(parts, [[optim.Muon(p, 0.1)] for p in parts], (0.1, 0.2), scaler, autocast, clip=1.0)
+    steps = [(p, [optim.Muon(p, 0.1)], rate) for p, rate in zip(parts, (0.1, 0.2), strict=True)]
+    optim.optimizer_steps(steps, scaler, autocast, clip=1.0)
     assert seen == [wanted, wanted]
     lengths = [(p.detach() - old).norm().item() for (p,), old in zip(parts, before, strict=True)]
     assert lengths[1] == pytest.approx(2 * lengths[0], rel=0.2)  # each at its own rate; U Vᵀ is as long as it is wide
@@ -225,7 +226,7 @@ def test_any_cut_gives_the_same_gradient():
     torch.testing.assert_close(torch.autograd.grad(parts, new)[0], whole)
 
 
-def test_the_leash():
+def test_the_weight_of_the_kl_penalty_adapts():
     assert adapt_beta(0.1, 6.0, 6.0, 64, 1000) == 0.1
     assert adapt_beta(0.1, 600.0, 6.0, 64, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))
     assert adapt_beta(0.1, -3.0, 6.0, 64, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.064))
@@ -244,6 +245,10 @@ def test_running_moments_are_those_of_everything_seen():
     normal = moments.normalise(everything)
     assert normal.mean().item() == pytest.approx(0, abs=1e-5)
     assert normal.std(correction=0).item() == pytest.approx(1, rel=1e-5)
+    again = RunningMoments()
+    again.load_state_dict(moments.state_dict())
+    assert vars(again) == vars(moments)
+    assert moments.state_dict() == [moments.n, moments.mean, moments.squares]  # as all versions keep them
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -292,17 +297,52 @@ def test_the_first_ratio_is_one(kind):
     torch.testing.assert_close(logprobs, rollout.logprobs * rollout.mask, atol=1e-5, rtol=1e-4)
 
 
-def test_the_cut_of_two_ranks_is_that_of_one():
-    c = config(prompts=8, minibatches=3, micro_batch=4)
-    whole = cut(5, c, devices.Dist(0, 1, None), list(range(8)))
-    assert sorted(g for pieces, _ in whole for piece in pieces for g in piece) == list(range(8))
-    assert max(len(piece) for pieces, _ in whole for piece in pieces) == 2
-    halves = [cut(5, c, devices.Dist(rank, 2, None), list(range(4))) for rank in (0, 1)]
-    for m, (pieces, _) in enumerate(whole):
-        found = [4 * r + g for r in (0, 1) for piece in halves[r][m][0] for g in piece if halves[r][m][1]]
-        assert sorted(found) == sorted(g for piece in pieces for g in piece)
-    alone = cut(0, config(prompts=2, minibatches=2), devices.Dist(0, 2, None), [1])
-    assert sorted(real for _, real in alone) == [False, True]  # nothing of its own: a group at weight 0
+def test_the_minibatches_of_two_ranks_are_those_of_one():
+    """Drawn anew in each step, in micro-batches of whole groups; a rank without a group takes part at weight 0."""
+
+    class Rank(devices.Dist):  # which stands for all of them
+        def sum(self, *values):
+            return list(map(float, values))
+
+    def cut(step, share, rank=0, **changes):
+        c, slots = config(**changes), list(range(rank * share, rank * share + share))
+        prompts = [[1] * (3 + g) for g in range(share)]
+        mask = torch.ones(2 * share, 3, dtype=torch.bool)
+        ended = torch.ones(share, 2, dtype=torch.bool)
+        batch = Batch(None, prompts, Rollout(mask.long(), mask, mask.float()), None, ended)
+        groups, dist = shuffled_groups(step, slots, c), Rank(rank, 2, torch.device("cpu"))
+        return minibatches_of(batch, groups, None, mask, c.micro_batch, 0, dist)
+
+    def groups_of(minibatch, first=0):
+        rows = [row for piece in minibatch.pieces for row in piece.rows if piece.mask.any()]
+        assert rows[1::2] == [row + 1 for row in rows[::2]]  # both answers to a prompt
+        return sorted(first + row // 2 for row in rows[::2])
+
+    changes = dict(prompts=8, minibatches=3, micro_batch=4)
+    whole = cut(5, 8, **changes)
+    assert sorted(g for minibatch in whole for g in groups_of(minibatch)) == list(range(8))
+    assert max(len(piece.rows) for minibatch in whole for piece in minibatch.pieces) == 4
+    assert [minibatch.n_tokens for minibatch in whole] == [18, 18, 12]  # of 3 tokens an answer
+    halves = [cut(5, 4, rank, **changes) for rank in (0, 1)]
+    for m, minibatch in enumerate(whole):
+        both = groups_of(halves[0][m]) + groups_of(halves[1][m], first=4)
+        assert sorted(both) == groups_of(minibatch)
+    assert [groups_of(m) for m in cut(6, 8, **changes)] != [groups_of(m) for m in whole]
+    assert shuffled_groups(0, [0], config(prompts=2, minibatches=2)) in ([[0], []], [[], [0]])
+
+
+def test_a_rank_without_a_group_takes_part_at_weight_0():
+    class Rank(devices.Dist):
+        def sum(self, *values):  # of another rank, which has one answer of 3 tokens
+            return [a + b for a, b in zip(values, (1.0, 3.0, 1.0), strict=True)]
+
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    batch = Batch(None, [[1, 2]], Rollout(mask.long(), mask, mask.float()), None, torch.ones(1, 2, dtype=torch.bool))
+    full, empty = minibatches_of(batch, [[0], []], None, mask, 64, 0, Rank(0, 2, torch.device("cpu")))
+    assert [piece.rows for piece in empty.pieces] == [piece.rows for piece in full.pieces] == [[0, 1]]
+    assert full.pieces[0].mask.all()
+    assert not empty.pieces[0].mask.any()
+    assert (full.n_tokens, empty.n_tokens) == (9.0, 3.0)
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -333,7 +373,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
             return self.asked == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "Interrupt", StopAt2)
+        patch.setattr(runs, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             ppo.main(config(name="parts", **changes))
     ppo.main(config(name="parts", resume=True, **changes))
@@ -346,7 +386,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
 def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
     """One step, from the sampled answers to the gradient of every weight and to the figures of the log: each answer
     alone, unpacked, GAE as its double sum. The reference is another model and the values are not 0."""
-    seen, sample, made = {}, ppo.rollouts_at, ppo.open_models
+    seen, made = {}, ppo.open_models
+
+    class Sampler(ppo.Sampler):
+        def __call__(self, *args):
+            seen["batch"] = super().__call__(*args)
+            return seen["batch"]
 
     def open_models(*args):
         raw, reference, judge, tokenizer = made(*args)
@@ -361,13 +406,14 @@ def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
         return [0.0, 0.0]  # no weight moves
 
     monkeypatch.setattr(ppo, "open_models", open_models)
-    monkeypatch.setattr(ppo, "rollouts_at", lambda *args: seen.setdefault("rolled", sample(*args)))
+    monkeypatch.setattr(ppo, "Sampler", Sampler)
     monkeypatch.setattr(ppo, "optimizer_steps", step)
     tau, gamma, lam, beta, fine = 0.8, 0.9, 0.7, 0.3, 0.25
     changes = dict(temperature=tau, gamma=gamma, lam=lam, kl_beta=beta, missing_end=fine, value_weight=0.5)
     ppo.main(config(steps=1, minibatches=1, baseline="none", whiten=False, dtype="fp32", stop_kl=0.0, **changes))
 
-    (raw, reference, judge), (_, prompts, rollout, ended) = seen["models"], seen["rolled"]
+    (raw, reference, judge), batch = seen["models"], seen["batch"]
+    prompts, rollout, ended = batch.prompts, batch.rollout, batch.ended.flatten()
     lengths = rollout.mask.sum(1).tolist()
     N, K = sum(lengths), len(lengths)
     loss, paid, k1, k3, errors, goals, earned = 0.0, 0.0, 0.0, 0.0, [], [], 0.0
@@ -413,6 +459,19 @@ def score(judge, prompt, answer):
 
 def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypatch):
     assert_the_start_is_kept(ppo, config, "runs/ppo", monkeypatch)
+
+
+def test_a_run_that_an_older_version_began_goes_on(here):
+    """It kept the moments as a list, and of the validation before the first step only the best so far."""
+    ppo.main(config(steps=2, normalise=True, save_every=1))
+    saved = torch.load("runs/ppo/last/trainer_state.pt", weights_only=True)
+    n, _, _ = saved["moments"]
+    assert n == 2 * 6 * 2
+    del saved["start"]
+    torch.save(saved, "runs/ppo/last/trainer_state.pt")
+    ppo.main(config(steps=4, normalise=True, save_every=1, eval_every=4, resume=True))
+    assert torch.load("runs/ppo/last/trainer_state.pt", weights_only=True)["moments"][0] == 2 * n
+    assert list(metrics("runs/ppo", "score")) == [1, 2, 3, 4]
 
 
 def test_a_policy_may_not_write_what_the_reward_model_cannot_read(here, tokenizer):
@@ -514,7 +573,7 @@ def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
 
 
 @pytest.mark.parametrize("baseline", ["wins", "mean", "none"])
-def test_the_leash_is_in_the_rewards(here, baseline):
+def test_the_kl_penalty_is_in_the_rewards(here, baseline):
     """Nats per answer times the coefficient, and the score: nothing else is paid."""
     ppo.main(config(kl_beta=0.7, steps=3, missing_end=0.0, baseline=baseline))
     at = {name: metrics("runs/ppo", name) for name in ("reward", "paid", "kl_per_answer", "reward_kl")}
@@ -589,7 +648,7 @@ def test_activations_that_overflow_fp16_stop_the_run(here):
         raw.blocks[0].ffn.down.weight.mul_(1e9)
     raw.save_pretrained("big")
     tokenizer.save_pretrained("big")
-    with pytest.raises(DivergedError, match="the loss is nan, that of the values nan at step 0"):
+    with pytest.raises(DivergedError, match="the policy loss is nan, the value loss is nan at step 0"):
         ppo.main(config(init="big", dtype="fp16"))
 
 

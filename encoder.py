@@ -56,6 +56,7 @@ from norms import LayerNorm
 from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.checks import Count, Whole
 from support.cli import check_positive, check_rates, run
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError, DivergedError
@@ -78,19 +79,19 @@ LABELS = ("negative", "positive")
 class EncoderConfig(TransformerConfig):
     """The architecture. The defaults are a 0.8 M-parameter model, without its embeddings."""
 
-    context: int = 128
+    context: Count = 128
     """Longest text in tokens."""
-    n_layer: int = 4
+    n_layer: Count = 4
     """Number of blocks."""
-    n_head: int = 4
+    n_head: Count = 4
     """Query heads H."""
-    n_kv_head: int = 4
+    n_kv_head: Count = 4
     """Key/value heads G."""
-    width: int = 128
+    width: Count = 128
     """Width C of the residual stream."""
-    n_class: int = 2
+    n_class: Count = 2
     """Labels to tell apart."""
-    n_type: int = 0
+    n_type: Whole = 0
     """Token types (BERT's two: first and second text); 0 for none."""
     embed_norm: bool = False
     """Normalise the sum of the embeddings, as BERT does."""
@@ -101,10 +102,6 @@ class EncoderConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("n_class", 1), ("n_type", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         if self.exact_gelu and self.activation != "gelu":
             raise CheckpointError(f"exact_gelu is a form of gelu, but activation is {self.activation}")
 

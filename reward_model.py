@@ -51,7 +51,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -68,22 +67,14 @@ from support.checks import Amount, Count, Part, Whole
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
-from support.hf import (
-    LAYOUTS,
-    fill,
-    layout_of,
-    open_safetensors,
-    read_hf_config,
-    scale_experts,
-    to_hf_config,
-    to_layout,
-)
+from support.hf import load_decoder, open_safetensors, save_decoder
+from support.logprobs import target_logprobs
 from support.records import fitting
 from support.reward_report import consistency, finish, sample_figures, text_figures
 from support.runs import RUNS, Run, RunConfig, made_once, run_path, start_name
 from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
-from transformer import Transformer, TransformerConfig, counted_logprobs
+from transformer import Transformer, TransformerConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objectives, as pure functions.
@@ -132,6 +123,9 @@ def _reduce(per_pair, chosen, rejected, centre, n_pairs):
 # The model.
 
 
+SCORE = {"head.weight": "score.weight"}  # our name, and that in a file
+
+
 class RewardModel(Transformer):
     """A decoder whose output matrix is one row: forward gives a score at every token, (B, T, 1)."""
 
@@ -150,7 +144,7 @@ class RewardModel(Transformer):
             scores = self.head(states.to(self.head.weight.dtype))  # (B, T, 1)
         if targets is None:
             return scores
-        return scores, counted_logprobs(states, self.embed.weight, targets, 1.0, counted)
+        return scores, target_logprobs(states, self.embed.weight, targets, counted=counted)
 
     @classmethod
     def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
@@ -198,38 +192,22 @@ class RewardModel(Transformer):
 
     def save_pretrained(self, path):
         """As transformers' …ForSequenceClassification with num_labels 1 saves it: the trunk, and `score.weight`."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
-        head = state.pop("head.weight")
-        layout = layout_of(self.config, state)
-        names = None
-        if LAYOUTS[layout]:
-            names, state = LAYOUTS[layout].names, scale_experts(state, self.config.routed_scale)
-        tensors = {k: v.contiguous() for k, v in to_layout(state, names).items()}
-        config = to_hf_config(self.config, layout) | {"dtype": "float32"}
-        kinds = [re.sub("ForCausalLM|LMHeadModel", "", kind) for kind in config.get("architectures", [])]
-        config["architectures"] = [f"{kind}ForSequenceClassification" for kind in kinds]
-        config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        config |= {"pad_token_id": self.pad_id}  # transformers finds an answer's end by it
-        save_file(tensors | {"score.weight": head}, path / "model.safetensors.tmp", metadata={"format": "pt"})
-        (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(path / "model.safetensors.tmp", path / "model.safetensors")
-        os.replace(path / "config.json.tmp", path / "config.json")
+
+        def entries(config):
+            kinds = [re.sub("ForCausalLM|LMHeadModel", "", kind) for kind in config.get("architectures", [])]
+            more = {"architectures": [f"{kind}ForSequenceClassification" for kind in kinds]}
+            more |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+            return more | {"pad_token_id": self.pad_id}  # transformers finds an answer's end by it
+
+        save_decoder(self, path, SCORE, entries)
 
     @classmethod
     def from_pretrained(cls, path, dropout=0.0):
         """Raises CheckpointError, also if the directory holds a language model instead."""
         path = Path(path)
-        layout, config = read_hf_config(path, cls.config_class)
-        shapes, get = open_safetensors(path)
-        if shapes.get("score.weight") != (1, config.width):
+        if SCORE["head.weight"] not in open_safetensors(path)[0]:
             raise CheckpointError(f"{path} has no score head: it is no reward model; python reward_model.py makes one")
-        names = LAYOUTS[layout].names if LAYOUTS[layout] else None
-        config = replace(config, dropout=dropout, capacity_factor=None)
-        model = fill(cls, config, (names or {}) | {"head.weight": "score.weight"}, shapes, get, path)
-        if names and model.config.n_expert:
-            model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
+        model = load_decoder(cls, path, dropout=dropout, head=SCORE)
         model.pad_id = json.loads((path / "config.json").read_text()).get("pad_token_id")
         return model
 

@@ -1,8 +1,9 @@
-"""The decoder: token ids in, a distribution over the next token out, and Hugging Face checkpoints both ways.
+"""The decoder: token ids in, a distribution over the next token out.
 
     x₀ = E[tokens]                                                          (B, T, C)
     x ← x + Attention(Norm(x)),   x ← x + FeedForward(Norm(x))              per block, pre-norm
     logits = Norm(x) Eᵀ                                                     (B, T, V), embeddings tied
+    log π(token_t | tokens before it) = log softmax(logits_{t−1})[token_t]
 
 Everything that a modern recipe varies is one field of `TransformerConfig`. The default is Qwen3's layout
 (arXiv:2505.09388): RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no biases.
@@ -19,30 +20,25 @@ GPT-2's (LayerNorm, learned positions, GELU, biases) is `gpt2_config(...)`, one 
 * `window` and `sinks` narrow what a token sees (attention.py), `rope_scaling` stretches the positions (positional.py),
   `n_expert` makes every `moe_every`-th feed-forward a mixture of experts (moe.py).
 
-`token_logprobs` is the one place where log π(token) is computed, for pretraining, SFT and every RL stage:
-shift, gather, temperature. It asks the model for the log-probabilities of given targets instead of logits, so
-that a large vocabulary never holds a (B, T, V) tensor in fp32, and a DDP-wrapped model still sees a plain forward.
+`token_logprobs` is the one place where log π(token) is computed, for pretraining, SFT and every RL stage: shift,
+gather, temperature. It asks the model for the log-probabilities of given targets instead of logits, so that a large
+vocabulary never holds a (B, T, V) tensor in fp32, and a DDP-wrapped model still sees a plain forward.
 
-A checkpoint is a directory: `config.json` and `model.safetensors`, one or in shards, in Hugging Face's names. GPT-2,
-Llama, Qwen2, Qwen3, Mistral, Mixtral and Qwen3-MoE open here as published, also by hub name, and what we save
-`transformers` opens as whichever of them computes the same; a config that none of them can express is saved alike under
-our own `model_type`. `from_gguf` opens llama.cpp's files.
+A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
+Qwen3-MoE open here as published, also by hub name, and `transformers` opens what we save as whichever of them computes
+the same. llama.cpp's files open too (support/gguf.py).
 
 Letters: B batch, T time, S key time, C width, H heads, G key/value heads, D head width, V vocabulary.
 Run it: `python transformer.py` checks the cache, the parameter count and the loss at birth.
 """
 
-import json
 import math
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from attention import Attention, KVCache, RollingKVCache, cast_once, padding_mask
 from moe import MoE
@@ -54,18 +50,10 @@ from positional import (
     rope_frequencies,
     sinusoidal_positions,
 )
+from support.checks import Count, Part, Positive, Whole, check
 from support.errors import CheckpointError
-from support.hf import (
-    LAYOUTS,
-    fill,
-    layout_of,
-    local_directory,
-    open_safetensors,
-    read_hf_config,
-    scale_experts,
-    to_hf_config,
-    to_layout,
-)
+from support.hf import load_decoder, save_decoder
+from support.logprobs import target_logprobs
 
 
 @dataclass
@@ -77,39 +65,39 @@ class TransformerConfig:
     rather than in one of transformers' (support/hf.py).
     """
 
-    vocab_size: int = 512  # V; the training scripts take it from the tokenizer
-    context: int = 256
+    vocab_size: Count = 512  # V; the training scripts take it from the tokenizer
+    context: Count = 256
     """Longest sequence in tokens."""
-    n_layer: int = 4
+    n_layer: Count = 4
     """Number of blocks."""
-    n_head: int = 6
+    n_head: Count = 6
     """Query heads H."""
-    n_kv_head: int = 2
+    n_kv_head: Count = 2
     """Key/value heads G; each serves n_head / n_kv_head query heads."""
-    width: int = 192
+    width: Count = 192
     """Width C of the residual stream."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Width D of one head; default width / n_head."""
-    ffn_width: int | None = None
+    ffn_width: Count | None = None
     """Inner width of the feed-forward; default 4 C, or 8/3 C for SwiGLU's three matrices, in multiples of 32."""
-    activation: str = "swiglu"
-    """Feed-forward: swiglu or gelu."""
-    norm: str = "rms"
-    """Normalisation: rms or layer."""
-    norm_placement: str = "pre"
-    """Where it stands: pre, post, or sandwich (before and after each branch)."""
-    norm_eps: float = 1e-6
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Of the feed-forward."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Normalisation: RMSNorm or LayerNorm."""
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Where it stands; sandwich is before and after each branch."""
+    norm_eps: Positive = 1e-6
     """Added to the variance before the root."""
-    positions: str = "rope"
-    """Positions: rope, learned, sinusoidal or none."""
-    rope_theta: float = 10000.0
+    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    """How a token knows its place."""
+    rope_theta: Positive = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: dict | None = None
     """RoPE beyond the trained length, as Hugging Face writes it: {rope_type: yarn, factor: 4.0, ...}. The type dynamic
     opens their checkpoints but changes nothing within `context`; to stretch a model take yarn or llama3."""
-    window: int | None = None
+    window: Count | None = None
     """Sliding window: a query sees itself and the window - 1 tokens before it; none is all of them."""
-    sinks: int = 0
+    sinks: Whole = 0
     """With a window: the first so many tokens stay visible (attention sinks)."""
     qk_norm: bool = True
     """RMSNorm on each query and key head."""
@@ -119,56 +107,30 @@ class TransformerConfig:
     """Biases on queries, keys and values (Qwen2); default as `bias`."""
     tie_embeddings: bool = True
     """The output matrix is the embedding matrix."""
-    dropout: float = 0.0
+    dropout: Part = 0.0
     """Dropout on the embeddings and on each branch."""
-    n_expert: int = 0
+    n_expert: Whole = 0
     """Experts E of a mixture-of-experts feed-forward; 0 is dense."""
-    n_expert_active: int = 2
+    n_expert_active: Count = 2
     """Experts K that each token is sent to."""
-    expert_width: int | None = None
+    expert_width: Count | None = None
     """Inner width of one expert; default such that the active ones together are as wide as ffn_width."""
-    n_shared_expert: int = 0
+    n_shared_expert: Whole = 0
     """Experts that every token passes through besides."""
-    moe_every: int = 1
+    moe_every: Count = 1
     """Every so many-th block is a mixture, the others are dense."""
     norm_topk_prob: bool = True
     """Whether the K weights of a token are scaled to sum to 1."""
-    routed_scale: float | None = None
+    routed_scale: Positive | None = None
     """Factor on the sum of a token's experts; default K if their weights sum to 1, else 1 (see moe.py)."""
-    balancing: str = "aux"
-    """What keeps the experts' loads even: aux (a loss), bias (on the router, no loss) or none."""
-    capacity_factor: float | None = None
+    balancing: Literal["aux", "bias", "none"] = "aux"
+    """What keeps the experts' loads even: a loss, a bias on the router, or nothing."""
+    capacity_factor: Positive | None = None
     """In pretraining, an expert takes at most this many times its even share of the tokens, the rest are dropped;
     default dropless."""
 
     def __post_init__(self):
-        choices = {
-            "activation": ("swiglu", "gelu"),
-            "norm": ("rms", "layer"),
-            "norm_placement": ("pre", "post", "sandwich"),
-            "positions": ("rope", "learned", "sinusoidal", "none"),
-            "balancing": ("aux", "bias", "none"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise CheckpointError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        least = dict.fromkeys(("vocab_size", "context", "n_layer", "n_head", "n_kv_head", "width", "head_dim"), 1)
-        least |= dict.fromkeys(("ffn_width", "window", "expert_width", "n_expert_active", "moe_every"), 1)
-        least |= dict.fromkeys(("sinks", "n_expert", "n_shared_expert"), 0)
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is None and name in ("head_dim", "ffn_width", "window", "expert_width"):
-                continue
-            if not isinstance(value, int) or value < bound:
-                raise CheckpointError(f"{name} is {value!r}; it must be a whole number of at least {bound}")
-        for name in ("norm_eps", "rope_theta", "routed_scale"):
-            value = getattr(self, name)
-            if value is None and name == "routed_scale":
-                continue
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise CheckpointError(f"{name} is {value!r}; it must be a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise CheckpointError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        check(self, CheckpointError, dashes="")
         if self.n_head % self.n_kv_head:
             raise CheckpointError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim is None and self.width % self.n_head:
@@ -190,8 +152,6 @@ class TransformerConfig:
             raise CheckpointError(f"n_expert_active is {self.n_expert_active}, but n_expert is only {self.n_expert}")
         if self.n_expert and self.moe_every > self.n_layer:
             raise CheckpointError(f"moe_every is {self.moe_every}: no block of {self.n_layer} would be a mixture")
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise CheckpointError(f"capacity_factor is {self.capacity_factor}; it must be above 0, none is no limit")
 
     def resolved(self):
         """The same with the defaults that follow from other fields filled in. Not done in place: a default taken
@@ -261,7 +221,7 @@ class Block(nn.Module):
         self.placement = c.norm_placement
 
     def forward(self, x, rope, mask, cache, layer, last_only=False):
-        """(B, T, C) -> (B, T, C); with last_only (B, 1, C): behind the last block nobody reads the others."""
+        """(B, T, C) -> (B, T, C); with last_only (B, 1, C): after the last block nobody reads the others."""
         a = self.attn(x if self.placement == "post" else self.norm1(x), rope, mask, cache, layer, last_only)
         x = x[:, -1:] if last_only else x
         if self.placement == "post":
@@ -362,7 +322,7 @@ class Transformer(nn.Module):
     ):
         """tokens (B, T) -> logits (B, T, V).
 
-        positions: (T,) or (B, T), default 0 … T−1, or behind what the cache holds. By default they must be within
+        positions: (T,) or (B, T), default 0 … T−1, or after what the cache holds. By default they must be within
             the context, unless a window with RoPE makes the model blind to how far the text has come.
         mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
             (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
@@ -377,10 +337,8 @@ class Transformer(nn.Module):
         x = self.hidden(tokens, positions, mask, cache, last_only)  # (B, T, C)
         if targets is None:
             out = F.linear(x, self.output)  # (B, T, V)
-        elif counted is None:
-            out = target_logprobs(x, self.output, targets, temperature, log_z=log_z)  # (B, T) or (2, B, T)
-        else:
-            out = counted_logprobs(x, self.output, targets, temperature, counted, log_z)
+        else:  # log_softmax(out / temperature)[targets], (B, T) or (2, B, T)
+            out = target_logprobs(x, self.output, targets, temperature, counted=counted, log_z=log_z)
         return (out, x) if with_states else out
 
     def make_cache(self, batch, max_len):
@@ -413,78 +371,16 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, path):
         """Write config.json and model.safetensors in Hugging Face's layout, each under a temporary name first."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
-        layout = layout_of(self.config, state)
-        names = None
-        if LAYOUTS[layout] is not None:
-            names, state = LAYOUTS[layout].names, scale_experts(state, self.config.routed_scale)
-        tensors = {k: v.contiguous() for k, v in to_layout(state, names).items()}
-        config = to_hf_config(self.config, layout)
-        config["dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
-        save_file(tensors, path / "model.safetensors.tmp", metadata={"format": "pt"})
-        (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(path / "model.safetensors.tmp", path / "model.safetensors")
-        os.replace(path / "config.json.tmp", path / "config.json")
+        save_decoder(self, path)
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, dropout=0.0):
-        """Open a checkpoint directory, or a hub name, in any layout of LAYOUTS. Raises CheckpointError.
+        """Open a checkpoint directory, or a hub name, in any layout of support/hf.py. Raises CheckpointError.
 
         dtype None keeps the file's; the default, fp32, is what training wants: bf16 weights cannot take a step of
         1e-5 of their size, the update rounds to nothing.
         """
-        path = local_directory(path)
-        layout, config = read_hf_config(path, cls.config_class)
-        shapes, get = open_safetensors(path)
-        names, prefix = None, ""
-        if LAYOUTS[layout] is not None:
-            names, prefix = LAYOUTS[layout].names, "transformer." if layout == "gpt2" else "model."
-            if any(name.startswith(prefix) for name in shapes):  # OpenAI's own upload leaves it out
-                prefix = ""
-        found = {prefix + name: shape for name, shape in shapes.items()}
-        # Both act in training alone, and what the file was trained with is not for the next stage.
-        config = replace(config, dropout=dropout, capacity_factor=None)
-        model = fill(cls, config, names, found, lambda name: get(name.removeprefix(prefix)), path, dtype)
-        if names is not None and model.config.n_expert:
-            model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
-        return model
-
-
-def target_logprobs(x, output, targets, temperature, chunk_numbers=2**24, log_z=False):
-    """log softmax(x outputᵀ / temperature)[targets]: x (B, T, C), output (V, C), targets (B, T) -> (B, T), fp32 or
-    wider; with log_z (2, B, T), the second of the pair is the softmax's log Z.
-
-    The logits of a chunk of tokens live only while the chunk is worked on (at most 64 MiB of them), and are
-    computed again in the backward pass. With 50,000 words and 32 x 1,024 tokens that is 64 MiB instead of 6 GiB.
-    """
-    V, shape = output.shape[0], targets.shape
-    x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T,)
-
-    def logprobs(x, targets):
-        logits = F.linear(x, output)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits if temperature == 1 else logits / temperature  # a pass over (k, V) each way
-        found = -F.cross_entropy(logits, targets, reduction="none")
-        return torch.stack([found, logits.logsumexp(-1)]) if log_z else found
-
-    size = max(1, chunk_numbers // V)
-    if len(x) <= size:
-        out = logprobs(x, targets)
-    else:
-        pieces = zip(x.split(size), targets.split(size), strict=True)
-        out = torch.cat([checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces], dim=-1)
-    return out.view(*out.shape[:-1], *shape)
-
-
-def counted_logprobs(x, output, targets, temperature, counted, log_z=False):
-    """target_logprobs where counted (B, T) is True, and 0 elsewhere."""
-    places = counted.flatten().nonzero().squeeze(1)  # (k,)
-    x, wanted = x.flatten(0, 1).index_select(0, places), targets.flatten()[places]  # (k, C), (k,)
-    found = target_logprobs(x[None], output, wanted[None], temperature, log_z=log_z).squeeze(-2)  # (k,) or (2, k)
-    out = found.new_zeros(*found.shape[:-1], targets.numel()).index_copy(-1, places, found)
-    return out.unflatten(-1, targets.shape)  # (B, T) or (2, B, T)
+        return load_decoder(cls, path, dtype, dropout)
 
 
 def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, counted=None):
@@ -526,7 +422,7 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def main():
+def demo():
     torch.manual_seed(0)
     for title, config in {"Qwen3": TransformerConfig(), "GPT-2": gpt2_config()}.items():
         model = Transformer(config).eval()
@@ -553,4 +449,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    demo()

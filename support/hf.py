@@ -1,13 +1,19 @@
-"""Hugging Face's format: how each model family calls our tensors and fields, in and out."""
+"""Hugging Face's format: how each model family calls our tensors and fields, in and out.
+
+save_decoder(model, path)                   -> config.json, model.safetensors
+load_decoder(model_class, path)             -> a model, from a directory or a hub name
+"""
 
 import json
 import math
+import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from support.checks import only_declared
@@ -170,6 +176,57 @@ def layout_of(config, tensors=()):
         if only_declared(c, {*layout.keys, *layout.no_matter}, layout.means) and named <= layout.names.keys():
             return kind
     return "attention_to_alignment"
+
+
+def layout_names(layout, head=None):
+    """{our tensor: its name in a file of the layout}; `head`: further ones, which no layout has."""
+    return (LAYOUTS[layout].names if LAYOUTS[layout] else {}) | (head or {})
+
+
+def save_decoder(model, path, head=None, entries=None):
+    """Write config.json and model.safetensors in the layout that computes what the model does, in our own if none does.
+
+    head: {our tensor: its name in the file} of tensors that are beside the decoder's; entries(config.json's content) ->
+    more of it.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    layout = layout_of(model.config, state.keys() - (head or {}).keys())
+    if LAYOUTS[layout] is not None:
+        state = scale_experts(state, model.config.routed_scale)
+    config = to_hf_config(model.config, layout)
+    config["dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
+    config |= {} if entries is None else entries(config)
+    write_checkpoint(path, to_layout(state, layout_names(layout, head)), config)
+
+
+def write_checkpoint(path, tensors, config):
+    """config.json and model.safetensors, each under a temporary name first: a crash leaves the old ones."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path / "model.safetensors.tmp", metadata={"format": "pt"})
+    (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("model.safetensors", "config.json"):
+        os.replace(path / f"{name}.tmp", path / name)
+
+
+def load_decoder(model_class, path, dtype=torch.float32, dropout=0.0, head=None):
+    """A checkpoint directory, or a hub name, in any layout -> a `model_class`. dtype None keeps the file's; head: as in
+    save_decoder. Raises CheckpointError."""
+    path = local_directory(path)
+    layout, config = read_hf_config(path, model_class.config_class)
+    shapes, get = open_safetensors(path)
+    prefix = {"gpt2": "transformer.", "attention_to_alignment": ""}.get(layout, "model.")
+    if any(name.startswith(prefix) for name in shapes):  # OpenAI's own upload of GPT-2 leaves it out
+        prefix = ""
+    shapes = {prefix + name: shape for name, shape in shapes.items()}
+    # Both act in training alone, and what the file was trained with is not for the next stage.
+    config = replace(config, dropout=dropout, capacity_factor=None)
+    names = layout_names(layout, head)
+    model = fill(model_class, config, names, shapes, lambda name: get(name.removeprefix(prefix)), path, dtype)
+    if LAYOUTS[layout] is not None and model.config.n_expert:
+        model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
+    return model
 
 
 def skeleton(model_class, config):

@@ -1,17 +1,15 @@
 """BERT's format, in and out: how Hugging Face calls an encoder's tensors and fields; and our own beside it."""
 
 import json
-import os
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from support.checks import only_declared
 from support.errors import CheckpointError
-from support.hf import MIXTURE_ONLY, NOT_OURS, TRAINING_ONLY, Layout, open_safetensors, to_layout
+from support.hf import MIXTURE_ONLY, NOT_OURS, TRAINING_ONLY, Layout, open_safetensors, to_layout, write_checkpoint
 
 OWN = "attention_to_alignment_encoder"  # the model_type of what BERT does not compute
 
@@ -72,19 +70,15 @@ def is_bert(config, tensors=()):
 
 def save_encoder(model, path):
     """Write config.json and model.safetensors: in BERT's layout if the config is BERT's, else in our own."""
-    path, c = Path(path), model.config
-    path.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    c = model.config
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     config = {"model_type": OWN, **asdict(c)}
     if is_bert(c, state):
         state = to_layout(state, BERT.names)
         config = {"architectures": [BERT.architecture], "model_type": "bert", "tie_word_embeddings": True, **BERT.fixed}
         config |= {theirs: getattr(c, ours) for ours, theirs in BERT.keys.items()}
     config["dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
-    save_file(state, path / "model.safetensors.tmp", metadata={"format": "pt"})
-    (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(path / f"{name}.tmp", path / name)
+    write_checkpoint(path, state, config)
 
 
 def load_encoder(model_class, path, dropout=0.0):

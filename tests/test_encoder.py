@@ -593,7 +593,7 @@ def test_bad_input_is_one_line(scratch, monkeypatch):
         (["--steps=0"], ["steps is 0"]),
         (["--mlm_rate=1"], ["--mlm_rate must be"]),
         (["--data=nothing.csv"], ["no such file"]),
-        (["--model.norm=batch"], ["norm is 'batch'"]),
+        (["--model.norm=batch"], ["norm 'batch' is not known"]),
         (["--model.n_class=1"], ["n_class is 1"]),
     ]:
         assert_one_line_error(script("encoder.py", *flags, cwd=scratch), *words)

@@ -3,15 +3,15 @@
     L = −(1/n) Σ log π(x_t | x_1 … x_{t−1})        n = all tokens of the optimizer step, over micro-batches and ranks
 
 in nats per token. A model that knows nothing has L = log V, and none gets below the entropy of the text, which for the
-built-in stories is known: the dashed line in curves.png. L / log 2 and divided by the bytes of a token is bits per
-byte, which compares models of different tokenizers.
+built-in stories is known: the dashed line in curves.png. Divided by log 2 and by the mean bytes of a token, L is in bits
+per byte, which compares models of different tokenizers.
 
 One step:
 
     windows = batch_at(stream, step)                the next B windows of a shuffled epoch            (B, T + 1)
     x, y    = windows[:, :-1], windows[:, 1:]       each token and the one after it; a rank's share   (B / world, T)
     n       = B · T                                 of all ranks, counted before the batch is cut
-    for x, y in micro_batches(x, y):                a forward pass each, as much as memory holds      (b, T)
+    for x, y in cut(x, y, micro_batch):             a forward pass each, as much as memory holds      (b, T)
         log π = log softmax(model(x))[y]            in bf16 under autocast, the softmax in fp32       (b, T)
         loss  = −Σ log π / n                        parts of L: they add up to it, however it is cut  ()
         backward(loss · world)                      gradients add up; in the last pass the ranks
@@ -21,11 +21,12 @@ One step:
 The text is one long stream of ids on disk. What is in a step is a pure function of (seed, step), so a resumed run sees
 what an uninterrupted one would have seen, and two ranks see what one rank with twice the batch sees.
 
-Mixed precision: the weights, the gradients and the sums stay fp32; autocast runs the matrix products in bf16 where the
-machine is built for it (most GPUs, CPUs with AMX), in fp16 on older GPUs. fp16 reaches down to 6e-8 only: there the
-scaler multiplies the loss by S before the backward and divides the gradients by S after it (optim.py).
+Mixed precision (arXiv:1710.03740): weights, gradients and sums stay fp32; autocast runs the matrix products in bf16
+where the machine is built for it (most GPUs, CPUs with AMX), in fp16 on older GPUs. fp16 reaches down to 6e-8 only: there
+the scaler multiplies the loss by S before the backward and divides the gradients by S after it (optim.py).
 
-Many GPUs: `torchrun` starts one process for each. Weight, gradient and AdamW's two moments are 16 bytes a parameter.
+Many GPUs: `torchrun` starts one process for each. Weight, gradient and AdamW's two moments are 16 bytes a parameter
+(Muon has one moment: 12).
 
     DDP     the default       each rank holds the whole model: 16 bytes a parameter on every GPU
     FSDP    --fsdp true       each rank keeps its part of all four, 16 / world bytes, and gathers a block's weights
@@ -36,7 +37,8 @@ matrices and AdamW for the rest, 20 steps of warm-up and a cosine to a tenth of 
 Off: FSDP, `--compile`, `--recompute` (arXiv:1604.06174), dropout, and a mixture of experts (`--model.n_expert 8`; the
 price that its routers pay is moe.py's).
 
-A step whose loss or gradient is not finite is never taken: the run stops there, or counts it and goes on.
+A step whose loss or gradient is not finite is never taken: the run stops there, or with `--skip_nonfinite true` counts
+it and goes on.
 
 Run it:
     python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores

@@ -3,7 +3,7 @@
     L = −(1/n) Σ log π(x_t | x_1 … x_{t−1})        n = all tokens of the optimizer step, over micro-batches and ranks
 
 in nats per token. A model that knows nothing has L = log V, and none gets below the entropy of the text, which for the
-built-in stories is known: the dashed line in curves.png. Divided by log 2 and by the mean bytes of a token, L is in bits
+built-in stories is known: the dashed line in curves.png. Divided by log 2 and by a token's mean bytes, L is in bits
 per byte, which compares models of different tokenizers.
 
 One step:
@@ -22,8 +22,8 @@ The text is one long stream of ids on disk. What is in a step is a pure function
 what an uninterrupted one would have seen, and two ranks see what one rank with twice the batch sees.
 
 Mixed precision (arXiv:1710.03740): weights, gradients and sums stay fp32; autocast runs the matrix products in bf16
-where the machine is built for it (most GPUs, CPUs with AMX), in fp16 on older GPUs. fp16 reaches down to 6e-8 only: there
-the scaler multiplies the loss by S before the backward and divides the gradients by S after it (optim.py).
+where the machine is built for it (most GPUs, CPUs with AMX), in fp16 on older GPUs. fp16 reaches down to 6e-8 only:
+there the scaler multiplies the loss by S before the backward and divides the gradients by S after it (optim.py).
 
 Many GPUs: `torchrun` starts one process for each. Weight, gradient and AdamW's two moments are 16 bytes a parameter
 (Muon has one moment: 12).

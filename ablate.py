@@ -65,7 +65,7 @@ from support import probes
 from support.ablation_report import draw, page, seeds_on, side_by_side, write_page
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
-from support.cli import run
+from support.cli import run_script
 from support.copy_lines import MOST_DOTS, copy_file
 from support.errors import ConfigError, DivergedError
 from support.log import commit, read_metrics
@@ -609,4 +609,4 @@ def main(config):
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--experiment")
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

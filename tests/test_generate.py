@@ -14,7 +14,7 @@ import generate as generate_module
 from generate import Config, Rollout, answer, generate, main, sample, truncate
 from support import cli
 from support.checkpoints import open_checkpoint, resolve_checkpoint
-from support.cli import parse_config, run
+from support.cli import parse_config, run_script
 from support.devices import free_memory
 from support.errors import CheckpointError, ConfigError
 from tokenizer_bpe import BPETokenizer, CharTokenizer
@@ -471,7 +471,7 @@ def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
 )
 def test_settings_that_cannot_be_used(checkpoint, capsys, monkeypatch, flags, word):
     monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "run", *flags])
-    assert word in failure(capsys, lambda: run(main, Config))
+    assert word in failure(capsys, lambda: run_script(main, Config))
 
 
 @pytest.mark.parametrize(("error", "status"), [(None, 0), (ConfigError("no"), 2), (KeyboardInterrupt(), 130)])
@@ -488,7 +488,7 @@ def test_one_of_several_processes_ends_at_once(monkeypatch, tmp_path, capfd, err
     monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "x"])
     monkeypatch.setattr(cli.os, "_exit", left.append)
     with contextlib.suppress(SystemExit):
-        run(main, Config)
+        run_script(main, Config)
     assert begun == [True]
     assert left == [status]
     assert capfd.readouterr().err == ("error: no\n" if status == 2 else "")

@@ -22,7 +22,7 @@ from grpo import Config, group_advantages, grpo_loss
 from lora import LoraConfig
 from support import devices, runs
 from support.checkpoints import open_checkpoint
-from support.cli import run
+from support.cli import run_script
 from support.errors import ConfigError, DivergedError
 from support.rewards import load_reward, score
 from support.rollouts import Batch
@@ -742,7 +742,7 @@ def test_bad_input_is_one_line(here, own, monkeypatch, capsys, flags, words):
     if flags == ["--data", "gsm8k"]:
         monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        run(grpo.main, Config)
+        run_script(grpo.main, Config)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert stop.value.code == 2
     assert len(lines) == 1, lines

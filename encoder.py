@@ -15,8 +15,27 @@ of its own and suits what decides sentiment: a few words, anywhere. Padding must
 made where the rows are made, hides the pads as keys in every layer and leaves them out of the mean, so a text's
 label does not depend on what stands beside it.
 
-The default architecture is the decoder's: pre-norm RMSNorm, RoPE, SwiGLU. BERT's own, with post-norm, learned
-positions, token types and exact GELU (x Φ(x), not the tanh form), is `bert_config(...)`, and its checkpoints open.
+One step:
+
+    first --mlm_steps of masked-LM:
+        x        = batch_at(stream, step)                   the next windows of a shuffled epoch       (B, T)
+        x̃, M     = hide(x)                                  before the batch is shared and cut         (B, T)
+        states   = encoder.hidden(x̃)                        attention in both directions               (B, T, C)
+        log p    = log softmax(token_logits(states[M]))     at the holes alone                         (|M|, V)
+        loss     = −Σ log p[x[M]] / |M|                                                                ()
+    then --steps of labels, with new optimizers:
+        x, real  = collate(texts)                           padded on the right, some tokens hidden    (B, T)
+        states   = encoder.hidden(x, real)                  pads are seen by nobody                    (B, T, C)
+        log p    = log softmax(W mean_pool(states, real) + b)                                          (B, n_class)
+        loss     = −Σ log p[label] / B                                                                 ()
+    in both: micro-batches' gradients add up; clip ‖g‖; optimizer step
+
+The defaults train 0.8 M parameters, and embeddings, on generated reviews: 300 steps of 32 windows of 128 tokens, then
+400 steps of 64 texts with 10 % of the tokens hidden as noise; dropout 0.1; Muon for the blocks' matrices and AdamW for
+the rest, each part with 20 steps of warm-up and a cosine to a tenth; decay 0.1, clipping at 1.
+The architecture is the decoder's: pre-norm RMSNorm, RoPE, SwiGLU. Off: a start from a checkpoint, further text
+(`--text`), and what BERT has besides: post-norm, learned positions, token types, a pooler and exact GELU (x Φ(x), not
+the tanh form). That is `bert_config(...)`, and BERT's checkpoints open (support/hf_bert.py).
 
 Training and validation come from the training file, the best checkpoint is chosen on validation accuracy, the test
 file is read once, at the end. Beside it stands a bag of words: logistic regression on which words occur, trained on
@@ -39,16 +58,16 @@ Run it:
 
 import contextlib
 import math
-import re
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data import batch_at, load_sentiment, rows_at
 from evaluate import wilson
@@ -56,14 +75,14 @@ from norms import LayerNorm
 from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from support.checkpoints import open_checkpoint, resolve_checkpoint
-from support.checks import Count, Whole
-from support.cli import check_positive, check_rates, run
+from support.checks import Amount, Count, Part, Range, Whole
+from support.classification import bag_of_words, confusion_table, write_mistakes
+from support.cli import run_script
 from support.devices import precision, setup
-from support.errors import CheckpointError, ConfigError, DivergedError
+from support.errors import CheckpointError, ConfigError
 from support.hf_bert import is_encoder, load_encoder, save_encoder
-from support.log import Log
 from support.plots import draw_curves
-from support.runs import Interrupt, load_state, open_run, run_path, save, saved_run, stopped
+from support.runs import Run, RunConfig, run_path, saved_run
 from support.streams import make_streams
 from tokenizer_bpe import BPETokenizer, load_tokenizer
 from transformer import Block, FeedForward, TransformerConfig, init_weights, make_norm
@@ -120,6 +139,9 @@ class ExactFeedForward(FeedForward):
 
 
 class Encoder(nn.Module):
+    """Token ids (B, T) -> states (B, T, C), each of them of the whole text; two heads read them: what stood in a hole,
+    and the label of the text."""
+
     config_class = EncoderConfig
 
     def __init__(self, config):
@@ -242,7 +264,7 @@ def open_start(init, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rows.
+# Rows, and what is asked about them.
 
 
 def hide(tokens, mask_id, vocab_size, keep, generator, rate=0.15):
@@ -258,7 +280,7 @@ def hide(tokens, mask_id, vocab_size, keep, generator, rate=0.15):
 
 
 def encode(tokenizer, text, context):
-    """A text's ids behind <|endoftext|>, so that an empty one is a row too. Too long: the first quarter and the end."""
+    """A text's ids after <|endoftext|>, so that an empty one is a row too. Too long: the first quarter and the end."""
     ids = [tokenizer.endoftext_id, *tokenizer.encode(" " + text.strip())]  # " word" is a token, "word" often is not
     return ids if len(ids) <= context else ids[: context // 4] + ids[context // 4 - context :]
 
@@ -273,35 +295,86 @@ def collate(rows, pad):
     return tokens, real
 
 
+@dataclass
+class TextBatch:
+    """Rows of tokens; what stood in their holes (masked-LM), or each row's label."""
+
+    tokens: torch.Tensor  # (B, T) x̃
+    real: torch.Tensor  # (B, T) True on tokens that are no padding
+    targets: torch.Tensor | None = None  # (B, T) x
+    chosen: torch.Tensor | None = None  # (B, T) True on M
+    labels: torch.Tensor | None = None  # (B,)
+
+    def take(self, rows, device):
+        """Some of the rows, as long as the longest of them, on a device."""
+        T = self.real[rows].sum(1).max().item()
+
+        def part(x):  # (B, T) -> (b, shorter T); (B,) -> (b,)
+            return None if x is None else (x[rows][:, :T] if x.dim() == 2 else x[rows]).to(device)
+
+        return TextBatch(*map(part, vars(self).values()))
+
+    def micro_batches(self, size, dist):
+        """This rank's share of the rows, in pieces of at most `size`: of like lengths, which waste no padding."""
+        share, lengths = len(self.tokens) // dist.world, self.real.sum(1).tolist()
+        own = sorted(range(dist.rank * share, (dist.rank + 1) * share), key=lambda row: lengths[row])
+        return [self.take(own[i : i + size], dist.device) for i in range(0, share, size)]
+
+
+def masked_batch(windows, tokenizer, generator, rate):
+    """windows (B, T) of a text, int64 -> a TextBatch with holes, anywhere but at the borders of documents."""
+    tokens = torch.from_numpy(windows)
+    mask_id, border = tokenizer.special_ids[MASK], tokens == tokenizer.endoftext_id
+    hidden, chosen = hide(tokens, mask_id, tokenizer.vocab_size, border, generator, rate)
+    return TextBatch(hidden, torch.ones_like(chosen), tokens, chosen)
+
+
+def labelled_batch(examples, tokenizer, generator, token_dropout):
+    """[(ids, label), …] -> a TextBatch with labels, a share of its tokens hidden (no target: this is noise)."""
+    pad = tokenizer.endoftext_id
+    tokens, real = collate([ids for ids, _ in examples], pad)  # (B, T)
+    if token_dropout:
+        hole = torch.rand(tokens.shape, generator=generator) < token_dropout
+        tokens = torch.where(hole & real & (tokens != pad), tokenizer.special_ids[MASK], tokens)
+    return TextBatch(tokens, real, labels=torch.tensor([label for _, label in examples]))
+
+
+def masked_lm_loss(logprobs, n=None):
+    """logprobs (k,), log p(x_t | x̃) at the holes: the sum of −log p over n, by default their number."""
+    loss = -logprobs.sum() / (max(1, len(logprobs)) if n is None else n)
+    return loss, {"loss": loss.item()}
+
+
 def classification_loss(logits, labels, n=None):
     """logits (B, n_class), labels (B,): the sum of −log p(label) over n, by default their number."""
     loss = F.cross_entropy(logits, labels, reduction="sum") / (len(labels) if n is None else n)
     return loss, {"loss": loss.item(), "right": (logits.argmax(-1) == labels).sum().item()}
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# How good is it?
+
+
 @torch.no_grad()
-def predict(raw, rows, pad, batch=64):
+def predict(encoder, rows, pad, batch=64):
     """Lists of ids -> (N, n_class) probabilities."""
-    was_training = raw.training
-    raw.eval()
-    device, out = raw.embed.weight.device, [None] * len(rows)
+    was_training = encoder.training
+    encoder.eval()
+    device = encoder.embed.weight.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of like lengths waste no padding
-    for i in range(0, len(order), batch):
-        tokens, real = collate([rows[j] for j in order[i : i + batch]], pad)
-        for j, p in zip(order[i : i + batch], raw(tokens.to(device), real.to(device)).softmax(-1).cpu(), strict=True):
-            out[j] = p
-    raw.train(was_training)
-    return torch.stack(out)
+    pieces = [collate([rows[i] for i in order[j : j + batch]], pad) for j in range(0, len(order), batch)]
+    p = torch.cat([encoder(tokens.to(device), real.to(device)).softmax(-1).cpu() for tokens, real in pieces])
+    encoder.train(was_training)
+    return p[torch.tensor(order).argsort()]  # (N, n_class), as the rows came
 
 
-def evaluate(raw, examples, pad, dist):
+def evaluate(encoder, examples, pad, dist):
     """examples [(ids, label)], dealt out to the ranks -> {"accuracy", "loss", "confusion"}, the same on all.
     confusion[i][j] counts the texts of label i that were taken for j."""
-    mine = examples[dist.rank :: dist.world]
-    n_class = raw.config.n_class
+    own, n_class = examples[dist.rank :: dist.world], encoder.config.n_class
     counts, loss = np.zeros((n_class, n_class)), 0.0
-    if mine:
-        p, labels = predict(raw, [ids for ids, _ in mine], pad), torch.tensor([label for _, label in mine])
+    if own:
+        p, labels = predict(encoder, [ids for ids, _ in own], pad), torch.tensor([label for _, label in own])
         np.add.at(counts, (labels.numpy(), p.argmax(-1).numpy()), 1)
         loss = F.nll_loss(p.log(), labels, reduction="sum").item()
     *flat, loss = dist.sum(*counts.flatten(), loss)
@@ -310,71 +383,25 @@ def evaluate(raw, examples, pad, dist):
     return {"accuracy": confusion.trace().item() / n, "loss": loss / n, "confusion": confusion.tolist()}
 
 
-@torch.no_grad()
-def validate_mlm(raw, stream, context, mask_id, pad, dist, seed, rate, most=256):
-    """Mean masked-LM loss in nats per hidden token over `most` windows; the holes are the same each time."""
-    was_training = raw.training
-    raw.eval()
+def validation_windows(stream, context, most=256):
+    """A (tokens,) stream -> at most `most` windows, spread evenly, (n, context)."""
     starts = np.linspace(0, len(stream) - context, min(most, max(1, len(stream) // context))).astype(int)
-    tokens = torch.from_numpy(np.stack([stream[s : s + context] for s in starts]).astype(np.int64))
-    generator = torch.Generator().manual_seed(seed)
-    hidden, chosen = hide(tokens, mask_id, raw.config.vocab_size, tokens == pad, generator, rate)
-    total, device = 0.0, raw.embed.weight.device
-    for rows in torch.arange(len(tokens))[dist.rank :: dist.world].split(32):
+    return np.stack([stream[s : s + context] for s in starts]).astype(np.int64)
+
+
+@torch.no_grad()
+def validate_mlm(encoder, batch, dist):
+    """Mean masked-LM loss of a TextBatch, in nats per hidden token."""
+    was_training = encoder.training
+    encoder.eval()
+    total = 0.0
+    for rows in torch.arange(len(batch.tokens))[dist.rank :: dist.world].split(32):
         if len(rows) == 0:  # fewer windows than ranks
             continue
-        x, y, where = (t[rows].to(device) for t in (hidden, tokens, chosen))
-        total -= raw(x, targets=y, chosen=where).sum().item()
-    raw.train(was_training)
-    return dist.sum(total)[0] / max(1, chosen.sum().item())
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The baseline.
-
-
-def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)):
-    """Logistic regression on which words occur -> {"accuracy" on test, "valid", "strength", "weights" by word}.
-
-    p(positive) = σ(b + Σ_{words of the text} w), minimising mean log-loss + λ/2 ‖w‖² by quasi-Newton steps (L-BFGS).
-    λ is the one of `strengths` with the best validation accuracy. A word is a run of letters, digits and apostrophes,
-    or one other character, in lower case.
-    """
-    parts = (train, valid, test)
-    texts = [[sorted(set(re.findall(r"[\w']+|[^\w\s]", r.text.lower()))) for r in part] for part in parts]
-    words = sorted({word for text in texts[0] for word in text})
-    number = {word: i for i, word in enumerate(words)}
-
-    def bags(part):  # all word numbers in one row, and where each text begins
-        rows = [[number[word] for word in text if word in number] for text in part]
-        starts = np.cumsum([0] + [len(row) for row in rows])[:-1]
-        return torch.tensor([i for row in rows for i in row], dtype=torch.long), torch.from_numpy(starts)
-
-    X = [bags(part) for part in texts]
-    y = [torch.tensor([r.label for r in part], dtype=torch.float64) for part in parts]
-    w = torch.zeros(len(words), 1, dtype=torch.float64, requires_grad=True)
-    b = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-
-    def scores(numbers, starts):  # (texts,)
-        return F.embedding_bag(numbers, w, starts, mode="sum").squeeze(1) + b
-
-    best = {"valid": -1.0}
-    for strength in sorted(strengths, reverse=True):  # from stiff to loose: each starts where the last one ended
-        optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
-
-        def closure(strength=strength, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(scores(*X[0]), y[0]) + strength / 2 * w.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        with torch.no_grad():
-            right = [((scores(*x) > 0) == (t > 0)).double().mean().item() for x, t in zip(X, y, strict=True)]
-        if right[1] > best["valid"]:
-            weights = dict(zip(words, w.detach().squeeze(1).tolist(), strict=True))
-            best = {"accuracy": right[2], "valid": right[1], "strength": strength, "weights": weights}
-    return best
+        x = batch.take(rows, dist.device)
+        total -= encoder(x.tokens, targets=x.targets, chosen=x.chosen).sum().item()
+    encoder.train(was_training)
+    return dist.sum(total)[0] / max(1, batch.chosen.sum().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,76 +409,79 @@ def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Pretrain an encoder by masked-LM, then train it to classify texts."""
 
     data: str = "sentiment"
     """sentiment (generated), polarity, reviews, imdb, or the path of a table of texts and labels."""
     text: list[str] = field(default_factory=list)
     """Further data sets whose training texts, without their labels, are pretrained on."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Of the BPE tokenizer that is trained on the texts, special tokens included."""
     init: str | None = None
     """Checkpoint to start from, of an encoder or a decoder (its architecture and tokenizer are used); default: random
     weights."""
     name: str = "encoder"
-    """Run directory below runs/."""
-    mlm_steps: int = 300
+    mlm_steps: Whole = 300
     """Optimizer steps of masked-LM pretraining, which come first; 0 leaves it out."""
-    mlm_batch: int = 32
+    mlm_batch: Count = 32
     """Windows of the text per such step, over all ranks."""
-    mlm_lr: float = 4e-3
+    mlm_lr: Amount = 4e-3
     """Peak learning rate of the pretraining."""
-    mlm_rate: float = 0.15
+    mlm_rate: Annotated[float, Range(float, 0, 1, above=True)] = 0.15
     """Share of the tokens that are hidden."""
-    steps: int = 400
+    steps: Count = 400
     """Optimizer steps of the classification."""
-    batch: int = 64
+    batch: Count = 64
     """Texts per such step, over all ranks."""
-    micro_batch: int = 16
+    micro_batch: Count = 16
     """Rows per forward pass of one rank, sorted by length; smaller pads less and saves memory."""
-    optimizer: str = "muon"
-    """adamw, or muon for the matrices of the blocks."""
-    lr: float = 2e-3
+    lr: Amount = 2e-3
     """Peak learning rate of the classification."""
-    token_dropout: float = 0.1
+    token_dropout: Part = 0.1
     """Share of the tokens that are hidden while classifying."""
-    warmup: int = 20
+    warmup: Whole = 20
     """Steps of linear warm-up, of both."""
-    weight_decay: float = 0.1
-    """Decoupled, on matrices only."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
-    eval_every: int = 100
-    """Steps between evaluations on the validation split."""
-    save_every: int = 200
-    """Steps between checkpoints of last/."""
-    seed: int = 0
-    """Of the weights, the data order, the holes and the dropout."""
-    resume: bool = False
-    """Continue runs/NAME/last as if it had never stopped."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    dtype: str = "auto"
-    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
-    wandb: str | None = None
-    """Weights & Biases project to log to as well."""
+    weight_decay: Amount = 0.1
+    eval_every: Count = 100
+    save_every: Count = 200
     model: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1))
     """The architecture."""
 
     def __post_init__(self):
-        check_positive(self, "mlm_batch", "steps", "batch", "micro_batch", "eval_every", "save_every")
-        check_rates(self)
+        super().__post_init__()
         if not self.init and self.vocab_size < 258:
             raise ConfigError(f"--vocab_size is {self.vocab_size}; it counts 256 bytes and 2 special tokens too")
-        if self.mlm_lr < 0:
-            raise ConfigError(f"--mlm_lr is {self.mlm_lr}; it must be at least 0")
         if self.model.n_class < 2:
             raise ConfigError(f"--model.n_class is {self.model.n_class}; the labels are 0 and 1, so at least 2")
-        if self.mlm_steps < 0:
-            raise ConfigError(f"--mlm_steps is {self.mlm_steps}; it must be 0 or more")
-        if not (0 < self.mlm_rate < 1 and 0 <= self.token_dropout < 1):
-            raise ConfigError("--mlm_rate must be above 0 and below 1, --token_dropout at least 0 and below 1")
+
+
+def pretraining_texts(config, reviews):
+    """{"train", "valid"}: the reviews' texts, and those of --text, without their labels."""
+    train = reviews["train"] + [review for name in config.text for review in load_sentiment(name, "train")]
+    return {s: [f" {r.text.strip()}" for r in part] for s, part in (("train", train), ("valid", reviews["valid"]))}
+
+
+def make_encoder(config, dist, texts):
+    """-> (the encoder in CPU memory, its tokenizer, the config with its architecture in it): what --init holds; or
+    random weights, with a tokenizer of these texts."""
+    run_path(config)  # what is wrong with --name or --resume is said first
+    if config.init:
+        encoder, tokenizer = open_start(config.init, config.model)
+        if MASK not in tokenizer.special_ids and (config.mlm_steps or config.token_dropout):
+            raise ConfigError(
+                f"the tokenizer of {config.init} has no {MASK}, so nothing can be hidden: --mlm_steps 0 "
+                "--token_dropout 0 trains on the labels alone"
+            )
+        return encoder, tokenizer, replace(config, model=encoder.config)
+    if config.resume:
+        tokenizer = load_tokenizer(saved_run(run_path(config)))
+    else:  # trained once; no file, as there is no run directory yet
+        specials = ("<|endoftext|>", MASK)
+        tokenizer = dist.from_main(lambda: BPETokenizer.train(texts["train"], config.vocab_size, specials))
+    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    return Encoder(config.model), tokenizer, config
 
 
 def main(config):
@@ -459,200 +489,136 @@ def main(config):
     began = time.perf_counter()
     dist = setup(config.device)
     for name in ("batch", "mlm_batch"):
-        if getattr(config, name) % dist.world:
-            raise ConfigError(f"--{name} {getattr(config, name)} cannot be shared by {dist.world} processes evenly")
+        dist.share(name, getattr(config, name))
     autocast, scaler = precision(config.dtype, dist)
     reviews = {split: load_sentiment(config.data, split) for split in ("train", "valid", "test")}
-    texts = {"valid": [f" {r.text.strip()}" for r in reviews["valid"]]}
-    texts["train"] = [f" {r.text.strip()}" for r in reviews["train"]]
-    texts["train"] += [f" {r.text.strip()}" for name in config.text for r in load_sentiment(name, "train")]
-    run_path(config)
-    if config.init:
-        raw, tokenizer = open_start(config.init, config.model)
-        if MASK not in tokenizer.special_ids and (config.mlm_steps or config.token_dropout):
-            raise ConfigError(
-                f"the tokenizer of {config.init} has no {MASK}, so nothing can be hidden: --mlm_steps 0 "
-                "--token_dropout 0 trains on the labels alone"
-            )
-        config = replace(config, model=raw.config)
-    else:
-        made = [None]
-        if config.resume:
-            made = [load_tokenizer(saved_run(run_path(config)))]
-        elif dist.is_main:
-            made = [BPETokenizer.train(texts["train"], config.vocab_size, ("<|endoftext|>", MASK))]
-        if dist.world > 1:
-            distributed.broadcast_object_list(made)
-        tokenizer = made[0]
-        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-        torch.manual_seed(config.seed)
-        raw = Encoder(config.model)
-    pad, context = tokenizer.endoftext_id, raw.config.context
-    mask_id = tokenizer.special_ids.get(MASK, pad)
+    texts = pretraining_texts(config, reviews)
+    encoder, tokenizer, config = make_encoder(config, dist, texts)
+    pad, context = tokenizer.endoftext_id, config.model.context
     examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
     streams = make_streams(config, dist, tokenizer, context, texts) if config.mlm_steps else None
-    run_dir = open_run(config, dist)  # behind all that can refuse what was asked for: a typo moves no earlier run aside
-    raw.to(dist.device)
-    torch.manual_seed(config.seed + 1000 * dist.rank)  # the same weights on every rank, but other dropout
-    optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
-    first, best, total = 0, -1.0, config.mlm_steps + config.steps
-    if config.resume:
-        state = load_state(run_dir, dist, raw, optimizers, scaler, config)
-        first, best = state["step"], state["best"]
-    model = raw
+    if streams:  # the holes of the validation windows are the same each time
+        windows, generator = validation_windows(streams["valid"], context), torch.Generator().manual_seed(config.seed)
+        held_out = masked_batch(windows, tokenizer, generator, config.mlm_rate)
+
+    encoder.to(dist.device)
+    new_optimizers = partial(make_optimizers, encoder, config.optimizer, config.lr, config.weight_decay)
+    torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
+    state = {"best": -1.0, "chat": False, "began": began}
+    run = Run(config, dist, encoder, tokenizer, new_optimizers(), scaler, **state)
+    model = encoder
     if dist.world > 1:  # each of the two objectives leaves the other's head without a gradient
-        model = DistributedDataParallel(raw, broadcast_buffers=False, find_unused_parameters=True)
-    log = Log(run_dir, config, dist, first)
-    interrupt = Interrupt(dist)
+        model = DistributedDataParallel(encoder, broadcast_buffers=False, find_unused_parameters=True)
     if dist.is_main:
-        n_texts, n_tokens = len(examples["train"]), sum(len(ids) for ids, _ in examples["train"])
-        print(f"{raw.num_params():,} parameters, vocabulary {tokenizer.vocab_size}")
-        if streams:
-            seen, length = config.mlm_steps * config.mlm_batch * context, len(streams["train"])
-            print(f"masked-LM: {config.mlm_steps} steps, {seen / length:.1f} epochs of {length:,} tokens")
-        epochs, length = config.steps * config.batch / n_texts, n_tokens / n_texts
-        print(
-            f"labels: {config.steps} steps, {epochs:.1f} epochs of {n_texts:,} texts of {n_tokens / n_texts:.0f} tokens"
-        )
+        announce(config, encoder, tokenizer, streams, examples["train"])
 
-    def checkpoint(name, step):
-        state = None
-        if name == "last":
-            state = {"step": step, "best": best, "config": asdict(config), "scaler": scaler.state_dict()}
-            state["optimizers"] = [o.state_dict() for o in optimizers]
-        return save(run_dir, name, dist, raw, tokenizer, chat=False, state=state)
-
-    bar = tqdm(range(first, total), initial=first, total=total, disable=not dist.is_main, unit="step")
-    for step in bar:
-        # ------------------------------------------------------------------ once in a while
-        if interrupt:
-            written = checkpoint("last", step)
-            bar.close()
-            stopped(config.name, step, written, dist)
-        if step != first and step % config.save_every == 0:
-            checkpoint("last", step)
-        if step == config.mlm_steps:  # another objective: what the optimizer remembers of the old one would mislead
-            optimizers = make_optimizers(raw, config.optimizer, config.lr, config.weight_decay)
-
+    for step in run.steps(config.mlm_steps + config.steps):
         # ------------------------------------------------------------------ the batch: first masked-LM, then labels
         started, pretraining = time.perf_counter(), step < config.mlm_steps
-        # The holes are made for the batch of all ranks, so that they do not depend on how it is shared.
+        phase_step, phase_steps, peak = step, config.mlm_steps, config.mlm_lr
+        if not pretraining:
+            phase_step, phase_steps, peak = step - config.mlm_steps, config.steps, config.lr
+        # Batch, holes and n are those of all ranks, so none of them depends on how the batch is shared or cut.
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
         if pretraining:
-            tokens = torch.from_numpy(batch_at(streams["train"], step, config.mlm_batch, context, config.seed)[0])
-            hidden, chosen = hide(tokens, mask_id, tokenizer.vocab_size, tokens == pad, generator, config.mlm_rate)
-            n = max(1, chosen.sum().item())  # of the whole step, all ranks, before the batch is cut
-            batch = list(zip(hidden, torch.ones_like(chosen), tokens, chosen, strict=True))
-            lr = lr_at(step, config.mlm_steps, config.mlm_lr, config.warmup)
+            windows, _ = batch_at(streams["train"], phase_step, config.mlm_batch, context, config.seed)  # (B, T)
+            batch = masked_batch(windows, tokenizer, generator, config.mlm_rate)
+            n = max(1, batch.chosen.sum().item())  # |M|
         else:
-            rows = rows_at(len(examples["train"]), step - config.mlm_steps, config.batch, config.seed)
-            tokens, real = collate([examples["train"][i][0] for i in rows], pad)
-            hole = torch.rand(tokens.shape, generator=generator) < config.token_dropout
-            hidden = torch.where(hole & real & (tokens != pad), mask_id, tokens)
-            labels, n = torch.tensor([examples["train"][i][1] for i in rows]), config.batch
-            batch = list(zip(hidden, real, labels, strict=True))
-            lr = lr_at(step - config.mlm_steps, config.steps, config.lr, config.warmup)
+            indices = rows_at(len(examples["train"]), phase_step, config.batch, config.seed)
+            texts = [examples["train"][i] for i in indices]
+            batch, n = labelled_batch(texts, tokenizer, generator, config.token_dropout), config.batch
+            if phase_step == 0:  # another objective: what the optimizer remembers of the old one would mislead
+                run.optimizers = new_optimizers()
 
         # ------------------------------------------------------------------ one optimizer step
-        share = len(batch) // dist.world
-        mine = batch[dist.rank * share : (dist.rank + 1) * share]
-        mine = sorted(mine, key=lambda row: int(row[1].sum()))  # micro-batches of like lengths waste no padding
         model.train()
         loss_sum, right = 0.0, 0
-        for i in range(0, share, config.micro_batch):
-            columns = [torch.stack(c) for c in zip(*mine[i : i + config.micro_batch], strict=True)]
-            T = columns[1].sum(1).max().item()  # the longest row of the piece
-            columns = [c.to(dist.device) for c in columns]
-            x, real = columns[0][:, :T], columns[1][:, :T]  # (b, T) each
-            last = i + config.micro_batch >= share
-            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
-                with autocast():
-                    if pretraining:
-                        output = model(x, real, targets=columns[2], chosen=columns[3])
-                    else:
-                        output = model(x, real)  # (b, n_class)
+        pieces = batch.micro_batches(config.micro_batch, dist)
+        for x in pieces:
+            # DDP sums up the gradients over the ranks in the last backward alone
+            with contextlib.nullcontext() if x is pieces[-1] or dist.world == 1 else model.no_sync():
                 if pretraining:
-                    loss = -output.sum() / n
-                    metrics = {"loss": loss.item(), "right": 0}
+                    with autocast():
+                        logprobs = model(x.tokens, x.real, targets=x.targets, chosen=x.chosen)  # (holes of the piece,)
+                    loss, metrics = masked_lm_loss(logprobs, n)
                 else:
-                    loss, metrics = classification_loss(output, columns[2], n)
+                    with autocast():
+                        logits = model(x.tokens, x.real)  # (b, n_class)
+                    loss, metrics = classification_loss(logits, x.labels, n)
                 scaler.scale(loss * dist.world).backward()  # DDP divides by world
             loss_sum += metrics["loss"]
-            right += metrics["right"]
-        norm = optimizer_step(raw, optimizers, scaler, autocast, lr, config.clip)
+            right += metrics.get("right", 0)
+        lr = lr_at(phase_step, phase_steps, peak, config.warmup)
+        norm = optimizer_step(encoder, run.optimizers, scaler, autocast, lr, config.clip)
         loss_sum, right = dist.sum(loss_sum, right)
-        if not math.isfinite(loss_sum) or not (math.isfinite(norm) or scaler.is_enabled()):
-            said = f"the loss is {loss_sum}, the gradient norm {norm} at step {step} (learning rate {lr:.1e})"
-            raise DivergedError(f"{said}; try a smaller --lr")
+        run.check_finite(lr, norm, "try a smaller --mlm_lr" if pretraining else "try a smaller --lr", loss=loss_sum)
 
-        done = step + 1
-        record = {"mlm_loss": loss_sum} if pretraining else {"loss": loss_sum, "train_accuracy": right / n}
-        record |= {"lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - started}
-        if pretraining and (done % config.eval_every == 0 or done == config.mlm_steps):
-            held = (streams["valid"], context, mask_id, pad, dist, config.seed, config.mlm_rate)
-            record["mlm_valid_loss"] = validate_mlm(raw, *held)
-            if dist.is_main:
-                bar.write(f"step {done}  masked-LM {loss_sum:.3f}  valid {record['mlm_valid_loss']:.3f}")
-        if not pretraining and ((done - config.mlm_steps) % config.eval_every == 0 or done == total):
-            result = evaluate(raw, examples["valid"], pad, dist)
-            record |= {"accuracy": result["accuracy"], "valid_loss": result["loss"]}
-            if dist.is_main:
-                bar.write(f"step {done}  loss {loss_sum:.3f}  valid {result['loss']:.3f}, {result['accuracy']:.1%}")
-            if result["accuracy"] > best:
-                best = result["accuracy"]
-                checkpoint("best", done)
-        log(done, **record)
-        bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", accuracy=f"{max(best, 0):.1%}")
-    checkpoint("last", total)
-    interrupt.release()
-    log.close()
-    trained = time.perf_counter() - began
+        # ------------------------------------------------------------------ look
+        record = {"lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - started}
+        due = (phase_step + 1) % config.eval_every == 0 or phase_step + 1 == phase_steps
+        if pretraining:
+            record["mlm_loss"] = loss_sum
+            if due:
+                record["mlm_valid_loss"] = validate_mlm(encoder, held_out, dist)
+                run.say(f"step {step + 1}  masked-LM {loss_sum:.3f}  valid {record['mlm_valid_loss']:.3f}")
+        else:
+            record |= {"loss": loss_sum, "train_accuracy": right / n}
+            if due:
+                result = evaluate(encoder, examples["valid"], pad, dist)
+                record |= {"accuracy": result["accuracy"], "valid_loss": result["loss"]}
+                figures = f"valid {result['loss']:.3f}, {result['accuracy']:.1%}"
+                run.say(f"step {step + 1}  loss {loss_sum:.3f}  {figures}")
+                run.keep_best(result["accuracy"])
+        run.log(step + 1, **record)
+        run.bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", accuracy=f"{max(run.state.best, 0):.1%}")
+    run.close()
+    trained = run.seconds
 
     # The test split, once, with the checkpoint that the validation split chose.
-    raw, tokenizer, path = open_encoder(run_dir, dist.device)
-    result = evaluate(raw, examples["test"], pad, dist)
-    baseline = None
+    encoder, tokenizer, path = open_encoder(run.path, dist.device)
+    result = evaluate(encoder, examples["test"], pad, dist)
+    words = {"accuracy": None}
     if dist.is_main:
-        write_mistakes(run_dir, raw, reviews["test"], examples["test"], pad)
-        panels = [
-            ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
-            ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
-        ]
-        if config.mlm_steps:
-            names = {"mlm_loss": "train", "mlm_valid_loss": "validation"}
-            panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
-        title = f"an encoder on {config.data}, seed {config.seed}, {raw.num_params() / 1e6:.1f} M parameters"
-        draw_curves(run_dir, title, panels)
-        print(confusion_table(result["confusion"]))
         words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])
-        baseline, n = words["accuracy"], len(examples["test"])
-        low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
-        print(
-            f"test accuracy {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {n} texts (validation {best:.1%}); "
-            f"bag of words {baseline:.1%} (validation {words['valid']:.1%}, weight decay {words['strength']:g}); "
-            f"{trained:.0f} s; {path}, {run_dir}/curves.png"
-        )
-    return {"accuracy": result["accuracy"], "baseline": baseline, "confusion": result["confusion"], "path": str(path)}
+        p = predict(encoder, [ids for ids, _ in examples["test"]], pad)  # (N, n_class)
+        write_mistakes(run.path, reviews["test"], p, LABELS)
+        report(config, run, encoder, result, words, f"{trained:.0f} s; {path}")
+    figures = {"accuracy": result["accuracy"], "baseline": words["accuracy"], "confusion": result["confusion"]}
+    return figures | {"path": str(path)}
 
 
-def confusion_table(confusion):
-    names = LABELS if len(confusion) == 2 else [str(i) for i in range(len(confusion))]
-    lines = [f"{'':<18}" + "".join(f"{'taken for ' + name:>22}" for name in names)]
-    for name, row in zip(names, confusion, strict=True):
-        lines.append(f"{name:<18}" + "".join(f"{count:>22,}" for count in row))
-    return "\n".join(lines)
+def announce(config, encoder, tokenizer, streams, examples):
+    """What the run will do: two lines, one for each of its parts."""
+    print(f"{encoder.num_params():,} parameters, vocabulary {tokenizer.vocab_size}")
+    if streams:
+        seen, n_text = config.mlm_steps * config.mlm_batch * config.model.context, len(streams["train"])
+        print(f"masked-LM: {config.mlm_steps} steps, {seen / n_text:.1f} epochs of {n_text:,} tokens")
+    n, length = len(examples), sum(len(ids) for ids, _ in examples) / len(examples)
+    epochs = config.steps * config.batch / n
+    print(f"labels: {config.steps} steps, {epochs:.1f} epochs of {n:,} texts of {length:.0f} tokens")
 
 
-def write_mistakes(run_dir, raw, reviews, examples, pad, most=20):
-    """The surest wrong answers on the test split into samples.md."""
-    p = predict(raw, [ids for ids, _ in examples], pad)
-    wrong = [(p[i].max().item(), i) for i in range(len(p)) if p[i].argmax() != reviews[i].label]
-    with (run_dir / "samples.md").open("w") as file:
-        for sure, i in sorted(wrong, reverse=True)[:most]:
-            names = LABELS if p.shape[1] == 2 else range(p.shape[1])
-            said, truth = names[int(p[i].argmax())], names[reviews[i].label]
-            file.write(f"**{said} with {sure:.0%}, but it is {truth}**\n\n> {reviews[i].text[:500]}\n\n")
+def report(config, run, encoder, result, words, where):
+    """The confusion table, the accuracy beside that of a bag of words, and the curves."""
+    panels = [
+        ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
+        ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
+    ]
+    if config.mlm_steps:
+        names = {"mlm_loss": "train", "mlm_valid_loss": "validation"}
+        panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
+    title = f"an encoder on {config.data}, seed {config.seed}, {encoder.num_params() / 1e6:.1f} M parameters"
+    draw_curves(run.path, title, panels)
+    print(confusion_table(result["confusion"], LABELS))
+    n = sum(map(sum, result["confusion"]))
+    low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
+    print(
+        f"test accuracy {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {n} texts (validation "
+        f"{run.state.best:.1%}); bag of words {words['accuracy']:.1%} (validation {words['valid']:.1%}, weight decay "
+        f"{words['strength']:g}); {where}, {run.path}/curves.png"
+    )
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

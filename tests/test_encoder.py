@@ -1,9 +1,7 @@
-"""encoder.py: BERT's own numbers, what may see what, the holes, the baseline, and the guarantees of a run."""
+"""encoder.py: what may see what, the holes, and the guarantees of a run. BERT's own numbers are in test_hf_bert.py."""
 
 import json
 import re
-import shutil
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
-from safetensors.torch import load_file, save_file
+from tiny_encoder import BERT_SIZES, TINY, rows, shaken
 
 import encoder
 from data import Review, load_sentiment
@@ -20,201 +18,33 @@ from encoder import (
     Config,
     Encoder,
     EncoderConfig,
-    bag_of_words,
+    TextBatch,
     bert_config,
     classification_loss,
     collate,
-    confusion_table,
     encode,
     evaluate,
     hide,
+    labelled_batch,
+    masked_lm_loss,
     mean_pool,
     open_encoder,
     predict,
+    validate_mlm,
+    validation_windows,
 )
+from support import runs
 from support.devices import Dist
 from support.errors import CheckpointError, ConfigError
-from support.hf import to_layout
-from support.hf_bert import BERT, OWN, is_bert
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
-TINY = dict(vocab_size=61, context=20, n_layer=3, n_head=4, n_kv_head=2, width=24)
-BERT_SIZES = TINY | dict(n_kv_head=4, ffn_width=40)
-
-
-def shaken(model, seed=1):
-    """Gains, biases and heads that are not where they started."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    return model.eval()
 
 
 def tiny(**changes):
     torch.manual_seed(0)
     return shaken(Encoder(EncoderConfig(**TINY | changes)))
-
-
-def rows(seed=2):
-    """Three texts of 11, 7 and 1 tokens, with types: tokens, real, types (3, 11)."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 61, (3, 11), generator=generator)
-    return (
-        tokens,
-        torch.arange(11) < torch.tensor([[11], [7], [1]]),
-        torch.arange(11) // 4 % 2 * torch.ones(3, 1).long(),
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- BERT
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = dict(vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40)
-    config = transformers.BertConfig(**sizes, max_position_embeddings=20, attn_implementation="eager")
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    torch.manual_seed(0)
-    theirs, path = shaken(transformers.BertForPreTraining(config)), tmp_path_factory.mktemp("bert")
-    theirs.save_pretrained(path)
-    return theirs, path
-
-
-def test_states_logits_pool_and_gradients_are_berts(bert):
-    theirs, path = bert
-    ours = Encoder.from_pretrained(path)
-    tokens, real, types = rows()
-    out = theirs(tokens, attention_mask=real.long(), token_type_ids=types, output_hidden_states=True)
-    x = ours.hidden(tokens, real, types)
-    logits = ours.token_logits(x)
-    torch.testing.assert_close(x[real], out.hidden_states[-1][real], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits[real], out.prediction_logits[real], atol=1e-4, rtol=1e-5)
-    pooled = theirs.bert(tokens, attention_mask=real.long(), token_type_ids=types).pooler_output
-    torch.testing.assert_close(ours.pooled(x), pooled, atol=1e-5, rtol=1e-5)
-    up = torch.randn(logits[real].shape, generator=torch.Generator().manual_seed(3))
-    theirs.zero_grad()
-    (logits[real] * up).sum().backward()
-    (out.prediction_logits[real] * up).sum().backward()
-    their_grads = {name: p.grad for name, p in theirs.named_parameters()}
-    compared = 0
-    for name, p in to_layout(dict(ours.named_parameters()), BERT.names).items():
-        if not name.startswith(("bert.pooler", "mean_classifier")):
-            torch.testing.assert_close(p.grad, their_grads[name], atol=1e-3, rtol=1e-4, msg=name)
-            compared += 1
-    assert compared == 5 + 16 * 3 + 5
-
-
-def test_saved_again_the_weights_are_byte_equal_and_bert_opens_them(bert, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    _, path = bert
-    ours = Encoder.from_pretrained(path)
-    ours.save_pretrained(tmp_path)
-    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert {n for n in before if "seq_relationship" not in n} <= set(after)
-    assert set(after) - set(before) == {"mean_classifier.weight", "mean_classifier.bias"}
-    assert all(torch.equal(after[n], before[n]) for n in before.keys() & after.keys())
-    tokens, real, types = rows()
-    again = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval().double()
-    logits = again(tokens, attention_mask=real.long(), token_type_ids=types).logits
-    double = Encoder.from_pretrained(path).eval().double()  # so that nothing but the formulas could differ
-    torch.testing.assert_close(double.token_logits(double.hidden(tokens, real, types))[real], logits[real])
-    assert torch.equal(Encoder.from_pretrained(tmp_path).classifier.weight, ours.classifier.weight)
-
-
-def test_an_output_matrix_of_its_own_is_not_dropped(bert, tmp_path):
-    shutil.copytree(bert[1], tmp_path / "untied")
-    file = tmp_path / "untied" / "model.safetensors"
-    tensors = load_file(file)
-    words = tensors["bert.embeddings.word_embeddings.weight"]
-    save_file(tensors | {"cls.predictions.decoder.weight": words.clone()}, file, {"format": "pt"})
-    Encoder.from_pretrained(tmp_path / "untied")
-    save_file(tensors | {"cls.predictions.decoder.weight": words + 1}, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"decoder\.weight is not the embedding"):
-        Encoder.from_pretrained(tmp_path / "untied")
-
-
-def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
-    theirs, path = bert
-    theirs.bert.save_pretrained(tmp_path / "bare")
-    whole, bare = Encoder.from_pretrained(path), Encoder.from_pretrained(tmp_path / "bare")
-    tokens, real, types = rows()
-    assert torch.equal(whole.hidden(tokens, real, types), bare.hidden(tokens, real, types))
-    assert (bare.token_bias == 0).all()
-    (tmp_path / "old").mkdir()
-    tensors = load_file(path / "model.safetensors")
-    tensors = {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in tensors.items()}
-    save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "old" / "config.json").write_text((path / "config.json").read_text())
-    assert torch.equal(Encoder.from_pretrained(tmp_path / "old").hidden(tokens, real, types), whole.hidden(*rows()))
-    pooled = {"classifier.weight": torch.full((2, 24), 7.0), "classifier.bias": torch.full((2,), 3.0)}
-    save_file(tensors | pooled, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
-    assert Encoder.from_pretrained(tmp_path / "old").classifier.weight.abs().max() < 7  # reads the pooler: not ours
-
-
-def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
-    """A field, even at a value that changes nothing, or a tensor."""
-    assert sorted([*BERT.keys, *BERT.means, *BERT.no_matter]) == sorted(f.name for f in fields(EncoderConfig))
-    assert is_bert(bert_config())
-    assert not is_bert(bert_config(n_kv_head=4))
-    assert not is_bert(bert_config(positions="sinusoidal"))
-
-    @dataclass
-    class GatedConfig(EncoderConfig):
-        gate: bool = False
-
-    class Gated(Encoder):
-        config_class = GatedConfig
-
-    model = Encoder(bert_config(**BERT_SIZES))
-    gated = Gated(GatedConfig(**asdict(model.config)))
-    model.blocks[1].attn.gate = torch.nn.Linear(24, 24)
-    for name, ours in (("tensor", model), ("field", gated)):
-        ours.save_pretrained(tmp_path / name)
-        assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == OWN
-    assert Gated.from_pretrained(tmp_path / "field").config == gated.config
-    with pytest.raises(CheckpointError, match=r"gate = False is no field of EncoderConfig$"):
-        Encoder.from_pretrained(tmp_path / "field")
-    with pytest.raises(CheckpointError, match=r"hold 'blocks\.1\.attn\.gate\.bias'"):
-        Encoder.from_pretrained(tmp_path / "tensor")
-
-
-def test_bad_checkpoints_are_one_line(bert, tmp_path):
-    _, path = bert
-    config, tensors = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
-
-    def opened(changes=None, drop=(), **more):
-        (tmp_path / "config.json").write_text(json.dumps(config | (changes or {})))
-        kept = {n: t for n, t in tensors.items() if n not in drop} | more
-        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        return Encoder.from_pretrained(tmp_path)
-
-    opened()
-    query = "bert.encoder.layer.1.attention.self.query.weight"
-    for word, arguments in [
-        ("hidden_act = 'relu' is not supported", ({"hidden_act": "relu"},)),
-        ("model_type 'roberta' is no encoder", ({"model_type": "roberta"},)),
-        ("lack 'blocks.1.attn.wq.weight'", ({}, (query,))),
-        (r"embed.weight has shape \(61, 24\), its config.json asks for \(62, 24\)", ({"vocab_size": 62},)),
-        ("width 24 is not a multiple of n_head 5", ({"num_attention_heads": 5},)),
-    ]:
-        with pytest.raises(CheckpointError, match=word):
-            opened(*arguments)
-    with pytest.raises(CheckpointError, match=r"hold 'qa_outputs\.weight'"):
-        opened(**{"qa_outputs.weight": torch.zeros(2, 24)})
-    for changes, word in [({"n_class": 0}, "n_class is 0"), ({"n_type": -1}, "n_type is -1")]:
-        with pytest.raises(CheckpointError, match=word):
-            EncoderConfig(**changes)
-    with pytest.raises(CheckpointError, match="exact_gelu is a form of gelu"):
-        EncoderConfig(exact_gelu=True)
-    with pytest.raises(CheckpointError, match="no config"):
-        Encoder.from_pretrained(tmp_path / "nowhere")
-    (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="corrupt or unreadable"):
-        Encoder.from_pretrained(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -359,9 +189,6 @@ def test_predictions_keep_their_order_and_the_confusion_counts(tokenizer):
     assert result["accuracy"] == pytest.approx(np.mean([a == b for a, b in pairs]))
     expected = F.cross_entropy(p.log(), torch.tensor(labels)).item()
     assert result["loss"] == pytest.approx(expected, rel=1e-4)
-    table = confusion_table([[5, 2], [1, 7]]).splitlines()
-    assert table[1].split() == ["negative", "5", "2"]
-    assert table[2].split() == ["positive", "1", "7"]
 
 
 def test_collate_and_loss():
@@ -375,38 +202,47 @@ def test_collate_and_loss():
     torch.testing.assert_close(classification_loss(logits, labels, 6)[0], loss / 2)
 
 
-# ----------------------------------------------------------------------------------------------------- the baseline
+def test_masked_lm_loss_is_torchs():
+    logits, targets = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0, 6, 3, 3])
+    logprobs = logits.log_softmax(-1)[torch.arange(5), targets]
+    loss, figures = masked_lm_loss(logprobs)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets))
+    assert figures == {"loss": pytest.approx(loss.item())}
+    torch.testing.assert_close(masked_lm_loss(logprobs, 10)[0], loss / 2)
+    assert masked_lm_loss(logprobs[:0])[0] == 0
 
 
-def test_bag_of_words_is_the_minimum_of_its_objective():
-    train, valid, test = (load_sentiment("sentiment", split)[:200] for split in ("train", "valid", "test"))
-    found = bag_of_words(train, valid, test, strengths=(1e-2,))
-    words = sorted(found["weights"])
-    X = np.array([[word in r.text.split() for word in words] for r in train], dtype=float)
-    y = np.array([r.label for r in train], dtype=float)
-    w, b = np.zeros(len(words)), 0.0  # Newton's method, written out
-    for _ in range(30):
-        p = 1 / (1 + np.exp(-(X @ w + b)))
-        Z = np.hstack([X, np.ones((len(X), 1))])
-        gradient = Z.T @ (p - y) / len(X) + 1e-2 * np.append(w, 0)
-        hessian = Z.T @ (Z * (p * (1 - p))[:, None]) / len(X) + 1e-2 * np.diag(np.append(np.ones(len(words)), 0))
-        step = np.linalg.solve(hessian, gradient)
-        w, b = w - step[:-1], b - step[-1]
-    np.testing.assert_allclose([found["weights"][word] for word in words], w, atol=1e-3)
-    for part, name in ((valid, "valid"), (test, "accuracy")):
-        T = np.array([[word in r.text.split() for word in words] for r in part], dtype=float)
-        assert found[name] == pytest.approx(np.mean((T @ w + b > 0) == [r.label == 1 for r in part]), abs=0.011)
+def test_noise_on_labelled_texts_spares_pads_and_borders(tokenizer):
+    pad, mask_id = tokenizer.endoftext_id, tokenizer.special_ids[MASK]
+    examples = [([pad, *range(300, 300 + n)], n % 2) for n in (1, 30, 7)]
+    plain, noisy = (
+        labelled_batch(examples, tokenizer, torch.Generator().manual_seed(0), share) for share in (0.0, 0.5)
+    )
+    assert torch.equal(plain.tokens, collate([ids for ids, _ in examples], pad)[0])
+    assert torch.equal(noisy.real, plain.real)
+    assert noisy.labels.tolist() == [1, 0, 1]
+    hidden = noisy.tokens != plain.tokens
+    assert (noisy.tokens[hidden] == mask_id).all()
+    assert not hidden[plain.tokens == pad].any()
+    assert 10 < hidden.sum() < 28  # of 38
 
 
-def test_bag_of_words_knows_words_and_not_their_order():
-    easy = [Review("a good film", 1), Review("a bad film", 0)] * 4
-    assert bag_of_words(easy, easy, [Review("good unseen", 1), Review("unseen, bad!", 0)])["accuracy"] == 1
-    order = [Review("good not bad", 1), Review("bad not good", 0)] * 4
-    assert bag_of_words(order, order, order)["accuracy"] == 0.5
-    assert bag_of_words(easy, easy, easy, strengths=(1e-4, 1e-3))["strength"] == 1e-3  # a tie: the stiffer one
-    mostly = [*easy, *[Review("a bad film", 0)] * 8]  # so stiff that only the majority counts, or not
-    found = bag_of_words(mostly, mostly, [Review("a good film", 0)] * 4, strengths=(100.0, 1e-3))
-    assert (found["strength"], found["valid"], found["accuracy"]) == (1e-3, 1.0, 0.0)  # chosen on validation, not test
+def test_micro_batches_hold_every_row_once_and_no_more_padding_than_they_need():
+    lengths, rng = [5, 1, 3, 8, 2, 7, 4, 6], torch.Generator().manual_seed(0)
+    tokens, real = collate([torch.randint(1, 60, (n,), generator=rng).tolist() for n in lengths], 0)
+    batch = TextBatch(tokens, real, tokens + 1, tokens % 2 == 0, labels=torch.tensor(lengths))
+    for world in (1, 2):
+        dealt = [batch.micro_batches(3, Dist(rank, world, torch.device("cpu"))) for rank in range(world)]
+        assert [len(pieces) for pieces in dealt] == [3] if world == 1 else [2, 2]
+        for rank, pieces in enumerate(dealt):
+            own = lengths[rank * 8 // world : (rank + 1) * 8 // world]
+            assert [n for x in pieces for n in x.labels.tolist()] == sorted(own)
+            for x in pieces:
+                assert x.tokens.shape == x.chosen.shape == (len(x.labels), x.labels.max())
+                assert x.real.sum(1).tolist() == x.labels.tolist()
+                assert torch.equal(x.targets, x.tokens + 1)
+                for row, n in zip(x.tokens, x.labels.tolist(), strict=True):
+                    assert torch.equal(row[:n], tokens[lengths.index(n), :n])
 
 
 # --------------------------------------------------------------------------------------------------------- the stage
@@ -479,7 +315,7 @@ def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):
 def test_resume_is_the_uninterrupted_run_bit_for_bit(scratch, stop):
     encoder.main(small(name="whole"))
 
-    class Stop(encoder.Interrupt):
+    class Stop(runs.Interrupt):
         asked_at = 0
 
         def __bool__(self):
@@ -487,7 +323,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(scratch, stop):
             return Stop.asked_at == stop + 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "Interrupt", Stop)
+        patch.setattr(runs, "Interrupt", Stop)
         with pytest.raises(SystemExit):
             encoder.main(small(name="parts"))
     encoder.main(small(name="parts", resume=True))
@@ -520,11 +356,13 @@ def test_two_processes_are_one(scratch):
 
 def test_more_processes_than_validation_windows(scratch, monkeypatch):
     """Rank 1 of two has no window of a stream that holds one; it counts nothing, instead of falling over."""
-    model, stream = tiny(), np.arange(40, dtype=np.uint16)
+    windows = validation_windows(np.arange(40, dtype=np.uint16), 16, most=1)
+    assert windows.shape == (1, 16)
+    tokens, chosen = torch.from_numpy(windows), torch.arange(16)[None] % 3 == 0
+    batch = TextBatch(torch.where(chosen, 1, tokens), torch.ones_like(chosen), tokens, chosen)
     monkeypatch.setattr(Dist, "sum", lambda self, *values: values)
     one, first, second = (
-        encoder.validate_mlm(model, stream, 16, 1, 0, Dist(rank, world, torch.device("cpu")), 3, 0.4, most=1)
-        for rank, world in ((0, 1), (0, 2), (1, 2))
+        validate_mlm(tiny(), batch, Dist(rank, world, torch.device("cpu"))) for rank, world in ((0, 1), (0, 2), (1, 2))
     )
     assert (first, second) == (one, 0.0)
     assert one > 1
@@ -591,7 +429,8 @@ def test_a_run_starts_from_a_decoder(scratch):
 def test_bad_input_is_one_line(scratch, monkeypatch):
     for flags, words in [
         (["--steps=0"], ["steps is 0"]),
-        (["--mlm_rate=1"], ["--mlm_rate must be"]),
+        (["--mlm_rate=1"], ["mlm_rate is 1.0; it must be above 0 and below 1"]),
+        (["--token_dropout=1"], ["token_dropout is 1.0; it must be at least 0 and below 1"]),
         (["--data=nothing.csv"], ["no such file"]),
         (["--model.norm=batch"], ["norm 'batch' is not known"]),
         (["--model.n_class=1"], ["n_class is 1"]),

@@ -1,0 +1,71 @@
+"""What a classifier of texts is judged by: a confusion table, its surest mistakes, and a bag of words beside it."""
+
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from support.tables import text_table
+
+
+def confusion_table(confusion, names):
+    """confusion[i][j] texts of label i were taken for j; names of the labels, which are numbers beyond them."""
+    names = [*names, *map(str, range(len(names), len(confusion)))]
+    counts = [[name, *(f"{count:,}" for count in row)] for name, row in zip(names, confusion, strict=True)]
+    return text_table([["", *(f"taken for {name}" for name in names)], *counts])
+
+
+def write_mistakes(run_path, reviews, probabilities, names, most=20):
+    """The surest wrong answers into samples.md: reviews with .text and .label, probabilities (N, n_class)."""
+    names = [*names, *map(str, range(len(names), probabilities.shape[1]))]
+    sure, answers = probabilities.amax(-1).tolist(), probabilities.argmax(-1).tolist()
+    wrong = [(sure[i], i) for i, review in enumerate(reviews) if answers[i] != review.label]
+    with (run_path / "samples.md").open("w") as file:
+        for p, i in sorted(wrong, reverse=True)[:most]:
+            answer, truth = names[answers[i]], names[reviews[i].label]
+            file.write(f"**{answer} with {p:.0%}, but it is {truth}**\n\n> {reviews[i].text[:500]}\n\n")
+
+
+def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)):
+    """Logistic regression on which words occur -> {"accuracy" on test, "valid", "strength", "weights" by word}.
+
+    p(positive) = σ(b + Σ_{words of the text} w), minimising mean log-loss + λ/2 ‖w‖² by quasi-Newton steps (L-BFGS).
+    λ is the one of `strengths` with the best validation accuracy. A word is a run of letters, digits and apostrophes,
+    or one other character, in lower case.
+    """
+    parts = (train, valid, test)
+    texts = [[sorted(set(re.findall(r"[\w']+|[^\w\s]", r.text.lower()))) for r in part] for part in parts]
+    words = sorted({word for text in texts[0] for word in text})
+    number = {word: i for i, word in enumerate(words)}
+
+    def bags(part):  # all word numbers in one row, and where each text begins
+        rows = [[number[word] for word in text if word in number] for text in part]
+        starts = np.cumsum([0] + [len(row) for row in rows])[:-1]
+        return torch.tensor([i for row in rows for i in row], dtype=torch.long), torch.from_numpy(starts)
+
+    X = [bags(part) for part in texts]
+    y = [torch.tensor([r.label for r in part], dtype=torch.float64) for part in parts]
+    w = torch.zeros(len(words), 1, dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+
+    def scores(numbers, starts):  # (texts,)
+        return F.embedding_bag(numbers, w, starts, mode="sum").squeeze(1) + b
+
+    best = {"valid": -1.0}
+    for strength in sorted(strengths, reverse=True):  # from stiff to loose: each starts where the last one ended
+        optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure(strength=strength, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(scores(*X[0]), y[0]) + strength / 2 * w.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            right = [((scores(*x) > 0) == (t > 0)).double().mean().item() for x, t in zip(X, y, strict=True)]
+        if right[1] > best["valid"]:
+            weights = dict(zip(words, w.detach().squeeze(1).tolist(), strict=True))
+            best = {"accuracy": right[2], "valid": right[1], "strength": strength, "weights": weights}
+    return best

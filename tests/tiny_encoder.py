@@ -1,0 +1,26 @@
+"""A small encoder whose every part counts, and three texts of different lengths."""
+
+import torch
+
+TINY = dict(vocab_size=61, context=20, n_layer=3, n_head=4, n_kv_head=2, width=24)
+BERT_SIZES = TINY | dict(n_kv_head=4, ffn_width=40)
+
+
+def shaken(model, seed=1):
+    """Gains, biases and heads that are not where they started."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def rows(seed=2):
+    """Three texts of 11, 7 and 1 tokens, with types: tokens, real, types (3, 11)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 61, (3, 11), generator=generator)
+    return (
+        tokens,
+        torch.arange(11) < torch.tensor([[11], [7], [1]]),
+        torch.arange(11) // 4 % 2 * torch.ones(3, 1).long(),
+    )

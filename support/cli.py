@@ -1,7 +1,5 @@
 """A Config dataclass from flags and YAML; what the user can mend comes out as one line and exit status 2."""
 
-import importlib.util
-import math
 import os
 import re
 import sys
@@ -61,24 +59,3 @@ def run_script(main, cls, description=None):
 
 
 run = run_script
-
-
-def check_positive(config, *names):
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1")
-
-
-def check_rates(config):
-    """What every stage has: raises ConfigError on values that an optimizer or a generator would refuse."""
-    for name in ("lr", "weight_decay", "warmup", "clip", "seed"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 0")
-    if config.seed >= 2**32:
-        raise ConfigError(f"--seed is {config.seed}; it must be below 2^32, which is {2**32}")
-    if config.optimizer not in ("adamw", "muon"):
-        raise ConfigError(f"--optimizer {config.optimizer!r} is not known; use adamw or muon")
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--wandb needs a package that is not here: pip install wandb")
-    if not 0 <= getattr(config, "dropout", 0.0) < 1:
-        raise ConfigError(f"--dropout is {config.dropout}; it must be at least 0 and below 1")

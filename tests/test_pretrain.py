@@ -18,7 +18,7 @@ from tiny import MODEL, TEXT, config, flags
 import pretrain
 import transformer
 from pretrain import next_token_loss, validate, validation_rows
-from support import cli, devices, runs, streams
+from support import devices, runs, streams
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, TokenizerError
 from transformer import Transformer, TransformerConfig
@@ -270,7 +270,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
     ],
 )
 def test_bad_settings(here, changes, message, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)  # wandb is not there
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)  # wandb is not there
     (here / "odd.txt").write_text(TEXT + "ß")  # the ß is in the validation part alone
     earlier = here / "runs/pretrain/metrics.jsonl"
     earlier.parent.mkdir(parents=True)

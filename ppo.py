@@ -5,27 +5,28 @@ token, what the answer will get in the end; a token's advantage is by how much t
 
     r_t = −β (log π_old(y_t) − log π_ref(y_t)),   plus the score at the end token     a KL penalty on every token
     δ_t = r_t + γ V_{t+1} − V_t,                  V is 0 after the last token
-    A_t = δ_t + γλ A_{t+1}                        GAE, arXiv:1506.02438, Eq. 16; the returns are A + V
+    A_t = δ_t + γλ A_{t+1}                        GAE, arXiv:1506.02438, Eq. 16; the returns are G = A + V
     policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)    ρ_t = exp(log π_θ(y_t) − log π_old(y_t)); masked mean
-    value   ½ max((V − R)², (clip(V, V_old ± ε_v) − R)²)
+    value   ½ max((V − G)², (clip(V, V_old ± ε_v) − G)²)
     β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon)     if a target is given, arXiv:1909.08593; KL per answer
 
 V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. λ = 1 is the return minus the guess
 (unbiased, noisy), λ = 0 believes the next guess.
 
-One step, for N prompts:
+One step, for N prompts (main has the same steps):
 
-    answers    = sample(policy, prompts, n=R)              ids, mask, old_logprobs                          (N·R, T)
-    scores     = reward_model(prompts, answers)            one number per answer, less a fine without an end  (N, R)
-    final      = win_rates(scores)                         or less_baseline(scores)                           (N, R)
-    V_old      = values(answers)                           no gradient                                      (N·R, T)
-    r          = −β (old_logprobs − ref_logprobs)          and + final at each answer's last token          (N·R, T)
-    A, returns = gae(r, V_old)                             then A is whitened over all tokens of the step   (N·R, T)
-    for minibatch in split(answers):
-        logprobs, V = actor_critic(minibatch)              one forward pass, with gradient                    (b, T)
-        loss = ppo_policy_loss(logprobs, old_logprobs, A) + c · value_loss(V, V_old, returns)
-        stop here if KL(π_old ‖ π) is above stop_kl
-        backward, clip the gradient's norm (the policy's and the values' apart), optimizer steps
+    answers  = sample(prompts, n=R)                    (N·R, T), with their log π_old                     1. ask
+    scores   = reward_model(answers)                   (N, R), less a fine where the end is missing
+    final    = win_rates(scores)                       (N, R), or less_baseline(scores)
+    V_old    = values(answers)                         (N·R, T), no gradient                              2. advantages
+    r        = −β (log π_old − log π_ref)              (N·R, T), plus final at the answers' last tokens
+    A, G     = gae(r, V_old)                           (N·R, T); then A is whitened
+    for minibatch in answers:                          an optimizer step each                             3. update
+        logprobs, V = actor_critic(minibatch)          (b, T), with gradient, from one forward pass
+        loss = ppo_policy_loss(logprobs, log π_old, A, mask) + c · value_loss(V, V_old, G, mask)
+        leave if KL(π_old ‖ π) is above stop_kl
+        backward, clip the policy's and the values' gradient, step
+    log, every so often answer held-out problems                                                          4. look
 
 What the defaults run: 16 prompts × 8 answers, β = 0.05, λ = 1, ε = ε_v = 0.2, rewards by `--baseline wins`, values from
 the policy's own trunk, and one optimizer step per batch of rollouts: there ρ is 1 and no clip acts, which takes
@@ -46,8 +47,8 @@ What keeps a run alive, each by a flag:
 Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ is 1 (in bf16
 near 1: the sampler and the loss round differently).
 
-Unlike other codes, the prompt's other answers are a baseline here before the values are, and `whiten` divides by n, not
-n − 1.
+Unlike elsewhere, the prompt's other answers are a baseline here before the values are, and `whiten` divides by n and
+not by n − 1.
 
 The reward model is a proxy and PPO will find where it errs. So each step also logs `correct`, the verifier's judgement
 of the same answers, of which the training sees nothing: a score that rises while `correct` falls is over-optimisation.
@@ -131,7 +132,8 @@ def win_rates(scores):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """-> advantages, returns, both 0 outside the mask. values[:, t] is V before token t is known."""
+    """Eq. 16 of arXiv:1506.02438 -> advantages, returns, both 0 outside the mask. values[:, t] is V before token t is
+    known."""
     mask = mask.to(values.dtype)
     advantages, carry = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     following = torch.zeros_like(carry)  # V_{t+1}, 0 after the last token
@@ -155,8 +157,8 @@ def whiten(x, mask, dist=None, eps=1e-8):
 
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tokens=None):
-    """-> (loss, metrics). n_tokens: of the whole optimizer step, over micro-batches and ranks; default: of this batch.
-    Metrics are means over this batch's tokens."""
+    """Eq. 7 of arXiv:1707.06347, to be minimised -> (loss, metrics). n_tokens: of the whole optimizer step, over
+    micro-batches and ranks; default: of this batch. Metrics are means over this batch's tokens."""
     # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
     real = mask.bool()
     logprobs, old_logprobs, advantages = (torch.where(real, x, 0.0) for x in (logprobs, old_logprobs, advantages))
@@ -474,7 +476,7 @@ def main(config):
         right = [is_correct(text, batch.problems[k // R]) for k, text in enumerate(batch.texts)]  # logged, never paid
         sampled = time.perf_counter()
 
-        # 2. what each token was worth: values, rewards with the KL penalty, advantages
+        # 2. values, rewards with the KL penalty, and from both the advantages
         groups = shuffled_groups(step, slots, config)  # of each minibatch
         minibatches = minibatches_of(batch, groups, None, mask, config.micro_batch, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]

@@ -121,7 +121,7 @@ def test_lambda_0_is_the_td_error_and_lambda_1_the_return_minus_the_value():
     torch.testing.assert_close(gae(rewards, values, mask, 1.0, 1.0)[0][0], to_go - values[0])
 
 
-def test_what_stands_behind_the_end_is_never_used():
+def test_what_stands_after_the_end_is_never_used():
     rewards, values, _, mask = (x.detach() for x in batch())
     wild = gae(rewards.masked_fill(~mask, 1e9), values.masked_fill(~mask, -1e9), mask)
     for a, b in zip(wild, gae(rewards, values, mask), strict=True):

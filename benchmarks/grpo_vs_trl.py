@@ -40,6 +40,7 @@ import torch
 
 import grpo
 from data import encode_prompt, load_problems
+from support import rollouts, runs
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -82,16 +83,18 @@ def phases(began, ended, generating, scoring):
 def ours(steps, beta, problems, device, dtype):
     """grpo.main, as it is; only timed. -> {phase: seconds} of each step but the first."""
     marks = {name: [] for name in ("generate", "score", "reference_logprobs", "rows_at")}
-    ends, before = [], {name: getattr(grpo, name) for name in (*marks, "Log", "load_problems", "draw_curves")}
+    rooms = {"generate": rollouts, "rows_at": rollouts, "score": grpo, "reference_logprobs": grpo, "Log": runs}
+    rooms |= {"load_problems": grpo, "draw_curves": grpo}  # where each is called by its name
+    ends, before = [], {name: getattr(room, name) for name, room in rooms.items()}
 
-    class Log(grpo.Log):
+    class Log(runs.Log):
         def __call__(self, step, **record):
             ends.append(now(device))
             super().__call__(step, **record)
 
     for name, times in marks.items():
-        setattr(grpo, name, timed(before[name], times, device))
-    grpo.Log, grpo.draw_curves = Log, lambda *_: None
+        setattr(rooms[name], name, timed(before[name], times, device))
+    runs.Log, grpo.draw_curves = Log, lambda *_: None
     grpo.load_problems = lambda name, split, n, levels: problems[:n]
     grpo.REWARDS["correct"] = lambda texts, problems, ended: [reward(text) for text in texts]
     try:
@@ -102,7 +105,7 @@ def ours(steps, beta, problems, device, dtype):
         grpo.main(grpo.Config(init="start", steps=steps + 2, beta=beta, device=device, dtype=dtype, **few, **sizes))
     finally:
         for name, function in before.items():
-            setattr(grpo, name, function)
+            setattr(rooms[name], name, function)
     begins = [began for began, _ in marks["rows_at"]]  # the first thing that a step does
     scoring = marks["score"] + marks["reference_logprobs"]
     steps = zip(begins, ends[1:], strict=True)  # the first record is the evaluation before

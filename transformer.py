@@ -316,7 +316,6 @@ class Transformer(nn.Module):
         targets=None,
         temperature=1.0,
         counted=None,
-        log_z=False,
         last_only=False,
         with_states=False,
     ):
@@ -330,15 +329,14 @@ class Transformer(nn.Module):
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
         counted: with targets, boolean (B, T): only there, and 0 elsewhere. A loss on the answers alone then leaves out
             the prompts' share of the output matrix, with a large vocabulary a good part of a step.
-        log_z: with targets, the pair of that and log Z, the logsumexp of the logits, (2, B, T) in fp32.
         last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
         with_states: the pair of what comes back otherwise and `hidden`'s states (B, T, C), for a head beside this one.
         """
         x = self.hidden(tokens, positions, mask, cache, last_only)  # (B, T, C)
         if targets is None:
             out = F.linear(x, self.output)  # (B, T, V)
-        else:  # log_softmax(out / temperature)[targets], (B, T) or (2, B, T)
-            out = target_logprobs(x, self.output, targets, temperature, counted=counted, log_z=log_z)
+        else:  # log_softmax(out / temperature)[targets]
+            out = target_logprobs(x, self.output, targets, temperature, counted=counted)  # (B, T)
         return (out, x) if with_states else out
 
     def make_cache(self, batch, max_len):

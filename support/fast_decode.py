@@ -1,4 +1,4 @@
-"""One decoding step with fewer, larger operations, and the CUDA graph."""
+"""One decoding step with fewer, larger operations, and the CUDA graph; and who may use it."""
 
 import re
 
@@ -50,6 +50,46 @@ def add_product(x, h, weight):
         x.addmm_(h, weight)
     else:
         x.add_(h @ weight)
+
+
+class Decoder:
+    """Rows that go on after their prompts: a token of each, (B,) -> the logits of the next, (B, V). By StaticStep or
+    DecodeStep if the model is one that they compute, else by the model itself."""
+
+    def __init__(self, model, cache, position, visible=None, static=False):
+        """cache: filled from the prompts, with room for what is to come. position: of the last token read, (B,), or
+        (1,) if all rows share it. visible (B, slots) bool: which slots of the cache hold, or will hold, real tokens;
+        None = all, if no row is padded. static: by StaticStep."""
+        self.model, self.cache, self.position, self.visible = model, cache, position, visible
+        self.step = DecodeStep(model, cache) if DecodeStep.fits(model, cache) else None
+        self.static = None
+        if static and self.step is not None:
+            self.make_static()
+        # The share of rows that may be left when the others leave the batch: copying the survivors costs about a step,
+        # recording a graph for them about four.
+        self.patience = 0.75 if self.static is None else 0.5
+
+    def make_static(self):
+        rows, slots = self.cache.store.shape[2], self.cache.store.shape[4]
+        visible = self.position.new_ones(rows, slots, dtype=torch.bool) if self.visible is None else self.visible
+        self.static = StaticStep(self.step, visible)
+
+    def keep(self, rows):
+        """Drop all but the rows of this index."""
+        self.cache.keep(rows)
+        if self.visible is not None:
+            self.position, self.visible = self.position[rows], self.visible[rows]
+        if self.static is not None:
+            self.make_static()
+
+    def __call__(self, token):
+        self.position = self.position + 1
+        if self.static is not None:
+            return self.static(token, self.position)
+        shown = None if self.visible is None else self.visible[:, : self.cache.length + 1]
+        if self.step is not None:
+            return self.step(token, self.position, shown)
+        return self.model(token[:, None], self.position[:, None], shown, self.cache)[:, -1]
 
 
 class DecodeStep:

@@ -459,7 +459,7 @@ def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", ".nan"], "temperature is nan"),
         (["--temperature", "1e-39"], "at least 1e-5"),
-        (["--seed", str(2**64)], "below 2^32"),
+        (["--seed", str(2**64)], "which is 2^32"),
         (["--top_k", "0"], "top_k is 0"),
         (["--top_p", "1.5"], "top_p is 1.5"),
         (["--max_new_tokens", "-3"], "max_new_tokens is -3"),

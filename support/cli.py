@@ -56,6 +56,3 @@ def run_script(main, cls, description=None):
         os._exit(status)
     if status:
         sys.exit(status)
-
-
-run = run_script

@@ -250,7 +250,16 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width, n_head, n_kv_head=None, head_dim=None, bias=False, qk_norm=False, eps=1e-6, window=None, sinks=0
+        self,
+        width,
+        n_head,
+        n_kv_head=None,
+        head_dim=None,
+        bias=False,
+        qk_norm=False,
+        eps=1e-6,
+        window=None,
+        sinks=0,
     ):
         super().__init__()
         self.n_head, self.n_kv_head = n_head, n_kv_head or n_head

@@ -69,7 +69,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, TASKS, encode_group, encode_prompt, has_verifier, load_pairs, load_problems, rows_at
-from evaluate import before_and_after, evaluate, logged, metric_panels, sampled_kl, wilson
+from evaluate import add_figures, before_and_after, evaluate, logged, metric_panels, sampled_kl, wilson
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
@@ -112,7 +112,7 @@ def simpo_loss(u, v, beta, gamma=0.0):
 @dataclass(frozen=True)
 class Variant:
     """A preference loss and what it compares. A new one is its function and a row of VARIANTS; a setting of its own is
-    an argument of the function, named in the row, and a field of Config."""
+    an argument of the function, named in the row, and a field of Config, whose default is the one that a run has."""
 
     loss: Callable  # (u, v, beta, the settings by name) -> (B,)
     reference: bool = True  # u, v are log π − log π_ref; else log π alone
@@ -441,7 +441,7 @@ def main(config):
             record["kl"] = kl_to_start(policy, start, pairs, tokenizer, config, dist)
             shown = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
             if problems:
-                record |= logged(result)
+                add_figures(record, logged(result))
                 shown["accuracy"] = f"{result['accuracy']:.1%}"
             run.keep_best(record["valid_loss"])
         run.log(step + 1, **record)

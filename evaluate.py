@@ -318,6 +318,13 @@ def logged(result, *also):
     return {name: result[name] for name in selected(also, ())}
 
 
+def add_figures(record, figures):
+    """Put a stage's held-out figures into the record of a step. ConfigError on a name that the record has already."""
+    if clash := record.keys() & figures.keys():
+        raise ConfigError(f"{min(clash)!r} of evaluate.METRICS is a figure that this stage logs already: rename it")
+    record |= figures
+
+
 def metric_panels(*also, without=()):
     """A panel of curves.png for each of them (see `support.plots.draw_curves`)."""
     return [(m.label, {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]

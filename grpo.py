@@ -84,6 +84,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
 from evaluate import (
+    add_figures,
     before_and_after,
     evaluate,
     evaluate_samples,
@@ -564,7 +565,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
         if run.due(config.eval_every):
             shown, chosen_by = validate(policy, tokenizer, problems, functions, weights, config, dist)
-            record |= shown
+            add_figures(record, shown)
             run.keep_best(chosen_by)
             if shown["accuracy"] < run.state.start["accuracy"] - 0.1 and not warned:
                 warned = True

@@ -77,7 +77,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reward_model
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
-from evaluate import before_and_after, evaluate, is_correct, kl_estimate, logged, metric_panels
+from evaluate import add_figures, before_and_after, evaluate, is_correct, kl_estimate, logged, metric_panels
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import RewardModel, open_reward_model, score_groups
@@ -543,7 +543,7 @@ def main(config):
             run.state.beta = adapt_beta(run.state.beta, kl, config.kl_target, n_answers, config.kl_horizon)
         if run.due(config.eval_every):
             shown = logged(held_out(policy, tokenizer, problems["valid"], config, dist))
-            record |= shown
+            add_figures(record, shown)
             run.keep_best(shown["accuracy"] if checked else step + 1)  # without answers to check, the latest
         run.log(step + 1, **record)
         if dist.is_main and (step == 0 or (step + 1) % config.sample_every == 0):

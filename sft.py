@@ -63,7 +63,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pretrain
 from attention import document_mask
 from data import DEFAULT_TASK, chat, encode_prompt, load_problems, rows_at, task_of
-from evaluate import METRICS, evaluate, evaluate_samples, logged, metric_panels, token_f1
+from evaluate import METRICS, add_figures, evaluate, evaluate_samples, logged, metric_panels, token_f1
 from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
@@ -368,7 +368,7 @@ def main(config):
         if run.due(config.eval_every):
             with merged(policy):  # adapters, if any, folded in: as fast as without
                 result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
-            record |= logged(result, "f1", "length")
+            add_figures(record, logged(result, "f1", "length"))
             run.say(f"step {step + 1}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
             write_samples(run.log, step + 1, result["samples"][:3])
             run.keep_best(result[metric])

@@ -60,9 +60,10 @@ from support.logprobs import target_logprobs
 class TransformerConfig:
     """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores.
 
-    A new field, here or in a subclass, needs nothing more to be right: until it is declared as one that they compute,
-    the fast decoding step (support/fast_decode.py) leaves the model to itself, and a checkpoint is in our own layout
-    rather than in one of transformers' (support/hf.py).
+    A new field, here or in a subclass, needs nothing more to be right: until it is declared, the fast decoding step
+    (support/fast_decode.py) leaves every model to itself, and every checkpoint is in our own layout rather than in one
+    of transformers'. For a switch, declare in `support.hf.OFF` at which value it changes nothing: models without it are
+    then as before.
     """
 
     vocab_size: Count = 512  # V; the training scripts take it from the tokenizer
@@ -209,7 +210,8 @@ class Block(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         c, heads = config, (config.n_head, config.n_kv_head, config.head_dim)
-        self.attn = Attention(c.width, *heads, c.qkv_bias, c.qk_norm, c.norm_eps, window=c.window, sinks=c.sinks)
+        extras = dict(qk_norm=c.qk_norm, eps=c.norm_eps, window=c.window, sinks=c.sinks)
+        self.attn = Attention(c.width, *heads, c.qkv_bias, **extras)
         if c.bias != c.qkv_bias:
             self.attn.wo = nn.Linear(c.n_head * c.head_dim, c.width, bias=c.bias)
         mixture = c.n_expert > 0 and (layer + 1) % c.moe_every == 0

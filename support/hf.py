@@ -24,6 +24,9 @@ from support.errors import CheckpointError
 # Several of ours under one name are stacked there: GPT-2 keeps queries, keys and values in one matrix. What no table
 # declares, a field or a tensor, no class of transformers computes: such a model is saved in our own layout.
 
+# Additions to the architecture, each at the value at which it adds nothing. What cannot compute them asks for these:
+# every layout here that has no key for one, BERT's, and the fast decoding step. A new switch is one more entry.
+OFF = {"window": None, "sinks": 0, "n_expert": 0}
 TRAINING_ONLY = ("dropout", "capacity_factor")
 MIXTURE_ONLY = ("n_expert_active", "expert_width", "n_shared_expert", "moe_every", "norm_topk_prob", "routed_scale")
 MIXTURE_ONLY += ("balancing",)
@@ -68,7 +71,7 @@ def llama_like(architecture, keys=(), names=(), means=(), fixed=(), left_out=())
         "tie_embeddings": "tie_word_embeddings",
     } | dict(keys)
     common = dict(norm="rms", norm_placement="pre", positions="rope", activation="swiglu", bias=False, qkv_bias=False)
-    common |= dict(qk_norm=False, window=None, sinks=0, n_expert=0) | dict(means)
+    common |= dict(qk_norm=False) | OFF | dict(means)
     common = {field: value for field, value in common.items() if field not in keys}
     fixed = {"hidden_act": "silu"} | dict(fixed)
     left = dict(rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, head_dim=None, tie_word_embeddings=False)
@@ -105,7 +108,8 @@ LAYOUTS = {
         dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", width="n_embd")
         | dict(ffn_width="n_inner", norm_eps="layer_norm_epsilon"),
         dict(norm="layer", norm_placement="pre", positions="learned", activation="gelu", bias=True, qkv_bias=True)
-        | dict(qk_norm=False, window=None, sinks=0, n_expert=0, tie_embeddings=True),
+        | dict(qk_norm=False, tie_embeddings=True)
+        | OFF,
         dict(activation_function="gelu_new", tie_word_embeddings=True, scale_attn_weights=True)
         | dict(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         dict(n_inner=None, layer_norm_epsilon=1e-5),

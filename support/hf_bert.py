@@ -9,7 +9,7 @@ import torch
 
 from support.checks import only_declared
 from support.errors import CheckpointError
-from support.hf import MIXTURE_ONLY, NOT_OURS, TRAINING_ONLY, Layout, open_safetensors, to_layout, write_checkpoint
+from support.hf import MIXTURE_ONLY, NOT_OURS, OFF, TRAINING_ONLY, Layout, open_safetensors, to_layout, write_checkpoint
 
 OWN = "attention_to_alignment_encoder"  # the model_type of what BERT does not compute
 
@@ -43,7 +43,7 @@ BERT = Layout(
     | dict(norm_eps="layer_norm_eps", n_type="type_vocab_size", n_class="num_labels"),
     means=dict(norm="layer", norm_placement="post", positions="learned", activation="gelu", exact_gelu=True)
     | dict(bias=True, qkv_bias=True, qk_norm=False, embed_norm=True, pooler=True, tie_embeddings=True)
-    | dict(window=None, sinks=0, n_expert=0),
+    | OFF,
     fixed=dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False),
     left_out={},
     no_matter=(*TRAINING_ONLY, *MIXTURE_ONLY, "rope_theta", "rope_scaling", "n_kv_head", "head_dim"),  # heads: is_bert

@@ -21,11 +21,11 @@ class GatedAttention(Attention):
 
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
-        self.gate = nn.Linear(args[0], args[0], bias=False)
+        self.planted = nn.Linear(args[0], args[0], bias=False)
 
     def forward(self, x, *more):
         out = super().forward(x, *more)
-        return out * torch.sigmoid(self.gate(x[:, -out.shape[1] :]))
+        return out * torch.sigmoid(self.planted(x[:, -out.shape[1] :]))
 
 
 class GatedTransformer(Transformer):

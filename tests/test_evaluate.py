@@ -39,6 +39,7 @@ from lora import LoraConfig, add_lora
 from support import devices
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
+from support.errors import ConfigError
 from support.splits import split_of
 from support.tables import file_name, markdown_table, metric_rows, text_table
 from tokenizer_bpe import BPETokenizer
@@ -546,3 +547,12 @@ def test_without_arguments_it_works_by_hand(here):
 def test_names_of_folders():
     assert file_name("runs/sft", "a/b/c.jsonl", "test") == "sft-b_c.jsonl-test"
     assert file_name("Qwen/Qwen3-0.6B", "/x/y/last/") == "Qwen_Qwen3_0.6B-y_last"
+
+
+def test_a_metric_cannot_take_the_name_of_a_stages_own_figure():
+    record = {"loss": 1.0, "entropy": 2.0}
+    evaluation.add_figures(record, {"accuracy": 0.5})
+    assert record == {"loss": 1.0, "entropy": 2.0, "accuracy": 0.5}
+    with pytest.raises(ConfigError, match="'entropy' of evaluate.METRICS is"):
+        evaluation.add_figures(record, {"entropy": 777.0})
+    assert record["entropy"] == 2.0

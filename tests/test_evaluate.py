@@ -553,6 +553,6 @@ def test_a_metric_cannot_take_the_name_of_a_stages_own_figure():
     record = {"loss": 1.0, "entropy": 2.0}
     evaluation.add_figures(record, {"accuracy": 0.5})
     assert record == {"loss": 1.0, "entropy": 2.0, "accuracy": 0.5}
-    with pytest.raises(ConfigError, match="'entropy' of evaluate.METRICS is"):
+    with pytest.raises(ConfigError, match="'entropy' of evaluate"):
         evaluation.add_figures(record, {"entropy": 777.0})
     assert record["entropy"] == 2.0

@@ -96,13 +96,13 @@ class DecodeStep:
     """Transformer.forward for one new token per row: token (B,), position (B,) or (1,) -> logits (B, V).
 
     For RMSNorm, SwiGLU and RoPE (Llama, Qwen). Fewer and larger operations: the three products of q, k and v become
-    one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied into the matrices after
-    them beforehand, those of q and k into the tables of RoPE; keys and values are written at once; keys of one head
-    meet all queries that share them in one batched product. In fp32 the matrices for 4 rows and more lie transposed,
-    (in, out), and the output matrix always: of 4 to 32 rows x @ W of such a W takes two thirds to four fifths of the
-    time of x @ weight.T (MKL, 2 cores), while in bf16 (oneDNN) it takes up to a fifth longer. Built anew by each
-    `generate`, in about the time of a few steps, because the weights may have changed since: a second copy of them, in
-    the dtype of autocast, where that is on. Attention computes in the dtype of the cache.
+    one, those of gate and up too; the gains of the norms, their √C and 1/√D are multiplied beforehand into the matrices
+    that read them, those of q and k into the tables of RoPE; keys and values are written at once; keys of one head meet
+    all queries that share them in one batched product. In fp32 the matrices for 4 rows and more lie transposed, (in,
+    out), and the output matrix always: of 4 to 32 rows x @ W of such a W takes two thirds to four fifths of the time of
+    x @ weight.T (MKL, 2 cores), while in bf16 (oneDNN) it takes up to a fifth longer. Built anew by each `generate`, in
+    about the time of a few steps, because the weights may have changed since: a second copy of them, in the dtype of
+    autocast, where that is on. Attention computes in the dtype of the cache.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ SIZES = {"vocab_size": 40, "context": 48, "n_layer": 2, "n_head": 4, "n_kv_head"
 
 @dataclass
 class GatedConfig(TransformerConfig):
-    gate: bool = True
+    planted_gate: bool = True
 
 
 class GatedAttention(Attention):
@@ -34,20 +34,20 @@ class GatedTransformer(Transformer):
     def __init__(self, config):
         super().__init__(config)
         c = self.config
-        for block in self.blocks if c.gate else ():
+        for block in self.blocks if c.planted_gate else ():
             block.attn = GatedAttention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, c.qk_norm, c.norm_eps)
 
 
 @dataclass
 class ScaledConfig(TransformerConfig):
-    logit_scale: float = 0.5
+    planted_scale: float = 0.5
 
 
 class ScaledTransformer(Transformer):
     config_class = ScaledConfig
 
     def hidden(self, *inputs, **more):
-        return super().hidden(*inputs, **more) * self.config.logit_scale
+        return super().hidden(*inputs, **more) * self.config.planted_scale
 
 
 def randomised(raw):

@@ -417,7 +417,7 @@ def test_a_field_that_no_layout_declares(build, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "off"), [(GatedTransformer, {"gate": False}), (ScaledTransformer, {"logit_scale": 1})]
+    ("kind", "off"), [(GatedTransformer, {"planted_gate": False}), (ScaledTransformer, {"planted_scale": 1})]
 )
 def test_what_an_undeclared_field_may_mean_is_nobodys_guess(kind, off):
     assert layout_of(TransformerConfig(**SIZES)) == "qwen3"
@@ -426,10 +426,10 @@ def test_what_an_undeclared_field_may_mean_is_nobodys_guess(kind, off):
 
 def test_a_tensor_that_no_layout_knows(tmp_path):
     ours = randomised(Transformer(TransformerConfig(**SIZES)))
-    ours.blocks[1].attn.gate = nn.Linear(32, 32)
+    ours.blocks[1].attn.planted = nn.Linear(32, 32)
     ours.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "attention_to_alignment"
-    with pytest.raises(CheckpointError, match=r"hold 'blocks.1.attn.gate.bias'"):
+    with pytest.raises(CheckpointError, match=r"hold 'blocks.1.attn.planted.bias'"):
         Transformer.from_pretrained(tmp_path)
 
 
@@ -442,7 +442,7 @@ def test_a_reward_model_with_a_field_of_its_own(tmp_path):
     ours.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "attention_to_alignment"
     assert torch.equal(GatedReward.from_pretrained(tmp_path).eval()(TOKENS), ours(TOKENS))
-    with pytest.raises(CheckpointError, match=r"gate = True is no field of TransformerConfig$"):
+    with pytest.raises(CheckpointError, match=r"planted_gate = True is no field of TransformerConfig$"):
         RewardModel.from_pretrained(tmp_path)
 
 

@@ -107,21 +107,21 @@ def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
 
     @dataclass
     class GatedConfig(EncoderConfig):
-        gate: bool = False
+        planted_gate: bool = False
 
     class Gated(Encoder):
         config_class = GatedConfig
 
     model = Encoder(bert_config(**BERT_SIZES))
     gated = Gated(GatedConfig(**asdict(model.config)))
-    model.blocks[1].attn.gate = torch.nn.Linear(24, 24)
+    model.blocks[1].attn.planted = torch.nn.Linear(24, 24)
     for name, ours in (("tensor", model), ("field", gated)):
         ours.save_pretrained(tmp_path / name)
         assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == OWN
     assert Gated.from_pretrained(tmp_path / "field").config == gated.config
-    with pytest.raises(CheckpointError, match=r"gate = False is no field of EncoderConfig$"):
+    with pytest.raises(CheckpointError, match=r"planted_gate = False is no field of EncoderConfig$"):
         Encoder.from_pretrained(tmp_path / "field")
-    with pytest.raises(CheckpointError, match=r"hold 'blocks\.1\.attn\.gate\.bias'"):
+    with pytest.raises(CheckpointError, match=r"hold 'blocks\.1\.attn\.planted\.bias'"):
         Encoder.from_pretrained(tmp_path / "tensor")
 
 

@@ -326,7 +326,7 @@ class Config(RunConfig):
     clip_low: Amount = 0.2
     """Lower clip range of the ratio."""
     clip_high: Amount | None = None
-    """Upper clip range; default as the objective has it, 0.28 for dapo, else 0.2."""
+    """Upper clip range; default as the objective has it: above 0.2 for dapo."""
     beta: Amount = 0.0
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     kl: Literal["k1", "k2", "k3"] = "k3"

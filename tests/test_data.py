@@ -69,8 +69,8 @@ def test_bad_files(tmp_path, load):
     empty.write_text(" \n")
     latin.write_bytes(b"abc caf\xe9")
     for name, message in [
-        (tmp_path / "none.txt", "no such file, and not one of the known datasets word, gsm8k"),
-        ("gsm9k", "no such file, and not one of the known datasets word, gsm8k"),
+        (tmp_path / "none.txt", f"no such file, and not one of the known datasets {', '.join(data.TASKS)}, gsm8k"),
+        ("gsm9k", f"no such file, and not one of the known datasets {', '.join(data.TASKS)}, gsm8k"),
         (tmp_path, "is a folder"),
         (empty, "is empty"),
         (latin, "not UTF-8 (byte 7)"),

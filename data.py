@@ -29,7 +29,8 @@ two processes with batch b see what one sees with batch 2b.
 **A task of your own** is a generator and a row of TASKS. Every stage takes it by its name, pretrains and fine-tunes
 what it starts from on it, and judges answers by its verifier (tests/test_tasks.py has one):
 
-    def sums(split, n, levels, seed): ...          n tuples ("2 + 3?", "#### 5", "5"), no question in two splits
+    def sums(split, n, levels, seed): ...          in support/sums.py: at most n tuples ("2 + 3?", "#### 5", "5"), no
+                                                   question in two splits (support.splits.split_of says which)
     "sums": Task(problems=sums)                    python sft.py --data sums; python grpo.py --data sums
 
 Run: `python data.py` prints problems of each level, their wrong solutions and a narrative, and checks them.
@@ -119,8 +120,9 @@ def split_key(history: tuple[tuple[str, str], ...], question: str) -> str:
 class Task:
     """A task that every stage takes by its name in TASKS. Only `problems` is needed.
 
-    problems     (split, n, levels, seed) -> n different problems of a split, as tuples of Problem's first fields,
-                 (question, solution, answer) at least; no problem is in two splits. `levels` is --levels
+    problems     (split, n, levels, seed) -> at most n different problems of a split (fewer if it has no more), as
+                 tuples of Problem's first fields, (question, solution, answer) at least; no problem is in two splits.
+                 `levels` is --levels
     text         (split, n) -> n documents for pretraining; None: its problems, the question and the solution
     entropy      () -> nats per document of that text and their standard error, where they are known
     answer       text -> the answer that it commits to, or None

@@ -231,7 +231,7 @@ class Config(RunConfig):
     skip_bad: bool = False
     """Count and leave out records that cannot be used, instead of stopping at the first."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the built-in problems: 1 to 3 steps."""
+    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
     pairs: Literal["sampled", "offline"] | None = None
     """sampled (from the start, judged by the verifier) or offline; default sampled for word and gsm8k."""
     prompts: Count = 3000

@@ -403,7 +403,7 @@ class Config:
     split: Literal["test", "valid", "train"] = "test"
     """Choose on valid, and look at test once."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the built-in problems: 1 to 3 steps."""
+    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
     problems: Count | None = None
     """Use only so many; default all, 1,000 of the built-in ones."""
     instruction: str = ""

@@ -30,7 +30,7 @@ defaults take one such step per batch, with β = 0: the clip and the KL penalty 
 advantages of a group sum to zero. Watch the reward, the held-out accuracy, the KL and the length. What each option
 changes in the gradient:
 
-    --loss_type        the weight w_t of a token, and the settings that go with it (`OBJECTIVES`):
+    --loss_type        how a token is limited and weighed, and the settings that go with it (`OBJECTIVES`):
         grpo           1 / (completions · |y_i|): a mean per completion; long wrong ones are punished less per token
         dapo           1 / tokens of the step: every token counts the same (arXiv:2503.14476; ε_high = 0.28)
         dr_grpo        1 / (completions · longest): a constant, and no std: unbiased (arXiv:2503.20783)
@@ -166,8 +166,8 @@ def group_advantages(rewards, scale="group", baseline="mean"):
 def clip_surrogate(rho, A, logprobs, clip_low, clip_high):
     """PPO's limit on a token (Eq. 3): min(ρ A, clip(ρ) A), the pessimistic one of the two, for either sign of A.
 
-    rho, logprobs (B, T), A (B, 1) -> the objective of each token (B, T), to be maximised, and where the limit took the
-    gradient away, (B, T) bool.
+    rho, logprobs (B, T), A (B, 1) -> the objective of each token (B, T), to be maximised, and where the limit was at
+    work, (B, T) bool: the clip fraction.
     """
     plain, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     return torch.minimum(plain, clipped), clipped < plain
@@ -285,7 +285,7 @@ class Config(RunConfig):
     data: str = DEFAULT_TASK
     """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the built-in problems: 1 to 3 steps."""
+    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
     instruction: str = ""
     """Put after each question: how to answer, for a model that was not fine-tuned on this data."""
     init: str | None = None

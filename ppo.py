@@ -269,7 +269,7 @@ class Config(RunConfig):
     data: str = DEFAULT_TASK
     """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the built-in problems: 1 to 3 steps."""
+    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
     init: str | None = None
     """SFT checkpoint to start from, also the reference of the KL; default: made once under runs/start."""
     reward_model: str | None = None

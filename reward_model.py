@@ -440,7 +440,7 @@ class Config(RunConfig):
     """Of the built-in problems: corrupted solutions, sampled from --init and judged by the verifier, or both; default
     both, and sampled for a task that has no corruptions."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the built-in problems: 1 to 3 steps."""
+    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
     n_pairs: Count | None = None
     """Training pairs at most; default 12,000 corrupted ones, or all real ones."""
     kinds: list[str] | None = None

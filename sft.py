@@ -212,7 +212,7 @@ class Config(RunConfig):
     """Count and leave out records that cannot be used (a rating outside 1 to 5, an empty response), instead of stopping
     at the first."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the built-in problems: 1 to 3 steps."""
+    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
     demonstrations: Count | None = None
     """Use only so many training examples; default all."""
     init: str | None = None

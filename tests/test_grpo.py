@@ -320,7 +320,7 @@ def test_what_stands_outside_the_mask_cannot_matter():
         assert torch.autograd.grad(again, new)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", grpo.OBJECTIVES)
 def test_any_cut_gives_the_same_gradient(loss_type):
     new, old, ref, A, mask = batch()
     step = dict(n_completions=5, n_tokens=int(mask.sum()), max_length=7, ratio="sequence")
@@ -411,7 +411,7 @@ def test_the_first_step_is_reinforce_with_a_group_baseline(here, spied, loss_typ
     assert_same_gradient(spied["gradients"][0], expected)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", grpo.OBJECTIVES)
 def test_micro_batches_change_nothing(here, spied, loss_type):
     for size in (64, 3):
         grpo.main(config(steps=1, name=f"n{size}", micro_batch=size, loss_type=loss_type, beta=0.1))

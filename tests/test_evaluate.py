@@ -478,7 +478,7 @@ def test_two_processes_equal_one(here):
 @pytest.mark.parametrize("form", ["directory", "gguf"])
 def test_a_model_of_transformers(scratch, tokenizer, form):
     """What others wrote: a directory of transformers', or a GGUF file. The answers are those of transformers."""
-    from test_transformer import WIDE, AutoModelForCausalLM, Qwen2Config, write_gguf
+    from test_gguf import WIDE, AutoModelForCausalLM, Qwen2Config, write_gguf
 
     torch.manual_seed(0)
     sizes = WIDE | {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 200, "eos_token_id": 1}

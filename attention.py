@@ -132,7 +132,7 @@ class KVCache:
     """Keys and values of the tokens already seen, for all layers, in memory allocated once.
 
     Decoding token t needs the keys and values of 0 … t−1 and they never change, so they are kept: a step costs one
-    token's work instead of t's. `update` writes behind the `length` slots in use and returns views, never copies;
+    token's work instead of t's. `update` writes after the `length` slots in use and returns views, never copies;
     the model moves `length` once all layers have written.
     """
 

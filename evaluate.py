@@ -268,7 +268,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     mean over y ~ π_old becomes that over y ~ π, gradient included: k1 and k3 then have ∇KL(π ‖ π_ref).
     In the reward (--kl_in reward) the estimate is a number and not differentiated: the policy gradient does that, and
     there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion. It is taken off the advantages, less
-    its group's mean and behind any division by the std (verl and TRL's older trainers take it off the rewards).
+    its group's mean and after any division by the std (verl and TRL's older trainers take it off the rewards).
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":

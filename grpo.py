@@ -107,7 +107,7 @@ from support.devices import precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.plots import draw_curves
-from support.records import fitting
+from support.records import load_splits
 from support.rewards import load_reward, score
 from support.rollouts import Sampler, cut, minibatches_of, show_samples
 from support.runs import Run, RunConfig
@@ -122,7 +122,7 @@ ANSWER_LINE = re.compile(r"#### -?\$?[0-9,]*\.?[0-9]+")
 
 
 def correct(texts, problems, ended):
-    """1 if the number behind #### is the right one."""
+    """1 if the number after #### is the right one."""
     return [float(is_correct(text, problem)) for text, problem in zip(texts, problems, strict=True)]
 
 
@@ -420,22 +420,17 @@ def reference_logprobs(reference, policy, pieces, batch, config, autocast):
     return out
 
 
-def load_splits(config, tokenizer, context, dist):
-    """{"train", "valid", "test"}: the problems whose prompts leave room for an answer."""
-    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    splits = {}
-    for split, n in sizes.items():
-        problems = load_problems(config.data, split, n, tuple(config.levels))
-        if config.instruction:
-            problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
-        if config.correct_weight and (unanswered := sum(not p.answer for p in problems)):
-            raise ConfigError(
-                f"{unanswered} of {len(problems)} {split} problems of {config.data} have no answer after ####, so no "
-                "rollout can be right: leave them out, or give another --reward and --correct_weight 0"
-            )
-        lengths = [len(encode_prompt(tokenizer, p)) for p in problems]
-        splits[split] = fitting(problems, lengths, context - config.max_new_tokens, f"{split} prompt", dist)
-    return splits
+def load_questions(config, split, n):
+    """At most n problems of a split, with --instruction. ConfigError if a right answer is paid for that is unknown."""
+    problems = load_problems(config.data, split, n, tuple(config.levels))
+    if config.instruction:
+        problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
+    if config.correct_weight and (unanswered := sum(not p.answer for p in problems)):
+        raise ConfigError(
+            f"{unanswered} of {len(problems)} {split} problems of {config.data} have no answer after ####, so no "
+            "rollout can be right: leave them out, or give another --reward and --correct_weight 0"
+        )
+    return problems
 
 
 def reward_functions(config):
@@ -471,7 +466,10 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     adapters_off = config.lora.rank and not config.refresh_reference  # the reference: no second model in memory
     reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False)
     add_lora(policy, **asdict(config.lora), seed=config.seed)
-    problems, pad = load_splits(config, tokenizer, policy.config.context, dist), tokenizer.endoftext_id
+    room, pad = policy.config.context - config.max_new_tokens, tokenizer.endoftext_id
+    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
+    load = partial(load_questions, config)
+    problems = load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     kept = {"lora": LoraState(policy, init)} | ({"reference": reference} if config.refresh_reference else {})

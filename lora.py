@@ -182,7 +182,7 @@ def _replace(model, name, layer):
 def add_lora(model, rank, alpha, targets, dora=False, *, seed=0):
     """Freeze `model` and give each Linear that `targets` names an adapter, in place; returns the model.
 
-    targets: patterns of fnmatch; one counts where it matches a layer's name, or the end of it behind a dot. rank 0
+    targets: patterns of fnmatch; one counts where it matches a layer's name, or the end of it after a dot. rank 0
     changes nothing. The start values are those of `seed` on every rank; no random number of the caller's is used.
     Raises CheckpointError on a pattern that matches no Linear.
     """

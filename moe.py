@@ -149,7 +149,7 @@ def sparse_experts(x, index, weights, gate, up, down, keep=None, slices=slices_l
     if keep is not None:
         order = order[keep.flatten()[order]]
     counts = tally(queue[order], E)
-    if whole > 1:  # the added rows are the last token's, and bound for an entry behind all others
+    if whole > 1:  # the added rows are the last token's, and bound for an entry after all others
         parts = [F.pad(part, (0, -len(part) % whole), value=T * K) for part in order.split(counts.tolist())]
         order, counts = torch.cat(parts), torch.tensor([len(part) for part in parts])
     rows = slices(x.index_select(0, (order // K).clamp(max=T - 1)), counts, gate, up, down)  # (T·K or so, C)

@@ -69,6 +69,7 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -89,7 +90,7 @@ from support.devices import precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.plots import draw_curves
-from support.records import fitting
+from support.records import load_splits
 from support.rollouts import Sampler, minibatches_of, shuffled_groups
 from support.runs import Run, RunConfig, made_once, start_name
 from support.shared_prompt import shared_answer_logprobs
@@ -393,17 +394,6 @@ def open_models(config, init, path, dist):
     return actor_critic, reference.requires_grad_(False).eval(), judge.requires_grad_(False).eval(), tokenizer
 
 
-def load_splits(config, tokenizer, context, dist):
-    """{"train", "valid", "test"}: the problems whose prompts leave room for an answer."""
-    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    splits = {}
-    for split, n in sizes.items():
-        problems = load_problems(config.data, split, n, tuple(config.levels))
-        lengths = [len(encode_prompt(tokenizer, p)) for p in problems]
-        splits[split] = fitting(problems, lengths, context - config.max_new_tokens, f"{split} prompt", dist)
-    return splits
-
-
 @torch.no_grad()
 def values_and_reference(actor_critic, reference, pieces, batch, config, autocast):
     """Before the update: V and log π_ref of every token of the pieces' answers, each (n·R, T) and 0 elsewhere."""
@@ -436,7 +426,10 @@ def main(config):
     judge_path = config.reward_model or reward_start(config, init, dist)
     actor_critic, reference, judge, tokenizer = open_models(config, init, judge_path, dist)
     policy, pad = actor_critic.policy, tokenizer.endoftext_id
-    problems = load_splits(config, tokenizer, min(policy.config.context, judge.config.context), dist)
+    room = min(policy.config.context, judge.config.context) - config.max_new_tokens
+    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
+    load = partial(load_problems, config.data, levels=tuple(config.levels))
+    problems = load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     value_parameters = actor_critic.value_parameters()

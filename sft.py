@@ -257,7 +257,7 @@ class Config(RunConfig):
     """Low-rank adapters."""
 
 
-def load_splits(config, dist):
+def rated_splits(config, dist):
     """{"train", "valid", "test"}: problems; of rated responses those that weigh anything, or reach the threshold."""
     most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
     problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
@@ -303,7 +303,7 @@ def main(config):
     dist = setup(config.device)
     share = dist.share("batch", config.batch)  # examples of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
-    problems = load_splits(config, dist)
+    problems = rated_splits(config, dist)
     metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to check
     init = config.init or pretrained_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
@@ -414,7 +414,7 @@ def sweep(config):
     if config.resume and not any(saved_run(RUNS / name) for name in names.values()):
         raise ConfigError(f"--resume: {RUNS / config.name} holds no saved run of this sweep to continue")
     for lr, name in names.items():
-        resume = config.resume and saved_run(RUNS / name) is not None  # those behind the one that stopped are new
+        resume = config.resume and saved_run(RUNS / name) is not None  # those after the one that stopped are new
         try:
             results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
         except DivergedError as error:  # a rate that is too high is a result too

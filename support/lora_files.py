@@ -77,7 +77,7 @@ class LoraState:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# PEFT's files. Its names, behind "base_model.model.", are those of the model that it wraps.
+# PEFT's files. Its names, after "base_model.model.", are those of the model that it wraps.
 
 PEFT_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"

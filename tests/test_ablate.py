@@ -273,8 +273,8 @@ def test_a_stop_stops_all(how, tmp_path):
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        running, end = [], time.monotonic() + 120
-        while len(running) < 2 and time.monotonic() < end:
+        running, deadline = [], time.monotonic() + 400  # seconds; under high load the start takes minutes
+        while len(running) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
             running = list(tmp_path.glob("runs/ablate/norm-kind/*/run/metrics.jsonl"))
             running = [log for log in running if '"loss"' in log.read_text()]
@@ -282,11 +282,11 @@ def test_a_stop_stops_all(how, tmp_path):
             process.terminate()
         else:
             os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[0].decode()
+        output = process.communicate(timeout=240)[0].decode()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert said.endswith("stopped; the same command makes the runs that are missing\n")
+    assert output.endswith("stopped; the same command makes the runs that are missing\n")
     logs = [log.read_text() for log in tmp_path.glob("runs/ablate/norm-kind/*/log.txt")]
     assert ["saved; add --resume" in log for log in logs] == [True, True]  # and a third has not begun

@@ -81,6 +81,7 @@ def test_both_parts_step_in_the_precision_of_autocast(dtype, wanted, monkeypatch
     seen, whole = [], optim.orthogonalise
     monkeypatch.setattr(optim, "orthogonalise", lambda m: seen.append(whole(m).dtype) or whole(m))
     autocast, scaler = devices.precision(dtype, devices.setup("cpu"))
+    torch.manual_seed(0)
     parts = [[torch.nn.Parameter(torch.randn(4, 6))] for _ in range(2)]
     before = [parameters[0].detach().clone() for parameters in parts]
     for (p,) in parts:

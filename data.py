@@ -127,6 +127,8 @@ class Task:
     entropy      () -> nats per document of that text and their standard error, where they are known
     answer       text -> the answer that it commits to, or None
     same_answer  (a, b) -> whether two answers are the same; a problem's own solution must have the problem's answer
+    keeps_story  (question, solution, text) -> whether an answer speaks of the question's names and things in the task's
+                 own words: what a reward for the number does not ask, and a policy may lose
     corruptions  {kind of error: the fewest steps that a problem needs to have it}, the hardest to see first
     corrupt      (problem, kind, rng) -> a wrong solution, for preference pairs; DataError if there is none
     rename       text -> the same with other names, which should change no judgement
@@ -140,6 +142,7 @@ class Task:
     entropy: Callable | None = None
     answer: Callable = extract_answer
     same_answer: Callable = same_answer
+    keeps_story: Callable | None = None
     corruptions: dict[str, int] = field(default_factory=dict)
     corrupt: Callable | None = None
     rename: Callable | None = None
@@ -153,6 +156,7 @@ TASKS = {
         problems=word.word_problems,
         text=word.narrative_texts,
         entropy=word.narrative_entropy,
+        keeps_story=word.keeps_story,
         corruptions=word.CORRUPTIONS,
         corrupt=word.corrupt,
         rename=word.rename,

@@ -176,6 +176,12 @@ class Sample(NamedTuple):
     ended: bool  # stopped by itself
 
 
+def keeps_story(sample):
+    """Whether the answer tells the question's story: its names, its things, words of the task's language."""
+    question, solution = sample.problem.question, sample.problem.solution
+    return task_of(sample.problem.task).keeps_story(question, solution, sample.text)
+
+
 class Metric(NamedTuple):
     """A figure that every stage measures: its mean over the held-out problems, in the log, the table and the curves."""
 
@@ -184,12 +190,19 @@ class Metric(NamedTuple):
     unit: str  # beside the curve
     form: str = ".1%"
     logged: bool = True  # by every stage; else by those that ask for it, and the table has it all the same
+    of_problem: Callable[[Problem], bool] = lambda problem: True  # whether a problem has this figure
 
 
 # A new metric is a row here, and no more: evaluated, logged, tabled and drawn by each stage under its name, which must
 # be none that a stage's log has already.
 METRICS = {
     "accuracy": Metric(lambda s: s.correct, "accuracy, greedy", "share correct"),
+    "story_kept": Metric(
+        keeps_story,
+        "story kept, greedy",
+        "share of answers",
+        of_problem=lambda problem: task_of(problem.task).keeps_story is not None,
+    ),
     "f1": Metric(lambda s: token_f1(s.text, s.problem.solution), "token F1, greedy", "F1", logged=False),
     "length": Metric(lambda s: s.length, "answer length", "tokens", ".1f", logged=False),
     "truncated": Metric(lambda s: not s.ended, "cut off", "share of answers", logged=False),
@@ -203,8 +216,9 @@ def bar_of(progress, dist):
 
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None):
     """Greedy answers. Problems are dealt out to the ranks; every rank returns the same figures, and its own samples:
-    the mean of each of METRICS; "n", "correct", "low", "high": how many, how many right, and the accuracy's interval;
-    "by_level": {level: accuracy}; "verdicts": 1.0 or 0.0 for each problem; "samples". progress: the name of a bar.
+    the mean of each of METRICS that these problems have; "n", "correct", "low", "high": how many, how many right, and
+    the accuracy's interval; "by_level": {level: accuracy}; "verdicts": 1.0 or 0.0 for each problem; "samples".
+    progress: the name of a bar.
     """
     own = range(dist.rank, len(problems), dist.world)
     own = sorted(own, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
@@ -218,14 +232,16 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
             verdicts[i] = is_correct(text, problems[i])
             samples.append(Sample(problems[i], text, verdicts[i], length, end))
     n, verdicts = len(problems), dist.sum(*verdicts)
-    totals = dist.sum(*(sum(map(metric.of, samples)) for metric in METRICS.values()))
+    known = {m: sum(map(metric.of_problem, problems)) for m, metric in METRICS.items()}  # how many have this figure
+    metrics = {m: METRICS[m] for m, count in known.items() if count}
+    totals = dist.sum(*(sum(m.of(s) for s in samples if m.of_problem(s.problem)) for m in metrics.values()))
     by_level = {}
     for level in sorted({p.level for p in problems}):
         of_level = [verdict for verdict, p in zip(verdicts, problems, strict=True) if p.level == level]
         by_level[level] = sum(of_level) / len(of_level)
     correct = int(sum(verdicts))
     low, high = wilson(correct, n)
-    means = {name: total / n for name, total in zip(METRICS, totals, strict=True)}
+    means = {name: total / known[name] for name, total in zip(metrics, totals, strict=True)}
     figures = {"low": low, "high": high, "n": n, "correct": correct, "by_level": by_level}
     return means | figures | {"verdicts": verdicts, "samples": samples}
 
@@ -315,7 +331,7 @@ def selected(also, without):
 
 def logged(result, *also):
     """A result of `evaluate` -> {metric: value} for metrics.jsonl."""
-    return {name: result[name] for name in selected(also, ())}
+    return {name: result[name] for name in selected(also, ()) if name in result}
 
 
 def add_figures(record, figures):

@@ -19,9 +19,11 @@ from support.log import read_metrics
 
 def draw_curves(run_dir, title, panels):
     """curves.png, by step, from metrics.jsonl. panels: [(heading, {metric: label}, y-axis label, {label: level of a
-    dashed line}), …]. A metric of more than 60 points is drawn faintly, with its running mean on top."""
+    dashed line}), …]. A metric of more than 60 points is drawn faintly, with its running mean on top; a panel whose
+    metrics the run has not logged is left out."""
     plt = pyplot()
     series = read_metrics(run_dir)
+    panels = [panel for panel in panels if panel[1].keys() & series.keys()] or panels[:1]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 3.1 * rows), squeeze=False)

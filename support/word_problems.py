@@ -632,6 +632,40 @@ def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int 
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# Does an answer tell the question's story? A reward for the number alone does not ask.
+
+LETTERS = re.compile(r"[A-Za-z]+")
+NAMES = {*MEN, *WOMEN}
+
+
+def language() -> set[str]:
+    """Every word that the grammar can write, in lower case."""
+    rows = [row for theme in THEMES.values() for row in (*theme.open, *theme.then, *theme.end)]
+    templates = [text for row in rows for text in (*row.sentence, *row.worked, *row.ask)]
+    fixed = " ".join(re.sub(r"{\w+}", " ", text) for text in templates)
+    slots = " ".join([*NAMES, *DAYS, *PLURAL, *SINGULAR, *(text for pool in POOLS.values() for text in pool)])
+    return {word.lower() for word in LETTERS.findall(f"{fixed} {slots} he his him she her")}
+
+
+LANGUAGE = language()
+
+
+def names_and_things(text: str) -> set[str]:
+    """The names in a text, and its nouns in the singular."""
+    words = {SINGULAR.get(word, word) for word in LETTERS.findall(text)}
+    return words & (NAMES | NOUNS)
+
+
+def keeps_story(question: str, solution: str, text: str) -> bool:
+    """Whether an answer speaks of the question and in its language: every name and thing in it is one of the question's
+    or of its solution's (which may have to say "dollars" for $), and every word one that the grammar can write."""
+    words = LETTERS.findall(text)
+    if not words or any(word.lower() not in LANGUAGE for word in words):
+        return False
+    return names_and_things(text) <= names_and_things(f"{question} {solution}")
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # Wrong solutions.
 
 # The kinds of error, the hardest to see first, each with the fewest steps that a problem needs to have it.

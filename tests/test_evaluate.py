@@ -239,6 +239,42 @@ def test_a_new_metric_is_a_row(tokenizer, monkeypatch):
     assert ["letters", f"{mean:.2f}"] in metric_rows([result], METRICS)
 
 
+def test_a_metric_of_some_problems(tokenizer, monkeypatch):
+    """Its mean is over the problems that have it; where none has, there is no such figure."""
+    problems = [Problem(f"{i} + 1?", "", "1", 1, "x", task="word" if i < 2 else "") for i in range(5)]
+    row = Metric(lambda s: len(s.problem.question), "marks", "", of_problem=lambda p: p.task == "word")
+    monkeypatch.setitem(METRICS, "marks", row)
+    policy = tiny(tokenizer)
+    result = evaluate(policy, tokenizer, problems, 4, devices.setup("cpu"))
+    assert result["marks"] == 6.0
+    assert "story_kept" in result
+    result = evaluate(policy, tokenizer, problems[2:], 4, devices.setup("cpu"))
+    assert not {"marks", "story_kept"} & result.keys()
+    assert not {"marks", "story_kept"} & logged(result).keys()
+    assert "accuracy" in logged(result)
+
+
+def test_the_story_that_is_kept(tokenizer, monkeypatch):
+    """What evaluate reports as story_kept, of answers that are the solutions, and of the next problem's."""
+    problems = load_problems("word", "test", 40)
+
+    def answers(turn):
+        def generate(policy, prompts, max_new_tokens, **settings):
+            asked = [tokenizer.decode(prompt).split("user\n")[1] for prompt in prompts]
+            which = [next(i for i, p in enumerate(problems) if p.question in text) for text in asked]
+            rows = [tokenizer.encode(problems[(i + turn) % 40].solution) for i in which]
+            ids = torch.tensor([row + [0] * (max_new_tokens - len(row)) for row in rows])
+            mask = torch.tensor([[t < len(row) for t in range(max_new_tokens)] for row in rows])
+            return Rollout(ids, mask, torch.zeros(ids.shape))
+
+        monkeypatch.setattr(evaluation, "generate", generate)
+        return evaluate(None, tokenizer, problems, 400, devices.setup("cpu"))
+
+    own = answers(0)
+    assert (own["accuracy"], own["story_kept"]) == (1.0, 1.0)
+    assert answers(1)["story_kept"] < 0.2
+
+
 def test_what_is_logged_and_drawn(monkeypatch):
     known = {name: METRICS[name] for name in ("accuracy", "f1", "length", "truncated")}
     monkeypatch.setattr(evaluation, "METRICS", known)

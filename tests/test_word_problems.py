@@ -5,6 +5,7 @@ The arithmetic of every solution is done again here, by a parser that shares not
 
 import builtins
 import collections
+import itertools
 import math
 import random
 import re
@@ -248,6 +249,41 @@ def test_corrupt(problems, level, kind):
                 assert (a, op, b) == steps[i].groups()[:3]
     if kind != "missing_answer":
         assert places == set(range(level))  # any step can be the wrong one
+
+
+LUKE = "Luke has 2 boxes with 4 marbles in each box. He finds 17 more marbles at home. How many marbles has he in all?"
+LUKE_SOLVED = "Luke has 2 * 4 = 8 marbles in all.\nNow he has 8 + 17 = 25 marbles.\n#### 25"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (LUKE_SOLVED, True),
+        ("In all, he has 2 * 4 = 9 marbles.\n#### 9", True),  # wrong, and of marbles
+        ("He has 1 marble.\n#### 1", True),  # one of the question's things
+        ("Te has 2 * 4 = 8 marbles.\n#### 8", False),  # no word of the language
+        ("Luke has 2 * 4 = 8 eggs.\n#### 8", False),  # another thing
+        ("Noah has 2 * 4 = 8 marbles.\n#### 8", False),  # another name
+        ("He finds 8 marbles with Luke in 2 boxes.\n#### 8", True),
+        ("#### 25", False),  # no story at all
+        ("", False),
+    ],
+)
+def test_an_answer_keeps_the_story(text, kept):
+    assert built_in.keeps_story(LUKE, LUKE_SOLVED, text) == kept
+
+
+def test_every_solution_keeps_its_story_and_few_keep_anothers():
+    problems = word_problems("test", 300, (1, 2, 3))
+    assert all(built_in.keeps_story(p.question, p.solution, p.solution) for p in problems)
+    pairs = itertools.pairwise(problems)
+    assert sum(built_in.keeps_story(p.question, p.solution, q.solution) for p, q in pairs) < 30
+
+
+def test_dollars_are_in_a_question_that_says_only_the_sign():
+    question, solution = "Jane has $5. She gets $3 from Tom. How much money does Jane have now?", "5 + 3 = 8 dollars"
+    assert built_in.keeps_story(question, solution, "Jane has 5 + 3 = 8 dollars.")
+    assert not built_in.keeps_story(question, solution, "Jane has 5 + 3 = 8 cards.")
 
 
 def test_corrupt_refuses():

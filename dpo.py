@@ -74,7 +74,7 @@ from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, Part, Positive, Range, listed
+from support.checks import Amount, Count, FractionBelow1, Positive, Range, listed
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError
@@ -265,7 +265,7 @@ class Config(RunConfig):
     """Validation problems (and their pairs) per evaluation."""
     test_problems: Count = 1000
     """Held-out problems (or pairs) of the evaluation before and after."""
-    dropout: Part = 0.0
+    dropout: FractionBelow1 = 0.0
     """Dropout while training."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
@@ -372,7 +372,7 @@ def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    share = dist.share("batch", config.batch)  # pairs of a step on this rank
+    share = dist.per_rank("batch", config.batch)  # pairs of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)

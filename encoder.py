@@ -75,7 +75,7 @@ from norms import LayerNorm
 from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from support.checkpoints import open_checkpoint, resolve_checkpoint
-from support.checks import Amount, Count, Part, Range, Whole
+from support.checks import Amount, Count, FractionBelow1, Range, Whole
 from support.classification import bag_of_words, confusion_table, write_mistakes
 from support.cli import run_script
 from support.devices import precision, setup
@@ -438,7 +438,7 @@ class Config(RunConfig):
     """Rows per forward pass of one rank, sorted by length; smaller pads less and saves memory."""
     lr: Amount = 2e-3
     """Peak learning rate of the classification."""
-    token_dropout: Part = 0.1
+    token_dropout: FractionBelow1 = 0.1
     """Share of the tokens that are hidden while classifying."""
     warmup: Whole = 20
     """Steps of linear warm-up, of both."""
@@ -489,7 +489,7 @@ def main(config):
     began = time.perf_counter()
     dist = setup(config.device)
     for name in ("batch", "mlm_batch"):
-        dist.share(name, getattr(config, name))
+        dist.per_rank(name, getattr(config, name))
     autocast, scaler = precision(config.dtype, dist)
     reviews = {split: load_sentiment(config.data, split) for split in ("train", "valid", "test")}
     texts = pretraining_texts(config, reviews)

@@ -68,7 +68,7 @@ from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
 from support.log import commit
-from support.records import fitting
+from support.records import drop_too_long
 from support.runs import RUNS
 from support.shared_prompt import pack, shared_answer_logprobs
 from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, text_table, write_tables
@@ -459,7 +459,7 @@ def main(config):
     for policy, tokenizer in models:  # both are asked the problems that fit both
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems]
         room = policy.config.context - config.max_new_tokens
-        problems = fitting(problems, lengths, room, f"{config.split} prompt", dist)
+        problems = drop_too_long(problems, lengths, room, f"{config.split} prompt", dist)
 
     results, T, n = [], config.max_new_tokens, config.samples
     for name, (policy, tokenizer) in zip(names, models, strict=True):

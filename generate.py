@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 
 from support.checkpoints import is_chat_model, open_checkpoint
-from support.checks import Amount, Count, Positive, Range, Seed, Share, check
+from support.checks import Amount, Count, Fraction, Positive, Range, Seed, check
 from support.cli import run_script
 from support.devices import free_memory, setup
 from support.errors import ConfigError, TokenizerError
@@ -274,7 +274,7 @@ class Config:
     """Sample among the k likeliest tokens only."""
     top_p: Annotated[float, Range(float, 0, 1, above=True, below=False)] | None = None
     """Sample among the likeliest tokens that hold this much probability only."""
-    min_p: Share | None = None
+    min_p: Fraction | None = None
     """Sample among tokens at least this share as likely as the likeliest only."""
     repetition_penalty: Positive = 1.0
     """Above 1 makes tokens that the prompt or the answer already holds less likely."""

@@ -457,7 +457,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    share, R = dist.share("prompts", config.prompts), config.rollouts  # n prompts of a step on this rank
+    share, R = dist.per_rank("prompts", config.prompts), config.rollouts  # n prompts of a step on this rank
     slots = list(range(dist.rank * share, (dist.rank + 1) * share))  # which of the step's N they are
     autocast, scaler = precision(config.dtype, dist)
     functions, weights = reward_functions(config)

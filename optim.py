@@ -77,7 +77,7 @@ from functools import partial
 import torch
 
 from support.errors import ConfigError
-from support.sharding import of_one_shape, share_of, whole
+from support.sharding import full_tensor, same_shape_groups, shard_like
 
 # ---------------------------------------------------------------------------------------------------------------
 # One weight tensor at a time.
@@ -159,8 +159,9 @@ class Muon(torch.optim.Optimizer):
     """Nesterov's momentum, orthogonalised, in AdamW's size. Parameters are matrices, or stacks of them (experts, rows,
     columns). Those of one shape go through the rounds together: small ones, one by one, do not fill the machine.
 
-    Under FSDP a rank holds some rows of each matrix, but U Vᵀ needs them all: every rank gathers the matrix (`whole`),
-    orthogonalises it, the same on all ranks, and keeps its own rows (`share_of`). The momentum stays sharded."""
+    Under FSDP a rank holds some rows of each matrix, but U Vᵀ needs them all: every rank gathers the matrix
+    (`full_tensor`), orthogonalises it, the same on all ranks, and keeps its own rows (`shard_like`). The momentum stays
+    sharded."""
 
     STACK = 2**24  # numbers that go through the rounds together at most: bounds the memory
 
@@ -171,17 +172,17 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, mu, decay = group["lr"], group["momentum"], group["weight_decay"]
-            for ws in of_one_shape(group["params"], self.STACK):
+            for ws in same_shape_groups(group["params"], self.STACK):
                 ahead = []
                 for w in ws:
                     state = self.state[w]
                     if not state:
                         state["momentum"] = torch.zeros_like(w.grad)
                     m = state["momentum"].lerp_(w.grad, 1 - mu)  # m ← μ m + (1 − μ) g
-                    ahead.append(whole(w.grad.lerp(m, mu)))  # Nesterov: (1 − μ) g + μ m
+                    ahead.append(full_tensor(w.grad.lerp(m, mu)))  # Nesterov: (1 − μ) g + μ m
                 for w, update in zip(ws, orthogonalise(torch.stack(ahead)), strict=True):  # (n, ..., rows, columns)
                     w.mul_(1 - lr * decay)
-                    w.add_(share_of(update, w), alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)
+                    w.add_(shard_like(update, w), alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def optimizer_steps(parts, scaler, autocast, clip):
                 group["lr"] = lr
             scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
-        norms.append(whole(norm).item())  # under FSDP, over all ranks' parts
+        norms.append(full_tensor(norm).item())  # under FSDP, over all ranks' parts
     for optimizer in (optimizer for _, optimizers, _ in parts for optimizer in optimizers):
         if all(map(math.isfinite, norms)):  # the scaler asks each by itself: one would step where another overflowed
             with autocast():

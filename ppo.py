@@ -84,7 +84,7 @@ from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import RewardModel, open_reward_model, score_groups
 from sft import sft_start
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, Positive, Share, Whole
+from support.checks import Amount, Count, Fraction, Positive, Whole
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError
@@ -92,7 +92,7 @@ from support.lora_files import LoraState
 from support.plots import draw_curves
 from support.records import load_splits
 from support.rollouts import Sampler, minibatches_of, shuffled_groups
-from support.runs import Run, RunConfig, made_once, start_name
+from support.runs import Run, RunConfig, make_start_once, start_name
 from support.shared_prompt import shared_answer_logprobs
 from transformer import masked_mean
 
@@ -294,9 +294,9 @@ class Config(RunConfig):
     """Adapt the weight of the KL penalty so that the KL stays near this many nats per answer."""
     kl_horizon: Positive = 5000.0
     """Answers over which it adapts."""
-    gamma: Share = 1.0
+    gamma: Fraction = 1.0
     """Discount per token."""
-    lam: Share = 1.0
+    lam: Fraction = 1.0
     """GAE's λ: below 1 the first tokens of an answer hear less of its score while the values are still poor."""
     clip_ratio: Amount = 0.2
     """How far a ratio may pay."""
@@ -367,7 +367,7 @@ def reward_start(config, init, dist):
     if config.data != DEFAULT_TASK:
         settings["data"] = config.data
     name = start_name(config.data, config.seed, "reward")
-    return made_once(name, "no --reward_model given: training one", reward_model, settings, dist)
+    return make_start_once(name, "no --reward_model given: training one", reward_model, settings, dist)
 
 
 def open_models(config, init, path, dist):
@@ -419,7 +419,7 @@ def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    share, R = dist.share("prompts", config.prompts), config.rollouts  # n prompts of a step on this rank
+    share, R = dist.per_rank("prompts", config.prompts), config.rollouts  # n prompts of a step on this rank
     slots = list(range(dist.rank * share, (dist.rank + 1) * share))  # which of the step's N they are
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
@@ -507,7 +507,7 @@ def main(config):
                     figures[name] = figures.get(name, 0.0) + value * weight
             figures = dict(zip(figures, dist.sum(*figures.values()), strict=True))
             losses = {name: figures[name] for name in ("policy_loss", "value_loss")}
-            run.check_finite(lr, mend="try a smaller --lr, or --dtype fp32", **losses)  # which no scaler mends
+            run.check_finite(lr, advice="try a smaller --lr, or --dtype fp32", **losses)  # which no scaler mends
             if config.stop_kl and figures["approx_kl3"] > config.stop_kl:
                 for optimizer in run.optimizers:
                     optimizer.zero_grad(set_to_none=True)

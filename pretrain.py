@@ -279,7 +279,7 @@ def main(config):
     dist = setup(config.device)
     if restarted(config, dist):
         config = replace(config, resume=True)
-    share = dist.share("batch", config.batch)  # windows of a step on this rank
+    share = dist.per_rank("batch", config.batch)  # windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     if config.fsdp and (dist.world == 1 or scaler.is_enabled()):
         need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"

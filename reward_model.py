@@ -63,15 +63,15 @@ from generate import generate
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import collate, sft_start
 from support.checkpoints import open_checkpoint, resolve_checkpoint
-from support.checks import Amount, Count, Part, Whole
+from support.checks import Amount, Count, FractionBelow1, Whole
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
 from support.hf import load_decoder, open_safetensors, save_decoder
 from support.logprobs import target_logprobs
-from support.records import fitting
+from support.records import drop_too_long
 from support.reward_report import consistency, finish, sample_figures, text_figures
-from support.runs import RUNS, Run, RunConfig, made_once, run_path, start_name
+from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, start_name
 from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig
@@ -312,7 +312,7 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast
             out.append([rows[k * n : k * n + n] for k in range(len(chunk))])
         return out
 
-    return [group for chunk in dist.deal(chunks, work) for group in chunk]
+    return [group for chunk in dist.split_work(chunks, work) for group in chunk]
 
 
 def judged_pairs(problems, groups, most):
@@ -350,7 +350,7 @@ def make_pairs(config, policy, tokenizer, dist, autocast):
 
 def rank_pairs(model, groups, pairs, pad, dist, autocast):
     """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
-    found = dist.deal(groups, lambda mine: score_groups(model, mine, pad, dist.device, autocast))
+    found = dist.split_work(groups, lambda mine: score_groups(model, mine, pad, dist.device, autocast))
     found = np.array(found)  # (n, 2)
     right = (found[:, 0] > found[:, 1]) + 0.5 * (found[:, 0] == found[:, 1])  # a tie is half right, as a coin would be
     by_kind = {}
@@ -369,7 +369,7 @@ def score_fitting(model, groups, pad, dist, autocast):
     if len(kept) < len(groups) and dist.is_main:
         n = f"{len(groups) - len(kept)} of {len(groups)}"
         print(f"{n} prompts of the report are, with their answers, longer than {context} tokens: left out")
-    found = iter(dist.deal(kept, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
+    found = iter(dist.split_work(kept, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
     return [next(found) if fit else [math.nan] * len(group[1]) for group, fit in zip(groups, fits, strict=True)]
 
 
@@ -417,7 +417,9 @@ def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
     if n_cut and dist.is_main:
         print(f"{n_cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
     pad = tokenizer.endoftext_id
-    scores = np.array(dist.deal(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast)))  # (N, M)
+    scores = np.array(
+        dist.split_work(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast))
+    )  # (N, M)
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.best_of]
     figures = sample_figures(scores, groups, [answers for _, answers in encoded], sizes)
@@ -475,7 +477,7 @@ class Config(RunConfig):
     sft_weight: float | None = None
     """Weight of the chosen answers' own loss per token, as in SFT; default 1, and 0 for an encoder, which cannot."""
     weight_decay: Amount = 0.01
-    dropout: Part = 0.0
+    dropout: FractionBelow1 = 0.0
     """Dropout while training."""
     eval_pairs: Count = 200
     """Validation pairs (and problems to sample from)."""
@@ -523,7 +525,7 @@ def text_start(config, dist):
     settings = {"data": str(text), "vocab_size": 2048, "model": TransformerConfig(context=512), "steps": 200}
     settings |= {"seed": config.seed, "device": config.device, "dtype": config.dtype}
     what = f"no --init given: pretraining a start on the text of the pairs of {config.data}"
-    return made_once(name, what, pretrain, settings, dist)
+    return make_start_once(name, what, pretrain, settings, dist)
 
 
 def open_trunk(config, init, dist):
@@ -573,7 +575,7 @@ def fitting_groups(pairs, tokenizer, context, dist):
             )
         both = [(pair, encode_group(tokenizer, pair)) for pair in pairs[split]]
         lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
-        both = fitting(both, lengths, context, f"{split} pair", dist)
+        both = drop_too_long(both, lengths, context, f"{split} pair", dist)
         kept[split], groups[split] = map(list, zip(*both, strict=True))
     return kept, groups
 
@@ -581,7 +583,7 @@ def fitting_groups(pairs, tokenizer, context, dist):
 def main(config):
     """Train; returns {"accuracy", "low", "high", "by_kind", "path"} on the test split, and the report's figures."""
     dist = setup(config.device)
-    share = dist.share("batch", config.batch)  # pairs of a step on this rank
+    share = dist.per_rank("batch", config.batch)  # pairs of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     run_path(config)  # what is wrong with --name or --resume is said before anything is made or sampled,
     pairs = None

@@ -67,14 +67,14 @@ from evaluate import METRICS, add_figures, evaluate, evaluate_samples, logged, m
 from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, Part, Positive, Range, Share, Whole
+from support.checks import Amount, Count, Fraction, FractionBelow1, Positive, Range, Whole
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
 from support.lora_files import LoraState
 from support.plots import draw_curves
-from support.records import fitting
-from support.runs import RUNS, Run, RunConfig, made_once, run_path, saved_run, start_name
+from support.records import drop_too_long
+from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, saved_run, start_name
 from support.tables import metric_rows, sample_rows, text_table
 from transformer import TransformerConfig, token_logprobs
 
@@ -178,7 +178,7 @@ def pretrained_start(config, dist):
     if config.skip_bad:
         settings["skip_bad"] = True
     name = start_name(config.data, config.seed, "pretrain")
-    return made_once(
+    return make_start_once(
         name, f"no --init given: pretraining a start on the text of {config.data} first", pretrain, settings, dist
     )
 
@@ -195,7 +195,7 @@ def sft_start(config, dist):
         settings["data"] = config.data
     name = start_name(config.data, config.seed, "sft")
     what = "no --init given: making an SFT checkpoint to start from"
-    return made_once(name, what, sys.modules[__name__], START | task_of(config.data).sft | settings, dist)
+    return make_start_once(name, what, sys.modules[__name__], START | task_of(config.data).sft | settings, dist)
 
 
 START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "test_problems": 500}
@@ -230,7 +230,7 @@ class Config(RunConfig):
     """What a curriculum ranks by: level (arithmetic steps) or length (tokens)."""
     pace_start: Annotated[float, Range(float, 0, 1, above=True, below=False)] = 0.2
     """Share of the ranked examples that a curriculum opens with."""
-    pace: Share = 0.5
+    pace: Fraction = 0.5
     """Share of the steps after which all are open."""
     rated: Literal["weights", "threshold"] = "weights"
     """How rated responses count: weights ((rating - 1) / 4) or threshold. Others, in the same file, count in full."""
@@ -251,7 +251,7 @@ class Config(RunConfig):
     samples: Whole = 0
     """Sampled answers per test problem for pass@k and majority@k; 0 leaves them out."""
     save_every: Count = 200
-    dropout: Part = 0.0
+    dropout: FractionBelow1 = 0.0
     """Dropout while training."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
@@ -284,10 +284,10 @@ def encode_splits(config, problems, tokenizer, context, dist):
     for split in ("valid", "test"):
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems[split]]
         room = context - config.max_new_tokens
-        problems[split] = fitting(problems[split], lengths, room, f"{split} prompt", dist)
+        problems[split] = drop_too_long(problems[split], lengths, room, f"{split} prompt", dist)
     weighted = config.rated == "weights" and any(p.rating is not None for p in problems["train"])
     examples = [(*encode_example(tokenizer, p, weighted), p.level) for p in problems["train"]]
-    examples = fitting(examples, [len(ids) for ids, _, _ in examples], context, "training example", dist)
+    examples = drop_too_long(examples, [len(ids) for ids, _, _ in examples], context, "training example", dist)
     difficulties = [level if config.difficulty == "level" else len(ids) for ids, _, level in examples]
     if config.order != "shuffled" and len(set(difficulties)) == 1:
         same = f"all examples have {config.difficulty} {difficulties[0]}"
@@ -301,7 +301,7 @@ def main(config):
     if config.sweep:
         return sweep(config)
     dist = setup(config.device)
-    share = dist.share("batch", config.batch)  # examples of a step on this rank
+    share = dist.per_rank("batch", config.batch)  # examples of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     problems = rated_splits(config, dist)
     metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to check

@@ -50,7 +50,7 @@ from positional import (
     rope_frequencies,
     sinusoidal_positions,
 )
-from support.checks import Count, Part, Positive, Whole, check
+from support.checks import Count, FractionBelow1, Positive, Whole, check
 from support.errors import CheckpointError
 from support.hf import load_decoder, save_decoder
 from support.logprobs import target_logprobs
@@ -108,7 +108,7 @@ class TransformerConfig:
     """Biases on queries, keys and values (Qwen2); default as `bias`."""
     tie_embeddings: bool = True
     """The output matrix is the embedding matrix."""
-    dropout: Part = 0.0
+    dropout: FractionBelow1 = 0.0
     """Dropout on the embeddings and on each branch."""
     n_expert: Whole = 0
     """Experts E of a mixture-of-experts feed-forward; 0 is dense."""

@@ -49,8 +49,8 @@ Whole = Annotated[int, Range(int, 0)]
 Seed = Annotated[int, Range(int, 0, 2**32)]  # what numpy and torch both take
 Amount = Annotated[float, Range(float, 0)]
 Positive = Annotated[float, Range(float, 0, above=True)]
-Share = Annotated[float, Range(float, 0, 1, below=False)]  # all of it is a share too
-Part = Annotated[float, Range(float, 0, 1)]  # never all of it
+Fraction = Annotated[float, Range(float, 0, 1, below=False)]  # all of it is a share too
+FractionBelow1 = Annotated[float, Range(float, 0, 1)]  # never all of it
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Locks on files and folders. The kernel holds them, and lets go when a process ends, however it ends.
+"""Locks on files and folders. The kernel holds them and releases them when a process ends, for whatever reason.
 
-with alone(path): ...      wait until nobody else has it: a file or a start that several processes want to make, once
-hold(run_dir)              have it from now on, or ConfigError: two runs must not write one directory
-let_go(run_dir)            until here, or until the process ends
+with file_lock(path): ...   wait for the lock: a file or a start that several processes want is made only once
+lock_run(run_dir)           lock a run directory, or ConfigError: two runs must not write into one directory
+unlock_run(run_dir)         release it; the end of the process releases it too
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from support.errors import ConfigError
 
 
 @contextlib.contextmanager
-def alone(path: Path):
-    """Have a file or folder that is there; whoever else wants it waits."""
+def file_lock(path: Path):
+    """Hold the lock of an existing file or folder; other processes that want it wait."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -24,12 +24,12 @@ def alone(path: Path):
         os.close(descriptor)
 
 
-HELD = {}  # {run directory: a descriptor that holds its lock}
+LOCKED = {}  # {run directory: the descriptor that holds its lock}
 
 
-def hold(path):
-    """Lock a run directory. ConfigError if another process has it."""
-    let_go(path)
+def lock_run(path):
+    """Lock a run directory. ConfigError if another process has locked it."""
+    unlock_run(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,10 +38,10 @@ def hold(path):
         raise ConfigError(f"{path} is being written by another process; give this run another --name") from None
     except OSError:  # a file system without locks
         pass
-    HELD[path] = descriptor
+    LOCKED[path] = descriptor
 
 
-def let_go(path):
-    """Unlock a run directory, if this process holds it."""
-    if path in HELD:
-        os.close(HELD.pop(path))
+def unlock_run(path):
+    """Unlock a run directory if this process has locked it."""
+    if path in LOCKED:
+        os.close(LOCKED.pop(path))

@@ -1,15 +1,15 @@
-"""What a run records, for a reader, for a picture and for the trackers.
+"""What a run records: metrics.jsonl and samples.md in its directory, and the trackers.
 
-    log = Log(run_dir, config, dist)               one per run; ranks other than 0 record nothing
+    log = Log(run_dir, config, dist)               one per run; only rank 0 records
     log(step, loss=2.1, lr=1e-3)                   numbers: a line of metrics.jsonl, a point in each tracker
-    log.samples(step, "The cat sat")               what the model writes: samples.md, and the trackers
-    log.show(step, ["attention"], {"w": weight})   a picture of the run, a histogram: for the trackers alone
+    log.samples(step, "The cat sat")               text that the model generates: samples.md and the trackers
+    log.show(step, ["attention"], {"w": weight})   a picture of the run, a histogram: the trackers only
     log.close()
     steps, losses = read_metrics(run_dir)["loss"]
 
-The trackers are TensorBoard and, with --wandb PROJECT, Weights & Biases. The first line of metrics.jsonl has all
-settings, the commit and the machine; each other line is a step. A run that is resumed cuts both files back to the step
-from which it goes on, so that every step stands in them once.
+The trackers are TensorBoard and, with --wandb PROJECT, Weights & Biases. The first line of metrics.jsonl holds all
+settings, the commit and the device; every later line is one step. A resumed run first cuts both files back to the step
+that it resumes from, so that they contain each step once.
 """
 
 import html
@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 
-from support.locks import let_go
+from support.locks import unlock_run
 
 
 class Log:
     """metrics.jsonl, samples.md and the trackers of a run, open until `close`; see above."""
 
     def __init__(self, run_dir, config, dist, first_step=0):
-        """first_step: how many steps the run has done already; what the files have of later ones goes."""
+        """first_step: the number of steps that the run has already done; records of later steps are removed."""
         self.run_dir, self.active = run_dir, dist.is_main
         if not self.active:
             return
@@ -50,7 +50,7 @@ class Log:
         self.wandb = open_wandb(run_dir, config, header, resumed=first_step > 0) if config.wandb else None
 
     def __call__(self, step, **record):
-        """Numbers of a step, by name."""
+        """Record the numbers of a step, by name."""
         if not self.active:
             return
         with self.path.open("a") as file:
@@ -61,7 +61,7 @@ class Log:
             self.wandb.log(record, step=step)
 
     def samples(self, step, text):
-        """What the model writes, in Markdown: into samples.md, after a comment with the step, and to the trackers."""
+        """Record generated text, as Markdown: in samples.md, after a comment with the step, and in the trackers."""
         if not self.active:
             return
         with (self.run_dir / "samples.md").open("a") as file:
@@ -73,7 +73,7 @@ class Log:
             self.wandb.log({"samples": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
 
     def show(self, step, pictures=(), histograms=()):
-        """For the trackers alone. pictures: names of PNG files in the run directory; histograms: {name: tensor}."""
+        """Trackers only. pictures: names of PNG files in the run directory; histograms: {name: tensor}."""
         if not self.active:
             return
         from matplotlib.image import imread
@@ -86,21 +86,21 @@ class Log:
         if self.wandb is not None:
             import wandb
 
-            shown = {name: wandb.Image(str(self.run_dir / f"{name}.png")) for name in pictures}
-            shown |= {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}
-            self.wandb.log(shown, step=step)
+            media = {name: wandb.Image(str(self.run_dir / f"{name}.png")) for name in pictures}
+            media |= {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}
+            self.wandb.log(media, step=step)
 
     def close(self):
-        """Finish the trackers and give up the run directory, which `open_run` locked."""
+        """Close the trackers and unlock the run directory, which `open_run` locked."""
         if self.active:
             self.board.close()
             if self.wandb is not None:
                 self.wandb.finish()
-            let_go(self.run_dir)
+            unlock_run(self.run_dir)
 
 
 def read_metrics(run_dir):
-    """metrics.jsonl -> {name: (steps, values)}, for drawing and measuring."""
+    """metrics.jsonl -> {name: (steps, values)}."""
     series = {}
     for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -113,10 +113,12 @@ def read_metrics(run_dir):
 
 
 def lines_up_to(path, step):
-    """The lines of metrics.jsonl that a run resumed at `step` keeps, the header first; none for a new run."""
+    """The lines of metrics.jsonl that a run resumed at `step` keeps, header first; an empty list for a new run."""
     if not step or not path.exists():
         return []
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
+    lines = [
+        line for line in path.read_text().splitlines() if line.endswith("}")
+    ]  # a killed process may leave half a line
     return [line for line in lines if json.loads(line).get("step", -1) <= step]
 
 
@@ -130,18 +132,18 @@ def cut_samples(path, step):
 
 
 def open_wandb(run_dir, config, header, resumed):
-    """A run of Weights & Biases; a resumed one goes on in the run that it has there, whose id lies in wandb_id."""
+    """Open a Weights & Biases run. A resumed run continues the W&B run whose id the file wandb_id holds."""
     import wandb
 
-    known = run_dir / "wandb_id"
-    if not (resumed and known.exists()):
-        known.write_text(wandb.util.generate_id())
-    about = {"project": config.wandb, "name": config.name, "config": header}
-    return wandb.init(**about, id=known.read_text(), resume="allow")
+    id_file = run_dir / "wandb_id"
+    if not (resumed and id_file.exists()):
+        id_file.write_text(wandb.util.generate_id())
+    settings = {"project": config.wandb, "name": config.name, "config": header}
+    return wandb.init(**settings, id=id_file.read_text(), resume="allow")
 
 
 def commit():
-    """Of this repository, with + if files differ from it; nothing without git."""
+    """The commit of this repository, with + appended if files have changed since; "" without git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -68,7 +68,7 @@ def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
             pairs = [(i, pair) for i in range(len(chunk)) for pair in pair_up(judged[i * R : (i + 1) * R], rng)]
             yield [{"prompt": prompts[i], "chosen": y_w, "rejected": y_l} for i, (y_w, y_l) in pairs], sum(verdicts)
 
-    sampled = dist.deal(chunks, work)
+    sampled = dist.split_work(chunks, work)
     return [pair for pairs, _ in sampled for pair in pairs], sum(right for _, right in sampled) / (len(problems) * R)
 
 
@@ -84,7 +84,7 @@ def add_reference(reference, pairs, pad, dist, autocast, size=64):
                 logprobs = torch.stack(pair_logprobs(reference, packed), dim=1)  # (b, 2)
             yield logprobs.tolist()
 
-    chunks = dist.deal([order[i : i + size] for i in range(0, len(order), size)], work)
+    chunks = dist.split_work([order[i : i + size] for i in range(0, len(order), size)], work)
     known = dict(zip(order, (both for chunk in chunks for both in chunk), strict=True))
     return [p | dict(zip(("ref_chosen", "ref_rejected"), known[i], strict=True)) for i, p in enumerate(pairs)]
 

@@ -1,8 +1,9 @@
-"""Files of records, whoever wrote them: JSONL, JSON, CSV, TSV or plain text, each perhaps gzipped.
+"""Reading data files from any source: JSONL, JSON, CSV, TSV or plain text, optionally gzipped.
 
-`read_records` makes a file's rows plain dictionaries, each with its place; `problem_fields`, `pair_fields` and
-`review_fields` know the keys that data sets use for a problem, a preference pair and a review, and return the fields of
-ours. What is wrong is a DataError of one line that begins with the file and the place.
+`read_records` turns a file into plain dictionaries, each with its place in the file. `problem_fields`, `pair_fields`
+and `review_fields` know the keys that public data sets use for a problem, a preference pair and a review, and return
+the fields of data.Problem, data.Pair and data.Review. Every error is a DataError of one line that begins with the file
+and the place.
 """
 
 import csv
@@ -23,14 +24,14 @@ from support.errors import ConfigError, DataError
 
 
 def read_text(path: Path) -> str:
-    """A file as UTF-8, or one line that says what is wrong with it."""
+    """The text of a UTF-8 file, gzipped or not. Raises DataError."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
-    except (OSError, EOFError, zlib.error) as error:  # no gzip; one that is cut off; one that is damaged
+    except (OSError, EOFError, zlib.error) as error:  # not gzip; cut off; damaged
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not text.strip():
         raise DataError(f"{path} is empty")
@@ -38,7 +39,8 @@ def read_text(path: Path) -> str:
 
 
 def read_all(path: Path, parse, skip_bad: bool) -> list:
-    """What `parse(record, where)` makes of each record. skip_bad: those that it refuses are counted and left out."""
+    """parse(record, where) for each record of a file. skip_bad: records that raise DataError are counted and left
+    out."""
     parsed, bad = [], []
     for place, record in read_records(path):
         try:
@@ -52,36 +54,40 @@ def read_all(path: Path, parse, skip_bad: bool) -> list:
 
 
 def report_skipped(path: Path, skipped: dict[str, list[str]]) -> None:
-    """One line, from one process: how many records were left out, why, and where the first stands."""
-    counts = [f"{len(places)} {what} (first: {places[0]})" for what, places in skipped.items() if places]
+    """Print one line, on rank 0: how many records were skipped, why, and the place of the first.
+    skipped: {reason: places}."""
+    counts = [f"{len(places)} {reason} (first: {places[0]})" for reason, places in skipped.items() if places]
     if counts and os.environ.get("RANK", "0") == "0":
         print(f"{path}: skipped {', '.join(counts)}")
 
 
-def fitting(problems, lengths, room, what, dist):
-    """The problems that fit the context; says how many did not. Raises ConfigError if none does."""
-    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= room]
+def drop_too_long(records, lengths, max_tokens, label, dist):
+    """The records of at most max_tokens tokens; prints how many are left out. ConfigError if none remains. label: what
+    the messages call one record, such as "test prompt"."""
+    kept = [record for record, length in zip(records, lengths, strict=True) if length <= max_tokens]
     if not kept:
-        raise ConfigError(f"no {what} fits: the shortest has {min(lengths)} tokens, the room is {room}")
-    if len(kept) < len(problems) and dist.is_main:
-        print(f"{len(problems) - len(kept)} of {len(problems)} {what}s are longer than {room} tokens: left out")
+        raise ConfigError(f"no {label} fits: the shortest has {min(lengths)} tokens, the limit is {max_tokens}")
+    if len(kept) < len(records) and dist.is_main:
+        dropped = len(records) - len(kept)
+        print(f"{dropped} of {len(records)} {label}s are longer than {max_tokens} tokens: left out")
     return kept
 
 
-def load_splits(load, sizes, length, room, what, dist):
-    """{split: those of load(split, n) that fit the room by their length} for the {split: n} of sizes. ConfigError if
-    none of a split does."""
+def load_splits(load, sizes, length, max_tokens, label, dist):
+    """{split: n} -> {split: the records of load(split, n) of at most max_tokens tokens, as length(record) counts them}.
+    ConfigError if a split has none."""
     splits = {}
     for split, n in sizes.items():
         records = load(split, n)
-        splits[split] = fitting(records, [length(record) for record in records], room, f"{split} {what}", dist)
+        lengths = [length(record) for record in records]
+        splits[split] = drop_too_long(records, lengths, max_tokens, f"{split} {label}", dist)
     return splits
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
-    """The objects of a .jsonl, of a .json that holds one array, of a .csv, or of a .tsv (which has no quoting: a text
-    may hold quotes, but no tab), each with its place: "line 3" of a .jsonl, "record 3" of the others, counted from 1.
-    Any of them may end in .gz besides."""
+    """The records of a .jsonl, a .json that holds one array, a .csv, or a .tsv (without quoting: a text may contain
+    quotes but no tab), each with its place: "line 3" in a .jsonl, "record 3" in the others, counted from 1. The name
+    may end in .gz."""
     text, kind = read_text(path), Path(path.name.removesuffix(".gz")).suffix
     if kind == ".json":
         try:
@@ -94,9 +100,9 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
             raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
         placed = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
     elif kind in (".csv", ".tsv"):
-        form = {"strict": True} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        dialect = {"strict": True} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         csv.field_size_limit(1 << 30)  # a text may be long
-        rows = csv.DictReader(io.StringIO(text), **form)
+        rows = csv.DictReader(io.StringIO(text), **dialect)
         try:
             placed = [(f"record {n}", row) for n, row in enumerate(rows, start=1)]
         except csv.Error as error:
@@ -122,7 +128,7 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """What stands under a key, without the blanks around it. It may be empty."""
+    """The text under a key, stripped of surrounding whitespace; it may be empty."""
     if key not in record:
         raise DataError(f"{where}: the key {key!r} is missing")
     if not isinstance(record[key], str):
@@ -131,7 +137,7 @@ def text_of(record: dict, key: str, where: str) -> str:
 
 
 def encodable(text: str, where: str) -> str:
-    """The text itself, if it can be written as UTF-8."""
+    """The text itself if UTF-8 can encode it, else DataError."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -140,7 +146,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def prompt_of(record: dict, where: str) -> str:
-    """`prompt`, or `instruction` with `input`; never empty."""
+    """The prompt: `prompt`, or `instruction` followed by `input`. DataError if it is empty."""
     key = "prompt" if "prompt" in record or "instruction" not in record else "instruction"
     prompt = text_of(record, key, where)
     if key == "instruction" and record.get("input"):
@@ -151,11 +157,11 @@ def prompt_of(record: dict, where: str) -> str:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# What a record of a problem says, whoever wrote it: the fields of data.Problem by name.
+# A record of a problem, in any of the known layouts -> the fields of data.Problem by name.
 
 
 def problem_fields(record: dict, where: str, story: str) -> dict:
-    """The keys of the record are one of
+    """A record has one of these sets of keys:
 
     {"question", "answer"}              `answer` is the worked solution with its #### line, or just a number
     {"question", "solution", "answer"}  `answer` is the number
@@ -163,9 +169,9 @@ def problem_fields(record: dict, where: str, story: str) -> dict:
     {"prompt", "response", "rating"}    a response and its rating, 1 to 5
     {"instruction", "input", "output"}  `input` may be missing or empty
 
-    The last three are taken as they stand; without a #### line their answer is "": SFT can use them, no verifier
-    will accept it. In the first two GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were made
-    for a calculator that overwrites the sampled tokens; without one, the model would write each result twice.
+    The last three are used unchanged. If they have no #### line, their answer is "": good enough for SFT, but no
+    verifier accepts it. From the first two, GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were
+    made for a calculator that overwrites the sampled tokens, and without one the model would write each result twice.
     """
     if "messages" in record:
         return conversation_fields(record["messages"], where, story)
@@ -178,40 +184,40 @@ def problem_fields(record: dict, where: str, story: str) -> dict:
 
 
 def worked_fields(record: dict, where: str, story: str) -> dict:
-    """A question with a number as its answer; level: the calculator annotations in the solution, at least 1."""
+    """A question whose answer is a number. level: the number of calculator annotations in the solution, at least 1."""
     for key in ("question", "answer"):
         if key not in record:
             raise DataError(f"{where}: the key {key!r} is missing")
-    given = {}
+    texts = {}
     for key in ("question", "answer", *(["solution"] if "solution" in record else [])):
         value = record[key]
         if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
-            value = format(Decimal(str(value)), "f")  # 1e-05 would not be read
+            value = format(Decimal(str(value)), "f")  # extract_answer does not read 1e-05
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {key!r} must be text that is not empty")
-        given[key] = encodable(value.strip(), where)
+        texts[key] = encodable(value.strip(), where)
 
-    key = "solution" if "solution" in given else "answer"
-    solution, annotations = re.subn(r"<<[-+*/().,\d ]+=[-/.,\d ]+>>", "", given[key])  # not `cout << x; cin >> y`
+    key = "solution" if "solution" in texts else "answer"
+    solution, annotations = re.subn(r"<<[-+*/().,\d ]+=[-/.,\d ]+>>", "", texts[key])  # not `cout << x; cin >> y`
     if not solution.strip():
         raise DataError(f"{where}: {key!r} holds nothing but calculator annotations")
     if "####" not in solution:
-        bare, number = extract_answer("#### " + given["answer"]), NUMBER.fullmatch(given["answer"])
-        if "solution" in given:
-            solution = f"{solution}\n#### {bare}"
-        elif number and not number[3]:  # no words after it: "12 people came." is a text
-            solution = f"#### {bare}"
+        value, number = extract_answer("#### " + texts["answer"]), NUMBER.fullmatch(texts["answer"])
+        if "solution" in texts:
+            solution = f"{solution}\n#### {value}"
+        elif number and not number[3]:  # just a number: "12 people came." is a text
+            solution = f"#### {value}"
     answer = extract_answer(solution)
-    if answer is None and ("####" in solution or "solution" in given):
+    if answer is None and ("####" in solution or "solution" in texts):
         raise DataError(f"{where}: no single number after ####: {solution[-60:]!r}")
-    if "solution" in given and not same_answer(answer, extract_answer("#### " + given["answer"])):
-        raise DataError(f"{where}: the solution ends in {answer}, the answer says {given['answer']!r}")
+    if "solution" in texts and not same_answer(answer, extract_answer("#### " + texts["answer"])):
+        raise DataError(f"{where}: the solution ends in {answer}, the answer says {texts['answer']!r}")
     level = max(1, annotations)
-    return dict(question=given["question"], solution=solution, answer=answer or "", level=level, story=story)
+    return dict(question=texts["question"], solution=solution, answer=answer or "", level=level, story=story)
 
 
 def conversation_fields(turns, where: str, story: str) -> dict:
-    """[{"role", "content"}, ...]: perhaps a system turn, then user and assistant in turn, the assistant last."""
+    """[{"role", "content"}, ...]: an optional system turn, then user and assistant in turn, the assistant last."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(f"{where}: messages must be a list of {{role, content}}")
     roles = [turn.get("role") for turn in turns]
@@ -228,7 +234,7 @@ def conversation_fields(turns, where: str, story: str) -> dict:
 
 
 def plain_fields(question: str, solution: str, where: str, story: str) -> dict:
-    """A solution that is taken as it stands."""
+    """A problem whose solution is used unchanged."""
     if not solution:
         raise DataError(f"{where}: the response is empty")
     return dict(question=question, solution=solution, answer=extract_answer(solution) or "", level=1, story=story)
@@ -245,13 +251,13 @@ def rating_of(record: dict, where: str) -> float:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# The same for a preference pair (the fields of data.Pair) and for a review.
+# A record of a preference pair -> the fields of data.Pair; a record of a review -> its text and label.
 
 
 def pair_fields(record: dict, where: str, kind: str) -> dict:
-    """{"prompt" or "instruction" with "input", "chosen", "rejected"}; the answers may be empty, the prompt not. Or, as
-    Anthropic writes them, without a prompt two whole dialogues {"chosen", "rejected"} that differ in the assistant's
-    last turn."""
+    """A record with a prompt (as in `prompt_of`), "chosen" and "rejected"; the answers may be empty, the prompt may
+    not. Or Anthropic's layout: no prompt, and in "chosen" and "rejected" two whole dialogues that differ in the
+    assistant's last turn."""
     has_prompt = "prompt" in record or "instruction" in record
     if not has_prompt and str(record.get("chosen")).lstrip().startswith("Human:"):
         return dialogue_fields(record, where)
@@ -264,6 +270,7 @@ def pair_fields(record: dict, where: str, kind: str) -> dict:
 
 
 def dialogue_fields(record: dict, where: str) -> dict:
+    """A pair in Anthropic's layout: two dialogues of turns that begin with "Human:" and "Assistant:"."""
     dialogues = []
     for key in ("chosen", "rejected"):
         start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text_of(record, key, where))
@@ -291,7 +298,7 @@ LABELS = {"1": 1, "0": 0, "positive": 1, "negative": 0, "pos": 1, "neg": 0}
 
 
 def review_fields(record: dict, where: str) -> tuple[str, int]:
-    """{"text", "label"} -> the text, and 1 where it praises, 0 where it pans."""
+    """{"text", "label"} -> the text, and 1 for a positive review, 0 for a negative one."""
     label = LABELS.get(str(record.get("label")).strip().lower())
     if label is None:
         raise DataError(f"{where}: 'label' must be 1 or 0, positive or negative, not {record.get('label')!r}")

@@ -1,4 +1,8 @@
-"""A run directory: its name, its lock, what is saved and resumed, Ctrl-C; starts that a stage makes for itself."""
+"""A run directory: its name, its lock, what it saves and resumes; Ctrl-C; the starts that stages make for themselves.
+
+A *start* is the checkpoint that a stage begins from when --init is not given. It is trained once, into runs/start, and
+reused.
+"""
 
 import contextlib
 import hashlib
@@ -22,47 +26,48 @@ from tqdm import tqdm
 
 from support.checks import Amount, Count, Seed, Whole, check
 from support.errors import CheckpointError, ConfigError, DivergedError
-from support.locks import alone, hold
+from support.locks import file_lock, lock_run
 from support.log import Log
-from support.sharding import gathered, share_of, unsharded
+from support.sharding import gathered, shard_like, unsharded
 
 RUNS = Path("runs")
 
 
 @dataclass
 class RunConfig:
-    """What means the same in every training stage; a stage's Config inherits it and adds its own."""
+    """The flags that mean the same in every training stage. Each stage's Config inherits them and adds its own."""
 
     init: str | None = None
-    """Checkpoint to start from; default: one that is made once under runs/start, and reused."""
+    """Checkpoint to start from; default: one that is trained once into runs/start, and reused."""
     name: str = "run"
-    """Run directory below runs/."""
+    """Name of the run; its directory is runs/NAME."""
     steps: Count = 200
     """Optimizer steps."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """adamw, or muon for the matrices of the blocks; adamw wants about a sixth of the learning rate."""
+    """adamw, or muon for the matrices of the blocks and adamw for the rest; adamw alone needs about a sixth of the
+    learning rate."""
     lr: Amount = 2e-3
     """Peak learning rate."""
     warmup: Whole = 10
-    """Steps of linear warm-up."""
+    """Steps over which the learning rate rises linearly to its peak."""
     weight_decay: Amount = 0.0
-    """Decoupled, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     clip: Amount = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Clip the gradient norm to this; 0 turns clipping off."""
     eval_every: Count = 50
     """Steps between evaluations on the validation split."""
     save_every: Count = 100
-    """Steps between checkpoints of last/."""
+    """Steps between saves of the checkpoint last/."""
     seed: Seed = 0
-    """Of all that is random: the start where one is made, the data order, the sampling, the dropout."""
+    """Random seed of everything: the start if one is trained, the data order, the sampling, the dropout."""
     resume: bool = False
-    """Continue runs/NAME/last as if it had never stopped."""
+    """Continue from runs/NAME/last, with the same result as if the run had never stopped."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto, fp32, bf16 or fp16; auto is bf16 where the machine is built for it (most GPUs, CPUs with AMX)."""
+    """auto is bf16 where the hardware supports it (most GPUs, CPUs with AMX), fp16 on older GPUs, else fp32."""
     wandb: str | None = None
-    """Weights & Biases project to log to as well."""
+    """Also log to this Weights & Biases project."""
 
     def __post_init__(self):
         check(self)
@@ -71,25 +76,26 @@ class RunConfig:
 
 
 class Run:
-    """A run under way: what the loop of every stage needs and does not teach.
+    """A training run: saving, resuming, logging and Ctrl-C, for the loop of every stage.
 
         run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0)     # new, or resumed
-        for step in run.steps():                   # with a progress bar; Ctrl-C, and --save_every, write last/
+        for step in run.steps():                   # progress bar; writes last/ every --save_every steps and on Ctrl-C
             ...
-            run.keep_best(accuracy)                # best/, if it is
+            run.keep_best(accuracy)                # writes best/ if the accuracy is the best so far
             run.log(step + 1, loss=loss)           # metrics.jsonl and the trackers
-        run.close()                                # last/, and Ctrl-C is as usual again
+        run.close()                                # writes last/, restores Ctrl-C
 
-    `state` holds what a resumed run must know besides weights, optimizers, scaler and random numbers: the best value so
-    far, and what the stage gives by name, as numbers, lists and dicts. `parts` holds further objects by name that have
-    a state_dict. `model` is the unwrapped one.
+    `state` holds what resuming needs besides weights, optimizers, scaler and random generators: the best value so far,
+    and whatever the stage passes by name (numbers, lists, dicts). `parts` holds further objects by name, each with a
+    state_dict. `model` is the unwrapped model.
     """
 
     def __init__(self, config, dist, model, tokenizer, optimizers, scaler, *, best=-math.inf, lower_is_better=False,
                  chat=True, parts=None, began=None, on_save=None, **state):  # fmt: skip
-        """best: what a checkpoint must exceed (or, lower_is_better, undercut) to become best/. chat: whether generation
-        ends with the turn or with the document. began: time.perf_counter() when the stage began. on_save(): called by
-        rank 0 after last/ was written. Raises ConfigError on a name that cannot be used or a run that cannot go on."""
+        """best: the value that a checkpoint must exceed (stay below, with lower_is_better) to become best/. chat:
+        whether generation stops at the end of a turn (True) or of a document (False). began: time.perf_counter() at the
+        start of the stage. on_save(): rank 0 calls it after last/ is written. Raises ConfigError on an unusable name,
+        or if the run cannot be resumed."""
         self.config, self.dist, self.model, self.tokenizer = config, dist, model, tokenizer
         self.optimizers, self.scaler, self.parts = optimizers, scaler, parts or {}
         self.chat, self.on_save, self.lower_is_better = chat, on_save, lower_is_better
@@ -103,12 +109,12 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.first, self.began = saved["step"], self.began - saved.get("seconds", 0.0)
-        self.done = self.first  # steps that have been taken
+        self.done = self.first  # number of completed steps
         self.log = Log(self.path, config, dist, self.first)
         self.interrupt = Interrupt(dist)
 
     def steps(self, total=None):
-        """The steps that are still to do, 0 … total − 1, by default --steps of them."""
+        """The remaining steps of 0 … total − 1; total is --steps by default."""
         total = self.config.steps if total is None else total
         steps = range(self.first, total)
         self.bar = tqdm(steps, initial=self.first, total=total, disable=not self.dist.is_main, unit="step")
@@ -116,20 +122,20 @@ class Run:
             if self.interrupt:
                 written = self.save("last")
                 self.bar.close()
-                stopped(self.config.name, step, written, self.dist)
+                exit_stopped(self.config.name, step, written, self.dist)
             if step != self.first and step % self.config.save_every == 0:
                 self.save("last")
             yield step
             self.done = step + 1
 
     def save(self, name):
-        """Write the checkpoint best/, or last/ with all that resuming needs. Returns whether it could be written."""
+        """Write the checkpoint best/, or last/ with everything that resuming needs. Returns whether it was written."""
         state = None
         if name == "last":
             moments = gathered([optimizer.state_dict() for optimizer in self.optimizers], self.dist.is_main)
             state = {"step": self.done, "config": asdict(self.config), "seconds": self.seconds, **vars(self.state)}
             state |= {"optimizers": moments, "scaler": self.scaler.state_dict()}
-            state |= {part: kept.state_dict() for part, kept in self.parts.items()}
+            state |= {part_name: part.state_dict() for part_name, part in self.parts.items()}
         written = save(self.path, name, self.dist, self.model, self.tokenizer, self.chat, state)
         if self.dist.is_main and written and name == "last":
             if keep := getattr(self.config, "keep", 0):
@@ -139,50 +145,50 @@ class Run:
         return written
 
     def keep_best(self, value):
-        """Write best/ if the value is better than all before; it belongs to the step that is under way."""
+        """Write best/ if the value, measured in the current step, is better than all earlier ones."""
         if value < self.state.best if self.lower_is_better else value > self.state.best:
             self.state.best = value
             self.save("best")
 
     def due(self, every):
-        """Whether the step under way is a multiple of `every`, or the last."""
+        """Whether the current step is a multiple of `every`, or the last step."""
         return (self.done + 1) % every == 0 or self.done + 1 == self.config.steps
 
     @property
     def seconds(self):
-        """Since the stage began, earlier parts of a resumed run included."""
+        """Seconds since the stage began, including the earlier parts of a resumed run."""
         return time.perf_counter() - self.began
 
     def say(self, text):
-        """Print a line above the progress bar, once."""
+        """Print a line above the progress bar, on rank 0."""
         if self.dist.is_main:
             self.bar.write(text)
 
-    def check_finite(self, lr, norm=None, mend="try a smaller --lr", **losses):
-        """Raise DivergedError if a loss is no finite number, or the gradient's norm without a scaler, which meets inf,
-        skips the step and goes lower. norm None: it is not known yet."""
-        known = norm is None or math.isfinite(norm) or self.scaler.is_enabled()
-        if known and all(map(math.isfinite, losses.values())):
+    def check_finite(self, lr, norm=None, advice="try a smaller --lr", **losses):
+        """Raise DivergedError if a loss is not finite, or the gradient norm is not. An fp16 scaler handles an infinite
+        norm itself: it skips the step and lowers its scale. norm None: not computed yet."""
+        norm_ok = norm is None or math.isfinite(norm) or self.scaler.is_enabled()
+        if norm_ok and all(map(math.isfinite, losses.values())):
             return
-        self.bar.close()  # a sweep goes on with the next run
+        self.bar.close()  # a sweep continues with the next run
         self.log.close()
         values = {name.replace("_", " "): value for name, value in losses.items()}
         values |= {} if norm is None else {"gradient norm": norm}
-        said = ", ".join(f"the {name} is {value}" for name, value in values.items())
-        raise DivergedError(f"{said} at step {self.done} (learning rate {lr:.1e}); {mend}")
+        problem = ", ".join(f"the {name} is {value}" for name, value in values.items())
+        raise DivergedError(f"{problem} at step {self.done} (learning rate {lr:.1e}); {advice}")
 
     def close(self):
-        """After the last step: write last/, close the log, give Ctrl-C back."""
+        """After the last step: write last/, close the log, restore the usual Ctrl-C."""
         self.save("last")
         self.interrupt.release()
         self.log.close()
 
 
 def run_path(config):
-    """runs/NAME. Raises ConfigError if that cannot be a run's name, if there is nothing to resume there, or if what the
-    run is to read is the earlier run that it would move aside."""
+    """runs/NAME. Raises ConfigError if NAME is not a valid run name, if it holds nothing to resume, or if the run would
+    read a checkpoint from the earlier run that it renames."""
     path = RUNS / config.name
-    part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # no ".", no "..", no path from the root
+    part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # excludes ".", ".." and absolute paths
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate", "evaluate"):
         raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
     if file := next((parent for parent in path.parents if parent.is_file()), None):
@@ -192,80 +198,82 @@ def run_path(config):
     for flag in ("init", "tokenizer", "reward_model", "sampler"):
         read = getattr(config, flag, None)
         if read and not config.resume and Path(read).resolve().is_relative_to(path.resolve()):
-            aside = f"the run that --name {config.name} would move aside"
-            raise ConfigError(f"--{flag} {read} is {aside}: give another --name")
+            conflict = f"is the run that --name {config.name} would move aside"
+            raise ConfigError(f"--{flag} {read} {conflict}: give another --name")
     return path
 
 
 def open_run(config, dist):
-    """The run directory runs/NAME. A finished or abandoned run of that name is moved aside, never overwritten; one that
-    is under way is left alone: ConfigError."""
+    """Make and lock the run directory runs/NAME. An earlier run of that name is renamed to runs/NAME.1, .2, …, never
+    overwritten. ConfigError if a process is still writing it."""
     path = run_path(config)
     if dist.is_main:
         if path.exists():
-            hold(path)
+            lock_run(path)
             if not config.resume:
                 n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
                 path.rename(f"{path}.{n}")
                 print(f"{path} held an earlier run: moved to {path}.{n}")
         path.mkdir(parents=True, exist_ok=True)
-        hold(path)
-        (path / "launcher").write_text(launcher())
+        lock_run(path)
+        (path / "launcher").write_text(launch_id())
     if dist.world > 1:
         distributed.barrier()
     return path
 
 
-def launcher():
-    """This launch: torchrun's --rdzv_id, which is new each time on one node, or else the process that started us."""
-    known = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return str(os.getppid()) if known == "none" else known
+def launch_id():
+    """An id of this launch: torchrun's --rdzv_id, new for each launch on one node, or the parent's process id."""
+    rendezvous_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return str(os.getppid()) if rendezvous_id == "none" else rendezvous_id
 
 
 def restarted(config, dist):
-    """Whether torchrun started us again because a process had died, and this launch of it has made a run to go on from.
-    An earlier launch's run of the same name is none of ours."""
-    path, ours = RUNS / config.name, False
+    """Whether torchrun has restarted this process after another one died, and the run that this launch saved can be
+    resumed. A run of the same name from an earlier launch does not count."""
+    path, same_launch = RUNS / config.name, False
     if dist.is_main and saved_run(path) and (path / "launcher").is_file():
-        ours = (path / "launcher").read_text() == launcher()
-    # several nodes count their restarts apart: it is enough if one did
-    count, ours = dist.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), ours)
-    return count > 0 and ours > 0
+        same_launch = (path / "launcher").read_text() == launch_id()
+    # several nodes count their restarts separately: one that restarted is enough
+    restarts, same_launch = dist.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), same_launch)
+    return restarts > 0 and same_launch > 0
 
 
 def saved_run(path):
-    """The checkpoint that a run directory can be resumed from, or None. last.old: killed between two renames."""
-    found = [path / name for name in ("last", "last.old") if (path / name / "trainer_state.pt").is_file()]
-    return found[0] if found else None
+    """The checkpoint that a run directory can be resumed from, or None. last.old remains if a process is killed between
+    the two renames of `save`."""
+    saved = [path / name for name in ("last", "last.old") if (path / name / "trainer_state.pt").is_file()]
+    return saved[0] if saved else None
 
 
 def rng_state(dist):
-    """Every rank's random number generators; the same list on each rank."""
-    mine = {"torch": torch.get_rng_state()}
+    """The states of every rank's random generators; each rank gets the same list."""
+    own_rng = {"torch": torch.get_rng_state()}
     if dist.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(dist.device)
+        own_rng["cuda"] = torch.cuda.get_rng_state(dist.device)
     if dist.world == 1:
-        return [mine]
+        return [own_rng]
     states = [None] * dist.world
-    distributed.all_gather_object(states, mine)
+    distributed.all_gather_object(states, own_rng)
     return states
 
 
-def save(run_dir, name, dist, raw, tokenizer, chat, state=None):
-    """Write the checkpoint runs/NAME/name as a whole: into name.tmp, then renamed. A crash leaves the old one, and so
-    does a full disk, which is said and does not end the run. Returns whether it was written.
+def save(run_dir, name, dist, model, tokenizer, chat, state=None):
+    """Write the checkpoint runs/NAME/name: first as name.tmp, then renamed, so a crash leaves the old one intact. So
+    does a full disk, which prints a message and does not end the run. Returns whether the checkpoint was written.
 
-    state: what resuming needs besides the weights (all ranks must call: it gathers their generators).
+    model: the unwrapped one. state: what resuming needs besides the weights. All ranks must call: their random
+    generators are gathered.
     """
     written = True
     if state is not None:
         state = state | {"rng": rng_state(dist)}
-    raw = unsharded(raw, dist)
+    model = unsharded(model, dist)
     if dist.is_main:
         new, old, final = (run_dir / f"{name}{end}" for end in (".tmp", ".old", ""))
         try:
             shutil.rmtree(new, ignore_errors=True)
-            raw.save_pretrained(new)
+            model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             stop = [int(i) for i in tokenizer.stop_ids] if chat else [tokenizer.endoftext_id]
             decoding = {"eos_token_id": stop, "pad_token_id": tokenizer.endoftext_id, "do_sample": False}
@@ -276,7 +284,7 @@ def save(run_dir, name, dist, raw, tokenizer, chat, state=None):
                 shutil.rmtree(old, ignore_errors=True)
                 final.rename(old)
             new.rename(final)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the disk's error
             written = False
             print(f"{final} could not be written ({str(error).splitlines()[0]}); the checkpoint before it is kept")
             shutil.rmtree(new, ignore_errors=True)
@@ -288,15 +296,16 @@ def save(run_dir, name, dist, raw, tokenizer, chat, state=None):
 
 
 def keep_copy(run_dir, step, keep):
-    """Keep last/ as step_STEP too, and the newest `keep` of those. Links, no copies: a checkpoint is never changed."""
+    """Keep last/ under the name step_STEP too, and of these only the newest `keep`. The files are hard links, not
+    copies, since a checkpoint never changes."""
     shutil.rmtree(run_dir / f"step_{step:07d}", ignore_errors=True)
     shutil.copytree(run_dir / "last", run_dir / f"step_{step:07d}", copy_function=os.link)
     for path in sorted(run_dir.glob("step_*"))[:-keep]:
         shutil.rmtree(path)
 
 
-# Options that earlier versions had, at the value that made no difference: a run saved with it can still be resumed.
-GONE = {
+# Options that earlier versions had, with the value that turned them off: a run saved with that value can be resumed.
+REMOVED_OPTIONS = {
     "z_loss": 0.0,  # pretrain.py
     "entropy_bonus": 0.0,  # grpo.py
     "integer_weight": 0.0,
@@ -304,55 +313,69 @@ GONE = {
 }
 
 
-def load_state(run_dir, dist, raw, optimizers, scaler, config):
-    """Put a saved run back: weights, optimizers, scaler, generators. Returns its state, with `step` done so far."""
+def load_state(run_dir, dist, model, optimizers, scaler, config):
+    """Restore a saved run: weights, optimizers, scaler, random generators. Returns its state; `step` counts the steps
+    done."""
     path = saved_run(run_dir)
     try:
         state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the unpickler trips over
+    except Exception as error:  # torch passes on any error of the unpickler
         raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
-    # What a resumed run may have otherwise than before:
-    free = {"steps", "resume", "save_every", "keep", "eval_every", "sample_every", "wandb", "device", "name", "fsdp"}
-    now, then = asdict(config), asdict(type(config)()) | state["config"]  # an option that is new was at its default
-    changed = [k for k in now if k not in free and now[k] != then.get(k)]
+    may_change = {
+        "steps",
+        "resume",
+        "save_every",
+        "keep",
+        "eval_every",
+        "sample_every",
+        "wandb",
+        "device",
+        "name",
+        "fsdp",
+    }
+    new = asdict(config)
+    old = asdict(type(config)()) | state["config"]  # an option that the saved run did not have yet: its default
+    changed = [f"{k} {old.get(k)!r} -> {new[k]!r}" for k in new if k not in may_change and new[k] != old.get(k)]
     if changed:
-        said = ", ".join(f"{k} {then.get(k)!r} -> {now[k]!r}" for k in changed)
-        raise ConfigError(f"--resume continues a run as it was, but this changed: {said}")
-    gone = {k: value for k, value in state["config"].items() if k not in now and value != GONE.get(k)}
-    if gone:
-        said = ", ".join(f"{k} {value!r}" for k, value in gone.items())
-        raise ConfigError(f"{path} was made with {said}, which this version no longer has: it cannot be resumed here")
-    total = now["steps"] + now.get("mlm_steps", 0)  # encoder.py trains in two phases
+        raise ConfigError(f"--resume continues a run as it was, but this changed: {', '.join(changed)}")
+    saved_config = state["config"].items()
+    removed = [f"{k} {value!r}" for k, value in saved_config if k not in new and value != REMOVED_OPTIONS.get(k)]
+    if removed:
+        options = ", ".join(removed)
+        raise ConfigError(
+            f"{path} was made with {options}, which this version no longer has: it cannot be resumed here"
+        )
+    total = new["steps"] + new.get("mlm_steps", 0)  # encoder.py trains in two phases
     if state["step"] > total:
         raise ConfigError(f"{path} has done {state['step']} steps already, more than the {total} asked for")
-    if now["steps"] != then["steps"] and dist.is_main:
-        print(
-            f"--steps {then['steps']} -> {now['steps']}: from here the learning rate is that of a run of the new length"
-        )
-    own = raw.state_dict()
-    raw.load_state_dict({n: share_of(w, own.get(n)) for n, w in type(raw).from_pretrained(path).state_dict().items()})
+    if new["steps"] != old["steps"] and dist.is_main:
+        change = f"--steps {old['steps']} -> {new['steps']}"
+        print(f"{change}: from here the learning rate is that of a run of the new length")
+    weights, current = type(model).from_pretrained(path).state_dict(), model.state_dict()
+    model.load_state_dict({name: shard_like(weight, current.get(name)) for name, weight in weights.items()})
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in saved["state"].items():
-            saved["state"][i] = {name: share_of(x, params[i]) for name, x in moments.items()}
+            saved["state"][i] = {name: shard_like(x, params[i]) for name, x in moments.items()}
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
-    mine = state["rng"][dist.rank]
-    torch.set_rng_state(mine["torch"])
-    if dist.device.type == "cuda" and "cuda" in mine:
-        torch.cuda.set_rng_state(mine["cuda"], dist.device)
+    own_rng = state["rng"][dist.rank]
+    torch.set_rng_state(own_rng["torch"])
+    if dist.device.type == "cuda" and "cuda" in own_rng:
+        torch.cuda.set_rng_state(own_rng["cuda"], dist.device)
     return state
 
 
 class Interrupt:
-    """Ctrl-C (or SIGTERM) asks the loop to stop at its top, where everything is consistent; a second one kills."""
+    """The first Ctrl-C (or SIGTERM) asks the loop to stop before its next step, where the state is consistent; the
+    second one kills the process."""
 
     def __init__(self, dist):
         self.dist, self.asked = dist, False
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: then nobody can press Ctrl-C either
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 signal.signal(number, self._ask)
 
     def _ask(self, number, _):
@@ -360,55 +383,56 @@ class Interrupt:
         signal.signal(number, signal.SIG_DFL)
 
     def __bool__(self):
-        return self.dist.sum(self.asked)[0] > 0  # all ranks stop at the same step or none
+        return self.dist.sum(self.asked)[0] > 0  # all ranks stop at the same step
 
     def release(self):
-        """Behind the loop all is saved, and Ctrl-C ends at once whatever still goes on."""
-        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        """After the loop everything is saved, so Ctrl-C ends the process at once again."""
+        for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             with contextlib.suppress(ValueError):
-                signal.signal(number, usual)
-        if self.asked:  # in the last step, when nobody looked any more
+                signal.signal(number, default)
+        if self.asked:  # during the last step, after the last check
             raise KeyboardInterrupt
 
 
-def stopped(name, step, written, dist):
-    """Leave the loop before `step`, after Ctrl-C; say whether the run was saved and how to go on. A start that a later
-    stage makes for itself is never resumed: whoever wants it next makes it anew."""
+def exit_stopped(name, step, written, dist):
+    """Exit before `step`, after Ctrl-C; print whether the run was saved and how to continue. A start is never resumed:
+    the next stage that needs it trains it again."""
     if dist.is_main:
-        how = "saved; add --resume true to the same command to continue" if written else "but not saved"
-        how = "the same command makes this start anew" if name.startswith("start/") else how
-        print(f"stopped at step {step}, {how}")
+        next_step = "saved; add --resume true to the same command to continue" if written else "but not saved"
+        next_step = "the same command trains this start again" if name.startswith("start/") else next_step
+        print(f"stopped at step {step}, {next_step}")
     raise SystemExit(130)
 
 
 def start_name(data, seed, stage):
-    """Where a stage that was given no --init keeps the start that it makes for itself."""
-    known = data
-    if not data.isidentifier():  # a path: two files of one name are two starts
+    """The run name under which a stage without --init keeps its start."""
+    label = data
+    if not data.isidentifier():  # a path: two files of the same name are two starts
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
-        known = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
-    return f"start/{known}-seed{seed}-{stage}"
+        label = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
+    return f"start/{label}-seed{seed}-{stage}"
 
 
-def made_once(name, what, stage, settings, dist):
-    """Run a stage into runs/NAME, unless that has been done with these settings; -> runs/NAME. When the stage ends, its
-    settings go into the file `finished`: a run without that file was broken off, one with another was made otherwise,
-    and either is moved aside by the new one. Of several processes that want the same start, one makes it, the others
-    wait."""
+def make_start_once(name, message, stage, settings, dist):
+    """Train a start: run `stage` into runs/NAME unless it was already run with these settings; -> runs/NAME.
+
+    When the stage ends, its settings are written to the file `finished`. A run without that file is incomplete, and one
+    whose file differs had other settings; the new run renames it. If several processes need the same start, one trains
+    it and the others wait."""
     finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
     made_by = json.dumps(made_by, sort_keys=True)
     if dist.is_main:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    with alone(lock) if dist.is_main else contextlib.nullcontext():
-        found = dist.is_main and finished.exists() and finished.read_text() == made_by
-        if dist.sum(found)[0]:  # the other ranks wait here for what rank 0 found
+    with file_lock(lock) if dist.is_main else contextlib.nullcontext():
+        exists = dist.is_main and finished.exists() and finished.read_text() == made_by
+        if dist.sum(exists)[0]:  # the other ranks wait here for rank 0
             if dist.is_main:
-                print(f"starting from {RUNS / name} (made earlier; delete it to make it anew)")
+                print(f"starting from {RUNS / name} (made earlier; delete it to train it again)")
         else:
             if dist.is_main:
-                print(f"{what} -> {RUNS / name}")
+                print(f"{message} -> {RUNS / name}")
             stage.main(stage.Config(name=name, **settings))
             if dist.is_main:
                 finished.write_text(made_by)

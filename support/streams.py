@@ -1,8 +1,8 @@
-"""Token streams: pretraining reads one long array of ids from disk, without loading it.
+"""Token streams: the ids of a whole text in one file, which pretraining reads from disk piece by piece.
 
-A stream is a flat file of uint16 or uint32 and, beside it, a JSON file that says how to read it. It stands under a name
-made of its texts and its tokenizer, so every run that wants the same one shares it: `make_streams` makes what is not
-there, `data.batch_at` cuts a step's windows out of it.
+A stream is a flat file of uint16 or uint32 ids plus a JSON file (the sidecar) that describes it. Its name is a digest
+of the texts and the tokenizer, so all runs with the same ones share it. `make_streams` writes the streams that are
+missing; `data.batch_at` cuts a step's windows out of a stream.
 """
 
 import hashlib
@@ -16,16 +16,15 @@ import numpy as np
 from torch import distributed
 
 from support.errors import ConfigError, DataError
-from support.locks import alone
+from support.locks import file_lock
 from support.runs import RUNS
 
 
 def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: int, fingerprint: str) -> Path:
     """Write pieces of token ids one after another as one flat array -> the path.
 
-    uint16 up to 65,536 ids, else uint32: half the disk and half the reading. Beside it `PATH.json` says how
-    to read it and which tokenizer (`fingerprint`) made it: another tokenizer's ids train wrongly and do not
-    complain.
+    The type is uint16 if the vocabulary has at most 65,536 ids, else uint32. `PATH.json` records the type and the
+    tokenizer's `fingerprint`: the ids of another tokenizer would train a bad model without any error.
     """
     path = Path(path)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
@@ -37,7 +36,7 @@ def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: 
         with open(partial, "wb") as file:
             for piece in pieces:
                 ids = np.asarray(piece, dtype=np.int64)
-                if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):  # a cast would wrap in silence
+                if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):  # a cast would wrap around silently
                     raise DataError(f"{path}: a token id outside 0..{vocab_size - 1} after the first {tokens}")
                 data = ids.astype(dtype).tobytes()
                 file.write(data)
@@ -45,18 +44,18 @@ def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: 
                 tokens += len(ids)
         if not tokens:
             raise DataError(f"{path}: no tokens to write")
-        sidecar.unlink(missing_ok=True)  # killed from here on: a stream without sidecar, which open_stream refuses
+        sidecar.unlink(missing_ok=True)  # if killed from here on, the stream has no sidecar and open_stream rejects it
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    about = dict(dtype=dtype.name, tokens=tokens, fingerprint=fingerprint, sha256=digest.hexdigest())
-    partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    description = dict(dtype=dtype.name, tokens=tokens, fingerprint=fingerprint, sha256=digest.hexdigest())
+    partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, sidecar)
     return path
 
 
 def stream_path(folder: str | Path, texts: Sequence[str], tokenizer) -> Path:
-    """Where the stream of these texts under this tokenizer stands: the same for every run that wants it."""
+    """The path of the stream of these texts under this tokenizer, the same in every run."""
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -65,31 +64,32 @@ def stream_path(folder: str | Path, texts: Sequence[str], tokenizer) -> Path:
     return Path(folder) / f"{digest.hexdigest()[:24]}.bin"
 
 
-def tokenise(path: Path, texts: Sequence[str], tokenizer, some: int = 1000) -> None:
-    """Write the stream of `texts` to what `stream_path` names, unless it is there. Several documents are followed by
-    <|endoftext|> each; one alone is a text without borders.
+def tokenise(path: Path, texts: Sequence[str], tokenizer, chunk: int = 1000) -> None:
+    """Write the stream of `texts` to the path that `stream_path` gives, unless it exists. With several documents,
+    <|endoftext|> follows each of them; a single text gets none.
 
-    `some` documents at a time, on all cores, into a file of their own under PATH.parts. Whoever is interrupted finds
-    them there the next time and goes on after the last. (One text alone is encoded in one go.) A second run that wants
-    a stream of the same folder waits for the first.
+    `chunk` documents at a time are encoded on all cores, into one file per chunk under PATH.parts. An interrupted run
+    continues after the last finished chunk. (A single text is encoded in one go.) A second run that needs a stream of
+    the same folder waits for the first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(path.parent):
+    with file_lock(path.parent):
         if not (path.exists() and Path(f"{path}.json").exists()):
-            _tokenise(path, texts, tokenizer, some)
+            _tokenise(path, texts, tokenizer, chunk)
 
 
-def _tokenise(path, texts, tokenizer, some):
+def _tokenise(path, texts, tokenizer, chunk):
     from tqdm import tqdm
 
     parts = Path(f"{path}.parts")
     parts.mkdir(exist_ok=True)
     end = [tokenizer.endoftext_id] if len(texts) > 1 else []
     files = []
-    for i in tqdm(range(0, len(texts), some), desc="tokenising", unit="part", leave=False, disable=len(texts) <= some):
+    starts = range(0, len(texts), chunk)
+    for i in tqdm(starts, desc="tokenising", unit="part", leave=False, disable=len(texts) <= chunk):
         files.append(parts / f"{i}.npy")
         if not files[-1].exists():
-            ids = [np.array(ids + end, dtype=np.uint32) for ids in tokenizer.encode_batch(texts[i : i + some])]
+            ids = [np.array(ids + end, dtype=np.uint32) for ids in tokenizer.encode_batch(texts[i : i + chunk])]
             partial = parts / f"{i}.{os.getpid()}.part"
             with open(partial, "wb") as file:
                 np.save(file, np.concatenate(ids))
@@ -99,34 +99,35 @@ def _tokenise(path, texts, tokenizer, some):
 
 
 def open_stream(path: str | Path, fingerprint: str, check: bool = False) -> np.memmap:
-    """The stream as a read-only (tokens,) array on disk; refused if it is not what `write_stream` left.
+    """The stream as a read-only (tokens,) array on disk. DataError if it is not what `write_stream` wrote.
 
-    check: read it all and compare its sha256 too, a second or two per GB.
+    check: also read the whole file and compare its sha256, a second or two per GB.
     """
     path, sidecar = Path(path), Path(f"{path}.json")
-    again = "delete it and tokenise again"
+    remedy = "delete it and tokenise again"
     for file in (path, sidecar):
         if not file.is_file():
-            raise DataError(f"no {file}: {again}")
+            raise DataError(f"no {file}: {remedy}")
     try:
-        about = json.loads(sidecar.read_text(encoding="utf-8"))
-        dtype, tokens, made_with = np.dtype(about["dtype"]), int(about["tokens"]), about["fingerprint"]
+        description = json.loads(sidecar.read_text(encoding="utf-8"))
+        dtype, tokens = np.dtype(description["dtype"]), int(description["tokens"])
+        written_with = description["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{sidecar} cannot be read ({error!r}): {again}") from error
-    if made_with != fingerprint:
-        raise DataError(f"{path} was made with tokenizer {made_with}, this run has {fingerprint}: {again}")
+        raise DataError(f"{sidecar} cannot be read ({error!r}): {remedy}") from error
+    if written_with != fingerprint:
+        raise DataError(f"{path} was made with tokenizer {written_with}, this run has {fingerprint}: {remedy}")
     if path.stat().st_size != tokens * dtype.itemsize:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, not {tokens} x {dtype.itemsize}: {again}")
+        raise DataError(f"{path} has {path.stat().st_size} bytes, not {tokens} x {dtype.itemsize}: {remedy}")
     if check:
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != about.get("sha256"):
-                raise DataError(f"{path} has changed since it was written: {again}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != description.get("sha256"):
+                raise DataError(f"{path} has changed since it was written: {remedy}")
     return np.memmap(path, dtype=dtype, mode="r", shape=(tokens,))
 
 
 class Streams(dict):
-    """{"train", "valid"}: the ids of a text, (tokens,) arrays on disk. What a run keeps of them are their names, which
-    are digests of text and tokenizer: a resumed run must find the same."""
+    """{"train", "valid"}: the ids of each split, (tokens,) arrays on disk. A run saves only their file names, digests
+    of text and tokenizer, so that a resumed run can check that the text is still the same."""
 
     def __init__(self, data, arrays):
         super().__init__(arrays)
@@ -141,8 +142,8 @@ class Streams(dict):
 
 
 def make_streams(config, dist, tokenizer, context, texts):
-    """The texts as ids in runs/streams, made once by rank 0 for every run that wants the same; all ranks map the files
-    into memory."""
+    """Encode the texts into runs/streams, once for all runs that need the same stream. Rank 0 writes; all ranks map the
+    files into memory."""
     paths = {split: stream_path(RUNS / "streams", texts[split], tokenizer) for split in ("train", "valid")}
     if dist.is_main:
         for split, path in paths.items():

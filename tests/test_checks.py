@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from support.checks import Amount, Count, Part, Positive, Range, Seed, Share, Whole, check
+from support.checks import Amount, Count, Fraction, FractionBelow1, Positive, Range, Seed, Whole, check
 from support.errors import CheckpointError, ConfigError
 
 
@@ -24,8 +24,8 @@ class Child(Parent):
     few: Count | None = None
     rates: list[Positive] = field(default_factory=list)
     keep: Whole = 0
-    share: Share = 1.0
-    dropout: Part = 0.0
+    share: Fraction = 1.0
+    dropout: FractionBelow1 = 0.0
     bounded: Annotated[int, Range(int, 2, 4, below=False)] = 2
     free: str = "anything"
 

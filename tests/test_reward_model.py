@@ -552,7 +552,7 @@ def test_the_sampler_is_not_moved_aside(here):
 
 
 def test_what_cannot_run_is_said_before_anything_is_made(here, monkeypatch):
-    monkeypatch.setattr(reward_model, "made_once", lambda *_: pytest.fail("a start was begun"))
+    monkeypatch.setattr(reward_model, "make_start_once", lambda *_: pytest.fail("a start was begun"))
     monkeypatch.setattr(reward_model, "sample_answers", lambda *_: pytest.fail("answers were sampled"))
     with pytest.raises(ConfigError, match="holds no saved run"):
         reward_model.main(config(resume=True))

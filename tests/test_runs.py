@@ -137,10 +137,10 @@ def test_what_is_said_when_it_stops(capsys):
     for name, written, word in [
         ("mine", True, "saved; add --resume true"),
         ("mine", False, "but not saved"),
-        ("start/word-seed0-sft", True, "makes this start anew"),
+        ("start/word-seed0-sft", True, "trains this start again"),
     ]:
         with pytest.raises(SystemExit) as stop:
-            runs.stopped(name, 3, written, dist)
+            runs.exit_stopped(name, 3, written, dist)
         assert stop.value.code == 130
         assert word in capsys.readouterr().out
 

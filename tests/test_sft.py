@@ -257,7 +257,9 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
 
 
 def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
-    monkeypatch.setattr(sft, "made_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings))
+    monkeypatch.setattr(
+        sft, "make_start_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings)
+    )
     dist = devices.setup("cpu")
     for name in ("word", "mine.jsonl"):
         for skip_bad in (False, True):
@@ -268,7 +270,7 @@ def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo", "gdpo"])
 @pytest.mark.parametrize("options", [{"resume": True}, {"name": "../elsewhere"}])
 def test_what_cannot_run_makes_no_start(here, monkeypatch, stage, options):
-    monkeypatch.setattr(sft, "made_once", lambda *_: pytest.fail("a start was begun"))
+    monkeypatch.setattr(sft, "make_start_once", lambda *_: pytest.fail("a start was begun"))
     module = importlib.import_module(stage)
     with pytest.raises(ConfigError, match=r"holds no saved run|cannot be a run's directory"):
         module.main(module.Config(**{"name": "nowhere", **options}))

@@ -54,10 +54,10 @@ def test_a_tokenisation_that_broke_off_goes_on(tmp_path):
     expected = [i for text in texts for i in [*map(ord, text), 299]]
     path = streams.stream_path(tmp_path, texts, Letters())
     with pytest.raises(KeyboardInterrupt):
-        streams.tokenise(path, texts, Letters(most=13), some=4)
+        streams.tokenise(path, texts, Letters(most=13), chunk=4)
     assert not path.exists()
     tokenizer = Letters()
-    streams.tokenise(path, texts, tokenizer, some=4)
+    streams.tokenise(path, texts, tokenizer, chunk=4)
     assert tokenizer.seen == texts[12:]  # the first three parts were there
     assert streams.open_stream(path, "letters", check=True).tolist() == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]

@@ -92,7 +92,7 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
     assert set(result["by_kind"]) == {"all", "sampled"}  # no corrupted solutions, no renaming
     assert "best_of" in result
     assert "renamed_same_order" not in result
-    monkeypatch.setattr(ppo, "made_once", lambda name, what, stage, settings, dist: settings)
+    monkeypatch.setattr(ppo, "make_start_once", lambda name, what, stage, settings, dist: settings)
     assert ppo.reward_start(ppo.Config(data="backwards"), "x", None)["data"] == "backwards"
     assert json.loads((scratch / "runs/start/backwards-seed0-sft/finished").read_text())["data"] == "backwards"
 

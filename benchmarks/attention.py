@@ -1,13 +1,13 @@
 """What windows, sinks and the rolling cache cost and save, measured.
 
-    python benchmarks/attention.py                  # about a minute on one idle core; --tokens 5000 for a look
+    python benchmarks/attention.py                  # about a minute on one idle core; --tokens 5000 for a quick look
     python benchmarks/attention.py --flex           # FlexAttention as well: compiles first
 
-1. A stream decoded token by token by one windowed layer with a RollingKVCache: time per token, bytes of the cache and
-   peak memory of the process, per tenth of the stream. Beside it the same layer without a window and a KVCache.
-2. One windowed layer's attention over a whole sequence, forward and forward + backward, in the forms that compute it:
+1. One windowed layer with a RollingKVCache decodes a stream token by token: time per token, bytes of the cache and peak
+   memory of the process, per tenth of the stream. For comparison, the same layer without a window, with a KVCache.
+2. One windowed layer's attention over a whole sequence, forward and forward + backward, in several implementations:
    the formula, SDPA with a (T, S) mask, SDPA band by band (what attention.py uses), FlexAttention.
-3. One new token for each of B rows through Attention with a KVCache, T = 1: what decoding pays per layer.
+3. One new token for each of B rows through Attention with a KVCache, T = 1: the cost of decoding per layer.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def stream(n, window, sinks, width=64, heads=4):
     whole = Attention(width, heads, 2, D, qk_norm=True)
     rolling = RollingKVCache(1, 1, 2, window, D, sinks=sinks)
     growing = KVCache(1, 1, 2, n, D)
-    growing.store.zero_()  # claim the memory now, so that the peak below is the rolling cache's own doing
+    growing.store.zero_()  # claim this memory now, so that only the rolling cache can raise the peak below
     frequencies, x = rope_frequencies(D), torch.randn(1, 64, width)
 
     def step(layer, cache, t):
@@ -61,14 +61,14 @@ def stream(n, window, sinks, width=64, heads=4):
     tenth = n // 10
     for block in range(10):
         times = [step(windowed, rolling, t) for t in range(block * tenth, (block + 1) * tenth)]
-        growing.length = (block + 1) * tenth - 20  # no need to decode what lies between
-        others = [step(whole, growing, growing.length) for _ in range(20)]
+        growing.length = (block + 1) * tenth - 20  # skip to the end of the tenth: only its last steps are timed
+        growing_times = [step(whole, growing, growing.length) for _ in range(20)]
         print(f"{rolling.length:>10,}{statistics.median(times):>12.1f}{kib(rolling):>11.1f}{peak_mib():>10.1f}", end="")
-        print(f"{statistics.median(others):>30.1f}{kib(growing) * growing.length / n:>12.1f}")
+        print(f"{statistics.median(growing_times):>30.1f}{kib(growing) * growing.length / n:>12.1f}")
 
 
 def best(call, repeats):
-    """Milliseconds of the fastest run, after one to warm up."""
+    """Milliseconds of the fastest run, after one warm-up run."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -77,11 +77,11 @@ def best(call, repeats):
     return min(times[1:])
 
 
-def forms(T, window, sinks, repeats, flex, H=6, G=2, D=32):
+def compare_implementations(T, window, sinks, repeats, flex, H=6, G=2, D=32):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, T, D, requires_grad=True) for heads in (H, G, G))
-    mask, up = window_mask(T, T, window, sinks), torch.randn(1, H, T, D)
-    compute = {
+    mask, output_gradient = window_mask(T, T, window, sinks), torch.randn(1, H, T, D)
+    implementations = {
         "formula": lambda *qkv: naive_attention(*qkv, mask)[0],
         "SDPA, mask": lambda *qkv: fast_attention(*qkv, mask),
         "SDPA, bands": lambda *qkv: banded_attention(*qkv, window, sinks),
@@ -89,22 +89,22 @@ def forms(T, window, sinks, repeats, flex, H=6, G=2, D=32):
     if flex:
         seen = lambda b, h, i, j: (i >= j) & ((i - j < window) | (j < sinks))  # noqa: E731
         blocks, compiled = create_block_mask(seen, 1, 1, T, T, device="cpu"), torch.compile(flex_attention)
-        compute["Flex, compiled"] = lambda *qkv: compiled(*qkv, block_mask=blocks, enable_gqa=True)
+        implementations["Flex, compiled"] = lambda *qkv: compiled(*qkv, block_mask=blocks, enable_gqa=True)
     plain = [x.detach() for x in (q, k, v)]
-    expected = compute["formula"](*plain)
-    for name, call in compute.items():
+    expected = implementations["formula"](*plain)
+    for name, call in implementations.items():
         torch.testing.assert_close(call(*plain), expected, atol=1e-5, rtol=1e-5)
         forward = best(lambda call=call: call(*plain), repeats)
         try:
-            both = best(lambda call=call: torch.autograd.grad(call(q, k, v), (q, k, v), up), repeats)
-            both = f"{both:>10.2f}"
+            total = best(lambda call=call: torch.autograd.grad(call(q, k, v), (q, k, v), output_gradient), repeats)
+            total = f"{total:>10.2f}"
         except NotImplementedError as error:
-            both = f"   {str(error).split('.')[0]}"
-        print(f"{T:>8}  {name:<16}{forward:>10.2f}{both}")
+            total = f"   {str(error).split('.')[0]}"
+        print(f"{T:>8}  {name:<16}{forward:>10.2f}{total}")
 
 
 @torch.no_grad()
-def decode(B, S, window=None, width=192, H=6, G=2):
+def decode_step(B, S, window=None, width=192, H=6, G=2):
     D = width // H
     torch.manual_seed(0)
     layer = Attention(width, H, G, D, qk_norm=True, window=window)
@@ -122,18 +122,19 @@ def main():
     parser.add_argument("--tokens", type=int, default=100_000, help="length of the stream")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--flex", action="store_true", help="FlexAttention too (needs a C++ compiler)")
+    parser.add_argument("--flex", action="store_true", help="also time FlexAttention (needs a C++ compiler)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     stream(args.tokens, window=252, sinks=4)
     print(f"\nattention with a window of 256 and 4 sinks, H = 6, G = 2, D = 32, {args.threads} thread(s); milliseconds")
     print(f"{'T':>8}  {'form':<16}{'forward':>10}{'+ back':>10}")
     for T in (512, 2048):
-        forms(T, 256, 4, args.repeats, args.flex)
+        compare_implementations(T, 256, 4, args.repeats, args.flex)
     print("\none token for each of B rows, width 192, H = 6, G = 2: milliseconds for one layer")
     print(f"{'B':>8}{'S = 40':>10}{'S = 200':>10}{'S = 2000':>10}{'window 200':>12}")
     for B in (1, 16, 128):
-        print(f"{B:>8}" + "".join(f"{decode(B, S):>10.3f}" for S in (40, 200, 2000)) + f"{decode(B, 2000, 200):>12.3f}")
+        print(f"{B:>8}" + "".join(f"{decode_step(B, S):>10.3f}" for S in (40, 200, 2000)), end="")
+        print(f"{decode_step(B, 2000, 200):>12.3f}")
 
 
 if __name__ == "__main__":

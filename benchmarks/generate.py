@@ -1,13 +1,13 @@
-"""Tokens per second of generate.py against transformers' `generate`, the same weights, in turn on the same machine.
+"""Tokens per second of generate.py ("ours") against transformers' `generate` ("theirs"), with the same weights.
 
     python benchmarks/generate.py                     # 2 M and 10 M parameters; batch 1, 16 and 64; 128 new tokens
 
-Both sample at temperature 1 from a random Qwen3-layout model, without a stop token, and keep a cache, in fp32 and, on
-a GPU or a CPU with AMX, in bf16 too: ours under autocast, as in a rollout of grpo.py, theirs with weights in bf16. Each
-figure is the best of two rounds of `--repeats` runs, taken in turn; the last ratio is between the faster precisions of
-the two. The floor is the time that the arithmetic alone takes in the faster of ours: operations over the rate of a
-large matrix product measured in the same run, or the bytes of the weights, read once a step, over the measured
-bandwidth, whichever is longer. Needs the project's `.[dev]`.
+Both sample at temperature 1 from a random Qwen3-layout model, without a stop token, with a KV cache, in fp32 and, on a
+GPU or a CPU with AMX, in bf16 too: generate.py under autocast, as in a rollout of grpo.py; transformers with weights in
+bf16. The two take turns on the same machine, and each figure is the best of two rounds of `--repeats` runs. The column
+"at best" compares the faster precision of each. The floor is the time of the arithmetic alone in generate.py's faster
+precision: the operations over the measured rate of a large matrix product, or the bytes of the weights, read once per
+step, over the measured bandwidth, whichever takes longer. Needs the project's `.[dev]`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SIZES = (  # 1.9 and 9.6 M parameters
 
 
 def best(call, repeats, device):
-    """Seconds of the fastest run, after one to warm up."""
+    """Seconds of the fastest run, after one warm-up run."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -44,7 +44,7 @@ def best(call, repeats, device):
 
 
 def rates(device, dtype):
-    """-> operations per second of a product of two 2,048² matrices, bytes per second read from 256 MB."""
+    """-> operations per second of a product of two 2,048² matrices, bytes per second when reading 256 MB."""
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     operations = 2 * 2048**3 / best(lambda: a @ a, 5, device)
     big = torch.randn(2**26, device=device)
@@ -62,50 +62,58 @@ def main():
     from transformers import AutoModelForCausalLM
     from transformers import __version__ as version
 
-    keep_freed_memory()  # as the training scripts do, for transformers too
-    kinds = {"fp32": torch.float32}
+    keep_freed_memory()  # as the training scripts do; it speeds up transformers too
+    dtypes = {"fp32": torch.float32}
     if auto_dtype(torch.device(args.device)) == "bf16":
-        kinds["bf16"] = torch.bfloat16
+        dtypes["bf16"] = torch.bfloat16
     print(
         f"torch {torch.__version__}, transformers {version}, {args.device}, {torch.get_num_threads()} threads", end=""
     )
-    speed = {kind: rates(args.device, dtype) for kind, dtype in kinds.items()}
-    for kind, (operations, bandwidth) in speed.items():
-        print(f"; {kind} {operations / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s", end="")
-    columns = "".join(f"{f'ours {kind}':>12}{'theirs':>10}{'ratio':>7}" for kind in kinds)
+    speed = {name: rates(args.device, dtype) for name, dtype in dtypes.items()}
+    for name, (operations, bandwidth) in speed.items():
+        print(f"; {name} {operations / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s", end="")
+    columns = "".join(f"{f'ours {name}':>12}{'theirs':>10}{'ratio':>7}" for name in dtypes)
     print(f"\n{'model':<8}{'batch':>5}{columns}{'at best':>9}{'floor':>12}{'of the floor':>14}")
     for config in SIZES:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             Transformer(config).save_pretrained(folder)
-            ours = Transformer.from_pretrained(folder).to(args.device).eval()
-            theirs = {
-                kind: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device).eval()
-                for kind, dtype in kinds.items()
+            model = Transformer.from_pretrained(folder).to(args.device).eval()
+            hf_models = {
+                name: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device).eval()
+                for name, dtype in dtypes.items()
             }
-        weights = sum(p.numel() for p in ours.parameters())  # tied: read once, used once a step as the head
+        weights = sum(p.numel() for p in model.parameters())  # tied embeddings: read once per step, as the head
         for batch in args.batches:
             prompts = torch.randint(config.vocab_size, (batch, args.prompt))
             ids, lists = prompts.to(args.device), prompts.tolist()
-            how = dict(max_new_tokens=args.new_tokens, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0)
-            how |= {"attention_mask": torch.ones_like(ids)}
-            a, b = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+            options = dict(max_new_tokens=args.new_tokens, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0)
+            options |= {"attention_mask": torch.ones_like(ids)}
+            seconds, hf_seconds = {name: [] for name in dtypes}, {name: [] for name in dtypes}
             for _ in range(2):  # in turn, so that a slow minute hits both
-                for kind, dtype in kinds.items():
-                    half = torch.autocast(args.device, dtype) if kind == "bf16" else contextlib.nullcontext()
-                    with half:
-                        a[kind].append(best(lambda: generate(ours, lists, args.new_tokens), args.repeats, args.device))  # noqa: B023
+
+                def run():
+                    return generate(model, lists, args.new_tokens)  # noqa: B023
+
+                for name, dtype in dtypes.items():
+
+                    def run_hf():
+                        return hf_models[name].generate(ids, **options)  # noqa: B023
+
+                    with torch.autocast(args.device, dtype) if name == "bf16" else contextlib.nullcontext():
+                        seconds[name].append(best(run, args.repeats, args.device))
                     with torch.inference_mode():
-                        b[kind].append(best(lambda: theirs[kind].generate(ids, **how), args.repeats, args.device))  # noqa: B023
+                        hf_seconds[name].append(best(run_hf, args.repeats, args.device))
             tokens = batch * args.new_tokens
-            a, b = ({kind: tokens / min(times) for kind, times in x.items()} for x in (a, b))  # per second
-            kind = max(a, key=a.get)
-            operations, bandwidth = speed[kind]
-            floor = batch / max(2 * weights * batch / operations, weights * kinds[kind].itemsize / bandwidth)
-            shown = "".join(f"{a[k]:>10,.0f}/s{b[k]:>8,.0f}/s{a[k] / b[k]:>7.2f}" for k in kinds)
+            rate = {name: tokens / min(times) for name, times in seconds.items()}  # tokens per second
+            hf_rate = {name: tokens / min(times) for name, times in hf_seconds.items()}
+            fastest = max(rate, key=rate.get)
+            operations, bandwidth = speed[fastest]
+            floor = batch / max(2 * weights * batch / operations, weights * dtypes[fastest].itemsize / bandwidth)
+            cells = "".join(f"{rate[d]:>10,.0f}/s{hf_rate[d]:>8,.0f}/s{rate[d] / hf_rate[d]:>7.2f}" for d in dtypes)
             print(
-                f"{weights / 1e6:<5.1f} M {batch:>5}{shown}{a[kind] / max(b.values()):>9.2f}"
-                f"{floor:>10,.0f}/s{a[kind] / floor:>13.0%}",
+                f"{weights / 1e6:<5.1f} M {batch:>5}{cells}{rate[fastest] / max(hf_rate.values()):>9.2f}"
+                f"{floor:>10,.0f}/s{rate[fastest] / floor:>13.0%}",
                 flush=True,
             )
 

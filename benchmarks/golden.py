@@ -1,13 +1,13 @@
-"""The safety net of a refactoring: short seeded runs of every stage, and whether two versions of the code agree.
+"""A regression check for refactoring: short seeded runs of every stage, compared between two versions of the code.
 
     python benchmarks/golden.py record OLD --repo ../old-checkout      # every figure of metrics.jsonl, and the weights
     python benchmarks/golden.py record NEW                             # the same with this checkout
-    python benchmarks/golden.py compare OLD NEW                        # status 1, and what differs, if anything does
+    python benchmarks/golden.py compare OLD NEW                        # lists the differences; status 1 if any
 
-A run is compared to the last bit: all that metrics.jsonl holds but what a clock made, and a checksum of each
-checkpoint's weights. So both records must come from one machine and one version of torch. Each process has one thread
-and computes in fp32; runs named `…_2` are two processes of torchrun. About 6 minutes on two cores; --only sft takes
-the runs whose name begins so, which needs the runs that they start from.
+Runs are compared bit by bit: every metric in metrics.jsonl except the timings, and a checksum of each checkpoint's
+weights. So both records must come from the same machine and the same version of torch. Each process computes in fp32
+with one thread; runs named `…_2` use two processes under torchrun. Recording takes about 6 minutes on two cores. --only
+sft limits it to the runs whose names begin with sft; the runs that those start from must exist already.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CLOCKS = ("_per_second", "seconds", "mfu")
+TIMINGS = ("_per_second", "seconds", "mfu")
 BASE = "--init runs/pretrain/best"
 SFT = "--init runs/sft/best"
 SHORT = "--eval_problems 20 --test_problems 20"
 RL = f"{SFT} {SHORT} --prompts 4 --rollouts 4 --steps 4 --eval_every 2 --max_new_tokens 40"
 PAIRS = "--n_pairs 60 --sample_problems 60 --eval_pairs 20 --test_pairs 20"
 GRPO = f"{RL} --pass_problems 4 --pass_samples 4"
-# In stages: the runs of one stage may start from those of the stages before it, and go side by side.
+# In groups: the runs of a group run in parallel, and may start from checkpoints of earlier groups.
 RUNS = [
     {
         "pretrain": "pretrain.py --steps 120 --eval_every 40 --eval_tokens 4000",
@@ -103,12 +103,12 @@ def run(name, command, repo, folder):
 
 
 def figures(path):
-    """metrics.jsonl without its header and without what a clock made, and a checksum of each checkpoint's weights."""
+    """The steps of metrics.jsonl without the timings, and a checksum of each checkpoint's weights."""
     records = []
     for line in (path / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "step" in record:
-            records.append({k: v for k, v in record.items() if not any(clock in k for clock in CLOCKS)})
+            records.append({k: v for k, v in record.items() if not any(part in k for part in TIMINGS)})
     sums = {}
     for name in ("best", "last"):
         file = path / name / "model.safetensors"
@@ -120,52 +120,53 @@ def figures(path):
 def record(folder, repo, only):
     folder.mkdir(parents=True, exist_ok=True)
     ok = True
-    for stage in RUNS:
-        wanted = {name: command for name, command in stage.items() if name.startswith(only)}
+    for group in RUNS:
+        selected = {name: command for name, command in group.items() if name.startswith(only)}
         with ThreadPoolExecutor(2) as pool:
-            ok &= all(list(pool.map(lambda item: run(*item, repo, folder), wanted.items())))
-    found = {
+            ok &= all(list(pool.map(lambda item: run(*item, repo, folder), selected.items())))
+    results = {
         path.parent.name: figures(path.parent)
         for path in sorted((folder / "runs").glob("*/metrics.jsonl"))
         if "." not in path.parent.name
     }
-    (folder / "golden.json").write_text(json.dumps(found, indent=1))
+    (folder / "golden.json").write_text(json.dumps(results, indent=1))
     return ok
 
 
 def compare(old, new, only):
-    """Every figure that both have, to the last bit. A metric that one of them lacks is named, and is no difference."""
+    """Compare every metric that both records have, bit by bit. A metric that one of them lacks is listed but does not
+    count as a difference."""
     old, new = (json.loads((path / "golden.json").read_text()) for path in (old, new))
-    both = sorted(name for name in old.keys() & new.keys() if name.startswith(only))
-    differ, gone, added = 0, set(), set()
-    for name in both:
+    common = sorted(name for name in old.keys() & new.keys() if name.startswith(only))
+    n_different, removed, added = 0, set(), set()
+    for name in common:
         pairs = list(zip(old[name]["steps"], new[name]["steps"], strict=False))
-        said = [
+        differences = [
             f"step {a['step']}: {k} {a[k]} -> {b[k]}" for a, b in pairs for k in a.keys() & b.keys() if a[k] != b[k]
         ]
         if len(old[name]["steps"]) != len(new[name]["steps"]):
-            said.append("the number of steps")
+            differences.append("the number of steps")
         if old[name]["weights"] != new[name]["weights"]:
-            said.append("the weights")
-        gone |= {k for a, b in pairs for k in a.keys() - b.keys()}
+            differences.append("the weights")
+        removed |= {k for a, b in pairs for k in a.keys() - b.keys()}
         added |= {k for a, b in pairs for k in b.keys() - a.keys()}
-        if said:
-            differ += 1
-            print(f"{name}: {'; '.join(said[:4])}")
-    for what, names in (("no longer logged", gone), ("logged now", added)):
+        if differences:
+            n_different += 1
+            print(f"{name}: {'; '.join(differences[:4])}")
+    for heading, names in (("no longer logged", removed), ("logged now", added)):
         if names:
-            print(f"{what}: {', '.join(sorted(names))}")
-    print(f"{len(both)} runs that both have, {differ} differ")
-    return differ == 0
+            print(f"{heading}: {', '.join(sorted(names))}")
+    print(f"{len(common)} runs that both have, {n_different} differ")
+    return n_different == 0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("record", "compare"))
+    parser.add_argument("command", choices=("record", "compare"))
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--repo", type=Path, default=Path(__file__).resolve().parent.parent)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
-    if args.what == "record":
+    if args.command == "record":
         sys.exit(not record(args.folders[0], args.repo.resolve(), args.only))
     sys.exit(not compare(*args.folders, args.only))

@@ -1,10 +1,10 @@
-"""Peak memory of the loss over a large vocabulary: in chunks, as the model computes it, against whole fp32 logits.
+"""Peak memory of the loss over a large vocabulary: in chunks, as the model computes it, against full fp32 logits.
 
     python benchmarks/loss_memory.py                     # batch 4; the plain form takes about 2.3 GB
     python benchmarks/loss_memory.py --batch 32          # as pretraining would; the plain form takes about 18 GB
 
-Forward and backward from (B, 1024, 256) activations and a (50,000, 256) output matrix, each form in a process of its
-own; what the inputs take is subtracted. On a GPU the figure is torch's own, on a CPU the process's peak.
+Forward and backward from (B, 1024, 256) activations and a (50,000, 256) output matrix, each form in its own process;
+the memory of the inputs is subtracted. On a GPU the figure is torch's peak, on a CPU the peak of the process.
 """
 
 import argparse
@@ -38,7 +38,8 @@ def peak():
     return peak / (1024**2 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux KiB
 
 
-def one(name, batch):
+def measure(name, batch):
+    """Run one form in this process and print its loss, gradient norm and peak memory in MB."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     x = torch.randn(batch, CONTEXT, WIDTH, device=device, requires_grad=True)
@@ -56,12 +57,12 @@ def main():
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return one(args.one, args.batch)
+        return measure(args.one, args.batch)
     print(f"batch {args.batch} x {CONTEXT} tokens, vocabulary {VOCABULARY:,}")
     for name in ("plain", "chunked"):
         command = [sys.executable, __file__, "--one", name, "--batch", str(args.batch)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        loss, norm, megabytes = map(float, done.stdout.split())
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
+        loss, norm, megabytes = map(float, process.stdout.split())
         print(f"{name:>8}: {megabytes:8,.0f} MB   (loss {loss:.5f}, norm of the gradient {norm:.6f})")
 
 

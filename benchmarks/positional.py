@@ -1,12 +1,12 @@
-"""RoPE past the trained length: a small model learns on short windows and is read on longer ones.
+"""RoPE past the trained context: a small model is trained on short windows and evaluated on longer ones.
 
     python benchmarks/positional.py                 # about a minute on an idle core
     python benchmarks/positional.py --steps 2000    # a better model, the same picture
 
-A byte-level decoder is trained on windows of `--length` bytes of generated stories. Then it reads windows of four times
-that length, with its frequencies as they were and scaled in each way of positional.py: first without any more training,
-then after a few steps on long windows, for each way from the same start. The tables show the loss in nats per byte by
-position: the first quarter is what training has seen.
+A byte-level decoder is trained on windows of `--length` bytes of generated stories. It is then evaluated on windows
+four times as long, with its rotary frequencies unchanged and with each scaling of positional.py: first without further
+training, then after a few steps on long windows, each scaling from the same trained model. The tables show the loss in
+nats per byte by position; training covered the positions of the first quarter only.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def windows(split, n, length, seed):
 
 
 def train(model, data, peak):
-    """One AdamW step on each of data (steps, batch, length): warm-up, then down to 0."""
+    """One AdamW step on each batch of data (steps, batch, length). The learning rate warms up, then falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step, tokens in enumerate(data):
         optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 40, 1.0) * (1 - step / len(data))
@@ -44,7 +44,7 @@ def train(model, data, peak):
 
 
 def scale(model, scaling, length):
-    """A copy of the model, trained at `length`, with the rotary tables of `scaling` up to its whole context."""
+    """A copy of a model that was trained at `length`, with the rotary tables of `scaling` for its full context."""
     model, c = copy.deepcopy(model), model.config
     frequencies = rope_frequencies(c.head_dim, c.rope_theta, scaling, length, c.context)
     factor = rope_attention_factor(scaling, length)
@@ -54,7 +54,7 @@ def scale(model, scaling, length):
 
 @torch.no_grad()
 def losses(model, tokens, L):
-    """Nats per byte in each stretch of L positions."""
+    """Table cells: nats per byte in each block of L positions."""
     loss = -torch.cat([token_logprobs(model, part) for part in tokens.split(16)]).mean(0)
     return "".join(f"{part.mean():>12.3f}" for part in loss.split(L))
 
@@ -63,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--length", type=int, default=64, help="bytes in a training window")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--more", type=int, default=40, help="steps on long windows")
+    parser.add_argument("--more", type=int, default=40, help="further steps, on long windows")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -72,22 +72,22 @@ def main():
     model = Transformer(TransformerConfig(256, context=s * L, n_layer=3, n_head=4, n_kv_head=2, width=96))
     train(model, windows("train", args.steps * 32, L, seed=0).view(-1, 32, L), peak=4e-3)
     tokens = windows("valid", 96, s * L, seed=1)
-    kinds = {
+    scalings = {
         "as trained": None,
         "linear": {"rope_type": "linear", "factor": s},
         "dynamic (NTK)": {"rope_type": "dynamic", "factor": 1},
         "llama3": {"rope_type": "llama3", "factor": s, "low_freq_factor": 1, "high_freq_factor": 4},
         "yarn": {"rope_type": "yarn", "factor": s},
     }
-    models = {name: scale(model, scaling, L) for name, scaling in kinds.items()}
+    models = {name: scale(model, scaling, L) for name, scaling in scalings.items()}
     header = "".join(f"{f'{i * L} to {i * L + L - 1}':>12}" for i in range(s))
     print(f"trained on {L} bytes for {args.steps} steps; nats per byte at positions\n{'':<16}{header}")
     for name, scaled in models.items():
         print(f"{name:<16}{losses(scaled, tokens, L)}", flush=True)
     print(f"\nafter {args.more} more steps on {s * L} bytes")
-    more = windows("train", args.more * 8, s * L, seed=2).view(-1, 8, s * L)
+    long_windows = windows("train", args.more * 8, s * L, seed=2).view(-1, 8, s * L)
     for name, scaled in models.items():
-        train(scaled, more, peak=1e-3)
+        train(scaled, long_windows, peak=1e-3)
         print(f"{name:<16}{losses(scaled, tokens, L)}", flush=True)
 
 

@@ -1,35 +1,47 @@
-"""GRPO: reinforcement learning with verifiable rewards, no value network (DeepSeekMath, arXiv:2402.03300).
+"""GRPO: reinforcement learning from verifiable rewards, without a value network (DeepSeekMath, arXiv:2402.03300).
 
-From the policy gradient over PPO to GRPO, for a prompt q and a completion y = y_1 … y_T of the policy:
+Ask a question, let the policy answer it R times, check each answer. An answer that is better than its siblings becomes
+more likely, token by token; one that is worse becomes less likely.
 
-    ∇J   = E_π [ Σ_t A_t ∇log π(y_t | q, y_<t) ]                       A_t may have any baseline that does not see y_t
-    J(θ) = E_old [ Σ_t ρ_t A_t ],   ρ_t = π_θ(y_t) / π_old(y_t)        samples of an older policy; ∇ρ = ρ ∇log π
-    PPO  = E_old [ Σ_t min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t) ]
+The policy gradient. For a question q, an answer y = y_1 … y_T of the policy π, and its reward r(y):
 
-PPO's clip takes the gradient away from a token that has already moved far enough in the direction A asks for, and
-from no other. Its A_t comes from a learned value V(q, y_<t). With one reward r at the end, γ = λ = 1, that is
-A_t = r − V. GRPO asks the policy itself for V: answer the same prompt R times and take the mean. (The mean holds r_i
-too, which only scales A_i: r_i − mean = (R − 1)/R · (r_i − mean of the others).)
+    J  = E[r(y)]                                            y ~ π(· | q)
+    ∇J = E[r(y) ∇log π(y)]                                  because ∇π = π ∇log π
+       = E[Σ_t (r(y) − b) ∇log π(y_t | q, y_<t)]            for any b that does not see y: E[∇log π] = ∇Σ_y π(y) = 0
 
-    A_i  = (r_i − mean(r_1 … r_R)) / (std(r_1 … r_R) + 1e-4)           one number per completion, all its tokens
-    loss = Σ_i,t w_t [ −min(ρ_t A_i, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_i) + β KL_t ]                           Eq. 3
+GRPO answers three questions:
 
-One step, for N questions (main has the same steps):
+    which baseline b?         the group's mean, so no value network:  A_i = (r_i − mean(r)) / (std(r) + 1e-4)
+    several optimizer steps   weigh by the ratio ρ_t = π(y_t) / π_old(y_t), as the samples are π_old's, and stop at the
+    from one batch?           clip (PPO's):  min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)                            Eq. 3
+    how far from the start?   a penalty β KL(π ‖ π_ref) on every token, estimated by k3                           Eq. 4
 
-    batch      = roll_out(step)                       N·R answers with their log π_old, each judged           1. ask
-    A          = group_advantages(rewards)            (N, R), zero mean in each group                         2. compare
-    for minibatch in batch:                           an optimizer step each                                  3. update
-        logprobs = shared_answer_logprobs(model, …)   (b, T), with gradient
-        loss     = grpo_loss(logprobs, log π_old, A, mask, log π_ref)
+One step, for N questions (`main` has the same steps):
+
+    batch   = roll_out(step)                           N·R answers of π_old, (N·R, T), with log π_old     1. ask
+    rewards = judge(answers)                           (N, R, M): correct, well formed, …                 2. judge
+    A       = group_advantages(Σ_m w_m rewards)        (N, R), mean 0 in each group                       3. compare
+    ref     = reference_logprobs(answers)              (N·R, T), no gradient
+    for minibatch in answers:                          an optimizer step each                             4. update
+        logprobs = shared_answer_logprobs(model, …)    (b, T), with gradient; ρ = 1 in the first, ≠ 1 in later ones
+        loss     = Σ_i,t w_t (−min(ρ A, clip(ρ) A) + β k3(logprobs, ref))               w_t = 1 / (answers · |y_i|)
         backward, clip the gradient's norm, step
-    log, every so often answer held-out questions                                                             4. look
+    log; every so often answer held-out questions                                                         5. look
 
-On the first optimizer step after a rollout ρ = 1: the gradient is REINFORCE with the group's mean as baseline. The
-defaults take one such step per batch, with β = 0: the clip and the KL penalty are there and do nothing until
---minibatches, --inner_epochs or --beta say so. The *value* of the loss hovers near zero and means little, because the
-advantages of a group sum to zero. Watch the reward, the held-out accuracy, the KL and the length. What each option
-changes in the gradient:
+The defaults run all of it: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.05, a reward of 1 if the answer is
+right and 0.1 if it is well formed. A group whose answers all earn the same has A = 0 and is left out, its KL too
+(--skip_zero_variance). Off: asymmetric clips, sequence-level ratios, length penalties, dynamic sampling, a moving
+reference, LoRA. Dropout is off for good.
 
+What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch it is 0 whatever happens, and
+its gradient is not. Watch the reward, the held-out accuracy, the KL, the share of answers that keep the question's
+story, the clip fraction, the length, and the share of groups without a signal. What is not rewarded is lost: with
+--beta 0 the accuracy is higher, and Luke's marbles turn into eggs (results/grpo_word.md).
+
+What each option changes in the gradient:
+
+    --minibatches, --inner_epochs     more optimizer steps per batch of rollouts: ρ moves away from 1, more is clipped.
+                       One of each is REINFORCE with the group's mean as baseline: ρ = 1, and no clip acts
     --loss_type        how a token is limited and weighed, and the settings that go with it (`OBJECTIVES`):
         grpo           1 / (completions · |y_i|): a mean per completion; long wrong ones are punished less per token
         dapo           1 / tokens of the step: every token counts the same (arXiv:2503.14476; ε_high = 0.28)
@@ -39,21 +51,20 @@ changes in the gradient:
     --clip_high        above --clip_low it lets unlikely tokens grow further before the clip stops them (DAPO)
     --ratio sequence   ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: clipping keeps or drops whole completions, and
                        one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4)
-    --kl, --kl_in, --kl_unbiased      how, and where, distance to the reference costs: see `evaluate.kl_estimate`
-    --mask_truncated   cut-off completions still count in the group's mean, but push no token: being cut off is not
-                       the same as being wrong
-    --overlong n       soft punishment instead: from 0 to −1 over the last n tokens before the limit (DAPO)
-    --refill n         prompts whose R rewards are all equal have A = 0 and teach nothing; replace them by fresh ones,
-                       up to n times (DAPO's dynamic sampling), for more rollouts
-    --inner_epochs, --minibatches     more optimizer steps per rollout; from the second on ρ ≠ 1 and the clip works
+    --beta, --kl, --kl_in, --kl_unbiased      how much, how and where distance costs: see `evaluate.kl_estimate`
+    --mask_truncated   completions that were cut off count in the group's mean, but their tokens get no gradient: being
+                       cut off is not the same as being wrong
+    --overlong n       a soft penalty instead: from 0 to −1 over the last n tokens before the limit (DAPO)
+    --refill n         replace groups without a signal by fresh ones, up to n times (DAPO's dynamic sampling)
     --refresh_reference n             the KL is measured from where the policy was up to n steps ago
 
+Two traps. The old log-probabilities are the sampler's own: it uses temperature alone (no top-k, no top-p), and the loss
+scores at that temperature, or ρ would not be 1 on fresh rollouts. In bf16 sampler and loss round differently and ρ is
+only near 1, so GSPO's narrow clips want --dtype fp32. And token counts are taken over the whole minibatch and all ranks
+before it is cut into micro-batches, or the gradient would depend on the cut.
+
 A prompt is computed once for its group, in training as in sampling: its completions read its keys and values
-(support/shared_prompt.py, the fast form of transformer.answer_logprobs). Groups without signal are skipped before the
-forward pass; the normalisers still count them, so the gradient is the same up to rounding. (With a KL penalty they are
-computed.) The old log-probabilities are the ones that the sampler returned; it uses temperature alone, and the
-loss scores at that same temperature. Dropout stays off throughout, or ρ would not be 1. In bf16 sampler and loss
-round differently and ρ is only near 1 (`ratio_max` is logged): GSPO's narrow clips want --dtype fp32.
+(support/shared_prompt.py, the fast form of transformer.answer_logprobs).
 
 What others do differently: TRL's defaults are --loss_type dapo and --kl_unbiased true, and it leaves a NaN reward out
 (here it is an error); verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, it bounds log ρ
@@ -62,11 +73,12 @@ to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
 Rewards are named functions with weights (`REWARDS`); `--reward module:function` adds your own. At the end a table
 compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to what
 pass@k was) from new ability (pass@k rises too). Without --init the script makes its own start on the built-in problems,
-a short pretraining and SFT, kept under runs/start and reused. With --data gsm8k give it a checkpoint: --init runs/sft.
+a short pretraining and SFT, kept under runs/start and reused.
 
 Run it:
-    python grpo.py --steps 500
-    python grpo.py --data gsm8k --init runs/sft --prompts 32 --rollouts 8 --max_new_tokens 200
+    python grpo.py --demo                                            four answers of two tokens, by hand
+    python grpo.py --steps 500                                       from nothing, minutes on two CPU cores
+    python grpo.py --data gsm8k --init runs/sft --max_new_tokens 200
     torchrun --nproc_per_node 8 grpo.py --init runs/sft --prompts 128
 """
 
@@ -83,18 +95,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
-from evaluate import (
-    add_figures,
-    before_and_after,
-    evaluate,
-    evaluate_samples,
-    is_correct,
-    kl_estimate,
-    logged,
-    metric_panels,
-    pass_at_k,
-    sampled_kl,
-)
+from evaluate import add_figures, evaluate, evaluate_samples, is_correct, kl_estimate, logged, sampled_kl
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from ppo import less_baseline
@@ -105,8 +106,8 @@ from support.checks import Amount, Count, Positive, Whole, listed
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError
+from support.grpo_report import report, rollout_sums, step_record
 from support.lora_files import LoraState
-from support.plots import draw_curves
 from support.records import load_splits
 from support.rewards import load_reward, score
 from support.rollouts import Sampler, cut, minibatches_of, show_samples
@@ -246,7 +247,8 @@ def grpo_loss(
         rho = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp().expand_as(mask)
     gain, limited = objective.surrogate(rho, advantages[:, None], logprobs, clip_low, clip_high)  # (B, T) each
     cost = -gain
-    metrics = {"clip_fraction": masked_mean(limited.float(), mask), "ratio_max": rho.max()}
+    spread = masked_mean((rho - 1).abs(), mask)  # 0 on fresh rollouts
+    metrics = {"clip_fraction": masked_mean(limited.float(), mask), "ratio_spread": spread, "ratio_max": rho.max()}
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
@@ -275,6 +277,54 @@ def advantages_of(rewards, weights, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# By hand.
+
+
+def demo():
+    """One group of four answers of two tokens, from the rewards to the gradient of every token."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]])  # (N, R) = (1, 4): is 5 the sum of 2 and 3? yes, no, no, yes
+    A = group_advantages(rewards)[0]  # (R,)
+    mean, std = 0.5, (4 * 0.5**2 / 3) ** 0.5  # 0.5774, with R − 1
+    assert torch.allclose(A, (rewards[0] - mean) / (std + 1e-4))
+    print("2 + 3 = ?              four answers of two tokens, sampled by π_old; 1 is right")
+    print("rewards               ", *(f"{r:11.0f}" for r in rewards[0]))
+    print("advantages A          ", *(f"{a:+11.2f}" for a in A), f"   (r − {mean}) / {std:.4f}")
+
+    old = torch.tensor([[0.5, 0.8], [0.5, 0.9], [0.2, 0.9], [0.5, 0.8]]).log()  # (R, T) log π_old(y_t)
+    mask = torch.ones(4, 2)
+    fresh = old.clone().requires_grad_()
+    loss, _ = grpo_loss(fresh, old, A, mask)
+    loss.backward()
+    assert abs(loss.item()) < 1e-7  # the advantages sum to 0, and here all ratios are 1
+    assert torch.allclose(fresh.grad, -A[:, None] * mask / 8)  # REINFORCE with a baseline
+    print(f"first minibatch: ρ = 1, loss {abs(loss.item()):.4f}; ∂loss/∂log π(y_t) = −A / (4 answers · 2 tokens)")
+
+    rho = torch.tensor([[1.30, 1.05], [0.90, 0.70], [0.75, 1.10], [1.15, 0.95]])  # after an optimizer step
+    logprobs = (old + rho.log()).requires_grad_()
+    loss, metrics = grpo_loss(logprobs, old, A, mask, clip_low=0.2, clip_high=0.2)
+    loss.backward()
+    # The clip stops a token that has moved by more than 0.2 in the direction that A asks for, and no other.
+    stopped = ((A[:, None] > 0) & (rho > 1.2)) | ((A[:, None] < 0) & (rho < 0.8))  # (R, T)
+    assert stopped.tolist() == [[True, False], [False, True], [True, False], [False, False]]
+    by_hand = torch.where(stopped, 0.0, -rho * A[:, None]) / 8
+    assert torch.allclose(logprobs.grad, by_hand, atol=1e-7)
+    assert metrics["clip_fraction"] == 3 / 8
+    print("second: ratios ρ      ", *(f"{a:5.2f} {b:5.2f}" for a, b in rho.tolist()))
+    print("stopped by the clip   ", *(f"{'yes' if a else 'no':>5s} {'yes' if b else 'no':>5s}" for a, b in stopped))
+    print("gradient by hand      ", *(f"{a:5.2f} {b:5.2f}" for a, b in by_hand.tolist()), "   −ρ A / 8, or 0")
+    print(f"autograd differs by at most {(logprobs.grad - by_hand).abs().max():.0e}; clip fraction 3 / 8")
+
+    ref = old - 0.1  # the start found each of these tokens less likely, by a factor e^−0.1
+    logprobs = old.clone().requires_grad_()
+    loss, metrics = grpo_loss(logprobs, old, torch.zeros(4), mask, ref, beta=0.05)
+    loss.backward()
+    r = torch.tensor(-0.1).exp()  # π_ref / π
+    assert torch.allclose(logprobs.grad, 0.05 * (1 - r) * mask / 8)  # of k3 = r − 1 − log r
+    pull = logprobs.grad[0, 0]
+    print(f"KL penalty, π_ref / π = {r:.3f}: k3 = {metrics['kl']:.4f}, gradient β (1 − r) / 8 = {pull:.5f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The stage.
 
 
@@ -293,14 +343,16 @@ class Config(RunConfig):
     name: str = "grpo"
     steps: Count = 500
     """Batches of rollouts."""
-    prompts: Count = 16
-    """Prompts N per step, over all ranks."""
+    prompts: Count = 12
+    """Questions N per step, over all ranks."""
     rollouts: Count = 8
     """Completions R per prompt."""
     max_new_tokens: Count = 64
     """Longest completion."""
     temperature: Positive = 1.0
     """Of the sampling, and of the log-probabilities in the loss."""
+    skip_zero_variance: bool = True
+    """Leave out groups whose answers all earn the same, and their KL; false: they pay the KL, which costs time."""
     refill: Whole = 0
     """Dynamic sampling: how many times groups of one reward are replaced by fresh prompts."""
     correct_weight: float = 1.0
@@ -327,7 +379,7 @@ class Config(RunConfig):
     """Lower clip range of the ratio."""
     clip_high: Amount | None = None
     """Upper clip range; default as the objective has it: above 0.2 for dapo."""
-    beta: Amount = 0.0
+    beta: Amount = 0.05
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL."""
@@ -339,8 +391,8 @@ class Config(RunConfig):
     """Every so many steps the policy becomes its own reference; 0 keeps the start."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
-    minibatches: Count = 1
-    """Optimizer steps in a pass."""
+    minibatches: Count = 2
+    """Optimizer steps in a pass; from the second on ρ differs from 1."""
     micro_batch: Count | None = None
     """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts. Default 128 for the
     built-in problems, whose rows are short, else 32."""
@@ -383,7 +435,7 @@ class Config(RunConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The five steps.
+# The steps of the loop.
 
 
 def judge(functions, texts, problems, ended, lengths, config):
@@ -489,6 +541,10 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             f"test accuracy before: {run.state.before['accuracy']:.1%}"
         )
 
+    def advantages_within(batch):
+        """(n, R), of this rank's groups by themselves."""
+        return advantages_of(paid_rewards(batch, weights, config), weights, config)[0]
+
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
     parts = [[g for g, slot in enumerate(slots) if slot % config.minibatches == m] for m in range(config.minibatches)]
     loss_of = loss_with(config)
@@ -497,17 +553,18 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
 
-        # 1. ask, let the policy answer each question R times, and judge
+        # 1. ask: the policy answers each question R times. 2. judge: {name: (n, R)} in batch.rewards
         started = time.perf_counter()
         batch = roll_out(sample, step, slots, 0, functions, config)
-        signal = partial(has_signal, batch, weights, config, advantages_of, paid_rewards)
-        figures = tally(batch, paid_rewards(batch, weights, config), weights, signal())  # a refill would flatter it
+        has_signal = advantages_within(batch).ne(0).any(1)  # (n,)
+        figures = rollout_sums(batch, paid_rewards(batch, weights, config), weights, has_signal)  # before any refill
         for attempt in range(1, config.refill + 1):
-            if dead := signal().logical_not().nonzero().squeeze(1).tolist():
-                batch.put(dead, roll_out(sample, step, [slots[g] for g in dead], attempt, functions, config))
+            if silent := has_signal.logical_not().nonzero().squeeze(1).tolist():
+                batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
+                has_signal = advantages_within(batch).ne(0).any(1)
         sampled = time.perf_counter()
 
-        # 2. compare within the group; over all ranks, because a std over the batch needs them all
+        # 3. compare within the group; over all ranks, because a std over the batch needs them all
         advantages, extra = advantages_of(dist.gather(paid_rewards(batch, weights, config)), weights, config)  # (N, R)
         advantages, ref_logprobs = advantages[slots], None  # (n, R)
         if config.beta and config.kl_in == "reward":
@@ -515,16 +572,16 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
             kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
             batch.rewards["kl"] = kl_tokens.sum(1).view(-1, R).cpu()  # of the whole completion
-            # After the division by the std, which would blow it up in even groups.
+            # After the division by the std, which would blow it up in groups of nearly equal rewards.
             advantages = advantages - config.beta * less_baseline(batch.rewards["kl"], "mean")
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)
 
-        # 3. update: an optimizer step for each minibatch
+        # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         useful = advantages.ne(0).any(1) & counted.reshape(share, -1).any(1).cpu()  # (n,)
-        if config.beta and config.kl_in == "loss":  # then every group has something to say
-            useful = torch.ones(share, dtype=torch.bool)
+        if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
+            useful = torch.ones(share, dtype=torch.bool)  # every group has a KL
         minibatches = minibatches_of(batch, parts, useful, counted, config.micro_batch, pad, dist)
         measured = config.beta or step == 0 or run.due(config.eval_every)  # the KL costs a forward pass
         if ref_logprobs is None and measured:
@@ -554,8 +611,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             run.check_finite(lr, norm)
             n_updates += 1
 
-        # 4. look
-        record = summarise(figures, sums, n_trained, n_updates, config, dist) | extra
+        # 5. look
+        record = step_record(figures, sums, n_trained, n_updates, config, dist) | extra
         # No scaler mends these. The entropy, as a step without a signal has no loss.
         mend = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, mend, loss=record["loss"], entropy=record["entropy"])
@@ -599,40 +656,6 @@ def loss_with(config):
     return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
 
 
-def has_signal(batch, weights, config, advantages_of, paid_rewards):
-    """(n,) bool: which groups have rollouts that earn more than others."""
-    return advantages_of(paid_rewards(batch, weights, config), weights, config)[0].ne(0).any(1)
-
-
-def tally(batch, paid, weights, alive):
-    """Sums over this rank's completions, of the policy as it is: {metric: number}. paid (n, R, M): see `paid_rewards`;
-    alive (n,): see `has_signal`. A further row is logged as a mean over the completions."""
-    mask, logprobs = batch.rollout.mask, batch.rollout.logprobs  # (n·R, T)
-    return {
-        "reward": sum(w * paid[..., m].sum() for m, w in enumerate(weights.values())),
-        **{f"reward_{name}": values.sum() for name, values in batch.rewards.items()},
-        "truncated": batch.ended.logical_not().sum(),
-        "zero_variance": alive.logical_not().sum(),
-        "length": mask.sum(),
-        "entropy": -(logprobs * mask).sum(),  # E[−log π], by the samples
-    }
-
-
-def summarise(figures, sums, n_trained, n_updates, config, dist):
-    """The record of a step, means over all ranks, but ratio_max: this rank's. figures: what `tally` counted; sums: over
-    the tokens trained on."""
-    means = [name for name in ("kl", "clip_fraction") if name in sums]
-    values = [*figures.values(), *(sums[k] for k in means), n_trained, sums.get("loss", 0.0)]
-    *values, n_trained, loss = dist.sum(*values)
-    total = dict(zip([*figures, *means], values, strict=True))
-    record = {name: total[name] / (config.prompts * config.rollouts) for name in figures}
-    record["entropy"] = total["entropy"] / total["length"]  # per token, not per completion
-    record["zero_variance"] = total["zero_variance"] / config.prompts
-    if n_trained:
-        record |= {name: total[name] / n_trained for name in means} | {"ratio_max": sums["ratio_max"]}
-    return record | {"loss": loss / max(1, n_updates)}
-
-
 def validate(policy, tokenizer, problems, functions, weights, config, dist):
     """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if no problem has an answer to
     check, what the greedy answers earn, {"valid_reward"} then too."""
@@ -659,36 +682,5 @@ def held_out(policy, tokenizer, problems, config, dist):
     return figures | {"solved": sampled["solved"]}
 
 
-def report(config, run, after, kl, weights, extra):
-    """The table of before and after, and the curves."""
-    n, before = config.pass_samples, run.state.before
-    rows = [["KL to the start, nats per token", f"{0:.4f}", f"{kl:.4f}"]]
-    for k in sorted({1, round(n**0.5), n}):
-        means = [sum(pass_at_k(n, c, k) for c in r["solved"]) / len(r["solved"]) for r in (before, after)]
-        rows.append([f"pass@{k}", *(f"{mean:.1%}" for mean in means)])
-    pairs = list(zip(before["solved"], after["solved"], strict=True))
-    note = (
-        f"pass@k: {n} samples of each of {len(pairs)} problems, of which "
-        f"{sum(a > 0 and not b for b, a in pairs)} were never solved before and are now, "
-        f"{sum(b > 0 and not a for b, a in pairs)} the other way round"
-    )
-    before_and_after(before, after, config.steps, run.seconds, rows, [note])
-    drawn = {f"reward_{name}": name for name in weights}
-    lost = {"zero_variance": "no signal"} | {name: name.replace("_", " by ") for name in extra if "collapsed" in name}
-    draw_curves(
-        run.path,
-        f"{config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
-        [
-            *metric_panels(),
-            ("rewards", drawn, "mean over rollouts", {}),
-            ("entropy and KL", {"entropy": "entropy", "kl": "KL to the reference"}, "nats per token", {}),
-            ("completion length", {"length": "mean"}, "tokens", {}),
-            ("groups without a signal", lost, "share of groups", {}),
-            ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
-        ],
-    )
-    print(f"{run.path}/last, {run.path}/best, {run.path}/curves.png, {run.path}/samples.md")
-
-
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

@@ -20,7 +20,7 @@ from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss
 from lora import LoraConfig
-from support import devices, runs
+from support import devices, grpo_report, runs
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DivergedError
@@ -31,7 +31,7 @@ from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", steps=3, prompts=4, rollouts=4, max_new_tokens=6, warmup=1, eval_every=2, eval_problems=3)
 SMALL |= dict(test_problems=4, pass_problems=2, pass_samples=2, sample_every=2, micro_batch=16, lr=1e-3, device="cpu")
-SMALL |= dict(format_weight=0.5, optimizer="adamw")
+SMALL |= dict(format_weight=0.5, optimizer="adamw", minibatches=1, beta=0.0)
 
 
 def config(**changes):
@@ -358,7 +358,7 @@ def here(scratch, start, monkeypatch):
     (scratch / "start").symlink_to(start)
     few = {split: load_problems("word", split, 60) for split in ("train", "valid", "test")}
     monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, levels: few[split][:n])
-    monkeypatch.setattr(grpo, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(grpo_report, "draw_curves", lambda *_: None)
     monkeypatch.setitem(grpo.REWARDS, "correct", letter("e"))
     monkeypatch.setitem(grpo.REWARDS, "format", letter("a"))
     return scratch
@@ -416,7 +416,7 @@ def test_micro_batches_change_nothing(here, spied, loss_type):
     for size in (64, 3):
         grpo.main(config(steps=1, name=f"n{size}", micro_batch=size, loss_type=loss_type, beta=0.1))
     assert_same_gradient(*spied["gradients"])
-    for name in ("kl", "clip_fraction", "ratio_max", "loss"):
+    for name in ("kl", "clip_fraction", "ratio_spread", "ratio_max", "loss"):
         values = [metrics(f"runs/n{size}", name)[1] for size in (64, 3)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-6), name
 
@@ -428,6 +428,40 @@ def test_first_ratio_is_one_and_later_ones_are_not(here, spied):
     grpo.main(config(name="b", lr=1e-2, steps=1, inner_epochs=3, minibatches=2))
     assert max(metrics("runs/b", "ratio_max").values()) > 1.01
     assert len(spied["gradients"]) == 3 + 6
+
+
+def test_the_defaults_run_the_algorithm(here, spied):
+    """Without a flag the ratio leaves 1, the clip acts, and the KL costs."""
+    defaults = {
+        name: getattr(Config(), name) for name in ("minibatches", "inner_epochs", "beta", "clip_low", "clip_high")
+    }
+    grpo.main(config(lr=3e-2, warmup=0, steps=2, prompts=6, **defaults))
+    assert len(spied["gradients"]) > 2
+    assert min(metrics("runs/grpo", "ratio_spread").values()) > 0.01
+    assert max(metrics("runs/grpo", "clip_fraction").values()) > 0
+    assert metrics("runs/grpo", "kl")[2] > 0
+    grpo.main(config(lr=3e-2, warmup=0, steps=2, prompts=6, name="free", **(defaults | {"beta": 0.0})))
+    pulled, free = (
+        spied["gradients"][: len(spied["gradients"]) // 2],
+        spied["gradients"][len(spied["gradients"]) // 2 :],
+    )
+    assert any((pulled[-1][name] - free[-1][name]).norm() > 1e-3 * free[-1][name].norm() for name in free[-1])
+
+
+@pytest.mark.parametrize("beta", [0.0, 3.0])
+def test_groups_without_a_signal_pay_the_kl_only_when_asked(here, spied, monkeypatch, beta):
+    def long_questions(texts, problems, ended):  # the same for a whole group, unless its prompt is a long one
+        return [float("e" in t) * (len(p.question) > 80) for t, p in zip(texts, problems, strict=True)]
+
+    monkeypatch.setitem(grpo.REWARDS, "correct", long_questions)
+    for skip in (True, False):
+        flags = dict(steps=1, inner_epochs=2, prompts=8, lr=1e-2, warmup=0, beta=beta, format_weight=0.0)
+        grpo.main(config(name=f"skip_{skip}", skip_zero_variance=skip, **flags))
+    assert 0 < metrics("runs/skip_True", "zero_variance")[1] < 1
+    left_out, paid = spied["gradients"][:2], spied["gradients"][2:]
+    assert_same_gradient(left_out[0], paid[0])  # at the reference itself the KL has no gradient
+    apart = max(((left_out[1][name] - paid[1][name]).norm() / paid[1][name].norm()).item() for name in paid[1])
+    assert apart > 0.01 if beta else apart < 1e-4
 
 
 def test_the_unbiased_kl_reaches_the_loss(here, spied):

@@ -1,64 +1,64 @@
 """PPO for language: a learned reward, a value for every token, a clip and a KL penalty (arXiv:1707.06347, 2203.02155).
 
-A reward model says after the last token how good an answer was. Which tokens earned it? A value head guesses, at every
-token, what the answer will get in the end; a token's advantage is by how much the guess rose.
+A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, at every
+token, what the answer will get in the end; a token's advantage is by how much the guess rises.
 
-    r_t = −β (log π_old(y_t) − log π_ref(y_t)),   plus the score at the end token     a KL penalty on every token
-    δ_t = r_t + γ V_{t+1} − V_t,                  V is 0 after the last token
-    A_t = δ_t + γλ A_{t+1}                        GAE, arXiv:1506.02438, Eq. 16; the returns are G = A + V
-    policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)    ρ_t = exp(log π_θ(y_t) − log π_old(y_t)); masked mean
-    value   ½ max((V − G)², (clip(V, V_old ± ε_v) − G)²)
-    β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon)     if a target is given, arXiv:1909.08593; KL per answer
+From the policy gradient on. For an answer y of the policy π, a reward r_t at each token, the return G_t = Σ_{k≥t} r_k:
 
-V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. λ = 1 is the return minus the guess
-(unbiased, noisy), λ = 0 believes the next guess.
+    ∇J  = E[Σ_t G_t ∇log π(y_t | y_<t)]                    a token answers for what comes after it
+        = E[Σ_t (G_t − V(y_<t)) ∇log π(y_t | y_<t)]        for any V that does not see y_t: E[∇log π(y_t)] = 0
+    r_t = −β (log π_old(y_t) − log π_ref(y_t)),  plus the score at the last token        a KL penalty on every token
+    δ_t = r_t + γ V_{t+1} − V_t                            V is 0 after the last token
+    A_t = δ_t + γλ A_{t+1}                                 GAE, arXiv:1506.02438, Eq. 16; targets of the values: A + V
 
-One step, for N prompts (main has the same steps):
+λ = 1 is G_t − V_t: unbiased and noisy. λ = 0 believes the next guess. Several optimizer steps from one batch need the
+ratio ρ_t = π(y_t) / π_old(y_t), and a limit on how far it may pay:
+
+    policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)        arXiv:1707.06347, Eq. 7; a mean over the tokens
+    value loss   ½ max((V − G)², (clip(V, V_old ± ε_v) − G)²)
+
+One step, for N prompts (`main` has the same steps):
 
     answers  = sample(prompts, n=R)                    (N·R, T), with their log π_old                     1. ask
-    scores   = reward_model(answers)                   (N, R), less a fine where the end is missing
-    final    = win_rates(scores)                       (N, R), or less_baseline(scores)
-    V_old    = values(answers)                         (N·R, T), no gradient                              2. advantages
-    r        = −β (log π_old − log π_ref)              (N·R, T), plus final at the answers' last tokens
-    A, G     = gae(r, V_old)                           (N·R, T); then A is whitened
-    for minibatch in answers:                          an optimizer step each                             3. update
-        logprobs, V = actor_critic(minibatch)          (b, T), with gradient, from one forward pass
-        loss = ppo_policy_loss(logprobs, log π_old, A, mask) + c · value_loss(V, V_old, G, mask)
-        leave if KL(π_old ‖ π) is above stop_kl
-        backward, clip the policy's and the values' gradient, step
-    log, every so often answer held-out problems                                                          4. look
+    scores   = reward_model(answers)                   (N, R), less a fine where the end is missing       2. judge
+    V_old    = values(answers)                         (N·R, T), no gradient                              3. compare
+    r        = −β (log π_old − log π_ref)              (N·R, T), plus the score at the answers' last tokens
+    A, G     = gae(r, V_old)                           (N·R, T) each; then A is whitened
+    for minibatch in answers:                          an optimizer step each                             4. update
+        logprobs, V = actor_critic(minibatch)          (b, T), with gradient, from one forward pass; ρ ≠ 1 from the
+        loss = ppo_policy_loss(logprobs, log π_old, A, mask)                                   second minibatch on
+             + c · value_loss(V, V_old, G, mask)
+        stop if KL(π_old ‖ π) is above stop_kl
+        backward, clip the policy's and the values' gradients, step
+    log; every so often answer held-out problems                                                          5. look
 
-What the defaults run: 16 prompts × 8 answers, β = 0.05, λ = 1, ε = ε_v = 0.2, rewards by `--baseline wins`, values from
-the policy's own trunk, and one optimizer step per batch of rollouts: there ρ is 1 and no clip acts, which takes
---minibatches or --inner_epochs. Off: --kl_target, --normalise, a separate value network, LoRA.
+DEFAULTS
 
-A trap: the mean and the spread of the advantages (`whiten`) are those of all tokens of the step on all ranks, and the
-returns are taken before whitening, or V would chase a moving target.
+V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. The mean and spread of the advantages
+(`whiten`) are those of all tokens of the step on all ranks, and the value targets are taken before whitening, or V
+would chase a moving target. Dropout is off for good, and the old log-probabilities are the sampler's own: on fresh
+rollouts ρ is 1 (in bf16 near 1, as sampler and loss round differently). Unlike elsewhere, `whiten` divides by n and not
+by n − 1.
 
 What keeps a run alive, each by a flag:
 
-    --baseline wins    a reward model was only asked to compare answers to one prompt: its scores lie higher for some
+    --baseline wins    a reward model is only taught to compare answers to one prompt: its scores lie higher for some
                        prompts than for others, and far out they mean little. So an answer is worth the probability
                        that it beats the prompt's other answers (close to arXiv:2502.18770)
     --normalise        or: scores brought to mean 0 and standard deviation 1 of all scores so far
-    --missing_end      an answer without an end is fined, as the reward model never saw one
-    --stop_kl          the inner epochs end when the policy has moved too far from the one that sampled
+    --kl_target        β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon), arXiv:1909.08593; KL per answer
+    --missing_end      an answer without an end is fined, as the reward model has never seen one
+    --stop_kl          the update ends when the policy is too far from the one that sampled
+    --value separate   values from a network of their own that starts as the reward model (InstructGPT); shared: from
+                       the policy's trunk, which is cheap, but the value loss pulls at the policy
 
-Dropout is off for good, and the sampler's own log-probabilities are the old ones: on fresh rollouts ρ is 1 (in bf16
-near 1: the sampler and the loss round differently).
-
-Unlike elsewhere, the prompt's other answers are a baseline here before the values are, and `whiten` divides by n and
-not by n − 1.
-
-The reward model is a proxy and PPO will find where it errs. So each step also logs `correct`, the verifier's judgement
-of the same answers, of which the training sees nothing: a score that rises while `correct` falls is over-optimisation.
-
-The value head shares the policy's trunk (`--value shared`: cheap, but its loss pulls at the policy), or is a network
-of its own that starts from the reward model's trunk (`--value separate`: as InstructGPT).
+The reward model is a proxy and PPO finds where it errs. So each step also logs `correct`, the verifier's judgement of
+the same answers, which the training never sees: a score that rises while `correct` falls is over-optimisation.
 
 Without --init and --reward_model the script makes both on the built-in problems, under runs/start, and reuses them.
 
 Run it:
+    python ppo.py --demo                               one answer of three tokens, by hand
     python ppo.py
     python ppo.py --init runs/sft --reward_model runs/reward_model --value separate --kl_target 3
     torchrun --nproc_per_node 2 ppo.py --init runs/sft --reward_model runs/reward_model
@@ -78,7 +78,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reward_model
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
-from evaluate import add_figures, before_and_after, evaluate, is_correct, kl_estimate, logged, metric_panels
+from evaluate import add_figures, evaluate, is_correct, kl_estimate, logged
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import RewardModel, open_reward_model, score_groups
@@ -89,7 +89,7 @@ from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
-from support.plots import draw_curves
+from support.ppo_report import report, show_samples, step_record, token_sums
 from support.records import load_splits
 from support.rollouts import Sampler, minibatches_of, shuffled_groups
 from support.runs import Run, RunConfig, make_start_once, start_name
@@ -174,8 +174,9 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
             "approx_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k2"), mask),  # of KL(π_old ‖ π)
             "approx_kl3": masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask),
             "ratio": masked_mean(ratio, mask),
+            "ratio_spread": masked_mean((ratio - 1).abs(), mask),  # 0 on fresh rollouts
         }
-        values = torch.stack([v.float() for v in metrics.values()]).tolist()  # one wait for the device, not five
+        values = torch.stack([v.float() for v in metrics.values()]).tolist()  # one wait for the device, not six
     return loss, dict(zip(metrics, values, strict=True))
 
 
@@ -257,6 +258,63 @@ class ActorCritic(nn.Module):
         if self.critic is not None:
             values = [scores.squeeze(-1) for scores in packed.outputs(self.critic)]  # (b, T) each
         return packed.in_order(logprobs), packed.in_order(values).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# By hand.
+
+
+def demo():
+    """One answer of three tokens, from its score to the advantages and the losses."""
+    mask = torch.ones(1, 3, dtype=torch.bool)  # (B, T) = (1, 3)
+    log_ratio = torch.tensor([[0.2, -0.1, 0.0]])  # log π_old − log π_ref of each token
+    rewards = token_rewards(log_ratio, torch.tensor([1.0]), mask.sum(1), beta=0.5)
+    assert torch.allclose(rewards, torch.tensor([[-0.1, 0.05, 1.0]]))  # −β log ratio; the score 1 at the last token
+    values = torch.tensor([[0.4, 0.6, 0.9]])
+    print("an answer of three tokens, score 1, β = 0.5")
+
+    def show(label, row, note=""):
+        print(f"{label:26s}" + "".join(f"{x:+8.3f}" for x in row) + f"   {note}")
+
+    show("log π_old − log π_ref", log_ratio[0])
+    show("reward r", rewards[0], "the KL penalty, and the score at the end")
+    show("value V", values[0], "the guess before each token")
+    delta = [-0.1 + 0.6 - 0.4, 0.05 + 0.9 - 0.6, 1.0 + 0.0 - 0.9]  # r_t + V_{t+1} − V_t, γ = 1
+    show("δ = r + V' − V", delta, "by how much reward and guess rise")
+    for lam in (1.0, 0.5, 0.0):
+        A, G = gae(rewards, values, mask, gamma=1.0, lam=lam)
+        third = delta[2]
+        second = delta[1] + lam * third
+        first = delta[0] + lam * second
+        assert torch.allclose(A, torch.tensor([[first, second, third]]))
+        assert torch.allclose(G, A + values)
+        show(f"A, λ = {lam:g}", A[0], {1.0: "all later rewards less V", 0.0: "δ itself"}.get(lam, ""))
+    A, G = gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    assert torch.allclose(G, rewards.flip(1).cumsum(1).flip(1))  # with λ = 1 the targets are the returns
+
+    ratio = torch.tensor([[1.3, 0.7, 1.1]])  # after an optimizer step
+    logprobs = ratio.log().requires_grad_()
+    loss, metrics = ppo_policy_loss(logprobs, torch.zeros(1, 3), A, mask, clip=0.2)
+    loss.backward()
+    by_hand = torch.tensor([[0.0, -0.7 * 0.45, -1.1 * 0.1]]) / 3  # A > 0: only above 1.2 is a token stopped
+    assert torch.allclose(logprobs.grad, by_hand, atol=1e-6)
+    assert math.isclose(metrics["clip_fraction"], 1 / 3, rel_tol=1e-6)
+    show("ratio ρ", ratio[0], "the first is beyond 1 + ε = 1.2 and A > 0: no gradient")
+    show("∂loss/∂log π", by_hand[0], "−ρ A / 3, or 0 where the clip stops")
+
+    v = torch.tensor([[0.9, 0.6, 0.9]], requires_grad=True)  # the first has moved by 0.5, towards its target 0.95
+    loss, _ = value_loss(v, values, G, mask, clip=0.2)
+    loss.backward()
+    squares = [max((0.9 - 0.95) ** 2, (0.6 - 0.95) ** 2), (0.6 - 1.05) ** 2, (0.9 - 1.0) ** 2]
+    assert math.isclose(loss.item(), sum(squares) / 6, rel_tol=1e-5)
+    assert v.grad[0, 0] == 0  # it moved further than ε_v at once: the clipped square is the larger, and it is constant
+    show("value target G", G[0], f"value loss {loss.item():.4f}; no gradient at the first, which moved beyond ε_v")
+
+    scores = torch.tensor([[2.0, 2.0, 0.0]])  # of three answers to one prompt
+    show("scores of 3 answers", scores[0])
+    show("  chance to win, less ½", win_rates(scores)[0], "--baseline wins")
+    assert torch.allclose(win_rates(scores)[0, 0], (torch.tensor(2.0).sigmoid() - 0.5) / 2)
+    show("  less the mean", less_baseline(scores)[0], "--baseline mean")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -457,7 +515,7 @@ def main(config):
     checked = any(p.answer for p in problems["valid"])
     shown = run.state.start or {"accuracy": run.state.best}  # a run that an older version began kept no more
     for step in run.steps():
-        # 1. ask, let the policy answer each prompt R times, and judge
+        # 1. ask: the policy answers each prompt R times. 2. judge
         started = time.perf_counter()
         batch = sample(step, slots)
         old_logprobs, mask = batch.rollout.logprobs, batch.rollout.mask  # (n·R, T)
@@ -469,7 +527,7 @@ def main(config):
         right = [is_correct(text, batch.problems[k // R]) for k, text in enumerate(batch.texts)]  # logged, never paid
         sampled = time.perf_counter()
 
-        # 2. values, rewards with the KL penalty, and from both the advantages
+        # 3. compare: values, rewards with the KL penalty, and from both the advantages
         groups = shuffled_groups(step, slots, config)  # of each minibatch
         minibatches = minibatches_of(batch, groups, None, mask, config.micro_batch, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
@@ -479,7 +537,7 @@ def main(config):
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)  # (n·R, T) each
         A = whiten(advantages, mask, dist) if config.whiten else advantages
 
-        # 3. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
+        # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
         value_lr *= min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -518,7 +576,7 @@ def main(config):
             sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
             updates += 1
 
-        # 4. look
+        # 5. look
         n_answers = config.prompts * R
         totals = {
             "correct": sum(right),
@@ -527,8 +585,8 @@ def main(config):
             "reward": rewards.sum() + (paid - final).sum(),  # that less the KL penalty: before the baseline
             "missing_end": batch.ended.logical_not().sum(),
         }
-        totals |= tally(old_logprobs, ref_logprobs, old_values, returns, mask)
-        record = summarise(totals, n_answers, run.state.beta, dist)
+        totals |= token_sums(old_logprobs, ref_logprobs, old_values, returns, mask)
+        record = step_record(totals, n_answers, run.state.beta, dist)
         record |= {name: value / max(updates, 1) for name, value in sums.items()} | {"updates": updates, "lr": lr}
         record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
         if config.kl_target is not None:
@@ -551,80 +609,5 @@ def main(config):
     return {"before": run.state.before, "after": after, "seconds": run.seconds, "path": str(run.path / "last")}
 
 
-def tally(logprobs, ref_logprobs, values, returns, mask):
-    """Sums over this rank's tokens, of what was known before the update; all (n·R, T)."""
-    error, goal = ((x * mask).double() for x in (returns - values, returns))
-    return {
-        "tokens": mask.sum(),
-        "kl": (kl_estimate(logprobs, ref_logprobs, "k1") * mask).sum(),
-        "kl3": (kl_estimate(logprobs, ref_logprobs, "k3") * mask).sum(),
-        "entropy": -(logprobs * mask).sum(),  # E[−log π], by the samples
-        "value": (values * mask).sum(),
-        "error": error.sum(),
-        "error²": (error**2).sum(),
-        "goal": goal.sum(),
-        "goal²": (goal**2).sum(),
-    }
-
-
-def summarise(totals, n_answers, beta, dist):
-    """Sums of each rank -> means over all ranks' answers or tokens, for the log."""
-    totals = dict(zip(totals, dist.sum(*totals.values()), strict=True))
-    n_tokens = totals["tokens"]
-    per_answer = {name: total / n_answers for name, total in totals.items()}
-    per_token = {name: total / n_tokens for name, total in totals.items()}
-    # variances over the tokens: of what the values missed, and of what they were to guess
-    missed, spread = (per_token[f"{x}²"] - per_token[x] ** 2 for x in ("error", "goal"))
-    return {
-        **{name: per_answer[name] for name in ("correct", "score", "paid", "reward", "missing_end")},
-        "reward_kl": -beta * totals["kl"] / n_answers,
-        "kl": per_token["kl3"],
-        "kl_per_answer": per_answer["kl"],  # what β is adapted to; may be negative by chance
-        "kl_beta": beta,
-        "entropy": per_token["entropy"],
-        "length": per_answer["tokens"],
-        "value": per_token["value"],
-        "explained_variance": 1 - missed / max(spread, 1e-12),
-    }
-
-
-def show_samples(run, batch, scores, right, advantages, values):
-    """The rollouts of the highest and of the lowest score, with the verifier's judgement; and how scores (n, R),
-    advantages and values (n·R, T) are distributed, for the trackers."""
-    step, R = run.done + 1, scores.shape[1]
-    lines = [f"step {step}"]
-    for row in dict.fromkeys((scores.argmax().item(), scores.argmin().item())):
-        problem, verdict = batch.problems[row // R], "right" if right[row] else "wrong"
-        lines.append(f"  [score {scores.flatten()[row]:.2f}, {verdict}] {problem.question} (answer {problem.answer})")
-        lines.append(f"    {batch.texts[row]!r}")
-    run.say("\n".join(lines))
-    run.log.samples(step, "\n".join(lines))
-    mask = batch.rollout.mask
-    run.log.show(step, histograms={"scores": scores, "advantages": advantages[mask], "values": values[mask]})
-
-
-def report(config, run, after):
-    """The table of before and after, and the curves."""
-    before = run.state.before
-    before_and_after(before, after, config.steps, run.seconds)
-    length = ("completion length", {"length": "mean"}, "tokens", {})
-    clipped = ("clipped", {"clip_fraction": "ratios", "value_clip_fraction": "values"}, "share of tokens", {})
-    draw_curves(
-        run.path,
-        f"PPO on {config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
-        [
-            ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
-            *metric_panels(without=("accuracy",)),
-            ("the reward model", {"score": "score", "reward": "less fines and KL"}, "per answer", {}),
-            ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
-            ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "share; loss", {}),
-            # with one step per batch of rollouts nothing is ever clipped
-            clipped if config.inner_epochs * config.minibatches > 1 else length,
-            ("gradient norm", {"grad_norm": "policy", "grad_norm_value": "value"}, "before clipping", {}),
-        ],
-    )
-    print(f"{run.path}/last, {run.path}/best, {run.path}/curves.png, {run.path}/samples.md")
-
-
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

@@ -195,7 +195,9 @@ def _pretrain(**changes):
 
 
 def _grpo(stage="grpo", **flags):
-    return stage, {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags
+    """One optimizer step per batch of rollouts and no KL penalty: what varies has nothing to hide behind."""
+    plain = {"prompts": 16, "minibatches": 1, "beta": 0.0, "lr": 3e-4}
+    return stage, plain | {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags
 
 
 def _dpo(**flags):
@@ -234,8 +236,8 @@ EXPERIMENTS = {
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
             "PPO": ("ppo", {"steps": 80}),
             "DPO": ("dpo", {"steps": 80, "prompts": 1000}),
-            "GRPO": ("grpo", {"steps": 80, "pass_problems": 20}),
-            "GDPO": ("gdpo", {"steps": 80, "pass_problems": 20, "brevity_weight": 0.2}),
+            "GRPO": _grpo(steps=80, test_problems=1000, pass_problems=20),
+            "GDPO": _grpo("gdpo", steps=80, test_problems=1000, pass_problems=20, brevity_weight=0.2),
         },
         ("accuracy", "pass_at_8", "sampled", "format", "length", "kl", "minutes"),
         (),

@@ -398,7 +398,7 @@ class Config(RunConfig):
     built-in problems, whose rows are short, else 32."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters instead of all weights: --lora.rank 8."""
-    lr: Amount = 3e-4
+    lr: Amount = 1.5e-4
     """Learning rate after the warm-up; it falls in a line to 0 from there."""
     eval_problems: Count = 200
     """Validation problems per evaluation."""

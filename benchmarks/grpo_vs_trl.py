@@ -40,7 +40,7 @@ import torch
 
 import grpo
 from data import encode_prompt, load_problems
-from support import rollouts, runs
+from support import grpo_report, rollouts, runs
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -84,7 +84,7 @@ def ours(steps, beta, problems, device, dtype):
     """grpo.main, as it is; only timed. -> {phase: seconds} of each step but the first."""
     marks = {name: [] for name in ("generate", "score", "reference_logprobs", "rows_at")}
     rooms = {"generate": rollouts, "rows_at": rollouts, "score": grpo, "reference_logprobs": grpo, "Log": runs}
-    rooms |= {"load_problems": grpo, "draw_curves": grpo}  # where each is called by its name
+    rooms |= {"load_problems": grpo, "draw_curves": grpo_report}  # where each is called by its name
     ends, before = [], {name: getattr(room, name) for name, room in rooms.items()}
 
     class Log(runs.Log):
@@ -94,13 +94,13 @@ def ours(steps, beta, problems, device, dtype):
 
     for name, times in marks.items():
         setattr(rooms[name], name, timed(before[name], times, device))
-    runs.Log, grpo.draw_curves = Log, lambda *_: None
+    runs.Log, grpo_report.draw_curves = Log, lambda *_: None
     grpo.load_problems = lambda name, split, n, levels: problems[:n]
     grpo.REWARDS["correct"] = lambda texts, problems, ended: [reward(text) for text in texts]
     try:
         few = dict(eval_problems=1, test_problems=1, pass_problems=1, pass_samples=1, eval_every=10**6)
         sizes = dict(prompts=N, rollouts=R, max_new_tokens=NEW, micro_batch=N * R, format_weight=0.0)
-        sizes |= dict(optimizer="adamw", lr=5e-5)
+        sizes |= dict(optimizer="adamw", lr=5e-5, minibatches=1, skip_zero_variance=False)  # as TRL does it here
         # The last step measures the KL and evaluates, the first warms up: neither counts.
         grpo.main(grpo.Config(init="start", steps=steps + 2, beta=beta, device=device, dtype=dtype, **few, **sizes))
     finally:

@@ -26,7 +26,7 @@ from ppo import (
     whiten,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
-from support import devices, ppo_report, runs
+from support import devices, runs
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
 from support.rollouts import Batch, minibatches_of, shuffled_groups

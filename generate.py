@@ -1,41 +1,49 @@
 """Decoding: turn a model into text, one row or a thousand at a time.
 
-    token_t ~ softmax(logits_t / temperature)
+    token_t ~ softmax(logits_t / temperature)                drawn by token = CDF⁻¹(u), u uniform in [0, 1)
 
-For N prompts and n rollouts of each:
+`generate`, for N prompts and n rollouts of each; B = N·n rows, fewer as rows end; S the longest prompt's length:
 
-    logits, cache = model(prompts)                    prefill: each prompt is read once, in one pass         (N, V)
-    logits, cache = repeat(n)                         the n rollouts of a prompt start from one cache        (N·n, V)
-    for t in range(max_new_tokens):                   decode: one token per row and step
-        token, logprob = sample(logits, u[:, t])                                                             (B,)
-        live = live and token is no stop              rows that have ended leave, as soon as that pays
-        logits = model(token, cache)                                                                         (B, V)
+    logits, cache = model(prompts)                prefill: each prompt is read once, all in one pass      (N, V)
+    logits, cache = repeat(n)                     the n rollouts of a prompt start from one cache         (N·n, V)
+    for t in range(max_new_tokens):               decode: one token per row and step
+        token, logprob = sample(logits, u[:, t])  u (N·n, max_new_tokens) is drawn beforehand             (B,)
+        live = live and token is no stop          a row keeps its stop token
+        keep(the live rows)                       rows that have ended leave the batch, once that pays
+        logits = model(token, cache)                                                                      (B, V)
+    -> ids, mask, logprobs                        completions only, padded on the right                   (N·n, T)
 
-Five ideas make it fast without making it complicated:
+`generate` samples at temperature 1 from the full softmax unless told otherwise; the script is greedy (temperature 0).
+Truncation and the repetition penalty are off.
 
-* the prompts of a batch are padded on the *left*, so that all rows write their next token into the same cache
-  slot; a mask hides the pads and each row keeps its own positions;
-* a prompt with n rollouts is prefilled once and its cache copied to the n rows;
+    temperature           divides the logits; 0 takes the likeliest token
+    top_k, top_p, min_p   the k likeliest tokens only (Fan et al. 2018); the smallest set that holds probability p
+                          (arXiv:1904.09751); tokens at least min_p times as likely as the likeliest (arXiv:2407.01082)
+    repetition_penalty    tokens that were there before become less likely (CTRL, arXiv:1909.05858)
+
+The trap: rollouts for RL must sample by temperature alone. The log-probabilities that come back, and the loss that
+scores them, are those of the full softmax; a truncated sampler would not be the policy that is trained. Truncation and
+the penalty are for text that people read.
+
+What makes it fast:
+
+* the prompts of a batch are padded on the *left*, so that all rows write their next token into the same cache slot; a
+  mask hides the pads, and each row counts its own positions;
 * rows that have met a stop token leave the batch as soon as a quarter of it is done (half, on a GPU);
-* every row samples by inverse transform from its own uniform number: token = CDF⁻¹(u). One draw of a
-  (rows, max_new_tokens) table fixes all of the randomness beforehand, so what a row says does not depend on which
-  rows stand beside it, on when they leave, or on how a batch is spread over GPUs. That holds up to rounding: in fp32
-  the rows agree; in bf16 a batch of another size rounds differently, and a token on the border of two may fall to the
-  other;
-* with one token per row the products are small and a step is mostly the cost of starting operations: for the usual
-  layouts `Decoder` (support/fast_decode.py) computes Transformer.forward's numbers with fewer and larger ones, and on a
-  GPU starts them all at once, as a CUDA graph. Every other model computes its own steps.
+* with one token per row a step is mostly the cost of starting operations: for the usual layouts `Decoder`
+  (support/fast_decode.py) computes Transformer.forward's numbers with fewer and larger ones, and on a GPU starts them
+  all at once, as a CUDA graph. Every other model computes its own steps.
 
-Truncation (top-k, Fan et al. 2018; top-p, arXiv:1904.09751; min-p, arXiv:2407.01082) and the repetition penalty
-(CTRL, arXiv:1909.05858) are for reading pleasure. Rollouts for RL must sample by temperature alone: the
-log-probabilities that come back, and the loss that scores them, are those of the full softmax, and a truncated
-sampler would not be the policy that is trained.
+What a row says does not depend on the rows beside it, on when they leave, or on how a batch is spread over GPUs: the
+table u fixes all randomness beforehand. That holds up to rounding. In fp32 the rows agree; in bf16 a batch of another
+size rounds differently, and a token on the border of two may fall to the other.
 
 Letters: N prompts, n rollouts each, B rows still in the batch, S length of the longest prompt, V vocabulary.
 
 Run it:
     python generate.py --checkpoint runs/sft --prompt "Tom has 5 apples. He buys 3 more. How many now?"
     python generate.py --checkpoint runs/sft          # chat; an empty line ends it
+    python generate.py --demo
 """
 
 import sys
@@ -81,14 +89,14 @@ class Rollout:
 
 
 def truncate(probs, top_k=None, top_p=None, min_p=None):
-    """Zero the tail of each row: all below the k-th largest; all but the smallest set that holds mass p; all that are
-    less than min_p times as likely as the likeliest. (B, V)"""
+    """Zero the tail of each row of probs (B, V): all below the k-th largest; all but the smallest set that holds
+    probability p; all that are less than min_p times as likely as the likeliest. Rows need not sum to 1 afterwards."""
     if top_k is not None and top_k < probs.shape[-1]:
         kth = probs.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         probs = probs.masked_fill(probs < kth, 0.0)
     if top_p is not None and top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass in front of each token: the first one always stays
+        before = ordered.cumsum(-1) - ordered  # probability before each token: the first one always stays
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     if min_p is not None:
@@ -146,12 +154,15 @@ def generate(
 ):
     """Continue N prompts (lists of ids), n rollouts each; rows i·n … i·n + n − 1 belong to prompt i. -> Rollout
 
-    A row ends with a stop id, which it keeps, or after max_new_tokens. generator: a CPU torch.Generator, or give
-    the (N·n, max_new_tokens) table of uniforms yourself; on_tokens(ids (N·n,), live (N·n,)) is called at each step,
-    for streaming; what it returns, if anything, is the (N·n,) rows to end there. memory: bytes for the key/value
-    cache, default half of what is free; prompts that do not fit together are taken one batch after the other, which
-    but for rounding changes no row. static: decode with fixed shapes (StaticStep) where the layout allows it, default
-    on a GPU. Raises ConfigError on an empty prompt or one that leaves no room in the context.
+    A row ends with a stop id, which it keeps, or after max_new_tokens. Raises ConfigError on an empty prompt, or one
+    that leaves no room in the context.
+
+    generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
+    on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; may return the rows to end
+        there, (N·n,) bool.
+    memory: bytes for the key/value cache, default half of what is free. Prompts that do not fit together are taken one
+        batch after the other, which changes no row except by rounding.
+    static: decode with fixed shapes (StaticStep) where the layout allows it, default on a GPU.
     """
     c, longest = model.config, max((len(p) for p in prompts), default=0)
     if not prompts or not all(prompts):
@@ -241,7 +252,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
             break
         if seen is not None:
             seen[torch.arange(len(token), device=device), token] = True
-        # Finished rows fill the survivors up to a multiple of 4, for every new number of rows costs something: see
+        # Finished rows fill the batch up to a multiple of 4, because every new number of rows costs something: see
         # round_up_to_8.
         few = -(-left // 4) * 4
         if few <= decoder.patience * len(live):
@@ -305,8 +316,8 @@ def answer(model, tokenizer, ids, stop_ids, config, generator):
     text = StreamedText(tokenizer, config.stop)
 
     def show(token, live):
-        said = live[0] and token[0].item() not in stop_ids
-        return torch.tensor([text.add(token[0].item())]) if said else None
+        is_text = live[0] and token[0].item() not in stop_ids
+        return torch.tensor([text.add(token[0].item())]) if is_text else None
 
     choice = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
     choice |= dict(repetition_penalty=config.repetition_penalty, stop_ids=stop_ids, generator=generator)
@@ -364,13 +375,31 @@ def main(config):
 
 
 def demo():
-    """Without arguments: what a batch says does not depend on the batch."""
+    """Sampling three tokens by hand; then a batch, whose rows do not depend on each other."""
+    probs, u = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([0.4, 0.6, 0.9])
+    by_hand = {  # the first token whose cumulative probability exceeds u times the sum
+        "temperature 1": ({}, (0.5, 0.8, 1.0), (0, 1, 2)),
+        "temperature 1/2": ({"temperature": 0.5}, (25 / 38, 34 / 38, 1.0), (0, 0, 2)),  # squares: 25, 9, 4
+        "greedy": ({"temperature": 0}, None, (0, 0, 0)),
+        "top-k 2": ({"top_k": 2}, (0.5, 0.8, 0.8), (0, 0, 1)),  # 0.6 · 0.8 = 0.48
+        "top-p 0.4": ({"top_p": 0.4}, (0.5, 0.5, 0.5), (0, 0, 0)),
+        "min-p 0.5": ({"min_p": 0.5}, (0.5, 0.8, 0.8), (0, 0, 1)),  # 0.2 < 0.5 · 0.5
+    }
+    print("by hand: probabilities 0.5, 0.3, 0.2; the tokens that u = 0.4, 0.6, 0.9 draw")
+    for name, (choice, cdf, tokens) in by_hand.items():
+        ids, logprobs = sample(probs.log().expand(3, 3), u, **choice)
+        assert tuple(ids.tolist()) == tokens
+        full = probs[0] ** 2 / 0.38 if name == "temperature 1/2" else probs[0]  # never the truncated one
+        torch.testing.assert_close(logprobs, full.log()[ids])
+        numbers = "" if cdf is None else "cumulative " + "  ".join(f"{x:.2f}" for x in cdf)
+        print(f"  {name:<17}{numbers:<30}{'  '.join(map(str, tokens))}")
+
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(vocab_size=50, context=64)).eval()
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
     uniforms = torch.rand(6, 20)
     batch = generate(model, prompts, 20, n=2, stop_ids=(7,), uniforms=uniforms)
-    print("3 prompts of 3, 7 and 1 tokens, 2 rollouts each, stop token 7: every row alone says the same")
+    print("\n3 prompts of 3, 7 and 1 tokens, 2 rollouts each, stop token 7: every row alone says the same")
     for i, prompt in enumerate(prompts):
         for r in (2 * i, 2 * i + 1):
             alone = generate(model, [prompt], 20, stop_ids=(7,), uniforms=uniforms[r : r + 1])
@@ -385,4 +414,4 @@ if __name__ == "__main__":
         demo()
         print("\nto use a checkpoint: python generate.py --checkpoint DIR --prompt TEXT (see --help)")
     else:
-        run_script(main, Config, __doc__)
+        run_script(main, Config, __doc__, demo)

@@ -1,48 +1,58 @@
 """LoRA and DoRA: train a thin correction to frozen weights, then fold it in.
 
-    y = W x + s B A x          W (out, in) frozen, A (r, in), B (out, r), s = α / r           Eq. 3, arXiv:2106.09685
+    LoRA   y = W x + s B A x            W (out, in) frozen, A (r, in), B (out, r), s = α / r     Eq. 3, arXiv:2106.09685
+    DoRA   y = m ⊙ (V / ‖V‖) x          V = W + s B A, ‖·‖ of each row, m (out,)                 Eq. 5, arXiv:2402.09353
 
-Full fine-tuning learns W + ΔW with a ΔW of W's size. LoRA claims that the ΔW of an adaptation has low rank and
-learns it as a product. With δ = dL/dy the chain rule gives, for one token,
+Full fine-tuning learns W + ΔW with a ΔW of W's size. LoRA's claim is that the ΔW of an adaptation has low rank, so that
+a product of two thin matrices can hold it. One layer:
 
-    dL/dB = s δ (A x)ᵀ                    dL/dA = s (Bᵀ δ) xᵀ                   dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)
+    start     A = random, B = 0, m = ‖W‖           so W' = W: training starts at the given model, exactly
+    forward   low = A x                            (..., in) -> (..., r)
+              y = W x + s B low                    (..., out)
+              y = m / ‖W + s B A‖ ⊙ y              DoRA only
+    backward, with δ = dL/dy, summed over the tokens:
+              dL/dB = s δ (A x)ᵀ                   (out, r)
+              dL/dA = s (Bᵀ δ) xᵀ                  (r, in)
+              dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (..., in)
+    merge     W ← W + s B A,  or m / ‖V‖ ⊙ V       a plain Linear again: no cost in decoding
 
-No product has W's shape: dL/dW = δ xᵀ, a third of the work of a full training step, is never formed, and neither
-are its Adam moments: 16 bytes per weight become 4. B starts at zero, so training starts at the given model, exactly.
-A starts random (Kaiming-uniform, here U(−1/√in, 1/√in)): were both zero, both gradients above would be zero for
-good. As B = 0, A does not move in the first step. s = α/r lets the learning rate survive a change of r.
+No product has W's shape: dL/dW = δ xᵀ, a third of the work of a full training step, is never formed, and there are no
+Adam moments for it: 16 bytes per weight become 4.
 
-DoRA (arXiv:2402.09353) looks at length and direction of each output row apart, as weight normalisation does (the paper
-writes columns; rows are what its authors' code and PEFT take):
+`rank` is 0 by default: every stage trains all weights. With --lora.rank 8 the defaults run LoRA with α = 16 on all
+Linear layers of attention and feed-forward; DoRA is off.
 
-    W' = m ⊙ V / ‖V‖          V = W + s B A,  ‖·‖ over each row,  m (out,) starts at ‖W‖                        Eq. 5
-
-so W' = W at the start, whatever s. With G = dL/dW' and v̂ = V_i/‖V_i‖ the exact gradients of row i are
-
-    dL/dm_i = G_i · v̂                     dL/dV_i = (m_i/‖V_i‖) (G_i − (G_i · v̂) v̂)
-
-The projection G − (G·v̂)v̂ comes from differentiating ‖V‖. §4.3 of the paper treats ‖V‖ as a constant and leaves it
-out, dL/dV_i ≈ (m_i/‖V_i‖) G_i, which saves the graph of an (out, in) matrix at next to no accuracy. So do
-we. Plain LoRA couples the two: a longer ΔW changes length and direction together. The price: ‖V‖ must be computed in
-every forward pass, r·out·in multiplications per layer however short the batch.
-
-**In a training stage** (sft, dpo, ppo, grpo), whose Config has `lora: LoraConfig`:
+In a training stage (sft, dpo, ppo, grpo), whose Config has `lora: LoraConfig`:
 
     add_lora(policy, **asdict(config.lora), seed=config.seed)    # rank 0 adds none. Freezes all but the adapters
     optimizers = make_optimizers(policy, ...)                    # as without: a frozen weight has no gradient, no step
+    with merged(policy): generate(policy, ...)                   # decodes at the plain model's speed
+    with lora_off(policy): ...                                   # the model as it came: the reference policy of DPO,
+                                                                 # PPO and GRPO, with no second copy in memory
 
-`state_dict()` of a model with adapters is that of the merged model, without an adapter in it, so `save_pretrained`
-writes plain checkpoints that anyone opens, and nothing else changes. For the same reason `load_state_dict` takes a
-plain state and puts it under adapters that start anew; resuming puts back both the adapters and the weights that they
-correct (support/lora_files.py, which also reads and writes PEFT's files). A layer's `.weight` is the merged one too,
-so code that reads weights instead of calling layers stays right. Two helpers: `with merged(policy):` around `generate`
-decodes at the plain model's speed, and `with lora_off(policy):` is the model as it came, which is the reference policy
-of DPO, PPO and GRPO without a second copy in memory.
+Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A does not move in the first
+step. A is Kaiming-uniform, here U(−1/√in, 1/√in). s = α/r lets the learning rate survive a change of r.
+
+Why DoRA: plain LoRA couples length and direction, a longer ΔW changes both. DoRA learns them apart, as weight
+normalisation does. (The paper takes columns; its authors' code and PEFT take output rows, and so does this file.) With
+G = dL/dW' and v̂ = V_i/‖V_i‖ the exact gradients of row i are
+
+    dL/dm_i = G_i · v̂                     dL/dV_i = (m_i/‖V_i‖) (G_i − (G_i · v̂) v̂)
+
+The projection G − (G·v̂)v̂ comes from differentiating ‖V‖. §4.3 of the paper treats ‖V‖ as a constant, which leaves it
+out and saves the graph of an (out, in) matrix at next to no accuracy; so does this file. The price of DoRA: ‖V‖ is
+computed in every forward pass, r·out·in multiplications per layer however short the batch.
+
+What is saved. `state_dict()` of a model with adapters is that of the merged model, so `save_pretrained` writes plain
+checkpoints that anyone opens. For the same reason `load_state_dict` takes a plain state and puts it under adapters that
+start anew; resuming restores both the adapters and the weights under them (support/lora_files.py, which also reads and
+writes PEFT's files). A layer's `.weight` is the merged one too, so code that reads weights instead of calling layers
+stays right.
 
 Simplified: Linear layers only (no embeddings, no batched experts). No dropout on the adapter's input: it would make
 rollout and training differ in RL, and early stopping does its job. One adapter at a time.
 
-Run it: `python lora.py` checks the start, a merge, the way back, and what it costs.
+Run it: `python lora.py`.
 """
 
 import contextlib
@@ -134,7 +144,7 @@ class LoRALinear(nn.Module):
         if self.magnitude is not None:
             self.magnitude.copy_(self.row_norms())
 
-    # What it looks like from outside: a Linear of the merged weight.
+    # From outside it looks like a Linear of the merged weight.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         with contextlib.nullcontext() if keep_vars else torch.no_grad():
@@ -214,16 +224,16 @@ def add_lora(model, rank, alpha, targets, dora=False, *, seed=0):
 def merge_lora(model):
     """Put a plain Linear of the merged weight in the place of each layer with an adapter; returns the model.
 
-    The layers are kept aside until `unmerge_lora` puts the very same ones back, so the way back is exact: taking
-    s B A away from a merged weight again would leave rounding errors, a little more each time. All stays frozen;
-    to train the merged model, `model.requires_grad_(True)`.
+    The layers are kept aside until `unmerge_lora` puts the same ones back, so the way back is exact: subtracting
+    s B A from a merged weight would leave rounding errors, a little more each time. All stays frozen; to train the
+    merged model, `model.requires_grad_(True)`.
     """
     for name, layer in lora_layers(model).items():
         bias = layer.bias is not None
         linear = nn.Linear(layer.in_features, layer.out_features, bias, device="meta").requires_grad_(False)
         linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
         linear.bias = layer.bias
-        object.__setattr__(linear, "unmerged", layer)  # behind nn.Module's back: no submodule, no parameter
+        object.__setattr__(linear, "unmerged", layer)  # unknown to nn.Module: no submodule, no parameter
         _replace(model, name, linear.train(layer.training))
     return model
 
@@ -273,7 +283,32 @@ def lora_off(model):
             layer.enabled = enabled
 
 
-def main():
+def demo():
+    """A 2 x 2 layer by hand, forward and backward; then a whole model: the start, a merge, the way back."""
+    W, x = torch.tensor([[1.0, 2.0], [1.0, 8.0]]), torch.ones(1, 2, requires_grad=True)
+    up = torch.tensor([[1.0, 0.0]])  # δ
+    by_hand = {  # V = W + 2 B A = [[3, 4], [5, 12]], whose rows have the lengths 5 and 13
+        "LoRA": ([7, 17], {"B": [[4], [0]], "A": [[2, 2]], "x": [[3, 4]]}),
+        "DoRA": ([14, 17], {"B": [[8], [0]], "A": [[4, 4]], "x": [[6, 8]], "m": [1.4, 0]}),  # row 1 twice as long
+    }
+    print("by hand: W = [[1, 2], [1, 8]], A = [[1, 1]], B = [[1], [2]], s = 2, x = (1, 1), dL/dy = (1, 0)")
+    for title, (y, gradients) in by_hand.items():
+        linear = nn.Linear(2, 2, bias=False)
+        linear.weight.data = W.clone()
+        layer = LoRALinear(linear, rank=1, alpha=2, dora=title == "DoRA")
+        torch.testing.assert_close(layer(x), x @ W.t())  # B = 0 and m = ‖W‖: the given layer
+        layer.lora_A.data, layer.lora_B.data = torch.ones(1, 2), torch.tensor([[1.0], [2.0]])
+        if layer.magnitude is not None:
+            layer.magnitude.data = torch.tensor([10.0, 13.0])
+        torch.testing.assert_close(layer(x)[0], torch.tensor(y).float())
+        torch.testing.assert_close(x @ layer.weight.t(), layer(x))  # merged
+        tensors = {"B": layer.lora_B, "A": layer.lora_A, "x": x, "m": layer.magnitude}
+        computed = torch.autograd.grad(layer(x), [tensors[name] for name in gradients], up)
+        for gradient, expected in zip(computed, gradients.values(), strict=True):
+            torch.testing.assert_close(gradient, torch.tensor(expected).float())
+        print(f"  {title}  y = {y}   " + "   ".join(f"dL/d{name} = {value}" for name, value in gradients.items()))
+
+    print("\na whole model; the columns are largest differences of logits")
     torch.manual_seed(0)
     config = TransformerConfig()
     tokens = torch.randint(0, config.vocab_size, (4, 32))
@@ -300,8 +335,8 @@ def main():
         assert back
         assert off
         print(f"{title:<14}{trained:>9,}{trained / n:>8.1%}{start:>14.1e}{same:>16.1e}{'exact':>10}{'exact':>7}")
-    print(f"\nof {n:,} parameters; the columns are largest differences of logits")
+    print(f"of {n:,} parameters")
 
 
 if __name__ == "__main__":
-    main()
+    demo()

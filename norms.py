@@ -1,49 +1,56 @@
-"""Normalisation: LayerNorm and RMSNorm, the statistics, the gain, the gradient.
+"""Normalisation: LayerNorm and RMSNorm, their gradients, and where a norm stands in a block.
 
     LayerNorm   y = (x − μ) / √(σ² + ε) ⊙ g + b      μ, σ² over the C features of one token    arXiv:1607.06450
     RMSNorm     y = x / √(mean(x²) + ε) ⊙ g                                                     arXiv:1910.07467
 
-Both give every token vector a fixed length, so that a block sees inputs of one scale however large the residual
-stream has grown. LayerNorm also removes the mean. RMSNorm leaves it, saves a reduction and a bias, and trains as
-well: what matters is the length. What the missing mean changes:
+Both give every token's vector the same length, √C before the gain, so a block sees inputs of one scale however large
+the residual stream has grown. RMSNorm, forward and backward, each token by itself:
 
-* LayerNorm does not notice a constant added to x, RMSNorm does. It is exact: LayerNorm(x) = RMSNorm(x − μ). So a
-  network whose matrices write zero-mean vectors into the stream computes the same with either, and a trained pre-norm
-  LayerNorm model turns into an RMSNorm one by centring those matrices (arXiv:2305.14858).
-* The stream is free to use the direction (1, …, 1): C dimensions instead of C − 1. The price: a large offset there
-  uses the length up. RMSNorm divides by √(σ² + μ²) where LayerNorm divides by σ, so what differs between the features
-  shrinks to 1 / √(1 + μ²/σ²). Of C independent features the mean is about σ/√C, and nothing is lost.
+    r     = √(mean(x²) + ε)                          x (..., C) -> (..., 1), in fp32
+    x̂     = x / r                                    (..., C)
+    y     = g ⊙ x̂                                    (..., C), in the dtype of x
 
-The gradient. Write RMSNorm as y = g ⊙ x̂ with x̂ = x / r, r = √(mean(x²) + ε), and u = g ⊙ dL/dy for what arrives
-at x̂. From ∂r/∂x_j = x_j / (C r) follows ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) / r, and summed over i with u_i
+    u     = g ⊙ dL/dy                                (..., C), the gradient that arrives at x̂
+    dL/dx = (u − x̂ · mean(u ⊙ x̂)) / r                (..., C)
+    dL/dg = Σ_tokens x̂ ⊙ dL/dy                       (C,)
 
-    dL/dx = (u − x̂ · mean(u ⊙ x̂)) / r                        dL/dg = Σ_tokens x̂ ⊙ dL/dy
+LayerNorm is RMSNorm of x − μ, plus b; on the way back the gradient loses its mean too:
 
-that is, the upstream gradient without its part along x̂, because stretching x changes nothing, divided by r: large
-inputs learn slowly. LayerNorm first multiplies x by the symmetric matrix I − 11ᵀ/C, which takes the mean away; so
-the gradient passes through the same matrix on its way back and loses its mean too (that of x̂ is 0 already):
+    x̂     = (x − μ) / √(σ² + ε)                      (..., C)
+    dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε),   dL/db = Σ_tokens dL/dy
 
-    dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε)      x̂ = (x − μ) / √(σ² + ε),  dL/db = Σ_tokens dL/dy
-
-Where the norm stands, x the residual stream and f a branch (attention or feed-forward):
+Where it stands, x the residual stream and f a branch (attention or feed-forward), `place` below:
 
     post       x ← Norm(x + f(x))          Vaswani et al. 2017: each norm rescales the stream itself
-    pre        x ← x + f(Norm(x))          arXiv:2002.04745: the stream is an open road, and one norm stands at its end
-    sandwich   x ← x + Norm(f(Norm(x)))    arXiv:2105.13290, Gemma 2 (arXiv:2408.00118): what a branch adds has length
-                                           1 too, however large its weights
+    pre        x ← x + f(Norm(x))          arXiv:2002.04745: nothing stands in the stream but one norm at its end
+    sandwich   x ← x + Norm(f(Norm(x)))    arXiv:2105.13290, Gemma 2 (arXiv:2408.00118): every branch adds a vector of
+                                           one length, whatever the size of its weights
 
-Say each branch returns as much variance as its input has. With post, the norm after block l divides x + f(x) by √2, on
-the way back too, which just undoes the doubling by the branch: every block, the last one as well, keeps a gradient of
-the same size however deep the stack, and a step moves the output of L blocks by √L times what one would
-(arXiv:2004.08249). Hence the warm-up that post-norm is said to need; here it does without one at 12 layers
-(results/norm-placement.md) and fails with one at 48 (results/norm-depth.md). With pre, the stream's variance grows to
-1 + l, and so the norm in front of block l divides its share and its gradient by √(1 + l): the deeper the stack, the
-gentler its last blocks; a step moves the output by √ln L. The weakness of pre: late branches add little to a long
-stream, and one branch with large weights drowns all the others. Sandwich mends that: at the start all branches weigh
-the same, whatever their weights; the gains learn the rest. `python norms.py` prints gradients and moves for the three.
+The default model runs RMSNorm before each branch (pre) with ε = 1e-6, and on each query and key head (attention.py).
 
-The trap is precision: in fp16, squares above 65,504 are infinite, so an activation of 256 is enough to turn the
-statistics into inf. They are taken in fp32 whatever comes in, and the result returns in the input's dtype.
+The trap is precision. In fp16 squares above 65,504 are infinite, so an activation of 256 is enough to make the
+statistics inf. They are taken in fp32 whatever comes in, and the result returns in the input's dtype.
+
+The gradient. From r² = mean(x²) + ε follows ∂r/∂x_j = x_j / (C r) = x̂_j / C, so ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) / r;
+multiplied by u_i and summed over i that is the line above. In words: the part of u along x̂ is removed, because
+stretching x changes nothing, and the rest is divided by r: large inputs learn slowly.
+
+What the missing mean changes. RMSNorm saves a reduction and a bias and trains as well (results/norm-kind.md). But it
+notices a constant that is added to x: it divides by √(σ² + μ²), LayerNorm by σ, so what differs between the features
+shrinks to 1 / √(1 + μ²/σ²). For C independent features μ is about σ/√C, and nothing is lost. And as the two are equal
+on centred vectors, a trained pre-norm LayerNorm model becomes an RMSNorm one by centring the matrices that write into
+the stream (arXiv:2305.14858).
+
+What the placement changes, if at the start of training each branch puts out as much variance as comes in:
+
+* post: each norm divides x + f(x) by √2, which just undoes the doubling. Every block's weights get a gradient of the
+  same size, and one small step of all L blocks moves the output by √L times what one block would (arXiv:2004.08249):
+  the reason for post-norm's warm-up. Here it trains without one at 12 layers (results/norm-placement.md) and fails
+  even with one at 48 (results/norm-depth.md).
+* pre: after l blocks the stream's variance is 1 + l, so the final norm divides what block l added, and its gradient, by
+  √(1 + l): the deeper the block, the gentler. A step moves the output by √ln L. The weakness: late branches add
+  little, and one branch with large weights drowns all the others.
+* sandwich: all branches weigh the same at the start, whatever their weights; their gains learn the rest.
 
 Simplified: no kernel of our own. The modules call torch's fused one where it is the fastest, and say where not.
 
@@ -73,18 +80,18 @@ def rms_norm(x, weight, eps=1e-6):
 
 
 def rms_norm_gradient(x, weight, upstream, eps=1e-6):
-    """dL/dx of rms_norm in closed form, as derived above; all (..., C) but weight (C,)."""
+    """dL/dx of rms_norm in closed form, derived above; all (..., C) but weight (C,)."""
     r = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()  # (..., 1)
-    unit, u = x / r, upstream * weight
-    return (u - unit * (u * unit).mean(-1, keepdim=True)) / r
+    x_hat, u = x / r, upstream * weight
+    return (u - x_hat * (u * x_hat).mean(-1, keepdim=True)) / r
 
 
 def layer_norm_gradient(x, weight, upstream, eps=1e-5):
-    """dL/dx of layer_norm in closed form, as derived above; all (..., C) but weight (C,)."""
+    """dL/dx of layer_norm in closed form, derived above; all (..., C) but weight (C,)."""
     centred = x - x.mean(-1, keepdim=True)
     r = (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()  # (..., 1)
-    unit, u = centred / r, upstream * weight
-    return (u - u.mean(-1, keepdim=True) - unit * (u * unit).mean(-1, keepdim=True)) / r
+    x_hat, u = centred / r, upstream * weight
+    return (u - u.mean(-1, keepdim=True) - x_hat * (u * x_hat).mean(-1, keepdim=True)) / r
 
 
 class LayerNorm(nn.Module):
@@ -106,9 +113,9 @@ class LayerNorm(nn.Module):
 
 
 class RMSNormByHand(torch.autograd.Function):
-    """rms_norm with the gradient derived above. Without a GPU F.rms_norm is a chain of small operations, each a pass
-    over (..., C), and autograd follows it with a longer one. By hand both are short; the sums over the features and
-    over the tokens are products of a matrix and a vector."""
+    """rms_norm with the gradient above, for CPUs: there F.rms_norm is a chain of small operations, each a pass over
+    (..., C), and its backward pass a longer one. Here the sums over the features and over the tokens are products of a
+    matrix and a vector."""
 
     @staticmethod
     def forward(ctx, x, gain, eps):
@@ -158,11 +165,11 @@ def place(x, branch, placement, norm):
 
 
 def deep_stack(placement, depth=32, first=1.0, width=128, tokens=256, seed=0):
-    """`depth` blocks at birth -> the gradient norm of each block's matrix, the RMS of the final stream, and how far
+    """`depth` untrained blocks -> the gradient norm of each block's matrix, the RMS of the final stream, and how far
     the output moves, relative to its length, if every matrix moves by 1 % of its norm in a random direction.
 
-    Block l adds W_l relu(input), W_l drawn so that as much variance comes out as goes in; the first is made `first`
-    times as large. The loss is a random linear function of the normalised stream.
+    Block l adds W_l relu(input), W_l drawn so that as much variance comes out as goes in; the first is multiplied by
+    `first`. The loss is a random linear function of the normalised stream.
     """
     rng = torch.Generator().manual_seed(seed)
     x, up = torch.randn(2, tokens, width, generator=rng)
@@ -186,66 +193,55 @@ def deep_stack(placement, depth=32, first=1.0, width=128, tokens=256, seed=0):
     return gradient.norm(dim=(1, 2)).tolist(), stream.pow(2).mean().sqrt().item(), moved
 
 
-def main():
-    torch.manual_seed(0)
-    x = torch.randn(4, 192) * 3 + 1
-    gain, bias = torch.randn(192), torch.randn(192)
-    rows = [
-        ("LayerNorm", layer_norm(x, gain, bias), F.layer_norm(x, (192,), gain, bias), layer_norm),
-        ("RMSNorm", rms_norm(x, gain), F.rms_norm(x, (192,), gain, 1e-6), rms_norm),
-    ]
-    print(f"{'':<11}{'formula − fused':>16}{'y(10 x) − y(x)':>16}{'y(x + 5) − y(x)':>17}   (largest differences)")
-    for name, ours, fused, f in rows:
-        one = torch.ones(192)
-        same = (ours - fused).abs().max().item()
-        scale = (f(10 * x, one) - f(x, one)).abs().max().item()
-        shift = (f(x + 5, one) - f(x, one)).abs().max().item()
-        assert same < 1e-5
-        assert scale < 1e-4
-        assert (shift < 1e-4) == (name == "LayerNorm")  # the missing mean
-        print(f"{name:<11}{same:>16.1e}{scale:>16.1e}{shift:>17.1e}")
+def demo():
+    """x = (1, 1, 7, 7): mean 4, deviation 3, root mean square 5. Then the trap of fp16, and the three placements."""
+    x, one = torch.tensor([1.0, 1.0, 7.0, 7.0]), torch.ones(4)
+    up = torch.tensor([1.0, 0.0, 0.0, 0.0])  # dL/dy
+    by_hand = {
+        # mean(u) = 1/4 and mean(u ⊙ x̂) = −1/4, so dL/dx = (u − 1/4 + x̂/4) / 3; for RMSNorm it is (u − x̂/20) / 5
+        "LayerNorm": (layer_norm, F.layer_norm, layer_norm_gradient, [-1.0, -1.0, 1.0, 1.0], [1 / 6, -1 / 6, 0.0, 0.0]),
+        "RMSNorm": (rms_norm, F.rms_norm, rms_norm_gradient, [0.2, 0.2, 1.4, 1.4], [0.198, -0.002, -0.014, -0.014]),
+    }
+    print("x = (1, 1, 7, 7): μ = 4, σ = 3, √mean(x²) = 5; dL/dy = (1, 0, 0, 0)")
+    for name, (norm, fused, gradient, y, dx) in by_hand.items():
+        torch.testing.assert_close(norm(x, one, eps=0.0), torch.tensor(y))
+        torch.testing.assert_close(norm(10 * x, one, eps=0.0), torch.tensor(y))  # the length of x does not matter
+        torch.testing.assert_close(fused(x, (4,), one, eps=1e-6), torch.tensor(y))
+        torch.testing.assert_close(gradient(x, one, up, eps=0.0), torch.tensor(dx))
+        same = torch.allclose(norm(x + 5, one, eps=0.0), torch.tensor(y))
+        assert same == (name == "LayerNorm")  # the missing mean
+        numbers = ["".join(f"{number:>8.3f}" for number in row) for row in (y, dx)]
+        print(f"  {name:<10}y ={numbers[0]}   dL/dx ={numbers[1]}   x + 5 gives {'the same' if same else 'another'} y")
+    torch.testing.assert_close(rms_norm(x - 4, one, eps=0.0), layer_norm(x, one, eps=0.0))
+    left = (rms_norm(x, one).std() / layer_norm(x, one).std()).item()
+    assert abs(left - (1 + (4 / 3) ** 2) ** -0.5) < 1e-5
+    print(f"  RMSNorm(x − μ) = LayerNorm(x); uncentred, {left:.1f} = 1 / √(1 + μ²/σ²) of the differences are left")
 
-    print("\nthe missing mean: how much of the features' differences is left, 1 / √(1 + μ²/σ²) of them")
-    z = torch.randn(1000, 192)
-    z = (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True, correction=0)
-    one = torch.ones(192)
-    for ratio in (0.0, 0.1, 1.0, 5.0):
-        left = [f(z + ratio, one).std(-1, correction=0).mean().item() for f in (layer_norm, rms_norm)]
-        assert abs(left[0] - 1) < 1e-3
-        assert abs(left[1] - (1 + ratio**2) ** -0.5) < 1e-3
-        print(f"  μ/σ = {ratio:<4}  LayerNorm {left[0]:.3f}   RMSNorm {left[1]:.3f}")
-    up = torch.randn(4, 192)
-    centred = x - x.mean(-1, keepdim=True)
-    assert (rms_norm(centred, gain, eps=1e-5) - layer_norm(x, gain)).abs().max() < 1e-5
-    sums = [g(x, gain, up).sum(-1).abs().max().item() for g in (layer_norm_gradient, rms_norm_gradient)]
-    print(f"  RMSNorm(x − μ) = LayerNorm(x); sum of dL/dx over a token: {sums[0]:.0e} and {sums[1]:.1f}")
-    assert sums[0] < 1e-4 < sums[1]
-
-    shown = (1, 2, 4, 8, 16, 32)
-    print("\ngradient norm of block l's weights at birth, 32 blocks; move: of the output if all weights move by 1 %")
-    print(f"  {'block l':<28}" + "".join(f"{n:>8}" for n in shown) + "  stream   move   move of 2 blocks")
-    found = {}
-    for first in (1.0, 30.0):
-        for placement in ("post", "pre", "sandwich"):
-            norms, length, move = found[placement, first] = deep_stack(placement, 32, first)
-            name = placement if first == 1 else f"{placement}, block 1 x {first:.0f}"
-            print(f"  {name:<28}" + "".join(f"{norms[n - 1]:>8.3f}" for n in shown), end="")
-            print(f"{length:>8.1f}{move:>7.1%}{deep_stack(placement, 2, first)[2]:>10.1%}")
-    last = {key: norms[-1] for key, (norms, *_) in found.items()}
-    assert last["post", 1.0] > 3 * last["pre", 1.0]
-    assert last["sandwich", 30.0] > 3 * last["pre", 30.0]
-    big = torch.full((1, 192), 300.0, dtype=torch.float16)
-    square = big.pow(2).mean(-1, keepdim=True)  # the trap: 90,000 is inf in fp16, and x / inf is 0
-    naive, ours = big * torch.rsqrt(square + 1e-6), RMSNorm(192)(big)
+    big = torch.full((1, 4), 300.0, dtype=torch.float16)
+    square = big.pow(2).mean(-1, keepdim=True)
+    naive, ours = big * torch.rsqrt(square), RMSNorm(4)(big)
     assert square.isinf().all()
     assert naive.eq(0).all()
-    assert ours.sub(1).abs().max() < 1e-2
+    assert ours.eq(1).all()
+    print(f"\nan fp16 input of 300: mean(x²) in fp16 is {square.item()}, so y = {naive[0, 0]:.0f}", end="")
+    print(f"; statistics in fp32 give {ours[0, 0]:.0f}")
+
+    depth, shown = 16, (1, 2, 4, 8, 16)
     print(
-        f"\nfp16 input of 300: mean(x²) taken in fp16 is {square.item()}, which normalises to {naive[0, 0]:.0f};",
-        end="",
+        f"\n{depth} untrained blocks: gradient norm of block l's weights; move of the output if all weights move by 1 %"
     )
-    print(f" fp32 statistics give {ours[0, 0]:.3f}")
+    print(f"  {'block l':<24}" + "".join(f"{n:>8}" for n in shown) + "   stream's RMS   move   move of 2 blocks")
+    last = {}
+    for first in (1.0, 30.0):
+        for placement in ("post", "pre", "sandwich"):
+            norms, length, move = deep_stack(placement, depth, first)
+            name = placement if first == 1 else f"{placement}, block 1 x {first:.0f}"
+            print(f"  {name:<24}" + "".join(f"{norms[n - 1]:>8.2f}" for n in shown), end="")
+            print(f"{length:>15.1f}{move:>7.1%}{deep_stack(placement, 2, first)[2]:>19.1%}")
+            last[placement, first] = norms[-1]
+    assert last["post", 1.0] > 2 * last["pre", 1.0]
+    assert last["sandwich", 30.0] > 3 * last["pre", 30.0]
 
 
 if __name__ == "__main__":
-    main()
+    demo()

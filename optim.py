@@ -1,39 +1,61 @@
 """Optimizers: gradient descent, momentum, Adam, AdamW, Muon; the learning rate's schedule; clipping; the scaler.
 
-Given g = dL/dw, how far does each weight move? Five answers, each a repair of the one before.
+Given g = dL/dw, how far does each weight move? For a tensor w of any shape; g, m and v have its shape:
 
-Gradient descent: w ← w − η g. Near a minimum the loss is a bowl, along an axis of curvature h it is ½ h w², g = h w and
+    gradient descent   w ← w − η g
+    momentum           m ← μ m + g,  w ← w − η m                     Polyak 1964; Nesterov: w ← w − η (g + μ m)
+    Adam               m ← β₁ m + (1 − β₁) g                         arXiv:1412.6980, Algorithm 1
+                       v ← β₂ v + (1 − β₂) g²
+                       w ← w − η m̂ / (√v̂ + ε)                        m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ)
+    AdamW              w ← (1 − η λ) w, then Adam's step             arXiv:1711.05101, Algorithm 2
+    Muon               m ← μ m + (1 − μ) g,  X = (1 − μ) g + μ m     K. Jordan et al. 2024, arXiv:2502.16982; m, X and
+                       X ← X / ‖X‖                                   w are matrices (rows, columns)
+                       X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X            five times; a, b, c = 3.4445, −4.7750, 2.0315
+                       w ← (1 − η λ) w − 0.2 √max(rows, columns) η X
+
+One step of training, `optimizer_step`:
+
+    loss · S            backward       fp16 only: gradients below 6e-8 would become 0, so they are made S times as large
+    g ← g / S                          and unscaled before anything looks at them
+    g ← g min(1, clip / ‖g‖)           ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
+    η = lr_at(step, …)                 a line up to the peak, then down: cosine, linear or wsd
+    w ← by Muon or AdamW               nothing moves if ‖g‖ is inf or nan: S is halved. After 2,000 good steps in a row
+                                       it is doubled
+
+The defaults run Muon on the matrices inside the blocks (attention, feed-forward, experts) and AdamW on the rest
+(embeddings, output, routers, gains, biases), both at the same η, and clip at 1; PPO runs AdamW alone. η falls along a
+cosine to a tenth of the peak, in GRPO and PPO along a line to 0. Only matrices decay: λ is 0.1 in pretraining, SFT and
+the encoder, 0.01 for reward models, 0 in DPO, PPO and GRPO. The scaler acts with fp16 alone.
+
+Why: five answers, each a repair of the one before.
+
+Gradient descent. Near a minimum the loss is a bowl, along an axis of curvature h it is ½ h w², so g = h w and
 
     w ← (1 − η h) w            shrinks while η < 2/h: the steepest axis limits η, and the flattest one waits for it
 
 With κ = h_max / h_min, the best η is 2 / (h_max + h_min): a step leaves (κ − 1)/(κ + 1) of the error, κ steps about
 e⁻² of it.
 
-Momentum (Polyak 1964): m ← μ m + g,  w ← w − η m. What the gradients agree on adds up, to g/(1 − μ); what changes sign
-from step to step cancels. On the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), and the roots of z² − (1 + μ − η h) z + μ
-have size √μ as long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis in that window shrinks at one pace. To fit all in,
+Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign from step to step cancels. On the bowl
+w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), and the roots of z² − (1 + μ − η h) z + μ have size √μ as long as
+(1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis in that window shrinks at one pace. To fit all in,
 
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
 Nesterov's variant steps along g + μ m: the momentum as it will be if the next gradient is like this one.
 
-Adam (arXiv:1412.6980, Algorithm 1) gives every weight a rate of its own, from the size of its own gradients:
+Adam gives every weight a rate of its own, from the size of its own gradients. m and v begin at 0, so their weights sum
+to 1 − βᵗ only, and m̂ and v̂ correct for that. The scale of g cancels: ten times the loss makes the same step. If the
+gradients agree, |m̂| = √v̂ and w moves by η; if they are noise, m keeps (1 − β₁)/(1 + β₁) of their variance, and w moves
+by 0.23 η (β₁ = 0.9), to and fro. At t = 1 the step is η sign(g), noise and all: one reason for the warm-up. The price
+of a rate for each number: it depends on the axes that the weights happen to lie on. A bowl along them is round to Adam,
+the same bowl turned by 45° is not (demo).
 
-    m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²        running means of g and of its square
-    m̂ = m / (1 − β₁ᵗ)            v̂ = v / (1 − β₂ᵗ)             both begin at 0: their weights sum to 1 − βᵗ
-    w ← w − η m̂ / (√v̂ + ε)
+AdamW shrinks all weights by the same share. L2, g ← g + λ w, does not under Adam: its λ w is divided by √v̂ too, so
+weights with large gradients hardly decay.
 
-The scale of g cancels: ten times the loss makes the same step. If the gradients agree, |m̂| = √v̂ and w moves by η; if
-they are noise, m keeps (1 − β₁)/(1 + β₁) of their variance, and w moves by 0.23 η (β₁ = 0.9), to and fro. At t = 1 the
-step is η sign(g), noise and all: one reason for the warm-up. The price of a rate for each number: it depends on the
-axes that the weights happen to lie on. A bowl along them is round to Adam, the same bowl turned by 45° is not (demo).
-
-AdamW (arXiv:1711.05101, Algorithm 2) shrinks the weights beside that step, by the same share for all:
-
-    w ← (1 − η λ) w − η m̂ / (√v̂ + ε)        not g ← g + λ w, whose λ w is divided by √v̂ too: large gradients, no decay
-
-Muon (K. Jordan et al. 2024, arXiv:2502.16982) sees a matrix, where Adam sees numbers. Which step D of size 1 lowers the
-loss most, ⟨G, D⟩ = Σ G_ij D_ij at its largest? That depends on what size means (arXiv:2409.20325):
+Muon sees a matrix, where Adam sees numbers. Which step D of size 1 lowers the loss most, ⟨G, D⟩ = Σ G_ij D_ij at its
+largest? That depends on what size means (arXiv:2409.20325):
 
     √Σ D_ij²                       D = G / ‖G‖                        gradient descent
     max |D_ij|                     D = sign(G)                        Adam with β₁ = β₂ = 0
@@ -41,34 +63,21 @@ loss most, ⟨G, D⟩ = Σ G_ij D_ij at its largest? That depends on what size m
 
 The last bounds by how much the output of a layer y = W x changes, ‖D x‖ ≤ ‖x‖ for every x. A momentum M = U S Vᵀ is
 dominated by a few directions; along U Vᵀ all of them move at one pace. It comes without an SVD: an odd polynomial of a
-matrix acts on its singular values alone, (X Xᵀ) X = U S³ Vᵀ, and five rounds of
+matrix acts on its singular values alone, (X Xᵀ) X = U S³ Vᵀ, and the five rounds bring all that begin above 0.002 to
+between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the small ones quickly, was worth more than that.
+The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2 √max(rows, columns) U Vᵀ moves a weight by
+0.2 η, about what AdamW does when the gradients are noise.
 
-    X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X        X = M / ‖M‖ at first;  a, b, c = 3.4445, −4.7750, 2.0315
-
-bring all of them that begin above 0.002 to between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the
-small ones quickly, was worth more than that. The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so
-0.2 √max(rows, columns) U Vᵀ is 0.2 η a weight, about what AdamW moves one by when the gradients are noise.
-
-One step of training (`optimizer_step`), and what the defaults run:
-
-    loss · S            backward       fp16 only: gradients below 6e-8 would become 0, so they are made S times as large
-    g ← g / S                          and unscaled before anything looks at them
-    g ← g min(1, clip / ‖g‖)           ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
-    η = lr_at(step, …)                 a line up, then a cosine to a tenth of the peak; in GRPO and PPO a line to 0
-    Muon                               the matrices inside the blocks: attention, feed-forward, experts
-    AdamW                              embeddings, output, routers, gains, biases, at the same η; only matrices decay
-    ‖g‖ is inf or nan?                 nothing moves; S is halved. After 2,000 good steps in a row it is doubled
-
-Which one, at which rate. Muon is the default of every stage but PPO. That is a choice and no finding: it went furthest
-in the first trials of GRPO, one run each (results/grpo_word.md); the setting that PPO kept has AdamW, and other things
-changed with it (results/ppo_word.md); for pretraining no page here separates the two. In GRPO, DPO and PPO `--optimizer
-adamw` wants about a sixth of Muon's rate: of two tried for GRPO, 3e-4 did better with Muon and 5e-5 with AdamW. A part
-of it is arithmetic: at one η AdamW moves a weight by 0.23 η (noise) to η (agreement), Muon by about 0.2 η either way.
-For other stages the sixth is not measured. Clipping made no difference that three seeds show, under AdamW
-(results/grad-clip.md): dividing by √v̂ limits the step already.
+Which one, at which rate. Muon is the default by choice, not by a finding: it went furthest in the first trials of GRPO,
+one run each (results/grpo_word.md); the setting that PPO kept has AdamW, and other things changed with it
+(results/ppo_word.md); for pretraining no page here separates the two. In GRPO, DPO and PPO `--optimizer adamw` wants
+about a sixth of Muon's rate: of two tried for GRPO, 3e-4 did better with Muon and 5e-5 with AdamW. Part of it is
+arithmetic: at one η AdamW moves a weight by 0.23 η (noise) to η (agreement), Muon by about 0.2 η either way. For other
+stages the sixth is not measured. Clipping made no difference that three seeds show, under AdamW (results/grad-clip.md):
+dividing by √v̂ limits the step already.
 
 SGD, Adam and AdamW below are the plain form, to read and to test against; training runs torch's fused AdamW, which
-computes the same in one pass over the memory. Muon is ours. Run the worked example: `python optim.py`.
+computes the same in one pass over the memory. Muon is ours. Run it: `python optim.py`.
 """
 
 import math
@@ -84,8 +93,8 @@ from support.sharding import full_tensor, same_shape_groups, shard_like
 
 
 class PerTensor(torch.optim.Optimizer):
-    """What the plain optimizers share: `update` for each tensor w of any shape, with its gradient g, what it remembers
-    (`state`, empty at first) and the settings of its group. It changes w in place."""
+    """What the plain optimizers share: `update` for each tensor w of any shape, with its gradient g, its memory `state`
+    (a dict, empty at first) and the settings of its group. It changes w in place."""
 
     def __init__(self, params, **settings):
         super().__init__(params, settings)
@@ -156,8 +165,8 @@ def orthogonalise(m, rounds=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov's momentum, orthogonalised, in AdamW's size. Parameters are matrices, or stacks of them (experts, rows,
-    columns). Those of one shape go through the rounds together: small ones, one by one, do not fill the machine.
+    """Nesterov's momentum, orthogonalised, scaled to AdamW's size. Parameters are matrices, or stacks of them (experts,
+    rows, columns). Those of one shape go through the rounds together: small ones, one by one, do not fill the machine.
 
     Under FSDP a rank holds some rows of each matrix, but U Vᵀ needs them all: every rank gathers the matrix
     (`full_tensor`), orthogonalises it, the same on all ranks, and keeps its own rows (`shard_like`). The momentum stays
@@ -193,7 +202,7 @@ def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
     """Learning rate of step 0 … steps−1: up a line to `peak` in `warmup` steps, then down to floor · peak.
 
     cosine (arXiv:1608.03983, one half-wave) or linear from there on; wsd (arXiv:2404.06395) stays at the peak until the
-    last `decay` share of the steps, then falls in a line: a run can be prolonged from any checkpoint before the fall.
+    last `decay` share of the steps, then falls in a line: a run can be continued from any checkpoint before the fall.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -204,7 +213,7 @@ def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
 
 
 def clip_by_global_norm(gradients, clip):
-    """Tensors of any shapes, in place: all times clip / ‖g‖ if ‖g‖, over all of them, is above clip > 0. -> ‖g‖ before.
+    """Tensors of any shapes, in place: if ‖g‖ over all of them is above clip, all times clip / ‖g‖. Returns ‖g‖ before.
     The plain form: `optimizer_step` calls torch's, which takes all tensors at once and knows sharded ones."""
     norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
     if norm > clip:
@@ -244,8 +253,8 @@ def optimizer_step(raw, optimizers, scaler, autocast, lr, clip):
 
 
 def optimizer_steps(parts, scaler, autocast, clip):
-    """The same for parts that are clipped each by itself, as a policy and its values are: (parameters, optimizers, lr)
-    of each -> a norm of each. If one is not finite, no part steps."""
+    """The same for several parts, each clipped by itself, such as a policy and its value network: (parameters,
+    optimizers, lr) of each -> a norm of each. If one is not finite, no part steps."""
     norms = []
     for parameters, optimizers, lr in parts:
         for optimizer in optimizers:
@@ -264,7 +273,7 @@ def optimizer_steps(parts, scaler, autocast, clip):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# By hand.
+# The worked example.
 
 
 def walk(optimizer, start, gradient, steps):
@@ -278,11 +287,25 @@ def walk(optimizer, start, gradient, steps):
     return torch.stack(path)
 
 
-def main():
+def demo():
     torch.manual_seed(0)
+    print("by hand: w = 1, η = 0.1, gradients 2 and then 1; μ, β₁, β₂ and λ are 0.5 each")
+    plain = {
+        "gradient descent": (lambda w: SGD(w, 0.1), 0.8, 0.7),
+        "momentum": (lambda w: SGD(w, 0.1, 0.5), 0.8, 0.6),  # m = 2, then 0.5 · 2 + 1 = 2
+        "Nesterov": (lambda w: SGD(w, 0.1, 0.5, nesterov=True), 0.7, 0.5),  # g + m/2 = 3, then 2
+        # m = 1, then 1; v = 2, then 1.5: m̂/√v̂ = 2/2, then (4/3)/√2
+        "Adam": (lambda w: Adam(w, 0.1, (0.5, 0.5)), 0.9, 0.9 - 0.1 * 4 / 3 / 2**0.5),
+        "AdamW": (lambda w: AdamW(w, 0.1, (0.5, 0.5), weight_decay=0.5), 0.85, 0.85 * 0.95 - 0.1 * 4 / 3 / 2**0.5),
+    }
+    for name, (kind, first, second) in plain.items():
+        path = walk(kind, torch.ones(1, dtype=torch.float64), lambda t, w: torch.full_like(w, 2 - t), 2)
+        torch.testing.assert_close(path[:, 0], torch.tensor([1, first, second], dtype=torch.float64))
+        print(f"  {name:<18}w = 1.0000  {first:.4f}  {second:.4f}")
+
     one = torch.ones(2, dtype=torch.float64)
 
-    print("the bowl ½ (100 x² + y²) from (1, 1), κ = 100: distance from the minimum after n steps")
+    print("\nthe bowl ½ (100 x² + y²) from (1, 1), κ = 100: distance from the minimum after n steps")
     A = torch.diag(torch.tensor([100.0, 1.0], dtype=torch.float64))
     turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
     B = turn @ A @ turn.T
@@ -304,11 +327,11 @@ def main():
     print("\ndecay: two weights, 1 at first, whose gradients change sign each step; η λ = 0.001, 1,000 steps")
     swing = torch.tensor([10.0, 0.1], dtype=torch.float64)
     by_hand = {Adam: 0.999 ** (1000 / swing), AdamW: 0.999 ** (1000 * one)}  # divided by √v̂ = |gradient|, or not
-    for kind, wanted in by_hand.items():
+    for kind, expected in by_hand.items():
         w = walk(partial(kind, lr=0.01, weight_decay=0.1), one, lambda t, w: swing * (-1) ** t, 1000)[-1]
-        print(f"  {kind.__name__:<6}gradients ± 10: {w[0]:.2f}, by hand {wanted[0]:.2f}", end="")
-        print(f"    gradients ± 0.1: {w[1]:.2f}, by hand {wanted[1]:.2f}")
-        assert (w - wanted).abs().max() < 0.02
+        print(f"  {kind.__name__:<6}gradients ± 10: {w[0]:.2f}, by hand {expected[0]:.2f}", end="")
+        print(f"    gradients ± 0.1: {w[1]:.2f}, by hand {expected[1]:.2f}")
+        assert (w - expected).abs().max() < 0.02
 
     print("\nG = [[3, 0], [4, 5]] = U S Vᵀ, S = 3√5 and √5: which step of size 1 lowers the loss most?")
     G = torch.tensor([[3.0, 0.0], [4.0, 5.0]], dtype=torch.float64)  # GᵀG = [[25, 20], [20, 25]]: S² = 45 and 5
@@ -345,4 +368,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    demo()

@@ -1,43 +1,49 @@
 """Positions: attention by itself sees a set of tokens, not a sequence. Three ways to tell it the order.
 
-learned      a vector per position, added to the embedding (GPT-2). Simple; knows nothing past the last one.
-sinusoidal   PE[p, 2i] = sin(p ω_i), PE[p, 2i + 1] = cos(p ω_i), ω_i = 10000^(−2i/C), added to the embedding
-             (Vaswani et al. 2017, §3.5). PE[p + k] is a fixed rotation of PE[p], whatever p.
-rotary       rotate each pair of a query's and key's features by p ω_i (RoPE, Su et al. 2021, arXiv:2104.09864):
+    learned      x_p ← x_p + a row of a table                          GPT-2: simple; knows nothing past its last row
+    sinusoidal   x_p ← x_p + PE[p],  PE[p, 2i] = sin(p ω_i),  PE[p, 2i + 1] = cos(p ω_i)   Vaswani et al. 2017, §3.5
+    rotary       (a, b) ← (a cos pω_i − b sin pω_i,  a sin pω_i + b cos pω_i)              RoPE, arXiv:2104.09864,
+                 for each pair i of features of a query or key at position p               Eq. 13 to 15, 34
 
-    (a, b) ← (a cos pω_i − b sin pω_i,  a sin pω_i + b cos pω_i)              Eq. 13 to 15, 34
+In all of them ω_i = θ^(−2i/D) radians per position, θ = 10,000: pair 0 turns fastest and tells neighbours apart, the
+last pair turns slowly and tells paragraphs apart. RoPE, the default, in a model:
 
-Rotations compose, R(m)ᵀ R(n) = R(n − m), so ⟨R(m) q, R(n) k⟩ depends on n − m alone: attention becomes relative
-without a single parameter, and lengths stay what they were. Small i turn fast and tell neighbours apart, large i
-turn slowly and tell paragraphs apart; θ, 10000 by default, sets the slowest.
+    ω        = rope_frequencies(D, θ, scaling)              (D/2,)
+    angles   = positions · ω, for both features of a pair   (..., T) -> (..., T, D)
+    cos, sin = cos(angles), sin(angles)                     (..., T, D) each, once for all layers
+    q, k     = rotate(q), rotate(k)                         (B, H, T, D), (B, G, T, D): in each layer; values are not
+    score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           rotations compose, R(m)ᵀ R(n) = R(n − m)
 
-Which features make a pair? The paper, GPT-J and Meta's own Llama code pair neighbours (2i, 2i + 1); GPT-NeoX, and
-Hugging Face's Llama and Qwen, pair (i, i + D/2), because two halves are cheaper to slice than every other element.
-The two differ by a permutation of the rows of W_q and W_k, nothing else, so neither learns better. But weights
-trained with one and run with the other give a model that is wrong yet not garbage: a trap. This repository uses
-halves throughout, and `interleaved_to_half` turns weights of the other kind.
+So a score depends on the distance n − m alone: attention is relative without a parameter, and lengths stay what they
+were. (PE[p + k] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.)
 
-Past the trained length L. Pair i makes r_i = L ω_i / 2π turns while a training sequence lasts. The fast pairs go round
-many times and meet every angle; the slow ones (r_i < 1) see only the first part of their circle, and from position L
-on attention is asked about angles that it never met: the loss jumps. The cure is to slow pairs down, by a factor s =
-new length / L at most, so that the new positions map to angles that are known:
+Past the trained length L a pair meets angles that it never saw. Slower pairs stay among the known ones; `scaling`, a
+dict in Hugging Face's form, says which are slowed down. s = new length / L, r_i = L ω_i / 2π the turns of pair i in L:
 
-    linear    ω_i / s for every pair             position interpolation, arXiv:2306.15595. Simple, but neighbours, which
-                                                 the fast pairs tell apart, come s times closer
-    NTK       θ ← θ s^(D/(D−2)), so ω_i s^(−2i/(D−2)): pair 0 as before, the last one divided by s exactly
-    dynamic   NTK with s = f ℓ/L − (f − 1), f the dict's factor, for a sequence of ℓ > L tokens: short ones as before
-    llama3    k_i ω_i + (1 − k_i) ω_i / s        k_i rises from 0 at r_i = 1 to 1 at r_i = 4 turns (Llama 3.1's code)
-    yarn      the same, k_i from 0 at 1 turn to 1 at 32; and scores times (0.1 ln s + 1)², arXiv:2309.00071
+    linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
+    dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
+                                                    between. s = f ℓ/L − (f − 1) for ℓ > L tokens, f the dict's factor
+    llama3    k_i ω_i + (1 − k_i) ω_i / s           k_i rises from 0 at r_i = 1 to 1 at r_i = 4 (Llama 3.1's code)
+    yarn      the same, k_i from 0 at r_i = 1       arXiv:2309.00071; and scores times (0.1 ln s + 1)², because more
+              to 1 at r_i = 32                      keys flatten the softmax
 
-Fast pairs keep their speed, slow pairs are interpolated, the rest lies between: llama3 goes by the number of turns;
-YaRN by i, as its authors' code does (the paper, §3.2, goes by turns). `python benchmarks/positional.py` trains a
-small model on L bytes and reads 4 L. Unscaled, its loss is five times as high in the last quarter as in the first. It
-stays usable with llama3 and better with yarn, at some cost to short texts; linear ruins both. After 40 steps on long
-windows yarn's loss is nearly level (0.51 to 0.59 nats; before, 0.56 in the first quarter); unscaled, it ends at 0.98.
+The default model runs RoPE with θ = 10,000 and no scaling.
 
-The trap of "dynamic": if ω changes while a sequence grows, the keys in the cache were turned by the old ω and no longer
-fit. So here the longest length is said beforehand, once: `rope_frequencies(..., length=...)`. A Transformer says its
-context, so in it dynamic leaves the frequencies alone.
+Traps:
+
+* Which features make a pair? The paper, GPT-J and Meta's Llama code pair neighbours (2i, 2i + 1); GPT-NeoX and Hugging
+  Face's Llama and Qwen pair (i, i + D/2), because halves are cheaper to slice. The two differ by a permutation of the
+  rows of W_q and W_k, so neither learns better. But weights trained with one and run with the other give a model that
+  is wrong, yet not garbage. This repository uses halves; `interleaved_to_half` converts weights of the other kind.
+* "dynamic" changes ω as a sequence grows, but the keys in the cache were rotated by the old ω. So the longest length is
+  given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives its context, so in it dynamic does nothing.
+* YaRN's k_i goes by i between the two ends, as in its authors' code; the paper (§3.2) goes by turns.
+
+Why slowing down only some pairs is better: a fast pair goes round many times within L and knows every angle; only slow
+ones (r_i < 1) have seen just a part of the circle. `python benchmarks/positional.py` trains a small model on L bytes
+and reads 4 L. Unscaled, its loss is five times as high in the last quarter as in the first. It stays usable with llama3
+and better with yarn, at some cost to short texts; linear ruins both. After 40 steps on long windows yarn's loss is
+nearly level (0.51 to 0.59 nats; before, 0.56 in the first quarter); unscaled, it ends at 0.98.
 
 Letters: B batch, T time, C width, H heads, D head width. Run it: `python positional.py`.
 """
@@ -112,8 +118,7 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
 def rope_attention_factor(scaling=None, context=None):
     """What YaRN multiplies cosines and sines by, so that scores grow by its square; 1 for every other scaling.
 
-    More keys flatten the softmax; YaRN sharpens it again by 1/t with √(1/t) = 0.1 ln s + 1 (§3.4). DeepSeek's
-    `mscale` and `mscale_all_dim` split that factor, an `attention_factor` in the dict replaces it.
+    0.1 ln s + 1 (§3.4). DeepSeek's `mscale` and `mscale_all_dim` split that factor, an `attention_factor` replaces it.
     """
     kind, s, *_ = _read_scaling(scaling, context)
     if kind != "yarn":
@@ -180,7 +185,7 @@ def rope_cos_sin(positions, frequencies, attention_factor=1.0):
 
 
 def rotate(x, cos, sin):
-    """(a, b) -> (a cos − b sin, b cos + a sin), a and b the halves of x's last dimension, in three calls."""
+    """(a, b) -> (a cos − b sin, a sin + b cos), a and b the halves of x's last dimension, in three calls."""
     (a, b), (s, _), out = x.chunk(2, dim=-1), sin.chunk(2, dim=-1), x * cos
     first, second = out.chunk(2, dim=-1)
     first.addcmul_(b, s, value=-1)
@@ -189,7 +194,7 @@ def rotate(x, cos, sin):
 
 
 class Rotation(torch.autograd.Function):
-    """`rotate` with its gradient: the rotation back. Autograd would take the halves apart and together again."""
+    """`rotate` with its gradient, the rotation back. Autograd would cut and join the halves again."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -212,7 +217,7 @@ def apply_rope(x, cos, sin):
 
 def apply_rope_interleaved(x, positions, theta=10000.0):
     """The other convention, in the paper's own terms: neighbours (2i, 2i + 1) are a complex number, rotating is
-    multiplying by e^{i p ω}. x (B, H, T, D), positions (T,). Here for comparison; the models use `apply_rope`."""
+    multiplying by e^{i p ω}. x (B, H, T, D), positions (T,). For comparison; the models use `apply_rope`."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())  # (B, H, T, D/2)
     angles = positions[:, None].to(x.dtype) * rope_frequencies(x.shape[-1], theta).to(x.dtype)  # (T, D/2)
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
@@ -224,40 +229,43 @@ def interleaved_to_half(weight, n_head):
     return weight.view(n_head, out // n_head // 2, 2, inner).transpose(1, 2).reshape(out, inner)
 
 
-def main():
+def demo():
+    """RoPE on one pair: a quarter turn per position. Then the two conventions, and the scalings pair by pair."""
     torch.manual_seed(0)
-    D = 32
-    q, k = torch.randn(1, 1, 1, D), torch.randn(1, 1, 1, D)
-    frequencies = rope_frequencies(D)
+    quarter = torch.tensor([math.pi / 2])  # ω of a head of width 2
+    q, k = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])
 
-    def at(x, position):
-        return apply_rope(x, *rope_cos_sin(torch.tensor([position]), frequencies))
+    def at(x, position, frequencies=quarter):
+        cos_sin = rope_cos_sin(torch.tensor([position]), frequencies)
+        return apply_rope(x[None, None, None], *cos_sin)[0, 0, 0]  # (1, 1, 1, D) -> (D,)
 
-    print("RoPE: the score of a query at m and a key at n depends on n − m alone")
-    scores = {(m, n): (at(q, m) * at(k, n)).sum().item() for m, n in [(0, 7), (5, 12), (90, 97), (0, 8)]}
-    for (m, n), score in scores.items():
-        print(f"  m = {m:2d}, n = {n:2d}, n − m = {n - m}: {score:.4f}")
-    assert abs(scores[0, 7] - scores[90, 97]) < 1e-4
-    assert abs(scores[0, 7] - scores[0, 8]) > 1e-3
-    assert abs(at(q, 1000).norm() - q.norm()) < 1e-4
+    print("RoPE by hand: one pair, a quarter turn per position, q = (1, 0), k = (1, 2)")
+    for position, by_hand in enumerate([(1, 2), (-2, 1), (-1, -2), (2, -1)]):
+        torch.testing.assert_close(at(k, position), torch.tensor(by_hand).float(), atol=1e-6, rtol=0)
+    print("  k at 0, 1, 2, 3: (1, 2), (-2, 1), (-1, -2), (2, -1)")
+    for (m, n), by_hand in {(0, 0): 1, (0, 1): -2, (1, 2): -2, (2, 3): -2, (0, 2): -1, (5, 7): -1, (1, 0): 2}.items():
+        score = at(q, m) @ at(k, n)
+        assert abs(score - by_hand) < 1e-5
+        print(f"  query at {m}, key at {n}: n − m = {n - m:2d}, score {round(score.item()):2d}")
 
-    positions = torch.arange(9)
-    W = torch.randn(2 * D, 16)  # two heads
-    x = torch.randn(9, 16)
-    theirs = apply_rope_interleaved((x @ W.t()).view(1, 9, 2, D).transpose(1, 2), positions)
-    turned = (x @ interleaved_to_half(W, 2).t()).view(1, 9, 2, D).transpose(1, 2)
-    ours = apply_rope(turned, *rope_cos_sin(positions, frequencies))
+    D, T = 32, 9
+    frequencies, positions = rope_frequencies(D), torch.arange(T)
+    torch.testing.assert_close(frequencies[[0, 8]], torch.tensor([1.0, 0.01]))  # 10,000^0, 10,000^(−1/2)
+    W, x = torch.randn(2 * D, 16), torch.randn(T, 16)  # two heads
+    theirs = apply_rope_interleaved((x @ W.t()).view(1, T, 2, D).transpose(1, 2), positions)
+    ours = (x @ interleaved_to_half(W, 2).t()).view(1, T, 2, D).transpose(1, 2)
+    ours = apply_rope(ours, *rope_cos_sin(positions, frequencies))
     # The features come out in another order, the scores are the same.
     worst = (theirs @ theirs.transpose(-1, -2) - ours @ ours.transpose(-1, -2)).abs().max().item()
     assert worst < 1e-3
     print(f"\nneighbouring pairs = halves with permuted weights: largest difference in a score {worst:.1e}")
 
-    k, pe = 3, sinusoidal_positions(torch.arange(50), D)  # (50, D)
-    turns = [torch.tensor([[w.cos(), w.sin()], [-w.sin(), w.cos()]]) for w in k * frequencies]
-    M = torch.block_diag(*turns)  # (D, D): turns (sin, cos) of pair i by k ω_i; knows k, not p
-    worst = (pe[:-k] @ M.t() - pe[k:]).abs().max().item()
+    step, pe = 3, sinusoidal_positions(torch.arange(50), D)  # (50, D)
+    turns = [torch.tensor([[w.cos(), w.sin()], [-w.sin(), w.cos()]]) for w in step * frequencies]
+    M = torch.block_diag(*turns)  # (D, D): rotates (sin, cos) of pair i by 3 ω_i; knows 3, not p
+    worst = (pe[:-step] @ M.t() - pe[step:]).abs().max().item()
     assert worst < 1e-4
-    print(f"sinusoidal: one matrix takes PE[p] to PE[p + {k}] for every p: largest difference {worst:.1e}")
+    print(f"sinusoidal: one matrix takes PE[p] to PE[p + {step}] for every p: largest difference {worst:.1e}")
 
     L, s = 256, 4
     print(f"\ntrained on {L} tokens, stretched to {s * L}: how many times slower pair i turns, D = {D}, θ = 10,000")
@@ -273,8 +281,8 @@ def main():
         factor = rope_attention_factor(scaling, L) ** 2
         print(f"{kind:>22}" + "".join(f"{slower[i]:>8.2f}" for i in pairs) + f"{factor:>15.3f}")
         assert abs(slower[-1] - s) < 1e-4  # the slowest pair: interpolated in full
-        assert (abs(slower[0] - 1) < 1e-6) == (kind != "linear")  # the fastest: left alone, but by linear
+        assert (abs(slower[0] - 1) < 1e-6) == (kind != "linear")  # the fastest: left alone, except by linear
 
 
 if __name__ == "__main__":
-    main()
+    demo()

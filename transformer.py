@@ -1,35 +1,47 @@
 """The decoder: token ids in, a distribution over the next token out.
 
-    x₀ = E[tokens]                                                          (B, T, C)
-    x ← x + Attention(Norm(x)),   x ← x + FeedForward(Norm(x))              per block, pre-norm
-    logits = Norm(x) Eᵀ                                                     (B, T, V), embeddings tied
-    log π(token_t | tokens before it) = log softmax(logits_{t−1})[token_t]
+    log π(token_t | tokens before it) = log softmax(logits_{t−1})[token_t]           Qwen3's layout, arXiv:2505.09388
 
-Everything that a modern recipe varies is one field of `TransformerConfig`. The default is Qwen3's layout
-(arXiv:2505.09388): RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no biases.
-GPT-2's (LayerNorm, learned positions, GELU, biases) is `gpt2_config(...)`, one call away. What each choice does:
+One forward pass, `Transformer.forward`:
 
-* pre-norm leaves the residual stream an open road from the loss to every layer, so depth trains without care;
-  post-norm, `x ← Norm(x + f(x))` (Vaswani et al. 2017), rescales that road at every block, and is said to need a
-  warm-up: not seen here at 12 layers (results/norm-placement.md), while at 48 it fails with one (norm-depth.md);
-  sandwich, `x ← x + Norm(f(Norm(x)))` (arXiv:2105.13290), keeps the road and bounds what a branch puts on it.
-* SwiGLU, `down(silu(gate x) ⊙ up x)` (arXiv:2002.05202), has three matrices where GELU's has two, so at equal
-  parameters its inner width is 2/3 of the usual 4C.
-* the matrices that write into the residual stream (`wo`, `down`) start smaller by √(2 n_layer), so that the sum
-  of all 2 n_layer branches has the variance of one (GPT-2).
-* `window` and `sinks` narrow what a token sees (attention.py), `rope_scaling` stretches the positions (positional.py),
-  `n_expert` makes every `moe_every`-th feed-forward a mixture of experts (moe.py).
+    x = E[tokens]                              (B, T) -> (B, T, C)
+    cos, sin = RoPE at the positions           (T, D) each, the same for all layers
+    for each of n_layer blocks:
+        a = Attention(Norm1(x))                (B, T, C)      tokens read those before them; fills the cache
+        x = x + a
+        f = FeedForward(Norm2(x))              (B, T, C)      each token by itself:
+            down(silu(gate h) ⊙ up h)          (B, T, C) -> (B, T, inner) -> (B, T, C), h = Norm2(x)
+        x = x + f
+    logits = Norm(x) Eᵀ                        (B, T, V)      or, with targets, log π(targets) (B, T)
+
+The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
+biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropout. All that a recipe varies is a field
+of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned positions, GELU, biases).
+
+    field            what it changes
+    norm_placement   pre: above. post: x = Norm(x + f(x)), Vaswani et al. 2017, said to need a warm-up (not seen at 12
+                     layers, results/norm-placement.md; at 48 it fails with one, norm-depth.md). sandwich:
+                     x = x + Norm(f(Norm(x))), arXiv:2105.13290, bounds what a branch adds
+    activation       swiglu (arXiv:2002.05202): three matrices where gelu has two, so at equal parameters the inner
+                     width is 2/3 of the usual 4 C
+    tie_embeddings   whether the output matrix is E
+    window, sinks    what a token sees (attention.py);  rope_scaling: positions past the trained length (positional.py)
+    n_expert         every `moe_every`-th feed-forward is a mixture of experts (moe.py)
+
+At the start the matrices that write into the residual stream (`wo`, `down`) are smaller by √(2 n_layer), so that the
+sum of all 2 n_layer branches has the variance of one (GPT-2).
 
 `token_logprobs` is the one place where log π(token) is computed, for pretraining, SFT and every RL stage: shift,
-gather, temperature. It asks the model for the log-probabilities of given targets instead of logits, so that a large
-vocabulary never holds a (B, T, V) tensor in fp32, and a DDP-wrapped model still sees a plain forward.
+gather, temperature. Entry t belongs to token t + 1, so a mask over tokens meets it as mask[:, 1:]. It asks the model
+for the log-probabilities of given targets instead of logits: a large vocabulary never holds a (B, T, V) tensor in fp32,
+and a DDP-wrapped model still sees a plain forward.
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
-Qwen3-MoE open here as published, also by hub name, and `transformers` opens what we save as whichever of them computes
-the same. llama.cpp's files open too (support/gguf.py).
+Qwen3-MoE open here as published, also by hub name, and `transformers` opens what is saved here as whichever of them
+computes the same. llama.cpp's files open too (support/gguf.py).
 
 Letters: B batch, T time, S key time, C width, H heads, G key/value heads, D head width, V vocabulary.
-Run it: `python transformer.py` checks the cache, the parameter count and the loss at birth.
+Run it: `python transformer.py`.
 """
 
 import math
@@ -60,10 +72,9 @@ from support.logprobs import target_logprobs
 class TransformerConfig:
     """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores.
 
-    A new field, here or in a subclass, needs nothing more to be right: until it is declared, the fast decoding step
-    (support/fast_decode.py) leaves every model to itself, and every checkpoint is in our own layout rather than in one
-    of transformers'. For a switch, declare in `support.hf.OFF` at which value it changes nothing: models without it are
-    then as before.
+    A new field, here or in a subclass, is safe: until it is declared, no model takes the fast decoding step
+    (support/fast_decode.py), and checkpoints are saved in our own layout instead of one of transformers'. For a switch,
+    declare in `support.hf.OFF` at which value it changes nothing: models without it are then as before.
     """
 
     vocab_size: Count = 512  # V; the training scripts take it from the tokenizer
@@ -188,7 +199,7 @@ def make_norm(config):
 
 
 class FeedForward(nn.Module):
-    """Each token by itself: widen, bend, narrow. (B, T, C) -> (B, T, C)"""
+    """Each token by itself: (B, T, C) -> (B, T, inner) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -223,7 +234,7 @@ class Block(nn.Module):
         self.placement = c.norm_placement
 
     def forward(self, x, rope, mask, cache, layer, last_only=False):
-        """(B, T, C) -> (B, T, C); with last_only (B, 1, C): after the last block nobody reads the others."""
+        """(B, T, C) -> (B, T, C); with last_only (B, 1, C), the last token alone."""
         a = self.attn(x if self.placement == "post" else self.norm1(x), rope, mask, cache, layer, last_only)
         x = x[:, -1:] if last_only else x
         if self.placement == "post":
@@ -236,7 +247,7 @@ class Block(nn.Module):
 
 def init_weights(model):
     """Matrices: N(0, 0.02²), the std divided by √(2 n_layer) where a branch writes into the residual stream; biases: 0.
-    Gains stay 1, and a mixture's experts, (E, inner, C), as moe.py drew them, which is alike."""
+    Gains stay 1; a mixture's experts, (E, inner, C), keep what moe.py drew by the same rule."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -324,7 +335,7 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V).
 
         positions: (T,) or (B, T), default 0 … T−1, or after what the cache holds. By default they must be within
-            the context, unless a window with RoPE makes the model blind to how far the text has come.
+            the context, unless the model has a window and RoPE, and so sees distances only.
         mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
             (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
         cache: from make_cache, which this call fills and moves on.
@@ -342,8 +353,8 @@ class Transformer(nn.Module):
         return (out, x) if with_states else out
 
     def make_cache(self, batch, max_len):
-        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype attention runs in; with a window
-        smaller than that it keeps no more than the model can see, and `max_len` is no limit."""
+        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype of attention; for a smaller window a
+        RollingKVCache, which keeps no more than the model can see and takes any number of tokens."""
         c, like = self.config, self.embed.weight
         kind, dtype = like.device.type, like.dtype
         if torch.is_autocast_enabled(kind):
@@ -358,9 +369,9 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
 
     def flops_per_token(self, T):
-        """Of one training step per token: 6 per matrix weight (2 forward, 4 backward), of the experts only the active
-        ones; and attention's two T x D products per head, for the keys that a query sees on average, T/2 without a
-        window. (PaLM, arXiv:2204.02311, Appendix B, and nanoGPT count all T: their utilisation comes out higher.)"""
+        """Of one training step, per token: 6 per matrix weight (2 forward, 4 backward), of the experts only the active
+        ones; and attention's two products of width D per head, for the keys that a query sees on average, T/2 without
+        a window. (PaLM, arXiv:2204.02311, Appendix B, and nanoGPT count all T: their utilisation comes out higher.)"""
         c = self.config
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "learned" not in n)
         experts = sum(p.numel() for p in self.parameters() if p.dim() == 3)  # (E, inner, C) each
@@ -386,8 +397,7 @@ class Transformer(nn.Module):
 def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, counted=None):
     """log π(tokens[:, t+1] | tokens[:, :t+1]) for every t: tokens (B, T) -> (B, T−1), in fp32.
 
-    Entry t belongs to token t+1, so a mask over tokens meets it as mask[:, 1:]. counted (B, T−1): only these, 0
-    elsewhere. `model` may be wrapped in DDP.
+    Entry t belongs to token t+1. counted (B, T−1): only these, 0 elsewhere. `model` may be wrapped in DDP.
     """
     if positions is not None:
         positions = positions[..., :-1]
@@ -400,8 +410,8 @@ def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     """log π of every token of an answer, given its prompt. prompts and answers: B lists of ids each, T the longest
     answer's length -> (B, T) in fp32, 0 after an answer's end, and the mask (B, T), True on the answers' tokens.
 
-    The plain form: prompt and answer stand in one row, padded on the right, where causality hides the pads. Several
-    answers to one prompt read it once each; support/shared_prompt.py, equal in value and gradient, reads it once.
+    The plain form: prompt and answer in one row, padded on the right, where causality hides the pads. Each answer reads
+    the prompt again; support/shared_prompt.py, equal in value and gradient, reads it once for all its answers.
     """
     device = next(model.parameters()).device
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -423,6 +433,28 @@ def masked_mean(x, mask):
 
 
 def demo():
+    """Four tokens of width 2 by hand; then two layouts: parameters, loss before training, cache = one pass."""
+    tiny = Transformer(TransformerConfig(vocab_size=4, width=2, n_head=1, n_kv_head=1, n_layer=1, ffn_width=3))
+    assert tiny.num_params() == 4 * 2 + 4 * 2 * 2 + 3 * 3 * 2 + 3 * 2 + 2 * 2 == 52
+    print("V = 4, C = 2, one block: E 8 + wq, wk, wv, wo 16 + gate, up, down 18 + norms 6 + QK-norm 4 = 52 parameters")
+    with torch.no_grad():
+        tiny.embed.weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]))
+        for branch in (tiny.blocks[0].attn.wo, tiny.blocks[0].ffn.down):
+            branch.weight.zero_()  # nothing is added to the stream: x stays E[token], which has length √C already
+        tokens = torch.tensor([[0, 0, 1]])
+        logits, logprobs = tiny(tokens), token_logprobs(tiny, tokens)  # (1, 3, 4), (1, 2)
+    torch.testing.assert_close(logits[0, :2], torch.tensor([[2.0, 0.0, 0.0, -2.0]] * 2), atol=1e-5, rtol=0)  # (1, 1) Eᵀ
+    total = math.log(math.exp(2) + 2 + math.exp(-2))  # 2.2539
+    torch.testing.assert_close(logprobs, torch.tensor([[2 - total, 0 - total]]), atol=1e-5, rtol=0)
+    print("  both branches 0, tokens 0 0 1: logits after token 0 are 2, 0, 0, −2 and ln Σ exp = 2.2539,")
+    print(f"  so log π(0 | 0) = {logprobs[0, 0]:.4f}, log π(1 | 0 0) = {logprobs[0, 1]:.4f}; ", end="")
+    mean = masked_mean(logprobs, torch.tensor([[False, True]]))
+    assert abs(mean + total) < 1e-5
+    answer, mask = answer_logprobs(tiny, [[0], [0]], [[0, 1], [1]])
+    assert mask.tolist() == [[True, True], [True, False]]
+    torch.testing.assert_close(answer, torch.tensor([[2 - total, -total], [-total, 0.0]]), atol=1e-5, rtol=0)
+    print("answers [0, 1] and [1] to the prompt [0] in one batch: the same")
+
     torch.manual_seed(0)
     for title, config in {"Qwen3": TransformerConfig(), "GPT-2": gpt2_config()}.items():
         model = Transformer(config).eval()
@@ -443,9 +475,9 @@ def demo():
         steps += [model(tokens[:, t : t + 1], cache=cache) for t in range(8, 20)]
         worst = (torch.cat(steps, dim=1) - model(tokens)).abs().max().item()
         assert worst < 1e-4
-        print(f"{title:>6} layout: {model.num_params():,} parameters, of which {small:,} gains and biases")
-        print(f"        loss at birth {loss:.3f} (ln {c.vocab_size} = {math.log(c.vocab_size):.3f})")
-        print(f"        prompt + 12 cached steps = one pass: largest difference in a logit {worst:.1e}")
+        print(f"{title} layout: {model.num_params():,} parameters, of which {small:,} gains and biases", end="")
+        print(f"; loss before training {loss:.3f}, ln {c.vocab_size} = {math.log(c.vocab_size):.3f}")
+        print(f"  prompt + 12 cached steps = one pass: largest difference in a logit {worst:.1e}")
 
 
 if __name__ == "__main__":

@@ -557,11 +557,6 @@ def test_no_tokens_at_all():
     assert built.eval()(torch.zeros(0, 3, C, dtype=torch.float64)).shape == (0, 3, C)
 
 
-def test_the_demonstration(capsys):
-    moe.main()
-    assert "100 steps of the bias" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # In pretraining
 

@@ -16,13 +16,6 @@ from transformer import Transformer, TransformerConfig
 MODEL = dict(context=32, n_layer=1, n_head=2, n_kv_head=1, width=16)
 
 
-def test_the_demonstration(capsys):
-    optim.main()
-    out = capsys.readouterr().out
-    assert "⟨G, D⟩ = 8.944" in out  # 4√5
-    assert "0.9487   0.7518" in out
-
-
 # ------------------------------------------------------------------------------------------------ the plain form
 
 

@@ -475,10 +475,11 @@ def demo():
     C, H, G, D, T = 24, 6, 2, 4, 5
     layer, x, cache, outs = Attention(C, H, G, D, qk_norm=True), torch.randn(1, T, C), KVCache(1, 1, G, T, D), []
     print(f"\none layer, C = {C}, H = {H}, G = {G}, D = {D}, and 5 tokens: prefill and decode give what training gives")
-    (weights,), whole = attention_weights(layer, x), layer(x)
-    print(f"  train    x {(*x.shape,)!s:<11}  weights {(*weights.shape,)!s:<13}  no cache")
+    (at_once,), whole = attention_weights(layer, x), layer(x)  # (1, H, T, T), (1, T, C)
+    print(f"  train    x {(*x.shape,)!s:<11}  weights {(*at_once.shape,)!s:<13}  no cache")
     for use, start, end in (("prefill", 0, 3), ("decode", 3, 4), ("decode", 4, 5)):
         (weights,) = attention_weights(layer, x[:, start:end], cache=cache)  # writes the slots that the next call does
+        torch.testing.assert_close(weights, at_once[:, :, start:end, :end])
         outs.append(layer(x[:, start:end], cache=cache))
         cache.length = end
         shapes = f"x {(1, end - start, C)!s:<11}  weights {(*weights.shape,)!s:<13}"

@@ -3,28 +3,35 @@
 Four kinds of record, and who reads them:
 
     text      a string                                         pretrain.py, encoder.py    next word, missing word
-    Problem   question, worked solution, answer                sft.py, grpo.py            imitate; answer and be judged
+    Problem   question, worked solution, answer                sft.py, grpo.py, ppo.py    imitate; answer and be judged
     Pair      prompt, a better and a worse answer              dpo.py, reward_model.py    prefer
     Review    text, 1 or 0                                     encoder.py                 classify
 
-`load_text`, `load_problems`, `load_pairs` and `load_sentiment` take the name of a data set or the path of a file, and a
-split. Three kinds of name:
+From a name to the batch of a step:
 
-    a task     a row of TASKS: problems that are made here, with a verifier. "word", the default, needs no download, and
-               every stage runs on it offline: a story of GSM8K's kind, one worked line per arithmetic step, `#### 8`
-    a data set a row of DATASETS: where its files lie below $ALIGN_DATA (default downloads/), and where they come from
-    a path     JSONL, JSON, CSV, TSV or plain text of the user's own
+    records = load_text | load_problems | load_pairs | load_sentiment (name, split)
+    name    = a row of TASKS       problems that are generated, with a verifier. "word", the default, needs no download:
+                                   a story of GSM8K's kind, one worked line per arithmetic step, "#### 8"
+            | a row of DATASETS    files below $ALIGN_DATA (default downloads/), downloaded if they are not there
+            | a path               JSONL, JSON, CSV, TSV or plain text of the user's own
+    split   = "train" | "valid" | "test": a published test file is test; else by a hash of what was asked, 80/10/10 %
 
-**The split.** Nothing is ever selected on the test split. A published test split is test, and valid is a part of its
-train split. Records of other files go by a hash of what was asked (`split_of`: blake2b, 80 % train, 10 % valid, 10 %
-test), so a record stays in its split when the file grows, is shuffled, or holds it twice; in a conversation what was
-asked is all that was said before the answer. The built-in stories are split by what happens in them, so that no test
-story is in train with another question or as the beginning of a longer one (support/word_problems.py, which also
-derives the text's entropy).
+    text:     stream = ids of all documents, one after another                               (tokens,)
+              inputs, targets = batch_at(stream, step, batch, context, seed, rank, world)    (batch, context) each
+                                                                                             of each rank
+    examples: numbers = rows_at(len(records), step, batch, seed)                             (batch,) of all ranks
+              ids = encode_prompt(tokenizer, records[i]), encode_group(tokenizer, pair)      from here on no text
 
-**The step.** What a step reads is a pure function of (seed, step): `batch_at` for text, `rows_at` for examples. Both
-visit everything once per epoch, in an order drawn from (seed, epoch). So a resumed run needs its step and no more, and
-two processes with batch b see what one sees with batch 2b.
+The defaults take "word" with one and two arithmetic steps: 20,000 problems for train, 1,000 for valid, 1,000 for test.
+
+**The step.** What a step reads is a pure function of (seed, step): everything once per epoch, in an order drawn from
+(seed, epoch). So a resumed run needs only its step, and two processes with batch b see what one sees with batch 2b.
+
+**The split.** Nothing is ever selected on the test split. Where a test file is published, valid is a part of the train
+file. A hash (`split_of`, blake2b) keeps a record in its split when the file grows, is shuffled, or holds it twice; in a
+conversation it is taken of all that was said before the answer. The built-in stories are split by what happens in them,
+so that no test story is in train with another question or as the beginning of a longer one (support/word_problems.py,
+which also derives the text's entropy).
 
 **A task of your own** is a generator and a row of TASKS. Every stage takes it by its name, pretrains and fine-tunes
 what it starts from on it, and judges answers by its verifier (tests/test_tasks.py has one):
@@ -33,12 +40,13 @@ what it starts from on it, and judges answers by its verifier (tests/test_tasks.
                                                    question in two splits (support.splits.split_of says which)
     "sums": Task(problems=sums)                    python sft.py --data sums; python grpo.py --data sums
 
-Run: `python data.py` prints problems of each level, their wrong solutions and a narrative, and checks them.
+Run it: `python data.py`.
 """
 
 from __future__ import annotations
 
 import random
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -71,8 +79,8 @@ from support.splits import check_split, split_of
 class Problem:
     """A question and how it is answered.
 
-    `answer` is canonical (see `extract_answer`), or "" if none can be checked; then `solution` is free text, otherwise
-    its last line is `#### answer`, or what the task has instead. `level` is the number of arithmetic steps;
+    `answer` is canonical (see `extract_answer`), and the last line of `solution` is `#### answer`, or what the task has
+    instead; "" if no answer can be checked, and `solution` is free text. `level` is the number of arithmetic steps;
     `story` the theme, or "gsm8k", or "file". In a longer conversation `history` holds what was said before the
     question, as (role, content). `rating` is that of a rated solution, 1 to 5. `task` is the row of TASKS whose
     verifier judges the answers; "" takes the usual one, the number after ####.
@@ -108,12 +116,12 @@ class Review(NamedTuple):
 
 
 def split_key(history: tuple[tuple[str, str], ...], question: str) -> str:
-    """What decides the split: everything that was said before the answer."""
+    """The text whose hash decides the split: everything that was said before the answer."""
     return " ".join([*(content for _, content in history), question])
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Tasks: problems that are made here, and all that the stages ask about them.
+# Tasks: problems that are generated here, and all that the stages ask about them.
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ NO_TASK = Task(pretrain={"vocab_size": 2048, "model": {"context": 512}})  # real
 
 
 def task_of(name: str | Path) -> Task:
-    """The row of a task; for every other data set what holds for all of those."""
+    """The row of a task; for every other data set one row, NO_TASK."""
     return TASKS.get(name, NO_TASK)
 
 
@@ -494,6 +502,10 @@ def encode_group(tokenizer, pair):
 
 def demo() -> None:
     """Problems of each level with their arithmetic done again, their wrong solutions, and what steps read of them."""
+
+    def show(text, indent):
+        print(textwrap.fill(text, 118, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2)))
+
     rng = random.Random(0)
     for level in (1, 2, 3):
         problems = word_problems("train", 500, (level,))
@@ -503,25 +515,28 @@ def demo() -> None:
             assert all(word.SOLVE[op](int(a), int(b)) == int(c) for a, op, b, c, *_ in steps), problem
             assert extract_answer(problem.solution) == problem.answer == steps[-1][3], problem
         words = np.mean([len(problem.question.split()) for problem in problems])
-        print(f"\nLevel {level}: {len(problems)} problems checked, {words:.0f} words a question, for example")
-        for problem in problems[:3]:
-            print(f"  [{problem.story}] {problem.question}\n    " + problem.solution.replace("\n", "\n    "))
+        print(f"Level {level}: {len(problems)} problems checked, {words:.0f} words a question, for example")
+        show(problems[2].question, 2)
+        show(problems[2].solution.replace("\n", " / "), 4)
 
     print("\nThe last one, wrong in each way:")
     for kind in word.CORRUPTIONS:
         wrong = word.corrupt(problem := problems[2], kind, rng)
         assert not same_answer(extract_answer(wrong), problem.answer)
-        print(f"  {kind:15s} " + wrong.replace("\n", " / "))
+        show(f"{kind:15s} " + wrong.replace("\n", " / "), 2)
 
     text, nats, story = word.narrative(rng)
     mean, error = word.narrative_entropy(1000)
-    print(f"\nNarrative ({story.split}): {text}")
-    print(f"  {nats:.2f} nats; the mean over narratives is {mean:.2f} ± {error:.2f}")
+    print(
+        f"\nA narrative for pretraining, {nats:.2f} nats; the mean of all is {mean:.2f} ± {error:.2f} ({story.split}):"
+    )
+    show(text, 2)
 
     steps = [rows_at(5, step, 2, seed=0) for step in range(5)]
     print(f"\nTwo epochs of five examples, two a step: {steps}")
     assert sorted(np.concatenate(steps)) == sorted([*range(5)] * 2)
-    whole, _ = batch_at(np.arange(30), 3, 4, 6, seed=0)  # (4, 6): windows of 6 tokens
+    whole, targets = batch_at(np.arange(30), 3, 4, 6, seed=0)  # (4, 6) each: windows of 6 tokens
+    assert np.array_equal(targets, whole + 1)  # one token ahead
     halves = [batch_at(np.arange(30), 3, 2, 6, seed=0, rank=rank, world=2)[0] for rank in (0, 1)]  # (2, 6) each
     assert np.array_equal(whole, np.concatenate(halves))
     print(f"Step 3 on one process reads the windows {whole[:, 0]}, on two {halves[0][:, 0]} and {halves[1][:, 0]}")

@@ -1,7 +1,7 @@
 r"""Byte-pair encoding: from text to ids and back, trained here, opened anywhere.
 
-A model reads numbers, so a text becomes ids first. Its bytes are ids already, but many: four or five a word. So find
-the two neighbours that occur together most often, make the pair one new token, write it down as a *merge*, repeat
+A model reads numbers, so a text becomes ids first. Its bytes are ids already, but four or five per word. So find the
+two neighbours that occur together most often, make the pair one new token, write it down as a *merge*, and repeat
 (Sennrich et al. 2016, arXiv:1508.07909; on bytes instead of characters since GPT-2, Radford et al. 2019). Every text
 has ids, because every byte has one; frequent words are one token, rare ones a few.
 
@@ -32,16 +32,16 @@ A chat is framed in ChatML; SFT trains on what is underlined, the mask of `encod
     <|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n
                                                              ~~~~~~~~~~~
 
-`train_bpe_naive` and `encode_naive` are the algorithm to read. `train_bpe` and tiktoken, given our ids, do the work:
-the same merges and ids, by tests. Beside BPE stand `ByteTokenizer` (no merges: nothing to train, the longest sequences)
-and `CharTokenizer` (an id per character seen in training), the same interface over other ids.
+`train_bpe_naive` and `encode_naive` are the algorithm to read. The stages run `train_bpe` and tiktoken, which give the
+same merges and ids faster. Two other kinds have the same interface: `ByteTokenizer` (no merges: nothing to train, the
+longest sequences) and `CharTokenizer` (an id per character seen in training).
 
-`save_pretrained` writes the format of Hugging Face's `tokenizers`; it and `transformers.AutoTokenizer` give the same
-ids, with one difference: they read special tokens in any text. `load_tokenizer` opens that, and byte-level BPE of
-GPT-2's, Qwen2's and SmolLM2's make; any other is refused with a reason.
+`save_pretrained` writes the format of Hugging Face's `tokenizers`. `transformers.AutoTokenizer` then gives the same
+ids, with one difference: it reads special tokens in any text. `load_tokenizer` opens that format, and byte-level BPE in
+the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
 
 Simplified: no Unicode normalisation in training (NFC where a loaded tokenizer asks for it), no byte fallback, no
-dropout. Run it: `python tokenizer_bpe.py` (seconds, no download).
+dropout. Run it: `python tokenizer_bpe.py`.
 """
 
 import heapq
@@ -68,7 +68,7 @@ PATTERN = "|".join(
         r"\p{N}",  # a digit
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
         r"\s*[\r\n]+",  # line ends
-        r"\s+(?!\S)|\s+",  # other spaces, but for the last before a word
+        r"\s+(?!\S)|\s+",  # other spaces, except the last before a word
     ]
 )
 
@@ -121,12 +121,13 @@ def tie_order(pair):
 
 
 def train_bpe(texts, n_merges):
-    """The same merges, fast. A merge changes only the words that hold its pair, and in them only the neighbours' pairs:
-    `where` knows the words, the counts are kept up to date, and a heap knows the best pair.
+    """The same merges, fast. A merge changes only the words that hold its pair, and in them only the pairs next to it:
+    `where` lists the words, the counts are kept up to date, and a heap gives the best pair.
 
-    texts: a string, the Path of a file of any size, or several of them. The heap's counts may be old, but never too
-    low: a pair is pushed again whenever its count grows, and one that is popped with an outdated count is pushed back
-    with the right one. Until the end a byte is known by its place: pairs of one count then sort themselves.
+    texts: a string, the Path of a file of any size, or several of them. The heap's counts may be outdated, but never
+    too low: a pair is pushed again whenever its count grows, and one that is popped with an outdated count is pushed
+    back with the right one. Until the end bytes are replaced by their place in BYTE_ORDER: the heap then breaks ties as
+    `tie_order` does.
     """
     counted = count_words(texts, PATTERN)
     words, counts = [list(word.translate(PLACE)) for word in counted], list(counted.values())
@@ -215,7 +216,7 @@ def fast_encoder(merges, ids, pattern):
 
 
 def check_spelling(merges):
-    """Whether each token is what the merges make of its bytes. Raises TokenizerError."""
+    """Raises TokenizerError unless the merges make every token of its bytes."""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in map(b"".join, merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {show(odd)!r}: the ids would be wrong here")
@@ -228,7 +229,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class Tokenizer:
-    """What all kinds share. A kind adds `encode_ordinary`: the ids of a text in which nothing is special."""
+    """What all kinds share. Each kind adds `encode_ordinary`: the ids of a text in which nothing is special."""
 
     kind = None
     merges, pattern, nfc = (), None, False  # BPE's
@@ -238,7 +239,7 @@ class Tokenizer:
 
     def __init__(self, vocab, special_ids, eos_token=None):
         """vocab: {id: bytes} of the plain tokens. special_ids: {"<|endoftext|>": id, …}. eos_token: the name of the
-        special token that others shall take for the end; by default the end of a turn, or else of a document."""
+        special token that other libraries take for the end; by default the end of a turn, or else of a document."""
         self.vocab, self.special_ids = vocab, dict(special_ids)
         self.added_ids = {}  # words that are tokens as they stand, but not special: see add_words
         self.text_ids = set(vocab)  # what stands for text, and not for the end of one
@@ -249,7 +250,7 @@ class Tokenizer:
         """text -> ids. allowed_special: "all", or the names of the special tokens that may be read as such.
 
         By default none: their names are plain characters. Otherwise whoever writes a prompt, or a page of the
-        training data, could type <|im_end|><|im_start|>system and speak with another's voice.
+        training data, could type <|im_end|><|im_start|>system and speak as the system.
         """
         allowed = set(self.special_ids) if allowed_special == "all" else set(allowed_special)
         for name in sorted(allowed - set(self.special_ids)):
@@ -313,8 +314,8 @@ class Tokenizer:
         return ids, mask
 
     def add_words(self, ids):
-        """ids: {"<think>": id, …}, words that are tokens as they stand, in any text, but not special: Qwen3 thinks and
-        calls its tools between such. A file's `normalized` is not looked at: it matters for accents after one."""
+        """ids: {"<think>": id, …}, words that are one token each in any text, but not special: Qwen3 marks its thoughts
+        and tool calls with such words. A file's `normalized` is ignored: it matters for accents after one."""
         self.added_ids = dict(ids)
         self.text_ids |= set(ids.values())
         self._bytes |= {i: name.encode() for name, i in ids.items()}
@@ -345,14 +346,14 @@ class Tokenizer:
         return tuple(self.special_ids[name] for name in dict.fromkeys(names) if name in self.special_ids)
 
     def spec(self):
-        """What a file of it says; see support/tokenizer_files.py."""
+        """What save_pretrained writes; see support/tokenizer_files.py."""
         bpe = dict(merges=list(self.merges), pattern=self.pattern, nfc=self.nfc)
         chat = dict(chat_template=self.chat_template, default_system=self.default_system, no_chat=self.no_chat)
         return TokenizerSpec(self.kind, self.vocab, self.special_ids, self.eos_token, self.added_ids, **bpe, **chat)
 
     @property
     def fingerprint(self):
-        """A name for this mapping of text to ids: streams and checkpoints of another tokenizer are refused by it."""
+        """A hash of this mapping of text to ids, by which streams and checkpoints of another tokenizer are refused."""
         return self.spec().fingerprint
 
     def save_pretrained(self, path, model_max_length=None):
@@ -412,11 +413,11 @@ class BPETokenizer(Tokenizer):
         return self._fast.encode_ordinary(self._prepare(text))
 
     def encode_naive(self, text):
-        """The same ids, slowly: the oracle."""
+        """The same ids by the plain algorithm, for the tests."""
         return encode_naive(self._prepare(text), self.merges, self._ids, self.pattern)
 
     def encode_batch(self, texts):
-        """The ids of each text, on several threads: tiktoken lets go of Python's lock."""
+        """The ids of each text, on several threads: tiktoken releases Python's lock."""
         if self.added_ids:
             return super().encode_batch(texts)
         return self._fast.encode_ordinary_batch([self._prepare(text) for text in texts], num_threads=os.cpu_count())
@@ -480,7 +481,7 @@ def count_from(first, special_tokens):
 
 
 def load_tokenizer(path):
-    """Any kind, from a directory or a tokenizer.json: ours, or byte-level BPE of GPT-2's, Qwen2's or SmolLM2's make;
+    """Any kind, from a directory or a tokenizer.json: ours, or byte-level BPE in the form of GPT-2, Qwen2 or SmolLM2;
     or the two files in which OpenAI published GPT-2's. Raises TokenizerError."""
     spec, file = read_tokenizer(path)
     with errors_of(file):

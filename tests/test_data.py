@@ -227,10 +227,3 @@ def test_shortest_stream():
     assert targets[0, -1] == 8
     with pytest.raises(DataError, match=r"has 8 tokens, one window needs context \+ 1 = 9"):
         data.batch_at(np.arange(8), 0, 1, 8, seed=0)
-
-
-def test_demo_runs(capsys):
-    data.demo()
-    out = capsys.readouterr().out
-    assert "Level 3: 500 problems checked" in out
-    assert "nats" in out

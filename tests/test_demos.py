@@ -6,7 +6,6 @@ import pytest
 from test_floor_plan import CHAPTERS
 
 PENDING = {"pretrain", "sft", "encoder", "reward_model", "dpo", "ppo", "grpo", "gdpo"}  # to be written; only shrinks
-PENDING |= {"lora"}
 
 
 @pytest.mark.parametrize("chapter", [name for name in CHAPTERS if hasattr(import_module(name), "demo")])

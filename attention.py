@@ -1,6 +1,6 @@
 """Attention: each token reads the tokens before it. One head, many heads, shared heads; masks; the KV cache.
 
-    Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       mask: 0 visible, −∞ hidden        arXiv:1706.03762, Eq. 1
+    Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       the mask adds −∞ to what is hidden, arXiv:1706.03762, Eq. 1
 
 A query asks "which keys match me?", the softmax turns the scores into weights that sum to 1, and the output is the
 weighted mean of the values. If the numbers of q and k have variance 1, their dot product has variance D: the division
@@ -18,13 +18,20 @@ One layer, `Attention.forward`, for B rows of T new tokens:
     weights = softmax(scores) over the S keys                                   (B, H, T, S), rows sum to 1
     y = (weights v, heads side by side) W_o                                     (B, H, T, D) -> (B, T, C)
 
-The same lines serve four uses. Masks are boolean, True = visible:
+`naive_attention` writes the scores and weights out; the layer calls `fast_attention`, one fused kernel for the same.
 
-    use                  T    S              mask                              cache
-    training             T    T              causal (T, T)                     none
-    prefill              T    T              causal, or padding (B, 1, T, T)   KVCache fills slots 0 … T − 1
-    decode, token n      1    n + 1          none: the newest sees all         KVCache fills slot n
-    the same, window W   1    ≤ sinks + W    none: the rest is overwritten     RollingKVCache: over token n − W
+The same lines serve every use; masks are boolean, True = visible:
+
+    use                  T    S              mask                                         cache
+    training             T    T              causal (T, T); packed rows: document_mask    none
+    prefill              T    T              causal; prompts of several lengths:          KVCache fills slots 0 … T − 1
+                                             padding_mask (B, 1, T, T)
+    decode, token n      1    n + 1          none: the newest sees all; with pads         KVCache fills slot n
+                                             padding_mask (B, 1, 1, S)
+    the same, window W   1    ≤ sinks + W    none: the cache holds only what is visible   RollingKVCache: token n takes
+                                                                                          the slot of token n − W
+    a window otherwise   T    T or more      window_mask, laid over any of these          none, KVCache; or prefill of
+                                                                                          a RollingKVCache
 
     option         default   what it changes
     n_kv_head, G   n_head    W_k, W_v and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
@@ -59,8 +66,8 @@ has shown, but every key must be rotated anew in every step.
 
 Letters: B batch, T query time, S key time, C width, H query heads, G key/value heads, D head width, W window.
 Simplified: no kernel of our own. torch's SDPA does the work, on a long windowed sequence one band of keys after
-another; FlexAttention, made for such masks, has no backward pass on a CPU. `benchmarks/attention.py` measures
-all forms. Run it: `python attention.py`.
+another; FlexAttention, made for such masks, has no backward pass on a CPU. benchmarks/attention.py measures all forms.
+Run it: `python attention.py`.
 """
 
 import copy

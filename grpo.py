@@ -14,7 +14,7 @@ GRPO answers three questions:
     which baseline b?         the group's mean, so no value network:  A_i = (r_i − mean(r)) / (std(r) + 1e-4)
     several optimizer steps   weigh by the ratio ρ_t = π(y_t) / π_old(y_t), as the samples are π_old's, and stop at the
     from one batch?           clip (PPO's):  min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)                            Eq. 3
-    how far from the start?   a penalty β KL(π ‖ π_ref) on every token, estimated by k3                           Eq. 4
+    how far from the start?   a penalty β ρ_t k3_t on every token, which has the gradient of β KL(π ‖ π_ref)      Eq. 4
 
 One step, for N questions (`main` has the same steps):
 
@@ -24,11 +24,11 @@ One step, for N questions (`main` has the same steps):
     ref     = reference_logprobs(answers)              (N·R, T), no gradient
     for minibatch in answers:                          an optimizer step each                             4. update
         logprobs = shared_answer_logprobs(model, …)    (b, T), with gradient; ρ = 1 in the first, ≠ 1 in later ones
-        loss     = Σ_i,t w_t (−min(ρ A, clip(ρ) A) + β k3(logprobs, ref))               w_t = 1 / (answers · |y_i|)
+        loss     = Σ_i,t w_t (−min(ρ A, clip(ρ) A) + β ρ k3(logprobs, ref))            w_t = 1 / (answers · |y_i|)
         backward, clip the gradient's norm, step
     log; every so often answer held-out questions                                                         5. look
 
-The defaults run all of it: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.05, a reward of 1 if the answer is
+The defaults run all of it: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the answer is
 right and 0.1 if it is well formed. A group whose answers all earn the same has A = 0 and is left out, its KL too
 (--skip_zero_variance). Off: asymmetric clips, sequence-level ratios, length penalties, dynamic sampling, a moving
 reference, LoRA. Dropout is off for good.
@@ -66,7 +66,8 @@ before it is cut into micro-batches, or the gradient would depend on the cut.
 A prompt is computed once for its group, in training as in sampling: its completions read its keys and values
 (support/shared_prompt.py, the fast form of transformer.answer_logprobs).
 
-What others do differently: TRL's defaults are --loss_type dapo and --kl_unbiased true, and it leaves a NaN reward out
+What others do differently: the paper's KL is k3 without the ratio (--kl_unbiased false), whose pull on a token that the
+start finds unlikely stays below β, however unlikely; TRL's default is --loss_type dapo, and it leaves a NaN reward out
 (here it is an error); verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, it bounds log ρ
 to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
 
@@ -379,14 +380,15 @@ class Config(RunConfig):
     """Lower clip range of the ratio."""
     clip_high: Amount | None = None
     """Upper clip range; default as the objective has it: above 0.2 for dapo."""
-    beta: Amount = 0.05
+    beta: Amount = 0.3
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL costs."""
-    kl_unbiased: bool = False
-    """Multiply the KL in the loss by the importance ratio: then its gradient is that of KL(policy, reference)."""
+    kl_unbiased: bool | None = None
+    """Multiply the KL in the loss by the importance ratio, so that its gradient is that of KL(policy, reference);
+    default: with k1 and k3."""
     refresh_reference: Whole = 0
     """Every so many steps the policy becomes its own reference; 0 keeps the start."""
     inner_epochs: Count = 1
@@ -421,6 +423,8 @@ class Config(RunConfig):
             raise ConfigError(f"--minibatches is {self.minibatches}, more than the {self.prompts} prompts of a step")
         if self.overlong > self.max_new_tokens:
             raise ConfigError(f"--overlong {self.overlong} is more than --max_new_tokens {self.max_new_tokens}")
+        if self.kl_unbiased is None:
+            self.kl_unbiased = self.kl_in == "loss" and self.kl != "k2"
         if self.kl_unbiased and self.kl_in == "reward":
             raise ConfigError("--kl_unbiased has no meaning with --kl_in reward, where the KL is not differentiated")
         if self.beta and (self.kl, self.kl_in, self.kl_unbiased) == ("k1", "loss", False):

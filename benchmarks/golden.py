@@ -27,6 +27,7 @@ SHORT = "--eval_problems 20 --test_problems 20"
 RL = f"{SFT} {SHORT} --prompts 4 --rollouts 4 --steps 4 --eval_every 2 --max_new_tokens 40"
 PAIRS = "--n_pairs 60 --sample_problems 60 --eval_pairs 20 --test_pairs 20"
 GRPO = f"{RL} --pass_problems 4 --pass_samples 4 --minibatches 1 --beta 0 --skip_zero_variance false --lr 3e-4"
+GRPO += " --kl_unbiased false"
 # In groups: the runs of a group run in parallel, and may start from checkpoints of earlier groups.
 RUNS = [
     {

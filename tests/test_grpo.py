@@ -473,6 +473,21 @@ def test_the_unbiased_kl_reaches_the_loss(here, spied):
     assert any((plain[1][name] - corrected[1][name]).norm() > 0.05 * plain[1][name].norm() for name in plain[1])
 
 
+@pytest.mark.parametrize(
+    ("flags", "unbiased"),
+    [
+        ({}, True),
+        ({"kl": "k1"}, True),
+        ({"kl": "k2"}, False),
+        ({"kl_in": "reward"}, False),
+        ({"kl_unbiased": False}, False),
+    ],
+)
+def test_the_kl_has_the_right_gradient_by_default(flags, unbiased):
+    """Times ρ where that is the gradient of KL(π ‖ π_ref): k2 has it already, and in the reward nothing is derived."""
+    assert Config(**flags).kl_unbiased is unbiased
+
+
 def test_minibatches_share_out_the_groups(here, spied):
     grpo.main(config(steps=1, minibatches=2, loss_type="dr_grpo", lr=1e-30, warmup=0))  # it stands still
     grpo.main(config(steps=1, name="whole", loss_type="dr_grpo"))
@@ -758,7 +773,7 @@ def test_a_question_can_carry_an_instruction(here, spied):
         (["--rollouts", "1"], ["rollouts"]),
         (["--temperature", "0"], ["temperature"]),
         (["--kl", "k4"], ["k4", "k3"]),
-        (["--kl", "k1", "--beta", "0.1"], ["k1", "--kl_in reward"]),
+        (["--kl", "k1", "--kl_unbiased", "false", "--beta", "0.1"], ["k1", "--kl_in reward"]),
         (["--kl_unbiased", "true", "--kl_in", "reward"], ["kl_unbiased", "--kl_in reward"]),
         (["--kl_in", "advantage"], ["advantage", "reward"]),
         (["--ratio", "word"], ["word", "sequence"]),

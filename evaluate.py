@@ -7,6 +7,8 @@ A model answers N held-out problems, and the verifier compares what stands after
                   them hold a right one (arXiv:2107.03374, Eq. 1). 1 − (1 − c/n)^k would be biased
     majority@n    whether the most frequent of n answers is right (self-consistency, arXiv:2203.11171)
     token F1      of the words with the reference: for free text, where no answer can be checked
+    story kept    whether the answer still speaks of the question's names and things, in words of the task's language:
+                  a reward for the number does not ask for it
 
 How sure is a proportion p̂ = c / N? Wilson's interval holds every p from which p̂ is no further than z = 1.96 standard
 deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:

@@ -74,7 +74,7 @@ class TransformerConfig:
 
     A new field, here or in a subclass, is safe: until it is declared, no model takes the fast decoding step
     (support/fast_decode.py), and checkpoints are saved in our own layout instead of one of transformers'. For a switch,
-    declare in `support.hf.OFF` at which value it changes nothing: models without it are then as before.
+    declare in `support.hf.EXTENSIONS_OFF` the value that turns it off: models with that value then work as before.
     """
 
     vocab_size: Count = 512  # V; the training scripts take it from the tokenizer

@@ -9,7 +9,7 @@ from torch import nn
 from attention import Attention, KVCache
 from norms import RMSNorm
 from support.checks import only_declared
-from support.hf import MIXTURE_ONLY, OFF, TRAINING_ONLY
+from support.hf import EXTENSIONS_OFF, MIXTURE_ONLY, TRAINING_ONLY
 from transformer import Block, FeedForward, Transformer
 
 # DecodeStep repeats the arithmetic of other classes, so it opts in: all that it computes is declared here, and a model
@@ -19,7 +19,7 @@ READ = {"vocab_size", "context", "n_layer", "n_head", "n_kv_head", "head_dim", "
 READ |= {"rope_theta", "rope_scaling", "qk_norm", "qkv_bias", "tie_embeddings", *TRAINING_ONLY, *MIXTURE_ONLY}
 # These must be so:
 REQUIRED = {"norm": "rms", "norm_placement": "pre", "activation": "swiglu", "positions": "rope", "bias": False}
-REQUIRED |= OFF
+REQUIRED |= EXTENSIONS_OFF
 # And no module may be of another class, nor do anything but that class's forward as it is when this file is read:
 MODULES = {"": Transformer, "embed": nn.Embedding, "dropout": nn.Dropout, "norm": RMSNorm, "head": nn.Linear}
 MODULES |= {"blocks": nn.ModuleList, "blocks.{}": Block, "blocks.{}.norm1": RMSNorm, "blocks.{}.norm2": RMSNorm}

@@ -1,4 +1,4 @@
-"""llama.cpp's format: one file with the weights, quantised in blocks, and with the tokenizer."""
+"""GGUF, llama.cpp's format: one file that holds the weights, quantised in blocks, and the tokenizer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from positional import interleaved_to_half
 from support.errors import CheckpointError, TokenizerError
-from support.hf import LAYOUTS, fill
+from support.hf import LAYOUTS, load_weights
 from support.tokenizer_files import spec_of_gguf
 from tokenizer_bpe import from_spec
 from transformer import Transformer, TransformerConfig
@@ -33,11 +33,11 @@ GGUF_KEYS = {
     "ffn_width": "feed_forward_length",
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }
-GGUF_KINDS = ("llama", "qwen2", "qwen3")
+GGUF_MODELS = ("llama", "qwen2", "qwen3")
 
 
 def read_gguf(path):
-    """-> metadata {key: value}; tensors {name: (shape, function that dequantises it)}. Raises CheckpointError."""
+    """-> metadata {key: value}; tensors {name: (shape, a function that returns it dequantised)}. CheckpointError."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path} is not there")
     try:
@@ -45,7 +45,7 @@ def read_gguf(path):
     except ImportError:
         raise CheckpointError(f"to open {path}: pip install gguf") from None
 
-    class Reader(gguf.GGUFReader):  # cuts its file up 300,000 times: a plain array is three times faster than a memmap
+    class Reader(gguf.GGUFReader):  # 300,000 slices: of a plain array they are three times faster than of a memmap
         data = property(lambda self: self.plain, lambda self, mapped: setattr(self, "plain", np.asarray(mapped)))
 
     try:
@@ -54,27 +54,27 @@ def read_gguf(path):
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise CheckpointError(f"{path} is corrupt or no GGUF file: {error}") from None
 
-    def numbers(tensor):
+    def dequantiser(tensor):
         return lambda: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
 
-    return metadata, {t.name: (tuple(map(int, t.shape[::-1])), numbers(t)) for t in reader.tensors}
+    return metadata, {t.name: (tuple(map(int, t.shape[::-1])), dequantiser(t)) for t in reader.tensors}
 
 
 def gguf_config(metadata, tensors, path):
     """The metadata of a GGUF file -> TransformerConfig. Raises CheckpointError."""
     kind = metadata.get("general.architecture")
-    if kind not in GGUF_KINDS:
-        raise CheckpointError(f"{path}: architecture {kind!r} is not known here; known: {', '.join(GGUF_KINDS)}")
+    if kind not in GGUF_MODELS:
+        raise CheckpointError(f"{path}: architecture {kind!r} is not known here; known: {', '.join(GGUF_MODELS)}")
     scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
     factors = (metadata.get(f"{kind}.rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear"))
     if scaling == "none" and any(factor not in (0.0, 1.0) for factor in factors):
-        scaling = "linear"  # as llama.cpp takes it
+        scaling = "linear"  # as llama.cpp reads it
     if scaling != "none" or "rope_freqs.weight" in tensors or metadata.get(f"{kind}.expert_count"):
-        what = "mixtures of experts" if metadata.get(f"{kind}.expert_count") else "RoPE scaling"
-        raise CheckpointError(f"{path}: {what} in a GGUF file is not supported; use the safetensors checkpoint")
-    values = dict(LAYOUTS[kind].means)
+        feature = "mixtures of experts" if metadata.get(f"{kind}.expert_count") else "RoPE scaling"
+        raise CheckpointError(f"{path}: {feature} in a GGUF file is not supported; use the safetensors checkpoint")
+    values = dict(LAYOUTS[kind].implied)
     try:
-        values |= {ours: metadata[f"{kind}.{theirs}"] for ours, theirs in GGUF_KEYS.items()}
+        values |= {field: metadata[f"{kind}.{key}"] for field, key in GGUF_KEYS.items()}
         values["vocab_size"] = tensors["token_embd.weight"][0][0]
     except KeyError as missing:
         raise CheckpointError(f"{path} lacks {missing}") from None
@@ -93,8 +93,8 @@ def gguf_config(metadata, tensors, path):
 
 
 def open_gguf(path, dropout=0.0):
-    """Open a GGUF file of llama.cpp's, dequantised to fp32 -> (model, metadata), the latter for gguf_tokenizer.
-    Raises CheckpointError."""
+    """Open a GGUF file and dequantise it to fp32 -> (model, metadata); gguf_tokenizer takes the metadata. Raises
+    CheckpointError."""
     metadata, tensors = read_gguf(path)
     config = gguf_config(metadata, tensors, path)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
@@ -105,16 +105,16 @@ def open_gguf(path, dropout=0.0):
         except NotImplementedError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from None
         heads = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
-        if heads and metadata["general.architecture"] == "llama":  # rotates neighbours; see positional.py
+        if heads and metadata["general.architecture"] == "llama":  # rotates neighbouring features; see positional.py
             return interleaved_to_half(tensor, heads)
         return tensor
 
-    return fill(Transformer, replace(config, dropout=dropout), GGUF_NAMES, shapes, get, path), metadata
+    return load_weights(Transformer, replace(config, dropout=dropout), GGUF_NAMES, shapes, get, path), metadata
 
 
 def gguf_tokenizer(metadata, path):
-    """The byte-level BPE that a GGUF file brings. Its encode_chat writes what the file's chat template would, a default
-    system turn included; .chat_template is that template, or None if there is none. Raises TokenizerError."""
+    """The byte-level BPE in a GGUF file. Its encode_chat gives what the file's chat template would, including a default
+    system turn; .chat_template is that template, or None. Raises TokenizerError."""
     spec = spec_of_gguf(metadata, path)
     try:
         return from_spec(spec)

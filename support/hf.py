@@ -1,4 +1,4 @@
-"""Hugging Face's format: how each model family calls our tensors and fields, in and out.
+"""Hugging Face's checkpoint format: the names that each model family gives to tensors and config fields, in and out.
 
 save_decoder(model, path)                   -> config.json, model.safetensors
 load_decoder(model_class, path)             -> a model, from a directory or a hub name
@@ -19,14 +19,15 @@ from torch.overrides import TorchFunctionMode
 from support.checks import only_declared
 from support.errors import CheckpointError
 
-# A layout is a table: how Hugging Face calls our tensors and our config's fields, and what all models of the kind have
-# in common. In a tensor's name the first {} is the block; a second one counts the experts, which are one tensor here.
-# Several of ours under one name are stacked there: GPT-2 keeps queries, keys and values in one matrix. What no table
-# declares, a field or a tensor, no class of transformers computes: such a model is saved in our own layout.
+# A layout is a table: the names that Hugging Face gives to this project's tensors and config fields, and what all
+# models of the family have in common. In a tensor's name the first {} is the block; a second {} is the expert (here all
+# experts are one tensor). If several tensors have the same name there, they are stacked: GPT-2 keeps queries, keys and
+# values in one matrix. A model with a field or a tensor that no table declares is one that no class of transformers
+# computes; it is saved in this project's own layout.
 
-# Additions to the architecture, each at the value at which it adds nothing. What cannot compute them asks for these:
-# every layout here that has no key for one, BERT's, and the fast decoding step. A new switch is one more entry.
-OFF = {"window": None, "sinks": 0, "n_expert": 0}
+# Extensions of the architecture, each with the value that turns it off. Code that cannot compute them requires these
+# values: the layouts that have no key for them, BERT's layout, the fast decoding step. A new switch is one more entry.
+EXTENSIONS_OFF = {"window": None, "sinks": 0, "n_expert": 0}
 TRAINING_ONLY = ("dropout", "capacity_factor")
 MIXTURE_ONLY = ("n_expert_active", "expert_width", "n_shared_expert", "moe_every", "norm_topk_prob", "routed_scale")
 MIXTURE_ONLY += ("balancing",)
@@ -34,17 +35,19 @@ MIXTURE_ONLY += ("balancing",)
 
 @dataclass(frozen=True)
 class Layout:
+    """`names` and `keys` map from this project's name to Hugging Face's."""
+
     architecture: str  # the class in transformers
-    names: dict  # our tensor -> theirs
-    keys: dict  # our config field -> their key in config.json
-    means: dict  # fields of ours that are the same in every model of this kind
-    fixed: dict  # further keys of config.json: written so, and refused if a file says otherwise
-    left_out: dict  # what the class takes for a key that config.json leaves out
-    no_matter: tuple  # fields of ours that change nothing in a model of this kind, or only its training
+    names: dict  # tensor -> tensor in the file
+    keys: dict  # config field -> key in config.json
+    implied: dict  # config fields whose value is the same in all models of this family
+    fixed: dict  # further keys of config.json and their only supported values: written, and checked when reading
+    defaults: dict  # the class's defaults for keys that config.json may omit
+    unused: tuple  # config fields that change nothing in a model of this family, or only its training
 
 
-def llama_like(architecture, keys=(), names=(), means=(), fixed=(), left_out=()):
-    """Llama's layout, with what another model of the family changes."""
+def llama_like(architecture, keys=(), names=(), implied=(), fixed=(), defaults=()):
+    """Llama's layout, with the differences of another family."""
     names = {
         "embed.weight": "model.embed_tokens.weight",
         "norm.weight": "model.norm.weight",
@@ -70,13 +73,13 @@ def llama_like(architecture, keys=(), names=(), means=(), fixed=(), left_out=())
         "rope_scaling": "rope_scaling",
         "tie_embeddings": "tie_word_embeddings",
     } | dict(keys)
-    common = dict(norm="rms", norm_placement="pre", positions="rope", activation="swiglu", bias=False, qkv_bias=False)
-    common |= dict(qk_norm=False) | OFF | dict(means)
-    common = {field: value for field, value in common.items() if field not in keys}
+    shared = dict(norm="rms", norm_placement="pre", positions="rope", activation="swiglu", bias=False, qkv_bias=False)
+    shared |= dict(qk_norm=False) | EXTENSIONS_OFF | dict(implied)
+    implied = {field: value for field, value in shared.items() if field not in keys}
     fixed = {"hidden_act": "silu"} | dict(fixed)
-    left = dict(rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, head_dim=None, tie_word_embeddings=False)
-    no_matter = TRAINING_ONLY if "n_expert" in keys else TRAINING_ONLY + MIXTURE_ONLY
-    return Layout(architecture, names, keys, common, fixed, left | dict(left_out), no_matter)
+    omitted = dict(rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, head_dim=None, tie_word_embeddings=False)
+    unused = TRAINING_ONLY if "n_expert" in keys else TRAINING_ONLY + MIXTURE_ONLY
+    return Layout(architecture, names, keys, implied, fixed, omitted | dict(defaults), unused)
 
 
 def gpt2_names():
@@ -87,20 +90,18 @@ def gpt2_names():
     return names | {"embed.weight": "transformer.wte.weight", "learned.weight": "transformer.wpe.weight"}
 
 
-TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D stores (in, out)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D stores (in, out)
 IGNORED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # tied copies and buffers
 WINDOW = {"window": "sliding_window"}
 MIXTURE = dict(n_expert_active="num_experts_per_tok")
-
-
-MIXTURE |= dict(balancing="balancing", routed_scale="routed_scale")  # ours alone, to train on
+MIXTURE |= dict(balancing="balancing", routed_scale="routed_scale")  # keys of this project only, for further training
 LAYOUTS = {
     "qwen3": llama_like(
         "Qwen3ForCausalLM",
         keys=WINDOW,
-        means=dict(qk_norm=True),
+        implied=dict(qk_norm=True),
         fixed=dict(attention_bias=False),
-        left_out=dict(head_dim=128, sliding_window=4096),
+        defaults=dict(head_dim=128, sliding_window=4096),
     ),
     "gpt2": Layout(
         "GPT2LMHeadModel",
@@ -109,7 +110,7 @@ LAYOUTS = {
         | dict(ffn_width="n_inner", norm_eps="layer_norm_epsilon"),
         dict(norm="layer", norm_placement="pre", positions="learned", activation="gelu", bias=True, qkv_bias=True)
         | dict(qk_norm=False, tie_embeddings=True)
-        | OFF,
+        | EXTENSIONS_OFF,
         dict(activation_function="gelu_new", tie_word_embeddings=True, scale_attn_weights=True)
         | dict(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         dict(n_inner=None, layer_norm_epsilon=1e-5),
@@ -118,29 +119,29 @@ LAYOUTS = {
     "llama": llama_like(
         "LlamaForCausalLM",
         fixed=dict(attention_bias=False, mlp_bias=False),
-        left_out=dict(num_key_value_heads=None),
+        defaults=dict(num_key_value_heads=None),
     ),
     "qwen2": llama_like(
         "Qwen2ForCausalLM",
         keys=WINDOW,
-        means=dict(qkv_bias=True),
-        left_out=dict(sliding_window=4096),
+        implied=dict(qkv_bias=True),
+        defaults=dict(sliding_window=4096),
     ),
     "mistral": llama_like(
         "MistralForCausalLM",
         keys=WINDOW,
-        left_out=dict(sliding_window=4096),
+        defaults=dict(sliding_window=4096),
     ),
     "mixtral": llama_like(
         "MixtralForCausalLM",
         keys=WINDOW | MIXTURE | dict(n_expert="num_local_experts", expert_width="intermediate_size"),
         names={"blocks.{}.ffn.router.weight": "model.layers.{}.block_sparse_moe.gate.weight"}
         | {
-            f"blocks.{{}}.ffn.{ours}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}.weight"
-            for ours, theirs in dict(gate="w1", down="w2", up="w3").items()
+            f"blocks.{{}}.ffn.{name}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{hf_name}.weight"
+            for name, hf_name in dict(gate="w1", down="w2", up="w3").items()
         },
-        means=dict(n_shared_expert=0, moe_every=1, norm_topk_prob=True),
-        left_out=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux", routed_scale=1.0),
+        implied=dict(n_shared_expert=0, moe_every=1, norm_topk_prob=True),
+        defaults=dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, balancing="aux", routed_scale=1.0),
     ),
     "qwen3_moe": llama_like(
         "Qwen3MoeForCausalLM",
@@ -153,22 +154,22 @@ LAYOUTS = {
             f"blocks.{{}}.ffn.{x}": f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight"
             for x in ("gate", "up", "down")
         },
-        means=dict(qk_norm=True, n_shared_expert=0),
+        implied=dict(qk_norm=True, n_shared_expert=0),
         fixed=dict(attention_bias=False, mlp_only_layers=[]),
-        left_out=dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux")
+        defaults=dict(sliding_window=4096, decoder_sparse_step=1, norm_topk_prob=False, balancing="aux")
         | dict(routed_scale=1.0),
     ),
-    "attention_to_alignment": None,  # our own names and fields: what no class of transformers computes
+    "attention_to_alignment": None,  # this project's own names and fields, for what no class of transformers computes
 }
 
 
-# What stands in config.json beside the fields of the config in our own layout.
-NOT_OURS = ("model_type", "architectures", "dtype", "id2label", "label2id", "pad_token_id")
+# Keys of config.json in the own layout that are not fields of the config.
+EXTRA_KEYS = ("model_type", "architectures", "dtype", "id2label", "label2id", "pad_token_id")
 
 
 def layout_of(config, tensors=()):
-    """The Hugging Face class that computes exactly what this config does, or our own name if none does. `tensors`, the
-    names of a model's, may belong to something that no config speaks of: then it is our own layout too."""
+    """The layout whose class in transformers computes exactly what this config does, or "attention_to_alignment" if
+    none does. `tensors`: the names of a model's tensors; one that a layout does not know rules this layout out."""
     c = config.resolved()
     named = {re.sub(r"^blocks\.\d+", "blocks.{}", name) for name in tensors}
     whole_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.width
@@ -177,21 +178,21 @@ def layout_of(config, tensors=()):
             continue
         if c.n_expert and (c.balancing == "bias" or math.frexp(c.routed_scale)[0] != 0.5):  # 0.5: a power of two
             continue
-        if only_declared(c, {*layout.keys, *layout.no_matter}, layout.means) and named <= layout.names.keys():
+        if only_declared(c, {*layout.keys, *layout.unused}, layout.implied) and named <= layout.names.keys():
             return kind
     return "attention_to_alignment"
 
 
 def layout_names(layout, head=None):
-    """{our tensor: its name in a file of the layout}; `head`: further ones, which no layout has."""
+    """{tensor: its name in a file of the layout}; `head`: names of further tensors, which no layout has."""
     return (LAYOUTS[layout].names if LAYOUTS[layout] else {}) | (head or {})
 
 
 def save_decoder(model, path, head=None, entries=None):
-    """Write config.json and model.safetensors in the layout that computes what the model does, in our own if none does.
+    """Write config.json and model.safetensors in the layout that computes what the model does, else in the own layout.
 
-    head: {our tensor: its name in the file} of tensors that are beside the decoder's; entries(config.json's content) ->
-    more of it.
+    head: {tensor: its name in the file} for tensors that the decoder does not have; entries(content of config.json) ->
+    further entries for it.
     """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     layout = layout_of(model.config, state.keys() - (head or {}).keys())
@@ -204,7 +205,7 @@ def save_decoder(model, path, head=None, entries=None):
 
 
 def write_checkpoint(path, tensors, config):
-    """config.json and model.safetensors, each under a temporary name first: a crash leaves the old ones."""
+    """Write config.json and model.safetensors, each under a temporary name first, so a crash leaves the old ones."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -215,74 +216,75 @@ def write_checkpoint(path, tensors, config):
 
 
 def load_decoder(model_class, path, dtype=torch.float32, dropout=0.0, head=None):
-    """A checkpoint directory, or a hub name, in any layout -> a `model_class`. dtype None keeps the file's; head: as in
-    save_decoder. Raises CheckpointError."""
+    """A checkpoint directory or hub name, in any layout -> a `model_class`. dtype None keeps the dtype of the file;
+    head: as in save_decoder. Raises CheckpointError."""
     path = local_directory(path)
     layout, config = read_hf_config(path, model_class.config_class)
     shapes, get = open_safetensors(path)
     prefix = {"gpt2": "transformer.", "attention_to_alignment": ""}.get(layout, "model.")
-    if any(name.startswith(prefix) for name in shapes):  # OpenAI's own upload of GPT-2 leaves it out
+    if any(name.startswith(prefix) for name in shapes):  # OpenAI's own upload of GPT-2 omits the prefix
         prefix = ""
     shapes = {prefix + name: shape for name, shape in shapes.items()}
-    # Both act in training alone, and what the file was trained with is not for the next stage.
+    # Both act in training only, and the next stage sets its own.
     config = replace(config, dropout=dropout, capacity_factor=None)
     names = layout_names(layout, head)
-    model = fill(model_class, config, names, shapes, lambda name: get(name.removeprefix(prefix)), path, dtype)
+    model = load_weights(model_class, config, names, shapes, lambda name: get(name.removeprefix(prefix)), path, dtype)
     if LAYOUTS[layout] is not None and model.config.n_expert:
         model.load_state_dict(scale_experts(model.state_dict(), 1 / model.config.routed_scale))
     return model
 
 
-def skeleton(model_class, config):
-    """The model without its numbers: shapes alone, on no device."""
+def meta_model(model_class, config):
+    """The model on the meta device: shapes without numbers."""
     with torch.device("meta"):
         return model_class(config)
 
 
-def _grouped(keys, names):
-    """Our tensors' names under each of theirs: {"model.norm.weight": ["norm.weight"], ...}. What `names` does not know,
-    and with names None all, is called as it is here."""
+def _by_file_name(keys, names):
+    """{name in the file: [names of the tensors stored under it]}, such as {"model.norm.weight": ["norm.weight"], ...}.
+    A tensor that `names` does not contain keeps its name; with names None all do."""
     groups = {}
-    for ours in keys:
-        block = re.match(r"blocks\.(\d+)", ours)
-        kind = ours if block is None else ours.replace(block[0], "blocks.{}", 1)
-        theirs = (names or {}).get(kind, kind)
-        groups.setdefault(theirs if block is None else theirs.replace("{}", block[1], 1), []).append(ours)
+    for name in keys:
+        block = re.match(r"blocks\.(\d+)", name)
+        pattern = name if block is None else name.replace(block[0], "blocks.{}", 1)
+        file_name = (names or {}).get(pattern, pattern)
+        groups.setdefault(file_name if block is None else file_name.replace("{}", block[1], 1), []).append(name)
     return groups
 
 
 def scale_experts(state, factor):
-    """The experts' output matrices times `factor`: the layouts of transformers have no routed_scale, so there it is
-    multiplied into the weights, exactly, as it is a power of two."""
+    """Multiply the experts' output matrices by `factor`. The layouts of transformers have no routed_scale, so it is
+    multiplied into the weights; exactly, because it is a power of two."""
     if factor in (None, 1.0):
         return state
     return {name: w * factor if name.endswith("down") and w.dim() == 3 else w for name, w in state.items()}
 
 
 def to_layout(state, names):
-    """Our state dict -> theirs."""
-    out = {}
-    for theirs, ours in _grouped(state, names).items():
-        tensor = torch.cat([state[name] for name in ours]) if len(ours) > 1 else state[ours[0]]
-        if "{}" in theirs:
-            out |= {theirs.format(e): expert for e, expert in enumerate(tensor)}
+    """A model's state dict -> {name in the file: tensor}."""
+    tensors = {}
+    for file_name, group in _by_file_name(state, names).items():
+        tensor = torch.cat([state[name] for name in group]) if len(group) > 1 else state[group[0]]
+        if "{}" in file_name:
+            tensors |= {file_name.format(e): expert for e, expert in enumerate(tensor)}
         else:
-            out[theirs] = tensor.t() if theirs.endswith(TURNED) else tensor
-    return out
+            tensors[file_name] = tensor.t() if file_name.endswith(TRANSPOSED) else tensor
+    return tensors
 
 
 def from_layout(get, like, names):
-    """get(their name) -> tensor; like: our state dict, for its names and shapes. Yields our names and tensors."""
-    for theirs, ours in _grouped(like, names).items():
-        if "{}" in theirs:
-            tensor = torch.stack([get(theirs.format(e)) for e in range(len(like[ours[0]]))])
+    """get(name in the file) -> tensor; like: a state dict of the model, for names and shapes. Yields (name, tensor)."""
+    for file_name, group in _by_file_name(like, names).items():
+        if "{}" in file_name:
+            tensor = torch.stack([get(file_name.format(e)) for e in range(len(like[group[0]]))])
         else:
-            tensor = get(theirs).t() if theirs.endswith(TURNED) else get(theirs)
-        yield from zip(ours, tensor.split([len(like[name]) for name in ours]), strict=True)
+            tensor = get(file_name).t() if file_name.endswith(TRANSPOSED) else get(file_name)
+        yield from zip(group, tensor.split([len(like[name]) for name in group]), strict=True)
 
 
 class NoInit(TorchFunctionMode):
-    """Within it torch.nn.init does nothing: what a file overwrites need not be drawn first, which takes longer."""
+    """A context in which torch.nn.init does nothing: weights that a file overwrites need not be drawn, which is
+    slow."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -290,31 +292,33 @@ class NoInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def fill(model_class, config, names, found, get, where, dtype=torch.float32):
-    """A `model_class` of `config` with a file's weights. found: {their name: shape} of what is there; get(their name)
-    -> tensor. Names and shapes are checked before any memory is spent. Raises CheckpointError."""
-    empty = skeleton(model_class, config).state_dict()
-    wanted = {name: tuple(tensor.shape) for name, tensor in to_layout(empty, names).items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
+def load_weights(model_class, config, names, shapes, get, where, dtype=torch.float32):
+    """A `model_class` of `config` with the weights of a file. shapes: {name in the file: shape}; get(name in the file)
+    -> tensor. Names and shapes are checked before memory is allocated. Raises CheckpointError."""
+    empty = meta_model(model_class, config).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in to_layout(empty, names).items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes:
             raise CheckpointError(f"{where}: the weights lack {name!r}, which its config asks for")
-        if name not in wanted and not name.endswith(IGNORED):
+        if name not in expected and not name.endswith(IGNORED):
             raise CheckpointError(f"{where}: the weights hold {name!r}, which its config does not explain")
-        if found[name] != wanted.get(name, found[name]):
-            raise CheckpointError(f"{where}: {name} has shape {found[name]}, its config asks for {wanted[name]}")
-    with torch.random.fork_rng(devices=[]), NoInit():  # opening a file must not move the caller's random numbers
-        model = model_class(config).to(dtype or get(next(iter(wanted))).dtype)
-    own = model.state_dict()
+        if shapes[name] != expected.get(name, shapes[name]):
+            raise CheckpointError(f"{where}: {name} has shape {shapes[name]}, its config asks for {expected[name]}")
+    with torch.random.fork_rng(devices=[]), NoInit():  # opening a file must not change the caller's random state
+        model = model_class(config).to(dtype or get(next(iter(expected))).dtype)
+    state = model.state_dict()
     for name, tensor in from_layout(get, empty, names):
-        own[name].copy_(tensor)
-    for name in found.keys() - wanted.keys():
-        if name.endswith("lm_head.weight") and not torch.equal(get(name).to(own["embed.weight"]), own["embed.weight"]):
+        state[name].copy_(tensor)
+    for name in shapes.keys() - expected.keys():
+        tied = name.endswith("lm_head.weight")
+        if tied and not torch.equal(get(name).to(state["embed.weight"]), state["embed.weight"]):
             raise CheckpointError(f"{where}: {name} is not the embedding, though its config calls the two tied")
     return model
 
 
 def open_safetensors(path):
-    """A directory's weights, in one file or in shards -> {name: shape}, and get(name) -> tensor. CheckpointError."""
+    """The weights of a directory, in one file or in shards -> {name: shape}, and a function get(name) -> tensor. Raises
+    CheckpointError."""
     file, index = path / "model.safetensors", path / "model.safetensors.index.json"
     files = [file]
     if not file.exists() and index.exists():
@@ -322,88 +326,86 @@ def open_safetensors(path):
             files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(f"{index} is corrupt: no JSON with a weight_map") from None
-    shapes, where = {}, {}
+    shapes, handles = {}, {}
     for file in files:
         try:
             handle = safe_open(file, "pt")
-            for name in handle.keys():  # noqa: SIM118, it is no dict
-                shapes[name], where[name] = tuple(handle.get_slice(name).get_shape()), handle
+            for name in handle.keys():  # noqa: SIM118, the handle is not a dict
+                shapes[name], handles[name] = tuple(handle.get_slice(name).get_shape()), handle
         except FileNotFoundError:
-            what = "is it a checkpoint directory?" if len(files) == 1 else f"{index.name} names it as a shard"
-            raise CheckpointError(f"{path} has no {file.name}; {what}") from None
+            hint = "is it a checkpoint directory?" if len(files) == 1 else f"{index.name} names it as a shard"
+            raise CheckpointError(f"{path} has no {file.name}; {hint}") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is corrupt or unreadable: {error}") from None
-    return shapes, lambda name: where[name].get_tensor(name)
+    return shapes, lambda name: handles[name].get_tensor(name)
 
 
 def local_directory(path):
-    """The checkpoint's directory. What is none here and reads like a hub name, owner/name, is downloaded from the
-    Hugging Face hub first, or found in its cache. Raises CheckpointError."""
+    """The directory of a checkpoint. If the path does not exist and looks like a hub name, owner/name, the checkpoint
+    is downloaded from the Hugging Face hub or taken from its cache. Raises CheckpointError."""
     name, path = str(path), Path(path)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.parent.exists():
         return path
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        why = "to take it for a name on the Hugging Face hub: pip install huggingface_hub"
-        raise CheckpointError(f"{name} is not there; {why}") from None
+        hint = "to take it for a name on the Hugging Face hub: pip install huggingface_hub"
+        raise CheckpointError(f"{name} is not there; {hint}") from None
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors", "merges.txt"]))
-    except Exception as error:  # of many kinds: no such name, no rights to it, no network
-        why = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{name} is not there, and the Hugging Face hub does not give it: {why}") from None
+    except Exception as error:  # of many types: no such name, no permission, no network
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{name} is not there, and the Hugging Face hub does not give it: {reason}") from None
 
 
 def to_hf_config(config, layout):
-    """config.json's content, without the special tokens, which the tokenizer knows."""
+    """The content of config.json, without the special tokens, which the tokenizer's files hold."""
     table = LAYOUTS[layout]
     if table is None:
         return {"model_type": layout, **asdict(config)}
     content = {"architectures": [table.architecture], "model_type": layout}
-    content |= {theirs: getattr(config, ours) for ours, theirs in table.keys.items()} | table.fixed
-    if layout.startswith("qwen"):  # blocks from max_window_layers on have the window
+    content |= {key: getattr(config, field) for field, key in table.keys.items()} | table.fixed
+    if layout.startswith("qwen"):  # the blocks from max_window_layers on have the window
         content |= {"use_sliding_window": config.window is not None}
         content |= {"max_window_layers": config.n_layer if config.window is None else 0}
     return content
 
 
 def read_hf_config(path, config_class):
-    """A checkpoint directory's config.json -> (layout, a `config_class`). Raises CheckpointError."""
+    """The config.json of a checkpoint directory -> (layout, a `config_class`). Raises CheckpointError."""
     file = Path(path) / "config.json"
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
         kind = hf["model_type"]
     except FileNotFoundError:
-        what = "has no config.json" if Path(path).is_dir() else "is not there"
-        raise CheckpointError(f"{path} {what}; a checkpoint is a directory that save_pretrained wrote") from None
+        problem = "has no config.json" if Path(path).is_dir() else "is not there"
+        raise CheckpointError(f"{path} {problem}; a checkpoint is a directory that save_pretrained wrote") from None
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(f"{file} is not a model's config.json: no JSON with a model_type") from None
-    if kind not in list(LAYOUTS):  # a list, as kind may be anything that JSON holds
+    if kind not in list(LAYOUTS):  # a list, because kind may be any JSON value, even an unhashable one
         raise CheckpointError(f"{file}: model_type {kind!r} is not known here; known: {', '.join(LAYOUTS)}")
     try:
         if LAYOUTS[kind] is not None:
             return kind, config_class(**from_hf_config(hf, kind))
-        settings = {key: value for key, value in hf.items() if key not in NOT_OURS}
-        for key in settings.keys() - {
-            f.name for f in fields(config_class)
-        }:  # a model without it computes another thing
+        settings = {key: value for key, value in hf.items() if key not in EXTRA_KEYS}
+        for key in settings.keys() - {f.name for f in fields(config_class)}:  # leaving it out would change the model
             raise CheckpointError(f"{key} = {hf[key]!r} is no field of {config_class.__name__}")
         return kind, config_class(**settings)
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {missing}") from None
-    except (TypeError, AttributeError, ValueError) as error:  # wrong types, and our own CheckpointError
+    except (TypeError, AttributeError, ValueError) as error:  # wrong types, and the CheckpointErrors raised above
         raise CheckpointError(f"{file}: {error}") from None
 
 
 def from_hf_config(hf, kind):
-    """config.json's content in a layout -> {our field: value}."""
+    """The content of config.json in a layout -> {config field: value}."""
     layout = LAYOUTS[kind]
-    # What would change the computation and is not written here must not pass in silence.
+    # Settings that change the computation and are not implemented here must raise an error.
     for name, value in (layout.fixed | dict(quantization_config=None, partial_rotary_factor=1.0)).items():
         if hf.get(name, value) not in (value, None):
             raise CheckpointError(f"{name} = {hf[name]!r} is not supported, only {value!r}")
-    hf = layout.left_out | hf
-    if "num_local_experts" in hf:  # transformers 5 calls Qwen3-MoE's so too
+    hf = layout.defaults | hf
+    if "num_local_experts" in hf:  # transformers 5 uses this name for Qwen3-MoE too
         hf.setdefault("num_experts", hf["num_local_experts"])
     new, old = ((hf.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
     if new and old and any(new.get(k, v) != v for k, v in {"rope_type": old.get("type"), **old}.items() if k != "type"):
@@ -412,11 +414,11 @@ def from_hf_config(hf, kind):
     hf["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4)))
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
-    if scaled and hf.get("original_max_position_embeddings"):  # beside the dict it goes before what stands in it
+    if scaled and hf.get("original_max_position_embeddings"):  # outside the dict it takes precedence
         hf["rope_scaling"]["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     if kind.startswith("qwen"):
         hf["sliding_window"] = _qwen_window(hf, kind)
-    values = layout.means | {ours: hf[theirs] for ours, theirs in layout.keys.items()}
+    values = layout.implied | {field: hf[key] for field, key in layout.keys.items()}
     if values.get("n_kv_head") is None:
         values["n_kv_head"] = values["n_head"]
     if kind == "gpt2" and values["ffn_width"] is None:
@@ -425,7 +427,7 @@ def from_hf_config(hf, kind):
 
 
 def _qwen_window(hf, kind):
-    """Qwen lets some blocks slide and others not; here all do or none."""
+    """The window of a Qwen config. Qwen allows it in some blocks only; here all blocks have it or none."""
     if not hf.get("use_sliding_window"):
         return None
     n_layer = hf["num_hidden_layers"]

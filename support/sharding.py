@@ -10,7 +10,7 @@ What is not sharded is returned unchanged, so callers need no special case. All 
 fourth function together, or the calling ranks wait forever.
 """
 
-from support.hf import fill
+from support.hf import load_weights
 
 
 def unsharded(model, dist):
@@ -22,7 +22,7 @@ def unsharded(model, dist):
     if not dist.is_main:
         return None
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
-    return fill(type(model), model.config, None, shapes, weights.get, "the sharded model")
+    return load_weights(type(model), model.config, None, shapes, weights.get, "the sharded model")
 
 
 def gathered(x, keep):

@@ -398,7 +398,7 @@ def test_bad_checkpoints_of_our_own(tmp_path, damage, message):
 def test_every_layout_declares_every_field_one_way():
     for kind, layout in LAYOUTS.items():
         if layout is not None:
-            declared = [*layout.keys, *layout.means, *layout.no_matter]
+            declared = [*layout.keys, *layout.implied, *layout.unused]
             assert sorted(declared) == sorted(f.name for f in fields(TransformerConfig)), kind
 
 

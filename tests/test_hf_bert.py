@@ -100,7 +100,7 @@ def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
 
 def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
     """A field, even at a value that changes nothing, or a tensor."""
-    assert sorted([*BERT.keys, *BERT.means, *BERT.no_matter]) == sorted(f.name for f in fields(EncoderConfig))
+    assert sorted([*BERT.keys, *BERT.implied, *BERT.unused]) == sorted(f.name for f in fields(EncoderConfig))
     assert is_bert(bert_config())
     assert not is_bert(bert_config(n_kv_head=4))
     assert not is_bert(bert_config(positions="sinusoidal"))
@@ -139,7 +139,7 @@ def test_bad_checkpoints_are_one_line(bert, tmp_path):
     query = "bert.encoder.layer.1.attention.self.query.weight"
     for word, arguments in [
         ("hidden_act = 'relu' is not supported", ({"hidden_act": "relu"},)),
-        ("model_type 'roberta' is no encoder", ({"model_type": "roberta"},)),
+        ("model_type 'roberta' is not a known encoder", ({"model_type": "roberta"},)),
         ("lack 'blocks.1.attn.wq.weight'", ({}, (query,))),
         (r"embed.weight has shape \(61, 24\), its config.json asks for \(62, 24\)", ({"vocab_size": 62},)),
         ("width 24 is not a multiple of n_head 5", ({"num_attention_heads": 5},)),

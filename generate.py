@@ -255,7 +255,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
         # Finished rows fill the batch up to a multiple of 4, because every new number of rows costs something: see
         # round_up_to_8.
         few = -(-left // 4) * 4
-        if few <= decoder.patience * len(live):
+        if few <= decoder.shrink_below * len(live):
             stay = live.argsort(descending=True, stable=True)[:few]
             decoder.keep(stay)
             row = stay if isinstance(row, slice) else row[stay]

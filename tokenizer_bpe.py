@@ -55,7 +55,15 @@ import regex
 import tiktoken
 
 from support.errors import TokenizerError
-from support.tokenizer_files import BYTE_ORDER, TokenizerSpec, eos_of, errors_of, read_tokenizer, show, write_tokenizer
+from support.tokenizer_files import (
+    BYTE_ORDER,
+    TokenizerSpec,
+    eos_of,
+    errors_of,
+    read_tokenizer,
+    to_printable,
+    write_tokenizer,
+)
 from support.word_counts import batches, count_words, utf8
 
 # Cut first, merge within: so "dog." and "dog!" share the token "dog". The cuts are GPT-4's as changed by Qwen2, where
@@ -219,7 +227,7 @@ def check_spelling(merges):
     """Raises TokenizerError unless the merges make every token of its bytes."""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in map(b"".join, merges) if len(apply_merges(token, rank)) > 1), None):
-        raise TokenizerError(f"its merges do not make its token {show(odd)!r}: the ids would be wrong here")
+        raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
 
 
 # ------------------------------------------------------------------------------ special tokens, and the frame of a chat

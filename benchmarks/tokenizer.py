@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support import word_counts  # noqa: E402
-from support.tokenizer_files import unshow  # noqa: E402
+from support.tokenizer_files import from_printable  # noqa: E402
 from tokenizer_bpe import PATTERN, BPETokenizer  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def theirs(file, vocab_size):
     )
     tokenizer.train_from_iterator(pieces, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [(unshow(left), unshow(right)) for left, right in merges]
+    return [(from_printable(left), from_printable(right)) for left, right in merges]
 
 
 def minbpe(file, vocab_size):

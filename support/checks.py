@@ -1,10 +1,10 @@
-"""What a setting may be, declared where the field stands and read in one place.
+"""Allowed values of settings, declared as the types of a dataclass's fields and checked in one place.
 
     steps: Count = 500                                   a whole number of at least 1
     beta: Amount = 0.04                                  a finite number of at least 0
     ratio: Literal["token", "sequence"] = "token"        one of these
 
-`check(config)` reads the declarations of a dataclass and refuses the first value that breaks one, in one line.
+`check(config)` raises an error of one line on the first field whose value its type does not allow.
 """
 
 import math
@@ -18,7 +18,7 @@ from support.errors import ConfigError
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """The numbers from low to high; `above`: without low itself, `below`: without high itself."""
+    """The numbers from low to high; `above` excludes low, `below` excludes high."""
 
     kind: type
     low: float
@@ -33,7 +33,7 @@ class Range:
             text += f" and below {high}" if self.below else f" and at most {high}"
         return text
 
-    def refuses(self, value):
+    def error(self, value):
         """What is wrong with the value, or None."""
         if self.kind is int and not isinstance(value, int):
             return f"is {value!r}; it must be a whole number, {self}"
@@ -41,35 +41,35 @@ class Range:
             return f"is {value!r}; it must be a number, {self}"
         high_enough = value > self.low if self.above else value >= self.low
         low_enough = value < self.high if self.below else value <= self.high
-        return None if high_enough and low_enough else f"is {value}; it must be {self}"  # NaN is refused, and inf
+        return None if high_enough and low_enough else f"is {value}; it must be {self}"  # NaN and inf fail too
 
 
-Count = Annotated[int, Range(int, 1)]
-Whole = Annotated[int, Range(int, 0)]
-Seed = Annotated[int, Range(int, 0, 2**32)]  # what numpy and torch both take
-Amount = Annotated[float, Range(float, 0)]
-Positive = Annotated[float, Range(float, 0, above=True)]
-Fraction = Annotated[float, Range(float, 0, 1, below=False)]  # all of it is a share too
-FractionBelow1 = Annotated[float, Range(float, 0, 1)]  # never all of it
+Count = Annotated[int, Range(int, 1)]  # 1, 2, …
+Whole = Annotated[int, Range(int, 0)]  # 0, 1, 2, …
+Seed = Annotated[int, Range(int, 0, 2**32)]  # valid in numpy and in torch
+Amount = Annotated[float, Range(float, 0)]  # 0 or more
+Positive = Annotated[float, Range(float, 0, above=True)]  # more than 0
+Fraction = Annotated[float, Range(float, 0, 1, below=False)]  # 0 … 1, both included
+FractionBelow1 = Annotated[float, Range(float, 0, 1)]  # 0 included, 1 not
 
 
 @cache
 def declared(cls):
-    """{field: its type}, of the parents too."""
+    """{field: its type}, including inherited fields."""
     return get_type_hints(cls, include_extras=True)
 
 
-def refusal(hint, value):
+def type_error(hint, value):
     """What is wrong with a value of this type, or None."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):  # X | None
-        return None if value is None else refusal(next(part for part in parts if part is not type(None)), value)
+        return None if value is None else type_error(next(part for part in parts if part is not type(None)), value)
     if kind is Literal:
         return None if value in parts else f"{value!r} is not known; use {listed(parts)}"
     if kind is Annotated:
-        return next((said for r in parts[1:] if isinstance(r, Range) and (said := r.refuses(value))), None)
+        return next((error for part in parts[1:] if isinstance(part, Range) and (error := part.error(value))), None)
     if kind is list:
-        return next((said for item in value if (said := refusal(parts[0], item))), None)
+        return next((error for item in value if (error := type_error(parts[0], item))), None)
     return None
 
 
@@ -80,15 +80,15 @@ def listed(words):
 
 
 def check(config, error=ConfigError, dashes="--"):
-    """Raise `error`, one line, on the first field whose value its declaration does not allow."""
+    """Raise `error`, one line, on the first field whose value its type does not allow."""
     for name, hint in declared(type(config)).items():
-        if said := refusal(hint, getattr(config, name)):
-            raise error(f"{dashes}{name} {said}")
+        if problem := type_error(hint, getattr(config, name)):
+            raise error(f"{dashes}{name} {problem}")
 
 
 def only_declared(config, any_value, required):
-    """Whether every field of a config is declared: a name in `any_value`, or in `required` and of the value there. So
-    code that computes a part of what a config can say opts in, field by field; one that it has never heard of may
-    change anything, whatever its value."""
+    """Whether each field of a config is in `any_value`, or in `required` with the value given there. Code that supports
+    only some configs declares what it supports, field by field. A field that it does not know makes this False,
+    whatever its value, because the field may change anything."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     return all(name in any_value or (name in required and required[name] == v) for name, v in values.items())

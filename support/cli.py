@@ -1,4 +1,4 @@
-"""A Config dataclass from flags and YAML; what the user can mend comes out as one line and exit status 2."""
+"""A Config dataclass from flags and YAML; errors that the user can fix are one line, with exit status 2."""
 
 import argparse
 import os
@@ -15,19 +15,19 @@ from support.errors import CheckpointError, ConfigError, DataError, TokenizerErr
 
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message, ex=None):
-        """One line, no usage dump: what is wrong, and where the flags are listed."""
+        """Print one line instead of the usage: what is wrong, and how to list the flags."""
         text = " ".join(str(message).split())
         choice = re.fullmatch(r'Parser key "(.+?)": Expected a typing\.Literal\[(.*)\]\. Got value: (.*)', text)
-        if choice:  # as checks.check says it
-            words = listed(re.findall("'(.*?)'", choice[2]))
-            text = f"--{choice[1]} {choice[3]!r} is not known; use {words}"
+        if choice:  # in the words of checks.check
+            choices = listed(re.findall("'(.*?)'", choice[2]))
+            text = f"--{choice[1]} {choice[3]!r} is not known; use {choices}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
 class _Demo(argparse.Action):
-    """--demo: run the chapter's worked example and leave, as --help does."""
+    """--demo: run the chapter's worked example and exit, as --help does."""
 
     def __init__(self, option_strings, dest, demo, help=None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -39,14 +39,14 @@ class _Demo(argparse.Action):
 
 
 def parse_config(cls, args=None, description=None, demo=None):
-    """A Config dataclass from flags and YAML: `--steps 500 --config FILE.yaml --model.n_layer 6`. The attribute
-    docstrings of `cls` are the help; `--print_config` writes the YAML of what would run, `--demo` calls `demo`."""
+    """A Config dataclass from flags and YAML: `--steps 500 --config FILE.yaml --model.n_layer 6`. The docstrings of the
+    fields of `cls` are the help; `--print_config` prints all settings as YAML; `--demo` calls `demo`."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(description=(description or cls.__doc__ or "").strip().split("\n\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of these settings; flags after it win")
+    parser.add_argument("--config", action="config", help="YAML file of settings; the flags after it override it")
     if demo:
         parser.add_argument(
-            "--demo", action=_Demo, demo=demo, help="work the chapter's idea by hand, in seconds, and exit"
+            "--demo", action=_Demo, demo=demo, help="print a small example worked by hand, in seconds, and exit"
         )
     parser.add_class_arguments(cls)
     settings = parser.instantiate(parser.parse_args(args))
@@ -54,14 +54,13 @@ def parse_config(cls, args=None, description=None, demo=None):
 
 
 def run_script(main, cls, description=None, demo=None):
-    """Entry of every script: flags in, and what the user can mend comes out as one line and exit status 2.
-
-    demo: the chapter's worked example, which --demo runs instead of main."""
+    """The entry point of every script: main(config from the flags). Errors that the user can fix are printed as one
+    line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main."""
     try:
         main(parse_config(cls, description=description, demo=demo))
         status = 0
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # a line for each node
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line per node
             print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
@@ -69,7 +68,7 @@ def run_script(main, cls, description=None, demo=None):
     if distributed.is_available() and distributed.is_initialized():
         if status == 0:
             distributed.destroy_process_group()
-        # Where DDP was used its threads live on (torch 2.13), and now and then they abort the interpreter's end.
+        # DDP's threads are still alive (torch 2.13) and sometimes abort the interpreter at exit, so skip its shutdown.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,9 +1,8 @@
-"""The file formats of tokenizers: Hugging Face's tokenizer.json and tokenizer_config.json in and out; the two files in
-which OpenAI published GPT-2's, and what a GGUF file of llama.cpp's holds, in.
+"""Tokenizer files: Hugging Face's tokenizer.json and tokenizer_config.json (read and written), OpenAI's two files of
+GPT-2 (read), and the tokenizer in a llama.cpp GGUF file (read).
 
-A file is read into a `TokenizerSpec`, which tokenizer_bpe.py makes a tokenizer of, and written from one. What is not
-known to give the same ids here is refused with a reason: a tokenizer that is almost right gives ids that are silently
-wrong.
+A file is read into a `TokenizerSpec`, from which tokenizer_bpe.py makes a tokenizer, and written from one. A tokenizer
+that might give different ids here is rejected with a reason, because almost right means silently wrong ids.
 """
 
 import hashlib
@@ -17,51 +16,51 @@ import regex
 
 from support.errors import TokenizerError
 
-# How the makes that are known here cut a text before they merge, by GGUF's names. tokenizer_bpe.PATTERN is Qwen2's.
-# GPT-2's and SmolLM2's tokenizer.json name theirs instead of writing them out. SmolLM2 cuts out the digits before it
-# applies GPT-2's pattern, so that pattern's "end of text" is also "before a digit".
+# The supported patterns that split a text before merging, under GGUF's names. tokenizer_bpe.PATTERN is Qwen2's. The
+# tokenizer.json of GPT-2 and of SmolLM2 refers to the pattern by name. SmolLM2 first splits off the digits and then
+# applies GPT-2's pattern, so where that pattern says "end of text", "before a digit" matches too.
 SPLITS = {
     "gpt-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "smollm": r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 }
-REST = r"[\s\S])+"  # how a split ends that was completed by `complete`
+REST = r"[\s\S])+"  # the end of a pattern that `match_everything` has completed
 
-# ChatML as a Jinja template. The generation markers let transformers give the mask of what the assistant said, as
-# Tokenizer.encode_chat does.
+# ChatML as a Jinja template. From the generation markers transformers computes the mask of the assistant's tokens, the
+# same mask that Tokenizer.encode_chat returns.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CHATML = {"<|im_start|>", "<|im_end|>"}  # the special tokens that it needs
+CHATML = {"<|im_start|>", "<|im_end|>"}  # the special tokens of ChatML
 ENDOFTEXT = "<|endoftext|>"
 
 
 @dataclass
 class TokenizerSpec:
-    """What the files of a tokenizer say."""
+    """The content of a tokenizer's files."""
 
     kind: str  # bpe, byte or char
-    vocab: dict  # {id: bytes} of the plain tokens
+    vocab: dict  # {id: bytes} of the ordinary tokens
     special_ids: dict  # {"<|endoftext|>": id, …}
     eos_token: str | None = None  # the name of a special token
-    added_ids: dict = field(default_factory=dict)  # {"<think>": id, …}: tokens in any text, but not special
-    merges: list = field(default_factory=list)  # [(left bytes, right bytes), …] in the order of training
-    pattern: str | None = None  # how the text is cut before it is merged
-    nfc: bool = False  # whether characters are composed (é from e and ´) before that
+    added_ids: dict = field(default_factory=dict)  # {"<think>": id, …}: always single tokens, but not special
+    merges: list = field(default_factory=list)  # [(left bytes, right bytes), …] in training order
+    pattern: str | None = None  # splits the text before merging
+    nfc: bool = False  # whether characters are composed first (é from e and ´)
     chat_template: str | None = None  # Jinja
-    default_system: str | None = None  # what the system says in a chat that does not begin with it
-    no_chat: str | None = None  # why its chat template cannot be followed here
+    default_system: str | None = None  # the system turn of a chat that does not begin with one
+    no_chat: str | None = None  # why its chat template is not supported
 
     def __post_init__(self):
         self.eos_token = eos_of(self.special_ids, self.eos_token)
 
     @property
     def fingerprint(self):
-        """A name for this mapping of text to ids."""
+        """A hash of this mapping from text to ids."""
         content = [self.kind, sorted(self.vocab.items()), sorted(self.special_ids.items())]
         if self.added_ids:
             content.append(sorted(self.added_ids.items()))
@@ -73,7 +72,7 @@ class TokenizerSpec:
 
 
 def eos_of(special_ids, eos_token=None):
-    """The special token that ends a text: the one asked for, else the end of a turn, else of a document, else None."""
+    """The special token that ends a text: eos_token, else the end of a turn, else of a document, else None."""
     return next((name for name in (eos_token, "<|im_end|>", ENDOFTEXT) if name in special_ids), None)
 
 
@@ -95,12 +94,12 @@ BYTE_ORDER = list(BYTE_TO_CHAR)  # the bytes in the order of their characters, b
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
-def show(data):
+def to_printable(data):
     """b" a" -> "Ġa"."""
     return "".join(BYTE_TO_CHAR[b] for b in data)
 
 
-def unshow(token):
+def from_printable(token):
     """ "Ġa" -> b" a"."""
     return bytes(CHAR_TO_BYTE[c] for c in token)
 
@@ -109,7 +108,7 @@ def unshow(token):
 
 
 def read_tokenizer(path):
-    """-> (TokenizerSpec, the file that it is from). path: a directory or a tokenizer.json. Raises TokenizerError."""
+    """-> (TokenizerSpec, the file it was read from). path: a directory or a tokenizer.json. Raises TokenizerError."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     openai = not file.exists() and (path / "vocab.bpe").exists() and (path / "encoder.json").exists()
@@ -128,7 +127,7 @@ def read_tokenizer(path):
 
 @contextmanager
 def errors_of(file):
-    """What goes wrong with a file's content, in one line that names the file."""
+    """Turns any error in the content of a file into a TokenizerError of one line that names the file."""
     try:
         yield
     except TokenizerError as error:
@@ -148,8 +147,8 @@ def read_json(file):
 
 
 def from_openai(vocab, merges_file):
-    """GPT-2's encoder.json ({token: id}) and vocab.bpe (a line of version, then "left right" a line) as tokenizer.json
-    would have them."""
+    """GPT-2's encoder.json ({token: id}) and vocab.bpe (a version line, then lines of "left right") -> the content of
+    the same tokenizer's tokenizer.json."""
     merges = merges_file.read_text(encoding="utf-8").split("\n")[1:-1]
     special = [{"content": ENDOFTEXT, "id": vocab[ENDOFTEXT]}]
     pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False}
@@ -157,8 +156,8 @@ def from_openai(vocab, merges_file):
 
 
 def spec_of(content, config):
-    """The contents of tokenizer.json and tokenizer_config.json -> TokenizerSpec. Raises TokenizerError, or what
-    `errors_of` turns into one."""
+    """The contents of tokenizer.json and tokenizer_config.json -> TokenizerSpec. Raises TokenizerError, or an error
+    that `errors_of` turns into one."""
     model, steps = content["model"], content["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     eos = config.get("eos_token")
@@ -172,10 +171,10 @@ def spec_of(content, config):
         vocab = {i: token.encode() for token, i in plain.items()}
     elif algorithm == "BPE":
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        merges = [(unshow(left), unshow(right)) for left, right in pairs]
+        merges = [(from_printable(left), from_printable(right)) for left, right in pairs]
         pattern = read_pattern(steps)
         kind = "byte" if pattern is None and not merges else "bpe"
-        vocab = {i: unshow(token) for token, i in plain.items()}
+        vocab = {i: from_printable(token) for token, i in plain.items()}
     else:
         raise TokenizerError(f"a {algorithm} model with this pre-tokenizer is not supported here")
     if len(vocab) < len(plain):  # two tokens share an id
@@ -184,21 +183,21 @@ def spec_of(content, config):
 
 
 def added_tokens(tokens, eos):
-    """tokenizer.json's added_tokens -> {name: id} of the special ones, and of the words that are tokens in any text.
-    What ends a document or frames a chat is special, whatever the file says."""
+    """tokenizer.json's added_tokens -> {name: id} of the special tokens, and of the others. Tokens that end a document
+    or delimit chat turns are special even if the file says otherwise."""
     special, added = {}, {}
     for token in tokens:
         name = token["content"]
         ends = name in (eos, ENDOFTEXT, *CHATML)
         (special if ends or token.get("special", True) else added)[name] = token["id"]
-        narrow = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
-        if narrow and name in added:
-            raise TokenizerError(f"its token {name!r} is {narrow[0]}: not supported here")
+        options = [option for option in ("single_word", "lstrip", "rstrip") if token.get(option)]
+        if options and name in added:
+            raise TokenizerError(f"its token {name!r} is {options[0]}: not supported here")
     return special, added
 
 
 def refuse_unknown_steps(content, model):
-    """Whether the text is normalised to NFC, the only normalisation that is known here. Raises TokenizerError."""
+    """Whether the text is normalised to NFC, the only supported normalisation. TokenizerError on any other step."""
     normalizer, after = ((content.get(key) or {}).get("type") for key in ("normalizer", "post_processor"))
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     used = [option for option in options if model.get(option)]
@@ -209,26 +208,27 @@ def refuse_unknown_steps(content, model):
 
 
 def read_pattern(steps):
-    """The regular expression that a tokenizer.json's pre-tokenizers amount to; None: the text is not split at all."""
+    """The regular expression equivalent to the pre-tokenizers of a tokenizer.json; None if the text is not split."""
     kinds = [step.get("type") for step in steps]
     last = steps[-1]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space", True):
-        splits_too = last.get("use_regex", True)  # by GPT-2's pattern
+        gpt2_split = last.get("use_regex", True)  # ByteLevel itself splits, by GPT-2's pattern
         if kinds == ["ByteLevel"]:
-            return SPLITS["gpt-2"] if splits_too else None
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and splits_too:
+            return SPLITS["gpt-2"] if gpt2_split else None
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and gpt2_split:
             return SPLITS["smollm"]
         isolates = [steps[0].get(key) for key in ("behavior", "invert")] == ["Isolated", False]
-        if kinds == ["Split", "ByteLevel"] and isolates and not splits_too:
-            return complete(steps[0]["pattern"]["Regex"])
+        if kinds == ["Split", "ByteLevel"] and isolates and not gpt2_split:
+            return match_everything(steps[0]["pattern"]["Regex"])
     raise TokenizerError(f"the pre-tokenizer {' + '.join(map(str, kinds))} is not supported with these settings")
 
 
-def complete(pattern):
-    """What a split leaves out is a word too; tiktoken would drop it. The known splits leave nothing out."""
+def match_everything(pattern):
+    """Extend a pattern so that text it does not match becomes a word too; tiktoken would drop that text. The patterns
+    of SPLITS already match everything."""
     if pattern in SPLITS.values() or pattern.endswith(REST):
         return pattern
-    if regex.search(r"\{\d*,?\d*\}\+", pattern):  # a repeated group to tokenizers, possessive to others
+    if regex.search(r"\{\d*,?\d*\}\+", pattern):  # a repeated group in tokenizers, possessive elsewhere
         raise TokenizerError(f"its split {pattern!r} repeats {{m,n}}+, which means two things: not supported")
     return rf"{pattern}|(?:(?!{pattern}){REST}"
 
@@ -237,9 +237,9 @@ def spec_of_gguf(metadata, path):
     """The byte-level BPE in a GGUF file's metadata -> TokenizerSpec. Raises TokenizerError."""
     algorithm, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if algorithm != "gpt2" or split not in SPLITS:
-        known = f"gpt2 with a split of {', '.join(SPLITS)}"
+        supported = f"gpt2 with a split of {', '.join(SPLITS)}"
         raise TokenizerError(
-            f"{path}: a {algorithm} tokenizer with the split {split!r} is not known here; known: {known}"
+            f"{path}: a {algorithm} tokenizer with the split {split!r} is not known here; known: {supported}"
         )
     if metadata.get("tokenizer.ggml.add_bos_token"):
         raise TokenizerError(f"{path}: its texts begin with a token of their own (add_bos_token): not supported here")
@@ -248,11 +248,13 @@ def spec_of_gguf(metadata, path):
         types = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
         spec = TokenizerSpec(
             kind="bpe",
-            vocab={i: unshow(token) for i, (token, type_) in enumerate(types) if type_ == 1},
+            vocab={i: from_printable(token) for i, (token, type_) in enumerate(types) if type_ == 1},
             special_ids={token: i for i, (token, type_) in enumerate(types) if type_ == 3},
             eos_token=tokens[metadata["tokenizer.ggml.eos_token_id"]],
             added_ids={token: i for i, (token, type_) in enumerate(types) if type_ == 4},
-            merges=[tuple(unshow(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]],
+            merges=[
+                tuple(from_printable(part) for part in pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]
+            ],
             pattern=SPLITS[split],
             nfc=split == "qwen2",
         )
@@ -269,18 +271,19 @@ def spec_of_gguf(metadata, path):
 
 
 def chat_template_of(folder, config):
-    """The chat template of a directory: chat_template.jinja, or in tokenizer_config.json; None if there is none."""
+    """The chat template of a directory, from chat_template.jinja or tokenizer_config.json; None if there is none."""
     file, template = folder / "chat_template.jinja", config.get("chat_template")
     if file.exists():
         return file.read_text(encoding="utf-8")
-    if isinstance(template, list):  # several by name
-        return next((one["template"] for one in template if one["name"] == "default"), None)
+    if isinstance(template, list):  # several named templates
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template
 
 
 def follow_chat_template(spec, template):
-    """Frame chats as a file's Jinja template does. It must be ChatML, with a default system turn or none; of any other
-    `no_chat` keeps the reason: a model asked in a strange frame answers strangely."""
+    """Set up `spec` to format chats as a file's Jinja template does. The template must be ChatML, with or without a
+    default system turn. For any other, `no_chat` records the reason: a model answers badly in a format that it was not
+    trained on."""
     spec.chat_template = template
     if template == CHAT_TEMPLATE:
         return
@@ -290,20 +293,20 @@ def follow_chat_template(spec, template):
     except ImportError:
         spec.no_chat = "to read its chat template: pip install jinja2"
         return
-    # Spaces at the ends show a template that strips them, a beginning of text (bos) one that asks for it.
+    # The spaces at both ends reveal a template that strips them; the bos_token one that uses it.
     turns = [{"role": role, "content": f" the {role}'s words "} for role in ("system", "user", "assistant", "user")]
-    known = {"add_generation_prompt": True, "bos_token": "<a beginning>", "eos_token": spec.eos_token}
+    variables = {"add_generation_prompt": True, "bos_token": "<a beginning>", "eos_token": spec.eos_token}
     try:
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # it may come from anywhere
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # the template is untrusted
         jinja = sandbox.from_string(regex.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
-        text = jinja.render(messages=turns[1:2], **known)
+        text = jinja.render(messages=turns[1:2], **variables)
         if not set(spec.special_ids) >= CHATML:
             raise TokenizerError("this tokenizer has no <|im_start|> and <|im_end|>: it cannot frame a chat")
         start, end = map(regex.escape, ("<|im_start|>", "<|im_end|>\n"))
         system = regex.match(f"{start}system\n(.*?){end}{start}user", text, regex.DOTALL)
         spec.default_system = system and system[1]
         for messages in (turns[1:2], turns[:2], turns[1:], turns):
-            if jinja.render(messages=messages, **known) != chatml(messages, spec.default_system):
+            if jinja.render(messages=messages, **variables) != chatml(messages, spec.default_system):
                 raise TokenizerError("its chat template is not ChatML, the only one that is known here")
     except TokenizerError as error:
         spec.no_chat, spec.default_system = str(error), None
@@ -312,7 +315,8 @@ def follow_chat_template(spec, template):
 
 
 def chatml(messages, default_system=None):
-    """A chat as text, with the beginning of an answer: what Tokenizer.encode_chat(messages, True) decodes to."""
+    """A chat as text, up to the beginning of the answer: what the ids of Tokenizer.encode_chat(messages, True) decode
+    to."""
     if default_system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": default_system}, *messages]
     turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
@@ -320,7 +324,8 @@ def chatml(messages, default_system=None):
 
 
 def chat_template_for(spec):
-    """The template to write beside a tokenizer, or None: what encode_chat does, or else what it could not follow."""
+    """The chat template to save with a tokenizer, or None: the one that encode_chat follows, or the original if it is
+    not supported."""
     if spec.no_chat:
         return spec.chat_template
     if not set(spec.special_ids) >= CHATML:
@@ -353,7 +358,7 @@ def write_tokenizer(spec, path, model_max_length=None):
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     tokenizer |= {"normalizer": {"type": "NFC"} if spec.nfc else None, "post_processor": None, **steps_of(spec)}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    # A name that the vocabulary lacks would make transformers add it, as an id that the model has no row for.
+    # If the vocabulary lacked a name given here, transformers would add it, with an id that the model has no row for.
     if spec.eos_token:
         config |= {"eos_token": spec.eos_token}
         config |= {"pad_token": ENDOFTEXT if ENDOFTEXT in spec.special_ids else spec.eos_token}
@@ -370,16 +375,16 @@ def write_tokenizer(spec, path, model_max_length=None):
 def steps_of(spec):
     """tokenizer.json's pre-tokenizer, decoder and model."""
     if spec.kind == "char":
-        # unk_token names no token, so that `tokenizers` too refuses a character that it does not know.
+        # No token is called <|unknown|>, so `tokenizers` too raises an error on an unknown character.
         vocab = {character.decode(): i for i, character in spec.vocab.items()} | spec.special_ids
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<|unknown|>"}
         return {"pre_tokenizer": ONE_CHARACTER, "decoder": {"type": "Fuse"}, "model": model}
-    off = dict.fromkeys(["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"])
-    off |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    vocab = {show(data): i for i, data in spec.vocab.items()}
-    merges = [[show(left), show(right)] for left, right in spec.merges]
+    disabled = dict.fromkeys(["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"])
+    disabled |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    vocab = {to_printable(data): i for i, data in spec.vocab.items()}
+    merges = [[to_printable(left), to_printable(right)] for left, right in spec.merges]
     split = BYTE_LEVEL
     if spec.pattern is not None:
         split = {"type": "Sequence", "pretokenizers": [split_by(spec.pattern), BYTE_LEVEL]}
-    model = {"type": "BPE", **off, "vocab": vocab, "merges": merges}
+    model = {"type": "BPE", **disabled, "vocab": vocab, "merges": merges}
     return {"pre_tokenizer": split, "decoder": BYTE_LEVEL, "model": model}

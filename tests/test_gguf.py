@@ -20,7 +20,7 @@ from support.checkpoints import is_chat_model, open_checkpoint
 from support.errors import CheckpointError, TokenizerError
 from support.gguf import gguf_tokenizer, open_gguf
 from support.hf import layout_of
-from tokenizer_bpe import BPETokenizer, show
+from tokenizer_bpe import BPETokenizer, to_printable
 from transformer import token_logprobs
 
 
@@ -58,12 +58,12 @@ def write_gguf(path, theirs, kind, quantise=(), tokenizer=None, leave_out=(), **
         kinds = (tokenizer.special_ids, tokenizer.added_ids)
         special, added = ({i: name.encode() for name, i in ids.items()} for ids in kinds)
         both = tokenizer.vocab | special | added
-        shown = [both[i].decode() if i in special | added else show(both[i]) for i in range(len(both))]
+        shown = [both[i].decode() if i in special | added else to_printable(both[i]) for i in range(len(both))]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(metadata.get("pre", "qwen2"))
         writer.add_token_list(shown)
         writer.add_token_types([3 if i in special else 4 if i in added else 1 for i in range(len(both))])
-        writer.add_token_merges([f"{show(a)} {show(b)}" for a, b in tokenizer.merges])
+        writer.add_token_merges([f"{to_printable(a)} {to_printable(b)}" for a, b in tokenizer.merges])
         writer.add_eos_token_id(tokenizer.im_end_id)
         writer.add_chat_template(metadata.get("template", CHATML))
         writer.add_add_bos_token(metadata.get("add_bos", False))

@@ -20,7 +20,7 @@ def test_packed_answers_are_scored_as_if_each_stood_alone(sight):
     groups = [rows[5 * g : 5 * g + n] for g, n in enumerate(sizes)]  # not as many to each prompt
     kept = [5 * g + r for g, n in enumerate(sizes) for r in range(n)]
     assert len({len(rows[k]) for k in kept}) > 2
-    packed = pack(prompts, groups, pad=0, most=4)
+    packed = pack(prompts, groups, pad=0, part_size=4)
     assert [len(part.rows) for part in packed.parts] == [4, 4, 4]
     logprobs, m = shared_answer_logprobs(raw, packed, 0.8), rollout.mask[kept]
     assert (logprobs[:, m.shape[1] :] == 0).all()
@@ -75,8 +75,8 @@ def test_the_plain_form_and_the_fast_form_are_equal_in_value_and_gradient(layout
     plain, mask = answer_logprobs(raw, [prompts[g] for g in owners], flat, temperature)
     assert plain.shape == mask.shape == (7, 9)
     assert mask.sum(1).tolist() == [len(answer) for answer in flat]
-    for most in (2, 64):
-        fast = shared_answer_logprobs(raw, pack(prompts, answers, pad=0, most=most).to("cpu"), temperature)
+    for part_size in (2, 64):
+        fast = shared_answer_logprobs(raw, pack(prompts, answers, pad=0, part_size=part_size).to("cpu"), temperature)
         assert fast.shape == (7, 16)
         assert (fast[:, 9:] == 0).all()
         torch.testing.assert_close(fast[:, :9], plain, atol=1e-12, rtol=0)

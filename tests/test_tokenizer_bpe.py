@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from support.errors import TokenizerError
-from support.tokenizer_files import SPLITS, unshow
+from support.tokenizer_files import SPLITS, from_printable
 from tokenizer_bpe import (
     PATTERN,
     SPECIAL_TOKENS,
@@ -59,7 +59,9 @@ def test_fast_training_equals_plain_training(texts):
 @example(TEXT)
 def test_training_equals_the_tokenizers_package(text):
     theirs = trained_by_tokenizers(split_by(PATTERN), text, 256 + 200)
-    merges = [(unshow(left), unshow(right)) for left, right in json.loads(theirs.to_str())["model"]["merges"]]
+    merges = [
+        (from_printable(left), from_printable(right)) for left, right in json.loads(theirs.to_str())["model"]["merges"]
+    ]
     assert BPETokenizer.train(text, 256 + 200, special_tokens=()).merges == merges
 
 
@@ -190,5 +192,7 @@ def test_real_text():
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text[:20_000]) == tokenizer.encode_naive(text[:20_000])
     theirs = trained_by_tokenizers(split_by(PATTERN), text, 800 - 3)
-    merges = [(unshow(left), unshow(right)) for left, right in json.loads(theirs.to_str())["model"]["merges"]]
+    merges = [
+        (from_printable(left), from_printable(right)) for left, right in json.loads(theirs.to_str())["model"]["merges"]
+    ]
     assert tokenizer.merges == merges

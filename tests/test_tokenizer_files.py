@@ -20,7 +20,7 @@ from support.tokenizer_files import (
     TokenizerSpec,
     chatml,
     read_tokenizer,
-    show,
+    to_printable,
     write_tokenizer,
 )
 from tokenizer_bpe import PATTERN, SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
@@ -287,13 +287,13 @@ def test_errors(bpe, tmp_path):  # noqa: F811
 
 
 def test_a_gguf_file_whose_tokenizer_is_broken(bpe):  # noqa: F811
-    tokens = [show(token) for token in bpe.vocab.values()] + list(SPECIAL_TOKENS)
+    tokens = [to_printable(token) for token in bpe.vocab.values()] + list(SPECIAL_TOKENS)
     good = {
         "model": "gpt2",
         "pre": "qwen2",
         "tokens": tokens,
         "token_type": [1] * len(bpe.vocab) + [3] * 3,
-        "merges": [f"{show(left)} {show(right)}" for left, right in bpe.merges],
+        "merges": [f"{to_printable(left)} {to_printable(right)}" for left, right in bpe.merges],
         "eos_token_id": 599,
     }
 

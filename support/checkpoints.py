@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any format: model, tokenizer, directory."""
+"""Opening a checkpoint in any format: the model, its tokenizer, its path."""
 
 import json
 from pathlib import Path
@@ -11,27 +11,27 @@ from transformer import Transformer
 
 
 def resolve_checkpoint(path):
-    """A checkpoint directory, a .gguf file, a run directory, of which `best`, else `last` is meant, or the name of a
-    model on the Hugging Face hub. Raises CheckpointError."""
+    """A checkpoint directory, a .gguf file, a run directory (its `best`, else its `last`) or a name on the Hugging Face
+    hub -> the local path of the checkpoint. Raises CheckpointError."""
     path = Path(path) if str(path).startswith("runs/") else local_directory(path)
     if path.suffix == ".gguf" and path.is_file():
         return path
     for candidate in (path, path / "best", path / "last", path / "last.old"):
         if (candidate / "config.json").is_file():
             return candidate
-    what = "holds no checkpoint" if path.is_dir() else "is no checkpoint" if path.exists() else "is not there"
-    raise CheckpointError(f"{path} {what}; give a run directory or one that save_pretrained wrote")
+    problem = "holds no checkpoint" if path.is_dir() else "is no checkpoint" if path.exists() else "is not there"
+    raise CheckpointError(f"{path} {problem}; give a run directory or one that save_pretrained wrote")
 
 
 def open_checkpoint(path, device="cpu", dropout=0.0):
-    """-> (model in fp32, tokenizer, directory). Raises CheckpointError, also if the two vocabularies differ."""
+    """-> (model in fp32, tokenizer, path). Raises CheckpointError, also if the model's vocabulary is too small."""
     path = resolve_checkpoint(path)
     if path.suffix == ".gguf":
         model, metadata = open_gguf(path, dropout)
         tokenizer = gguf_tokenizer(metadata, path)
     else:
         tokenizer, model = load_tokenizer(path), Transformer.from_pretrained(path, dropout=dropout)
-    if tokenizer.vocab_size > model.config.vocab_size:  # published models pad theirs, so it may be larger
+    if tokenizer.vocab_size > model.config.vocab_size:  # the model's may be larger: published ones are padded
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
             "they do not belong together"
@@ -40,8 +40,8 @@ def open_checkpoint(path, device="cpu", dropout=0.0):
 
 
 def is_chat_model(path, tokenizer):
-    """Whether the checkpoint was trained to end its turns: its generation_config.json then stops at <|im_end|>, or its
-    GGUF file brings a chat template."""
+    """Whether the checkpoint was trained to chat: its generation_config.json stops at <|im_end|>, or its GGUF file has
+    a chat template."""
     if Path(path).suffix == ".gguf":
         return tokenizer.chat_template is not None
     try:

@@ -1,4 +1,4 @@
-"""What a classifier of texts is judged by: a confusion table, its surest mistakes, and a bag of words beside it."""
+"""Judging a text classifier: its confusion table, its most confident mistakes, and a bag-of-words baseline."""
 
 import re
 
@@ -10,19 +10,21 @@ from support.tables import text_table
 
 
 def confusion_table(confusion, names):
-    """confusion[i][j] texts of label i were taken for j; names of the labels, which are numbers beyond them."""
+    """confusion[i][j]: number of texts of label i that were classified as j. names: of the labels; labels without a
+    name are shown as numbers."""
     names = [*names, *map(str, range(len(names), len(confusion)))]
     counts = [[name, *(f"{count:,}" for count in row)] for name, row in zip(names, confusion, strict=True)]
     return text_table([["", *(f"taken for {name}" for name in names)], *counts])
 
 
-def write_mistakes(run_path, reviews, probabilities, names, most=20):
-    """The surest wrong answers into samples.md: reviews with .text and .label, probabilities (N, n_class)."""
+def write_mistakes(run_path, reviews, probabilities, names, limit=20):
+    """Write the most confident wrong answers to samples.md. reviews: with .text and .label; probabilities (N,
+    n_class)."""
     names = [*names, *map(str, range(len(names), probabilities.shape[1]))]
-    sure, answers = probabilities.amax(-1).tolist(), probabilities.argmax(-1).tolist()
-    wrong = [(sure[i], i) for i, review in enumerate(reviews) if answers[i] != review.label]
+    confidence, answers = probabilities.amax(-1).tolist(), probabilities.argmax(-1).tolist()
+    wrong = [(confidence[i], i) for i, review in enumerate(reviews) if answers[i] != review.label]
     with (run_path / "samples.md").open("w") as file:
-        for p, i in sorted(wrong, reverse=True)[:most]:
+        for p, i in sorted(wrong, reverse=True)[:limit]:
             answer, truth = names[answers[i]], names[reviews[i].label]
             file.write(f"**{answer} with {p:.0%}, but it is {truth}**\n\n> {reviews[i].text[:500]}\n\n")
 
@@ -31,29 +33,29 @@ def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e
     """Logistic regression on which words occur -> {"accuracy" on test, "valid", "strength", "weights" by word}.
 
     p(positive) = σ(b + Σ_{words of the text} w), minimising mean log-loss + λ/2 ‖w‖² by quasi-Newton steps (L-BFGS).
-    λ is the one of `strengths` with the best validation accuracy. A word is a run of letters, digits and apostrophes,
+    λ is the value in `strengths` with the best validation accuracy. A word is a run of letters, digits and apostrophes,
     or one other character, in lower case.
     """
-    parts = (train, valid, test)
-    texts = [[sorted(set(re.findall(r"[\w']+|[^\w\s]", r.text.lower()))) for r in part] for part in parts]
+    splits = (train, valid, test)
+    texts = [[sorted(set(re.findall(r"[\w']+|[^\w\s]", r.text.lower()))) for r in split] for split in splits]
     words = sorted({word for text in texts[0] for word in text})
-    number = {word: i for i, word in enumerate(words)}
+    word_ids = {word: i for i, word in enumerate(words)}
 
-    def bags(part):  # all word numbers in one row, and where each text begins
-        rows = [[number[word] for word in text if word in number] for text in part]
-        starts = np.cumsum([0] + [len(row) for row in rows])[:-1]
-        return torch.tensor([i for row in rows for i in row], dtype=torch.long), torch.from_numpy(starts)
+    def bags(split):  # the word ids of all texts in one tensor, and the position where each text begins
+        bag_per_text = [[word_ids[word] for word in text if word in word_ids] for text in split]
+        starts = np.cumsum([0] + [len(bag) for bag in bag_per_text])[:-1]
+        return torch.tensor([i for bag in bag_per_text for i in bag], dtype=torch.long), torch.from_numpy(starts)
 
-    X = [bags(part) for part in texts]
-    y = [torch.tensor([r.label for r in part], dtype=torch.float64) for part in parts]
+    X = [bags(split) for split in texts]
+    y = [torch.tensor([r.label for r in split], dtype=torch.float64) for split in splits]
     w = torch.zeros(len(words), 1, dtype=torch.float64, requires_grad=True)
     b = torch.zeros(1, dtype=torch.float64, requires_grad=True)
 
-    def scores(numbers, starts):  # (texts,)
-        return F.embedding_bag(numbers, w, starts, mode="sum").squeeze(1) + b
+    def scores(ids, starts):  # (texts,)
+        return F.embedding_bag(ids, w, starts, mode="sum").squeeze(1) + b
 
     best = {"valid": -1.0}
-    for strength in sorted(strengths, reverse=True):  # from stiff to loose: each starts where the last one ended
+    for strength in sorted(strengths, reverse=True):  # from strong to weak; each starts from the weights of the last
         optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
 
         def closure(strength=strength, optimizer=optimizer):
@@ -64,8 +66,8 @@ def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e
 
         optimizer.step(closure)
         with torch.no_grad():
-            right = [((scores(*x) > 0) == (t > 0)).double().mean().item() for x, t in zip(X, y, strict=True)]
-        if right[1] > best["valid"]:
+            accuracy = [((scores(*x) > 0) == (t > 0)).double().mean().item() for x, t in zip(X, y, strict=True)]
+        if accuracy[1] > best["valid"]:
             weights = dict(zip(words, w.detach().squeeze(1).tolist(), strict=True))
-            best = {"accuracy": right[2], "valid": right[1], "strength": strength, "weights": weights}
+            best = {"accuracy": accuracy[2], "valid": accuracy[1], "strength": strength, "weights": weights}
     return best

@@ -1,6 +1,7 @@
-"""Where the file of a data set lies, and fetching it if it is not there.
+"""Finding the file of a data set, and downloading it if it is missing.
 
-A file is looked for in $ALIGN_DATA (default `downloads/`), then downloaded there, and its sha256 is checked.
+A file is looked for in $ALIGN_DATA (default `downloads/`). If it is not there, it is downloaded to that folder and its
+sha256 is checked.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from support.errors import DataError
 
-SHA256 = {  # of what is downloaded; a file that is not here is taken as it comes
+SHA256 = {  # of downloaded files; a file that is not listed here is not checked
     "gsm8k/train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "gsm8k/test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
     "tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -25,11 +26,11 @@ class Source(NamedTuple):
     """One file of a data set."""
 
     path: str  # below $ALIGN_DATA
-    url: str = ""  # "" = cannot be downloaded from here
+    url: str = ""  # "" = no automatic download
 
 
 def files(path: str, url: str = "", splits: Sequence[str] = ("train", "test")) -> dict[str, Source]:
-    """{split: its file}; {} in the path and the URL is the split's name."""
+    """{split: its file}; {} in the path and the URL stands for the name of the split."""
     return {split: Source(path.format(split), url.format(split)) for split in splits}
 
 
@@ -38,7 +39,7 @@ def data_folder() -> Path:
 
 
 def fetch(name: str, source: Source) -> Path:
-    """Where the file is, after a download if need be. A half-done download never has the final name."""
+    """The path of the file, downloaded first if it is missing. An incomplete download never has the final name."""
     path = data_folder() / source.path
     if path.is_dir():
         raise DataError(f"{path} is a folder where the file of {name} is expected: remove it")
@@ -47,9 +48,9 @@ def fetch(name: str, source: Source) -> Path:
     by_hand = f"put the file at {path} by hand, or set ALIGN_DATA to the folder that has {source.path}"
     if not source.url:
         raise DataError(f"{name}: no {path}, and this dataset has no automatic download: {by_hand}")
-    from tqdm import tqdm  # here, so that reading data needs numpy at most
+    from tqdm import tqdm  # imported here, so that reading data needs no package but numpy
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes do not write into one file
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes must not write into the same file
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +61,11 @@ def fetch(name: str, source: Source) -> Path:
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
-            if size and file.tell() != size:  # a connection that breaks looks like an end
+            if size and file.tell() != size:  # a broken connection looks like the end of the file
                 raise OSError(f"{file.tell()} of {size} bytes came")
-        known = SHA256.get(source.path)
-        if known and digest.hexdigest() != known:
-            raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {known}; {by_hand}")
+        expected = SHA256.get(source.path)
+        if expected and digest.hexdigest() != expected:
+            raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {expected}; {by_hand}")
         os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise DataError(f"{name}: cannot download {source.url} ({error}): {by_hand}") from error
@@ -74,7 +75,8 @@ def fetch(name: str, source: Source) -> Path:
 
 
 def imdb_reviews(part: str, source: Source) -> list[tuple[str, int]]:
-    """Maas et al. 2011, 25,000 reviews in train and in test, through Hugging Face's `datasets`: (text, label) each."""
+    """The IMDB reviews (Maas et al. 2011), 25,000 each in train and test, through Hugging Face's `datasets` -> (text,
+    label) of each."""
     path = data_folder() / source.path
     try:
         from datasets import load_dataset
@@ -82,7 +84,7 @@ def imdb_reviews(part: str, source: Source) -> list[tuple[str, int]]:
         raise DataError(f"imdb: no {path}, and no package to download it: pip install -e '.[hub]'") from None
     try:
         reviews = load_dataset("stanfordnlp/imdb", split=part)
-    except Exception as error:  # whatever the network, the hub or the cache raises
+    except Exception as error:  # any error of the network, the hub or the cache
         message = " ".join(str(error).split())[:200]
         raise DataError(f"imdb: no {path}, and the download failed ({type(error).__name__}: {message})") from error
     return [(review["text"].replace("<br />", "\n"), review["label"]) for review in reviews]

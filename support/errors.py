@@ -1,21 +1,21 @@
-"""What a user can mend: one line that says what is wrong, where, and what to do. `cli.run` prints it, exit status 2."""
+"""Errors that the user can fix. `cli.run_script` prints their message, one line, and exits with status 2."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or a model config that cannot be used: one line says what is wrong, where, and what to do."""
+    """A checkpoint or a model config that cannot be used; the message says what is wrong, where, and what to do."""
 
 
 class TokenizerError(ValueError):
-    """A tokenizer or a text that cannot be used: one line says what is wrong, where, and what to do."""
+    """A tokenizer or a text that cannot be used; the message says what is wrong, where, and what to do."""
 
 
 class DataError(ValueError):
-    """One line: what is wrong with the data, where, and what to do about it."""
+    """Data that cannot be used; the message says what is wrong, where, and what to do."""
 
 
 class ConfigError(ValueError):
-    """Settings that do not fit together or an input that cannot be used: one line says what to change."""
+    """Settings that contradict each other, or an input that cannot be used; the message says what to change."""
 
 
 class DivergedError(ConfigError):
-    """A loss or a gradient that is no longer a finite number."""
+    """The loss or the gradient is no longer finite."""

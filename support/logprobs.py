@@ -1,4 +1,4 @@
-"""log π of given targets, without the logits of all of them at once."""
+"""log π of given targets, computed in chunks: the logits of all tokens never exist at the same time."""
 
 import torch
 import torch.nn.functional as F
@@ -9,21 +9,21 @@ def target_logprobs(x, output, targets, temperature=1.0, chunk_numbers=2**24, *,
     """log softmax(x outputᵀ / temperature)[targets] in fp32 or wider: x (B, T, C), output (V, C), targets (B, T)
     -> (B, T).
 
-    The logits of a chunk of tokens live only while the chunk is worked on (at most 64 MiB of them), and are
-    computed again in the backward pass. With 50,000 words and 32 x 1,024 tokens that is 64 MiB instead of 6 GiB.
+    The tokens are processed in chunks. The logits of a chunk (at most 64 MiB) are freed after it and computed again in
+    the backward pass. For a vocabulary of 50,000 and 32 x 1,024 tokens that is 64 MiB instead of 6 GiB.
 
-    counted: boolean (B, T); only there, and 0 elsewhere.
+    counted: boolean (B, T); the result is computed where it is True and is 0 elsewhere.
     """
     if counted is not None:
-        places = counted.flatten().nonzero().squeeze(1)  # (k,)
-        x, wanted = x.flatten(0, 1).index_select(0, places)[None], targets.flatten()[places][None]  # (1, k, C), (1, k)
-        at_places = target_logprobs(x, output, wanted, temperature, chunk_numbers)[0]  # (k,)
-        return at_places.new_zeros(targets.numel()).index_copy(0, places, at_places).view(targets.shape)  # (B, T)
+        index = counted.flatten().nonzero().squeeze(1)  # (k,)
+        x, selected = x.flatten(0, 1).index_select(0, index)[None], targets.flatten()[index][None]  # (1, k, C), (1, k)
+        logprobs = target_logprobs(x, output, selected, temperature, chunk_numbers)[0]  # (k,)
+        return logprobs.new_zeros(targets.numel()).index_copy(0, index, logprobs).view(targets.shape)  # (B, T)
 
     def of_chunk(x, targets):  # (k, C), (k,) -> (k,)
         logits = F.linear(x, output)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits if temperature == 1 else logits / temperature  # a pass over (k, V) each way
+        logits = logits if temperature == 1 else logits / temperature  # skips a pass over (k, V), forward and backward
         return -F.cross_entropy(logits, targets, reduction="none")
 
     V, shape = output.shape[0], targets.shape

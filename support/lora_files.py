@@ -1,9 +1,9 @@
-"""What is kept of adapters: by a run that is resumed, and in PEFT's files.
+"""Saving adapters: in a run, to resume it, and in PEFT's file format.
 
-`LoraState(model, base)` is what a stage gives its Run: the adapters alone, put back over the weights of `base`.
-`save_lora` and `load_lora` write and read adapter_model.safetensors and adapter_config.json as `peft` does, under the
-names that `transformers` gives the layers; `PeftModel.from_pretrained(AutoModelForCausalLM..., path)` opens them (but
-not DoRA on a mixture's router, which the targets ffn.* include).
+A stage passes `LoraState(model, base)` to its Run. It saves the adapters alone and restores them over the weights of
+`base`. `save_lora` and `load_lora` write and read adapter_model.safetensors and adapter_config.json as `peft` does,
+with the layer names of `transformers`. `PeftModel.from_pretrained(AutoModelForCausalLM..., path)` opens them (except
+DoRA on a mixture's router, which the targets ffn.* include).
 """
 
 import json
@@ -22,7 +22,8 @@ from transformer import Transformer
 
 
 def lora_state(model):
-    """{name: tensor} of the adapters alone: what trainer_state.pt keeps, and all that training changes. Copies."""
+    """{name: a copy of the tensor} of the adapters alone: everything that training changes; trainer_state.pt holds
+    it."""
     state = {}
     for name, layer in lora_layers(model).items():
         for part in ("lora_A", "lora_B", "magnitude"):
@@ -33,37 +34,38 @@ def lora_state(model):
 
 @torch.no_grad()
 def load_lora_state(model, state, base=None):
-    """Put `lora_state` back into a model with the same adapters.
+    """Restore the `state` that lora_state saved, in a model with the same adapters.
 
-    base: the plain model that they were added to, from which the frozen weights are copied first. It may be left out
-    if these are still there. They are not after load_state_dict, and merged weights would be corrected twice. With base
-    the model must hold the saved, merged weights: what comes out is compared with them.
+    base: the plain model that the adapters were added to; its weights are copied first. It may be None if the model
+    still has these frozen weights. After load_state_dict it has the merged weights instead, and the adapters would be
+    applied twice. With base, the model must hold the saved, merged weights, and the result is compared with them.
     """
     merged_weights = {}
     if base is not None:
         merged_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         model.load_state_dict(base.state_dict())
     for name, layer in lora_layers(model).items():
-        weight = layer.base_weight.double()  # each device sums in an order of its own: close is the same
+        weight = layer.base_weight.double()  # the order of summation depends on the device, so compare approximately
         if abs(weight.sum().item() - layer.checksum) > 1e-9 * weight.abs().sum().item():
             raise CheckpointError(f"{name}: the weights under the adapter are not those of add_lora; give them as base")
-    own = {f"{name}.{part}": p for name, layer in lora_layers(model).items() for part, p in layer.named_parameters()}
-    own = {name: p for name, p in own.items() if p.requires_grad}
-    for name in sorted(own.keys() ^ state.keys()):
-        where = "the saved ones" if name in own else "the model's"
-        raise CheckpointError(f"the adapters differ: {name} is not among {where}")
-    for name, p in own.items():
+    layers = lora_layers(model).items()
+    adapters = {f"{name}.{part}": p for name, layer in layers for part, p in layer.named_parameters()}
+    adapters = {name: p for name, p in adapters.items() if p.requires_grad}
+    for name in sorted(adapters.keys() ^ state.keys()):
+        missing_from = "the saved ones" if name in adapters else "the model's"
+        raise CheckpointError(f"the adapters differ: {name} is not among {missing_from}")
+    for name, p in adapters.items():
         if p.shape != state[name].shape:
             raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(p.shape)}")
         p.copy_(state[name])
-    now = model.state_dict() if merged_weights else {}
+    restored = model.state_dict() if merged_weights else {}
     for name, weight in merged_weights.items():
-        if not torch.allclose(now[name], weight, rtol=1e-4, atol=1e-5):
+        if not torch.allclose(restored[name], weight, rtol=1e-4, atol=1e-5):
             raise CheckpointError(f"{name}: base and adapters do not make the saved model: the base has changed since")
 
 
 class LoraState:
-    """What a run keeps of the adapters of `model`, whose frozen weights are those of the checkpoint `base`."""
+    """The adapters of `model` as a part of a Run; the frozen weights are those of the checkpoint `base`."""
 
     def __init__(self, model, base):
         self.model, self.base = model, base
@@ -72,25 +74,25 @@ class LoraState:
         return lora_state(self.model)
 
     def load_state_dict(self, state):
-        if lora_layers(self.model):  # what the adapters correct are the weights of the base
+        if lora_layers(self.model):  # the adapters belong to the weights of the base
             load_lora_state(self.model, state, open_checkpoint(self.base)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# PEFT's files. Its names, after "base_model.model.", are those of the model that it wraps.
+# PEFT's files. Its tensor names are "base_model.model." and the names of the model that it wraps.
 
 PEFT_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
 def _file_names(model):
-    """Our layer name -> the name in `transformers`, for layers that stand there one for one. GPT-2's queries, keys
-    and values do not (they are one matrix), and other models than a Transformer keep the names that they have."""
+    """{layer name: its name in `transformers`}, for layers that are separate layers there too. GPT-2's queries, keys
+    and values are not (they are one matrix). Empty for models that are not a Transformer."""
     layout = LAYOUTS[layout_of(model.config)] if isinstance(model, Transformer) else None
     if layout is None:
         return {}
-    theirs = list(layout.names.values())
-    pairs = [(a, b) for a, b in layout.names.items() if a.endswith(".weight") and theirs.count(b) == 1]
+    hf_names = list(layout.names.values())
+    pairs = [(a, b) for a, b in layout.names.items() if a.endswith(".weight") and hf_names.count(b) == 1]
     pairs = [(a.removesuffix(".weight"), b.removesuffix(".weight")) for a, b in pairs]
     return {a.format(i): b.format(i) for a, b in pairs for i in range(model.config.n_layer)}
 
@@ -98,7 +100,7 @@ def _file_names(model):
 def save_lora(model, path, base=None):
     """Write the adapters alone in PEFT's layout. base: the checkpoint that they belong to, for PEFT's config.
 
-    The names are those of `transformers` if all adapted layers have one there, else our own.
+    The layer names are those of `transformers` if all adapted layers have one there, else this project's.
     """
     layers = lora_layers(model)
     if not layers:
@@ -110,15 +112,15 @@ def save_lora(model, path, base=None):
     for key, tensor in lora_state(model).items():
         name, _, part = key.rpartition(".")
         tensors[f"base_model.model.{names[name]}.{PEFT_PARTS[part]}"] = tensor
-    one = next(iter(layers.values()))
+    first = next(iter(layers.values()))
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if isinstance(model, Transformer) else None,
         "base_model_name_or_path": None if base is None else str(base),
-        "r": one.rank,
-        "lora_alpha": one.alpha,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
         "target_modules": sorted(names[name] for name in layers),
-        "use_dora": one.magnitude is not None,
+        "use_dora": first.magnitude is not None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -133,7 +135,7 @@ def save_lora(model, path, base=None):
 
 
 def load_lora(model, path):
-    """Add the adapters that save_lora or PEFT wrote to a plain model; returns it. Raises CheckpointError."""
+    """Add the adapters in a directory of save_lora or PEFT to a plain model; returns it. Raises CheckpointError."""
     path = Path(path)
     try:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
@@ -146,7 +148,7 @@ def load_lora(model, path):
     expected = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "modules_to_save": None}
     expected |= {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
     expected |= {"alora_invocation_tokens": None}
-    for name, value in expected.items():  # what would change the result and is not written here
+    for name, value in expected.items():  # settings that change the result and are not implemented here
         if (settings.get(name, value) or None) != (value or None):
             raise CheckpointError(f"{path / SETTINGS}: {name} = {settings[name]!r} is not supported, only {value!r}")
 
@@ -154,23 +156,23 @@ def load_lora(model, path):
     if start not in (True, False, "gaussian", "orthogonal", "eva"):
         raise CheckpointError(f"{path / SETTINGS}: init_lora_weights = {start!r} changes the base too; not supported")
 
-    ours = {theirs: name for name, theirs in _file_names(model).items()}
-    parts = {theirs: part for part, theirs in PEFT_PARTS.items()}
+    names = {hf_name: name for name, hf_name in _file_names(model).items()}
+    parts = {peft_part: part for part, peft_part in PEFT_PARTS.items()}
     state = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.")
-        ending = next((e for e in parts if name.endswith(f".{e}")), None)
+        ending = next((part for part in parts if name.endswith(f".{part}")), None)
         if ending is None:
             raise CheckpointError(f"{path}: {key!r} is no part of an adapter of a Linear layer")
         name = name.removesuffix(f".{ending}")
-        state[f"{ours.get(name, name)}.{parts[ending]}"] = tensor
+        state[f"{names.get(name, name)}.{parts[ending]}"] = tensor
     targets = sorted({key.rpartition(".")[0] for key in state})
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     add_lora(model, rank, alpha, targets, dora)
     try:
         load_lora_state(model, state)
     except CheckpointError as error:
         for name, p in drop_lora(model).named_parameters():
-            p.requires_grad_(name in trained)
+            p.requires_grad_(name in trainable)
         raise CheckpointError(f"{path}: {error}") from None
     return model

@@ -61,5 +61,5 @@ def test_a_confusion_table_and_the_surest_mistakes(tmp_path):
         "**negative with 50%, but it is positive**",
         "> d",
     ]
-    write_mistakes(tmp_path, reviews, p, ("negative", "positive"), most=1)
+    write_mistakes(tmp_path, reviews, p, ("negative", "positive"), limit=1)
     assert (tmp_path / "samples.md").read_text().count("but it is") == 1

@@ -70,7 +70,7 @@ from support.errors import CheckpointError, ConfigError
 from support.hf import load_decoder, open_safetensors, save_decoder
 from support.logprobs import target_logprobs
 from support.records import drop_too_long
-from support.reward_report import consistency, finish, sample_figures, text_figures
+from support.reward_report import consistency, length_figures, sample_figures, write_report
 from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, start_name
 from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
@@ -672,7 +672,7 @@ def main(config):
     scores, by_kind = rank_pairs(judge, groups["test"], pairs["test"], pad, dist, autocast)
     report = {"by_kind": by_kind, "scores": scores.tolist()}
     report["calibration"], report["calibration_error"] = calibration(scores[:, 0] - scores[:, 1])
-    report |= text_figures(groups["test"], scores)
+    report |= length_figures(groups["test"], scores)
     if task_of(config.data).rename and task_of(config.data).corruptions:
         score = partial(score_texts, judge, tokenizer, dist=dist, autocast=autocast)
         report |= consistency(score, 200, config.seed, tuple(config.levels), config.data)
@@ -680,7 +680,7 @@ def main(config):
         report |= probe_samples(judge, policy, speaks, tokenizer, config, dist, autocast)
     if dist.is_main:
         coin = objective.of(torch.zeros(1), torch.zeros(1), config.margin)[1]["loss"]
-        finish(config, run.path, len(pairs["test"]), report, judge.num_params(), objective.unit, coin)
+        write_report(config, run.path, len(pairs["test"]), report, judge.num_params(), objective.unit, coin)
         print(f"{path}, {run.path}/curves.png, {run.path}/report.png, {run.path}/report.json")
     accuracy, low, high, _ = by_kind["all"]
     return {"accuracy": accuracy, "low": low, "high": high, "path": str(path)} | report

@@ -1,7 +1,7 @@
-"""Preference pairs as ids: sampled, scored, ready for a forward pass, and kept with the run that trains on them.
+"""Preference pairs as ids: sampling them, scoring them under the reference, batching them, saving them with the run.
 
-A pair is {"prompt", "chosen", "rejected"}: lists of ids, an answer with its end token; where a reference has scored
-them also "ref_chosen" and "ref_rejected", its log-probabilities.
+A pair is {"prompt", "chosen", "rejected"}: lists of ids, the answers with their end token. After `add_reference` it
+also has "ref_chosen" and "ref_rejected", the reference's log-probabilities of the two answers.
 """
 
 import os
@@ -22,9 +22,9 @@ from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 class PairBatch:
     """b pairs on the device."""
 
-    packed: PackedAnswers  # b prompts with two answers each, the chosen first
+    packed: PackedAnswers  # b prompts with two answers each, the chosen one first
     lengths: dict  # {"chosen_lengths", "rejected_lengths"}: (b,) tokens
-    reference: tuple  # log π_ref of the chosen and of the rejected answers, (b,) each; None where there is none
+    reference: tuple  # log π_ref of the chosen and of the rejected answers, (b,) each; None without a reference
 
 
 def batch_of(pairs, pad, device):
@@ -33,8 +33,8 @@ def batch_of(pairs, pad, device):
     lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed.lengths.view(-1, 2).unbind(1), strict=True))
     reference = (None, None)
     if "ref_chosen" in pairs[0]:
-        known = torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=device)  # (b, 2)
-        reference = known.unbind(1)
+        logprobs = torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=device)  # (b, 2)
+        reference = logprobs.unbind(1)
     return PairBatch(packed, lengths, reference)
 
 
@@ -45,25 +45,25 @@ def pair_logprobs(model, packed):
 
 @torch.no_grad()
 def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
-    """Answer each problem `config.rollouts` times, let the verifier judge, and let pair_up([(ids, right, ended), …],
-    rng) make pairs of the answers to a prompt: (chosen, rejected) each.
+    """Sample `config.rollouts` answers to each problem, judge them with the verifier, and call pair_up([(ids, right,
+    ended), …], rng) on the answers to each prompt; it returns a list of (chosen, rejected).
 
-    Chunks of prompts are dealt out to the ranks and seeded one by one: any number of ranks finds the same pairs. ->
-    pairs (the same list on every rank), the share of right answers.
+    The prompts are split into chunks with a seed each, so any number of ranks finds the same pairs. -> pairs (the same
+    list on every rank), the share of right answers.
     """
     R, T, stop_ids = config.rollouts, config.max_new_tokens, tokenizer.stop_ids
     chunks = list(enumerate(problems[i : i + 64] for i in range(0, len(problems), 64)))
 
-    def work(own):
-        """Of each chunk (number, problems): its pairs, and how many answers are right."""
-        for c, chunk in tqdm(own, desc="sampling pairs", unit="chunk", leave=False, disable=not dist.is_main):
+    def work(own_chunks):
+        """For each chunk (number, problems): its pairs, and the number of right answers."""
+        for c, chunk in tqdm(own_chunks, desc="sampling pairs", unit="chunk", leave=False, disable=not dist.is_main):
             rng, generator = random.Random(f"pairs/{seed}/{c}"), torch.Generator().manual_seed(seed * 1_000_003 + c)
             prompts = [encode_prompt(tokenizer, problem) for problem in chunk]  # n
             sampling = {"stop_ids": stop_ids, "uniforms": torch.rand(len(chunk) * R, T, generator=generator)}
             rollout = generate(policy, prompts, T, R, config.temperature, **sampling)  # n·R answers
-            rows = zip(rollout.ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
-            answers = [ids[:length] for ids, length in rows]
-            verdicts = [is_correct(text, chunk[row // R]) for row, text in enumerate(rollout.texts(tokenizer))]
+            lengths = rollout.mask.sum(1).tolist()
+            answers = [ids[:length] for ids, length in zip(rollout.ids.tolist(), lengths, strict=True)]
+            verdicts = [is_correct(text, chunk[i // R]) for i, text in enumerate(rollout.texts(tokenizer))]
             judged = list(zip(answers, verdicts, rollout.ended(stop_ids).tolist(), strict=True))
             pairs = [(i, pair) for i in range(len(chunk)) for pair in pair_up(judged[i * R : (i + 1) * R], rng)]
             yield [{"prompt": prompts[i], "chosen": y_w, "rejected": y_l} for i, (y_w, y_l) in pairs], sum(verdicts)
@@ -74,29 +74,32 @@ def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
 
 @torch.no_grad()
 def add_reference(reference, pairs, pad, dist, autocast, size=64):
-    """The pairs with the reference's log π of both answers: "ref_chosen" and "ref_rejected". Shared by the ranks."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["prompt"]))  # like lengths waste no padding
+    """The pairs with the reference's log π of both answers, "ref_chosen" and "ref_rejected"; the ranks split the
+    work."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["prompt"]))  # similar lengths need little padding
 
-    def work(own):
-        for rows in own:
-            packed = batch_of([pairs[i] for i in rows], pad, dist.device).packed
+    def work(own_batches):
+        for indices in own_batches:
+            packed = batch_of([pairs[i] for i in indices], pad, dist.device).packed
             with autocast():
                 logprobs = torch.stack(pair_logprobs(reference, packed), dim=1)  # (b, 2)
             yield logprobs.tolist()
 
     chunks = dist.split_work([order[i : i + size] for i in range(0, len(order), size)], work)
-    known = dict(zip(order, (both for chunk in chunks for both in chunk), strict=True))
-    return [p | dict(zip(("ref_chosen", "ref_rejected"), known[i], strict=True)) for i, p in enumerate(pairs)]
+    logprobs = dict(
+        zip(order, (two for chunk in chunks for two in chunk), strict=True)
+    )  # {index of the pair: two log π}
+    return [p | dict(zip(("ref_chosen", "ref_rejected"), logprobs[i], strict=True)) for i, p in enumerate(pairs)]
 
 
 def kept_pairs(config):
-    """The pairs of the run that --resume continues, or None."""
+    """The saved pairs of the run that --resume continues, or None."""
     path = run_path(config) / "pairs.pt"
     return torch.load(path, weights_only=True) if config.resume and path.is_file() else None
 
 
 def keep_pairs(run, pairs):
-    """Write the pairs, once, into the run's directory: a resumed run reads them instead of making them anew."""
+    """Save the pairs, once, in the run directory: a resumed run reads them instead of sampling new ones."""
     path = run.path / "pairs.pt"
     if run.dist.is_main and not path.is_file():
         torch.save(pairs, f"{path}.tmp")

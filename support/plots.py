@@ -1,11 +1,10 @@
-"""The pictures of a run, drawn from what it has recorded; of an experiment with many runs, see ablation_report.py.
+"""Pictures of a run, drawn from recorded numbers. (ablation_report.py draws the experiments with many runs.)
 
-    draw_curves(run_dir, title, panels)       curves.png, of every stage: any metrics of metrics.jsonl
-    draw_attention(run_dir, maps, tokens)     attention.png, of pretraining: who looks at whom
-    draw_experts(run_dir)                     experts.png, of a mixture of experts: who has how much to do
+    draw_curves(run_dir, title, panels)       curves.png, all stages: any metrics of metrics.jsonl
+    draw_attention(run_dir, maps, tokens)     attention.png, pretraining: attention weights, query by key
+    draw_experts(run_dir)                     experts.png, mixture of experts: the load of each expert
 
-Nothing is computed of a model here: what a picture shows comes in as numbers. A stage with a picture of its own draws
-it with `pyplot`.
+No model is run here. A stage with a picture of its own draws it with `pyplot`.
 """
 
 import math
@@ -41,15 +40,15 @@ def draw_curves(run_dir, title, panels):
         axis.grid(alpha=0.25)
         drawn = [y for line in axis.lines for y in line.get_ydata()]
         if heading == "loss" and drawn and 0 < 5 * min(drawn) < max(drawn):
-            axis.set_yscale("log")  # or the first steps would flatten all others
+            axis.set_yscale("log")  # otherwise the first steps would flatten the rest
             axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
         if len(metrics) + len(lines) > 1:
             bottom = axis.get_ylim()[0]
-            axis.margins(y=0.25)  # room for the legend, above
+            axis.margins(y=0.25)  # room for the legend at the top
             axis.set_ylim(bottom=bottom)
-            axis.legend(fontsize=8, framealpha=0.5, loc="upper center", ncols=2)  # a point behind it shows through
+            axis.legend(fontsize=8, framealpha=0.5, loc="upper center", ncols=2)  # translucent, so it hides no point
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.suptitle(title)
@@ -59,9 +58,9 @@ def draw_curves(run_dir, title, panels):
 
 
 def draw_attention(run_dir, maps, tokens):
-    """attention.png: a row per block, a column per head, up to 6 x 6. maps: per block the weights (H, T, T); tokens:
-    the T texts at the axes. Over each map its mean entropy: e to that power is the number of tokens that a query looks
-    at."""
+    """Draw attention.png: a row per block, a column per head, up to 6 x 6. maps: the weights (H, T, T) of each block;
+    tokens: the T texts at the axes. Each map's title shows its mean entropy; e to that power is about the number of
+    tokens that a query attends to."""
     plt = pyplot()
     rows, columns = min(6, len(maps)), min(6, len(maps[0]))
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.0 * rows + 0.9), squeeze=False)
@@ -83,8 +82,8 @@ def draw_attention(run_dir, maps, tokens):
 
 
 def draw_experts(run_dir):
-    """experts.png: the least and the most loaded expert by step, and every expert's load at the last validation, from
-    what `moe.load_record` put into metrics.jsonl; nothing where no validation was logged."""
+    """Draw experts.png: the least and the most loaded expert by step, and every expert's load at the last validation,
+    from the metrics that `moe.load_record` logs. Draws nothing if no validation was logged."""
     plt = pyplot()
     series = read_metrics(run_dir)
     last = {tuple(map(int, k.split("/")[1:])): v[1][-1] for k, v in series.items() if k.startswith("load/")}
@@ -111,7 +110,7 @@ def draw_experts(run_dir):
 
 
 def pyplot():
-    """matplotlib.pyplot, without a screen. Slow to import, so only where something is drawn."""
+    """matplotlib.pyplot for files, without a screen. Imported here because it is slow to import."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""A reward model's report: where its scores can be trusted, as figures, a table and two pictures.
+"""A reward model's report on where its scores can be trusted: figures, a table and two pictures.
 
-What is measured, and what it should be, stands with each function; calibration and best-of-n are the chapter's own.
+Each function says what it measures and what a good model gets. Calibration and best-of-n are in reward_model.py.
 """
 
 import contextlib
@@ -17,67 +17,70 @@ from support.plots import draw_curves, pyplot
 
 
 def consistency(score, n, seed, levels, data=DEFAULT_TASK):
-    """Three questions to `score` ([(prompt, [answers]), …] -> lists of scores, NaN where they cannot be had, which is
-    left out), with what the answer should be:
+    """Measure whether the scores are consistent; each figure of a perfect model is 1:
 
-    renamed   the share of pairs whose order new names and items leave alone (1), and the scores' correlation (1)
-    right_above_one_error, one_error_above_two     the shares in which right > one error > that and no answer (1 each)
+    renamed_same_order       share of pairs that keep their order under new names and items
+    renamed_correlation      correlation of the scores before and after renaming
+    right_above_one_error    share of problems where the right answer scores above one with one error
+    one_error_above_two      share where one error scores above the same answer without its final answer
 
-    -> {name: figure}, empty if no score can be had.
+    score: [(prompt, [answers]), …] -> lists of scores; NaN if a text is too long, which leaves the pair out.
+    -> {name: figure}, empty if everything is left out.
     """
     task, rng = TASKS[data], random.Random(f"consistency/{seed}")
     pairs, rename, kinds = load_pairs(data, "test", n, levels, seed), task.rename, list(task.corruptions)
-    told = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
-    again = np.array(score([(rename(p.prompt), [rename(p.chosen), rename(p.rejected)]) for p in pairs]))
-    fits = ~np.isnan(told + again).any(1)
-    told, again, chains = told[fits], again[fits], []
+    scores = np.array(score([(p.prompt, [p.chosen, p.rejected]) for p in pairs]))
+    renamed = np.array(score([(rename(p.prompt), [rename(p.chosen), rename(p.rejected)]) for p in pairs]))
+    scored = ~np.isnan(scores + renamed).any(1)
+    scores, renamed, ladders = scores[scored], renamed[scored], []
     for problem in load_problems(data, "test", n, levels):
         with contextlib.suppress(DataError):
             wrong = task.corrupt(problem, rng.choice(kinds[:2]), rng)
             worse = "\n".join(line for line in wrong.split("\n") if "####" not in line)
-            chains.append((problem.question, [problem.solution, wrong, worse]))
-    chain = np.array(score(chains))
-    chain = chain[~np.isnan(chain).any(1)]
-    if not len(told) or not len(chain):
+            ladders.append((problem.question, [problem.solution, wrong, worse]))
+    ladder = np.array(score(ladders))
+    ladder = ladder[~np.isnan(ladder).any(1)]
+    if not len(scores) or not len(ladder):
         return {}
     return {
-        "renamed_same_order": float(((told[:, 0] > told[:, 1]) == (again[:, 0] > again[:, 1])).mean()),
-        "renamed_correlation": float(np.corrcoef(told.flatten(), again.flatten())[0, 1]),
-        "right_above_one_error": float((chain[:, 0] > chain[:, 1]).mean()),
-        "one_error_above_two": float((chain[:, 1] > chain[:, 2]).mean()),
+        "renamed_same_order": float(((scores[:, 0] > scores[:, 1]) == (renamed[:, 0] > renamed[:, 1])).mean()),
+        "renamed_correlation": float(np.corrcoef(scores.flatten(), renamed.flatten())[0, 1]),
+        "right_above_one_error": float((ladder[:, 0] > ladder[:, 1]).mean()),
+        "one_error_above_two": float((ladder[:, 1] > ladder[:, 2]).mean()),
     }
 
 
 def shaping(scores, **features):
-    """scores (N, M) of M answers to each of N prompts; features (N, M) each -> {name: correlation with the score
-    within a prompt}: what moves the score among answers to one question."""
+    """scores (N, M) of M answers to each of N prompts; features (N, M) each -> {name: correlation of the feature with
+    the score, within a prompt}: what the score depends on among answers to the same question."""
 
     def centred(x):
         return (x - x.mean(1, keepdims=True)).flatten()
 
-    y, out = centred(scores), {}
+    y, correlations = centred(scores), {}
     for name, x in features.items():
         x = centred(np.asarray(x, dtype=float))
         norm = np.linalg.norm(x) * np.linalg.norm(y)
-        out[name] = float(x @ y / norm) if norm > 0 else math.nan
-    return out
+        correlations[name] = float(x @ y / norm) if norm > 0 else math.nan
+    return correlations
 
 
 def sample_figures(scores, groups, answers, sizes):
     """Sampled answers to test problems: scores (N, M), groups N x M of (text, right, …), answers N x M lists of ids ->
-    what moves the score among answers to one question, and how far it lies apart where nothing should."""
+    the best possible best-of-n, what the score depends on within a prompt (`shaping`), and the spread of the scores
+    among the right answers to a question, which should be 0, and among all answers."""
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)  # (N, M)
     length = [[len(ids) for ids in group] for group in answers]
-    tidy = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, *_ in group] for group in groups]
-    ties = [
-        scores[g][rows].std()
+    well_formed = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, *_ in group] for group in groups]
+    right_spread = [
+        scores[g][distinct].std()
         for g, group in enumerate(groups)
-        if len(rows := list({text: k for k, (text, right, *_) in enumerate(group) if right}.values())) > 1
+        if len(distinct := list({text: k for k, (text, right, *_) in enumerate(group) if right}.values())) > 1
     ]
     return {
         "best_possible": {str(n): 1 - float(np.mean([none_right(row, n) for row in correct])) for n in sizes},
-        "shaping": shaping(scores, correct=correct, length=length, tidy=tidy),
-        "spread_of_right_answers": float(np.mean(ties)) if ties else math.nan,
+        "shaping": shaping(scores, correct=correct, length=length, tidy=well_formed),
+        "spread_of_right_answers": float(np.mean(right_spread)) if right_spread else math.nan,
         "spread_of_all_answers": float(scores.std(1).mean()),
     }
 
@@ -89,7 +92,7 @@ def none_right(correct, n):
 
 
 def without_nan(x):
-    """The same dictionaries, lists and numbers with None for NaN, which is no JSON."""
+    """Nested dicts and lists -> the same with None instead of NaN, which JSON does not have."""
     if isinstance(x, dict):
         return {key: without_nan(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
@@ -97,20 +100,21 @@ def without_nan(x):
     return None if isinstance(x, float) and math.isnan(x) else x
 
 
-def text_figures(groups, found):
-    """Would length alone have done? The share of pairs in which the longer answer is the chosen one, and the
-    correlation of the difference in score with the difference in length."""
+def length_figures(groups, scores):
+    """How far length alone explains the preferences and the scores: the share of pairs whose longer answer is the
+    chosen one, and the correlation between the differences in score and in length. scores (N, 2)."""
     lengths = np.array([[len(answer) for answer in answers] for _, answers in groups])
-    longer, gap = lengths[:, 0] - lengths[:, 1], found[:, 0] - found[:, 1]
-    varies = longer.std() > 0 and gap.std() > 0
+    longer, gap = lengths[:, 0] - lengths[:, 1], scores[:, 0] - scores[:, 1]
+    both_vary = longer.std() > 0 and gap.std() > 0
     return {
         "longer_is_chosen": float(((longer > 0) + 0.5 * (longer == 0)).mean()),
-        "gap_length_correlation": float(np.corrcoef(longer, gap)[0, 1]) if varies else math.nan,
+        "gap_length_correlation": float(np.corrcoef(longer, gap)[0, 1]) if both_vary else math.nan,
     }
 
 
-def finish(config, run_dir, n_pairs, report, n_params, unit, coin):
-    """Write report.json, print the table, draw curves.png and report.png. coin: the loss of equal scores, in `unit`."""
+def write_report(config, run_dir, n_pairs, report, n_params, unit, equal_loss):
+    """Write report.json, print the table, draw curves.png and report.png. equal_loss: the loss of equal scores, in
+    `unit`."""
     text = json.dumps(without_nan(report), indent=1, allow_nan=False)
     (run_dir / "report.json").write_text(text + "\n")
     print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
@@ -138,7 +142,7 @@ def finish(config, run_dir, n_pairs, report, n_params, unit, coin):
         run_dir,
         f"reward model on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
         [
-            ("loss", {"loss": "train", "valid_loss": "validation"}, unit, {"equal scores": coin}),
+            ("loss", {"loss": "train", "valid_loss": "validation"}, unit, {"equal scores": equal_loss}),
             ("pairs ranked rightly", {"accuracy": "train", **kinds}, "share", {}),
             ("scores", {"margin": "chosen − rejected", "score": "mean"}, "score", {}),
         ],
@@ -151,21 +155,21 @@ def draw_report(config, run_dir, n_pairs, report):
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4))
     axis, by_kind = axes[0, 0], report["by_kind"]
     values = np.array([row[:3] for row in by_kind.values()])  # (kinds, 3)
-    around = np.abs(values[:, 1:].T - values[:, 0])
-    axis.errorbar(values[:, 0], list(by_kind), xerr=around, fmt="o", capsize=3)
+    error_bars = np.abs(values[:, 1:].T - values[:, 0])
+    axis.errorbar(values[:, 0], list(by_kind), xerr=error_bars, fmt="o", capsize=3)
     axis.axvline(0.5, color="0.4", linestyle="--", linewidth=1)
     axis.set(title="held-out pairs ranked rightly, 95 % interval", xlabel="share")
     axis = axes[0, 1]
-    found = np.array(report["scores"])
-    edges = np.histogram_bin_edges(found, 40)
+    scores = np.array(report["scores"])
+    edges = np.histogram_bin_edges(scores, 40)
     for column, label in enumerate(("chosen", "rejected")):
-        axis.hist(found[:, column], edges, alpha=0.6, label=label)
+        axis.hist(scores[:, column], edges, alpha=0.6, label=label)
     axis.set(title="scores", xlabel="score", ylabel="answers")
     axis.legend()
     axis = axes[1, 0]
-    sure, right, n = zip(*report["calibration"], strict=True)
+    predicted, right, n = zip(*report["calibration"], strict=True)
     axis.plot([0.5, 1], [0.5, 1], color="0.4", linestyle="--", linewidth=1)
-    axis.scatter(sure, right, s=np.clip(np.array(n), 10, 200))
+    axis.scatter(predicted, right, s=np.clip(np.array(n), 10, 200))
     error = report["calibration_error"]
     axis.set(title=f"calibration, error {error:.3f}", xlabel="predicted", ylabel="share right")
     axis = axes[1, 1]

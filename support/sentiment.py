@@ -1,16 +1,16 @@
-"""The generated reviews, which praise or pan: for the encoder's classification, offline.
+"""Generated film reviews, positive or negative, for the encoder's classification without a download.
 
-A review is up to two remarks that say nothing and one or two verdicts that agree, in any order. A verdict has words of
-both kinds ("the plot may be dull ; what stays is the moving cast ."), so a bag of words sees little: where they stand
-says everything.
+A review has up to two neutral sentences and one or two verdicts of the same sentiment, in any order. A verdict contains
+both positive and negative words ("the plot may be dull ; what stays is the moving cast ."), so a bag of words learns
+little: the sentiment depends on where the words are.
 """
 
 import random
 
 from support.splits import check_split, split_of
 
-# {v} is a word of praise where the review praises and + stands in front, or pans and - stands there; {o} is a word of
-# the other kind; {a} and {b} are parts of a film.
+# In a sentence marked +, {v} is a word of the review's own sentiment and {o} one of the opposite sentiment; in a
+# sentence marked -, the other way round. {a} and {b} are parts of a film.
 VERDICTS = """
 + the {a} is {v} .
 + i find the {a} {v} .
@@ -45,7 +45,7 @@ REVIEW_WORDS = {line.split()[0]: line.split()[1:] for line in WORDS}
 
 
 def sentiment_review(rng: random.Random) -> tuple[str, int]:
-    """-> the text, and 1 where it praises, 0 where it pans."""
+    """-> (text, label): 1 for a positive review, 0 for a negative one."""
     label = rng.randrange(2)
     sentences = [rng.choice(NEUTRAL) for _ in range(rng.randrange(3))]
     for _ in range(rng.choice((1, 1, 2))):
@@ -64,7 +64,7 @@ def sentiment_review(rng: random.Random) -> tuple[str, int]:
 
 
 def sentiment_reviews(split: str, n: int, seed: int = 0) -> list[tuple[str, int]]:
-    """n different reviews of one split. A longer list begins with the shorter."""
+    """n different reviews of one split. A longer list begins with the shorter one."""
     check_split(split)
     rng, reviews = random.Random(f"sentiment/{seed}/{split}"), {}
     while len(reviews) < n:

@@ -1,7 +1,7 @@
-"""Which split a text belongs to, by a hash of it.
+"""The split that a text belongs to, by its hash.
 
-A hash, unlike a shuffled list, gives a text the same split in every version of a file and in every sample size, and
-two copies of a text the same one.
+Unlike a shuffled list, a hash gives a text the same split in every version of a file and at every sample size, and
+gives two copies of a text the same split.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ SPLIT_OF_DIGIT = ("train",) * 8 + ("valid", "test")
 
 
 def check_split(split: str, splits: Sequence[str] = SPLITS) -> None:
-    """DataError if there is no such split."""
+    """DataError if the split is not one of `splits`."""
     if split not in splits:
         raise DataError(f"unknown split {split!r}: choose one of {', '.join(splits)}")
 
 
 def split_of(text: str) -> str:
-    """ "train" (80 %), "valid" or "test" (10 % each), by a hash of the text; case and blanks do not count."""
+    """ "train" (80 %), "valid" or "test" (10 % each), by a hash of the text that ignores case and whitespace."""
     digest = hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return SPLIT_OF_DIGIT[int.from_bytes(digest, "big") % 10]

@@ -1,4 +1,4 @@
-"""Tables of text cells, for a terminal and in Markdown; those of an evaluation, and its files."""
+"""Tables for the terminal and in Markdown; the rows and the files of an evaluation."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from support.errors import ConfigError
 
 
 def text_table(rows):
-    """Rows of cells, the heading first -> lines: the first column flush left, the others flush right."""
+    """Rows of cells, the heading first -> text: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *cells in rows:
@@ -18,14 +18,14 @@ def text_table(rows):
 
 
 def markdown_table(rows):
-    """The same in Markdown."""
+    """The same table in Markdown."""
     heading, *body = ("| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows)
     return "\n".join([heading, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body])
 
 
 def metric_rows(results, metrics, without=()):
-    """Results of `evaluate`, and its METRICS -> rows, [label, a cell of each]: every metric that they all have, the
-    accuracy with its interval and by level."""
+    """Results of `evaluate`, and its METRICS -> rows [label, one cell per result]: every metric that all results have;
+    the accuracy also with its interval and by level."""
     rows = []
     for name, metric in metrics.items():
         if name in without or not all(name in result for result in results):
@@ -39,19 +39,19 @@ def metric_rows(results, metrics, without=()):
 
 
 def sample_rows(results):
-    """Results of `evaluate_samples` -> rows."""
+    """Results of `evaluate_samples` -> rows [label, one cell per result]."""
     names = [name for name in results[0] if name.startswith(("pass@", "majority@"))]
     return [[f"{name}, temperature 1", *(f"{result[name]:.1%}" for result in results)] for name in names]
 
 
 def gain_of(pair):
-    """What `compare` says of two models, in words."""
+    """The result of `compare` for two models as text."""
     interval = f"[{pair['low'] * 100:+.1f}, {pair['high'] * 100:+.1f}]"
     return f"{pair['difference'] * 100:+.1f} points (95 % interval {interval}, McNemar's p = {pair['p']:.2g})"
 
 
 def make_folder(folder):
-    """Before the long work. Raises ConfigError."""
+    """Make the output folder, before the long evaluation. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,13 +59,13 @@ def make_folder(folder):
 
 
 def write_tables(folder, rows, notes, record):
-    """table.md, with the notes, and result.json into the folder; -> where they are."""
+    """Write table.md, with the notes, and result.json into the folder -> their paths as text."""
     (folder / "table.md").write_text("\n\n".join([markdown_table(rows), *notes]) + "\n", encoding="utf-8")
     (folder / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     return f"{folder}/table.md, {folder}/result.json"
 
 
 def file_name(*names):
-    """A name for a file or folder from the ends of paths and other names: runs/sft, a/b/c.jsonl -> sft-b_c.jsonl"""
+    """A file or folder name from the last parts of paths or other names: runs/sft, a/b/c.jsonl -> sft-b_c.jsonl"""
     ends = ["/".join(Path(name).parts[-2:]).removeprefix("runs/") for name in names]
     return "-".join("_".join(re.findall(r"[\w.]+", end)) for end in ends)

@@ -1,4 +1,4 @@
-"""How often each word of a text occurs: what BPE is trained on. On all cores; a file may be larger than the memory."""
+"""Counting the words of a text, the input of BPE training. Uses all cores; a file may be larger than the memory."""
 
 import multiprocessing
 import os
@@ -11,17 +11,17 @@ import regex
 
 from support.errors import TokenizerError
 
-BATCH = 2**22  # characters that one process counts at a time: this, not the size of the text, bounds the memory
-# Where a long text may be cut: the last place where a space follows a letter or a digit, or where one of these begins a
-# line. No word of tokenizer_bpe.PATTERN crosses it; of another pattern one may.
+BATCH = 2**22  # characters that one process counts at a time; this bounds the memory, not the size of the text
+# A long text is cut at the last place where a space follows a letter or digit, or where a letter or digit begins a
+# line. No word of tokenizer_bpe.PATTERN crosses such a place; a word of another pattern may.
 BORDER = regex.compile(r"(?r)(?<=[\p{L}\p{N}])\s|(?<=[\r\n])(?=[\p{L}\p{N}])")
 
 
 def count_words(texts, pattern):
-    """How often each word that `pattern` cuts out occurs: {bytes: count}. A text has far fewer words than places.
+    """Count the words that `pattern` matches: {bytes: count}. A text has far fewer different words than words.
 
-    texts: a string, the Path of a file (read piece by piece), or several of them. pattern: tokenizer_bpe.PATTERN, which
-    BORDER fits. Raises TokenizerError.
+    texts: a string, the Path of a file (read piece by piece), or several of them. pattern: tokenizer_bpe.PATTERN, the
+    one that BORDER is made for. Raises TokenizerError.
     """
     jobs, words = batches(texts), Counter()
     first = list(islice(jobs, 2))
@@ -30,15 +30,15 @@ def count_words(texts, pattern):
         for batch in chain(first, jobs):
             words.update(count_batch(batch, pattern))
     else:
-        # Forked, so that a script without `if __name__ == "__main__"` may train. The workers touch nothing but strings.
+        # Forked, so that scripts without `if __name__ == "__main__"` work. The workers handle nothing but strings.
         with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-            waiting = deque()
+            pending = deque()
             for batch in chain(first, jobs):
-                waiting.append(pool.submit(count_batch, batch, pattern))
-                if len(waiting) > 2 * processes:
-                    words.update(waiting.popleft().result())
-            for counted in waiting:
-                words.update(counted.result())
+                pending.append(pool.submit(count_batch, batch, pattern))
+                if len(pending) > 2 * processes:
+                    words.update(pending.popleft().result())
+            for job in pending:
+                words.update(job.result())
     if not words:
         raise TokenizerError("the training text is empty: there is nothing to count")
     return {word.encode(): count for word, count in words.items()}
@@ -54,7 +54,7 @@ def count_batch(batch, pattern):
 
 
 def batches(texts):
-    """Lists of texts of BATCH characters or a little more; a longer text is cut at a BORDER."""
+    """Lists of texts with about BATCH characters in all; longer texts are cut at a BORDER."""
     batch, length = [], 0
     for text in [texts] if isinstance(texts, str | Path) else texts:
         for piece in cut(blocks(text)):
@@ -70,7 +70,7 @@ def blocks(text):
     """A string or a file in blocks of BATCH characters."""
     if isinstance(text, Path):
         try:
-            with text.open(encoding="utf-8", newline="") as file:  # \r stays what it is
+            with text.open(encoding="utf-8", newline="") as file:  # keep \r unchanged
                 while block := file.read(BATCH):
                     yield block
         except (OSError, UnicodeDecodeError) as error:
@@ -81,7 +81,8 @@ def blocks(text):
 
 
 def cut(blocks):
-    """Blocks of one text, which may end inside a word -> the same text cut at BORDERs, where a word always ends."""
+    """Blocks of one text, which may end inside a word -> the same text in pieces that end at a BORDER, between
+    words."""
     rest = ""
     for block in blocks:
         rest += block
@@ -93,7 +94,7 @@ def cut(blocks):
 
 
 def utf8(text):
-    """The text's bytes. Half a surrogate pair, as broken JSON may hold, has none; tiktoken would make it U+FFFD."""
+    """The bytes of a text. TokenizerError on half a surrogate pair (from broken JSON); tiktoken would encode U+FFFD."""
     if not isinstance(text, str):
         raise TokenizerError(f"a text must be a str, not {type(text).__name__}")
     try:

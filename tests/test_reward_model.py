@@ -394,7 +394,7 @@ def test_scores_that_cannot_be_had_are_not_reported():
 
 
 def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
-    monkeypatch.setattr(reward_model, "text_figures", lambda *_: {"longer_is_chosen": 0.5, "none": [math.nan, 1.0]})
+    monkeypatch.setattr(reward_model, "length_figures", lambda *_: {"longer_is_chosen": 0.5, "none": [math.nan, 1.0]})
     result = reward_model.main(config(steps=1, pairs="corrupted", best_of_problems=0))
     assert 0 <= result["renamed_same_order"] <= 1
     assert "best_of" not in result

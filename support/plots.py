@@ -17,9 +17,9 @@ from support.log import read_metrics
 
 
 def draw_curves(run_dir, title, panels):
-    """curves.png, by step, from metrics.jsonl. panels: [(heading, {metric: label}, y-axis label, {label: level of a
-    dashed line}), …]. A metric of more than 60 points is drawn faintly, with its running mean on top; a panel whose
-    metrics the run has not logged is left out."""
+    """Draw curves.png, by step, from metrics.jsonl. panels: [(heading, {metric: label}, y-axis label, {label: level of
+    a dashed line}), …]. A metric with more than 60 points is drawn faintly, with its running mean on top; a panel is
+    left out if the run has logged none of its metrics."""
     plt = pyplot()
     series = read_metrics(run_dir)
     panels = [panel for panel in panels if panel[1].keys() & series.keys()] or panels[:1]

@@ -1,14 +1,14 @@
-"""What ablate.py measures of a trained model beyond what its stage reports, and of a start that no stage trains.
+"""Measurements of ablate.py: of a trained model, beyond what its stage reports, and of a start without training.
 
-A probe is a function (folder, figures, settings) -> more figures: the run's directory, the figures so far, among them
-the checkpoint's "path", and the settings that ablate.py made the run with. An experiment names its probe.
+A probe is a function (folder, figures, settings) -> further figures. folder: the run directory; figures: those so far,
+including the checkpoint's "path"; settings: what ablate.py ran the stage with. An experiment names its probe.
 
     layers     the residual stream and its gradient by layer, the attention, a sample of text
-    beyond     the loss at positions beyond the trained length
-    copying    how far a letter is carried
+    beyond     the loss at positions beyond the trained context
+    copying    over what distance the model can copy a letter
     clipping   gradient norms, how often they were clipped, loss spikes
     held_out   pass@8, format, length, and the KL to the SFT checkpoint
-    earned     how often each of several rewards was earned, and the groups that collapsed
+    earned     how often each of several rewards was earned, and the share of collapsed groups
 """
 
 import math
@@ -33,14 +33,14 @@ from support.errors import DataError
 from support.log import read_metrics
 from transformer import Transformer, TransformerConfig
 
-NEW_TOKENS = 64  # of an answer to a built-in problem: what the stages after SFT allow
+NEW_TOKENS = 64  # longest answer to a built-in problem, as in the stages after SFT
 
 # ---------------------------------------------------------------------------------------------------------------
 # Character models.
 
 
 def corpus():
-    """The text of the character models: Tiny Shakespeare where it is at hand, the built-in stories otherwise."""
+    """The training text of the character models: Tiny Shakespeare if it is available, else the built-in stories."""
     try:
         find("tinyshakespeare")
         return "tinyshakespeare"
@@ -53,16 +53,16 @@ def validation_text():
 
 
 def layers(folder, figures, settings):
-    """Root mean square of the residual stream and of the gradient, by layer, on one batch, as built and as trained; and
-    what the trained model writes.
+    """Root mean square of the residual stream and of its gradient by layer, on one batch, before and after training;
+    and a sample of the trained model's text.
 
-    The gradient of a layer is that of the output of block l. A placement that lets it shrink with depth trains the
-    first layers slowly; one that lets the stream grow makes the late layers' branches small beside it.
+    Both are taken at the output of each block. If a norm placement makes the gradient shrink towards the first layers,
+    they train slowly; if it lets the stream grow, the branches of the last layers become small compared with it.
     """
     trained, tokenizer, _ = open_checkpoint(figures["path"])
     seed = settings["config"]["seed"]
     torch.manual_seed(seed)
-    more = {}
+    results = {}
     for name, model in (("built", Transformer(trained.config)), ("trained", trained)):
         outputs = []
 
@@ -75,20 +75,20 @@ def layers(folder, figures, settings):
         model(tokens[:, :-1], targets=tokens[:, 1:]).mean().neg().backward()
         for hook in hooks:
             hook.remove()
-        more[f"stream_{name}"] = [x.detach().square().mean().sqrt().item() for x in outputs]
-        more[f"gradient_{name}"] = [x.grad.square().mean().sqrt().item() for x in outputs]
-    more["gradient_ratio"] = more["gradient_built"][0] / more["gradient_built"][-1]
+        results[f"stream_{name}"] = [x.detach().square().mean().sqrt().item() for x in outputs]
+        results[f"gradient_{name}"] = [x.grad.square().mean().sqrt().item() for x in outputs]
+    results["gradient_ratio"] = results["gradient_built"][0] / results["gradient_built"][-1]
     generator = torch.Generator().manual_seed(seed)
-    start, length = tokenizer.encode("\n"), min(100, trained.config.context - 1)
-    more["text"] = generate(trained, [start], length, generator=generator).texts(tokenizer)[0]
+    prompt, new_tokens = tokenizer.encode("\n"), min(100, trained.config.context - 1)
+    results["text"] = generate(trained, [prompt], new_tokens, generator=generator).texts(tokenizer)[0]
     ids = torch.tensor(tokenizer.encode(validation_text()[: 32 * 64]))
-    return more | attention_of(trained, ids[: len(ids) // 32 * 32].view(32, -1))
+    return results | attention_figures(trained, ids[: len(ids) // 32 * 32].view(32, -1))
 
 
-def attention_of(model, rows):
-    """rows (B, T) -> the attention's mean entropy in nats, and the mean map of all blocks and heads over the first 32
-    tokens, for a picture."""
-    weights = torch.stack(attention_weights(model, rows))  # (blocks, B, H, T, T)
+def attention_figures(model, tokens):
+    """tokens (B, T) -> the mean entropy of the attention in nats, and the mean attention map of all blocks and heads
+    over the first 32 tokens, for a picture."""
+    weights = torch.stack(attention_weights(model, tokens))  # (blocks, B, H, T, T)
     return {
         "entropy": attention_entropy(weights).mean().item(),
         "attention": weights[..., :32, :32].mean((0, 1, 2)).tolist(),
@@ -97,23 +97,23 @@ def attention_of(model, rows):
 
 @torch.no_grad()
 def beyond(folder, figures, settings):
-    """Loss by position on windows of twice the trained length, where the model can read them at all."""
+    """Loss by position on windows of twice the trained context, unless the model's position table is too short."""
     model, tokenizer, _ = open_checkpoint(figures["path"])
     context = model.config.context
     ids = torch.tensor(tokenizer.encode(validation_text()[: 64 * 8 * context]))
-    rows = ids[: len(ids) // (2 * context + 1) * (2 * context + 1)].view(-1, 2 * context + 1)[:64]
-    inside = -model(rows[:, :context], targets=rows[:, 1 : context + 1]).mean().item()
-    more = {"inside": inside, "outside": math.nan} | attention_of(model, rows[:16, :context])
-    if model.config.positions != "learned":  # its table ends where training did
+    windows = ids[: len(ids) // (2 * context + 1) * (2 * context + 1)].view(-1, 2 * context + 1)[:64]
+    inside = -model(windows[:, :context], targets=windows[:, 1 : context + 1]).mean().item()
+    results = {"inside": inside, "outside": math.nan} | attention_figures(model, windows[:16, :context])
+    if model.config.positions != "learned":  # a learned table ends at the trained context
         longer = stretched(model, 2 * context)
-        loss = -longer(rows[:, :-1], targets=rows[:, 1:])  # (rows, 2·context)
-        more["outside"] = loss[:, context:].mean().item()
-        more["by_position"] = loss.mean(0).view(16, -1).mean(1).tolist()  # sixteenths of the window
-    return more
+        loss = -longer(windows[:, :-1], targets=windows[:, 1:])  # (windows, 2·context)
+        results["outside"] = loss[:, context:].mean().item()
+        results["by_position"] = loss.mean(0).view(16, -1).mean(1).tolist()  # sixteenths of the window
+    return results
 
 
 def stretched(model, context):
-    """The same weights with a longer table of angles."""
+    """A model with the same weights and a longer table of rotary angles."""
     sizes = {f.name: getattr(model.config, f.name) for f in fields(model.config)}
     longer = Transformer(TransformerConfig(**sizes | {"context": context}))
     longer.load_state_dict(model.state_dict())
@@ -122,7 +122,7 @@ def stretched(model, context):
 
 @torch.no_grad()
 def copying(folder, figures, settings):
-    """Share of letters repeated rightly, by their distance, inside and beyond the distances of training."""
+    """Share of letters copied correctly, by distance, inside and beyond the distances of training."""
     model, tokenizer, _ = open_checkpoint(figures["path"])
     shares = []
     for distance in DISTANCES:
@@ -139,7 +139,8 @@ def copying(folder, figures, settings):
 
 
 def clipping(folder, figures, settings):
-    """From the log: how gradient norms are distributed, how often they were clipped, and loss spikes."""
+    """From the log: the distribution of the gradient norm, the share of clipped steps, and the number of loss
+    spikes."""
     series = read_metrics(folder)
     norms, losses = sorted(series["grad_norm"][1]), series["loss"][1]
     spikes = sum(b > a + 0.5 for a, b in pairwise(losses))
@@ -152,46 +153,47 @@ def clipping(folder, figures, settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Policies that solve the built-in problems.
+# Policies for the built-in problems.
 
 
 @dataclass
 class Start:
-    """A checkpoint that later stages start from, measured as it is: nothing is trained."""
+    """Measure a checkpoint that later stages start from, without training it."""
 
     start: Literal["pretrain", "sft"] = "sft"
-    """pretrain: where SFT starts; sft: where DPO and all reinforcement learning start."""
+    """pretrain: the start of SFT; sft: the start of DPO and of all reinforcement learning."""
     test_problems: Count = 1000
     """Held-out problems."""
     seed: Seed = 0
-    """Of the start, which is made if it is not there."""
+    """Seed of the start, which is trained if it does not exist."""
     name: str = "start"
-    """As every stage has one; here no run directory is written."""
+    """Unused: every stage has a name, but this one writes no run directory."""
 
     def __post_init__(self):
         check(self)
 
 
 def measure_start(config):
-    """The figures that a stage returns after training, of a start: "accuracy", "low", "high", "f1", …, "path"."""
+    """The figures of a start that a stage would return after training: "accuracy", "low", "high", "f1", …, "path"."""
     dist = setup()
-    policy, tokenizer, path = open_checkpoint(start_of(config.seed, config.start), dist.device)
+    policy, tokenizer, path = open_checkpoint(make_start(config.seed, config.start), dist.device)
     problems = load_problems(DEFAULT_TASK, "test", config.test_problems, (1, 2))
     return evaluate(policy, tokenizer, problems, NEW_TOKENS, dist) | {"path": str(path)}
 
 
-def start_of(seed, kind="sft"):
-    """The run directory of the start that a seed's stages make for themselves; made now if it is not there."""
-    make = {"pretrain": sft.pretrained_start, "sft": sft.sft_start}[kind]
-    return make(sft.Config(seed=seed), setup())
+def make_start(seed, kind="sft"):
+    """The run directory of the start that stages with this seed make for themselves; trained now if it does not
+    exist."""
+    train = {"pretrain": sft.pretrained_start, "sft": sft.sft_start}[kind]
+    return train(sft.Config(seed=seed), setup())
 
 
 def held_out(folder, figures, settings):
-    """A policy on 200 of the held-out problems: pass@8 at temperature 1, the share of answers in the right format and
-    their length (greedy), and the KL to the SFT checkpoint of the seed, per token of its own samples."""
+    """A policy on 200 held-out problems: pass@8 at temperature 1; the share of greedy answers in the right format and
+    their length in tokens; the KL to the SFT checkpoint of the same seed, per token of the policy's own samples."""
     problems, dist = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup()
     policy, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
-    start = open_checkpoint(start_of(settings["config"]["seed"]), dist.device)[0]
+    start = open_checkpoint(make_start(settings["config"]["seed"]), dist.device)[0]
     greedy = evaluate(policy, tokenizer, problems, NEW_TOKENS, dist)
     texts, ended = zip(*((s.text, s.ended) for s in greedy["samples"]), strict=True)
     sampled = evaluate_samples(policy, tokenizer, problems, 8, NEW_TOKENS, dist)
@@ -207,13 +209,13 @@ def held_out(folder, figures, settings):
 
 def earned(folder, figures, settings):
     """From the log: the share of rollouts that earned each reward in the last 20 steps, and the share of groups, over
-    all steps, in which different rewards got one advantage (see gdpo.collapse)."""
+    all steps, in which different rewards got the same advantage (see gdpo.collapse)."""
     series = read_metrics(folder)
-    more = {
+    results = {
         f"earned_{name}": 100 * statistics.mean(series[f"reward_{name}"][1][-20:])
         for name in ("correct", "format", "brevity")
     }
     if settings["stage"] == "gdpo":
         method = "grpo" if settings["config"]["combine"] == "sum" else "gdpo"
-        more["collapsed"] = 100 * statistics.mean(series[f"collapsed_{method}"][1])
-    return more
+        results["collapsed"] = 100 * statistics.mean(series[f"collapsed_{method}"][1])
+    return results

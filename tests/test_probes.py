@@ -95,7 +95,7 @@ class Counting(torch.nn.Module):
 def test_loss_by_position_by_hand(monkeypatch):
     monkeypatch.setattr(probes, "validation_text", lambda: "x" * 650)
     monkeypatch.setattr(probes, "stretched", lambda raw, context: Counting(context))
-    monkeypatch.setattr(probes, "attention_of", lambda raw, rows: {"rows": tuple(rows.shape)})
+    monkeypatch.setattr(probes, "attention_figures", lambda raw, rows: {"rows": tuple(rows.shape)})
     tokenizer = SimpleNamespace(encode=lambda text: list(range(len(text))))
     for positions in ("rope", "learned"):
         model = Counting(32, positions)
@@ -138,7 +138,7 @@ def test_stream_and_gradient_by_hand(monkeypatch):
     monkeypatch.setattr(probes, "Transformer", Doubling)
     monkeypatch.setattr(probes, "generate", lambda *args, **kwargs: written)
     monkeypatch.setattr(probes, "validation_text", lambda: "x" * 2048)
-    monkeypatch.setattr(probes, "attention_of", lambda raw, rows: {"rows": tuple(rows.shape)})
+    monkeypatch.setattr(probes, "attention_figures", lambda raw, rows: {"rows": tuple(rows.shape)})
     got = probes.layers("", {"path": ""}, {"config": {"seed": 0}})
     for name in ("built", "trained"):
         assert got[f"stream_{name}"] == pytest.approx([2.0, 6.0])

@@ -1,4 +1,4 @@
-"""Shared by the stage tests: a scratch directory to run in, and the scripts as a user starts them."""
+"""Shared by the tests: a scratch directory to run in, and the scripts started as a user starts them."""
 
 import json
 import os
@@ -14,55 +14,56 @@ from support import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.set_num_threads(1)  # the tensors are small, and the other cores have tests of their own
-hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine is no bug
-hypothesis.settings.load_profile("ours")
+torch.set_num_threads(1)  # the tensors are small, and other tests run on the other cores
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a test may be slow on a busy machine
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
-    """runs/ is made relative to where one stands: stand in a scratch directory."""
+    """A temporary directory as the current one, because runs/ is relative to it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def here(scratch):
-    """`scratch`, with the text that tests/tiny.py trains on."""
-    from tiny import TEXT  # it imports a stage, which most test files do without
+    """`scratch`, with the text file that tests/tiny.py trains on."""
+    from tiny import TEXT  # imported here: it imports a stage, which most test files do not need
 
     (scratch / "text.txt").write_text(TEXT)
     return scratch
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """--dtype auto is fp32 on every CPU here: what must come out equal is rounded alike, with AMX or without."""
+def fp32_on_every_cpu(monkeypatch):
+    """--dtype auto means fp32 in the tests, on CPUs with AMX too, so that results compared for equality are rounded the
+    same way."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 def script(name, *flags, cwd, processes=1, timeout=240):
-    """Run a stage as a user does, with torchrun if processes > 1; returns the finished process. In fp32, unless a flag
-    says otherwise: see `exact`."""
+    """Run a script as a user does, with torchrun if processes > 1; returns the finished process. Training scripts get
+    --dtype=fp32 unless a flag sets another (see `fp32_on_every_cpu`)."""
     trains = Path(name).stem in ("pretrain", "encoder", "sft", "reward_model", "dpo", "ppo", "grpo", "gdpo")
     if trains and not any(str(flag).startswith("--dtype") for flag in flags):
         flags = [*flags, "--dtype=fp32"]
-    start = [sys.executable]
+    launcher = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*start, str(ROOT / name), *map(str, flags)]
+    command = [*launcher, str(ROOT / name), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def metrics(run_dir, name):
-    """A metric's values by step."""
+    """{step: value} of a metric."""
     records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: r[name] for r in records if name in r}
 
 
 def assert_the_start_is_kept(stage, config, run_dir, monkeypatch):
-    """A run of `stage` that is stopped before its first step, then resumed, still has the accuracy of step 0."""
+    """Stop a run of `stage` before its first step and resume it: it still has the accuracy of step 0."""
     with monkeypatch.context() as patch:
         patch.setattr(stage if hasattr(stage, "Interrupt") else runs, "Interrupt", lambda dist: True)
         with pytest.raises(SystemExit):
@@ -90,7 +91,7 @@ def assert_same_weights(a, b, **tolerance):
 
 
 def assert_one_line_error(process, *words):
-    """Exit status 2, one line on stderr that says what is wrong, no traceback."""
+    """Exit status 2 and a single line on stderr, which contains all `words`; no traceback."""
     assert process.returncode == 2, process.stderr
     lines = [line for line in process.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, process.stderr

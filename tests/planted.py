@@ -1,4 +1,4 @@
-"""What someone may add to the model: fast paths and file formats that have never heard of it must not go on without."""
+"""Models with additions that fast paths and file formats do not know. They must notice, not silently ignore them."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,14 @@ class GatedConfig(TransformerConfig):
 
 
 class GatedAttention(Attention):
-    """The output of attention times σ(W x)."""
+    """Attention whose output is multiplied by σ(W x)."""
 
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.planted = nn.Linear(args[0], args[0], bias=False)
 
-    def forward(self, x, *more):
-        out = super().forward(x, *more)
+    def forward(self, x, *args):
+        out = super().forward(x, *args)
         return out * torch.sigmoid(self.planted(x[:, -out.shape[1] :]))
 
 
@@ -46,15 +46,15 @@ class ScaledConfig(TransformerConfig):
 class ScaledTransformer(Transformer):
     config_class = ScaledConfig
 
-    def hidden(self, *inputs, **more):
-        return super().hidden(*inputs, **more) * self.config.planted_scale
+    def hidden(self, *args, **kwargs):
+        return super().hidden(*args, **kwargs) * self.config.planted_scale
 
 
-def randomised(raw):
+def randomised(model):
     torch.manual_seed(0)
-    for p in raw.parameters():
+    for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return raw.eval()
+    return model.eval()
 
 
 def gated():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
-from tiny_encoder import BERT_SIZES, TINY, rows, shaken
+from tiny_encoder import BERT_SIZES, TINY, example_texts, perturbed
 
 import encoder
 from data import Review, load_sentiment
@@ -44,7 +44,7 @@ ALONE = Dist(0, 1, torch.device("cpu"))
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return shaken(Encoder(EncoderConfig(**TINY | changes)))
+    return perturbed(Encoder(EncoderConfig(**TINY | changes)))
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -59,7 +59,7 @@ LAYOUTS = pytest.mark.parametrize(
 @LAYOUTS
 def test_a_text_does_not_depend_on_what_stands_beside_it(changes):
     model = tiny(**changes)
-    tokens, real, _ = rows()
+    tokens, real, _ = example_texts()
     together = model(tokens, real)
     for i, row in enumerate(tokens):
         torch.testing.assert_close(model(row[None, real[i]])[0], together[i], atol=1e-5, rtol=1e-4)
@@ -68,7 +68,7 @@ def test_a_text_does_not_depend_on_what_stands_beside_it(changes):
 
 
 def test_every_token_sees_every_other():
-    model, (tokens, _, _) = tiny(), rows()
+    model, (tokens, _, _) = tiny(), example_texts()
     changed = tokens.clone()
     for t in range(11):
         changed[:, t] = (tokens[:, t] + 1) % 61
@@ -78,19 +78,19 @@ def test_every_token_sees_every_other():
 
 
 def test_order_counts():
-    model, (tokens, _, _) = tiny(), rows()
+    model, (tokens, _, _) = tiny(), example_texts()
     assert (model(tokens) - model(tokens.flip(1))).abs().max() > 1e-3
 
 
 def test_mean_pool_is_the_mean_over_real_tokens():
-    x, (_, real, _) = torch.randn(3, 11, 4), rows()
+    x, (_, real, _) = torch.randn(3, 11, 4), example_texts()
     expected = torch.stack([x[i, :n].mean(0) for i, n in enumerate((11, 7, 1))])
     torch.testing.assert_close(mean_pool(x, real), expected)
     torch.testing.assert_close(mean_pool(x), x.mean(1))
 
 
 def test_masked_lm_scores_the_chosen_places_alone():
-    model, (tokens, real, _) = tiny(), rows()
+    model, (tokens, real, _) = tiny(), example_texts()
     chosen = torch.zeros_like(real)
     chosen[0, 3] = chosen[0, 9] = chosen[1, 0] = True
     logprobs = model(tokens, real, targets=tokens.roll(1, 1), chosen=chosen)
@@ -104,11 +104,11 @@ def test_exact_gelu_is_not_the_tanh_form():
     exact, tanh = (tiny(activation="gelu", exact_gelu=flag) for flag in (True, False))
     x = torch.randn(2, 5, 24)
     torch.testing.assert_close(exact.blocks[0].ffn(x), exact.blocks[0].ffn.down(F.gelu(exact.blocks[0].ffn.up(x))))
-    assert (exact(rows()[0]) - tanh(rows()[0])).abs().max() > 1e-6
+    assert (exact(example_texts()[0]) - tanh(example_texts()[0])).abs().max() > 1e-6
 
 
 def test_every_parameter_of_the_objective_gets_a_gradient():
-    model, (tokens, real, _) = tiny(), rows()
+    model, (tokens, real, _) = tiny(), example_texts()
     model(tokens, real).square().sum().backward()
     silent = {n.partition(".")[0] for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert silent == {"transform", "transform_norm", "token_bias"}
@@ -119,11 +119,11 @@ def test_every_parameter_of_the_objective_gets_a_gradient():
 
 
 def test_saved_and_opened_it_is_the_same(tmp_path):
-    for i, model in enumerate([tiny(n_class=3), shaken(Encoder(bert_config(**BERT_SIZES))), tiny(n_type=2)]):
+    for i, model in enumerate([tiny(n_class=3), perturbed(Encoder(bert_config(**BERT_SIZES))), tiny(n_type=2)]):
         model.save_pretrained(tmp_path / str(i))
         again = Encoder.from_pretrained(tmp_path / str(i)).eval()
         assert again.config == model.config
-        assert torch.equal(again(rows()[0]), model(rows()[0]))
+        assert torch.equal(again(example_texts()[0]), model(example_texts()[0]))
     kinds = [json.loads((tmp_path / str(i) / "config.json").read_text())["model_type"] for i in range(3)]
     assert kinds == ["attention_to_alignment_encoder", "bert", "attention_to_alignment_encoder"]
     with pytest.raises(CheckpointError, match="window is for decoders"):
@@ -173,7 +173,7 @@ def test_a_text_keeps_its_beginning_and_its_end(tokenizer):
 
 def test_predictions_keep_their_order_and_the_confusion_counts(tokenizer):
     torch.manual_seed(0)
-    model = shaken(Encoder(EncoderConfig(**TINY | dict(vocab_size=tokenizer.vocab_size, context=40, dropout=0.5))))
+    model = perturbed(Encoder(EncoderConfig(**TINY | dict(vocab_size=tokenizer.vocab_size, context=40, dropout=0.5))))
     reviews = load_sentiment("sentiment", "valid")[:30]
     examples = [(encode(tokenizer, r.text, 40), r.label) for r in reviews]
     pad = tokenizer.endoftext_id
@@ -396,7 +396,7 @@ def test_a_decoder_becomes_an_encoder_by_losing_its_mask(positions, placement):
     sizes = dict(context=16, n_layer=2, n_head=4, n_kv_head=2, width=16, positions=positions, norm_eps=1e-5)
     sizes |= dict(norm_placement=placement)
     decoder = Transformer(TransformerConfig(40, rope_theta=500.0, qkv_bias=True, **sizes)).eval()
-    shaken(decoder)
+    perturbed(decoder)
     both = Encoder.from_trunk(decoder, seed=1).eval()
     tokens = torch.randint(40, (3, 9))
     everything = torch.ones(3, 9, 9, dtype=torch.bool)

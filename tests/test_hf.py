@@ -8,7 +8,7 @@ import pytest
 import torch
 from planted import SIZES, GatedAttention, GatedTransformer, ScaledTransformer, gated, randomised, scaled
 from safetensors.torch import load_file, save_file
-from tiny_decoder import BASE, LLAMA3, MIXTURE, SMALL, THEIRS, YARN, randomise, theirs_of, tiny
+from tiny_decoder import BASE, HF_CONFIGS, LLAMA3, MIXTURE, SMALL, YARN, hf_model, randomise, tiny
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,9 +36,9 @@ def tokens():
     return torch.randint(0, 37, (3, 11), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", HF_CONFIGS)
 def test_their_checkpoint_here_and_back(name, tmp_path, tokens):
-    theirs = theirs_of(name)
+    theirs = hf_model(name)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = Transformer.from_pretrained(tmp_path / "theirs").eval()
     with torch.no_grad():
@@ -54,9 +54,9 @@ def test_their_checkpoint_here_and_back(name, tmp_path, tokens):
         torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", HF_CONFIGS)
 def test_their_checkpoint_in_shards(name, tmp_path, tokens):
-    theirs = theirs_of(name)
+    theirs = hf_model(name)
     theirs.save_pretrained(tmp_path, max_shard_size="5KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -72,7 +72,7 @@ def test_their_checkpoint_in_shards(name, tmp_path, tokens):
 
 
 def test_a_base_model_without_the_prefix(tmp_path, tokens):
-    theirs = theirs_of("llama tied, wide heads")
+    theirs = hf_model("llama tied, wide heads")
     theirs.model.save_pretrained(tmp_path)
     with torch.no_grad():
         ours = Transformer.from_pretrained(tmp_path)(tokens)
@@ -97,7 +97,7 @@ def test_an_older_config_json(tmp_path, tokens):
 
 @pytest.mark.parametrize("name", ["llama 3", "llama yarn", "llama linear"])
 def test_the_trained_length_beside_the_rope_settings(name, tmp_path, tokens):
-    theirs_of(name).save_pretrained(tmp_path)
+    hf_model(name).save_pretrained(tmp_path)
     inside = Transformer.from_pretrained(tmp_path)(tokens)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"original_max_position_embeddings": 7}))
@@ -166,7 +166,7 @@ def test_a_checkpoint_is_refused_before_memory_is_spent(tmp_path):
 
 def test_gpt2_without_the_prefix_and_with_its_mask_buffers(tmp_path, tokens):
     """OpenAI's own upload names its tensors so."""
-    theirs = theirs_of("gpt2")
+    theirs = hf_model("gpt2")
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     plain = {k.removeprefix("transformer."): v for k, v in tensors.items() if k != "lm_head.weight"}

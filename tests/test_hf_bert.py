@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_encoder import BERT_SIZES, rows, shaken
+from tiny_encoder import BERT_SIZES, example_texts, perturbed
 
 from encoder import Encoder, EncoderConfig, bert_config
 from support.errors import CheckpointError
@@ -22,7 +22,7 @@ def bert(tmp_path_factory):
     config = transformers.BertConfig(**sizes, max_position_embeddings=20, attn_implementation="eager")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     torch.manual_seed(0)
-    theirs, path = shaken(transformers.BertForPreTraining(config)), tmp_path_factory.mktemp("bert")
+    theirs, path = perturbed(transformers.BertForPreTraining(config)), tmp_path_factory.mktemp("bert")
     theirs.save_pretrained(path)
     return theirs, path
 
@@ -30,7 +30,7 @@ def bert(tmp_path_factory):
 def test_states_logits_pool_and_gradients_are_berts(bert):
     theirs, path = bert
     ours = Encoder.from_pretrained(path)
-    tokens, real, types = rows()
+    tokens, real, types = example_texts()
     out = theirs(tokens, attention_mask=real.long(), token_type_ids=types, output_hidden_states=True)
     x = ours.hidden(tokens, real, types)
     logits = ours.token_logits(x)
@@ -60,7 +60,7 @@ def test_saved_again_the_weights_are_byte_equal_and_bert_opens_them(bert, tmp_pa
     assert {n for n in before if "seq_relationship" not in n} <= set(after)
     assert set(after) - set(before) == {"mean_classifier.weight", "mean_classifier.bias"}
     assert all(torch.equal(after[n], before[n]) for n in before.keys() & after.keys())
-    tokens, real, types = rows()
+    tokens, real, types = example_texts()
     again = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval().double()
     logits = again(tokens, attention_mask=real.long(), token_type_ids=types).logits
     double = Encoder.from_pretrained(path).eval().double()  # so that nothing but the formulas could differ
@@ -84,7 +84,7 @@ def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
     theirs, path = bert
     theirs.bert.save_pretrained(tmp_path / "bare")
     whole, bare = Encoder.from_pretrained(path), Encoder.from_pretrained(tmp_path / "bare")
-    tokens, real, types = rows()
+    tokens, real, types = example_texts()
     assert torch.equal(whole.hidden(tokens, real, types), bare.hidden(tokens, real, types))
     assert (bare.token_bias == 0).all()
     (tmp_path / "old").mkdir()
@@ -92,7 +92,9 @@ def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
     tensors = {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in tensors.items()}
     save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "old" / "config.json").write_text((path / "config.json").read_text())
-    assert torch.equal(Encoder.from_pretrained(tmp_path / "old").hidden(tokens, real, types), whole.hidden(*rows()))
+    assert torch.equal(
+        Encoder.from_pretrained(tmp_path / "old").hidden(tokens, real, types), whole.hidden(*example_texts())
+    )
     pooled = {"classifier.weight": torch.full((2, 24), 7.0), "classifier.bias": torch.full((2,), 3.0)}
     save_file(tensors | pooled, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
     assert Encoder.from_pretrained(tmp_path / "old").classifier.weight.abs().max() < 7  # reads the pooler: not ours

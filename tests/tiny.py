@@ -1,4 +1,4 @@
-"""A pretraining of six small steps on one text, which the tests of the engine room run (`here` holds the text)."""
+"""A pretraining run of six small steps, for the tests of support/ (the fixture `here` writes its text)."""
 
 from pretrain import Config
 from transformer import TransformerConfig
@@ -13,9 +13,10 @@ def config(**changes):
 
 
 def flags(**changes):
-    out = []
+    """The same settings as command-line flags."""
+    words = []
     for name, value in (SMALL | {"data": "text.txt"} | changes).items():
-        out += [f"--{name}", value]
+        words += [f"--{name}", value]
     for name, value in MODEL.items():
-        out += [f"--model.{name}", value]
-    return out
+        words += [f"--model.{name}", value]
+    return words

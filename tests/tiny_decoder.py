@@ -1,4 +1,4 @@
-"""Small decoders with random weights, ours and transformers', which the tests of models and of formats share."""
+"""Small decoders with random weights, this project's and transformers', for the tests of models and of formats."""
 
 import torch
 from transformers import (
@@ -18,7 +18,7 @@ SMALL = dict(vocab_size=37, context=24, n_layer=2, n_head=4, n_kv_head=2, width=
 
 
 def randomise(model):
-    """Every weight random, gains and biases too: at their initial 1 and 0 half of the mistakes stay hidden."""
+    """Randomise every weight, gains and biases too: with their initial values 1 and 0 many bugs would not show."""
     torch.manual_seed(1)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -36,7 +36,7 @@ LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_fac
 LLAMA3 |= dict(original_max_position_embeddings=12)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=12)
 MIXTURE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12)
-THEIRS = {  # name -> a config of transformers' own; the name begins with its model_type
+HF_CONFIGS = {  # {name: a config of transformers}; the name begins with the model_type
     "qwen3": Qwen3Config(**BASE, head_dim=6, rope_theta=777.0, tie_word_embeddings=True),
     "qwen3 untied": Qwen3Config(**BASE, head_dim=6),
     "gpt2": GPT2Config(vocab_size=37, n_positions=24, n_embd=18, n_layer=2, n_head=3),
@@ -61,5 +61,6 @@ THEIRS = {  # name -> a config of transformers' own; the name begins with its mo
 }
 
 
-def theirs_of(name):
-    return randomise(AutoModelForCausalLM.from_config(THEIRS[name], attn_implementation="eager"))
+def hf_model(name):
+    """The model of transformers that HF_CONFIGS[name] describes, with random weights."""
+    return randomise(AutoModelForCausalLM.from_config(HF_CONFIGS[name], attn_implementation="eager"))

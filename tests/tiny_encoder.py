@@ -1,4 +1,4 @@
-"""A small encoder whose every part counts, and three texts of different lengths."""
+"""Settings of a small encoder, a function that randomises all its weights, and three texts of different lengths."""
 
 import torch
 
@@ -6,8 +6,8 @@ TINY = dict(vocab_size=61, context=20, n_layer=3, n_head=4, n_kv_head=2, width=2
 BERT_SIZES = TINY | dict(n_kv_head=4, ffn_width=40)
 
 
-def shaken(model, seed=1):
-    """Gains, biases and heads that are not where they started."""
+def perturbed(model, seed=1):
+    """Add noise to all weights, so that gains, biases and heads differ from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -15,8 +15,8 @@ def shaken(model, seed=1):
     return model.eval()
 
 
-def rows(seed=2):
-    """Three texts of 11, 7 and 1 tokens, with types: tokens, real, types (3, 11)."""
+def example_texts(seed=2):
+    """Three texts of 11, 7 and 1 tokens -> tokens, real, types, (3, 11) each."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 61, (3, 11), generator=generator)
     return (

@@ -1,19 +1,19 @@
-"""sft.py, reward_model.py and dpo.py against TRL's SFTTrainer, RewardTrainer and DPOTrainer: seconds a step.
+"""sft.py, reward_model.py and dpo.py ("ours") against TRL's SFTTrainer, RewardTrainer and DPOTrainer: seconds per step.
 
-The same random Qwen3-layout model (about 1.8 M parameters), the same 32 examples or pairs a step, each answer with its
-prompt 54 to 64 tokens long, the same token ids, AdamW, both in the same --dtype. Both train for real, through
-their own `main` and `Trainer.train`, in turn in one process: a round is a few steps of each, a step is the time from
-the end of one to the end of the next (data, loss, backward, optimizer, logging), the first of a round is not counted,
-and the figures are medians over all others. TRL computes the reference's log-probabilities in each step unless it is
-told to precompute them, so DPO is timed against both.
+All use the same random Qwen3-layout model (about 1.8 M parameters), the same 32 examples or pairs per step, prompt and
+answer together 54 to 64 tokens long, the same token ids, AdamW and the same --dtype. They really train, through their
+own `main` and `Trainer.train`, taking turns in one process. A round is a few steps of each. A step is timed from the
+end of the one before to its own end (data, loss, backward, optimizer, logging); the first step of a round is not
+counted, and the figures are medians over all others. TRL computes the reference's log-probabilities in each step unless
+it is told to precompute them, so dpo.py is compared with both.
 
-The floor is the floating-point operations that the step cannot do without (2 per weight and token forward, 4 backward,
-attention on top; a pair's prompt read once, a reference none) over the rate of a large matrix product, measured
-between the rounds. `floor, 2 rows` is that of a pair as two rows, as TRL lays it out.
+The floor is the time of the floating-point operations that a step needs at least: 2 per weight and token forward, 4
+backward, plus attention, with each pair's prompt read once and no reference; divided by the rate of a large matrix
+product, measured between the rounds. `floor, 2 rows` counts a pair as two rows, as TRL computes it.
 
-With --check both see the same one batch, and their first two losses are compared: the same weights and the same ids
-must give the same loss, and the same gradient through AdamW the same loss again. (TRL draws the reward model's head
-anew, so that one is left out.)
+With --check both train on one and the same batch, and their first two losses are compared: the same weights and ids
+must give the same loss, and the same gradient and AdamW the same loss in the next step. (The reward model is left out,
+because TRL initialises its head randomly.)
 
 Needs the project's `.[dev]`. Run it, from the project's directory:
     python benchmarks/preference_vs_trl.py                          # about 3 minutes on 2 cores
@@ -42,7 +42,7 @@ import torch
 
 import dpo
 import sft
-from data import load_pairs
+from data import DEFAULT_TASK, load_pairs
 from support import runs
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
@@ -56,28 +56,29 @@ def now(device):
     return time.perf_counter()
 
 
-def ours(module, config, device):
-    """module.main, as it is; only timed. -> seconds of each counted step, the losses."""
-    ends, losses, room = [], [], module if hasattr(module, "Log") else runs
-    usual, draw = room.Log, module.draw_curves
+def time_ours(module, config, device):
+    """Run module.main unchanged, with a timer in its log -> seconds of each counted step, the losses."""
+    ends, losses = [], []
+    log_module = module if hasattr(module, "Log") else runs
+    original_log, original_draw = log_module.Log, module.draw_curves
 
-    class Log(usual):
+    class Log(original_log):
         def __call__(self, step, **record):
             ends.append(now(device))
             losses.append(record["loss"])
             super().__call__(step, **record)
 
-    room.Log, module.draw_curves = Log, lambda *_: None
+    log_module.Log, module.draw_curves = Log, lambda *_: None
     try:
         module.main(config)
     finally:
-        room.Log, module.draw_curves = usual, draw
-    # The first step warms up, the last one is followed by an evaluation: neither counts.
+        log_module.Log, module.draw_curves = original_log, original_draw
+    # Not counted: the first step, which warms up, and the last, which an evaluation follows.
     return [b - a for a, b in itertools.pairwise(ends[:-1])], losses
 
 
-def trls(make_trainer, steps, device, dtype):
-    """Trainer.train, as it is; only timed."""
+def time_trl(make_trainer, steps, device, dtype):
+    """Run Trainer.train with a timer as its callback -> seconds of each counted step, the losses."""
     from transformers import TrainerCallback
 
     ends, losses = [], []
@@ -151,7 +152,7 @@ def dataset(rows):
 
 
 def matrix_rate(device, n, dtype):
-    """Floating-point operations a second of an n x n product, the best of ten."""
+    """Floating-point operations per second of an n x n matrix product, the best of ten."""
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     times = []
     for _ in range(10):
@@ -162,55 +163,56 @@ def matrix_rate(device, n, dtype):
 
 
 def work(model, rows):
-    """Floating-point operations of a training step on rows of these lengths, each a list of (own, seen before)."""
+    """Floating-point operations of one training step. rows: each a list of segments (number of tokens, number of
+    earlier tokens that they attend to)."""
     c = model.config
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     attention = 4 * c.n_layer * c.n_head * (c.head_dim or c.width // c.n_head)  # per query and key: q · k and a · v
-    tokens = sum(own for row in rows for own, _ in row)
-    seen = sum(own * (before + own / 2) for row in rows for own, before in row)
-    return 3 * (2 * weights * tokens + attention * seen)
+    tokens = sum(n for row in rows for n, _ in row)
+    query_key_pairs = sum(n * (earlier + n / 2) for row in rows for n, earlier in row)
+    return 3 * (2 * weights * tokens + attention * query_key_pairs)
 
 
 def make_data(tokenizer, n):
-    """n pairs whose rows are SHORTEST to LONGEST tokens long; -> pairs, their ids."""
+    """n pairs whose prompts and answers together are SHORTEST to LONGEST tokens long -> pairs, their ids."""
     pairs, ids = [], []
-    for pair in load_pairs("word", "train", 6000, (1, 2, 3)):
-        made = dpo.encode_pair(tokenizer, pair)
-        lengths = [len(made["prompt"]) + len(made[side]) for side in ("chosen", "rejected")]
+    for pair in load_pairs(DEFAULT_TASK, "train", 6000, (1, 2, 3)):
+        encoded = dpo.encode_pair(tokenizer, pair)
+        lengths = [len(encoded["prompt"]) + len(encoded[side]) for side in ("chosen", "rejected")]
         if min(lengths) >= SHORTEST and max(lengths) <= LONGEST:
             pairs.append(pair)
-            ids.append(made)
+            ids.append(encoded)
         if len(pairs) == n:
             return pairs, ids
     raise SystemExit(f"only {len(pairs)} pairs of {SHORTEST} to {LONGEST} tokens: choose another vocabulary")
 
 
 def held_out(n=4):
-    """A few pairs for the evaluations that our stages insist on, of the other splits."""
-    return [p for split in ("valid", "test") for p in load_pairs("word", split, n)]
+    """A few pairs of the other splits, for the evaluations that the stages always run."""
+    return [p for split in ("valid", "test") for p in load_pairs(DEFAULT_TASK, split, n)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=8, help="counted steps of each in a round")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps per round, of each")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--only", choices=("sft", "reward", "dpo"), help="one of the three alone")
+    parser.add_argument("--only", choices=("sft", "reward", "dpo"), help="run only one of the three")
     parser.add_argument("--check", action="store_true", help="compare the first losses and stop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of both; default bf16 on a GPU, else fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="dtype of both; default bf16 on a GPU, else fp32")
     options = parser.parse_args()
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     os.chdir(tempfile.mkdtemp())
 
-    texts = [p.prompt + "\n" + p.chosen for p in load_pairs("word", "train", 3000)]
+    texts = [p.prompt + "\n" + p.chosen for p in load_pairs(DEFAULT_TASK, "train", 3000)]
     tokenizer = BPETokenizer.train(texts, VOCABULARY)
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(tokenizer.vocab_size))
     model.save_pretrained("start")
     tokenizer.save_pretrained("start")
-    pairs, ids = make_data(tokenizer, B if options.check else 8 * B)  # to check: one batch, every step
+    pairs, ids = make_data(tokenizer, B if options.check else 8 * B)  # --check: the same batch in every step
     records = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs + held_out()]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
     chats = [
@@ -219,8 +221,8 @@ def main():
     ]
     Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
 
-    # The same ids for TRL, in text of which its tokenizer makes these ids again; what it ends an answer with is
-    # one token, as ours is.
+    # The same ids for TRL, as text that its tokenizer encodes to these ids again. TRL too ends an answer with one
+    # token.
     def text_of(row):
         return tokenizer.decode(row)
 
@@ -237,20 +239,22 @@ def main():
         max_new_tokens=2, device=options.device, dtype=options.dtype, save_every=10**6, steps=options.steps + 2, lr=1e-4
     )
     common |= dict(warmup=0, weight_decay=0.0)
-    plain = {"optimizer": "adamw", "nll": 0.0, "beta": 0.1}  # what TRL's trainer does by default
+    plain = {"optimizer": "adamw", "nll": 0.0, "beta": 0.1}  # the defaults of TRL's trainer
     stages = {
         "sft": (
-            lambda: ours(sft, sft.Config(data="chats.jsonl", optimizer="adamw", **common), options.device),
+            lambda: time_ours(sft, sft.Config(data="chats.jsonl", optimizer="adamw", **common), options.device),
             {"TRL SFTTrainer": sft_trainer(trl_rows)},
             [[(len(m["prompt"]) + len(m["chosen"]) - 1, 0)] for m in ids],
         ),
         "reward": (
-            lambda: ours_reward(common, options.device),
+            lambda: time_our_reward_model(common, options.device),
             {"TRL RewardTrainer": reward_trainer(trl_pairs)},
             None,
         ),
         "dpo": (
-            lambda: ours(dpo, dpo.Config(data="pairs.jsonl", prompts=len(pairs), **plain, **common), options.device),
+            lambda: time_ours(
+                dpo, dpo.Config(data="pairs.jsonl", prompts=len(pairs), **plain, **common), options.device
+            ),
             {
                 "TRL DPOTrainer": dpo_trainer(trl_pairs, False),
                 "TRL, precomputed": dpo_trainer(trl_pairs, True),
@@ -261,40 +265,40 @@ def main():
     shared = [
         [(len(m["prompt"]) - 1, 0)] + [(len(m[s]), len(m["prompt"]) - 1) for s in ("chosen", "rejected")] for m in ids
     ]
-    apart = [[(len(m["prompt"]) + len(m[s]) - 1, 0)] for m in ids for s in ("chosen", "rejected")]
+    separate = [[(len(m["prompt"]) + len(m[s]) - 1, 0)] for m in ids for s in ("chosen", "rejected")]
     print(f"{model.num_params():,} parameters, {B} examples or pairs a step, rows of {SHORTEST} to {LONGEST} tokens;")
     print(f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     times, first, rates = {}, {}, []
     for _ in range(1 if options.check else options.rounds):
-        for stage, (run_ours, theirs, _) in stages.items():
+        for stage, (run_ours, trl_trainers, _) in stages.items():
             if options.only not in (None, stage):
                 continue
             silent = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
             with silent[0], silent[1]:
                 results = {"ours": run_ours()}
-                for name, make in theirs.items():
-                    results[name] = trls(make, options.steps, options.device, options.dtype)
+                for name, make in trl_trainers.items():
+                    results[name] = time_trl(make, options.steps, options.device, options.dtype)
             for name, (seconds, losses) in results.items():
                 times.setdefault((stage, name), []).extend(seconds)
                 first.setdefault((stage, name), losses[:2])
             rates.append(matrix_rate(options.device, 1024 if options.device == "cpu" else 8192, options.dtype))
     rate = statistics.median(rates)
 
-    for stage, (_, theirs, rows) in stages.items():
+    for stage, (_, trl_trainers, rows) in stages.items():
         if options.only not in (None, stage):
             continue
-        floors = {"floor": rows or shared} | ({} if rows else {"floor, 2 rows": apart})
+        floors = {"floor": rows or shared} | ({} if rows else {"floor, 2 rows": separate})
         print(f"{stage:<18}{'seconds':>10}{'ours / it':>12}{'fastest':>10}{'slowest':>10}{'first loss':>12}")
-        mine = statistics.median(times[stage, "ours"])
-        for name in ("ours", *theirs):
+        ours = statistics.median(times[stage, "ours"])
+        for name in ("ours", *trl_trainers):
             seconds = times[stage, name]
-            middle = statistics.median(seconds)
-            print(f"  {name:<16}{middle:>10.3f}{mine / middle:>12.2f}{min(seconds):>10.3f}{max(seconds):>10.3f}"
+            median = statistics.median(seconds)
+            print(f"  {name:<16}{median:>10.3f}{ours / median:>12.2f}{min(seconds):>10.3f}{max(seconds):>10.3f}"
                   f"{first[stage, name][0]:>12.5f}")  # fmt: skip
         for name, layout in floors.items():
             floor = work(model, layout) * B / len(ids) / rate
-            print(f"  {name:<16}{floor:>10.3f}{mine / floor:>12.2f}")
+            print(f"  {name:<16}{floor:>10.3f}{ours / floor:>12.2f}")
     print(f"matrix rate {rate / 1e9:.0f} G/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} between the rounds")
     if options.check:
         for (stage, name), losses in first.items():
@@ -303,15 +307,15 @@ def main():
             assert stage == "reward" or max(abs(a - b) for a, b in pairs) < 2e-4, (stage, name)
 
 
-def ours_reward(common, device):
+def time_our_reward_model(common, device):
     import reward_model
 
     rename = {"eval_problems": "eval_pairs", "test_problems": "test_pairs"}
-    known = reward_model.Config.__dataclass_fields__
-    settings = {rename.get(k, k): v for k, v in common.items() if rename.get(k, k) in known}
+    fields = reward_model.Config.__dataclass_fields__
+    settings = {rename.get(k, k): v for k, v in common.items() if rename.get(k, k) in fields}
     settings |= {"data": "pairs.jsonl", "optimizer": "adamw", "extra_layers": 0, "sft_weight": 0.0}
-    config = reward_model.Config(**{k: v for k, v in settings.items() if k in known})
-    return ours(reward_model, config, device)
+    config = reward_model.Config(**{k: v for k, v in settings.items() if k in fields})
+    return time_ours(reward_model, config, device)
 
 
 if __name__ == "__main__":

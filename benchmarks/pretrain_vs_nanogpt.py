@@ -1,17 +1,19 @@
-"""pretrain.py against nanoGPT's train.py, in turn on the same machine: Tiny Shakespeare by characters, on the CPU.
+"""pretrain.py ("ours") against nanoGPT's train.py on the same CPU: Tiny Shakespeare by characters.
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     ALIGN_DATA=DIR python benchmarks/pretrain_vs_nanogpt.py --nanogpt ../nanoGPT
 
-1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW; ours with
-   the tanh form of GELU), eager against eager and compiled against compiled; the median step of `--speed_steps`, the
-   best of `--repeats` runs in turn. Ours in fp32, and on a CPU with AMX in bf16 too: nanoGPT's script knows no mixed
-   precision on a CPU.
-2. Recipes: nanoGPT's CPU recipe as its README gives it, then configs/shakespeare_cpu.yaml, then that with as many steps
-   as fit into nanoGPT's wall time. Wall times are those of the whole process, from import to exit. Both models are
+1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW;
+pretrain.py
+   uses the tanh form of GELU), eager against eager and compiled against compiled. The figure is the median over
+   `--speed_steps` steps, the best of `--repeats` runs; the two take turns. pretrain.py runs in fp32, and on a CPU with
+   AMX also in bf16; nanoGPT's script has no mixed precision on a CPU.
+2. Recipes: nanoGPT's CPU recipe from its README, then configs/shakespeare_cpu.yaml, then the latter with as many steps
+as
+   fit into nanoGPT's wall time. Wall times are those of the whole process, from import to exit. Both models are
    evaluated over the whole validation split, cut into windows of the same context.
 
-Everything runs as a user would start it. Needs no package that this repository does not.
+Every run is started as a user would start it. Needs no package beyond those of this repository.
 """
 
 import argparse
@@ -59,13 +61,13 @@ print(total / (n * T), saved["iter_num"])
 
 
 def start(command, cwd):
-    """-> what it printed, the seconds that the whole process took."""
+    """Run a command -> its output, the seconds that the whole process took."""
     env = os.environ | {"ALIGN_DATA": str(data_folder())}
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
-    return done.stdout, time.perf_counter() - started
+    process = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{process.stderr[-2000:]}")
+    return process.stdout, time.perf_counter() - started
 
 
 def data_folder():
@@ -73,7 +75,7 @@ def data_folder():
 
 
 def prepare(nanogpt):
-    """What data/shakespeare_char/prepare.py writes, without its download."""
+    """Write the files of nanoGPT's data/shakespeare_char/prepare.py, without its download -> the validation file."""
     text = (data_folder() / "tinyshakespeare" / "input.txt").read_text()
     chars, cut = sorted(set(text)), int(len(text) * 0.9)
     stoi = {c: i for i, c in enumerate(chars)}
@@ -115,15 +117,17 @@ def our_speed(scratch, compiled, dtype, steps):
 
 
 def speed(nanogpt, scratch, compiled, args):
-    kinds = ["fp32", "bf16"] if auto_dtype(torch.device("cpu")) == "bf16" else ["fp32"]
-    ours, theirs = {kind: [] for kind in kinds}, []
+    dtypes = ["fp32", "bf16"] if auto_dtype(torch.device("cpu")) == "bf16" else ["fp32"]
+    our_speeds, nanogpt_speeds = {dtype: [] for dtype in dtypes}, []
     for _ in range(args.repeats):
-        theirs.append(nanogpt_speed(nanogpt, Path(scratch) / "out", compiled, args.speed_steps))
-        for kind in kinds:
-            ours[kind].append(our_speed(scratch, compiled, kind, args.speed_steps))
-    for kind in kinds:
-        a, b, what = max(ours[kind]), max(theirs), "compiled" if compiled else "eager"
-        print(f"{what:>9}: ours in {kind} {a:8,.0f} tokens/s, nanoGPT {b:8,.0f}: {a / b:.2f} times", flush=True)
+        nanogpt_speeds.append(nanogpt_speed(nanogpt, Path(scratch) / "out", compiled, args.speed_steps))
+        for dtype in dtypes:
+            our_speeds[dtype].append(our_speed(scratch, compiled, dtype, args.speed_steps))
+    mode, nanogpt_best = "compiled" if compiled else "eager", max(nanogpt_speeds)
+    for dtype in dtypes:
+        best = max(our_speeds[dtype])
+        comparison = f"nanoGPT {nanogpt_best:8,.0f}: {best / nanogpt_best:.2f} times"
+        print(f"{mode:>9}: ours in {dtype} {best:8,.0f} tokens/s, {comparison}", flush=True)
 
 
 def recipe(scratch, name, *flags):
@@ -132,15 +136,15 @@ def recipe(scratch, name, *flags):
 
 
 def recipes(nanogpt, scratch, val):
-    _, their_seconds = nanogpt_run(nanogpt, Path(scratch) / "recipe")
+    _, nanogpt_seconds = nanogpt_run(nanogpt, Path(scratch) / "recipe")
     command = ["-c", EVALUATE, Path(scratch) / "recipe" / "ckpt.pt", val, CONTEXT]
-    their_loss, step = map(float, start(command, nanogpt)[0].splitlines()[-1].split())  # nanoGPT talks before
-    print(f"  nanoGPT: validation loss {their_loss:.4f} (its checkpoint of step {step:.0f}), {their_seconds:.1f} s")
+    nanogpt_loss, step = map(float, start(command, nanogpt)[0].splitlines()[-1].split())  # after nanoGPT's own output
+    print(f"  nanoGPT: validation loss {nanogpt_loss:.4f} (its checkpoint of step {step:.0f}), {nanogpt_seconds:.1f} s")
     loss, seconds, steps = recipe(scratch, "recipe")
     print(f"     ours: validation loss {loss:.4f}, {seconds:.1f} s for {steps} steps: ", end="")
-    print(f"{seconds / their_seconds:.2f} of its time, {loss - their_loss:+.4f} nats per token")
-    longer = int(steps * 0.95 * their_seconds / seconds)
-    loss, seconds, steps = recipe(scratch, "longer", "--steps", longer)
+    print(f"{seconds / nanogpt_seconds:.2f} of its time, {loss - nanogpt_loss:+.4f} nats per token")
+    more_steps = int(steps * 0.95 * nanogpt_seconds / seconds)
+    loss, seconds, steps = recipe(scratch, "longer", "--steps", more_steps)
     print(f"     ours in about its time: validation loss {loss:.4f}, {seconds:.1f} s for {steps} steps", flush=True)
 
 
@@ -153,7 +157,7 @@ def main():
     args = parser.parse_args()
     nanogpt = args.nanogpt.resolve()
     if not (nanogpt / "train.py").is_file():
-        parser.error(f"{nanogpt} holds no train.py: git clone https://github.com/karpathy/nanoGPT, and name the folder")
+        parser.error(f"{nanogpt} holds no train.py: git clone https://github.com/karpathy/nanoGPT, and pass its folder")
     val = prepare(nanogpt)
     with tempfile.TemporaryDirectory() as scratch:
         for part in args.parts:

@@ -1,14 +1,16 @@
-"""Do a few first tokens keep a window stable (attention sinks, arXiv:2309.17453)? A trained model, read three ways.
+"""Attention sinks (arXiv:2309.17453): do the first few tokens keep a windowed model stable? Measured on a trained
+model.
 
     python benchmarks/sinks.py --checkpoint PATH.gguf --windows 256       # 8 minutes on a busy core, 135 M parameters
-    python benchmarks/sinks.py --checkpoint runs/NAME --windows 32 --length 128
-    python benchmarks/sinks.py --checkpoint PATH.gguf --data FILE.txt       # another text than the built-in stories
+    python benchmarks/sinks.py --checkpoint runs/NAME --windows 32 --length 128 python benchmarks/sinks.py --checkpoint
+    PATH.gguf --data FILE.txt       # a text file instead of the built-in stories
 
-The model was trained to see everything before it. It reads rows of one text first so, then with a window of W tokens,
-then with as many tokens in sight of which some are the row's first: the sinks. Nothing is trained. Printed are nats per
-token over the row's first W tokens, where all three see the same, and behind them, with the standard error of the
-difference to seeing everything; and the share of the attention behind position W, in the first row, that falls on its
-first token.
+The model was trained with full attention. It is evaluated on rows of one text three times: with full attention, with a
+window of W tokens, and with W tokens of which a few are the first tokens of the row, the sinks. Nothing is trained.
+
+The table shows nats per token over the first W tokens of a row, where all three see the same, and after them, with the
+standard error of the difference to full attention. The last column is the share of the attention after position W, in
+the first row, that goes to the first token.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from transformer import token_logprobs
 
 
 def narrow(model, window, sinks):
-    """Lets every layer see `window` tokens and the first `sinks`, in place; no weight depends on either."""
+    """Set the window and the number of sinks of every layer, in place; no weight depends on them."""
     for layer in model.modules():
         if isinstance(layer, Attention):
             layer.window, layer.sinks = window, sinks
@@ -41,7 +43,7 @@ def losses(model, rows):
 
 @torch.no_grad()
 def share_of_first(model, row, W):
-    """row (T,): mean over layers, heads and the queries behind W of the attention that the first token gets."""
+    """row (T,) -> the attention to the first token, averaged over layers, heads and the queries after W."""
     weights = attention_weights(model, row[None])  # per layer (1, H, T, T)
     return sum(w[..., W:, 0].mean().item() for w in weights) / len(weights)
 
@@ -63,28 +65,28 @@ def main():
         parser.error(str(error))
     model.eval()
     n, T = args.rows, args.length
-    ids = torch.tensor(tokenizer.encode(text[: 20 * n * (T + 1)]))  # more than enough, as a token is 2 to 5 letters
+    ids = torch.tensor(tokenizer.encode(text[: 20 * n * (T + 1)]))  # more than enough: a token has 2 to 5 letters
     if len(ids) < n * (T + 1):
         parser.error(f"the text has {len(ids)} tokens, {n} rows of {T} need {n * (T + 1)}: fewer --rows or --length")
     if not 4 < min(args.windows) <= max(args.windows) < T <= model.config.context:
         parser.error(f"a window has 5 tokens or more, a row more than that, and at most {model.config.context}")
     rows = ids[: n * (T + 1)].view(n, T + 1)
     narrow(model, None, 0)
-    everything = losses(model, rows)  # (n, T)
+    full = losses(model, rows)  # (n, T)
     print(f"{n} rows of {T} tokens; nats per token")
-    print(f"{'in sight':<26}{'up to W':>10}{'behind':>10}{'difference':>20}{'on the first token':>22}")
+    print(f"{'in sight':<26}{'up to W':>10}{'after W':>10}{'difference':>20}{'on the first token':>22}")
     for W in args.windows:
         print(f"{'everything':<26}", end="")
-        print(f"{everything[:, :W].mean():>10.3f}{everything[:, W:].mean():>10.3f}{'':>20}", end="")
+        print(f"{full[:, :W].mean():>10.3f}{full[:, W:].mean():>10.3f}{'':>20}", end="")
         print(f"{share_of_first(model, rows[0, :-1], W):>21.1%}")
         for sinks in (0, 1, 4):
             narrow(model, W - sinks, sinks)
             loss = losses(model, rows)
-            more = (loss - everything)[:, W:].mean(1)  # (n,)
-            error = more.std() / n**0.5
+            difference = (loss - full)[:, W:].mean(1)  # (n,)
+            error = difference.std() / n**0.5
             name = f"the last {W - sinks}" + (f" and {sinks} sink{'s'[: sinks - 1]}" if sinks else "")
             print(f"{name:<26}{loss[:, :W].mean():>10.3f}{loss[:, W:].mean():>10.3f}", end="")
-            print(f"{f'{more.mean():+.3f} ± {error:.3f}':>20}", end="")
+            print(f"{f'{difference.mean():+.3f} ± {error:.3f}':>20}", end="")
             print(f"{share_of_first(model, rows[0, :-1], W):>21.1%}" if sinks else "", flush=True)
         narrow(model, None, 0)
 

@@ -1,14 +1,16 @@
-"""tokenizer_bpe.py against minbpe, `tokenizers` and tiktoken, in turn on the same machine, in one run.
+"""tokenizer_bpe.py ("ours") against minbpe, `tokenizers` and tiktoken, taking turns on the same machine.
 
     git clone https://github.com/karpathy/minbpe ../minbpe
     ALIGN_DATA=DIR python benchmarks/tokenizer.py --minbpe ../minbpe
 
-Training: vocabulary 4,096 on Tiny Shakespeare (1.1 MB), then 4,096 and 32,768 on all the text in the data folder (20 MB
-or more; or --large FILE). Each trainer runs in a process of its own, so that its peak memory is its own; reading the
-file is timed, importing is not. minbpe recounts the text for each merge, so it is timed on --minbpe_merges merges and
-multiplied. `tokenizers` gets the same split as ours, and the text in pieces that change nothing, because it counts in
-parallel over items. Encoding: megabytes per second of our `encode` and of tiktoken with our ranks, on the text as a
-whole and line by line. Needs the project's `.[dev]`.
+Training: vocabulary 4,096 on Tiny Shakespeare (1.1 MB), then 4,096 and 32,768 on all text in the data folder (20 MB or
+more; or --large FILE). Each trainer runs in its own process, to measure its peak memory; reading the file is timed,
+importing is not. minbpe counts the whole text again for each merge, so only --minbpe_merges merges are timed and the
+result is extrapolated. `tokenizers` gets the same split pattern, and the text in pieces (the merges stay the same),
+because it counts in parallel over pieces.
+
+Encoding: megabytes per second of `BPETokenizer.encode` and of tiktoken with the same merges, on the whole text and line
+by line. Needs the project's `.[dev]`.
 """
 
 import argparse
@@ -30,11 +32,11 @@ from support.tokenizer_files import from_printable  # noqa: E402
 from tokenizer_bpe import PATTERN, BPETokenizer  # noqa: E402
 
 
-def ours(file, vocab_size):
+def train_ours(file, vocab_size):
     return BPETokenizer.train(Path(file), vocab_size, special_tokens=()).merges
 
 
-def theirs(file, vocab_size):
+def train_tokenizers(file, vocab_size):
     import tokenizers
 
     word_counts.BATCH = 2**16
@@ -52,7 +54,7 @@ def theirs(file, vocab_size):
     return [(from_printable(left), from_printable(right)) for left, right in merges]
 
 
-def minbpe(file, vocab_size):
+def train_minbpe(file, vocab_size):
     from minbpe import RegexTokenizer
 
     tokenizer = RegexTokenizer(PATTERN)
@@ -60,16 +62,18 @@ def minbpe(file, vocab_size):
     return [(tokenizer.vocab[left], tokenizer.vocab[right]) for left, right in tokenizer.merges]
 
 
-def one(name, file, vocab_size):
-    """In a process of its own: seconds, peak memory, a fingerprint of the merges."""
+def train(name, file, vocab_size):
+    """Train in this process and print JSON: seconds, peak memory in MB, the merges."""
     started = time.perf_counter()
-    merges = {"ours": ours, "tokenizers": theirs, "minbpe": minbpe}[name](file, vocab_size)
+    trainers = {"ours": train_ours, "tokenizers": train_tokenizers, "minbpe": train_minbpe}
+    merges = trainers[name](file, vocab_size)
     seconds = time.perf_counter() - started
     peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps({"seconds": seconds, "peak": peak[0], "worker": peak[1], "merges": repr(merges)}))
 
 
 def measure(name, file, vocab_size, args):
+    """Call `train` in a new process; returns its JSON."""
     paths = [str(ROOT), str(args.minbpe or ""), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, __file__, "--one", name, str(file), str(vocab_size)]
@@ -86,21 +90,21 @@ def training(title, file, vocab_size, args):
     for name, result in best.items():
         worker = f" + {result['worker']:,.0f} MB a worker" if result["worker"] else ""
         print(f"  {name:>10}: {result['seconds']:8.2f} s   peak {result['peak']:,.0f} MB{worker}")
-    same = best["ours"]["merges"] == best["tokenizers"]["merges"]
+    equal = best["ours"]["merges"] == best["tokenizers"]["merges"]
     ratio = best["ours"]["seconds"] / best["tokenizers"]["seconds"]
-    print(f"  ours takes {ratio:.2f} times the time of tokenizers; the merges are {'equal' if same else 'NOT equal'}")
+    print(f"  ours takes {ratio:.2f} times the time of tokenizers; the merges are {'equal' if equal else 'NOT equal'}")
     if args.minbpe and Path(file).stat().st_size < 2e6:
         result = measure("minbpe", file, 256 + args.minbpe_merges, args)
-        whole = result["seconds"] / args.minbpe_merges * (vocab_size - 256)
+        total = result["seconds"] / args.minbpe_merges * (vocab_size - 256)
         print(f"  {'minbpe':>10}: {result['seconds']:8.2f} s   peak {result['peak']:,.0f} MB for {args.minbpe_merges}")
-        print(f"    merges alone; {whole:,.0f} s for all at that rate: {whole / best['ours']['seconds']:,.0f} x ours")
+        print(f"    merges alone; {total:,.0f} s for all at that rate: {total / best['ours']['seconds']:,.0f} x ours")
 
 
 def encoding(title, text, repeats):
     tokenizer = BPETokenizer.train(text, 4096)
     size = len(text.encode()) / 1e6
     print(f"\nencoding: {title}, {size:.1f} MB, vocabulary 4,096, one thread")
-    for what, texts in (("whole", [text]), ("by line", text.splitlines(keepends=True))):
+    for label, texts in (("whole", [text]), ("by line", text.splitlines(keepends=True))):
         speed = {"ours": [], "tiktoken": []}
         for _ in range(repeats):
             for name, encode in (("ours", tokenizer.encode), ("tiktoken", tokenizer._fast.encode_ordinary)):
@@ -108,12 +112,14 @@ def encoding(title, text, repeats):
                 for t in texts:
                     encode(t)
                 speed[name].append(size / (time.perf_counter() - started))
-        a, b = max(speed["ours"]), max(speed["tiktoken"])
-        print(f"  {what:>10}: ours {a:5.2f} MB/s, tiktoken {b:5.2f} MB/s: {a / b:.2f} of its speed")
+        ours, tiktoken = max(speed["ours"]), max(speed["tiktoken"])
+        print(
+            f"  {label:>10}: ours {ours:5.2f} MB/s, tiktoken {tiktoken:5.2f} MB/s: {ours / tiktoken:.2f} of its speed"
+        )
 
 
 def all_text(folder, out):
-    """Every text in the data folder, one after the other."""
+    """Write all texts in the data folder into one file."""
     with open(out, "w", encoding="utf-8") as file:
         for path in sorted(Path(folder).rglob("*")):
             if path.suffix == ".gz":
@@ -125,10 +131,10 @@ def all_text(folder, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minbpe", type=Path, help="a checkout of karpathy/minbpe; without it, it is left out")
+    parser.add_argument("--minbpe", type=Path, help="a checkout of karpathy/minbpe; default: minbpe is not run")
     parser.add_argument("--minbpe_merges", type=int, default=30)
     parser.add_argument("--large", type=Path, help="a text of 20 MB or more; default: all text in $ALIGN_DATA")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many runs, taken in turn")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs; the best one counts")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     for path, inside in ((args.minbpe, "minbpe"), (args.large, "")):
@@ -136,7 +142,7 @@ def main():
             parser.error(f"{path / inside} is not there")
     if args.one:
         name, file, size = args.one
-        return one(name, file, int(size))
+        return train(name, file, int(size))
     folder = Path(os.environ.get("ALIGN_DATA", "downloads"))
     small = folder / "tinyshakespeare" / "input.txt"
     if not small.exists():

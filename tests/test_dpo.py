@@ -116,6 +116,46 @@ def test_gradient_in_closed_form():
     torch.testing.assert_close(rejected, -chosen)
 
 
+def on_tokens(variant, u, v, beta, smoothing, gamma, lengths):
+    """The table in dpo.py's docstring: the gradient of a pair's loss on a token of y_w; on y_l without its sign."""
+    if VARIANTS[variant].per_token:
+        u, v = u / lengths[0], v / lengths[1]
+    h = beta * (u - v)
+    on_both = {
+        "sigmoid": -beta * (torch.sigmoid(-h) - smoothing),
+        "hinge": -beta * (h <= 1).double(),
+        "ipo": 2 * (u - v - 1 / (2 * beta)),
+        "ipo_mean": 2 * (u - v - 1 / (2 * beta)),
+        "length_normalised": -beta * (torch.sigmoid(-h) - smoothing),
+        "simpo": -beta * torch.sigmoid(gamma - h),
+    }[variant]
+    return [on_both / n if VARIANTS[variant].per_token else on_both for n in lengths]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("nll", [0.0, 0.4])
+def test_every_token_has_the_gradient_of_the_docstrings_table(variant, nll):
+    settings = {"label_smoothing": 0.2, "gamma": 0.7}
+    settings = {name: settings[name] for name in VARIANTS[variant].settings}
+    torch.manual_seed(1)
+    far = []
+    for _ in range(5):
+        lengths = [int(n) for n in torch.randint(1, 6, (2,))]
+        answers = [(-3 * torch.rand(n, dtype=torch.float64)).requires_grad_() for n in lengths]
+        ref = -6 * torch.rand(2, 1, dtype=torch.float64)
+        sums = [tokens.sum()[None] for tokens in answers]
+        more = dict(chosen_lengths=lengths[0], rejected_lengths=lengths[1], nll=nll)
+        loss, _ = dpo_loss(*sums, *ref, 0.5, variant, **more, **settings)
+        u, v = (a - b for a, b in zip(sums, ref if VARIANTS[variant].reference else (0, 0), strict=True))
+        smoothing, gamma = settings.get("label_smoothing", 0.0), settings.get("gamma", 0.0)
+        on_chosen, on_rejected = on_tokens(variant, u.detach(), v.detach(), 0.5, smoothing, gamma, lengths)
+        by_hand = on_chosen - nll / lengths[0], -on_rejected
+        for got, expected in zip(torch.autograd.grad(loss, answers), by_hand, strict=True):
+            torch.testing.assert_close(got, expected.expand_as(got))
+        far.append((0.5 * (u - v)).item())
+    assert min(far) < 1 < max(far) or variant != "hinge"  # both sides of the hinge
+
+
 def test_worked_numbers():
     # u = −10 − (−12) = 2, v = −9 − (−8) = −1, h = 0.1 · 3 = 0.3, −log σ(0.3) = log(1 + e^−0.3) = 0.554355
     loss, figures = dpo_loss(*torch.tensor([[-10.0], [-9.0], [-12.0], [-8.0]]))

@@ -1,13 +1,24 @@
-"""GDPO: several rewards, each normalised in its own group (arXiv:2601.05242). Only its difference from grpo.py.
+"""GDPO: several rewards, each compared within its own group (arXiv:2601.05242). Only its difference from grpo.py.
 
-    GRPO:   r_i = Σ_k w_k r_ik          A_i = (r_i − mean_group r) / (std_group r + 1e-4)
+An answer earns M rewards (right, well formed, brief …) with weights w_k. Of answer i in a group of R:
 
-    GDPO:   z_ik = (r_ik − mean_group r_k) / (std_group r_k + 1e-4)                 each reward by itself
-            s_i  = Σ_k w_k z_ik
-            A_i  = (s_i − mean_batch s) / (std_batch s + 1e-4)                      one scale for the whole batch
+    GRPO    r_i  = Σ_k w_k r_ik                                           add up, then compare
+            A_i  = (r_i − mean_group r) / (std_group r + 1e-4)
 
-Why: a sum forgets what it was made of, and GRPO's std what it came to. Both collapse different rewards into one
-advantage. Four groups of four completions in one batch, two rewards (right, tidy):
+    GDPO    z_ik = (r_ik − mean_group r_k) / (std_group r_k + 1e-4)       compare each reward by itself,
+            s_i  = Σ_k w_k z_ik                                           then add up;
+            A_i  = s_i / (std_batch s + 1e-4)                             one scale for the whole batch
+
+The step is grpo.py's; "judge" and "compare" are replaced:
+
+    rewards = paid_rewards(batch)                       (N, R, M); with --conditioned, 0 where the answer is wrong
+    z       = group_advantages(rewards[..., k])         M of (N, R), mean 0 in each group
+    s       = Σ_k w_k z_k                               (N, R), mean 0 in each group
+    A       = s / (s.std() + 1e-4)                      (N, R), over the groups of all ranks
+    … update with grpo_loss: A_i weighs every token of answer i, as in GRPO
+
+Why: a sum forgets what it was made of, and GRPO's std how much there was to gain. Both turn different rewards into one
+advantage. Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
 
     rewards                                  GRPO                           GDPO
     (1, 0) (0, 1) (0, 1) (0, 0)          0.50  0.50  0.50 -1.50         0.51  0.29  0.29 -1.09
@@ -15,29 +26,32 @@ advantage. Four groups of four completions in one batch, two rewards (right, tid
     (1, 1) (0, 0) (0, 0) (0, 0)          1.50 -0.50 -0.50 -0.50         2.39 -0.80 -0.80 -0.80
     (1, 0) (0, 1) (0, 0) (1, 1)          0.00  0.00 -1.22  1.22         0.00  0.00 -1.38  1.38
 
-In the first, being right is rarer than being tidy, its std is smaller, and it counts for more. The second and third
-differ in size, which GRPO divides away in each group and GDPO only over the batch. In the last GDPO collapses, too: two
-rewards of equal weight and equal std are exchangeable; unequal weights part them, in both methods.
+First group: right is rarer than tidy, its std is smaller, so it counts for more. Second and third: one answer earns one
+reward or both; GRPO divides that away in each group, GDPO has one scale for the batch. Fourth: GDPO collapses too,
+because the two rewards have equal weights and equal stds; other weights separate them, in both methods.
 
-What it costs: a weight w_k now weighs standard deviations, not rewards, so a reward that hardly differs inside a group
-counts as much as one that differs a lot. And one that is easy, or can be had without the task, is had first: an empty
-answer is brief. Hence conditioned rewards (--conditioned): r_k counts only where the answer is right. Without it two
-of six seeds came to stop after the first of two steps, brief, tidy and wrong; with it none did (results/gdpo.md).
+The defaults run GDPO on grpo.py's two rewards (right 1, format 0.1), all else as in grpo.py. Off by default: the
+reward for brevity, --conditioned.
 
-Equal to the authors' TRL code (NVlabs/GDPO, trl-GDPO, `_generate_and_score_completions`): epsilon 1e-4 in both steps,
-standard deviations with ddof 1, over the completions of the step on all ranks. (TRL itself has it since as
-multi_objective_aggregation="normalize_then_sum".) mean_batch s is not subtracted here: it
-is 0 already, as each group's z sums to zero, and subtracting its rounding error would give a group without any signal
-an advantage of 1e-8 instead of 0. Two more differences: the authors turn a NaN reward into 0, here it is an error; and
-for a single reward they fall back to GRPO, here it is GRPO with the batch step.
+Traps:
 
-Their verl code differs: epsilon 1e-6 in the groups, no weights, and the last step whitens over *tokens*: every
-completion counts |y_i| times in mean and variance, A = (s − mean) / √(var + 1e-8). The mean over tokens is not 0 where
-length and reward go together, so even groups without signal are then pushed, all of their tokens the same way.
+* A weight w_k now weighs standard deviations, not rewards: a reward that hardly differs within a group counts as much
+  as one that differs a lot.
+* An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
+  brevity only where the answer is right (§3.2). Without it two of six seeds learned to stop after the first of two
+  steps, brief, tidy and wrong; with it none did (results/gdpo.md, no KL penalty).
+* A NaN reward is an error here; the authors turn it into 0.
+
+This is the authors' TRL code (NVlabs/GDPO, trl-GDPO, `_generate_and_score_completions`; in TRL itself
+multi_objective_aggregation="normalize_then_sum"), standard deviations with ddof 1, up to two points. They subtract
+mean_batch s, which is 0 but for rounding; left out, a group without a signal gets exactly 0. And for a single reward
+they fall back to GRPO. Their verl code is another method: the last step whitens over *tokens*, so long answers count
+more, and where length and reward go together even groups without a signal are pushed.
 
 Run it:
+    python gdpo.py --demo                                                # the table by hand, and what a condition does
     python gdpo.py --brevity_weight 0.5 --format_weight 0.5 --steps 500
-    python gdpo.py --brevity_weight 0.5 --conditioned '[brevity]'        # brief counts only where right
+    python gdpo.py --brevity_weight 0.5 --conditioned '[brevity]'        # brevity counts only in right answers
     python gdpo.py --brevity_weight 0.5 --format_weight 0.5 --combine sum --name sum       # GRPO, same measurements
 """
 
@@ -63,26 +77,26 @@ def gdpo_advantages(rewards, weights=None):
     weights = [1.0] * M if weights is None else weights
     z = [group_advantages(rewards[..., k]) for k in range(M)]  # M of (N, R), each sums to 0 in each group
     s = sum(w * z_k for w, z_k in zip(weights, z, strict=True))  # (N, R)
-    return s / (s.std() + 1e-4) if s.numel() > 1 else s
+    return s / (s.std() + 1e-4) if s.numel() > 1 else s  # (N, R)
 
 
 def condition(rewards, which, on, threshold=1.0):
-    """rewards (N, R, M) -> the same, with reward `which` 0 where reward `on` is below the threshold (§3.2)."""
+    """rewards (N, R, M) -> a copy, with reward `which` 0 where reward `on` is below the threshold (§3.2)."""
     rewards = rewards.clone()
     rewards[..., which] *= rewards[..., on] >= threshold
     return rewards
 
 
 def distinct(values):
-    """How many different entries each group has, up to rounding: (N, R) or (N, R, M) -> (N,)."""
+    """The number of different entries in each group, up to rounding: (N, R) or (N, R, M) -> (N,)."""
     return torch.tensor([len(torch.unique(group.round(decimals=3), dim=0)) for group in values])
 
 
 def collapse(rewards, weights):
-    """{metric: number}: what each method keeps of the differences between completions, for the same rewards.
+    """{metric: number}: how much each method keeps of the differences between answers, for the same rewards.
 
-    values_…: distinct advantages in the batch. collapsed_…: share of groups in which completions that earned different
-    rewards get one and the same advantage.
+    values_…: distinct advantages in the batch. collapsed_…: the share of groups in which answers with different rewards
+    get the same advantage.
     """
     methods = {"grpo": summed_advantages(rewards, weights), "gdpo": gdpo_advantages(rewards, weights.values())}
     figures = {}
@@ -93,13 +107,54 @@ def collapse(rewards, weights):
     return figures
 
 
+def demo():
+    """The docstring's table, its first group by hand, and what a condition does."""
+
+    def numbers(values):
+        return " ".join(f"{v:5.2f}" for v in values)
+
+    def same(values, by_hand):
+        torch.testing.assert_close(values, torch.tensor(by_hand), atol=0.006, rtol=0)
+
+    groups = [  # (right, tidy) of four answers each
+        [(1.0, 0.0), (0.0, 1.0), (0.0, 1.0), (0.0, 0.0)],
+        [(1.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)],
+        [(1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)],
+        [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1.0, 1.0)],
+    ]
+    rewards = torch.tensor(groups)  # (N, R, M) = (4, 4, 2)
+    by_grpo, by_gdpo = group_advantages(rewards.sum(2)), gdpo_advantages(rewards)  # (4, 4) each
+    same(by_grpo, [[0.5, 0.5, 0.5, -1.5], [1.5, -0.5, -0.5, -0.5], [1.5, -0.5, -0.5, -0.5], [0, 0, -1.22, 1.22]])
+    same(by_gdpo, [[0.51, 0.29, 0.29, -1.09], [1.2, -0.4, -0.4, -0.4], [2.39, -0.8, -0.8, -0.8], [0, 0, -1.38, 1.38]])
+    print("(right, tidy)                 GRPO                       GDPO")
+    for group, row_grpo, row_gdpo in zip(groups, by_grpo, by_gdpo, strict=True):
+        print(*(f"({a:.0f}, {b:.0f})" for a, b in group), "", numbers(row_grpo), "  ", numbers(row_gdpo))
+
+    right, tidy = group_advantages(rewards[..., 0])[0], group_advantages(rewards[..., 1])[0]  # (4,) each
+    same(right, [1.5, -0.5, -0.5, -0.5])  # 1 0 0 0: mean 1/4, std 1/2
+    same(tidy, [-0.87, 0.87, 0.87, -0.87])  # 0 1 1 0: mean 1/2, std 1/√3
+    same(by_gdpo[0], ((right + tidy) / 1.251).tolist())  # 1.251: the std of all 16 sums
+    print(f"the first group by hand: z of right {numbers(right)}, of tidy {numbers(tidy)}; their sum / 1.251")
+
+    rewards = torch.tensor([[(1.0, 0.0), (0.0, 1.0), (0.0, 1.0), (1.0, 1.0)]])  # (right, brief), (1, 4, 2)
+    free, paid_if_right = gdpo_advantages(rewards)[0], gdpo_advantages(condition(rewards, 1, 0))[0]
+    same(free, [-0.69, -0.4, -0.4, 1.49])  # z of brief, 0 1 1 1, is −1.5 0.5 0.5 0.5
+    same(paid_if_right, [0.21, -0.77, -0.77, 1.33])  # 0 0 0 1: −0.5 −0.5 −0.5 1.5
+    print(
+        f"""
+(right, brief)                        (1, 0) (0, 1) (0, 1) (1, 1)
+GDPO                                  {numbers(free)}    right but long is worse than wrong but brief
+--conditioned '[brevity]'             {numbers(paid_if_right)}    right comes first, then brief"""
+    )
+
+
 @dataclass
 class Config(grpo.Config):
     """Train a policy with several verifiable rewards (GDPO)."""
 
     name: str = "gdpo"
     combine: Literal["gdpo", "sum"] = "gdpo"
-    """gdpo, or sum: the advantages of GRPO, for comparison."""
+    """gdpo; or sum: GRPO's advantages, for comparison."""
     conditioned: list[str] = field(default_factory=list)
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
 
@@ -116,7 +171,7 @@ class Config(grpo.Config):
 
 
 def advantages_of(rewards, weights, config):
-    """What grpo.main asks instead of GRPO's sum: rewards (N, R, M), {name: weight} -> advantages (N, R), metrics."""
+    """Replaces grpo.advantages_of: rewards (N, R, M), {name: weight} -> advantages (N, R), {metric: number}."""
     if config.combine == "sum":
         advantages = summed_advantages(rewards, weights, config.scale)
     else:
@@ -125,7 +180,7 @@ def advantages_of(rewards, weights, config):
 
 
 def paid_rewards(batch, weights, config):
-    """The rewards that have a weight, (n, R, M), those of --conditioned 0 where the answer is wrong."""
+    """Replaces grpo.paid_rewards: (n, R, M), the rewards of --conditioned 0 where the answer is wrong."""
     rewards, names = grpo.paid_rewards(batch, weights, config), list(weights)
     for name in config.conditioned:
         rewards = condition(rewards, names.index(name), names.index("correct"))
@@ -138,4 +193,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

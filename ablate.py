@@ -1,39 +1,44 @@
-"""Controlled experiments: change one factor, hold the rest, several seeds, one table and one picture.
+"""Controlled experiments: change one factor, hold the rest, repeat with several seeds; one table and one picture.
 
-One training run is one draw from a distribution: another seed gives other weights to start from, another order of the
-data, another result. Two variants with a run each may differ by their seeds alone. So every variant runs with the same
-n seeds, and what is reported is an interval (arXiv:2304.01315 on why few seeds mislead). Of n numbers:
+One training run is one draw from a distribution: another seed gives other initial weights, another order of the data,
+another result. Two variants with one run each may differ by their seeds alone. So every variant runs with the same n
+seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). Of n numbers, one per seed:
 
-    mean ± half     half = t(0.975, n − 1) · s / √n          s standard deviation over the seeds, with n − 1
+    mean ± half     half = t(0.975, n − 1) · s / √n          s: the standard deviation over the seeds, with n − 1
+    difference      the same of the n *paired* differences a_i − b_i, i the seed
 
-which holds the true mean in 95 % of all such experiments, if the spread of the seeds is roughly normal. t is Student's
-quantile: s is itself measured on few numbers, so the interval is wider than the normal law's 1.96 s / √n.
-
-    difference      the same on the n *paired* differences a_i − b_i, i the seed
-
-The same seed gives both variants the same start and the same data order: what the pair shares cancels, which two
-separate intervals would hide (`demo`). A difference is significant at 95 % if its interval leaves out 0. With three
-seeds t is 4.30, so only large effects are. Each interval is for its difference alone, without a correction for how many
-there are, and for the spread of the seeds, not of the test problems, which stay the same. No experiment looks at a test
-split to choose anything: the losses are those of the validation split, the accuracies of the held-out test problems,
-seen once.
+The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
+quantile, 4.30 for three seeds and not the normal law's 1.96, because s is itself estimated from few numbers. The same
+seed gives both variants the same start and the same data order: what the pair shares cancels, which two separate
+intervals would hide (`demo`). A difference is *significant at 95 %* if its interval leaves out 0.
 
 An experiment is a row of EXPERIMENTS: a question, what is held, and its variants. A variant is a stage and the flags
-that differ, so every run here can be repeated by hand with the stage's own script; or `measure`: a start as it is,
-without training. In pseudo-code:
+that differ, so every run can be repeated by hand with the stage's own script (or `measure`: a start as it is, without
+training). In pseudo-code, as in `main`:
 
-    for variant in variants, for seed in seeds:                   in processes of their own, --jobs side by side
-        figures[variant, seed] = stage(flags of the variant, seed), evaluated, and what the probe measures
-    means       = {variant: student_interval(figures of its seeds)}
-    differences = {(a, b): paired_difference(figures of a, figures of b)}
-    results/NAME.md, results/NAME.png
+    todo        = (variant, seed) without a result made by these settings                           1. what is missing
+    results     = {(variant, seed): {metric: number}}      each the stage's main, then the probe    2. run
+    means       = {variant: {metric: student_interval(its n numbers)}}                              3. compare
+    differences = {(a, b): {metric: paired_difference(n numbers of a, n of b)}}
+    results/NAME.md and results/NAME.png                                                            4. report
 
-Each run ends in runs/ablate/NAME/VARIANT-seedS/result.json, beside the commit and all settings, defaults included. One
-that is there, made by the same settings, is not made again: the same command makes the missing runs. A run that was
-broken off starts anew, and one that diverged has that as its result.
+Without a name it works the example and lists the experiments. The defaults run seeds 0, 1 and 2, two runs at a time,
+each in a process of its own, and only what is missing. Off by default: --quick, a smoke run; --again, which repeats
+runs whose settings have changed.
+
+Traps:
+
+* With three seeds only large effects are significant. "Not significant" does not mean "equal": look at the interval.
+* Each interval is for its difference alone. Of twenty differences that are all 0, one is expected to be significant.
+* The interval is of the seeds' spread, not of the test problems', which stay the same.
+* Choosing a variant by the test split would flatter it. No experiment does: losses are those of the validation split,
+  accuracies those of the held-out test problems, seen once.
+
+A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit and all settings, defaults included. While the
+settings stay the same it is not repeated. An interrupted run starts over; one that diverged has that as its result.
 
 Run it:
-    python ablate.py                         # an example by hand, and the list of experiments
+    python ablate.py                         # the example by hand, and the list of experiments
     python ablate.py norm-kind               # results/norm-kind.md and .png
     python ablate.py ladder --quick true     # a smoke run: few steps, nothing is written to results/
 """
@@ -74,7 +79,7 @@ from support.runs import RUNS
 # ---------------------------------------------------------------------------------------------------------------
 # The statistics.
 
-# Student's quantiles by n; above 10 that of 10, which is slightly too wide.
+# t(0.975, n − 1) by n; above 10 the one of 10, which is slightly too wide.
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
@@ -82,7 +87,7 @@ class Interval(NamedTuple):
     """mean ± half."""
 
     mean: float
-    half: float  # NaN: there is none
+    half: float  # NaN if there is none
 
     @property
     def significant(self):
@@ -126,8 +131,8 @@ def by_seed(results, variant, seeds, metrics):
 
 
 def mean_curves(logs, variants, seeds, metric):
-    """{(variant, seed): its metrics.jsonl} -> {variant: (steps, intervals)} of a metric; without those that never
-    logged it."""
+    """{(variant, seed): its metrics.jsonl} -> {variant: (steps, intervals)} of a metric, for the variants that log
+    it."""
     curves = {}
     for variant in variants:
         runs = [logs[variant, seed][metric] for seed in seeds if metric in logs[variant, seed]]
@@ -138,17 +143,18 @@ def mean_curves(logs, variants, seeds, metric):
 
 
 def demo():
-    """Three seeds of two variants: b is above a in each by about as much, which only pairing shows."""
+    """Three seeds of two variants: b is above a by about the same in each, which only pairing shows."""
     a, b = [1.0, 2.0, 3.0], [1.5, 2.51, 3.49]
     of_a, of_b, of_difference = student_interval(a), student_interval(b), paired_difference(b, a)
     assert abs(of_a.half - 4.303 * 1 / 3**0.5) < 1e-9  # the deviations are −1, 0, 1, so s = 1
     assert of_a.mean + of_a.half > of_b.mean  # b's mean lies inside a's interval
     assert of_difference.significant
+    assert abs(of_difference.half - 4.303 * 0.01 / 3**0.5) < 1e-9  # the deviations are 0, 0.01, −0.01
     assert not paired_difference([2.51, 3.49, 1.5], a).significant  # the same numbers, but not paired by seed
     print(
         f"""seed       0      1      2     mean ± half, half = 4.303 s / √3
 a       1.00   2.00   3.00     {of_a.mean:.2f} ± {of_a.half:.2f}
-b       1.50   2.51   3.49     {of_b.mean:.2f} ± {of_b.half:.2f}    inside a's interval: no better, it seems
+b       1.50   2.51   3.49     {of_b.mean:.2f} ± {of_b.half:.2f}    inside a's interval: b seems no better
 b − a   0.50   0.51   0.49     {of_difference.mean:.2f} ± {of_difference.half:.2f}    significant: it leaves out 0
 """
     )
@@ -161,7 +167,7 @@ b − a   0.50   0.51   0.49     {of_difference.mean:.2f} ± {of_difference.half
 @dataclass
 class Experiment:
     """One question. `variants`: {label: (stage, {flag: value})}; `columns`: the metrics of the table; `curves`: the
-    logged ones in the picture. What they are called there stands in support/ablation_report.py."""
+    logged ones in the picture. Their labels are in support/ablation_report.py."""
 
     question: str
     held: str
@@ -169,10 +175,10 @@ class Experiment:
     columns: tuple
     curves: tuple
     probe: str | None = None  # the function of support/probes.py that measures more
-    against: str | None = None  # the variant that the others are compared with; default the first
-    pairs: tuple = ()  # or else which are compared with which: (variant, the one it is compared with)
-    bars: tuple = ()  # columns that are drawn beside the first
-    dashed: str = ""  # variants with this in their name are drawn dashed: some lie on their twins
+    against: str | None = None  # the variant that the others are compared with; default: the first
+    pairs: tuple = ()  # or, named one by one: (variant, the one it is compared with)
+    bars: tuple = ()  # columns drawn beside the first
+    dashed: str = ""  # variants with this in their name are drawn dashed, as some coincide with their twins
     front: tuple = ()  # two columns to draw against each other, a point per run
 
     def compared(self):
@@ -420,7 +426,7 @@ STAGES = {
     "gdpo": (gdpo.Config, gdpo.main),
     "measure": (probes.Start, probes.measure_start),
 }
-QUICK = {"steps": 4, "test_problems": 20, "eval_problems": 10}  # of a smoke run, where the stage has them
+QUICK = {"steps": 4, "test_problems": 20, "eval_problems": 10}  # of a smoke run, if the stage has these settings
 
 
 def build(stage, settings):
@@ -431,21 +437,21 @@ def build(stage, settings):
 
 
 def settings_of(experiment, variant, seed, quick=False):
-    """Everything that decides a run's outcome but the code, as JSON: two runs with the same are the same run."""
+    """Everything that determines a run's outcome except the code, as JSON: equal settings are the same run."""
     stage, flags = experiment.variants[variant]
-    flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the text is looked for now
+    flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the corpus is looked up now
     if quick:
         flags |= {k: v for k, v in QUICK.items() if k in {f.name for f in fields(STAGES[stage][0])}}
     settings = {"stage": stage, "config": asdict(build(stage, flags)), "probe": experiment.probe}
     return json.loads(json.dumps(settings))
 
 
-STOPPED = []  # in the process of a run: whether it was stopped
+STOPPED = []  # in a worker process: not empty once it was stopped
 
 
 def run_one(settings, folder, threads):
-    """Run a variant with a seed; its figures, also written to folder/result.json, {"diverged": …} if it did. Runs in a
-    process of its own, which does no other once it was stopped: the pool hands out one more than it has processes."""
+    """Run a variant with a seed -> its figures, also written to folder/result.json; {"diverged": …} if it did. Called
+    in a worker process. One that was stopped refuses the next run: the pool queues one more than it has processes."""
     if STOPPED:
         raise KeyboardInterrupt
     torch.set_num_threads(threads)
@@ -466,8 +472,8 @@ def run_one(settings, folder, threads):
 
 
 def figures_of(settings, folder):
-    """{metric: number}: what the stage returns of the held-out evaluation after training, accuracies in per cent; the
-    last of what it logs at validations only; size, time; and what the experiment's probe measures."""
+    """{metric: number}: the stage's held-out evaluation after training, accuracies in per cent; the last values of what
+    is logged at validations only; size and time; and what the experiment's probe measures."""
     started = time.perf_counter()
     _, stage_main = STAGES[settings["stage"]]
     run_dir = folder / "run"
@@ -497,14 +503,14 @@ class Config:
     experiment: str | None = None
     """Its name."""
     quick: bool = False
-    """A smoke run of a few steps and one seed (but the start that later stages share is made in full, in runs/start);
-    results/ is left alone."""
+    """A smoke run of a few steps and one seed; results/ is left alone. (The start that later stages share is trained in
+    full, in runs/start.)"""
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     """One run of each variant per seed."""
     again: bool = False
-    """Make runs anew that are there, but were made by other settings (other defaults, another text)."""
+    """Repeat runs whose results were made by other settings (other defaults, another text)."""
     jobs: Count = 2
-    """Runs side by side; the cores are shared out."""
+    """Runs at a time; they share the cores."""
 
     def __post_init__(self):
         check(self)
@@ -515,21 +521,21 @@ class Config:
 
 
 def pass_on(number, _):
-    """Ctrl-C reaches the runs by itself, in the terminal; SIGTERM reaches this process alone."""
+    """SIGTERM as Ctrl-C to the runs: a terminal sends Ctrl-C to all processes, but SIGTERM reaches this one alone."""
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGINT)
     raise KeyboardInterrupt
 
 
 def run_all(todo, jobs, bar):
-    """{(variant, seed): (settings, folder)} -> what failed, a line each. Ctrl-C stops the runs, each of which saves."""
+    """{(variant, seed): (settings, folder)} -> the failures, a line each. Ctrl-C stops the runs, which save."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     failed = []
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, pass_on)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            runs = {pool.submit(run_one, *what, threads): key for key, what in todo.items()}
+            runs = {pool.submit(run_one, *arguments, threads): key for key, arguments in todo.items()}
             for job in as_completed(runs):
                 variant, seed = runs[job]
                 try:
@@ -537,7 +543,7 @@ def run_all(todo, jobs, bar):
                 except (Exception, SystemExit) as error:
                     failed.append(f"{variant}, seed {seed}: {error} (see {todo[variant, seed][1]}/log.txt)")
                 bar.update()
-        except KeyboardInterrupt:  # each run has got it too and has stopped; what was waiting is not begun
+        except KeyboardInterrupt:  # the runs got it too and have stopped; those in the queue do not start
             pool.shutdown(cancel_futures=True)
             bar.close()
             print("stopped; the same command makes the runs that are missing")
@@ -546,7 +552,7 @@ def run_all(todo, jobs, bar):
 
 
 def read_result(folder):
-    """What run_one wrote there, or None."""
+    """What run_one wrote to the folder, or None."""
     path = folder / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -565,10 +571,10 @@ def main(config):
     if not config.quick and (lost := [str(seed) for seed in seeds_on(target) if seed not in seeds]):
         raise ConfigError(f"{target} also has the seeds {', '.join(lost)}: move it aside, or run them too")
 
-    # 1. which runs are missing
+    # 1. what is missing
     folders, todo, stale = {}, {}, []
     for variant in experiment.variants:
-        for seed in seeds:  # the inner loop: neighbours share no start, for which one would have to wait
+        for seed in seeds:  # the inner loop: neighbours have different starts, so none waits for another's
             label = "".join(c if c.isalnum() or c in ".-" else "_" for c in variant)
             folders[variant, seed] = folder = top / f"{label}-seed{seed}"
             settings, saved = settings_of(experiment, variant, seed, config.quick), read_result(folder)
@@ -581,7 +587,7 @@ def main(config):
             "--again true makes them anew"
         )
 
-    # 2. run them
+    # 2. run
     with tqdm(total=len(folders), initial=len(folders) - len(todo), unit="run", desc=name) as bar:
         failed = run_all(todo, config.jobs, bar)
     if failed:
@@ -611,4 +617,4 @@ def main(config):
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--experiment")
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

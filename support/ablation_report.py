@@ -1,13 +1,13 @@
 """The page and the picture of a controlled experiment: results/NAME.md and results/NAME.png.
 
-Nothing is computed here but the layout. ablate.py hands over what it has measured and its statistics:
+Only the layout is computed here. ablate.py hands over its measurements and statistics:
 
     results      {(variant, seed): {metric: number}}
-    means        {variant: {metric: interval}}             an interval has .mean, .half (NaN: it is none), .significant
-    differences  {(a, b): {metric: interval}}              of the variants a − b, paired by seed
+    means        {variant: {metric: interval}}       an interval has .mean, .half (NaN if there is none), .significant
+    differences  {(a, b): {metric: interval}}        of the variants a − b, paired by seed
     curves       {metric: {variant: (steps, intervals)}}
 
-A variant's row in the table, its point in a panel and its curve have the order and the colour of the experiment.
+The variants keep the order and the colors of the experiment in the table, in every panel and among the curves.
 """
 
 import math
@@ -22,7 +22,7 @@ from support.copy_lines import DISTANCES, MOST_DOTS
 from support.devices import auto_dtype
 from support.plots import pyplot
 
-# What a figure of a finished run is called in the table.
+# Column headings: figures of a finished run.
 HEADINGS = {
     "valid_loss": "validation loss (nats per character)",
     "inside": "loss, first 128 characters",
@@ -52,7 +52,7 @@ HEADINGS = {
     "minutes": "minutes",
 }
 
-# What a logged metric is called at its curve; unit: that of a loss, a character or a token.
+# Labels of the logged curves; unit: a character or a token.
 CURVES = {
     "loss": "training loss (nats per {unit})",
     "grad_norm": "gradient norm",
@@ -80,8 +80,8 @@ PROFILES = {
 
 
 def page(experiment, results, means, differences, seeds, command, commits, picture, text=None):
-    """-> the text of results/NAME.md. commits: those of the runs; picture: the name of its file, which lies beside the
-    page; text: the corpus, where there is one to name."""
+    """-> the text of results/NAME.md. commits: those of the runs; picture: the name of its file, in the page's folder;
+    text: the name of the corpus, if there is one."""
     name = Path(picture).stem
     held = experiment.held + (f"; text: {text}" if text else "")
     where = f"{machine()}, commit {', '.join(sorted(set(commits))) or 'unknown'}"
@@ -116,7 +116,7 @@ def header(columns):
 
 
 def difference_table(experiment, columns, means, differences):
-    """Its heading and its lines; a row is called by both variants where the experiment names its pairs."""
+    """The lines of the table, under a heading; a row names both variants if the experiment names its pairs."""
     cells = {
         (a, b): [signed(intervals[m], means[a][m].mean or means[b][m].mean) for m in columns]
         for (a, b), intervals in differences.items()
@@ -132,7 +132,7 @@ def difference_table(experiment, columns, means, differences):
 
 
 def number(x):
-    """A number with enough digits to compare it, no more."""
+    """A number with just enough digits to compare it."""
     if math.isnan(x):
         return "–"
     if abs(x) > 100:
@@ -143,7 +143,7 @@ def number(x):
 
 
 def plus_minus(interval):
-    """A mean and half its interval, with as many decimals each."""
+    """A mean ± half its interval, with the same number of decimals."""
     text = number(interval.mean)
     decimals = len(text.partition(".")[2])
     return f"{text} ± {interval.half:,.{decimals}f}" if interval.half > 0 else text
@@ -173,13 +173,13 @@ def machine():
 
 
 def seeds_on(path):
-    """The seeds of the page that is there, none if none is."""
+    """The seeds of the page at that path; none if there is no page."""
     match = re.search(r" seeds \(([\d, ]+)\)", path.read_text()) if path.exists() else None
     return [int(seed) for seed in match[1].split(", ")] if match else []
 
 
 def write_page(path, text):
-    """What a person wrote below "Reading" on the page that is there survives."""
+    """Write the page, and keep what a person wrote below "Reading" on the earlier one."""
     kept = path.read_text().split("\n## Reading\n", 1)[1:] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "".join("\n## Reading\n" + words for words in kept))
@@ -240,13 +240,13 @@ def draw(experiment, results, means, curves, seeds, target):
 
 
 def draw_means(axis, label, means, looks):
-    """A row per variant: the mean and its interval, cut at what a percentage can be."""
+    """A row per variant: the mean and its interval; percentages are cut near 0 and 100."""
     for i, (variant, (mean, half)) in enumerate(means.items()):
         width = None if math.isnan(half) else half
         axis.errorbar(mean, i, xerr=width, fmt="o", color=looks[variant]["color"], capsize=4)
     axis.set(yticks=range(len(means)), yticklabels=list(means), xlabel=label)
     axis.set_title("at the end, mean and 95 % interval of the seeds", fontsize=10)
-    if "(%)" in label:  # an interval of few seeds may leave what is possible
+    if "(%)" in label:  # an interval of few seeds may go beyond 0 or 100
         left, right = axis.get_xlim()
         left, right = axis.set_xlim(max(left, -3), min(right, 103))
         for i, (variant, (mean, half)) in enumerate(means.items()):
@@ -259,14 +259,14 @@ def draw_means(axis, label, means, looks):
 
 
 def draw_curves(axis, label, curves, looks, crowd):
-    """A curve per variant with a band of its interval; no bands in a crowd, where they would hide the curves."""
+    """A curve per variant with its interval as a band; no bands for many variants, where they would hide the curves."""
     for variant, (steps, intervals) in curves.items():
         axis.plot(steps, [x.mean for x in intervals], label=variant, **looks[variant])
         if not crowd and not math.isnan(intervals[0].half):
             low, high = [x.mean - x.half for x in intervals], [x.mean + x.half for x in intervals]
             axis.fill_between(steps, low, high, color=looks[variant]["color"], alpha=0.15, linewidth=0)
     if axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
-        axis.set_ylim(bottom=0)  # a band of few seeds may leave what is possible
+        axis.set_ylim(bottom=0)  # a band of few seeds may go below 0
     if label.startswith("share"):
         axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
     axis.set(title="mean of the seeds" if crowd else label, xlabel="step", ylabel=label)
@@ -299,7 +299,7 @@ def draw_front(axis, x, y, results, seeds, looks):
 
 def side_by_side(runs):
     """runs: (steps, values) of each seed -> steps (points,), values (seeds, points): at most 80, each the mean of
-    neighbours, at the steps that all have. GRPO, say, logs no KL where no group has anything to teach."""
+    neighbours, at the steps that all have: GRPO, for example, logs no KL at a step where no group has a signal."""
     values = [dict(zip(*run, strict=True)) for run in runs]  # {step: value}
     steps = sorted(set.intersection(*map(set, values))) if values else []
     table = torch.tensor([steps, *([run[step] for step in steps] for run in values)], dtype=torch.double)

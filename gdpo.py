@@ -9,13 +9,15 @@ An answer earns M rewards (right, well formed, brief …) with weights w_k. Of a
             s_i  = Σ_k w_k z_ik                                           then add up;
             A_i  = s_i / (std_batch s + 1e-4)                             one scale for the whole batch
 
-The step is grpo.py's; "judge" and "compare" are replaced:
+One step is grpo.main's, with another `paid_rewards` in "judge" and another "compare":
 
-    rewards = paid_rewards(batch)                       (N, R, M); with --conditioned, 0 where the answer is wrong
-    z       = group_advantages(rewards[..., k])         M of (N, R), mean 0 in each group
+    batch   = roll_out(step)                            N·R answers, the rewards of each                     1. ask
+    rewards = paid_rewards(batch)                       (N, R, M); --conditioned: 0 in wrong answers         2. judge
+    z_k     = group_advantages(rewards[..., k])         M of (N, R), mean 0 in each group                    3. compare
     s       = Σ_k w_k z_k                               (N, R), mean 0 in each group
-    A       = s / (s.std() + 1e-4)                      (N, R), over the groups of all ranks
-    … update with grpo_loss: A_i weighs every token of answer i, as in GRPO
+    A       = s / (s.std() + 1e-4)                      (N, R); std over all groups of the step, of all ranks
+    for minibatch in answers: grpo_loss(…, A, …)        A_i weighs every token of answer i, as in GRPO       4. update
+    log; every so often answer held-out questions                                                            5. look
 
 Why: a sum forgets what it was made of, and GRPO's std how much there was to gain. Both turn different rewards into one
 advantage. Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
@@ -38,15 +40,15 @@ Traps:
 * A weight w_k now weighs standard deviations, not rewards: a reward that hardly differs within a group counts as much
   as one that differs a lot.
 * An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
-  brevity only where the answer is right (§3.2). Without it two of six seeds learned to stop after the first of two
-  steps, brief, tidy and wrong; with it none did (results/gdpo.md, no KL penalty).
-* A NaN reward is an error here; the authors turn it into 0.
+  brevity only where the answer is right (§3.2). Without it two of six seeds learned, one of them in part, to stop
+  after the first of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
 
 This is the authors' TRL code (NVlabs/GDPO, trl-GDPO, `_generate_and_score_completions`; in TRL itself
-multi_objective_aggregation="normalize_then_sum"), standard deviations with ddof 1, up to two points. They subtract
-mean_batch s, which is 0 but for rounding; left out, a group without a signal gets exactly 0. And for a single reward
-they fall back to GRPO. Their verl code is another method: the last step whitens over *tokens*, so long answers count
-more, and where length and reward go together even groups without a signal are pushed.
+multi_objective_aggregation="normalize_then_sum"), ddof 1 in both stds, but for three points. They subtract mean_batch
+s, which is 0 up to rounding; without it a group without a signal gets exactly 0. They turn a NaN reward into 0, here it
+is an error. For a single reward they fall back to GRPO. Their verl code is another method: the last step whitens over
+*tokens*, so long answers count more, and where length and reward are correlated even a group without a signal gets
+advantages other than 0.
 
 Run it:
     python gdpo.py --demo                                                # the table by hand, and what a condition does
@@ -75,7 +77,7 @@ def gdpo_advantages(rewards, weights=None):
         raise ValueError("a reward is not a finite number")
     M = rewards.shape[2]
     weights = [1.0] * M if weights is None else weights
-    z = [group_advantages(rewards[..., k]) for k in range(M)]  # M of (N, R), each sums to 0 in each group
+    z = [group_advantages(rewards[..., k]) for k in range(M)]  # M of (N, R), mean 0 in each group
     s = sum(w * z_k for w, z_k in zip(weights, z, strict=True))  # (N, R)
     return s / (s.std() + 1e-4) if s.numel() > 1 else s  # (N, R)
 

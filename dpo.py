@@ -307,21 +307,22 @@ class Config(RunConfig):
     """Fit a policy to preference pairs (DPO)."""
 
     data: str = DEFAULT_TASK
-    """word (built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or the path of a .jsonl of pairs."""
+    """The name of a task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or the path of
+    a .jsonl of pairs."""
     skip_bad: bool = False
-    """Count and leave out records that cannot be used, instead of stopping at the first."""
+    """Skip and count records that cannot be used, instead of stopping at the first one."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     pairs: Literal["sampled", "offline"] | None = None
-    """sampled (from the start, judged by the verifier) or offline; default sampled for word and gsm8k."""
+    """sampled (from the start, judged by the verifier) or offline; default: sampled if --data has a verifier."""
     prompts: Count = 3000
-    """Training prompts to sample answers for; or, offline, the most pairs to use."""
+    """Training prompts to sample answers for; with offline pairs, the largest number of pairs."""
     rollouts: Annotated[int, Range(int, 2)] = 8
     """Sampled answers per prompt."""
     temperature: Positive = 1.0
-    """Of the sampling."""
+    """Sampling temperature."""
     init: str | None = None
-    """SFT checkpoint to start from, also the reference; default: made once under runs/start."""
+    """SFT checkpoint to start from, also the reference; default: one trained once into runs/start."""
     name: str = "dpo"
     steps: Count = 300
     batch: Count = 32
@@ -333,7 +334,7 @@ class Config(RunConfig):
     beta: Positive = 0.3
     """Weight of the KL in the problem that DPO solves: a larger one keeps the policy closer to the reference."""
     label_smoothing: Annotated[float, Range(float, 0, 0.5)] = 0.0
-    """Share of pairs taken to be labelled wrongly (cDPO)."""
+    """Assumed share of pairs with the wrong label (cDPO)."""
     gamma: Amount = 0.0
     """The margin of --variant simpo."""
     nll: Amount = 1.0
@@ -344,7 +345,7 @@ class Config(RunConfig):
     eval_problems: Count = 200
     """Validation problems (and their pairs) per evaluation."""
     test_problems: Count = 1000
-    """Held-out problems (or pairs) of the evaluation before and after."""
+    """Test problems (or pairs) of the evaluations before and after training."""
     dropout: FractionBelow1 = 0.0
     """Dropout while training."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -109,7 +109,7 @@ class EncoderConfig(TransformerConfig):
     width: Count = 128
     """Width C of the residual stream."""
     n_class: Count = 2
-    """Labels to tell apart."""
+    """Number of labels."""
     n_type: Whole = 0
     """Token types (BERT's two: first and second text); 0 for none."""
     embed_norm: bool = False
@@ -415,33 +415,33 @@ class Config(RunConfig):
     data: str = "sentiment"
     """sentiment (generated), polarity, reviews, imdb, or the path of a table of texts and labels."""
     text: list[str] = field(default_factory=list)
-    """Further data sets whose training texts, without their labels, are pretrained on."""
+    """Further data sets whose training texts, without their labels, are used for pretraining."""
     vocab_size: Count = 4096
-    """Of the BPE tokenizer that is trained on the texts, special tokens included."""
+    """Vocabulary of the BPE tokenizer that is trained on the texts, special tokens included."""
     init: str | None = None
     """Checkpoint to start from, of an encoder or a decoder (its architecture and tokenizer are used); default: random
     weights."""
     name: str = "encoder"
     mlm_steps: Whole = 300
-    """Optimizer steps of masked-LM pretraining, which come first; 0 leaves it out."""
+    """Optimizer steps of the masked-LM pretraining before the classification; 0 skips it."""
     mlm_batch: Count = 32
-    """Windows of the text per such step, over all ranks."""
+    """Windows of text per pretraining step, over all ranks."""
     mlm_lr: Amount = 4e-3
     """Peak learning rate of the pretraining."""
     mlm_rate: Annotated[float, Range(float, 0, 1, above=True)] = 0.15
-    """Share of the tokens that are hidden."""
+    """Share of the tokens that are masked."""
     steps: Count = 400
     """Optimizer steps of the classification."""
     batch: Count = 64
-    """Texts per such step, over all ranks."""
+    """Texts per classification step, over all ranks."""
     micro_batch: Count = 16
-    """Rows per forward pass of one rank, sorted by length; smaller pads less and saves memory."""
+    """Rows per forward pass of one rank, sorted by length; fewer means less padding and less memory."""
     lr: Amount = 2e-3
     """Peak learning rate of the classification."""
     token_dropout: FractionBelow1 = 0.1
-    """Share of the tokens that are hidden while classifying."""
+    """Share of the tokens that are masked while training the classifier."""
     warmup: Whole = 20
-    """Steps of linear warm-up, of both."""
+    """Steps over which the learning rate rises linearly, in both phases."""
     weight_decay: Amount = 0.1
     eval_every: Count = 100
     save_every: Count = 200

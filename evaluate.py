@@ -415,25 +415,27 @@ class Config:
     checkpoint: str
     """A run directory such as runs/sft, a checkpoint directory, a .gguf file, or a name on the Hugging Face hub."""
     against: str | None = None
-    """A second one, which answers the same problems: the difference gets an interval and McNemar's exact test."""
+    """A second checkpoint for the same problems: the difference is given with an interval and McNemar's exact test."""
     data: str = DEFAULT_TASK
-    """word (built-in problems), gsm8k, or the path of a .jsonl, .json or .csv of questions and answers."""
+    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl, .json or .csv of questions and
+    answers."""
     split: Literal["test", "valid", "train"] = "test"
-    """Choose on valid, and look at test once."""
+    """Make choices on valid; look at test once."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     problems: Count | None = None
-    """Use only so many; default all, 1,000 of the built-in ones."""
+    """Number of problems; default: all, or 1,000 of the built-in ones."""
     instruction: str = ""
-    """Put after each question: how to answer, for a model that was not fine-tuned to end with #### and a number."""
+    """Text after each question that says how to answer, for a model that was not fine-tuned to end with #### and a
+    number."""
     samples: Whole = 0
-    """Answers to sample per problem, at temperature 1, for pass@k and majority; 0 leaves them out."""
+    """Answers to sample per problem, at temperature 1, for pass@k and majority; 0 turns them off."""
     max_new_tokens: Count = 96
     """Longest answer in tokens."""
     out: str | None = None
     """Folder for table.md and result.json, which are overwritten; default one under runs/evaluate."""
     seed: Seed = 0
-    """Of the samples."""
+    """Random seed of the sampling."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"

@@ -278,21 +278,21 @@ class Config:
     prompt: str | None = None
     """What to answer (a chat model) or to continue (a base model). Without it: chat."""
     max_new_tokens: Count = 200
-    """Longest answer in tokens; less if the context is full before."""
+    """Longest answer in tokens; shorter if the context is full before."""
     temperature: Amount = 0.0
     """0 is greedy."""
     top_k: Count | None = None
-    """Sample among the k likeliest tokens only."""
+    """Sample only among the k most likely tokens."""
     top_p: Annotated[float, Range(float, 0, 1, above=True, below=False)] | None = None
-    """Sample among the likeliest tokens that hold this much probability only."""
+    """Sample only among the most likely tokens that together have this probability."""
     min_p: Fraction | None = None
-    """Sample among tokens at least this share as likely as the likeliest only."""
+    """Sample only among tokens with at least this share of the most likely token's probability."""
     repetition_penalty: Positive = 1.0
     """Above 1 makes tokens that the prompt or the answer already holds less likely."""
     stop: list[str] = field(default_factory=list)
     """Texts that end an answer and are not shown: --stop+ "Q:" --stop+ "A:"."""
     seed: Seed = 0
-    """Of the sampling."""
+    """Random seed of the sampling."""
     device: str = "auto"
     """cpu, cuda or auto."""
 

@@ -334,13 +334,13 @@ class Config(RunConfig):
     """Train a policy with verifiable rewards (GRPO)."""
 
     data: str = DEFAULT_TASK
-    """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
+    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     instruction: str = ""
-    """Put after each question: how to answer, for a model that was not fine-tuned on this data."""
+    """Text after each question that says how to answer, for a model that was not fine-tuned on this data."""
     init: str | None = None
-    """SFT checkpoint to start from, also the reference of the KL; default: made once under runs/start."""
+    """SFT checkpoint to start from, also the reference of the KL; default: one trained once into runs/start."""
     name: str = "grpo"
     steps: Count = 500
     """Batches of rollouts."""
@@ -349,13 +349,13 @@ class Config(RunConfig):
     rollouts: Count = 8
     """Completions R per prompt."""
     max_new_tokens: Count = 64
-    """Longest completion."""
+    """Longest completion, in tokens."""
     temperature: Positive = 1.0
-    """Of the sampling, and of the log-probabilities in the loss."""
+    """Sampling temperature, also used for the log-probabilities in the loss."""
     skip_zero_variance: bool = True
     """Leave out groups whose answers all earn the same, and their KL; false: they pay the KL, which costs time."""
     refill: Whole = 0
-    """Dynamic sampling: how many times groups of one reward are replaced by fresh prompts."""
+    """Dynamic sampling: how many times groups with equal rewards are replaced by new prompts."""
     correct_weight: float = 1.0
     """Weight of the reward for a right answer."""
     format_weight: float = 0.1
@@ -363,13 +363,13 @@ class Config(RunConfig):
     brevity_weight: float = 0.0
     """Weight of the reward for being no longer than the reference solution."""
     reward: str | None = None
-    """Your own, module:function: called with (texts, problems, ended), returns a number for each text."""
+    """Your own reward, module:function: called with (texts, problems, ended), returns one number per text."""
     reward_weight: float = 1.0
     """Weight of your own reward."""
     overlong: Whole = 0
-    """Reward from 0 down to -1 over the last so many tokens before max_new_tokens."""
+    """Length penalty: a reward that falls from 0 to -1 over this many last tokens before max_new_tokens; 0: none."""
     mask_truncated: bool = False
-    """Completions that were cut off push no token."""
+    """Completions that were cut off get no gradient."""
     loss_type: Literal[tuple(OBJECTIVES)] = "grpo"
     """The objective: how a token is limited and weighed."""
     scale: Literal["group", "batch", "none"] | None = None
@@ -385,7 +385,7 @@ class Config(RunConfig):
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the KL costs."""
+    """Where the KL is subtracted: as a term of the loss, or from the reward."""
     kl_unbiased: bool | None = None
     """Multiply the KL in the loss by the importance ratio, so that its gradient is that of KL(policy, reference);
     default: with k1 and k3."""
@@ -401,15 +401,15 @@ class Config(RunConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters instead of all weights: --lora.rank 8."""
     lr: Amount = 1.5e-4
-    """Learning rate after the warm-up; it falls in a line to 0 from there."""
+    """Peak learning rate; it falls linearly to 0 after the warm-up."""
     eval_problems: Count = 200
     """Validation problems per evaluation."""
     test_problems: Count = 1000
-    """Held-out problems of the evaluation before and after."""
+    """Test problems of the evaluations before and after training."""
     pass_problems: Count = 100
-    """Of them, how many are sampled for pass@k."""
+    """How many of the test problems are sampled for pass@k."""
     pass_samples: Count = 16
-    """Samples of each, and the largest k."""
+    """Samples per problem, and the largest k."""
     sample_every: Count = 100
     """Steps between printed rollouts."""
 

@@ -326,15 +326,15 @@ class Config(RunConfig):
     """Train a policy against a reward model (PPO)."""
 
     data: str = DEFAULT_TASK
-    """word (built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
+    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     init: str | None = None
-    """SFT checkpoint to start from, also the reference of the KL; default: made once under runs/start."""
+    """SFT checkpoint to start from, also the reference of the KL; default: one trained once into runs/start."""
     reward_model: str | None = None
-    """Reward model, of the same tokenizer; default: made once under runs/start."""
+    """Reward model with the same tokenizer; default: one trained once into runs/start."""
     value: Literal["shared", "separate"] = "shared"
-    """The values' trunk: shared with the policy, or separate (starts from the reward model)."""
+    """Trunk of the value network: shared with the policy, or separate (starts from the reward model)."""
     name: str = "ppo"
     steps: Count = 150
     """Batches of rollouts."""
@@ -343,58 +343,59 @@ class Config(RunConfig):
     rollouts: Count = 8
     """Completions R per prompt."""
     max_new_tokens: Count = 64
-    """Longest completion."""
+    """Longest completion, in tokens."""
     temperature: Positive = 1.0
-    """Of the sampling, and of the log-probabilities in the loss."""
+    """Sampling temperature, also used for the log-probabilities in the loss."""
     kl_beta: Amount = 0.05
-    """Weight of the KL penalty in the rewards; with --kl_target only where it starts."""
+    """Weight of the KL penalty in the rewards; with --kl_target its first value."""
     kl_target: Positive | None = None
     """Adapt the weight of the KL penalty so that the KL stays near this many nats per answer."""
     kl_horizon: Positive = 5000.0
-    """Answers over which it adapts."""
+    """Number of answers over which the weight adapts."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 1.0
-    """GAE's λ: below 1 the first tokens of an answer hear less of its score while the values are still poor."""
+    """GAE's λ: below 1 the first tokens of an answer learn less from its score and more from the values."""
     clip_ratio: Amount = 0.2
-    """How far a ratio may pay."""
+    """Clip ε of the ratio: beyond 1 ± ε a token gains nothing more."""
     clip_value: Amount = 0.2
-    """How far a value may move from where it was while sampling, at a gain; 0: anywhere."""
+    """Clip of the value: how far it may move from its value at sampling and still lower the loss; 0: no clip."""
     value_weight: Amount = 0.1
-    """Of the value loss."""
+    """Weight of the value loss."""
     baseline: Literal["wins", "mean", "none"] = "wins"
-    """What a score is compared with: wins (how probably it beats each of the prompt's other answers; bounded), mean
-    (that of the prompt's answers) or none (the values must find out how a prompt's scores lie)."""
+    """What a score is compared with: wins (its probability of beating the prompt's other answers; bounded), mean (the
+    mean score of the prompt's answers) or none (the values alone)."""
     whiten: bool = True
-    """Bring the step's advantages to mean 0 and standard deviation 1."""
+    """Normalise the advantages of a step to mean 0 and standard deviation 1."""
     normalise: bool = False
-    """Bring the scores to mean 0 and standard deviation 1 of all scores so far."""
+    """Normalise the scores by the mean and standard deviation of all scores so far."""
     missing_end: float = 1.0
-    """Fine for an answer that was cut off, in units of the (normalised) score."""
+    """Penalty for an answer that was cut off, in units of the (normalised) score."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
     minibatches: Count = 1
     """Optimizer steps in a pass."""
     stop_kl: Amount = 0.1
-    """Leave the inner epochs when the policy is this far, in nats per token, from the one that sampled; 0: never."""
+    """Stop the inner epochs when the KL to the policy that sampled exceeds this many nats per token; 0: never."""
     micro_batch: Count = 64
     """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters of the policy instead of all its weights: --lora.rank 8."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the policy: adamw, or muon for the matrices of the blocks, which wants about six times the learning rate."""
+    """Optimizer of the policy: adamw, or muon for the matrices of the blocks, with about six times the learning
+    rate."""
     lr: Amount = 5e-5
-    """Learning rate of the policy after the warm-up; it falls in a line to 0 from there."""
+    """Peak learning rate of the policy; it falls linearly to 0 after the warm-up."""
     value_lr: Amount = 1e-3
-    """Learning rate of the value head after the warm-up; a separate network takes a tenth of it."""
+    """Peak learning rate of the value head; a separate value network uses a tenth of it."""
     warmup: Whole = 5
     clip: Amount = 1.0
-    """Largest gradient norm, of the policy's and the value's each; 0 turns clipping off."""
+    """Clip the gradient norm to this, for policy and values separately; 0 turns clipping off."""
     eval_every: Count = 25
     eval_problems: Count = 200
     """Validation problems per evaluation."""
     test_problems: Count = 1000
-    """Held-out problems of the evaluation before and after."""
+    """Test problems of the evaluations before and after training."""
     sample_every: Count = 50
     """Steps between printed rollouts."""
     save_every: Count = 50

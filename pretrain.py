@@ -139,13 +139,13 @@ class Config(RunConfig):
     """Pretrain a decoder on text."""
 
     data: str = DEFAULT_TASK
-    """word (built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
+    """The name of a task (default: built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
     skip_bad: bool = False
-    """Where --data holds records (.jsonl, .json, .csv): count and leave out those that cannot be used."""
+    """If --data is a file of records (.jsonl, .json, .csv): skip and count those that cannot be used."""
     tokenizer: str = "bpe"
     """bpe, char or byte, trained on the text; or a directory that holds a tokenizer.json."""
     vocab_size: int = 768
-    """Of a BPE tokenizer, special tokens included."""
+    """Vocabulary of a BPE tokenizer that is trained, special tokens included."""
     init: str | None = None
     """Checkpoint to continue from (its architecture and tokenizer are used); default: random weights."""
     name: str = "pretrain"
@@ -153,35 +153,35 @@ class Config(RunConfig):
     batch: Count = 16
     """Windows per optimizer step, over all ranks."""
     micro_batch: Count = 16
-    """Windows per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    """Windows per forward pass of one rank; fewer means gradient accumulation and less memory."""
     lr: Amount = 4e-3
     warmup: Whole = 20
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """After the warm-up: cosine, linear or wsd (stays, falls over the last fifth)."""
+    """Learning rate after the warm-up: cosine, linear, or wsd (constant, then falling over the last fifth)."""
     floor: Amount = 0.1
-    """Last learning rate as a share of the peak."""
+    """Final learning rate as a share of the peak."""
     weight_decay: Amount = 0.1
     aux_weight: Amount = 0.01
-    """Mixture of experts: weight of the Switch loss, where the model balances by it."""
+    """Mixture of experts with balancing aux: weight of the load-balancing loss of Switch."""
     z_weight: Amount = 0.001
     """Mixture of experts: weight of the routers' z-loss."""
     bias_rate: Amount = 0.001
-    """Mixture of experts balanced by bias: how far the biases move after a step."""
+    """Mixture of experts with balancing bias: how far the biases move after a step."""
     skip_nonfinite: bool = False
-    """Leave out a step whose loss or gradient is not finite, and count it, instead of stopping."""
+    """Skip and count a step whose loss or gradient is not finite, instead of stopping."""
     eval_every: Count = 100
     """Steps between validations (and text samples)."""
     eval_tokens: Count = 30_000
-    """Validation tokens read each time; the last validation reads all of them."""
+    """Validation tokens per evaluation; the last one uses all of them."""
     save_every: Count = 200
     keep: Whole = 0
-    """Keep the newest of these checkpoints under step_STEP as well."""
+    """Also keep this many of the newest checkpoints, as step_STEP; 0 keeps none."""
     compile: bool = False
-    """Let torch.compile fuse the model: a minute at the start, faster steps after."""
+    """Use torch.compile: a minute at the start, faster steps after that."""
     fsdp: bool = False
-    """With torchrun: share out weights, gradients and moments among the ranks, for a model that outgrows one GPU."""
+    """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     recompute: bool = False
-    """Activation checkpointing: keep the blocks' inputs only, compute the rest again going back."""
+    """Activation checkpointing: keep only the inputs of the blocks and compute the rest again in the backward pass."""
     model: TransformerConfig = field(default_factory=TransformerConfig)
     """The architecture."""
 

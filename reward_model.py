@@ -435,27 +435,29 @@ class Config(RunConfig):
     """Train a reward model on pairs of answers."""
 
     data: str = DEFAULT_TASK
-    """word (built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt, chosen, rejected."""
+    """The name of a task (default: built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt,
+    chosen, rejected."""
     skip_bad: bool = False
-    """Count and leave out records that cannot be used, instead of stopping at the first."""
+    """Skip and count records that cannot be used, instead of stopping at the first one."""
     pairs: Literal["corrupted", "sampled", "both"] | None = None
-    """Of the built-in problems: corrupted solutions, sampled from --init and judged by the verifier, or both; default
-    both, and sampled for a task that has no corruptions."""
+    """Pairs of a task: corrupted solutions, answers sampled from --init and judged by the verifier, or both; default:
+    both, or sampled for a task without corruptions."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     n_pairs: Count | None = None
-    """Training pairs at most; default 12,000 corrupted ones, or all real ones."""
+    """Largest number of training pairs; default: 12,000 corrupted ones, or all pairs of a file."""
     kinds: list[str] | None = None
-    """Errors of the corrupted training pairs, in turn: one that is named twice comes twice as often. Default all, and
-    the task's first, which is the hardest to see (a wrong sum), four times. The held-out pairs have all kinds alike."""
+    """Kinds of errors in the corrupted training pairs; a kind named twice occurs twice as often. Default: all kinds,
+    and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
+    often."""
     sample_problems: Count = 3000
     """Training problems to sample pairs from."""
     samples: Count = 8
-    """Answers sampled for each."""
+    """Answers sampled per problem."""
     max_new_tokens: Count = 64
-    """Longest sampled answer."""
+    """Longest sampled answer, in tokens."""
     init: str | None = None
-    """SFT checkpoint: the trunk to start from, and the sampler; default: made once under runs/start."""
+    """SFT checkpoint that the trunk starts from and that samples answers; default: one trained once into runs/start."""
     backbone: Literal["decoder", "encoder"] = "decoder"
     """decoder (score at the last token), or encoder (bidirectional; --init may be of either kind)."""
     extra_layers: Whole = 2
@@ -467,26 +469,27 @@ class Config(RunConfig):
     batch: Count = 64
     """Pairs per optimizer step, over all ranks."""
     micro_batch: Count = 32
-    """Pairs per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    """Pairs per forward pass of one rank; fewer means gradient accumulation and less memory."""
     loss: Literal[tuple(LOSSES)] = "bradley_terry"
     """bradley_terry or hinge."""
     margin: float | None = None
-    """By how much the better answer has to win; default 0, and 1 for the hinge."""
+    """Margin by which the chosen answer should win; default: 0, or 1 for the hinge."""
     centre: float = 0.01
     """Weight of the squared sum of the two scores."""
     sft_weight: float | None = None
-    """Weight of the chosen answers' own loss per token, as in SFT; default 1, and 0 for an encoder, which cannot."""
+    """Weight of the SFT loss per token on the chosen answers; default: 1, or 0 for an encoder, which has no such
+    loss."""
     weight_decay: Amount = 0.01
     dropout: FractionBelow1 = 0.0
     """Dropout while training."""
     eval_pairs: Count = 200
     """Validation pairs (and problems to sample from)."""
     test_pairs: Count = 500
-    """Held-out pairs of the last evaluation."""
+    """Test pairs of the last evaluation."""
     best_of: Count = 64
     """Samples per problem of the best-of-n curve."""
     best_of_problems: Whole = 100
-    """Problems of the report on samples: best of n, what moves the score; 0 leaves it out."""
+    """Problems in the report on samples (best of n, what the score depends on); 0 turns it off."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -206,50 +206,51 @@ class Config(RunConfig):
     """Fine-tune a pretrained decoder on worked solutions."""
 
     data: str = DEFAULT_TASK
-    """word (built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or .csv of questions and
-    answers, conversations (messages), instructions or rated responses."""
+    """The name of a task (default: built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or
+    .csv of questions and answers, conversations (messages), instructions or rated responses."""
     skip_bad: bool = False
-    """Count and leave out records that cannot be used (a rating outside 1 to 5, an empty response), instead of stopping
-    at the first."""
+    """Skip and count records that cannot be used (a rating outside 1 to 5, an empty response), instead of stopping at
+    the first one."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of the task's problems; of the built-in ones 1 to 3 steps."""
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     demonstrations: Count | None = None
-    """Use only so many training examples; default all."""
+    """Use only this many training examples; default: all."""
     init: str | None = None
-    """Checkpoint to start from; default: a short pretraining, made once under runs/start."""
+    """Checkpoint to start from; default: a short pretraining run, made once into runs/start."""
     name: str = "sft"
     batch: Count = 64
     """Examples per optimizer step, over all ranks."""
     micro_batch: Count = 64
-    """Examples per forward pass of one rank; smaller accumulates gradients and saves memory."""
+    """Examples per forward pass of one rank; fewer means gradient accumulation and less memory."""
     packing: bool = False
-    """Several examples in a row, each blind to the others, instead of padding."""
+    """Pack several examples into a row instead of padding; an example cannot attend to the others."""
     order: Literal["shuffled", "curriculum", "anti"] = "shuffled"
     """shuffled, curriculum (easy first) or anti (hard first)."""
     difficulty: Literal["level", "length"] = "level"
-    """What a curriculum ranks by: level (arithmetic steps) or length (tokens)."""
+    """What a curriculum sorts by: level (arithmetic steps) or length (tokens)."""
     pace_start: Annotated[float, Range(float, 0, 1, above=True, below=False)] = 0.2
-    """Share of the ranked examples that a curriculum opens with."""
+    """Share of the sorted examples that a curriculum starts with."""
     pace: Fraction = 0.5
-    """Share of the steps after which all are open."""
+    """Share of the steps after which a curriculum uses all examples."""
     rated: Literal["weights", "threshold"] = "weights"
-    """How rated responses count: weights ((rating - 1) / 4) or threshold. Others, in the same file, count in full."""
+    """How ratings are used: weights ((rating - 1) / 4) or threshold (--min_rating). Examples without a rating have
+    weight 1."""
     min_rating: Annotated[float, Range(float, 1, 5, below=False)] = 4.0
-    """Least rating to train on with a threshold, and of the references in an evaluation."""
+    """Lowest rating that is trained on with --rated threshold, and lowest rating of the references of an evaluation."""
     stop_at: float = 1.0
-    """End at the first evaluation whose validation accuracy (F1 for free text) reaches this."""
+    """Stop at the first evaluation whose validation accuracy (F1 for free text) is at least this."""
     sweep: list[Positive] = field(default_factory=list)
-    """Learning rates: one run each, then a table by the validation split."""
+    """Learning rates: one run each, then a table of their validation results."""
     weight_decay: Amount = 0.1
     max_new_tokens: Count = 96
-    """Longest answer when evaluating."""
+    """Longest answer in an evaluation, in tokens."""
     eval_every: Count = 100
     eval_problems: Count = 200
     """Validation problems per evaluation."""
     test_problems: Count = 1000
-    """Held-out problems of the last evaluation."""
+    """Test problems of the last evaluation."""
     samples: Whole = 0
-    """Sampled answers per test problem for pass@k and majority@k; 0 leaves them out."""
+    """Sampled answers per test problem for pass@k and majority@k; 0 turns them off."""
     save_every: Count = 200
     dropout: FractionBelow1 = 0.0
     """Dropout while training."""

@@ -7,69 +7,74 @@ The policy gradient. For a question q, an answer y = y_1 … y_T of the policy �
 
     J  = E[r(y)]                                            y ~ π(· | q)
     ∇J = E[r(y) ∇log π(y)]                                  because ∇π = π ∇log π
-       = E[Σ_t (r(y) − b) ∇log π(y_t | q, y_<t)]            for any b that does not see y: E[∇log π] = ∇Σ_y π(y) = 0
+       = E[Σ_t (r(y) − c) ∇log π(y_t | q, y_<t)]            for any baseline c that does not see y: E[∇log π(y)] = 0
 
-GRPO answers three questions:
+GRPO makes three choices:
 
-    which baseline b?         the group's mean, so no value network:  A_i = (r_i − mean(r)) / (std(r) + 1e-4)
-    several optimizer steps   weigh by the ratio ρ_t = π(y_t) / π_old(y_t), as the samples are π_old's, and stop at the
-    from one batch?           clip (PPO's):  min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)                            Eq. 3
-    how far from the start?   a penalty β ρ_t k3_t on every token, which has the gradient of β KL(π ‖ π_ref)      Eq. 4
+    baseline c             the mean of the group, so no value network: A_i = (r_i − mean(r)) / (std(r) + 1e-4). The mean
+                           holds r_i too, which shortens the gradient by (R − 1) / R; the std is a heuristic
+    several updates        weigh a token by the ratio ρ_t = π(y_t) / π_old(y_t), as π_old sampled it, and stop at PPO's
+    from one batch         clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)                                 (its Eq. 3)
+    distance to the start  a penalty β ρ_t k3_t, with k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t): its gradient is
+                           β ρ_t log(π / π_ref) ∇log π, in expectation that of β KL(π ‖ π_ref)   (Eq. 4, and ρ_t added)
 
-One step, for N questions (`main` has the same steps):
+One step, here for one process and the defaults; `main` has the same five parts. A *batch* is a step's N·R answers, a
+*minibatch* the whole groups of one *update* (optimizer step), a *piece* what fits into one forward pass.
 
-    batch   = roll_out(step)                           N·R answers of π_old, (N·R, T), with log π_old     1. ask
-    rewards = judge(answers)                           (N, R, M): correct, well formed, …                 2. judge
-    A       = group_advantages(Σ_m w_m rewards)        (N, R), mean 0 in each group                       3. compare
-    ref     = reference_logprobs(answers)              (N·R, T), no gradient
-    for minibatch in answers:                          an optimizer step each                             4. update
-        logprobs = shared_answer_logprobs(model, …)    (b, T), with gradient; ρ = 1 in the first, ≠ 1 in later ones
-        loss     = Σ_i,t w_t (−min(ρ A, clip(ρ) A) + β ρ k3(logprobs, ref))            w_t = 1 / (answers · |y_i|)
-        backward, clip the gradient's norm, step
-    log; every so often answer held-out questions                                                         5. look
+    batch   = roll_out(step)                         N·R answers: ids, mask, log π_old   (N·R, T)         1. ask
+    rewards = judge(texts, questions)                correct, format                     (N, R, 2)        2. judge
+    A       = group_advantages(rewards · weights)    mean 0 in each group                (N, R)           3. compare
+    for minibatch in minibatches_of(batch):          groups without a signal left out                     4. update
+        ref      = reference_logprobs(pieces)        log π_ref, no gradient              (b, T)
+        logprobs = shared_answer_logprobs(pieces)    log π; ρ = 1 in the first minibatch (b, T)
+        loss     = Σ_i,t v_t (−min(ρ A, clip(ρ) A) + β ρ k3)      v_t = 1 / (answers of the minibatch · |y_i|)
+        backward, clip the gradient's norm, optimizer step
+    log; every so often answer validation questions                                                       5. look
 
-The defaults run all of it: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the answer is
-right and 0.1 if it is well formed. A group whose answers all earn the same has A = 0 and is left out, its KL too
-(--skip_zero_variance). Off: asymmetric clips, sequence-level ratios, length penalties, dynamic sampling, a moving
-reference, LoRA. Dropout is off for good.
+The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the
+answer is right and 0.1 if it is well formed. A group whose answers all earn the same has A = 0; it is left out, its KL
+too, and still counted in v_t (--skip_zero_variance). Off: asymmetric clips, sequence-level ratios, length penalties,
+dynamic sampling, a moving reference, LoRA. Dropout is always off.
 
-What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch it is 0 whatever happens, and
-its gradient is not. Watch the reward, the held-out accuracy, the KL, the share of answers that keep the question's
-story, the clip fraction, the length, and the share of groups without a signal. What is not rewarded is lost: with
---beta 0 the accuracy is higher, and Luke's marbles turn into eggs (results/grpo_word.md).
+What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0, and the
+gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, and the share of
+groups without a signal. And `story_kept`, whether an answer still speaks of the question's names and things: what is
+not rewarded is lost. With --beta 0 the accuracy is higher, and Luke's marbles turn into eggs (results/grpo_word.md).
 
-What each option changes in the gradient:
+What changes the gradient of a token:
 
-    --minibatches, --inner_epochs     more optimizer steps per batch of rollouts: ρ moves away from 1, more is clipped.
-                       One of each is REINFORCE with the group's mean as baseline: ρ = 1, and no clip acts
-    --loss_type        how a token is limited and weighed, and the settings that go with it (`OBJECTIVES`):
-        grpo           1 / (completions · |y_i|): a mean per completion; long wrong ones are punished less per token
-        dapo           1 / tokens of the step: every token counts the same (arXiv:2503.14476; ε_high = 0.28)
-        dr_grpo        1 / (completions · longest): a constant, and no std: unbiased (arXiv:2503.20783)
-    --scale            group: easy and hard prompts, whose std is small, push as hard as the others; batch: one
-                       std for all keeps the prompts' proportions; none: the plain reward difference
-    --clip_high        above --clip_low it lets unlikely tokens grow further before the clip stops them (DAPO)
-    --ratio sequence   ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: clipping keeps or drops whole completions, and
-                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4)
-    --beta, --kl, --kl_in, --kl_unbiased      how much, how and where distance costs: see `evaluate.kl_estimate`
-    --mask_truncated   completions that were cut off count in the group's mean, but their tokens get no gradient: being
-                       cut off is not the same as being wrong
-    --overlong n       a soft penalty instead: from 0 to −1 over the last n tokens before the limit (DAPO)
+    --minibatches, --inner_epochs     more updates per batch: ρ moves away from 1, more tokens are clipped and have the
+                       KL's gradient alone. One of each: ρ = 1, no clip acts, REINFORCE with a group baseline
+    --clip_low, --clip_high           where tokens of A < 0 and of A > 0 are stopped; a higher clip_high lets unlikely
+                       tokens grow further (DAPO)
+    --loss_type        the weight v_t, for the KL as well, and what goes with it (`OBJECTIVES`):
+        grpo           1 / (answers · |y_i|): a mean per answer; a long wrong one is punished less per token
+        dapo           1 / tokens of the minibatch: every token counts the same (arXiv:2503.14476; ε_high = 0.28)
+        dr_grpo        1 / (answers · longest possible): a constant, and no std (arXiv:2503.20783)
+    --scale            group: A is divided by its group's std, so a very easy or very hard question, and one where only
+                       the format differs, push as hard as others; batch: one std for all; none: the difference itself
+    --ratio sequence   one ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: the clip keeps or drops whole answers, and
+                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4). The KL keeps ρ_t
+    --beta             the KL's part of the gradient. --kl_unbiased false: β (1 − x), at most β however unlikely the
+                       start finds the token; that is the paper's. --kl k2: β log(π / π_ref) without ρ.
+                       --kl_in reward: no term of its own; each answer's KL is taken off its advantage instead
+    --mask_truncated   answers that were cut off count in the group's mean, but their tokens get no gradient
+    --overlong n       a reward from 0 down to −1 over the last n tokens before the limit (DAPO)
     --refill n         replace groups without a signal by fresh ones, up to n times (DAPO's dynamic sampling)
-    --refresh_reference n             the KL is measured from where the policy was up to n steps ago
+    --refresh_reference n             every n steps the policy becomes the reference
+    --temperature      of the sampling and of log π in the loss alike
 
-Two traps. The old log-probabilities are the sampler's own: it uses temperature alone (no top-k, no top-p), and the loss
-scores at that temperature, or ρ would not be 1 on fresh rollouts. In bf16 sampler and loss round differently and ρ is
-only near 1, so GSPO's narrow clips want --dtype fp32. And token counts are taken over the whole minibatch and all ranks
-before it is cut into micro-batches, or the gradient would depend on the cut.
+Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
+sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
+narrow clips want --dtype fp32. Answers and tokens are counted over the whole minibatch and all ranks before it is cut
+into pieces, or the gradient would depend on the cut.
 
-A prompt is computed once for its group, in training as in sampling: its completions read its keys and values
+A prompt is computed once for its group, in training as in sampling: its answers read its keys and values
 (support/shared_prompt.py, the fast form of transformer.answer_logprobs).
 
-What others do differently: the paper's KL is k3 without the ratio (--kl_unbiased false), whose pull on a token that the
-start finds unlikely stays below β, however unlikely; TRL's default is --loss_type dapo, and it leaves a NaN reward out
-(here it is an error); verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, it bounds log ρ
-to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
+What others do differently: TRL's default is --loss_type dapo, and it leaves a NaN reward out (here it is an error);
+verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, it bounds log ρ to ±20 and, where
+A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
 
 Rewards are named functions with weights (`REWARDS`); `--reward module:function` adds your own. At the end a table
 compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to what
@@ -138,7 +143,7 @@ def tidy(texts, problems, ended):
 
 
 def brevity(texts, problems, ended):
-    """1 if the text is no longer than the reference solution. An empty one is short, too: see gdpo.py --conditioned."""
+    """1 if the text is no longer than the problem's solution. An empty one is short, too: see gdpo.py --conditioned."""
     return [float(len(text.strip()) <= len(p.solution)) for text, p in zip(texts, problems, strict=True)]
 
 
@@ -153,8 +158,8 @@ def group_advantages(rewards, scale="group", baseline="mean"):
     """rewards (N, R) -> advantages (N, R): what each rollout earned above its group's baseline.
 
     scale: "group" divides by the group's standard deviation (ddof 1, + 1e-4), "batch" by that of all rewards,
-    "none" by nothing. baseline: see `ppo.less_baseline`. With a baseline a group of one value gives exactly 0, and so
-    does a group of one rollout: never NaN.
+    "none" by nothing. baseline: see `ppo.less_baseline`. With a baseline a group whose rewards are all equal gives
+    exactly 0, and so does a group of one: never NaN.
     """
     centred = less_baseline(rewards, baseline)
     if scale == "none" or rewards.shape[1] == 1:
@@ -168,8 +173,8 @@ def group_advantages(rewards, scale="group", baseline="mean"):
 def clip_surrogate(rho, A, logprobs, clip_low, clip_high):
     """PPO's limit on a token (Eq. 3): min(ρ A, clip(ρ) A), the pessimistic one of the two, for either sign of A.
 
-    rho, logprobs (B, T), A (B, 1) -> the objective of each token (B, T), to be maximised, and where the limit was at
-    work, (B, T) bool: the clip fraction.
+    rho (B, T), A (B, 1) -> the objective of each token (B, T), to be maximised, and where the limit was at work,
+    (B, T) bool: the clip fraction. logprobs (B, T): not needed here, but by surrogates with another gradient.
     """
     plain, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     return torch.minimum(plain, clipped), clipped < plain
@@ -192,8 +197,8 @@ def by_a_constant(mask, n_completions, n_tokens, max_length):
 
 @dataclass(frozen=True)
 class Objective:
-    """A policy objective: how far a token's ratio may pay, how its tokens are weighed, and the settings that its paper
-    goes with, where --scale and --clip_high do not say otherwise."""
+    """A policy objective: the weights of its tokens, the limit on a token, and its paper's defaults for --scale and
+    --clip_high."""
 
     weights: Callable  # (mask, n_completions, n_tokens, max_length) -> the weight of each token (B, T)
     surrogate: Callable = clip_surrogate
@@ -228,8 +233,9 @@ def grpo_loss(
 ):
     """Log-probabilities and mask (B, T), advantages (B,) -> (loss, metrics). loss_type: a row of OBJECTIVES.
 
-    n_completions, n_tokens: of the whole optimizer step, over micro-batches and ranks; default: of this batch, which
-    is then the step. max_length: dr_grpo's constant, default T. Metrics are means over this batch's tokens.
+    n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these B answers alone.
+    max_length: dr_grpo's constant, default T. Metrics: the loss, and means over these answers' tokens, of ratio_max the
+    maximum. The defaults here are the plain ones of the contract; the run's are in Config.
     """
     if loss_type not in OBJECTIVES:
         raise ConfigError(f"--loss_type {loss_type!r} is not known; use {listed(OBJECTIVES)}")
@@ -283,7 +289,7 @@ def advantages_of(rewards, weights, config):
 
 def demo():
     """One group of four answers of two tokens, from the rewards to the gradient of every token."""
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]])  # (N, R) = (1, 4): is 5 the sum of 2 and 3? yes, no, no, yes
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]])  # (N, R) = (1, 4): right, wrong, wrong, right
     A = group_advantages(rewards)[0]  # (R,)
     mean, std = 0.5, (4 * 0.5**2 / 3) ** 0.5  # 0.5774, with R − 1
     assert torch.allclose(A, (rewards[0] - mean) / (std + 1e-4))
@@ -315,14 +321,16 @@ def demo():
     print("gradient by hand      ", *(f"{a:5.2f} {b:5.2f}" for a, b in by_hand.tolist()), "   −ρ A / 8, or 0")
     print(f"autograd differs by at most {(logprobs.grad - by_hand).abs().max():.0e}; clip fraction 3 / 8")
 
-    ref = old - 0.1  # the start found each of these tokens less likely, by a factor e^−0.1
-    logprobs = old.clone().requires_grad_()
-    loss, metrics = grpo_loss(logprobs, old, torch.zeros(4), mask, ref, beta=0.05)
-    loss.backward()
-    r = torch.tensor(-0.1).exp()  # π_ref / π
-    assert torch.allclose(logprobs.grad, 0.05 * (1 - r) * mask / 8)  # of k3 = r − 1 − log r
-    pull = logprobs.grad[0, 0]
-    print(f"KL penalty, π_ref / π = {r:.3f}: k3 = {metrics['kl']:.4f}, gradient β (1 − r) / 8 = {pull:.5f}")
+    ref = old - 0.1  # the start finds each of these tokens less likely, by a factor e^−0.1: x = π_ref / π = 0.905
+    x = torch.tensor(-0.1).exp()
+    for unbiased, by_hand in ((True, 0.3 * 0.1), (False, 0.3 * (1 - x.item()))):
+        logprobs = old.clone().requires_grad_()
+        loss, metrics = grpo_loss(logprobs, old, torch.zeros(4), mask, ref, beta=0.3, kl_unbiased=unbiased)
+        loss.backward()
+        assert torch.allclose(logprobs.grad, by_hand * mask / 8)
+        form = "β log(π / π_ref) / 8" if unbiased else "β (1 − x) / 8       "
+        name = "ρ k3" if unbiased else "k3  "
+        print(f"KL penalty {name}      value {metrics['kl']:.4f}, gradient {form} = {by_hand / 8:.5f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -353,9 +361,9 @@ class Config(RunConfig):
     temperature: Positive = 1.0
     """Sampling temperature, also used for the log-probabilities in the loss."""
     skip_zero_variance: bool = True
-    """Leave out groups whose answers all earn the same, and their KL; false: they pay the KL, which costs time."""
+    """Leave out groups whose answers all earn the same, and their KL; false: they pay the KL, which takes longer."""
     refill: Whole = 0
-    """Dynamic sampling: how many times groups with equal rewards are replaced by new prompts."""
+    """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
     correct_weight: float = 1.0
     """Weight of the reward for a right answer."""
     format_weight: float = 0.1
@@ -382,13 +390,13 @@ class Config(RunConfig):
     """Upper clip range; default as the objective has it: above 0.2 for dapo."""
     beta: Amount = 0.3
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL."""
+    kl: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the KL; default k3 in the loss, k1 in the reward, whose gradients are those of the KL."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL is subtracted: as a term of the loss, or from the reward."""
     kl_unbiased: bool | None = None
     """Multiply the KL in the loss by the importance ratio, so that its gradient is that of KL(policy, reference);
-    default: with k1 and k3."""
+    default: true for k1 and k3 in the loss."""
     refresh_reference: Whole = 0
     """Every so many steps the policy becomes its own reference; 0 keeps the start."""
     inner_epochs: Count = 1
@@ -423,6 +431,8 @@ class Config(RunConfig):
             raise ConfigError(f"--minibatches is {self.minibatches}, more than the {self.prompts} prompts of a step")
         if self.overlong > self.max_new_tokens:
             raise ConfigError(f"--overlong {self.overlong} is more than --max_new_tokens {self.max_new_tokens}")
+        if self.kl is None:
+            self.kl = "k3" if self.kl_in == "loss" else "k1"
         if self.kl_unbiased is None:
             self.kl_unbiased = self.kl_in == "loss" and self.kl != "k2"
         if self.kl_unbiased and self.kl_in == "reward":
@@ -513,14 +523,15 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    share, R = dist.per_rank("prompts", config.prompts), config.rollouts  # n prompts of a step on this rank
-    slots = list(range(dist.rank * share, (dist.rank + 1) * share))  # which of the step's N they are
+    n, R = dist.per_rank("prompts", config.prompts), config.rollouts  # this rank asks n of a step's N questions
+    slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
     functions, weights = reward_functions(config)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
-    adapters_off = config.lora.rank and not config.refresh_reference  # the reference: no second model in memory
-    reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False)
+    # With adapters the reference is the policy without them: no second model in memory
+    adapters_off = config.lora.rank and not config.refresh_reference
+    reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
     add_lora(policy, **asdict(config.lora), seed=config.seed)
     room, pad = policy.config.context - config.max_new_tokens, tokenizer.endoftext_id
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
@@ -532,9 +543,9 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     state = {"best": -1.0, "before": None, "start": {}, "parts": kept, "began": began}
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, **state)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
-    policy.eval()  # for good: with dropout the ratio on fresh rollouts would not be 1
+    policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
     if run.state.before is None:
-        run.state.before = held_out(policy, tokenizer, problems, config, dist)
+        run.state.before = test_figures(policy, tokenizer, problems, config, dist)
         run.state.start, run.state.best = validate(policy, tokenizer, problems, functions, weights, config, dist)
         run.save("best")  # until something beats it, the start is the best
     if run.first == 0:  # a run that was stopped before its first step has not kept it
@@ -550,9 +561,10 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         return advantages_of(paid_rewards(batch, weights, config), weights, config)[0]
 
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
-    parts = [[g for g, slot in enumerate(slots) if slot % config.minibatches == m] for m in range(config.minibatches)]
+    M = config.minibatches
+    groups = [[g for g, slot in enumerate(slots) if slot % M == m] for m in range(M)]  # this rank's, of each minibatch
     loss_of = loss_with(config)
-    kl, warned, shown = 0.0, False, run.state.start
+    extra, kl, warned, shown = {}, 0.0, False, run.state.start
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
@@ -572,7 +584,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         advantages, extra = advantages_of(dist.gather(paid_rewards(batch, weights, config)), weights, config)  # (N, R)
         advantages, ref_logprobs = advantages[slots], None  # (n, R)
         if config.beta and config.kl_in == "reward":
-            pieces = cut(batch, range(share), batch.rollout.mask, config.micro_batch, pad)
+            pieces = cut(batch, range(n), batch.rollout.mask, config.micro_batch, pad)
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
             kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
             batch.rewards["kl"] = kl_tokens.sum(1).view(-1, R).cpu()  # of the whole completion
@@ -582,11 +594,11 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)
 
-        # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
-        useful = advantages.ne(0).any(1) & counted.reshape(share, -1).any(1).cpu()  # (n,)
+        # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
+        useful = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,)
         if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
-            useful = torch.ones(share, dtype=torch.bool)  # every group has a KL
-        minibatches = minibatches_of(batch, parts, useful, counted, config.micro_batch, pad, dist)
+            useful = torch.ones(n, dtype=torch.bool)  # every group has a KL
+        minibatches = minibatches_of(batch, groups, useful, counted, config.micro_batch, pad, dist)
         measured = config.beta or step == 0 or run.due(config.eval_every)  # the KL costs a forward pass
         if ref_logprobs is None and measured:
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
@@ -617,7 +629,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
 
         # 5. look
         record = step_record(figures, sums, n_trained, n_updates, config, dist) | extra
-        # No scaler mends these. The entropy, as a step without a signal has no loss.
+        # A NaN here is no overflow that the scaler skips. The entropy too, as a step without a signal has no loss.
         mend = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, mend, loss=record["loss"], entropy=record["entropy"])
         record |= {"grad_norm": norm, "lr": lr}
@@ -630,7 +642,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                 warned = True
                 run.say(
                     f"WARNING: validation accuracy fell from {run.state.start['accuracy']:.1%} to "
-                    f"{shown['accuracy']:.1%}: the policy is collapsing. Try a smaller --lr than {config.lr:.0e}, or a "
+                    f"{shown['accuracy']:.1%}: the policy is collapsing. Try a smaller --lr than {config.lr:g}, or a "
                     "larger --beta; best/ keeps the best."
                 )
         run.log(step + 1, **record)
@@ -642,8 +654,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         run.bar.set_postfix(reward=f"{record['reward']:.2f}", **brief, refresh=False)
     run.close()
 
-    # The test split, as before the first step. With LoRA the start is the policy without its adapters.
-    after = held_out(policy, tokenizer, problems, config, dist)
+    # The test split, as before the first step. With LoRA the start is the policy: sampled_kl turns its adapters off.
+    after = test_figures(policy, tokenizer, problems, config, dist)
     start = policy if config.lora.rank else open_checkpoint(init, dist.device)[0].eval()  # the reference may have moved
     prompts = [encode_prompt(tokenizer, p) for p in problems["test"][:200]]
     kl = sampled_kl(policy, start, tokenizer, prompts, config.max_new_tokens, dist, config.seed, config.micro_batch)
@@ -675,7 +687,7 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist):
     return record, record["valid_reward"]
 
 
-def held_out(policy, tokenizer, problems, config, dist):
+def test_figures(policy, tokenizer, problems, config, dist):
     """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
     with merged(policy):
         result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)

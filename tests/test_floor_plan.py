@@ -1,10 +1,13 @@
 """The two floors: chapters at the top level in reading order, the engine room in support/. Imports go upwards only."""
 
 import ast
+import re
 from importlib import import_module
 
 import pytest
 from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 CHAPTERS = [
     "norms",
@@ -75,8 +78,7 @@ def test_nothing_of_ours_is_imported_inside_a_function(module):
 def test_every_file_of_the_top_level_is_a_chapter_in_the_readme_and_installed():
     files = {path.stem for path in ROOT.glob("*.py")}
     assert files == set(CHAPTERS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    places = [readme.index(f"| `{name}.py` |") for name in CHAPTERS]
+    places = [README.index(f"| `{name}.py` |") for name in CHAPTERS]
     assert places == sorted(places)
     installed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f'"{name}"' in installed for name in CHAPTERS)
@@ -103,3 +105,16 @@ def test_the_names_that_others_may_rely_on(line):
     module, _, names = line.partition(": ")
     for name in names.split():
         assert hasattr(import_module(module), name), name
+
+
+@pytest.mark.parametrize(("file", "line", "code"), re.findall(r"`([\w/]+\.py):(\d+)` `(.+?)`", README))
+def test_the_readme_points_at_the_line_that_it_quotes(file, line, code):
+    lines = (ROOT / file).read_text(encoding="utf-8").split("\n")
+    where = [i for i, text in enumerate(lines, 1) if code in text]
+    assert int(line) in where, f"README says {file}:{line}; it stands in line {where}"
+
+
+def test_the_readme_answers_with_a_line_of_code():
+    answers = README.partition("## Questions")[2].partition("\n## ")[0]
+    assert answers.count("?") >= 8
+    assert len(re.findall(r"`([\w/]+\.py):(\d+)` `(.+?)`", answers)) == len(re.findall(r"^\| .*\? \|", answers, re.M))

@@ -54,7 +54,7 @@ What changes the gradient of a token:
     --scale            group: A is divided by its group's std, so a very easy or very hard question, and one where only
                        the format differs, push as hard as others; batch: one std for all; none: the difference itself
     --ratio sequence   one ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: the clip keeps or drops whole answers, and
-                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4). The KL keeps ρ_t
+                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4). The KL has ρ_t
     --beta             the KL's part of the gradient. --kl_unbiased false: β (1 − x), at most β however unlikely the
                        start finds the token; that is the paper's. --kl k2: β log(π / π_ref) without ρ.
                        --kl_in reward: no term of its own; each answer's KL is taken off its advantage instead

@@ -1,56 +1,63 @@
 """PPO for language: a learned reward, a value for every token, a clip and a KL penalty (arXiv:1707.06347, 2203.02155).
 
-A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, at every
-token, what the answer will get in the end; a token's advantage is by how much the guess rises.
+A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, before
+every token, what is still to come; a token's advantage is its reward and by how much the guess rises.
 
-From the policy gradient on. For an answer y of the policy π, a reward r_t at each token, the return G_t = Σ_{k≥t} r_k:
+From the policy gradient on. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. For an
+answer y to a prompt x, a reward r_t at each token and the return G_t = r_t + r_{t+1} + …:
 
-    ∇J  = E[Σ_t G_t ∇log π(y_t | y_<t)]                    a token answers for what comes after it
-        = E[Σ_t (G_t − V(y_<t)) ∇log π(y_t | y_<t)]        for any V that does not see y_t: E[∇log π(y_t)] = 0
+    ∇J  = E[Σ_t G_t ∇log π(y_t | x, y_<t)]                 a token is credited with its own and all later rewards
+        = E[Σ_t (G_t − V_t) ∇log π(y_t | x, y_<t)]         for any V_t = V(x, y_<t), which does not see y_t
     r_t = −β (log π_old(y_t) − log π_ref(y_t)),  plus the score at the last token        a KL penalty on every token
     δ_t = r_t + γ V_{t+1} − V_t                            V is 0 after the last token
-    A_t = δ_t + γλ A_{t+1}                                 GAE, arXiv:1506.02438, Eq. 16; targets of the values: A + V
+    A_t = δ_t + γλ A_{t+1}                                 GAE, arXiv:1506.02438, Eq. 16
 
-λ = 1 is G_t − V_t: unbiased and noisy. λ = 0 believes the next guess. Several optimizer steps from one batch need the
-ratio ρ_t = π(y_t) / π_old(y_t), and a limit on how far it may pay:
+The values are fitted to the targets A_t + V_t. With γ = λ = 1 these are G_t, and A_t = G_t − V_t: unbiased and noisy;
+λ = 0 believes the next guess. Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), and an end to
+what it can gain: beyond 1 ± ε in the direction that A asks for, a token has no gradient left.
 
-    policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)        arXiv:1707.06347, Eq. 7; a mean over the tokens
-    value loss   ½ max((V − G)², (clip(V, V_old ± ε_v) − G)²)
+    policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)        arXiv:1707.06347, Eq. 7
+    value loss   ½ max((V − target)², (clip(V, V_old ± ε_v) − target)²)        both a mean over a minibatch's tokens
 
-One step, for N prompts (`main` has the same steps):
+One step, for N prompts (`main` has the same five parts). The N·R answers are a *batch*; whole prompts of it are a
+*minibatch*, one optimizer step; what fits into one forward pass is a *piece*.
 
     answers  = sample(prompts, n=R)                    (N·R, T), with their log π_old                     1. ask
-    scores   = reward_model(answers)                   (N, R), less a fine where the end is missing       2. judge
-    V_old    = values(answers)                         (N·R, T), no gradient                              3. compare
-    r        = −β (log π_old − log π_ref)              (N·R, T), plus the score at the answers' last tokens
-    A, G     = gae(r, V_old)                           (N·R, T) each; then A is whitened
-    for minibatch in answers:                          an optimizer step each                             4. update
-        logprobs, V = actor_critic(minibatch)          (b, T), with gradient, from one forward pass; ρ ≠ 1 from the
-        loss = ppo_policy_loss(logprobs, log π_old, A, mask)                                   second minibatch on
-             + c · value_loss(V, V_old, G, mask)
-        stop if KL(π_old ‖ π) is above stop_kl
-        backward, clip the policy's and the values' gradients, step
-    log; every so often answer held-out problems                                                          5. look
+    scores   = reward_model(answers)                   (N, R)                                             2. judge
+    paid     = scores, normalised if asked for, less a fine where the end is missing
+    final    = paid less a baseline of the prompt's answers, win_rates(paid), or paid itself    (N, R)
+    V_old, log π_ref = values_and_reference(answers)   (N·R, T) each, no gradient                         3. credit
+    r        = −β (log π_old − log π_ref)              (N·R, T), plus final at the answers' last tokens
+    A, targets = gae(r, V_old)                         (N·R, T) each; then A is whitened
+    for each pass, for minibatch in answers:           an optimizer step each                             4. update
+        logprobs, V = actor_critic(pieces)             (b, T), with gradient; ρ = 1 in the first minibatch
+        loss = ppo_policy_loss(logprobs, log π_old, A, mask) + c · value_loss(V, V_old, targets, mask)
+        backward; leave the update if KL(π_old ‖ π) is above stop_kl
+        clip the policy's and the values' gradients, optimizer step
+    log; every so often answer validation problems                                                        5. look
 
 DEFAULTS
 
-V_t stands at the token before y_t, where y_t is chosen: it must not know y_t. The mean and spread of the advantages
-(`whiten`) are those of all tokens of the step on all ranks, and the value targets are taken before whitening, or V
-would chase a moving target. Dropout is off for good, and the old log-probabilities are the sampler's own: on fresh
-rollouts ρ is 1 (in bf16 near 1, as sampler and loss round differently). Unlike elsewhere, `whiten` divides by n and not
-by n − 1.
+V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. Mean and spread of the advantages
+(`whiten`; divided by n, where torch.std divides by n − 1) are those of all tokens of the step on all ranks, and the
+targets are taken before whitening, as V is fitted in units of the reward. Dropout is always off, and the old
+log-probabilities are the sampler's own: on fresh answers ρ is 1 (in bf16 near 1, as sampler and loss round
+differently).
 
 What keeps a run alive, each by a flag:
 
-    --baseline wins    a reward model is only taught to compare answers to one prompt: its scores lie higher for some
-                       prompts than for others, and far out they mean little. So an answer is worth the probability
-                       that it beats the prompt's other answers (close to arXiv:2502.18770)
-    --normalise        or: scores brought to mean 0 and standard deviation 1 of all scores so far
-    --kl_target        β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon), arXiv:1909.08593; KL per answer
+    --baseline         none: the values alone say what to expect. mean: less the mean of the prompt's answers (as GRPO,
+                       without its division). wins: a reward model is only taught to compare answers to one prompt, its
+                       scores lie higher for some prompts than for others; so an answer is worth the chance that it
+                       beats the prompt's other answers, less ½ (close to arXiv:2502.18770; without --normalise). V
+                       then predicts what is left
+    --normalise        scores brought to mean 0 and standard deviation 1 of all scores so far
     --missing_end      an answer without an end is fined, as the reward model has never seen one
-    --stop_kl          the update ends when the policy is too far from the one that sampled
-    --value separate   values from a network of their own that starts as the reward model (InstructGPT); shared: from
-                       the policy's trunk, which is cheap, but the value loss pulls at the policy
+    --stop_kl          the update ends when the policy is too far from π_old, in nats per token
+    --kl_target        β ← β (1 + clip(KL / target − 1, ±0.2) · answers / horizon), arXiv:1909.08593; KL to π_ref in nats
+                       per answer
+    --value separate   values from a network of their own that starts from the reward model's trunk (as InstructGPT);
+                       shared: from the policy's trunk, which is cheap, but the value loss pulls at the policy
 
 The reward model is a proxy and PPO finds where it errs. So each step also logs `correct`, the verifier's judgement of
 the same answers, which the training never sees: a score that rises while `correct` falls is over-optimisation.
@@ -110,8 +117,9 @@ def token_rewards(log_ratio, final, lengths, beta):
 def less_baseline(rewards, baseline="mean"):
     """rewards (N, R) of R answers to each of N prompts -> (N, R), less a baseline that is the prompt's own.
 
-    mean: the mean of the prompt's answers (GRPO); leave_one_out: that of its other answers (RLOO, arXiv:2402.14740),
-    which lies R / (R − 1) times as far away; none. Answers that all earn the same, or one alone, get exactly 0.
+    mean: the mean of the prompt's answers (GRPO, which uses this function too); leave_one_out: that of its other answers
+    (RLOO, arXiv:2402.14740), R / (R − 1) times the difference; none. Answers that all earn the same, or one alone, get
+    exactly 0.
     """
     if baseline == "none":
         return rewards
@@ -126,15 +134,15 @@ def less_baseline(rewards, baseline="mean"):
 
 
 def win_rates(scores):
-    """scores (N, R) of R answers to each of N prompts -> the probability that each is better than another one of its
-    prompt, as the Bradley-Terry model of the scores has it, less one half: (N, R), between −½ and ½."""
+    """scores (N, R) of R answers to each of N prompts -> (N, R), between −½ and ½: the mean of σ(s_i − s_j) over the
+    prompt's other answers j, which is the chance to be better as the Bradley-Terry model has it, less one half."""
     beats = torch.sigmoid(scores[:, :, None] - scores[:, None])  # (N, R, R), ½ against itself
     return (beats - 0.5).sum(2) / (scores.shape[1] - 1)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Eq. 16 of arXiv:1506.02438 -> advantages, returns, both 0 outside the mask. values[:, t] is V before token t is
-    known."""
+    """Eq. 16 of arXiv:1506.02438 -> advantages, and the values' targets ("returns": they are the returns if γ = λ = 1),
+    both 0 outside the mask. values[:, t] is V before token t is known."""
     mask = mask.to(values.dtype)
     advantages, carry = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     following = torch.zeros_like(carry)  # V_{t+1}, 0 after the last token
@@ -248,7 +256,9 @@ class ActorCritic(nn.Module):
         return list((self.critic or self.head).parameters())
 
     def forward(self, packed, temperature=1.0):
-        """What `pack` made -> log-probabilities and values, (k, T) each, 0 after an answer's end."""
+        """packed (support/shared_prompt.py): prompts stored once, each with its R answers -> log-probabilities and
+        values, (b, T) each, 0 after an answer's end. It is computed in blocks of like length and put back in order; a
+        critic's score is read at every token."""
         logprobs, values = [], []
         options = {"temperature": temperature, "with_states": True}
         for logp, states in packed.outputs(self.policy, lambda part: options | {"targets": part.targets}):
@@ -334,14 +344,14 @@ class Config(RunConfig):
     reward_model: str | None = None
     """Reward model with the same tokenizer; default: one trained once into runs/start."""
     value: Literal["shared", "separate"] = "shared"
-    """Trunk of the value network: shared with the policy, or separate (starts from the reward model)."""
+    """Trunk of the value network: shared with the policy, or separate (starts from the reward model's trunk)."""
     name: str = "ppo"
     steps: Count = 150
     """Batches of rollouts."""
     prompts: Count = 16
     """Prompts N per step, over all ranks."""
     rollouts: Count = 8
-    """Completions R per prompt."""
+    """Answers R per prompt."""
     max_new_tokens: Count = 64
     """Longest completion, in tokens."""
     temperature: Positive = 1.0
@@ -387,7 +397,7 @@ class Config(RunConfig):
     lr: Amount = 5e-5
     """Peak learning rate of the policy; it falls linearly to 0 after the warm-up."""
     value_lr: Amount = 1e-3
-    """Peak learning rate of the value head; a separate value network uses a tenth of it."""
+    """Learning rate of the value head after the warm-up, then constant; a separate network uses a tenth of it."""
     warmup: Whole = 5
     clip: Amount = 1.0
     """Clip the gradient norm to this, for policy and values separately; 0 turns clipping off."""
@@ -445,9 +455,10 @@ def open_models(config, init, path, dist):
             raise ConfigError(f"--value separate needs a decoder as reward model, {path} is an encoder; use shared")
         critic = copy.deepcopy(judge)
     actor_critic = ActorCritic(policy, critic).to(dist.device)
-    actor_critic.eval()  # for good: with dropout the ratio on fresh rollouts would not be 1
     if config.lora.rank:
         add_lora(policy, **asdict(config.lora), seed=config.seed)
+    actor_critic.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
+    if config.lora.rank:
         return actor_critic, policy, judge.requires_grad_(False).eval(), tokenizer
     reference, _, _ = open_checkpoint(init, dist.device)
     return actor_critic, reference.requires_grad_(False).eval(), judge.requires_grad_(False).eval(), tokenizer
@@ -478,8 +489,8 @@ def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    share, R = dist.per_rank("prompts", config.prompts), config.rollouts  # n prompts of a step on this rank
-    slots = list(range(dist.rank * share, (dist.rank + 1) * share))  # which of the step's N they are
+    n, R = dist.per_rank("prompts", config.prompts), config.rollouts  # this rank asks n of a step's N prompts
+    slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     judge_path = config.reward_model or reward_start(config, init, dist)
@@ -528,7 +539,7 @@ def main(config):
         right = [is_correct(text, batch.problems[k // R]) for k, text in enumerate(batch.texts)]  # logged, never paid
         sampled = time.perf_counter()
 
-        # 3. compare: values, rewards with the KL penalty, and from both the advantages
+        # 3. credit: values, rewards with the KL penalty, and from both the advantages
         groups = shuffled_groups(step, slots, config)  # of each minibatch
         minibatches = minibatches_of(batch, groups, None, mask, config.micro_batch, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
@@ -548,7 +559,7 @@ def main(config):
             n_tokens, figures = minibatch.n_tokens, {}
             for piece in minibatch.pieces:
                 T, last = piece.mask.shape[1], piece is minibatch.pieces[-1]
-                at = piece.rows, slice(T)  # of what is (n·R, T'): (b, T)
+                at = piece.rows, slice(T)  # this piece's part of what is (n·R, longest): (b, T)
                 # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():

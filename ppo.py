@@ -3,8 +3,8 @@
 A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, before
 every token, what is still to come; a token's advantage is its reward and by how much the guess rises.
 
-From the policy gradient on. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. For an
-answer y to a prompt x, a reward r_t at each token and the return G_t = r_t + r_{t+1} + …:
+From the policy gradient on. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. For
+an answer y to a prompt x, a reward r_t at each token and the return G_t = r_t + r_{t+1} + …:
 
     ∇J  = E[Σ_t G_t ∇log π(y_t | x, y_<t)]                 a token is credited with its own and all later rewards
         = E[Σ_t (G_t − V_t) ∇log π(y_t | x, y_<t)]         for any V_t = V(x, y_<t), which does not see y_t
@@ -54,8 +54,8 @@ What keeps a run alive, each by a flag:
     --normalise        scores brought to mean 0 and standard deviation 1 of all scores so far
     --missing_end      an answer without an end is fined, as the reward model has never seen one
     --stop_kl          the update ends when the policy is too far from π_old, in nats per token
-    --kl_target        β ← β (1 + clip(KL / target − 1, ±0.2) · answers / horizon), arXiv:1909.08593; KL to π_ref in nats
-                       per answer
+    --kl_target        β ← β (1 + clip(KL / target − 1, ±0.2) · answers / horizon), arXiv:1909.08593; KL to π_ref in
+                       nats per answer
     --value separate   values from a network of their own that starts from the reward model's trunk (as InstructGPT);
                        shared: from the policy's trunk, which is cheap, but the value loss pulls at the policy
 
@@ -117,8 +117,8 @@ def token_rewards(log_ratio, final, lengths, beta):
 def less_baseline(rewards, baseline="mean"):
     """rewards (N, R) of R answers to each of N prompts -> (N, R), less a baseline that is the prompt's own.
 
-    mean: the mean of the prompt's answers (GRPO, which uses this function too); leave_one_out: that of its other answers
-    (RLOO, arXiv:2402.14740), R / (R − 1) times the difference; none. Answers that all earn the same, or one alone, get
+    mean: the mean of the prompt's answers (GRPO, which uses this too); leave_one_out: that of its other answers (RLOO,
+    arXiv:2402.14740), R / (R − 1) times the difference; none. Answers that all earn the same, or one alone, get
     exactly 0.
     """
     if baseline == "none":

@@ -201,7 +201,7 @@ def _pretrain(**changes):
 
 
 def _grpo(stage="grpo", **flags):
-    """One optimizer step per batch of rollouts and no KL penalty: what varies has nothing to hide behind."""
+    """One optimizer step per batch of rollouts and no KL penalty: only what the experiment varies is at work."""
     plain = {"prompts": 16, "minibatches": 1, "beta": 0.0, "lr": 3e-4}
     return stage, plain | {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags
 

@@ -94,7 +94,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, TASKS, encode_group, encode_prompt, has_verifier, load_pairs, load_problems, rows_at
-from evaluate import add_figures, before_and_after, evaluate, logged, metric_panels, sampled_kl, wilson
+from evaluate import add_figures, evaluate, logged, sampled_kl
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
@@ -102,10 +102,10 @@ from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Positive, Range, listed
 from support.cli import run_script
 from support.devices import precision, setup
+from support.dpo_report import draw, report
 from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.pairs import add_reference, batch_of, keep_pairs, kept_pairs, pair_logprobs, sample_pairs
-from support.plots import draw_curves
 from support.records import load_splits
 from support.runs import Run, RunConfig
 
@@ -538,40 +538,9 @@ def main(config):
     before, after = run.state.before, measure(policy, "test")
     if dist.is_main:
         report(config, before, after, len(pairs["test"]), run.seconds)
-        draw(config, run.path, bool(problems))
+        draw(config, run.path, VARIANTS[config.variant].reward, bool(problems))
         print(f"{path}, {run.path}/last, {run.path}/curves.png")
     return {"before": before, "after": after, "path": str(path), "seconds": run.seconds}
-
-
-def report(config, before, after, n, seconds):
-    """The table at the end. n: the number of test pairs."""
-    low, high = wilson(after["pairs"]["accuracy"] * n, n)
-    rows = [["pairs ordered rightly", "–", f"{after['pairs']['accuracy']:.1%} [{low:.1%}, {high:.1%}]"]]
-    labels = {"loss": "loss on pairs", "logp_chosen": "log π(chosen)", "logp_rejected": "log π(rejected)"}
-    for name, label in labels.items():
-        rows.append([label, *(f"{figures['pairs'][name]:.3f}" for figures in (before, after))])
-    before_and_after(before, after, config.steps, seconds, rows)
-    if after["pairs"]["logp_chosen"] < before["pairs"]["logp_chosen"]:
-        despite = f", in spite of --nll {config.nll:g}" if config.nll else ""
-        print(f"the chosen answers became less probable too{despite}: DPO fits the difference alone (see curves.png)")
-
-
-def draw(config, run_path, verified):
-    """The curves."""
-    rewards, logps = ({f"valid_{name}_{side}": side for side in ("chosen", "rejected")} for name in ("reward", "logp"))
-    draw_curves(
-        run_path,
-        f"DPO ({config.variant}, {config.pairs} pairs) on {config.data}, seed {config.seed}",
-        [
-            *(metric_panels() if verified else ()),
-            ("loss on pairs", {"loss": "train", "valid_loss": "validation"}, "nats", {}),
-            ("pairs ordered rightly", {"pair_accuracy": "train", "valid_accuracy": "validation"}, "share", {}),
-            ("implicit rewards, validation", rewards, VARIANTS[config.variant].reward, {}),
-            ("log π of the answers, validation", logps, "nats", {}),
-            ("KL to the start", {"kl": "sampled answers"}, "nats per token", {}),
-            ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
-        ],
-    )
 
 
 if __name__ == "__main__":

@@ -203,12 +203,12 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     target = scratch / "runs/ablate/width-quick/width.md"
     assert (target.with_suffix(".png")).stat().st_size > 5000
     target.write_text(target.read_text() + "\n## Reading\nWider is dearer.\n")
-    made = {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")}
-    assert len(made) == 2
+    results = {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")}
+    assert len(results) == 2
     assert ablate.main(config) == results  # nothing is run again
-    assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == made
+    assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == results
     assert target.read_text().endswith("## Reading\nWider is dearer.\n")
-    stale = min(made)  # the same flags, but a default was another when it was made
+    stale = min(results)  # the same flags, but a default was another when it was made
     saved = json.loads(stale.read_text())
     saved["settings"]["config"]["clip"] = 9.0
     stale.write_text(json.dumps(saved))
@@ -264,8 +264,8 @@ def test_every_recipe_is_one_of_its_stages_settings(recipe, scratch):
     assert recipe.stem.startswith(config.name)  # its run directory says which recipe it was
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to one process, as a batch system", "Ctrl-C to all, as a terminal"])
-def test_a_stop_stops_all(how, tmp_path):
+@pytest.mark.parametrize("stop", ["SIGTERM to one process, as a batch system", "Ctrl-C to all, as a terminal"])
+def test_a_stop_stops_all(stop, tmp_path):
     """The runs hold the pipe open as long as they live, which would be minutes."""
     environment = os.environ | {"ALIGN_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "ablate.py"), "norm-kind"]
@@ -278,7 +278,7 @@ def test_a_stop_stops_all(how, tmp_path):
             time.sleep(0.2)
             running = list(tmp_path.glob("runs/ablate/norm-kind/*/run/metrics.jsonl"))
             running = [log for log in running if '"loss"' in log.read_text()]
-        if "SIGTERM" in how:
+        if "SIGTERM" in stop:
             process.terminate()
         else:
             os.killpg(process.pid, signal.SIGINT)

@@ -15,7 +15,7 @@ import dpo
 from data import encode_prompt, load_pairs, load_problems
 from dpo import VARIANTS, Config, dpo_loss, encode_pair, pair_up
 from lora import LoraConfig
-from support import devices, runs
+from support import devices, dpo_report, runs
 from support import pairs as pairs_room
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -231,11 +231,11 @@ def test_a_packed_pair_is_two_rows_of_its_own(tokenizer):
 
 def test_pairs_end_where_the_template_ends(tokenizer):
     pair = load_pairs("word", "train", 1)[0]
-    made = encode_pair(tokenizer, pair)
+    encoded = encode_pair(tokenizer, pair)
     chat = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.rejected}]
     ids, mask = tokenizer.encode_chat(chat)
-    assert made["prompt"] + made["rejected"] == ids[: len(made["prompt"]) + len(made["rejected"])]
-    assert made["rejected"] == [i for i, flag in zip(ids, mask, strict=True) if flag]
+    assert encoded["prompt"] + encoded["rejected"] == ids[: len(encoded["prompt"]) + len(encoded["rejected"])]
+    assert encoded["rejected"] == [i for i, flag in zip(ids, mask, strict=True) if flag]
 
 
 def test_reference_is_the_start(tokenizer):
@@ -278,7 +278,7 @@ def test_which_variants_have_a_reference_and_which_are_per_token():
 def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
     asked, add, drawn, row = [], dpo.add_reference, [], VARIANTS[variant]
     monkeypatch.setattr(dpo, "add_reference", lambda policy, pairs, *more: asked.append(1) or add(policy, pairs, *more))
-    monkeypatch.setattr(dpo, "draw_curves", lambda path, title, panels: drawn.extend(panels))
+    monkeypatch.setattr(dpo_report, "draw_curves", lambda path, title, panels: drawn.extend(panels))
     dpo.main(config(variant=variant, steps=1))
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
     assert len(asked) == (3 if row.reference else 0)
@@ -512,11 +512,11 @@ def test_bad_input_is_one_line(here):
 
 
 def test_the_report_says_when_chosen_answers_became_less_probable(capsys):
-    def said(nll, chosen):
+    def last_line(nll, chosen):
         pairs = {"loss": 0.6, "logp_chosen": -5.0, "logp_rejected": -8.0, "accuracy": 0.75}
         dpo.report(Config(nll=nll), {"pairs": pairs}, {"pairs": pairs | {"logp_chosen": chosen}}, 100, 60.0)
         return capsys.readouterr().out.splitlines()[-1]
 
-    assert said(1.0, -6.0).startswith("the chosen answers became less probable too, in spite of --nll 1:")
-    assert said(0.0, -6.0).startswith("the chosen answers became less probable too: DPO fits the difference alone")
-    assert said(1.0, -4.0) == "300 steps, 1.0 minutes"
+    assert last_line(1.0, -6.0).startswith("the chosen answers became less probable too, in spite of --nll 1:")
+    assert last_line(0.0, -6.0).startswith("the chosen answers became less probable too: DPO fits the difference alone")
+    assert last_line(1.0, -4.0) == "300 steps, 1.0 minutes"

@@ -81,8 +81,8 @@ def test_the_table_of_the_docstring():
     pairs = [[(int(a), int(b)) for a, b in re.findall(r"\((\d), (\d)\)", row)] for row, _ in rows]
     rewards = torch.tensor(pairs, dtype=torch.float32)  # (4, 4, 2)
     for row, grpo_row, gdpo_row in zip(rows, group_advantages(rewards.sum(2)), gdpo_advantages(rewards), strict=True):
-        said = [float(x) for x in row[1].split()]
-        assert said == pytest.approx([*grpo_row.tolist(), *gdpo_row.tolist()], abs=0.006)
+        printed = [float(x) for x in row[1].split()]
+        assert printed == pytest.approx([*grpo_row.tolist(), *gdpo_row.tolist()], abs=0.006)
     figures = collapse(rewards, {"right": 1.0, "tidy": 1.0})
     assert figures == {
         "values_grpo": 7,  # 0.5, -1.5, 1.5, -0.5, 0, -1.22, 1.22

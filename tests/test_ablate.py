@@ -203,12 +203,12 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     target = scratch / "runs/ablate/width-quick/width.md"
     assert (target.with_suffix(".png")).stat().st_size > 5000
     target.write_text(target.read_text() + "\n## Reading\nWider is dearer.\n")
-    results = {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")}
-    assert len(results) == 2
+    written = {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")}
+    assert len(written) == 2
     assert ablate.main(config) == results  # nothing is run again
-    assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == results
+    assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == written
     assert target.read_text().endswith("## Reading\nWider is dearer.\n")
-    stale = min(results)  # the same flags, but a default was another when it was made
+    stale = min(written)  # the same flags, but a default was another when it was made
     saved = json.loads(stale.read_text())
     saved["settings"]["config"]["clip"] = 9.0
     stale.write_text(json.dumps(saved))

@@ -18,8 +18,8 @@ from support.log import read_metrics
 
 def draw_curves(run_dir, title, panels):
     """Draw curves.png, by step, from metrics.jsonl. panels: [(heading, {metric: label}, y-axis label, {label: level of
-    a dashed line}), …]. A metric with more than 60 points is drawn faintly, with its running mean on top; a panel is
-    left out if the run has logged none of its metrics."""
+    a dashed line}), …]. A metric with more than 60 points is drawn faintly, with its running mean on top, and without
+    its `spikes`; a panel is left out if the run has logged none of its metrics."""
     plt = pyplot()
     series = read_metrics(run_dir)
     panels = [panel for panel in panels if panel[1].keys() & series.keys()] or panels[:1]
@@ -27,9 +27,12 @@ def draw_curves(run_dir, title, panels):
     rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 3.1 * rows), squeeze=False)
     for axis, (heading, metrics, ylabel, lines) in zip(axes.flat, panels, strict=False):
+        highest = None
         for i, (name, label) in enumerate(metrics.items()):
             steps, values = series.get(name, ([], []))
             if len(values) > 60:
+                values, highest = spikes(values)
+                label += f" (up to {highest:.3g})" if highest else ""
                 axis.plot(steps, values, color=f"C{i}", alpha=0.2, linewidth=0.8)
                 axis.plot(steps, smooth(values, len(values) // 40), color=f"C{i}", label=label)
             else:
@@ -44,7 +47,7 @@ def draw_curves(run_dir, title, panels):
             axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
-        if len(metrics) + len(lines) > 1:
+        if len(metrics) + len(lines) > 1 or highest:
             bottom = axis.get_ylim()[0]
             axis.margins(y=0.25)  # room for the legend at the top
             axis.set_ylim(bottom=bottom)
@@ -55,6 +58,15 @@ def draw_curves(run_dir, title, panels):
     figure.tight_layout()
     figure.savefig(Path(run_dir) / "curves.png", dpi=130)
     plt.close(figure)
+
+
+def spikes(values):
+    """-> the values, those above five times their 95th percentile lowered to that, and the highest, or None if none is
+    above: one sampled KL of 70 among 0.1s would flatten the curve."""
+    ceiling, highest = 5 * float(np.nanpercentile(values, 95)), max(values)
+    if not 0 < ceiling < highest:
+        return values, None
+    return [min(value, ceiling) for value in values], highest
 
 
 def draw_attention(run_dir, maps, tokens):

@@ -33,3 +33,18 @@ def test_tokens_that_look_like_formulas_are_drawn(here, monkeypatch):
     entropy = sum(math.log(n) for n in (1, 2, 3, 4)) / 4
     assert titles[:2] == ["1.1: 0.00 nats", f"1.2: {entropy:.2f} nats"]
     assert [text.get_text() for text in kept[0].axes[0].get_yticklabels()] == ["$$", "\\n", "a", "b"]
+
+
+def test_a_spike_does_not_flatten_the_curve(here, monkeypatch):
+    """It is drawn at five times the 95th percentile, and the legend says how high it was."""
+    assert plots.spikes([0.1] * 50 + [70.0] + [0.1] * 49) == ([0.1] * 50 + [0.5] + [0.1] * 49, 70.0)
+    for steady in ([0.1, 0.2] * 50, [0.0] * 100, [-1.0, 2.0] * 50):
+        assert plots.spikes(steady) == (steady, None)
+
+    drawn = []
+    monkeypatch.setattr(plots, "read_metrics", lambda run_dir: {"kl": (list(range(201)), [0.1] * 200 + [70.0])})
+    close = plots.pyplot().close
+    monkeypatch.setattr(plots.pyplot(), "close", lambda figure: (drawn.append(figure.axes[0]), close(figure)))
+    plots.draw_curves(here, "a run", [("KL", {"kl": "to the start"}, "nats", {})])
+    assert drawn[0].get_ylim()[1] < 1
+    assert [text.get_text() for text in drawn[0].get_legend().get_texts()] == ["to the start (up to 70)"]

@@ -240,7 +240,7 @@ EXPERIMENTS = {
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
-            "PPO": ("ppo", {"steps": 80}),
+            "PPO": ("ppo", {"steps": 80, "baseline": "wins", "normalise": False, "lam": 1.0, "minibatches": 1}),
             "DPO": ("dpo", {"steps": 80, "prompts": 1000}),
             "GRPO": _grpo(steps=80, test_problems=1000, pass_problems=20),
             "GDPO": _grpo("gdpo", steps=80, test_problems=1000, pass_problems=20, brevity_weight=0.2),

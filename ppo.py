@@ -36,7 +36,10 @@ One step, for N prompts (`main` has the same five parts). The N·R answers are a
         clip the policy's and the values' gradients, optimizer step
     log; every so often answer validation problems                                                        5. look
 
-DEFAULTS
+The defaults run the textbook form: 16 prompts × 8 answers, one pass of four minibatches, β = 0.05, γ = 1, λ = 0.95,
+ε = ε_v = 0.2, c = 0.1, normalised scores, no baseline but the values (a head on the policy's trunk), whitened
+advantages, a fine of 1 where the end is missing, stop_kl = 0.1. Off: --kl_target, --baseline mean or wins, a value
+network of its own, further passes, LoRA.
 
 V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. Mean and spread of the advantages
 (`whiten`; divided by n, where torch.std divides by n − 1) are those of all tokens of the step on all ranks, and the
@@ -49,8 +52,8 @@ What keeps a run alive, each by a flag:
     --baseline         none: the values alone say what to expect. mean: less the mean of the prompt's answers (as GRPO,
                        without its division). wins: a reward model is only taught to compare answers to one prompt, its
                        scores lie higher for some prompts than for others; so an answer is worth the chance that it
-                       beats the prompt's other answers, less ½ (close to arXiv:2502.18770; without --normalise). V
-                       then predicts what is left
+                       beats the prompt's other answers, less ½ (close to arXiv:2502.18770). V then predicts what
+                       is left
     --normalise        scores brought to mean 0 and standard deviation 1 of all scores so far
     --missing_end      an answer without an end is fined, as the reward model has never seen one
     --stop_kl          the update ends when the policy is too far from π_old, in nats per token
@@ -346,7 +349,7 @@ class Config(RunConfig):
     value: Literal["shared", "separate"] = "shared"
     """Trunk of the value network: shared with the policy, or separate (starts from the reward model's trunk)."""
     name: str = "ppo"
-    steps: Count = 150
+    steps: Count = 250
     """Batches of rollouts."""
     prompts: Count = 16
     """Prompts N per step, over all ranks."""
@@ -364,7 +367,7 @@ class Config(RunConfig):
     """Number of answers over which the weight adapts."""
     gamma: Fraction = 1.0
     """Discount per token."""
-    lam: Fraction = 1.0
+    lam: Fraction = 0.95
     """GAE's λ: below 1 the first tokens of an answer learn less from its score and more from the values."""
     clip_ratio: Amount = 0.2
     """Clip ε of the ratio: beyond 1 ± ε a token gains nothing more."""
@@ -372,19 +375,20 @@ class Config(RunConfig):
     """Clip of the value: how far it may move from its value at sampling and still lower the loss; 0: no clip."""
     value_weight: Amount = 0.1
     """Weight of the value loss."""
-    baseline: Literal["wins", "mean", "none"] = "wins"
+    baseline: Literal["wins", "mean", "none"] = "none"
     """What a score is compared with: wins (its probability of beating the prompt's other answers; bounded), mean (the
     mean score of the prompt's answers) or none (the values alone)."""
     whiten: bool = True
     """Normalise the advantages of a step to mean 0 and standard deviation 1."""
-    normalise: bool = False
-    """Normalise the scores by the mean and standard deviation of all scores so far."""
+    normalise: bool | None = None
+    """Normalise the scores by the mean and standard deviation of all scores so far; default: but for --baseline wins,
+    which needs them as the reward model gives them."""
     missing_end: float = 1.0
     """Penalty for an answer that was cut off, in units of the (normalised) score."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
-    minibatches: Count = 1
-    """Optimizer steps in a pass."""
+    minibatches: Count = 4
+    """Optimizer steps in a pass; from the second on ρ differs from 1."""
     stop_kl: Amount = 0.1
     """Stop the inner epochs when the KL to the policy that sampled exceeds this many nats per token; 0: never."""
     micro_batch: Count = 64
@@ -412,6 +416,8 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.normalise is None:
+            self.normalise = self.baseline != "wins"
         if self.baseline != "none" and self.rollouts < 2:
             raise ConfigError(f"--baseline {self.baseline} needs --rollouts of at least 2: there is no other answer")
         if self.kl_target is not None and self.kl_beta == 0:

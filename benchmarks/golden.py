@@ -27,7 +27,8 @@ SHORT = "--eval_problems 20 --test_problems 20"
 RL = f"{SFT} {SHORT} --prompts 4 --rollouts 4 --steps 4 --eval_every 2 --max_new_tokens 40"
 PAIRS = "--n_pairs 60 --sample_problems 60 --eval_pairs 20 --test_pairs 20"
 GRPO = f"{RL} --pass_problems 4 --pass_samples 4 --minibatches 1 --beta 0 --skip_zero_variance false --lr 3e-4"
-GRPO += " --kl_unbiased false"
+GRPO += " --kl_unbiased false --kl k3"
+PPO = f"{RL} --reward_model runs/reward_model/best --baseline wins --normalise false --lam 1 --minibatches 1"
 # In groups: the runs of a group run in parallel, and may start from checkpoints of earlier groups.
 RUNS = [
     {
@@ -79,12 +80,11 @@ RUNS = [
         "gdpo_2": f"gdpo.py {GRPO} --brevity_weight 0.5 --combine sum",
     },
     {
-        "ppo": f"ppo.py {RL} --reward_model runs/reward_model/best",
-        "ppo_2": f"ppo.py {RL} --reward_model runs/reward_model/best --minibatches 2",
-        "ppo_textbook": f"ppo.py {RL} --reward_model runs/reward_model/best --baseline none --normalise true "
+        "ppo": f"ppo.py {PPO}",
+        "ppo_2": f"ppo.py {PPO} --minibatches 2",
+        "ppo_textbook": f"ppo.py {PPO} --baseline none --normalise true "
         "--inner_epochs 2 --minibatches 2 --lam 0.95 --kl_target 3 --kl_horizon 50 --micro_batch 8",
-        "ppo_separate": f"ppo.py {RL} --reward_model runs/reward_model/best --value separate --baseline mean "
-        "--lora.rank 4",
+        "ppo_separate": f"ppo.py {PPO} --value separate --baseline mean --lora.rank 4",
     },
 ]
 

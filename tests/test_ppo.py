@@ -36,7 +36,7 @@ from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", reward_model="judge", steps=3, prompts=6, rollouts=2, max_new_tokens=6, warmup=1)
 SMALL |= dict(eval_every=2, eval_problems=3, test_problems=4, sample_every=2, micro_batch=64, lr=1e-3, device="cpu")
-SMALL |= dict(optimizer="muon", minibatches=2)
+SMALL |= dict(optimizer="muon", minibatches=2, baseline="wins", normalise=False, lam=1.0)
 
 
 def config(**changes):
@@ -543,6 +543,20 @@ def test_wins_by_hand():
     wins = ppo.win_rates(torch.tensor([[2.0, 0.0, 0.0], [5.0, 5.0, 5.0]]))
     expected = [[sigma - 0.5, (1 - sigma - 0.5) / 2, (1 - sigma - 0.5) / 2], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(wins, torch.tensor(expected))
+
+
+def test_the_defaults_run_the_textbook_form(here):
+    """Several steps a batch, the values as the only baseline, normalised scores, GAE; and the ratio leaves 1."""
+    assert (Config().baseline, Config().normalise, Config(baseline="wins").normalise) == ("none", True, False)
+    defaults = {name: getattr(Config(), name) for name in ("minibatches", "baseline", "normalise", "lam", "kl_beta")}
+    ppo.main(config(lr=3e-2, warmup=0, steps=2, **defaults))
+    steps = [json.loads(line) for line in open("runs/ppo/metrics.jsonl", encoding="utf-8")]
+    steps = [record for record in steps if "ratio_spread" in record]
+    assert len(steps) == 2
+    for record in steps:
+        assert record["updates"] > 1
+        assert record["ratio_spread"] > 0.01
+        assert record["clip_fraction"] > 0
 
 
 def test_a_baseline_by_hand():

@@ -550,13 +550,8 @@ def test_the_defaults_run_the_textbook_form(here):
     assert (Config().baseline, Config().normalise, Config(baseline="wins").normalise) == ("none", True, False)
     defaults = {name: getattr(Config(), name) for name in ("minibatches", "baseline", "normalise", "lam", "kl_beta")}
     ppo.main(config(lr=3e-2, warmup=0, steps=2, **defaults))
-    steps = [json.loads(line) for line in open("runs/ppo/metrics.jsonl", encoding="utf-8")]
-    steps = [record for record in steps if "ratio_spread" in record]
-    assert len(steps) == 2
-    for record in steps:
-        assert record["updates"] > 1
-        assert record["ratio_spread"] > 0.01
-        assert record["clip_fraction"] > 0
+    for name, least in {"updates": 1, "ratio_spread": 0.01, "clip_fraction": 0.0}.items():
+        assert min(metrics("runs/ppo", name).values()) > least, name
 
 
 def test_a_baseline_by_hand():

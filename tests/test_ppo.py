@@ -550,8 +550,9 @@ def test_the_defaults_run_the_textbook_form(here):
     assert (Config().baseline, Config().normalise, Config(baseline="wins").normalise) == ("none", True, False)
     defaults = {name: getattr(Config(), name) for name in ("minibatches", "baseline", "normalise", "lam", "kl_beta")}
     ppo.main(config(lr=3e-2, warmup=0, steps=2, **defaults))
-    for name, least in {"updates": 1, "ratio_spread": 0.01, "clip_fraction": 0.0}.items():
-        assert min(metrics("runs/ppo", name).values()) > least, name
+    assert min(metrics("runs/ppo", "updates").values()) > 1
+    assert min(metrics("runs/ppo", "ratio_spread").values()) > 0.01
+    assert max(metrics("runs/ppo", "clip_fraction").values()) > 0
 
 
 def test_a_baseline_by_hand():

@@ -486,6 +486,17 @@ def reference_logprobs(reference, policy, pieces, batch, config, autocast):
     return out
 
 
+def less_the_kl(advantages, reference, policy, batch, config, autocast, pad):
+    """--kl_in reward: advantages (n, R) -> less β times the KL of each whole answer, which has its group's mean as
+    baseline; and log π_ref (n·R, T). It comes after the division by the std, which would blow it up where a group's
+    rewards are nearly equal."""
+    pieces = cut(batch, range(len(advantages)), batch.rollout.mask, config.micro_batch, pad)
+    ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
+    kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
+    batch.rewards["kl"] = kl_tokens.sum(1).view(advantages.shape).cpu()
+    return advantages - config.beta * less_baseline(batch.rewards["kl"], "mean"), ref_logprobs
+
+
 def load_questions(config, split, n):
     """At most n problems of a split, with --instruction. ConfigError if a right answer is paid for that is unknown."""
     problems = load_problems(config.data, split, n, tuple(config.levels))
@@ -584,12 +595,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         advantages, extra = advantages_of(dist.gather(paid_rewards(batch, weights, config)), weights, config)  # (N, R)
         advantages, ref_logprobs = advantages[slots], None  # (n, R)
         if config.beta and config.kl_in == "reward":
-            pieces = cut(batch, range(n), batch.rollout.mask, config.micro_batch, pad)
-            ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
-            kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
-            batch.rewards["kl"] = kl_tokens.sum(1).view(-1, R).cpu()  # of the whole completion
-            # After the division by the std, which would blow it up in groups of nearly equal rewards.
-            advantages = advantages - config.beta * less_baseline(batch.rewards["kl"], "mean")
+            advantages, ref_logprobs = less_the_kl(advantages, reference, policy, batch, config, autocast, pad)
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)

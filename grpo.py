@@ -534,7 +534,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    n, R = dist.per_rank("prompts", config.prompts), config.rollouts  # this rank asks n of a step's N questions
+    n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
     slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
     functions, weights = reward_functions(config)

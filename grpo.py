@@ -128,12 +128,12 @@ from transformer import masked_mean
 ANSWER_LINE = re.compile(r"#### -?\$?[0-9,]*\.?[0-9]+")
 
 
-def correct(texts, problems, ended):
+def accuracy_reward(texts, problems, ended):
     """1 if the number after #### is the right one."""
     return [float(is_correct(text, problem)) for text, problem in zip(texts, problems, strict=True)]
 
 
-def tidy(texts, problems, ended):
+def format_reward(texts, problems, ended):
     """1 if the text stops by itself, and its last line and no other is `#### number`, bare and readable."""
     last = [(text.strip().splitlines() or [""])[-1].strip() for text in texts]
     return [
@@ -142,12 +142,12 @@ def tidy(texts, problems, ended):
     ]
 
 
-def brevity(texts, problems, ended):
+def brevity_reward(texts, problems, ended):
     """1 if the text is no longer than the problem's solution. An empty one is short, too: see gdpo.py --conditioned."""
     return [float(len(text.strip()) <= len(p.solution)) for text, p in zip(texts, problems, strict=True)]
 
 
-REWARDS = {"correct": correct, "format": tidy, "brevity": brevity}
+REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevity_reward}
 
 
 # ---------------------------------------------------------------------------------------------------------------

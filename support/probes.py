@@ -24,7 +24,7 @@ from attention import attention_entropy, attention_weights
 from data import DEFAULT_TASK, encode_prompt, find, load_problems, load_text
 from evaluate import evaluate, evaluate_samples, sampled_kl
 from generate import generate
-from grpo import tidy
+from grpo import format_reward
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.copy_lines import DISTANCES, MOST_DOTS, copy_line
@@ -201,7 +201,7 @@ def held_out(folder, figures, settings):
     return {
         "pass_at_8": 100 * sampled["pass@8"],
         "sampled": 100 * sampled["pass@1"],
-        "format": 100 * statistics.mean(tidy(texts, problems, ended)),
+        "format": 100 * statistics.mean(format_reward(texts, problems, ended)),
         "length": greedy["length"],
         "kl": sampled_kl(policy, start, tokenizer, prompts, NEW_TOKENS, dist),
     }

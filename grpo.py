@@ -22,10 +22,10 @@ One step, here for one process and the defaults; `main` has the same five parts.
 *minibatch* the whole groups of one *update* (optimizer step), a *piece* what fits into one forward pass.
 
     batch   = roll_out(step)                         N·R answers: ids, mask, log π_old   (N·R, T)         1. ask
-    rewards = judge(texts, questions)                correct, format                     (N, R, 2)        2. judge
+              and judges them:                       the rewards that have a weight      (N, R, 2)        2. judge
     A       = group_advantages(rewards · weights)    mean 0 in each group                (N, R)           3. compare
-    for minibatch in minibatches_of(batch):          groups without a signal left out                     4. update
-        ref      = reference_logprobs(pieces)        log π_ref, no gradient              (b, T)
+    ref     = reference_logprobs(batch)              log π_ref, no gradient              (N·R, T)         4. update
+    for minibatch in minibatches_of(batch):          groups without a signal left out
         logprobs = shared_answer_logprobs(pieces)    log π; ρ = 1 in the first minibatch (b, T)
         loss     = Σ_i,t v_t (−min(ρ A, clip(ρ) A) + β ρ k3)      v_t = 1 / (answers of the minibatch · |y_i|)
         backward, clip the gradient's norm, optimizer step
@@ -33,13 +33,14 @@ One step, here for one process and the defaults; `main` has the same five parts.
 
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the
 answer is right and 0.1 if it is well formed. A group whose answers all earn the same has A = 0; it is left out, its KL
-too, and still counted in v_t (--skip_zero_variance). Off: asymmetric clips, sequence-level ratios, length penalties,
-dynamic sampling, a moving reference, LoRA. Dropout is always off.
+too, and its answers and tokens still count in v_t (--skip_zero_variance). Off: asymmetric clips, sequence-level ratios,
+length penalties, dynamic sampling, a moving reference, LoRA. Dropout is always off.
 
-What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0, and the
-gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, and the share of
-groups without a signal. And `story_kept`, whether an answer still speaks of the question's names and things: what is
-not rewarded is lost. With --beta 0 the accuracy is higher, and Luke's marbles turn into eggs (results/grpo_word.md).
+What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0 (with
+the default weights v_t), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
+fraction, the length, and the share of groups without a signal. And `story_kept`, which the evaluation measures: whether
+an answer still speaks of the question's names and things. What is not rewarded is lost. With --beta 0 the accuracy is
+higher, and Luke's marbles turn into eggs (results/grpo_word.md).
 
 What changes the gradient of a token:
 
@@ -54,7 +55,8 @@ What changes the gradient of a token:
     --scale            group: A is divided by its group's std, so a very easy or very hard question, and one where only
                        the format differs, push as hard as others; batch: one std for all; none: the difference itself
     --ratio sequence   one ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: the clip keeps or drops whole answers, and
-                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4). The KL has ρ_t
+                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4). The KL term
+                       keeps each token's own ρ_t
     --beta             the KL's part of the gradient. --kl_unbiased false: β (1 − x), at most β however unlikely the
                        start finds the token; that is the paper's. --kl k2: β log(π / π_ref) without ρ.
                        --kl_in reward: no term of its own; each answer's KL is taken off its advantage instead
@@ -186,7 +188,7 @@ def per_completion(mask, n_completions, n_tokens, max_length):
 
 
 def per_token(mask, n_completions, n_tokens, max_length):
-    """DAPO: a mean over all tokens of the step. (B, T)"""
+    """DAPO: a mean over all tokens of the minibatch. (B, T)"""
     return mask / n_tokens
 
 
@@ -235,7 +237,7 @@ def grpo_loss(
 
     n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these B answers alone.
     max_length: dr_grpo's constant, default T. Metrics: the loss, and means over these answers' tokens, of ratio_max the
-    maximum. The defaults here are the plain ones of the contract; the run's are in Config.
+    maximum. The defaults here have no KL; those of a run are in Config.
     """
     if loss_type not in OBJECTIVES:
         raise ConfigError(f"--loss_type {loss_type!r} is not known; use {listed(OBJECTIVES)}")
@@ -391,7 +393,8 @@ class Config(RunConfig):
     beta: Amount = 0.3
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     kl: Literal["k1", "k2", "k3"] | None = None
-    """Estimator of the KL; default k3 in the loss, k1 in the reward, whose gradients are those of the KL."""
+    """Estimator of the KL; default k3 in the loss (with --kl_unbiased) and k1 in the reward: both give the KL's
+    gradient."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL is subtracted: as a term of the loss, or from the reward."""
     kl_unbiased: bool | None = None
@@ -475,7 +478,7 @@ def roll_out(sample, step, slots, attempt, functions, config):
 def reference_logprobs(reference, policy, pieces, batch, config, autocast):
     """log π_ref of the pieces' completions, at their rows of a (n·R, T) tensor that is 0 elsewhere.
 
-    With LoRA the reference is the policy itself without its adapters: no second model in memory.
+    With LoRA the reference is the policy itself without its adapters (but for --refresh_reference).
     """
     out = torch.zeros_like(batch.rollout.logprobs)
     with lora_off(policy), autocast():
@@ -487,8 +490,8 @@ def reference_logprobs(reference, policy, pieces, batch, config, autocast):
 
 
 def less_the_kl(advantages, reference, policy, batch, config, autocast, pad):
-    """--kl_in reward: advantages (n, R) -> less β times the KL of each whole answer, which has its group's mean as
-    baseline; and log π_ref (n·R, T). It comes after the division by the std, which would blow it up where a group's
+    """--kl_in reward: A_i (n, R) -> A_i − β (KL_i − the mean KL of its group), KL_i of the whole answer; and log π_ref
+    (n·R, T). It comes after the division by the std, which would blow it up where a group's
     rewards are nearly equal."""
     pieces = cut(batch, range(len(advantages)), batch.rollout.mask, config.micro_batch, pad)
     ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
@@ -572,8 +575,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         return advantages_of(paid_rewards(batch, weights, config), weights, config)[0]
 
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
-    M = config.minibatches
-    groups = [[g for g, slot in enumerate(slots) if slot % M == m] for m in range(M)]  # this rank's, of each minibatch
+    k = config.minibatches
+    groups = [[g for g, slot in enumerate(slots) if slot % k == m] for m in range(k)]  # this rank's, of each minibatch
     loss_of = loss_with(config)
     extra, kl, warned, shown = {}, 0.0, False, run.state.start
     for step in run.steps():

@@ -1,20 +1,21 @@
 """PPO for language: a learned reward, a value for every token, a clip and a KL penalty (arXiv:1707.06347, 2203.02155).
 
 A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, before
-every token, what is still to come; a token's advantage is its reward and by how much the guess rises.
+every token, what is still to come. A token's advantage is its reward and the rise of the guess, and, discounted by λ,
+the same of the tokens after it.
 
 From the policy gradient on. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. For
 an answer y to a prompt x, a reward r_t at each token and the return G_t = r_t + r_{t+1} + …:
 
     ∇J  = E[Σ_t G_t ∇log π(y_t | x, y_<t)]                 a token is credited with its own and all later rewards
         = E[Σ_t (G_t − V_t) ∇log π(y_t | x, y_<t)]         for any V_t = V(x, y_<t), which does not see y_t
-    r_t = −β (log π_old(y_t) − log π_ref(y_t)),  plus the score at the last token        a KL penalty on every token
+    r_t = −β (log π_old(y_t) − log π_ref(y_t)),  plus `final`, what the answer is paid, at the last token
     δ_t = r_t + γ V_{t+1} − V_t                            V is 0 after the last token
     A_t = δ_t + γλ A_{t+1}                                 GAE, arXiv:1506.02438, Eq. 16
 
 The values are fitted to the targets A_t + V_t. With γ = λ = 1 these are G_t, and A_t = G_t − V_t: unbiased and noisy;
 λ = 0 believes the next guess. Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), and an end to
-what it can gain: beyond 1 ± ε in the direction that A asks for, a token has no gradient left.
+what it can gain: beyond 1 ± ε in the direction that A asks for, a token has no policy gradient left.
 
     policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)        arXiv:1707.06347, Eq. 7
     value loss   ½ max((V − target)², (clip(V, V_old ± ε_v) − target)²)        both a mean over a minibatch's tokens
@@ -32,14 +33,14 @@ One step, for N prompts (`main` has the same five parts). The N·R answers are a
     for each pass, for minibatch in answers:           an optimizer step each                             4. update
         logprobs, V = actor_critic(pieces)             (b, T), with gradient; ρ = 1 in the first minibatch
         loss = ppo_policy_loss(logprobs, log π_old, A, mask) + c · value_loss(V, V_old, targets, mask)
-        backward; leave the update if KL(π_old ‖ π) is above stop_kl
+        backward; drop this minibatch and the rest of the step if KL(π_old ‖ π) is above stop_kl
         clip the policy's and the values' gradients, optimizer step
     log; every so often answer validation problems                                                        5. look
 
-The defaults run the textbook form: 16 prompts × 8 answers, one pass of four minibatches, β = 0.05, γ = 1, λ = 0.95,
-ε = ε_v = 0.2, c = 0.1, normalised scores, no baseline but the values (a head on the policy's trunk), whitened
-advantages, a fine of 1 where the end is missing, stop_kl = 0.1. Off: --kl_target, --baseline mean or wins, a value
-network of its own, further passes, LoRA.
+The defaults run the textbook form: 16 prompts × 8 answers, one pass of four minibatches, β = 0.05 (--kl_beta), γ = 1, λ
+= 0.95 (--lam), ε = ε_v = 0.2 (--clip_ratio, --clip_value), c = 0.1 (--value_weight), normalised scores, no baseline but
+the values (a head on the policy's trunk), whitened advantages, a fine of 1 where the end is missing, stop_kl = 0.1.
+Off: --kl_target, --baseline mean or wins, a value network of its own, further passes, LoRA.
 
 V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. Mean and spread of the advantages
 (`whiten`; divided by n, where torch.std divides by n − 1) are those of all tokens of the step on all ranks, and the
@@ -52,8 +53,8 @@ What keeps a run alive, each by a flag:
     --baseline         none: the values alone say what to expect. mean: less the mean of the prompt's answers (as GRPO,
                        without its division). wins: a reward model is only taught to compare answers to one prompt, its
                        scores lie higher for some prompts than for others; so an answer is worth the chance that it
-                       beats the prompt's other answers, less ½ (close to arXiv:2502.18770). V then predicts what
-                       is left
+                       beats the prompt's other answers, less ½ (close to arXiv:2502.18770). V then
+                       predicts how far an answer will be from the others
     --normalise        scores brought to mean 0 and standard deviation 1 of all scores so far
     --missing_end      an answer without an end is fined, as the reward model has never seen one
     --stop_kl          the update ends when the policy is too far from π_old, in nats per token
@@ -121,8 +122,8 @@ def less_baseline(rewards, baseline="mean"):
     """rewards (N, R) of R answers to each of N prompts -> (N, R), less a baseline that is the prompt's own.
 
     mean: the mean of the prompt's answers (GRPO, which uses this too); leave_one_out: that of its other answers (RLOO,
-    arXiv:2402.14740), R / (R − 1) times the difference; none. Answers that all earn the same, or one alone, get
-    exactly 0.
+    arXiv:2402.14740), R / (R − 1) times the difference; none. With a baseline, answers that all earn the same, or one
+    alone, get exactly 0.
     """
     if baseline == "none":
         return rewards
@@ -170,7 +171,7 @@ def whiten(x, mask, dist=None, eps=1e-8):
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tokens=None):
     """Eq. 7 of arXiv:1707.06347, to be minimised -> (loss, metrics). n_tokens: of the whole optimizer step, over
-    micro-batches and ranks; default: of this batch. Metrics are means over this batch's tokens."""
+    pieces and ranks; default: of this piece. Metrics are means over this piece's tokens."""
     # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
     real = mask.bool()
     logprobs, old_logprobs, advantages = (torch.where(real, x, 0.0) for x in (logprobs, old_logprobs, advantages))
@@ -182,8 +183,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
         metrics = {
             "policy_loss": loss,
             "clip_fraction": masked_mean((clipped < plain).float(), mask),
-            "approx_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k2"), mask),  # of KL(π_old ‖ π)
-            "approx_kl3": masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask),
+            "approx_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k2"), mask),  # two estimates of KL(π_old ‖ π)
+            "approx_kl3": masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask),  # that of stop_kl
             "ratio": masked_mean(ratio, mask),
             "ratio_spread": masked_mean((ratio - 1).abs(), mask),  # 0 on fresh rollouts
         }
@@ -261,7 +262,7 @@ class ActorCritic(nn.Module):
     def forward(self, packed, temperature=1.0):
         """packed (support/shared_prompt.py): prompts stored once, each with its R answers -> log-probabilities and
         values, (b, T) each, 0 after an answer's end. It is computed in blocks of like length and put back in order; a
-        critic's score is read at every token."""
+        critic's score is read at every token. Output t is that of the position before token t."""
         logprobs, values = [], []
         options = {"temperature": temperature, "with_states": True}
         for logp, states in packed.outputs(self.policy, lambda part: options | {"targets": part.targets}):
@@ -382,7 +383,7 @@ class Config(RunConfig):
     """Normalise the advantages of a step to mean 0 and standard deviation 1."""
     normalise: bool | None = None
     """Normalise the scores by the mean and standard deviation of all scores so far; default: but for --baseline wins,
-    which needs them as the reward model gives them."""
+    which takes them as the reward model gives them, less the penalty for a missing end."""
     missing_end: float = 1.0
     """Penalty for an answer that was cut off, in units of the (normalised) score."""
     inner_epochs: Count = 1
@@ -390,7 +391,7 @@ class Config(RunConfig):
     minibatches: Count = 4
     """Optimizer steps in a pass; from the second on ρ differs from 1."""
     stop_kl: Amount = 0.1
-    """Stop the inner epochs when the KL to the policy that sampled exceeds this many nats per token; 0: never."""
+    """End the step's updates when the KL to the policy that sampled (k3) exceeds this many nats per token; 0: never."""
     micro_batch: Count = 64
     """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -531,7 +532,7 @@ def main(config):
     # The reward model has seen no other end than im_end.
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, (tokenizer.im_end_id,))
     checked = any(p.answer for p in problems["valid"])
-    shown = run.state.start or {"accuracy": run.state.best}  # a run that an older version began kept no more
+    shown = run.state.start or {"accuracy": run.state.best}  # older runs kept the accuracy alone
     for step in run.steps():
         # 1. ask: the policy answers each prompt R times. 2. judge
         started = time.perf_counter()

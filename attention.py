@@ -1,6 +1,10 @@
 """Attention: each token reads the tokens before it. One head, many heads, shared heads; masks; the KV cache.
 
-    Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       the mask adds −∞ to what is hidden, arXiv:1706.03762, Eq. 1
+    Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       mask: −∞ where hidden, else 0. arXiv:1706.03762, Eq. 1
+
+Letters: B rows (one sequence each), T query time, S key time, C width, H query heads, G key/value heads, D head width,
+W window, L layers. Token n, at position n: its number in its row (packed: in its document) from 0, pads not counted.
+Slot: its place in the cache, where a KVCache counts pads too.
 
 A query asks "which keys match me?", the softmax turns the scores into weights that sum to 1, and the output is the
 weighted mean of the values. If the numbers of q and k have variance 1, their dot product has variance D: the division
@@ -18,56 +22,57 @@ One layer, `Attention.forward`, for B rows of T new tokens:
     weights = softmax(scores) over the S keys                                   (B, H, T, S), rows sum to 1
     y = (weights v, heads side by side) W_o                                     (B, H, T, D) -> (B, T, C)
 
-`naive_attention` writes the scores and weights out; the layer calls `fast_attention`, one fused kernel for the same.
+`naive_attention` writes this out; the layer calls `fast_attention`, one fused kernel for the same. The same lines serve
+every use. Masks are boolean, True = visible; `length` counts what the cache has read before this call, pads included:
 
-The same lines serve every use; masks are boolean, True = visible:
+    use                  T   S                 mask                            cache
+    training             T   T                 causal (T, T)                   none
+    training, packed     T   T                 document_mask (B, 1, T, T)      none
+    prefill              T   T                 causal (T, T)                   KVCache: fills slots 0 … T − 1
+    prefill, left pads   T   T                 padding_mask (B, 1, T, T)       KVCache: the same, pads included
+    decoding, token n    1   n + 1             none: the newest sees all       KVCache: fills slot n
+    decoding, left pads  1   length + 1        padding_mask (B, 1, 1, S)       KVCache: fills slot `length`
+    later chunk          T   length + T        causal (T, S) or padding_mask   KVCache: fills the next T slots
+    any of these, window W   the same          window_mask laid over that      the same
+    prefill, window W    T   T                 window_mask laid over that      RollingKVCache: keeps the sinks, last W
+    decoding, token n    1   ≤ sinks + W       none: the slots are the window  RollingKVCache: fills one slot
+    decoding, left pads  1   ≤ sinks + W + 1   (B, 1, 1, S), by the cache      RollingKVCache: fills one slot
+    later chunk          T   ≤ sinks + W + T   (B, 1, T, S), by the cache      RollingKVCache: fills up to T slots
 
-    use                  T    S              mask                                         cache
-    training             T    T              causal (T, T); packed rows: document_mask    none
-    prefill              T    T              causal; prompts of several lengths:          KVCache fills slots 0 … T − 1
-                                             padding_mask (B, 1, T, T)
-    decode, token n      1    n + 1          none: the newest sees all; with pads         KVCache fills slot n
-                                             padding_mask (B, 1, 1, S)
-    the same, window W   1    ≤ sinks + W    none: the cache holds only what is visible   RollingKVCache: token n takes
-                                                                                          the slot of token n − W
-    a window otherwise   T    T or more      window_mask, laid over any of these          none, KVCache; or prefill of
-                                                                                          a RollingKVCache
+    option          default  model's    what it changes (the model is transformer.py's)
+    n_kv_head, G    H        2 (H = 6)  W_k, W_v and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
+                                        (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
+    head_dim, D     C // H   32         the width of every head; H · D may differ from C
+    qk_norm         False    True       bounds the scores: stable at high learning rates (Qwen3, arXiv:2505.09388)
+    bias            False    False      a bias in W_q, W_k, W_v and W_o
+    window, W       None     None       a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
+    sinks           0        0          with a window: how many first tokens stay visible to all (arXiv:2309.17453)
 
-    option         default   what it changes
-    n_kv_head, G   n_head    W_k, W_v and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
-                             (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
-    head_dim, D    C / H     the width of every head; H · D may differ from C
-    qk_norm        False     bounds the scores: stable at high learning rates (Qwen3, arXiv:2505.09388)
-    bias           False     a bias in W_q, W_k, W_v and W_o
-    window, W      None      a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
-    sinks          0         with a window: the first tokens that stay visible to all (arXiv:2309.17453)
-
-The defaults of the model (transformer.py) run G = 2 of H = 6, D = 32, QK-norm, RoPE and full causal attention; windows,
-sinks and biases are off. The weights have no dropout.
+The default model runs full causal attention with RoPE. The attention weights have no dropout.
 
 Traps, the ones that bite most first:
 
 * With a cache S > T, and the causal triangle must sit at the *bottom right*: query t stands at key slot S − T + t.
-  SDPA's `is_causal=True` puts it at the top left, where the newest query would see only the oldest key.
-* Every query must see at least itself. One that sees nothing is a softmax over −∞ alone, NaN, and 0 · NaN = NaN
-  carries it into every later layer. So a pad sees itself.
-* Left pads shift the slots, not the positions: give `rope` of each row's own positions, beside the padding mask.
-* All layers write at the same place of the cache, so the *caller* moves `cache.length`, once, after the last layer.
-* A window added to a model that was trained without one breaks it. A softmax must put its mass somewhere, and a head
-  that finds nothing to look at has learned to put it on the first tokens, which everyone sees. Keep them visible, as
-  sinks, and the model reads on.
+  SDPA's `is_causal=True` puts it at the top left: in decoding, T = 1, the newest query would see only the oldest key.
+* Every query must see at least itself. One that sees nothing is a softmax over −∞ alone: NaN in the formula (SDPA
+  returns 0), and 0 · NaN = NaN carries it into every later layer. So a pad sees itself.
+* Left pads shift the slots, not the positions: besides the padding mask, give `rope` each row's own positions. RoPE
+  sees only differences and forgives a constant shift, until its table ends; learned positions do not forgive it.
+* All layers write at the same place of the cache, so their *caller* moves `cache.length`, once, after the last layer:
+  the model does; if you call one layer by itself, you do.
+* A window added to a model that was trained without one breaks it. Attention weights must sum to 1, and a head that
+  finds nothing to look at has learned to put them on the first tokens. Keep those visible, as sinks, and it works.
 
-What it costs. Scores take T · S products of width D per head, a cache 2 (K and V) · layers · B · G · S · D numbers. A
-window cuts that to T · W products and sinks + W slots, and news still travels n (W − 1) tokens through n layers.
+What it costs. A head's scores are T · S dot products; a KVCache holds 2 (K and V) · L · B · G · S · D numbers. With a
+window, `banded_attention` computes about T · (W + block) of the products, and a RollingKVCache keeps sinks + W slots.
+Through L layers an output still depends on the L (W − 1) tokens before it.
 
-In a rolling cache a key is stored rotated by its position in the text, so the outputs are those of one full pass with
-the same mask. StreamingLLM counts positions inside the cache instead: the distance to the sinks stays one that training
-has shown, but every key must be rotated anew in every step.
+A rolling cache stores each key rotated by its position in the text, so the outputs are those of one full pass with
+window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in
+training; the price: every key must be rotated anew in every step.
 
-Letters: B batch, T query time, S key time, C width, H query heads, G key/value heads, D head width, W window.
-Simplified: no kernel of our own. torch's SDPA does the work, on a long windowed sequence one band of keys after
-another; FlexAttention, made for such masks, has no backward pass on a CPU. benchmarks/attention.py measures all forms.
-Run it: `python attention.py`.
+Simplified: no kernel of our own; torch's SDPA does the work, on a long windowed sequence band by band. FlexAttention,
+made for such masks, has no backward pass on a CPU. benchmarks/attention.py measures all. Run: `python attention.py`.
 """
 
 import copy
@@ -88,7 +93,7 @@ def naive_attention(q, k, v, mask=None):
     """The formula. The layer computes the same by `fast_attention`, which is tested against this.
 
     q (B, H, T, D); k, v (B, G, S, D) with H a multiple of G; mask boolean, broadcastable to (B, H, T, S), True =
-    visible. Returns the output (B, H, T, D) and the weights (B, H, T, S). The softmax runs in fp32 at least.
+    visible. Returns the output (B, H, T, D) and the attention weights (B, H, T, S). The softmax runs in fp32 at least.
     """
     k = repeat_heads(k, q.shape[1] // k.shape[1])  # (B, H, S, D)
     v = repeat_heads(v, q.shape[1] // v.shape[1])  # (B, H, S, D)
@@ -99,10 +104,10 @@ def naive_attention(q, k, v, mask=None):
     return weights.to(v.dtype) @ v, weights
 
 
-def repeat_heads(x, n):
-    """(B, G, S, D) -> (B, G·n, S, D): key/value head g serves the n neighbouring query heads g·n … g·n + n − 1."""
+def repeat_heads(x, repeats):
+    """(B, G, S, D) -> (B, G·repeats, S, D): each key/value head serves `repeats` neighbouring query heads."""
     B, G, S, D = x.shape
-    return x[:, :, None].expand(B, G, n, S, D).reshape(B, G * n, S, D)
+    return x[:, :, None].expand(B, G, repeats, S, D).reshape(B, G * repeats, S, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -130,9 +135,7 @@ def document_mask(documents):
 
 def in_sight(query, key, window, sinks=0):
     """The window, on positions: query (..., T), key (..., S) -> (..., T, S). A key below 0 is a pad, or an empty slot.
-
-    Query m sees key n if 0 ≤ m − n < window, or n < sinks and n ≤ m.
-    """
+    Query m sees key n if 0 ≤ m − n < window, or n < sinks and n ≤ m."""
     query, key = query[..., :, None], key[..., None, :]
     near = query - key < window
     if sinks:
@@ -141,16 +144,13 @@ def in_sight(query, key, window, sinks=0):
 
 
 def window_mask(T, S, window, sinks=0, mask=None, device=None):
-    """Another mask with a window laid over it, default the causal one: (T, S), or (B, 1, T, S) if the mask is.
-
-    The sinks are the first tokens that a query may see at all: in a padded row its first real tokens, in a packed row
-    the first of its document.
-    """
+    """A mask, default the causal one, with a window laid over it: (T, S), or (B, 1, T, S) if the mask is. Sinks are the
+    first tokens that the mask shows: in a padded row its first real tokens, in a packed row those of the document."""
     if mask is None:
         position = torch.arange(S, device=device)
         return in_sight(position[S - T :], position, window, sinks)
     near = torch.ones(T, S, dtype=torch.bool, device=mask.device).triu(S - T - window + 1)
-    if sinks:
+    if sinks:  # counts the visible keys from the left: 1 at a query's first, 2 at its second, …
         near = near | (mask.cumsum(-1, dtype=torch.int32) <= sinks)
     return mask & near
 
@@ -169,10 +169,7 @@ def final_mask(q, k, mask=None, window=None, sinks=0):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, (B, T, C) -> (B, T, C), with H query heads and G key/value heads of width D.
-
-    window: how many tokens a query sees, itself included; None is all of them. sinks: first tokens that stay visible.
-    """
+    """Causal self-attention, H query heads and G key/value heads of width D. The options are in the table above."""
 
     def __init__(
         self, width, n_head, n_kv_head=None, head_dim=None, bias=False, qk_norm=False, eps=1e-6, window=None, sinks=0
@@ -185,7 +182,7 @@ class Attention(nn.Module):
         if window is not None and window < 1:
             raise ValueError(f"a window of {window} tokens would hide a query from itself; it must be at least 1")
         if sinks < 0 or (sinks and window is None):
-            raise ValueError(f"sinks is {sinks}; it must be 0 or more, and only a window makes a difference to them")
+            raise ValueError(f"sinks is {sinks}; it must be 0 or more, and sinks have no effect without a window")
         self.window, self.sinks = window, sinks
         self.wq = nn.Linear(width, n_head * self.head_dim, bias=bias)
         self.wk = nn.Linear(width, self.n_kv_head * self.head_dim, bias=bias)
@@ -199,21 +196,21 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         rope: (cos, sin), each (T, D) or (B, T, D), of the T new tokens' positions; None leaves positions out.
-        mask: None is causal; else boolean, broadcastable to (B, H, T, S), and final but for this layer's window.
-        cache: a KVCache, or for a layer with a window a RollingKVCache, whose mask can only be padding_mask's.
+        mask: None is causal; else boolean, broadcastable to (B, H, T, S), complete except for this layer's window.
+        cache: a KVCache; or, with a window, a RollingKVCache: then mask must be None or padding_mask's.
         layer: which of the cache's layers this one is.
         last_only: the output of the last token alone, (B, 1, C); the cache still gets the keys and values of all T.
         """
         (B, T, _), H, G, D = x.shape, self.n_head, self.n_kv_head, self.head_dim
         x = cast_once(x)
-        q = self.wq(x[:, -1:] if last_only else x)  # (B, T, H·D); with last_only T is 1 for q, from here on
+        q = self.wq(x[:, -1:] if last_only else x)  # (B, T_q, H·D): T_q is T, with last_only 1
         k, v = self.wk(x), self.wv(x)  # (B, T, G·D) each
         if x.dtype == torch.bfloat16 and not x.is_cuda:
             q, k, v = q.float(), k.float(), v.float()  # SDPA's bf16 backward pass is slow on a CPU
         q, k, v = q.view(B, -1, H, D), k.view(B, T, G, D), v.view(B, T, G, D)
         if self.q_norm is not None:  # before the rotation, which keeps lengths: the bound survives
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T_q, D), (B, G, T, D) twice
         if rope is not None:
             q = apply_rope(q, *(table[..., -q.shape[2] :, :] for table in rope))
             k = apply_rope(k, *rope)
@@ -221,7 +218,7 @@ class Attention(nn.Module):
         window = self.window
         if isinstance(cache, RollingKVCache):
             cache.check(window, self.sinks)
-            window = window if cache.length == 0 else None  # later the cache's own mask has the window in it
+            window = window if cache.length == 0 else None  # later the slots, or roll's mask, have the window in them
             k, v, mask = cache.roll(layer, k, v, mask)  # (B, G, S, D) twice
         elif cache is not None:
             k, v = cache.update(layer, k, v)  # (B, G, S, D) twice
@@ -229,43 +226,40 @@ class Attention(nn.Module):
         if last_only and mask is not None:
             mask = mask[..., -1:, :]
         if self.record is None:
-            out = fast_attention(q, k, v, mask, window, self.sinks)  # (B, H, T, D)
-        else:  # attention_weights wants to see the weights
+            out = fast_attention(q, k, v, mask, window, self.sinks)  # (B, H, T_q, D)
+        else:  # for attention_weights
             out, weights = naive_attention(q, k, v, final_mask(q, k, mask, window, self.sinks))
             self.record.append(weights.detach())
         out = out.to(x.dtype).transpose(1, 2).reshape(B, -1, H * D)  # heads side by side
-        return self.wo(out)  # (B, T, C)
+        return self.wo(out)  # (B, T_q, C)
 
 
 def cast_once(x):
-    """x in the dtype of autocast, where that is on: what several matrices read is converted once, not by each."""
+    """x in the dtype of autocast, where that is on. W_q, W_k, W_v all read x: convert it once here, not in each."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The cache: keys and values of the tokens already read. They never change, so a step costs one token's work.
+# The cache: keys and values of the tokens already read, each computed once. A step still reads all S of them.
 
 
 class KVCache:
-    """Keys and values of all layers, in memory allocated once.
-
-    `update` writes after the `length` slots in use and returns views, never copies; the model moves `length` once all
-    layers have written.
-    """
+    """Keys and values of all layers, allocated once. `length` counts the slots in use, pads included. `update`
+    writes after them and returns views, never copies; the caller moves `length` once all layers have written."""
 
     def __init__(self, n_layer, batch, n_kv_head, max_len, head_dim, dtype=torch.float32, device=None):
-        # keys and values of all layers in one tensor, so that a decoding step writes both at once
+        # keys and values of all layers in one tensor: support/fast_decode.py writes both of a layer at once
         self.store = torch.empty(n_layer, 2, batch, n_kv_head, max_len, head_dim, dtype=dtype, device=device)
         self.length = 0
 
     @property
     def keys(self):
-        return [layer[0] for layer in self.store]  # n_layer times (B, G, max_len, D)
+        return [store[0] for store in self.store]  # n_layer times (B, G, max_len, D)
 
     @property
     def values(self):
-        return [layer[1] for layer in self.store]
+        return [store[1] for store in self.store]
 
     def update(self, layer, k, v):
         """Append k and v, each (B, G, T, D), to a layer; returns all its keys and values, (B, G, length + T, D)."""
@@ -276,19 +270,19 @@ class KVCache:
         store[1, :, :, self.length : end] = v
         return store[0, :, :, :end], store[1, :, :, :end]
 
-    def repeat(self, n, max_len):
-        """A cache of B·n rows with room for `max_len` tokens: each row n times, so a prompt is computed once."""
+    def repeat(self, repeats, max_len):
+        """A cache with each row `repeats` times, so a prompt is computed once, and room for `max_len` tokens."""
         L, _, B, G, _, D = self.store.shape
-        out = KVCache(L, B * n, G, max_len, D, self.store.dtype, self.store.device)
+        out = KVCache(L, B * repeats, G, max_len, D, self.store.dtype, self.store.device)
         out.length = self.length
-        rows = out.store.view(L, 2, B, n, G, max_len, D)[..., : self.length, :]
-        rows.copy_(self.store[:, :, :, None, :, : self.length])  # (L, 2, B, 1, G, S, D) -> (L, 2, B, n, G, S, D)
+        copies = out.store.view(L, 2, B, repeats, G, max_len, D)[..., : self.length, :]
+        copies.copy_(self.store[:, :, :, None, :, : self.length])  # (L, 2, B, 1, G, S, D) to all repeats
         return out
 
     def keep(self, rows):
-        """Drop all but the rows of the index `rows`, in place: finished sequences leave the batch."""
-        for layer in self.store:  # (2, B, G, max_len, D)
-            layer[:, : len(rows), :, : self.length] = layer[:, rows, :, : self.length]
+        """Keep only these rows (integer indices), in place: finished sequences leave the batch."""
+        for store in self.store:  # (2, B, G, max_len, D)
+            store[:, : len(rows), :, : self.length] = store[:, rows, :, : self.length]
         self.store = self.store[:, :, : len(rows)]
 
 
@@ -296,13 +290,11 @@ class RollingKVCache:
     """Keys and values of each row's first `sinks` and last `window` tokens, for all layers: all that windowed layers
     can see. Used like KVCache by a model whose layers have the same window and sinks; its memory never grows.
 
-    Token n of a row, its pads not counted, goes into slot n if it is a sink, else into sinks + (n − sinks) mod window,
-    over the token that has just left the window. The order of the slots does not matter: a softmax over keys does not
-    know one, and each key carries its position in its rotation.
-    """
+    Token n goes into slot n if it is a sink, else into sinks + (n − sinks) mod window: from n = sinks + window on, over
+    token n − window. The slots need no order: attention sums over them, and each key is rotated by its position."""
 
     def __init__(self, n_layer, batch, n_kv_head, window, head_dim, dtype=torch.float32, device=None, sinks=0):
-        self.window, self.sinks, self.length = window, sinks, 0  # length counts the tokens seen, not those kept
+        self.window, self.sinks, self.length = window, sinks, 0  # length: columns read, pads included
         shape = (batch, n_kv_head, sinks + window, head_dim)
         # zeros, not empty: where one row has pads, a slot that is not filled yet is masked, and 0 · NaN is NaN
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
@@ -316,53 +308,60 @@ class RollingKVCache:
             )
 
     def tokens(self, slots, newest):
-        """Which token each of the first `slots` slots holds if `newest` (B, 1) is the last: (B, slots), −1 for none."""
+        """Which token each of the first `slots` slots holds if `newest` (B, 1) is the last: (B, slots), −1 for none.
+        Window 3, 1 sink, newest 7: [0, 7, 5, 6]."""
         slot = torch.arange(slots, device=newest.device)  # (slots,)
         ring = newest - (newest - slot) % self.window  # (B, slots): the last n ≤ newest with n ≡ slot (mod window)
         ring = ring.masked_fill(ring < self.sinks, -1)
         return torch.where(slot < self.sinks, slot.where(slot <= newest, -1), ring)
 
     def roll(self, layer, k, v, mask=None):
-        """Take in k and v, each (B, G, T, D); returns the keys, the values and the mask for these T queries.
+        """Store k and v, each (B, G, T, D), and return the keys, the values and the mask for these T queries:
+
+        T = 1, no mask    the filled slots, with the new token in its own, and no mask: all are visible
+        else, length = 0  k, v and mask as given; the layer adds the window
+        else              the old slots with k, v after them, and a mask (B, 1, T, S) with the window in it
 
         mask: None or padding_mask's, over all the tokens so far, (B, 1, T, length + T); only pads on the left.
         """
         keys, values, (B, _, T, _) = self.keys[layer], self.values[layer], k.shape
-        if T == 1 and mask is None:  # decoding: one write, and all that the cache then holds is in sight
+        if T == 1 and mask is None:
             n, held = self.length, min(self.length + 1, keys.shape[2])
             slot = n if n < self.sinks else self.sinks + (n - self.sinks) % self.window
             keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
             return keys[:, :, :held], values[:, :, :held], None
 
         position = torch.arange(self.length, self.length + T, device=k.device).expand(B, T)
-        if mask is not None:  # each row counts its own tokens; its pads are below 0
-            position = position - (~mask[:, 0, -1]).sum(-1, keepdim=True)  # (B, T)
-        visible = k, v, mask
-        if self.length > 0:  # the old keys must be read before the new ones are written over them
+        if mask is not None:  # minus the number of the row's pads: the keys that its newest query does not see
+            position = position - (~mask[:, 0, -1]).sum(-1, keepdim=True)  # (B, T), below 0 for pads
+        all_k, all_v = k, v
+        if self.length > 0:  # copies of the old slots, before they are written over
             held = min(self.length, keys.shape[2])
+            all_k, all_v = torch.cat([keys[:, :, :held], k], 2), torch.cat([values[:, :, :held], v], 2)
             old = self.tokens(held, position[:, :1] - 1)  # (B, held)
-            mask = in_sight(position, torch.cat([old, position], 1), self.window, self.sinks)  # (B, T, held + T)
-            mask |= torch.eye(T, held + T, dtype=torch.bool, device=k.device).roll(held, 1)  # a pad sees itself
-            visible = torch.cat([keys[:, :, :held], k], 2), torch.cat([values[:, :, :held], v], 2), mask[:, None]
-        if T == 1:  # no question to the GPU; what a pad writes into slot 0, the row's first token overwrites
+            mask = in_sight(position, torch.cat([old, position], 1), self.window, self.sinks)[:, None]
+            mask[..., held:] |= torch.eye(T, dtype=torch.bool, device=k.device)  # a pad sees itself
+        # Store the tokens that later queries may see. A pad that is its row's newest token sees itself, so it gets
+        # position 0: the row's first real token gets it too and overwrites the pad.
+        if T == 1:  # nothing to choose, and nonzero() would wait for the GPU
             row, t = torch.arange(B, device=k.device), torch.zeros(B, dtype=torch.long, device=k.device)
         else:
             stays = (position >= 0) & ((position < self.sinks) | (position > position[:, -1:] - self.window))
             row, t = stays.nonzero(as_tuple=True)
-        n = position[row, t].clamp(min=0)
+        n = position[row, t]
         slot = n.where(n < self.sinks, self.sinks + (n - self.sinks) % self.window)
         keys[row, :, slot], values[row, :, slot] = k[row, :, t], v[row, :, t]  # (row, G, D) each
-        return visible
+        return all_k, all_v, mask
 
-    def repeat(self, n, max_len):
-        """A cache of B·n rows, each row n times; `max_len`, which KVCache asks for, makes no difference here."""
+    def repeat(self, repeats, max_len):
+        """A cache with each row `repeats` times; `max_len`, which KVCache needs, has no effect here."""
         out = copy.copy(self)
-        out.keys = [x.repeat_interleave(n, dim=0) for x in self.keys]
-        out.values = [x.repeat_interleave(n, dim=0) for x in self.values]
+        out.keys = [x.repeat_interleave(repeats, dim=0) for x in self.keys]
+        out.values = [x.repeat_interleave(repeats, dim=0) for x in self.values]
         return out
 
     def keep(self, rows):
-        """Drop all but the rows of the index `rows`: finished sequences leave the batch."""
+        """Keep only these rows (integer indices): finished sequences leave the batch."""
         self.keys, self.values = [x[rows] for x in self.keys], [x[rows] for x in self.values]
 
 
@@ -371,7 +370,10 @@ class RollingKVCache:
 
 
 def fast_attention(q, k, v, mask=None, window=None, sinks=0):
-    """naive_attention's output under final_mask: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
+    """naive_attention's output under final_mask: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
+
+    A window shorter than S goes one of three ways: bands of keys in a loop, if there is no mask and T ≥ 2 · window; the
+    last `window` keys alone, if there are no mask and no sinks and T = 1; else window_mask."""
     T, S = q.shape[2], k.shape[2]
     if window is not None and window < S:
         if mask is None and 2 * window <= T:
@@ -385,17 +387,17 @@ def fast_attention(q, k, v, mask=None, window=None, sinks=0):
     is_causal = mask is None and T > 1  # one new token sees the whole cache: no mask at all
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.is_cuda and T > 1 and (mask is not None or q.dtype == torch.float32):
-        # Shared heads with a mask, or in fp32, fit neither the flash nor the memory-efficient kernel: SDPA would take
-        # the formula without a word and store (T, S) weights. Repeated keys and values cost less.
-        n, gqa = q.shape[1] // k.shape[1], False
-        k, v = repeat_heads(k, n), repeat_heads(v, n)
+        # Shared heads with a mask, or in fp32, fit neither the flash nor the memory-efficient kernel: SDPA would switch
+        # to its math backend, which stores (T, S) weights. Repeated keys and values cost less.
+        repeats, gqa = q.shape[1] // k.shape[1], False
+        k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
     with torch.autocast("cpu", enabled=False):  # which would convert fp32 back: see Attention.forward
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
 
 
 def banded_attention(q, k, v, window, sinks=0):
-    """A causal window without the work outside it: `block` queries at a time, which see window + block − 1 keys and the
-    sinks. T · (window + block) scores instead of T · S, and never a (T, S) mask."""
+    """A causal window without the work outside it: T' ≤ block queries at a time, which see S' keys, at most
+    window + block − 1 and the sinks. About T · (window + block) scores instead of T · S; no mask exceeds (T', S')."""
     T, S = q.shape[2], k.shape[2]
     block, position = max(window, 64), torch.arange(S, device=q.device)
     out = []
@@ -414,11 +416,9 @@ def banded_attention(q, k, v, window, sinks=0):
 
 @torch.no_grad()
 def attention_weights(model, *inputs, **more):
-    """The weights of each Attention in `model` when it is called with these inputs, in the order of the calls: a list
-    of (B, H, T, S), fp32 at least. Rows sum to 1; weights[layer][b, h] is the heat map of one head.
-
-    The formula computes them, since the fused kernel never holds them. With a RollingKVCache S counts slots.
-    """
+    """The attention weights of each Attention in `model` when it is called with these inputs, in the order of the
+    calls: a list of (B, H, T, S), fp32 at least, S as in the table above. Rows sum to 1; weights[layer][b, h] is the
+    heat map of one head. The formula computes them, since the fused kernel never holds them."""
     layers = [m for m in model.modules() if isinstance(m, Attention)]
     weights = []
     for layer in layers:
@@ -433,7 +433,7 @@ def attention_weights(model, *inputs, **more):
 
 def attention_entropy(weights):
     """−Σ w ln w in nats, weights (..., S) -> (...). Its exponential is the number of tokens a query looks at: 1 if it
-    stares at one, n if it takes the mean of n."""
+    looks at one, 8 if it takes the mean of 8."""
     return torch.special.entr(weights).sum(-1)
 
 
@@ -464,17 +464,16 @@ def demo():
     nats = ", ".join(f"{h:.3f}" for h in attention_entropy(weights)[0, 0].tolist())
     print(f"  naive_attention gives the same; entropies of the weights: {nats} nats (at most ln 1, ln 2, ln 3)")
 
-    n = 8
     masks = {
-        "causal": causal_mask(n, n),
-        "window 3": window_mask(n, n, 3),
-        "+ 2 sinks": window_mask(n, n, 3, 2),
+        "causal": causal_mask(8, 8),
+        "window 3": window_mask(8, 8, 3),
+        "+ 2 sinks": window_mask(8, 8, 3, 2),
         "documents": document_mask(torch.tensor([[0] * 3 + [1] * 5]))[0, 0],
-        "3 pads": padding_mask(torch.arange(n)[None] >= 3, n)[0, 0],
+        "3 pads": padding_mask(torch.arange(8)[None] >= 3, 8)[0, 0],
     }
     print("\nwhat a query (row) sees of the keys (columns)")
     print("".join(f"  {name:<10}" for name in masks).rstrip())
-    for query in range(n):
+    for query in range(8):
         row = ["".join("█" if seen else "·" for seen in mask[query]) for mask in masks.values()]
         print("".join(f"  {text:<10}" for text in row).rstrip())
 
@@ -493,11 +492,11 @@ def demo():
         print(f"  {use:<8} {shapes}  the cache then holds k, v {(1, G, end, D)}")
     torch.testing.assert_close(torch.cat(outs, dim=1), whole)
 
-    W, sinks, n = 3, 1, 200
+    W, sinks, T = 3, 1, 200
     cache, outs = RollingKVCache(1, 1, G, W, D, sinks=sinks), []
-    layer, x = Attention(C, H, G, D, window=W, sinks=sinks), torch.randn(1, n, C)
+    layer, x = Attention(C, H, G, D, window=W, sinks=sinks), torch.randn(1, T, C)
     print(f"\nwhich token each slot of a rolling cache holds, window {W}, {sinks} sink, after token")
-    for t in range(n):
+    for t in range(T):
         outs.append(layer(x[:, t : t + 1], cache=cache))
         cache.length += 1
         if t < 8:
@@ -505,7 +504,7 @@ def demo():
             print(f"  {t}: " + " ".join("·" if token < 0 else str(token) for token in slots), end="")
     assert slots == [0, 7, 5, 6]
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x))  # one pass, band by band
-    print(f"\n{n} tokens one by one through {sinks + W} slots give what one pass with window_mask gives")
+    print(f"\n{T} tokens one by one through {sinks + W} slots give what one pass with window_mask gives")
 
 
 if __name__ == "__main__":

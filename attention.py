@@ -3,8 +3,8 @@
     Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       mask: −∞ where hidden, else 0. arXiv:1706.03762, Eq. 1
 
 Letters: B rows (one sequence each), T query time, S key time, C width, H query heads, G key/value heads, D head width,
-W window, L layers. Token n, at position n: its number in its row (packed: in its document) from 0, pads not counted.
-Slot: its place in the cache, where a KVCache counts pads too.
+W window, L layers. A token's position n is its number in its row (packed: in its document), from 0, pads not counted.
+Its slot is its place in the cache; there a KVCache counts pads too.
 
 A query asks "which keys match me?", the softmax turns the scores into weights that sum to 1, and the output is the
 weighted mean of the values. If the numbers of q and k have variance 1, their dot product has variance D: the division
@@ -33,7 +33,7 @@ every use. Masks are boolean, True = visible; `length` counts what the cache has
     decoding, token n    1   n + 1             none: the newest sees all       KVCache: fills slot n
     decoding, left pads  1   length + 1        padding_mask (B, 1, 1, S)       KVCache: fills slot `length`
     later chunk          T   length + T        causal (T, S) or padding_mask   KVCache: fills the next T slots
-    any of these, window W   the same          window_mask laid over that      the same
+    all above, window W  T   as above          window_mask laid over that      as above
     prefill, window W    T   T                 window_mask laid over that      RollingKVCache: keeps the sinks, last W
     decoding, token n    1   ≤ sinks + W       none: the slots are the window  RollingKVCache: fills one slot
     decoding, left pads  1   ≤ sinks + W + 1   (B, 1, 1, S), by the cache      RollingKVCache: fills one slot
@@ -65,7 +65,7 @@ Traps, the ones that bite most first:
 
 What it costs. A head's scores are T · S dot products; a KVCache holds 2 (K and V) · L · B · G · S · D numbers. With a
 window, `banded_attention` computes about T · (W + block) of the products, and a RollingKVCache keeps sinks + W slots.
-Through L layers an output still depends on the L (W − 1) tokens before it.
+Yet through L windowed layers an output depends on the L (W − 1) tokens before it.
 
 A rolling cache stores each key rotated by its position in the text, so the outputs are those of one full pass with
 window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in

@@ -16,67 +16,72 @@ Solve for r, and put it into the Bradley-Terry model of the pairs:
 
 The reward is gone. Maximum likelihood of the pairs, with the policy π_θ in place of π*, is a loss on π_θ itself:
 
-    u = log π_θ(y_w|x) − log π_ref(y_w|x)         log π(y|x): the sum over y's tokens, its end token included
-    v = log π_θ(y_l|x) − log π_ref(y_l|x)         βu and βv are the implicit rewards, h their margin
-    L = −log σ(h),   h = β (u − v)                Eq. 7; ln 2 at the start, where π_θ = π_ref
+    u = log π_θ(y_w|x) − log π_ref(y_w|x)         log π(y|x): the sum over y's tokens, with its end token if it ended
+    v = log π_θ(y_l|x) − log π_ref(y_l|x)         βu and βv are the implicit rewards, h is their margin
+    L = −log σ(h),   h = β (u − v)                Eq. 7; ln 2 before the first step, where π_θ = π_ref
 
-Once, before the first step (--pairs sampled). The start, an SFT model, is both the sampler and π_ref:
+Before the first step (--pairs sampled). The start model, from SFT, answers the prompts, and it is π_ref:
 
-    answers = generate(start, prompts, n=R)                  R per prompt, each judged right or wrong by the verifier
-    pairs   = pair_up(answers)                               a right and a wrong answer to the same prompt
-    ref_chosen, ref_rejected = pair_logprobs(start, pairs)   no gradient; kept, so that training needs no second model
+    pairs     = sample_pairs(policy, problems, pair_up)   R answers per prompt, judged right or wrong by the verifier;
+                                                          pair_up takes one prompt's answers: a right with a wrong one
+    pairs     = add_reference(policy, pairs)              log π_ref as ref_chosen, ref_rejected: (B,), no gradient
 
-One step, for B pairs with answers of up to T tokens (main has the same steps):
+One step, for B pairs with prompts of up to P and answers of up to T tokens (main cuts them into micro-batches of b):
 
-    batch            = next_pairs(step)                      B of {prompt, chosen, rejected}, lists of ids     1. pairs
-    chosen, rejected = pair_logprobs(model, batch)           log π_θ (2B, T), summed over T to (B,), (B,)      2. score
-    u, v             = chosen − ref_chosen, rejected − ref_rejected                         (B,), (B,)         3. loss
-    losses           = −log σ(β (u − v))                     (B,); or another row of VARIANTS
-    losses           = losses − nll · chosen / |y_w|         (B,); plain DPO has no such term
-    mean(losses).backward(), clip the gradient's norm, optimizer step                                          4. update
-    log; every so often held-out pairs, greedy answers to held-out problems, the KL to the start               5. look
+    own_pairs = next_pairs(pairs, step)                   B of {prompt, chosen, rejected, ref_…}, ids         1. pairs
+    micro     = batch_of(own_pairs)                       .packed: prompts (B, P), answers (2B, T)
+                                                          .ref_logps, .lengths: (B,) of y_w, (B,) of y_l
+    logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)    (2B, T), summed over T: (B,), (B,)     2. score
+    u, v      = logp_chosen − ref_chosen, logp_rejected − ref_rejected                         (B,), (B,)     3. loss
+    losses    = −log σ(β (u − v))                         (B,); or another row of VARIANTS
+    losses    = losses − nll · logp_chosen / |y_w|        (B,); plain DPO has no such term
+    mean(losses).backward(), clip the gradient's norm, optimizer step                                         4. update
+    log; every so often held-out pairs and problems, and the KL to the start model: the checkpoint with the   5. look
+    lowest validation loss is kept, and that one is tested at the end
 
-The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, Muon) plus the chosen answers' own loss: --nll 1.
-**Plain DPO is --nll 0.** In 150 steps it gains nothing significant here (+2.4 points [-6.5, +11.3]); with the term the
-gain is +16.1 [+8.2, +24.0] (results/dpo.md). Off by default: the other variants, label smoothing, LoRA, dropout.
+The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py), plus the chosen
+answers' own loss: --nll 1. **Plain DPO is --nll 0.** Greedy accuracy on 500 test word problems after 150 steps, three
+seeds: without the term +2.4 points [-6.5, +11.3], not significant; with it +16.1 [+8.2, +24.0] (results/dpo.md).
+Off by default: the other variants, label smoothing (ε below), LoRA, dropout.
 
-What each option does to the gradient. A prompt's tokens get none; all tokens of an answer get the same ∂L/∂ log π_θ,
-here of one pair (a step's loss is the mean of B):
+What an option does to the gradient: ∂L/∂ log π_θ of one token, the same for all tokens of an answer; L is one pair's
+loss, a step takes the mean of B. Prompt tokens are not scored; gradient still reaches their keys and values. u, v and
+h = β (u − v) here are what the variant compares: sums, or means per token; without π_ref for simpo.
 
-    --variant             loss of a pair                              a token of y_w           a token of y_l
-    sigmoid               −log σ(h)                                   −β σ(−h)                 +β σ(−h)
-      --label_smoothing ε −(1 − ε) log σ(h) − ε log σ(−h)             −β (σ(−h) − ε)           +β (σ(−h) − ε)
-    hinge                 max(0, 1 − h)                               −β, or 0 if h > 1        +β, or 0 if h > 1
-    ipo                   (u − v − 1/(2β))²                           2 (u − v − 1/(2β))       −2 (u − v − 1/(2β))
-    ipo_mean              the same with u / |y_w|, v / |y_l|          the same / |y_w|         the same / |y_l|
-    length_normalised     −log σ(h) with u / |y_w|, v / |y_l|         −β σ(−h) / |y_w|         +β σ(−h) / |y_l|
-    simpo                 −log σ(h − γ), the same without π_ref       −β σ(γ − h) / |y_w|      +β σ(γ − h) / |y_l|
-    --nll c               adds −c log π_θ(y_w) / |y_w|                adds −c / |y_w|          nothing
+    --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
+    sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
+      with ε           sums   −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε)                +β (σ(−h) − ε)
+    length_normalised  means  −log σ(h)                        −β σ(−h) / |y_w|              +β σ(−h) / |y_l|
+      with ε           means  −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε) / |y_w|        +β (σ(−h) − ε) / |y_l|
+    hinge              sums   max(0, 1 − h)                    −β, or 0 if h > 1             +β, or 0 if h > 1
+    ipo                sums   (u − v − 1/(2β))²                2 (u − v − 1/(2β))            −2 (u − v − 1/(2β))
+    ipo_mean           means  (u − v − 1/(2β))²                2 (u − v − 1/(2β)) / |y_w|    −2 (u − v − 1/(2β)) / |y_l|
+    simpo              means  −log σ(h − γ)                    −β σ(γ − h) / |y_w|           +β σ(γ − h) / |y_l|
+    --nll c            any    adds −c log π_θ(y_w) / |y_w|     adds −c / |y_w|               nothing
 
-σ(−h) is the weight: pairs in the right order by a wide margin hardly count. cDPO is sigmoid with ε > 0. hinge: SLiC
-(arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of arXiv:2310.12036, with sums as in the paper;
-ipo_mean is TRL's. simpo: arXiv:2405.14734, as published with --beta 2 to 2.5 --gamma 0.5 to 1.5 --nll 0.
+In sigmoid and length_normalised σ(−h) is a pair's weight: one in the right order by a wide margin hardly counts. cDPO:
+sigmoid with ε > 0. hinge: SLiC (arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of arXiv:2310.12036,
+with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5 --gamma 0.5 to 1.5. As
+published, all of them need --nll 0.
 
 Traps:
 
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
   to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (arXiv:2404.19733).
-* Sum or mean? DPO sums, so a long answer has a larger margin for its length alone (`demo`). The per-token variants take
-  means. The nll term is a mean per answer; TRL's `sft` term is a mean over the batch's tokens.
-* The pairs are the start's samples. The policy leaves the start and the pairs do not follow: DPO is off-policy.
-* --pairs offline takes them from `data.load_pairs` instead: corrupted solutions, UltraFeedback, styles, any JSONL.
+* Sum or mean? DPO sums, so a long answer has a larger implicit reward in absolute value for its length alone (`demo`).
+  The per-token variants take means. The nll term is a mean per answer; TRL's `sft` term, over the batch's tokens.
+* --pairs sampled: the pairs are samples of the start model, and stay so while the policy moves: DPO is off-policy.
 
-The prompt of a pair is computed once, and both answers read its keys and values (support/shared_prompt.py, the fast
-form of transformer.answer_logprobs). The KL to the start is measured on samples, at evaluations; for it alone a frozen
-copy of the start waits in the CPU's memory. With --lora.rank the policy without its adapters is the start, and there
-is no copy. Without --init the script makes its own start under runs/start, as grpo.py does.
+--pairs offline takes the pairs from `data.load_pairs`: corrupted solutions, UltraFeedback, styles, any JSONL. A pair's
+prompt is computed once, and both answers read its keys and values (support/shared_prompt.py, the fast form of
+transformer.answer_logprobs). Without --init the script makes a start model, as grpo.py does.
 
 Run it:
     python dpo.py --demo                                                  # one pair by hand
-    python dpo.py                                                         # pairs sampled from the start
+    python dpo.py                                                         # pairs sampled from the start model
     python dpo.py --nll 0 --name plain                                    # plain DPO
     python dpo.py --pairs offline                                         # corrupted solutions
-    python dpo.py --data style --init runs/sft --variant simpo --beta 2
+    python dpo.py --data style --init runs/sft --variant simpo --beta 2 --gamma 1 --nll 0
     torchrun --nproc_per_node 2 dpo.py --init runs/sft
 """
 
@@ -125,12 +130,12 @@ def hinge_loss(u, v, beta):
 
 
 def ipo_loss(u, v, beta):
-    """A margin to meet: the square pulls back one that has grown too large."""
+    """1 / (2β) is the target of u − v: the square also pulls back a difference that has grown above it."""
     return (u - v - 1 / (2 * beta)) ** 2
 
 
 def simpo_loss(u, v, beta, gamma=0.0):
-    """gamma: the margin that β (u − v) should exceed."""
+    """gamma: the offset that h = β (u − v) should exceed."""
     return -F.logsigmoid(beta * (u - v) - gamma)
 
 
@@ -140,14 +145,9 @@ class Variant:
     own is an argument of the function, named in the row, and a field of Config."""
 
     loss: Callable  # (u, v, beta, the settings by name) -> (B,)
-    reference: bool = True  # u, v are log π − log π_ref; else log π alone
+    uses_reference: bool = True  # u, v are log π − log π_ref; else log π alone
     per_token: bool = False  # divided by the answers' lengths
     settings: tuple[str, ...] = ()  # what it takes besides beta; with other variants these flags are refused
-
-    @property
-    def reward(self):
-        """The implicit reward, as the label of an axis."""
-        return f"β {'log π/π_ref' if self.reference else 'log π'}{' per token' if self.per_token else ''}"
 
 
 VARIANTS = {
@@ -156,7 +156,7 @@ VARIANTS = {
     "ipo": Variant(ipo_loss),
     "ipo_mean": Variant(ipo_loss, per_token=True),
     "length_normalised": Variant(sigmoid_loss, per_token=True, settings=("label_smoothing",)),
-    "simpo": Variant(simpo_loss, reference=False, per_token=True, settings=("gamma",)),
+    "simpo": Variant(simpo_loss, uses_reference=False, per_token=True, settings=("gamma",)),
 }
 
 
@@ -185,10 +185,11 @@ def dpo_loss(
 ):
     """Log-probabilities (B,), summed over the answer's tokens -> (loss, metrics). variant: a row of VARIANTS.
 
-    ref_chosen, ref_rejected: may be None if the variant has no reference. chosen_lengths, rejected_lengths (B,): token
-    counts, which the per-token variants and nll need. nll: weight of the chosen answers' own loss, −log π(y_w) / |y_w|.
-    n_pairs: of the whole optimizer step, over micro-batches and ranks; default B. settings: the variant's own, such as
-    simpo's gamma. Metrics are means over this batch; `accuracy` is the share of pairs with h > 0.
+    ref_chosen, ref_rejected: None if the variant uses no reference. chosen_lengths, rejected_lengths (B,): tokens, for
+    the per-token variants and nll. nll: weight of the chosen answers' own loss, −log π(y_w) / |y_w|. n_pairs: of the
+    whole optimizer step, over micro-batches and ranks; default B. settings: the variant's own, such as simpo's gamma.
+    The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_with`). Metrics are
+    means over these B pairs; "accuracy" is that of the pairs, the share with h > 0.
     """
     if variant not in VARIANTS:
         raise ConfigError(f"--variant {variant!r} is not known; use {listed(VARIANTS)}")
@@ -199,7 +200,7 @@ def dpo_loss(
     if nll and chosen_lengths is None:
         raise ConfigError("nll is a mean per token: it needs the answers' lengths")
     u, v = policy_chosen, policy_rejected  # (B,)
-    if row.reference:
+    if row.uses_reference:
         u, v = u - ref_chosen, v - ref_rejected
     if row.per_token:
         u, v = u / chosen_lengths, v / rejected_lengths
@@ -208,9 +209,10 @@ def dpo_loss(
         losses = losses - nll * policy_chosen / chosen_lengths  # (B,)
     loss = losses.sum() / (n_pairs or len(losses))
     h = beta * (u - v)
+    pair_accuracy = (h > 0).float().mean()
     metrics = {
         "loss": losses.mean(),
-        "accuracy": (h > 0).float().mean(),
+        "accuracy": pair_accuracy,
         "margin": h.mean(),
         "reward_chosen": beta * u.mean(),
         "reward_rejected": beta * v.mean(),
@@ -224,27 +226,27 @@ def demo():
     """A pair of two-token answers, by hand; then what summing does to two lengths."""
     beta, ln2 = 0.5, math.log(2)
 
-    def check(policy, reference, loss, gradient, **settings):
+    def check(policy_logps, ref_logps, loss, gradient, **settings):
         """log π of the tokens of [y_w, y_l]; the loss, and its gradient on a token of each, by hand. -> metrics"""
-        policy = [tokens.clone().requires_grad_() for tokens in policy]
-        sums = [tokens.sum()[None] for tokens in (*policy, *reference)]  # four of (1,)
-        lengths = {"chosen_lengths": len(policy[0]), "rejected_lengths": len(policy[1])}
+        policy_logps = [tokens.clone().requires_grad_() for tokens in policy_logps]
+        sums = [tokens.sum()[None] for tokens in (*policy_logps, *ref_logps)]  # four of (1,)
+        lengths = {"chosen_lengths": len(policy_logps[0]), "rejected_lengths": len(policy_logps[1])}
         computed, metrics = dpo_loss(*sums, beta, **lengths, **settings)
         torch.testing.assert_close(computed.item(), loss, atol=1e-6, rtol=0)
-        for by_autograd, by_hand in zip(torch.autograd.grad(computed, policy), gradient, strict=True):
+        for by_autograd, by_hand in zip(torch.autograd.grad(computed, policy_logps), gradient, strict=True):
             torch.testing.assert_close(by_autograd, torch.full_like(by_autograd, by_hand))
         return metrics
 
-    start = torch.tensor([[1 / 2, 1 / 4], [1 / 2, 1 / 2]]).log()  # a row per answer, a column per token
+    before = torch.tensor([[1 / 2, 1 / 4], [1 / 2, 1 / 2]]).log()  # a row per answer, a column per token
     later = torch.tensor([[1 / 4, 1 / 4], [1 / 8, 1 / 4]]).log()
-    check(start, start, ln2, (-1 / 4, 1 / 4))  # h = 0, so σ(−h) = 1/2
-    metrics = check(later, start, math.log(3 / 2), (-1 / 6, 1 / 6))  # h = ln 2, so σ(−h) = 1/3
-    check(start, start, ln2 + 3 / 2 * ln2, (-1 / 4 - 1 / 2, 1 / 4), nll=1.0)  # −log(1/8) / 2 = 3/2 ln 2
-    check(later, start, math.log(3 / 2) + 2 * ln2, (-1 / 6 - 1 / 2, 1 / 6), nll=1.0)
+    check(before, before, ln2, (-1 / 4, 1 / 4))  # h = 0, so σ(−h) = 1/2
+    metrics = check(later, before, math.log(3 / 2), (-1 / 6, 1 / 6))  # h = ln 2, so σ(−h) = 1/3
+    check(before, before, ln2 + 3 / 2 * ln2, (-1 / 4 - 1 / 2, 1 / 4), nll=1.0)  # −log(1/8) / 2 = 3/2 ln 2
+    check(later, before, math.log(3 / 2) + 2 * ln2, (-1 / 6 - 1 / 2, 1 / 6), nll=1.0)
     by_hand = {"reward_chosen": -beta * ln2, "reward_rejected": -beta * 3 * ln2, "margin": ln2}  # βu, βv, h
     assert all(math.isclose(metrics[name], value, rel_tol=1e-6) for name, value in by_hand.items())
     print(
-        f"""β = 1/2                     at the start    later
+        f"""β = 1/2                     before step 1   later
 π(y_w), by tokens            1/2 · 1/4      1/4 · 1/4        1/8 -> 1/16
 π(y_l), by tokens            1/2 · 1/2      1/8 · 1/4        1/4 -> 1/32
 u, v                            0, 0        −ln 2, −3 ln 2   both answers became less likely,
@@ -256,11 +258,11 @@ with --nll 1, of y_w         −1/4 − 1/2     −1/6 − 1/2       pulls y_w u
 """
     )
 
-    reference = [torch.full((n,), -1.0) for n in (2, 4)]  # y_w has 2 tokens, y_l 4
-    policy = [tokens + 0.1 for tokens in reference]
+    ref_logps = [torch.full((n,), -1.0) for n in (2, 4)]  # y_w has 2 tokens, y_l 4
+    policy_logps = [tokens + 0.1 for tokens in ref_logps]
     push = beta / (1 + math.exp(-0.1))  # β σ(−h) with h = β (2 · 0.1 − 4 · 0.1) = −0.1
-    check(policy, reference, math.log(1 + math.exp(0.1)), (-push, push))
-    check(policy, reference, ln2, (-beta / 2 / 2, beta / 2 / 4), variant="length_normalised")
+    check(policy_logps, ref_logps, math.log(1 + math.exp(0.1)), (-push, push))
+    check(policy_logps, ref_logps, ln2, (-beta / 2 / 2, beta / 2 / 4), variant="length_normalised")
     print(
         f"""2 and 4 tokens, log π of each up by 0.1   u     v    h = β (u − v)   a token of y_w   of y_l
 sum, --variant sigmoid                   0.2   0.4      −0.1           −{push:.4f}      +{push:.4f}
@@ -269,7 +271,7 @@ mean, --variant length_normalised        0.1   0.1       0             −{1 / 8
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pairs as ids: {"prompt", "chosen", "rejected"}, an answer with its end token.
+# Pairs as ids: {"prompt", "chosen", "rejected"}, an answer with its end token; a sampled one may have none.
 
 
 def encode_pair(tokenizer, pair):
@@ -279,9 +281,8 @@ def encode_pair(tokenizer, pair):
 
 
 def pair_up(answers, rng, most=None):
-    """Answers to one prompt, (ids, right, ended) each -> [(chosen, rejected), …]: right ones against wrong ones, drawn
-    by rng, each in one pair, at most `most` pairs. A chosen answer must also have ended by itself; repeats count once.
-    """
+    """Answers to one prompt, (ids, right, ended) each -> [(chosen, rejected), …]: right ones with wrong ones, drawn by
+    rng, each in one pair, at most `most` pairs. A chosen answer must have ended by itself; repeats count once."""
     sides = {True: [], False: []}
     for ids, right, ended in answers:
         if ids not in sides[right] and (ended or not right):
@@ -292,9 +293,9 @@ def pair_up(answers, rng, most=None):
 
 
 def next_pairs(pairs, step, config, dist):
-    """This rank's part of the step's pairs, by length: neighbours of like length waste no padding."""
-    share = dist.per_rank("batch", config.batch)
-    indices = rows_at(len(pairs), step, config.batch, config.seed)[dist.rank * share : (dist.rank + 1) * share]
+    """This rank's share of the step's pairs, sorted by the prompt's length: micro-batches need less padding."""
+    n = dist.per_rank("batch", config.batch)
+    indices = rows_at(len(pairs), step, config.batch, config.seed)[dist.rank * n : (dist.rank + 1) * n]
     return sorted((pairs[i] for i in indices), key=lambda pair: len(pair["prompt"]))
 
 
@@ -307,14 +308,13 @@ class Config(RunConfig):
     """Fit a policy to preference pairs (DPO)."""
 
     data: str = DEFAULT_TASK
-    """The name of a task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or the path of
-    a .jsonl of pairs."""
+    """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs."""
     skip_bad: bool = False
     """Skip and count records that cannot be used, instead of stopping at the first one."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     pairs: Literal["sampled", "offline"] | None = None
-    """sampled (from the start, judged by the verifier) or offline; default: sampled if --data has a verifier."""
+    """sampled (from the start model, judged by the verifier) or offline; default: sampled if --data has a verifier."""
     prompts: Count = 3000
     """Training prompts to sample answers for; with offline pairs, the largest number of pairs."""
     rollouts: Annotated[int, Range(int, 2)] = 8
@@ -336,7 +336,7 @@ class Config(RunConfig):
     label_smoothing: Annotated[float, Range(float, 0, 0.5)] = 0.0
     """Assumed share of pairs with the wrong label (cDPO)."""
     gamma: Amount = 0.0
-    """The margin of --variant simpo."""
+    """The offset that h should exceed with --variant simpo."""
     nll: Amount = 1.0
     """Weight of the chosen answers' own loss, a mean per token as in SFT; 0 is plain DPO."""
     lr: Amount = 2e-4
@@ -369,10 +369,8 @@ class Config(RunConfig):
 
 
 def make_pairs(policy, tokenizer, problems, config, dist, autocast):
-    """{"train", "valid", "test"}: pairs of ids, with their log π_ref if the variant has a reference.
-
-    The policy is still the start: it answers the problems, and it is the reference.
-    """
+    """{"train", "valid", "test"}: pairs of ids, with their log π_ref if the variant uses it. The policy is still the
+    start model: it answers the problems, and it is the reference."""
     policy.eval()
     if config.pairs == "offline":
 
@@ -388,9 +386,9 @@ def make_pairs(policy, tokenizer, problems, config, dist, autocast):
         pairs = {}
         for number, (split, asked) in enumerate(problems.items()):
             rule = pair_up if split == "train" else partial(pair_up, most=1)  # held-out pairs should be independent
+            seed = config.seed * 3 + number
             with autocast():
-                sampled = sample_pairs(policy, tokenizer, asked, config, dist, config.seed * 3 + number, rule)
-            pairs[split], right = sampled
+                pairs[split], right = sample_pairs(policy, tokenizer, asked, config, dist, seed, rule)
             if not pairs[split]:
                 raise ConfigError(
                     f"no {split} prompt got both a right and a wrong answer ({right:.1%} of all are right): give "
@@ -399,7 +397,7 @@ def make_pairs(policy, tokenizer, problems, config, dist, autocast):
             if dist.is_main:
                 answers = f"{config.rollouts} answers to {len(asked):,} prompts, {right:.1%} right"
                 print(f"{split}: {len(pairs[split]):,} pairs from {answers}")
-    if VARIANTS[config.variant].reference:
+    if VARIANTS[config.variant].uses_reference:
         pad = tokenizer.endoftext_id
         pairs = {split: add_reference(policy, of_split, pad, dist, autocast) for split, of_split in pairs.items()}
     return pairs
@@ -413,23 +411,25 @@ def loss_with(config):
 
 @torch.no_grad()
 def validate(policy, pairs, tokenizer, config, dist, autocast):
-    """The means of the loss and its metrics over pairs, shared by the ranks: {"loss", "accuracy", "margin", …}."""
+    """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …}."""
     policy.eval()
-    own, loss_of = pairs[dist.rank :: dist.world], loss_with(config)
-    counts = bool(own)  # a rank without a pair scores one with weight 0: all ranks must sum the same names
-    own, sums = sorted(own or pairs[:1], key=lambda p: len(p["prompt"]) + len(p["chosen"])), {}
-    for i in range(0, len(own), 64):
-        micro = batch_of(own[i : i + 64], tokenizer.endoftext_id, dist.device)
+    loss_of = loss_with(config)
+    own_pairs = pairs[dist.rank :: dist.world]
+    weight = 1 if own_pairs else 0  # a rank without a pair scores one with weight 0: all ranks must sum the same names
+    own_pairs = sorted(own_pairs or pairs[:1], key=lambda p: len(p["prompt"]) + len(p["chosen"]))
+    sums = {}
+    for i in range(0, len(own_pairs), 64):
+        micro = batch_of(own_pairs[i : i + 64], tokenizer.endoftext_id, dist.device)
         with autocast():
-            chosen, rejected = pair_logprobs(policy, micro.packed)
-        metrics = loss_of(chosen, rejected, *micro.reference, **micro.lengths)[1]
+            logp_chosen, logp_rejected = pair_logprobs(policy, micro.packed)
+        metrics = loss_of(logp_chosen, logp_rejected, *micro.ref_logps, **micro.lengths)[1]
         for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value * len(chosen) * counts
+            sums[name] = sums.get(name, 0.0) + value * len(logp_chosen) * weight
     return {name: value / len(pairs) for name, value in zip(sums, dist.sum(*sums.values()), strict=True)}
 
 
 def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast):
-    """The metrics of the split's pairs and, with a verifier, the exact match of greedy answers to its problems."""
+    """{"pairs": their metrics} and, with a verifier, those of greedy answers: there "accuracy" is exact match."""
     with merged(policy):  # adapters, if any, folded into the weights: as fast as without
         figures = {"pairs": validate(policy, pairs[split], tokenizer, config, dist, autocast)}
         if problems:
@@ -439,10 +439,10 @@ def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast):
 
 
 def kl_to_start(policy, start, pairs, tokenizer, config, dist):
-    """KL(π ‖ π_start) in nats per token, of sampled answers to the prompts of 64 validation pairs."""
+    """KL(π ‖ start model) in nats per token, of sampled answers to the prompts of 64 validation pairs."""
     prompts = [pair["prompt"] for pair in pairs["valid"][:64]]
     room = policy.config.context - max(map(len, prompts))
-    reference = policy if start is None else start.to(dist.device)  # None: the policy without its adapters
+    reference = policy if start is None else start.to(dist.device)  # the policy: sampled_kl turns the adapters off
     kl = sampled_kl(policy, reference, tokenizer, prompts, min(config.max_new_tokens, room), dist, config.seed)
     if start is not None:
         start.cpu()
@@ -457,9 +457,8 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    start = None  # needed for the KL alone. With LoRA it is the policy without its adapters: no second model
-    if not config.lora.rank:
-        start = copy.deepcopy(policy).requires_grad_(False).eval().cpu()
+    # The start model, for the KL alone; None: with LoRA it is the policy without its adapters
+    start = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     problems = None  # with a verifier, greedy accuracy is measured too
     if has_verifier(config.data):
@@ -490,26 +489,25 @@ def main(config):
     for step in run.steps():
         # 1. pairs
         started = time.perf_counter()
-        batch = next_pairs(pairs["train"], step, config, dist)  # B of {prompt, chosen, rejected}, over all ranks
-
+        own_pairs = next_pairs(pairs["train"], step, config, dist)  # B = config.batch / world of {prompt, chosen, …}
         model.train()
         sums = {}
-        for i in range(0, len(batch), config.micro_batch):  # b pairs at a time; their gradients add up
-            micro = batch_of(batch[i : i + config.micro_batch], tokenizer.endoftext_id, dist.device)
-            last = i + config.micro_batch >= len(batch)
-            # DDP sums the gradients over the ranks in the last backward alone
+        for i in range(0, len(own_pairs), config.micro_batch):  # b pairs at a time; their gradients add up
+            micro = batch_of(own_pairs[i : i + config.micro_batch], tokenizer.endoftext_id, dist.device)
+            last = i + config.micro_batch >= len(own_pairs)  # DDP averages over the ranks in this backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 # 2. score: log π_θ of both answers, with gradient
                 with autocast():
-                    chosen, rejected = pair_logprobs(model, micro.packed)  # (b,), (b,)
+                    logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)  # (b,), (b,)
 
-                # 3. loss: compared with log π_ref, (b,), (b,); a sum over b pairs, divided by the whole step's
-                loss, metrics = loss_of(chosen, rejected, *micro.reference, **micro.lengths, n_pairs=config.batch)
+                # 3. loss: compared with log π_ref, (b,), (b,); a sum over b pairs, divided by the whole step's number
+                logps = logp_chosen, logp_rejected, *micro.ref_logps
+                loss, metrics = loss_of(*logps, **micro.lengths, n_pairs=config.batch)
 
-                # 4. update: backward here, the step after the last micro-batch. DDP divides by world
+                # 4. update: backward here, the step after the last micro-batch. * world: DDP averages, we sum
                 scaler.scale(loss * dist.world).backward()
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * len(chosen)
+                sums[name] = sums.get(name, 0.0) + value * len(logp_chosen)
 
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)  # clips the gradient's norm
@@ -517,7 +515,8 @@ def main(config):
         run.check_finite(lr, norm, loss=means["loss"])
 
         # 5. look: every so often at held-out pairs and problems, and at the KL
-        record = {"pair_accuracy": means.pop("accuracy")} | means | {"grad_norm": norm, "lr": lr}
+        pair_accuracy = means.pop("accuracy")  # a record's "accuracy" is exact match, its "valid_accuracy" of pairs
+        record = {"pair_accuracy": pair_accuracy} | means | {"grad_norm": norm, "lr": lr}
         record["steps_per_second"] = 1 / (time.perf_counter() - started)
         if run.due(config.eval_every):
             result = measure(policy, "valid")
@@ -529,8 +528,7 @@ def main(config):
                 shown["accuracy"] = f"{result['accuracy']:.1%}"
             run.keep_best(record["valid_loss"])
         run.log(step + 1, **record)
-        brief = {"loss": f"{record['loss']:.3f}", "logp": f"{record['logp_chosen']:.1f}"}
-        run.bar.set_postfix(**brief, **shown, refresh=False)
+        run.bar.set_postfix(loss=f"{record['loss']:.3f}", logp=f"{record['logp_chosen']:.1f}", **shown, refresh=False)
     run.close()
 
     # The test split, once, with the checkpoint of the lowest validation loss.
@@ -538,7 +536,7 @@ def main(config):
     before, after = run.state.before, measure(policy, "test")
     if dist.is_main:
         report(config, before, after, len(pairs["test"]), run.seconds)
-        draw(config, run.path, VARIANTS[config.variant].reward, bool(problems))
+        draw(config, run.path, VARIANTS[config.variant], bool(problems))
         print(f"{path}, {run.path}/last, {run.path}/curves.png")
     return {"before": before, "after": after, "path": str(path), "seconds": run.seconds}
 

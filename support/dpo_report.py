@@ -6,8 +6,9 @@ from support.plots import draw_curves
 
 def report(config, before, after, n, seconds):
     """The table at the end. n: the number of test pairs."""
-    low, high = wilson(after["pairs"]["accuracy"] * n, n)
-    rows = [["pairs ordered rightly", "–", f"{after['pairs']['accuracy']:.1%} [{low:.1%}, {high:.1%}]"]]
+    pair_accuracy = after["pairs"]["accuracy"]
+    low, high = wilson(pair_accuracy * n, n)
+    rows = [["pairs ordered rightly", "–", f"{pair_accuracy:.1%} [{low:.1%}, {high:.1%}]"]]
     labels = {"loss": "loss on pairs", "logp_chosen": "log π(chosen)", "logp_rejected": "log π(rejected)"}
     for name, label in labels.items():
         rows.append([label, *(f"{figures['pairs'][name]:.3f}" for figures in (before, after))])
@@ -17,15 +18,17 @@ def report(config, before, after, n, seconds):
         print(f"the chosen answers became less probable too{despite}: DPO fits the difference alone (see curves.png)")
 
 
-def draw(config, run_path, reward, verified):
-    """The curves. reward: what the variant's implicit reward is; verified: whether the answers were checked."""
-    rewards, logps = ({f"valid_{name}_{side}": side for side in ("chosen", "rejected")} for name in ("reward", "logp"))
+def draw(config, run_path, variant, verified):
+    """The curves. variant: a row of dpo.VARIANTS; verified: whether the answers were checked."""
+    reward = f"β {'log π/π_ref' if variant.uses_reference else 'log π'}{' per token' if variant.per_token else ''}"
+    rewards = {"valid_reward_chosen": "chosen", "valid_reward_rejected": "rejected"}
+    logps = {"valid_logp_chosen": "chosen", "valid_logp_rejected": "rejected"}
     draw_curves(
         run_path,
         f"DPO ({config.variant}, {config.pairs} pairs) on {config.data}, seed {config.seed}",
         [
             *(metric_panels() if verified else ()),
-            ("loss on pairs", {"loss": "train", "valid_loss": "validation"}, "nats", {}),
+            ("loss on pairs", {"loss": "train", "valid_loss": "validation"}, "loss", {}),
             ("pairs ordered rightly", {"pair_accuracy": "train", "valid_accuracy": "validation"}, "share", {}),
             ("implicit rewards, validation", rewards, reward, {}),
             ("log π of the answers, validation", logps, "nats", {}),

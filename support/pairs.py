@@ -1,7 +1,7 @@
 """Preference pairs as ids: sampling them, scoring them under the reference, batching them, saving them with the run.
 
-A pair is {"prompt", "chosen", "rejected"}: lists of ids, the answers with their end token. After `add_reference` it
-also has "ref_chosen" and "ref_rejected", the reference's log-probabilities of the two answers.
+A pair is {"prompt", "chosen", "rejected"}: lists of ids, an answer with its end token if it ended. After
+`add_reference` it also has "ref_chosen" and "ref_rejected", the reference's log-probabilities of the two answers.
 """
 
 import os
@@ -24,18 +24,18 @@ class PairBatch:
 
     packed: PackedAnswers  # b prompts with two answers each, the chosen one first
     lengths: dict  # {"chosen_lengths", "rejected_lengths"}: (b,) tokens
-    reference: tuple  # log π_ref of the chosen and of the rejected answers, (b,) each; None without a reference
+    ref_logps: tuple  # log π_ref of the chosen and of the rejected answers, (b,) each; None without a reference
 
 
 def batch_of(pairs, pad, device):
     """b pairs -> PairBatch."""
     packed = pack([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad).to(device)
     lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed.lengths.view(-1, 2).unbind(1), strict=True))
-    reference = (None, None)
+    ref_logps = (None, None)
     if "ref_chosen" in pairs[0]:
-        logprobs = torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=device)  # (b, 2)
-        reference = logprobs.unbind(1)
-    return PairBatch(packed, lengths, reference)
+        both = torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=device)  # (b, 2)
+        ref_logps = both.unbind(1)
+    return PairBatch(packed, lengths, ref_logps)
 
 
 def pair_logprobs(model, packed):

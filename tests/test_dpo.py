@@ -146,7 +146,7 @@ def test_every_token_has_the_gradient_of_the_docstrings_table(variant, nll):
         sums = [tokens.sum()[None] for tokens in answers]
         more = dict(chosen_lengths=lengths[0], rejected_lengths=lengths[1], nll=nll)
         loss, _ = dpo_loss(*sums, *ref, 0.5, variant, **more, **settings)
-        u, v = (a - b for a, b in zip(sums, ref if VARIANTS[variant].reference else (0, 0), strict=True))
+        u, v = (a - b for a, b in zip(sums, ref if VARIANTS[variant].uses_reference else (0, 0), strict=True))
         smoothing, gamma = settings.get("label_smoothing", 0.0), settings.get("gamma", 0.0)
         on_chosen, on_rejected = on_tokens(variant, u.detach(), v.detach(), 0.5, smoothing, gamma, lengths)
         by_hand = on_chosen - nll / lengths[0], -on_rejected
@@ -268,8 +268,8 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
 
 
 def test_which_variants_have_a_reference_and_which_are_per_token():
-    assert not VARIANTS["simpo"].reference
-    assert all(VARIANTS[name].reference for name in ("sigmoid", "hinge", "ipo", "ipo_mean", "length_normalised"))
+    assert not VARIANTS["simpo"].uses_reference
+    assert all(VARIANTS[name].uses_reference for name in ("sigmoid", "hinge", "ipo", "ipo_mean", "length_normalised"))
     assert all(VARIANTS[name].per_token for name in ("ipo_mean", "length_normalised", "simpo"))
     assert not any(VARIANTS[name].per_token for name in ("sigmoid", "hinge", "ipo"))
 
@@ -281,10 +281,10 @@ def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
     monkeypatch.setattr(dpo_report, "draw_curves", lambda path, title, panels: drawn.extend(panels))
     dpo.main(config(variant=variant, steps=1))
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
-    assert len(asked) == (3 if row.reference else 0)
-    assert all(("ref_chosen" in pair) is row.reference for some in pairs.values() for pair in some)
+    assert len(asked) == (3 if row.uses_reference else 0)
+    assert all(("ref_chosen" in pair) is row.uses_reference for some in pairs.values() for pair in some)
     label = next(unit for heading, _, unit, _ in drawn if heading.startswith("implicit rewards"))
-    assert label == ("β log π/π_ref" if row.reference else "β log π") + " per token" * row.per_token
+    assert label == ("β log π/π_ref" if row.uses_reference else "β log π") + " per token" * row.per_token
     assert max(metrics("runs/dpo", "kl").values()) > 0  # to the start, whatever the variant
 
 

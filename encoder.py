@@ -1,55 +1,53 @@
-"""The encoder: the same blocks without the causal mask. BERT's pretraining, then one label per text.
+"""The encoder: the decoder's blocks without the causal mask. BERT's masked-LM, then one label per text (1810.04805).
 
-    L = −(1/|M|) Σ_{t ∈ M} log p(x_t | x̃)              masked-LM: M a random 15 % of the tokens      arXiv:1810.04805
-    h = mean of the last states over the real tokens,   p(label | x) = softmax(W h + b)
+    masked-LM          L = −(1/|M|) Σ_{t ∈ M} log p(x_t | x̃)             M: a random 15 % of the tokens, hidden in x̃
+    classification     h = mean of the last states over the real tokens,  p(label | x) = softmax(W h + b)
+                       L = −(1/B) Σ log p(label | x)
 
-A decoder may see only what stands before a token, or predicting the next one would be copying. An encoder reads a
-whole text at once, so every token may see every other; in exchange it cannot predict a token that it sees. Hence the
-holes: x̃ is x with M hidden, and the states at M must say, from both sides, what stood there. Of M, 80 % become
-<|mask|>, 10 % a random token and 10 % stay as they are. Texts met later have no <|mask|>, and a model that only ever
-worked where it saw one would be blind there; with the 20 % it must doubt every token and represent each.
+A decoder sees only the tokens before a position, or predicting the next one would be copying. In an encoder every token
+sees the whole text, so it predicts the tokens that are hidden from it. Of M, 80 % become <|mask|>, 10 % a random token,
+and 10 % stay as they are: later texts have no <|mask|>, and a model that has to predict only where it sees one learns
+nothing about all other tokens. With the 20 % any token may be wrong, so the model must represent each in its context.
 
-Pretraining leaves a vector per token; a label wants one per text. BERT trains its first token for that, with a
-second objective (is the next sentence the next?) that RoBERTa found useless. The mean over tokens needs no training
-of its own and suits what decides sentiment: a few words, anywhere. Padding must not count: `real` marks the tokens, is
-made where the rows are made, hides the pads as keys in every layer and leaves them out of the mean, so a text's
-label does not depend on what stands beside it.
+One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
-One step:
+    1. batch     masked-LM   x = batch_at(stream, step)           windows of a shuffled epoch            (B, T)
+                             x̃, chosen = hide(x)                  chosen is True on M                    (B, T) each
+                             n = |M|                              of all ranks, before the batch is cut
+                 labels      x̃, real = collate(texts)             padded, and 10 % of the tokens hidden  (B, T) each
+                             n = B
+    2. gradient  for each micro-batch of this rank:
+                             states = hidden(x̃, real)             no causal mask; nobody sees a pad      (b, T, C)
+                 masked-LM   log p  = log softmax(token_logits(states[chosen]))[x[chosen]]               (holes,)
+                 labels      log p  = log softmax(W mean_pool(states, real) + b)[label]                  (b,)
+                             backward(−Σ log p / n)               gradients add up, over micro-batches and ranks
+    3. update    clip ‖g‖; lr = lr_at(step of this objective); optimizer step
+    4. look      log; every --eval_every steps validate, keep the best classifier
 
-    first --mlm_steps of masked-LM:
-        x        = batch_at(stream, step)                   the next windows of a shuffled epoch       (B, T)
-        x̃, M     = hide(x)                                  before the batch is shared and cut         (B, T)
-        states   = encoder.hidden(x̃)                        attention in both directions               (B, T, C)
-        log p    = log softmax(token_logits(states[M]))     at the holes alone                         (|M|, V)
-        loss     = −Σ log p[x[M]] / |M|                                                                ()
-    then --steps of labels, with new optimizers:
-        x, real  = collate(texts)                           padded on the right, some tokens hidden    (B, T)
-        states   = encoder.hidden(x, real)                  pads are seen by nobody                    (B, T, C)
-        log p    = log softmax(W mean_pool(states, real) + b)                                          (B, n_class)
-        loss     = −Σ log p[label] / B                                                                 ()
-    in both: micro-batches' gradients add up; clip ‖g‖; optimizer step
+The defaults run 300 steps of 32 windows of 128 generated tokens, then, with new optimizers, 400 steps of 64 reviews:
+0.8 M parameters and embeddings, dropout 0.1, Muon and AdamW. Off: a start from a checkpoint, further text (--text), and
+what BERT has besides: post-norm, learned positions, token types, a pooler, exact GELU. The layout is the decoder's;
+BERT's is `bert_config()`, and its checkpoints open here (support/hf_bert.py), though not its WordPiece tokenizer.
 
-The defaults train 0.8 M parameters, and embeddings, on generated reviews: 300 steps of 32 windows of 128 tokens, then
-400 steps of 64 texts with 10 % of the tokens hidden as noise; dropout 0.1; Muon for the blocks' matrices and AdamW for
-the rest, each part with 20 steps of warm-up and a cosine to a tenth; decay 0.1, clipping at 1.
-The architecture is the decoder's: pre-norm RMSNorm, RoPE, SwiGLU. Off: a start from a checkpoint, further text
-(`--text`), and what BERT has besides: post-norm, learned positions, token types, a pooler and exact GELU (x Φ(x), not
-the tanh form). That is `bert_config(...)`, and BERT's checkpoints open (support/hf_bert.py).
+Traps:
+  * No mask at all means causal in this code. `real` (B, 1, 1, T) lets every token see every real one.
+  * Pads must not count: `real` hides them as keys in every layer and leaves them out of the mean, so a text's label
+    does not depend on the other texts of its batch. It is made where the rows are made, never from ids != pad.
+  * The loss is read at M alone, kept tokens included. A loss at all tokens would mostly reward copying.
+  * The best checkpoint is chosen on validation accuracy, and the test file is read once, at the end. A bag of words
+    (logistic regression on which words occur), trained and chosen in the same way, is reported beside it. It knows
+    nothing of order, so "not good" is good.
 
-Training and validation come from the training file, the best checkpoint is chosen on validation accuracy, the test
-file is read once, at the end. Beside it stands a bag of words: logistic regression on which words occur, trained on
-the same texts, its weight decay chosen on the same validation split. It knows nothing of order, so "not good" is good.
+BERT reads a text's summary from its first token, trained by a second objective (is the next sentence the next?) that
+RoBERTa (arXiv:1907.11692) showed to be useless. The mean needs no training of its own. --init may be a decoder: its
+blocks are the same, and it learns to do without the causal mask while it learns the labels (LLM2Vec, arXiv:2404.05961,
+trains it on masked-LM first). A text longer than the context keeps its first quarter and its end (arXiv:1905.05583).
 
-Or take a decoder that has been trained (--init): its blocks are the same and only the mask goes, which it learns to
-live with while it learns the labels (LLM2Vec, arXiv:2404.05961, first trains it on holes as well).
-
-Simplified: windows of the pretraining text may hold several documents that see each other. A text longer than the
-context keeps its first quarter and its end (arXiv:1905.05583 finds the two ends best). No WordPiece: BERT's weights
-open here, its tokenizer does not.
+Simplified: windows of the pretraining text may hold several documents, which see each other.
 
 Run it:
     python encoder.py                                                   # generated reviews, 2 minutes on 2 cores
+    python encoder.py --demo                                            # ten tokens hidden, both losses by hand
     python encoder.py --data polarity --config configs/encoder_polarity.yaml
     python encoder.py --data reviews.csv                                # columns text and label
     python encoder.py --config configs/encoder_polarity_smollm2.yaml    # starts from a trained decoder
@@ -70,18 +68,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import batch_at, load_sentiment, rows_at
-from evaluate import wilson
 from norms import LayerNorm
 from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Range, Whole
-from support.classification import bag_of_words, confusion_table, write_mistakes
+from support.classification import announce, bag_of_words, report, write_mistakes
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
 from support.hf_bert import is_encoder, load_encoder, save_encoder
-from support.plots import draw_curves
 from support.runs import Run, RunConfig, run_path, saved_run
 from support.streams import make_streams
 from tokenizer_bpe import BPETokenizer, load_tokenizer
@@ -139,8 +135,8 @@ class ExactFeedForward(FeedForward):
 
 
 class Encoder(nn.Module):
-    """Token ids (B, T) -> states (B, T, C), each of them of the whole text; two heads read them: what stood in a hole,
-    and the label of the text."""
+    """Token ids (B, T) -> states (B, T, C), each of them of the whole text. Two heads read them: the token that was
+    hidden, and the label of the text."""
 
     config_class = EncoderConfig
 
@@ -174,7 +170,7 @@ class Encoder(nn.Module):
         init_weights(self)  # as the decoder's
 
     def hidden(self, tokens, real=None, types=None):
-        """tokens (B, T), real (B, T) True on tokens that are no padding, types (B, T) -> last states (B, T, C)."""
+        """tokens (B, T), real (B, T) False on padding, types (B, T) -> last states (B, T, C)."""
         c, (_, T) = self.config, tokens.shape
         if c.context < T:
             raise ValueError(f"{T} tokens do not fit the encoder's context of {c.context}")
@@ -196,12 +192,12 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def token_logits(self, x):
-        """States (..., C) -> logits over the vocabulary (..., V): what stands, or stood, here."""
+        """States (..., C) -> logits over the vocabulary (..., V): which token is, or was, here."""
         return F.linear(self.transform_norm(F.gelu(self.transform(x))), self.embed.weight, self.token_bias)
 
     def forward(self, tokens, real=None, types=None, *, targets=None, chosen=None):
-        """-> logits of the classes (B, n_class); or, with targets (B, T) and chosen (B, T) boolean, log p of the
-        targets at the chosen places, (number of chosen,) in fp32."""
+        """-> logits of the labels (B, n_class); or, with targets (B, T) and chosen (B, T) boolean, log p of the targets
+        where chosen is True, (number of chosen,) in fp32."""
         x = self.hidden(tokens, real, types)  # (B, T, C)
         if targets is not None:
             return -F.cross_entropy(self.token_logits(x[chosen]).float(), targets[chosen], reduction="none")
@@ -220,13 +216,14 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dropout=0.0):
-        """Open a directory in BERT's layout, where missing heads start anew, or our own; in fp32. CheckpointError."""
+        """Open a directory in BERT's layout, where missing heads start from random weights, or our own; in fp32.
+        CheckpointError."""
         return load_encoder(cls, path, dropout)
 
     @classmethod
     def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
         """From a decoder (Transformer), whose blocks are the same: only the causal mask goes. Or from another encoder.
-        What `trunk` does not have, heads or `changes` of the config with more layers, starts anew."""
+        What `trunk` does not have, heads or the layers that `changes` add, starts from random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(EncoderConfig(**asdict(trunk.config) | {"dropout": dropout} | changes))
@@ -237,7 +234,7 @@ class Encoder(nn.Module):
 
 
 def mean_pool(x, real=None):
-    """Mean of x (B, T, C) over the places where real (B, T) is True -> (B, C)."""
+    """Mean of x (B, T, C) over the tokens where real (B, T) is True -> (B, C)."""
     if real is None:
         return x.mean(1)
     return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
@@ -264,13 +261,13 @@ def open_start(init, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rows, and what is asked about them.
+# The holes, the batches, the losses.
 
 
 def hide(tokens, mask_id, vocab_size, keep, generator, rate=0.15):
     """Masked-LM's holes: tokens (B, T), and keep (B, T) True where none may be -> (x̃ (B, T), chosen (B, T)).
 
-    Of the chosen, 80 % become mask_id, 10 % any token, 10 % stay.
+    Of the chosen tokens, 80 % become mask_id, 10 % a random token, 10 % stay.
     """
     chosen = (torch.rand(tokens.shape, generator=generator) < rate) & ~keep
     fate = torch.rand(tokens.shape, generator=generator)
@@ -280,7 +277,8 @@ def hide(tokens, mask_id, vocab_size, keep, generator, rate=0.15):
 
 
 def encode(tokenizer, text, context):
-    """A text's ids after <|endoftext|>, so that an empty one is a row too. Too long: the first quarter and the end."""
+    """A text's ids after <|endoftext|>, so that an empty text has a row too. Of a text that is too long, the first
+    quarter of the context and the end."""
     ids = [tokenizer.endoftext_id, *tokenizer.encode(" " + text.strip())]  # " word" is a token, "word" often is not
     return ids if len(ids) <= context else ids[: context // 4] + ids[context // 4 - context :]
 
@@ -297,16 +295,16 @@ def collate(rows, pad):
 
 @dataclass
 class TextBatch:
-    """Rows of tokens; what stood in their holes (masked-LM), or each row's label."""
+    """Rows of tokens; with them the tokens that were hidden (masked-LM), or each row's label."""
 
     tokens: torch.Tensor  # (B, T) x̃
-    real: torch.Tensor  # (B, T) True on tokens that are no padding
+    real: torch.Tensor  # (B, T) False on padding
     targets: torch.Tensor | None = None  # (B, T) x
     chosen: torch.Tensor | None = None  # (B, T) True on M
     labels: torch.Tensor | None = None  # (B,)
 
     def take(self, rows, device):
-        """Some of the rows, as long as the longest of them, on a device."""
+        """Some of the rows, cut to the longest of them, on a device."""
         T = self.real[rows].sum(1).max().item()
 
         def part(x):  # (B, T) -> (b, shorter T); (B,) -> (b,)
@@ -315,14 +313,14 @@ class TextBatch:
         return TextBatch(*map(part, vars(self).values()))
 
     def micro_batches(self, size, dist):
-        """This rank's share of the rows, in pieces of at most `size`: of like lengths, which waste no padding."""
+        """This rank's share of the rows, in pieces of at most `size`, sorted by length to waste no padding."""
         share, lengths = len(self.tokens) // dist.world, self.real.sum(1).tolist()
         own = sorted(range(dist.rank * share, (dist.rank + 1) * share), key=lambda row: lengths[row])
         return [self.take(own[i : i + size], dist.device) for i in range(0, share, size)]
 
 
 def masked_batch(windows, tokenizer, generator, rate):
-    """windows (B, T) of a text, int64 -> a TextBatch with holes, anywhere but at the borders of documents."""
+    """windows (B, T) of a text, int64 -> a TextBatch with holes, anywhere but at <|endoftext|>."""
     tokens = torch.from_numpy(windows)
     mask_id, border = tokenizer.special_ids[MASK], tokens == tokenizer.endoftext_id
     hidden, chosen = hide(tokens, mask_id, tokenizer.vocab_size, border, generator, rate)
@@ -330,7 +328,7 @@ def masked_batch(windows, tokenizer, generator, rate):
 
 
 def labelled_batch(examples, tokenizer, generator, token_dropout):
-    """[(ids, label), …] -> a TextBatch with labels, a share of its tokens hidden (no target: this is noise)."""
+    """[(ids, label), …] -> a TextBatch with labels; a share of its tokens is hidden, as noise and without targets."""
     pad = tokenizer.endoftext_id
     tokens, real = collate([ids for ids, _ in examples], pad)  # (B, T)
     if token_dropout:
@@ -340,19 +338,55 @@ def labelled_batch(examples, tokenizer, generator, token_dropout):
 
 
 def masked_lm_loss(logprobs, n=None):
-    """logprobs (k,), log p(x_t | x̃) at the holes: the sum of −log p over n, by default their number."""
+    """logprobs (k,), log p(x_t | x̃) at the holes -> their −Σ log p / n; n is by default their number."""
     loss = -logprobs.sum() / (max(1, len(logprobs)) if n is None else n)
     return loss, {"loss": loss.item()}
 
 
 def classification_loss(logits, labels, n=None):
-    """logits (B, n_class), labels (B,): the sum of −log p(label) over n, by default their number."""
+    """logits (B, n_class), labels (B,) -> −Σ log p(label) / n; n is by default B."""
     loss = F.cross_entropy(logits, labels, reduction="sum") / (len(labels) if n is None else n)
     return loss, {"loss": loss.item(), "right": (logits.argmax(-1) == labels).sum().item()}
 
 
+def demo():
+    """Ten tokens and their holes, the masked-LM loss at the holes, and the classification head's loss, by hand."""
+    x, mask_id, ln2 = torch.arange(10, 20)[None], 0, math.log(2)  # (1, 10)
+    keep = x == 10  # the row begins with <|endoftext|>
+    x_hidden, chosen = hide(x, mask_id, 100, keep, torch.Generator().manual_seed(97), rate=0.5)
+    print("ten tokens, hidden at a rate of 1/2 so that there is something to see (the first is never hidden)")
+    for name, numbers in (("x", x), ("x̃", x_hidden), ("in M", chosen.int())):
+        print(f"  {name:<5}" + "".join(f"{i or '<mask>' if name == 'x̃' else i:>8}" for i in numbers[0].tolist()))
+    assert (x_hidden == x)[~chosen].all()
+    assert not chosen[0, 0]
+    many = torch.full((1, 1_000_000), 7)
+    hidden, holes = hide(many, mask_id, 100, many != 7, torch.Generator().manual_seed(0))
+    shares = [holes.double().mean(), *((hidden == i)[holes].double().mean() for i in (mask_id, 7))]
+    by_hand = (0.15, 0.8 + 0.1 / 100, 0.1 + 0.1 / 100)  # a random token may be any of the 100
+    assert all(abs(share - wanted) < 0.003 for share, wanted in zip(shares, by_hand, strict=True))
+    print("of a million tokens {:.1%} are in M; of those {:.1%} are <mask> and {:.1%} as they were".format(*shares))
+
+    k = int(chosen.sum())
+    logprobs = -ln2 * torch.arange(1.0, k + 1)  # the hidden tokens have p = 1/2, 1/4, 1/8 …
+    loss, _ = masked_lm_loss(logprobs)
+    assert abs(loss.item() - ln2 * (k + 1) / 2) < 1e-6
+    print(f"masked-LM, where p at the {k} holes is 1/2, 1/4 … 1/{2**k}: loss = ln 2 · {(k + 1) / 2:g} = {loss:.4f}")
+
+    states = torch.tensor([[[1.0, 0.0], [3.0, 2.0], [2.0, 4.0], [99.0, 99.0]]])  # (1, 4, C = 2), the last one a pad
+    h = mean_pool(states, torch.tensor([[True, True, True, False]]))  # (1, 2)
+    assert h.tolist() == [[2.0, 2.0]]
+    W = torch.tensor([[0.0, 0.0], [math.log(3) / 2, 0.0]])  # (n_class, C)
+    logits = (h @ W.T).requires_grad_()  # (0, ln 3): p = 1/4, 3/4
+    loss, _ = classification_loss(logits, torch.tensor([1]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert abs(loss.item() - math.log(4 / 3)) < 1e-6
+    torch.testing.assert_close(gradient, torch.tensor([[0.25, -0.25]]))
+    print(f"labels: mean without the pad (2, 2), logits (0, ln 3), p = (1/4, 3/4), label 1: loss = ln 4/3 = {loss:.4f}")
+    print("        gradient of the logits, p − onehot = (+1/4, −1/4) = autograd's")
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# How good is it?
+# Validation.
 
 
 @torch.no_grad()
@@ -361,7 +395,7 @@ def predict(encoder, rows, pad, batch=64):
     was_training = encoder.training
     encoder.eval()
     device = encoder.embed.weight.device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of like lengths waste no padding
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together waste no padding
     pieces = [collate([rows[i] for i in order[j : j + batch]], pad) for j in range(0, len(order), batch)]
     p = torch.cat([encoder(tokens.to(device), real.to(device)).softmax(-1).cpu() for tokens, real in pieces])
     encoder.train(was_training)
@@ -369,8 +403,8 @@ def predict(encoder, rows, pad, batch=64):
 
 
 def evaluate(encoder, examples, pad, dist):
-    """examples [(ids, label)], dealt out to the ranks -> {"accuracy", "loss", "confusion"}, the same on all.
-    confusion[i][j] counts the texts of label i that were taken for j."""
+    """examples [(ids, label)], shared among the ranks -> {"accuracy", "loss", "confusion"}, the same on all of them.
+    confusion[i][j] counts the texts of label i that were classified as j."""
     own, n_class = examples[dist.rank :: dist.world], encoder.config.n_class
     counts, loss = np.zeros((n_class, n_class)), 0.0
     if own:
@@ -405,12 +439,12 @@ def validate_mlm(encoder, batch, dist):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The settings.
 
 
 @dataclass
 class Config(RunConfig):
-    """Pretrain an encoder by masked-LM, then train it to classify texts."""
+    """Pretrain an encoder by masked-LM, then train it to classify texts. What every stage shares: support/runs.py."""
 
     data: str = "sentiment"
     """sentiment (generated), polarity, reviews, imdb, or the path of a table of texts and labels."""
@@ -427,7 +461,7 @@ class Config(RunConfig):
     mlm_batch: Count = 32
     """Windows of text per pretraining step, over all ranks."""
     mlm_lr: Amount = 4e-3
-    """Peak learning rate of the pretraining."""
+    """Peak learning rate of masked-LM."""
     mlm_rate: Annotated[float, Range(float, 0, 1, above=True)] = 0.15
     """Share of the tokens that are masked."""
     steps: Count = 400
@@ -453,19 +487,23 @@ class Config(RunConfig):
         if not self.init and self.vocab_size < 258:
             raise ConfigError(f"--vocab_size is {self.vocab_size}; it counts 256 bytes and 2 special tokens too")
         if self.model.n_class < 2:
-            raise ConfigError(f"--model.n_class is {self.model.n_class}; the labels are 0 and 1, so at least 2")
+            raise ConfigError(f"--model.n_class is {self.model.n_class}; it must be at least 2: the labels are 0 and 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Set-up and the loop.
 
 
 def pretraining_texts(config, reviews):
-    """{"train", "valid"}: the reviews' texts, and those of --text, without their labels."""
+    """{"train", "valid"}: the reviews' texts, and those of --text, without the labels."""
     train = reviews["train"] + [review for name in config.text for review in load_sentiment(name, "train")]
     return {s: [f" {r.text.strip()}" for r in part] for s, part in (("train", train), ("valid", reviews["valid"]))}
 
 
 def make_encoder(config, dist, texts):
-    """-> (the encoder in CPU memory, its tokenizer, the config with its architecture in it): what --init holds; or
-    random weights, with a tokenizer of these texts."""
-    run_path(config)  # what is wrong with --name or --resume is said first
+    """-> (encoder in CPU memory, tokenizer, config with the encoder's architecture): those of --init, or random weights
+    and a tokenizer trained on these texts."""
+    run_path(config)  # raises on a bad --name or --resume first
     if config.init:
         encoder, tokenizer = open_start(config.init, config.model)
         if MASK not in tokenizer.special_ids and (config.mlm_steps or config.token_dropout):
@@ -476,7 +514,7 @@ def make_encoder(config, dist, texts):
         return encoder, tokenizer, replace(config, model=encoder.config)
     if config.resume:
         tokenizer = load_tokenizer(saved_run(run_path(config)))
-    else:  # trained once; no file, as there is no run directory yet
+    else:  # trained on rank 0
         specials = ("<|endoftext|>", MASK)
         tokenizer = dist.from_main(lambda: BPETokenizer.train(texts["train"], config.vocab_size, specials))
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
@@ -497,7 +535,7 @@ def main(config):
     pad, context = tokenizer.endoftext_id, config.model.context
     examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
     streams = make_streams(config, dist, tokenizer, context, texts) if config.mlm_steps else None
-    if streams:  # the holes of the validation windows are the same each time
+    if streams:  # the validation windows have the same holes each time
         windows, generator = validation_windows(streams["valid"], context), torch.Generator().manual_seed(config.seed)
         held_out = masked_batch(windows, tokenizer, generator, config.mlm_rate)
 
@@ -513,48 +551,49 @@ def main(config):
         announce(config, encoder, tokenizer, streams, examples["train"])
 
     for step in run.steps(config.mlm_steps + config.steps):
-        # ------------------------------------------------------------------ the batch: first masked-LM, then labels
+        # 1. the batch: first masked-LM, then labels. Batch, holes and n are those of all ranks, however it is cut
         started, pretraining = time.perf_counter(), step < config.mlm_steps
-        phase_step, phase_steps, peak = step, config.mlm_steps, config.mlm_lr
-        if not pretraining:
-            phase_step, phase_steps, peak = step - config.mlm_steps, config.steps, config.lr
-        # Batch, holes and n are those of all ranks, so none of them depends on how the batch is shared or cut.
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
         if pretraining:
+            phase_step, phase_steps, peak = step, config.mlm_steps, config.mlm_lr
             windows, _ = batch_at(streams["train"], phase_step, config.mlm_batch, context, config.seed)  # (B, T)
             batch = masked_batch(windows, tokenizer, generator, config.mlm_rate)
             n = max(1, batch.chosen.sum().item())  # |M|
         else:
+            phase_step, phase_steps, peak = step - config.mlm_steps, config.steps, config.lr
             indices = rows_at(len(examples["train"]), phase_step, config.batch, config.seed)
             texts = [examples["train"][i] for i in indices]
             batch, n = labelled_batch(texts, tokenizer, generator, config.token_dropout), config.batch
-            if phase_step == 0:  # another objective: what the optimizer remembers of the old one would mislead
+            if phase_step == 0:  # a new objective: the optimizers' running means belong to the old one
                 run.optimizers = new_optimizers()
 
-        # ------------------------------------------------------------------ one optimizer step
+        # 2. the gradient: parts of it add up, over micro-batches and ranks
         model.train()
         loss_sum, right = 0.0, 0
-        pieces = batch.micro_batches(config.micro_batch, dist)
-        for x in pieces:
-            # DDP sums up the gradients over the ranks in the last backward alone
-            with contextlib.nullcontext() if x is pieces[-1] or dist.world == 1 else model.no_sync():
+        micro_batches = batch.micro_batches(config.micro_batch, dist)
+        for x in micro_batches:
+            # DDP averages the gradients of the ranks in the last backward pass alone; * world makes the average a sum.
+            last = x is micro_batches[-1]
+            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 if pretraining:
                     with autocast():
-                        logprobs = model(x.tokens, x.real, targets=x.targets, chosen=x.chosen)  # (holes of the piece,)
+                        logprobs = model(x.tokens, x.real, targets=x.targets, chosen=x.chosen)  # (its holes,)
                     loss, metrics = masked_lm_loss(logprobs, n)
                 else:
                     with autocast():
                         logits = model(x.tokens, x.real)  # (b, n_class)
                     loss, metrics = classification_loss(logits, x.labels, n)
-                scaler.scale(loss * dist.world).backward()  # DDP divides by world
+                scaler.scale(loss * dist.world).backward()
             loss_sum += metrics["loss"]
             right += metrics.get("right", 0)
+        loss_sum, right = dist.sum(loss_sum, right)
+
+        # 3. the update: clip, then a step of the optimizers
         lr = lr_at(phase_step, phase_steps, peak, config.warmup)
         norm = optimizer_step(encoder, run.optimizers, scaler, autocast, lr, config.clip)
-        loss_sum, right = dist.sum(loss_sum, right)
         run.check_finite(lr, norm, "try a smaller --mlm_lr" if pretraining else "try a smaller --lr", loss=loss_sum)
 
-        # ------------------------------------------------------------------ look
+        # 4. look: log, and every so often validate, keep the best classifier
         record = {"lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - started}
         due = (phase_step + 1) % config.eval_every == 0 or phase_step + 1 == phase_steps
         if pretraining:
@@ -583,42 +622,10 @@ def main(config):
         words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])
         p = predict(encoder, [ids for ids, _ in examples["test"]], pad)  # (N, n_class)
         write_mistakes(run.path, reviews["test"], p, LABELS)
-        report(config, run, encoder, result, words, f"{trained:.0f} s; {path}")
+        report(config, run, encoder, result, words, LABELS, f"{trained:.0f} s; {path}")
     figures = {"accuracy": result["accuracy"], "baseline": words["accuracy"], "confusion": result["confusion"]}
     return figures | {"path": str(path)}
 
 
-def announce(config, encoder, tokenizer, streams, examples):
-    """What the run will do: two lines, one for each of its parts."""
-    print(f"{encoder.num_params():,} parameters, vocabulary {tokenizer.vocab_size}")
-    if streams:
-        seen, n_text = config.mlm_steps * config.mlm_batch * config.model.context, len(streams["train"])
-        print(f"masked-LM: {config.mlm_steps} steps, {seen / n_text:.1f} epochs of {n_text:,} tokens")
-    n, length = len(examples), sum(len(ids) for ids, _ in examples) / len(examples)
-    epochs = config.steps * config.batch / n
-    print(f"labels: {config.steps} steps, {epochs:.1f} epochs of {n:,} texts of {length:.0f} tokens")
-
-
-def report(config, run, encoder, result, words, where):
-    """The confusion table, the accuracy beside that of a bag of words, and the curves."""
-    panels = [
-        ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
-        ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
-    ]
-    if config.mlm_steps:
-        names = {"mlm_loss": "train", "mlm_valid_loss": "validation"}
-        panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
-    title = f"an encoder on {config.data}, seed {config.seed}, {encoder.num_params() / 1e6:.1f} M parameters"
-    draw_curves(run.path, title, panels)
-    print(confusion_table(result["confusion"], LABELS))
-    n = sum(map(sum, result["confusion"]))
-    low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
-    print(
-        f"test accuracy {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {n} texts (validation "
-        f"{run.state.best:.1%}); bag of words {words['accuracy']:.1%} (validation {words['valid']:.1%}, weight decay "
-        f"{words['strength']:g}); {where}, {run.path}/curves.png"
-    )
-
-
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

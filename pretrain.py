@@ -1,52 +1,68 @@
-"""Pretraining: predict the next token, on one CPU core or on many GPUs.
+"""Pretraining: predict the next token, on one CPU core or on many GPUs (GPT: Radford et al. 2018).
 
-    L = −(1/n) Σ log π(x_t | x_1 … x_{t−1})        n = all tokens of the optimizer step, over micro-batches and ranks
+By the chain rule a text has the probability Π_t π(x_t | x_1 … x_{t−1}). Training makes the text as likely as it can,
+which is to make the mean of −log π as small as it can:
 
-in nats per token. A model that knows nothing has L = log V, and none gets below the entropy of the text, which for the
-built-in stories is known: the dashed line in curves.png. Divided by log 2 and by a token's mean bytes, L is in bits
-per byte, which compares models of different tokenizers.
+    L       = −(1/n) Σ_t log π(x_t | x_1 … x_{t−1})     nats per token, over all n tokens of the optimizer step
+    dL/dz_t = (softmax(z_t) − onehot(x_t)) / n          z_t (V,): the logits for x_t
 
-One step:
+One step, for B windows of T tokens (main has the same four parts):
 
-    windows = batch_at(stream, step)                the next B windows of a shuffled epoch            (B, T + 1)
-    x, y    = windows[:, :-1], windows[:, 1:]       each token and the one after it; a rank's share   (B / world, T)
-    n       = B · T                                 of all ranks, counted before the batch is cut
-    for x, y in cut(x, y, micro_batch):             a forward pass each, as much as memory holds      (b, T)
-        log π = log softmax(model(x))[y]            in bf16 under autocast, the softmax in fp32       (b, T)
-        loss  = −Σ log π / n                        parts of L: they add up to it, however it is cut  ()
-        backward(loss · world)                      gradients add up; in the last pass the ranks
-                                                    average theirs, and · world makes that a sum
-    η = lr_at(step); clip ‖g‖; optimizer step       every rank the same
+    1. batch     inputs, targets = batch_at(stream, step)   the next windows of a shuffled epoch, and the same
+                                                            windows one token later                      (B, T) each
+                 n = B · T                                  targets of the whole step, over micro-batches and ranks
+    2. gradient  for x, y in micro_batches:                 --micro_batch of this rank's B / world       (b, T) each
+                     logits = model(x)                      ids → states (b, T, C) → logits, causal      (b, T, V)
+                     logπ   = log_softmax(logits)[y]        in fp32                                      (b, T)
+                     loss   = −Σ logπ                       next_token_loss                              ()
+                     backward(loss / n)                     gradients add up, over micro-batches and ranks
+    3. update    g  = g · min(1, clip / ‖g‖)                ‖g‖ over all weights
+                 lr = lr_at(step)                           a line up, then a cosine down to --floor
+                 optimizer step                             Muon for the blocks' matrices, AdamW for the rest
+    4. look      log; every --eval_every steps validate, write a sample, keep the best checkpoint
 
-The text is one long stream of ids on disk. What is in a step is a pure function of (seed, step), so a resumed run sees
-what an uninterrupted one would have seen, and two ranks see what one rank with twice the batch sees.
+The defaults run 400 such steps on built-in stories: B = 16, T = 256, V = 768, 1.7 M parameters, one micro-batch per
+step, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the machine is built for it, else fp32. Off:
+accumulation, DDP, FSDP, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py).
 
-Mixed precision (arXiv:1710.03740): weights, gradients and sums stay fp32; autocast runs the matrix products in bf16
-where the machine is built for it (most GPUs, CPUs with AMX), in fp16 on older GPUs. fp16 reaches down to 6e-8 only:
-there the scaler multiplies the loss by S before the backward and divides the gradients by S after it (optim.py).
+Which option changes what:
 
-Many GPUs: `torchrun` starts one process for each. Weight, gradient and AdamW's two moments are 16 bytes a parameter
-(Muon has one moment: 12).
+    the gradient             --batch and --model.context (which tokens are in it), --model.* (dropout too), --clip (its
+                             length). With experts --aux_weight and --z_weight, which add a balancing loss
+    the step, not the        --optimizer, --lr, --warmup, --schedule, --floor, --weight_decay; with experts --bias_rate
+    gradient
+    nothing but rounding,    --micro_batch, the number of ranks, --fsdp, --recompute, --compile, --dtype. (Dropout draws
+    memory and time          other numbers on other ranks, and the balancing loss is taken per micro-batch.)
 
-    DDP     the default       each rank holds the whole model: 16 bytes a parameter on every GPU
-    FSDP    --fsdp true       each rank keeps its part of all four, 16 / world bytes, and gathers a block's weights
-                              for as long as the block is at work (ZeRO-3, arXiv:1910.02054; arXiv:2304.11277)
+Traps:
+  * n is counted before the batch is cut. Averaging each micro-batch by itself, and then the means, is another loss
+    wherever one micro-batch is smaller than the others (demo).
+  * Inputs and targets are shifted once, in batch_at. A second shift trains the model to predict two tokens ahead.
+  * The loss starts near log V and cannot get below the entropy of the text, which is known for the built-in stories
+    (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that compares tokenizers.
+  * --optimizer adamw wants about a sixth of Muon's learning rate.
+  * A loss or gradient that is not finite never reaches the weights: the run stops, or, with --skip_nonfinite true,
+    counts the step and goes on.
 
-The defaults train 1.7 M parameters on built-in stories, 400 steps of 16 windows of 256 tokens: Muon for the blocks'
-matrices and AdamW for the rest, 20 steps of warm-up and a cosine to a tenth of the peak, decay 0.1, clipping at 1.
-Off: FSDP, `--compile`, `--recompute` (arXiv:1604.06174), dropout, and a mixture of experts (`--model.n_expert 8`; the
-price that its routers pay is moe.py's).
+Mixed precision (arXiv:1710.03740): weights, gradients and sums stay fp32; autocast runs the matrix products in bf16, or
+in fp16 on older GPUs. Below 6e-8 fp16 is 0, so there the scaler multiplies the loss before the backward pass and
+divides the gradients after it (optim.py).
 
-A step whose loss or gradient is not finite is never taken: the run stops there, or with `--skip_nonfinite true` counts
-it and goes on.
+Many GPUs: torchrun starts one process, a rank, per GPU. What a step sees is a pure function of (seed, step), so two
+ranks see what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two moments
+are 16 bytes per parameter (12 with Muon, which has one moment).
+
+    DDP     the default       every rank holds the whole model, 16 bytes per parameter
+    FSDP    --fsdp true       every rank holds 16 / world bytes, and gathers a block's weights only while that block
+                              computes (ZeRO-3, arXiv:1910.02054; arXiv:2304.11277)
 
 Run it:
     python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores
+    python pretrain.py --demo                                           # the loss and its gradient by hand
     python pretrain.py --data input.txt --tokenizer char --name shakespeare --steps 1000
-    torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256
-    torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256 --fsdp true
-    python pretrain.py --resume true --name shakespeare                 # with the flags of the run it continues
-    torchrun --nproc_per_node 8 --max-restarts 3 pretrain.py ...        # goes on from last/ when a process died
+    torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256                # add --fsdp true for FSDP
+    python pretrain.py --resume true --name shakespeare ...             # with the flags of the run it continues
+    torchrun --nproc_per_node 8 --max-restarts 3 pretrain.py ...        # continues from last/ if a process dies
 """
 
 import contextlib
@@ -56,14 +72,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from attention import attention_weights
-from data import DEFAULT_TASK, batch_at, load_text, task_of
-from generate import generate
+from data import DEFAULT_TASK, batch_at, load_text
 from moe import balancing_price, load_record, update_biases
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
@@ -71,72 +84,71 @@ from support.checks import Amount, Count, Whole
 from support.cli import run_script
 from support.devices import peak_flops, precision, setup
 from support.errors import ConfigError
-from support.plots import draw_attention, draw_curves, draw_experts
-from support.runs import RUNS, Run, RunConfig, restarted, run_path, saved_run
-from support.sharding import unsharded
+from support.pretrain_report import bytes_of_tokens, draw, known_entropy, show, validate, validation_sequences
+from support.runs import Run, RunConfig, restarted, run_path, saved_run
 from support.streams import make_streams
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig
 
 # ---------------------------------------------------------------------------------------------------------------
-# The loss, in training and in validation.
+# The loss.
 
 
 def next_token_loss(model, x, y):
-    """x (b, T) ids, y (b, T) the id after each -> −Σ log π(y), in nats, a scalar in fp32. `model` may be wrapped."""
+    """x (b, T) ids, y (b, T) the id after each -> −Σ log π(y) in nats, a scalar in fp32. `model` may be wrapped.
+
+    With targets the model returns log_softmax(logits)[y], (b, T), computed for some tokens at a time: the logits,
+    (b, T, V), would be the largest tensor of the step.
+    """
     return -model(x, targets=y).sum()
 
 
-def validation_rows(documents, stream, context, separator, most_tokens=None):
-    """What validation reads: rows of ids, int arrays of at most context + 1, whose tokens are all real.
+def demo():
+    """One step on six tokens: the loss and its gradient by hand, and why n is counted before the batch is cut."""
+    names, ln2 = "abc", math.log(2)
+    table = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64) * ln2  # (V, V) softmax ½, or ¼ twice
+    table.requires_grad_()
 
-    Documents that all fit are read whole, each from its beginning, as a reader would; otherwise the stream is cut into
-    windows. `most_tokens` picks some of them, spread evenly.
-    """
-    if len(documents) > 1 and max(map(len, documents)) < context:
-        rows = [np.array([separator, *ids, separator]) for ids in documents]
-    else:
-        rows = [stream[i : i + context + 1] for i in range(0, len(stream) - context, context)]
-    if most_tokens is not None:
-        wanted = max(1, most_tokens * len(rows) // sum(len(row) - 1 for row in rows))
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), wanted)).astype(int)]
-    return rows
+    def model(x, targets):  # (b, T) -> (b, T) log π: a model that sees one token only; table[x] are its logits
+        return table[x].log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
+    windows = torch.tensor([[names.index(c) for c in window] for window in ("aba", "bab", "cac")])  # (B, T + 1)
+    x, y = windows[:, :-1], windows[:, 1:]  # (3, 2) each: n = 6
+    print("three windows, aba bab cac: six targets. The logits after a are (0, ln 2, 0), so the softmax is (¼, ½, ¼)")
+    print("  x → y     π(y)    −log π(y)    softmax − onehot(y)")
+    for i, j in zip(x.flatten().tolist(), y.flatten().tolist(), strict=True):
+        p = table[i].softmax(-1)
+        gradient = "  ".join(f"{g:+.2f}" for g in (p - torch.eye(3)[j]).tolist())
+        print(f"  {names[i]} → {names[j]}     {p[j]:.2f}    {-p[j].log():.4f}       {gradient}")
 
-@torch.no_grad()
-def validate(policy, rows, byte_lengths, dist, autocast):
-    """-> mean loss in nats per token, and in bits per byte of text. The rows are spread over the ranks; byte_lengths
-    (V,) has the bytes of each token's text.
+    loss = next_token_loss(model, x, y) / 6
+    (gradient,) = torch.autograd.grad(loss, table)
+    assert abs(loss.item() - 8 * ln2 / 6) < 1e-12  # four times ½, twice ¼: 4 ln 2 + 2 · 2 ln 2
+    by_hand = (
+        torch.tensor([[0.75, -0.5, -0.25], [-1, 0.5, 0.5], [-0.75, 0.25, 0.5]]).double() / 6
+    )  # sums of the lines above
+    worst = (gradient - by_hand).abs().max().item()
+    assert worst < 1e-12
+    print(f"loss = 8 ln 2 / 6 = {loss:.4f} nats per token = {loss / ln2:.3f} bits")
+    print(f"gradient of the logits after a: (+0.75 -0.50 -0.25) / 6; all rows against autograd: off by {worst:.0e}")
 
-    Rows of one length go together; rows of a document are padded on the right, where a causal model does not look. A
-    rank that has run out of rows passes an empty one: under FSDP every forward needs all ranks.
-    """
-    policy.eval()
-    own = sorted(rows[dist.rank :: dist.world], key=len)
-    total, tokens, n_bytes = 0.0, 0, 0
-    for i in range(0, math.ceil(len(rows) / dist.world), 16):
-        chunk = own[i : i + 16]
-        ids = np.zeros((max(1, len(chunk)), max(map(len, chunk), default=2)), dtype=np.int64)  # (b, L + 1)
-        real = np.zeros(ids.shape, dtype=bool)
-        for j, row in enumerate(chunk):
-            ids[j, : len(row)], real[j, 1 : len(row)] = row, True
-        n_bytes += byte_lengths[ids[real]].sum()
-        ids, real = torch.from_numpy(ids).to(dist.device), torch.from_numpy(real[:, 1:]).to(dist.device)
-        with autocast():
-            total -= policy(ids[:, :-1], targets=ids[:, 1:])[real].sum().item()
-        tokens += real.sum().item()
-    policy.train()
-    total, tokens, n_bytes = dist.sum(total, tokens, n_bytes)
-    return total / tokens, total / math.log(2) / max(1, n_bytes)
+    parts = [next_token_loss(model, x[i:j], y[i:j]).item() for i, j in ((0, 2), (2, 3))]  # 4 targets, then 2
+    added, averaged = sum(part / 6 for part in parts), (parts[0] / 4 + parts[1] / 2) / 2
+    assert abs(added - 8 * ln2 / 6) < 1e-12
+    assert abs(averaged - 1.5 * ln2) < 1e-12
+    print(f"micro-batches of two windows and one: 4 ln 2 / 6 + 4 ln 2 / 6 = {added:.4f}, the same")
+    print(
+        f"mean of their means, where the last window counts double: (ln 2 + 2 ln 2) / 2 = {averaged:.4f}, another loss"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The settings.
 
 
 @dataclass
 class Config(RunConfig):
-    """Pretrain a decoder on text."""
+    """Pretrain a decoder on text. What every stage shares is in support/runs.py."""
 
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
@@ -147,7 +159,7 @@ class Config(RunConfig):
     vocab_size: int = 768
     """Vocabulary of a BPE tokenizer that is trained, special tokens included."""
     init: str | None = None
-    """Checkpoint to continue from (its architecture and tokenizer are used); default: random weights."""
+    """Checkpoint to start from (its architecture and tokenizer are used); default: random weights."""
     name: str = "pretrain"
     steps: Count = 400
     batch: Count = 16
@@ -189,7 +201,7 @@ class Config(RunConfig):
         super().__post_init__()
         if self.model.context < 2:
             context = self.model.context
-            raise ConfigError(f"--model.context is {context}; it must be at least 2, or nothing stands before")
+            raise ConfigError(f"--model.context is {context}; it must be at least 2 to sample a token after another")
         if self.model.n_expert and self.model.n_expert_active == 1 and self.model.norm_topk_prob and not self.init:
             raise ConfigError(
                 "one active expert, whose weight p / p is 1, leaves the router without a gradient: "
@@ -199,7 +211,12 @@ class Config(RunConfig):
             raise ConfigError("--fsdp and --compile do not work together here; leave one of them out")
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Set-up.
+
+
 def make_tokenizer(kind, texts, vocab_size):
+    """--tokenizer bpe, char or byte, trained on the texts; anything else is the directory of one."""
     if kind == "bpe":
         return BPETokenizer.train(texts, vocab_size)
     if kind == "char":
@@ -210,8 +227,8 @@ def make_tokenizer(kind, texts, vocab_size):
 
 
 def make_decoder(config, dist, texts):
-    """-> (the decoder in CPU memory, its tokenizer, the config with the decoder's architecture in it): what --init
-    holds; or random weights, with a tokenizer of these texts."""
+    """-> (decoder in CPU memory, tokenizer, config with the decoder's architecture): those of --init, or random weights
+    and a tokenizer trained on these texts."""
     if config.init:
         policy, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
         return policy, tokenizer, replace(config, model=policy.config)
@@ -219,7 +236,7 @@ def make_decoder(config, dist, texts):
         raise ConfigError("--model.vocab_size is the tokenizer's; for another size of its vocabulary use --vocab_size")
     if config.resume:
         tokenizer = load_tokenizer(saved_run(run_path(config)))
-    else:  # trained once; no file, as there is no run directory yet
+    else:  # trained on rank 0
         tokenizer = dist.from_main(lambda: make_tokenizer(config.tokenizer, texts, config.vocab_size))
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     torch.manual_seed(config.seed)  # the same weights on every rank
@@ -227,8 +244,8 @@ def make_decoder(config, dist, texts):
 
 
 def distribute(policy, config, dist, autocast):
-    """Bring the decoder onto this rank's device, in place -> the model that the loop calls: recomputing, compiled, and
-    with the other ranks in step, as asked for."""
+    """Move the decoder to this rank's device, in place -> the model that the loop calls: the decoder itself, or wrapped
+    by torch.compile and DDP."""
     if config.fsdp:
         shard(policy, dist, autocast)
     else:
@@ -243,35 +260,22 @@ def distribute(policy, config, dist, autocast):
 
 
 def shard(policy, dist, autocast):
-    """FSDP: each block goes from CPU memory to the GPU and is cut, before the next one follows."""
+    """FSDP, in place: one block at a time moves from CPU memory to the GPU and is split among the ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with autocast():
-        kind = torch.bfloat16 if torch.is_autocast_enabled(dist.device.type) else None
-    # Gathered in bf16, half the traffic; gradients are summed in fp32. Embedding and residual stream stay fp32.
-    mixed = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(dist.device.type) else None
+    # Weights are gathered in bf16, half the traffic; gradients are summed in fp32; the residual stream stays fp32.
+    mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(dist.device.type, (dist.world,))
     for block in policy.blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
     fully_shard(policy, mesh=mesh)  # the rest: embedding, last norm, head
 
 
-def bytes_of_tokens(tokenizer):
-    """(V,): the bytes of each token's text; special tokens are no text and have none."""
-    lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for i in tokenizer.text_ids:
-        lengths[i] = len(tokenizer.token_bytes(i))
-    return lengths
-
-
-def known_entropy(data, documents):
-    """Of a task's generated text, in nats per token of these documents, of which each ends with one more: no model can
-    go below it. None where it is not known."""
-    if task_of(data).entropy is None:
-        return None
-    nats, _ = task_of(data).entropy()  # per document
-    return nats * len(documents) / sum(len(ids) + 1 for ids in documents)
+# ---------------------------------------------------------------------------------------------------------------
+# The loop.
 
 
 def main(config):
@@ -279,18 +283,18 @@ def main(config):
     dist = setup(config.device)
     if restarted(config, dist):
         config = replace(config, resume=True)
-    share = dist.per_rank("batch", config.batch)  # windows of a step on this rank
+    share = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     if config.fsdp and (dist.world == 1 or scaler.is_enabled()):
         need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
         raise ConfigError(f"--fsdp needs {need}")
-    run_path(config)  # what is wrong with --name or --resume is said before the text is read
+    run_path(config)  # raises on a bad --name or --resume before the text is read
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     policy, tokenizer, config = make_decoder(config, dist, texts["train"])
     context = config.model.context  # T
-    streams = make_streams(config, dist, tokenizer, context, texts)
+    streams = make_streams(config, dist, tokenizer, context, texts)  # all documents as one array of ids, on disk
     documents = tokenizer.encode_batch(texts["valid"]) if len(texts["valid"]) > 1 else []
-    rows = partial(validation_rows, documents, streams["valid"], context, tokenizer.endoftext_id)
+    validation = partial(validation_sequences, documents, streams["valid"], context, tokenizer.endoftext_id)
     byte_lengths, entropy = bytes_of_tokens(tokenizer), known_entropy(config.data, documents)
 
     model = distribute(policy, config, dist, autocast)
@@ -303,61 +307,64 @@ def main(config):
     with autocast():
         at_peak = policy.flops_per_token(context) / (peak_flops(dist) * dist.world)  # seconds per token
     if dist.is_main:
-        n_tokens, n_text = config.batch * context, len(streams["train"])
+        per_step, n_text = config.batch * context, len(streams["train"])
         print(
             f"{policy.num_params():,} parameters, vocabulary {tokenizer.vocab_size}, {n_text:,} training tokens; "
-            f"{config.steps} steps of {n_tokens:,} = {config.steps * n_tokens / n_text:.1f} epochs"
+            f"{config.steps} steps of {per_step:,} = {config.steps * per_step / n_text:.1f} epochs"
         )
 
     for step in run.steps():
-        # ------------------------------------------------------------------ the batch
+        # 1. the batch: B windows of T tokens, of which this rank reads its share
         started = time.perf_counter()
         windows = batch_at(streams["train"], step, share, context, config.seed, dist.rank, dist.world)
-        inputs, targets = (torch.from_numpy(ids).to(dist.device) for ids in windows)  # (share, T) each
-        n_tokens = config.batch * context  # of all ranks, counted before the batch is cut
+        inputs, targets = (torch.from_numpy(ids).to(dist.device) for ids in windows)  # (B / world, T) each
+        n = config.batch * context  # targets of the whole step, over micro-batches and ranks
 
-        # ------------------------------------------------------------------ one optimizer step
+        # 2. the gradient: parts of it add up, over micro-batches and ranks
         loss_sum, price_sum = 0.0, 0.0
         for i in range(0, share, config.micro_batch):
-            x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, T)
+            x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, T) each
+            # The ranks average their gradients in the last backward pass alone; * world makes the average a sum.
             last = i + config.micro_batch >= share
-            # DDP and FSDP sum up the gradients over the ranks in the last backward alone, and divide by their number
             if config.fsdp:
                 policy.set_requires_gradient_sync(last)
-            alone = last or config.fsdp or dist.world == 1
-            with contextlib.nullcontext() if alone else model.no_sync():
+            ddp_waits = dist.world > 1 and not config.fsdp and not last
+            with model.no_sync() if ddp_waits else contextlib.nullcontext():
                 with autocast():
                     loss = next_token_loss(model, x, y)
-                    # what routers pay for crowding, a mean over this micro-batch; 0 without a mixture of experts
+                    # of a mixture of experts, the balancing loss, a mean over this micro-batch; else 0
                     price = y.numel() * balancing_price(policy, config.aux_weight, config.z_weight)
-                scaler.scale((loss + price) / n_tokens * dist.world).backward()
-            loss_sum += loss.detach() / n_tokens
-            price_sum += price.detach() / n_tokens
+                scaler.scale((loss + price) / n * dist.world).backward()
+            loss_sum += loss.detach() / n
+            price_sum += price.detach() / n
         loss_sum, price_sum = dist.sum(loss_sum, price_sum)
+
+        # 3. the update: clip, then a step of Muon and AdamW; none where the loss or the gradient is not finite
         lr = lr_at(step, config.steps, config.lr, config.warmup, config.floor, config.schedule)
         norm = math.nan
         if math.isfinite(loss_sum):
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
         policy.zero_grad(set_to_none=True)
+        # a scaler expects infinite gradients now and then, and lowers its scale
         if not (math.isfinite(loss_sum) and (math.isfinite(norm) or scaler.is_enabled())):
             run.state.skipped += 1
             if not config.skip_nonfinite:
                 good = saved_run(run.path) or "none yet"
-                mend = f"last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true"
-                run.check_finite(lr, norm, mend, loss=loss_sum)
+                advice = f"last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true"
+                run.check_finite(lr, norm, advice, loss=loss_sum)
 
-        # ------------------------------------------------------------------ look
-        speed = n_tokens / (time.perf_counter() - started)
+        # 4. look: log, and every so often validate, write a sample, keep the best checkpoint
+        speed = n / (time.perf_counter() - started)
         record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
         record |= {"skipped": run.state.skipped, "tokens_per_second": speed, "mfu": speed * at_peak}
         if config.model.n_expert:
             record |= {"balancing_loss": price_sum} | (load_record(policy) if run.due(config.eval_every) else {})
-            update_biases(policy, config.bias_rate)
+            update_biases(policy, config.bias_rate)  # and count the experts' loads anew
         if run.due(config.eval_every):
-            losses = validate(policy, rows(config.eval_tokens), byte_lengths, dist, autocast)
-            score = losses[0]  # the best is chosen on the same rows each time
+            losses = validate(policy, validation(config.eval_tokens), byte_lengths, dist, autocast)
+            score = losses[0]  # the best is chosen on the same tokens each time
             if step + 1 == config.steps:
-                losses = validate(policy, rows(None), byte_lengths, dist, autocast)
+                losses = validate(policy, validation(), byte_lengths, dist, autocast)
             record["valid_loss"], record["valid_bits_per_byte"] = losses
             run.state.whole = losses[0]
             show(run, policy, tokenizer, record, texts["valid"][0])
@@ -374,60 +381,5 @@ def main(config):
     return {"valid_loss": run.state.whole, "path": str(run.path / "best")}
 
 
-def draw(config, n_params, entropy):
-    """curves.png, and of a mixture of experts experts.png."""
-    draw_curves(
-        RUNS / config.name,
-        f"pretraining on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
-        [
-            (
-                "loss",
-                {"loss": "train", "valid_loss": "validation"},
-                "nats per token",
-                {"entropy of the text": entropy} if entropy else {},
-            ),
-            ("gradient norm", {"grad_norm": "before clipping", "clipped": "share of clipped steps"}, "norm", {}),
-            ("learning rate", {"lr": "lr"}, "learning rate", {}),
-        ],
-    )
-    if config.model.n_expert:
-        draw_experts(RUNS / config.name)
-
-
-def show(run, policy, tokenizer, record, text):
-    """Where the run stands: a sample of what the model writes, its weights, and at the end what its heads look at in a
-    text. All ranks must call."""
-    policy, step = unsharded(policy, run.dist), run.done + 1
-    if not run.dist.is_main:
-        return
-    loss, valid_loss, sample = record["loss"], record["valid_loss"], sample_text(policy, tokenizer, run.config.seed)
-    run.say(f"step {step}  loss {loss:.3f}  valid {valid_loss:.3f}  | {sample!r}")
-    run.log.samples(step, f"**step {step}** (validation loss {valid_loss:.3f})\n\n{sample}")
-    run.log.show(step, histograms={f"weights/{name}": weight for name, weight in policy.named_parameters()})
-    if step == run.config.steps:  # a second or two
-        draw_attention(run.path, *first_tokens(policy, tokenizer, text))
-        run.log.show(step, ["attention"])
-
-
-def first_tokens(policy, tokenizer, text, most=24):
-    """The attention among the first tokens of a text: per block the weights (H, T, T); and those T tokens as text."""
-    ids = tokenizer.encode(text[: 40 * most])[: min(most, policy.config.context)]
-    training = policy.training
-    policy.eval()
-    weights = attention_weights(
-        policy, torch.tensor([ids], device=policy.embed.weight.device)
-    )  # per block (1, H, T, T)
-    policy.train(training)
-    return [w[0] for w in weights], [tokenizer.decode([i]) for i in ids]
-
-
-def sample_text(policy, tokenizer, seed, length=60):
-    """What the model writes after a document border, at temperature 0.8."""
-    end, generator = tokenizer.endoftext_id, torch.Generator().manual_seed(seed)
-    length = min(length, policy.config.context - 1)
-    rollout = generate(policy, [[end]], length, temperature=0.8, stop_ids=(end,), generator=generator)
-    return rollout.texts(tokenizer)[0].strip()
-
-
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

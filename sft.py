@@ -1,47 +1,50 @@
-"""Supervised fine-tuning: a chat template, and the loss on the answer alone.
+"""Supervised fine-tuning: a chat template, and next-token prediction on the answers alone (arXiv:2203.02155, §3.5).
 
-    L = −(1/n) Σ m_t log π(y_t | x, y_<t)          m_t = 1 on the assistant's tokens and their end token, else 0
-                                                    n = Σ m_t of the optimizer step, over micro-batches and ranks
+Pretraining's loss with a mask. The prompt x is given, so the model learns the answer y after it, and when to stop:
 
-A conversation becomes one row of ids (ChatML):
+    L = −(1/n) Σ_t m_t log π(y_t | x, y_<t)       m_t = 1 on the assistant's tokens and their end token, else 0
+                                                  n = Σ m_t of the optimizer step, over micro-batches and ranks
 
-    <|im_start|>user⏎ Tom has 5 apples. …? <|im_end|>⏎ <|im_start|>assistant⏎ Tom has 5 + 3 = 8. … #### 8 <|im_end|>⏎
-    mask 0 ...................................................................... 1 .......................... 1    0
+A conversation becomes one row of ids (ChatML), with a flag for each:
 
-The mask is made where the ids are made (`tokenizer.encode_chat`), so no one ever guesses it from padding: a mask
-derived from `ids != pad` drops the end token where pad = eos, and the model then never learns to stop. The mask
-selects *targets*, so it meets the shifted log-probabilities as mask[:, 1:].
+    <|im_start|>user⏎Tom has 5 apples. …?<|im_end|>⏎<|im_start|>assistant⏎Tom has 5 + 3 = 8. … #### 8<|im_end|>⏎
+    0 .................................................................. 1 ............................... 1   0
 
-n is counted before the batch is cut. Averaging each micro-batch by its own count instead (as many trainers did
-until 2024) makes the gradient depend on the cut: short answers in a micro-batch of their own would weigh more.
+One step, for B examples (main has the same four parts):
 
-Rows are padded on the right, where causal attention never sees a pad; or packed (`--packing true`): several
-conversations in one row, each blind to the others, positions counted anew. Loss and gradient are the same.
+    1. batch     batch = the next B of (ids, flags)           shuffled, or in the order of a curriculum; of all ranks
+                 n     = Σ flags                              the tokens that count, before the batch is cut
+    2. gradient  for micro in micro_batches:                  of this rank's B / world
+                     tokens, mask = collate(micro)            padded on the right, or packed         (b, T) each
+                     logprobs = token_logprobs(model, tokens) log π of every token but the first     (b, T − 1)
+                     loss = −Σ mask[:, 1:] · logprobs / n     sft_loss                               ()
+                     backward(loss)                           gradients add up, over micro-batches and ranks
+    3. update    clip ‖g‖; lr = lr_at(step); optimizer step
+    4. look      log; every --eval_every steps answer validation problems, keep the best checkpoint
 
-**Ratings.** Responses rated 1 to 5 train with weight w = (rating − 1)/4, m_t becoming w m_t in sum and n alike; or,
-`--rated threshold`, all alike that have at least `min_rating`.
+The defaults run 200 such steps of 64 worked solutions: shuffled, padded, all weights trained, Muon and AdamW, down a
+cosine. Off: packing, curricula, ratings, LoRA, dropout, a sweep of learning rates. The best checkpoint is chosen on the
+validation split; the test split is read once, at the end (evaluate.py).
 
-**Curriculum.** `--order curriculum` ranks the examples by level or length and opens them little by little: at step s
-the first g(s) of them, g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)), linear in s (as in arXiv:1903.09848;
-arXiv:1904.03626 has exponential steps); a batch is drawn from the open ones. `anti` ranks the other way round, and
-`shuffled` (epochs without replacement) is what both must beat.
+Traps:
+  * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token
+    where pad = eos, and the model never learns to stop.
+  * The mask selects targets, so it meets the log-probabilities, which are one token shorter, as mask[:, 1:].
+  * n is counted before the batch is cut. If each micro-batch is averaged by its own count (as many trainers did until
+    2024), the gradient depends on the cut: short answers in a micro-batch of their own weigh more.
+  * Packing puts several conversations in one row. Each must see only itself, and its positions must begin at 0; then
+    loss and gradient are those of padding. No loss crosses a border: the first token of a conversation has flag 0.
 
-One step, for a batch of B examples:
+Ratings. Responses rated 1 to 5 train with weight w = (rating − 1) / 4: m_t becomes w m_t, in the sum and in n. Or, with
+--rated threshold, all responses of at least --min_rating train alike, and the others not at all.
 
-    batch    = examples[order at this step]                  ids and flags, of all ranks
-    n        = Σ flags                                       the tokens that count, before the batch is cut
-    for micro-batch of this rank:
-        rows     = collate(…) or pack_examples(…)            tokens, mask                            (b, T)
-        logprobs = token_logprobs(model, rows.tokens)        of every token but the first            (b, T − 1)
-        loss     = −Σ rows.mask[:, 1:] · logprobs / n        backward
-    clip the gradient's norm, optimizer step, learning rate down a cosine
-
-The defaults run 200 such steps of 64 worked solutions, shuffled, padded, all weights trained; packing, curricula,
-ratings, adapters and dropout are off. Every --eval_every steps the model answers held-out problems (evaluate.py): the
-best checkpoint is chosen on the validation split; the test split is looked at once, at the end.
+Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first g(s) of them,
+g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)) at step s, linear as in arXiv:1903.09848 (arXiv:1904.03626 has
+exponential steps). `anti` begins with the hardest. Both must beat `shuffled`, epochs without replacement.
 
 Run it:
     python sft.py                                    # built-in word problems; pretrains its start first
+    python sft.py --demo                             # mask, packing and loss by hand
     python sft.py --data gsm8k                       # real GSM8K, found as data.py finds it
     python sft.py --data chats.jsonl --packing true  # {"messages": [...]} a line, of any number of turns
     python sft.py --data rated.csv --rated threshold # prompt,response,rating
@@ -54,6 +57,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import Annotated, Literal
 
 import numpy as np
@@ -62,8 +66,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from attention import document_mask
-from data import DEFAULT_TASK, chat, encode_prompt, load_problems, rows_at, task_of
-from evaluate import METRICS, add_figures, evaluate, evaluate_samples, logged, metric_panels, token_f1
+from data import DEFAULT_TASK, Problem, chat, encode_prompt, load_problems, rows_at, task_of
+from evaluate import add_figures, evaluate, evaluate_samples, logged
 from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
@@ -72,74 +76,73 @@ from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
 from support.lora_files import LoraState
-from support.plots import draw_curves
 from support.records import drop_too_long
 from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, saved_run, start_name
-from support.tables import metric_rows, sample_rows, text_table
+from support.sft_report import report, write_samples
+from tokenizer_bpe import CharTokenizer
 from transformer import TransformerConfig, token_logprobs
+
+# ---------------------------------------------------------------------------------------------------------------
+# The mask, the rows, the loss.
 
 
 def encode_example(tokenizer, problem, weighted=False):
-    """-> ids, flags: True on what is trained, which are all turns of the assistant; weighted: the weight, or 0.0."""
+    """-> ids, flags: True on the tokens that count, all of the assistant's; weighted: their weight, or 0.0."""
     ids, flags = tokenizer.encode_chat(chat(problem))
     if weighted:
-        weight = 1.0 if problem.rating is None else (problem.rating - 1) / 4  # nobody doubted it
+        weight = 1.0 if problem.rating is None else (problem.rating - 1) / 4  # unrated counts in full
         flags = [weight * flag for flag in flags]
     return ids, flags
 
 
 @dataclass
-class Rows:
-    """A micro-batch of examples, padded or packed."""
+class MicroBatch:
+    """Examples in rows, padded or packed."""
 
-    tokens: torch.Tensor  # (B, T) int64
-    mask: torch.Tensor  # (B, T) True on what is trained, or its weight in fp32
-    positions: torch.Tensor | None = None  # (B, T) packed: from 0 in each example
-    visible: torch.Tensor | None = None  # (B, 1, T, T) packed: causal, and inside one's own example
+    tokens: torch.Tensor  # (b, T) int64
+    mask: torch.Tensor  # (b, T) True on the tokens that count, or their weight in fp32
+    positions: torch.Tensor | None = None  # (b, T) packed: from 0 in each example
+    visible: torch.Tensor | None = None  # (b, 1, T, T) packed: causal, and only within one example
 
     def to(self, device):
         moved = {name: x if x is None else x.to(device) for name, x in vars(self).items()}
-        return Rows(**moved)
+        return MicroBatch(**moved)
 
 
 def collate(examples, pad):
-    """[(ids, flags), …] -> Rows: padded on the right, where causality hides it."""
+    """[(ids, flags), …] -> MicroBatch: a row each, padded on the right, which a causal model never sees."""
     T = max(len(ids) for ids, _ in examples)
     tokens = torch.full((len(examples), T), pad, dtype=torch.long)
     mask = torch.zeros(len(examples), T, dtype=torch.tensor(examples[0][1][:1]).dtype)
     for row, (ids, flags) in enumerate(examples):
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = torch.tensor(flags)
-    return Rows(tokens, mask)
+    return MicroBatch(tokens, mask)
 
 
 def pack_examples(examples, pad, room):
-    """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room.
-
-    A first token is never trained (it opens a turn), so no target has its predecessor in another example.
-    """
-    rows = []
+    """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room."""
+    packed = []  # the examples of each row
     for example in sorted(examples, key=lambda e: -len(e[0])):
-        free = next((row for row in rows if sum(len(ids) for ids, _ in row) + len(example[0]) <= room), None)
+        free = next((row for row in packed if sum(len(ids) for ids, _ in row) + len(example[0]) <= room), None)
         if free is None:
-            rows.append([example])
+            packed.append([example])
         else:
             free.append(example)
-    joined = collate(
-        [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in rows], pad
-    )
-    positions, documents = torch.zeros_like(joined.tokens), torch.full_like(joined.tokens, -1)  # (B, T)
-    for r, row in enumerate(rows):
+    joined = [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in packed]
+    micro = collate(joined, pad)
+    positions, documents = torch.zeros_like(micro.tokens), torch.full_like(micro.tokens, -1)  # (b, T)
+    for r, row in enumerate(packed):
         start = 0
         for number, (ids, _) in enumerate(row):
             positions[r, start : start + len(ids)] = torch.arange(len(ids))
             documents[r, start : start + len(ids)] = number
             start += len(ids)
-    return replace(joined, positions=positions, visible=document_mask(documents))
+    return replace(micro, positions=positions, visible=document_mask(documents))
 
 
 def sft_loss(logprobs, mask, n_tokens=None):
-    """logprobs and mask (B, T), boolean or weights: the masked sum over n_tokens (default: the mask's own sum)."""
+    """logprobs and mask (b, T), boolean or weights -> −Σ mask · logprobs / n_tokens (default: the mask's own sum)."""
     n = mask.sum() if n_tokens is None else n_tokens
     n = n if n > 0 else 1
     loss = -(logprobs * mask).sum() / n
@@ -147,12 +150,12 @@ def sft_loss(logprobs, mask, n_tokens=None):
 
 
 def pacing(step, steps, start, pace):
-    """The share of the ranked examples that is open at a step: from `start` up a line to 1 at pace · steps."""
+    """The share g of the ranked examples that a step may draw from: a line from `start` to 1 at pace · steps."""
     return min(1.0, start + (1 - start) * step / max(1.0, pace * steps))
 
 
 def rank_examples(difficulties, order, seed):
-    """Indices in the order in which they are opened: easy first (curriculum) or last (anti); ties are shuffled."""
+    """Indices, the easiest first (curriculum) or last (anti); ties are shuffled."""
     shuffled = np.random.default_rng((seed, 1)).permutation(len(difficulties))
     sign = -1 if order == "anti" else 1
     return sorted(shuffled.tolist(), key=lambda i: sign * difficulties[i])
@@ -161,16 +164,65 @@ def rank_examples(difficulties, order, seed):
 def paced_rows(ranked, step, batch, seed, share):
     """The batch of a step from the first `share` of the ranked examples: a pure function of step.
 
-    Within a batch without replacement, unless fewer are open than it takes.
+    Without replacement within a batch, unless the share is smaller than the batch.
     """
     n = max(1, round(share * len(ranked)))
     rng = np.random.default_rng((seed, 2, step))
     return [ranked[i] for i in rng.choice(n, batch, replace=n < batch)]
 
 
+def demo():
+    """Which tokens of a chat count, a packed row, and the loss by hand."""
+    tokenizer = CharTokenizer.train(["1+2?3"])
+    turns = (("user", "1+1?"), ("assistant", "2"))
+    ids, flags = encode_example(tokenizer, Problem("2+1?", "3", "3", history=turns))
+    print("a chat with two answers, one token per character and per <|…|>: what counts")
+    for flag, stretch in groupby(zip(ids, flags, strict=True), key=lambda pair: pair[1]):
+        print(f"  mask {flag:d}  {tokenizer.decode([i for i, _ in stretch])}".replace("\n", "⏎"))
+    counted = [i for i, flag in zip(ids, flags, strict=True) if flag]
+    assert tokenizer.decode(counted) == "2<|im_end|>3<|im_end|>"
+
+    examples = [([10, 11, 12], [False, True, True]), ([20, 21], [False, True])]
+    padded, packed = collate(examples, pad=0), pack_examples(examples, pad=0, room=6)
+    assert packed.tokens.tolist() == [[10, 11, 12, 20, 21]]
+    assert packed.mask.int().tolist() == [[0, 1, 1, 0, 1]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 1]]  # each example begins at 0
+    assert packed.visible.int().squeeze().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+    print("two examples in one row: tokens, mask, positions, and who sees whom")
+    for name, numbers in (("token", packed.tokens), ("mask", packed.mask.int()), ("position", packed.positions)):
+        print(f"  {name:<10}" + "".join(f"{i:>4}" for i in numbers[0].tolist()))
+    for i, row in zip(packed.tokens[0].tolist(), packed.visible[0, 0].int().tolist(), strict=True):
+        print(f"  {i} sees   " + "".join(f"{'x' if sees else '.':>4}" for sees in row))
+
+    bits = torch.tensor([[1.0, 2, 3, 1]])  # −log₂ π of the tokens 11, 12, 20, 21: π = 1/2, 1/4, 1/8, 1/2
+    two = torch.tensor([[1.0, 2], [1, 9]])  # the same tokens in two rows; the 9 is a pad's
+    print("loss in bits, where π of the tokens 11, 12, 20, 21 is 1/2, 1/4, 1/8, 1/2")
+    for name, surprise, mask, by_hand, formula in (
+        ("packed", bits, packed.mask[:, 1:], 4 / 3, "(1 + 2 + 1) / 3: token 20 does not count"),
+        ("padded", two, padded.mask[:, 1:], 4 / 3, "the same: a pad does not count either"),
+        ("rated", bits, torch.tensor([[1, 1, 0, 0.5]]), 7 / 5, "(1 + 2 + ½) / (2 + ½): the second example rated 3"),
+    ):
+        loss, _ = sft_loss(-math.log(2) * surprise, mask)
+        assert abs(loss.item() - by_hand * math.log(2)) < 1e-6
+        print(f"  {name:<8} {loss / math.log(2):.4f} = {formula}")
+    print(
+        "  the mean of their means would be ((1 + 2) / 2 + 1) / 2 = 1.25: 21 would weigh as much as 11 and 12 together"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A start, where --init names none.
+
+
 def pretrained_start(config, dist):
-    """A short pretraining for a run that was given no --init; made once, under runs/start, and reused."""
-    run_path(config)  # what is wrong with --name or --resume is said before a start is made
+    """A short pretraining for a run without --init; made once, under runs/start, and reused."""
+    run_path(config)  # raises on a bad --name or --resume before a start is made
     settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     settings |= task_of(config.data).pretrain
     if "model" in settings:
@@ -184,10 +236,10 @@ def pretrained_start(config, dist):
 
 
 def sft_start(config, dist):
-    """Pretraining and SFT for a later stage that was given no --init; made once, under runs/start, and reused.
+    """Pretraining and SFT for a later stage without --init; made once, under runs/start, and reused.
 
-    The SFT ends when half of the answers are right: a policy that fails half of the time has the most to learn. From
-    there the accuracy climbs by two points a step, so a fixed number of steps would start each seed somewhere else.
+    The SFT stops when half of the answers are right: there a policy has the most to learn. The accuracy then rises by
+    two points a step, so after a fixed number of steps each seed would start at another accuracy.
     """
     run_path(config)  # as above
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
@@ -201,9 +253,13 @@ def sft_start(config, dist):
 START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "test_problems": 500}
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The settings.
+
+
 @dataclass
 class Config(RunConfig):
-    """Fine-tune a pretrained decoder on worked solutions."""
+    """Fine-tune a pretrained decoder on worked solutions. What every stage shares is in support/runs.py."""
 
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or
@@ -253,13 +309,17 @@ class Config(RunConfig):
     """Sampled answers per test problem for pass@k and majority@k; 0 turns them off."""
     save_every: Count = 200
     dropout: FractionBelow1 = 0.0
-    """Dropout while training."""
+    """Dropout during training."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The data and the loop.
+
+
 def rated_splits(config, dist):
-    """{"train", "valid", "test"}: problems; of rated responses those that weigh anything, or reach the threshold."""
+    """{"train", "valid", "test"}: problems. Rated responses must have a weight above 0, or reach the threshold."""
     most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
     problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
     least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
@@ -268,9 +328,9 @@ def rated_splits(config, dist):
         wanted = f"{config.min_rating:g} or more" if config.rated == "threshold" else "above 1"
         raise ConfigError(f"no response of {config.data} is rated {wanted}")
     if len(kept) < len(problems["train"]) and dist.is_main:
-        how = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which weighs nothing"
-        out = len(problems["train"]) - len(kept)
-        print(f"{out} of {len(problems['train'])} responses are rated {how}: left out")
+        low = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which has weight 0"
+        skipped = len(problems["train"]) - len(kept)
+        print(f"{skipped} of {len(problems['train'])} responses are rated {low}: skipped")
     problems["train"] = kept
     for split in ("valid", "test"):  # only good responses are references
         problems[split] = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]
@@ -280,8 +340,8 @@ def rated_splits(config, dist):
 
 
 def encode_splits(config, problems, tokenizer, context, dist):
-    """-> the training examples as (ids, flags), and how difficult each is. What does not fit the context is left out,
-    of `problems` in place."""
+    """-> the training examples as (ids, flags), and the difficulty of each. What does not fit the context is skipped,
+    and removed from `problems` in place."""
     for split in ("valid", "test"):
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems[split]]
         room = context - config.max_new_tokens
@@ -297,15 +357,15 @@ def encode_splits(config, problems, tokenizer, context, dist):
 
 
 def main(config):
-    """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test", the one of
-    them that is the metric here, "valid", its best on the validation split, and "path"."""
+    """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test" (accuracy,
+    or F1 for free text), "valid" (the best of the same on the validation split) and "path"."""
     if config.sweep:
         return sweep(config)
     dist = setup(config.device)
     share = dist.per_rank("batch", config.batch)  # examples of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     problems = rated_splits(config, dist)
-    metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to check
+    metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to verify
     init = config.init or pretrained_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
@@ -326,48 +386,48 @@ def main(config):
     for step in run.steps():
         if run.state.best >= config.stop_at:  # here, so that a run that is resumed stops as well
             break
-        # ------------------------------------------------------------------ the batch
+        # 1. the batch: the next B examples, of all ranks
         started, opened = time.perf_counter(), 1.0
         if config.order == "shuffled":
             chosen = rows_at(len(examples), step, config.batch, config.seed)
         else:
             opened = pacing(step, config.steps, config.pace_start, config.pace)
             chosen = paced_rows(ranked, step, config.batch, config.seed, opened)
-        batch = [examples[i] for i in chosen]  # of all ranks
-        # Counted before the batch is cut: rated answers count with their weight.
-        n_tokens = sum(sum(flags) for _, flags in batch)
+        batch = [examples[i] for i in chosen]
+        n = sum(sum(flags) for _, flags in batch)  # the tokens that count (or their weights), before the batch is cut
         own = batch[dist.rank * share : (dist.rank + 1) * share]
-        own = sorted(own, key=lambda example: len(example[0]))  # micro-batches of like lengths waste no padding
+        own = sorted(own, key=lambda example: len(example[0]))  # examples of like lengths waste no padding
 
-        # ------------------------------------------------------------------ one optimizer step
+        # 2. the gradient: parts of it add up, over micro-batches and ranks
         model.train()
         loss_sum = 0.0
         for i in range(0, share, config.micro_batch):
             micro, pad = own[i : i + config.micro_batch], tokenizer.endoftext_id
-            rows = pack_examples(micro, pad, policy.config.context) if config.packing else collate(micro, pad)
-            rows = rows.to(dist.device)
+            micro = pack_examples(micro, pad, policy.config.context) if config.packing else collate(micro, pad)
+            micro = micro.to(dist.device)
+            mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
+            # DDP averages the gradients of the ranks in the last backward pass alone; * world makes the average a sum.
             last = i + config.micro_batch >= share
-            # DDP sums up the gradients over the ranks in the last backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
-                    counted = rows.mask[:, 1:] > 0  # (b, T − 1)
-                    logprobs = token_logprobs(
-                        model, rows.tokens, positions=rows.positions, mask=rows.visible, counted=counted
-                    )  # (b, T − 1)
-                loss, metrics = sft_loss(logprobs, rows.mask[:, 1:], n_tokens)
-                scaler.scale(loss * dist.world).backward()  # DDP divides by world
+                    seen = {"positions": micro.positions, "mask": micro.visible}  # None but for packed rows
+                    logprobs = token_logprobs(model, micro.tokens, counted=mask > 0, **seen)  # (b, T − 1)
+                loss, metrics = sft_loss(logprobs, mask, n)
+                scaler.scale(loss * dist.world).backward()
             loss_sum += metrics["loss"]
+        (loss_sum,) = dist.sum(loss_sum)
+
+        # 3. the update: clip, then a step of the optimizers
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
-        (loss_sum,) = dist.sum(loss_sum)
         run.check_finite(lr, norm, loss=loss_sum)
 
-        # ------------------------------------------------------------------ look
+        # 4. look: log, and every so often answer validation problems, keep the best checkpoint
         trained = sum(flag > 0 for _, flags in batch for flag in flags)
         speed = trained / (time.perf_counter() - started)
         record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "open": opened}
         if run.due(config.eval_every):
-            with merged(policy):  # adapters, if any, folded in: as fast as without
+            with merged(policy):  # LoRA's adapters, if any, are merged for the time of the evaluation
                 result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
             add_figures(record, logged(result, "f1", "length"))
             run.say(f"step {step + 1}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
@@ -391,37 +451,20 @@ def main(config):
     return figures | {"valid": run.state.best, "test": result[metric], "path": str(path)}
 
 
-def report(config, run_path, result, sampled, metric, n_params, path):
-    """The table of the test split, and the curves."""
-    hidden = () if metric == "accuracy" else ("accuracy",)  # free text has no answer to check
-    draw_curves(
-        run_path,
-        f"SFT on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
-        [
-            ("loss on the answers", {"loss": "train"}, "nats per token", {}),
-            *metric_panels("f1", without=hidden),
-            ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
-        ],
-    )
-    rows = [*metric_rows([result], METRICS, hidden), *sample_rows([sampled])]
-    print(text_table([["held-out test", f"{result['n']} problems"], *rows]))
-    print(f"{path}, {run_path}/curves.png")
-
-
 def sweep(config):
-    """One run per learning rate, NAME/lr0.001 and so on, then the table. The validation split chooses."""
+    """One run per learning rate, NAME/lr0.001 and so on, then a table. The validation split chooses the best."""
     results = {}
     names = {lr: f"{config.name}/lr{lr:g}" for lr in config.sweep}
     if config.resume and not any(saved_run(RUNS / name) for name in names.values()):
         raise ConfigError(f"--resume: {RUNS / config.name} holds no saved run of this sweep to continue")
     for lr, name in names.items():
-        resume = config.resume and saved_run(RUNS / name) is not None  # those after the one that stopped are new
+        resume = config.resume and saved_run(RUNS / name) is not None  # runs after the one that stopped are new
         try:
             results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
         except DivergedError as error:  # a rate that is too high is a result too
-            results[lr], said = {"valid": -math.inf, "test": math.nan}, error
+            results[lr], diverged = {"valid": -math.inf, "test": math.nan}, error
     if all(result["valid"] == -math.inf for result in results.values()):
-        raise said
+        raise diverged
     best = max(results, key=lambda lr: results[lr]["valid"])
     if setup(config.device).is_main:
         print(f"\n{'learning rate':>14}{'validation':>12}{'test':>8}")
@@ -436,14 +479,5 @@ def sweep(config):
     return results[best] | {"lr": best}
 
 
-def write_samples(log, step, samples):
-    shown = []
-    for s in samples:
-        verdict = "right" if s.correct else f"wrong, the answer is {s.problem.answer}"
-        verdict = verdict if s.problem.answer else f"token F1 {token_f1(s.text, s.problem.solution):.2f}"
-        shown.append(f"**step {step}, {verdict}**\n\n> {s.problem.question}\n\n```\n{s.text}\n```")
-    log.samples(step, "\n\n".join(shown))
-
-
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

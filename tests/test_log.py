@@ -7,7 +7,7 @@ from conftest import metrics, weights
 from tiny import config
 
 import pretrain
-from support import runs
+from support import pretrain_report, runs
 
 
 def test_tensorboard_gets_it_all(here):
@@ -54,7 +54,7 @@ def test_samples_are_cut_back_to_the_step_that_is_resumed(here, monkeypatch):
             return False
 
     said = "a $b\n**step 9**\r\n<!-- step 9"  # it writes almost as we do
-    monkeypatch.setattr(pretrain, "sample_text", lambda *_: said)
+    monkeypatch.setattr(pretrain_report, "sample_text", lambda *_: said)
     changes = dict(save_every=2, eval_every=1)
     with monkeypatch.context() as patch:
         patch.setattr(runs, "Interrupt", KillAt4)

@@ -5,8 +5,7 @@ import math
 import torch
 from tiny import MODEL
 
-import pretrain
-from support import plots
+from support import plots, pretrain_report
 from tokenizer_bpe import CharTokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -14,13 +13,13 @@ from transformer import Transformer, TransformerConfig
 def test_who_looks_at_whom_in_the_first_tokens(here):
     tokenizer = CharTokenizer.train(["a$ b"])
     policy = Transformer(TransformerConfig(**MODEL | {"vocab_size": tokenizer.vocab_size})).train()
-    maps, tokens = pretrain.first_tokens(policy, tokenizer, "a$ b$ a" * 20, most=5)
+    maps, tokens = pretrain_report.first_tokens(policy, tokenizer, "a$ b$ a" * 20, most=5)
     assert tokens == ["a", "$", " ", "b", "$"]
     assert [tuple(w.shape) for w in maps] == [(MODEL["n_head"], 5, 5)] * MODEL["n_layer"]
     for w in maps:
         torch.testing.assert_close(w.sum(-1), torch.ones(MODEL["n_head"], 5))
     assert policy.training
-    assert len(pretrain.first_tokens(policy, tokenizer, "a$ b" * 99)[1]) == min(24, MODEL["context"])
+    assert len(pretrain_report.first_tokens(policy, tokenizer, "a$ b" * 99)[1]) == min(24, MODEL["context"])
 
 
 def test_tokens_that_look_like_formulas_are_drawn(here, monkeypatch):

@@ -17,8 +17,8 @@ from tiny import MODEL, TEXT, config, flags
 
 import pretrain
 import transformer
-from pretrain import next_token_loss, validate, validation_rows
-from support import devices, runs, streams
+from pretrain import next_token_loss, validate, validation_sequences
+from support import devices, pretrain_report, runs, streams
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, TokenizerError
 from transformer import Transformer, TransformerConfig
@@ -61,7 +61,7 @@ def test_documents_are_validated_whole(here):
         total += torch.nn.functional.cross_entropy(raw(x)[0], y, reduction="sum").item()
     n_tokens, n_bytes = sum(len(i) + 1 for i in ids), sum(map(len, ids))
     dist = devices.Dist(0, 1, torch.device("cpu"))
-    rows = validation_rows(ids, stream, 32, separator)
+    rows = validation_sequences(ids, stream, 32, separator)
     got = validate(raw, rows, byte_lengths, dist, contextlib.nullcontext)
     assert got == pytest.approx((total / n_tokens, total / n_bytes / math.log(2)), rel=1e-5)
     halves = []  # two ranks, each with its own rows, add up to one
@@ -71,9 +71,9 @@ def test_documents_are_validated_whole(here):
         validate(raw, rows, byte_lengths, half, contextlib.nullcontext)
     assert halves[0][0] + halves[1][0] == pytest.approx(total, rel=1e-5)
     assert halves[0][1] + halves[1][1] == n_tokens
-    few = validation_rows(ids, stream, 32, separator, most_tokens=100)
+    few = validation_sequences(ids, stream, 32, separator, most_tokens=100)
     assert 5 < len(few) < 20
-    windows = validation_rows(ids, stream, 8, separator)  # the documents do not fit: the stream in windows
+    windows = validation_sequences(ids, stream, 8, separator)  # the documents do not fit: the stream in windows
     assert [len(row) for row in windows] == [9] * ((len(stream) - 1) // 8)
     assert np.array_equal(np.concatenate([row[:-1] for row in windows]), stream[: 8 * len(windows)])
 
@@ -156,7 +156,7 @@ def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch)
 
     calls, plain = itertools.count(), pretrain.next_token_loss
     monkeypatch.setattr(pretrain, "next_token_loss", loss)
-    monkeypatch.setattr(pretrain, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(pretrain_report, "draw_curves", lambda *args: None)
     whole = config(name="whole", dtype="fp16", save_every=1, keep=6)
     pretrain.main(whole)
     assert not math.isfinite(metrics("runs/whole", "grad_norm")[2])

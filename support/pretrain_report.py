@@ -1,0 +1,128 @@
+"""Where a pretraining run stands: the loss on validation text, a sample of what the model writes, the pictures."""
+
+import math
+
+import numpy as np
+import torch
+
+from attention import attention_weights
+from data import task_of
+from generate import generate
+from support.plots import draw_attention, draw_curves, draw_experts
+from support.runs import RUNS
+from support.sharding import unsharded
+
+
+def validation_sequences(documents, stream, context, separator, most_tokens=None):
+    """The sequences of ids that validation reads: a list of int arrays of at most context + 1.
+
+    If all documents fit, each is read whole, from its beginning; otherwise the stream is cut into windows.
+    `most_tokens` picks some of them, spread evenly.
+    """
+    if len(documents) > 1 and max(map(len, documents)) < context:
+        sequences = [np.array([separator, *ids, separator]) for ids in documents]
+    else:
+        sequences = [stream[i : i + context + 1] for i in range(0, len(stream) - context, context)]
+    if most_tokens is not None:
+        wanted = max(1, most_tokens * len(sequences) // sum(len(ids) - 1 for ids in sequences))
+        places = np.linspace(0, len(sequences) - 1, min(len(sequences), wanted))
+        sequences = [sequences[i] for i in places.astype(int)]
+    return sequences
+
+
+@torch.no_grad()
+def validate(policy, sequences, byte_lengths, dist, autocast):
+    """-> mean loss in nats per token, and in bits per byte of text. The sequences are shared among the ranks;
+    byte_lengths (V,) are the bytes of each token's text.
+
+    Sequences of like lengths go together, padded on the right, which a causal model never sees. A rank that has none
+    left passes an empty one: under FSDP every forward pass needs all ranks.
+    """
+    policy.eval()
+    own = sorted(sequences[dist.rank :: dist.world], key=len)
+    total, tokens, n_bytes = 0.0, 0, 0
+    for i in range(0, math.ceil(len(sequences) / dist.world), 16):
+        chunk = own[i : i + 16]
+        ids = np.zeros((max(1, len(chunk)), max(map(len, chunk), default=2)), dtype=np.int64)  # (b, L + 1)
+        real = np.zeros(ids.shape, dtype=bool)  # True on targets
+        for j, sequence in enumerate(chunk):
+            ids[j, : len(sequence)], real[j, 1 : len(sequence)] = sequence, True
+        n_bytes += byte_lengths[ids[real]].sum()
+        ids, real = torch.from_numpy(ids).to(dist.device), torch.from_numpy(real[:, 1:]).to(dist.device)  # real (b, L)
+        with autocast():
+            total -= policy(ids[:, :-1], targets=ids[:, 1:])[real].sum().item()
+        tokens += real.sum().item()
+    policy.train()
+    total, tokens, n_bytes = dist.sum(total, tokens, n_bytes)
+    return total / tokens, total / math.log(2) / max(1, n_bytes)
+
+
+def bytes_of_tokens(tokenizer):
+    """(V,): the number of bytes of each token's text, 0 for special tokens."""
+    lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for i in tokenizer.text_ids:
+        lengths[i] = len(tokenizer.token_bytes(i))
+    return lengths
+
+
+def known_entropy(data, documents):
+    """Entropy of a task's generated text, in nats per token of these documents and their end tokens: the least loss
+    that a model can have. None where it is not known."""
+    if task_of(data).entropy is None:
+        return None
+    nats, _ = task_of(data).entropy()  # per document
+    return nats * len(documents) / sum(len(ids) + 1 for ids in documents)
+
+
+def draw(config, n_params, entropy):
+    """Draw curves.png, and for a mixture of experts experts.png."""
+    draw_curves(
+        RUNS / config.name,
+        f"pretraining on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
+        [
+            (
+                "loss",
+                {"loss": "train", "valid_loss": "validation"},
+                "nats per token",
+                {"entropy of the text": entropy} if entropy else {},
+            ),
+            ("gradient norm", {"grad_norm": "before clipping", "clipped": "share of clipped steps"}, "norm", {}),
+            ("learning rate", {"lr": "lr"}, "learning rate", {}),
+        ],
+    )
+    if config.model.n_expert:
+        draw_experts(RUNS / config.name)
+
+
+def show(run, policy, tokenizer, record, text):
+    """Print and log a sample of what the model writes; log its weights, and at the end what its heads attend to in a
+    text. All ranks must call it."""
+    policy, step = unsharded(policy, run.dist), run.done + 1
+    if not run.dist.is_main:
+        return
+    loss, valid_loss, sample = record["loss"], record["valid_loss"], sample_text(policy, tokenizer, run.config.seed)
+    run.say(f"step {step}  loss {loss:.3f}  valid {valid_loss:.3f}  | {sample!r}")
+    run.log.samples(step, f"**step {step}** (validation loss {valid_loss:.3f})\n\n{sample}")
+    run.log.show(step, histograms={f"weights/{name}": weight for name, weight in policy.named_parameters()})
+    if step == run.config.steps:  # a second or two
+        draw_attention(run.path, *first_tokens(policy, tokenizer, text))
+        run.log.show(step, ["attention"])
+
+
+def first_tokens(policy, tokenizer, text, most=24):
+    """-> attention weights among the first T tokens of a text, (H, T, T) per block, and those tokens as text."""
+    ids = tokenizer.encode(text[: 40 * most])[: min(most, policy.config.context)]
+    training = policy.training
+    policy.eval()
+    tokens = torch.tensor([ids], device=policy.embed.weight.device)  # (1, T)
+    weights = attention_weights(policy, tokens)  # (1, H, T, T) per block
+    policy.train(training)
+    return [w[0] for w in weights], [tokenizer.decode([i]) for i in ids]
+
+
+def sample_text(policy, tokenizer, seed, length=60):
+    """What the model writes after an end-of-text token, at temperature 0.8."""
+    end, generator = tokenizer.endoftext_id, torch.Generator().manual_seed(seed)
+    length = min(length, policy.config.context - 1)
+    rollout = generate(policy, [[end]], length, temperature=0.8, stop_ids=(end,), generator=generator)
+    return rollout.texts(tokenizer)[0].strip()

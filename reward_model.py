@@ -1,36 +1,48 @@
 """A reward model: which of two answers is better, learned from pairs (Bradley and Terry 1952; arXiv:2203.02155).
 
-A decoder reads the prompt and one answer; a linear head turns the state at the answer's last token into one number,
-the score r. The pair's better answer should score higher:
+A decoder reads the prompt x and one answer y; a linear head turns the state at the answer's last token into one number,
+the score r(x, y). In a pair, y_w was preferred to y_l. The Bradley-Terry model makes a probability of the scores, and
+training makes the pairs as likely as it can:
 
-    p(y_w beats y_l) = σ(r_w − r_l)                              the Bradley-Terry model
-    L = −log σ(r_w − r_l − margin)                               gradient −σ(−Δ): none left once a pair is clear
-    hinge = max(0, margin − (r_w − r_l))                         stops exactly at the margin
-    centring c · (r_w + r_l)²                                    arXiv:2312.09244: scores mean nothing absolutely, so
-                                                                 adding a constant to all changes L by nothing at all;
-                                                                 this pulls them to zero, which PPO's value head likes
+    p(y_w beats y_l) = σ(r_w − r_l)                              σ(Δ) = 1 / (1 + e^−Δ)
+    L                = −log σ(r_w − r_l)                         nats per pair; ln 2 where the scores are equal
+    dL/dr_w          = −σ(r_l − r_w) = −dL/dr_l                  near 0 once a pair is clear
 
-Both answers of a pair follow the same prompt, so it is computed once, and both read its keys and values (`sft.pack`).
+One step, for B pairs (main has the same four parts):
 
-To see that 5 + 3 = 9 is wrong, a model must know the sum and compare. The policy does know it (its log π orders 96 %
-of such pairs rightly), but only in its last layer, where it predicts the next token, and a head on the last token
-learns to ask for it slowly: 56 % after 100 steps. Two things help, both on by default. `--extra_layers`: new blocks on
-top of the policy's, which can compare what came with what was predicted. `--sft_weight`: the chosen answers' own loss,
-read from the same states, keeps and improves what the trunk knows (arXiv:2406.10216).
+    1. batch     pairs = the next B of (x, y_w, y_l)             ids; epochs without replacement
+    2. gradient  for each micro-batch of this rank's B / world:
+                     packed   = pack(pairs)                      x is read once, by both answers         (2b, T)
+                     states   = the decoder's, with --extra_layers new blocks on top                     (2b, T, C)
+                     scores   = head(states at the last token)   in fp32                                 (2b,)
+                     r_w, r_l = scores                                                                   (b,) each
+                     loss     = Σ [−log σ(r_w − r_l − margin) + centre · (r_w + r_l)²] / B               ()
+                     nll      = −Σ mean over y_w of log π(y_w) / B     from the same states              ()
+                     backward(loss + sft_weight · nll)           gradients add up, over micro-batches and ranks
+    3. update    clip ‖g‖; lr = lr_at(step); optimizer step
+    4. look      log; every --eval_every steps rank the validation pairs, keep the best checkpoint
 
-Pairs: solutions against corrupted ones (one error of a known kind), the SFT model's own samples judged by the
-verifier (a right and a wrong answer to one prompt), or real ones: ultrafeedback, style, any JSONL. PPO needs the
-second kind: what a policy writes is wrong in other ways than what a program corrupts.
+The defaults run 600 steps of 64 pairs with margin 0, centre 0.01, sft_weight 1 and two extra layers. The pairs are
+corrupted solutions, and the SFT model's own samples, judged by the verifier. Off: --loss hinge (max(0, margin −
+(r_w − r_l)), which stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
 
-A reward model is a proxy. The report therefore shows where it can be trusted: accuracy by kind of error with
-intervals, calibration, the scores themselves, whether new names or items change an order, whether two errors score
-below one, what else moves the score (length, format), and best-of-n by the score against the truth for n = 1 … 64,
-the cheapest way to see a proxy being over-optimised (arXiv:2210.10760).
+Traps:
+  * A score means nothing by itself: adding a constant to all leaves L as it is. centre (arXiv:2312.09244) pulls the
+    scores towards 0, where PPO's values start.
+  * A head on the last state learns slowly. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare. The
+    policy knows it (its log π ranks 96 % of such pairs correctly), but only in its last layer, where it predicts the
+    next token; a head alone ranks 56 % after 100 steps. Hence the extra layers, which can compare, and the SFT loss
+    of the chosen answers, which keeps what the decoder knows (arXiv:2406.10216).
+  * PPO needs pairs of the policy's own samples: what a policy writes is wrong in other ways than a corrupted solution.
+  * A reward model is a proxy. Best-of-n takes the answer with the highest score of n; where the truth falls while n
+    grows, the proxy is over-optimised (arXiv:2210.10760; demo). The report shows this for n = 1 … 64, and beside it
+    accuracy by kind of error, calibration, and what else moves the score: names, length, format.
 
 The checkpoint is a directory that transformers opens as Qwen3ForSequenceClassification with one label.
 
 Run it:
     python reward_model.py                                                  # makes its SFT start if there is none
+    python reward_model.py --demo                                           # the loss, its gradient, best-of-n by hand
     python reward_model.py --data style                                     # real pairs, pretrains on their text
     torchrun --nproc_per_node 2 reward_model.py --init runs/sft --pairs sampled
 """
@@ -53,13 +65,11 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import pretrain
 from data import DEFAULT_TASK, TASKS, Pair, encode_group, load_pairs, load_problems, rows_at, task_of
 from encoder import Encoder, is_encoder, open_encoder
-from evaluate import is_correct, wilson
-from generate import generate
+from evaluate import wilson
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import collate, sft_start
 from support.checkpoints import open_checkpoint, resolve_checkpoint
@@ -70,22 +80,22 @@ from support.errors import CheckpointError, ConfigError
 from support.hf import load_decoder, open_safetensors, save_decoder
 from support.logprobs import target_logprobs
 from support.records import drop_too_long
-from support.reward_report import consistency, length_figures, sample_figures, write_report
+from support.reward_report import consistency, finish, text_figures
+from support.reward_samples import ids_of_answer, ids_of_prompt, make_pairs, probe_samples, score_groups, score_texts
 from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, start_name
 from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objectives, as pure functions.
+# The losses.
 
 
 def bradley_terry_loss(chosen, rejected, margin=None, *, centre=0.0, n_pairs=None):
-    """Scores (B,) each -> (loss, metrics): −log σ(chosen − rejected − margin), averaged.
+    """Scores (B,) each -> (loss, metrics): the mean of −log σ(chosen − rejected − margin).
 
-    margin: None, a number or (B,). centre: weight of (chosen + rejected)², in the loss alone: the metric is what a
-    validation measures, whatever the weight. n_pairs: of the whole optimizer step, over
-    micro-batches and ranks; default: of this batch, which is then the step.
+    margin: None, a number or (B,). centre: weight of (chosen + rejected)², which is added to the loss but not to the
+    metric "loss", so that runs compare. n_pairs: the pairs of the whole optimizer step; default: of this batch.
     """
     gap = chosen - rejected
     per_pair = -F.logsigmoid(gap if margin is None else gap - margin)
@@ -93,13 +103,13 @@ def bradley_terry_loss(chosen, rejected, margin=None, *, centre=0.0, n_pairs=Non
 
 
 def hinge_loss(chosen, rejected, margin=1.0, *, centre=0.0, n_pairs=None):
-    """The same with max(0, margin − (chosen − rejected))."""
+    """The same with max(0, margin − (chosen − rejected)): no gradient from the margin on."""
     return _reduce((margin - (chosen - rejected)).clamp(min=0), chosen, rejected, centre, n_pairs)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """(chosen, rejected, margin, *, centre, n_pairs) -> (loss, metrics), the margin that it goes with, and its unit."""
+    """(chosen, rejected, margin, *, centre, n_pairs) -> (loss, metrics), its default margin, and its unit."""
 
     of: Callable
     margin: float = 0.0
@@ -117,6 +127,68 @@ def _reduce(per_pair, chosen, rejected, centre, n_pairs):
     if centre:
         loss = loss + centre * (chosen + rejected).square().sum() / n
     return loss, metrics | {"margin": gap.mean().item(), "score": (chosen + rejected).mean().item() / 2}
+
+
+def best_of_n(scores, correct, sizes):
+    """scores, correct (N, M) -> for each n of sizes, the expected accuracy of the answer with the highest score of n.
+
+    Over all choices of n of the M answers: the answer with k lower ones is the highest with probability
+    C(k, n−1) / C(M, n).
+    """
+    M = scores.shape[1]
+    ordered = np.take_along_axis(correct, scores.argsort(1, kind="stable"), 1)  # (N, M), worst score first
+    return [float((ordered * [math.comb(k, n - 1) / math.comb(M, n) for k in range(M)]).sum(1).mean()) for n in sizes]
+
+
+def calibration(gaps, bins=8):
+    """Score differences (n,) -> [(mean predicted, share right, n), …] and the expected calibration error.
+
+    σ(|Δ|) is the model's probability that the answer with the higher score is the better one. It is calibrated if it
+    is right in that share of the pairs.
+    """
+    sure, right = 1 / (1 + np.exp(-np.abs(gaps))), (gaps > 0) + 0.5 * (gaps == 0)
+    place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
+    inside = [place == b for b in sorted(set(place.tolist()))]
+    rows = [(float(sure[b].mean()), float(right[b].mean()), int(b.sum())) for b in inside]
+    return rows, sum(n * abs(p - r) for p, r, n in rows) / len(gaps)
+
+
+def demo():
+    """The loss of one pair and its gradient by hand, and best-of-n where the score is a bad proxy."""
+    ln3 = math.log(3)  # σ(ln 3) = 3/4
+    print("one pair: scores of the chosen and the rejected answer, loss, its gradient in both (by hand = autograd's)")
+    for name, (w, l), options, p, by_hand, slope in (
+        ("ln 3 and 0: p = σ(ln 3) = 3/4", (ln3, 0), {}, 3 / 4, math.log(4 / 3), -1 / 4),
+        ("both + 5: nothing changes", (ln3 + 5, 5), {}, 3 / 4, math.log(4 / 3), -1 / 4),
+        ("0 and ln 3, the wrong way round", (0, ln3), {}, 1 / 4, math.log(4), -3 / 4),
+        ("ln 3 and 0, margin ln 3", (ln3, 0), {"margin": ln3}, 1 / 2, math.log(2), -1 / 2),
+    ):
+        r_w, r_l = (torch.tensor([float(r)], requires_grad=True) for r in (w, l))
+        loss, _ = bradley_terry_loss(r_w, r_l, **options)
+        loss.backward()
+        assert abs(loss.item() - by_hand) < 1e-6
+        assert abs(by_hand + math.log(p)) < 1e-12
+        assert abs(slope + 1 - p) < 1e-12  # −σ(−Δ) = −(1 − p)
+        assert abs(r_w.grad.item() - slope) < 1e-6
+        assert abs(r_l.grad.item() + slope) < 1e-6
+        print(f"  {name:<34} loss {loss.item():.4f}    gradient {r_w.grad.item():+.2f} {r_l.grad.item():+.2f}")
+    r = torch.tensor([3.0, 1.0], requires_grad=True)
+    hinge, _ = hinge_loss(r[:1], r[1:], margin=1.0)  # ahead by 2: clear
+    centred, _ = hinge_loss(r[:1], r[1:], margin=1.0, centre=0.1)
+    (pull,) = torch.autograd.grad(centred, r)
+    assert hinge.item() == 0
+    assert abs(centred.item() - 0.1 * (3 + 1) ** 2) < 1e-6
+    torch.testing.assert_close(pull, torch.tensor([0.8, 0.8]))  # 2 · 0.1 · (3 + 1) in both: down, together
+    print(f"  3 and 1, hinge with margin 1       loss {hinge:.4f}    gradient +0.00 +0.00")
+    print(f"  … and centre 0.1 · (3 + 1)²        loss {centred:.4f}    gradient {pull[0]:+.2f} {pull[1]:+.2f}")
+
+    scores, correct = np.array([[0.1, 0.5, 0.7, 0.9]]), np.array([[0.0, 0.0, 1.0, 0.0]])
+    by_score = best_of_n(scores, correct, (1, 2, 3, 4))
+    assert np.allclose(by_score, [1 / 4, 2 / 6, 1 / 4, 0])  # of the 6 choices of two, 2 have the right one on top
+    print("best of n of four answers, the third in score is right, the highest score is wrong: a proxy over-optimised")
+    print("  n                     1      2      3      4")
+    print("  best by score    " + "".join(f"{x:>7.3f}" for x in by_score))
+    print("  best by truth    " + "".join(f"{x:>7.3f}" for x in (1 / 4, 2 / 4, 3 / 4, 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,10 +209,10 @@ class RewardModel(Transformer):
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width))
 
     def forward(self, tokens, positions=None, mask=None, cache=None, *, last_only=False, targets=None, counted=None):
-        """(B, T) -> scores (B, T, 1). With targets also the language model's log π of them, (B, T), 0 but where counted
-        (B, T) is True: read from the same states by the matrix of the embedding."""
+        """(B, T) -> scores (B, T, 1). With targets also the language model's log π of them, (B, T), computed from the
+        same states with the embedding matrix, and 0 where counted (B, T) is False."""
         states = self.hidden(tokens, positions, mask, cache, last_only)  # (B, T, C)
-        with torch.autocast(states.device.type, enabled=False):  # in bf16 the scores of two like answers would tie
+        with torch.autocast(states.device.type, enabled=False):  # in bf16 the scores of two similar answers would tie
             scores = self.head(states.to(self.head.weight.dtype))  # (B, T, 1)
         if targets is None:
             return scores
@@ -148,8 +220,8 @@ class RewardModel(Transformer):
 
     @classmethod
     def from_policy(cls, policy, dropout=0.0, seed=0, extra=0):
-        """The trunk of a language model, `extra` new blocks on it that add nothing yet (with post-norm they normalise
-        once more), and a new head. CheckpointError on a policy whose config says more than this class computes."""
+        """The blocks of a language model, `extra` new ones on top that add nothing yet (with post-norm they normalise
+        once more), and a new head. CheckpointError if the policy is of a subclass that computes something else."""
         if type(policy.config) is not cls.config_class:
             raise CheckpointError(f"{cls.__name__} cannot be built on the policy's {type(policy.config).__name__}")
         with torch.random.fork_rng(devices=[]):
@@ -164,28 +236,29 @@ class RewardModel(Transformer):
 
     @staticmethod
     def pack(groups, pad, device="cpu"):
-        """[(prompt ids, lists of answer ids), …] -> PackedAnswers on the device, each answer with one token more: it
-        packs what predicts an answer, and the last token, where the score stands, predicts nothing."""
+        """[(prompt ids, lists of answer ids), …] -> PackedAnswers on the device. Each answer gets one pad more: only
+        tokens that predict another one are packed, and the last token, at which the score is read, must be."""
         answers = [[[*answer, pad] for answer in group] for _, group in groups]
         return pack([prompt for prompt, _ in groups], answers, pad).to(device)
 
     @staticmethod
     def read(model, packed, words=False):
-        """-> the score of each answer, (k,). With `words`, of groups of R answers each, also the mean log π of the
-        tokens of each group's first answer, (n,). `model` may be wrapped in DDP."""
+        """-> the score of each answer, (k,). With `words`, where each of n groups has as many answers, also the mean
+        log π over the tokens of each group's first answer, (n,). `model` may be wrapped in DDP."""
         n, k = len(packed.tokens), len(packed.lengths)
 
-        def first_answers(part):  # of the last token, added in `pack`, no log π is asked for
-            spoken = torch.arange(part.tokens.shape[1], device=part.rows.device) < packed.lengths[part.rows, None] - 1
+        def first_answers(part):  # without the pad that `pack` has added
+            place = torch.arange(part.tokens.shape[1], device=part.rows.device)
+            in_answer = place < packed.lengths[part.rows, None] - 1  # (b, T)
             first = part.rows % (k // n) == 0  # (b,)
-            return {"targets": part.targets, "counted": spoken & first[:, None]}  # (b, T) each
+            return {"targets": part.targets, "counted": in_answer & first[:, None]}  # (b, T) each
 
         scores, logprobs = [], []
         for part, out in zip(packed.parts, packed.outputs(model, first_answers if words else None), strict=True):
-            end = packed.lengths[part.rows, None] - 1  # (b, 1) where the last tokens stand
+            end = packed.lengths[part.rows, None] - 1  # (b, 1) index of the last token
             if words:
                 out, logs = out
-                logprobs.append(logs.sum(1, keepdim=True) / end)  # (b, 1), 0 where it is not the first
+                logprobs.append(logs.sum(1, keepdim=True) / end)  # (b, 1), 0 for all but the first answers
             scores.append(out.squeeze(-1).gather(1, end))  # (b, 1)
         scores = packed.in_order(scores).squeeze(1).float()  # (k,)
         return (scores, packed.in_order(logprobs).view(n, -1)[:, 0]) if words else scores
@@ -213,14 +286,14 @@ class RewardModel(Transformer):
 
 
 class RewardEncoder(Encoder):
-    """The bidirectional form: an answer may be read from both sides, as nobody has to predict it. The score is a linear
-    function of the mean of the states, (B, 1)."""
+    """The bidirectional form: nothing has to be predicted, so every token may see the whole answer. The score is a
+    linear function of the mean of the states, (B, 1)."""
 
     pad_id = None
 
     def __init__(self, config):
         super().__init__(replace(config, n_class=1))
-        for part in (self.transform, self.transform_norm):  # masked-LM is over; DDP waits for whatever wants a gradient
+        for part in (self.transform, self.transform_norm):  # unused here, and DDP would wait for their gradients
             part.requires_grad_(False)
         self.token_bias.requires_grad_(False)
 
@@ -231,9 +304,9 @@ class RewardEncoder(Encoder):
 
     @staticmethod
     def pack(groups, pad, device="cpu"):
-        """-> tokens, real (k, T). Nothing can be shared: the prompt's states depend on the answer after it."""
-        rows = [[*prompt, *answer] for prompt, answers in groups for answer in answers]
-        padded = collate([(row, [True] * len(row)) for row in rows], pad).to(device)
+        """-> tokens, real (k, T). No prompt is shared: its states depend on the answer after it."""
+        texts = [[*prompt, *answer] for prompt, answers in groups for answer in answers]
+        padded = collate([(ids, [True] * len(ids)) for ids in texts], pad).to(device)
         return padded.tokens, padded.mask
 
     @staticmethod
@@ -252,187 +325,13 @@ def open_reward_model(path, device="cpu", dropout=0.0):
     return model.to(device), load_tokenizer(path), path
 
 
-@torch.no_grad()
-def score_groups(model, groups, pad, device, autocast, tokens=16_384):
-    """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, whatever their lengths and numbers."""
-    model.eval()
-    pieces = [(g, k) for g, (_, answers) in enumerate(groups) for k in range(0, len(answers), 64)]
-    pieces.sort(key=lambda piece: len(groups[piece[0]][0]))  # prompts of like length waste no padding
-    row = {(g, k): (groups[g][0], groups[g][1][k : k + 64]) for g, k in pieces}
-    size = {piece: len(prompt) + sum(map(len, answers)) for piece, (prompt, answers) in row.items()}
-    found = [[0.0] * len(answers) for _, answers in groups]
-    while pieces:
-        batch, room = [pieces.pop()], tokens
-        while pieces and (room := room - size[batch[-1]]) >= size[pieces[-1]]:
-            batch.append(pieces.pop())
-        with autocast():
-            values = model.read(model, model.pack([row[piece] for piece in batch], pad, device)).tolist()
-        for g, k in batch:
-            n = len(row[g, k][1])
-            found[g][k : k + n], values = values[:n], values[n:]
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Pairs.
-
-
-def ids_of_prompt(tokenizer, prompt):
-    """The ids of a question, up to where its answer begins."""
-    return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
-
-
-def ids_of_answer(tokenizer, answer):
-    """The ids of an answer and its end, as a policy would have sampled them."""
-    return [*tokenizer.encode(answer), tokenizer.im_end_id]
-
-
-def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast, batch=32):
-    """n answers of the policy to each problem, at temperature 1: [[(text, right, ended, ids), …], …].
-
-    What is sampled depends on seed, split and place in the list alone, not on how many ranks share the work.
-    """
-    chunks = [(i, problems[i : i + batch]) for i in range(0, len(problems), batch)]
-    salt = ("train", "valid", "test").index(split)
-
-    def work(mine):
-        out = []
-        for i, chunk in tqdm(
-            mine, desc=f"sampling {split} answers", unit="batch", leave=False, disable=not dist.is_main
-        ):
-            generator = torch.Generator().manual_seed((config.seed * 3 + salt) * 1_000_003 + i)
-            prompts = [ids_of_prompt(tokenizer, p.question) for p in chunk]
-            how = {"stop_ids": tokenizer.stop_ids, "generator": generator}
-            with autocast():
-                rollout = generate(policy, prompts, config.max_new_tokens, n, **how)
-            ended, lengths = rollout.ended(tokenizer.stop_ids).tolist(), rollout.mask.sum(1).tolist()
-            ids = [row[:length] for row, length in zip(rollout.ids.tolist(), lengths, strict=True)]
-            told = enumerate(zip(rollout.texts(tokenizer), ended, ids, strict=True))
-            rows = [(text, is_correct(text, chunk[k // n]), end, i) for k, (text, end, i) in told]
-            out.append([rows[k * n : k * n + n] for k in range(len(chunk))])
-        return out
-
-    return [group for chunk in dist.split_work(chunks, work) for group in chunk]
-
-
-def judged_pairs(problems, groups, most):
-    """Right answers against wrong ones to the same problem, at most `most` pairs of each; cut-off answers are left
-    out, and so are repeats. [(text, right, ended), …] per problem -> [Pair]"""
-    pairs = []
-    for problem, group in zip(problems, groups, strict=True):
-        whole = list(dict.fromkeys((text, right) for text, right, ended in group if ended and text.strip()))
-        right, wrong = ([text for text, r in whole if r is which] for which in (True, False))
-        pairs += [Pair(problem.question, a, b, "sampled") for a, b in list(zip(right, wrong, strict=False))[:most]]
-    return pairs
-
-
-def make_pairs(config, policy, tokenizer, dist, autocast):
-    """{"train", "valid", "test": [Pair]} as --data and --pairs ask."""
-    levels, pairs = tuple(config.levels), {}
-    for split, n in (("train", config.n_pairs), ("valid", config.eval_pairs), ("test", config.test_pairs)):
-        pairs[split] = []
-        if config.data not in TASKS or config.pairs != "sampled":
-            kinds = config.kinds if split == "train" else None  # all alike
-            pairs[split] += load_pairs(config.data, split, n, levels, config.seed, kinds, config.skip_bad)
-        if config.data in TASKS and config.pairs != "corrupted":
-            problems = load_problems(config.data, split, config.sample_problems if split == "train" else n, levels)
-            groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist, autocast)
-            groups = [[row[:3] for row in group] for group in groups]
-            # one pair per held-out problem and source, as an interval takes them for independent; that of "all" does so
-            # too, although with --pairs both a problem has a corrupted and a sampled one, and is a little too narrow
-            pairs[split] += judged_pairs(problems, groups, config.samples if split == "train" else 1)
-    return pairs
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The report: where the scores can be trusted.
-
-
-def rank_pairs(model, groups, pairs, pad, dist, autocast):
-    """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
-    found = dist.split_work(groups, lambda mine: score_groups(model, mine, pad, dist.device, autocast))
-    found = np.array(found)  # (n, 2)
-    right = (found[:, 0] > found[:, 1]) + 0.5 * (found[:, 0] == found[:, 1])  # a tie is half right, as a coin would be
-    by_kind = {}
-    for kind in ["all", *sorted({pair.kind for pair in pairs})]:
-        chosen = np.array([kind in ("all", pair.kind) for pair in pairs])
-        n, hits = int(chosen.sum()), float(right[chosen].sum())  # plain numbers: `best` goes into trainer_state.pt
-        by_kind[kind] = (hits / n, *wilson(hits, n), n)
-    return found, by_kind
-
-
-def score_fitting(model, groups, pad, dist, autocast):
-    """As score_groups, spread over the ranks; NaN for a whole group if one of its answers does not fit the context."""
-    context = model.config.context
-    fits = [len(prompt) + max(map(len, answers)) <= context for prompt, answers in groups]
-    kept = [group for group, fit in zip(groups, fits, strict=True) if fit]
-    if len(kept) < len(groups) and dist.is_main:
-        n = f"{len(groups) - len(kept)} of {len(groups)}"
-        print(f"{n} prompts of the report are, with their answers, longer than {context} tokens: left out")
-    found = iter(dist.split_work(kept, lambda mine: score_groups(model, mine, pad, dist.device, autocast)))
-    return [next(found) if fit else [math.nan] * len(group[1]) for group, fit in zip(groups, fits, strict=True)]
-
-
-def calibration(gaps, bins=8):
-    """Score differences (n,) -> [(mean predicted, share right, n), …] and the expected calibration error.
-
-    σ(|Δ|) is how sure the model is of the answer that it prefers; the share in which that is the chosen one should
-    be the same.
-    """
-    sure, right = 1 / (1 + np.exp(-np.abs(gaps))), (gaps > 0) + 0.5 * (gaps == 0)
-    place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
-    inside = [place == b for b in sorted(set(place.tolist()))]
-    rows = [(float(sure[b].mean()), float(right[b].mean()), int(b.sum())) for b in inside]
-    return rows, sum(n * abs(p - r) for p, r, n in rows) / len(gaps)
-
-
-def best_of_n(scores, correct, sizes):
-    """scores, correct (N, M) -> the expected accuracy of the best of n by score, for each n, over all choices of n out
-    of the M samples: sample of rank k from below is the best with probability C(k, n−1) / C(M, n), k from 0."""
-    M = scores.shape[1]
-    ordered = np.take_along_axis(correct, scores.argsort(1, kind="stable"), 1)  # (N, M), worst score first
-    return [float((ordered * [math.comb(k, n - 1) / math.comb(M, n) for k in range(M)]).sum(1).mean()) for n in sizes]
-
-
-def score_texts(model, tokenizer, groups, dist, autocast):
-    """[(prompt, [answers]), …] in words -> lists of scores, NaN where they do not fit the context."""
-    encoded = [(ids_of_prompt(tokenizer, p), [ids_of_answer(tokenizer, a) for a in answers]) for p, answers in groups]
-    return score_fitting(model, encoded, tokenizer.endoftext_id, dist, autocast)
-
-
-def probe_samples(model, policy, speaks, tokenizer, config, dist, autocast):
-    """Best-of-n, what shapes the score, and ties, on samples of the policy for test problems."""
-    problems = load_problems(config.data, "test", config.best_of_problems, tuple(config.levels))
-    groups = sample_answers(policy, speaks, problems, config.best_of, config, "test", dist, autocast)
-    # Scored as they were sampled, as PPO does: of broken bytes the text is longer than they were. To a tokenizer of its
-    # own only the text can be shown, cut off where the context ends.
-    known = speaks.fingerprint == tokenizer.fingerprint and policy.config.vocab_size <= model.config.vocab_size
-    encoded, n_cut = [], 0
-    for problem, group in zip(problems, groups, strict=True):
-        prompt = ids_of_prompt(tokenizer, problem.question)
-        answers = [ids if known else ids_of_answer(tokenizer, text) for text, _, _, ids in group]
-        room = model.config.context - len(prompt)
-        n_cut += sum(len(answer) > room for answer in answers)
-        encoded.append((prompt, [answer[:room] for answer in answers]))
-    if n_cut and dist.is_main:
-        print(f"{n_cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
-    pad = tokenizer.endoftext_id
-    scores = np.array(
-        dist.split_work(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast))
-    )  # (N, M)
-    correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.best_of]
-    figures = sample_figures(scores, groups, [answers for _, answers in encoded], sizes)
-    return {"best_of": dict(zip(map(str, sizes), best_of_n(scores, correct, sizes), strict=True))} | figures
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The settings.
 
 
 @dataclass
 class Config(RunConfig):
-    """Train a reward model on pairs of answers."""
+    """Train a reward model on pairs of answers. What every stage shares is in support/runs.py."""
 
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt,
@@ -447,9 +346,8 @@ class Config(RunConfig):
     n_pairs: Count | None = None
     """Largest number of training pairs; default: 12,000 corrupted ones, or all pairs of a file."""
     kinds: list[str] | None = None
-    """Kinds of errors in the corrupted training pairs; a kind named twice occurs twice as often. Default: all kinds,
-    and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
-    often."""
+    """Errors of the corrupted training pairs, in turn: one named twice comes twice as often. Default all, and the
+    first of the task, the hardest to see (a wrong sum), four times. Held-out pairs have all kinds equally often."""
     sample_problems: Count = 3000
     """Training problems to sample pairs from."""
     samples: Count = 8
@@ -463,7 +361,7 @@ class Config(RunConfig):
     extra_layers: Whole = 2
     """New blocks on top of those of --init."""
     sampler: str | None = None
-    """SFT checkpoint whose samples are judged; default: --init."""
+    """SFT checkpoint to sample from; default: --init."""
     name: str = "reward_model"
     steps: Count = 600
     batch: Count = 64
@@ -475,13 +373,13 @@ class Config(RunConfig):
     margin: float | None = None
     """Margin by which the chosen answer should win; default: 0, or 1 for the hinge."""
     centre: float = 0.01
-    """Weight of the squared sum of the two scores."""
+    """Weight of the squared sum of a pair's scores, which pulls them towards 0."""
     sft_weight: float | None = None
-    """Weight of the SFT loss per token on the chosen answers; default: 1, or 0 for an encoder, which has no such
-    loss."""
+    """Weight of the SFT loss of the chosen answers, a mean per token of each; default 1, and 0 for an encoder, which
+    has none."""
     weight_decay: Amount = 0.01
     dropout: FractionBelow1 = 0.0
-    """Dropout while training."""
+    """Dropout during training."""
     eval_pairs: Count = 200
     """Validation pairs (and problems to sample from)."""
     test_pairs: Count = 500
@@ -507,16 +405,18 @@ class Config(RunConfig):
         if self.sft_weight is None:
             self.sft_weight = 1.0 if self.backbone == "decoder" else 0.0
         if self.sft_weight and self.backbone == "encoder":
-            raise ConfigError(
-                "--sft_weight needs a decoder: an encoder has seen the word that it would have to predict"
-            )
+            raise ConfigError("--sft_weight needs a decoder: an encoder sees the tokens that it would have to predict")
         if self.n_pairs is None and self.data in TASKS:
             self.n_pairs = 12_000
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Set-up, validation, the loop.
+
+
 def text_start(config, dist):
-    """A pretrained trunk for real pairs without --init, on the text of their training split; made once, and reused."""
-    run_path(config)  # what is wrong with --name or --resume is said before a start is made
+    """A pretraining on the text of the training pairs, where real pairs come without --init; made once, and reused."""
+    run_path(config)  # raises on a bad --name or --resume before a start is made
     name = start_name(config.data, config.seed, "pretrain")
     text = RUNS / f"{name}.txt"
     if dist.is_main and not (RUNS / name / "finished").exists():
@@ -532,8 +432,8 @@ def text_start(config, dist):
 
 
 def open_trunk(config, init, dist):
-    """-> the model to train, the policy whose samples are judged (None if there is none), and their tokenizers."""
-    path, policy, speaks = resolve_checkpoint(init), None, None
+    """-> the model to train, the policy to sample from (None if there is none), their tokenizers."""
+    path, policy, policy_tokenizer = resolve_checkpoint(init), None, None
     if is_encoder(path):
         if config.backbone == "decoder":
             raise ConfigError(f"{path} is an encoder: --backbone encoder")
@@ -545,24 +445,24 @@ def open_trunk(config, init, dist):
         if config.sft_weight and not trunk.config.tie_embeddings:
             raise ConfigError(f"{path} has an output matrix of its own, which a reward model drops: --sft_weight 0")
     if config.data in TASKS and (config.sampler is not None or not is_encoder(path)):
-        policy, speaks, _ = open_checkpoint(config.sampler or path, dist.device)
+        policy, policy_tokenizer, _ = open_checkpoint(config.sampler or path, dist.device)
     kind = RewardEncoder if config.backbone == "encoder" else RewardModel
-    raw = kind.from_policy(trunk, config.dropout, config.seed, config.extra_layers).to(dist.device)
-    raw.pad_id = tokenizer.endoftext_id
-    return raw, policy, tokenizer, speaks
+    judge = kind.from_policy(trunk, config.dropout, config.seed, config.extra_layers).to(dist.device)
+    judge.pad_id = tokenizer.endoftext_id
+    return judge, policy, tokenizer, policy_tokenizer
 
 
-def check_room(config, judge, policy, tokenizer, speaks):
-    """The report on samples is the last thing that is done, but whether it can be done is said now. ConfigError."""
+def check_room(config, judge, policy, tokenizer, policy_tokenizer):
+    """ConfigError, before the training, if the report on samples, after it, would not fit the context."""
     problems = load_problems(config.data, "test", max(200, config.best_of_problems), tuple(config.levels))
     answers = [max(config.max_new_tokens, len(ids_of_answer(tokenizer, p.solution))) for p in problems]
     scored = max(len(ids_of_prompt(tokenizer, p.question)) + n for p, n in zip(problems, answers, strict=True))
-    written = max(len(ids_of_prompt(speaks, p.question)) for p in problems) + config.max_new_tokens
-    for n, room in ((scored, judge.config.context), (written, policy.config.context)):
+    sampled = max(len(ids_of_prompt(policy_tokenizer, p.question)) for p in problems) + config.max_new_tokens
+    for n, room in ((scored, judge.config.context), (sampled, policy.config.context)):
         if n > room:
             raise ConfigError(
                 f"prompts with their solutions or --max_new_tokens, {n} tokens together, do not fit the model's "
-                f"context of {room}: use lower --levels, or leave out the report on samples with "
+                f"context of {room}: use lower --levels, or skip the report on samples with "
                 "--best_of_problems 0"
             )
 
@@ -573,7 +473,7 @@ def fitting_groups(pairs, tokenizer, context, dist):
     for split in pairs:
         if not pairs[split]:
             raise ConfigError(
-                f"no {split} problem got both a right and a wrong answer that ended: give another --init, more "
+                f"no {split} problem got both a right and a wrong answer that ended: use another --init, more "
                 "--samples, or --pairs both"
             )
         both = [(pair, encode_group(tokenizer, pair)) for pair in pairs[split]]
@@ -583,25 +483,37 @@ def fitting_groups(pairs, tokenizer, context, dist):
     return kept, groups
 
 
+def rank_pairs(model, groups, pairs, pad, dist, autocast):
+    """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
+    scores = np.array(dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast)))  # (n, 2)
+    right = (scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1])  # a tie is half right, as by chance
+    by_kind = {}
+    for kind in ["all", *sorted({pair.kind for pair in pairs})]:
+        chosen = np.array([kind in ("all", pair.kind) for pair in pairs])
+        n, hits = int(chosen.sum()), float(right[chosen].sum())  # plain numbers: they are saved
+        by_kind[kind] = (hits / n, *wilson(hits, n), n)
+    return scores, by_kind
+
+
 def main(config):
     """Train; returns {"accuracy", "low", "high", "by_kind", "path"} on the test split, and the report's figures."""
     dist = setup(config.device)
-    share = dist.per_rank("batch", config.batch)  # pairs of a step on this rank
+    share = dist.per_rank("batch", config.batch)  # B / world: the pairs of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
-    run_path(config)  # what is wrong with --name or --resume is said before anything is made or sampled,
+    run_path(config)  # raises on a bad --name or --resume before anything is made or sampled,
     pairs = None
-    if config.data not in TASKS:  # and so is a wrong name, or a split without a pair
+    if config.data not in TASKS:  # and so does this on a bad name, or a split without pairs
         pairs = make_pairs(config, None, None, dist, autocast)
     init = config.init or (sft_start if config.data in TASKS else text_start)(config, dist)
-    judge, policy, tokenizer, speaks = open_trunk(config, init, dist)
+    judge, policy, tokenizer, policy_tokenizer = open_trunk(config, init, dist)
     pad, probed = tokenizer.endoftext_id, config.data in TASKS and config.best_of_problems and policy is not None
     if probed:
-        check_room(config, judge, policy, tokenizer, speaks)
-    file = RUNS / config.name / "pairs.json"  # sampled once in a run's life: a GPU may sample others the next time
+        check_room(config, judge, policy, tokenizer, policy_tokenizer)
+    file = RUNS / config.name / "pairs.json"  # a resumed run reads its pairs: sampled again, they could be others
     if config.resume and file.is_file():
         pairs = {split: [Pair(**pair) for pair in kept] for split, kept in json.loads(file.read_text()).items()}
     elif pairs is None:
-        pairs = make_pairs(config, policy, speaks, dist, autocast)
+        pairs = make_pairs(config, policy, policy_tokenizer, dist, autocast)
     fitted, groups = fitting_groups(pairs, tokenizer, judge.config.context, dist)
 
     optimizers = make_optimizers(judge, config.optimizer, config.lr, config.weight_decay)
@@ -622,41 +534,43 @@ def main(config):
         )
 
     for step in run.steps():
-        # ------------------------------------------------------------------ one optimizer step
+        # 1. the batch: B pairs, of which this rank takes its share
         started = time.perf_counter()
-        model.train()
         batch = [groups["train"][i] for i in rows_at(len(groups["train"]), step, config.batch, config.seed)]
         own = batch[dist.rank * share : (dist.rank + 1) * share]
-        own.sort(key=lambda group: len(group[0]))  # prompts of like length waste no padding
+        own.sort(key=lambda group: len(group[0]))  # prompts of like lengths waste no padding
+
+        # 2. the gradient: parts of it add up, over micro-batches and ranks
+        model.train()
         sums = {}
         for i in range(0, share, config.micro_batch):
             micro = own[i : i + config.micro_batch]
+            # DDP averages the gradients of the ranks in the last backward pass alone; * world makes the average a sum.
             last = i + config.micro_batch >= share
-            # DDP sums up the gradients over the ranks in the last backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 nll = torch.zeros((), device=dist.device)
                 packed = judge.pack(micro, pad, dist.device)
                 with autocast():
                     if config.sft_weight:
                         scores, logprobs = judge.read(model, packed, words=True)  # (2b,), (b,)
-                        nll = -logprobs.sum() / config.batch  # of the chosen answers, per token
+                        nll = -logprobs.sum() / config.batch  # of the chosen answers, a mean per token of each
                     else:
                         scores = judge.read(model, packed)
-                chosen, rejected = scores.view(-1, 2).unbind(1)  # (b,) each
-                loss, metrics = objective.of(
-                    chosen, rejected, config.margin, centre=config.centre, n_pairs=config.batch
-                )
+                r_w, r_l = scores.view(-1, 2).unbind(1)  # (b,) each
+                loss, metrics = objective.of(r_w, r_l, config.margin, centre=config.centre, n_pairs=config.batch)
                 metrics["nll_loss"] = nll.item()
-                scaler.scale((loss + config.sft_weight * nll) * dist.world).backward()  # DDP divides by world
-            for name, value in metrics.items():  # a loss is a sum already, the others are means
+                scaler.scale((loss + config.sft_weight * nll) * dist.world).backward()
+            for name, value in metrics.items():  # a loss is already a part of the sum, the others are means
                 weight = 1 if name.endswith("loss") else len(micro) / config.batch
                 sums[name] = sums.get(name, 0.0) + value * weight
+        sums = dict(zip(sums, dist.sum(*sums.values()), strict=True))
+
+        # 3. the update: clip, then a step of the optimizers
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(judge, optimizers, scaler, autocast, lr, config.clip)
-        sums = dict(zip(sums, dist.sum(*sums.values()), strict=True))
         run.check_finite(lr, norm, loss=sums["loss"], nll_loss=sums["nll_loss"])
 
-        # ------------------------------------------------------------------ look
+        # 4. look: log, and every so often rank the validation pairs, keep the best checkpoint
         speed = config.batch / (time.perf_counter() - started)
         record = sums | {"lr": lr, "grad_norm": norm, "pairs_per_second": speed}
         if run.due(config.eval_every):
@@ -680,7 +594,11 @@ def main(config):
         score = partial(score_texts, judge, tokenizer, dist=dist, autocast=autocast)
         report |= consistency(score, 200, config.seed, tuple(config.levels), config.data)
     if probed:
-        report |= probe_samples(judge, policy, speaks, tokenizer, config, dist, autocast)
+        sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.best_of]
+        samples = (policy, policy_tokenizer, tokenizer, config, sizes)
+        scores, correct, figures = probe_samples(judge, *samples, dist, autocast)
+        accuracies = best_of_n(scores, correct, sizes)
+        report |= {"best_of": {str(n): x for n, x in zip(sizes, accuracies, strict=True)}} | figures
     if dist.is_main:
         coin = objective.of(torch.zeros(1), torch.zeros(1), config.margin)[1]["loss"]
         write_report(config, run.path, len(pairs["test"]), report, judge.num_params(), objective.unit, coin)
@@ -690,4 +608,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__, demo)

@@ -24,14 +24,14 @@ from reward_model import (
     bradley_terry_loss,
     calibration,
     hinge_loss,
-    judged_pairs,
     open_reward_model,
     score_groups,
 )
-from support import devices, reward_report, runs
+from support import devices, reward_report, reward_samples, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.reward_report import shaping
+from support.reward_samples import judged_pairs, probe_samples
 from support.splits import split_of
 from support.word_problems import CORRUPTIONS, rename
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
@@ -63,8 +63,8 @@ def here(scratch, tokenizer):
 @pytest.fixture
 def lucky(monkeypatch):
     """A verifier that finds some answers of a random model right."""
-    monkeypatch.setattr(reward_model, "is_correct", lambda text, problem: "e" in text)
-    monkeypatch.setattr(reward_model, "judged_pairs", uncut(judged_pairs))
+    monkeypatch.setattr(reward_samples, "is_correct", lambda text, problem: "e" in text)
+    monkeypatch.setattr(reward_samples, "judged_pairs", uncut(judged_pairs))
 
 
 def uncut(judge):
@@ -505,8 +505,8 @@ def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys, mo
     monkeypatch.setitem(TASKS, "word", longer)
     lengths = []
     for p in load_problems("word", "test", 200, tuple(config().levels)):
-        answer = max(48, len(reward_model.ids_of_answer(tokenizer, p.solution)))
-        lengths.append(len(reward_model.ids_of_prompt(tokenizer, p.question)) + answer)
+        answer = max(48, len(reward_samples.ids_of_answer(tokenizer, p.solution)))
+        lengths.append(len(reward_samples.ids_of_prompt(tokenizer, p.question)) + answer)
     sizes = dict(n_layer=1, n_head=2, n_kv_head=1, width=16)
     Transformer(TransformerConfig(tokenizer.vocab_size, context=max(lengths), **sizes)).save_pretrained("start")
     result = reward_model.main(config(pairs="corrupted", max_new_tokens=48))
@@ -526,18 +526,21 @@ def test_samples_of_broken_bytes_are_scored(here, tokenizer, monkeypatch, capsys
     policy = open_checkpoint("start")[0]
     reads = ByteTokenizer() if own else tokenizer
     c, dist = config(max_new_tokens=20, best_of=8), devices.setup("cpu")
-    prompts = [reward_model.ids_of_prompt(reads, p.question) for p in load_problems("word", "test", c.best_of_problems)]
+    problems = load_problems("word", "test", c.best_of_problems)
+    prompts = [reward_samples.ids_of_prompt(reads, p.question) for p in problems]
     sizes = TransformerConfig(reads.vocab_size, max(map(len, prompts)) + 20, 1, 2, 1, 16)
     model, seen = RewardModel.from_policy(Transformer(sizes)), []
 
-    def see(model, groups, *more, true=reward_model.score_groups):
+    def see(model, groups, *more, true=reward_samples.score_groups):
         seen.extend(groups)
         return true(model, groups, *more)
 
-    monkeypatch.setattr(reward_model, "score_groups", see)
+    monkeypatch.setattr(reward_samples, "score_groups", see)
     autocast, _ = devices.precision("fp32", dist)
-    found = reward_model.probe_samples(model, policy, tokenizer, reads, c, dist, autocast)
-    assert set(found["best_of"]) == {"1", "2", "4", "8"}
+    sizes = (1, 2, 4, 8)
+    scores, correct, figures = probe_samples(model, policy, tokenizer, reads, c, sizes, dist, autocast)
+    assert scores.shape == correct.shape == (c.best_of_problems, 8)
+    assert list(figures["best_possible"]) == ["1", "2", "4", "8"]
     assert [prompt for prompt, _ in seen] == prompts
     if not own:
         assert max(len(answer) for _, answers in seen for answer in answers) == 20  # none has got longer
@@ -553,7 +556,7 @@ def test_the_sampler_is_not_moved_aside(here):
 
 def test_what_cannot_run_is_said_before_anything_is_made(here, monkeypatch):
     monkeypatch.setattr(reward_model, "make_start_once", lambda *_: pytest.fail("a start was begun"))
-    monkeypatch.setattr(reward_model, "sample_answers", lambda *_: pytest.fail("answers were sampled"))
+    monkeypatch.setattr(reward_samples, "sample_answers", lambda *_: pytest.fail("answers were sampled"))
     with pytest.raises(ConfigError, match="holds no saved run"):
         reward_model.main(config(resume=True))
     pairs = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]

@@ -18,10 +18,10 @@ import reward_model
 import sft
 from data import TASKS, Problem, Task, load_pairs, load_problems, load_text
 from evaluate import evaluate_samples, is_correct
-from reward_model import judged_pairs
-from support import devices
+from support import devices, reward_samples
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DataError
+from support.reward_samples import judged_pairs
 from support.splits import SPLITS, split_of
 
 
@@ -81,7 +81,7 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
     lucky = replace(task, answer=str, same_answer=lambda a, b: a.endswith(b) or len(a) % 2 == 1)
     monkeypatch.setitem(TASKS, "backwards", lucky)
     monkeypatch.setattr(
-        reward_model,
+        reward_samples,
         "judged_pairs",
         lambda problems, groups, most: judged_pairs(problems, [[(*r[:2], True) for r in g] for g in groups], most),
     )

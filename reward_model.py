@@ -485,7 +485,9 @@ def fitting_groups(pairs, tokenizer, context, dist):
 
 def rank_pairs(model, groups, pairs, pad, dist, autocast):
     """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
-    scores = np.array(dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast)))  # (n, 2)
+    scores = np.array(
+        dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast))
+    )  # (n, 2)
     right = (scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1])  # a tie is half right, as by chance
     by_kind = {}
     for kind in ["all", *sorted({pair.kind for pair in pairs})]:

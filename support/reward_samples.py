@@ -140,6 +140,8 @@ def probe_samples(model, policy, policy_tokenizer, tokenizer, config, sizes, dis
     if n_cut and dist.is_main:
         print(f"{n_cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
     pad = tokenizer.endoftext_id
-    scores = np.array(dist.split_work(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast)))  # (N, M)
+    scores = np.array(
+        dist.split_work(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast))
+    )  # (N, M)
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
     return scores, correct, sample_figures(scores, groups, [answers for _, answers in encoded], sizes)

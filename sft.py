@@ -330,7 +330,7 @@ def rated_splits(config, dist):
     if len(kept) < len(problems["train"]) and dist.is_main:
         low = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which has weight 0"
         skipped = len(problems["train"]) - len(kept)
-        print(f"{skipped} of {len(problems['train'])} responses are rated {low}: skipped")
+        print(f"{skipped} of {len(problems['train'])} responses are rated {low}: left out")
     problems["train"] = kept
     for split in ("valid", "test"):  # only good responses are references
         problems[split] = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]

@@ -87,7 +87,7 @@ def announce(config, encoder, tokenizer, streams, examples):
     print(f"labels: {config.steps} steps, {epochs:.1f} epochs of {n:,} texts of {length:.0f} tokens")
 
 
-def report(config, run, encoder, result, words, names, where):
+def report(config, run, encoder, result, words, labels, where):
     """Print the confusion table and the accuracy beside that of a bag of words; draw the curves."""
     panels = [
         ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
@@ -98,7 +98,7 @@ def report(config, run, encoder, result, words, names, where):
         panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
     title = f"an encoder on {config.data}, seed {config.seed}, {encoder.num_params() / 1e6:.1f} M parameters"
     draw_curves(run.path, title, panels)
-    print(confusion_table(result["confusion"], names))
+    print(confusion_table(result["confusion"], labels))
     n = sum(map(sum, result["confusion"]))
     low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
     print(

@@ -385,7 +385,7 @@ def test_a_run_on_rated_responses(here, capsys, rated):
     said = capsys.readouterr().out
     losses = list(metrics("runs/sft", "loss").values())
     assert losses[-1] < 0.8 * losses[0]
-    assert ("rated 1, which weighs nothing" if rated == "weights" else "rated below 4: left out") in said
+    assert ("rated 1, which has weight 0: left out" if rated == "weights" else "rated below 4: left out") in said
     assert "\ntoken F1, greedy" in said
     assert "accuracy" not in said  # there is no answer to check
     assert 0 <= result["f1"] <= 1

@@ -80,7 +80,7 @@ from support.errors import CheckpointError, ConfigError
 from support.hf import load_decoder, open_safetensors, save_decoder
 from support.logprobs import target_logprobs
 from support.records import drop_too_long
-from support.reward_report import consistency, finish, text_figures
+from support.reward_report import consistency, length_figures, write_report
 from support.reward_samples import ids_of_answer, ids_of_prompt, make_pairs, probe_samples, score_groups, score_texts
 from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, start_name
 from support.shared_prompt import pack
@@ -346,8 +346,9 @@ class Config(RunConfig):
     n_pairs: Count | None = None
     """Largest number of training pairs; default: 12,000 corrupted ones, or all pairs of a file."""
     kinds: list[str] | None = None
-    """Errors of the corrupted training pairs, in turn: one named twice comes twice as often. Default all, and the
-    first of the task, the hardest to see (a wrong sum), four times. Held-out pairs have all kinds equally often."""
+    """Kinds of errors in the corrupted training pairs; a kind named twice occurs twice as often. Default: all kinds,
+    and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
+    often."""
     sample_problems: Count = 3000
     """Training problems to sample pairs from."""
     samples: Count = 8
@@ -375,8 +376,8 @@ class Config(RunConfig):
     centre: float = 0.01
     """Weight of the squared sum of a pair's scores, which pulls them towards 0."""
     sft_weight: float | None = None
-    """Weight of the SFT loss of the chosen answers, a mean per token of each; default 1, and 0 for an encoder, which
-    has none."""
+    """Weight of the SFT loss per token on the chosen answers; default: 1, or 0 for an encoder, which has no such
+    loss."""
     weight_decay: Amount = 0.01
     dropout: FractionBelow1 = 0.0
     """Dropout during training."""
@@ -602,8 +603,8 @@ def main(config):
         accuracies = best_of_n(scores, correct, sizes)
         report |= {"best_of": {str(n): x for n, x in zip(sizes, accuracies, strict=True)}} | figures
     if dist.is_main:
-        coin = objective.of(torch.zeros(1), torch.zeros(1), config.margin)[1]["loss"]
-        write_report(config, run.path, len(pairs["test"]), report, judge.num_params(), objective.unit, coin)
+        equal_loss = objective.of(torch.zeros(1), torch.zeros(1), config.margin)[1]["loss"]
+        write_report(config, run.path, len(pairs["test"]), report, judge.num_params(), objective.unit, equal_loss)
         print(f"{path}, {run.path}/curves.png, {run.path}/report.png, {run.path}/report.json")
     accuracy, low, high, _ = by_kind["all"]
     return {"accuracy": accuracy, "low": low, "high": high, "path": str(path)} | report

@@ -1,10 +1,11 @@
 """Pretraining: predict the next token, on one CPU core or on many GPUs (GPT: Radford et al. 2018).
 
-By the chain rule a text has the probability Π_t π(x_t | x_1 … x_{t−1}). Training makes the text as likely as it can,
-which is to make the mean of −log π as small as it can:
+By the chain rule of probability a text x_1 x_2 … has the probability Π_t π(x_t | x_1 … x_{t−1}), π the model. Training
+makes the text as likely as it can, which is to make the mean of −log π as small as it can. With y the target of a
+position, the token after it, and z (V,) the logits there, V the size of the vocabulary:
 
-    L       = −(1/n) Σ_t log π(x_t | x_1 … x_{t−1})     nats per token, over all n tokens of the optimizer step
-    dL/dz_t = (softmax(z_t) − onehot(x_t)) / n          z_t (V,): the logits for x_t
+    L     = −(1/n) Σ log π(y | the tokens before it)    nats per token, over all n targets of the optimizer step
+    dL/dz = (softmax(z) − onehot(y)) / n                for each target
 
 One step, for B windows of T tokens (main has the same four parts):
 
@@ -12,49 +13,52 @@ One step, for B windows of T tokens (main has the same four parts):
                                                             windows one token later                      (B, T) each
                  n = B · T                                  targets of the whole step, over micro-batches and ranks
     2. gradient  for x, y in micro_batches:                 --micro_batch of this rank's B / world       (b, T) each
-                     logits = model(x)                      ids → states (b, T, C) → logits, causal      (b, T, V)
-                     logπ   = log_softmax(logits)[y]        in fp32                                      (b, T)
-                     loss   = −Σ logπ                       next_token_loss                              ()
-                     backward(loss / n)                     gradients add up, over micro-batches and ranks
-    3. update    g  = g · min(1, clip / ‖g‖)                ‖g‖ over all weights
+                     logπ = model(x, targets=y)             ids → states (b, T, width) → logits (V each, a
+                                                            slice of tokens at a time) → log_softmax[y]  (b, T)
+                     nll  = −Σ logπ                         next_token_loss                              ()
+                     backward(nll / n · world)              gradients add up over micro-batches; DDP and FSDP
+                                                            average them over the ranks, world makes it a sum
+    3. update    g  = g · min(1, clip / ‖g‖)                ‖g‖ over all weights; --clip 0 leaves g alone
                  lr = lr_at(step)                           a line up, then a cosine down to --floor
                  optimizer step                             Muon for the blocks' matrices, AdamW for the rest
     4. look      log; every --eval_every steps validate, write a sample, keep the best checkpoint
 
 The defaults run 400 such steps on built-in stories: B = 16, T = 256, V = 768, 1.7 M parameters, one micro-batch per
-step, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the machine is built for it, else fp32. Off:
-accumulation, DDP, FSDP, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py).
+step, one process, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the machine is built for it, else fp32.
+Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py).
 
 Which option changes what:
 
-    the gradient             --batch and --model.context (which tokens are in it), --model.* (dropout too), --clip (its
-                             length). With experts --aux_weight and --z_weight, which add a balancing loss
-    the step, not the        --optimizer, --lr, --warmup, --schedule, --floor, --weight_decay; with experts --bias_rate
-    gradient
-    nothing but rounding,    --micro_batch, the number of ranks, --fsdp, --recompute, --compile, --dtype. (Dropout draws
-    memory and time          other numbers on other ranks, and the balancing loss is taken per micro-batch.)
+    the gradient     --data, --tokenizer, --batch, --model.context and --seed (which tokens are in it), --init and
+                     --model.* (the function), --clip (its length). With experts --aux_weight and --z_weight, which
+                     add a balancing loss
+    the update       --optimizer, --lr, --warmup, --steps, --schedule, --floor, --weight_decay; with experts --bias_rate
+    only rounding    --micro_batch, the number of ranks, --fsdp, --recompute, --compile, --dtype: they change memory and
+                     time. (Dropout draws other numbers in another cut, and the balancing loss is that of each
+                     micro-batch.)
 
 Traps:
   * n is counted before the batch is cut. Averaging each micro-batch by itself, and then the means, is another loss
     wherever one micro-batch is smaller than the others (demo).
   * Inputs and targets are shifted once, in batch_at. A second shift trains the model to predict two tokens ahead.
-  * The loss starts near log V and cannot get below the entropy of the text, which is known for the built-in stories
-    (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that compares tokenizers.
+  * The loss starts near log V. On fresh text it cannot, on average, get below the entropy, which is known for the
+    built-in stories (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that compares tokenizers.
   * --optimizer adamw wants about a sixth of Muon's learning rate.
   * A loss or gradient that is not finite never reaches the weights: the run stops, or, with --skip_nonfinite true,
-    counts the step and goes on.
+    counts the step and goes on. (In fp16 an infinite gradient is the scaler's business, which skips that update.)
 
-Mixed precision (arXiv:1710.03740): weights, gradients and sums stay fp32; autocast runs the matrix products in bf16, or
-in fp16 on older GPUs. Below 6e-8 fp16 is 0, so there the scaler multiplies the loss before the backward pass and
-divides the gradients after it (optim.py).
+Mixed precision (arXiv:1710.03740): weights, their gradients and sums stay fp32; autocast runs the matrix products in
+bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and 6e-8, so there the scaler multiplies the loss, which keeps
+small gradients alive through the backward pass, and divides the gradients after it (optim.py).
 
-Many GPUs: torchrun starts one process, a rank, per GPU. What a step sees is a pure function of (seed, step), so two
-ranks see what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two moments
-are 16 bytes per parameter (12 with Muon, which has one moment).
+Many GPUs: torchrun starts one process, a rank, per GPU. Which windows a step reads depends on (seed, step) alone, so two
+ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two moments
+are 16 bytes per parameter (12 for a matrix that Muon trains: one moment).
 
     DDP     the default       every rank holds the whole model, 16 bytes per parameter
-    FSDP    --fsdp true       every rank holds 16 / world bytes, and gathers a block's weights only while that block
-                              computes (ZeRO-3, arXiv:1910.02054; arXiv:2304.11277)
+    FSDP    --fsdp true       every rank holds 16 / world bytes per parameter, and gathers a block's weights only while
+                              that block computes (ZeRO-3, arXiv:1910.02054; arXiv:2304.11277); while it accumulates,
+                              the gradients whole as well
 
 Run it:
     python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores
@@ -106,7 +110,9 @@ def next_token_loss(model, x, y):
 def demo():
     """One step on six tokens: the loss and its gradient by hand, and why n is counted before the batch is cut."""
     names, ln2 = "abc", math.log(2)
-    table = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64) * ln2  # (V, V) softmax ½, or ¼ twice
+    table = (
+        torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64) * ln2
+    )  # (V, V); each row's softmax is ½ once and ¼ twice
     table.requires_grad_()
 
     def model(x, targets):  # (b, T) -> (b, T) log π: a model that sees one token only; table[x] are its logits
@@ -262,7 +268,7 @@ def shard(policy, dist, autocast):
 
     with autocast():
         dtype = torch.bfloat16 if torch.is_autocast_enabled(dist.device.type) else None
-    # Weights are gathered in bf16, half the traffic; gradients are summed in fp32; the residual stream stays fp32.
+    # The blocks' weights are gathered in bf16, half the traffic; gradients are summed in fp32; the residual stream stays fp32.
     mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(dist.device.type, (dist.world,))
     for block in policy.blocks:
@@ -275,7 +281,7 @@ def shard(policy, dist, autocast):
 
 
 def main(config):
-    """Train; returns {"valid_loss" (of the last step, over all of the validation text), "path" (of best/)}."""
+    """Train; returns {"valid_loss" (after the last step, over all of the validation text), "path" (of best/)}."""
     dist = setup(config.device)
     if restarted(config, dist):
         config = replace(config, resume=True)
@@ -293,6 +299,7 @@ def main(config):
     validation = partial(validation_sequences, documents, streams["valid"], context, tokenizer.endoftext_id)
     byte_lengths, entropy = bytes_of_tokens(tokenizer), known_entropy(config.data, documents)
 
+    # policy: the bare decoder. model: the same weights, perhaps compiled or in DDP. Train through model, all else policy.
     model = distribute(policy, config, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
@@ -317,45 +324,47 @@ def main(config):
         n = config.batch * context  # targets of the whole step, over micro-batches and ranks
 
         # 2. the gradient: parts of it add up, over micro-batches and ranks
-        loss_sum, price_sum = 0.0, 0.0
+        loss, price_sum = 0.0, 0.0  # means over the n targets
         for i in range(0, share, config.micro_batch):
             x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, T) each
-            # The ranks average their gradients in the last backward pass alone; * world makes the average a sum.
+            # The ranks exchange their gradients in the last backward pass alone.
             last = i + config.micro_batch >= share
             if config.fsdp:
                 policy.set_requires_gradient_sync(last)
             ddp_waits = dist.world > 1 and not config.fsdp and not last
             with model.no_sync() if ddp_waits else contextlib.nullcontext():
                 with autocast():
-                    loss = next_token_loss(model, x, y)
-                    # of a mixture of experts, the balancing loss, a mean over this micro-batch; else 0
+                    nll = next_token_loss(model, x, y)  # (): a sum over this micro-batch
+                    # The balancing loss of a mixture of experts, a mean over this micro-batch times its targets; else 0.
                     price = y.numel() * balancing_price(policy, config.aux_weight, config.z_weight)
-                scaler.scale((loss + price) / n * dist.world).backward()
-            loss_sum += loss.detach() / n
+                # DDP and FSDP average over the ranks; * world makes the average a sum.
+                scaler.scale((nll + price) / n * dist.world).backward()
+            loss += nll.detach() / n
             price_sum += price.detach() / n
-        loss_sum, price_sum = dist.sum(loss_sum, price_sum)
+        loss, price_sum = dist.sum(loss, price_sum)
 
         # 3. the update: clip, then a step of Muon and AdamW; none where the loss or the gradient is not finite
         lr = lr_at(step, config.steps, config.lr, config.warmup, config.floor, config.schedule)
         norm = math.nan
-        if math.isfinite(loss_sum):
+        if math.isfinite(loss):
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
         policy.zero_grad(set_to_none=True)
-        # a scaler expects infinite gradients now and then, and lowers its scale
-        if not (math.isfinite(loss_sum) and (math.isfinite(norm) or scaler.is_enabled())):
+        # An enabled scaler meets infinite gradients now and then: it has skipped the update itself and lowers its scale.
+        overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+        if not overflow and not (math.isfinite(loss) and math.isfinite(norm)):
             run.state.skipped += 1
             if not config.skip_nonfinite:
                 good = saved_run(run.path) or "none yet"
                 advice = f"last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true"
-                run.check_finite(lr, norm, advice, loss=loss_sum)
+                run.check_finite(lr, norm, advice, loss=loss)  # raises
 
         # 4. look: log, and every so often validate, write a sample, keep the best checkpoint
         speed = n / (time.perf_counter() - started)
-        record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
+        record = {"loss": loss, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
         record |= {"skipped": run.state.skipped, "tokens_per_second": speed, "mfu": speed * at_peak}
         if config.model.n_expert:
             record |= {"balancing_loss": price_sum} | (load_record(policy) if run.due(config.eval_every) else {})
-            update_biases(policy, config.bias_rate)  # and count the experts' loads anew
+            update_biases(policy, config.bias_rate)  # of --model.balancing bias; and the counts of loads start again
         if run.due(config.eval_every):
             losses = validate(policy, validation(config.eval_tokens), byte_lengths, dist, autocast)
             score = losses[0]  # the best is chosen on the same tokens each time
@@ -366,7 +375,7 @@ def main(config):
             show(run, policy, tokenizer, record, texts["valid"][0])
             run.keep_best(score)
         run.log(step + 1, **record)
-        run.bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:,.0f}")
+        run.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:,.0f}")
     run.close()
 
     if dist.is_main:

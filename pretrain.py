@@ -42,17 +42,18 @@ Traps:
     wherever one micro-batch is smaller than the others (demo).
   * Inputs and targets are shifted once, in batch_at. A second shift trains the model to predict two tokens ahead.
   * The loss starts near log V. On fresh text it cannot, on average, get below the entropy, which is known for the
-    built-in stories (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that compares tokenizers.
+    built-in stories (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that
+    compares tokenizers.
   * --optimizer adamw wants about a sixth of Muon's learning rate.
   * A loss or gradient that is not finite never reaches the weights: the run stops, or, with --skip_nonfinite true,
     counts the step and goes on. (In fp16 an infinite gradient is the scaler's business, which skips that update.)
 
 Mixed precision (arXiv:1710.03740): weights, their gradients and sums stay fp32; autocast runs the matrix products in
-bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and 6e-8, so there the scaler multiplies the loss, which keeps
-small gradients alive through the backward pass, and divides the gradients after it (optim.py).
+bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and 6e-8, so there the scaler multiplies the loss, which
+keeps small gradients alive through the backward pass, and divides the gradients after it (optim.py).
 
-Many GPUs: torchrun starts one process, a rank, per GPU. Which windows a step reads depends on (seed, step) alone, so two
-ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two moments
+Many GPUs: torchrun starts one process, a rank, per GPU. Which windows a step reads depends on (seed, step) alone, so
+two ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two moments
 are 16 bytes per parameter (12 for a matrix that Muon trains: one moment).
 
     DDP     the default       every rank holds the whole model, 16 bytes per parameter
@@ -268,7 +269,8 @@ def shard(policy, dist, autocast):
 
     with autocast():
         dtype = torch.bfloat16 if torch.is_autocast_enabled(dist.device.type) else None
-    # The blocks' weights are gathered in bf16, half the traffic; gradients are summed in fp32; the residual stream stays fp32.
+    # The blocks' weights are gathered in bf16, half the traffic; gradients are summed in fp32, and the
+    # residual stream stays fp32.
     mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(dist.device.type, (dist.world,))
     for block in policy.blocks:
@@ -299,7 +301,7 @@ def main(config):
     validation = partial(validation_sequences, documents, streams["valid"], context, tokenizer.endoftext_id)
     byte_lengths, entropy = bytes_of_tokens(tokenizer), known_entropy(config.data, documents)
 
-    # policy: the bare decoder. model: the same weights, perhaps compiled or in DDP. Train through model, all else policy.
+    # policy is the bare decoder, model the same weights, perhaps compiled or in DDP: only the loss goes through model.
     model = distribute(policy, config, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
@@ -335,7 +337,7 @@ def main(config):
             with model.no_sync() if ddp_waits else contextlib.nullcontext():
                 with autocast():
                     nll = next_token_loss(model, x, y)  # (): a sum over this micro-batch
-                    # The balancing loss of a mixture of experts, a mean over this micro-batch times its targets; else 0.
+                    # The experts' balancing loss, a mean over this micro-batch, times its targets; 0 without.
                     price = y.numel() * balancing_price(policy, config.aux_weight, config.z_weight)
                 # DDP and FSDP average over the ranks; * world makes the average a sum.
                 scaler.scale((nll + price) / n * dist.world).backward()
@@ -349,7 +351,7 @@ def main(config):
         if math.isfinite(loss):
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
         policy.zero_grad(set_to_none=True)
-        # An enabled scaler meets infinite gradients now and then: it has skipped the update itself and lowers its scale.
+        # A scaler meets infinite gradients now and then: it has skipped the update itself and lowers its scale.
         overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
         if not overflow and not (math.isfinite(loss) and math.isfinite(norm)):
             run.state.skipped += 1

@@ -53,8 +53,8 @@ bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and 6e-8, so there th
 keeps small gradients alive through the backward pass, and divides the gradients after it (optim.py).
 
 Many GPUs: torchrun starts one process, a rank, per GPU. Which windows a step reads depends on (seed, step) alone, so
-two ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and Adam's two moments
-are 16 bytes per parameter (12 for a matrix that Muon trains: one moment).
+two ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two
+moments are 16 bytes per parameter (12 for a matrix that Muon trains: one moment).
 
     DDP     the default       every rank holds the whole model, 16 bytes per parameter
     FSDP    --fsdp true       every rank holds 16 / world bytes per parameter, and gathers a block's weights only while

@@ -215,7 +215,8 @@ def _chars(size="4 layers, width 128", steps=600):
 
 
 _PROMPTS = (
-    "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts a step, the prompts' order"
+    "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts and one optimizer step per "
+    "batch, no KL penalty, lr 3e-4 (but for the variant's own settings), the prompts' order"
 )
 _POLICY = ("accuracy", "format", "length", "kl")
 

@@ -1,9 +1,13 @@
 """Every chapter has a `demo()`: its idea worked by hand, asserted and printed. Here all of them run."""
 
+import sys
 from importlib import import_module
 
 import pytest
 from test_floor_plan import CHAPTERS
+
+import grpo
+from support.cli import run_script
 
 PENDING = set()  # chapters whose demo is still to be written; only shrinks
 
@@ -18,3 +22,16 @@ def test_the_demo_prints_and_its_assertions_hold(chapter, capsys):
 
 def test_every_chapter_has_a_demo():
     assert {name for name in CHAPTERS if not hasattr(import_module(name), "demo")} <= PENDING
+
+
+def test_demo_is_a_flag_that_runs_it_and_leaves(capsys, monkeypatch):
+    """--demo works the example and exits with 0 before the stage starts; it is no setting of a run."""
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--demo"])
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda config: pytest.fail("the stage ran"), grpo.Config, demo=lambda: print("by hand"))
+    assert left.value.code in (0, None)
+    assert capsys.readouterr().out == "by hand\n"
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--print_config"])
+    with pytest.raises(SystemExit):
+        run_script(lambda config: None, grpo.Config, demo=lambda: None)
+    assert "demo" not in capsys.readouterr().out

@@ -39,8 +39,8 @@ length penalties, dynamic sampling, a moving reference, LoRA. Dropout is always 
 What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0 (with
 the default weights v_t), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
 fraction, the length, and the share of groups without a signal. And `story_kept`, which the evaluation measures: whether
-an answer still speaks of the question's names and things. What is not rewarded is lost. With --beta 0 the accuracy is
-higher, and Luke's marbles turn into eggs (results/grpo_word.md).
+an answer still speaks of the question's names and things. What is not rewarded is lost: with --beta 0
+the accuracy ends as high, and Anna's pears turn into eggs (results/grpo_word.md).
 
 What changes the gradient of a token:
 

@@ -68,13 +68,11 @@ between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the small o
 The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2 √max(rows, columns) U Vᵀ moves a weight by
 0.2 η, about what AdamW does when the gradients are noise.
 
-Which one, at which rate. Muon is the default by choice, not by a finding: it went furthest in the first trials of GRPO,
-one run each (results/grpo_word.md); the setting that PPO kept has AdamW, and other things changed with it
-(results/ppo_word.md); for pretraining no page here separates the two. In GRPO, DPO and PPO `--optimizer adamw` wants
-about a sixth of Muon's rate: of two tried for GRPO, 3e-4 did better with Muon and 5e-5 with AdamW. Part of it is
-arithmetic: at one η AdamW moves a weight by 0.23 η (noise) to η (agreement), Muon by about 0.2 η either way. For other
-stages the sixth is not measured. Clipping made no difference that three seeds show, under AdamW (results/grad-clip.md):
-dividing by √v̂ limits the step already.
+Which one, at which rate. Muon is the default by choice, not by a finding: no page here separates the two, and PPO's
+default is AdamW. In GRPO, DPO and PPO `--optimizer adamw` wants about a sixth of Muon's rate: in first trials of GRPO,
+one run each, 3e-4 did better with Muon and 5e-5 with AdamW. Part of it is arithmetic: at one η AdamW moves a weight by
+0.23 η (noise) to η (agreement), Muon by about 0.2 η either way. For other stages the sixth is not measured. Clipping
+made no difference that three seeds show, under AdamW (results/grad-clip.md): dividing by √v̂ limits the step already.
 
 SGD, Adam and AdamW below are the plain form, to read and to test against; training runs torch's fused AdamW, which
 computes the same in one pass over the memory. Muon is ours. Run it: `python optim.py`.

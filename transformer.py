@@ -130,7 +130,7 @@ class TransformerConfig:
     n_shared_expert: Whole = 0
     """Experts that every token passes through besides."""
     moe_every: Count = 1
-    """Every so many-th block is a mixture, the others are dense."""
+    """Every moe_every-th block is a mixture, the others are dense: 1 all, 2 every second."""
     norm_topk_prob: bool = True
     """Whether the K weights of a token are scaled to sum to 1."""
     routed_scale: Positive | None = None

@@ -378,7 +378,7 @@ def test_a_mistaken_model_moves_no_earlier_run(scratch):
         (["--seed=4294967296"], ["seed is 4294967296"]),
     ]:
         assert_one_line_error(script("encoder.py", *flags, cwd=scratch), *words)
-    done = script("encoder.py", "--model.context=900000", cwd=scratch)  # behind the progress bar of its tokens
+    done = script("encoder.py", "--model.context=900000", cwd=scratch)  # after the progress bar of its tokens
     assert (done.returncode, "smaller --model.context" in done.stderr.splitlines()[-1]) == (2, True)
     assert {path.name for path in (scratch / "runs").iterdir()} <= {"encoder", "streams"}
 

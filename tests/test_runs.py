@@ -112,8 +112,8 @@ def test_rates_below_0_are_refused(name):
         Config(**{name: -1})
 
 
-def test_ctrl_c_in_the_loop_and_behind_it():
-    """In the loop the first one is only noted; behind it it ends the program, as does one that nobody saw."""
+def test_ctrl_c_in_the_loop_and_after_it():
+    """In the loop the first one is only noted; after the loop it ends the program, as does one that nobody saw."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before, dist = [signal.getsignal(number) for number in numbers], devices.setup("cpu")
     try:

@@ -71,7 +71,7 @@ def test_every_turn_of_the_assistant_is_trained(tokenizer):
     assert ids[len(prompt) :] == [*said[1], *tokenizer.encode("\n")]
 
 
-def test_a_pair_is_encoded_behind_all_that_was_said(tokenizer):
+def test_a_pair_is_encoded_after_all_that_was_said(tokenizer):
     pair = Pair("And 3?", "Yes.", "No.", "file", (("user", "Is 2 even?"), ("assistant", "It is.")))
     prompt, answers = encode_group(tokenizer, pair)
     said = "<|im_start|>user\nIs 2 even?<|im_end|>\n<|im_start|>assistant\nIt is.<|im_end|>\n"
@@ -450,7 +450,7 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     assert best.split()[:3] == ["0.003", "60.0%", "40.0%"]
 
 
-def test_a_sweep_goes_on_behind_a_rate_that_diverges(here, capsys):
+def test_a_sweep_goes_on_after_a_rate_that_diverges(here, capsys):
     hot = dict(optimizer="adamw", clip=0.0, steps=3, dtype="fp32")
     result = sft.main(config(sweep=[9e5, 1e-3], **hot))
     assert result["lr"] == 1e-3

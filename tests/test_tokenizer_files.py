@@ -158,7 +158,7 @@ def make_gpt2():
 
 
 def make_qwen2():
-    """Qwen2 composes characters first, and adds its special tokens behind the others."""
+    """Qwen2 composes characters first, and adds its special tokens after the others."""
     theirs = trained_by_tokenizers(split_by(PATTERN), TEXT, 500)
     theirs.normalizer = tokenizers.normalizers.NFC()
     theirs.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)

@@ -71,6 +71,7 @@ from support.ablation_report import draw, page, seeds_on, side_by_side, write_pa
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.cli import run_script
+from support.content import content_of_data
 from support.copy_lines import MOST_DOTS, copy_file
 from support.errors import ConfigError, DivergedError
 from support.log import commit, read_metrics
@@ -438,12 +439,15 @@ def build(stage, settings):
 
 
 def settings_of(experiment, variant, seed, quick=False):
-    """Everything that determines a run's outcome except the code, as JSON: equal settings are the same run."""
+    """Everything that determines a run's outcome except the code, as JSON: equal settings are the same run. "reads" is
+    the content of the data."""
     stage, flags = experiment.variants[variant]
     flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the corpus is looked up now
     if quick:
         flags |= {k: v for k, v in QUICK.items() if k in {f.name for f in fields(STAGES[stage][0])}}
-    settings = {"stage": stage, "config": asdict(build(stage, flags)), "probe": experiment.probe}
+    built = asdict(build(stage, flags))
+    data = content_of_data(built["data"]) if "data" in built else None
+    settings = {"stage": stage, "config": built, "probe": experiment.probe, "reads": data}
     return json.loads(json.dumps(settings))
 
 

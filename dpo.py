@@ -106,6 +106,7 @@ from sft import sft_start
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Positive, Range, listed
 from support.cli import run_script
+from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.dpo_report import draw, report
 from support.errors import ConfigError
@@ -368,15 +369,14 @@ class Config(RunConfig):
         return {"train": self.prompts, "valid": self.eval_problems, "test": self.test_problems}
 
 
-def make_pairs(policy, tokenizer, problems, config, dist, autocast):
+def make_pairs(policy, tokenizer, problems, texts, config, dist, autocast):
     """{"train", "valid", "test"}: pairs of ids, with their log π_ref if the variant uses it. The policy is still the
-    start model: it answers the problems, and it is the reference."""
+    start model: it answers the problems, and it is the reference. texts: the offline pairs, {} for sampled ones."""
     policy.eval()
-    if config.pairs == "offline":
+    if texts:
 
         def load(split, n):
-            pairs = load_pairs(config.data, split, n, tuple(config.levels), config.seed, skip_bad=config.skip_bad)
-            return [encode_pair(tokenizer, pair) for pair in pairs]
+            return [encode_pair(tokenizer, pair) for pair in texts[split]]
 
         def length(pair):
             return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
@@ -466,13 +466,20 @@ def main(config):
         room = policy.config.context - config.max_new_tokens
         problems = load_splits(load, config.sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
+    texts = {}
+    if config.pairs == "offline":
+        load = partial(load_pairs, config.data, levels=tuple(config.levels), seed=config.seed, skip_bad=config.skip_bad)
+        texts = {split: load(split, n) for split, n in config.sizes.items()}
+
     pairs = kept_pairs(config)  # a resumed run reads the pairs of its first part
     if pairs is None:  # sampled before the run opens its directory: an error here must not move an earlier run
         with lora_off(policy):
-            pairs = make_pairs(policy, tokenizer, problems, config, dist, autocast)
+            pairs = make_pairs(policy, tokenizer, problems, texts, config, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    state = {"parts": {"lora": LoraState(policy, init)}, "began": began, "before": None}
+    records = {split: [read[split] for read in (problems, texts) if read] for split in config.sizes}
+    reads = records_of(config.data, records) | weights_of(init, policy)
+    state = {"parts": {"lora": LoraState(policy, init)}, "reads": reads, "began": began, "before": None}
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=math.inf, lower_is_better=True, **state)
     keep_pairs(run, pairs)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy

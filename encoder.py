@@ -75,6 +75,7 @@ from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Range, Whole
 from support.classification import announce, bag_of_words, report, write_mistakes
 from support.cli import run_script
+from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
 from support.hf_bert import is_encoder, load_encoder, save_encoder
@@ -539,10 +540,13 @@ def main(config):
         windows, generator = validation_windows(streams["valid"], context), torch.Generator().manual_seed(config.seed)
         held_out = masked_batch(windows, tokenizer, generator, config.mlm_rate)
 
+    reads = records_of(config.data, reviews) | {f"the texts of --text {config.text}": texts["train"]}
+    if config.init:
+        reads |= weights_of(config.init, encoder)
     encoder.to(dist.device)
     new_optimizers = partial(make_optimizers, encoder, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    state = {"best": -1.0, "chat": False, "began": began}
+    state = {"best": -1.0, "chat": False, "reads": reads, "began": began}
     run = Run(config, dist, encoder, tokenizer, new_optimizers(), scaler, **state)
     model = encoder
     if dist.world > 1:  # each of the two objectives leaves the other's head without a gradient

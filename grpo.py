@@ -112,6 +112,7 @@ from support.answers import extract_answer
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Positive, Whole, listed
 from support.cli import run_script
+from support.content import code_of, records_of, weights_of
 from support.devices import precision, setup
 from support.errors import ConfigError
 from support.grpo_report import report, rollout_sums, step_record
@@ -554,8 +555,9 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     kept = {"lora": LoraState(policy, init)} | ({"reference": reference} if config.refresh_reference else {})
+    reads = records_of(config.data, problems) | weights_of(init, policy) | code_of(config.reward, functions)
     state = {"best": -1.0, "before": None, "start": {}, "parts": kept, "began": began}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, **state)
+    run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
     if run.state.before is None:

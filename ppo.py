@@ -97,6 +97,7 @@ from sft import sft_start
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Fraction, Positive, Whole
 from support.cli import run_script
+from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
@@ -513,8 +514,9 @@ def main(config):
     value_optimizer = torch.optim.AdamW(value_parameters, betas=(0.9, 0.999), weight_decay=0.0)
     moments = RunningMoments()
     kept = {"lora": LoraState(policy, init), "value": actor_critic.critic or actor_critic.head, "moments": moments}
+    reads = records_of(config.data, problems) | weights_of(init, policy) | weights_of(judge_path, judge)
     state = {"best": -1.0, "before": None, "start": {}, "beta": config.kl_beta, "parts": kept, "began": began}
-    run = Run(config, dist, policy, tokenizer, [*optimizers, value_optimizer], scaler, **state)
+    run = Run(config, dist, policy, tokenizer, [*optimizers, value_optimizer], scaler, reads=reads, **state)
     model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
     if run.state.before is None:
         run.state.before = held_out(policy, tokenizer, problems["test"], config, dist)

@@ -87,6 +87,7 @@ from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Whole
 from support.cli import run_script
+from support.content import weights_of
 from support.devices import peak_flops, precision, setup
 from support.errors import ConfigError
 from support.pretrain_report import bytes_of_tokens, draw, known_entropy, show, validate, validation_sequences
@@ -301,6 +302,7 @@ def main(config):
     validation = partial(validation_sequences, documents, streams["valid"], context, tokenizer.endoftext_id)
     byte_lengths, entropy = bytes_of_tokens(tokenizer), known_entropy(config.data, documents)
 
+    reads = weights_of(config.init, policy) if config.init else {}
     # policy is the bare decoder, model the same weights, perhaps compiled or in DDP: only the loss goes through model.
     model = distribute(policy, config, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
@@ -308,7 +310,7 @@ def main(config):
     state = {"skipped": 0, "whole": math.nan}  # steps left out; the last validation loss
     curves = partial(draw, config, policy.num_params(), entropy)
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=math.inf, lower_is_better=True, chat=False,
-              parts={"streams": streams}, on_save=curves, **state)  # fmt: skip
+              parts={"streams": streams}, reads=reads, on_save=curves, **state)  # fmt: skip
     with autocast():
         at_peak = policy.flops_per_token(context) / (peak_flops(dist) * dist.world)  # seconds per token
     if dist.is_main:

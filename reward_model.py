@@ -75,6 +75,7 @@ from sft import collate, sft_start
 from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Whole
 from support.cli import run_script
+from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
 from support.hf import load_decoder, open_safetensors, save_decoder
@@ -420,7 +421,7 @@ def text_start(config, dist):
     run_path(config)  # raises on a bad --name or --resume before a start is made
     name = start_name(config.data, config.seed, "pretrain")
     text = RUNS / f"{name}.txt"
-    if dist.is_main and not (RUNS / name / "finished").exists():
+    if dist.is_main:
         text.parent.mkdir(parents=True, exist_ok=True)
         pairs = load_pairs(config.data, "train", None, skip_bad=config.skip_bad)
         text.write_text("\n\n".join(f"{p.prompt}\n{p.chosen}\n\n{p.rejected}" for p in pairs), encoding="utf-8")
@@ -521,7 +522,10 @@ def main(config):
 
     optimizers = make_optimizers(judge, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0)
+    reads = records_of(config.data, pairs) | weights_of(init, judge)
+    if policy is not None:
+        reads |= weights_of(config.sampler or init, policy)
+    run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads)
     if dist.is_main and not config.resume and config.data in TASKS and config.pairs != "corrupted":
         Path(f"{file}.tmp").write_text(json.dumps({split: list(map(asdict, kept)) for split, kept in pairs.items()}))
         os.replace(f"{file}.tmp", file)

@@ -73,6 +73,7 @@ from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Fraction, FractionBelow1, Positive, Range, Whole
 from support.cli import run_script
+from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
 from support.lora_files import LoraState
@@ -374,8 +375,8 @@ def main(config):
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    adapters = {"lora": LoraState(policy, init)}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters)
+    adapters, reads = {"lora": LoraState(policy, init)}, records_of(config.data, problems) | weights_of(init, policy)
+    run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
     if dist.is_main:
         print(

@@ -1,4 +1,5 @@
-"""Locks on files and folders. The kernel holds them and releases them when a process ends, for whatever reason.
+"""Locks on files and folders. The kernel holds them and releases them when a process ends, for whatever reason. On a
+file system without locks (some network file systems) everything goes on without them.
 
 with file_lock(path): ...   wait for the lock: a file or a start that several processes want is made only once
 lock_run(run_dir)           lock a run directory, or ConfigError: two runs must not write into one directory
@@ -18,7 +19,8 @@ def file_lock(path: Path):
     """Hold the lock of an existing file or folder; other processes that want it wait."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

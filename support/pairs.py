@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data import encode_prompt
 from evaluate import is_correct
 from generate import generate
+from support.errors import CheckpointError
 from support.runs import run_path
 from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
@@ -95,7 +96,12 @@ def add_reference(reference, pairs, pad, dist, autocast, size=64):
 def kept_pairs(config):
     """The saved pairs of the run that --resume continues, or None."""
     path = run_path(config) / "pairs.pt"
-    return torch.load(path, weights_only=True) if config.resume and path.is_file() else None
+    if not (config.resume and path.is_file()):
+        return None
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch passes on any error of the unpickler
+        raise CheckpointError(f"{path} is corrupt: {str(error).splitlines()[0]}") from None
 
 
 def keep_pairs(run, pairs):

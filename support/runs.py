@@ -25,6 +25,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from support.checks import Amount, Count, Seed, Whole, check
+from support.content import content_of, content_of_checkpoint, content_of_data
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.locks import file_lock, lock_run
 from support.log import Log
@@ -91,19 +92,21 @@ class Run:
     """
 
     def __init__(self, config, dist, model, tokenizer, optimizers, scaler, *, best=-math.inf, lower_is_better=False,
-                 chat=True, parts=None, began=None, on_save=None, **state):  # fmt: skip
+                 chat=True, parts=None, reads=None, began=None, on_save=None, **state):  # fmt: skip
         """best: the value that a checkpoint must exceed (stay below, with lower_is_better) to become best/. chat:
-        whether generation stops at the end of a turn (True) or of a document (False). began: time.perf_counter() at the
-        start of the stage. on_save(): rank 0 calls it after last/ is written. Raises ConfigError on an unusable name,
-        or if the run cannot be resumed."""
+        whether generation stops at the end of a turn (True) or of a document (False). reads: {name: what the stage has
+        read, models as they are before the first step}; a resumed run must read the same. began: time.perf_counter() at
+        the start of the stage. on_save(): rank 0 calls it after last/ is written. Raises ConfigError on an unusable
+        name, or if the run cannot be resumed."""
         self.config, self.dist, self.model, self.tokenizer = config, dist, model, tokenizer
         self.optimizers, self.scaler, self.parts = optimizers, scaler, parts or {}
         self.chat, self.on_save, self.lower_is_better = chat, on_save, lower_is_better
         self.state = SimpleNamespace(best=best, **state)
         self.began = time.perf_counter() if began is None else began
+        self.reads = {name: content_of(thing) for name, thing in (reads or {}).items()}
         self.path, self.first = open_run(config, dist), 0
         if config.resume:
-            saved = load_state(self.path, dist, model, optimizers, scaler, config)
+            saved = load_state(self.path, dist, model, optimizers, scaler, config, self.reads)
             for name in vars(self.state).keys() & saved.keys():
                 setattr(self.state, name, saved[name])
             for name, part in self.parts.items():
@@ -134,6 +137,7 @@ class Run:
         if name == "last":
             moments = gathered([optimizer.state_dict() for optimizer in self.optimizers], self.dist.is_main)
             state = {"step": self.done, "config": asdict(self.config), "seconds": self.seconds, **vars(self.state)}
+            state["reads"] = self.reads
             state |= {"optimizers": moments, "scaler": self.scaler.state_dict()}
             state |= {part_name: part.state_dict() for part_name, part in self.parts.items()}
         written = save(self.path, name, self.dist, self.model, self.tokenizer, self.chat, state)
@@ -313,9 +317,9 @@ REMOVED_OPTIONS = {
 }
 
 
-def load_state(run_dir, dist, model, optimizers, scaler, config):
+def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
     """Restore a saved run: weights, optimizers, scaler, random generators. Returns its state; `step` counts the steps
-    done."""
+    done. reads: {name: content} of what this process has read."""
     path = saved_run(run_dir)
     try:
         state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
@@ -347,6 +351,9 @@ def load_state(run_dir, dist, model, optimizers, scaler, config):
         raise ConfigError(
             f"{path} was made with {options}, which this version no longer has: it cannot be resumed here"
         )
+    saved_reads = state.get("reads", {})  # {} in a run that an older version saved
+    if changed := [name for name, content in reads.items() if saved_reads.get(name, content) != content]:
+        raise ConfigError(f"--resume continues a run as it was, but {' and '.join(changed)} changed since it began")
     total = new["steps"] + new.get("mlm_steps", 0)  # encoder.py trains in two phases
     if state["step"] > total:
         raise ConfigError(f"{path} has done {state['step']} steps already, more than the {total} asked for")
@@ -416,13 +423,16 @@ def start_name(data, seed, stage):
 def make_start_once(name, message, stage, settings, dist):
     """Train a start: run `stage` into runs/NAME unless it was already run with these settings; -> runs/NAME.
 
-    When the stage ends, its settings are written to the file `finished`. A run without that file is incomplete, and one
-    whose file differs had other settings; the new run renames it. If several processes need the same start, one trains
-    it and the others wait."""
+    When the stage ends, its settings and the content of its data and --init are written to the file `finished`. A run
+    without that file is incomplete, and one whose file differs was made from something else; the new run renames it. If
+    several processes need the same start, one trains it and the others wait."""
     finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
-    made_by = json.dumps(made_by, sort_keys=True)
     if dist.is_main:
+        made_by["reads"] = [content_of_data(settings.get("data", stage.Config.data))]
+        if settings.get("init"):
+            made_by["reads"].append(content_of_checkpoint(settings["init"]))
+        made_by = json.dumps(made_by, sort_keys=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with file_lock(lock) if dist.is_main else contextlib.nullcontext():

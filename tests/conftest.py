@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from support import runs
+from support.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -97,3 +98,29 @@ def assert_one_line_error(process, *words):
     assert len(lines) == 1, process.stderr
     for word in words:
         assert word in lines[0]
+
+
+def assert_resume_refuses_what_changed(stage, config, paths, names):
+    """Run `stage` for two steps of four; then change each of the files that it has read, checkpoints by one weight and
+    texts by their last line: --resume says so, and goes on when the file is as it was. config(**changes) -> its
+    settings. names: what the message calls a file, if not by its name."""
+    from safetensors.torch import load_file, save_file
+
+    stage.main(config(steps=2))
+    for path in map(Path, paths):
+        weights = path / "model.safetensors"
+        file, name = (
+            (weights, f"the weights of .*{path.name}") if path.is_dir() else (path, names.get(*[path.name] * 2))
+        )
+        before = file.read_bytes()
+        if path.is_dir():
+            tensors = load_file(file)
+            tensors[min(tensors)].view(-1)[0] += 1e-3
+            save_file(tensors, file)
+        else:
+            file.write_bytes(before.rstrip(b"\n").rpartition(b"\n")[0] + b"\n")
+        with pytest.raises(ConfigError, match=f"--resume continues a run as it was, but .*{name}.* changed"):
+            stage.main(config(steps=2, resume=True))
+        file.write_bytes(before)
+    stage.main(config(steps=4, resume=True))
+    assert set(metrics(Path("runs") / config().name, "lr")) == {1, 2, 3, 4}

@@ -1,6 +1,7 @@
 """support/runs.py: what is saved, kept, moved aside and resumed; kills, Ctrl-C, locks."""
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_same_weights, metrics, weights
-from tiny import config, flags
+from tiny import SMALL, config, flags
 
 import pretrain
 from pretrain import Config
@@ -197,6 +198,19 @@ def test_a_run_under_way_is_left_alone(here):
         pretrain.main(config(steps=1))
     assert not seen
     assert (here / "runs/pretrain.1/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
+def test_without_locks_everything_goes_on(here, monkeypatch, error):
+    """As on some network file systems, where flock answers one of these."""
+
+    def flock(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    pretrain.main(config(steps=1, data="word"))  # locks the run, and the folder of its streams
+    runs.make_start_once("start/one", "making", pretrain, SMALL | {"steps": 1}, devices.setup("cpu"))
+    assert (here / "runs/start/one/finished").is_file()
 
 
 def test_resume_refuses_another_recipe_and_a_corrupt_state(here):

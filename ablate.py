@@ -6,16 +6,21 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
 
     mean ± half     half = t(0.975, n − 1) · s / √n          s: the standard deviation over the seeds, with n − 1
     difference      the same of the n *paired* differences a_i − b_i, i the seed
+    p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees: how often equal variants differ so
+    Holm            of m comparisons sorted by p, the k-th smallest becomes (m − k + 1) p, and none falls below the one
+                    before it: then at most 5 % of the tables with no real difference call any significant
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 4.30 for three seeds and not the normal law's 1.96, because s is itself estimated from few numbers. The same
 seed gives both variants the same start and the same data order: what the pair shares cancels, which two separate
-intervals would hide (`demo`). A difference is *significant at 95 %* if its interval leaves out 0.
+intervals would hide (`demo`). A difference is *significant* if its p, corrected over the comparisons of its column, is
+below 0.05. With a single comparison that is an interval that leaves out 0.
 
 An experiment is a row of EXPERIMENTS: a question, what is held, and its variants. A variant is a stage and the flags
 that differ, so every run can be repeated by hand with the stage's own script (or `measure`: a start as it is, without
 training). In pseudo-code, as in `main`:
 
+    tune: of a small grid, the value with the best validation accuracy, for each variant on one seed, where asked for
     todo        = (variant, seed) without a result made by these settings                           1. what is missing
     results     = {(variant, seed): {metric: number}}      each the stage's main, then the probe    2. run
     means       = {variant: {metric: student_interval(its n numbers)}}                              3. compare
@@ -29,7 +34,8 @@ runs whose settings have changed.
 Traps:
 
 * With three seeds only large effects are significant. "Not significant" does not mean "equal": look at the interval.
-* Each interval is for its difference alone. Of twenty differences that are all 0, one is expected to be significant.
+* Each interval is for its difference alone: of twenty that are all 0, one is expected to leave out 0. The p are
+  corrected for that; the intervals are not.
 * The interval is of the seeds' spread, not of the test problems', which stay the same.
 * Choosing a variant by the test split would flatter it. No experiment does: losses are those of the validation split,
   accuracies those of the held-out test problems, seen once.
@@ -72,28 +78,46 @@ from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.cli import run_script
 from support.content import content_of_data
-from support.copy_lines import MOST_DOTS, copy_file
 from support.errors import ConfigError, DivergedError
+from support.experiments import EXPERIMENTS
 from support.log import commit, read_metrics
 from support.runs import RUNS
 
 # ---------------------------------------------------------------------------------------------------------------
 # The statistics.
 
-# t(0.975, n − 1) by n; above 10 the one of 10, which is slightly too wide.
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-
 
 class Interval(NamedTuple):
-    """mean ± half."""
+    """mean ± half, and the two-sided p of the mean against 0. NaN where there is none."""
 
     mean: float
-    half: float  # NaN if there is none
+    half: float
+    p: float = math.nan
 
     @property
     def significant(self):
-        """Whether it leaves out 0."""
-        return abs(self.mean) > self.half
+        return self.p < 0.05
+
+
+def student_p(t, degrees):
+    """P(|T| > t) of Student's law (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4: finite sums, exact)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    term, total = (1.0, 1.0) if degrees % 2 == 0 else (math.cos(angle), math.cos(angle) * (degrees > 1))
+    for k in range(2 + degrees % 2, degrees - 1, 2):  # cos^k, each times (k − 1) / k of the one before
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    inside = math.sin(angle) * total
+    return 1 - (inside if degrees % 2 == 0 else 2 / math.pi * (angle + inside))
+
+
+def student_t(level, degrees):
+    """The t that |T| exceeds with probability 1 − level: 12.706 for 0.95 and one degree, 1.96 for very many."""
+    low, high = 0.0, math.pi / 2  # angles; t = √degrees tan(angle)
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = student_p(math.sqrt(degrees) * math.tan(middle), degrees) > 1 - level
+        low, high = (middle, high) if inside else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
 
 
 def student_interval(values):
@@ -102,8 +126,30 @@ def student_interval(values):
     n = len(values)
     if not all(map(math.isfinite, values)):
         return Interval(math.nan, math.nan)
-    half = T_975[min(n, 10)] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return Interval(statistics.mean(values), half)
+    mean = statistics.mean(values)
+    if n == 1:
+        return Interval(mean, math.nan)
+    error = statistics.stdev(values) / math.sqrt(n)
+    p = student_p(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return Interval(mean, student_t(0.95, n - 1) * error, p)
+
+
+def holm(ps):
+    """Corrected p-values of m comparisons (Holm 1979), NaN where there is none; m counts the others."""
+    order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+    corrected, floor = [math.nan] * len(ps), 0.0
+    for k, i in enumerate(order):
+        floor = corrected[i] = max(floor, min(1.0, (len(order) - k) * ps[i]))
+    return corrected
+
+
+def smallest_difference(intervals, n):
+    """The difference that about 4 in 5 experiments with n seeds would show (80 % power), without Holm's correction, at
+    the median spread of these differences; NaN for one seed."""
+    if n < 2:
+        return math.nan
+    errors = sorted(x.half / student_t(0.95, n - 1) for x in intervals if x.half > 0)
+    return (student_t(0.95, n - 1) + student_t(0.6, n - 1)) * statistics.median(errors) if errors else math.nan
 
 
 def paired_difference(a, b):
@@ -118,12 +164,15 @@ def means_of(experiment, results, seeds):
 
 
 def differences_of(experiment, results, seeds):
-    """{(variant, seed): figures} -> {(a, b): {metric: the interval of a − b}} of the variants that are compared."""
+    """{(variant, seed): figures} -> {(a, b): {metric: the interval of a − b}} of the variants that are compared; the p
+    are corrected over the comparisons of a metric."""
     values = {v: by_seed(results, v, seeds, experiment.columns) for v in experiment.variants}
-    return {
-        (a, b): {metric: paired_difference(values[a][metric], values[b][metric]) for metric in experiment.columns}
-        for a, b in experiment.compared()
-    }
+    differences = {pair: {} for pair in experiment.compared()}
+    for metric in experiment.columns:
+        intervals = [paired_difference(values[a][metric], values[b][metric]) for a, b in differences]
+        for pair, interval, p in zip(differences, intervals, holm([x.p for x in intervals]), strict=True):
+            differences[pair][metric] = interval._replace(p=p)
+    return differences
 
 
 def by_seed(results, variant, seeds, metrics):
@@ -147,10 +196,11 @@ def demo():
     """Three seeds of two variants: b is above a by about the same in each, which only pairing shows."""
     a, b = [1.0, 2.0, 3.0], [1.5, 2.51, 3.49]
     of_a, of_b, of_difference = student_interval(a), student_interval(b), paired_difference(b, a)
-    assert abs(of_a.half - 4.303 * 1 / 3**0.5) < 1e-9  # the deviations are −1, 0, 1, so s = 1
+    assert abs(of_a.half - 4.3027 * 1 / 3**0.5) < 1e-4  # the deviations are −1, 0, 1, so s = 1
     assert of_a.mean + of_a.half > of_b.mean  # b's mean lies inside a's interval
     assert of_difference.significant
-    assert abs(of_difference.half - 4.303 * 0.01 / 3**0.5) < 1e-9  # the deviations are 0, 0.01, −0.01
+    assert abs(of_difference.half - 4.3027 * 0.01 / 3**0.5) < 1e-6  # the deviations are 0, 0.01, −0.01
+    assert holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]  # 3 · 0.01, 2 · 0.03, and 0.04 not below that
     assert not paired_difference([2.51, 3.49, 1.5], a).significant  # the same numbers, but not paired by seed
     print(
         f"""seed       0      1      2     mean ± half, half = 4.303 s / √3
@@ -159,261 +209,6 @@ b       1.50   2.51   3.49     {of_b.mean:.2f} ± {of_b.half:.2f}    inside a's 
 b − a   0.50   0.51   0.49     {of_difference.mean:.2f} ± {of_difference.half:.2f}    significant: it leaves out 0
 """
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The experiments.
-
-
-@dataclass
-class Experiment:
-    """One question. `variants`: {label: (stage, {flag: value})}; `columns`: the metrics of the table; `curves`: the
-    logged ones in the picture. Their labels are in support/ablation_report.py."""
-
-    question: str
-    held: str
-    variants: dict
-    columns: tuple
-    curves: tuple
-    probe: str | None = None  # the function of support/probes.py that measures more
-    against: str | None = None  # the variant that the others are compared with; default: the first
-    pairs: tuple = ()  # or, named one by one: (variant, the one it is compared with)
-    bars: tuple = ()  # columns drawn beside the first
-    dashed: str = ""  # variants with this in their name are drawn dashed, as some coincide with their twins
-    front: tuple = ()  # two columns to draw against each other, a point per run
-
-    def compared(self):
-        """[(variant, the one it is compared with), …]"""
-        first = self.against or next(iter(self.variants))
-        return self.pairs or [(v, first) for v in self.variants if v != first]
-
-    @property
-    def unit(self):
-        """Of a loss: the character models' tokens are characters."""
-        return "character" if any(flags.get("tokenizer") == "char" for _, flags in self.variants.values()) else "token"
-
-
-def _pretrain(**changes):
-    """A small character model: 0.8 M parameters, 600 steps of 16 x 128 tokens."""
-    flags = {"data": probes.corpus, "tokenizer": "char", "steps": 600, "batch": 16, "micro_batch": 16}
-    flags |= {"optimizer": "adamw", "lr": 2e-3, "warmup": 50, "eval_every": 200, "save_every": 100_000}
-    flags |= {k: changes.pop(k) for k in list(changes) if k in ("lr", "warmup", "clip", "data", "steps")}
-    return "pretrain", flags | {"model": {"context": 128, "n_head": 4, "n_kv_head": 4, "width": 128} | changes}
-
-
-def _grpo(stage="grpo", **flags):
-    """One optimizer step per batch of rollouts and no KL penalty: only what the experiment varies is at work."""
-    plain = {"prompts": 16, "minibatches": 1, "beta": 0.0, "lr": 3e-4}
-    return stage, plain | {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags
-
-
-def _dpo(**flags):
-    return "dpo", {"steps": 150, "prompts": 1500, "eval_every": 50, "test_problems": 500} | flags
-
-
-def _chars(size="4 layers, width 128", steps=600):
-    return f"a character model of {size}, context 128; AdamW, {steps} steps of 16 windows, the data order"
-
-
-_PROMPTS = (
-    "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts and one optimizer step per "
-    "batch, no KL penalty, lr 3e-4 (but for the variant's own settings), the prompts' order"
-)
-_POLICY = ("accuracy", "format", "length", "kl")
-
-_GRPO = {
-    "default": _grpo(),
-    "4 rollouts x 32 prompts": _grpo(prompts=32, rollouts=4),
-    "16 rollouts x 8 prompts": _grpo(prompts=8, rollouts=16),
-    "no std": _grpo(scale="none"),
-    "lr 1e-4": _grpo(lr=1e-4),
-    "lr 1e-3": _grpo(lr=1e-3),
-    "beta 0.05": _grpo(beta=0.05),
-    "2 inner epochs": _grpo(inner_epochs=2),
-    "clip higher": _grpo(clip_high=0.28, inner_epochs=2),
-    "dapo": _grpo(loss_type="dapo"),
-    "dr_grpo": _grpo(loss_type="dr_grpo"),
-}
-
-EXPERIMENTS = {
-    "ladder": Experiment(
-        "What does each stage add, from the same start, on the same held-out problems?",
-        "the pretrained and the SFT checkpoint of a seed, the 1,000 test problems, greedy decoding",
-        {
-            "base": ("measure", {"start": "pretrain"}),
-            "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
-            "PPO": ("ppo", {"steps": 80, "baseline": "wins", "normalise": False, "lam": 1.0, "minibatches": 1}),
-            "DPO": ("dpo", {"steps": 80, "prompts": 1000}),
-            "GRPO": _grpo(steps=80, test_problems=1000, pass_problems=20),
-            "GDPO": _grpo("gdpo", steps=80, test_problems=1000, pass_problems=20, brevity_weight=0.2),
-        },
-        ("accuracy", "pass_at_8", "sampled", "format", "length", "kl", "minutes"),
-        (),
-        probe="held_out",
-        bars=("sampled", "pass_at_8"),
-        against="SFT",
-    ),
-    "norm-placement": Experiment(
-        "Where should the norm stand: before a branch, after it, or both, with and without a warm-up?",
-        _chars("12 layers, width 64", 400),
-        {
-            f"{placement}, {'warm-up' if warmup > 1 else 'no warm-up'}": _pretrain(
-                norm_placement=placement, n_layer=12, width=64, warmup=warmup, steps=400
-            )
-            for warmup in (50, 1)
-            for placement in ("pre", "post", "sandwich")
-        },
-        ("valid_loss", "gradient_ratio", "entropy"),
-        ("loss", "grad_norm"),
-        probe="layers",
-        dashed="no warm-up",
-        pairs=tuple((f"{p}, {w}", f"pre, {w}") for w in ("warm-up", "no warm-up") for p in ("post", "sandwich"))
-        + tuple((f"{p}, no warm-up", f"{p}, warm-up") for p in ("pre", "post", "sandwich")),
-    ),
-    "norm-depth": Experiment(
-        "How deep can a stack be with the norm after its branches, and before them?",
-        _chars("6 to 48 layers, width 64", 200) + "; a warm-up of 50 steps",
-        {
-            f"{placement}, {depth} layers": _pretrain(norm_placement=placement, n_layer=depth, width=64, steps=200)
-            for depth in (6, 12, 24, 48)
-            for placement in ("pre", "post")
-        },
-        ("valid_loss", "gradient_ratio", "entropy"),
-        ("loss", "grad_norm"),
-        probe="layers",
-        pairs=tuple((f"post, {depth} layers", f"pre, {depth} layers") for depth in (6, 12, 24, 48)),
-    ),
-    "norm-kind": Experiment(
-        "Does it matter that RMSNorm leaves the mean in?",
-        _chars(),
-        {"LayerNorm": _pretrain(norm="layer"), "RMSNorm": _pretrain(norm="rms")},
-        ("valid_loss", "minutes"),
-        ("loss", "grad_norm"),
-    ),
-    "positions": Experiment(
-        "What do positions buy inside the trained length, and beyond it?",
-        _chars(),
-        {kind: _pretrain(positions=kind) for kind in ("none", "learned", "sinusoidal", "rope")},
-        ("valid_loss", "inside", "outside", "entropy"),
-        ("loss",),
-        probe="beyond",
-    ),
-    "copying": Experiment(
-        "How far can a letter be carried, with each kind of positions, inside and beyond the distances of training?",
-        "a character model of 2 layers, width 64, context 128; AdamW, 2,000 steps of 16 windows, the data order; lines "
-        f"of a letter, 0 to {MOST_DOTS} dots, the same letter",
-        {
-            kind: _pretrain(positions=kind, data=copy_file, n_layer=2, width=64, lr=1e-3, steps=2000)
-            for kind in ("none", "learned", "sinusoidal", "rope")
-        },
-        ("copied_inside", "copied_outside"),
-        ("loss",),
-        probe="copying",
-    ),
-    "grad-clip": Experiment(
-        "What does clipping the gradient's norm change, at a good and at a high learning rate?",
-        _chars(),
-        {f"clip {clip or 'off'}, lr {lr:g}": _pretrain(clip=clip, lr=lr) for lr in (2e-3, 2e-2) for clip in (1.0, 0.0)},
-        ("valid_loss", "norm_median", "norm_p99", "clipped_share", "spikes"),
-        ("loss", "grad_norm"),
-        probe="clipping",
-        pairs=tuple((f"clip off, lr {lr:g}", f"clip 1.0, lr {lr:g}") for lr in (2e-3, 2e-2))
-        + tuple((f"clip {clip}, lr 0.02", f"clip {clip}, lr 0.002") for clip in ("1.0", "off")),
-    ),
-    "ffn": Experiment(
-        "GELU or SwiGLU, at equal parameters?",
-        _chars() + "; inner width 512 for GELU's two matrices, 341 for SwiGLU's three",
-        {
-            "GELU": _pretrain(activation="gelu", ffn_width=512),
-            "SwiGLU": _pretrain(activation="swiglu", ffn_width=341),
-        },
-        ("valid_loss", "minutes"),
-        ("loss",),
-    ),
-    "kv-heads": Experiment(
-        "What do shared key/value heads cost in loss, and save in the cache?",
-        _chars(),
-        {
-            f"{name}, {g} of 4": _pretrain(n_kv_head=g)
-            for name, g in (("multi-head", 4), ("grouped", 2), ("multi-query", 1))
-        },
-        ("valid_loss", "cache", "parameters"),
-        ("loss",),
-    ),
-    "moe": Experiment(
-        "Experts at equal active parameters: dense, and three ways to balance.",
-        _chars() + "; 8 experts of inner width 160, 2 active, against a dense inner width of 320",
-        {
-            "dense": _pretrain(ffn_width=320),
-            **{
-                f"8 experts, {kind}": _pretrain(
-                    n_expert=8, n_expert_active=2, ffn_width=320, expert_width=160, balancing=kind
-                )
-                for kind in ("aux", "bias", "none")
-            },
-        },
-        ("valid_loss", "load_min", "load_max", "parameters"),
-        ("loss", "load_max"),
-        pairs=tuple((f"8 experts, {kind}", "dense") for kind in ("aux", "bias", "none"))
-        + tuple((f"8 experts, {kind}", "8 experts, aux") for kind in ("bias", "none"))
-        + (("8 experts, bias", "8 experts, none"),),
-    ),
-    "curriculum": Experiment(
-        "Does the order of the demonstrations matter: shuffled, easy to hard, hard to easy?",
-        "the pretrained checkpoint of a seed, 100 steps of SFT on levels 1 to 3",
-        {
-            order: ("sft", {"order": order, "steps": 100, "levels": [1, 2, 3], "test_problems": 500})
-            for order in ("shuffled", "curriculum", "anti")
-        },
-        ("accuracy",),
-        ("loss",),
-    ),
-    "sft-lr": Experiment(
-        "Which learning rate does SFT want?",
-        "the pretrained checkpoint of a seed, 60 steps of SFT with Muon",
-        {f"lr {lr:g}": ("sft", {"lr": lr, "steps": 60, "test_problems": 500}) for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
-        ("accuracy",),
-        ("loss",),
-    ),
-    "grpo": Experiment(
-        "Which of GRPO's settings matter, in 150 steps?",
-        _PROMPTS,
-        _GRPO,
-        _POLICY,
-        ("reward_correct", "kl"),
-        pairs=tuple((v, "2 inner epochs" if v == "clip higher" else "default") for v in list(_GRPO)[1:]),
-    ),
-    "gdpo": Experiment(
-        "Three rewards: GRPO on the answer alone, GRPO on the sum, GDPO, and brevity paid for right answers alone.",
-        _PROMPTS,
-        {
-            "GRPO, answer alone": _grpo(format_weight=0.0),
-            "GRPO, sum": _grpo("gdpo", combine="sum", format_weight=0.5, brevity_weight=0.5),
-            "GDPO": _grpo("gdpo", format_weight=0.5, brevity_weight=0.5),
-            "GDPO, brevity if right": _grpo("gdpo", format_weight=0.5, brevity_weight=0.5, conditioned=["brevity"]),
-        },
-        (*_POLICY, "earned_correct", "earned_format", "earned_brevity", "collapsed"),
-        ("reward_correct", "reward_format", "reward_brevity", "collapsed_grpo"),
-        front=("earned_brevity", "earned_correct"),
-        probe="earned",
-    ),
-    "dpo": Experiment(
-        "Beta and variant, offline against sampled pairs.",
-        "the SFT checkpoint of a seed, 150 steps of 32 pairs, prompts and their order",
-        {
-            "sampled pairs": _dpo(),
-            "without the NLL term": _dpo(nll=0.0),
-            "beta 0.05": _dpo(beta=0.05),
-            "beta 1": _dpo(beta=1.0),
-            "ipo": _dpo(variant="ipo", beta=0.1),
-            "hinge": _dpo(variant="hinge"),
-            "simpo": _dpo(variant="simpo", beta=2.0, gamma=0.5),
-            "corrupted solutions": _dpo(pairs="offline"),
-        },
-        ("accuracy", "length"),
-        ("logp_chosen", "pair_accuracy", "kl"),
-    ),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -532,8 +327,8 @@ def pass_on(number, _):
     raise KeyboardInterrupt
 
 
-def run_all(todo, jobs, bar):
-    """{(variant, seed): (settings, folder)} -> the failures, a line each. Ctrl-C stops the runs, which save."""
+def run_all(todo, varied, jobs, bar):
+    """{(variant, value): (settings, folder)} -> the failures, a line each. Ctrl-C stops the runs, which save."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     failed = []
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -542,11 +337,11 @@ def run_all(todo, jobs, bar):
         try:
             runs = {pool.submit(run_one, *arguments, threads): key for key, arguments in todo.items()}
             for job in as_completed(runs):
-                variant, seed = runs[job]
+                variant, value = runs[job]
                 try:
                     job.result()
                 except (Exception, SystemExit) as error:
-                    failed.append(f"{variant}, seed {seed}: {error} (see {todo[variant, seed][1]}/log.txt)")
+                    failed.append(f"{variant}, {varied} {value}: {error} (see {todo[variant, value][1]}/log.txt)")
                 bar.update()
         except KeyboardInterrupt:  # the runs got it too and have stopped; those in the queue do not start
             pool.shutdown(cancel_futures=True)
@@ -554,6 +349,36 @@ def run_all(todo, jobs, bar):
             print("stopped; the same command makes the runs that are missing")
             raise SystemExit(130) from None
     return failed
+
+
+def run_missing(runs, config, name, varied):
+    """{(variant, value of what is varied): (settings, folder)}: make the runs that have no result made by these
+    settings. ConfigError if the result of one was made by others, unless --again."""
+    saved = {key: read_result(folder) for key, (_, folder) in runs.items()}
+    todo = {key: run for key, run in runs.items() if saved[key] is None or saved[key]["settings"] != run[0]}
+    stale = [folder for key, (_, folder) in todo.items() if saved[key] is not None]
+    if stale and not (config.again or config.quick):
+        raise ConfigError(
+            f"{len(stale)} of the runs were made by other settings or on another text, {stale[0]} first; "
+            "--again true makes them anew"
+        )
+    with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc=name) as bar:
+        failed = run_all(todo, varied, config.jobs, bar)
+    if failed:
+        raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
+
+
+def label(*parts):
+    """The name of a folder."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(map(str, parts)))
+
+
+def validation_score(folder):
+    """The mean validation accuracy over the second half of a run: steadier than the last alone; −inf if it diverged."""
+    if "diverged" in read_result(folder)["figures"]:
+        return -math.inf
+    steps, values = read_metrics(folder / "run")["accuracy"]
+    return statistics.mean(value for step, value in zip(steps, values, strict=True) if step > steps[-1] / 2)
 
 
 def read_result(folder):
@@ -576,33 +401,32 @@ def main(config):
     if not config.quick and (lost := [str(seed) for seed in seeds_on(target) if seed not in seeds]):
         raise ConfigError(f"{target} also has the seeds {', '.join(lost)}: move it aside, or run them too")
 
-    # 1. what is missing
-    folders, todo, stale = {}, {}, []
-    for variant in experiment.variants:
-        for seed in seeds:  # the inner loop: neighbours have different starts, so none waits for another's
-            label = "".join(c if c.isalnum() or c in ".-" else "_" for c in variant)
-            folders[variant, seed] = folder = top / f"{label}-seed{seed}"
-            settings, saved = settings_of(experiment, variant, seed, config.quick), read_result(folder)
-            if saved is None or saved["settings"] != settings:
-                todo[variant, seed] = settings, str(folder)
-                stale += [folder] * (saved is not None)
-    if stale and not (config.again or config.quick):
-        raise ConfigError(
-            f"{len(stale)} of the runs were made by other settings or on another text, {stale[0]} first; "
-            "--again true makes them anew"
-        )
+    # 0. tune, where the experiment asks for it: the flag's value that the validation split prefers, on the first seed
+    chosen = {}
+    if experiment.tune and not config.quick:
+        runs = {
+            (v, value): (settings_of(experiment.to_try(v, value), v, seeds[0]), top / "tuning" / label(v, value))
+            for v in experiment.variants
+            for value in experiment.grid
+        }
+        run_missing(runs, config, f"{name}, tuning", experiment.tune)
+        scores = {key: validation_score(folder) for key, (_, folder) in runs.items()}
+        chosen = {v: max(experiment.grid, key=lambda x: scores[v, x]) for v in experiment.variants}
+        experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in chosen.items()})
 
-    # 2. run
-    with tqdm(total=len(folders), initial=len(folders) - len(todo), unit="run", desc=name) as bar:
-        failed = run_all(todo, config.jobs, bar)
-    if failed:
-        raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
+    # 1. what is missing, and 2. run. The seeds are the inner loop: neighbours have different starts, so none waits
+    runs = {
+        (v, seed): (settings_of(experiment, v, seed, config.quick), top / label(v, f"seed{seed}"))
+        for v in experiment.variants
+        for seed in seeds
+    }
+    run_missing(runs, config, name, "seed")
 
     # 3. compare
-    saved = {key: read_result(folder) for key, folder in folders.items()}
+    saved = {key: read_result(folder) for key, (_, folder) in runs.items()}
     results = {key: result["figures"] for key, result in saved.items()}
     means, differences = means_of(experiment, results, seeds), differences_of(experiment, results, seeds)
-    logs = {key: read_metrics(folder / "run") for key, folder in folders.items()} if experiment.curves else {}
+    logs = {key: read_metrics(folder / "run") for key, (_, folder) in runs.items()} if experiment.curves else {}
     curves = {metric: mean_curves(logs, experiment.variants, seeds, metric) for metric in experiment.curves}
 
     # 4. report
@@ -612,7 +436,8 @@ def main(config):
     text = probes.corpus() if reads_corpus else None
     commits = {result["commit"] for result in saved.values()}
     picture = target.with_suffix(".png")
-    written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text)
+    least = smallest_difference([row[experiment.columns[0]] for row in differences.values()], len(seeds))
+    written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text, chosen, least)
     write_page(target, written)
     draw(experiment, results, means, curves, seeds, picture)
     print(written)

@@ -24,6 +24,7 @@ from support import probes
 from support.ablation_report import CURVES, HEADINGS, seeds_on
 from support.cli import parse_config
 from support.errors import ConfigError
+from support.experiments import Experiment
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -32,29 +33,73 @@ def test_the_interval_by_hand():
     # 1, 2, 6: mean 3, s² = (4 + 1 + 9) / 2 = 7, half = 4.303 · √(7/3)
     interval = ablate.student_interval([1.0, 2.0, 6.0])
     assert interval.mean == 3.0
-    assert interval.half == pytest.approx(4.303 * math.sqrt(7 / 3), abs=1e-9)
+    assert interval.half == pytest.approx(4.303 * math.sqrt(7 / 3), rel=1e-4)
+    assert interval.p == pytest.approx(0.188, abs=5e-4)  # t = 3 / √(7/3) = 1.964 with 2 degrees
     assert not interval.significant
     assert math.isnan(ablate.student_interval([1.0]).half)
     for bad in (math.nan, math.inf):
         assert all(map(math.isnan, ablate.student_interval([1.0, bad, 2.0])))
     paired = ablate.paired_difference([1.5, 2.51, 3.49], [1.0, 2.0, 3.0])
-    assert paired == pytest.approx((0.5, 4.303 * 0.01 / math.sqrt(3)))
+    assert paired[:2] == pytest.approx((0.5, 4.303 * 0.01 / math.sqrt(3)), rel=1e-4)
     assert paired.significant
+    assert ablate.student_interval([2.0, 2.0]) == (2.0, 0.0, 0.0)  # no spread at all
+    assert ablate.student_interval([0.0, 0.0]) == (0.0, 0.0, 1.0)
     assert ablate.paired_difference([1.0, 2.0, 3.0], [1.5, 2.51, 3.49]).mean == -paired.mean
-    assert ablate.Interval(-1.0, 0.5).significant
-    assert not ablate.Interval(0.5, 0.5).significant  # 0 is its end
+    assert ablate.Interval(-1.0, 0.5, 0.049).significant
+    assert not ablate.Interval(-1.0, 0.5, 0.05).significant
     assert not ablate.Interval(0.5, math.nan).significant
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantiles"),  # of 0.6, 0.9, 0.95 and 0.99, from a printed table
+    [
+        (1, (1.376, 6.314, 12.706, 63.657)),
+        (2, (1.061, 2.920, 4.303, 9.925)),
+        (3, (0.978, 2.353, 3.182, 5.841)),
+        (4, (0.941, 2.132, 2.776, 4.604)),
+        (7, (0.896, 1.895, 2.365, 3.499)),
+        (30, (0.854, 1.697, 2.042, 2.750)),
+    ],
+)
+def test_students_law_is_that_of_the_tables(degrees, quantiles):
+    for level, t in zip((0.6, 0.9, 0.95, 0.99), quantiles, strict=True):
+        assert ablate.student_t(level, degrees) == pytest.approx(t, abs=6e-4)
+        assert ablate.student_p(ablate.student_t(level, degrees), degrees) == pytest.approx(1 - level, abs=1e-12)
+    assert ablate.student_p(0.0, degrees) == 1
+
+
+def test_holms_correction_by_hand():
+    assert ablate.holm([0.01, 0.04, 0.03, 0.005]) == [0.03, 0.06, 0.06, 0.02]  # Holm 1979: 4, 3, 2 and 1 times
+    assert ablate.holm([0.02, math.nan, 0.5])[::2] == [0.04, 0.5]  # what has no p is no comparison
+    assert math.isnan(ablate.holm([0.02, math.nan])[1])
+    assert ablate.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert ablate.holm([0.3]) == [0.3]
+    # Of ten comparisons without a difference, at most one table in twenty calls any significant.
+    torch.manual_seed(0)
+    tables = torch.rand(2000, 10, dtype=torch.float64).tolist()
+    assert sum(min(ablate.holm(ps)) < 0.05 for ps in tables) / 2000 == pytest.approx(0.05, abs=0.015)
+
+
+def test_the_smallest_difference_is_seen_in_four_of_five_experiments():
+    torch.manual_seed(0)
+    n, s = 5, 2.0
+    least = ablate.smallest_difference([ablate.Interval(0.0, ablate.student_t(0.95, n - 1) * s / math.sqrt(n))], n)
+    x = torch.randn(20_000, n, dtype=torch.float64) * s + least
+    seen = (x.mean(1) / (x.std(1) / math.sqrt(n)) > ablate.student_t(0.95, n - 1)).double().mean().item()
+    assert seen == pytest.approx(0.8, abs=0.03)  # "about": the exact law is the noncentral one
+    assert math.isnan(ablate.smallest_difference([ablate.Interval(1.0, 1.0)], 1))
+    assert math.isnan(ablate.smallest_difference([ablate.Interval(1.0, math.nan)], 3))
 
 
 def test_what_is_compared_with_what():
     results = {(v, s): {"a": i + s, "b": 1.0} for i, v in enumerate("xyz") for s in (0, 1)} | {("z", 1): {"b": 1.0}}
-    plain = ablate.Experiment("?", "", dict.fromkeys("xyz"), ("a", "b"), ())
+    plain = Experiment("?", "", dict.fromkeys("xyz"), ("a", "b"), ())
     means = ablate.means_of(plain, results, [0, 1])
     assert means["x"]["a"].mean == 0.5
     assert math.isnan(means["z"]["a"].mean)  # one of its seeds has no such figure
     differences = ablate.differences_of(plain, results, [0, 1])
     assert list(differences) == [("y", "x"), ("z", "x")]
-    assert differences["y", "x"] == {"a": (1.0, 0.0), "b": (0.0, 0.0)}
+    assert differences["y", "x"] == {"a": (1.0, 0.0, 0.0), "b": (0.0, 0.0, 1.0)}
     against, pairs = replace(plain, against="y"), replace(plain, pairs=(("z", "y"),))
     assert list(ablate.differences_of(against, results, [0, 1])) == [("x", "y"), ("z", "y")]
     assert list(ablate.differences_of(pairs, results, [0, 1])) == [("z", "y")]
@@ -67,7 +112,7 @@ def test_a_curve_is_the_mean_of_the_seeds_at_the_steps_that_all_have():
     steps, intervals = ablate.mean_curves(logs, "xy", [0, 1], "kl")["x"]
     assert steps == [1, 3]
     assert [interval.mean for interval in intervals] == [2.0, 4.0]
-    assert [interval.half for interval in intervals] == pytest.approx([12.706] * 2)  # s = √2, n = 2
+    assert [interval.half for interval in intervals] == pytest.approx([12.706] * 2, rel=1e-4)  # s = √2, n = 2
     assert math.isnan(ablate.mean_curves(logs, "xy", [0], "kl")["x"][1][0].half)
 
 
@@ -81,7 +126,7 @@ def test_students_quantiles_cover_95_per_cent():
     torch.manual_seed(0)
     for n in (2, 3, 5, 10):
         x = torch.randn(40_000, n, dtype=torch.float64) + 7
-        half = ablate.T_975[n] * x.std(1) / math.sqrt(n)
+        half = ablate.student_t(0.95, n - 1) * x.std(1) / math.sqrt(n)
         assert ((x.mean(1) - 7).abs() < half).double().mean().item() == pytest.approx(0.95, abs=0.0044)
 
 
@@ -122,7 +167,7 @@ def small(**changes):
 def experiment(scratch, monkeypatch):
     (scratch / "text.txt").write_text("the cat sat on the mat. " * 100)
     variants = {"narrow": small(), "wide": small(width=32)}
-    width = ablate.Experiment("Is wider better?", "the rest", variants, ("valid_loss", "parameters"), ("loss",))
+    width = Experiment("Is wider better?", "the rest", variants, ("valid_loss", "parameters"), ("loss",))
     monkeypatch.setitem(ablate.EXPERIMENTS, "width", width)
     return width
 
@@ -231,6 +276,40 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     experiment.variants["narrow"] = stage, flags | {"data": "gone.txt"}
     with pytest.raises(ConfigError, match=r"1 of the runs failed, the others are kept: narrow, seed 0: gone.txt"):
         ablate.main(config)
+
+
+def test_each_variant_gets_the_value_that_the_validation_split_prefers(experiment, scratch, monkeypatch):
+    """On the first seed, in short runs of their own; then every seed has it."""
+    made = {}
+
+    def run_one(settings, folder, threads):
+        config = settings["config"]
+        made[str(folder)] = settings
+        (scratch / folder / "run").mkdir(parents=True)
+        result = {"settings": settings, "commit": "abc", "figures": {"valid_loss": config["lr"], "parameters": 1}}
+        if config["lr"] == 3e-3 and config["model"]["width"] == 32:
+            result["figures"] = {"diverged": "at step 1"}
+        (scratch / folder / "result.json").write_text(json.dumps(result))
+        best = 1e-3 if config["model"]["width"] == 16 else 2e-3
+        values = (0.0, 0.0, 0.9, 0.6) if config["lr"] == best else (1.0, 1.0, 0.1, 0.9)  # neither start nor end decides
+        lines = [{"step": i + 1, "accuracy": x, "loss": 1.0} for i, x in enumerate(values)]
+        (scratch / folder / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(ablate, "run_one", run_one)
+    monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
+    tuned = replace(experiment, tune="lr", grid=(1e-3, 2e-3, 3e-3), tune_steps=7)
+    monkeypatch.setitem(ablate.EXPERIMENTS, "width", tuned)
+    monkeypatch.setattr(type(tuned), "to_try", lambda self, v, x: self.with_flags({v: {"lr": x, "steps": 7}}))
+    ablate.main(ablate.Config(experiment="width", seeds=[4, 5]))
+    tuning = {folder for folder in made if "tuning" in folder}
+    assert len(tuning) == 6
+    assert {made[folder]["config"]["seed"] for folder in tuning} == {4}
+    assert {made[folder]["config"]["steps"] for folder in tuning} == {7}
+    chosen = {(s["config"]["model"]["width"], s["config"]["lr"]) for f, s in made.items() if f not in tuning}
+    assert chosen == {(16, 1e-3), (32, 2e-3)}
+    page = (scratch / "results/width.md").read_text()
+    assert "--lr, chosen among 0.001, 0.002, 0.003 by the validation accuracy of seed 4" in page
 
 
 def test_a_page_keeps_its_seeds(experiment, scratch, monkeypatch):

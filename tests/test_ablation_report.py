@@ -10,9 +10,10 @@ import ablate
 from ablate import Interval, paired_difference, student_interval
 from support import ablation_report
 from support.ablation_report import plus_minus, side_by_side, signed
+from support.experiments import Experiment
 from support.log import read_metrics
 
-EXPERIMENT = ablate.Experiment(
+EXPERIMENT = Experiment(
     "Is wider better?", "the rest", {"narrow": (), "wide": ()}, ("valid_loss", "parameters"), ("loss",)
 )
 
@@ -20,7 +21,7 @@ EXPERIMENT = ablate.Experiment(
 @pytest.fixture(autouse=True)
 def no_flags(monkeypatch):
     """The variants of these tests are names alone."""
-    monkeypatch.setattr(ablate.Experiment, "unit", "token")
+    monkeypatch.setattr(Experiment, "unit", "token")
 
 
 def fake(experiment, values):
@@ -37,7 +38,7 @@ def page(experiment, results, commits=()):
 
 
 def test_numbers_and_intervals_in_words():
-    assert plus_minus(student_interval([1.0, 2.0, 6.0])) == "3.000 ± 6.573"
+    assert plus_minus(student_interval([1.0, 2.0, 6.0])) == "3.000 ± 6.572"
     assert plus_minus(student_interval([0.25])) == "0.2500"  # one seed has no interval
     assert plus_minus(student_interval([1.0, math.nan, 2.0])) == "–"
     assert plus_minus(Interval(54.66, 0.0)) == "54.7"
@@ -85,14 +86,16 @@ def test_a_run_that_diverged_stands_on_the_page(tmp_path):
     assert (tmp_path / "width.png").stat().st_size > 5000
 
 
-def test_the_page_says_that_many_comparisons_are_not_corrected():
-    note = "leaves out 0. Not corrected for the number of comparisons: an interval that ends near 0 is a hint."
-    for n, corrected in ((5, True), (6, False)):  # paired with the first: 4 and 5 intervals; parameters have none
-        many = replace(EXPERIMENT, variants=dict.fromkeys(map(str, range(n)), ()))
-        text = page(many, fake(many, [[i, 2, 3 - i] for i in range(n)]))
-        assert "leaves out 0." in text
-        assert (note in text) is not corrected
-        assert ("Not corrected" in text) is not corrected
+def test_many_comparisons_are_corrected_and_the_page_says_so():
+    """Its p is 0.02: alone significant, not as one of three."""
+    row = [[0.0, 0, 0], [1.0, 1.3, 0.7]]
+    alone = page(EXPERIMENT, fake(EXPERIMENT, row))
+    assert "bold: significant." in alone
+    assert "| wide | **+1.000 [" in alone
+    many = replace(EXPERIMENT, variants=dict.fromkeys(["narrow", "wide", "same", "noisy"], ()))
+    text = page(many, fake(many, [*row, [0.1, -0.1, 0.05], [3.0, -2.0, 1.0]]))
+    assert "significant, p < 0.05 after Holm's correction over the 3 comparisons of a column." in text
+    assert "| wide | +1.000 [" in text
 
 
 def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_path, monkeypatch):
@@ -101,9 +104,7 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_p
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 9.0 - i}) + "\n" for i in (1, 2, 3)))
 
     def panels(*variants):
-        experiment = ablate.Experiment(
-            "?", "", dict.fromkeys(variants), ("accuracy",), ("loss", "kl"), dashed="no warm-up"
-        )
+        experiment = Experiment("?", "", dict.fromkeys(variants), ("accuracy",), ("loss", "kl"), dashed="no warm-up")
         results = {
             (v, s): {
                 "accuracy": (8.6, 71.4, 72.2)[s] if v == "post" else 50 + s,

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_same_weights, metrics, weights
-from tiny import SMALL, config, flags
+from tiny import MODEL, SMALL, config, flags
 
 import pretrain
 from pretrain import Config
 from support import devices, log, runs
 from support.errors import ConfigError
+from transformer import TransformerConfig
 
 
 def test_the_newest_checkpoints_are_kept(here):
@@ -208,8 +209,9 @@ def test_without_locks_everything_goes_on(here, monkeypatch, error):
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    pretrain.main(config(steps=1, data="word"))  # locks the run, and the folder of its streams
-    runs.make_start_once("start/one", "making", pretrain, SMALL | {"steps": 1}, devices.setup("cpu"))
+    pretrain.main(config(steps=1))  # locks the run, and the folder of its streams
+    settings = SMALL | {"data": "text.txt", "model": TransformerConfig(**MODEL), "steps": 1}
+    runs.make_start_once("start/one", "making", pretrain, settings, devices.setup("cpu"))
     assert (here / "runs/start/one/finished").is_file()
 
 

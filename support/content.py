@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from data import DATASETS, TASKS
+from support.checkpoints import resolve_checkpoint
 from support.downloads import data_folder
 
 
@@ -77,8 +78,8 @@ def content_of_data(name):
 
 
 def content_of_checkpoint(path):
-    """Of the weights and the tokenizer in a checkpoint directory, or of a .gguf file."""
-    path = Path(path)
+    """Of the weights and the tokenizer of a run, of a checkpoint directory or of a .gguf file."""
+    path = resolve_checkpoint(path)
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in WEIGHTS)
     return content_of([(file.name, sha256(file)) for file in files])
 

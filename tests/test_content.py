@@ -98,10 +98,14 @@ def test_a_start_is_made_again_if_what_it_read_has_changed(here, capsys):
     assert not start()
     assert start(init="start")
     assert not start(init="start")
-    model = Transformer.from_pretrained("start")
+    (here / "run").mkdir()
+    (here / "start").rename("run/best")
+    assert start(init="run")
+    assert not start(init="run")
+    model = Transformer.from_pretrained("run/best")
     model.norm.weight.data[0] += 1e-3
-    model.save_pretrained("start")
-    assert start(init="start")
+    model.save_pretrained("run/best")
+    assert start(init="run")
 
 
 def test_content_is_that_of_values_not_of_names_or_places():

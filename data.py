@@ -60,10 +60,10 @@ from support.answers import extract_answer, same_answer
 from support.downloads import data_folder, fetch, files, imdb_reviews
 from support.errors import DataError
 from support.records import (
+    file_kind,
     pair_fields,
     problem_fields,
     read_all,
-    read_records,
     read_text,
     report_skipped,
     review_fields,
@@ -278,7 +278,7 @@ def load_text(name: str | Path = DEFAULT_TASK, split: str = "train", skip_bad: b
     check_split(split, ("train", "valid"))
     if task_of(name).text:
         return task_of(name).text(split, SIZES[split])
-    records = Path(str(name).removesuffix(".gz")).suffix in (".jsonl", ".json", ".csv", ".tsv")
+    records = file_kind(name) in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
     if name in TASKS or name in ("gsm8k", "instructions", "ratings") or records:
         return [
             "\n".join([*(content for _, content in problem.history), problem.question, problem.solution])
@@ -288,7 +288,7 @@ def load_text(name: str | Path = DEFAULT_TASK, split: str = "train", skip_bad: b
     path = find(name, split)
     text = read_text(path)
     if name == "tinystories":
-        return [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+        return [story.strip("\n") for story in text.split("<|endoftext|>") if story.strip()]
     cut = len(text) * 9 // 10
     part = text[:cut] if split == "train" else text[cut:]
     if not part:
@@ -303,8 +303,8 @@ def load_problems(
     levels: Sequence[int] = (1, 2),
     skip_bad: bool = False,
 ) -> list[Problem]:
-    """The problems of a split, at most n. skip_bad: records that cannot be used are counted and left out, in one
-    printed line, instead of ending it.
+    """The problems of a split, at most n. skip_bad: records that cannot be read or used are counted and left out, in
+    one printed line, instead of ending it.
 
     a task    generated at `levels`: 20,000 for train, 1,000 for valid and for test, unless n says otherwise
     "gsm8k"   test is the published test split; valid the last 500 of the published train split, train the rest
@@ -347,7 +347,8 @@ def load_pairs(
     "style"          polite against rude wordings; the split by hash
     a path           the records that `pair_fields` knows; the split by hash
 
-    Pairs that teach nothing (both answers the same, or one empty) are skipped and counted, in one printed line.
+    Pairs that teach nothing (both answers the same, or one empty) are skipped and counted, in one printed line. White
+    space alone is empty, but answers that differ in it differ.
     """
     check_split(split)
     if name in TASKS:
@@ -367,7 +368,7 @@ def load_pairs(
     records = read_all(path, lambda record, where: (where, Pair(**pair_fields(record, where, kind))), skip_bad)
     for place, pair in records:
         place = place.removeprefix(f"{path} ")
-        if not pair.chosen or not pair.rejected:
+        if not pair.chosen.strip() or not pair.rejected.strip():
             empty.append(place)
         elif pair.chosen == pair.rejected:
             same.append(place)
@@ -400,8 +401,8 @@ def belongs(key: str, split: str, published: bool) -> bool:
     return split == "test" or (split_of(key) == "valid") == (split == "valid")
 
 
-def load_sentiment(name: str | Path = "sentiment", split: str = "train") -> list[Review]:
-    """The labelled texts of a split, "train", "valid" or "test".
+def load_sentiment(name: str | Path = "sentiment", split: str = "train", skip_bad: bool = False) -> list[Review]:
+    """The labelled texts of a split, "train", "valid" or "test". skip_bad: as for `load_problems`.
 
     "sentiment"  generated: 8,000 for train, 1,000 for valid and for test
     "polarity"   sentences from reviews (Pang and Lee, ACL 2005); "reviews", whole ones (ACL 2004); "imdb", from
@@ -418,7 +419,7 @@ def load_sentiment(name: str | Path = "sentiment", split: str = "train") -> list
         path, reviews = "imdb", imdb_reviews(file, DATASETS["imdb"][file])
     else:
         path = find(name, file)
-        reviews = [review_fields(record, f"{path} {place}") for place, record in read_records(path)]
+        reviews = read_all(path, review_fields, skip_bad)
     reviews = [Review(*review) for review in reviews]
     reviews = [review for review in reviews if belongs(review.text, split, published)]
     if len({review.label for review in reviews}) < 2:

@@ -310,8 +310,6 @@ class Config(RunConfig):
 
     data: str = DEFAULT_TASK
     """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs."""
-    skip_bad: bool = False
-    """Skip and count records that cannot be used, instead of stopping at the first one."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     pairs: Literal["sampled", "offline"] | None = None
@@ -462,7 +460,7 @@ def main(config):
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     problems = None  # with a verifier, greedy accuracy is measured too
     if has_verifier(config.data):
-        load = partial(load_problems, config.data, levels=tuple(config.levels))
+        load = partial(load_problems, config.data, levels=tuple(config.levels), skip_bad=config.skip_bad)
         room = policy.config.context - config.max_new_tokens
         problems = load_splits(load, config.sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 

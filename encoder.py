@@ -497,7 +497,8 @@ class Config(RunConfig):
 
 def pretraining_texts(config, reviews):
     """{"train", "valid"}: the reviews' texts, and those of --text, without the labels."""
-    train = reviews["train"] + [review for name in config.text for review in load_sentiment(name, "train")]
+    more = [review for name in config.text for review in load_sentiment(name, "train", config.skip_bad)]
+    train = reviews["train"] + more
     return {s: [f" {r.text.strip()}" for r in part] for s, part in (("train", train), ("valid", reviews["valid"]))}
 
 
@@ -530,7 +531,7 @@ def main(config):
     for name in ("batch", "mlm_batch"):
         dist.per_rank(name, getattr(config, name))
     autocast, scaler = precision(config.dtype, dist)
-    reviews = {split: load_sentiment(config.data, split) for split in ("train", "valid", "test")}
+    reviews = {split: load_sentiment(config.data, split, config.skip_bad) for split in ("train", "valid", "test")}
     texts = pretraining_texts(config, reviews)
     encoder, tokenizer, config = make_encoder(config, dist, texts)
     pad, context = tokenizer.endoftext_id, config.model.context

@@ -7,6 +7,7 @@ A model answers N held-out problems, and the verifier compares what stands after
                   them hold a right one (arXiv:2107.03374, Eq. 1). 1 − (1 − c/n)^k would be biased
     majority@n    whether the most frequent of n answers is right (self-consistency, arXiv:2203.11171)
     token F1      of the words with the reference: for free text, where no answer can be checked
+    own measure   of problems of both kinds: whether the answer is right where it can be checked, else token F1
     story kept    whether the answer still speaks of the question's names and things, in words of the task's language:
                   a reward for the number does not ask for it
 
@@ -50,7 +51,6 @@ Run it:
 import collections
 import itertools
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -74,6 +74,7 @@ from support.records import drop_too_long
 from support.runs import RUNS
 from support.shared_prompt import pack, shared_answer_logprobs
 from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, text_table, write_tables
+from support.words import words
 
 # ---------------------------------------------------------------------------------------------------------------
 # One answer.
@@ -87,13 +88,9 @@ def is_correct(text, problem):
     return answer is not None and task.same_answer(answer, problem.answer)
 
 
-def words(text):
-    """Lower case, without punctuation and articles, much as SQuAD compares answers (arXiv:1606.05250)."""
-    return [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the")]
-
-
 def token_f1(text, reference):
-    """Harmonic mean of precision and recall of the words, as bags: 1 if the same, 0 if none is shared."""
+    """Harmonic mean of precision and recall of the words, as bags: 1 if the same, 0 if none is shared. Without case,
+    punctuation and articles; in scripts without spaces, of characters and pairs of them (see `support.words`)."""
     ours, theirs = words(text), words(reference)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -216,11 +213,33 @@ def bar_of(progress, dist):
     return {"desc": progress, "leave": False, "disable": progress is None or not dist.is_main}
 
 
+def checkable(problems):
+    """The problems that have an answer to check; all of them if none has, and then every answer is wrong."""
+    return [problem for problem in problems if problem.answer] or problems
+
+
+def verifiable(problems):
+    """Whether at least half of the problems have an answer to check, so that an accuracy speaks for them."""
+    return 2 * sum(bool(problem.answer) for problem in problems) >= len(problems)
+
+
+def measure_of(problems):
+    """The name of the figure that speaks for all of these problems: "accuracy" if each has an answer to check, "f1" if
+    none has, else "own_measure"."""
+    answered = {bool(problem.answer) for problem in problems}
+    return "own_measure" if len(answered) == 2 else "accuracy" if True in answered else "f1"
+
+
+def own_measure(sample):
+    """Whether the answer is right where it can be checked, else its token F1."""
+    return sample.correct if sample.problem.answer else token_f1(sample.text, sample.problem.solution)
+
+
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None):
     """Greedy answers. Problems are dealt out to the ranks; every rank returns the same figures, and its own samples:
-    the mean of each of METRICS that these problems have; "n", "correct", "low", "high": how many, how many right, and
-    the accuracy's interval; "by_level": {level: accuracy}; "verdicts": 1.0 or 0.0 for each problem; "samples".
-    progress: the name of a bar.
+    the mean of each of METRICS that these problems have; "own_measure": that of all; "n": how many; of those that are
+    `checkable` "accuracy", "correct", "low", "high": how many are right, and the accuracy's interval, "by_level":
+    {level: accuracy}, "verdicts": 1.0 or 0.0 for each; "samples". progress: the name of a bar.
     """
     own = range(dist.rank, len(problems), dist.world)
     own = sorted(own, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
@@ -233,18 +252,21 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         for i, text, length, end in zip(chunk, texts, lengths.tolist(), ended.tolist(), strict=True):
             verdicts[i] = is_correct(text, problems[i])
             samples.append(Sample(problems[i], text, verdicts[i], length, end))
-    n, verdicts = len(problems), dist.sum(*verdicts)
+    n, checked = len(problems), checkable(problems)
+    verdicts = [v for v, p in zip(dist.sum(*verdicts), problems, strict=True) if p.answer or len(checked) == n]
     known = {m: sum(map(metric.of_problem, problems)) for m, metric in METRICS.items()}  # how many have this figure
+    known["accuracy"] = len(checked)
     metrics = {m: METRICS[m] for m, count in known.items() if count}
-    totals = dist.sum(*(sum(m.of(s) for s in samples if m.of_problem(s.problem)) for m in metrics.values()))
+    sums = [sum(m.of(s) for s in samples if m.of_problem(s.problem)) for m in metrics.values()]
+    *totals, measured = dist.sum(*sums, sum(map(own_measure, samples)))
     by_level = {}
-    for level in sorted({p.level for p in problems}):
-        of_level = [verdict for verdict, p in zip(verdicts, problems, strict=True) if p.level == level]
+    for level in sorted({p.level for p in checked}):
+        of_level = [verdict for verdict, p in zip(verdicts, checked, strict=True) if p.level == level]
         by_level[level] = sum(of_level) / len(of_level)
     correct = int(sum(verdicts))
-    low, high = wilson(correct, n)
+    low, high = wilson(correct, len(checked))
     means = {name: total / known[name] for name, total in zip(metrics, totals, strict=True)}
-    figures = {"low": low, "high": high, "n": n, "correct": correct, "by_level": by_level}
+    figures = {"low": low, "high": high, "n": n, "correct": correct, "by_level": by_level, "own_measure": measured / n}
     return means | figures | {"verdicts": verdicts, "samples": samples}
 
 
@@ -252,10 +274,11 @@ def evaluate_samples(
     policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None
 ):
     """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two, and "solved",
-    how many of each problem's answers are right.
+    how many of each problem's answers are right. Only of the problems that are `checkable`.
 
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
+    problems = checkable(problems)
     uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
     own, solved, voted = list(range(dist.rank, len(problems), dist.world)), [0] * len(problems), 0
     for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
@@ -359,7 +382,7 @@ def before_and_after(before, after, steps, seconds, rows=(), notes=()):
         gain = after["accuracy"] - before["accuracy"]
         paired = "verdicts" in before  # not in a run that an older version began
         points = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"
-        spent = f"{after['n']} problems, {points} in {spent}"
+        spent = f"{len(after['verdicts']) if paired else after['n']} problems, {points} in {spent}"
     print(spent)
     if gain < 0:
         print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
@@ -419,6 +442,8 @@ class Config:
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl, .json or .csv of questions and
     answers."""
+    skip_bad: bool = False
+    """Skip and count records that cannot be read or used, instead of stopping at the first one."""
     split: Literal["test", "valid", "train"] = "test"
     """Make choices on valid; look at test once."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
@@ -449,9 +474,8 @@ def main(config):
     """Measure, print, write; returns what result.json holds."""
     dist = setup(config.device)
     autocast, _ = precision(config.dtype, dist)
-    problems = load_problems(config.data, config.split, config.problems, tuple(config.levels))
-    checked = any(p.answer for p in problems)  # else free text: token F1 alone says something
-    if config.samples and not checked:
+    problems = load_problems(config.data, config.split, config.problems, tuple(config.levels), config.skip_bad)
+    if config.samples and measure_of(problems) == "f1":
         raise ConfigError(f"--samples needs answers to check, and no problem of {config.data} has a number after ####")
     if config.instruction:
         problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
@@ -464,6 +488,7 @@ def main(config):
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems]
         room = policy.config.context - config.max_new_tokens
         problems = drop_too_long(problems, lengths, room, f"{config.split} prompt", dist)
+    checked = measure_of(problems) != "f1"  # else free text: token F1 alone says something
 
     results, T, n = [], config.max_new_tokens, config.samples
     for name, (policy, tokenizer) in zip(names, models, strict=True):

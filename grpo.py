@@ -103,7 +103,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
-from evaluate import add_figures, evaluate, evaluate_samples, is_correct, kl_estimate, logged, sampled_kl
+from evaluate import add_figures, evaluate, evaluate_samples, is_correct, kl_estimate, logged, sampled_kl, verifiable
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from ppo import less_baseline
@@ -147,7 +147,7 @@ def format_reward(texts, problems, ended):
 
 def brevity_reward(texts, problems, ended):
     """1 if the text is no longer than the problem's solution. An empty one is short, too: see gdpo.py --conditioned."""
-    return [float(len(text.strip()) <= len(p.solution)) for text, p in zip(texts, problems, strict=True)]
+    return [float(len(text.strip()) <= len(p.solution.strip())) for text, p in zip(texts, problems, strict=True)]
 
 
 REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevity_reward}
@@ -503,7 +503,7 @@ def less_the_kl(advantages, reference, policy, batch, config, autocast, pad):
 
 def load_questions(config, split, n):
     """At most n problems of a split, with --instruction. ConfigError if a right answer is paid for that is unknown."""
-    problems = load_problems(config.data, split, n, tuple(config.levels))
+    problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
     if config.instruction:
         problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
     if config.correct_weight and (unanswered := sum(not p.answer for p in problems)):
@@ -684,12 +684,12 @@ def loss_with(config):
 
 
 def validate(policy, tokenizer, problems, functions, weights, config, dist):
-    """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if no problem has an answer to
+    """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if most problems have none to
     check, what the greedy answers earn, {"valid_reward"} then too."""
     with merged(policy):
         result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
     record = logged(result)
-    if any(p.answer for p in problems["valid"]):
+    if verifiable(problems["valid"]):
         return record, result["accuracy"]
     rows = [(s.text, s.problem, s.ended, s.length) for s in result["samples"]]  # this rank's
     rewards = judge(functions, *(list(part) for part in zip(*rows, strict=True)), config) if rows else {}

@@ -89,7 +89,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reward_model
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
-from evaluate import add_figures, evaluate, is_correct, kl_estimate, logged
+from evaluate import add_figures, evaluate, is_correct, kl_estimate, logged, verifiable
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import RewardModel, open_reward_model, score_groups
@@ -506,7 +506,7 @@ def main(config):
     policy, pad = actor_critic.policy, tokenizer.endoftext_id
     room = min(policy.config.context, judge.config.context) - config.max_new_tokens
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    load = partial(load_problems, config.data, levels=tuple(config.levels))
+    load = partial(load_problems, config.data, levels=tuple(config.levels), skip_bad=config.skip_bad)
     problems = load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
@@ -533,7 +533,7 @@ def main(config):
 
     # The reward model has seen no other end than im_end.
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, (tokenizer.im_end_id,))
-    checked = any(p.answer for p in problems["valid"])
+    checked = verifiable(problems["valid"])
     shown = run.state.start or {"accuracy": run.state.best}  # older runs kept the accuracy alone
     for step in run.steps():
         # 1. ask: the policy answers each prompt R times. 2. judge

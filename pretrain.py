@@ -156,8 +156,6 @@ class Config(RunConfig):
 
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in stories), tinyshakespeare, tinystories, or the path of a text file."""
-    skip_bad: bool = False
-    """If --data is a file of records (.jsonl, .json, .csv): skip and count those that cannot be used."""
     tokenizer: str = "bpe"
     """bpe, char or byte, trained on the text; or a directory that holds a tokenizer.json."""
     vocab_size: int = 768

@@ -337,8 +337,6 @@ class Config(RunConfig):
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt,
     chosen, rejected."""
-    skip_bad: bool = False
-    """Skip and count records that cannot be used, instead of stopping at the first one."""
     pairs: Literal["corrupted", "sampled", "both"] | None = None
     """Pairs of a task: corrupted solutions, answers sampled from --init and judged by the verifier, or both; default:
     both, or sampled for a task without corruptions."""

@@ -67,7 +67,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pretrain
 from attention import document_mask
 from data import DEFAULT_TASK, Problem, chat, encode_prompt, load_problems, rows_at, task_of
-from evaluate import add_figures, evaluate, evaluate_samples, logged
+from evaluate import add_figures, evaluate, evaluate_samples, logged, measure_of
 from lora import LoraConfig, add_lora, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
@@ -246,6 +246,8 @@ def sft_start(config, dist):
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     if config.data != DEFAULT_TASK:
         settings["data"] = config.data
+    if config.skip_bad:
+        settings["skip_bad"] = True
     name = start_name(config.data, config.seed, "sft")
     what = "no --init given: making an SFT checkpoint to start from"
     return make_start_once(name, what, sys.modules[__name__], START | task_of(config.data).sft | settings, dist)
@@ -265,9 +267,6 @@ class Config(RunConfig):
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or
     .csv of questions and answers, conversations (messages), instructions or rated responses."""
-    skip_bad: bool = False
-    """Skip and count records that cannot be used (a rating outside 1 to 5, an empty response), instead of stopping at
-    the first one."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     demonstrations: Count | None = None
@@ -295,7 +294,7 @@ class Config(RunConfig):
     min_rating: Annotated[float, Range(float, 1, 5, below=False)] = 4.0
     """Lowest rating that is trained on with --rated threshold, and lowest rating of the references of an evaluation."""
     stop_at: float = 1.0
-    """Stop at the first evaluation whose validation accuracy (F1 for free text) is at least this."""
+    """Stop at the first evaluation whose validation accuracy (F1 for problems of free text) is at least this."""
     sweep: list[Positive] = field(default_factory=list)
     """Learning rates: one run each, then a table of their validation results."""
     weight_decay: Amount = 0.1
@@ -359,19 +358,20 @@ def encode_splits(config, problems, tokenizer, context, dist):
 
 def main(config):
     """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test" (accuracy,
-    or F1 for free text), "valid" (the best of the same on the validation split) and "path"."""
+    or F1 for free text, each problem by its own measure), "valid" (the best of the same on the validation split) and
+    "path"."""
     if config.sweep:
         return sweep(config)
     dist = setup(config.device)
     share = dist.per_rank("batch", config.batch)  # examples of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     problems = rated_splits(config, dist)
-    metric = "accuracy" if any(p.answer for p in problems["valid"]) else "f1"  # free text has no answer to verify
     init = config.init or pretrained_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     examples, difficulties = encode_splits(config, problems, tokenizer, policy.config.context, dist)
     ranked = rank_examples(difficulties, config.order, config.seed)
+    metric = measure_of(problems["valid"])  # free text has no answer to verify
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
@@ -430,7 +430,7 @@ def main(config):
         if run.due(config.eval_every):
             with merged(policy):  # LoRA's adapters, if any, are merged for the time of the evaluation
                 result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
-            add_figures(record, logged(result, "f1", "length"))
+            add_figures(record, logged(result, "f1", "length") | {metric: result[metric]})
             run.say(f"step {step + 1}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
             write_samples(run.log, step + 1, result["samples"][:3])
             run.keep_best(result[metric])
@@ -442,14 +442,14 @@ def main(config):
     # The test split, once, with the checkpoint that the validation split chose.
     policy, tokenizer, path = open_checkpoint(run.path, dist.device)
     result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
-    sampled = {}
+    sampled, test_metric = {}, measure_of(problems["test"])
     if config.samples:
         sizes = (config.samples, config.max_new_tokens, dist)
         sampled = evaluate_samples(policy, tokenizer, problems["test"], *sizes, seed=config.seed)
     if dist.is_main:
-        report(config, run.path, result, sampled, metric, policy.num_params(), path)
+        report(config, run.path, result, sampled, (metric, test_metric), policy.num_params(), path)
     figures = {k: result[k] for k in ("accuracy", "low", "high", "f1")} | sampled
-    return figures | {"valid": run.state.best, "test": result[metric], "path": str(path)}
+    return figures | {"valid": run.state.best, "test": result[test_metric], "path": str(path)}
 
 
 def sweep(config):

@@ -14,7 +14,7 @@ def resolve_checkpoint(path):
     """A checkpoint directory, a .gguf file, a run directory (its `best`, else its `last`) or a name on the Hugging Face
     hub -> the local path of the checkpoint. Raises CheckpointError."""
     path = Path(path) if str(path).startswith("runs/") else local_directory(path)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         return path
     for candidate in (path, path / "best", path / "last", path / "last.old"):
         if (candidate / "config.json").is_file():
@@ -26,7 +26,7 @@ def resolve_checkpoint(path):
 def open_checkpoint(path, device="cpu", dropout=0.0):
     """-> (model in fp32, tokenizer, path). Raises CheckpointError, also if the model's vocabulary is too small."""
     path = resolve_checkpoint(path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         model, metadata = open_gguf(path, dropout)
         tokenizer = gguf_tokenizer(metadata, path)
     else:
@@ -42,7 +42,7 @@ def open_checkpoint(path, device="cpu", dropout=0.0):
 def is_chat_model(path, tokenizer):
     """Whether the checkpoint was trained to chat: its generation_config.json stops at <|im_end|>, or its GGUF file has
     a chat template."""
-    if Path(path).suffix == ".gguf":
+    if Path(path).suffix.lower() == ".gguf":
         return tokenizer.chat_template is not None
     try:
         stop = json.loads((Path(path) / "generation_config.json").read_text())["eos_token_id"]

@@ -10,25 +10,33 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import zlib
 from decimal import Decimal
+from itertools import count, islice
 from pathlib import Path
 
-from support.answers import NUMBER, extract_answer, same_answer
+from support.answers import NUMBER, extract_answer, last_line, same_answer, stated_answer
 from support.errors import ConfigError, DataError
 
 # -----------------------------------------------------------------------------------------------------------------
 # From a file to plain dictionaries.
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, gzipped or not. Raises DataError."""
+def file_kind(path: str | Path) -> str:
+    """The ending of a file's name, such as ".csv", in small letters and without ".gz"."""
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a UTF-8 file, gzipped or not. Raises DataError. errors: "surrogateescape" keeps bytes that are not
+    UTF-8, for `broken_byte` to find."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+        text = data.decode("utf-8-sig", errors).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
     except (OSError, EOFError, zlib.error) as error:  # not gzip; cut off; damaged
@@ -38,17 +46,30 @@ def read_text(path: Path) -> str:
     return text
 
 
+def broken_byte(text: str, where: str) -> DataError | None:
+    """The error if `read_text` met a byte that is not UTF-8 in this part of a file."""
+    broken = re.search("[\udc80-\udcff]", text)
+    if broken is None:
+        return None
+    byte = len(text[: broken.start()].encode())
+    return DataError(f"{where} is not UTF-8 (byte {byte}): convert it first")
+
+
 def read_all(path: Path, parse, skip_bad: bool) -> list:
-    """parse(record, where) for each record of a file. skip_bad: records that raise DataError are counted and left
-    out."""
+    """parse(record, where) for each record of a file. skip_bad: records that cannot be read or for which parse raises
+    DataError are counted and left out; DataError if none remains."""
     parsed, bad = [], []
-    for place, record in read_records(path):
+    for place, record in scan(path):
         try:
+            if isinstance(record, DataError):
+                raise record
             parsed.append(parse(record, f"{path} {place}"))
         except DataError as error:
             if not skip_bad:
                 raise
             bad.append(str(error).removeprefix(f"{path} "))
+    if bad and not parsed:
+        raise DataError(f"{path}: none of the {len(bad)} records can be used (first: {bad[0]})")
     report_skipped(path, {"records that cannot be used": bad})
     return parsed
 
@@ -85,55 +106,114 @@ def load_splits(load, sizes, length, max_tokens, label, dist):
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
-    """The records of a .jsonl, a .json that holds one array, a .csv, or a .tsv (without quoting: a text may contain
-    quotes but no tab), each with its place: "line 3" in a .jsonl, "record 3" in the others, counted from 1. The name
-    may end in .gz."""
-    text, kind = read_text(path), Path(path.name.removesuffix(".gz")).suffix
-    if kind == ".json":
+    """The records of a .jsonl, a .json, a .csv, or a .tsv (without quoting: a text may contain quotes but no tab), each
+    with its place: "line 3" in JSON lines, "record 3" in the others, counted from 1. A .json holds one array, or JSON
+    lines. The name may be in capitals, and may end in .gz. Raises the DataError of the first record that cannot be
+    read."""
+    records = []
+    for place, record in scan(path):
+        if isinstance(record, DataError):
+            raise record
+        records.append((place, record))
+    return records
+
+
+def scan(path: Path):
+    """Yields (place, record) as `read_records` returns them, and for a record that cannot be read its DataError. Raises
+    DataError where nothing after it can be read: a damaged .gz, a broken array."""
+    text, kind = read_text(path, "surrogateescape"), file_kind(path)
+    parts = table_rows if kind in (".csv", ".tsv") else json_array if kind == ".json" else json_lines
+    for place, record in parts(text, path):
+        error = record if isinstance(record, DataError) else flaw(record, f"{path} {place}")
+        yield place, error or record
+
+
+def json_lines(text: str, path: Path):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+        if line.strip():
+            place = f"line {number}"
+            yield place, broken_byte(line, f"{path} {place}") or json_of(line, f"{path} {place}")
+
+
+def json_of(line: str, where: str):
+    """The value of a line of JSON, or a DataError."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return DataError(f"{where}: not JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return DataError(f"{where}: cannot be read as JSON ({error})")
+
+
+def json_array(text: str, path: Path):
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        first_lines = islice((line for line in text.split("\n") if line.strip()), 2)
+        if any(isinstance(json_of(line, ""), dict) for line in first_lines):  # JSON lines: of two one may be broken
+            yield from json_lines(text, path)
+            return
+        if isinstance(error, json.JSONDecodeError):
+            problem = DataError(f"{path} line {error.lineno}: not JSON ({error.msg})")
+        else:
+            problem = DataError(f"{path}: cannot be read as JSON ({error})")
+        raise broken_byte(text, f"{path}") or problem from None
+    if error := broken_byte(text, f"{path}"):
+        raise error
+    if not isinstance(records, list):
+        raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
+    yield from ((f"record {number}", record) for number, record in enumerate(records, start=1))
+
+
+def table_rows(text: str, path: Path):
+    csv.field_size_limit(1 << 30)  # a text may be long
+    dialect = {"strict": True} if file_kind(path) == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    rows = csv.DictReader(io.StringIO(text), **dialect)
+    try:
+        heading = "".join(rows.fieldnames or ())
+    except csv.Error as error:
+        raise DataError(f"{path} line {rows.reader.line_num}: not CSV ({error})") from error
+    if error := broken_byte(heading, f"{path} line 1"):
+        raise error
+    for number in count(1):
+        place, first = f"record {number}", rows.reader.line_num + 1
         try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise DataError(f"{path}: cannot be read as JSON ({error})") from error
-        if not isinstance(records, list):
-            raise DataError(f"{path}: a .json file must hold an array of objects; or give one object a line in .jsonl")
-        placed = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
-    elif kind in (".csv", ".tsv"):
-        dialect = {"strict": True} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        csv.field_size_limit(1 << 30)  # a text may be long
-        rows = csv.DictReader(io.StringIO(text), **dialect)
-        try:
-            placed = [(f"record {n}", row) for n, row in enumerate(rows, start=1)]
-        except csv.Error as error:
-            raise DataError(f"{path} line {rows.reader.line_num}: not CSV ({error})") from error
-        for place, row in placed:
-            if None in row or None in row.values():
-                raise DataError(f"{path} {place}: not as many fields as the header has columns")
-    else:
-        placed = []
-        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
-            if line.strip():
-                try:
-                    placed.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    where = f"{path} line {number}"
-                    raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path} line {number}: cannot be read as JSON ({error})") from error
-    for place, record in placed:
-        if not isinstance(record, dict):
-            raise DataError(f"{path} {place}: a record is an object {{...}}, not {type(record).__name__}")
-    return placed
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:  # a quote that is never closed takes the rest of the file with it
+            last = rows.reader.line_num
+            lines = f"line {last}" if first >= last else f"lines {first} to {last}"
+            yield place, DataError(f"{path} {lines}: not CSV ({error})")
+            continue
+        if None in row or None in row.values():
+            yield place, DataError(f"{path} {place}: not as many fields as the header has columns")
+        else:
+            yield place, broken_byte("".join(row.values()), f"{path} {place}") or row
+
+
+def flaw(record, where: str) -> DataError | None:
+    """The error if a record is no object, or holds a number that is none: NaN, Infinity, 1e999."""
+    if not isinstance(record, dict):
+        return DataError(f"{where}: a record is an object {{...}}, not {type(record).__name__}")
+    values = list(record.items())
+    for key, value in values:  # grows by what lists and objects hold
+        if isinstance(value, float) and not math.isfinite(value):
+            return DataError(f"{where}: {key!r} holds {value}, which is no number in JSON")
+        if isinstance(value, dict):
+            values += value.items()
+        elif isinstance(value, list):
+            values += ((key, item) for item in value)
+    return None
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """The text under a key, stripped of surrounding whitespace; it may be empty."""
+    """The text under a key as it stands, white space included; it may be empty."""
     if key not in record:
         raise DataError(f"{where}: the key {key!r} is missing")
     if not isinstance(record[key], str):
         raise DataError(f"{where}: {key!r} must be text, not {type(record[key]).__name__}")
-    return encodable(record[key].strip(), where)
+    return encodable(record[key], where)
 
 
 def encodable(text: str, where: str) -> str:
@@ -150,8 +230,9 @@ def prompt_of(record: dict, where: str) -> str:
     key = "prompt" if "prompt" in record or "instruction" not in record else "instruction"
     prompt = text_of(record, key, where)
     if key == "instruction" and record.get("input"):
-        prompt += "\n" + text_of(record, "input", where)
-    if not prompt:
+        more = text_of(record, "input", where)
+        prompt += "\n" + more if more.strip() else ""
+    if not prompt.strip():
         raise DataError(f"{where}: {key!r} is empty")
     return prompt
 
@@ -163,15 +244,20 @@ def prompt_of(record: dict, where: str) -> str:
 def problem_fields(record: dict, where: str, story: str) -> dict:
     """A record has one of these sets of keys:
 
-    {"question", "answer"}              `answer` is the worked solution with its #### line, or just a number
+    {"question", "answer"}              `answer` is the worked solution with its #### line, just a number, or free text
     {"question", "solution", "answer"}  `answer` is the number
     {"messages": [...]}                 a conversation, whose last turn is the assistant's: the solution
     {"prompt", "response", "rating"}    a response and its rating, 1 to 5
     {"instruction", "input", "output"}  `input` may be missing or empty
 
-    The last three are used unchanged. If they have no #### line, their answer is "": good enough for SFT, but no
-    verifier accepts it. From the first two, GSM8K's calculator annotations `48/2=<<48/2=24>>24` are stripped: they were
-    made for a calculator that overwrites the sampled tokens, and without one the model would write each result twice.
+    Text is used as it stands, white space included. Exceptions: from the first two, GSM8K's calculator annotations
+    `48/2=<<48/2=24>>24` are stripped (they were made for a calculator that overwrites the sampled tokens, and without
+    one the model would write each result twice), and nothing follows the #### line.
+
+    A text states an answer in its last line alone: #### above it is a heading of Markdown. The first two layouts may
+    say more around the number, `so it is #### 18 apples`, and are refused if it cannot be read. The last three are free
+    text, and state an answer only where the last line is `#### 18` and the text has no other ####. What states none has
+    the answer "": good enough for SFT, which judges it by token F1, but no verifier accepts it.
     """
     if "messages" in record:
         return conversation_fields(record["messages"], where, story)
@@ -191,62 +277,72 @@ def worked_fields(record: dict, where: str, story: str) -> dict:
     texts = {}
     for key in ("question", "answer", *(["solution"] if "solution" in record else [])):
         value = record[key]
-        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             value = format(Decimal(str(value)), "f")  # extract_answer does not read 1e-05
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {key!r} must be text that is not empty")
-        texts[key] = encodable(value.strip(), where)
+        texts[key] = encodable(value, where)
 
     key = "solution" if "solution" in texts else "answer"
     solution, annotations = re.subn(r"<<[-+*/().,\d ]+=[-/.,\d ]+>>", "", texts[key])  # not `cout << x; cin >> y`
     if not solution.strip():
         raise DataError(f"{where}: {key!r} holds nothing but calculator annotations")
-    if "####" not in solution:
-        value, number = extract_answer("#### " + texts["answer"]), NUMBER.fullmatch(texts["answer"])
-        if "solution" in texts:
-            solution = f"{solution}\n#### {value}"
-        elif number and not number[3]:  # just a number: "12 people came." is a text
-            solution = f"#### {value}"
+    given, level = texts["answer"].strip(), max(1, annotations)
+    number, value = NUMBER.fullmatch(given), extract_answer(f"#### {given}")
+    if "solution" in texts:
+        if value is None:
+            raise DataError(f"{where}: no single number in the answer {given!r}")
+        if "####" not in solution:
+            solution = f"{solution.rstrip()}\n#### {value}"
+        elif "####" not in last_line(solution) and not same_answer(extract_answer(solution), value):
+            raise DataError(f"{where}: #### stands above the last line of the solution, so no verifier can read it")
+    elif number and not number[3]:  # just a number: "12 people came." is a text
+        solution = f"#### {value}"
+    elif "####" not in last_line(solution):
+        return dict(question=texts["question"], solution=solution, answer="", level=level, story=story)
+    solution = solution.rstrip()
     answer = extract_answer(solution)
-    if answer is None and ("####" in solution or "solution" in texts):
+    if answer is None:
         raise DataError(f"{where}: no single number after ####: {solution[-60:]!r}")
-    if "solution" in texts and not same_answer(answer, extract_answer("#### " + texts["answer"])):
-        raise DataError(f"{where}: the solution ends in {answer}, the answer says {texts['answer']!r}")
-    level = max(1, annotations)
-    return dict(question=texts["question"], solution=solution, answer=answer or "", level=level, story=story)
+    if "solution" in texts and not same_answer(answer, value):
+        raise DataError(f"{where}: the solution ends in {answer}, the answer says {given!r}")
+    return dict(question=texts["question"], solution=solution, answer=answer, level=level, story=story)
 
 
 def conversation_fields(turns, where: str, story: str) -> dict:
-    """[{"role", "content"}, ...]: an optional system turn, then user and assistant in turn, the assistant last."""
+    """[{"role", "content"}, ...]: an optional system turn, then user and assistant in turn, the assistant last. An
+    empty system turn is as if it were not there."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(f"{where}: messages must be a list of {{role, content}}")
-    roles = [turn.get("role") for turn in turns]
+    roles, contents = ([turn.get(key) for turn in turns] for key in ("role", "content"))
     after_system = roles[1:] if roles[:1] == ["system"] else roles
     if not after_system or after_system != ["user", "assistant"] * (len(after_system) // 2):
         raise DataError(f"{where}: messages must be user and assistant in turn and end with the assistant, not {roles}")
-    contents = [turn.get("content") for turn in turns]
-    for number, content in enumerate(contents, start=1):
-        if not isinstance(content, str) or not content.strip():
+    for number, (role, content) in enumerate(zip(roles, contents, strict=True), start=1):
+        if not isinstance(content, str) or not (content.strip() or role == "system"):
             raise DataError(f"{where}: the content of message {number} must be text that is not empty")
-    contents = [encodable(content.strip(), where) for content in contents]
-    history = tuple(zip(roles[:-2], contents[:-2], strict=True))
-    return plain_fields(contents[-2], contents[-1], where, story) | {"history": history}
+    said = [(role, encodable(content, where)) for role, content in zip(roles, contents, strict=True) if content.strip()]
+    *history, (_, question), (_, solution) = said
+    return plain_fields(question, solution, where, story) | {"history": tuple(history)}
 
 
 def plain_fields(question: str, solution: str, where: str, story: str) -> dict:
     """A problem whose solution is used unchanged."""
-    if not solution:
+    if not solution.strip():
         raise DataError(f"{where}: the response is empty")
-    return dict(question=question, solution=solution, answer=extract_answer(solution) or "", level=1, story=story)
+    return dict(question=question, solution=solution, answer=stated_answer(solution) or "", level=1, story=story)
 
 
 def rating_of(record: dict, where: str) -> float:
+    given = record.get("rating")
     try:
-        rating = float(record["rating"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise DataError(f"{where}: the rating is {record.get('rating')!r}, not a number from 1 to 5") from None
+        rating = float(given)
+    except (TypeError, ValueError, OverflowError):
+        rating = None
+    if rating is None or isinstance(given, bool):
+        raise DataError(f"{where}: the rating is {given!r}, not a number from 1 to 5")
     if not 1 <= rating <= 5:
-        raise DataError(f"{where}: the rating is {record['rating']}, it must be from 1 to 5")
+        raise DataError(f"{where}: the rating is {given}, it must be from 1 to 5")
     return rating
 
 
@@ -270,18 +366,20 @@ def pair_fields(record: dict, where: str, kind: str) -> dict:
 
 
 def dialogue_fields(record: dict, where: str) -> dict:
-    """A pair in Anthropic's layout: two dialogues of turns that begin with "Human:" and "Assistant:"."""
+    """A pair in Anthropic's layout: two dialogues of turns that begin with "Human: " and "Assistant: ", after an empty
+    line."""
     dialogues = []
     for key in ("chosen", "rejected"):
-        start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text_of(record, key, where))
-        speakers, contents = parts[::2], [content.strip() for content in parts[1::2]]
+        start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text_of(record, key, where).lstrip())
+        speakers, contents = parts[::2], [content.removeprefix(" ") for content in parts[1::2]]
         in_turn = speakers and speakers == ["Human", "Assistant"] * (len(speakers) // 2)
-        if start or not in_turn or not all(contents[:-1]):
+        if start or not in_turn or not all(content.strip() for content in contents[:-1]):
             raise DataError(f"{where}: {key!r} must be Human and Assistant in turn, the Assistant last, not {speakers}")
         roles = {"Human": "user", "Assistant": "assistant"}
         dialogues.append([(roles[speaker], content) for speaker, content in zip(speakers, contents, strict=True)])
     (*history, (_, prompt), (_, chosen)), (*_, (_, rejected)) = dialogues
-    if dialogues[0][:-1] != dialogues[1][:-1]:
+    before = [[content.strip() for _, content in dialogue[:-1]] for dialogue in dialogues]
+    if before[0] != before[1]:
         raise DataError(f"{where}: the dialogues differ before the assistant's last turn")
     return dict(prompt=prompt, chosen=chosen, rejected=rejected, kind="hh", history=tuple(history))
 
@@ -298,8 +396,9 @@ LABELS = {"1": 1, "0": 0, "positive": 1, "negative": 0, "pos": 1, "neg": 0}
 
 
 def review_fields(record: dict, where: str) -> tuple[str, int]:
-    """{"text", "label"} -> the text, and 1 for a positive review, 0 for a negative one."""
+    """{"text", "label"} -> the text, without white space around it, and 1 for a positive review, 0 for a negative
+    one."""
     label = LABELS.get(str(record.get("label")).strip().lower())
     if label is None:
         raise DataError(f"{where}: 'label' must be 1 or 0, positive or negative, not {record.get('label')!r}")
-    return text_of(record, "text", where), label
+    return text_of(record, "text", where).strip(), label

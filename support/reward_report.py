@@ -71,7 +71,7 @@ def sample_figures(scores, groups, answers, sizes):
     among the right answers to a question, which should be 0, and among all answers."""
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)  # (N, M)
     length = [[len(ids) for ids in group] for group in answers]
-    well_formed = [[bool(re.search(r"(^|\n)#### -?\d+$", text.strip())) for text, *_ in group] for group in groups]
+    well_formed = [[bool(re.search(r"(^|\n)#### -?[0-9]+$", text.strip())) for text, *_ in group] for group in groups]
     right_spread = [
         scores[g][distinct].std()
         for g, group in enumerate(groups)

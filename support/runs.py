@@ -61,6 +61,9 @@ class RunConfig:
     """Steps between saves of the checkpoint last/."""
     seed: Seed = 0
     """Random seed of everything: the start if one is trained, the data order, the sampling, the dropout."""
+    skip_bad: bool = False
+    """Skip and count records of --data that cannot be read or used (a line that is cut off, a rating outside 1 to 5, an
+    empty response), instead of stopping at the first one."""
     resume: bool = False
     """Continue from runs/NAME/last, with the same result as if the run had never stopped."""
     device: str = "auto"

@@ -25,16 +25,20 @@ def markdown_table(rows):
 
 def metric_rows(results, metrics, without=()):
     """Results of `evaluate`, and its METRICS -> rows [label, one cell per result]: every metric that all results have;
-    the accuracy also with its interval and by level."""
-    rows = []
+    the accuracy also with its interval and by level, and if it is of some problems alone, the measure of all."""
+    rows, n_checked = [], len(results[0].get("verdicts", ()))
+    mixed = 0 < n_checked < results[0].get("n", 0)
     for name, metric in metrics.items():
         if name in without or not all(name in result for result in results):
             continue
         rows.append([metric.label, *(format(result[name], metric.form) for result in results)])
         if name == "accuracy":
+            rows[-1][0] += f", of {n_checked} with an answer" if mixed else ""
             rows.append(["  95 % interval", *(f"[{r['low']:.1%}, {r['high']:.1%}]" for r in results)])
             for level in results[0]["by_level"] if len(results[0]["by_level"]) > 1 else ():
                 rows.append([f"  level {level}", *(f"{r['by_level'][level]:.1%}" for r in results)])
+    if mixed:
+        rows.append(["right, or token F1", *(f"{r['own_measure']:.1%}" for r in results)])
     return rows
 
 

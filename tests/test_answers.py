@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.answers import extract_answer, same_answer
+from support.answers import extract_answer, same_answer, stated_answer
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,19 @@ from support.answers import extract_answer, same_answer
         ("#### 100", "100"),
         ("#### 18 apples", "18"),
         ("#### $1,234.50 per day.", "1234.5"),
+        ("#### 18 m²", "18"),
+        ("#### 18 m³/s.", "18"),
+        ("#### 18 ①", "18"),
+        ("#### 18 第三", "18"),
+        ("#### 18 ٤", "18"),
+        ("#### 18 %", "18"),
+        ("#### 18°", "18"),
+        ("#### 18 °C", "18"),
+        ("#### 18°F.", "18"),
+        ("#### €18", "18"),
+        ("#### -£18.50 each", "-18.5"),
+        ("#### 18€", "18"),
+        ("#### 18。", "18"),
         ("#### 5\n#### 5", "5"),
         ("#### 5 #### 5.0", "5"),
         ("#### 12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
@@ -62,6 +75,16 @@ from support.answers import extract_answer, same_answer
         ("#### 5k", None),
         ("#### x = 5", None),
         ("#### ½", None),
+        ("#### 18²", None),
+        ("#### 18m²", None),
+        ("#### 18 m2", None),
+        ("#### 18個", None),
+        ("#### 5 or ６", None),
+        ("#### 5 ¹⁄₂", None),
+        ("#### 2 · 10³", None),
+        ("#### ²", None),
+        ("#### ١٨", None),
+        ("#### １８", None),
         ("#### 5 ½", None),
         ("#### ٥", None),
         ("##### 5", None),
@@ -115,6 +138,28 @@ def test_extract_answer_never_fails_and_is_canonical(text):
         assert re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?", answer)
         assert answer != "-0"
         assert "####" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("5 + 3 = 8\n#### 8", "8"),
+        ("#### -$1,234.50\n\n", "-1234.5"),
+        ("    #### 8", "8"),
+        ("#### 8\r\nIt is.", None),
+        ("#### 1. Shape\nIt is round.", None),
+        ("It is round.\n#### 1. Shape", None),
+        ("It is round.\n#### 3 kinds", None),
+        ("#### 8\n#### 8", None),
+        ("#### Why\nBecause.\n#### 8", None),
+        ("so #### 8", None),
+        ("##### 8", None),
+        ("8", None),
+        ("", None),
+    ],
+)
+def test_what_a_free_text_states(text, answer):
+    assert stated_answer(text) == answer
 
 
 def test_same_answer():

@@ -35,7 +35,7 @@ from encoder import (
 )
 from support import runs
 from support.devices import Dist
-from support.errors import CheckpointError, ConfigError
+from support.errors import CheckpointError, ConfigError, DataError
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -260,7 +260,7 @@ def small(**changes):
 def few(monkeypatch):
     """Runs in this process read less."""
     whole = load_sentiment
-    monkeypatch.setattr(encoder, "load_sentiment", lambda name, split: whole(name, split)[:60])
+    monkeypatch.setattr(encoder, "load_sentiment", lambda name, split, *more: whole(name, split, *more)[:60])
 
 
 def test_a_run_leaves_what_it_should(scratch, capsys):
@@ -426,6 +426,15 @@ def test_a_run_starts_from_a_decoder(scratch):
         torch.testing.assert_close(trained.state_dict()[name], weight, atol=1e-6, rtol=0)
 
 
+def test_rows_that_cannot_be_read_are_left_out_if_asked(scratch, capsys):
+    rows = [f"It was {('bad', 'good')[i % 2]} {i},{i % 2}" for i in range(200)]
+    Path("own.csv").write_text("\n".join(["text,label", *rows, "It was"]))
+    with pytest.raises(DataError, match="record 201"):
+        encoder.main(small(data="own.csv"))
+    encoder.main(small(data="own.csv", text=["own.csv"], skip_bad=True))
+    assert capsys.readouterr().out.count("own.csv: skipped 1 records") == 4
+
+
 def test_bad_input_is_one_line(scratch, monkeypatch):
     for flags, words in [
         (["--steps=0"], ["steps is 0"]),
@@ -448,7 +457,7 @@ def test_bad_input_is_one_line(scratch, monkeypatch):
 def test_it_learns_what_no_bag_of_words_can(scratch, monkeypatch):
     """Order is all that tells these apart, and there is room for 20 points above chance in seconds."""
     train = [Review(f"{a} not {b}", int(a == "good")) for a, b in (("good", "bad"), ("bad", "good"))] * 40
-    monkeypatch.setattr(encoder, "load_sentiment", lambda name, split: train)
+    monkeypatch.setattr(encoder, "load_sentiment", lambda name, split, skip_bad: train)
     model = EncoderConfig(context=16, n_layer=1, n_head=2, n_kv_head=2, width=32)
     result = encoder.main(small(mlm_steps=0, steps=60, batch=16, micro_batch=16, eval_every=20, model=model))
     assert result["baseline"] == 0.5

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import asdict
 
@@ -27,19 +28,22 @@ from evaluate import (
     logged,
     majority,
     mcnemar,
+    measure_of,
     metric_panels,
     paired_interval,
     pass_at_k,
     sampled_kl,
     token_f1,
+    verifiable,
     wilson,
+    words,
 )
 from generate import Rollout
 from lora import LoraConfig, add_lora
 from support import devices
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
-from support.errors import ConfigError
+from support.errors import ConfigError, DataError
 from support.splits import split_of
 from support.tables import file_name, markdown_table, metric_rows, text_table
 from tokenizer_bpe import BPETokenizer
@@ -69,6 +73,36 @@ def test_token_f1_by_hand():
     assert token_f1("cat", "dog") == 0
     assert token_f1("", "") == 1
     assert token_f1("", "dog") == token_f1("dog", "the") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "near", "far"),
+    [
+        ("这是一件很好看的灰色衣服", "这是一件很好看的红色衣服。", "他昨天把车卖了，因为没有钱！"),
+        ("私は灰色のドレスが好きです。", "私は紺色のドレスが好きです", "国境の長いトンネルを抜けた。"),
+        ("วันนี้อากาศดีมากเราไปเดินเล่น", "วันนี้อากาศแย่มากเราไปเดินเล่น", "เขาขายรถเพราะไม่มีเงิน"),
+        ("ມື້ນີ້ອາກາດດີຫຼາຍ", "ມື້ນີ້ອາກາດຮ້ອນຫຼາຍ", "ຂ້ອຍບໍ່ມີເງິນ"),
+        ("ថ្ងៃនេះអាកាសធាតុល្អណាស់", "ថ្ងៃនេះអាកាសធាតុក្តៅណាស់", "ខ្ញុំគ្មានលុយទេ"),
+        ("ဒီနေ့ရာသီဥတုကောင်းတယ်", "ဒီနေ့ရာသီဥတုပူတယ်", "ကျွန်တော်ပိုက်ဆံမရှိဘူး"),
+    ],
+)
+def test_token_f1_in_scripts_without_spaces(text, near, far):
+    assert token_f1(text, near) == pytest.approx(0.8, abs=0.12)
+    assert token_f1(text, f"«{text}»！？၊") == 1
+    assert token_f1(text, far) < 0.35
+
+
+def test_the_words_of_mixed_text():
+    assert words("用iPhone 15看Ｗｅｂ。") == ["用", "iphone", "15", "看", "ｗｅｂ"]
+    assert words("衣服，コーヒー") == ["衣", "服", "衣服", "コ", "ー", "ヒ", "ー", "コー", "ーヒ", "ヒー"]
+    assert words("มื่อ๒") == ["มื่", "อ", "๒", "มื่อ", "อ๒"]  # a sign stays with its letter
+    assert words("हिन्दी में, 한국어 문장") == ["हिन्दी", "में", "한국어", "문장"]
+    assert words("re\u0301sume\u0301 a\u0e31") == ["re\u0301sume\u0301", "a\u0e31"]
+
+
+@given(st.text(st.characters(max_codepoint=0x24F)))
+def test_the_words_of_latin_script_are_runs_of_letters_and_digits(text):
+    assert words(text) == [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the")]
 
 
 @pytest.mark.parametrize("correct", range(6))
@@ -200,6 +234,46 @@ def test_evaluate_samples_counts(tokenizer, monkeypatch):
     parts = [evaluate_samples(None, tokenizer, problems, 4, 8, rank, batch=1) for rank in ranks]
     for name, value in result.items():  # two ranks together find what one finds
         assert sum(part[name] for part in parts) == pytest.approx(value)
+
+
+def test_each_problem_by_its_own_measure(tokenizer, monkeypatch):
+    """Of four problems two have an answer; the accuracy is theirs, the F1 and the own measure are of all."""
+    said = [*tokenizer.encode("#### 12"), tokenizer.special_ids["<|im_end|>"]]
+
+    def parrot(raw, prompts, max_new_tokens, n=1, *temperature, **settings):
+        ids = torch.tensor([said] * len(prompts) * n)
+        return Rollout(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
+
+    monkeypatch.setattr(evaluation, "generate", parrot)
+    rows = [("no 12", "", 3), ("#### 12", "12", 1), ("12 #### 13", "13", 1), ("12", "", 2)]
+    problems = [Problem("q?", solution, answer, level, "x") for solution, answer, level in rows]
+    dist = devices.setup("cpu")
+    result = evaluate(None, tokenizer, problems, 20, dist)
+    assert (result["n"], result["correct"], result["accuracy"], result["verdicts"]) == (4, 1, 0.5, [1.0, 0.0])
+    assert (result["low"], result["high"], result["by_level"]) == (*wilson(1, 2), {1: 0.5})
+    assert result["f1"] == pytest.approx((2 / 3 + 1 + 2 / 3 + 1) / 4)
+    assert result["own_measure"] == pytest.approx((2 / 3 + 1 + 0 + 1) / 4)
+    parts = [evaluate(None, tokenizer, problems, 20, Rank(r, 2, torch.device("cpu"))) for r in (0, 1)]
+    for name in ("accuracy", "f1", "own_measure"):
+        assert sum(part[name] for part in parts) == pytest.approx(result[name])
+    sampled = evaluate_samples(None, tokenizer, problems, 2, 20, dist)
+    assert (sampled["solved"], sampled["pass@1"], sampled["majority@2"]) == ([2, 0], 0.5, 0.5)
+
+    answered, free = problems[1:3], [problems[0], problems[3]]
+    assert [measure_of(some) for some in (problems, answered, free)] == ["own_measure", "accuracy", "f1"]
+    assert [verifiable(some) for some in (problems, problems[:3], problems[:2] + free, free)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    for some in (answered, free):
+        result = evaluate(None, tokenizer, some, 20, dist)
+        assert result["own_measure"] == result[measure_of(some)]
+    rows = dict(metric_rows([evaluate(None, tokenizer, problems, 20, dist)], METRICS))
+    assert rows["accuracy, greedy, of 2 with an answer"] == "50.0%"
+    assert rows["right, or token F1"] == "66.7%"
+    assert "right, or token F1" not in dict(metric_rows([evaluate(None, tokenizer, answered, 20, dist)], METRICS))
 
 
 def test_two_ranks_find_the_figures_of_one(tokenizer):
@@ -487,6 +561,25 @@ def test_the_problems_fit_both_and_a_cut_is_told(here, capsys):
     out = capsys.readouterr().out
     assert "are longer than 96 tokens: left out" in out
     assert "100% of the answers of one were cut off: try a larger --max_new_tokens" in out
+
+
+def test_numbers_and_free_text_in_one_file(here, tokenizer, monkeypatch, capsys):
+    numbers = [int(p.answer) for p in load_problems("sums.jsonl", "test")]
+    rights, asked = {160: numbers[:3], 100: []}, []
+    monkeypatch.setattr(evaluation, "generate", answers(rights, tokenizer, asked))
+    with (here / "sums.jsonl").open("a") as file:
+        file.writelines(json.dumps({"instruction": f"{i} and 0", "output": f"It is {i}"}) + "\n" for i in range(60))
+        file.write('{"question": "cut')
+    flags = dict(data="sums.jsonl", max_new_tokens=20, device="cpu", samples=1)
+    with pytest.raises(DataError, match="line 70: not JSON"):
+        evaluation.main(Config("one", **flags))
+    record = evaluation.main(Config("one", against="other", skip_bad=True, **flags))
+    first, out = record["results"][0], capsys.readouterr().out
+    assert (first["verdicts"], first["accuracy"], first["solved"]) == ([1] * 3 + [0] * 6, 1 / 3, [1] * 3 + [0] * 6)
+    assert first["n"] > 12
+    assert record["pair"]["difference"] == 1 / 3
+    assert "accuracy, greedy, of 9 with an answer" in out
+    assert "right, or token F1" in out
 
 
 def test_free_text_has_an_f1_and_nothing_to_test(here, capsys):

@@ -357,7 +357,7 @@ def here(scratch, start, monkeypatch):
     """A directory with a start, few problems, no pictures, and rewards that a random model earns half of the time."""
     (scratch / "start").symlink_to(start)
     few = {split: load_problems("word", split, 60) for split in ("train", "valid", "test")}
-    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, levels: few[split][:n])
+    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, *more: few[split][:n])
     monkeypatch.setattr(grpo_report, "draw_curves", lambda *_: None)
     monkeypatch.setitem(grpo.REWARDS, "correct", letter("e"))
     monkeypatch.setitem(grpo.REWARDS, "format", letter("a"))
@@ -590,16 +590,18 @@ def test_the_start_is_the_best_until_something_beats_it(here):
     assert_same_weights("start", "runs/grpo/best")
 
 
-def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch):
-    few = [replace(p, answer="") for p in load_problems("word", "train", 60)]
-    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, levels: few[:n])
+@pytest.mark.parametrize("answered", [0, 1])  # of three: one does not speak for them
+def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch, answered):
+    few = load_problems("word", "train", 60)
+    few[answered:] = [replace(p, answer="") for p in few[answered:]]
+    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else [])
     paid = iter([1.0, 3.0, 2.0])  # the greedy answers of the start, and of steps 2 and 3
 
     def reward(texts, problems, ended):
         return [next(paid)] * 3 if len(texts) == 3 else letter("a")(texts, problems, ended)
 
     monkeypatch.setitem(grpo.REWARDS, "format", reward)
-    grpo.main(config(correct_weight=0.0, overlong=3))
+    grpo.main(config(correct_weight=0.0, overlong=3, skip_bad=True))
     assert metrics("runs/grpo", "valid_reward") == {0: -0.5, 2: 0.5, 3: 0.0}  # half of it, less 1: they are cut off
     best, last, start = (weights(path) for path in ("runs/grpo/best", "runs/grpo/last", "start"))
     for other in (start, last):

@@ -645,10 +645,12 @@ def test_the_start_is_the_best_until_something_beats_it(here):
     assert_same_weights("start", "runs/ppo/best")
 
 
-def test_without_answers_the_best_is_the_latest(here, monkeypatch):
-    few = [replace(p, answer="") for p in load_problems("word", "train", 60)]
-    monkeypatch.setattr(ppo, "load_problems", lambda name, split, n, levels: few[:n])
-    ppo.main(config())
+@pytest.mark.parametrize("answered", [0, 1])  # of three: one does not speak for them
+def test_without_answers_the_best_is_the_latest(here, monkeypatch, answered):
+    few = load_problems("word", "train", 60)
+    few[answered:] = [replace(p, answer="") for p in few[answered:]]
+    monkeypatch.setattr(ppo, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else [])
+    ppo.main(config(skip_bad=True))
     assert_same_weights("runs/ppo/best", "runs/ppo/last")
 
 

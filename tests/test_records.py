@@ -170,7 +170,7 @@ def turn(role, content):
 
 
 def test_conversations(tmp_path):
-    long = [turn("system", "Be brief."), turn("user", "A?"), turn("assistant", "B."), turn("user", " C? ")]
+    long = [turn("system", "Be brief.\n"), turn("user", "A?"), turn("assistant", "\tB."), turn("user", "? ")]
     long.append(turn("assistant", "#### Why\nBecause.\n"))
     short = [turn("user", "2 + 3?"), turn("assistant", "5")]
     path = write_pairs(tmp_path / "chats.jsonl", {"messages": long}, {"messages": short})
@@ -179,11 +179,19 @@ def test_conversations(tmp_path):
         with contextlib.suppress(DataError):  # two records do not fill three splits
             found += load_problems(path, split)
     first, second = sorted(found, key=lambda problem: problem.question, reverse=True)
-    assert (first.question, first.solution, first.answer) == ("C?", "#### Why\nBecause.", "")
-    assert first.history == (("system", "Be brief."), ("user", "A?"), ("assistant", "B."))
+    assert (first.question, first.solution, first.answer) == ("? ", "#### Why\nBecause.\n", "")
+    assert first.history == (("system", "Be brief.\n"), ("user", "A?"), ("assistant", "\tB."))
     assert (second.question, second.solution, second.history) == ("2 + 3?", "5", ())  # as it stands
     again = problem_from({"messages": long[1:]}, "x", "file")  # the same question after other words: another key
     assert split_key(again.history, again.question) != split_key(first.history, first.question)
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_system_turn_is_as_if_it_were_not_there(content):
+    rest = [turn("user", "A?"), turn("assistant", "B."), turn("user", "C?"), turn("assistant", "D.")]
+    problem = problem_from({"messages": [turn("system", content), *rest]}, "", "file")
+    assert problem == problem_from({"messages": rest}, "", "file")
+    assert problem.history == (("user", "A?"), ("assistant", "B."))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,8 @@ def test_conversations(tmp_path):
         ([turn("user", "a"), turn("user", "b"), turn("assistant", "c")], "must be user and assistant in turn"),
         ([turn("user", "a"), turn("assistant", "b"), turn("user", "c")], "end with the assistant"),
         ([turn("user", "a"), turn("assistant", " ")], "the content of message 2"),
+        ([turn("system", ""), turn("user", ""), turn("assistant", "b")], "the content of message 2"),
+        ([turn("system", None), turn("user", "a"), turn("assistant", "b")], "the content of message 1"),
         ([turn("user", 3), turn("assistant", "b")], "the content of message 1"),
         ([1, 2], "a list of {role, content}"),
     ],
@@ -250,7 +260,11 @@ def test_instructions(tmp_path):
     assert all(p.solution == re.findall(r"\d+", p.question)[0] for p in found)
 
 
-@pytest.mark.parametrize("said", ["cout << x; cin >> y;", "Use a << 2, then b >> 1.", "<<1+1=2>>", "1+1=<<1+1=2>>2"])
+CODE = "    y = x\n    return y\n"
+AS_IT_STANDS = ["cout << x; cin >> y;", "Use a << 2, then b >> 1.", "<<1+1=2>>", "1+1=<<1+1=2>>2", CODE]
+
+
+@pytest.mark.parametrize("said", AS_IT_STANDS)
 def test_whatever_is_no_worked_problem_is_taken_as_it_stands(said):
     for record in (
         {"instruction": "i", "output": said},
@@ -259,6 +273,74 @@ def test_whatever_is_no_worked_problem_is_taken_as_it_stands(said):
     ):
         problem = problem_from(record, "", "file")
         assert (problem.solution, problem.level, problem.answer) == (said, 1, "")
+
+
+def test_white_space_means_something(tmp_path, monkeypatch):
+    asked = f"{CODE}\n?\n"
+    problems = [
+        problem_from(record, "", "file")
+        for record in (
+            {"question": asked, "answer": CODE},
+            {"instruction": asked, "input": " \n", "output": CODE},
+            {"messages": [turn("user", asked), turn("assistant", CODE)]},
+        )
+    ]
+    assert all((problem.question, problem.solution) == (asked, CODE) for problem in problems)
+    worked = problem_from({"question": "q", "answer": "  2 + 3 = 5\n#### 5\n"}, "", "file")
+    assert worked.solution == "  2 + 3 = 5\n#### 5"  # nothing follows the line of the answer
+    pair = records.pair_fields({"prompt": asked, "chosen": CODE, "rejected": CODE.strip()}, "", "file")
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (asked, CODE, CODE.strip())
+    start = "\n\nHuman:   Hi \n\nAssistant: \tHo\n\nHuman: x?\n\nAssistant:"
+    pair = records.pair_fields({"chosen": f"{start} {CODE}", "rejected": f"{start}{CODE}"}, "", "hh")
+    assert (pair["chosen"], pair["rejected"]) == (CODE, CODE[1:])  # one blank belongs to the speaker's name
+    assert pair["history"] == (("user", "  Hi "), ("assistant", "\tHo"))
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    (tmp_path / "tinystories").mkdir()
+    (tmp_path / "tinystories/train.txt").write_text(f"{CODE}<|endoftext|>\n  B. \n<|endoftext|>\n \n")
+    assert load_text("tinystories") == [CODE.rstrip("\n"), "  B. "]
+    (tmp_path / "code.txt").write_text(CODE * 10)
+    assert "".join(load_text(tmp_path / "code.txt", split)[0] for split in ("train", "valid")) == CODE * 10
+
+
+def test_pairs_may_differ_in_white_space_alone(tmp_path):
+    path = write_pairs(tmp_path / "p.jsonl", *[pair_record(f"p{i}", CODE, CODE.lstrip()) for i in range(30)])
+    assert all((p.chosen, p.rejected) == (CODE, CODE.lstrip()) for p in load_pairs(path))
+
+
+LAYOUTS = [
+    lambda text: {"question": "How?", "answer": text},
+    lambda text: {"instruction": "How?", "output": text},
+    lambda text: {"prompt": "How?", "response": text, "rating": 5},
+    lambda text: {"messages": [turn("user", "How?"), turn("assistant", text)]},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 1. Shape\nIt is round.", ""),
+        ("#### 1. Shape\nIt is round.\n#### 2. Size\nIt is big.\n", ""),
+        ("#### Why\nBecause.", ""),
+        ("It is #### 5\nor so.", ""),
+        ("2 + 3 = 5\n#### 5", "5"),
+        ("2 + 3 = 5\n#### 5\n\n", "5"),
+    ],
+)
+def test_a_heading_is_no_answer(layout, text, answer):
+    assert problem_from(layout(text), "", "file").answer == answer
+
+
+def test_a_worked_solution_says_more_around_its_number():
+    for text in ("so it is #### 18", "So:\n#### 18 apples", "18", "€18"):
+        assert problem_from({"question": "q", "answer": text}, "", "file").answer == "18"
+    for text in ("so it is #### 18", "So:\n#### 18 apples", "18"):
+        assert [problem_from(layout(text), "", "file").answer for layout in LAYOUTS[1:]] == [""] * 3
+    area = problem_from({"question": "q", "solution": "6 * 3", "answer": "18 m²"}, "", "file")
+    assert (area.solution, area.answer) == ("6 * 3\n#### 18", "18")
+    headed = {"question": "q", "solution": "#### 1. Add\n2 + 3", "answer": 5}
+    with pytest.raises(DataError, match="l 1: #### stands above the last line of the solution"):
+        problem_from(headed, "l 1", "file")
 
 
 def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
@@ -284,6 +366,146 @@ def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
         load_pairs(path, "train")
     assert sum(len(load_pairs(path, split, skip_bad=True)) for split in splits.SPLITS) == 100
     assert "skipped 1 records that cannot be used (first: line 101: the key" in capsys.readouterr().out
+
+
+def all_of(load, path, **options):
+    """What is read of a file, in all splits."""
+    return [record for split in splits.SPLITS for record in load(path, split, **options)]
+
+
+BAD_LINES = [
+    (b'{"question": "cut", "prompt"', "not JSON"),
+    (b"[1, 2]", "a record is an object"),
+    (b'{"question": "caf\xe9", "answer": "5"}', "is not UTF-8 (byte 17)"),
+    (b'{"question": "x", "answer": NaN}', "'answer' holds nan"),
+    (b'{"question": "x", "answer": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
+    (b"[" * 100_000, "cannot be read as JSON"),
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("at", [0, 40, 100])
+@pytest.mark.parametrize(("bad", "why"), BAD_LINES)
+def test_a_line_that_cannot_be_read_is_counted_and_left_out(tmp_path, capsys, name, at, bad, why):
+    both = {"prompt": "p", "chosen": "a", "rejected": "b", "text": "t", "label": 1}
+    lines = [json.dumps(both | {"prompt": f"p{i}", "text": f"review {i}", "label": i % 2}).encode() for i in range(100)]
+    lines[at:at] = [bad]
+    content, path = b"\n".join(lines), tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for load in (load_pairs, load_sentiment):
+        with pytest.raises(DataError, match=re.escape(f"{name} line {at + 1}")) as caught:
+            load(path)
+        assert why in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(all_of(load, path, skip_bad=True)) == 100
+        out = capsys.readouterr().out
+        assert f"{name}: skipped 1 records that cannot be used (first: line {at + 1}" in out
+        assert why in out
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (b"q,3,4", "record 31: not as many fields"),
+        (b"q", "record 31: not as many fields"),
+        (b"caf\xe9,3", "record 31 is not UTF-8 (byte 3)"),
+        (b'"q"x,3', "line 32: not CSV"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_counted_and_left_out(tmp_path, capsys, row, why):
+    rows = [b"What is %d?,%d" % (i, i) for i in range(60)]
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\n".join([b"question,answer", *rows[:30], row, *rows[30:]]))
+    with pytest.raises(DataError, match=re.escape(f"a.csv {why}")):
+        load_problems(path)
+    assert sorted(int(p.answer) for p in all_of(load_problems, path, skip_bad=True)) == [*range(60)]
+    assert f"a.csv: skipped 1 records that cannot be used (first: {why}" in capsys.readouterr().out
+    path.write_bytes(b"\n".join([b"question,answer", *rows, b'"cut in\na text']))
+    with pytest.raises(DataError, match=r"a\.csv lines 62 to 63: not CSV"):
+        load_problems(path)
+    assert len(all_of(load_problems, path, skip_bad=True)) == 60
+    assert "(first: lines 62 to 63: not CSV (unexpected end of data))" in capsys.readouterr().out
+
+
+def test_what_no_skipping_saves(tmp_path):
+    rows = [{"question": f"What is {i}?", "answer": i} for i in range(60)]
+    text = json.dumps(rows, indent=1)
+    (tmp_path / "cut.json").write_text(text[:-9])
+    (tmp_path / "latin.json").write_bytes(text.replace("What", "Caf\xe9", 1).encode("latin-1"))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())[:-20])
+    (tmp_path / "none.jsonl").write_text("one\ntwo\n")
+    (tmp_path / "heading.csv").write_bytes(b"question,answer,caf\xe9\n1,2,3\n")
+    for name, message in [
+        ("cut.json", "cut.json line 240: not JSON"),
+        ("latin.json", "latin.json is not UTF-8 (byte "),
+        ("cut.jsonl.gz", "cannot read"),
+        ("none.jsonl", "none.jsonl: none of the 2 records can be used (first: line 1: not JSON"),
+        ("heading.csv", "heading.csv line 1 is not UTF-8"),
+    ]:
+        with pytest.raises(DataError, match=re.escape(message)) as caught:
+            load_problems(tmp_path / name, skip_bad=True)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"question": "How many?", "answer": VALUE}',
+        '{"prompt": "p", "response": "r", "rating": VALUE}',
+        '{"question": "How many?", "answer": "5", "more": [1, {"score": VALUE}]}',
+    ],
+)
+def test_a_number_that_is_none_names_its_record(tmp_path, value, record):
+    good = json.dumps({"question": "A?", "answer": "5"})
+    for name, text, place in [
+        ("a.jsonl", f"{good}\n%s\n", "line 2"),
+        ("a.json", f"[{good},\n\n%s]", "record 2"),
+    ]:
+        (tmp_path / name).write_text(text % record.replace("VALUE", value))
+        with pytest.raises(DataError, match=rf"{name} {place}: '\w+' holds -?(nan|inf), which is no number in JSON"):
+            load_problems(tmp_path / name)
+
+
+def test_truth_is_no_number():
+    for rated in (True, float("nan"), None):
+        with pytest.raises(DataError, match=f"the rating is {rated}"):
+            problem_from({"prompt": "p", "response": "r", "rating": rated}, "w", "file")
+    for answer in (True, None, float("inf")):
+        with pytest.raises(DataError, match="'answer' must be text"):
+            problem_from({"question": "q", "answer": answer}, "w", "file")
+
+
+def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
+    rows = [(f"What is {i}?", str(i)) for i in range(60)]
+    objects = [{"question": q, "answer": a} for q, a in rows]
+    lines = "\n".join(map(json.dumps, objects))
+    texts = {
+        "jsonl": lines,
+        "ndjson": lines,
+        "json": json.dumps(objects),
+        "csv": "question,answer\n" + "\n".join(map(",".join, rows)),
+        "tsv": "question\tanswer\n" + "\n".join(map("\t".join, rows)),
+    }
+    for kind, text in texts.items():
+        for name in (f"a.{kind}", f"b.{kind.upper()}", f"c.{kind.upper()}.GZ", f"d.{kind.title()}.gz"):
+            content = text.encode()
+            (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+            assert len(all_of(load_problems, tmp_path / name)) == 60
+            assert load_text(tmp_path / name)[0].startswith("What is ")  # records, not one long text
+
+
+def test_json_lines_in_a_file_called_json(tmp_path):
+    path = write_pairs(tmp_path / "lines.json", *[{"question": f"{i} + 1?", "answer": i + 1} for i in range(60)])
+    assert len(all_of(load_problems, path)) == 60
+    with path.open("a") as file:
+        file.write("\nnonsense")
+    with pytest.raises(DataError, match=r"lines\.json line 61: not JSON"):
+        load_problems(path)
+    for one in ('{"question": "A?", "answer": 1}', '{"data":\n[\n{"question": "A?", "answer": 1}\n]\n}'):
+        path.write_text(one)
+        with pytest.raises(DataError, match="must hold an array of objects"):
+            load_problems(path)
 
 
 # Preference pairs.
@@ -343,7 +565,7 @@ def test_a_dialogues_history_decides_its_split(tmp_path):
 
 def test_pairs_of_a_file(tmp_path, capsys):
     records = [pair_record(f"prompt {i}") for i in range(100)]
-    records[3] |= {"rejected": " good\n"}
+    records[3] |= {"rejected": "good"}
     records[5] |= {"chosen": "  "}
     records[8] |= {"rejected": ""}
     path = write_pairs(tmp_path / "pairs.jsonl", *records)

@@ -265,6 +265,7 @@ def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
         for skip_bad in (False, True):
             start = sft.pretrained_start(sft.Config(data=name, skip_bad=skip_bad), dist)
             assert (start.data, start.skip_bad) == (name, skip_bad)
+    assert sft.sft_start(importlib.import_module("grpo").Config(skip_bad=True), dist).skip_bad
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo", "gdpo"])
@@ -397,6 +398,31 @@ def test_a_run_on_conversations(here):
     (here / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     result = sft.main(config(data="chats.jsonl", steps=60, lr=1e-2, demonstrations=None, eval_every=60, packing=True))
     assert result["f1"] > 0.9  # it always says the same
+
+
+def test_a_heading_does_not_turn_a_run_into_exact_match(here):
+    rows = [{"instruction": f"How {i}?", "output": f"#### {i}. Shape\nIt is round."} for i in range(80)]
+    (here / "free.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = sft.main(config(data="free.jsonl", demonstrations=None))
+    assert result["test"] == result["f1"]
+    assert result["valid"] == max(metrics("runs/sft", "f1").values())
+
+
+def test_some_problems_have_an_answer_and_some_not(here, capsys, monkeypatch):
+    """best/ is chosen by the accuracy of the ones and the F1 of the others, together."""
+    rows = [
+        {"question": f"How {i}?", "answer": f"It is {i}.\n#### {i}" if i % 4 else "It is round."} for i in range(99)
+    ]
+    (here / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept = []
+    monkeypatch.setattr(runs.Run, "keep_best", lambda run, value: kept.append(value))
+    sizes = dict(demonstrations=None, eval_problems=20, test_problems=20, max_new_tokens=16)
+    result = sft.main(config(data="both.jsonl", steps=60, lr=1e-2, eval_every=60, **sizes))
+    assert 0.1 < kept[-1] == metrics("runs/sft", "own_measure")[60] < 1
+    out = capsys.readouterr().out
+    assert f"validation own_measure {kept[-1]:.1%}" in out
+    assert "right, or token F1" in out
+    assert 0 < result["test"] < 1
 
 
 def test_lora_trains_and_resumes(here, monkeypatch):

@@ -411,7 +411,7 @@ def test_a_heading_does_not_turn_a_run_into_exact_match(here):
 def test_some_problems_have_an_answer_and_some_not(here, capsys, monkeypatch):
     """best/ is chosen by the accuracy of the ones and the F1 of the others, together."""
     rows = [
-        {"question": f"How {i}?", "answer": f"It is {i}.\n#### {i}" if i % 4 else "It is round."} for i in range(99)
+        {"question": f"How {i}?", "answer": f"It is {i}.\n#### {i}" if i % 2 else "It is round."} for i in range(150)
     ]
     (here / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kept = []

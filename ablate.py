@@ -80,7 +80,9 @@ from support.cli import run_script
 from support.content import content_of_data
 from support.errors import ConfigError, DivergedError
 from support.experiments import EXPERIMENTS
+from support.files import to_json, with_nan, write_whole
 from support.log import commit, read_metrics
+from support.output import log_file
 from support.runs import RUNS
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ def settings_of(experiment, variant, seed, quick=False):
     built = asdict(build(stage, flags))
     data = content_of_data(built["data"]) if "data" in built else None
     settings = {"stage": stage, "config": built, "probe": experiment.probe, "reads": data}
-    return json.loads(json.dumps(settings))
+    return json.loads(to_json(settings))
 
 
 STOPPED = []  # in a worker process: not empty once it was stopped
@@ -258,7 +260,7 @@ def run_one(settings, folder, threads):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             figures = figures_of(settings, folder)
     except DivergedError as error:
         figures = {"diverged": str(error)}
@@ -266,8 +268,7 @@ def run_one(settings, folder, threads):
         STOPPED.append(True)
         raise
     result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
-    (folder / "result.tmp").write_text(json.dumps(result))
-    (folder / "result.tmp").replace(folder / "result.json")
+    write_whole(folder / "result.json", to_json(result))
     return figures
 
 
@@ -384,7 +385,10 @@ def validation_score(folder):
 def read_result(folder):
     """What run_one wrote to the folder, or None."""
     path = folder / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result | {"figures": with_nan(result["figures"])}
 
 
 def main(config):

@@ -84,6 +84,7 @@ from torch import nn
 
 from norms import RMSNorm
 from positional import apply_rope
+from support.output import run_demo
 
 # ---------------------------------------------------------------------------------------------------------------
 # The formula.
@@ -508,4 +509,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -59,6 +59,7 @@ from support import word_problems as word
 from support.answers import extract_answer, same_answer
 from support.downloads import data_folder, fetch, files, imdb_reviews
 from support.errors import DataError
+from support.output import run_demo
 from support.records import (
     file_kind,
     pair_fields,
@@ -544,4 +545,4 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

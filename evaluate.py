@@ -70,6 +70,7 @@ from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
 from support.log import commit
+from support.output import run_demo
 from support.records import drop_too_long
 from support.runs import RUNS
 from support.shared_prompt import pack, shared_answer_logprobs
@@ -531,7 +532,7 @@ def open_chat_model(name):
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        demo()
+        run_demo(demo)
         print("\nto measure a checkpoint: python evaluate.py --checkpoint DIR (see --help)")
     else:
         run_script(main, Config, __doc__)

@@ -59,6 +59,7 @@ from support.cli import run_script
 from support.devices import free_memory, setup
 from support.errors import ConfigError, TokenizerError
 from support.fast_decode import Decoder
+from support.output import run_demo
 from support.streaming import StreamedText
 from transformer import Transformer, TransformerConfig
 
@@ -411,7 +412,7 @@ def demo():
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        demo()
+        run_demo(demo)
         print("\nto use a checkpoint: python generate.py --checkpoint DIR --prompt TEXT (see --help)")
     else:
         run_script(main, Config, __doc__, demo)

@@ -66,6 +66,7 @@ from torch import nn
 
 from support.checks import Positive, Whole, check
 from support.errors import CheckpointError
+from support.output import run_demo
 from transformer import Transformer, TransformerConfig
 
 
@@ -339,4 +340,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -69,6 +69,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
+from support.output import run_demo
+
 
 def route(logits, k, normalise=True, bias=None):
     """Router logits (T, E) -> probs (T, E), weights (T, K), index (T, K). bias (E,) takes part in the choice alone."""
@@ -376,4 +378,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -62,6 +62,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from support.output import run_demo
+
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
     """The formula: x (..., C), weight and bias (C,) -> (..., C) in x's dtype. Statistics in fp32 at least."""
@@ -244,4 +246,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -84,6 +84,7 @@ from functools import partial
 import torch
 
 from support.errors import ConfigError
+from support.output import run_demo
 from support.sharding import full_tensor, same_shape_groups, shard_like
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,4 +367,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -54,6 +54,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from support.output import run_demo
+
 
 class LearnedPositions(nn.Module):
     """positions (..., T) -> (..., T, C): a row of a table of `max_len`."""
@@ -285,4 +287,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -50,7 +50,6 @@ Run it:
 import contextlib
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -78,6 +77,7 @@ from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
+from support.files import must_write, to_json, write_whole
 from support.hf import load_decoder, open_safetensors, save_decoder
 from support.logprobs import target_logprobs
 from support.records import drop_too_long
@@ -282,7 +282,7 @@ class RewardModel(Transformer):
         if SCORE["head.weight"] not in open_safetensors(path)[0]:
             raise CheckpointError(f"{path} has no score head: it is no reward model; python reward_model.py makes one")
         model = load_decoder(cls, path, dropout=dropout, head=SCORE)
-        model.pad_id = json.loads((path / "config.json").read_text()).get("pad_token_id")
+        model.pad_id = json.loads((path / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
         return model
 
 
@@ -420,9 +420,10 @@ def text_start(config, dist):
     name = start_name(config.data, config.seed, "pretrain")
     text = RUNS / f"{name}.txt"
     if dist.is_main:
-        text.parent.mkdir(parents=True, exist_ok=True)
         pairs = load_pairs(config.data, "train", None, skip_bad=config.skip_bad)
-        text.write_text("\n\n".join(f"{p.prompt}\n{p.chosen}\n\n{p.rejected}" for p in pairs), encoding="utf-8")
+        with must_write(text):
+            text.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(text, "\n\n".join(f"{p.prompt}\n{p.chosen}\n\n{p.rejected}" for p in pairs))
     if dist.world > 1:
         distributed.barrier()
     settings = {"data": str(text), "vocab_size": 2048, "model": TransformerConfig(context=512), "steps": 200}
@@ -513,7 +514,8 @@ def main(config):
         check_room(config, judge, policy, tokenizer, policy_tokenizer)
     file = RUNS / config.name / "pairs.json"  # a resumed run reads its pairs: sampled again, they could be others
     if config.resume and file.is_file():
-        pairs = {split: [Pair(**pair) for pair in kept] for split, kept in json.loads(file.read_text()).items()}
+        pairs = json.loads(file.read_text(encoding="utf-8"))
+        pairs = {split: [Pair(**pair) for pair in kept] for split, kept in pairs.items()}
     elif pairs is None:
         pairs = make_pairs(config, policy, policy_tokenizer, dist, autocast)
     fitted, groups = fitting_groups(pairs, tokenizer, judge.config.context, dist)
@@ -525,8 +527,8 @@ def main(config):
         reads |= weights_of(config.sampler or init, policy)
     run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads)
     if dist.is_main and not config.resume and config.data in TASKS and config.pairs != "corrupted":
-        Path(f"{file}.tmp").write_text(json.dumps({split: list(map(asdict, kept)) for split, kept in pairs.items()}))
-        os.replace(f"{file}.tmp", file)
+        with must_write(file):
+            write_whole(file, to_json({split: list(map(asdict, kept)) for split, kept in pairs.items()}))
     pairs = fitted
     model = DistributedDataParallel(judge, broadcast_buffers=False) if dist.world > 1 else judge
     objective = LOSSES[config.loss]

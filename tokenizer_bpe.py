@@ -55,6 +55,7 @@ import regex
 import tiktoken
 
 from support.errors import TokenizerError
+from support.output import run_demo
 from support.tokenizer_files import (
     BYTE_ORDER,
     TokenizerSpec,
@@ -550,4 +551,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -66,6 +66,7 @@ from support.checks import Count, FractionBelow1, Positive, Whole, check
 from support.errors import CheckpointError
 from support.hf import load_decoder, save_decoder
 from support.logprobs import target_logprobs
+from support.output import run_demo
 
 
 @dataclass
@@ -481,4 +482,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_demo(demo)

@@ -98,7 +98,7 @@ def run(name, command, repo, folder):
     args = [*launch, str(repo / script), *flags, "--name", name, "--device", "cpu", "--dtype", "fp32"]
     started = time.perf_counter()
     done = subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    (folder / f"{name}.log").write_text(done.stdout + done.stderr)
+    (folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     print(f"{name:<18}{time.perf_counter() - started:7.1f} s" + (f"   FAILED: see {name}.log" * (done.returncode != 0)))
     return done.returncode == 0
 
@@ -106,7 +106,7 @@ def run(name, command, repo, folder):
 def figures(path):
     """The steps of metrics.jsonl without the timings, and a checksum of each checkpoint's weights."""
     records = []
-    for line in (path / "metrics.jsonl").read_text().splitlines():
+    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "step" in record:
             records.append({k: v for k, v in record.items() if not any(part in k for part in TIMINGS)})
@@ -130,14 +130,14 @@ def record(folder, repo, only):
         for path in sorted((folder / "runs").glob("*/metrics.jsonl"))
         if "." not in path.parent.name
     }
-    (folder / "golden.json").write_text(json.dumps(results, indent=1))
+    (folder / "golden.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return ok
 
 
 def compare(old, new, only):
     """Compare every metric that both records have, bit by bit. A metric that one of them lacks is listed but does not
     count as a difference."""
-    old, new = (json.loads((path / "golden.json").read_text()) for path in (old, new))
+    old, new = (json.loads((path / "golden.json").read_text(encoding="utf-8")) for path in (old, new))
     common = sorted(name for name in old.keys() & new.keys() if name.startswith(only))
     n_different, removed, added = 0, set(), set()
     for name in common:

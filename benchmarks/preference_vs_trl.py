@@ -214,12 +214,12 @@ def main():
     tokenizer.save_pretrained("start")
     pairs, ids = make_data(tokenizer, B if options.check else 8 * B)  # --check: the same batch in every step
     records = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs + held_out()]
-    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     chats = [
         {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}]}
         for r in records
     ]
-    Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
 
     # The same ids for TRL, as text that its tokenizer encodes to these ids again. TRL too ends an answer with one
     # token.

@@ -76,7 +76,7 @@ def data_folder():
 
 def prepare(nanogpt):
     """Write the files of nanoGPT's data/shakespeare_char/prepare.py, without its download -> the validation file."""
-    text = (data_folder() / "tinyshakespeare" / "input.txt").read_text()
+    text = (data_folder() / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     chars, cut = sorted(set(text)), int(len(text) * 0.9)
     stoi = {c: i for i, c in enumerate(chars)}
     ids = np.array([stoi[c] for c in text], dtype=np.uint16)
@@ -105,7 +105,7 @@ def our_run(scratch, flags):
 
 
 def metrics(scratch, name):
-    lines = (Path(scratch) / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(scratch) / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]
 
 

@@ -60,7 +60,7 @@ def main():
     torch.set_num_threads(args.threads)
     try:
         model, tokenizer, _ = open_checkpoint(args.checkpoint)
-        text = Path(args.data).read_text() if args.data else "\n\n".join(narrative_texts("valid", 3000))
+        text = Path(args.data).read_text(encoding="utf-8") if args.data else "\n\n".join(narrative_texts("valid", 3000))
     except (CheckpointError, TokenizerError, OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
     model.eval()

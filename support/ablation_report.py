@@ -20,6 +20,7 @@ import torch
 
 from support.copy_lines import DISTANCES, MOST_DOTS
 from support.devices import auto_dtype
+from support.files import must_write, replacing, write_whole
 from support.plots import pyplot
 
 # Column headings: figures of a finished run.
@@ -181,7 +182,7 @@ def signed(difference, of):
 def machine():
     """Cores, processor, torch and precision, for the record."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if "model name" in line]
     cpu = models[0] if models else platform.processor() or "unknown processor"
     kind = auto_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -190,15 +191,16 @@ def machine():
 
 def seeds_on(path):
     """The seeds of the page at that path; none if there is no page."""
-    match = re.search(r" seeds \(([\d, ]+)\)", path.read_text()) if path.exists() else None
+    match = re.search(r" seeds \(([\d, ]+)\)", path.read_text(encoding="utf-8")) if path.exists() else None
     return [int(seed) for seed in match[1].split(", ")] if match else []
 
 
 def write_page(path, text):
-    """Write the page, and keep what a person wrote below "Reading" on the earlier one."""
-    kept = path.read_text().split("\n## Reading\n", 1)[1:] if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "".join("\n## Reading\n" + words for words in kept))
+    """Write the page, and keep what a person wrote below "Reading" on the earlier one. Raises ConfigError."""
+    kept = path.read_text(encoding="utf-8").split("\n## Reading\n", 1)[1:] if path.exists() else []
+    with must_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text + "".join("\n## Reading\n" + words for words in kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,7 +253,8 @@ def draw(experiment, results, means, curves, seeds, target):
         figure.legend(handles, labels, loc="lower center", ncols=min(4, len(means)), fontsize=9)
     below = 0.1 + 0.25 * math.ceil(len(means) / 4) if handles else 0.0  # inches for the legend
     figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
-    figure.savefig(target, dpi=120)
+    with must_write(target), replacing(target) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 

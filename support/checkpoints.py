@@ -45,7 +45,7 @@ def is_chat_model(path, tokenizer):
     if Path(path).suffix.lower() == ".gguf":
         return tokenizer.chat_template is not None
     try:
-        stop = json.loads((Path(path) / "generation_config.json").read_text())["eos_token_id"]
+        stop = json.loads((Path(path) / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return tokenizer.special_ids.get("<|im_end|>", -1) in (stop if isinstance(stop, list) else [stop])

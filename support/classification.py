@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import wilson
+from support.files import may_fail, write_whole
 from support.plots import draw_curves
 from support.tables import text_table
 
@@ -26,10 +27,13 @@ def write_mistakes(run_path, reviews, probabilities, names, limit=20):
     names = [*names, *map(str, range(len(names), probabilities.shape[1]))]
     confidence, answers = probabilities.amax(-1).tolist(), probabilities.argmax(-1).tolist()
     wrong = [(confidence[i], i) for i, review in enumerate(reviews) if answers[i] != review.label]
-    with (run_path / "samples.md").open("w") as file:
-        for p, i in sorted(wrong, reverse=True)[:limit]:
-            answer, truth = names[answers[i]], names[reviews[i].label]
-            file.write(f"**{answer} with {p:.0%}, but it is {truth}**\n\n> {reviews[i].text[:500]}\n\n")
+    text = ""
+    for p, i in sorted(wrong, reverse=True)[:limit]:
+        answer, truth = names[answers[i]], names[reviews[i].label]
+        text += f"**{answer} with {p:.0%}, but it is {truth}**\n\n> {reviews[i].text[:500]}\n\n"
+    path = run_path / "samples.md"
+    with may_fail(path):
+        write_whole(path, text)
 
 
 def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)):

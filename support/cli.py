@@ -1,16 +1,20 @@
 """A Config dataclass from flags and YAML; errors that the user can fix are one line, with exit status 2."""
 
 import argparse
+import locale
 import os
 import re
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import jsonargparse
 from torch import distributed
 
 from support.checks import listed
 from support.errors import CheckpointError, ConfigError, DataError, TokenizerError
+from support.files import reason
+from support.output import FULL_DISK, lose_output, prepare_output
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -24,6 +28,12 @@ class _Parser(jsonargparse.ArgumentParser):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+    def parse_path(self, path, *args, **kwargs):
+        """Read a --config file as UTF-8: jsonargparse would take the encoding of the locale."""
+        if locale.getpreferredencoding(False).lower() in ("utf-8", "utf8") or not Path(path).is_file():
+            return super().parse_path(path, *args, **kwargs)
+        return self.parse_string(Path(path).read_text(encoding="utf-8"), os.path.basename(path), *args, **kwargs)
 
 
 class _Demo(argparse.Action):
@@ -49,6 +59,11 @@ def parse_config(cls, args=None, description=None, demo=None):
             "--demo", action=_Demo, demo=demo, help="print a small example worked by hand, in seconds, and exit"
         )
     parser.add_class_arguments(cls)
+    for arg in sys.argv[1:] if args is None else args:
+        value = arg.partition("=")[2] if arg.startswith("--") else arg
+        if re.search("[\udc80-\udcff]", value) and not os.path.exists(value):  # bytes that Python could not decode
+            encoding = locale.getpreferredencoding(False)
+            parser.error(f"{arg} is not {encoding} text, the encoding of this locale; a UTF-8 locale, or PYTHONUTF8=1")
     settings = parser.instantiate(parser.parse_args(args))
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
@@ -56,12 +71,21 @@ def parse_config(cls, args=None, description=None, demo=None):
 def run_script(main, cls, description=None, demo=None):
     """The entry point of every script: main(config from the flags). Errors that the user can fix are printed as one
     line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main."""
+    prepare_output()
     try:
         main(parse_config(cls, description=description, demo=demo))
+        sys.stdout.flush()
         status = 0
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line per node
             print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        lose_output()
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error.filename or 'the output'} cannot be written: {reason(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -1,10 +1,9 @@
 """The text of the copying experiment: lines such as `k.......|k`, a letter, some dots, and the same letter. A model
 must remember one letter across the dots; how far it can depends on its position encoding."""
 
-import os
-
 import torch
 
+from support.files import must_write, write_whole
 from support.runs import RUNS
 
 MOST_DOTS = 48  # in training
@@ -24,9 +23,8 @@ def copy_file():
     """The path of the training text, 20,000 lines. It is written again each time (one second), so that it never comes
     from an older version of the code."""
     path = RUNS / "ablate" / "copy.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(copy_line(i, 0, MOST_DOTS) for i in range(20_000)) + "\n"
-    partial = path.with_suffix(f".{os.getpid()}.tmp")  # several runs may write it at the same time
-    partial.write_text(text)
-    partial.replace(path)
+    with must_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)  # several runs may write it at the same time
     return str(path)

@@ -163,7 +163,8 @@ def free_memory(device):
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
     try:
-        with open("/proc/meminfo") as file:  # MemAvailable includes the page cache, which can be freed
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            # MemAvailable includes the page cache, which can be freed.
             return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
     except (OSError, StopIteration):
         return None

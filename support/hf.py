@@ -6,7 +6,6 @@ load_decoder(model_class, path)             -> a model, from a directory or a hu
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from support.checks import only_declared
 from support.errors import CheckpointError
+from support.files import as_bytes, replacing, to_json
 
 # A layout is a table: the names that Hugging Face gives to this project's tensors and config fields, and what all
 # models of the family have in common. In a tensor's name the first {} is the block; a second {} is the expert (here all
@@ -209,10 +209,9 @@ def write_checkpoint(path, tensors, config):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path / "model.safetensors.tmp", metadata={"format": "pt"})
-    (path / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(path / f"{name}.tmp", path / name)
+    with replacing(path / "config.json") as settings, replacing(path / "model.safetensors") as weights:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        settings.write_bytes(as_bytes(to_json(config, indent=2) + "\n"))
 
 
 def load_decoder(model_class, path, dtype=torch.float32, dropout=0.0, head=None):
@@ -323,7 +322,8 @@ def open_safetensors(path):
     files = [file]
     if not file.exists() and index.exists():
         try:
-            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [path / name for name in sorted(set(weight_map.values()))]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(f"{index} is corrupt: no JSON with a weight_map") from None
     shapes, handles = {}, {}

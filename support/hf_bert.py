@@ -63,7 +63,7 @@ HEADS = ("classifier.", "pooler.", "transform", "token_bias")  # may be missing 
 def is_encoder(path):
     """Whether a directory holds an encoder checkpoint, in the own layout or in BERT's."""
     try:
-        return json.loads((Path(path) / "config.json").read_text())["model_type"] in (OWN, "bert")
+        return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"] in (OWN, "bert")
     except (OSError, ValueError, TypeError, KeyError):
         return False  # opening the checkpoint will report the error
 

@@ -10,10 +10,13 @@
 The trackers are TensorBoard and, with --wandb PROJECT, Weights & Biases. The first line of metrics.jsonl holds all
 settings, the commit and the device; every later line is one step. A resumed run first cuts both files back to the step
 that it resumes from, so that they contain each step once.
+
+A full disk does not end a run that is under way: what cannot be written is said once and is missing from the log. Nor
+does an error of Weights & Biases.
 """
 
-import html
 import json
+import math
 import os
 import re
 import subprocess
@@ -22,7 +25,10 @@ from pathlib import Path
 
 import torch
 
+from support.files import UNWRITTEN, append_whole, may_fail, must_write, to_json, write_whole
 from support.locks import unlock_run
+from support.output import lose_output
+from support.trackers import TensorBoard, WandB
 
 
 class Log:
@@ -33,8 +39,6 @@ class Log:
         self.run_dir, self.active = run_dir, dist.is_main
         if not self.active:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
-
         header = {
             "config": asdict(config),
             "commit": commit(),
@@ -43,69 +47,63 @@ class Log:
             "world": dist.world,
         }
         self.path = run_dir / "metrics.jsonl"
-        lines = lines_up_to(self.path, first_step) or [json.dumps(header)]
-        self.path.write_text("".join(line + "\n" for line in lines))
-        cut_samples(run_dir / "samples.md", first_step)
-        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
-        self.wandb = open_wandb(run_dir, config, header, resumed=first_step > 0) if config.wandb else None
+        lines = lines_up_to(self.path, first_step) or [to_json(header)]
+        with must_write(run_dir):
+            write_whole(self.path, "".join(line + "\n" for line in lines))
+            cut_samples(run_dir / "samples.md", first_step)
+            self.trackers = [WandB(run_dir, config, header, resumed=first_step > 0)] if config.wandb else []
+            self.trackers.append(TensorBoard(run_dir / "tensorboard", first_step))
+        UNWRITTEN.difference_update([path for path in UNWRITTEN if Path(path).is_relative_to(run_dir)])
+        lose_output()
 
     def __call__(self, step, **record):
-        """Record the numbers of a step, by name."""
+        """Record the numbers of a step, by name. One that is not finite is null in metrics.jsonl."""
         if not self.active:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
-        for name, value in record.items():
-            self.board.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(record, step=step)
+        with may_fail(self.path):
+            append_whole(self.path, to_json({"step": step, **record}) + "\n")
+        for tracker in self.trackers:
+            tracker.numbers(step, record)
 
     def samples(self, step, text):
         """Record generated text, as Markdown: in samples.md, after a comment with the step, and in the trackers."""
         if not self.active:
             return
-        with (self.run_dir / "samples.md").open("a") as file:
-            file.write(f"<!-- step {step} -->\n" + text.rstrip("\n") + "\n\n")
-        self.board.add_text("samples", text, step)
-        if self.wandb is not None:
-            import wandb
-
-            self.wandb.log({"samples": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+        path = self.run_dir / "samples.md"
+        with may_fail(path):
+            append_whole(path, f"<!-- step {step} -->\n" + text.rstrip("\n") + "\n\n")
+        for tracker in self.trackers:
+            tracker.text(step, text)
 
     def show(self, step, pictures=(), histograms=()):
-        """Trackers only. pictures: names of PNG files in the run directory; histograms: {name: tensor}."""
+        """Trackers only. pictures: names of PNG files in the run directory, of which those that are not there are left
+        out; histograms: {name: tensor}, shown without the values that are not finite or beyond ±1e20, the last of
+        TensorBoard's buckets, and left out if no value remains."""
         if not self.active:
             return
-        from matplotlib.image import imread
-
+        pictures = {name: self.run_dir / f"{name}.png" for name in pictures}
+        pictures = {name: path for name, path in pictures.items() if path.is_file()}
         histograms = {name: values.detach().float().cpu() for name, values in dict(histograms).items()}
-        for name in pictures:
-            self.board.add_image(name, imread(self.run_dir / f"{name}.png"), step, dataformats="HWC")
-        for name, values in histograms.items():
-            self.board.add_histogram(name, values, step)
-        if self.wandb is not None:
-            import wandb
-
-            media = {name: wandb.Image(str(self.run_dir / f"{name}.png")) for name in pictures}
-            media |= {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}
-            self.wandb.log(media, step=step)
+        histograms = {name: values[values.abs() < 1e20] for name, values in histograms.items()}  # NaN is not < 1e20
+        histograms = {name: values for name, values in histograms.items() if len(values)}
+        for tracker in self.trackers:
+            tracker.show(step, pictures, histograms)
 
     def close(self):
         """Close the trackers and unlock the run directory, which `open_run` locked."""
         if self.active:
-            self.board.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+            for tracker in self.trackers:
+                tracker.close()
             unlock_run(self.run_dir)
 
 
 def read_metrics(run_dir):
-    """metrics.jsonl -> {name: (steps, values)}."""
+    """metrics.jsonl -> {name: (steps, values)}, without the values that are not finite."""
     series = {}
-    for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
+    for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         for name, value in record.items():
-            if "step" in record and name != "step" and isinstance(value, int | float):
+            if "step" in record and name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)
@@ -116,10 +114,9 @@ def lines_up_to(path, step):
     """The lines of metrics.jsonl that a run resumed at `step` keeps, header first; an empty list for a new run."""
     if not step or not path.exists():
         return []
-    lines = [
-        line for line in path.read_text().splitlines() if line.endswith("}")
-    ]  # a killed process may leave half a line
-    return [line for line in lines if json.loads(line).get("step", -1) <= step]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half a line
+    return [to_json(record) for record in records if record.get("step", -1) <= step]
 
 
 def cut_samples(path, step):
@@ -131,21 +128,10 @@ def cut_samples(path, step):
             os.truncate(path, later[0])
 
 
-def open_wandb(run_dir, config, header, resumed):
-    """Open a Weights & Biases run. A resumed run continues the W&B run whose id the file wandb_id holds."""
-    import wandb
-
-    id_file = run_dir / "wandb_id"
-    if not (resumed and id_file.exists()):
-        id_file.write_text(wandb.util.generate_id())
-    settings = {"project": config.wandb, "name": config.name, "config": header}
-    return wandb.init(**settings, id=id_file.read_text(), resume="allow")
-
-
 def commit():
     """The commit of this repository, with + appended if files have changed since; "" without git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(git, capture_output=True, encoding="utf-8", check=False).stdout.strip()
     except OSError:
         return ""

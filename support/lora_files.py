@@ -7,7 +7,6 @@ DoRA on a mixture's router, which the targets ffn.* include).
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lora import add_lora, drop_lora, lora_layers
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError
+from support.files import as_bytes, replacing, to_json
 from support.hf import LAYOUTS, layout_of
 from transformer import Transformer
 
@@ -128,10 +128,9 @@ def save_lora(model, path, base=None):
     }
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    (path / f"{SETTINGS}.tmp").write_text(json.dumps(settings, indent=2) + "\n")
-    for name in (WEIGHTS, SETTINGS):
-        os.replace(path / f"{name}.tmp", path / name)
+    with replacing(path / SETTINGS) as peft_config, replacing(path / WEIGHTS) as weights:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        peft_config.write_bytes(as_bytes(to_json(settings, indent=2) + "\n"))
 
 
 def load_lora(model, path):

@@ -4,7 +4,7 @@ A pair is {"prompt", "chosen", "rejected"}: lists of ids, an answer with its end
 `add_reference` it also has "ref_chosen" and "ref_rejected", the reference's log-probabilities of the two answers.
 """
 
-import os
+import io
 import random
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from data import encode_prompt
 from evaluate import is_correct
 from generate import generate
 from support.errors import CheckpointError
+from support.files import must_write, write_whole
 from support.runs import run_path
 from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
@@ -108,5 +109,7 @@ def keep_pairs(run, pairs):
     """Save the pairs, once, in the run directory: a resumed run reads them instead of sampling new ones."""
     path = run.path / "pairs.pt"
     if run.dist.is_main and not path.is_file():
-        torch.save(pairs, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        content = io.BytesIO()
+        torch.save(pairs, content)
+        with must_write(path):
+            write_whole(path, content.getvalue())

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from support.files import may_fail, replacing
 from support.log import read_metrics
 
 
@@ -56,8 +57,7 @@ def draw_curves(run_dir, title, panels):
         axis.axis("off")
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(Path(run_dir) / "curves.png", dpi=130)
-    plt.close(figure)
+    save_picture(figure, Path(run_dir) / "curves.png", dpi=130)
 
 
 def spikes(values):
@@ -89,8 +89,7 @@ def draw_attention(run_dir, maps, tokens):
         axis.set_xticks(range(len(labels)), labels, fontsize=4, rotation=90, parse_math=False)
     figure.suptitle("attention weights, block.head: query (row) to key (column)", fontsize=9)
     figure.tight_layout()
-    figure.savefig(Path(run_dir) / "attention.png", dpi=150)
-    plt.close(figure)
+    save_picture(figure, Path(run_dir) / "attention.png", dpi=150)
 
 
 def draw_experts(run_dir):
@@ -117,8 +116,14 @@ def draw_experts(run_dir):
         right.set(xticks=range(load.shape[1]), yticks=range(load.shape[0]))
     figure.colorbar(image, ax=right, label="multiples of the even share")
     figure.tight_layout()
-    figure.savefig(Path(run_dir) / "experts.png", dpi=130)
-    plt.close(figure)
+    save_picture(figure, Path(run_dir) / "experts.png", dpi=130)
+
+
+def save_picture(figure, path, dpi):
+    """Write a run's picture and close it. On a full disk the picture before it is kept, and a line printed."""
+    with may_fail(path), replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+    pyplot().close(figure)
 
 
 def pyplot():

@@ -4,7 +4,6 @@ Each function says what it measures and what a good model gets. Calibration and 
 """
 
 import contextlib
-import json
 import math
 import random
 import re
@@ -13,7 +12,8 @@ import numpy as np
 
 from data import DEFAULT_TASK, TASKS, load_pairs, load_problems
 from support.errors import DataError
-from support.plots import draw_curves, pyplot
+from support.files import may_fail, to_json, write_whole
+from support.plots import draw_curves, pyplot, save_picture
 
 
 def consistency(score, n, seed, levels, data=DEFAULT_TASK):
@@ -91,15 +91,6 @@ def none_right(correct, n):
     return math.comb(M - c, n) / math.comb(M, n)
 
 
-def without_nan(x):
-    """Nested dicts and lists -> the same with None instead of NaN, which JSON does not have."""
-    if isinstance(x, dict):
-        return {key: without_nan(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [without_nan(value) for value in x]
-    return None if isinstance(x, float) and math.isnan(x) else x
-
-
 def length_figures(groups, scores):
     """How far length alone explains the preferences and the scores: the share of pairs whose longer answer is the
     chosen one, and the correlation between the differences in score and in length. scores (N, 2)."""
@@ -115,8 +106,9 @@ def length_figures(groups, scores):
 def write_report(config, run_dir, n_pairs, report, n_params, unit, equal_loss):
     """Write report.json, print the table, draw curves.png and report.png. equal_loss: the loss of equal scores, in
     `unit`."""
-    text = json.dumps(without_nan(report), indent=1, allow_nan=False)
-    (run_dir / "report.json").write_text(text + "\n")
+    path = run_dir / "report.json"
+    with may_fail(path):
+        write_whole(path, to_json(report, indent=1) + "\n")
     print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
     for kind, (accuracy, low, high, n) in report["by_kind"].items():
         print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
@@ -184,5 +176,4 @@ def draw_report(config, run_dir, n_pairs, report):
         axis.axis("off")
     figure.suptitle(f"reward model, seed {config.seed}: {n_pairs} held-out pairs of {config.data}")
     figure.tight_layout()
-    figure.savefig(run_dir / "report.png", dpi=130)
-    plt.close(figure)
+    save_picture(figure, run_dir / "report.png", dpi=130)

@@ -7,7 +7,6 @@ reused.
 import contextlib
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from support.checks import Amount, Count, Seed, Whole, check
 from support.content import content_of, content_of_checkpoint, content_of_data
 from support.errors import CheckpointError, ConfigError, DivergedError
+from support.files import may_fail, must_write, say_unwritten, to_json, write_whole
 from support.locks import file_lock, lock_run
 from support.log import Log
 from support.sharding import gathered, shard_like, unsharded
@@ -116,7 +116,12 @@ class Run:
                 part.load_state_dict(saved[name])
             self.first, self.began = saved["step"], self.began - saved.get("seconds", 0.0)
         self.done = self.first  # number of completed steps
-        self.log = Log(self.path, config, dist, self.first)
+        try:
+            self.log = Log(self.path, config, dist, self.first)
+        except ConfigError:  # a full disk, a tracker that cannot begin
+            if dist.is_main and not config.resume:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
         self.interrupt = Interrupt(dist)
 
     def steps(self, total=None):
@@ -219,11 +224,13 @@ def open_run(config, dist):
             lock_run(path)
             if not config.resume:
                 n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
-                path.rename(f"{path}.{n}")
+                with must_write(f"{path}.{n}"):
+                    path.rename(f"{path}.{n}")
                 print(f"{path} held an earlier run: moved to {path}.{n}")
-        path.mkdir(parents=True, exist_ok=True)
-        lock_run(path)
-        (path / "launcher").write_text(launch_id())
+        with must_write(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock_run(path)
+            write_whole(path / "launcher", launch_id())
     if dist.world > 1:
         distributed.barrier()
     return path
@@ -240,7 +247,7 @@ def restarted(config, dist):
     resumed. A run of the same name from an earlier launch does not count."""
     path, same_launch = RUNS / config.name, False
     if dist.is_main and saved_run(path) and (path / "launcher").is_file():
-        same_launch = (path / "launcher").read_text() == launch_id()
+        same_launch = (path / "launcher").read_text(encoding="utf-8") == launch_id()
     # several nodes count their restarts separately: one that restarted is enough
     restarts, same_launch = dist.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), same_launch)
     return restarts > 0 and same_launch > 0
@@ -267,7 +274,7 @@ def rng_state(dist):
 
 def save(run_dir, name, dist, model, tokenizer, chat, state=None):
     """Write the checkpoint runs/NAME/name: first as name.tmp, then renamed, so a crash leaves the old one intact. So
-    does a full disk, which prints a message and does not end the run. Returns whether the checkpoint was written.
+    does a full disk, which prints one message and does not end the run. Returns whether the checkpoint was written.
 
     model: the unwrapped one. state: what resuming needs besides the weights. All ranks must call: their random
     generators are gathered.
@@ -284,7 +291,7 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
             tokenizer.save_pretrained(new)
             stop = [int(i) for i in tokenizer.stop_ids] if chat else [tokenizer.endoftext_id]
             decoding = {"eos_token_id": stop, "pad_token_id": tokenizer.endoftext_id, "do_sample": False}
-            (new / "generation_config.json").write_text(json.dumps(decoding, indent=2) + "\n")
+            write_whole(new / "generation_config.json", to_json(decoding, indent=2) + "\n")
             if state is not None:
                 torch.save(state, new / "trainer_state.pt")
             if final.exists():
@@ -293,8 +300,10 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
             new.rename(final)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the disk's error
             written = False
-            print(f"{final} could not be written ({str(error).splitlines()[0]}); the checkpoint before it is kept")
+            say_unwritten(final, str(error).splitlines()[0], "the checkpoint before it is kept")
             shutil.rmtree(new, ignore_errors=True)
+            if not final.exists() and old.exists():
+                old.rename(final)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
     if dist.world > 1:
@@ -303,12 +312,24 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
 
 
 def keep_copy(run_dir, step, keep):
-    """Keep last/ under the name step_STEP too, and of these only the newest `keep`. The files are hard links, not
-    copies, since a checkpoint never changes."""
-    shutil.rmtree(run_dir / f"step_{step:07d}", ignore_errors=True)
-    shutil.copytree(run_dir / "last", run_dir / f"step_{step:07d}", copy_function=os.link)
+    """Keep last/ under the name step_STEP too, and of these only the newest `keep`. The files are hard links where the
+    file system has them, since a checkpoint never changes. A copy that the disk has no room for is left out."""
+
+    def link(file, to):
+        try:
+            os.link(file, to)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, to)
+
+    final, new = run_dir / f"step_{step:07d}", run_dir / "step.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    with may_fail(final):
+        shutil.copytree(run_dir / "last", new, copy_function=link)
+        shutil.rmtree(final, ignore_errors=True)
+        new.rename(final)
+    shutil.rmtree(new, ignore_errors=True)
     for path in sorted(run_dir.glob("step_*"))[:-keep]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # Options that earlier versions had, with the value that turned them off: a run saved with that value can be resumed.
@@ -435,11 +456,12 @@ def make_start_once(name, message, stage, settings, dist):
         made_by["reads"] = [content_of_data(settings.get("data", stage.Config.data))]
         if settings.get("init"):
             made_by["reads"].append(content_of_checkpoint(settings["init"]))
-        made_by = json.dumps(made_by, sort_keys=True)
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
+        made_by = to_json(made_by, sort_keys=True)
+        with must_write(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
     with file_lock(lock) if dist.is_main else contextlib.nullcontext():
-        exists = dist.is_main and finished.exists() and finished.read_text() == made_by
+        exists = dist.is_main and finished.exists() and finished.read_text(encoding="utf-8") == made_by
         if dist.sum(exists)[0]:  # the other ranks wait here for rank 0
             if dist.is_main:
                 print(f"starting from {RUNS / name} (made earlier; delete it to train it again)")
@@ -448,5 +470,6 @@ def make_start_once(name, message, stage, settings, dist):
                 print(f"{message} -> {RUNS / name}")
             stage.main(stage.Config(name=name, **settings))
             if dist.is_main:
-                finished.write_text(made_by)
+                with may_fail(finished):  # then the next stage trains it again
+                    write_whole(finished, made_by)
     return str(RUNS / name)

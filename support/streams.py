@@ -16,6 +16,7 @@ import numpy as np
 from torch import distributed
 
 from support.errors import ConfigError, DataError
+from support.files import must_write, replacing, to_json, write_whole
 from support.locks import file_lock
 from support.runs import RUNS
 
@@ -49,8 +50,7 @@ def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: 
     finally:
         partial.unlink(missing_ok=True)
     description = dict(dtype=dtype.name, tokens=tokens, fingerprint=fingerprint, sha256=digest.hexdigest())
-    partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, sidecar)
+    write_whole(sidecar, to_json(description, indent=1) + "\n")
     return path
 
 
@@ -70,12 +70,13 @@ def tokenise(path: Path, texts: Sequence[str], tokenizer, chunk: int = 1000) -> 
 
     `chunk` documents at a time are encoded on all cores, into one file per chunk under PATH.parts. An interrupted run
     continues after the last finished chunk. (A single text is encoded in one go.) A second run that needs a stream of
-    the same folder waits for the first.
+    the same folder waits for the first. ConfigError on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(path.parent):
-        if not (path.exists() and Path(f"{path}.json").exists()):
-            _tokenise(path, texts, tokenizer, chunk)
+    with must_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(path.parent):
+            if not (path.exists() and Path(f"{path}.json").exists()):
+                _tokenise(path, texts, tokenizer, chunk)
 
 
 def _tokenise(path, texts, tokenizer, chunk):
@@ -90,10 +91,8 @@ def _tokenise(path, texts, tokenizer, chunk):
         files.append(parts / f"{i}.npy")
         if not files[-1].exists():
             ids = [np.array(ids + end, dtype=np.uint32) for ids in tokenizer.encode_batch(texts[i : i + chunk])]
-            partial = parts / f"{i}.{os.getpid()}.part"
-            with open(partial, "wb") as file:
-                np.save(file, np.concatenate(ids))
-            os.replace(partial, files[-1])
+            with replacing(files[-1]) as temporary:
+                np.save(temporary, np.concatenate(ids))
     write_stream(path, (np.load(file) for file in files), tokenizer.vocab_size, tokenizer.fingerprint)
     shutil.rmtree(parts)
 

@@ -1,10 +1,9 @@
 """Tables for the terminal and in Markdown; the rows and the files of an evaluation."""
 
-import json
 import re
 from pathlib import Path
 
-from support.errors import ConfigError
+from support.files import must_write, to_json, write_whole
 
 
 def text_table(rows):
@@ -56,16 +55,15 @@ def gain_of(pair):
 
 def make_folder(folder):
     """Make the output folder, before the long evaluation. Raises ConfigError."""
-    try:
+    with must_write(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be made: {error.strerror}") from None
 
 
 def write_tables(folder, rows, notes, record):
-    """Write table.md, with the notes, and result.json into the folder -> their paths as text."""
-    (folder / "table.md").write_text("\n\n".join([markdown_table(rows), *notes]) + "\n", encoding="utf-8")
-    (folder / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    """Write table.md, with the notes, and result.json into the folder -> their paths as text. Raises ConfigError."""
+    with must_write(folder):
+        write_whole(folder / "table.md", "\n\n".join([markdown_table(rows), *notes]) + "\n")
+        write_whole(folder / "result.json", to_json(record) + "\n")
     return f"{folder}/table.md, {folder}/result.json"
 
 

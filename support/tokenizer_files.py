@@ -7,7 +7,6 @@ that might give different ids here is rejected with a reason, because almost rig
 
 import hashlib
 import json
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import regex
 
 from support.errors import TokenizerError
+from support.files import to_json, write_whole
 
 # The supported patterns that split a text before merging, under GGUF's names. tokenizer_bpe.PATTERN is Qwen2's. The
 # tokenizer.json of GPT-2 and of SmolLM2 refers to the pattern by name. SmolLM2 first splits off the digits and then
@@ -367,9 +367,7 @@ def write_tokenizer(spec, path, model_max_length=None):
     if model_max_length is not None:
         config |= {"model_max_length": model_max_length}
     for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        (path / f"{name}.tmp").write_text(text + "\n", encoding="utf-8")
-        os.replace(path / f"{name}.tmp", path / name)
+        write_whole(path / name, to_json(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def steps_of(spec):

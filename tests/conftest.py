@@ -32,7 +32,7 @@ def here(scratch):
     """`scratch`, with the text file that tests/tiny.py trains on."""
     from tiny import TEXT  # imported here: it imports a stage, which most test files do not need
 
-    (scratch / "text.txt").write_text(TEXT)
+    (scratch / "text.txt").write_text(TEXT, encoding="utf-8")
     return scratch
 
 
@@ -59,7 +59,7 @@ def script(name, *flags, cwd, processes=1, timeout=240):
 
 def metrics(run_dir, name):
     """{step: value} of a metric."""
-    records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {r["step"]: r[name] for r in records if name in r}
 
 

@@ -165,7 +165,7 @@ def small(**changes):
 
 @pytest.fixture
 def experiment(scratch, monkeypatch):
-    (scratch / "text.txt").write_text("the cat sat on the mat. " * 100)
+    (scratch / "text.txt").write_text("the cat sat on the mat. " * 100, encoding="utf-8")
     variants = {"narrow": small(), "wide": small(width=32)}
     width = Experiment("Is wider better?", "the rest", variants, ("valid_loss", "parameters"), ("loss",))
     monkeypatch.setitem(ablate.EXPERIMENTS, "width", width)
@@ -178,8 +178,8 @@ def test_a_run_writes_its_figures_and_a_repetition_gives_the_same(experiment, sc
     again = ablate.run_one(settings, "runs/ablate/b", 1)
     other = ablate.run_one(ablate.settings_of(experiment, "narrow", 6), "runs/ablate/c", 1)
     assert first["valid_loss"] == again["valid_loss"] != other["valid_loss"]
-    assert json.loads((scratch / "runs/ablate/a/result.json").read_text())["settings"] == settings
-    assert "validation loss" in (scratch / "runs/ablate/a/log.txt").read_text()
+    assert json.loads((scratch / "runs/ablate/a/result.json").read_text(encoding="utf-8"))["settings"] == settings
+    assert "validation loss" in (scratch / "runs/ablate/a/log.txt").read_text(encoding="utf-8")
 
 
 def test_a_run_that_diverged_is_a_result(experiment, scratch):
@@ -188,7 +188,7 @@ def test_a_run_that_diverged_is_a_result(experiment, scratch):
     settings = ablate.settings_of(experiment, "hot", 0)
     figures = ablate.run_one(settings, "runs/ablate/hot", 1)
     assert list(figures) == ["diverged"]
-    saved = json.loads((scratch / "runs/ablate/hot/result.json").read_text())
+    saved = json.loads((scratch / "runs/ablate/hot/result.json").read_text(encoding="utf-8"))
     assert saved["figures"] == figures
     assert saved["settings"]["config"]["weight_decay"] == 0.1  # the defaults too
 
@@ -247,20 +247,20 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     assert set(results) == {("narrow", 0), ("wide", 0)}
     target = scratch / "runs/ablate/width-quick/width.md"
     assert (target.with_suffix(".png")).stat().st_size > 5000
-    target.write_text(target.read_text() + "\n## Reading\nWider is dearer.\n")
+    target.write_text(target.read_text(encoding="utf-8") + "\n## Reading\nWider is dearer.\n", encoding="utf-8")
     written = {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")}
     assert len(written) == 2
     assert ablate.main(config) == results  # nothing is run again
     assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == written
-    assert target.read_text().endswith("## Reading\nWider is dearer.\n")
+    assert target.read_text(encoding="utf-8").endswith("## Reading\nWider is dearer.\n")
     stale = min(written)  # the same flags, but a default was another when it was made
-    saved = json.loads(stale.read_text())
+    saved = json.loads(stale.read_text(encoding="utf-8"))
     saved["settings"]["config"]["clip"] = 9.0
-    stale.write_text(json.dumps(saved))
+    stale.write_text(json.dumps(saved), encoding="utf-8")
     assert {k: v["valid_loss"] for k, v in ablate.main(config).items()} == {
         k: v["valid_loss"] for k, v in results.items()
     }
-    assert json.loads(stale.read_text())["settings"]["config"]["clip"] == 1.0
+    assert json.loads(stale.read_text(encoding="utf-8"))["settings"]["config"]["clip"] == 1.0
     assert seeds_on(target) == [0]
     assert seeds_on(scratch / "none.md") == []
     monkeypatch.setattr(ablate, "RUNS", scratch / "runs")
@@ -316,7 +316,7 @@ def test_a_page_keeps_its_seeds(experiment, scratch, monkeypatch):
     """Six seeds are not overwritten by three."""
     monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
     (scratch / "results").mkdir()
-    (scratch / "results/width.md").write_text("Command: `x`. 4 seeds (0, 1, 2, 7); 2 cores\n")
+    (scratch / "results/width.md").write_text("Command: `x`. 4 seeds (0, 1, 2, 7); 2 cores\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"width.md also has the seeds 2, 7: move it aside, or run them too"):
         ablate.main(ablate.Config(experiment="width", seeds=[0, 1]))
 
@@ -356,7 +356,7 @@ def test_a_stop_stops_all(stop, tmp_path):
         while len(running) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
             running = list(tmp_path.glob("runs/ablate/norm-kind/*/run/metrics.jsonl"))
-            running = [log for log in running if '"loss"' in log.read_text()]
+            running = [log for log in running if '"loss"' in log.read_text(encoding="utf-8")]
         if "SIGTERM" in stop:
             process.terminate()
         else:
@@ -367,5 +367,5 @@ def test_a_stop_stops_all(stop, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert output.endswith("stopped; the same command makes the runs that are missing\n")
-    logs = [log.read_text() for log in tmp_path.glob("runs/ablate/norm-kind/*/log.txt")]
+    logs = [log.read_text(encoding="utf-8") for log in tmp_path.glob("runs/ablate/norm-kind/*/log.txt")]
     assert ["saved; add --resume" in log for log in logs] == [True, True]  # and a third has not begun

@@ -101,7 +101,9 @@ def test_many_comparisons_are_corrected_and_the_page_says_so():
 def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(ablation_report.pyplot(), "close", kept.append)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 9.0 - i}) + "\n" for i in (1, 2, 3)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 9.0 - i}) + "\n" for i in (1, 2, 3)), encoding="utf-8"
+    )
 
     def panels(*variants):
         experiment = Experiment("?", "", dict.fromkeys(variants), ("accuracy",), ("loss", "kl"), dashed="no warm-up")

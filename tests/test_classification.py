@@ -52,7 +52,7 @@ def test_a_confusion_table_and_the_surest_mistakes(tmp_path):
     reviews = [Review(text, label) for text, label in (("a", 0), ("b", 0), ("c", 1), ("d", 1))]
     p = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.8, 0.2], [0.5, 0.5]])
     write_mistakes(tmp_path, reviews, p, ("negative", "positive"))
-    sentences = [line for line in (tmp_path / "samples.md").read_text().splitlines() if line]
+    sentences = [line for line in (tmp_path / "samples.md").read_text(encoding="utf-8").splitlines() if line]
     assert sentences == [
         "**negative with 80%, but it is positive**",
         "> c",
@@ -62,4 +62,4 @@ def test_a_confusion_table_and_the_surest_mistakes(tmp_path):
         "> d",
     ]
     write_mistakes(tmp_path, reviews, p, ("negative", "positive"), limit=1)
-    assert (tmp_path / "samples.md").read_text().count("but it is") == 1
+    assert (tmp_path / "samples.md").read_text(encoding="utf-8").count("but it is") == 1

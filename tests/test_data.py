@@ -66,7 +66,7 @@ def test_word_is_the_default():
 @pytest.mark.parametrize("load", [load_problems, load_text])
 def test_bad_files(tmp_path, load):
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
-    empty.write_text(" \n")
+    empty.write_text(" \n", encoding="utf-8")
     latin.write_bytes(b"abc caf\xe9")
     for name, message in [
         (tmp_path / "none.txt", f"no such file, and not one of the known datasets {', '.join(data.TASKS)}, gsm8k"),
@@ -91,7 +91,7 @@ def test_bad_splits(tmp_path):
         with pytest.raises(DataError, match="unknown split"):
             call()
     one = tmp_path / "one.jsonl"
-    one.write_text('{"question": "A?", "answer": "5"}')
+    one.write_text('{"question": "A?", "answer": "5"}', encoding="utf-8")
     for split in set(splits.SPLITS) - {splits.split_of("A?")}:
         with pytest.raises(DataError, match=f"no problem in the split {split}"):
             load_problems(one, split)
@@ -110,7 +110,7 @@ def test_find_looks_in_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
     file = tmp_path / "gsm8k/train.jsonl"
     file.parent.mkdir()
-    file.write_text("x")
+    file.write_text("x", encoding="utf-8")
     assert data.find("gsm8k") == file
     assert data.find(file) == file
     with pytest.raises(DataError, match="built in"):

@@ -19,7 +19,7 @@ from support import devices
     ("changes", "word"), [({"batch": 7}, "evenly"), ({"data": "short.txt"}, "smaller --model.context")]
 )
 def test_bad_input_on_two_ranks_is_said_once_and_ends_both(here, changes, word):
-    (here / "short.txt").write_text("too short. " * 9)
+    (here / "short.txt").write_text("too short. " * 9, encoding="utf-8")
     process = script("pretrain.py", *flags(**changes), cwd=here, processes=2)
     assert process.returncode != 0
     assert [word in line for line in process.stderr.splitlines() if line.startswith("error: ")] == [True]

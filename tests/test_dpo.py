@@ -341,7 +341,7 @@ def test_a_run_with_sampled_pairs(here, monkeypatch):
 
 def write_pairs(path, n=120):
     pairs = [{"prompt": f"Is {i} a number?", "chosen": "It is 7.", "rejected": "Anna has 3 apples."} for i in range(n)]
-    path.write_text("\n".join(map(json.dumps, pairs)))
+    path.write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -420,7 +420,7 @@ def test_a_rank_without_a_pair_adds_nothing(here):
 def test_a_typo_moves_no_earlier_run(here, changes, message):
     pairs = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
     kept = [pair for pair in pairs if split_of(pair["prompt"]) != "valid"]
-    (here / "some.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in kept))
+    (here / "some.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in kept), encoding="utf-8")
     (here / "runs/dpo").mkdir(parents=True)
     with pytest.raises((ConfigError, CheckpointError, DataError), match=message):
         dpo.main(config(**changes))
@@ -476,7 +476,7 @@ def test_lora_trains_and_resumes(here, monkeypatch):
 def test_long_pairs_are_left_out(here, capsys):
     write_pairs(here / "toy.jsonl", 100)
     long = {"prompt": "word " * 300, "chosen": "a", "rejected": "b"}
-    with open("toy.jsonl", "a") as file:
+    with open("toy.jsonl", "a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(long))
     dpo.main(config(data="toy.jsonl", prompts=1000, steps=1))
     assert "train pairs are longer than 160 tokens: left out" in capsys.readouterr().out
@@ -486,7 +486,9 @@ def test_bad_input_is_one_line(here):
     def fails(*flags):
         return script("dpo.py", "--init", "start", *flags, cwd=here)
 
-    (here / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"}\n')
+    (here / "bad.jsonl").write_text(
+        '{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"}\n', encoding="utf-8"
+    )
     assert_one_line_error(fails("--data", "bad.jsonl"), "bad.jsonl", "2", "rejected")
     assert_one_line_error(fails("--data", "nothing.jsonl"), "nothing.jsonl")
     with pytest.raises(ConfigError, match="variant"):

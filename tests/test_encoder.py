@@ -124,7 +124,9 @@ def test_saved_and_opened_it_is_the_same(tmp_path):
         again = Encoder.from_pretrained(tmp_path / str(i)).eval()
         assert again.config == model.config
         assert torch.equal(again(example_texts()[0]), model(example_texts()[0]))
-    kinds = [json.loads((tmp_path / str(i) / "config.json").read_text())["model_type"] for i in range(3)]
+    kinds = [
+        json.loads((tmp_path / str(i) / "config.json").read_text(encoding="utf-8"))["model_type"] for i in range(3)
+    ]
     assert kinds == ["attention_to_alignment_encoder", "bert", "attention_to_alignment_encoder"]
     with pytest.raises(CheckpointError, match="window is for decoders"):
         Encoder(EncoderConfig(**TINY, window=4))
@@ -283,10 +285,10 @@ def test_a_run_leaves_what_it_should(scratch, capsys):
     examples = [(encode(tokenizer, r.text, 32), r.label) for r in test]
     assert evaluate(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
     assert np.sum(result["confusion"]) == len(test)
-    mistakes = (run / "samples.md").read_text()
+    mistakes = (run / "samples.md").read_text(encoding="utf-8")
     assert mistakes.count("%, but it is ") == min(20, len(test) - np.trace(result["confusion"]))
     encoder.main(small(resume=True))
-    assert (run / "samples.md").read_text() == mistakes  # once, however often the end is resumed
+    assert (run / "samples.md").read_text(encoding="utf-8") == mistakes  # once, however often the end is resumed
 
 
 def test_a_batch_without_holes_costs_nothing(scratch):
@@ -370,7 +372,7 @@ def test_more_processes_than_validation_windows(scratch, monkeypatch):
 
 def test_a_mistaken_model_moves_no_earlier_run(scratch):
     (scratch / "runs/encoder").mkdir(parents=True)
-    (scratch / "runs/encoder/metrics.jsonl").write_text("{}\n")
+    (scratch / "runs/encoder/metrics.jsonl").write_text("{}\n", encoding="utf-8")
     for flags, words in [
         (["--vocab_size=100"], ["vocab_size is 100"]),
         (["--model.window=4"], ["window is for decoders"]),

@@ -501,10 +501,10 @@ def here(scratch, tokenizer):
         Transformer(TransformerConfig(tokenizer.vocab_size, context=context, **sizes)).save_pretrained(name)
         tokenizer.save_pretrained(name)
         stop = {"eos_token_id": [tokenizer.im_end_id] if name != "base" else [tokenizer.endoftext_id]}
-        (scratch / name / "generation_config.json").write_text(json.dumps(stop))
+        (scratch / name / "generation_config.json").write_text(json.dumps(stop), encoding="utf-8")
     sums = {f"{i} and 0?": str(i) for i in range(200)}
     kept = [{"question": q, "answer": a} for q, a in sums.items() if split_of(q) == "test"][:9]
-    (scratch / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    (scratch / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     return scratch
 
 
@@ -539,8 +539,8 @@ def test_two_checkpoints_on_the_same_problems(here, tokenizer, monkeypatch, caps
     assert record["pair"] == compare(record["results"][1]["verdicts"], record["results"][0]["verdicts"])
     assert (record["pair"]["only_first"], record["pair"]["only_second"]) == (1, 6)
     out, folder = capsys.readouterr().out, here / "runs/evaluate/one-other-sums.jsonl-test"
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
-    table = (folder / "table.md").read_text()
+    assert json.loads((folder / "result.json").read_text(encoding="utf-8")) == json.loads(json.dumps(record))
+    table = (folder / "table.md").read_text(encoding="utf-8")
     for row in ("| accuracy, greedy | 77.8% | 22.2% |", "| pass@1, temperature 1 | 38.9% | 11.1% |"):
         assert row in table
     assert "| pass@2, temperature 1 | 77.8% | 22.2% |" in table
@@ -553,7 +553,7 @@ def test_two_checkpoints_on_the_same_problems(here, tokenizer, monkeypatch, caps
 
 def test_the_problems_fit_both_and_a_cut_is_told(here, capsys):
     long = {"question": "7 and 0?" + " and 0" * 30, "answer": "7"}
-    with (here / "sums.jsonl").open("a") as file:
+    with (here / "sums.jsonl").open("a", encoding="utf-8") as file:
         for i in range(50):  # some of them fall into the split
             file.write(json.dumps(long | {"question": f"{i} {long['question']}"}) + "\n")
     record = evaluation.main(Config("one", against="other", data="sums.jsonl", max_new_tokens=4, device="cpu"))
@@ -584,7 +584,7 @@ def test_numbers_and_free_text_in_one_file(here, tokenizer, monkeypatch, capsys)
 
 def test_free_text_has_an_f1_and_nothing_to_test(here, capsys):
     texts = [{"instruction": f"Say {i}.", "output": f"I say {i}"} for i in range(60)]
-    (here / "chats.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (here / "chats.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     record = evaluation.main(Config("one", against="other", data="chats.jsonl", max_new_tokens=8, device="cpu"))
     out = capsys.readouterr().out
     assert "pair" not in record
@@ -597,7 +597,7 @@ def test_two_processes_equal_one(here):
     flags = ["--checkpoint", "one", "--problems", 7, "--samples", 2, "--max_new_tokens", 8, "--device", "cpu"]
     done = script("evaluate.py", *flags, cwd=here, processes=2)
     assert done.returncode == 0, done.stderr
-    both = json.loads((here / "runs/evaluate/one-word-test/result.json").read_text())
+    both = json.loads((here / "runs/evaluate/one-word-test/result.json").read_text(encoding="utf-8"))
     record = evaluation.main(Config("one", problems=7, samples=2, max_new_tokens=8, device="cpu", out="alone"))
     assert both["results"] == json.loads(json.dumps(record["results"]))
     assert done.stdout.count("accuracy, greedy") == 1
@@ -630,7 +630,7 @@ def test_a_model_of_transformers(scratch, tokenizer, form):
                 row = torch.cat([row, theirs(row).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         text = opened.decode([i for i in row[0, prompt:].tolist() if i in opened.text_ids])
         records.append({"instruction": question, "output": text})
-    (scratch / "theirs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (scratch / "theirs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     record = evaluation.main(Config(str(path), data="theirs.jsonl", max_new_tokens=12, device="cpu"))
     assert record["results"][0]["n"] == 4
     assert record["results"][0]["f1"] == 1
@@ -654,7 +654,7 @@ def test_a_model_of_transformers(scratch, tokenizer, form):
 )
 def test_bad_input_is_one_line(here, monkeypatch, capsys, flags, words):
     texts = [{"instruction": f"Say {i}.", "output": f"I say {i}"} for i in range(60)]
-    (here / "chats.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (here / "chats.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("the long work had begun"))
     with pytest.raises(SystemExit) as stop:

@@ -204,7 +204,7 @@ def test_what_generate_is_given_must_fit(model):
 
 
 def test_free_memory_is_what_the_system_says():
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(line for line in lines if line.startswith("MemAvailable"))
     assert free_memory(torch.device("cpu")) == pytest.approx(1024 * int(available.split()[1]), rel=0.2)
 
@@ -427,7 +427,7 @@ def failure(capsys, call):
 
 
 def test_flags_and_yaml(checkpoint):
-    (checkpoint / "c.yaml").write_text("checkpoint: run\ntop_k: 7\ntemperature: 0.5\n")
+    (checkpoint / "c.yaml").write_text("checkpoint: run\ntop_k: 7\ntemperature: 0.5\n", encoding="utf-8")
     config = parse_config(Config, ["--config", "c.yaml", "--temperature", "0.9"])
     assert (config.checkpoint, config.top_k, config.temperature, config.prompt) == ("run", 7, 0.9, None)
 
@@ -446,9 +446,9 @@ def test_flags_and_yaml(checkpoint):
     ],
 )
 def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
-    (scratch / "unknown.yaml").write_text("checkpoint: run\npromt: x\n")
-    (scratch / "type.yaml").write_text("checkpoint: run\ntop_k: few\n")
-    (scratch / "broken.yaml").write_text("checkpoint: [run\nprompt: :\n")
+    (scratch / "unknown.yaml").write_text("checkpoint: run\npromt: x\n", encoding="utf-8")
+    (scratch / "type.yaml").write_text("checkpoint: run\ntop_k: few\n", encoding="utf-8")
+    (scratch / "broken.yaml").write_text("checkpoint: [run\nprompt: :\n", encoding="utf-8")
     line = failure(capsys, lambda: parse_config(Config, flags))
     assert any(w in line for w in word.split("|"))
 

@@ -86,7 +86,7 @@ number = 3
 @pytest.fixture
 def own(scratch, monkeypatch):
     monkeypatch.delitem(sys.modules, "own", raising=False)
-    (scratch / "own.py").write_text(OWN)
+    (scratch / "own.py").write_text(OWN, encoding="utf-8")
 
 
 def test_a_reward_of_your_own(own):
@@ -102,10 +102,11 @@ def test_a_reward_of_your_own(own):
 
 
 def test_a_reward_may_use_others_of_its_own_when_it_is_called(scratch, monkeypatch):
-    (scratch / "neighbour.py").write_text("def ones(n): return [1.0] * n")
+    (scratch / "neighbour.py").write_text("def ones(n): return [1.0] * n", encoding="utf-8")
     (scratch / "late.py").write_text(
         "import sys\nsys.path.append('/mine')\n"
-        "def reward(texts, problems, ended):\n    from neighbour import ones\n    return ones(len(texts))\n"
+        "def reward(texts, problems, ended):\n    from neighbour import ones\n    return ones(len(texts))\n",
+        encoding="utf-8",
     )
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(scratch))])
     for name in ("late", "neighbour"):
@@ -611,7 +612,7 @@ def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch, answ
 def test_problems_without_an_answer_are_refused(here, monkeypatch):
     monkeypatch.setattr(grpo, "load_problems", data.load_problems)
     lines = [json.dumps({"instruction": f"Say {i}.", "output": "Something."}) for i in range(80)]
-    (here / "talk.jsonl").write_text("\n".join(lines))
+    (here / "talk.jsonl").write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"of talk\.jsonl have no answer after ####"):
         grpo.main(config(data="talk.jsonl", max_new_tokens=4))
 
@@ -660,7 +661,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
 def test_two_processes_equal_one(here, own, monkeypatch):
     known = [p for split in ("train", "valid", "test") for p in load_problems("word", split, 60)]
     (here / "p.jsonl").write_text(
-        "".join(json.dumps({"question": p.question, "answer": "None to check."}) + "\n" for p in known)
+        "".join(json.dumps({"question": p.question, "answer": "None to check."}) + "\n" for p in known),
+        encoding="utf-8",
     )
     flags = SMALL | EVERYTHING | dict(data="p.jsonl", steps=2, rollouts=5, refill=2, kl="k1", kl_in="reward")
     flags |= dict(correct_weight=0.0, format_weight=0.0, reward="own:letters", name="two")

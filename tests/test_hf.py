@@ -44,7 +44,10 @@ def test_their_checkpoint_here_and_back(name, tmp_path, tokens):
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
     ours.save_pretrained(tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == theirs.config.model_type
+    assert (
+        json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))["model_type"]
+        == theirs.config.model_type
+    )
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "back"))
     tied = {"lm_head.weight"} if ours.config.tie_embeddings else set()  # a tied copy may or may not be written
     assert a.keys() - tied == b.keys() - tied
@@ -66,7 +69,7 @@ def test_their_checkpoint_in_shards(name, tmp_path, tokens):
     shards[1].unlink()
     with pytest.raises(CheckpointError, match=f"has no {shards[1].name}; model.safetensors.index.json names it"):
         Transformer.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"index\.json is corrupt"):
         Transformer.from_pretrained(tmp_path)
 
@@ -86,10 +89,10 @@ def test_an_older_config_json(tmp_path, tokens):
     )
     theirs = randomise(AutoModelForCausalLM.from_config(config))
     theirs.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     for key in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias"):
         del config[key]
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": None}), encoding="utf-8")
     with torch.no_grad():
         ours = Transformer.from_pretrained(tmp_path)(tokens)
         torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
@@ -99,8 +102,10 @@ def test_an_older_config_json(tmp_path, tokens):
 def test_the_trained_length_beside_the_rope_settings(name, tmp_path, tokens):
     hf_model(name).save_pretrained(tmp_path)
     inside = Transformer.from_pretrained(tmp_path)(tokens)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"original_max_position_embeddings": 7}))
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"original_max_position_embeddings": 7}), encoding="utf-8"
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         ours = Transformer.from_pretrained(tmp_path)(tokens)
@@ -124,9 +129,9 @@ def test_the_trained_length_beside_the_rope_settings(name, tmp_path, tokens):
 def test_what_config_json_leaves_out(kind, config, tmp_path):
     """It has the value that the class in transformers gives it, and writes down when it saves."""
     full = kind(**config)
-    (tmp_path / "config.json").write_text(json.dumps(full.to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(full.to_dict()), encoding="utf-8")
     kind, spelled_out = read_hf_config(tmp_path, TransformerConfig)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": full.model_type}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": full.model_type}), encoding="utf-8")
     assert kind == full.model_type
     assert read_hf_config(tmp_path, TransformerConfig)[1].resolved() == spelled_out.resolved()
 
@@ -179,7 +184,7 @@ def test_gpt2_without_the_prefix_and_with_its_mask_buffers(tmp_path, tokens):
 
 def test_the_dtype_of_an_opened_checkpoint(tmp_path):
     tiny().bfloat16().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     assert Transformer.from_pretrained(tmp_path).embed.weight.dtype == torch.float32
     assert Transformer.from_pretrained(tmp_path, dtype=None).embed.weight.dtype == torch.bfloat16
 
@@ -249,7 +254,7 @@ def test_our_checkpoint_there(config, tmp_path, tokens):
 def test_our_own_layout(changes, tmp_path, tokens):
     ours = tiny(**changes)
     ours.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "attention_to_alignment"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "attention_to_alignment"
     again = Transformer.from_pretrained(tmp_path, dropout=ours.config.dropout)
     assert again.config == ours.config
     assert torch.equal(again.eval()(tokens), ours(tokens))
@@ -261,7 +266,7 @@ def test_later_stages_drop_no_tokens(tmp_path, tokens, shared, kind):
     """Dropless it computes what Qwen3-MoE does; our own file, which could say otherwise, opens dropless too."""
     ours = tiny(n_expert=5, n_shared_expert=shared, norm_topk_prob=False, capacity_factor=1.0)
     ours.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == kind
     again = Transformer.from_pretrained(tmp_path).train()
     assert torch.equal(again(tokens), ours.eval()(tokens))
     assert not torch.allclose(ours.train()(tokens), again(tokens), atol=1e-4)
@@ -277,9 +282,9 @@ def test_opening_a_checkpoint_leaves_the_random_numbers_alone(positions, tmp_pat
 
 def damage_config(key, value, **more):
     def do(path):
-        config = json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config |= {key: value} | more
-        (path / "config.json").write_text(json.dumps(config))
+        (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     return do
 
@@ -297,7 +302,7 @@ def damage_tensors(change):
     ("damage", "message"),
     [
         (lambda p: (p / "config.json").unlink(), "no config.json"),
-        (lambda p: (p / "config.json").write_text("{"), "not a model's config.json"),
+        (lambda p: (p / "config.json").write_text("{", encoding="utf-8"), "not a model's config.json"),
         (lambda p: (p / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:500]), "corrupt"),
         (damage_config("model_type", "mamba"), "'mamba' is not known here; known: qwen3, gpt2"),
@@ -305,9 +310,9 @@ def damage_tensors(change):
         (damage_config("num_key_value_heads", 3), "n_kv_head 3"),
         (damage_config("vocab_size", 50), r"embed_tokens.weight has shape \(37, 16\), .* \(50, 16\)"),
         (lambda p: (p / "config.json").write_bytes(b"\xff{}"), "not a model's config.json"),
-        (lambda p: (p / "config.json").write_text("[1]"), "not a model's config.json"),
-        (lambda p: (p / "config.json").write_text('{"model_type": "qwen3"}'), "lacks 'vocab_size'"),
-        (lambda p: (p / "config.json").write_text('{"model_type": "gpt2"}'), "lacks 'vocab_size'"),
+        (lambda p: (p / "config.json").write_text("[1]", encoding="utf-8"), "not a model's config.json"),
+        (lambda p: (p / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8"), "lacks 'vocab_size'"),
+        (lambda p: (p / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8"), "lacks 'vocab_size'"),
         (lambda p: (p / "model.safetensors").write_bytes(b""), "corrupt"),
         (damage_config("model_type", ["qwen3"]), "is not known here"),
         (damage_config("quantization_config", {"bits": 4}), "quantization_config = .* is not supported"),
@@ -407,7 +412,7 @@ def test_a_field_that_no_layout_declares(build, tmp_path):
     """With a tensor or without one, off or on: it is saved as our own, and comes back only as what it is."""
     ours = build()
     ours.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "attention_to_alignment"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "attention_to_alignment"
     again = type(ours).from_pretrained(tmp_path).eval()
     assert again.config == ours.config
     assert torch.equal(again(TOKENS), ours(TOKENS))
@@ -428,7 +433,7 @@ def test_a_tensor_that_no_layout_knows(tmp_path):
     ours = randomised(Transformer(TransformerConfig(**SIZES)))
     ours.blocks[1].attn.planted = nn.Linear(32, 32)
     ours.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "attention_to_alignment"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "attention_to_alignment"
     with pytest.raises(CheckpointError, match=r"hold 'blocks.1.attn.planted.bias'"):
         Transformer.from_pretrained(tmp_path)
 
@@ -440,7 +445,7 @@ def test_a_reward_model_with_a_field_of_its_own(tmp_path):
     ours = GatedReward.from_policy(gated()).eval()
     assert type(ours.blocks[0].attn) is GatedAttention
     ours.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "attention_to_alignment"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "attention_to_alignment"
     assert torch.equal(GatedReward.from_pretrained(tmp_path).eval()(TOKENS), ours(TOKENS))
     with pytest.raises(CheckpointError, match=r"planted_gate = True is no field of TransformerConfig$"):
         RewardModel.from_pretrained(tmp_path)

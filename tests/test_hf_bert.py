@@ -91,7 +91,7 @@ def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
     tensors = load_file(path / "model.safetensors")
     tensors = {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in tensors.items()}
     save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "old" / "config.json").write_text((path / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text((path / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     assert torch.equal(
         Encoder.from_pretrained(tmp_path / "old").hidden(tokens, real, types), whole.hidden(*example_texts())
     )
@@ -119,7 +119,7 @@ def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
     model.blocks[1].attn.planted = torch.nn.Linear(24, 24)
     for name, ours in (("tensor", model), ("field", gated)):
         ours.save_pretrained(tmp_path / name)
-        assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == OWN
+        assert json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))["model_type"] == OWN
     assert Gated.from_pretrained(tmp_path / "field").config == gated.config
     with pytest.raises(CheckpointError, match=r"planted_gate = False is no field of EncoderConfig$"):
         Encoder.from_pretrained(tmp_path / "field")
@@ -129,10 +129,13 @@ def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
 
 def test_bad_checkpoints_are_one_line(bert, tmp_path):
     _, path = bert
-    config, tensors = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+    config, tensors = (
+        json.loads((path / "config.json").read_text(encoding="utf-8")),
+        load_file(path / "model.safetensors"),
+    )
 
     def opened(changes=None, drop=(), **more):
-        (tmp_path / "config.json").write_text(json.dumps(config | (changes or {})))
+        (tmp_path / "config.json").write_text(json.dumps(config | (changes or {})), encoding="utf-8")
         kept = {n: t for n, t in tensors.items() if n not in drop} | more
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         return Encoder.from_pretrained(tmp_path)

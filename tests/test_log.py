@@ -25,7 +25,7 @@ def test_tensorboard_gets_it_all(here):
     assert (got.num, got.min, got.max) == (wq.numel(), wq.min().item(), wq.max().item())
     assert board.Images("attention")[0].encoded_image_string.startswith(b"\x89PNG")
     text = board.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert text in (here / "runs/pretrain/samples.md").read_text()
+    assert text in (here / "runs/pretrain/samples.md").read_text(encoding="utf-8")
 
 
 def test_weights_and_biases_gets_it_all(here, monkeypatch):
@@ -70,7 +70,7 @@ def test_samples_are_cut_back_to_the_step_that_is_resumed(here, monkeypatch):
 
 def test_a_log_cut_in_the_middle_of_a_line(here):
     pretrain.main(config(save_every=3, steps=3))
-    with open("runs/pretrain/metrics.jsonl", "a") as file:
+    with open("runs/pretrain/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 4, "lo')
     pretrain.main(config(steps=6, resume=True))
     assert set(metrics("runs/pretrain", "loss")) == {1, 2, 3, 4, 5, 6}
@@ -79,4 +79,6 @@ def test_a_log_cut_in_the_middle_of_a_line(here):
 def test_a_machine_without_git_trains_too(here, monkeypatch):
     monkeypatch.setenv("PATH", "")
     pretrain.main(config(steps=1))
-    assert json.loads((here / "runs/pretrain/metrics.jsonl").read_text().splitlines()[0])["commit"] == ""
+    assert (
+        json.loads((here / "runs/pretrain/metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["commit"] == ""
+    )

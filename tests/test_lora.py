@@ -398,7 +398,7 @@ def test_adapters_come_back_from_their_files(dora, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     again = load_lora(tiny(), tmp_path)
     assert torch.equal(again(tokens()), model(tokens()))
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert "model.layers.0.self_attn.q_proj" in settings["target_modules"]
     other = trained(add_lora(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), 2, 4, ["*"], dora))
     save_lora(other, tmp_path / "other")
@@ -437,7 +437,7 @@ def test_gpt2s_one_matrix_for_three_keeps_our_names(dora, tmp_path):
     model.save_pretrained(tmp_path / "base")
     fresh = copy.deepcopy(model)
     save_lora(trained(add_lora(model, 4, 8, ALL, dora)), tmp_path / "ours")
-    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text(encoding="utf-8"))
     assert "blocks.0.attn.wq" in settings["target_modules"]
     assert torch.equal(load_lora(fresh, tmp_path / "ours")(tokens()), model(tokens()))
 
@@ -478,7 +478,7 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
         load_lora(tiny(), tmp_path)
     save_lora(trained(add_lora(tiny(), 2, 2, ["wq"])), tmp_path)
     file = tmp_path / "adapter_config.json"
-    good = json.loads(file.read_text())
+    good = json.loads(file.read_text(encoding="utf-8"))
     for change, word in [
         ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
@@ -488,16 +488,16 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
         ({"lora_alpha": "big"}, "cannot be read"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ]:
-        file.write_text(json.dumps(good | change))
+        file.write_text(json.dumps(good | change), encoding="utf-8")
         model = tiny()
         with pytest.raises(CheckpointError, match=word):
             load_lora(model, tmp_path)
         assert not lora_layers(model)
         assert all(p.requires_grad for p in model.parameters())
-    file.write_text("{")
+    file.write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_lora(tiny(), tmp_path)
-    file.write_text(json.dumps(good))
+    file.write_text(json.dumps(good), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"'model\.layers.*matches no Linear"):
         load_lora(nn.Sequential(nn.Linear(3, 3)), tmp_path)
     weights = tmp_path / "adapter_model.safetensors"

@@ -567,7 +567,7 @@ RUN = dict(data="text.txt", tokenizer="char", steps=6, batch=8, micro_batch=8, w
 
 @pytest.fixture
 def here(scratch):
-    (scratch / "text.txt").write_text(TEXT)
+    (scratch / "text.txt").write_text(TEXT, encoding="utf-8")
     return scratch
 
 

@@ -34,7 +34,7 @@ def test_a_run_learns_and_leaves_everything(here, capsys):
     for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "samples.md", "tensorboard"):
         assert (run / name).exists(), name
     assert not list(run.glob("*.tmp")) + list(run.glob("*.old"))
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["config"]["steps"] == 60
+    assert json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["config"]["steps"] == 60
 
 
 def test_the_final_validation_loss_is_torchs_cross_entropy(here):
@@ -230,7 +230,7 @@ def test_continuing_from_a_checkpoint_takes_its_architecture(here):
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(here):
-    (here / "empty.txt").write_text("")
+    (here / "empty.txt").write_text("", encoding="utf-8")
     cases = [
         (["--data", "missing.txt"], "missing.txt"),
         (["--data", "empty.txt"], "empty.txt"),
@@ -271,7 +271,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
 )
 def test_bad_settings(here, changes, message, monkeypatch):
     monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)  # wandb is not there
-    (here / "odd.txt").write_text(TEXT + "ß")  # the ß is in the validation part alone
+    (here / "odd.txt").write_text(TEXT + "ß", encoding="utf-8")  # the ß is in the validation part alone
     earlier = here / "runs/pretrain/metrics.jsonl"
     earlier.parent.mkdir(parents=True)
     earlier.touch()

@@ -40,7 +40,9 @@ def test_what_was_earned_is_read_from_the_log(tmp_path):
     steps = [{"step": i, "collapsed_grpo": 0.5, "collapsed_gdpo": i / 100} for i in range(1, 26)]
     for i, step in enumerate(steps):
         step |= {"reward_correct": float(i >= 15), "reward_format": 1.0, "reward_brevity": 0.25}
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in [{"config": {}}, *steps]))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(s) + "\n" for s in [{"config": {}}, *steps]), encoding="utf-8"
+    )
     got = probes.earned(tmp_path, {}, {"stage": "gdpo", "config": {"combine": "gdpo"}})
     expected = {
         "earned_correct": 50,
@@ -56,7 +58,7 @@ def test_what_was_earned_is_read_from_the_log(tmp_path):
 
 def test_the_probes_on_a_small_model(scratch, monkeypatch):
     """What the architecture experiments measure, on an untrained model of theirs: shapes and ranges."""
-    (scratch / "text.txt").write_text("the cat sat on the mat. " * 400)
+    (scratch / "text.txt").write_text("the cat sat on the mat. " * 400, encoding="utf-8")
     monkeypatch.setattr(probes, "corpus", lambda: "text.txt")
     for probe, positions in (("layers", "rope"), ("beyond", "rope"), ("beyond", "learned"), ("clipping", "rope")):
         folder = f"runs/{probe}-{positions}"

@@ -34,7 +34,7 @@ def test_user_file(tmp_path):
         {"messages": [{"role": "user", "content": "E?"}, {"role": "assistant", "content": "x\n#### 7"}]},
     ]
     records += [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(100)]
-    file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    file.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8")
     found = {split: load_problems(file, split) for split in splits.SPLITS}
     assert sum(len(part) for part in found.values()) == 107
     assert all(splits.split_of(problem.question) == split for split, part in found.items() for problem in part)
@@ -84,7 +84,7 @@ def test_user_file(tmp_path):
 )
 def test_bad_records_name_the_line(tmp_path, line, message):
     file = tmp_path / "bad.jsonl"
-    file.write_text('{"question": "A?", "answer": "5"}\n' + line + "\n")
+    file.write_text('{"question": "A?", "answer": "5"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         load_problems(file)
     assert str(file) in str(caught.value)
@@ -116,7 +116,7 @@ def test_download(tmp_path, monkeypatch):
 
     digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     monkeypatch.setitem(downloads.SHA256, "gsm8k/test.jsonl", digest)
-    assert data.find("gsm8k", "test").read_text() == "hello"
+    assert data.find("gsm8k", "test").read_text(encoding="utf-8") == "hello"
     assert list(file.parent.iterdir()) == [file]
     assert asked[-1].endswith("/grade_school_math/data/test.jsonl")
 
@@ -131,21 +131,25 @@ def test_download(tmp_path, monkeypatch):
 def test_records_of_every_form_are_records_in_pretraining_too(tmp_path):
     rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(40)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     expected = load_text(tmp_path / "a.jsonl", "train")
     assert len(expected) > 20
     assert expected[0].startswith("What is ")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "c.tsv").write_text("question\tanswer\n" + "".join(f"{r['question']}\t{r['answer']}\n" for r in rows))
-    (tmp_path / "d.csv").write_text("question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows))
+    (tmp_path / "c.tsv").write_text(
+        "question\tanswer\n" + "".join(f"{r['question']}\t{r['answer']}\n" for r in rows), encoding="utf-8"
+    )
+    (tmp_path / "d.csv").write_text(
+        "question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows), encoding="utf-8"
+    )
     for name in ("b.jsonl.gz", "c.tsv", "d.csv"):
         assert load_text(tmp_path / name, "train") == expected
 
 
 def test_damaged_files_and_other_datasets_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
-    (tmp_path / "a.csv").write_text('question,answer\n"1 + 1? 2"x,2\n')
-    (tmp_path / "b.csv").write_text("question,answer\n" + "long " * 40_000 + ",2\n" * 1)
+    (tmp_path / "a.csv").write_text('question,answer\n"1 + 1? 2"x,2\n', encoding="utf-8")
+    (tmp_path / "b.csv").write_text("question,answer\n" + "long " * 40_000 + ",2\n" * 1, encoding="utf-8")
     whole = gzip.compress(bytes(range(256)) * 50)
     (tmp_path / "c.jsonl.gz").write_bytes(whole[:30] + b"\xff" * 9 + whole[39:])
     for call, words in [
@@ -217,7 +221,7 @@ def test_bad_conversations(turns, message):
 
 def test_ratings_in_csv_and_jsonl(tmp_path):
     rows = [{"prompt": f"ask {i}", "response": f'say "{i}",\nor not', "rating": 1 + i % 5} for i in range(80)]
-    with open(tmp_path / "rated.csv", "w", newline="") as file:
+    with open(tmp_path / "rated.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["prompt", "response", "rating"])
         writer.writeheader()
         writer.writerows(rows)
@@ -246,14 +250,14 @@ def test_ratings_in_csv_and_jsonl(tmp_path):
     ],
 )
 def test_bad_ratings_name_their_record(tmp_path, row, message):
-    (tmp_path / "rated.csv").write_text(f"prompt,response,rating\np,r,5\n{row}\n")
+    (tmp_path / "rated.csv").write_text(f"prompt,response,rating\np,r,5\n{row}\n", encoding="utf-8")
     with pytest.raises(DataError, match=re.escape(f"rated.csv record 2: {message}")):
         load_problems(tmp_path / "rated.csv")
 
 
 def test_instructions(tmp_path):
     records = [{"instruction": f"do {i}", "input": "" if i % 2 else "x", "output": str(i)} for i in range(60)]
-    (tmp_path / "all.json").write_text(json.dumps(records))
+    (tmp_path / "all.json").write_text(json.dumps(records), encoding="utf-8")
     assert "do 7\n7" in load_text(tmp_path / "all.json") + load_text(tmp_path / "all.json", "valid")
     found = [problem for split in splits.SPLITS for problem in load_problems(tmp_path / "all.json", split)]
     assert {p.question for p in found} == {f"do {i}" + ("" if i % 2 else "\nx") for i in range(60)}
@@ -346,7 +350,7 @@ def test_a_worked_solution_says_more_around_its_number():
 def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
     rows = [f"p{i},r{i},{3 if i % 20 else 7}" for i in range(100)]
     path = tmp_path / "rated.csv"
-    path.write_text("\n".join(["prompt,response,rating", *rows, "p,,4"]) + "\n")
+    path.write_text("\n".join(["prompt,response,rating", *rows, "p,,4"]) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="record 1: the rating is 7"):
         load_problems(path, "train")
     kept = [p for split in splits.SPLITS for p in load_problems(path, split, skip_bad=True)]
@@ -512,7 +516,7 @@ def test_json_lines_in_a_file_called_json(tmp_path):
 
 
 def write_pairs(path, *records):
-    path.write_text("\n".join(json.dumps(record) for record in records))
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
     return path
 
 
@@ -527,7 +531,7 @@ def test_pairs_of_dialogues(tmp_path, monkeypatch):
     start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nNice day.\n\nHuman: Human: what?\n\nAssistant:"
     long = {"chosen": start + " A human.", "rejected": start + " Who knows?"}
     (tmp_path / "preferences").mkdir()
-    with gzip.open(tmp_path / "preferences/hh_helpful_test.jsonl.gz", "wt") as file:
+    with gzip.open(tmp_path / "preferences/hh_helpful_test.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in (one, long))
     short, deep = load_pairs("hh", "test")
     assert (short.prompt, short.chosen, short.rejected, short.kind) == ("Is it 2?", "Yes.", "No: 3.", "hh")
@@ -610,7 +614,7 @@ def test_scores_that_cannot_be_read_name_their_record(tmp_path, monkeypatch):
 
 
 def test_pairs_that_are_not_there(tmp_path):
-    (tmp_path / "cut.jsonl").write_text('{"prompt": "p",')
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "p",', encoding="utf-8")
     with pytest.raises(DataError, match="line 1: not JSON"):
         load_pairs(tmp_path / "cut.jsonl")
     with pytest.raises(DataError, match="gsm8k has no preference pairs"):
@@ -624,7 +628,7 @@ def test_pairs_that_are_not_there(tmp_path):
 def test_style_pairs_read_an_array(tmp_path, monkeypatch):
     records = [{"instruction": f"say {i}", "input": "x" * (i % 2), "chosen": "a", "rejected": "b"} for i in range(60)]
     (tmp_path / "preferences").mkdir()
-    (tmp_path / "preferences/short_style_preferences.json").write_text(json.dumps(records))
+    (tmp_path / "preferences/short_style_preferences.json").write_text(json.dumps(records), encoding="utf-8")
     monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
     prompts = [pair.prompt for split in splits.SPLITS for pair in load_pairs("style", split)]
     assert sorted(prompts) == sorted(f"say {i}" + "\nx" * (i % 2) for i in range(60))
@@ -659,10 +663,10 @@ def test_bad_reviews_name_their_record(tmp_path):
         ({"label": 1}, "line 41: the key 'text' is missing"),
         ({"text": 5, "label": 1}, "line 41: 'text' must be text"),
     ]:
-        path.write_text(good + json.dumps(line))
+        path.write_text(good + json.dumps(line), encoding="utf-8")
         with pytest.raises(DataError, match=message):
             load_sentiment(path)
-    path.write_text(good.replace('"label": 0', '"label": 1'))
+    path.write_text(good.replace('"label": 0', '"label": 1'), encoding="utf-8")
     with pytest.raises(DataError, match="the split train needs texts of both labels"):
         load_sentiment(path)
     (tmp_path / "b.tsv.gz").write_bytes(b"no gzip")

@@ -350,7 +350,7 @@ def test_a_run_learns_and_leaves_everything(here):
     rows = [
         {"prompt": f"question {i}?", "chosen": f"well, {i} it is", "rejected": f"{i % 7} and no"} for i in range(300)
     ]
-    (here / "easy.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (here / "easy.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     result = reward_model.main(config(data="easy.jsonl", n_pairs=None, steps=40, batch=16, lr=1e-2, eval_every=20))
     assert result["accuracy"] > 0.95
     assert result["low"] <= result["accuracy"] <= result["high"]
@@ -402,7 +402,7 @@ def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
     def refuse(word):
         raise AssertionError(word)
 
-    written = json.loads((here / "runs/reward_model/report.json").read_text(), parse_constant=refuse)
+    written = json.loads((here / "runs/reward_model/report.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert written["none"] == [None, 1.0]
     assert written["one_error_above_two"] == result["one_error_above_two"]
 
@@ -450,7 +450,7 @@ def test_two_processes_equal_one(here, backbone):
         a, b = metrics("runs/n1", name), metrics("runs/n2", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
     assert_same_weights("runs/n1/last", "runs/n2/last", atol=1e-5, rtol=1e-3)
-    reports = [json.loads((here / f"runs/n{n}/report.json").read_text()) for n in (1, 2)]
+    reports = [json.loads((here / f"runs/n{n}/report.json").read_text(encoding="utf-8")) for n in (1, 2)]
     assert reports[0]["best_of"] == pytest.approx(reports[1]["best_of"], abs=1e-6)  # the same samples
 
 
@@ -462,7 +462,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
 
 
 def test_bad_input_is_one_line(here):
-    (here / "bad.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n{"prompt": "x"}\n')
+    (here / "bad.jsonl").write_text(
+        '{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n{"prompt": "x"}\n', encoding="utf-8"
+    )
     begin = ["--init", "start"]
     assert_one_line_error(script("reward_model.py", *begin, "--data", "bad.jsonl", cwd=here), " 2", "chosen")
     assert_one_line_error(script("reward_model.py", *begin, "--loss", "mse", cwd=here), "mse", "hinge")
@@ -561,14 +563,14 @@ def test_what_cannot_run_is_said_before_anything_is_made(here, monkeypatch):
         reward_model.main(config(resume=True))
     pairs = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
     kept = [p for p in pairs if split_of(p["prompt"]) != "valid"]
-    (here / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in kept))
+    (here / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in kept), encoding="utf-8")
     with pytest.raises(DataError, match="has no pair in the split valid"):
         reward_model.main(config(init=None, data="pairs.jsonl"))
 
 
 def test_a_broken_off_start_does_not_count(scratch, monkeypatch):
     rows = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
-    Path("pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Path("pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     made = []
 
     def broken(config):
@@ -604,7 +606,7 @@ def test_equal_and_empty_answers_are_skipped_and_counted(here, capsys):
     rows = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
     rows += [{"prompt": "same?", "chosen": "a", "rejected": "a"}, {"prompt": "none?", "chosen": "a", "rejected": " "}]
     rows += [{"prompt": "long? " * 200, "chosen": "yes", "rejected": "no"} for _ in range(1)]
-    (here / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (here / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     reward_model.main(config(data="pairs.jsonl", n_pairs=None, steps=1))
     out = capsys.readouterr().out
     assert "1 pairs of equal answers" in out

@@ -59,7 +59,9 @@ def start(here, *changes, processes=0):
         command = [sys.executable, *launch, str(ROOT / "pretrain.py")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command += [str(x) for x in (*flags(steps=60, save_every=5, eval_every=30), *changes)]
-    with open(here / "stderr.txt", "w") as said:  # a pipe that nobody reads would fill up and stop the process
+    with open(
+        here / "stderr.txt", "w", encoding="utf-8"
+    ) as said:  # a pipe that nobody reads would fill up and stop the process
         return subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.DEVNULL, stderr=said)
 
 
@@ -67,7 +69,7 @@ def assert_ends_well(process, here, seconds=240):
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     process.kill()
-    assert process.wait() == 0, (here / "stderr.txt").read_text()[-3000:]
+    assert process.wait() == 0, (here / "stderr.txt").read_text(encoding="utf-8")[-3000:]
 
 
 def until(condition, process, seconds=240):
@@ -85,7 +87,7 @@ def test_killed_anywhere_and_resumed(here):
         process = start(here, "--name", "parts")
         after = rng.randint(6, 50)
         log = run / "metrics.jsonl"
-        until(lambda: log.exists() and len(log.read_text().splitlines()) > after, process)  # noqa: B023
+        until(lambda: log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > after, process)  # noqa: B023
         if trial % 2:
             until((run / "last.tmp").exists, process)
         process.kill()
@@ -98,9 +100,9 @@ def test_killed_anywhere_and_resumed(here):
 def test_a_killed_worker_is_started_again(here):
     assert_ends_well(start(here, "--name", "whole", processes=2), here)
     process, log = start(here, "--name", "parts", processes=2), here / "runs" / "parts" / "metrics.jsonl"
-    until(lambda: log.exists() and len(log.read_text().splitlines()) > 20, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(c) for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text()]
+    until(lambda: log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > 20, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    workers = [int(c) for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text(encoding="utf-8")]
     os.kill(workers[-1], signal.SIGKILL)
     assert_ends_well(process, here)
     assert_same_weights("runs/whole/last", "runs/parts/last")
@@ -155,7 +157,9 @@ def test_a_restart_adopts_only_a_run_of_its_own_launch(here, monkeypatch, capsys
     assert runs.restarted(config(), dist)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert not runs.restarted(config(), dist)
-    (here / "runs/pretrain/launcher").write_text("another")  # though its process may be another: rank 0 can move
+    (here / "runs/pretrain/launcher").write_text(
+        "another", encoding="utf-8"
+    )  # though its process may be another: rank 0 can move
     assert runs.restarted(config(), dist)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not runs.restarted(config(), dist)
@@ -221,11 +225,11 @@ def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
         pretrain.main(config(resume=True, steps=2))
     with pytest.raises(ConfigError, match=r"lr 0\.004 -> 0\.1"):
         pretrain.main(config(resume=True, lr=0.1))
-    text = (here / "text.txt").read_text()
-    (here / "text.txt").write_text(text.replace("plus", "slup", 1))
+    text = (here / "text.txt").read_text(encoding="utf-8")
+    (here / "text.txt").write_text(text.replace("plus", "slup", 1), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"the text of --data text\.txt has changed"):
         pretrain.main(config(resume=True))
-    (here / "text.txt").write_text(text)
+    (here / "text.txt").write_text(text, encoding="utf-8")
     (here / "runs/pretrain/last/trainer_state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="corrupt"):
         pretrain.main(config(resume=True))

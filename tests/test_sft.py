@@ -308,7 +308,7 @@ def test_a_run_learns_and_leaves_everything(here):
     assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
     for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "samples.md"):
         assert (here / "runs" / "sft" / name).exists(), name
-    stops = json.loads((here / "runs/sft/best/generation_config.json").read_text())["eos_token_id"]
+    stops = json.loads((here / "runs/sft/best/generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     assert stops == list(open_checkpoint("runs/sft")[1].stop_ids)
 
 
@@ -376,7 +376,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
 def write_ratings(path, n=120):
     rows = [{"prompt": f"Say {i}", "response": f"Well, {i}.", "rating": 1 + i % 5} for i in range(n)]
     rows += [{"instruction": f"Say nicely {i}", "output": f"Well, {i}."} for i in range(n // 4)]  # unrated
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 @pytest.mark.parametrize("rated", ["weights", "threshold"])
@@ -395,7 +395,7 @@ def test_a_run_on_rated_responses(here, capsys, rated):
 def test_a_run_on_conversations(here):
     turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
     chats = [{"messages": [*turns, {"role": "user", "content": f"And {i}?"}, turns[1]]} for i in range(80)]
-    (here / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (here / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     result = sft.main(config(data="chats.jsonl", steps=60, lr=1e-2, demonstrations=None, eval_every=60, packing=True))
     assert result["f1"] > 0.9  # it always says the same
 
@@ -495,7 +495,7 @@ def test_a_typo_moves_no_earlier_run(here):
 
 def test_bad_input_is_one_line(here):
     rated = here / "rated.csv"
-    rated.write_text("prompt,response,rating\np,r,4\nq,s,7\n")
+    rated.write_text("prompt,response,rating\np,r,4\nq,s,7\n", encoding="utf-8")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "rated.csv", cwd=here), "record 2", "7")
     with pytest.raises(ConfigError, match="all examples have level 1; try --difficulty length"):
         sft.main(config(order="anti", levels=[1]))
@@ -512,7 +512,7 @@ def test_bad_input_is_one_line(here):
             config(**changes)
     with pytest.raises(ConfigError, match="min_rating"):
         config(min_rating=6.0)
-    (here / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": \n')
+    (here / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": \n', encoding="utf-8")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "bad.jsonl", cwd=here), "bad.jsonl", "2")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "gsm9k", cwd=here), "gsm9k", "gsm8k")
     assert_one_line_error(script("sft.py", "--init", "nowhere", cwd=here), "nowhere")

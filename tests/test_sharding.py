@@ -51,10 +51,12 @@ def assert_same_checkpoint(one, two, atol):
 
 def test_sharded_equals_one_process(here, monkeypatch):
     """FSDP: losses, norms, validation, samples, weights and moments are those of one process with the same batch."""
-    (here / "longer.txt").write_text((TEXT * 2)[:10_700])  # 33 windows to validate: one more pass for rank 0
+    # 33 windows to validate: one more pass for rank 0
+    (here / "longer.txt").write_text((TEXT * 2)[:10_700], encoding="utf-8")
     (here / "ranks.py").write_text(
         f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-        "from test_sharding import run_sharded\nrun_sharded()\n"
+        "from test_sharding import run_sharded\nrun_sharded()\n",
+        encoding="utf-8",
     )
     process = script(here / "ranks.py", cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
@@ -73,7 +75,7 @@ def test_sharded_equals_one_process(here, monkeypatch):
         for again in ("two-True", "two-False"):
             assert set(metrics(f"runs/{case}/{again}", "loss")) == {5, 6}
             assert_same_checkpoint(f"runs/{case}/one/last", f"runs/{case}/{again}/last", 1e-5)
-        one, two = (Path(f"runs/{case}/{x}/samples.md").read_text() for x in ("one", "two"))
+        one, two = (Path(f"runs/{case}/{x}/samples.md").read_text(encoding="utf-8") for x in ("one", "two"))
         assert one == two
     assert weights("runs/mixture/two/last")["blocks.0.ffn.selection_bias"].abs().max() > 0.01
 

@@ -21,7 +21,7 @@ def test_stream_round_trip(tmp_path, vocab, dtype):
     stream = streams.open_stream(path, "tok")
     assert stream.dtype == dtype
     assert stream.tolist() == [token for doc in docs for token in doc]
-    about = json.loads(Path(f"{path}.json").read_text())
+    about = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
     assert about["tokens"] == len(stream)
     assert about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.bin", "a.bin.json"]
@@ -118,7 +118,7 @@ def test_stream_refusals(tmp_path):
     path.write_bytes(path.read_bytes() + b"\0\0")
     with pytest.raises(DataError, match="has 8 bytes, not 3 x 2"):
         streams.open_stream(path, "tok")
-    sidecar.write_text("{}")
+    sidecar.write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match="cannot be read"):
         streams.open_stream(path, "tok")
     sidecar.unlink()

@@ -94,7 +94,10 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
     assert "renamed_same_order" not in result
     monkeypatch.setattr(ppo, "make_start_once", lambda name, what, stage, settings, dist: settings)
     assert ppo.reward_start(ppo.Config(data="backwards"), "x", None)["data"] == "backwards"
-    assert json.loads((scratch / "runs/start/backwards-seed0-sft/finished").read_text())["data"] == "backwards"
+    assert (
+        json.loads((scratch / "runs/start/backwards-seed0-sft/finished").read_text(encoding="utf-8"))["data"]
+        == "backwards"
+    )
 
 
 def test_what_a_row_does_not_say_is_made_of_its_problems(task):

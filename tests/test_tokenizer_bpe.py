@@ -24,7 +24,8 @@ from tokenizer_bpe import (
 )
 
 TEXT = (
-    Path(__file__).with_name("test_transformer.py").read_text() + "naïve façade, 12345 × 67; 你好 🙂 don't I'LL\n\n\t x"
+    Path(__file__).with_name("test_transformer.py").read_text(encoding="utf-8")
+    + "naïve façade, 12345 × 67; 你好 🙂 don't I'LL\n\n\t x"
 )
 BYTE_LEVEL = tokenizers.pre_tokenizers.ByteLevel
 HARD = ["", " ", "\n\n \t", "🙂🙃 naïve", "12345+678=13023", "don't DON'T", "<|im_end|>", "a\u0301\u200d", TEXT[:500]]

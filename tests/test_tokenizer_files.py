@@ -38,7 +38,7 @@ def test_a_pattern_that_means_two_things_is_refused(tmp_path):
 def test_what_a_foreign_split_does_not_match_is_kept(pattern, tmp_path):
     theirs = trained_by_tokenizers(split_by(pattern), TEXT, 320)
     theirs.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     opened = load_tokenizer(tmp_path)
     for text in ("hello world, 12!", "  a1 b22\n\n\tc333 \U0001f642", "", TEXT[:2000]):
         assert opened.encode(text) == opened.encode_naive(text) == theirs.encode(text).ids
@@ -47,7 +47,7 @@ def test_what_a_foreign_split_does_not_match_is_kept(pattern, tmp_path):
     again = load_tokenizer(tmp_path / "again")
     assert again.encode(TEXT[:2000]) == opened.encode(TEXT[:2000])
     again.save_pretrained(tmp_path / "third")
-    written = [(tmp_path / name / "tokenizer.json").read_text() for name in ("again", "third")]
+    written = [(tmp_path / name / "tokenizer.json").read_text(encoding="utf-8") for name in ("again", "third")]
     assert written[0] == written[1]
 
 
@@ -115,14 +115,14 @@ def test_a_default_system_turn_is_kept(bpe, where, tmp_path):  # noqa: F811
     said = 'Be "kind", \\o/ naïve 🙂.\nNow!'
     turn = "{{- '<|im_start|>system\\n' }}{{ " + json.dumps(said, ensure_ascii=False) + " }}{{ '<|im_end|>\\n' }}"
     template = "{%- if messages[0].role != 'system' %}" + turn + "{%- endif %}" + CHAT_TEMPLATE
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     found = {"tokenizer_config.json": template, "by name": [{"name": "default", "template": template}]}.get(where)
     if found is None:
         del config["chat_template"]
-        (tmp_path / where).write_text(template)
+        (tmp_path / where).write_text(template, encoding="utf-8")
     else:
         config["chat_template"] = found
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     auto = AutoTokenizer.from_pretrained(tmp_path)
     opened = load_tokenizer(tmp_path)
     assert opened.default_system == said
@@ -141,8 +141,8 @@ def test_a_default_system_turn_is_kept(bpe, where, tmp_path):  # noqa: F811
 def test_a_strange_frame_is_refused_when_it_is_asked_for(bpe, tmp_path):  # noqa: F811
     bpe.save_pretrained(tmp_path)
     template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")) | {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     for _ in range(2):  # saved it is the same
         opened = load_tokenizer(tmp_path)
         assert opened.encode("plain text") == bpe.encode("plain text")
@@ -186,7 +186,9 @@ def make_qwen3():
 def test_tokenizers_of_other_makes_open(make, tmp_path):
     theirs, pattern = make()
     theirs.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|endoftext|>"}}), encoding="utf-8"
+    )
     ours = load_tokenizer(tmp_path)
     assert (ours.pattern, ours.eos_token) == (pattern, "<|endoftext|>")
     assert ours.vocab_size == theirs.get_vocab_size()
@@ -232,13 +234,13 @@ def test_words_that_are_tokens_but_not_special(tmp_path):
     other = load_tokenizer(tmp_path / "again")
     other.added_ids = {}
     assert other.fingerprint != ours.fingerprint
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     names = [token["content"] for token in content["added_tokens"]]
     content["added_tokens"][names.index(end)]["special"] = False  # whatever a file says, it frames a chat
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
     content["added_tokens"][names.index("</think>")]["lstrip"] = True
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(TokenizerError, match="'</think>' is lstrip"):
         load_tokenizer(tmp_path)
 
@@ -271,17 +273,17 @@ def test_errors(bpe, tmp_path):  # noqa: F811
     with pytest.raises(TokenizerError, match="is not there"):
         load_tokenizer(tmp_path)
     for content in ("{", "[]", '{"model": {"type": "Unigram"}, "pre_tokenizer": {}, "added_tokens": []}'):
-        (tmp_path / "tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
         with pytest.raises(TokenizerError, match=r"corrupt|not supported"):
             load_tokenizer(tmp_path)
     bpe.save_pretrained(tmp_path)
-    good = json.loads((tmp_path / "tokenizer.json").read_text())
+    good = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     for broken in (
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
         {"model": {"vocab": good["model"]["vocab"] | {"!": 10**30}}},
     ):
         broken = {key: good[key] | value for key, value in broken.items()}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(good | broken))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | broken), encoding="utf-8")
         with pytest.raises(TokenizerError, match="corrupt"):
             load_tokenizer(tmp_path)
 
@@ -327,9 +329,9 @@ def test_tokens_that_their_merges_do_not_make(tmp_path):
     file = tmp_path / "tokenizer.json"
     assert Tokenizer.from_file(str(file)).encode("abcd").ids == ours.encode_naive("abcd") == [97, 256, 100]
     for asked in (False, True):
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         content["model"]["ignore_merges"] = asked
-        file.write_text(json.dumps(content))
+        file.write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(TokenizerError, match="do not make its token 'abcd'"):
             load_tokenizer(tmp_path)
 

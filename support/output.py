@@ -1,0 +1,56 @@
+"""What scripts print: in any locale, and to a full disk.
+
+A locale such as en_US.ISO-8859-1 has no Greek or Cyrillic letters; what it lacks is printed as its escape, \\u03b1. If
+the output goes to a file and the disk is full, a training run goes on without that output; other scripts, whose output
+is all that they make, end with an error.
+"""
+
+import contextlib
+import errno
+import io
+import sys
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RUNNING = []  # not empty as soon as a run is under way: from then on a full disk loses output and raises no error
+
+
+class _Stream(io.FileIO):
+    """Standard output or error, without buffer."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not RUNNING or error.errno not in FULL_DISK:
+                raise
+            return len(data)
+
+
+def prepare_output():
+    """Make standard output and error print everything, in any locale. A stream that is no file of the system (in a
+    notebook, in a test) stays as it is."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is not io.TextIOWrapper or type(getattr(stream.buffer, "raw", None)) is not io.FileIO:
+            continue
+        with contextlib.suppress(OSError):
+            stream.flush()
+        buffer = io.BufferedWriter(_Stream(stream.fileno(), "wb", closefd=False))
+        options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **options))
+
+
+def lose_output():
+    """From here on a full disk loses output and raises no error."""
+    RUNNING.append(True)
+
+
+def log_file(path):
+    """A text file, open to be written, for what would be printed; a full disk is treated as that of the output."""
+    return io.TextIOWrapper(io.BufferedWriter(_Stream(path, "wb")), encoding="utf-8", errors="backslashreplace")
+
+
+def run_demo(demo):
+    """The entry point of a chapter that is no script: its example worked by hand."""
+    prepare_output()
+    demo()

@@ -47,8 +47,10 @@ def here(scratch):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     for name, records in (("problems", PROBLEMS), ("pairs", PAIRS), ("reviews", REVIEWS), ("more", REVIEWS[:40])):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    Path("own.py").write_text("def letters(texts, problems, ended):\n    return [len(t) % 2 for t in texts]\n#\n")
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    Path("own.py").write_text(
+        "def letters(texts, problems, ended):\n    return [len(t) % 2 for t in texts]\n#\n", encoding="utf-8"
+    )
     return scratch
 
 
@@ -93,7 +95,9 @@ def test_a_start_is_made_again_if_what_it_read_has_changed(here, capsys):
 
     assert start()
     assert not start()
-    Path("problems.jsonl").write_text(Path("problems.jsonl").read_text() + json.dumps(PROBLEMS[0]) + "\n")
+    Path("problems.jsonl").write_text(
+        Path("problems.jsonl").read_text(encoding="utf-8") + json.dumps(PROBLEMS[0]) + "\n", encoding="utf-8"
+    )
     assert start()
     assert not start()
     assert start(init="start")

@@ -31,9 +31,13 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def parse_path(self, path, *args, **kwargs):
         """Read a --config file as UTF-8: jsonargparse would take the encoding of the locale."""
-        if locale.getpreferredencoding(False).lower() in ("utf-8", "utf8") or not Path(path).is_file():
-            return super().parse_path(path, *args, **kwargs)
-        return self.parse_string(Path(path).read_text(encoding="utf-8"), os.path.basename(path), *args, **kwargs)
+        try:
+            if locale.getpreferredencoding(False).lower() in ("utf-8", "utf8") or not Path(path).is_file():
+                return super().parse_path(path, *args, **kwargs)
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            self.error(f"--config {path} is not UTF-8 text: {error}")
+        return self.parse_string(text, os.path.basename(path), *args, **kwargs)
 
 
 class _Demo(argparse.Action):
@@ -62,7 +66,7 @@ def parse_config(cls, args=None, description=None, demo=None):
     for arg in sys.argv[1:] if args is None else args:
         value = arg.partition("=")[2] if arg.startswith("--") else arg
         if re.search("[\udc80-\udcff]", value) and not os.path.exists(value):  # bytes that Python could not decode
-            encoding = locale.getpreferredencoding(False)
+            encoding = sys.getfilesystemencoding()
             parser.error(f"{arg} is not {encoding} text, the encoding of this locale; a UTF-8 locale, or PYTHONUTF8=1")
     settings = parser.instantiate(parser.parse_args(args))
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})

@@ -86,7 +86,8 @@ def say_unwritten(path, why, then="the run goes on without it"):
 
 def reason(error):
     """An error in a few words, one line."""
-    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+    text = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+    return f"{text}: is the disk full?" if isinstance(error, OSError) and error.errno is None else text  # numpy's
 
 
 def to_json(x, **options):

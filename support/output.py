@@ -27,15 +27,20 @@ class _Stream(io.FileIO):
 
 
 def prepare_output():
-    """Make standard output and error print everything, in any locale. A stream that is no file of the system (in a
-    notebook, in a test) stays as it is."""
+    """Make standard output and error print everything, in any locale. A stream that is no text file (in a notebook)
+    stays as it is."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if type(stream) is not io.TextIOWrapper or type(getattr(stream.buffer, "raw", None)) is not io.FileIO:
+        if type(stream) is not io.TextIOWrapper:
+            continue
+        unbuffered = type(stream.buffer) is io.FileIO  # python -u, PYTHONUNBUFFERED
+        if not unbuffered and type(getattr(stream.buffer, "raw", None)) is not io.FileIO:
+            stream.reconfigure(errors="backslashreplace")
             continue
         with contextlib.suppress(OSError):
             stream.flush()
-        buffer = io.BufferedWriter(_Stream(stream.fileno(), "wb", closefd=False))
+        buffer = _Stream(stream.fileno(), "wb", closefd=False)
+        buffer = buffer if unbuffered else io.BufferedWriter(buffer)
         options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **options))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.files import may_fail, replacing
+from support.files import as_bytes, may_fail, replacing
 from support.log import read_metrics
 
 
@@ -55,7 +55,7 @@ def draw_curves(run_dir, title, panels):
             axis.legend(fontsize=8, framealpha=0.5, loc="upper center", ncols=2)  # translucent, so it hides no point
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
-    figure.suptitle(title)
+    give_title(figure, title)
     figure.tight_layout()
     save_picture(figure, Path(run_dir) / "curves.png", dpi=130)
 
@@ -117,6 +117,11 @@ def draw_experts(run_dir):
     figure.colorbar(image, ax=right, label="multiples of the even share")
     figure.tight_layout()
     save_picture(figure, Path(run_dir) / "experts.png", dpi=130)
+
+
+def give_title(figure, title):
+    """A title that may hold a path: a $ is no formula, and bytes that are no text are shown as escapes."""
+    figure.suptitle(as_bytes(title).decode(), parse_math=False)
 
 
 def save_picture(figure, path, dpi):

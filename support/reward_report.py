@@ -13,7 +13,7 @@ import numpy as np
 from data import DEFAULT_TASK, TASKS, load_pairs, load_problems
 from support.errors import DataError
 from support.files import may_fail, to_json, write_whole
-from support.plots import draw_curves, pyplot, save_picture
+from support.plots import draw_curves, give_title, pyplot, save_picture
 
 
 def consistency(score, n, seed, levels, data=DEFAULT_TASK):
@@ -174,6 +174,6 @@ def draw_report(config, run_dir, n_pairs, report):
         axis.legend(loc="lower center", fontsize=8)
     else:
         axis.axis("off")
-    figure.suptitle(f"reward model, seed {config.seed}: {n_pairs} held-out pairs of {config.data}")
+    give_title(figure, f"reward model, seed {config.seed}: {n_pairs} held-out pairs of {config.data}")
     figure.tight_layout()
     save_picture(figure, run_dir / "report.png", dpi=130)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from support.checks import Amount, Count, Seed, Whole, check
 from support.content import content_of, content_of_checkpoint, content_of_data
 from support.errors import CheckpointError, ConfigError, DivergedError
-from support.files import may_fail, must_write, say_unwritten, to_json, write_whole
+from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.locks import file_lock, lock_run
 from support.log import Log
 from support.sharding import gathered, shard_like, unsharded
@@ -158,9 +158,9 @@ class Run:
 
     def keep_best(self, value):
         """Write best/ if the value, measured in the current step, is better than all earlier ones."""
-        if value < self.state.best if self.lower_is_better else value > self.state.best:
+        better = value < self.state.best if self.lower_is_better else value > self.state.best
+        if better and self.save("best"):
             self.state.best = value
-            self.save("best")
 
     def due(self, every):
         """Whether the current step is a multiple of `every`, or the last step."""
@@ -190,10 +190,13 @@ class Run:
         raise DivergedError(f"{problem} at step {self.done} (learning rate {lr:.1e}); {advice}")
 
     def close(self):
-        """After the last step: write last/, close the log, restore the usual Ctrl-C."""
+        """After the last step: write last/, close the log, restore the usual Ctrl-C. ConfigError if the disk was never
+        empty enough for last/."""
         self.save("last")
         self.interrupt.release()
         self.log.close()
+        if self.dist.is_main and not saved_run(self.path):
+            raise ConfigError(f"{self.path} holds no checkpoint, for none could be written: make room and train again")
 
 
 def run_path(config):
@@ -306,9 +309,7 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
                 old.rename(final)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
-    if dist.world > 1:
-        distributed.barrier()
-    return written
+    return dist.sum(not written)[0] == 0  # the other ranks wait here for rank 0
 
 
 def keep_copy(run_dir, step, keep):
@@ -470,6 +471,7 @@ def make_start_once(name, message, stage, settings, dist):
                 print(f"{message} -> {RUNS / name}")
             stage.main(stage.Config(name=name, **settings))
             if dist.is_main:
-                with may_fail(finished):  # then the next stage trains it again
-                    write_whole(finished, made_by)
+                with may_fail(finished):
+                    if not {str(RUNS / name / part) for part in ("last", "best")} & UNWRITTEN:
+                        write_whole(finished, made_by)  # else the next stage trains it again
     return str(RUNS / name)

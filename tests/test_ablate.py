@@ -289,11 +289,13 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
         result = {"settings": settings, "commit": "abc", "figures": {"valid_loss": config["lr"], "parameters": 1}}
         if config["lr"] == 3e-3 and config["model"]["width"] == 32:
             result["figures"] = {"diverged": "at step 1"}
-        (scratch / folder / "result.json").write_text(json.dumps(result))
+        (scratch / folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
         best = 1e-3 if config["model"]["width"] == 16 else 2e-3
         values = (0.0, 0.0, 0.9, 0.6) if config["lr"] == best else (1.0, 1.0, 0.1, 0.9)  # neither start nor end decides
         lines = [{"step": i + 1, "accuracy": x, "loss": 1.0} for i, x in enumerate(values)]
-        (scratch / folder / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (scratch / folder / "run/metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
 
     monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(ablate, "run_one", run_one)
@@ -308,7 +310,7 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
     assert {made[folder]["config"]["steps"] for folder in tuning} == {7}
     chosen = {(s["config"]["model"]["width"], s["config"]["lr"]) for f, s in made.items() if f not in tuning}
     assert chosen == {(16, 1e-3), (32, 2e-3)}
-    page = (scratch / "results/width.md").read_text()
+    page = (scratch / "results/width.md").read_text(encoding="utf-8")
     assert "--lr, chosen among 0.001, 0.002, 0.003 by the validation accuracy of seed 4" in page
 
 

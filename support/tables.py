@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from support.errors import ConfigError
 from support.files import must_write, to_json, write_whole
 
 
@@ -55,8 +56,10 @@ def gain_of(pair):
 
 def make_folder(folder):
     """Make the output folder, before the long evaluation. Raises ConfigError."""
-    with must_write(f"--out {folder}"):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be made: {error.strerror}") from None
 
 
 def write_tables(folder, rows, notes, record):

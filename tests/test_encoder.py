@@ -430,7 +430,7 @@ def test_a_run_starts_from_a_decoder(scratch):
 
 def test_rows_that_cannot_be_read_are_left_out_if_asked(scratch, capsys):
     rows = [f"It was {('bad', 'good')[i % 2]} {i},{i % 2}" for i in range(200)]
-    Path("own.csv").write_text("\n".join(["text,label", *rows, "It was"]))
+    Path("own.csv").write_text("\n".join(["text,label", *rows, "It was"]), encoding="utf-8")
     with pytest.raises(DataError, match="record 201"):
         encoder.main(small(data="own.csv"))
     encoder.main(small(data="own.csv", text=["own.csv"], skip_bad=True))

@@ -567,7 +567,7 @@ def test_numbers_and_free_text_in_one_file(here, tokenizer, monkeypatch, capsys)
     numbers = [int(p.answer) for p in load_problems("sums.jsonl", "test")]
     rights, asked = {160: numbers[:3], 100: []}, []
     monkeypatch.setattr(evaluation, "generate", answers(rights, tokenizer, asked))
-    with (here / "sums.jsonl").open("a") as file:
+    with (here / "sums.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"instruction": f"{i} and 0", "output": f"It is {i}"}) + "\n" for i in range(60))
         file.write('{"question": "cut')
     flags = dict(data="sums.jsonl", max_new_tokens=20, device="cpu", samples=1)

@@ -300,9 +300,9 @@ def test_white_space_means_something(tmp_path, monkeypatch):
     assert pair["history"] == (("user", "  Hi "), ("assistant", "\tHo"))
     monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
     (tmp_path / "tinystories").mkdir()
-    (tmp_path / "tinystories/train.txt").write_text(f"{CODE}<|endoftext|>\n  B. \n<|endoftext|>\n \n")
+    (tmp_path / "tinystories/train.txt").write_text(f"{CODE}<|endoftext|>\n  B. \n<|endoftext|>\n \n", encoding="utf-8")
     assert load_text("tinystories") == [CODE.rstrip("\n"), "  B. "]
-    (tmp_path / "code.txt").write_text(CODE * 10)
+    (tmp_path / "code.txt").write_text(CODE * 10, encoding="utf-8")
     assert "".join(load_text(tmp_path / "code.txt", split)[0] for split in ("train", "valid")) == CODE * 10
 
 
@@ -434,10 +434,10 @@ def test_a_row_that_cannot_be_read_is_counted_and_left_out(tmp_path, capsys, row
 def test_what_no_skipping_saves(tmp_path):
     rows = [{"question": f"What is {i}?", "answer": i} for i in range(60)]
     text = json.dumps(rows, indent=1)
-    (tmp_path / "cut.json").write_text(text[:-9])
+    (tmp_path / "cut.json").write_text(text[:-9], encoding="utf-8")
     (tmp_path / "latin.json").write_bytes(text.replace("What", "Caf\xe9", 1).encode("latin-1"))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())[:-20])
-    (tmp_path / "none.jsonl").write_text("one\ntwo\n")
+    (tmp_path / "none.jsonl").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "heading.csv").write_bytes(b"question,answer,caf\xe9\n1,2,3\n")
     for name, message in [
         ("cut.json", "cut.json line 240: not JSON"),
@@ -466,7 +466,7 @@ def test_a_number_that_is_none_names_its_record(tmp_path, value, record):
         ("a.jsonl", f"{good}\n%s\n", "line 2"),
         ("a.json", f"[{good},\n\n%s]", "record 2"),
     ]:
-        (tmp_path / name).write_text(text % record.replace("VALUE", value))
+        (tmp_path / name).write_text(text % record.replace("VALUE", value), encoding="utf-8")
         with pytest.raises(DataError, match=rf"{name} {place}: '\w+' holds -?(nan|inf), which is no number in JSON"):
             load_problems(tmp_path / name)
 
@@ -502,12 +502,12 @@ def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
 def test_json_lines_in_a_file_called_json(tmp_path):
     path = write_pairs(tmp_path / "lines.json", *[{"question": f"{i} + 1?", "answer": i + 1} for i in range(60)])
     assert len(all_of(load_problems, path)) == 60
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("\nnonsense")
     with pytest.raises(DataError, match=r"lines\.json line 61: not JSON"):
         load_problems(path)
     for one in ('{"question": "A?", "answer": 1}', '{"data":\n[\n{"question": "A?", "answer": 1}\n]\n}'):
-        path.write_text(one)
+        path.write_text(one, encoding="utf-8")
         with pytest.raises(DataError, match="must hold an array of objects"):
             load_problems(path)
 

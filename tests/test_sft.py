@@ -402,7 +402,7 @@ def test_a_run_on_conversations(here):
 
 def test_a_heading_does_not_turn_a_run_into_exact_match(here):
     rows = [{"instruction": f"How {i}?", "output": f"#### {i}. Shape\nIt is round."} for i in range(80)]
-    (here / "free.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "free.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     result = sft.main(config(data="free.jsonl", demonstrations=None))
     assert result["test"] == result["f1"]
     assert result["valid"] == max(metrics("runs/sft", "f1").values())
@@ -413,7 +413,7 @@ def test_some_problems_have_an_answer_and_some_not(here, capsys, monkeypatch):
     rows = [
         {"question": f"How {i}?", "answer": f"It is {i}.\n#### {i}" if i % 2 else "It is round."} for i in range(150)
     ]
-    (here / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "both.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     kept = []
     monkeypatch.setattr(runs.Run, "keep_best", lambda run, value: kept.append(value))
     sizes = dict(demonstrations=None, eval_problems=20, test_problems=20, max_new_tokens=16)

@@ -54,13 +54,13 @@ import torch
 import torch.nn.functional as F
 
 from support.checkpoints import is_chat_model, open_checkpoint
-from support.checks import Amount, Count, Fraction, Positive, Range, Seed, check
+from support.checks import Amount, Count, Fraction, Range, Seed, check
 from support.cli import run_script
 from support.devices import free_memory, setup
-from support.errors import ConfigError, TokenizerError
+from support.errors import ConfigError, DivergedError, TokenizerError
 from support.fast_decode import Decoder
 from support.output import run_demo
-from support.streaming import StreamedText
+from support.streaming import StreamedText, read_line, require_text
 from transformer import Transformer, TransformerConfig
 
 
@@ -110,7 +110,8 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
 
     Temperature 0 is greedy. penalty divides the positive logits, and multiplies the negative ones, of the tokens that
     `seen` (B, V) marks. The log-probabilities are those of the model's own softmax at the temperature (at 1 if
-    greedy), never of the truncated or penalised one.
+    greedy), never of the truncated or penalised one; NaN for a row whose logits are no distribution, because one is
+    NaN or +inf, or all are −inf: its token means nothing.
     """
 
     def scale(logits):  # dividing by 1 would be one more pass over (B, V)
@@ -129,6 +130,15 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
         if chosen is scaled:  # what was drawn from is the model's own softmax
             return ids.squeeze(-1), probs.gather(-1, ids).log().squeeze(-1)
     return ids.squeeze(-1), scaled.log_softmax(-1).gather(-1, ids).squeeze(-1)
+
+
+def require_finite(logprobs, mask):
+    """Raise DivergedError if a token that the mask counts has log-probability NaN: see `sample`."""
+    if (logprobs.isnan() & mask).any():
+        raise DivergedError(
+            "the model's logits are not finite, so they give no token: its training has diverged (take an earlier "
+            "checkpoint, or train with a smaller --lr), or its numbers overflow (try --dtype fp32)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,7 +166,7 @@ def generate(
     """Continue N prompts (lists of ids), n rollouts each; rows i·n … i·n + n − 1 belong to prompt i. -> Rollout
 
     A row ends with a stop id, which it keeps, or after max_new_tokens. Raises ConfigError on an empty prompt, or one
-    that leaves no room in the context.
+    that leaves no room in the context; DivergedError, which is one too, on logits that are not finite.
 
     generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
     on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; may return the rows to end
@@ -242,6 +252,8 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
     for t in range(max_new_tokens):
         token, logprob = sample(logits, uniforms[row, t], seen=seen, **choice)  # (B,), (B,)
         ids[row, t], mask[row, t], logprobs[row, t] = token, live, logprob
+        if t == 0 or on_tokens is not None:  # before anything is shown; the rest below, where nothing waits for it
+            require_finite(logprob, live)
         if stop_ids:
             live = live & ~torch.isin(token, stop)
         if on_tokens is not None:
@@ -263,6 +275,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
             live, token, seen = live[stay], token[stay], None if seen is None else seen[stay]
         logits = decoder(token)  # (B, V)
     mask = mask[:, : t + 1]  # a row that has ended writes on until it leaves
+    require_finite(logprobs[:, : t + 1], mask)
     return ids[:, : t + 1] * mask, mask, logprobs[:, : t + 1] * mask
 
 
@@ -288,7 +301,7 @@ class Config:
     """Sample only among the most likely tokens that together have this probability."""
     min_p: Fraction | None = None
     """Sample only among tokens with at least this share of the most likely token's probability."""
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: Annotated[float, Range(float, 1e-5)] = 1.0
     """Above 1 makes tokens that the prompt or the answer already holds less likely."""
     stop: list[str] = field(default_factory=list)
     """Texts that end an answer and are not shown: --stop+ "Q:" --stop+ "A:"."""
@@ -305,6 +318,8 @@ class Config:
             raise ConfigError("top_k, top_p and min_p choose what is sampled from: give a --temperature above 0")
         if "" in self.stop:
             raise ConfigError("--stop holds an empty text, which would end every answer at once")
+        for name, texts in (("--prompt", [self.prompt or ""]), ("--stop", self.stop)):
+            require_text("".join(texts), name)
 
 
 def answer(model, tokenizer, ids, stop_ids, config, generator):
@@ -332,9 +347,12 @@ def chat(tokenizer, context, reply):
     history = []
     while True:
         try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+            text = read_line("> ")
+        except KeyboardInterrupt:
             text = ""
+        except ConfigError as error:
+            print(f"({error})")
+            continue
         if not text:
             return
         if text == "/new":

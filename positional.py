@@ -155,6 +155,9 @@ def _read_scaling(scaling, context, theta=10000.0):
         raise ValueError(f"RoPE scaling {kind!r} is not known; choose one of {', '.join(needs)}")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("RoPE over a part of the head (partial_rotary_factor) is not supported")
+    for key, value in scaling.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"RoPE scaling with a {key} of {value}; it must be a finite number")
     missing = [key for key in needs[kind] if scaling.get(key) is None]
     if missing:
         raise ValueError(f"RoPE scaling {kind!r} lacks {', '.join(missing)}")

@@ -68,6 +68,8 @@ def type_error(hint, value):
         return None if value in parts else f"{value!r} is not known; use {listed(parts)}"
     if kind is Annotated:
         return next((error for part in parts[1:] if isinstance(part, Range) and (error := part.error(value))), None)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}; it must be a finite number"
     if kind is list:
         return next((error for item in value if (error := type_error(parts[0], item))), None)
     return None

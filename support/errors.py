@@ -18,4 +18,4 @@ class ConfigError(ValueError):
 
 
 class DivergedError(ConfigError):
-    """The loss or the gradient is no longer finite."""
+    """The loss, the gradient or the logits are no longer finite."""

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from support.checks import only_declared
 from support.errors import CheckpointError
 from support.files import as_bytes, replacing, to_json
+from support.finite import check_finite, is_finite
 
 # A layout is a table: the names that Hugging Face gives to this project's tensors and config fields, and what all
 # models of the family have in common. In a tensor's name the first {} is the block; a second {} is the expert (here all
@@ -293,7 +294,8 @@ class NoInit(TorchFunctionMode):
 
 def load_weights(model_class, config, names, shapes, get, where, dtype=torch.float32):
     """A `model_class` of `config` with the weights of a file. shapes: {name in the file: shape}; get(name in the file)
-    -> tensor. Names and shapes are checked before memory is allocated. Raises CheckpointError."""
+    -> tensor. Names and shapes are checked before memory is allocated. Raises CheckpointError, also on a weight that
+    is not finite in `dtype`."""
     empty = meta_model(model_class, config).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in to_layout(empty, names).items()}
     for name in sorted(expected.keys() | shapes.keys()):
@@ -308,6 +310,7 @@ def load_weights(model_class, config, names, shapes, get, where, dtype=torch.flo
     state = model.state_dict()
     for name, tensor in from_layout(get, empty, names):
         state[name].copy_(tensor)
+    check_finite(to_layout({name: w for name, w in state.items() if not is_finite(w)}, names), where)
     for name in shapes.keys() - expected.keys():
         tied = name.endswith("lm_head.weight")
         if tied and not torch.equal(get(name).to(state["embed.weight"]), state["embed.weight"]):

@@ -9,6 +9,7 @@ import torch
 
 from support.checks import only_declared
 from support.errors import CheckpointError
+from support.finite import check_finite
 from support.hf import (
     EXTENSIONS_OFF,
     EXTRA_KEYS,
@@ -92,14 +93,15 @@ def save_encoder(model, path):
 
 def load_encoder(model_class, path, dropout=0.0):
     """A directory in BERT's layout, where missing heads are initialised randomly, or in the own layout -> a
-    `model_class` in fp32. Raises CheckpointError."""
+    `model_class` in fp32. Raises CheckpointError, also on a weight that is not finite."""
     path = Path(path)
     layout, config = read_config(path, model_class.config_class)
     shapes, get = open_safetensors(path)
     with torch.random.fork_rng(devices=[]):  # opening a file must not change the caller's random state
         torch.manual_seed(0)  # new heads are the same on every rank
         model = model_class(replace(config, dropout=dropout))
-    state, tensors = model.state_dict(), {name: get(name) for name in shapes}
+    state, tensors = model.state_dict(), {name: get(name).float() for name in shapes}
+    check_finite(tensors, path)
     if layout == "bert":
         tensors = from_bert(tensors, state)
     for name in sorted(state.keys() | tensors.keys()):

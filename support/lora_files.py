@@ -17,6 +17,7 @@ from lora import add_lora, drop_lora, lora_layers
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError
 from support.files import as_bytes, replacing, to_json
+from support.finite import check_finite
 from support.hf import LAYOUTS, layout_of
 from transformer import Transformer
 
@@ -142,8 +143,9 @@ def load_lora(model, path):
         rank, alpha, dora = int(settings["r"]), float(settings["lora_alpha"]), settings.get("use_dora", False)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} holds no adapter: {Path(error.filename or WEIGHTS).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the adapter cannot be read: {error!r}") from None
+    check_finite({name: tensor.float() for name, tensor in tensors.items()}, path)  # as the model will hold them
     expected = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "modules_to_save": None}
     expected |= {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
     expected |= {"alora_invocation_tokens": None}

@@ -1,0 +1,34 @@
+"""Weights and saved states must be finite: one NaN or infinity among them makes every number after it NaN."""
+
+import math
+
+import torch
+
+from support.errors import CheckpointError
+
+
+def is_finite(tensor):
+    """Whether all numbers of a tensor are finite. A sum is finite only if all its terms are, and takes a thirtieth of
+    the time of isfinite; but one of large numbers may overflow, and then each is looked at."""
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+
+
+def check_finite(tensors, where):
+    """Raises CheckpointError, which names the first of {name: tensor} that is not finite, and the file or directory
+    `where`."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            n = f"{tensor.numel() - tensor.isfinite().sum():,} of {tensor.numel():,} numbers"
+            raise CheckpointError(
+                f"{where}: {name} has {n} that are NaN or infinite: it is damaged, or its training diverged; "
+                "use an earlier checkpoint"
+            )
+
+
+def check_state(state, where, name=""):
+    """The same for a nested state, such as an optimizer's: its tensors, under names such as optimizers.0.state.3."""
+    if isinstance(state, torch.Tensor):
+        check_finite({name: state}, where)
+    elif isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            check_state(value, where, f"{name}.{key}" if name else str(key))

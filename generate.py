@@ -60,7 +60,7 @@ from support.devices import free_memory, setup
 from support.errors import ConfigError, DivergedError, TokenizerError
 from support.fast_decode import Decoder
 from support.output import run_demo
-from support.streaming import StreamedText, read_line, require_text
+from support.streaming import StreamedText, read_line
 from transformer import Transformer, TransformerConfig
 
 
@@ -318,8 +318,6 @@ class Config:
             raise ConfigError("top_k, top_p and min_p choose what is sampled from: give a --temperature above 0")
         if "" in self.stop:
             raise ConfigError("--stop holds an empty text, which would end every answer at once")
-        for name, texts in (("--prompt", [self.prompt or ""]), ("--stop", self.stop)):
-            require_text("".join(texts), name)
 
 
 def answer(model, tokenizer, ids, stop_ids, config, generator):

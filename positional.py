@@ -51,6 +51,7 @@ Letters: B batch, T time, C width, H heads, D head width. Run it: `python positi
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -58,20 +59,25 @@ from support.output import run_demo
 
 
 class LearnedPositions(nn.Module):
-    """positions (..., T) -> (..., T, C): a row of a table of `max_len`."""
+    """positions (..., T) -> (..., T, C): a row of a table of `max_len`. ValueError on a position outside it."""
 
     def __init__(self, max_len, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(max_len, dim).normal_(std=0.02))
 
     def forward(self, positions):
-        # On CUDA the check would make the CPU wait for the GPU in every step; indexing past the end stops there too,
-        # if less politely. Nothing would stop a negative position: −1 would quietly be the last row.
-        if positions.numel() and not (positions.is_cuda or torch.compiler.is_compiling()):
-            for position in (positions.min().item(), positions.max().item()):
-                if not 0 <= position < len(self.weight):
-                    raise ValueError(f"position {position} asked for, the table has {len(self.weight)}")
-        return self.weight[positions]  # (..., T, C)
+        return table_rows(self.weight, positions)  # (..., T, C)
+
+
+def table_rows(table, positions):
+    """Rows of a table (n, C) by position: (..., T) -> (..., T, C). table[positions] would quietly read the last row at
+    position −1. ValueError outside 0 … n − 1; on CUDA, where the check would make the CPU wait for the GPU in every
+    step, F.embedding itself stops there, if less politely."""
+    if positions.numel() and not (positions.is_cuda or torch.compiler.is_compiling()):
+        for position in (positions.min().item(), positions.max().item()):
+            if not 0 <= position < len(table):
+                raise ValueError(f"position {position} asked for, the table has {len(table)}")
+    return F.embedding(positions, table)
 
 
 def sinusoidal_positions(positions, dim):

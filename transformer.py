@@ -61,6 +61,7 @@ from positional import (
     rope_cos_sin,
     rope_frequencies,
     sinusoidal_positions,
+    table_rows,
 )
 from support.checks import Count, FractionBelow1, Positive, Whole, check
 from support.errors import CheckpointError
@@ -302,8 +303,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens)  # (B, T, C)
         rope = None
         if self.config.positions == "rope":
-            table = self.rope_cos, self.rope_sin
-            rope = self.rope_at(positions) if beyond else [x[positions] for x in table]  # (T, D) or (B, T, D) each
+            tables = self.rope_cos, self.rope_sin  # (context, D) each -> (T, D) or (B, T, D) each
+            rope = self.rope_at(positions) if beyond else [table_rows(table, positions) for table in tables]
         elif self.config.positions == "learned":
             x = x + self.learned(positions)
         elif self.config.positions == "sinusoidal":  # §3.4 and 3.5 of Vaswani et al.: scale, then add

@@ -310,7 +310,8 @@ def load_weights(model_class, config, names, shapes, get, where, dtype=torch.flo
     state = model.state_dict()
     for name, tensor in from_layout(get, empty, names):
         state[name].copy_(tensor)
-    check_finite(to_layout({name: w for name, w in state.items() if not is_finite(w)}, names), where)
+    if not all(map(is_finite, state.values())):
+        check_finite(to_layout(state, names), where)
     for name in shapes.keys() - expected.keys():
         tied = name.endswith("lm_head.weight")
         if tied and not torch.equal(get(name).to(state["embed.weight"]), state["embed.weight"]):

@@ -5,6 +5,7 @@ A pair is {"prompt", "chosen", "rejected"}: lists of ids, an answer with its end
 """
 
 import io
+import math
 import random
 from dataclasses import dataclass
 
@@ -100,9 +101,14 @@ def kept_pairs(config):
     if not (config.resume and path.is_file()):
         return None
     try:
-        return torch.load(path, weights_only=True)
+        pairs = torch.load(path, weights_only=True)
     except Exception as error:  # torch passes on any error of the unpickler
         raise CheckpointError(f"{path} is corrupt: {str(error).splitlines()[0]}") from None
+    for split, of_split in pairs.items():
+        for i, pair in enumerate(of_split):
+            if not all(math.isfinite(pair.get(name, 0.0)) for name in ("ref_chosen", "ref_rejected")):
+                raise CheckpointError(f"{path} is corrupt: the reference's log π of {split} pair {i + 1} is not finite")
+    return pairs
 
 
 def keep_pairs(run, pairs):

@@ -27,6 +27,7 @@ from support.checks import Amount, Count, Seed, Whole, check
 from support.content import content_of, content_of_checkpoint, content_of_data
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
+from support.finite import check_state
 from support.locks import file_lock, lock_run
 from support.log import Log
 from support.sharding import gathered, shard_like, unsharded
@@ -94,6 +95,8 @@ class Run:
     state_dict. `model` is the unwrapped model.
     """
 
+    open_log = None  # of this process; an error that a sweep survives, a DivergedError, may leave it open
+
     def __init__(self, config, dist, model, tokenizer, optimizers, scaler, *, best=-math.inf, lower_is_better=False,
                  chat=True, parts=None, reads=None, began=None, on_save=None, **state):  # fmt: skip
         """best: the value that a checkpoint must exceed (stay below, with lower_is_better) to become best/. chat:
@@ -107,6 +110,7 @@ class Run:
         self.state = SimpleNamespace(best=best, **state)
         self.began = time.perf_counter() if began is None else began
         self.reads = {name: content_of(thing) for name, thing in (reads or {}).items()}
+        self.close_log()
         self.path, self.first = open_run(config, dist), 0
         if config.resume:
             saved = load_state(self.path, dist, model, optimizers, scaler, config, self.reads)
@@ -117,7 +121,7 @@ class Run:
             self.first, self.began = saved["step"], self.began - saved.get("seconds", 0.0)
         self.done = self.first  # number of completed steps
         try:
-            self.log = Log(self.path, config, dist, self.first)
+            self.log = Run.open_log = Log(self.path, config, dist, self.first)
         except ConfigError:  # a full disk, a tracker that cannot begin
             if dist.is_main and not config.resume:
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -183,7 +187,7 @@ class Run:
         if norm_ok and all(map(math.isfinite, losses.values())):
             return
         self.bar.close()  # a sweep continues with the next run
-        self.log.close()
+        self.close_log()
         values = {name.replace("_", " "): value for name, value in losses.items()}
         values |= {} if norm is None else {"gradient norm": norm}
         problem = ", ".join(f"the {name} is {value}" for name, value in values.items())
@@ -194,9 +198,16 @@ class Run:
         empty enough for last/."""
         self.save("last")
         self.interrupt.release()
-        self.log.close()
+        self.close_log()
         if self.dist.is_main and not saved_run(self.path):
             raise ConfigError(f"{self.path} holds no checkpoint, for none could be written: make room and train again")
+
+    @staticmethod
+    def close_log():
+        """Close the log that is open in this process, if any."""
+        if Run.open_log is not None:
+            Run.open_log.close()
+            Run.open_log = None
 
 
 def run_path(config):
@@ -350,6 +361,7 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
         state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch passes on any error of the unpickler
         raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
+    check_state(state, path / "trainer_state.pt")
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
     may_change = {

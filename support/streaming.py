@@ -10,25 +10,20 @@ from support.errors import ConfigError
 def read_line(prompt):
     """The next line of stdin, from a terminal or a pipe, without the white space around it; "" at its end, or if there
     is no stdin. ConfigError if its bytes are no text in the encoding of the locale; the next line can be read then."""
-    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
-        sys.stdin.reconfigure(errors="surrogateescape")  # strict would lose the lines that were read ahead
     try:
+        if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
+            sys.stdin.reconfigure(errors="surrogateescape")  # strict would lose the lines that were read ahead
         line = input(prompt).strip()
     except UnicodeError:  # of an encoding that has no surrogateescape
         raise ConfigError("the line is no text in the encoding of this terminal; type it again") from None
     except (EOFError, OSError, ValueError, RuntimeError):  # at the end; the terminal is gone; stdin is closed; is None
         return ""
-    require_text(line, "the line")
-    return line
-
-
-def require_text(text, name):
-    """Raises ConfigError if a text from the command line or the terminal holds bytes that its encoding does not have."""
     try:
-        text.encode()
+        line.encode()
     except UnicodeEncodeError as error:
-        byte = f"a byte that is no text here (read as the surrogate {text[error.start]!r})"
-        raise ConfigError(f"{name} holds {byte}; type it again") from None
+        byte = f"a byte that is no text here (read as the surrogate {line[error.start]!r})"
+        raise ConfigError(f"the line holds {byte}; type it again") from None
+    return line
 
 
 class StreamedText:

@@ -28,6 +28,8 @@ class Child(Parent):
     dropout: FractionBelow1 = 0.0
     bounded: Annotated[int, Range(int, 2, 4, below=False)] = 2
     free: str = "anything"
+    weight: float = -1.0
+    margin: float | None = None
 
     def __post_init__(self):
         check(self)
@@ -50,6 +52,8 @@ class Child(Parent):
         ({"share": 1.01}, "--share is 1.01; it must be at least 0 and at most 1"),
         ({"dropout": 1}, "--dropout is 1; it must be at least 0 and below 1"),
         ({"bounded": 5}, "--bounded is 5; it must be at least 2 and at most 4"),
+        ({"weight": math.nan}, "--weight is nan; it must be a finite number"),
+        ({"margin": -math.inf}, "--margin is -inf; it must be a finite number"),
     ],
 )
 def test_what_is_refused_and_how(changes, said):

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import shutil
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
@@ -329,6 +331,10 @@ def test_a_run_with_sampled_pairs(here, monkeypatch):
     changes = dict(rollouts=8, max_new_tokens=60, eval_problems=20, test_problems=20, steps=10, lr=2e-2)
     result = dpo.main(config(pairs="sampled", **changes))
     assert result["before"]["pairs"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
+    most = {split: max(Counter(str(pair["prompt"]) for pair in some).values()) for split, some in pairs.items()}
+    assert most["train"] > 1
+    assert most["valid"] == most["test"] == 1  # held-out pairs do not depend on each other
     losses = list(metrics("runs/dpo", "loss").values())
     assert losses[-1] < 0.9 * losses[0]  # these few pairs can be learnt by heart
     monkeypatch.setattr(pairs_room, "is_correct", lambda text, problem: False)
@@ -445,6 +451,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
             dpo.main(config(name="parts", **changes))
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "make_pairs", None)  # pairs and reference are read again, not made again
+        file = here / "runs/parts/pairs.pt"
+        saved = torch.load(file, weights_only=True)
+        saved["valid"][1] |= {"ref_rejected": math.nan}
+        shutil.move(file, f"{file}.good")
+        torch.save(saved, file)
+        with pytest.raises(CheckpointError, match=r"pairs\.pt is corrupt: .* of valid pair 2 is not finite"):
+            dpo.main(config(name="parts", resume=True, **changes))
+        shutil.move(f"{file}.good", file)
         dpo.main(config(name="parts", resume=True, **changes))
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
     assert_same_weights("runs/whole/last", "runs/parts/last")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from safetensors.torch import load_file
 from tiny_encoder import BERT_SIZES, TINY, example_texts, perturbed
 
 import encoder
@@ -33,6 +34,7 @@ from encoder import (
     validate_mlm,
     validation_windows,
 )
+from reward_model import RewardEncoder
 from support import runs
 from support.devices import Dist
 from support.errors import CheckpointError, ConfigError, DataError
@@ -116,6 +118,13 @@ def test_every_parameter_of_the_objective_gets_a_gradient():
     model(tokens, real, targets=tokens, chosen=real).sum().backward()
     silent = {n.partition(".")[0] for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert silent == {"classifier"}
+
+
+@LAYOUTS
+def test_the_parameters_and_no_table_are_saved(changes, tmp_path):
+    for model in (tiny(**changes), RewardEncoder(EncoderConfig(**TINY | changes))):
+        model.save_pretrained(tmp_path)
+        assert load_file(tmp_path / "model.safetensors").keys() == dict(model.named_parameters()).keys()
 
 
 def test_saved_and_opened_it_is_the_same(tmp_path):

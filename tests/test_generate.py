@@ -2,21 +2,25 @@
 
 import contextlib
 import copy
+import io
 import math
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line_error, script
+from conftest import ROOT, assert_one_line_error, script
 
 import generate as generate_module
-from generate import Config, Rollout, answer, generate, main, sample, truncate
+from generate import Config, Rollout, answer, chat, generate, main, sample, truncate
 from support import cli
 from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.cli import parse_config, run_script
 from support.devices import free_memory
-from support.errors import CheckpointError, ConfigError
+from support.errors import CheckpointError, ConfigError, DivergedError
 from tokenizer_bpe import BPETokenizer, CharTokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -66,6 +70,39 @@ def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
     ids, _ = sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]))
     assert ids.tolist() == [1, 3, 3]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("choice", [{}, {"temperature": 0}, {"temperature": 0.7}, {"top_k": 2}, {"top_p": 0.5}])
+def test_logits_that_are_no_distribution_have_no_logprob(bad, choice):
+    logits = torch.tensor([[0.5, -1.0, 2.0, 0.0], [0.5, bad, 2.0, 0.0], [0.5, -math.inf, 2.0, 0.0]])
+    _, logprobs = sample(logits, torch.full((3,), 0.5), **choice)
+    assert logprobs.isnan().tolist() == [False, True, False]  # a single −inf is a probability of 0
+
+
+@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize("settings", [{}, {"static": True}, {"temperature": 0, "stop_ids": (7, 39)}])
+def test_logits_that_are_not_finite_become_no_tokens(model, monkeypatch, at, settings):
+    """From the first token on, or later in one of the rows."""
+    good, calls, shown = generate(model, PROMPTS, 9, uniforms=torch.rand(3, 9)), [], []
+    plain = generate_module.sample
+
+    def broken(logits, *args, **options):
+        calls.append(1)
+        if len(calls) == at + 1:
+            logits = logits.clone()
+            logits[-1, 3] = math.nan
+        return plain(logits, *args, **options)
+
+    monkeypatch.setattr(generate_module, "sample", broken)
+    for more in ({}, {"on_tokens": lambda ids, live: shown.append(ids)}):
+        calls.clear()
+        with pytest.raises(DivergedError, match="logits are not finite") as error:
+            generate(model, PROMPTS, 9, uniforms=torch.zeros(3, 9), **settings | more)
+        assert "\n" not in str(error.value)
+        assert model.training
+    assert len(shown) == at  # a stream ends before the token that means nothing
+    assert good.logprobs.isfinite().all()
 
 
 def test_truncation_against_plain_lists():
@@ -232,6 +269,39 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
     assert "(stopped)" in told
     assert "(the prompt has 99 tokens)" in told
     assert [("said 1" in a, "rat" in a, "long" in a) for a in asked[3:]] == [(True, False, False), (False,) * 3]
+
+
+def test_bytes_that_are_no_text_get_one_line_and_the_next_prompt(checkpoint):
+    """A half-erased character, a NUL, a carriage return, and an end in the middle of a line."""
+    (checkpoint / "run/best/generation_config.json").write_text('{"eos_token_id": [268, 269]}')
+    command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "run", "--max_new_tokens", "2"]
+    keys = b"hi\nc\xc3\n\0x\rcat\n\xe4\xbd"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in a UTF-8 locale; in C it is surrogateescape
+    done = subprocess.run(command, input=keys, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    assert done.stdout.count(b"> ") == 5  # two lines are answered, two are refused, and the end is asked for
+    assert done.stdout.count(b"a byte that is no text here") == 2
+
+
+@pytest.mark.parametrize("stdin", [None, io.TextIOWrapper(io.BytesIO(b"hi\n"))])
+def test_a_chat_without_stdin_ends(monkeypatch, stdin, capsys):
+    if stdin is not None:
+        stdin.close()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    chat(None, 48, None)
+    assert capsys.readouterr().out.startswith("Chat.")
+
+
+def test_a_locale_without_surrogateescape_goes_on_too(monkeypatch, capsys):
+    lines = iter([UnicodeDecodeError("utf-16", b"x", 0, 1, "truncated data"), EOFError()])
+
+    def asked(prompt):
+        raise next(lines)
+
+    monkeypatch.setattr("builtins.input", asked)
+    chat(None, 48, None)
+    assert "(the line is no text in the encoding of this terminal; type it again)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["fp16", "fp64"])
@@ -459,6 +529,7 @@ def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", ".nan"], "temperature is nan"),
         (["--temperature", "1e-39"], "at least 1e-5"),
+        (["--repetition_penalty", "1e-39"], "repetition_penalty is 1e-39; it must be at least 1e-05"),
         (["--seed", str(2**64)], "which is 2^32"),
         (["--top_k", "0"], "top_k is 0"),
         (["--top_p", "1.5"], "top_p is 1.5"),
@@ -501,7 +572,12 @@ def test_the_script(checkpoint):
     done = script("generate.py", "--checkpoint", "run", "--prompt", "the cat", "--max_new_tokens", 5, cwd=checkpoint)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip("\n")
+    raw = Transformer.from_pretrained("run/last")
+    raw.blocks[0].ffn.up.weight.data[2, 1] = math.nan
+    raw.save_pretrained("nan")
+    shutil.copy("run/last/tokenizer.json", "nan")
     for flags, words in [
+        (["--checkpoint", "nan", "--prompt", "hi"], ["nan", "model.layers.0.mlp.up_proj.weight", "earlier checkpoint"]),
         (["--checkpoint", "nowhere", "--prompt", "x"], ["nowhere"]),
         (["--checkpoint", "run", "--prompt", "cat " * 60], ["context of 48", "shorten"]),
     ]:

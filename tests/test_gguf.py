@@ -193,6 +193,13 @@ def test_bad_gguf(tmp_path, monkeypatch):
             open_gguf(path)
         assert "\n" not in str(error.value)
 
+    with torch.no_grad():  # in a block of Q8_0 the scale becomes infinite, and with it the whole block
+        theirs.model.layers[1].mlp.up_proj.weight[0, :32] = 1e9
+    write_gguf(path, theirs, "llama", ["up_proj"])
+    with pytest.raises(CheckpointError, match=r"m\.gguf: blk\.1\.ffn_up\.weight has 32 of .* NaN or infinite"):
+        open_gguf(path)
+    theirs = AutoModelForCausalLM.from_config(IN_GGUF["llama"])
+
     def unknown(*args):
         raise NotImplementedError("no way to read Q1_0")
 

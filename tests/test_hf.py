@@ -1,6 +1,7 @@
 """support/hf.py against transformers' own models, in and out; and what must not go out as one of them."""
 
 import json
+import math
 import sys
 from dataclasses import fields, replace
 
@@ -36,6 +37,11 @@ def tokens():
     return torch.randint(0, 37, (3, 11), generator=torch.Generator().manual_seed(2))
 
 
+def numbers_in(path):
+    """How many numbers a directory's weights hold: those of the parameters, and no table made from the config."""
+    return sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+
+
 @pytest.mark.parametrize("name", HF_CONFIGS)
 def test_their_checkpoint_here_and_back(name, tmp_path, tokens):
     theirs = hf_model(name)
@@ -66,6 +72,12 @@ def test_their_checkpoint_in_shards(name, tmp_path, tokens):
     ours = Transformer.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    damaged = load_file(shards[1])
+    named, weight = next(iter(damaged.items()))
+    weight.view(-1)[0] = math.inf
+    save_file(damaged, shards[1])
+    with pytest.raises(CheckpointError, match=f"{named} has 1 of .* NaN or infinite"):
+        Transformer.from_pretrained(tmp_path)
     shards[1].unlink()
     with pytest.raises(CheckpointError, match=f"has no {shards[1].name}; model.safetensors.index.json names it"):
         Transformer.from_pretrained(tmp_path)
@@ -218,6 +230,7 @@ def test_our_checkpoint_there(config, tmp_path, tokens):
     ours.save_pretrained(tmp_path)
     again = Transformer.from_pretrained(tmp_path)
     assert torch.equal(again.eval()(tokens), ours(tokens))
+    assert numbers_in(tmp_path) == ours.num_params()
     assert replace(again.config, ffn_width=ours.config.ffn_width) == ours.config  # Mixtral has no place for that width
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -254,6 +267,8 @@ def test_our_checkpoint_there(config, tmp_path, tokens):
 def test_our_own_layout(changes, tmp_path, tokens):
     ours = tiny(**changes)
     ours.save_pretrained(tmp_path)
+    biases = [block.ffn.selection_bias for block in ours.blocks if changes.get("balancing") == "bias"]
+    assert numbers_in(tmp_path) == ours.num_params() + sum(map(len, biases))
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "attention_to_alignment"
     again = Transformer.from_pretrained(tmp_path, dropout=ours.config.dropout)
     assert again.config == ours.config
@@ -328,6 +343,10 @@ def damage_tensors(change):
         (damage_config("rope_theta", "high"), "config.json: .*high"),
         (damage_config("rope_theta", 0), "rope_theta is 0"),
         (damage_config("rms_norm_eps", -1), "norm_eps is -1"),
+        (damage_config("rms_norm_eps", math.nan), "norm_eps is nan"),
+        (damage_config("rope_theta", math.inf), "rope_theta is inf"),
+        (damage_config("rope_scaling", YARN | {"attention_factor": math.nan}), "attention_factor of nan; it must be a"),
+        (damage_config("sliding_window", math.nan, use_sliding_window=True, max_window_layers=0), "window is nan"),
         (damage_config("num_hidden_layers", "2"), "n_layer is '2'"),
         (damage_config("num_hidden_layers", 3), "lack 'model.layers.2."),
         (damage_config("num_hidden_layers", 1), "hold 'model.layers.1."),
@@ -347,6 +366,34 @@ def test_bad_checkpoints(tmp_path, damage, message):
     with pytest.raises(CheckpointError, match=message) as error:
         Transformer.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [(torch.float32, math.nan), (torch.float64, 1e300), (torch.bfloat16, -math.inf), (torch.float16, math.inf)],
+)
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (tiny, "model.norm.weight"),
+        (lambda: tiny(norm_placement="post"), "blocks.1.attn.wk.weight"),
+        (lambda: Transformer(gpt2_config(**SMALL | {"n_kv_head": 4})), "transformer.h.1.attn.c_attn.weight"),
+        (lambda: tiny(n_expert=4), "model.layers.0.mlp.experts.2.down_proj.weight"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(tmp_path, build, name, dtype, bad):
+    """1e300 is finite in fp64 alone; a large number whose sum with others overflows is none of these."""
+    build().save_pretrained(tmp_path)
+    tensors = {key: weight.to(dtype) for key, weight in load_file(tmp_path / "model.safetensors").items()}
+    tensors[name].view(-1)[:2] = torch.finfo(dtype if dtype != torch.float64 else torch.float32).max
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert Transformer.from_pretrained(tmp_path).num_params()
+    assert Transformer.from_pretrained(tmp_path, dtype=None).num_params()
+    tensors[name].view(-1)[-1:] = torch.tensor([bad], dtype=torch.float64).to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    n = tensors[name].numel()
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: {name} has 1 of {n:,} numbers that are NaN or infinite"):
+        Transformer.from_pretrained(tmp_path)
 
 
 QKV, PROJ = (f"transformer.h.1.attn.{x}.weight" for x in ("c_attn", "c_proj"))

@@ -151,6 +151,11 @@ def test_bad_checkpoints_are_one_line(bert, tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=word):
             opened(*arguments)
+    for name in (query, "bert.embeddings.word_embeddings.weight"):  # the second has a tied copy, which is no news
+        damaged = tensors[name].clone()
+        damaged[0, 3] = float("nan")
+        with pytest.raises(CheckpointError, match=f"{name} has 1 of .* NaN or infinite"):
+            opened(**{name: damaged})
     with pytest.raises(CheckpointError, match=r"hold 'qa_outputs\.weight'"):
         opened(**{"qa_outputs.weight": torch.zeros(2, 24)})
     for changes, word in [({"n_class": 0}, "n_class is 0"), ({"n_type": -1}, "n_type is -1")]:

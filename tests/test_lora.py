@@ -2,10 +2,12 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from generate import generate
@@ -409,6 +411,19 @@ def test_adapters_come_back_from_their_files(dora, tmp_path):
     torch.testing.assert_close(load_lora(fresh, tmp_path / "other")(x), other(x))
 
 
+def test_an_adapter_file_without_a_word_on_dora_is_plain(tmp_path):
+    """So older versions of PEFT write it."""
+    model = trained(add_lora(tiny(), 2, 8, ["wq"]))
+    save_lora(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("use_dora") is False
+    file.write_text(json.dumps(settings))
+    again = load_lora(tiny(), tmp_path)
+    assert all(layer.magnitude is None for layer in lora_layers(again).values())
+    assert torch.equal(again(tokens()), model(tokens()))
+
+
 @KINDS
 def test_peft_opens_what_save_lora_wrote_and_the_other_way_round(dora, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -487,6 +502,8 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
         ({"r": None}, "cannot be read"),
         ({"lora_alpha": "big"}, "cannot be read"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"r": math.inf}, "cannot be read"),
+        ({"lora_alpha": math.nan}, r"lora\.alpha is nan"),
     ]:
         file.write_text(json.dumps(good | change), encoding="utf-8")
         model = tiny()
@@ -501,6 +518,14 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
     with pytest.raises(CheckpointError, match=r"'model\.layers.*matches no Linear"):
         load_lora(nn.Sequential(nn.Linear(3, 3)), tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = next(key for key in tensors if "layers.1" in key)
+    for dtype, bad in ((torch.float32, math.nan), (torch.float64, 1e300)):
+        damaged = {k: t.to(dtype) for k, t in tensors.items()}
+        damaged[key][1, 0] = bad
+        save_file(damaged, weights)
+        with pytest.raises(CheckpointError, match=f"{key} has 1 of .* NaN or infinite"):
+            load_lora(tiny(), tmp_path)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_lora(tiny(), tmp_path)

@@ -112,6 +112,7 @@ def test_scaling_that_cannot_be_used():
         ({"rope_type": "linear", "factor": 0.5}, "factor of 0.5; it must be a number of at least 1"),
         ({"rope_type": "linear", "factor": "4"}, "factor of '4'"),
         ({"rope_type": "linear", "factor": math.inf}, "factor of inf"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": math.nan}, "beta_fast of nan; it must be a finite number"),
         ({"rope_type": "linear", "factor": 4.0, "rope_theta": -5.0}, "rope_theta is -5.0; it must be a number above 0"),
         ({"rope_type": "dynamic", "factor": 2.0}, "needs the length that the model was trained with"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -213,3 +214,9 @@ def test_learned():
     assert torch.equal(table(torch.tensor([[8, 0]])), table.weight[[8, 0]][None])
     with pytest.raises(ValueError, match="position 9 asked for, the table has 9"):
         table(torch.tensor([9]))
+    with pytest.raises(ValueError, match="position -1 asked for, the table has 9"):
+        table(torch.tensor([[0, 3, -1]]))
+    upstream, positions = torch.randn(2, 3, 4), torch.tensor([[1, 1, 8], [0, 1, 8]])
+    (gradient,) = torch.autograd.grad(table(positions), table.weight, upstream)
+    rows = [upstream[positions == p].sum(0) for p in range(9)]  # of one position, gradients add up
+    torch.testing.assert_close(gradient, torch.stack(rows))

@@ -4,6 +4,7 @@ of a run."""
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from safetensors.torch import load_file, save_file
 
 import reward_model
 from data import TASKS, Problem, load_problems
@@ -33,7 +35,7 @@ from support.errors import CheckpointError, ConfigError, DataError, DivergedErro
 from support.reward_report import shaping
 from support.reward_samples import judged_pairs, probe_samples
 from support.splits import split_of
-from support.word_problems import CORRUPTIONS, rename
+from support.word_problems import CORRUPTIONS, MEN, THEMES, WOMEN, rename
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import Transformer, TransformerConfig, gpt2_config
 
@@ -276,6 +278,18 @@ def test_an_encoder_survives_saving_and_starts_from_a_decoder(here):
     torch.testing.assert_close(again.read(again.eval(), again.pack(group, 0)), model.read(model, model.pack(group, 0)))
 
 
+@pytest.mark.parametrize(("kind", "name"), [(RewardModel, "score.weight"), (RewardEncoder, "classifier.bias")])
+def test_a_head_that_is_not_finite_is_refused(here, tokenizer, kind, name):
+    model = kind.from_policy(open_checkpoint("start")[0])
+    model.save_pretrained("rm")
+    tokenizer.save_pretrained("rm")
+    tensors = load_file("rm/model.safetensors")
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, "rm/model.safetensors")
+    with pytest.raises(CheckpointError, match=f"rm: {name} has 1 of .* NaN or infinite"):
+        open_reward_model("rm")
+
+
 def test_models_of_the_wrong_kind_are_refused(here, tokenizer):
     with pytest.raises(CheckpointError, match="no reward model"):
         open_reward_model("start")
@@ -340,6 +354,10 @@ def test_rename_keeps_the_sums_and_is_one_to_one():
             assert len(new.split()) == len(text.split())
             assert len(set(new.split())) == len(set(text.split()))  # two names never become one
     assert sum(rename(p.question) != p.question for p in problems) > 80  # rides and classes have no hero
+    for names in (MEN, WOMEN, *(theme.things for theme in THEMES.values() if len(theme.things) > 1)):
+        turned = [rename(name) for name in names]
+        assert sorted(turned) == sorted(names)  # a man stays a man, a fruit a fruit, and no two become one
+        assert not any(a == b for a, b in zip(turned, names, strict=True))
     assert rename("Tom gives Anna 1 apple and 2 oranges.") == "Ben gives Mia 1 orange and 2 pears."
 
 
@@ -384,6 +402,45 @@ def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, loss, margin,
     reward_model.main(config(loss=loss, margin=margin, steps=1, pairs="corrupted", best_of_problems=0))
     assert drawn[0][2] == unit
     assert drawn[0][3] == {"equal scores": pytest.approx(coin, rel=1e-6)}
+
+
+def test_a_training_problem_gives_as_many_sampled_pairs_as_it_can_and_a_held_out_one_a_single_pair(here, lucky):
+    policy, tokenizer, _ = open_checkpoint("start")
+    settings = config(samples=8, sample_problems=20, eval_pairs=20, test_pairs=20, pairs="sampled", max_new_tokens=20)
+    autocast, dist = devices.precision("fp32", devices.setup("cpu"))[0], devices.setup("cpu")
+    pairs = reward_samples.make_pairs(settings, policy, tokenizer, dist, autocast)
+    most = {split: max(Counter(pair.prompt for pair in some).values()) for split, some in pairs.items()}
+    assert most["train"] > 1
+    assert most["valid"] == most["test"] == 1  # the intervals take the pairs to be independent
+
+
+def test_consistency_by_hand():
+    """A score that likes Toms, long texts and even sums of letters."""
+    asked, given = [], []
+
+    def score(groups):
+        asked.append(groups)
+        given.append(
+            [[5 * t.count("Tom") + len(p + t) / 100 + sum(map(ord, t)) % 2 for t in texts] for p, texts in groups]
+        )
+        return given[-1]
+
+    figures = reward_model.consistency(score, 40, 0, (1, 2))
+    pairs, renamed, ladders = asked
+    assert renamed == [(rename(p), [rename(chosen), rename(rejected)]) for p, (chosen, rejected) in pairs]
+    before, after, steps = given
+    same = [(a > b) == (c > d) for (a, b), (c, d) in zip(before, after, strict=True)]
+    assert 0 < figures["renamed_same_order"] == sum(same) / len(same) < 1
+    flat = [[x for row in rows for x in row] for rows in (before, after)]
+    assert figures["renamed_correlation"] == pytest.approx(np.corrcoef(*flat)[0, 1])
+    assert figures["right_above_one_error"] == sum(a > b for a, b, _ in steps) / len(steps)
+    assert figures["one_error_above_two"] == sum(b > c for _, b, c in steps) / len(steps)
+    solutions = {p.question: p.solution for p in load_problems("word", "test", 40, (1, 2))}
+    for question, (right, wrong, worse) in ladders:
+        assert right == solutions[question] != wrong
+        assert "####" in wrong
+        assert wrong.startswith(worse)
+        assert "####" not in worse
 
 
 def test_scores_that_cannot_be_had_are_not_reported():

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import math
 import os
 import random
 import shutil
@@ -21,7 +22,7 @@ from tiny import MODEL, SMALL, config, flags
 import pretrain
 from pretrain import Config
 from support import devices, log, runs
-from support.errors import ConfigError
+from support.errors import CheckpointError, ConfigError
 from transformer import TransformerConfig
 
 
@@ -230,7 +231,15 @@ def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
     with pytest.raises(ConfigError, match=r"the text of --data text\.txt has changed"):
         pretrain.main(config(resume=True))
     (here / "text.txt").write_text(text, encoding="utf-8")
-    (here / "runs/pretrain/last/trainer_state.pt").write_bytes(b"not a checkpoint")
+    file = here / "runs/pretrain/last/trainer_state.pt"
+    state = torch.load(file, weights_only=True)
+    moments = state["optimizers"][0]["state"]
+    key, (name, tensor) = next((key, item) for key, of in moments.items() for item in of.items() if item[1].dim())
+    tensor.view(-1)[3] = math.nan
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=rf"trainer_state\.pt: optimizers\.0\.state\.{key}\.{name} has 1 of"):
+        pretrain.main(config(resume=True))
+    file.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="corrupt"):
         pretrain.main(config(resume=True))
 

@@ -22,6 +22,7 @@ from sft import Config, collate, encode_example, pack_examples, sft_loss
 from support import devices, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DivergedError
+from support.locks import LOCKED
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -484,6 +485,10 @@ def test_a_sweep_goes_on_after_a_rate_that_diverges(here, capsys):
     assert ["900000", "diverged"] in rows
     with pytest.raises(DivergedError, match="learning rate 9"):
         sft.main(config(sweep=[9e5], name="all", **hot))
+    with pytest.raises(DivergedError, match="logits are not finite"):  # seen in the answers after its last step
+        sft.main(config(lr=1e38, name="last", **hot | {"steps": 1}))
+    sft.main(config(name="next", steps=1))
+    assert Path("runs/last") not in LOCKED  # the log of the run that broke off is closed too
 
 
 def test_a_typo_moves_no_earlier_run(here):

@@ -172,6 +172,15 @@ def test_the_end_of_the_context():
         model(torch.zeros(1, 25, dtype=torch.long))
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_position_outside_the_table_is_an_error(positions, tokens):
+    """Read as an index, −1 would be the last row."""
+    model = tiny(positions=positions)
+    for bad in (-1, model.config.context):
+        with pytest.raises(ValueError, match=f"position {bad} asked for, the table has {model.config.context}"):
+            model(tokens[:, :3], torch.tensor([0, 1, bad]))
+
+
 def test_padding_and_documents(tokens):
     model, a, b = tiny().double(), tokens[:1, :4], tokens[:1, 4:]
     alone = [model(a), model(b)]

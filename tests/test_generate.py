@@ -273,7 +273,7 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
 
 def test_bytes_that_are_no_text_get_one_line_and_the_next_prompt(checkpoint):
     """A half-erased character, a NUL, a carriage return, and an end in the middle of a line."""
-    (checkpoint / "run/best/generation_config.json").write_text('{"eos_token_id": [268, 269]}')
+    (checkpoint / "run/best/generation_config.json").write_text('{"eos_token_id": [268, 269]}', encoding="utf-8")
     command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", "run", "--max_new_tokens", "2"]
     keys = b"hi\nc\xc3\n\0x\rcat\n\xe4\xbd"
     env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in a UTF-8 locale; in C it is surrogateescape

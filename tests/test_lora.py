@@ -416,9 +416,9 @@ def test_an_adapter_file_without_a_word_on_dora_is_plain(tmp_path):
     model = trained(add_lora(tiny(), 2, 8, ["wq"]))
     save_lora(model, tmp_path)
     file = tmp_path / "adapter_config.json"
-    settings = json.loads(file.read_text())
+    settings = json.loads(file.read_text(encoding="utf-8"))
     assert settings.pop("use_dora") is False
-    file.write_text(json.dumps(settings))
+    file.write_text(json.dumps(settings), encoding="utf-8")
     again = load_lora(tiny(), tmp_path)
     assert all(layer.magnitude is None for layer in lora_layers(again).values())
     assert torch.equal(again(tokens()), model(tokens()))

@@ -284,7 +284,7 @@ def test_bytes_that_are_no_text_get_one_line_and_the_next_prompt(checkpoint):
     assert done.stdout.count(b"a byte that is no text here") == 2
 
 
-@pytest.mark.parametrize("stdin", [None, io.TextIOWrapper(io.BytesIO(b"hi\n"))])
+@pytest.mark.parametrize("stdin", [None, io.TextIOWrapper(io.BytesIO(b"hi\n"), encoding="utf-8")])
 def test_a_chat_without_stdin_ends(monkeypatch, stdin, capsys):
     if stdin is not None:
         stdin.close()

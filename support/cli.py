@@ -84,6 +84,9 @@ def run_script(main, cls, description=None, demo=None):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line per node
             print(f"error: {error}", file=sys.stderr)
         status = 2
+    except BrokenPipeError:  # python ablate.py | head
+        lose_output()
+        status = 141  # what a shell reports of a program that SIGPIPE has ended
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

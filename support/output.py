@@ -1,8 +1,8 @@
 """What scripts print: in any locale, and to a full disk.
 
 A locale such as en_US.ISO-8859-1 has no Greek or Cyrillic letters; what it lacks is printed as its escape, \\u03b1. If
-the output goes to a file and the disk is full, a training run goes on without that output; other scripts, whose output
-is all that they make, end with an error.
+the output goes to a file and the disk is full, or to a pipe and its reader ends, a training run goes on without that
+output; other scripts, whose output is all that they make, end: with an error, and silently after `| head`.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import io
 import sys
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-RUNNING = []  # not empty as soon as a run is under way: from then on a full disk loses output and raises no error
+RUNNING = []  # not empty as soon as a run is under way: from then on such an error loses output and is not raised
 
 
 class _Stream(io.FileIO):
@@ -21,7 +21,7 @@ class _Stream(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if not RUNNING or error.errno not in FULL_DISK:
+            if not RUNNING or error.errno not in (*FULL_DISK, errno.EPIPE):
                 raise
             return len(data)
 
@@ -46,7 +46,7 @@ def prepare_output():
 
 
 def lose_output():
-    """From here on a full disk loses output and raises no error."""
+    """From here on a full disk or a closed pipe loses output and raises no error."""
     RUNNING.append(True)
 
 

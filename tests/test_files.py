@@ -131,6 +131,18 @@ def test_a_full_disk_under_the_output(here, tmp_path):
         assert_one_line_error(process, "the output cannot be written: No space left on device")
 
 
+def test_a_reader_that_ends_early(here):
+    """`| head` ends a list without a traceback; a run goes on when nobody reads what it prints."""
+    for command, status in ((["ablate.py"], 141), (["pretrain.py", *flags(steps=2)], 0)):
+        command = [sys.executable, "-u", ROOT / command[0], *command[1:]]
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=here)
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait(240) == status, said
+        assert "Traceback" not in said
+    assert set(metrics("runs/pretrain", "loss")) == {1, 2}
+
+
 def test_event_files_that_a_full_disk_cuts(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -54,7 +54,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -66,7 +66,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
-from data import DEFAULT_TASK, TASKS, Pair, encode_group, load_pairs, load_problems, rows_at, task_of
+from data import DEFAULT_TASK, TASKS, encode_group, load_pairs, load_problems, rows_at, task_of
 from encoder import Encoder, is_encoder, open_encoder
 from evaluate import wilson
 from optim import lr_at, make_optimizers, optimizer_step
@@ -77,12 +77,21 @@ from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
-from support.files import must_write, to_json, write_whole
+from support.files import must_write, write_whole
 from support.hf import load_decoder, open_safetensors, save_decoder
 from support.logprobs import target_logprobs
 from support.records import drop_too_long
 from support.reward_report import consistency, length_figures, write_report
-from support.reward_samples import ids_of_answer, ids_of_prompt, make_pairs, probe_samples, score_groups, score_texts
+from support.reward_samples import (
+    ids_of_answer,
+    ids_of_prompt,
+    keep_pairs,
+    kept_pairs,
+    make_pairs,
+    probe_samples,
+    score_groups,
+    score_texts,
+)
 from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, start_name
 from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
@@ -512,12 +521,8 @@ def main(config):
     pad, probed = tokenizer.endoftext_id, config.data in TASKS and config.best_of_problems and policy is not None
     if probed:
         check_room(config, judge, policy, tokenizer, policy_tokenizer)
-    file = RUNS / config.name / "pairs.json"  # a resumed run reads its pairs: sampled again, they could be others
-    if config.resume and file.is_file():
-        pairs = json.loads(file.read_text(encoding="utf-8"))
-        pairs = {split: [Pair(**pair) for pair in kept] for split, kept in pairs.items()}
-    elif pairs is None:
-        pairs = make_pairs(config, policy, policy_tokenizer, dist, autocast)
+    if pairs is None:  # a resumed run reads the pairs of its first part: sampled again, they could be others
+        pairs = kept_pairs(config) or make_pairs(config, policy, policy_tokenizer, dist, autocast)
     fitted, groups = fitting_groups(pairs, tokenizer, judge.config.context, dist)
 
     optimizers = make_optimizers(judge, config.optimizer, config.lr, config.weight_decay)
@@ -526,9 +531,8 @@ def main(config):
     if policy is not None:
         reads |= weights_of(config.sampler or init, policy)
     run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads)
-    if dist.is_main and not config.resume and config.data in TASKS and config.pairs != "corrupted":
-        with must_write(file):
-            write_whole(file, to_json({split: list(map(asdict, kept)) for split, kept in pairs.items()}))
+    if config.data in TASKS and config.pairs != "corrupted":
+        keep_pairs(run, pairs)
     pairs = fitted
     model = DistributedDataParallel(judge, broadcast_buffers=False) if dist.world > 1 else judge
     objective = LOSSES[config.loss]

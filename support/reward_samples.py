@@ -1,6 +1,8 @@
 """Answers for a reward model: sampled by a policy and judged by the verifier, made into pairs, scored."""
 
+import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -9,7 +11,10 @@ from tqdm import tqdm
 from data import TASKS, Pair, load_pairs, load_problems
 from evaluate import is_correct
 from generate import generate
+from support.errors import CheckpointError
+from support.files import must_write, to_json, write_whole
 from support.reward_report import sample_figures
+from support.runs import run_path
 
 
 def ids_of_prompt(tokenizer, prompt):
@@ -80,6 +85,26 @@ def make_pairs(config, policy, tokenizer, dist, autocast):
             # has a corrupted and a sampled pair, so the interval of "all" is a little too narrow.
             pairs[split] += judged_pairs(problems, groups, config.samples if split == "train" else 1)
     return pairs
+
+
+def kept_pairs(config):
+    """The pairs that the run which --resume continues has kept, {"train", "valid", "test": [Pair]}, or None."""
+    path = run_path(config) / "pairs.json"
+    if not (config.resume and path.is_file()):
+        return None
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))
+        return {split: [Pair(**pair) for pair in kept] for split, kept in pairs.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is corrupt: {error}") from None
+
+
+def keep_pairs(run, pairs):
+    """Save the pairs in the directory of a new run."""
+    path = run.path / "pairs.json"
+    if run.dist.is_main and not run.config.resume:
+        with must_write(path):
+            write_whole(path, to_json({split: list(map(asdict, of_split)) for split, of_split in pairs.items()}))
 
 
 @torch.no_grad()

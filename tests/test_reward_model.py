@@ -495,6 +495,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, back
     reward_model.main(config(name="parts", resume=True, **changes))
     for name in ("loss", "valid_loss", "valid_all"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name
+    (here / "runs/parts/pairs.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"runs/parts/pairs\.json is corrupt"):
+        reward_model.main(config(name="parts", resume=True, **changes))
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 

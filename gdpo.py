@@ -63,9 +63,10 @@ from typing import Literal
 import torch
 
 import grpo
-from grpo import group_advantages, summed_advantages
+from grpo import ALGORITHMS, GRPO, group_advantages, summed_advantages
 from support.cli import run_script
 from support.errors import ConfigError
+from support.rewards import reward_functions
 
 
 def gdpo_advantages(rewards, weights=None):
@@ -161,21 +162,30 @@ class Config(grpo.Config):
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
 
     def __post_init__(self):
-        if self.combine == "gdpo" and self.scale is not None:
-            raise ConfigError("--scale has no meaning with --combine gdpo, which normalises each reward by itself")
+        replaced = ("baseline", "scale") if self.combine == "gdpo" else ()
+        for name in replaced:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"--{name} has no meaning with --combine gdpo, which normalises each reward by itself"
+                )
+            if ALGORITHMS[self.algorithm][name] != GRPO[name]:
+                raise ConfigError(
+                    f"--algorithm {self.algorithm} has a {name} of its own, which --combine gdpo would replace: use "
+                    "--combine sum, or only what you want of it (--ratio, --surrogate, --loss_type)"
+                )
         super().__post_init__()
-        if self.combine == "gdpo":
-            self.scale = None
-        _, weights = grpo.reward_functions(self)
+        for name in replaced:
+            setattr(self, name, None)
+        _, weights = reward_functions(self, grpo.REWARDS)
         for name in [*self.conditioned, *(["correct"] if self.conditioned else [])]:
             if name not in weights:
                 raise ConfigError(f"--conditioned needs a weight for {name!r}; there are {', '.join(weights)}")
 
 
-def advantages_of(rewards, weights, config):
+def advantages_of(rewards, weights, config, lengths=None):
     """Replaces grpo.advantages_of: rewards (N, R, M), {name: weight} -> advantages (N, R), {metric: number}."""
     if config.combine == "sum":
-        advantages = summed_advantages(rewards, weights, config.scale)
+        advantages, _ = grpo.advantages_of(rewards, weights, config, lengths)
     else:
         advantages = gdpo_advantages(rewards, weights.values())
     return advantages, collapse(rewards, weights)

@@ -1,4 +1,4 @@
-"""GRPO: reinforcement learning from verifiable rewards, without a value network (DeepSeekMath, arXiv:2402.03300).
+"""GRPO and its family: reinforcement learning from verifiable rewards, without a value network (arXiv:2402.03300).
 
 Ask a question, let the policy answer it R times, check each answer. An answer that is better than its siblings becomes
 more likely, token by token; one that is worse becomes less likely.
@@ -9,14 +9,18 @@ The policy gradient. For a question q, an answer y = y_1 … y_T of the policy �
     ∇J = E[r(y) ∇log π(y)]                                  because ∇π = π ∇log π
        = E[Σ_t (r(y) − c) ∇log π(y_t | q, y_<t)]            for any baseline c that does not see y: E[∇log π(y)] = 0
 
-GRPO makes three choices:
+That is REINFORCE (Williams, 1992). All methods since are this sum with other answers to four questions. GRPO's:
 
-    baseline c             the mean of the group, so no value network: A_i = (r_i − mean(r)) / (std(r) + 1e-4). The mean
-                           holds r_i too, which shortens the gradient by (R − 1) / R; the std is a heuristic
-    several updates        weigh a token by the ratio ρ_t = π(y_t) / π_old(y_t), as π_old sampled it, and stop at PPO's
-    from one batch         clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)                                 (its Eq. 3)
-    distance to the start  a penalty β ρ_t k3_t, with k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t): its gradient is
-                           β ρ_t log(π / π_ref) ∇log π, in expectation that of β KL(π ‖ π_ref)   (Eq. 4, and ρ_t added)
+    baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
+                      A_i = (r_i − mean(r)) / (std(r) + 1e-4). The mean holds r_i too, which shortens the gradient by
+                      (R − 1) / R; the std is a heuristic.
+    ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
+                      π_old is the policy that sampled it.
+    surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)            (Eq. 3)
+    loss_type         What is the sum divided by? v_t = 1 / (n |y_i|): a mean per answer, then over n answers.
+
+And it pays for the distance to the start: β ρ_t k3_t with k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t). The gradient
+of that, β ρ_t log(π / π_ref) ∇log π, is in expectation the one of β KL(π ‖ π_ref)        (Eq. 4, and ρ_t added).
 
 One step, here for one process and the defaults; `main` has the same five parts. A *batch* is a step's N·R answers, a
 *minibatch* the whole groups of one *update* (optimizer step), a *piece* what fits into one forward pass.
@@ -27,44 +31,56 @@ One step, here for one process and the defaults; `main` has the same five parts.
     ref     = reference_logprobs(batch)              log π_ref, no gradient              (N·R, T)         4. update
     for minibatch in minibatches_of(batch):          groups without a signal left out
         logprobs = shared_answer_logprobs(pieces)    log π; ρ = 1 in the first minibatch (b, T)
-        loss     = Σ_i,t v_t (−min(ρ A, clip(ρ) A) + β ρ k3)      v_t = 1 / (answers of the minibatch · |y_i|)
+        loss     = Σ_i,t v_t (−min(ρ A, clip(ρ) A) + β ρ k3)      n, in v_t: the answers of the minibatch
         backward, clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
+The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. Last what a token gets:
+the factor of ∇log π(y_t) in the step that lowers the loss, the KL aside; L is the longest possible answer, in tokens.
+
+    algorithm             baseline      scale   ratio     surrogate       loss_type  KL          a token gets
+    reinforce             none          none    -         reinforce       dr_grpo    -           A / nL
+    rloo                  leave_one_out none    product   clip 0.2 0.2    grpo       0.05 reward ρ_i A / n, or 0
+    grpo                  mean          group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / n|y|, or 0
+    dr_grpo               mean          none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
+    dapo                  mean          group   token     clip 0.2 0.28   dapo       -           ρ_t A / tokens, or 0
+    gspo                  mean          group   sequence  clip 3e-4 4e-4  grpo       -           ρ_i A / n|y|, or 0
+    cispo                 mean          group   token     cispo 1 4       dapo       -           min(ρ_t, 5) A / tokens
+    sapo                  mean          group   token     sapo            grpo       -           s(ρ_t) A / n|y|
+    maxrl                 mean          mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
+    reinforce++-baseline  mean          tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
+
+    scale      group: a very easy or hard question, and one where only the format differs, push as hard as others. batch:
+               one std for all. none: the difference itself. mean: the rarer a right answer, the more it counts; for
+               rewards of 0 and 1 and a chance p, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1, the first
+               terms of ∇log p. tokens: whitened over the tokens of the batch; long answers count for more, and groups
+               whose answers all earn the same have A ≠ 0 too.
+    ratio      token: ρ_t. product: ρ_i = Π_t ρ_t, exact for an answer as a whole, and soon far from 1. sequence: its
+               root ρ_i = (Π_t ρ_t)^(1/|y|): the clip keeps or drops whole answers, and one odd token does not decide.
+    surrogate  clip: "or 0" is where ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0; a higher clip_high lets
+               unlikely tokens grow further. cispo: the clip holds the weight, and no token is dropped. sapo: a soft
+               clip, s(ρ) = ρ / cosh²(τ (ρ − 1) / 2), τ = 1 for A > 0, else 1.05; it exceeds 1 up to ρ = 3.5. reinforce:
+               as if every update were the first.
+    loss_type  grpo: a long wrong answer is punished less per token than a short one. dapo: every token counts the same.
+               dr_grpo: a constant, so lengths play no part. It weighs the KL as well.
+    KL         β and where. --kl_unbiased false: β (1 − x), at most β however unlikely the start finds the token; the
+               paper's. --kl k2: β log(π / π_ref) without ρ. --kl_in reward: no term of its own, but each answer's KL is
+               taken off its advantage, less the same baseline.
+
+Papers: rloo 2402.14740, dr_grpo 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585 (the cap 5: 2510.13786),
+sapo 2511.20347, maxrl 2602.02710, reinforce++ 2501.03262. RLOO's ratio and KL are those of TRL's RLOOTrainer.
+
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the
 answer is right and 0.1 if it is well formed. A group whose answers all earn the same has A = 0; it is left out, its KL
-too, and its answers and tokens still count in v_t (--skip_zero_variance). Off: asymmetric clips, sequence-level ratios,
-length penalties, dynamic sampling, a moving reference, LoRA. Dropout is always off.
+too, and its answers and tokens still count in v_t (--skip_zero_variance). Off: length penalties (--overlong) and
+dynamic sampling (--refill), both from DAPO's paper, no gradient for answers that were cut off (--mask_truncated), a
+moving reference, LoRA. Dropout is always off. With --minibatches 1 all ρ = 1: no clip acts, all surrogates are one.
 
 What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0 (with
 the default weights v_t), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
 fraction, the length, and the share of groups without a signal. And `story_kept`, which the evaluation measures: whether
 an answer still speaks of the question's names and things. What is not rewarded is lost: with --beta 0
 the accuracy ends as high, and Anna's pears turn into eggs (results/grpo_word.md).
-
-What changes the gradient of a token:
-
-    --minibatches, --inner_epochs     more updates per batch: ρ moves away from 1, more tokens are clipped and have the
-                       KL's gradient alone. One of each: ρ = 1, no clip acts, REINFORCE with a group baseline
-    --clip_low, --clip_high           where tokens of A < 0 and of A > 0 are stopped; a higher clip_high lets unlikely
-                       tokens grow further (DAPO)
-    --loss_type        the weight v_t, for the KL as well, and what goes with it (`OBJECTIVES`):
-        grpo           1 / (answers · |y_i|): a mean per answer; a long wrong one is punished less per token
-        dapo           1 / tokens of the minibatch: every token counts the same (arXiv:2503.14476; ε_high = 0.28)
-        dr_grpo        1 / (answers · longest possible): a constant, and no std (arXiv:2503.20783)
-    --scale            group: A is divided by its group's std, so a very easy or very hard question, and one where only
-                       the format differs, push as hard as others; batch: one std for all; none: the difference itself
-    --ratio sequence   one ρ_i = exp(mean_t log ρ_t) for all tokens of y_i: the clip keeps or drops whole answers, and
-                       one odd token no longer decides (GSPO, arXiv:2507.18071; its clips are near 4e-4). The KL term
-                       keeps each token's own ρ_t
-    --beta             the KL's part of the gradient. --kl_unbiased false: β (1 − x), at most β however unlikely the
-                       start finds the token; that is the paper's. --kl k2: β log(π / π_ref) without ρ.
-                       --kl_in reward: no term of its own; each answer's KL is taken off its advantage instead
-    --mask_truncated   answers that were cut off count in the group's mean, but their tokens get no gradient
-    --overlong n       a reward from 0 down to −1 over the last n tokens before the limit (DAPO)
-    --refill n         replace groups without a signal by fresh ones, up to n times (DAPO's dynamic sampling)
-    --refresh_reference n             every n steps the policy becomes the reference
-    --temperature      of the sampling and of log π in the loss alike
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
@@ -75,8 +91,8 @@ A prompt is computed once for its group, in training as in sampling: its answers
 (support/shared_prompt.py, the fast form of transformer.answer_logprobs).
 
 What others do differently: TRL's default is --loss_type dapo, and it leaves a NaN reward out (here it is an error);
-verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, it bounds log ρ to ±20 and, where
-A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
+verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, its CISPO clips at 1 ± 0.2; it bounds
+log ρ to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
 
 Rewards are named functions with weights (`REWARDS`); `--reward module:function` adds your own. At the end a table
 compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to what
@@ -84,8 +100,9 @@ pass@k was) from new ability (pass@k rises too). Without --init the script makes
 a short pretraining and SFT, kept under runs/start and reused.
 
 Run it:
-    python grpo.py --demo                                            four answers of two tokens, by hand
+    python grpo.py --demo                                            four answers of two tokens, by hand; the family
     python grpo.py --steps 500                                       from nothing, minutes on two CPU cores
+    python grpo.py --algorithm cispo --steps 500
     python grpo.py --data gsm8k --init runs/sft --max_new_tokens 200
     torchrun --nproc_per_node 8 grpo.py --init runs/sft --prompts 128
 """
@@ -94,31 +111,32 @@ import contextlib
 import copy
 import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
-from evaluate import add_figures, evaluate, evaluate_samples, is_correct, kl_estimate, logged, sampled_kl, verifiable
-from lora import LoraConfig, add_lora, lora_off, merged
+from data import DEFAULT_TASK, TASKS, encode_prompt, task_of
+from evaluate import add_figures, is_correct, kl_estimate, sampled_kl
+from lora import LoraConfig, add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
 from ppo import less_baseline
 from sft import sft_start
 from support.answers import extract_answer
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, Positive, Whole, listed
+from support.checks import Amount, Count, Positive, Whole, choice
 from support.cli import run_script
 from support.content import code_of, records_of, weights_of
 from support.devices import precision, setup
 from support.errors import ConfigError
-from support.grpo_report import report, rollout_sums, step_record
+from support.family import as_flags, check_choices, fill_in
+from support.grpo_report import report, rollout_sums, step_record, tally, warn_of_collapse
 from support.lora_files import LoraState
+from support.questions import load_questions, test_figures, validate
 from support.records import load_splits
-from support.rewards import load_reward, score
+from support.rewards import judge, reward_functions
 from support.rollouts import Sampler, cut, minibatches_of, show_samples
 from support.runs import Run, RunConfig
 from support.shared_prompt import shared_answer_logprobs
@@ -157,62 +175,95 @@ REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevi
 # The objective, as pure functions.
 
 
-def group_advantages(rewards, scale="group", baseline="mean"):
-    """rewards (N, R) -> advantages (N, R): what each rollout earned above its group's baseline.
+def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
+    """rewards (N, R) -> advantages (N, R): what each rollout earned above its baseline, in units of a scale.
 
-    scale: "group" divides by the group's standard deviation (ddof 1, + 1e-4), "batch" by that of all rewards,
-    "none" by nothing. baseline: see `ppo.less_baseline`. With a baseline a group whose rewards are all equal gives
-    exactly 0, and so does a group of one: never NaN.
+    baseline: see `ppo.less_baseline`. scale: "group" is the group's standard deviation (ddof 1, + 1e-4), "batch" that
+    of all rewards, "none" 1, "mean" the group's mean reward, and "tokens" the standard deviation over all tokens once
+    their mean is taken off, an answer having lengths (N, R) of them. With a baseline a group whose rewards are all
+    equal gives exactly 0, and so does a group of one: never NaN. (With "tokens": if all of the batch are equal.) Raises
+    ConfigError on an unknown name, and on a reward below 0 with "mean".
     """
     centred = less_baseline(rewards, baseline)
-    if scale == "none" or rewards.shape[1] == 1:
+    if scale == "none" or (rewards.shape[1] == 1 and scale in ("group", "batch")):
         return centred
-    if scale not in ("group", "batch"):
-        raise ConfigError(f"--scale {scale!r} is not known; use group, batch or none")
-    std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
-    return centred / (std + 1e-4)
+    if scale in ("group", "batch"):
+        std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
+        return centred / (std + 1e-4)
+    if scale == "mean":
+        if (rewards < 0).any():
+            raise ConfigError(f"--scale mean divides by a group's mean reward, and a reward is {rewards.min():g}")
+        mean = rewards.mean(dim=1, keepdim=True)  # (N, 1)
+        return centred / mean.masked_fill(mean == 0, 1.0)  # 0 / 1 where nobody was right
+    if scale != "tokens" or lengths is None:
+        raise ConfigError(f"--scale {scale!r} is not known or has no lengths; use group, batch, none, mean or tokens")
+    share = lengths.to(rewards) / lengths.sum().clamp(min=1)  # (N, R) of the batch's tokens
+    centred = centred - (share * centred).sum()
+    std = (share * centred.square()).sum().clamp(min=1e-8).sqrt()
+    return (centred / std).masked_fill((rewards == rewards[0, 0]).all(), 0.0)  # exactly, not the mean's rounding
+
+
+# ρ (B, T) from log ρ_t (B, T), 0 outside the mask, and |y| (B, 1): each token's own, or one for all of an answer.
+RATIOS = {
+    "token": lambda log_ratio, length: log_ratio.exp(),
+    "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).exp().expand_as(log_ratio),
+    "sequence": lambda log_ratio, length: (log_ratio.sum(1, keepdim=True) / length).exp().expand_as(log_ratio),
+}
+
+# v_t (B, T) from mask (B, T), |y| (B, 1), n answers and their tokens in the minibatch, and L, the longest possible.
+LOSS_TYPES = {
+    "grpo": lambda mask, length, n, tokens, longest: mask / length / n,
+    "dapo": lambda mask, length, n, tokens, longest: mask / tokens,
+    "dr_grpo": lambda mask, length, n, tokens, longest: mask / (n * longest),
+}
+
+
+# A surrogate: ρ (B, T), A (B, 1), log π (B, T) and clips -> the objective of each token (B, T), to be maximised, and
+# where a limit was at work, (B, T) bool: the clip fraction.
 
 
 def clip_surrogate(rho, A, logprobs, clip_low, clip_high):
-    """PPO's limit on a token (Eq. 3): min(ρ A, clip(ρ) A), the pessimistic one of the two, for either sign of A.
-
-    rho (B, T), A (B, 1) -> the objective of each token (B, T), to be maximised, and where the limit was at work,
-    (B, T) bool: the clip fraction. logprobs (B, T): not needed here, but by surrogates with another gradient.
-    """
+    """PPO (Eq. 3): min(ρ A, clip(ρ) A), the pessimistic one of the two, for either sign of A."""
     plain, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     return torch.minimum(plain, clipped), clipped < plain
 
 
-def per_completion(mask, n_completions, n_tokens, max_length):
-    """GRPO: a mean over each completion's tokens, then over the completions. (B, T)"""
-    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / n_completions
+def cispo_surrogate(rho, A, logprobs, clip_low, clip_high):
+    """CISPO: REINFORCE with the weight sg[clip(ρ)]. Where it is clipped, the token still has a gradient."""
+    weight = rho.clamp(1 - clip_low, 1 + clip_high).detach()
+    return weight * A * logprobs, weight != rho
 
 
-def per_token(mask, n_completions, n_tokens, max_length):
-    """DAPO: a mean over all tokens of the minibatch. (B, T)"""
-    return mask / n_tokens
+def sapo_surrogate(rho, A, logprobs, clip_low=None, clip_high=None, tau=1.0, tau_negative=1.05):
+    """SAPO: (4 / τ) σ(τ (ρ − 1)) A. Its slope in ρ is A at ρ = 1 and falls smoothly on both sides: no clip."""
+    tau = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # (B, 1)
+    return 4 / tau * torch.sigmoid(tau * (rho - 1)) * A, torch.zeros_like(rho, dtype=torch.bool)
 
 
-def by_a_constant(mask, n_completions, n_tokens, max_length):
-    """Dr. GRPO: a sum over each completion's tokens, divided by the longest that there may be. (B, T)"""
-    return mask / (n_completions * max_length)
+def reinforce_surrogate(rho, A, logprobs, clip_low=None, clip_high=None):
+    """REINFORCE: A log π. No ratio, no limit."""
+    return A * logprobs, torch.zeros_like(rho, dtype=torch.bool)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A policy objective: the weights of its tokens, the limit on a token, and its paper's defaults for --scale and
-    --clip_high."""
+SURROGATES = {"clip": clip_surrogate, "cispo": cispo_surrogate, "sapo": sapo_surrogate}
+SURROGATES |= {"reinforce": reinforce_surrogate}
 
-    weights: Callable  # (mask, n_completions, n_tokens, max_length) -> the weight of each token (B, T)
-    surrogate: Callable = clip_surrogate
-    scale: str = "group"
-    clip_high: float = 0.2
-
-
-OBJECTIVES = {
-    "grpo": Objective(per_completion),
-    "dapo": Objective(per_token, clip_high=0.28),
-    "dr_grpo": Objective(by_a_constant, scale="none"),
+# The family: name -> its choices. A row says where it differs from GRPO. kl None: k3 in the loss, k1 in the reward.
+GRPO = {"baseline": "mean", "scale": "group", "ratio": "token", "surrogate": "clip", "clip_low": 0.2, "clip_high": 0.2}
+GRPO |= {"loss_type": "grpo", "beta": 0.3, "kl_in": "loss", "kl": None}  # arXiv:2402.03300
+REINFORCE = {"baseline": "none", "scale": "none", "surrogate": "reinforce", "loss_type": "dr_grpo"}
+NO_CLIP, NO_KL = {"clip_low": None, "clip_high": None}, {"beta": 0.0}
+ALGORITHMS = {
+    "reinforce": GRPO | REINFORCE | NO_CLIP | NO_KL,
+    "rloo": GRPO | {"baseline": "leave_one_out", "scale": "none", "ratio": "product", "beta": 0.05, "kl_in": "reward"},
+    "grpo": GRPO,
+    "dr_grpo": GRPO | NO_KL | {"scale": "none", "loss_type": "dr_grpo"},
+    "dapo": GRPO | NO_KL | {"clip_high": 0.28, "loss_type": "dapo"},
+    "gspo": GRPO | NO_KL | {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": GRPO | NO_KL | {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "loss_type": "dapo"},
+    "sapo": GRPO | NO_KL | NO_CLIP | {"surrogate": "sapo"},
+    "maxrl": GRPO | NO_KL | {"scale": "mean", "loss_type": "dr_grpo"},
+    "reinforce++-baseline": GRPO | {"scale": "tokens", "loss_type": "dapo", "kl": "k2"},
 }
 
 
@@ -228,34 +279,32 @@ def grpo_loss(
     loss_type="grpo",
     *,
     ratio="token",
+    surrogate="clip",
     kl="k3",
     kl_unbiased=False,
     n_completions=None,
     n_tokens=None,
     max_length=None,
 ):
-    """Log-probabilities and mask (B, T), advantages (B,) -> (loss, metrics). loss_type: a row of OBJECTIVES.
+    """Log-probabilities and mask (B, T), advantages (B,) -> (loss, metrics).
 
     n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these B answers alone.
     max_length: dr_grpo's constant, default T. Metrics: the loss, and means over these answers' tokens, of ratio_max the
-    maximum. The defaults here have no KL; those of a run are in Config.
+    maximum. The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
     """
-    if loss_type not in OBJECTIVES:
-        raise ConfigError(f"--loss_type {loss_type!r} is not known; use {listed(OBJECTIVES)}")
-    if ratio not in ("token", "sequence"):
-        raise ConfigError(f"--ratio {ratio!r} is not known; use token or sequence")
-    objective, mask = OBJECTIVES[loss_type], mask.to(logprobs.dtype)
+    weight_of, ratio_of = choice("loss_type", loss_type, LOSS_TYPES), choice("ratio", ratio, RATIOS)
+    gain_of = choice("surrogate", surrogate, SURROGATES)
+    mask = mask.to(logprobs.dtype)
+    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     n_completions = n_completions or len(mask)
     n_tokens = n_tokens or mask.sum().clamp(min=1)
-    weight = objective.weights(mask, n_completions, n_tokens, max_length or mask.shape[1])  # (B, T)
+    weight = weight_of(mask, length, n_completions, n_tokens, max_length or mask.shape[1])  # v_t (B, T)
 
     # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
     logprobs = torch.where(mask > 0, logprobs, 0.0)
     log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
-    rho = log_ratio.exp()  # (B, T)
-    if ratio == "sequence":
-        rho = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp().expand_as(mask)
-    gain, limited = objective.surrogate(rho, advantages[:, None], logprobs, clip_low, clip_high)  # (B, T) each
+    rho = ratio_of(log_ratio, length)  # (B, T)
+    gain, limited = gain_of(rho, advantages[:, None], logprobs, clip_low, clip_high)  # (B, T) each
     cost = -gain
     spread = masked_mean((rho - 1).abs(), mask)  # 0 on fresh rollouts
     metrics = {"clip_fraction": masked_mean(limited.float(), mask), "ratio_spread": spread, "ratio_max": rho.max()}
@@ -276,14 +325,18 @@ def reward_sums(rewards, weights):
     return sum(w * rewards[..., m] for m, w in enumerate(weights.values()))
 
 
-def summed_advantages(rewards, weights, scale="group"):
+def summed_advantages(rewards, weights, scale="group", baseline="mean", lengths=None):
     """rewards (N, R, M) -> advantages (N, R): GRPO adds the rewards up, then compares."""
-    return group_advantages(reward_sums(rewards, weights), scale)
+    return group_advantages(reward_sums(rewards, weights), scale, baseline, lengths)
 
 
-def advantages_of(rewards, weights, config):
-    """The step from rewards to advantages, which gdpo.py replaces: -> advantages (N, R), {metric: number}."""
-    return summed_advantages(rewards, weights, config.scale), {}
+def advantages_of(rewards, weights, config, lengths=None):
+    """The step from rewards to advantages, which gdpo.py replaces: -> advantages (N, R), {metric: number}.
+
+    lengths (N, R): the tokens of each answer that count. Without them only whether an advantage is 0 is asked, of some
+    of a step's groups: no scale."""
+    scale = "none" if lengths is None else config.scale
+    return summed_advantages(rewards, weights, scale, config.baseline, lengths), {}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -309,7 +362,7 @@ def demo():
     assert torch.allclose(fresh.grad, -A[:, None] * mask / 8)  # REINFORCE with a baseline
     print(f"first minibatch: ρ = 1, loss {abs(loss.item()):.4f}; ∂loss/∂log π(y_t) = −A / (4 answers · 2 tokens)")
 
-    rho = torch.tensor([[1.30, 1.05], [0.90, 0.70], [0.75, 1.10], [1.15, 0.95]])  # after an optimizer step
+    rho = torch.tensor([[1.30, 1.05], [1.10, 0.70], [0.75, 1.10], [1.15, 0.95]])  # after an optimizer step
     logprobs = (old + rho.log()).requires_grad_()
     loss, metrics = grpo_loss(logprobs, old, A, mask, clip_low=0.2, clip_high=0.2)
     loss.backward()
@@ -334,6 +387,41 @@ def demo():
         form = "β log(π / π_ref) / 8" if unbiased else "β (1 − x) / 8       "
         name = "ρ k3" if unbiased else "k3  "
         print(f"KL penalty {name}      value {metrics['kl']:.4f}, gradient {form} = {by_hand / 8:.5f}")
+
+    # The family, second minibatch: the docstring's last column by hand. The second answer has one token here.
+    mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
+    rho, n, length, L, tokens = torch.where(mask > 0, rho, 1.0), 4, lengths.T, 2, 7
+    whole = rho.prod(dim=1, keepdim=True)  # (R, 1), and its root the same
+    A = {name: group_advantages(rewards, r["scale"], r["baseline"], lengths).T for name, r in ALGORITHMS.items()}
+
+    def clipped(ratio, A, low=0.2, high=0.2):
+        return torch.where(((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low)), 0.0, ratio * A)
+
+    steps = {  # (R, T) or (R, 1) each
+        "reinforce": A["reinforce"] / (n * L),
+        "rloo": clipped(whole, A["rloo"]) / n,
+        "grpo": clipped(rho, A["grpo"]) / (n * length),
+        "dr_grpo": clipped(rho, A["dr_grpo"]) / (n * L),
+        "dapo": clipped(rho, A["dapo"], high=0.28) / tokens,
+        "gspo": clipped(whole ** (1 / length), A["gspo"], 3e-4, 4e-4) / (n * length),
+        "cispo": rho.clamp(max=5) * A["cispo"] / tokens,
+        "sapo": rho
+        / ((rho - 1) * torch.tensor([[1.0], [1.05], [1.05], [1.0]]) / 2).cosh() ** 2
+        * A["sapo"]
+        / (n * length),
+        "maxrl": clipped(rho, A["maxrl"]) / (n * L),
+        "reinforce++-baseline": clipped(rho, A["reinforce++-baseline"]) / tokens,
+    }
+    print(
+        "the family              A of each answer            step of each token: the factor of ∇log π(y_t), times 100"
+    )
+    for name, row in ALGORITHMS.items():
+        logprobs, step = (old + rho.log()).requires_grad_(), (steps[name] * mask) + 0.0
+        options = {k: row[k] for k in ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")}
+        grpo_loss(logprobs, old, A[name][:, 0], mask, **options)[0].backward()
+        assert torch.allclose(-logprobs.grad, step, atol=1e-6), name
+        numbers = [f"{100 * x:6.1f}" if m else " " * 6 for x, m in zip(step.flatten(), mask.flatten(), strict=True)]
+        print(f"{name:<22}", *(f"{a:6.2f}" for a in A[name][:, 0]), "  ", *numbers)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -381,22 +469,29 @@ class Config(RunConfig):
     """Length penalty: a reward that falls from 0 to -1 over this many last tokens before max_new_tokens; 0: none."""
     mask_truncated: bool = False
     """Completions that were cut off get no gradient."""
-    loss_type: Literal[tuple(OBJECTIVES)] = "grpo"
-    """The objective: how a token is limited and weighed."""
-    scale: Literal["group", "batch", "none"] | None = None
-    """Advantages divided by the std of the group, of the batch, or none; default as the objective has it."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio of each token, or of the whole sequence (GSPO)."""
-    clip_low: Amount = 0.2
+    algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
+    """Sets all of the following that are not given, from --baseline to --kl_in."""
+    baseline: Literal["mean", "leave_one_out", "none"] | None = None
+    """What a reward is compared with: the mean of its group, of the others in it, or nothing."""
+    scale: Literal["group", "batch", "none", "mean", "tokens"] | None = None
+    """Advantages divided by the std of the group or of the batch, by nothing, by the group's mean reward, or whitened
+    over the batch's tokens."""
+    ratio: Literal[tuple(RATIOS)] | None = None
+    """Importance ratio of each token, of the whole sequence (its geometric mean), or the product over it."""
+    surrogate: Literal[tuple(SURROGATES)] | None = None
+    """How far a token may go in the updates of one batch."""
+    clip_low: Amount | None = None
     """Lower clip range of the ratio."""
     clip_high: Amount | None = None
-    """Upper clip range; default as the objective has it: above 0.2 for dapo."""
-    beta: Amount = 0.3
+    """Upper clip range of the ratio."""
+    loss_type: Literal[tuple(LOSS_TYPES)] | None = None
+    """A token's weight: a mean per answer, a mean over all tokens, or a constant."""
+    beta: Amount | None = None
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     kl: Literal["k1", "k2", "k3"] | None = None
     """Estimator of the KL; default k3 in the loss (with --kl_unbiased) and k1 in the reward: both give the KL's
     gradient."""
-    kl_in: Literal["loss", "reward"] = "loss"
+    kl_in: Literal["loss", "reward"] | None = None
     """Where the KL is subtracted: as a term of the loss, or from the reward."""
     kl_unbiased: bool | None = None
     """Multiply the KL in the loss by the importance ratio, so that its gradient is that of KL(policy, reference);
@@ -429,40 +524,18 @@ class Config(RunConfig):
         super().__post_init__()
         if self.micro_batch is None:
             self.micro_batch = task_of(self.data).micro_batch
-        if self.rollouts < 2:
-            raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")
+        fill_in(self, ALGORITHMS)
+        check_choices(self)
         if self.minibatches > self.prompts:
             raise ConfigError(f"--minibatches is {self.minibatches}, more than the {self.prompts} prompts of a step")
         if self.overlong > self.max_new_tokens:
             raise ConfigError(f"--overlong {self.overlong} is more than --max_new_tokens {self.max_new_tokens}")
-        if self.kl is None:
-            self.kl = "k3" if self.kl_in == "loss" else "k1"
-        if self.kl_unbiased is None:
-            self.kl_unbiased = self.kl_in == "loss" and self.kl != "k2"
-        if self.kl_unbiased and self.kl_in == "reward":
-            raise ConfigError("--kl_unbiased has no meaning with --kl_in reward, where the KL is not differentiated")
-        if self.beta and (self.kl, self.kl_in, self.kl_unbiased) == ("k1", "loss", False):
-            raise ConfigError(
-                "--kl k1 in the loss has no gradient on average; use --kl_in reward, --kl_unbiased true, or k2 or k3"
-            )
         if self.init is None and self.data not in TASKS:
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
-        objective = OBJECTIVES[self.loss_type]
-        self.scale = objective.scale if self.scale is None else self.scale
-        self.clip_high = objective.clip_high if self.clip_high is None else self.clip_high
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The steps of the loop.
-
-
-def judge(functions, texts, problems, ended, lengths, config):
-    """The rewards of the completions, and --overlong: {name: (len(texts),)}."""
-    rewards = score(functions, texts, problems, ended)
-    if config.overlong:
-        over = torch.tensor(lengths) - (config.max_new_tokens - config.overlong)
-        rewards["overlong"] = -(over / config.overlong).clamp(min=0.0)
-    return rewards
 
 
 def roll_out(sample, step, slots, attempt, functions, config):
@@ -491,42 +564,13 @@ def reference_logprobs(reference, policy, pieces, batch, config, autocast):
 
 
 def less_the_kl(advantages, reference, policy, batch, config, autocast, pad):
-    """--kl_in reward: A_i (n, R) -> A_i − β (KL_i − the mean KL of its group), KL_i of the whole answer; and log π_ref
-    (n·R, T). It comes after the division by the std, which would blow it up where a group's
-    rewards are nearly equal."""
+    """--kl_in reward: A_i (n, R) -> A_i − β (KL_i − its baseline), KL_i of the whole answer; and log π_ref (n·R, T). It
+    comes after any division, which would blow it up where a group's rewards are nearly equal."""
     pieces = cut(batch, range(len(advantages)), batch.rollout.mask, config.micro_batch, pad)
     ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
     kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
     batch.rewards["kl"] = kl_tokens.sum(1).view(advantages.shape).cpu()
-    return advantages - config.beta * less_baseline(batch.rewards["kl"], "mean"), ref_logprobs
-
-
-def load_questions(config, split, n):
-    """At most n problems of a split, with --instruction. ConfigError if a right answer is paid for that is unknown."""
-    problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
-    if config.instruction:
-        problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
-    if config.correct_weight and (unanswered := sum(not p.answer for p in problems)):
-        raise ConfigError(
-            f"{unanswered} of {len(problems)} {split} problems of {config.data} have no answer after ####, so no "
-            "rollout can be right: leave them out, or give another --reward and --correct_weight 0"
-        )
-    return problems
-
-
-def reward_functions(config):
-    """-> {name: function}, {name: weight} of the rewards that count. Weight 0: measured, not rewarded."""
-    functions = dict(REWARDS)
-    weights = {name: getattr(config, f"{name}_weight") for name in REWARDS}
-    if config.reward:
-        name, function = load_reward(config.reward, taken={*REWARDS, "overlong", "kl"})
-        functions[name], weights[name] = function, config.reward_weight
-    if config.overlong:
-        weights["overlong"] = 1.0
-    weights = {name: weight for name, weight in weights.items() if weight}
-    if not weights:
-        raise ConfigError("every reward has weight 0: there is nothing to learn")
-    return functions, weights
+    return advantages - config.beta * less_baseline(batch.rewards["kl"], config.baseline or "mean"), ref_logprobs
 
 
 def paid_rewards(batch, weights, config):
@@ -541,7 +585,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
     slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
-    functions, weights = reward_functions(config)
+    functions, weights = reward_functions(config, REWARDS)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     # With adapters the reference is the policy without them: no second model in memory
@@ -567,14 +611,15 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     if run.first == 0:  # a run that was stopped before its first step has not kept it
         run.log(0, **run.state.start)
     if dist.is_main:
+        print(as_flags(config, GRPO))
         print(
             f"{policy.num_params():,} parameters from {init}; {len(problems['train']):,} training prompts; "
             f"test accuracy before: {run.state.before['accuracy']:.1%}"
         )
 
-    def advantages_within(batch):
-        """(n, R), of this rank's groups by themselves."""
-        return advantages_of(paid_rewards(batch, weights, config), weights, config)[0]
+    def signal_of(batch):
+        """(n,) bool: which of this rank's groups have an advantage, before any scale."""
+        return advantages_of(paid_rewards(batch, weights, config), weights, config)[0].ne(0).any(1)
 
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
     k = config.minibatches
@@ -588,22 +633,23 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         # 1. ask: the policy answers each question R times. 2. judge: {name: (n, R)} in batch.rewards
         started = time.perf_counter()
         batch = roll_out(sample, step, slots, 0, functions, config)
-        has_signal = advantages_within(batch).ne(0).any(1)  # (n,)
+        has_signal = signal_of(batch)  # (n,)
         figures = rollout_sums(batch, paid_rewards(batch, weights, config), weights, has_signal)  # before any refill
         for attempt in range(1, config.refill + 1):
             if silent := has_signal.logical_not().nonzero().squeeze(1).tolist():
                 batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
-                has_signal = advantages_within(batch).ne(0).any(1)
+                has_signal = signal_of(batch)
         sampled = time.perf_counter()
 
         # 3. compare within the group; over all ranks, because a std over the batch needs them all
-        advantages, extra = advantages_of(dist.gather(paid_rewards(batch, weights, config)), weights, config)  # (N, R)
-        advantages, ref_logprobs = advantages[slots], None  # (n, R)
-        if config.beta and config.kl_in == "reward":
-            advantages, ref_logprobs = less_the_kl(advantages, reference, policy, batch, config, autocast, pad)
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)
+        paid, lengths = dist.gather(paid_rewards(batch, weights, config)), dist.gather(counted.sum(1).view(n, -1).cpu())
+        advantages, extra = advantages_of(paid, weights, config, lengths)  # (N, R, M) and (N, R) -> (N, R)
+        advantages, ref_logprobs = advantages[slots], None  # (n, R)
+        if config.beta and config.kl_in == "reward":
+            advantages, ref_logprobs = less_the_kl(advantages, reference, policy, batch, config, autocast, pad)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
         useful = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,)
@@ -616,7 +662,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
-        sums, norm, n_trained, n_updates = {"ratio_max": 0.0}, 0.0, 0, 0
+        sums, norm, n_updates = {}, 0.0, 0
         for minibatch in minibatches * config.inner_epochs:
             for piece in minibatch.pieces:
                 rows, T, last = piece.rows, piece.mask.shape[1], piece is minibatch.pieces[-1]
@@ -629,17 +675,13 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                     counts = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
                     loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **counts)
                     scaler.scale(loss * dist.world).backward()
-                n_tokens = piece.mask.sum().item()
-                n_trained += n_tokens
-                sums["ratio_max"] = max(sums["ratio_max"], metrics.pop("ratio_max"))
-                for name, value in metrics.items():  # the loss is a sum over pieces, the others means over tokens
-                    sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else n_tokens)
+                tally(sums, metrics, piece.mask.sum().item())
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
             run.check_finite(lr, norm)
             n_updates += 1
 
         # 5. look
-        record = step_record(figures, sums, n_trained, n_updates, config, dist) | extra
+        record = step_record(figures, sums, n_updates, config, dist) | extra
         # A NaN here is no overflow that the scaler skips. The entropy too, as a step without a signal has no loss.
         mend = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, mend, loss=record["loss"], entropy=record["entropy"])
@@ -649,13 +691,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             shown, chosen_by = validate(policy, tokenizer, problems, functions, weights, config, dist)
             add_figures(record, shown)
             run.keep_best(chosen_by)
-            if shown["accuracy"] < run.state.start["accuracy"] - 0.1 and not warned:
-                warned = True
-                run.say(
-                    f"WARNING: validation accuracy fell from {run.state.start['accuracy']:.1%} to "
-                    f"{shown['accuracy']:.1%}: the policy is collapsing. Try a smaller --lr than {config.lr:g}, or a "
-                    "larger --beta; best/ keeps the best."
-                )
+            warned = warned or warn_of_collapse(run, shown["accuracy"])
         run.log(step + 1, **record)
         if dist.is_main and (step == 0 or (step + 1) % config.sample_every == 0):
             show_samples(run, batch, reward_sums(paid_rewards(batch, weights, config), weights))
@@ -678,35 +714,9 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
 
 def loss_with(config):
     """grpo_loss with what a run's settings fix."""
-    names = ("clip_low", "clip_high", "loss_type", "ratio", "kl", "kl_unbiased")
+    names = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate", "kl", "kl_unbiased")
     options = {name: getattr(config, name) for name in names} | {"max_length": config.max_new_tokens}
     return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
-
-
-def validate(policy, tokenizer, problems, functions, weights, config, dist):
-    """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if most problems have none to
-    check, what the greedy answers earn, {"valid_reward"} then too."""
-    with merged(policy):
-        result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
-    record = logged(result)
-    if verifiable(problems["valid"]):
-        return record, result["accuracy"]
-    rows = [(s.text, s.problem, s.ended, s.length) for s in result["samples"]]  # this rank's
-    rewards = judge(functions, *(list(part) for part in zip(*rows, strict=True)), config) if rows else {}
-    (total,) = dist.sum(sum(weights[name] * values.sum() for name, values in rewards.items() if name in weights))
-    record["valid_reward"] = total / result["n"]
-    return record, record["valid_reward"]
-
-
-def test_figures(policy, tokenizer, problems, config, dist):
-    """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
-    with merged(policy):
-        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
-        some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
-        sampling = {"temperature": config.temperature, "seed": config.seed, "batch": config.prompts}
-        sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
-    figures = {name: value for name, value in result.items() if name != "samples"}
-    return figures | {"solved": sampled["solved"]}
 
 
 if __name__ == "__main__":

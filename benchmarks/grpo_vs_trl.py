@@ -40,7 +40,7 @@ import torch
 
 import grpo
 from data import DEFAULT_TASK, encode_prompt, load_problems
-from support import grpo_report, rollouts, runs
+from support import grpo_report, questions, rewards, rollouts, runs
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -85,8 +85,8 @@ def time_ours(steps, beta, problems, device, dtype):
     """Run grpo.main unchanged, with timers around its phases -> {phase: seconds} of each counted step."""
     calls = {name: [] for name in ("generate", "score", "reference_logprobs", "rows_at")}
     # The module in which each function is looked up when it is called:
-    modules = {"generate": rollouts, "rows_at": rollouts, "score": grpo, "reference_logprobs": grpo, "Log": runs}
-    modules |= {"load_problems": grpo, "draw_curves": grpo_report}
+    modules = {"generate": rollouts, "rows_at": rollouts, "score": rewards, "reference_logprobs": grpo, "Log": runs}
+    modules |= {"load_problems": questions, "draw_curves": grpo_report}
     ends, originals = [], {name: getattr(module, name) for name, module in modules.items()}
 
     class Log(runs.Log):
@@ -97,7 +97,7 @@ def time_ours(steps, beta, problems, device, dtype):
     for name, times in calls.items():
         setattr(modules[name], name, timed(originals[name], times, device))
     runs.Log, grpo_report.draw_curves = Log, lambda *_: None
-    grpo.load_problems = lambda name, split, n, levels: problems[:n]
+    questions.load_problems = lambda name, split, n, levels: problems[:n]
     grpo.REWARDS["correct"] = lambda texts, problems, ended: [reward(text) for text in texts]
     try:
         few = dict(eval_problems=1, test_problems=1, pass_problems=1, pass_samples=1, eval_every=10**6)

@@ -81,6 +81,13 @@ def listed(words):
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def choice(flag, name, table):
+    """table[name], or an error of one line that lists what the flag may be."""
+    if name not in table:
+        raise ConfigError(f"--{flag} {name!r} is not known; use {listed(table)}")
+    return table[name]
+
+
 def check(config, error=ConfigError, dashes="--"):
     """Raise `error`, one line, on the first field whose value its type does not allow."""
     for name, hint in declared(type(config)).items():

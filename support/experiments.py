@@ -90,8 +90,8 @@ _GRPO = {
     "beta 0.05": _grpo(beta=0.05),
     "2 inner epochs": _grpo(inner_epochs=2),
     "clip higher": _grpo(clip_high=0.28, inner_epochs=2),
-    "dapo": _grpo(loss_type="dapo"),
-    "dr_grpo": _grpo(loss_type="dr_grpo"),
+    "dapo": _grpo(algorithm="dapo"),
+    "dr_grpo": _grpo(algorithm="dr_grpo"),
 }
 
 EXPERIMENTS = {

@@ -18,11 +18,19 @@ def rollout_sums(batch, paid, weights, has_signal):
     }
 
 
-def step_record(figures, sums, n_trained, n_updates, config, dist):
+def tally(sums, metrics, n_tokens):
+    """Add a piece's metrics to `sums`, in place: the loss is a sum over pieces, the others means over its tokens."""
+    sums["n_trained"] = sums.get("n_trained", 0) + n_tokens
+    sums["ratio_max"] = max(sums.get("ratio_max", 0.0), metrics.pop("ratio_max"))
+    for name, value in metrics.items():
+        sums[name] = sums.get(name, 0.0) + value * (1 if name == "loss" else n_tokens)
+
+
+def step_record(figures, sums, n_updates, config, dist):
     """The record of a step, means over all ranks, but ratio_max: this rank's. figures: what `rollout_sums` counted;
     sums: over the tokens trained on."""
     means = [name for name in ("kl", "clip_fraction", "ratio_spread") if name in sums]
-    values = [*figures.values(), *(sums[k] for k in means), n_trained, sums.get("loss", 0.0)]
+    values = [*figures.values(), *(sums[k] for k in means), sums.get("n_trained", 0), sums.get("loss", 0.0)]
     *values, n_trained, loss = dist.sum(*values)
     total = dict(zip([*figures, *means], values, strict=True))
     record = {name: total[name] / (config.prompts * config.rollouts) for name in figures}
@@ -31,6 +39,18 @@ def step_record(figures, sums, n_trained, n_updates, config, dist):
     if n_trained:
         record |= {name: total[name] / n_trained for name in means} | {"ratio_max": sums["ratio_max"]}
     return record | {"loss": loss / max(1, n_updates)}
+
+
+def warn_of_collapse(run, accuracy):
+    """Whether the validation accuracy has fallen far below where it began, which is said."""
+    began = run.state.start["accuracy"]
+    if accuracy >= began - 0.1:
+        return False
+    run.say(
+        f"WARNING: validation accuracy fell from {began:.1%} to {accuracy:.1%}: the policy is collapsing. Try a "
+        f"smaller --lr than {run.config.lr:g}, or a larger --beta; best/ keeps the best."
+    )
+    return True
 
 
 def report(config, run, after, kl, weights, extra):

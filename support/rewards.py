@@ -1,4 +1,4 @@
-"""Loading a user's reward function, and checking that a reward function returns one finite number per text."""
+"""Reward functions by name, a user's own among them; what they pay, checked to be one finite number per text."""
 
 import importlib
 import os
@@ -45,4 +45,29 @@ def score(functions, texts, problems, ended):
             bad = int(values.isfinite().logical_not().nonzero()[0])
             raise reward_error(f"reward {name!r} is {values[bad].item()} for the completion {texts[bad]!r}")
         rewards[name] = values
+    return rewards
+
+
+def reward_functions(config, built_in):
+    """built_in {name: function} and --reward -> {name: function}, {name: weight} of the rewards that count. Weight 0:
+    measured, not rewarded."""
+    functions = dict(built_in)
+    weights = {name: getattr(config, f"{name}_weight") for name in built_in}
+    if config.reward:
+        name, function = load_reward(config.reward, taken={*built_in, "overlong", "kl"})
+        functions[name], weights[name] = function, config.reward_weight
+    if config.overlong:
+        weights["overlong"] = 1.0
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
+        raise ConfigError("every reward has weight 0: there is nothing to learn")
+    return functions, weights
+
+
+def judge(functions, texts, problems, ended, lengths, config):
+    """The rewards of the completions, and --overlong: {name: (len(texts),)}."""
+    rewards = score(functions, texts, problems, ended)
+    if config.overlong:
+        over = torch.tensor(lengths) - (config.max_new_tokens - config.overlong)
+        rewards["overlong"] = -(over / config.overlong).clamp(min=0.0)
     return rewards

@@ -365,6 +365,7 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
     may_change = {
+        "algorithm",  # a name for choices that are compared one by one
         "steps",
         "resume",
         "save_every",

@@ -20,11 +20,11 @@ from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss
 from lora import LoraConfig
-from support import devices, grpo_report, runs
+from support import devices, grpo_report, questions, runs
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DivergedError
-from support.rewards import load_reward, score
+from support.rewards import load_reward, reward_functions, score
 from support.rollouts import Batch
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
@@ -96,7 +96,9 @@ def test_a_reward_of_your_own(own):
     assert not score({"own": lambda t, p, e: judge(torch.ones(2, 1))[:, 0]}, ["e", "a"], [SEVEN] * 2, [True] * 2)[
         "own"
     ].requires_grad
-    functions, weights = grpo.reward_functions(config(reward="own:letters", reward_weight=0.7, correct_weight=0.0))
+    functions, weights = reward_functions(
+        config(reward="own:letters", reward_weight=0.7, correct_weight=0.0), grpo.REWARDS
+    )
     assert weights == {"format": 0.5, "letters": 0.7}
     assert list(functions) == ["correct", "format", "brevity", "letters"]
 
@@ -321,7 +323,7 @@ def test_what_stands_outside_the_mask_cannot_matter():
         assert torch.autograd.grad(again, new)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("loss_type", grpo.OBJECTIVES)
+@pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
 def test_any_cut_gives_the_same_gradient(loss_type):
     new, old, ref, A, mask = batch()
     step = dict(n_completions=5, n_tokens=int(mask.sum()), max_length=7, ratio="sequence")
@@ -358,7 +360,7 @@ def here(scratch, start, monkeypatch):
     """A directory with a start, few problems, no pictures, and rewards that a random model earns half of the time."""
     (scratch / "start").symlink_to(start)
     few = {split: load_problems("word", split, 60) for split in ("train", "valid", "test")}
-    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, *more: few[split][:n])
+    monkeypatch.setattr(questions, "load_problems", lambda name, split, n, *more: few[split][:n])
     monkeypatch.setattr(grpo_report, "draw_curves", lambda *_: None)
     monkeypatch.setitem(grpo.REWARDS, "correct", letter("e"))
     monkeypatch.setitem(grpo.REWARDS, "format", letter("a"))
@@ -392,7 +394,8 @@ def assert_same_gradient(a, b):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_the_first_step_is_reinforce_with_a_group_baseline(here, spied, loss_type):
-    grpo.main(config(steps=1, loss_type=loss_type, temperature=0.8, micro_batch=8))
+    scale = "none" if loss_type == "dr_grpo" else "group"
+    grpo.main(config(steps=1, loss_type=loss_type, scale=scale, temperature=0.8, micro_batch=8))
     (rolled,) = spied["batches"]
     raw, total = Transformer.from_pretrained("start").eval(), 0.0
     reward = rolled.rewards["correct"] + 0.5 * rolled.rewards["format"]
@@ -412,7 +415,7 @@ def test_the_first_step_is_reinforce_with_a_group_baseline(here, spied, loss_typ
     assert_same_gradient(spied["gradients"][0], expected)
 
 
-@pytest.mark.parametrize("loss_type", grpo.OBJECTIVES)
+@pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
 def test_micro_batches_change_nothing(here, spied, loss_type):
     for size in (64, 3):
         grpo.main(config(steps=1, name=f"n{size}", micro_batch=size, loss_type=loss_type, beta=0.1))
@@ -570,7 +573,7 @@ def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
     monkeypatch.setattr(grpo, "grpo_loss", grpo_loss)
     pull = [1.0]  # the first step moves the policy away from the reference; in the second nothing is earned
 
-    def estimate(rewards, weights, config):
+    def estimate(rewards, weights, config, lengths=None):
         assert list(weights) == ["correct", "format"]
         advantages = torch.randn(rewards.shape[:2], generator=torch.Generator().manual_seed(0))
         return advantages * pull[0], {}
@@ -595,7 +598,7 @@ def test_the_start_is_the_best_until_something_beats_it(here):
 def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch, answered):
     few = load_problems("word", "train", 60)
     few[answered:] = [replace(p, answer="") for p in few[answered:]]
-    monkeypatch.setattr(grpo, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else [])
+    monkeypatch.setattr(questions, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else [])
     paid = iter([1.0, 3.0, 2.0])  # the greedy answers of the start, and of steps 2 and 3
 
     def reward(texts, problems, ended):
@@ -610,7 +613,7 @@ def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch, answ
 
 
 def test_problems_without_an_answer_are_refused(here, monkeypatch):
-    monkeypatch.setattr(grpo, "load_problems", data.load_problems)
+    monkeypatch.setattr(questions, "load_problems", data.load_problems)
     lines = [json.dumps({"instruction": f"Say {i}.", "output": "Something."}) for i in range(80)]
     (here / "talk.jsonl").write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"of talk\.jsonl have no answer after ####"):
@@ -671,7 +674,7 @@ def test_two_processes_equal_one(here, own, monkeypatch):
     assert process.returncode == 0, process.stderr
     assert "pass@2" in process.stdout
     assert (here / "runs/two/curves.png").stat().st_size > 0
-    monkeypatch.setattr(grpo, "load_problems", load_problems)
+    monkeypatch.setattr(questions, "load_problems", load_problems)
     grpo.main(Config(**(flags | {"name": "one"})))
     for name in ("reward", "grad_norm", "kl", "length", "zero_variance", "valid_reward", "entropy", "loss"):
         a, b = metrics("runs/one", name), metrics("runs/two", name)
@@ -734,7 +737,7 @@ def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
         asked.append(a)
         return dict.fromkeys(METRICS, a) | {"low": a, "high": a, "n": 4, "by_level": {1: a}, "samples": []}
 
-    monkeypatch.setattr(grpo, "evaluate", fake)
+    monkeypatch.setattr(questions, "evaluate", fake)
     grpo.main(config(eval_every=1))
     out = capsys.readouterr()
     assert "validation accuracy fell from 50.0% to 20.0%: the policy is collapsing" in out.out + out.err

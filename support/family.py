@@ -1,0 +1,60 @@
+"""The choices of a policy-gradient run: taken from a row of `grpo.ALGORITHMS`, checked together, and shown as flags."""
+
+from support.errors import ConfigError
+
+CLIPS = ("clip_low", "clip_high")
+
+
+def fill_in(config, algorithms):
+    """Set, in place, what was not given to what the algorithm's row has, and the KL's kind to the one whose gradient is
+    the KL's. ConfigError if something was given that the surrogate has not."""
+    row, clips = algorithms[config.algorithm], [getattr(config, name) for name in CLIPS]
+    surrogate = config.surrogate or row["surrogate"]
+    if surrogate != row["surrogate"]:  # the clips are the surrogate's, so take those of the row that it comes from
+        row = row | {name: algorithms["grpo" if surrogate == "clip" else surrogate][name] for name in CLIPS}
+    if surrogate in ("sapo", "reinforce") and clips != [None, None]:
+        raise ConfigError(f"--surrogate {surrogate} has no clip: leave --clip_low and --clip_high out")
+    if config.kl_in not in (None, row["kl_in"]):  # so is an estimate that of its place
+        row = row | {"kl": None}
+    for name, value in row.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.kl is None:
+        config.kl = "k3" if config.kl_in == "loss" else "k1"
+    if config.kl_unbiased is None:
+        config.kl_unbiased = config.kl_in == "loss" and config.kl != "k2"
+
+
+def check_choices(config):
+    """ConfigError if choices do not go together."""
+    c = config
+    if c.rollouts < 2 and c.baseline != "none":
+        raise ConfigError("--rollouts is 1: a group of one has no baseline, every advantage is 0; use 2 or more")
+    if c.baseline == "none" and c.scale in ("group", "batch"):
+        raise ConfigError(
+            f"--baseline none with --scale {c.scale} divides a reward by a std that is 0 where all are equal; use "
+            "--scale none, mean or tokens, or another --baseline"
+        )
+    if c.surrogate == "reinforce" and c.ratio != "token":
+        raise ConfigError(f"--surrogate reinforce has no ratio: leave --ratio {c.ratio} out")
+    if c.scale == "tokens" and c.ratio != "token":
+        raise ConfigError(
+            f"--scale tokens whitens over tokens, but --ratio {c.ratio} weighs whole answers: use --scale batch"
+        )
+    if c.scale == "mean" and (c.overlong or min(c.correct_weight, c.format_weight, c.brevity_weight) < 0):
+        raise ConfigError("--scale mean divides by a mean reward: no --overlong and no weight below 0 with it")
+    if c.kl_unbiased and c.kl_in == "reward":
+        raise ConfigError("--kl_unbiased has no meaning with --kl_in reward, where the KL is not differentiated")
+    if c.beta and (c.kl, c.kl_in, c.kl_unbiased) == ("k1", "loss", False):
+        raise ConfigError(
+            "--kl k1 in the loss has no gradient on average; use --kl_in reward, --kl_unbiased true, or k2 or k3"
+        )
+
+
+def as_flags(config, names):
+    """The line that says which member of the family runs. names: what an algorithm sets."""
+    unused = ("ratio",) if config.surrogate == "reinforce" else ()
+    unused += () if config.beta else ("kl_in", "kl", "kl_unbiased")
+    values = {name: getattr(config, name) for name in (*names, "kl_unbiased") if name not in unused}
+    words = {name: f"{v:g}" if isinstance(v, float) else str(v).lower() for name, v in values.items() if v is not None}
+    return f"--algorithm {config.algorithm}: " + " ".join(f"--{name} {word}" for name, word in words.items())

@@ -1,0 +1,48 @@
+"""Questions whose answers are checked: loading a split of them, and how well a policy answers held-out ones."""
+
+from dataclasses import replace
+
+from data import load_problems
+from evaluate import evaluate, evaluate_samples, logged, verifiable
+from lora import merged
+from support.errors import ConfigError
+from support.rewards import judge
+
+
+def load_questions(config, split, n):
+    """At most n problems of a split, with --instruction. ConfigError if a right answer is paid for that is unknown."""
+    problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
+    if config.instruction:
+        problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
+    if config.correct_weight and (unanswered := sum(not p.answer for p in problems)):
+        raise ConfigError(
+            f"{unanswered} of {len(problems)} {split} problems of {config.data} have no answer after ####, so no "
+            "rollout can be right: leave them out, or give another --reward and --correct_weight 0"
+        )
+    return problems
+
+
+def validate(policy, tokenizer, problems, functions, weights, config, dist):
+    """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if most problems have none to
+    check, what the greedy answers earn, {"valid_reward"} then too."""
+    with merged(policy):
+        result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
+    record = logged(result)
+    if verifiable(problems["valid"]):
+        return record, result["accuracy"]
+    rows = [(s.text, s.problem, s.ended, s.length) for s in result["samples"]]  # this rank's
+    rewards = judge(functions, *(list(part) for part in zip(*rows, strict=True)), config) if rows else {}
+    (total,) = dist.sum(sum(weights[name] * values.sum() for name, values in rewards.items() if name in weights))
+    record["valid_reward"] = total / result["n"]
+    return record, record["valid_reward"]
+
+
+def test_figures(policy, tokenizer, problems, config, dist):
+    """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
+    with merged(policy):
+        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
+        some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
+        sampling = {"temperature": config.temperature, "seed": config.seed, "batch": config.prompts}
+        sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
+    figures = {name: value for name, value in result.items() if name != "samples"}
+    return figures | {"solved": sampled["solved"]}

@@ -38,23 +38,23 @@ One step, here for one process and the defaults; `main` has the same five parts.
 The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. Last what a token gets:
 the factor of ∇log π(y_t) in the step that lowers the loss, the KL aside; L is the longest possible answer, in tokens.
 
-    algorithm             baseline      scale   ratio     surrogate       loss_type  KL          a token gets
-    reinforce             none          none    -         reinforce       dr_grpo    -           A / nL
-    rloo                  leave_one_out none    product   clip 0.2 0.2    grpo       0.05 reward ρ_i A / n, or 0
-    grpo                  mean          group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / n|y|, or 0
-    dr_grpo               mean          none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
-    dapo                  mean          group   token     clip 0.2 0.28   dapo       -           ρ_t A / tokens, or 0
-    gspo                  mean          group   sequence  clip 3e-4 4e-4  grpo       -           ρ_i A / n|y|, or 0
-    cispo                 mean          group   token     cispo 1 4       dapo       -           min(ρ_t, 5) A / tokens
-    sapo                  mean          group   token     sapo            grpo       -           s(ρ_t) A / n|y|
-    maxrl                 mean          mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
-    reinforce++-baseline  mean          tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
+    algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
+    reinforce             none           none    -         reinforce       dr_grpo    -           A / nL
+    rloo                  leave_one_out  none    product   clip 0.2 0.2    grpo       0.05 reward ρ_i A / n, or 0
+    grpo                  mean           group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / n|y|, or 0
+    dr_grpo               mean           none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
+    dapo                  mean           group   token     clip 0.2 0.28   dapo       -           ρ_t A / tokens, or 0
+    gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           ρ_i A / n|y|, or 0
+    cispo                 mean           group   token     cispo 1 4       dapo       -           min(ρ_t, 5) A / tokens
+    sapo                  mean           group   token     sapo            grpo       -           s(ρ_t) A / n|y|
+    maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
+    reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-    scale      group: a very easy or hard question, and one where only the format differs, push as hard as others. batch:
-               one std for all. none: the difference itself. mean: the rarer a right answer, the more it counts; for
-               rewards of 0 and 1 and a chance p, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1, the first
-               terms of ∇log p. tokens: whitened over the tokens of the batch; long answers count for more, and groups
-               whose answers all earn the same have A ≠ 0 too.
+    scale      group: a very easy or hard question, and one where only the format differs, push as hard as others.
+               batch: one std for all. none: the difference itself. mean: the rarer a right answer, the more it counts;
+               for rewards of 0 and 1 and a chance p, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1, the
+               first terms of ∇log p. tokens: whitened over the tokens of the batch; long answers count for more, and
+               groups whose answers all earn the same have A ≠ 0 too.
     ratio      token: ρ_t. product: ρ_i = Π_t ρ_t, exact for an answer as a whole, and soon far from 1. sequence: its
                root ρ_i = (Π_t ρ_t)^(1/|y|): the clip keeps or drops whole answers, and one odd token does not decide.
     surrogate  clip: "or 0" is where ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0; a higher clip_high lets

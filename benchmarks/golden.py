@@ -70,9 +70,10 @@ RUNS = [
         "--variant hinge --lora.rank 4",
         "grpo": f"grpo.py {GRPO}",
         "grpo_2": f"grpo.py {GRPO} --beta 0.05",
-        "grpo_dapo": f"grpo.py {GRPO} --loss_type dapo --clip_high 0.28 --refill 2 --overlong 8 --mask_truncated true "
-        "--minibatches 2 --inner_epochs 2 --micro_batch 8",
-        "grpo_dr": f"grpo.py {GRPO} --loss_type dr_grpo --scale none --beta 0.05 --kl_in reward --kl k1 --minibatches 2",
+        "grpo_dapo": f"grpo.py {GRPO} --loss_type dapo --clip_high 0.28 --refill 2 --overlong 8 --mask_truncated "
+        "true --minibatches 2 --inner_epochs 2 --micro_batch 8",
+        "grpo_dr": f"grpo.py {GRPO} --loss_type dr_grpo --scale none --beta 0.05 --kl_in reward --kl k1 "
+        "--minibatches 2",
         "grpo_gspo": f"grpo.py {GRPO} --ratio sequence --clip_low 3e-4 --clip_high 4e-4 --minibatches 2 --scale batch "
         "--beta 0.05 --kl_unbiased true",
         "grpo_lora": f"grpo.py {GRPO} --lora.rank 4 --beta 0.05 --kl k2",

@@ -634,7 +634,14 @@ EVERYTHING = dict(beta=0.05, minibatches=2, inner_epochs=2, refill=1, refresh_re
 EVERYTHING |= dict(max_new_tokens=12, overlong=3, scale="batch", lr=1e-2, optimizer="muon")
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}])
+WHITENED = {"algorithm": "reinforce++-baseline", "beta": 0.05, "minibatches": 2, "refill": 1, "max_new_tokens": 40}
+AS_RLOO = {"algorithm": "rloo", "beta": 0.05, "minibatches": 2, "lr": 1e-2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERYTHING, {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}, WHITENED, AS_RLOO, {"algorithm": "cispo"}],
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
     options = dict(steps=4, eval_every=2) | options
     whole = grpo.main(config(name="whole", **options))
@@ -661,7 +668,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
     assert {k: whole[k] for k in ("before", "after", "kl")} == {k: parts[k] for k in ("before", "after", "kl")}
 
 
-def test_two_processes_equal_one(here, own, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++-baseline"])
+def test_two_processes_equal_one(here, own, monkeypatch, algorithm):
     known = [p for split in ("train", "valid", "test") for p in load_problems("word", split, 60)]
     (here / "p.jsonl").write_text(
         "".join(json.dumps({"question": p.question, "answer": "None to check."}) + "\n" for p in known),
@@ -670,6 +678,9 @@ def test_two_processes_equal_one(here, own, monkeypatch):
     flags = SMALL | EVERYTHING | dict(data="p.jsonl", steps=2, rollouts=5, refill=2, kl="k1", kl_in="reward")
     flags |= dict(correct_weight=0.0, format_weight=0.0, reward="own:letters", name="two")
     flags |= dict(refresh_reference=0, mask_truncated=False)
+    if algorithm != "grpo":
+        flags |= dict(algorithm=algorithm, max_new_tokens=40, lr=1e-4)  # a product of ratios is soon clipped
+        flags = {k: v for k, v in flags.items() if k not in ("scale", "kl", "kl_in")}  # as the row has them
     process = script("grpo.py", *(x for k, v in flags.items() for x in (f"--{k}", v)), cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
     assert "pass@2" in process.stdout
@@ -682,6 +693,19 @@ def test_two_processes_equal_one(here, own, monkeypatch):
     assert min(metrics("runs/one", "grad_norm").values()) > 0
     assert max(metrics("runs/one", "zero_variance").values()) > 0  # so there was something to refill
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-3, rtol=1e-3)
+
+
+def test_a_run_of_an_earlier_version_is_resumed_if_its_choices_are_the_same(here):
+    grpo.main(config(steps=2))
+    path = here / "runs/grpo/last/trainer_state.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("algorithm", "baseline", "surrogate"):  # which it did not have; its --loss_type dapo set the clip
+        del state["config"][name]
+    state["config"] |= {"loss_type": "dapo", "clip_high": 0.28}
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=r"clip_high 0\.28 -> 0\.2, loss_type 'dapo' -> 'grpo'"):
+        grpo.main(config(steps=3, resume=True))
+    grpo.main(config(steps=3, resume=True, algorithm="dapo"))
 
 
 def test_groups_without_signal_are_skipped_and_counted(here, spied, monkeypatch):
@@ -777,6 +801,9 @@ def test_a_question_can_carry_an_instruction(here, spied):
         (["--init", "nowhere"], ["nowhere"]),
         (["--data", "gsm8k"], ["--init"]),
         (["--loss_type", "ppo"], ["ppo", "dapo"]),
+        (["--algorithm", "ppo"], ["ppo", "cispo", "reinforce++-baseline"]),
+        (["--surrogate", "hard"], ["hard", "sapo"]),
+        (["--algorithm", "gspo", "--scale", "tokens"], ["--scale tokens", "--ratio sequence"]),
         (["--rollouts", "1"], ["rollouts"]),
         (["--temperature", "0"], ["temperature"]),
         (["--kl", "k4"], ["k4", "k3"]),

@@ -10,7 +10,9 @@ import torch
 
 import dpo
 import gdpo
-from grpo import grpo_loss, summed_advantages
+import grpo
+from grpo import ALGORITHMS, grpo_loss, loss_with, summed_advantages
+from ppo import less_baseline
 from reward_model import RewardModel, bradley_terry_loss
 from support import shared_prompt
 from support.hf import LAYOUTS, layout_of, to_layout
@@ -62,14 +64,14 @@ def trainer_of(kind, start, tmp_path, rows, **options):
     )
 
 
-def assert_same_gradients(ours, theirs):
+def assert_same_gradients(ours, theirs, atol=1e-6):
     """Of every weight, by the names of the layout that transformers knows."""
     gradients = {name: p.grad for name, p in ours.named_parameters() if name != "head.weight"}
     expected = {name: p.grad for name, p in theirs.named_parameters() if name != "score.weight"}
     mapped = to_layout(gradients, LAYOUTS[layout_of(ours.config)].names)
     assert len(expected) > 20
     for name, gradient in expected.items():
-        torch.testing.assert_close(mapped[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, at=name: f"{at}: {m}")
+        torch.testing.assert_close(mapped[name], gradient, atol=atol, rtol=1e-4, msg=lambda m, at=name: f"{at}: {m}")
 
 
 def padded(rows, left):
@@ -91,48 +93,128 @@ def grpo_trainer(start, tmp_path_factory):
     return trainer_of("GRPO", path, into, rows, reward_funcs=[lambda **_: [0.0]], args=args)
 
 
+def loss_inputs(start):
+    """A policy with its answers' log-probabilities at temperature 0.7, and those of an older policy and a reference
+    (6, T); advantages (6,); the same as TRL's batch: -> model, logprobs, old, ref, A, mask, batch."""
+    path, _, prompts, answers = start
+    model = Transformer.from_pretrained(path).double()
+    ids, mask = padded([prompts[0]] * 3 + [prompts[1]] * 3, left=True)
+    completions, completion_mask = padded([answer for group in answers for answer in group], left=False)
+    packed = shared_prompt.pack(prompts, answers, 0)
+    logprobs = shared_prompt.shared_answer_logprobs(model, packed, 0.7)[:, : completions.shape[1]]
+    torch.manual_seed(1)
+    noise = 0.3 * torch.randn(2, *logprobs.shape, dtype=torch.float64) + 0.3 * torch.randn(6, 1)
+    old, ref = logprobs.detach() + noise
+    A = torch.randn(6, dtype=torch.float64)
+    batch = {"prompt_ids": ids, "prompt_mask": mask, "completion_ids": completions, "completion_mask": completion_mask}
+    batch |= {"advantages": A, "old_per_token_logps": old, "ref_per_token_logps": ref}
+    return model, logprobs, old, ref, A, completion_mask, batch | {"num_items_in_batch": completion_mask.sum()}
+
+
 @pytest.mark.parametrize(("ratio", "unbiased"), [("token", False), ("token", True), ("sequence", False)])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_grpo_loss_and_gradient(start, grpo_trainer, loss_type, ratio, unbiased, beta):
     """(With a sequence's ratio TRL weighs each token's KL by that ratio too, a known fault: huggingface/trl#6586.)"""
-    path, _, prompts, answers = start
-    trainer, model = grpo_trainer, Transformer.from_pretrained(path).double()
+    trainer = grpo_trainer
     trainer.loss_type, trainer.importance_sampling_level, trainer.beta = loss_type, ratio, beta
+    trainer.epsilon_low, trainer.epsilon_high = 0.2, 0.28
     trainer.current_gradient_accumulation_steps, trainer.args.use_bias_correction_kl = 1, unbiased
-    flat = [answer for group in answers for answer in group]
-    ids, mask = padded([prompts[0]] * 3 + [prompts[1]] * 3, left=True)
-    completions, completion_mask = padded(flat, left=False)
-    logprobs = shared_prompt.shared_answer_logprobs(model, shared_prompt.pack(prompts, answers, 0), 0.7)[
-        :, : completions.shape[1]
-    ]
-    torch.manual_seed(1)
-    noise = 0.3 * torch.randn(2, *logprobs.shape, dtype=torch.float64) + 0.3 * torch.randn(6, 1)
-    old, ref = logprobs.detach() + noise
-    A = torch.randn(6, dtype=torch.float64)
-    inputs = {"prompt_ids": ids, "prompt_mask": mask, "completion_ids": completions, "completion_mask": completion_mask}
-    inputs |= {"advantages": A, "old_per_token_logps": old, "ref_per_token_logps": ref}
+    model, logprobs, old, ref, A, mask, batch = loss_inputs(start)
     trainer.model.zero_grad()
-    theirs = trainer._compute_loss(trainer.model, inputs | {"num_items_in_batch": completion_mask.sum()})
+    theirs = trainer._compute_loss(trainer.model, batch)
     theirs.backward()
     options = dict(beta=beta, clip_low=0.2, clip_high=0.28, loss_type=loss_type, ratio=ratio, kl_unbiased=unbiased)
-    ours, figures = grpo_loss(logprobs, old, A, completion_mask, ref, **options, max_length=20)
+    ours, figures = grpo_loss(logprobs, old, A, mask, ref, **options, max_length=20)
     ours.backward()
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
     assert 0 < figures["clip_fraction"] < 1
     assert_same_gradients(model, trainer.model)
 
 
+# What to set in TRL for a row of ours. Its cap of CISPO is the bound itself, not its distance from 1.
+AS_IN_TRL = {
+    "grpo": dict(loss_type="grpo", beta=0.3),
+    "dr_grpo": dict(loss_type="dr_grpo"),
+    "dapo": dict(loss_type="dapo", epsilon_high=0.28),
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4),
+    "cispo": dict(loss_type="cispo", epsilon_high=5.0),
+    "sapo": dict(loss_type="sapo"),
+}
+
+
+@pytest.mark.parametrize("name", AS_IN_TRL)
+def test_the_family_loss_and_gradient(start, grpo_trainer, monkeypatch, name):
+    """A row as a run has it, with TRL's trainer as the same paper's name sets it."""
+    trainer, plain = grpo_trainer, dict(importance_sampling_level="token", epsilon_low=0.2, epsilon_high=0.2, beta=0.0)
+    for key, value in (plain | AS_IN_TRL[name] | {"current_gradient_accumulation_steps": 1}).items():
+        monkeypatch.setattr(trainer, key, value, raising=False)
+    trainer.args.use_bias_correction_kl = True
+    model, logprobs, old, ref, A, mask, batch = loss_inputs(start)
+    old[0, 0] -= 2.0  # a ratio above CISPO's cap
+    trainer.model.zero_grad()
+    theirs = trainer._compute_loss(trainer.model, batch)
+    theirs.backward()
+    ours, figures = loss_with(grpo.Config(algorithm=name, max_new_tokens=20))(logprobs, old, A, mask, ref)
+    ours.backward()
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
+    assert (0 < figures["clip_fraction"] < 1) == (name != "sapo")
+    assert_same_gradients(model, trainer.model)
+
+
+@pytest.fixture(scope="module")
+def rloo_trainer(start, tmp_path_factory):
+    args = dict(per_device_train_batch_size=6, num_generations=3, max_completion_length=20, temperature=0.7, beta=0.05)
+    path, into, prompts = start[0], tmp_path_factory.mktemp("rloo"), [{"prompt": text} for text in PROMPTS]
+    return trainer_of("RLOO", path, into, prompts, reward_funcs=[lambda **_: [0.0]], args=args)
+
+
+def test_rloo_loss_and_gradient(start, rloo_trainer):
+    trainer = rloo_trainer
+    model, logprobs, old, _, A, mask, batch = loss_inputs(start)
+    old = logprobs.detach() + 0.2 * (old - logprobs.detach())  # products of ratios of which the clip lets some through
+    trainer.model.zero_grad()
+    theirs = trainer._compute_loss(trainer.model, batch | {"old_logps": (old * mask).sum(1)})
+    theirs.backward()
+    ours, figures = loss_with(grpo.Config(algorithm="rloo", max_new_tokens=20))(logprobs, old, A, mask)
+    ours.backward()
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
+    assert 0 < figures["clip_fraction"] < 1
+    assert_same_gradients(model, trainer.model, atol=1e-5)  # they are |y| times as large
+
+
+def test_advantages_of_rloo(rloo_trainer, monkeypatch):
+    """With the KL, off the reward and before the baseline, of a reference that is not the policy."""
+    rewards, weights, seen = made_rewards(), {"a": 1.0, "b": 0.5, "c": 0.2}, []
+    scored = rloo_trainer._get_per_token_logps_and_entropies
+
+    def score(model, ids, *args, **options):
+        logprobs, *more = scored(model, ids, *args, **options)
+        seen.append(logprobs + 0.3 * len(seen) * torch.arange(len(ids)).remainder(4)[:, None])  # old, then reference
+        return seen[-1], *more
+
+    monkeypatch.setattr(rloo_trainer, "_get_per_token_logps_and_entropies", score)
+    theirs, mask = advantages_of(rloo_trainer, rewards, weights, monkeypatch)
+    row, (old, ref) = ALGORITHMS["rloo"], seen
+    A = summed_advantages(rewards, weights, row["scale"], row["baseline"])
+    kl = ((old - ref) * mask).sum(1).view(2, 3)
+    paid = A - row["beta"] * less_baseline(kl, row["baseline"])
+    torch.testing.assert_close(paid, theirs.to(paid), atol=1e-5, rtol=1e-5)
+    assert (paid - A).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_of_grpo(grpo_trainer, scale, monkeypatch):
     rewards, weights = made_rewards(), {"a": 1.0, "b": 0.5, "c": 0.2}
-    theirs = advantages_of(grpo_trainer, rewards, weights, monkeypatch, "sum_then_normalize", scale)
+    monkeypatch.setattr(grpo_trainer, "scale_rewards", scale)
+    theirs, _ = advantages_of(grpo_trainer, rewards, weights, monkeypatch)
     torch.testing.assert_close(summed_advantages(rewards, weights, scale), theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_advantages_of_gdpo(grpo_trainer, monkeypatch):
     rewards, weights = made_rewards(), {"a": 1.0, "b": 0.5, "c": 0.2}
-    theirs = advantages_of(grpo_trainer, rewards, weights, monkeypatch, "normalize_then_sum", "group")
+    monkeypatch.setattr(grpo_trainer, "multi_objective_aggregation", "normalize_then_sum")
+    theirs, _ = advantages_of(grpo_trainer, rewards, weights, monkeypatch)
     ours = gdpo.gdpo_advantages(rewards, weights.values())
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     assert (ours - summed_advantages(rewards, weights)).abs().max() > 0.1
@@ -146,18 +228,17 @@ def made_rewards():
     return rewards
 
 
-def advantages_of(trainer, rewards, weights, monkeypatch, aggregation, scale):
-    """What TRL makes of these rewards (N, R, M) of its own rollouts: (N, R)."""
+def advantages_of(trainer, rewards, weights, monkeypatch):
+    """What TRL makes of these rewards (N, R, M) of its own rollouts: (N, R), and the rollouts' mask (N·R, T)."""
     flat = rewards.flatten(0, 1)  # (N·R, M)
     monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: flat)
-    monkeypatch.setattr(trainer, "multi_objective_aggregation", aggregation)
-    monkeypatch.setattr(trainer, "scale_rewards", scale)
     monkeypatch.setattr(trainer, "reward_weights", torch.tensor(list(weights.values())))
     names = list(weights)
     monkeypatch.setattr(trainer, "reward_funcs", names)
     monkeypatch.setattr(trainer, "reward_func_names", names)
     rows = [{"prompt": text} for text in PROMPTS for _ in range(3)]
-    return trainer._generate_and_score_completions(rows)["advantages"].view(2, 3)
+    batch = trainer._generate_and_score_completions(rows)
+    return batch["advantages"].view(2, 3), batch["completion_mask"]
 
 
 def pairs_of(prompts, answers):

@@ -263,8 +263,8 @@ def test_whitening_over_tokens_by_hand():
     assert A.flatten().tolist() == pytest.approx([1.890, -1.134, 0.378, 0.378], abs=5e-4)
     assert (A * lengths).sum().item() == pytest.approx(0, abs=1e-6)
     assert ((A**2 * lengths).sum() / 8).item() == pytest.approx(1)
-    for baseline in ("mean", "leave_one_out", "none"):  # exactly 0, though 0.1 is no float
-        assert (group_advantages(torch.full((3, 7), 0.1), "tokens", baseline, torch.arange(21).view(3, 7)) == 0).all()
+    for baseline in ("mean", "leave_one_out", "none"):  # exactly 0, though 1.1 is no float
+        assert (group_advantages(torch.full((3, 7), 1.1), "tokens", baseline, torch.arange(21).view(3, 7)) == 0).all()
     assert group_advantages(rewards, "tokens", lengths=torch.zeros(2, 2)).isfinite().all()  # all of them masked out
     with pytest.raises(ConfigError, match="lengths"):
         group_advantages(rewards, "tokens")

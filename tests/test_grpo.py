@@ -598,7 +598,9 @@ def test_the_start_is_the_best_until_something_beats_it(here):
 def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch, answered):
     few = load_problems("word", "train", 60)
     few[answered:] = [replace(p, answer="") for p in few[answered:]]
-    monkeypatch.setattr(questions, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else [])
+    monkeypatch.setattr(
+        questions, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else []
+    )
     paid = iter([1.0, 3.0, 2.0])  # the greedy answers of the start, and of steps 2 and 3
 
     def reward(texts, problems, ended):

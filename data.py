@@ -1,15 +1,16 @@
 """Data: what a record is, which split it belongs to, every data set by name, and what a training step reads.
 
-Four kinds of record, and who reads them:
+Five kinds of record, and who reads them:
 
     text      a string                                         pretrain.py, encoder.py    next word, missing word
     Problem   question, worked solution, answer                sft.py, grpo.py, ppo.py    imitate; answer and be judged
     Pair      prompt, a better and a worse answer              dpo.py, reward_model.py    prefer
+    Judged    prompt, an answer, good or bad                   dpo.py --variant kto       like or not
     Review    text, 1 or 0                                     encoder.py                 classify
 
 From a name to the batch of a step:
 
-    records = load_text | load_problems | load_pairs | load_sentiment (name, split)
+    records = load_text | load_problems | load_pairs | load_judged | load_sentiment (name, split)
     name    = a row of TASKS       problems that are generated, with a verifier. "word", the default, needs no download:
                                    a story of GSM8K's kind, one worked line per arithmetic step, "#### 8"
             | a row of DATASETS    files below $ALIGN_DATA (default downloads/), downloaded if they are not there
@@ -62,6 +63,7 @@ from support.errors import DataError
 from support.output import run_demo
 from support.records import (
     file_kind,
+    judged_fields,
     pair_fields,
     problem_fields,
     read_all,
@@ -107,6 +109,24 @@ class Pair:
     rejected: str
     kind: str
     history: tuple[tuple[str, str], ...] = ()  # earlier turns, (role, content) each
+
+    @property
+    def answers(self):
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer to a prompt, and whether it is good."""
+
+    prompt: str
+    answer: str
+    good: bool
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def answers(self):
+        return (self.answer,)
 
 
 class Review(NamedTuple):
@@ -381,6 +401,25 @@ def load_pairs(
     return pairs[:n]
 
 
+def load_judged(
+    name: str | Path, split: str = "train", n: int | None = None, *, skip_bad=False, **more
+) -> list[Judged]:
+    """Single answers, each good or bad: of a file whose records `judged_fields` knows, at most n, the split by hash of
+    the prompt. Or of `load_pairs`, at most n pairs, which take `more`: first all chosen answers, then all
+    rejected ones. Empty answers are skipped and counted."""
+    path = None if name in TASKS or name in DATASETS else find(name, split)
+    if path is None or any("chosen" in record for _, record in read_records(path)):
+        pairs = load_pairs(name, split, n, skip_bad=skip_bad, **more)
+        return [Judged(p.prompt, p.answers[k], k == 0, p.history) for k in (0, 1) for p in pairs]
+    records = read_all(path, lambda record, where: (where, Judged(**judged_fields(record, where))), skip_bad)
+    empty = [place.removeprefix(f"{path} ") for place, judged in records if not judged.answer.strip()]
+    report_skipped(path, {"empty answers": empty})
+    judged = [j for _, j in records if j.answer.strip() and split_of(split_key(j.history, j.prompt)) == split]
+    if not judged:
+        raise DataError(f"{path} has no answer in the split {split}: the split is by hash, add more records")
+    return judged[:n]
+
+
 def corrupted_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequence[str]) -> Pair:
     """The solution of a task's problem against the corruption whose turn it is, or the next that is possible."""
     rng, task = random.Random(f"pair/{seed}/{split}/{problem.question}"), TASKS[problem.task]
@@ -493,10 +532,9 @@ def encode_prompt(tokenizer, problem):
 
 
 def encode_group(tokenizer, pair):
-    """-> a group of two: (prompt ids, [chosen ids, rejected ids]), each answer with its end, as if it were sampled."""
-    problem = Problem(pair.prompt, pair.chosen, answer="", story=pair.kind, history=pair.history)
-    prompt = encode_prompt(tokenizer, problem)
-    return prompt, [[*tokenizer.encode(answer), tokenizer.im_end_id] for answer in (pair.chosen, pair.rejected)]
+    """-> (prompt ids, [chosen ids, rejected ids]), each answer with its end, as if it were sampled; of a Judged one."""
+    prompt = encode_prompt(tokenizer, Problem(pair.prompt, "", answer="", history=pair.history))
+    return prompt, [[*tokenizer.encode(answer), tokenizer.im_end_id] for answer in pair.answers]
 
 
 # -----------------------------------------------------------------------------------------------------------------

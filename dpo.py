@@ -44,9 +44,16 @@ answers' own loss: --nll 1. **Plain DPO is --nll 0.** Greedy accuracy on 500 tes
 seeds: without the term +2.4 points [-6.5, +11.3], not significant; with it +16.1 [+8.2, +24.0] (results/dpo.md).
 Off by default: the other variants, label smoothing (ε below), LoRA, dropout.
 
+Single answers need no pairs (--variant kto, arXiv:2402.01306): each is good or bad, and is compared with the reference
+point z0, how far the policy has moved on answers to other prompts. One step, for the B answers of all ranks:
+
+    z0 = max(0, mean of log π_θ(y'|x) − log π_ref(y'|x))  y': the answer of the row before; a number, without gradient
+    L  = λ_D (1 − σ(β (u − z0))) if y is good, λ_U (1 − σ(β (z0 − u))) if it is bad        u of y, as above
+
 What an option does to the gradient: ∂L/∂ log π_θ of one token, the same for all tokens of an answer; L is one pair's
 loss, a step takes the mean of B. Prompt tokens are not scored; gradient still reaches their keys and values. u, v and
-h = β (u − v) here are what the variant compares: sums, or means per token; without π_ref for simpo.
+h = β (u − v) here are what the variant compares: sums, or means per token; without π_ref for simpo and orpo. σ'(x) =
+σ(x) σ(−x). d is the difference of the answers' log-odds, log(p / (1 − p)) with p_w = exp(u), p_l = exp(v).
 
     --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
     sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
@@ -57,12 +64,17 @@ h = β (u − v) here are what the variant compares: sums, or means per token; w
     ipo                sums   (u − v − 1/(2β))²                2 (u − v − 1/(2β))            −2 (u − v − 1/(2β))
     ipo_mean           means  (u − v − 1/(2β))²                2 (u − v − 1/(2β)) / |y_w|    −2 (u − v − 1/(2β)) / |y_l|
     simpo              means  −log σ(h − γ)                    −β σ(γ − h) / |y_w|           +β σ(γ − h) / |y_l|
+    apo_zero           sums   1 − σ(βu) + σ(βv)                −β σ'(βu)                     +β σ'(βv)
+    apo_down           sums   1 − σ(h) + σ(βu)                 −β (σ'(h) − σ'(βu))           +β σ'(h)
+    orpo               means  −β log σ(d)                      −β σ(−d) / (1−p_w) / |y_w|    +β σ(−d) / (1−p_l) / |y_l|
+    kto                sums   above, of one answer             good: −λ_D β σ'(β (u − z0))   bad: +λ_U β σ'(β (u − z0))
     --nll c            any    adds −c log π_θ(y_w) / |y_w|     adds −c / |y_w|               nothing
 
 In sigmoid and length_normalised σ(−h) is a pair's weight: one in the right order by a wide margin hardly counts. cDPO:
 sigmoid with ε > 0. hinge: SLiC (arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of arXiv:2310.12036,
-with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5 --gamma 0.5 to 1.5. As
-published, all of them need --nll 0.
+with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5 --gamma 0.5 to 1.5.
+apo: arXiv:2408.06266; zero if the chosen answers are better than the policy's own, down if they are worse. orpo:
+arXiv:2403.07691, --beta 0.1 (its λ) and --nll 1, which is its other half. As published, the rest need --nll 0.
 
 Traps:
 
@@ -70,10 +82,13 @@ Traps:
   to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (arXiv:2404.19733).
 * Sum or mean? DPO sums, so a long answer has a larger implicit reward in absolute value for its length alone (`demo`).
   The per-token variants take means. The nll term is a mean per answer; TRL's `sft` term, over the batch's tokens.
+* z0 belongs to the whole step: it is taken before the batch is cut, over all ranks. One of each micro-batch is another
+  objective, and of one row it is the row's own u. As λ_D n_D : λ_U n_U, of good and bad answers, take 1:1 to 4:3.
 * --pairs sampled: the pairs are samples of the start model, and stay so while the policy moves: DPO is off-policy.
 
---pairs offline takes the pairs from `data.load_pairs`: corrupted solutions, UltraFeedback, styles, any JSONL. A pair's
-prompt is computed once, and both answers read its keys and values (support/shared_prompt.py, the fast form of
+--pairs offline takes the pairs from `data.load_pairs`: corrupted solutions, UltraFeedback, styles, any JSONL; for kto
+single answers from `data.load_judged`: {"prompt", "completion", "label": true}, or the two of each pair. A prompt is
+computed once, and both answers read its keys and values (support/shared_prompt.py, the fast form of
 transformer.answer_logprobs). Without --init the script makes a start model, as grpo.py does.
 
 Run it:
@@ -81,6 +96,8 @@ Run it:
     python dpo.py                                                         # pairs sampled from the start model
     python dpo.py --nll 0 --name plain                                    # plain DPO
     python dpo.py --pairs offline                                         # corrupted solutions
+    python dpo.py --variant kto --nll 0                                   # single answers, right or wrong
+    python dpo.py --variant orpo --beta 0.1                               # no reference
     python dpo.py --data style --init runs/sft --variant simpo --beta 2 --gamma 1 --nll 0
     torchrun --nproc_per_node 2 dpo.py --init runs/sft
 """
@@ -98,8 +115,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DEFAULT_TASK, TASKS, encode_group, encode_prompt, has_verifier, load_pairs, load_problems, rows_at
-from evaluate import add_figures, evaluate, logged, sampled_kl
+from data import DEFAULT_TASK, TASKS, encode_prompt, has_verifier, load_judged, load_pairs, load_problems
+from evaluate import add_figures, evaluate, logged
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
@@ -108,10 +125,12 @@ from support.checks import Amount, Count, FractionBelow1, Positive, Range, liste
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
-from support.dpo_report import draw, report
+from support.dpo_report import draw, kl_to_start, report
 from support.errors import ConfigError
+from support.judged import one_by_one, prepare_judged
 from support.lora_files import LoraState
-from support.pairs import add_reference, batch_of, keep_pairs, kept_pairs, pair_logprobs, sample_pairs
+from support.pair_rows import encode_pair, encode_splits, held_out_share, next_pairs, pair_up, sample_splits
+from support.pairs import Means, add_reference, batch_of, keep_pairs, kept_pairs, pair_logprobs, sample_pairs
 from support.records import load_splits
 from support.runs import Run, RunConfig
 
@@ -140,6 +159,60 @@ def simpo_loss(u, v, beta, gamma=0.0):
     return -F.logsigmoid(beta * (u - v) - gamma)
 
 
+def apo_zero_loss(u, v, beta):
+    """Each answer against the reference, not against the other: y_w becomes more likely than under π_ref, y_l less."""
+    return 1 - torch.sigmoid(beta * u) + torch.sigmoid(beta * v)
+
+
+def apo_down_loss(u, v, beta):
+    """Both answers become less likely, y_l more so."""
+    return 1 - torch.sigmoid(beta * (u - v)) + torch.sigmoid(beta * u)
+
+
+def odds_ratio_loss(u, v, beta):
+    """ORPO's second term, Eq. 7 of arXiv:2403.07691. exp(u) is an answer's probability per token, p; p = 1 would have
+    infinite odds."""
+
+    def log_odds(log_p):
+        log_p = log_p.clamp(max=-1e-7)
+        return log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p)
+
+    return -beta * F.logsigmoid(log_odds(u) - log_odds(v))
+
+
+def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
+    """Both terms: the chosen answers' own loss, and `weight` times that of the odds. log π per token, means over an
+    answer, (B,) -> (loss, metrics)."""
+    one = {"chosen_lengths": 1, "rejected_lengths": 1}  # they are means already
+    return dpo_loss(mean_chosen, mean_rejected, None, None, weight, "orpo", nll=1.0, **one)
+
+
+def kto_loss(
+    log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, own=0
+):
+    """Single answers: log π − log π_ref, summed over tokens, and whether each is good, (B,) each -> (loss, metrics).
+
+    z0: the reference point, a number of the whole optimizer step; no gradient flows through it. n_pairs: answers in the
+    whole step; default B. logps (B,): log π, for the metrics. own (B,): added to the loss of the good answers, for nll.
+    Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers, "rejected" the bad ones.
+    """
+    good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
+    h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (B,) above 0: on the right side
+    losses = torch.sigmoid(-h)  # 1 − σ(h)
+    losses = torch.where(good, weight_desirable * losses + own, weight_undesirable * losses)
+    metrics = {"loss": losses.mean(), "accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
+    for kind, chosen in (("chosen", good), ("rejected", ~good)):  # NaN if there is none of the kind
+        metrics[f"reward_{kind}"] = beta * log_ratio[chosen].mean()
+        if logps is not None:
+            metrics[f"logp_{kind}"] = logps[chosen].mean()
+    return losses.sum() / (n_pairs or len(losses)), numbers(metrics)
+
+
+def numbers(metrics):
+    """{name: tensor} -> {name: float}, in one transfer from the device."""
+    return dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A preference loss and what it compares. To add one, write its function and a row of VARIANTS; a setting of its
@@ -148,6 +221,7 @@ class Variant:
     loss: Callable  # (u, v, beta, the settings by name) -> (B,)
     uses_reference: bool = True  # u, v are log π − log π_ref; else log π alone
     per_token: bool = False  # divided by the answers' lengths
+    unpaired: bool = False  # judges single answers: `loss` is kto_loss
     settings: tuple[str, ...] = ()  # what it takes besides beta; with other variants these flags are refused
 
 
@@ -158,6 +232,10 @@ VARIANTS = {
     "ipo_mean": Variant(ipo_loss, per_token=True),
     "length_normalised": Variant(sigmoid_loss, per_token=True, settings=("label_smoothing",)),
     "simpo": Variant(simpo_loss, uses_reference=False, per_token=True, settings=("gamma",)),
+    "apo_zero": Variant(apo_zero_loss),
+    "apo_down": Variant(apo_down_loss),
+    "orpo": Variant(odds_ratio_loss, uses_reference=False, per_token=True),
+    "kto": Variant(kto_loss, unpaired=True, settings=("weight_desirable", "weight_undesirable")),
 }
 
 
@@ -196,6 +274,8 @@ def dpo_loss(
         raise ConfigError(f"--variant {variant!r} is not known; use {listed(VARIANTS)}")
     row, settings = VARIANTS[variant], {"label_smoothing": label_smoothing} | settings
     check_settings(variant, [name for name, value in settings.items() if value])
+    if row.unpaired:
+        raise ConfigError(f"{variant} judges single answers, not pairs: use {variant}_loss")
     if row.per_token and (chosen_lengths is None or rejected_lengths is None):
         raise ConfigError(f"the variant {variant} needs the answers' lengths")
     if nll and chosen_lengths is None:
@@ -220,7 +300,7 @@ def dpo_loss(
         "logp_chosen": policy_chosen.mean(),
         "logp_rejected": policy_rejected.mean(),
     }
-    return loss, dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
+    return loss, numbers(metrics)
 
 
 def demo():
@@ -267,37 +347,44 @@ with --nll 1, of y_w         −1/4 − 1/2     −1/6 − 1/2       pulls y_w u
     print(
         f"""2 and 4 tokens, log π of each up by 0.1   u     v    h = β (u − v)   a token of y_w   of y_l
 sum, --variant sigmoid                   0.2   0.4      −0.1           −{push:.4f}      +{push:.4f}
-mean, --variant length_normalised        0.1   0.1       0             −{1 / 8:.4f}      +{1 / 16:.4f}"""
+mean, --variant length_normalised        0.1   0.1       0             −{1 / 8:.4f}      +{1 / 16:.4f}
+"""
+    )
+
+    ratios, good = (torch.tensor([4.0, 0.0]) * ln2).requires_grad_(), torch.tensor([True, False])
+    loss, metrics = kto_loss(ratios, good, z0=2 * ln2, beta=beta)
+    torch.testing.assert_close(loss.item(), 1 / 3)
+    torch.testing.assert_close(2 * torch.autograd.grad(loss, ratios)[0], torch.tensor([-1 / 9, 1 / 9]))  # loss: a mean
+    means = torch.tensor([[1 / 2], [1 / 4]]).log().requires_grad_()  # log π per token of y_w, of y_l
+    loss, _ = orpo_loss(*means, weight=beta)
+    torch.testing.assert_close(loss.item(), ln2 + beta * math.log(4 / 3))
+    torch.testing.assert_close(torch.autograd.grad(loss, means)[0], torch.tensor([[-1 - 1 / 4], [1 / 6]]))
+    print(
+        """kto, z0 = ln 4: a good answer with u = ln 16, a bad one with u = 0, so β (u − z0) = ln 2 and −ln 2:
+loss 1 − σ(ln 2) = 1/3 each; gradient −β σ(ln 2) σ(−ln 2) = −1/9 and +1/9
+orpo, π per token 1/2 and 1/4: odds 1 and 1/3, d = ln 3; loss ln 2 + β ln 4/3; gradient −1 − 1/4 and +1/6"""
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pairs as ids: {"prompt", "chosen", "rejected"}, an answer with its end token; a sampled one may have none.
+@torch.no_grad()
+def reference_point(policy, rows, pad, dist, autocast, start=None, weight=1):
+    """{"z0"}: max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the rows of all ranks, y' = row["other"].
 
-
-def encode_pair(tokenizer, pair):
-    """A `data.Pair`, text, as ids."""
-    prompt, (chosen, rejected) = encode_group(tokenizer, pair)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def pair_up(answers, rng, most=None):
-    """Answers to one prompt, (ids, right, ended) each -> [(chosen, rejected), …]: right ones with wrong ones, drawn by
-    rng, each in one pair, at most `most` pairs. A chosen answer must have ended by itself; repeats count once."""
-    sides = {True: [], False: []}
-    for ids, right, ended in answers:
-        if ids not in sides[right] and (ended or not right):
-            sides[right].append(ids)
-    for side in sides.values():
-        rng.shuffle(side)
-    return list(zip(sides[True], sides[False], strict=False))[:most]
-
-
-def next_pairs(pairs, step, config, dist):
-    """This rank's share of the step's pairs, sorted by the prompt's length: micro-batches need less padding."""
-    n = dist.per_rank("batch", config.batch)
-    indices = rows_at(len(pairs), step, config.batch, config.seed)[dist.rank * n : (dist.rank + 1) * n]
-    return sorted((pairs[i] for i in indices), key=lambda pair: len(pair["prompt"]))
+    start: π_ref (None: the policy without its adapters), not needed for held-out rows, which know "ref_other". weight:
+    0 on a rank without rows of its own."""
+    policy.eval()
+    total = 0.0
+    for i in range(0, len(rows), 64):
+        batch = batch_of(rows[i : i + 64], pad, dist.device, sides=("other",))
+        (ref,) = batch.ref_logps
+        with autocast():
+            (logps,) = pair_logprobs(policy, batch.packed)  # (b,)
+            if ref is None:
+                with lora_off(policy):
+                    (ref,) = pair_logprobs(start.to(dist.device) if start else policy, batch.packed)
+        total += weight * (logps - ref).sum().item()
+    total, n = dist.sum(total, weight * len(rows))
+    return {"z0": max(0.0, total / n)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -309,7 +396,8 @@ class Config(RunConfig):
     """Fit a policy to preference pairs (DPO)."""
 
     data: str = DEFAULT_TASK
-    """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs."""
+    """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs; for
+    kto also a .jsonl of single answers, {"prompt", "completion", "label": true or false}."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     pairs: Literal["sampled", "offline"] | None = None
@@ -325,17 +413,22 @@ class Config(RunConfig):
     name: str = "dpo"
     steps: Count = 300
     batch: Count = 32
-    """Pairs per optimizer step, over all ranks."""
+    """Pairs (kto: single answers) per optimizer step, over all ranks."""
     micro_batch: Count = 32
     """Pairs per forward pass of one rank."""
     variant: Literal[tuple(VARIANTS)] = "sigmoid"
-    """The loss of a pair."""
+    """The loss of a pair, or with kto of an answer that is good or bad."""
     beta: Positive = 0.3
-    """Weight of the KL in the problem that DPO solves: a larger one keeps the policy closer to the reference."""
+    """Weight of the KL in the problem that DPO solves: a larger one keeps the policy closer to the reference. With orpo
+    the weight of the odds ratio."""
     label_smoothing: Annotated[float, Range(float, 0, 0.5)] = 0.0
     """Assumed share of pairs with the wrong label (cDPO)."""
     gamma: Amount = 0.0
     """The offset that h should exceed with --variant simpo."""
+    weight_desirable: Positive = 1.0
+    """Weight of the good answers with --variant kto."""
+    weight_undesirable: Positive = 1.0
+    """Weight of the bad ones."""
     nll: Amount = 1.0
     """Weight of the chosen answers' own loss, a mean per token as in SFT; 0 is plain DPO."""
     lr: Amount = 2e-4
@@ -358,6 +451,8 @@ class Config(RunConfig):
             raise ConfigError(f"--pairs sampled needs a verifier, which {self.data} has not; use --pairs offline")
         of_variants = {name for row in VARIANTS.values() for name in row.settings}
         check_settings(self.variant, [n for n in sorted(of_variants) if getattr(self, n) != getattr(Config, n)])
+        if VARIANTS[self.variant].unpaired and self.batch < 2:
+            raise ConfigError(f"--batch is 1; --variant {self.variant} needs 2: z0 takes the answers of other rows")
         if self.init is None and self.data not in TASKS:
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
 
@@ -368,62 +463,49 @@ class Config(RunConfig):
 
 
 def make_pairs(policy, tokenizer, problems, texts, config, dist, autocast):
-    """{"train", "valid", "test"}: pairs of ids, with their log π_ref if the variant uses it. The policy is still the
-    start model: it answers the problems, and it is the reference. texts: the offline pairs, {} for sampled ones."""
+    """{"train", "valid", "test"}: pairs of ids, or judged answers, with their log π_ref if the variant uses it. The
+    policy is still the start model: it answers the problems, and it is the reference. texts: the offline pairs, {} for
+    sampled ones."""
     policy.eval()
+    row, context = VARIANTS[config.variant], policy.config.context
     if texts:
-
-        def load(split, n):
-            return [encode_pair(tokenizer, pair) for pair in texts[split]]
-
-        def length(pair):
-            return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
-
-        pairs = load_splits(load, config.sizes, length, policy.config.context, "pair", dist)
+        pairs = encode_splits(partial(encode_pair, tokenizer), texts, config, context, dist)
     else:
-        pairs = {}
-        for number, (split, asked) in enumerate(problems.items()):
-            rule = pair_up if split == "train" else partial(pair_up, most=1)  # held-out pairs should be independent
-            seed = config.seed * 3 + number
-            with autocast():
-                pairs[split], right = sample_pairs(policy, tokenizer, asked, config, dist, seed, rule)
-            if not pairs[split]:
-                raise ConfigError(
-                    f"no {split} prompt got both a right and a wrong answer ({right:.1%} of all are right): give "
-                    "another --init, more --rollouts or more --prompts"
-                )
-            if dist.is_main:
-                answers = f"{config.rollouts} answers to {len(asked):,} prompts, {right:.1%} right"
-                print(f"{split}: {len(pairs[split]):,} pairs from {answers}")
-    if VARIANTS[config.variant].uses_reference:
+        sample, rule = partial(sample_pairs, policy, tokenizer), one_by_one if row.unpaired else pair_up
+        pairs = sample_splits(sample, rule, problems, config, dist, autocast)
+    if row.unpaired:
+        pairs = prepare_judged(pairs, context, dist)
+    if row.uses_reference:
         pad = tokenizer.endoftext_id
         pairs = {split: add_reference(policy, of_split, pad, dist, autocast) for split, of_split in pairs.items()}
     return pairs
 
 
 def loss_with(config):
-    """dpo_loss with a run's settings."""
-    settings = {name: getattr(config, name) for name in VARIANTS[config.variant].settings}
-    return partial(dpo_loss, beta=config.beta, variant=config.variant, nll=config.nll, **settings)
+    """dpo_loss with a run's settings, or kto_loss of log π and log π_ref."""
+    settings = {name: getattr(config, name) for name in VARIANTS[config.variant].settings} | {"beta": config.beta}
+    if not VARIANTS[config.variant].unpaired:
+        return partial(dpo_loss, variant=config.variant, nll=config.nll, **settings)
+
+    def loss_of(logps, ref, answer_lengths, **given):
+        return kto_loss(logps - ref, own=-config.nll * logps / answer_lengths, logps=logps, **settings, **given)
+
+    return loss_of
 
 
 @torch.no_grad()
 def validate(policy, pairs, tokenizer, config, dist, autocast):
     """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …}."""
     policy.eval()
-    loss_of = loss_with(config)
-    own_pairs = pairs[dist.rank :: dist.world]
-    weight = 1 if own_pairs else 0  # a rank without a pair scores one with weight 0: all ranks must sum the same names
-    own_pairs = sorted(own_pairs or pairs[:1], key=lambda p: len(p["prompt"]) + len(p["chosen"]))
-    sums = {}
+    loss_of, means, pad = loss_with(config), Means(), tokenizer.endoftext_id
+    own_pairs, weight = held_out_share(pairs, dist)
+    point = reference_point(policy, own_pairs, pad, dist, autocast, weight=weight) if "other" in pairs[0] else {}
     for i in range(0, len(own_pairs), 64):
-        micro = batch_of(own_pairs[i : i + 64], tokenizer.endoftext_id, dist.device)
+        micro = batch_of(own_pairs[i : i + 64], pad, dist.device)
         with autocast():
-            logp_chosen, logp_rejected = pair_logprobs(policy, micro.packed)
-        metrics = loss_of(logp_chosen, logp_rejected, *micro.ref_logps, **micro.lengths)[1]
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value * len(logp_chosen) * weight
-    return {name: value / len(pairs) for name, value in zip(sums, dist.sum(*sums.values()), strict=True)}
+            logps = pair_logprobs(policy, micro.packed)
+        means.add(loss_of(*logps, *micro.ref_logps, **micro.known, **point)[1], micro, weight)
+    return means.over_ranks(dist)
 
 
 def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast):
@@ -434,17 +516,6 @@ def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast):
             result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
             figures |= {name: value for name, value in result.items() if name != "samples"}
     return figures
-
-
-def kl_to_start(policy, start, pairs, tokenizer, config, dist):
-    """KL(π ‖ start model) in nats per token, of sampled answers to the prompts of 64 validation pairs."""
-    prompts = [pair["prompt"] for pair in pairs["valid"][:64]]
-    room = policy.config.context - max(map(len, prompts))
-    reference = policy if start is None else start.to(dist.device)  # the policy: sampled_kl turns the adapters off
-    kl = sampled_kl(policy, reference, tokenizer, prompts, min(config.max_new_tokens, room), dist, config.seed)
-    if start is not None:
-        start.cpu()
-    return kl
 
 
 def main(config):
@@ -466,7 +537,8 @@ def main(config):
 
     texts = {}
     if config.pairs == "offline":
-        load = partial(load_pairs, config.data, levels=tuple(config.levels), seed=config.seed, skip_bad=config.skip_bad)
+        load_texts = load_judged if VARIANTS[config.variant].unpaired else load_pairs
+        load = partial(load_texts, config.data, levels=tuple(config.levels), seed=config.seed, skip_bad=config.skip_bad)
         texts = {split: load(split, n) for split, n in config.sizes.items()}
 
     pairs = kept_pairs(config)  # a resumed run reads the pairs of its first part
@@ -488,35 +560,36 @@ def main(config):
         run.state.before = measure(policy, "test")
     if dist.is_main:
         accuracy = f"; test accuracy before: {run.state.before['accuracy']:.1%}" if problems else ""
-        print(f"{policy.num_params():,} parameters from {init}; {len(pairs['train']):,} training pairs{accuracy}")
+        n_pairs = f"{len(pairs['train']):,} training {'answers' if VARIANTS[config.variant].unpaired else 'pairs'}"
+        print(f"{policy.num_params():,} parameters from {init}; {n_pairs}{accuracy}")
 
-    loss_of, shown = loss_with(config), {}
+    loss_of, pad, shown, unpaired = loss_with(config), tokenizer.endoftext_id, {}, VARIANTS[config.variant].unpaired
     for step in run.steps():
         # 1. pairs
         started = time.perf_counter()
-        own_pairs = next_pairs(pairs["train"], step, config, dist)  # B = config.batch / world of {prompt, chosen, …}
+        own_pairs = next_pairs(pairs["train"], step, config, dist, policy.config.context)  # B = config.batch / world
+        means = Means()
+        # For kto z0 of the whole step, before the batch is cut
+        point = reference_point(policy, own_pairs, pad, dist, autocast, start) if unpaired else {}
         model.train()
-        sums = {}
         for i in range(0, len(own_pairs), config.micro_batch):  # b pairs at a time; their gradients add up
-            micro = batch_of(own_pairs[i : i + config.micro_batch], tokenizer.endoftext_id, dist.device)
+            micro = batch_of(own_pairs[i : i + config.micro_batch], pad, dist.device)
             last = i + config.micro_batch >= len(own_pairs)  # DDP averages over the ranks in this backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 # 2. score: log π_θ of both answers, with gradient
                 with autocast():
-                    logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)  # (b,), (b,)
+                    logps = pair_logprobs(model, micro.packed)  # (b,), (b,); kto: (b,) of one answer
 
-                # 3. loss: compared with log π_ref, (b,), (b,); a sum over b pairs, divided by the whole step's number
-                logps = logp_chosen, logp_rejected, *micro.ref_logps
-                loss, metrics = loss_of(*logps, **micro.lengths, n_pairs=config.batch)
+                # 3. loss: compared with log π_ref, (b,) each; a sum over b pairs, divided by the whole step's number
+                loss, metrics = loss_of(*logps, *micro.ref_logps, **micro.known, **point, n_pairs=config.batch)
 
                 # 4. update: backward here, the step after the last micro-batch. * world: DDP averages, we sum
                 scaler.scale(loss * dist.world).backward()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * len(logp_chosen)
+            means.add(metrics, micro)
 
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)  # clips the gradient's norm
-        means = {name: v / config.batch for name, v in zip(sums, dist.sum(*sums.values()), strict=True)}
+        means = means.over_ranks(dist)
         run.check_finite(lr, norm, loss=means["loss"])
 
         # 5. look: every so often at held-out pairs and problems, and at the KL

@@ -1,7 +1,8 @@
-"""Preference pairs as ids: sampling them, scoring them under the reference, batching them, saving them with the run.
+"""Preference data as ids: sampling it, scoring it under the reference, batching it, saving it with the run.
 
-A pair is {"prompt", "chosen", "rejected"}: lists of ids, an answer with its end token if it ended. After
-`add_reference` it also has "ref_chosen" and "ref_rejected", the reference's log-probabilities of the two answers.
+A pair is {"prompt", "chosen", "rejected"}: lists of ids, an answer with its end token if it ended. A judged answer, for
+kto, is {"prompt", "answer", "good"}; its "other" is an answer to another prompt. After `add_reference` there is also
+the reference's log-probability of each answer: "ref_chosen", "ref_rejected", "ref_answer", "ref_other".
 """
 
 import io
@@ -23,33 +24,80 @@ from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
 @dataclass
 class PairBatch:
-    """b pairs on the device."""
+    """b pairs, or b judged answers, on the device."""
 
-    packed: PackedAnswers  # b prompts with two answers each, the chosen one first
-    lengths: dict  # {"chosen_lengths", "rejected_lengths"}: (b,) tokens
-    ref_logps: tuple  # log π_ref of the chosen and of the rejected answers, (b,) each; None without a reference
+    packed: PackedAnswers  # b prompts with two answers each, the chosen one first; or with one
+    lengths: dict  # {"chosen_lengths", "rejected_lengths"} or {"answer_lengths"}: (b,) tokens
+    ref_logps: tuple  # log π_ref of the chosen and of the rejected answers, or of the answers: (b,) each, or None
+    judged: dict  # {"desirable": (b,) bool} of judged answers, {} of pairs
+
+    @property
+    def known(self):
+        """What a loss takes by name."""
+        return self.lengths | self.judged
+
+    def count(self, metric):
+        """How many rows a metric is the mean of: ending in _chosen or _rejected, those with such an answer."""
+        good, rows = self.judged.get("desirable"), len(self.packed.tokens)
+        kind = metric.rpartition("_")[2]
+        if good is None or kind not in ("chosen", "rejected"):
+            return rows
+        return int(good.sum()) if kind == "chosen" else rows - int(good.sum())
 
 
-def batch_of(pairs, pad, device):
-    """b pairs -> PairBatch."""
-    packed = pack([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs], pad).to(device)
-    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed.lengths.view(-1, 2).unbind(1), strict=True))
-    ref_logps = (None, None)
-    if "ref_chosen" in pairs[0]:
-        both = torch.tensor([[p["ref_chosen"], p["ref_rejected"]] for p in pairs], device=device)  # (b, 2)
-        ref_logps = both.unbind(1)
-    return PairBatch(packed, lengths, ref_logps)
+class Means:
+    """The means of a loss's metrics over micro-batches and ranks."""
+
+    def __init__(self):
+        self.sums = {}  # {metric: (sum, number of rows)}
+
+    def add(self, metrics, batch, weight=1):
+        """weight 0: the names alone, because all ranks must sum the same ones."""
+        for name, value in metrics.items():
+            count, (total, rows) = weight * batch.count(name), self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value * count if count else total, rows + count)
+
+    def over_ranks(self, dist):
+        """{metric: mean}, the same on every rank, without those that no row has."""
+        totals = iter(dist.sum(*(number for both in self.sums.values() for number in both)))
+        return {name: total / rows for name, total, rows in zip(self.sums, totals, totals, strict=True) if rows}
+
+
+def sides_of(row):
+    """The names of the answers that a loss compares."""
+    return ("answer",) if "answer" in row else ("chosen", "rejected")
+
+
+def batch_of(pairs, pad, device, sides=None):
+    """b pairs or judged answers -> PairBatch. sides: the names of the answers in it."""
+    sides = sides or sides_of(pairs[0])
+    packed = pack([p["prompt"] for p in pairs], [[p[side] for side in sides] for p in pairs], pad).to(device)
+    lengths = packed.lengths.view(-1, len(sides)).unbind(1)
+    lengths = {f"{side}_lengths": n for side, n in zip(sides, lengths, strict=True)}
+    ref_logps = (None,) * len(sides)
+    if f"ref_{sides[0]}" in pairs[0]:
+        ref_logps = torch.tensor([[p[f"ref_{side}"] for side in sides] for p in pairs], device=device).unbind(1)
+    judged = {"desirable": torch.tensor([p["good"] for p in pairs], device=device)} if "good" in pairs[0] else {}
+    return PairBatch(packed, lengths, ref_logps, judged)
 
 
 def pair_logprobs(model, packed):
-    """log π of the chosen and of the rejected answers, summed over their tokens: (b,), (b,)."""
-    return shared_answer_logprobs(model, packed).sum(1).view(-1, 2).unbind(1)
+    """log π of the chosen and of the rejected answers, summed over their tokens: (b,), (b,). Of judged answers: (b,)
+    alone, in a tuple."""
+    logprobs = shared_answer_logprobs(model, packed).sum(1)  # (answers,)
+    return logprobs.view(len(packed.tokens), -1).unbind(1)
+
+
+def row_of(prompt, answer, other):
+    """other: the ids of the rejected answer, or whether a single answer is good."""
+    names = ("answer", "good") if isinstance(other, bool) else ("chosen", "rejected")
+    return {"prompt": prompt, **dict(zip(names, (answer, other), strict=True))}
 
 
 @torch.no_grad()
 def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
     """Sample `config.rollouts` answers to each problem, judge them with the verifier, and call pair_up([(ids, right,
-    ended), …], rng) on the answers to each prompt; it returns a list of (chosen, rejected).
+    ended), …], rng) on the answers to each prompt; it returns a list of (chosen, rejected), for kto of (answer, good).
 
     The prompts are split into chunks with a seed each, so any number of ranks finds the same pairs. -> pairs (the same
     list on every rank), the share of right answers.
@@ -69,7 +117,7 @@ def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
             verdicts = [is_correct(text, chunk[i // R]) for i, text in enumerate(rollout.texts(tokenizer))]
             judged = list(zip(answers, verdicts, rollout.ended(stop_ids).tolist(), strict=True))
             pairs = [(i, pair) for i in range(len(chunk)) for pair in pair_up(judged[i * R : (i + 1) * R], rng)]
-            yield [{"prompt": prompts[i], "chosen": y_w, "rejected": y_l} for i, (y_w, y_l) in pairs], sum(verdicts)
+            yield [row_of(prompts[i], *pair) for i, pair in pairs], sum(verdicts)
 
     sampled = dist.split_work(chunks, work)
     return [pair for pairs, _ in sampled for pair in pairs], sum(right for _, right in sampled) / (len(problems) * R)
@@ -77,22 +125,22 @@ def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
 
 @torch.no_grad()
 def add_reference(reference, pairs, pad, dist, autocast, size=64):
-    """The pairs with the reference's log π of both answers, "ref_chosen" and "ref_rejected"; the ranks split the
-    work."""
+    """The pairs with the reference's log π of both answers, "ref_chosen" and "ref_rejected"; judged answers with
+    "ref_answer", and "ref_other" if they have an "other". The ranks split the work."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["prompt"]))  # similar lengths need little padding
+    sides = sides_of(pairs[0]) + (("other",) if "other" in pairs[0] else ())
 
     def work(own_batches):
         for indices in own_batches:
-            packed = batch_of([pairs[i] for i in indices], pad, dist.device).packed
+            packed = batch_of([pairs[i] for i in indices], pad, dist.device, sides).packed
             with autocast():
-                logprobs = torch.stack(pair_logprobs(reference, packed), dim=1)  # (b, 2)
+                logprobs = torch.stack(pair_logprobs(reference, packed), dim=1)  # (b, sides)
             yield logprobs.tolist()
 
     chunks = dist.split_work([order[i : i + size] for i in range(0, len(order), size)], work)
-    logprobs = dict(
-        zip(order, (two for chunk in chunks for two in chunk), strict=True)
-    )  # {index of the pair: two log π}
-    return [p | dict(zip(("ref_chosen", "ref_rejected"), logprobs[i], strict=True)) for i, p in enumerate(pairs)]
+    logprobs = dict(zip(order, (row for chunk in chunks for row in chunk), strict=True))  # {index of the pair: log π}
+    names = [f"ref_{side}" for side in sides]
+    return [p | dict(zip(names, logprobs[i], strict=True)) for i, p in enumerate(pairs)]
 
 
 def kept_pairs(config):

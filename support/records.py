@@ -1,9 +1,9 @@
 """Reading data files from any source: JSONL, JSON, CSV, TSV or plain text, optionally gzipped.
 
-`read_records` turns a file into plain dictionaries, each with its place in the file. `problem_fields`, `pair_fields`
-and `review_fields` know the keys that public data sets use for a problem, a preference pair and a review, and return
-the fields of data.Problem, data.Pair and data.Review. Every error is a DataError of one line that begins with the file
-and the place.
+`read_records` turns a file into plain dictionaries, each with its place in the file. `problem_fields`, `pair_fields`,
+`judged_fields` and `review_fields` know the keys that public data sets use for a problem, a preference pair, a judged
+answer and a review, and return the fields of data.Problem, data.Pair, data.Judged and data.Review. Every error is a
+DataError of one line that begins with the file and the place.
 """
 
 import csv
@@ -390,6 +390,32 @@ def scored_alike(record: dict, where: str) -> bool:
     if not isinstance(scores, dict):
         raise DataError(f"{where}: 'metadata' must be an object {{...}}, not {type(scores).__name__}")
     return scores.get("score_chosen") is not None and scores.get("score_chosen") == scores.get("score_rejected")
+
+
+VERDICTS = {"true": True, "false": False, "1": True, "0": False, "good": True, "bad": False}
+ANSWER_KEYS = ("completion", "answer", "response")
+
+
+def judged_fields(record: dict, where: str) -> dict:
+    """A record of one answer and whether it is good, the "label": true or false, 1 or 0, "good" or "bad". With a prompt
+    (as in `prompt_of`) the answer is its "completion", "answer" or "response", which may be empty; prompt and
+    completion may also be lists of {role, content}. Or "messages", whose last turn is the answer."""
+    if "label" not in record:
+        raise DataError(f"{where}: the key 'label' is missing: whether the answer is good, true or false")
+    label = VERDICTS.get(str(record["label"]).strip().lower())
+    if label is None:
+        raise DataError(f"{where}: 'label' must be true or false, not {record['label']!r}")
+    keys = [key for key in ANSWER_KEYS if key in record]
+    turns = record.get("messages")
+    if turns is None and len(keys) != 1:
+        has = f"it has {' and '.join(keys)}" if keys else "it has none of them"
+        raise DataError(f"{where}: the answer is the completion, answer or response, one of them; {has}")
+    if turns is None and isinstance(record.get("prompt"), list) and isinstance(record[keys[0]], list):
+        turns = record["prompt"] + record[keys[0]]
+    if turns is None:
+        return dict(prompt=prompt_of(record, where), answer=text_of(record, keys[0], where), good=label)
+    fields = conversation_fields(turns, where, "file")
+    return dict(prompt=fields["question"], answer=fields["solution"], good=label, history=fields["history"])
 
 
 LABELS = {"1": 1, "0": 0, "positive": 1, "negative": 0, "pos": 1, "neg": 0}

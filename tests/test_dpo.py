@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import random
 import shutil
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,20 +16,25 @@ import torch
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import dpo
-from data import encode_prompt, load_pairs, load_problems
-from dpo import VARIANTS, Config, dpo_loss, encode_pair, pair_up
+from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
+from dpo import VARIANTS, Config, dpo_loss, encode_pair, kto_loss, orpo_loss, pair_up
+from evaluate import sampled_kl
 from lora import LoraConfig
 from support import devices, dpo_report, runs
 from support import pairs as pairs_room
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
-from support.pairs import add_reference, batch_of, pair_logprobs
+from support.judged import one_by_one, shift_answers
+from support.pair_rows import next_pairs
+from support.pairs import Means, add_reference, batch_of, pair_logprobs
 from support.splits import split_of
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", pairs="offline", prompts=40, steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2)
 SMALL |= dict(eval_problems=5, test_problems=5, max_new_tokens=8, device="cpu", lr=1e-3, optimizer="adamw", nll=0.0)
+
+PAIRED = [name for name, row in VARIANTS.items() if not row.unpaired]
 
 
 def config(**changes):
@@ -70,6 +77,13 @@ def by_loop(logps, lengths, beta, variant, smoothing, gamma):
             loss = (pc - rc - pr + rr - 1 / (2 * beta)) ** 2
         elif variant == "ipo_mean":
             loss = ((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)) ** 2
+        elif variant == "apo_zero":
+            loss = 1 / (1 + torch.exp(beta * (pc - rc))) + 1 / (1 + torch.exp(-beta * (pr - rr)))
+        elif variant == "apo_down":
+            loss = 1 / (1 + torch.exp(-beta * (pc - rc))) + 1 / (1 + torch.exp(beta * (pc - rc - pr + rr)))
+        elif variant == "orpo":
+            odds = [torch.exp(logp / n) / (1 - torch.exp(logp / n)) for logp, n in ((pc, nc), (pr, nr))]
+            loss = beta * torch.log(1 + odds[1] / odds[0])
         elif variant == "hinge":
             loss = max(torch.zeros(()), 1 - beta * ((pc - rc) - (pr - rr)))
         else:
@@ -82,7 +96,7 @@ def by_loop(logps, lengths, beta, variant, smoothing, gamma):
     return total / len(logps[0])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PAIRED)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_and_gradient_against_a_loop(variant, smoothing):
     logps, lengths = numbers()
@@ -130,11 +144,23 @@ def on_tokens(variant, u, v, beta, smoothing, gamma, lengths):
         "ipo_mean": 2 * (u - v - 1 / (2 * beta)),
         "length_normalised": -beta * (torch.sigmoid(-h) - smoothing),
         "simpo": -beta * torch.sigmoid(gamma - h),
+        "apo_zero": [-beta * slope(beta * u), -beta * slope(beta * v)],
+        "apo_down": [-beta * (slope(h) - slope(beta * u)), -beta * slope(h)],
+        "orpo": [-beta * torch.sigmoid(-log_odds(u) + log_odds(v)) / (1 - torch.exp(x)) for x in (u, v)],
     }[variant]
-    return [on_both / n if VARIANTS[variant].per_token else on_both for n in lengths]
+    both = on_both if isinstance(on_both, list) else [on_both, on_both]
+    return [x / n if VARIANTS[variant].per_token else x for x, n in zip(both, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def slope(x):
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def log_odds(log_p):
+    return torch.log(torch.exp(log_p) / (1 - torch.exp(log_p)))
+
+
+@pytest.mark.parametrize("variant", PAIRED)
 @pytest.mark.parametrize("nll", [0.0, 0.4])
 def test_every_token_has_the_gradient_of_the_docstrings_table(variant, nll):
     settings = {"label_smoothing": 0.2, "gamma": 0.7}
@@ -207,6 +233,89 @@ def test_a_setting_keeps_its_own_default_and_its_zero(monkeypatch):
     assert dpo_loss(*logps, variant="new", far=0.0)[0] == 0
 
 
+def test_apo_before_the_first_step():
+    """u = v = 0: half of DPO's gradient for zero; down moves y_l alone. TRL's 1 makes the loss of both 1."""
+    ref = torch.tensor([[-3.0], [-5.0]], dtype=torch.float64)
+    policy = ref.clone().requires_grad_()
+    gradient = {}
+    for variant in ("sigmoid", "apo_zero", "apo_down"):
+        loss, _ = dpo_loss(*policy, *ref, 0.4, variant)
+        gradient[variant] = torch.autograd.grad(loss, policy)[0].flatten()
+        assert loss.item() == pytest.approx(math.log(2) if variant == "sigmoid" else 1)
+    torch.testing.assert_close(gradient["apo_zero"], gradient["sigmoid"] / 2)
+    torch.testing.assert_close(gradient["apo_down"], torch.tensor([0, 0.1], dtype=torch.float64))
+
+
+def test_orpo_of_two_equal_answers_is_sft():
+    means = torch.tensor([[-0.7, -2.0]] * 2, dtype=torch.float64, requires_grad=True)
+    loss, figures = orpo_loss(*means, weight=0.3)
+    assert loss.item() == pytest.approx(1.35 + 0.3 * math.log(2))
+    assert figures["logp_chosen"] == pytest.approx(-1.35)
+    torch.testing.assert_close(torch.autograd.grad(loss, means)[0].sum(0), torch.tensor([-0.5, -0.5]).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orpo_of_an_answer_that_is_certain_or_hopeless_is_finite(dtype):
+    for chosen in (0.0, -1e-9, -1e-3, -80.0, -1e4):
+        for rejected in (0.0, -1e-9, -80.0, -1e4):
+            means = torch.tensor([[chosen], [rejected]], dtype=dtype, requires_grad=True)
+            loss, _ = orpo_loss(*means)
+            assert math.isfinite(loss.item())
+            assert torch.autograd.grad(loss, means)[0].isfinite().all(), (chosen, rejected)
+
+
+def judged_numbers(B=7):
+    torch.manual_seed(0)
+    ratios = (4 * torch.randn(B, dtype=torch.float64)).requires_grad_()
+    return ratios, torch.tensor([True, False, False, True, True, False, True])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.3, 0.7)])
+def test_kto_and_its_gradient_against_a_loop(weights):
+    ratios, good = judged_numbers()
+    loss, figures = kto_loss(ratios, good, 0.6, 0.3, *weights)
+    total = 0.0
+    for u, is_good in zip(ratios, good, strict=True):
+        side = 0.3 * (u - 0.6) if is_good else 0.3 * (0.6 - u)
+        total = total + weights[0 if is_good else 1] * (1 - 1 / (1 + torch.exp(-side))) / 7
+    torch.testing.assert_close(loss, total, atol=1e-12, rtol=1e-12)
+    by_loop, ours = (torch.autograd.grad(x, ratios)[0] for x in (total, loss))
+    torch.testing.assert_close(ours, by_loop, atol=1e-12, rtol=1e-12)
+    by_table = torch.where(good, -weights[0], weights[1]).double() * 0.3 * slope(0.3 * (ratios.detach() - 0.6)) / 7
+    torch.testing.assert_close(ours, by_table, atol=1e-7, rtol=1e-6)
+    expected = dict(loss=loss.item(), z0=0.6, reward_chosen=0.3 * ratios[good].mean().item())
+    expected |= dict(reward_rejected=0.3 * ratios[~good].mean().item())
+    expected |= dict(accuracy=((ratios > 0.6) == good).double().mean().item())
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_kto_at_the_start_and_with_z0_at_zero():
+    ratios, _ = judged_numbers()
+    u = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    loss, _ = kto_loss(u, torch.tensor([True, False]), 0.0, 0.4, 1.3, 0.7)
+    assert loss.item() == pytest.approx((1.3 / 2 + 0.7 / 2) / 2)
+    torch.testing.assert_close(torch.autograd.grad(2 * loss, u)[0], torch.tensor([-1.3, 0.7]).double() * 0.4 / 4)
+    pairs = ratios.detach()[:6].view(2, 3)  # z0 = 0: apo_zero, whose answers need no partner
+    single = [kto_loss(side, torch.full((3,), k == 0), 0.0, 0.4)[0] for k, side in enumerate(pairs)]
+    zero = torch.zeros(3, dtype=torch.float64)
+    torch.testing.assert_close(sum(single), dpo_loss(*pairs, zero, zero, 0.4, "apo_zero")[0])
+
+
+def test_no_gradient_through_z0_and_a_step_of_many_answers():
+    ratios, good = judged_numbers()
+    z0 = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    loss, _ = kto_loss(ratios, good, z0, 0.3)
+    assert torch.autograd.grad(loss, z0, allow_unused=True, retain_graph=True) == (None,)
+    parts = sum(kto_loss(ratios[i : i + 3], good[i : i + 3], z0, 0.3, n_pairs=7)[0] for i in (0, 3, 6))
+    torch.testing.assert_close(parts, loss)
+    only_bad = kto_loss(ratios[1:3], good[1:3], z0)
+    assert only_bad[0].isfinite()
+    assert math.isnan(only_bad[1]["reward_chosen"])
+    assert kto_loss(torch.tensor([1e4, -1e4]), torch.tensor([True, False]), 0.0)[0] == 0
+    with pytest.raises(ConfigError, match="kto judges single answers, not pairs: use kto_loss"):
+        dpo_loss(*numbers()[0], variant="kto")
+
+
 # ------------------------------------------------------------------------------------------------ a pair's row
 
 
@@ -261,7 +370,7 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
         if "lora_B" in name:
             p.data.normal_(std=0.5)
     prompts = [encode_prompt(tokenizer, p) for p in load_problems("word", "valid", 3)]
-    shared, apart = (dpo.sampled_kl(raw, reference, tokenizer, prompts, 8, dist) for reference in (raw, before))
+    shared, apart = (sampled_kl(raw, reference, tokenizer, prompts, 8, dist) for reference in (raw, before))
     assert shared == pytest.approx(apart, rel=1e-5)
     assert shared > 1e-3
     monkeypatch.setattr(dpo, "copy", None)  # no second model
@@ -270,10 +379,11 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
 
 
 def test_which_variants_have_a_reference_and_which_are_per_token():
-    assert not VARIANTS["simpo"].uses_reference
+    assert [name for name, row in VARIANTS.items() if not row.uses_reference] == ["simpo", "orpo"]
+    assert [name for name, row in VARIANTS.items() if row.unpaired] == ["kto"]
     assert all(VARIANTS[name].uses_reference for name in ("sigmoid", "hinge", "ipo", "ipo_mean", "length_normalised"))
-    assert all(VARIANTS[name].per_token for name in ("ipo_mean", "length_normalised", "simpo"))
-    assert not any(VARIANTS[name].per_token for name in ("sigmoid", "hinge", "ipo"))
+    assert all(VARIANTS[name].per_token for name in ("ipo_mean", "length_normalised", "simpo", "orpo"))
+    assert not any(VARIANTS[name].per_token for name in ("sigmoid", "hinge", "ipo", "apo_zero", "apo_down", "kto"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -284,10 +394,133 @@ def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
     dpo.main(config(variant=variant, steps=1))
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
     assert len(asked) == (3 if row.uses_reference else 0)
-    assert all(("ref_chosen" in pair) is row.uses_reference for some in pairs.values() for pair in some)
+    ref = "ref_answer" if row.unpaired else "ref_chosen"
+    assert all((ref in pair) is row.uses_reference for some in pairs.values() for pair in some)
     label = next(unit for heading, _, unit, _ in drawn if heading.startswith("implicit rewards"))
     assert label == ("β log π/π_ref" if row.uses_reference else "β log π") + " per token" * row.per_token
     assert max(metrics("runs/dpo", "kl").values()) > 0  # to the start, whatever the variant
+
+
+# ------------------------------------------------------------------------------------------------ judged answers
+
+
+def judged_rows(tokenizer, n=9):
+    texts = [Judged(p.prompt, p.answers[i % 2], i % 2 == 0) for i, p in enumerate(load_pairs("word", "train", n))]
+    return [encode_pair(tokenizer, judged) for judged in texts]
+
+
+def test_a_step_takes_the_answers_of_the_rows_before_whatever_the_ranks(tokenizer):
+    rows, settings = judged_rows(tokenizer), config(variant="kto", batch=6)
+    whole = next_pairs(rows, 1, settings, devices.setup("cpu"), 160)
+    order = [rows[i] for i in rows_at(9, 1, 6, 0)]
+    shares = [next_pairs(rows, 1, settings, devices.Dist(rank, 2, "cpu"), 160) for rank in (0, 1)]
+    by_prompt = {str(row["prompt"]): row["other"] for row in whole}
+    assert {str(row["prompt"]): row["other"] for share in shares for row in share} == by_prompt
+    assert by_prompt == {str(row["prompt"]): order[i - 1]["answer"] for i, row in enumerate(order)}
+    cut = shift_answers([{"prompt": [1] * 7, "answer": [2, 3]}, {"prompt": [1], "answer": [4] * 9}], 10)
+    assert [row["other"] for row in cut] == [[4] * 3, [2, 3]]  # 7 + 9 tokens would not fit
+    pairs = [{"prompt": [1], "chosen": [2], "rejected": [3]}] * 6
+    assert next_pairs(pairs, 0, config(batch=2), devices.setup("cpu"), 160) == pairs[:2]
+
+
+def moved(model, by=0.05, seed=1):
+    torch.manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(by * torch.randn_like(p))
+    return other
+
+
+def test_the_reference_point_is_the_mean_log_ratio_of_the_others(tokenizer):
+    start = tiny(tokenizer).double()
+    dist, rows = devices.setup("cpu"), shift_answers(judged_rows(tokenizer), 160)
+    autocast, _ = devices.precision("fp32", dist)
+    signs = []
+    for seed in (1, 2, 3, 4):
+        policy = moved(start, seed=seed).train()
+        total = 0.0
+        for row in rows:
+            ids = torch.tensor([row["prompt"] + row["other"]])
+            logps = [token_logprobs(m, ids)[0, len(row["prompt"]) - 1 :].sum() for m in (policy, start)]
+            total += (logps[0] - logps[1]).item()
+        signs.append(total > 0)
+        z0 = dpo.reference_point(policy, rows, 0, dist, autocast, start)["z0"]
+        assert z0 == pytest.approx(max(0, total / len(rows)), rel=1e-5)
+        known = add_reference(start, rows, 0, dist, autocast)
+        assert dpo.reference_point(policy, known, 0, dist, autocast)["z0"] == pytest.approx(z0, abs=1e-4)
+        assert not policy.training  # without dropout
+        sent = []
+        share = SimpleNamespace(device="cpu", sum=lambda *both, sent=sent: sent.append(both) or both)
+        for rank in (0, 1):  # what two ranks add up
+            dpo.reference_point(policy, rows[rank::2], 0, share, autocast, start)
+        assert sum(total for total, _ in sent) / sum(n for _, n in sent) == pytest.approx(total / len(rows), rel=1e-5)
+    assert len(set(signs)) == 2  # max(0, …) had something to do
+
+
+def test_the_means_of_good_and_bad_answers_do_not_depend_on_the_cut():
+    ratios, good = judged_numbers()
+    whole = kto_loss(ratios, good, 0.6, logps=ratios)[1]
+    for cuts in ([0, 3, 7], [0, 1, 2, 3, 7], [0, 7]):
+        means = Means()
+        for a, b in pairwise(cuts):
+            batch = pairs_room.PairBatch(SimpleNamespace(tokens=ratios[a:b]), {}, (), {"desirable": good[a:b]})
+            means.add(kto_loss(ratios[a:b], good[a:b], 0.6, logps=ratios[a:b])[1], batch)
+        assert means.over_ranks(devices.setup("cpu")) == pytest.approx(whole, rel=1e-5)
+    batch = pairs_room.PairBatch(SimpleNamespace(tokens=ratios[:2]), {}, (), {"desirable": good[:2] & False})
+    means = Means()
+    means.add(kto_loss(ratios[:2], good[:2] & False, 0.6)[1], batch)
+    assert "reward_chosen" not in means.over_ranks(devices.setup("cpu"))
+
+
+def test_judged_answers_are_distinct_and_a_good_one_has_ended():
+    answers = [([1], True, True), ([1], True, True), ([2], True, False), ([3], False, False), ([4], False, True)]
+    rows = one_by_one(answers, random.Random(0))
+    assert sorted(rows) == [([1], True), ([3], False), ([4], False)]
+    assert one_by_one(answers, random.Random(0), most=1) == rows[:1]
+    assert len({str(one_by_one(answers, random.Random(seed))) for seed in range(20)}) > 1
+
+
+def write_judged(path, n=240):
+    kinds = {True: "It is 7.", False: "Anna has 3 apples."}
+    rows = [
+        {"prompt": f"Is {i // 2} a number?", "completion": kinds[i % 2 == 0], "label": i % 2 == 0} for i in range(n)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_run_with_judged_answers_of_a_file(here, capsys):
+    write_judged(here / "judged.jsonl")
+    result = dpo.main(config(data="judged.jsonl", variant="kto", steps=12, lr=1e-2, prompts=500, beta=0.5))
+    before, after = (result[when]["pairs"] for when in ("before", "after"))
+    assert before["loss"] == pytest.approx(0.5)
+    assert (before["z0"], before["accuracy"]) == (0, 0)
+    assert after["accuracy"] > 0.9
+    assert after["reward_chosen"] > after["reward_rejected"] + 0.5
+    assert max(metrics("runs/dpo", "z0").values()) > 0
+    assert metrics("runs/dpo", "z0")[1] == 0
+    printed = capsys.readouterr().out
+    assert "training answers are good" in printed
+    assert "answers on their side of z0" in printed
+    kept = torch.load("runs/dpo/pairs.pt", weights_only=True)
+    assert all(set(row) == {"prompt", "answer", "good", "ref_answer"} for row in kept["train"])
+    assert all({"other", "ref_other"} < set(row) for row in kept["valid"] + kept["test"])
+
+
+def test_a_run_with_sampled_judged_answers(here, monkeypatch, capsys):
+    monkeypatch.setattr(pairs_room, "is_correct", lambda text, problem: len(text) % 2 == 0)
+    changes = dict(rollouts=8, max_new_tokens=60, eval_problems=20, test_problems=20, steps=10, lr=2e-2)
+    result = dpo.main(config(pairs="sampled", variant="kto", nll=1.0, **changes))
+    assert result["before"]["pairs"]["z0"] == 0
+    losses = list(metrics("runs/dpo", "loss").values())
+    assert losses[-1] < 0.9 * losses[0]
+    assert "different ones kept from 8 answers to 40 prompts" in capsys.readouterr().out
+    kept = torch.load("runs/dpo/pairs.pt", weights_only=True)
+    assert len(kept["valid"]) == len({str(row["prompt"]) for row in kept["valid"]})  # one answer to each
+    for verdict, kind, missing in ((False, "bad", "good"), (True, "good", "bad")):
+        monkeypatch.setattr(pairs_room, "is_correct", lambda text, problem, verdict=verdict: verdict)
+        with pytest.raises(ConfigError, match=f"training answers are {kind}: --variant kto needs {missing} ones too"):
+            dpo.main(config(pairs="sampled", variant="kto", rollouts=2, max_new_tokens=60))
 
 
 # ------------------------------------------------------------------------------------------------ sampled pairs
@@ -376,16 +609,18 @@ def test_best_is_chosen_by_the_validation_loss(here):
     assert figures["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
 
 
-def test_the_cut_into_micro_batches_changes_nothing(here):
-    dpo.main(config(name="whole"))
-    dpo.main(config(name="cut", micro_batch=2))
-    for name in ("loss", "grad_norm", "logp_chosen", "pair_accuracy"):
+@pytest.mark.parametrize("changes", [{}, {"variant": "kto", "lr": 1e-2}, {"variant": "orpo", "nll": 1.0}])
+def test_the_cut_into_micro_batches_changes_nothing(here, changes):
+    dpo.main(config(name="whole", **changes))
+    dpo.main(config(name="cut", micro_batch=2, **changes))
+    for name in ("loss", "grad_norm", "logp_chosen", "pair_accuracy", *(["z0"] if "kto" in changes.values() else [])):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
 
 
-def test_two_processes_equal_one(here):
-    flags = [x for k, v in SMALL.items() for x in (f"--{k}", v)]
+@pytest.mark.parametrize("variant", ["sigmoid", "kto"])
+def test_two_processes_equal_one(here, variant):
+    flags = [x for k, v in (SMALL | {"variant": variant}).items() for x in (f"--{k}", v)]
     one = script("dpo.py", *flags, "--name", "one", cwd=here)
     two = script("dpo.py", *flags, "--name", "two", cwd=here, processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
@@ -433,8 +668,9 @@ def test_a_typo_moves_no_earlier_run(here, changes, message):
     assert not (here / "runs/dpo.1").exists()
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
-    changes = dict(dropout=0.1)
+@pytest.mark.parametrize("variant", ["sigmoid", "kto", "orpo"])
+def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, variant):
+    changes = dict(dropout=0.1, variant=variant)
     dpo.main(config(name="whole", **changes))
 
     class StopAt2:
@@ -464,8 +700,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
-def test_lora_trains_and_resumes(here, monkeypatch):
-    changes = dict(lora=dpo.LoraConfig(rank=2), lr=1e-2, nll=0.1)
+@pytest.mark.parametrize("variant", ["sigmoid", "kto"])
+def test_lora_trains_and_resumes(here, monkeypatch, variant):
+    changes = dict(lora=dpo.LoraConfig(rank=2), lr=1e-2, nll=0.1, variant=variant)
     result = dpo.main(config(name="whole", **changes))
     assert result["after"]["pairs"]["loss"] < result["before"]["pairs"]["loss"]
     assert open_checkpoint("runs/whole/last")[0].state_dict().keys() == open_checkpoint("start")[0].state_dict().keys()
@@ -522,6 +759,13 @@ def test_bad_input_is_one_line(here):
         config(data="style", pairs="sampled")
     with pytest.raises(ConfigError, match="simpo"):
         config(gamma=0.5)
+    with pytest.raises(ConfigError, match="--weight_desirable has no meaning with --variant apo_zero, only with kto"):
+        config(variant="apo_zero", weight_desirable=2.0)
+    with pytest.raises(ConfigError, match="--batch is 1; --variant kto needs 2"):
+        config(variant="kto", batch=1)
+    (here / "judged.jsonl").write_text('{"prompt": "p", "completion": "a", "label": "maybe"}\n')
+    said = fails("--data", "judged.jsonl", "--variant", "kto")
+    assert_one_line_error(said, "judged.jsonl line 1: 'label' must be true or false, not 'maybe'")
     for name, value in (("lr", -1.0), ("seed", -1), ("dropout", 1.0), ("weight_decay", -0.1)):
         with pytest.raises(ConfigError, match=f"--{name} is {value}"):
             config(**{name: value})

@@ -14,14 +14,16 @@ import grpo
 from grpo import ALGORITHMS, grpo_loss, loss_with, summed_advantages
 from ppo import less_baseline
 from reward_model import RewardModel, bradley_terry_loss
-from support import shared_prompt
+from support import devices, shared_prompt
 from support.hf import LAYOUTS, layout_of, to_layout
+from support.judged import shift_answers
 from tokenizer_bpe import BPETokenizer
-from transformer import Transformer, TransformerConfig
+from transformer import Transformer, TransformerConfig, token_logprobs
 
 pytest.importorskip("trl", reason="trl is not installed: the loops of the other tests are the check then")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+SIDES = ("chosen", "rejected")
 PROMPTS = ["How many apples?", "Tom has 3. He buys 4 more. How many?"]
 ANSWERS = [
     ["Tom has 7 now.", "There are 3 + 4 = 7.\n#### 7", "No"],
@@ -55,6 +57,8 @@ def trainer_of(kind, start, tmp_path, rows, **options):
     opener = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
     common = dict(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
     common |= dict(gradient_checkpointing=False, max_steps=1) | options.pop("args")
+    if kind == "ORPO":
+        from trl.experimental import orpo as trl
     return getattr(trl, f"{kind}Trainer")(
         model=opener.from_pretrained(start).double(),
         args=getattr(trl, f"{kind}Config")(**common),
@@ -251,19 +255,15 @@ def pairs_of(prompts, answers):
     return {"input_ids": ids, "attention_mask": real}, spoken
 
 
-@pytest.mark.parametrize(("variant", "loss_type"), [("sigmoid", "sigmoid"), ("hinge", "hinge"), ("ipo_mean", "ipo")])
+@pytest.mark.parametrize(
+    ("variant", "loss_type"),
+    [*((name, name) for name in ("sigmoid", "hinge", "apo_zero", "apo_down")), ("ipo_mean", "ipo")],
+)
 def test_dpo_loss_and_gradient(start, tmp_path, variant, loss_type):
     path, _, prompts, answers = start
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     trainer = trainer_of("DPO", path, tmp_path, rows, args=dict(beta=0.7, loss_type=loss_type))
-    torch.manual_seed(1)
-    with torch.no_grad():  # the policy has moved away from the reference
-        for p in trainer.model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    policy, reference = (Transformer.from_pretrained(path).double() for _ in range(2))
-    trainer.model.save_pretrained(tmp_path / "moved")
-    policy = Transformer.from_pretrained(tmp_path / "moved", dtype=torch.float64)
-
+    policy, reference = moved(trainer, tmp_path), Transformer.from_pretrained(path).double()
     batch, spoken = pairs_of(prompts, answers)
     theirs = trainer.compute_loss(trainer.model, batch | {"completion_mask": spoken})
     theirs.backward()
@@ -274,6 +274,72 @@ def test_dpo_loss_and_gradient(start, tmp_path, variant, loss_type):
     ours, _ = dpo.dpo_loss(*dpo.pair_logprobs(policy, packed), *ref, 0.7, variant, **lengths)
     ours.backward()
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-5)
+    assert_same_gradients(policy, trainer.model)
+
+
+def moved(trainer, tmp_path, seed=1):
+    """The trainer's policy, moved away from the reference, as ours."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    trainer.model.save_pretrained(tmp_path / "moved")
+    return Transformer.from_pretrained(tmp_path / "moved", dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("seed", "weights"), [(1, (1.0, 1.0)), (4, (1.0, 1.0)), (4, (1.3, 0.7))])
+def test_kto_loss_and_gradient(start, tmp_path, seed, weights):
+    """(TRL's collator makes the batch: it pairs each prompt with the answer of the row before.)"""
+    path, _, prompts, answers = start
+    good = [True, False, False, True]
+    args = dict(beta=0.7, desirable_weight=weights[0], undesirable_weight=weights[1], per_device_train_batch_size=4)
+    rows = [{"prompt": "a", "completion": "b", "label": x} for x in good]
+    trainer = trainer_of("KTO", path, tmp_path, rows, args=args)
+    policy, reference = moved(trainer, tmp_path, seed), Transformer.from_pretrained(path).double()
+    ours = [
+        {"prompt": prompts[k % 2], "answer": answers[k % 2][k // 2], "good": is_good} for k, is_good in enumerate(good)
+    ]
+    examples = [{"prompt_ids": row["prompt"], "completion_ids": row["answer"], "label": row["good"]} for row in ours]
+    for k, example in enumerate(examples):
+        example["KL_completion_ids"] = examples[k - 1]["completion_ids"]
+    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
+    theirs.backward()
+
+    dist = devices.setup("cpu")
+    autocast, _ = devices.precision("fp32", dist)
+    point = dpo.reference_point(policy, shift_answers(ours, 96), 0, dist, autocast, reference)
+    assert point["z0"] == pytest.approx(trainer._metrics["eval"]["kl"][-1], rel=1e-5)
+    batch = dpo.batch_of(ours, 0, "cpu")
+    (logps,) = dpo.pair_logprobs(policy, batch.packed)
+    with torch.no_grad():
+        (ref,) = dpo.pair_logprobs(reference, batch.packed)
+    loss, _ = dpo.kto_loss(logps - ref, batch.known["desirable"], point["z0"], 0.7, *weights)
+    loss.backward()
+    torch.testing.assert_close(loss, theirs.to(loss), atol=1e-6, rtol=1e-5)
+    assert_same_gradients(policy, trainer.model)
+    assert (point["z0"] > 0) == (seed == 4)
+
+
+def test_orpo_loss_and_gradient(start, tmp_path):
+    """(TRL's first term is SFT on prompt and answer, a mean over the batch's tokens; ours, as in the paper, on the
+    answer alone. So the sum here is of their first term and our second.)"""
+    path, _, prompts, answers = start
+    trainer = trainer_of("ORPO", path, tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}], args=dict(beta=0.7))
+    policy = moved(trainer, tmp_path)
+    batch, spoken = pairs_of(prompts, answers)
+    batch["labels"] = batch["input_ids"].masked_fill(spoken == 0, -100)
+    sides = {f"{side}_{name}": x for name, both in batch.items() for side, x in zip(SIDES, both.chunk(2), strict=True)}
+    theirs, _ = trainer.get_batch_loss_metrics(trainer.model, sides)
+    theirs.backward()
+    packed = shared_prompt.pack(prompts, [group[:2] for group in answers], 0)
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), packed.lengths.view(-1, 2).unbind(1), strict=True))
+    ours, _ = dpo.dpo_loss(*dpo.pair_logprobs(policy, packed), None, None, 0.7, "orpo", **lengths)
+    rows = [p + group[0] for p, group in zip(prompts, answers, strict=True)]
+    sft = -torch.cat([token_logprobs(policy, torch.tensor([row]))[0] for row in rows]).mean()
+    both_terms = ours + sft
+    both_terms.backward()
+    assert ours > 0.1
+    torch.testing.assert_close(both_terms, theirs.to(ours), atol=1e-6, rtol=1e-5)
     assert_same_gradients(policy, trainer.model)
 
 

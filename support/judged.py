@@ -1,0 +1,36 @@
+"""Judged answers, the rows of kto: {"prompt", "answer", "good"}, ids of one answer and whether it is good."""
+
+import random
+
+from support.errors import ConfigError
+
+
+def one_by_one(answers, rng, most=None):
+    """Answers to one prompt, (ids, right, ended) each -> [(ids, right), …] in random order, at most `most`. A good
+    answer must have ended by itself; repeats count once."""
+    usable = [(ids, right) for ids, right, ended in answers if ended or not right]
+    distinct = [row for i, row in enumerate(usable) if row not in usable[:i]]
+    rng.shuffle(distinct)
+    return distinct[:most]
+
+
+def prepare_judged(splits, context, dist):
+    """{split: judged answers} -> the same, the held-out ones with "other"; those of a step come from its own batch.
+    ConfigError if all training answers are good, or none is."""
+    rows = splits["train"]
+    good = sum(row["good"] for row in rows)
+    if good in (0, len(rows)):
+        kind, missing = ("good", "bad") if good else ("bad", "good")
+        raise ConfigError(f"all {len(rows)} training answers are {kind}: --variant kto needs {missing} ones too")
+    if dist.is_main:
+        print(f"{good:,} of {len(rows):,} training answers are good")
+    held_out = {split: list(splits[split]) for split in ("valid", "test")}
+    for rows in held_out.values():  # a file may hold the answers to a prompt one after another
+        random.Random("judged").shuffle(rows)
+    return splits | {split: shift_answers(rows, context) for split, rows in held_out.items()}
+
+
+def shift_answers(rows, context):
+    """Each judged answer with "other", the answer of the row before, cut where the context ends."""
+    before = [rows[-1], *rows[:-1]]
+    return [row | {"other": b["answer"][: context - len(row["prompt"])]} for row, b in zip(rows, before, strict=True)]

@@ -1,0 +1,80 @@
+"""The rows that dpo.py trains on and measures with: from texts, or from sampled answers, to ids (support/pairs.py says
+what a row is); which of them a step reads, and which a rank measures.
+"""
+
+from functools import partial
+
+from data import Judged, encode_group, rows_at
+from support.errors import ConfigError
+from support.judged import one_by_one, shift_answers
+from support.pairs import row_of, sides_of
+from support.records import load_splits
+
+
+def encode_pair(tokenizer, pair):
+    """A `data.Pair` or `data.Judged`, text, as ids."""
+    prompt, answers = encode_group(tokenizer, pair)
+    return row_of(prompt, *answers, *([pair.good] if isinstance(pair, Judged) else []))
+
+
+def encode_splits(encode, texts, config, context, dist):
+    """{split: texts} -> {split: rows of ids that fit the context}. encode: `encode_pair` with a tokenizer."""
+
+    def load(split, n):
+        return [encode(pair) for pair in texts[split]]
+
+    def length(pair):
+        return len(pair["prompt"]) + max(len(pair[side]) for side in sides_of(pair))
+
+    label = "answer" if isinstance(next(iter(texts.values()))[0], Judged) else "pair"
+    return load_splits(load, config.sizes, length, context, label, dist)
+
+
+def pair_up(answers, rng, most=None):
+    """Answers to one prompt, (ids, right, ended) each -> [(chosen, rejected), …]: right ones with wrong ones, drawn by
+    rng, each in one pair, at most `most` pairs. A chosen answer must have ended by itself; repeats count once."""
+    sides = {True: [], False: []}
+    for ids, right, ended in answers:
+        if ids not in sides[right] and (ended or not right):
+            sides[right].append(ids)
+    for side in sides.values():
+        rng.shuffle(side)
+    return list(zip(sides[True], sides[False], strict=False))[:most]
+
+
+def sample_splits(sample, rule, problems, config, dist, autocast):
+    """{split: problems} -> {split: pairs of sampled answers}, or judged answers. ConfigError if a split has none.
+    sample: `sample_pairs` of a policy; rule: `pair_up` or `one_by_one`."""
+    splits = {}
+    for number, (split, asked) in enumerate(problems.items()):
+        pick = rule if split == "train" else partial(rule, most=1)  # held-out pairs should be independent
+        with autocast():
+            seed = config.seed * 3 + number
+            splits[split], right = sample(asked, config, dist, seed, pick)
+        if not splits[split]:
+            raise ConfigError(
+                f"no {split} prompt got both a right and a wrong answer ({right:.1%} of all are right): give "
+                "another --init, more --rollouts or more --prompts"
+            )
+        if dist.is_main:
+            answers = f"{config.rollouts} answers to {len(asked):,} prompts, {right:.1%} right"
+            kept = "different ones kept" if rule is one_by_one else "pairs"
+            print(f"{split}: {len(splits[split]):,} {kept} from {answers}")
+    return splits
+
+
+def next_pairs(pairs, step, config, dist, context):
+    """This rank's share of the step's rows, sorted by the prompt's length: micro-batches need less padding. Judged
+    answers have an "other", from the whole batch."""
+    n = dist.per_rank("batch", config.batch)
+    batch = [pairs[i] for i in rows_at(len(pairs), step, config.batch, config.seed)]
+    batch = shift_answers(batch, context) if "answer" in batch[0] else batch
+    return sorted(batch[dist.rank * n : (dist.rank + 1) * n], key=lambda pair: len(pair["prompt"]))
+
+
+def held_out_share(pairs, dist):
+    """This rank's rows, and their weight: a rank without any scores one with weight 0, because all ranks must sum the
+    same names."""
+    own = pairs[dist.rank :: dist.world]
+    rows = sorted(own or pairs[:1], key=lambda row: len(row["prompt"]) + len(row[sides_of(row)[0]]))
+    return rows, 1 if own else 0

@@ -114,6 +114,12 @@ class Pair:
     def answers(self):
         return self.chosen, self.rejected
 
+    @property
+    def judged(self):
+        """The two as single answers."""
+        chosen = Judged(self.prompt, self.chosen, True, self.history)
+        return [chosen, Judged(self.prompt, self.rejected, False, self.history)]
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -401,23 +407,36 @@ def load_pairs(
     return pairs[:n]
 
 
-def load_judged(
-    name: str | Path, split: str = "train", n: int | None = None, *, skip_bad=False, **more
-) -> list[Judged]:
-    """Single answers, each good or bad: of a file whose records `judged_fields` knows, at most n, the split by hash of
-    the prompt. Or of `load_pairs`, at most n pairs, which take `more`: first all chosen answers, then all
-    rejected ones. Empty answers are skipped and counted."""
-    path = None if name in TASKS or name in DATASETS else find(name, split)
-    if path is None or any("chosen" in record for _, record in read_records(path)):
-        pairs = load_pairs(name, split, n, skip_bad=skip_bad, **more)
-        return [Judged(p.prompt, p.answers[k], k == 0, p.history) for k in (0, 1) for p in pairs]
-    records = read_all(path, lambda record, where: (where, Judged(**judged_fields(record, where))), skip_bad)
-    empty = [place.removeprefix(f"{path} ") for place, judged in records if not judged.answer.strip()]
-    report_skipped(path, {"empty answers": empty})
-    judged = [j for _, j in records if j.answer.strip() and split_of(split_key(j.history, j.prompt)) == split]
-    if not judged:
+def load_judged(name: str | Path, split: str = "train", n: int | None = None, skip_bad=False, **more) -> list[Judged]:
+    """Single answers of a split, each good or bad, from at most n records. skip_bad: as for `load_problems`.
+
+    a path           the records that `judged_fields` knows, or pairs; the split by hash of the prompt
+    all other names  the two answers of each pair of `load_pairs`, which takes `more`
+
+    Records with an empty answer, or with two equal ones, are skipped and counted.
+    """
+
+    def parse(record, where):
+        if "chosen" in record or "rejected" in record:
+            return where, Pair(**pair_fields(record, where, "file")).judged
+        return where, [Judged(**judged_fields(record, where))]
+
+    if name in TASKS or name in DATASETS:
+        return [judged for pair in load_pairs(name, split, n, skip_bad=skip_bad, **more) for judged in pair.judged]
+    check_split(split)
+    path = find(name)
+    kept, same, empty = [], [], []
+    for place, answers in read_all(path, parse, skip_bad):
+        if not all(judged.answer.strip() for judged in answers):
+            empty.append(place.removeprefix(f"{path} "))
+        elif answers[0].answer == answers[-1].answer and len(answers) == 2:
+            same.append(place.removeprefix(f"{path} "))
+        elif split_of(split_key(answers[0].history, answers[0].prompt)) == split:
+            kept.append(answers)
+    report_skipped(path, {"pairs of equal answers": same, "records with an empty answer": empty})
+    if not kept:
         raise DataError(f"{path} has no answer in the split {split}: the split is by hash, add more records")
-    return judged[:n]
+    return [judged for answers in kept[:n] for judged in answers]
 
 
 def corrupted_pair(problem: Problem, turn: int, split: str, seed: int, kinds: Sequence[str]) -> Pair:

@@ -357,6 +357,8 @@ def pair_fields(record: dict, where: str, kind: str) -> dict:
     has_prompt = "prompt" in record or "instruction" in record
     if not has_prompt and str(record.get("chosen")).lstrip().startswith("Human:"):
         return dialogue_fields(record, where)
+    if "label" in record and "chosen" not in record:
+        raise DataError(f"{where}: no pair but one judged answer, which dpo.py reads with --variant kto")
     prompt = prompt_of(record, where)
     if kind == "ultrafeedback" and scored_alike(record, where):
         kind = "equal_scores"

@@ -89,7 +89,7 @@ transformer: TransformerConfig Transformer token_logprobs masked_mean
 tokenizer_bpe: BPETokenizer load_tokenizer
 generate: generate
 reward_model: bradley_terry_loss
-dpo: dpo_loss
+dpo: dpo_loss kto_loss orpo_loss
 ppo: gae ppo_policy_loss value_loss
 grpo: group_advantages grpo_loss extract_answer
 gdpo: gdpo_advantages

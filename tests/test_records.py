@@ -13,7 +13,7 @@ import urllib.error
 import pytest
 
 import data
-from data import Pair, Problem, load_pairs, load_problems, load_sentiment, load_text, split_key
+from data import Judged, Pair, Problem, load_judged, load_pairs, load_problems, load_sentiment, load_text, split_key
 from support import downloads, records, splits
 from support.errors import DataError
 
@@ -594,6 +594,7 @@ def test_pairs_of_a_file(tmp_path, capsys):
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
         ({"chosen": "a", "rejected": "b"}, "the key 'prompt' is missing"),
         ([1], "a record is an object {...}, not list"),
+        ({"prompt": "p", "completion": "a", "label": True}, "no pair but one judged answer, which dpo.py reads with"),
     ],
 )
 def test_bad_pairs_name_their_record(tmp_path, record, message):
@@ -710,3 +711,95 @@ def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch
     assert len(load_sentiment("imdb", "test")) == 9
     with pytest.raises(DataError, match=r"polarity: no .*this dataset has no automatic download"):
         load_sentiment("polarity")
+
+
+# ------------------------------------------------------------------------------------------------ judged answers
+
+
+def all_judged(path, **more):
+    return [judged for split in splits.SPLITS for judged in load_judged(path, split, **more)]
+
+
+def test_judged_answers_in_every_layout(tmp_path):
+    """One answer and its label: TRL's layout, as text and as conversations; other keys; messages; the two of a pair."""
+    turn = {"role": "user", "content": "before"}, {"role": "assistant", "content": "so"}
+    history = (("user", "before"), ("assistant", "so"))
+    rows = []
+    for i in range(40):
+        prompt, good = f"p{i}", i % 2 == 0
+        rows += [
+            ({"prompt": prompt, "completion": "c", "label": good}, Judged(prompt, "c", good)),
+            ({"instruction": prompt, "response": "r", "label": int(good)}, Judged(prompt, "r", good)),
+            ({"prompt": prompt, "answer": "a", "label": ("bad", "Good")[good]}, Judged(prompt, "a", good)),
+        ]
+        asked = [*turn, {"role": "user", "content": prompt}]
+        said = [{"role": "assistant", "content": "m"}]
+        rows += [
+            ({"prompt": asked, "completion": said, "label": good}, Judged(prompt, "m", good, history)),
+            ({"messages": asked + said, "label": good}, Judged(prompt, "m", good, history)),
+        ]
+    path = tmp_path / "judged.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows))
+    assert sorted(all_judged(path), key=str) == sorted((judged for _, judged in rows), key=str)
+    train = load_judged(path, "train")
+    assert all(splits.split_of(split_key(judged.history, judged.prompt)) == "train" for judged in train)
+    assert load_judged(path, "train", 3) == train[:3]
+    pairs = write_pairs(tmp_path / "pairs.jsonl", *(pair_record(f"p{i}") for i in range(60)))
+    both = all_judged(pairs)
+    assert [j.answer for j in both] == ["good", "bad"] * 60
+    assert [j.good for j in both] == [True, False] * 60
+    assert load_judged("word", "valid", 3, levels=(1,))[:2] == load_pairs("word", "valid", 1, levels=(1,))[0].judged
+
+
+def test_judged_answers_of_a_table(tmp_path):
+    """As pandas writes them: True and False."""
+    path = tmp_path / "judged.csv"
+    path.write_text("prompt,completion,label\n" + "".join(f'"p {i}, or?",c{i},{i % 3 == 0}\n' for i in range(60)))
+    assert sorted((j.prompt, j.answer, j.good) for j in all_judged(path)) == sorted(
+        (f"p {i}, or?", f"c{i}", i % 3 == 0) for i in range(60)
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "p", "completion": "a"}, "the key 'label' is missing: whether the answer is good, true or false"),
+        ({"prompt": "p", "completion": "a", "label": "maybe"}, "'label' must be true or false, not 'maybe'"),
+        ({"prompt": "p", "completion": "a", "label": None}, "'label' must be true or false, not None"),
+        ({"prompt": "p", "completion": "a", "label": 2}, "'label' must be true or false, not 2"),
+        ({"prompt": "p", "label": True}, "the answer is the completion, answer or response, one of them; it has none"),
+        ({"prompt": "p", "answer": "a", "response": "b", "label": True}, "the answer is the completion, answer or res"),
+        ({"completion": "a", "label": True}, "the key 'prompt' is missing"),
+        ({"prompt": "p", "completion": 3, "label": True}, "'completion' must be text, not int"),
+        ({"prompt": " ", "completion": "a", "label": True}, "'prompt' is empty"),
+        ({"prompt": [{"role": "user", "content": "p"}], "completion": "a", "label": True}, "'prompt' must be text"),
+        (
+            {"messages": [{"role": "user", "content": "p"}], "label": True},
+            "messages must be user and assistant in turn",
+        ),
+        ({"prompt": "p", "chosen": "a", "label": True}, "the key 'rejected' is missing"),
+    ],
+)
+def test_bad_judged_answers_name_their_record(tmp_path, record, message, capsys):
+    rows = [
+        {"prompt": f"p{i}", "completion": "", "label": True} | ({"completion": "a"} if i else {}) for i in range(40)
+    ]
+    path = tmp_path / "judged.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, record]))
+    with pytest.raises(DataError, match=re.escape(f"judged.jsonl line 41: {message}")):
+        load_judged(path)
+    assert len(all_judged(path, skip_bad=True)) == 39
+    printed = capsys.readouterr().out
+    assert f"skipped 1 records that cannot be used (first: line 41: {message}" in printed
+    assert "skipped 1 records with an empty answer (first: line 1)" in printed
+
+
+def test_judged_answers_that_are_not_there(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "p", "completion": "a", "label": true}')
+    other = next(split for split in splits.SPLITS if split != splits.split_of("p"))
+    with pytest.raises(DataError, match=f"no answer in the split {other}"):
+        load_judged(tmp_path / "one.jsonl", other)
+    with pytest.raises(DataError, match="gsm8k has no preference pairs"):
+        load_judged("gsm8k")
+    with pytest.raises(DataError, match="no such file"):
+        load_judged("nothing.jsonl")

@@ -373,6 +373,10 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
     shared, apart = (sampled_kl(raw, reference, tokenizer, prompts, 8, dist) for reference in (raw, before))
     assert shared == pytest.approx(apart, rel=1e-5)
     assert shared > 1e-3
+    rows, cpu = shift_answers(judged_rows(tokenizer), 160), (dist, devices.precision("fp32", dist)[0])
+    point = dpo.reference_point(raw, rows, 0, *cpu)["z0"]
+    assert point == pytest.approx(dpo.reference_point(raw, rows, 0, *cpu, before)["z0"], rel=1e-4)
+    assert point > 1e-3
     monkeypatch.setattr(dpo, "copy", None)  # no second model
     dpo.main(config(lora=dpo.LoraConfig(rank=2), lr=1e-2))
     assert max(metrics("runs/dpo", "kl").values()) > 1e-6

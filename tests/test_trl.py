@@ -291,14 +291,13 @@ def moved(trainer, tmp_path, seed=1):
 def test_kto_loss_and_gradient(start, tmp_path, seed, weights):
     """(TRL's collator makes the batch: it pairs each prompt with the answer of the row before.)"""
     path, _, prompts, answers = start
-    good = [True, False, False, True]
-    args = dict(beta=0.7, desirable_weight=weights[0], undesirable_weight=weights[1], per_device_train_batch_size=4)
+    good = [True, False, False, True, True]
+    args = dict(beta=0.7, desirable_weight=weights[0], undesirable_weight=weights[1], per_device_train_batch_size=5)
     rows = [{"prompt": "a", "completion": "b", "label": x} for x in good]
     trainer = trainer_of("KTO", path, tmp_path, rows, args=args)
     policy, reference = moved(trainer, tmp_path, seed), Transformer.from_pretrained(path).double()
-    ours = [
-        {"prompt": prompts[k % 2], "answer": answers[k % 2][k // 2], "good": is_good} for k, is_good in enumerate(good)
-    ]
+    order = [(0, 0), (1, 0), (1, 1), (0, 1), (0, 2)]  # prompt, answer to it
+    ours = [{"prompt": prompts[i], "answer": answers[i][j], "good": x} for (i, j), x in zip(order, good, strict=True)]
     examples = [{"prompt_ids": row["prompt"], "completion_ids": row["answer"], "label": row["good"]} for row in ours]
     for k, example in enumerate(examples):
         example["KL_completion_ids"] = examples[k - 1]["completion_ids"]

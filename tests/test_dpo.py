@@ -490,7 +490,7 @@ def write_judged(path, n=240):
     rows = [
         {"prompt": f"Is {i // 2} a number?", "completion": kinds[i % 2 == 0], "label": i % 2 == 0} for i in range(n)
     ]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def test_a_run_with_judged_answers_of_a_file(here, capsys):

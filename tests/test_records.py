@@ -739,7 +739,7 @@ def test_judged_answers_in_every_layout(tmp_path):
             ({"messages": asked + said, "label": good}, Judged(prompt, "m", good, history)),
         ]
     path = tmp_path / "judged.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows))
+    path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows), encoding="utf-8")
     assert sorted(all_judged(path), key=str) == sorted((judged for _, judged in rows), key=str)
     train = load_judged(path, "train")
     assert all(splits.split_of(split_key(judged.history, judged.prompt)) == "train" for judged in train)
@@ -754,7 +754,9 @@ def test_judged_answers_in_every_layout(tmp_path):
 def test_judged_answers_of_a_table(tmp_path):
     """As pandas writes them: True and False."""
     path = tmp_path / "judged.csv"
-    path.write_text("prompt,completion,label\n" + "".join(f'"p {i}, or?",c{i},{i % 3 == 0}\n' for i in range(60)))
+    path.write_text(
+        "prompt,completion,label\n" + "".join(f'"p {i}, or?",c{i},{i % 3 == 0}\n' for i in range(60)), encoding="utf-8"
+    )
     assert sorted((j.prompt, j.answer, j.good) for j in all_judged(path)) == sorted(
         (f"p {i}, or?", f"c{i}", i % 3 == 0) for i in range(60)
     )
@@ -785,7 +787,7 @@ def test_bad_judged_answers_name_their_record(tmp_path, record, message, capsys)
         {"prompt": f"p{i}", "completion": "", "label": True} | ({"completion": "a"} if i else {}) for i in range(40)
     ]
     path = tmp_path / "judged.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, record]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, record]), encoding="utf-8")
     with pytest.raises(DataError, match=re.escape(f"judged.jsonl line 41: {message}")):
         load_judged(path)
     assert len(all_judged(path, skip_bad=True)) == 39
@@ -795,7 +797,7 @@ def test_bad_judged_answers_name_their_record(tmp_path, record, message, capsys)
 
 
 def test_judged_answers_that_are_not_there(tmp_path):
-    (tmp_path / "one.jsonl").write_text('{"prompt": "p", "completion": "a", "label": true}')
+    (tmp_path / "one.jsonl").write_text('{"prompt": "p", "completion": "a", "label": true}', encoding="utf-8")
     other = next(split for split in splits.SPLITS if split != splits.split_of("p"))
     with pytest.raises(DataError, match=f"no answer in the split {other}"):
         load_judged(tmp_path / "one.jsonl", other)

@@ -391,7 +391,8 @@ def demo():
     # The family, second minibatch: the docstring's last column by hand. The second answer has one token here.
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
     rho, n, length, L, tokens = torch.where(mask > 0, rho, 1.0), 4, lengths.T, 2, 7
-    whole = rho.prod(dim=1, keepdim=True)  # (R, 1), and its root the same
+    whole, tau = rho.prod(dim=1, keepdim=True), torch.tensor([[1.0], [1.05], [1.05], [1.0]])  # (R, 1) each
+    soft = rho / (tau * (rho - 1) / 2).cosh() ** 2  # (R, T)
     A = {name: group_advantages(rewards, r["scale"], r["baseline"], lengths).T for name, r in ALGORITHMS.items()}
 
     def clipped(ratio, A, low=0.2, high=0.2):
@@ -405,16 +406,11 @@ def demo():
         "dapo": clipped(rho, A["dapo"], high=0.28) / tokens,
         "gspo": clipped(whole ** (1 / length), A["gspo"], 3e-4, 4e-4) / (n * length),
         "cispo": rho.clamp(max=5) * A["cispo"] / tokens,
-        "sapo": rho
-        / ((rho - 1) * torch.tensor([[1.0], [1.05], [1.05], [1.0]]) / 2).cosh() ** 2
-        * A["sapo"]
-        / (n * length),
+        "sapo": soft * A["sapo"] / (n * length),
         "maxrl": clipped(rho, A["maxrl"]) / (n * L),
         "reinforce++-baseline": clipped(rho, A["reinforce++-baseline"]) / tokens,
     }
-    print(
-        "the family              A of each answer            step of each token: the factor of ∇log π(y_t), times 100"
-    )
+    print("the family              A of each answer             what each token gets, times 100")
     for name, row in ALGORITHMS.items():
         logprobs, step = (old + rho.log()).requires_grad_(), (steps[name] * mask) + 0.0
         options = {k: row[k] for k in ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")}
@@ -582,6 +578,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
+    if dist.is_main:
+        print(as_flags(config, GRPO))
     n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
     slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
@@ -611,7 +609,6 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     if run.first == 0:  # a run that was stopped before its first step has not kept it
         run.log(0, **run.state.start)
     if dist.is_main:
-        print(as_flags(config, GRPO))
         print(
             f"{policy.num_params():,} parameters from {init}; {len(problems['train']):,} training prompts; "
             f"test accuracy before: {run.state.before['accuracy']:.1%}"

@@ -46,7 +46,17 @@ def fp32_on_every_cpu(monkeypatch):
 def script(name, *flags, cwd, processes=1, timeout=240):
     """Run a script as a user does, with torchrun if processes > 1; returns the finished process. Training scripts get
     --dtype=fp32 unless a flag sets another (see `fp32_on_every_cpu`)."""
-    trains = Path(name).stem in ("pretrain", "encoder", "sft", "reward_model", "dpo", "ppo", "grpo", "gdpo")
+    trains = Path(name).stem in (
+        "pretrain",
+        "encoder",
+        "sft",
+        "reward_model",
+        "dpo",
+        "ppo",
+        "grpo",
+        "gdpo",
+        "rejection",
+    )
     if trains and not any(str(flag).startswith("--dtype") for flag in flags):
         flags = [*flags, "--dtype=fp32"]
     launcher = [sys.executable]

@@ -29,6 +29,7 @@ CHAPTERS = [
     "ppo",
     "grpo",
     "gdpo",
+    "rejection",
     "ablate",
 ]
 ROOMS = sorted(f"support.{path.stem}" for path in (ROOT / "support").glob("[!_]*.py"))

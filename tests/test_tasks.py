@@ -14,6 +14,7 @@ import evaluate
 import grpo
 import ppo
 import pretrain
+import rejection
 import reward_model
 import sft
 from data import TASKS, Problem, Task, load_pairs, load_problems, load_text
@@ -86,6 +87,8 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
         lambda problems, groups, most: judged_pairs(problems, [[(*r[:2], True) for r in g] for g in groups], most),
     )
     dpo.main(dpo.Config(name="c", batch=2, prompts=8, eval_every=2, **rl))
+    rejection.main(rejection.Config(name="d", batch=2, round_steps=1, prompts=8, pass_problems=2, pass_samples=2, **rl))
+    assert max(metrics("runs/d", "right").values()) > 0
     few = dict(n_pairs=8, sample_problems=8, eval_pairs=8, test_pairs=8, best_of=2, best_of_problems=2, batch=2)
     few |= dict(data="backwards", max_new_tokens=8, steps=2, device="cpu", samples=8)
     result = reward_model.main(reward_model.Config(name="start/backwards-seed0-reward", **few))

@@ -1,0 +1,144 @@
+"""A stage on problems whose answers can be checked: its flags, its problems, judged samples, its figures.
+
+problems = load_verifiable(config, tokenizer, context, dist)     {"train", "valid", "test"}
+groups   = judged_answers(sample, step, config, dist)            N of (prompt, R of (ids, right, ended))
+measure_start(run, problems, init), validate(run, problems), measure_end(run, problems, init)     accuracy, pass@k, KL
+"""
+
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
+from evaluate import evaluate, evaluate_samples, is_correct, logged, sampled_kl
+from lora import LoraConfig, merged
+from support.checkpoints import open_checkpoint
+from support.checks import Amount, Count
+from support.errors import ConfigError
+from support.records import load_splits
+from support.runs import RunConfig
+from support.sft_report import write_samples
+
+
+@dataclass
+class VerifiedConfig(RunConfig):
+    """The flags of such a stage, beside those of every stage."""
+
+    data: str = DEFAULT_TASK
+    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
+    init: str | None = None
+    """SFT checkpoint to start from; default: one trained once into runs/start."""
+    prompts: Count = 512
+    """Problems N that are answered at a time, over all ranks."""
+    rollouts: Count = 8
+    """Sampled answers R to each problem."""
+    temperature: Amount = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_new_tokens: Count = 64
+    """Longest answer, in tokens."""
+    eval_problems: Count = 200
+    """Validation problems per evaluation."""
+    test_problems: Count = 1000
+    """Test problems of the evaluations before and after training."""
+    pass_problems: Count = 100
+    """How many of the test problems are sampled for pass@k."""
+    pass_samples: Count = 16
+    """Samples per problem, and the largest k."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train low-rank adapters instead of all weights: --lora.rank 8."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature == 0 and self.rollouts > 1:
+            raise ConfigError(f"--temperature 0 samples the same answer {self.rollouts} times; use --rollouts 1")
+        if self.init is None and self.data not in TASKS:
+            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
+
+
+def load_verifiable(config, tokenizer, context, dist):
+    """{"train", "valid", "test"}: problems that fit the context with their answers. ConfigError if one has no answer to
+    check, or if a split has none."""
+
+    def load(split, n):
+        problems = load_problems(config.data, split, n, tuple(config.levels))
+        if unanswered := sum(not p.answer for p in problems):
+            raise ConfigError(
+                f"{unanswered} of {len(problems)} {split} problems of {config.data} have no answer after ####, "
+                "so whether theirs are right cannot be checked: leave them out"
+            )
+        return problems
+
+    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
+    room = context - config.max_new_tokens
+    return load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
+
+
+def judged_answers(sample, step, config, dist, chunk=64):
+    """The answers to the `config.prompts` problems of a step, and what the verifier says: N of (prompt ids, [(answer
+    ids, right, ended), …R]). sample: a `support.rollouts.Sampler`. The ranks split the work, `chunk` problems at a
+    time; every rank gets the answers that one would."""
+    R = config.rollouts
+
+    def work(chunks):
+        shown = {"desc": "sampling", "unit": "chunk", "leave": False}
+        for slots in tqdm(chunks, **shown, disable=None if dist.is_main else True):  # None: on a terminal alone
+            batch = sample(step, slots)
+            problems = [problem for problem in batch.problems for _ in range(R)]
+            right = [is_correct(text, problem) for text, problem in zip(batch.texts, problems, strict=True)]  # n·R
+            groups = zip(batch.prompts, batch.answers, batch.ended.tolist(), strict=True)
+            yield [
+                (prompt, list(zip(answers, right[g * R : g * R + R], ended, strict=True)))
+                for g, (prompt, answers, ended) in enumerate(groups)
+            ]
+
+    slots = list(range(config.prompts))
+    results = dist.split_work([slots[i : i + chunk] for i in range(0, len(slots), chunk)], work)
+    return [group for groups in results for group in groups]
+
+
+def validate(run, problems, step=None):
+    """Greedy answers to the validation problems -> {metric: value}, what is logged of them; three go to samples.md.
+    step: default the current one."""
+    with merged(run.model):
+        result = evaluate(run.model, run.tokenizer, problems["valid"], run.config.max_new_tokens, run.dist)
+    write_samples(run.log, run.done + 1 if step is None else step, result["samples"][:3])
+    return logged(result)
+
+
+def test_figures(policy, tokenizer, problems, config, dist):
+    """The test split: greedy answers; pass@k, and how often each problem was solved, of samples at temperature 1."""
+    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
+    some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
+    sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, seed=config.seed)
+    return {name: value for name, value in (result | sampled).items() if name != "samples"}
+
+
+def measure_start(run, problems, init):
+    """Before the first step: `run.state.before`, the test split; `run.state.start`, the validation split, which is
+    logged as step 0; and best/, the start itself. A resumed run knows all three."""
+    if run.state.before is None:
+        with merged(run.model):
+            run.state.before = test_figures(run.model, run.tokenizer, problems, run.config, run.dist)
+        run.state.start = validate(run, problems, step=0)
+        run.keep_best(run.state.start["accuracy"])
+    if run.first == 0:  # a run that was stopped before its first step has not kept it
+        run.log(0, **run.state.start)
+    if run.dist.is_main:
+        accuracy = f"{run.state.before['accuracy']:.1%}"
+        print(f"{run.model.num_params():,} parameters from {init}; test accuracy before: {accuracy}")
+
+
+def measure_end(run, problems, init):
+    """After the last step, of best/: {"before", "after"} (test figures), "kl" to the checkpoint `init` (nats per token,
+    one answer to each of 200 test problems), "seconds" and "path"."""
+    config, dist = run.config, run.dist
+    policy, tokenizer, path = open_checkpoint(run.path, dist.device)
+    after = test_figures(policy, tokenizer, problems, config, dist)
+    prompts, start = (
+        [encode_prompt(tokenizer, p) for p in problems["test"][:200]],
+        open_checkpoint(init, dist.device)[0],
+    )
+    kl = sampled_kl(policy, start, tokenizer, prompts, config.max_new_tokens, dist, config.seed)
+    return {"before": run.state.before, "after": after, "kl": kl, "seconds": run.seconds, "path": str(path)}

@@ -1,0 +1,425 @@
+"""rejection.py: what is kept, what it weighs, its gradient against SFT's and MaxRL's, and the guarantees of a run."""
+
+import itertools
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import (
+    assert_one_line_error,
+    assert_resume_refuses_what_changed,
+    assert_same_weights,
+    assert_the_start_is_kept,
+    metrics,
+    script,
+)
+
+import rejection
+import sft
+from data import load_problems, rows_at
+from lora import LoraConfig, add_lora
+from rejection import Config, encode_kept, keep_right, kept_of
+from sft import collate, encode_example, sft_loss
+from support import devices, runs, verified
+from support.checkpoints import open_checkpoint
+from support.errors import ConfigError
+from support.rollouts import Sampler
+from support.verified import judged_answers
+from tokenizer_bpe import BPETokenizer
+from transformer import Transformer, TransformerConfig, answer_logprobs, token_logprobs
+
+SMALL = dict(init="start", data="twos.jsonl", steps=6, round_steps=3, prompts=6, rollouts=4, batch=6, micro_batch=6)
+SMALL |= dict(max_new_tokens=8, warmup=1, lr=3e-3, eval_every=2, eval_problems=6, test_problems=6, pass_problems=3)
+SMALL |= dict(pass_samples=2, device="cpu")
+
+
+def config(**changes):
+    return Config(**(SMALL | changes))
+
+
+def write_questions(path, answer):
+    """300 questions; answer(i) -> the number that the solution gives."""
+    records = [{"question": f"Number {i}?", "answer": f"#### {answer(i)}"} for i in range(300)]
+    path.write_text("\n".join(map(json.dumps, records)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """twos.jsonl, whose answers are all 2; `start`, a tiny model that says 1 as often; `random`, which says neither."""
+    folder = tmp_path_factory.mktemp("twos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        write_questions(folder / "coin.jsonl", lambda i: 1 + i % 2)
+        write_questions(folder / "twos.jsonl", lambda i: 2)
+        tokenizer = BPETokenizer.train([(folder / "twos.jsonl").read_text()], 300)
+        torch.manual_seed(0)
+        layout = TransformerConfig(tokenizer.vocab_size, context=64, n_layer=1, n_head=2, n_kv_head=1, width=16)
+        Transformer(layout).save_pretrained("random")
+        tokenizer.save_pretrained("random")
+        few = dict(batch=16, micro_batch=16, max_new_tokens=8, eval_problems=4, test_problems=4, device="cpu")
+        sft.main(sft.Config(init="random", data="coin.jsonl", steps=120, lr=1e-2, eval_every=120, **few))
+        shutil.copytree("runs/sft/last", "start")
+    return folder
+
+
+@pytest.fixture
+def here(scratch, folder):
+    for name in ("start", "random"):
+        (scratch / name).symlink_to(folder / name)
+    shutil.copy(folder / "twos.jsonl", scratch)
+    return scratch
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+ANSWERS = [
+    ([5, 1], True, True),
+    ([6, 1], False, True),
+    ([5, 1], True, True),
+    ([5, 5], True, False),
+    ([7, 1], True, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [[5, 1], [7, 1]]),
+        ({"distinct": False}, [[5, 1], [5, 1], [7, 1]]),
+        ({"most": 1}, [[5, 1]]),
+        ({"distinct": False, "most": 2}, [[5, 1], [5, 1]]),
+        ({"most": 9}, [[5, 1], [7, 1]]),
+    ],
+)
+def test_right_and_complete_answers_are_kept(options, kept):
+    assert keep_right(ANSWERS, **options) == kept
+    assert keep_right(ANSWERS[1:2] + ANSWERS[3:4], **options) == []  # a wrong one, and a right one that was cut off
+
+
+def test_what_a_round_keeps_by_hand():
+    hard = [
+        ([8, 1], False, True),
+        ([9, 1], True, True),
+        ([8, 1], False, True),
+        ([8, 8], False, False),
+        ([9], False, True),
+    ]
+    never = [([4, 1], False, True)] * 5
+    groups = [([2, 3], ANSWERS), ([2], hard), ([3], never)]
+    sampled = kept_of(groups, config())
+    assert sampled["kept"] == [([2, 3], [5, 1], 1 / 2), ([2, 3], [7, 1], 1 / 2), ([2], [9, 1], 1.0)]
+    assert sampled["right"] == pytest.approx(4 / 15)  # the one that was cut off is none of them
+    assert sampled["solved"] == pytest.approx(2 / 3)
+    assert [w for *_, w in kept_of(groups, config(distinct=False))["kept"]] == [1 / 3, 1 / 3, 1 / 3, 1.0]
+    assert [w for *_, w in kept_of(groups, config(weigh="answer"))["kept"]] == [1.0, 1.0, 1.0]
+    assert [w for *_, w in kept_of(groups, config(keep=1))["kept"]] == [1.0, 1.0]
+    assert encode_kept([2, 3], [5, 1], 0.5) == ([2, 3, 5, 1], [0.0, 0.0, 0.5, 0.5])
+
+
+# ------------------------------------------------------------------------------------------------ the gradient
+
+
+def tiny(vocab=30):
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(vocab, context=64, n_layer=1, n_head=2, n_kv_head=1, width=16)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def gradient_of(model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def loss_on(model, kept, n=None):
+    """The loss of the kept answers, as a step of main computes it."""
+    micro = collate([encode_kept(*x) for x in kept], 0)
+    return sft_loss(token_logprobs(model, micro.tokens), micro.mask[:, 1:], n)[0]
+
+
+def test_loss_and_gradient_are_those_of_sft_on_what_is_kept(here):
+    tokenizer = open_checkpoint("start")[1]
+    model, problems = tiny(tokenizer.vocab_size), load_problems("twos.jsonl", "train", 4)
+    examples = [encode_example(tokenizer, problem) for problem in problems]
+    micro = collate(examples, 0)
+    expected, _ = sft_loss(token_logprobs(model, micro.tokens), micro.mask[:, 1:])
+    groups = []
+    for problem in problems:  # its solution among other answers
+        prompt, answer = (
+            rejection_prompt(tokenizer, problem),
+            [*tokenizer.encode(problem.solution), tokenizer.im_end_id],
+        )
+        groups.append(
+            (prompt, [([9, 9], False, True), (answer, True, True), (answer, True, True), (answer[:-1], True, False)])
+        )
+    loss = loss_on(model, kept_of(groups, config())["kept"])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient_of(model, loss), gradient_of(model, expected))
+
+
+def rejection_prompt(tokenizer, problem):
+    return tokenizer.encode_chat([{"role": "user", "content": problem.question}], add_generation_prompt=True)[0]
+
+
+def some_groups(N=4, R=5):
+    """Answers of different lengths, copies among them; the last problem has no right one."""
+    torch.manual_seed(1)
+    groups = []
+    for x in range(N):
+        answers = [
+            (torch.randint(3, 30, (n,)).tolist(), (x + i) % 3 > 0 and x < N - 1, True)
+            for i, n in enumerate((2, 5, 3, 4, 6))
+        ]
+        answers[1] = answers[2]
+        groups.append((torch.randint(3, 30, (3 + x,)).tolist(), answers[:R]))
+    return groups
+
+
+def test_the_on_policy_gradient_is_maxrls():
+    """algorithms2.md: mean_i A_i S_i = Σ r_i S_i / K − Σ S_i / R with A_i = (r_i − r̄) / r̄, 0 where r̄ = 0; and the mean
+    over all problems, also those with no right answer."""
+    model, groups = tiny(), some_groups()
+    N, R = len(groups), len(groups[0][1])
+    maxrl, baseline, reinforce = 0.0, 0.0, 0.0
+    for prompt, answers in groups:
+        rewards = [float(right) for _, right, _ in answers]
+        mean = sum(rewards) / R
+        for (ids, *_), r in zip(answers, rewards, strict=True):
+            logprobs, mask = answer_logprobs(model, [prompt], [ids])
+            S = gradient_of(model, (logprobs * mask).sum())  # ∇log π of the whole answer
+            maxrl = maxrl + ((r - mean) / mean if mean else 0.0) * S / R / N
+            baseline = baseline + (S / R / N if mean else 0.0)
+            reinforce = reinforce + r * S / R / N
+    copies = config(distinct=False)
+    ours = -gradient_of(model, loss_on(model, kept_of(groups, copies)["kept"], n=N))
+    torch.testing.assert_close(ours, maxrl + baseline)
+    assert (maxrl - reinforce).norm() > 0.1 * maxrl.norm()  # the problems are not equally hard
+    by_answer = kept_of(groups, config(distinct=False, weigh="answer"))["kept"]
+    torch.testing.assert_close(-gradient_of(model, loss_on(model, by_answer, n=N * R)), reinforce)
+
+
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_its_expectation_over_all_groups(R):
+    """∇p (1 + (1 − p) + … + (1 − p)^(R − 1)) with weights 1/K; ∇p with 1/R."""
+    torch.manual_seed(2)
+    logits, right = torch.randn(5, dtype=torch.float64, requires_grad=True), [False, True, True, False, True]
+    pi = logits.detach().softmax(0)
+    (grad_p,) = torch.autograd.grad(logits.softmax(0)[right].sum(), logits)
+    p = pi[right].sum()
+    for weigh, n, factor in (("problem", 1, sum((1 - p) ** k for k in range(R))), ("answer", R, 1.0)):
+        mean = torch.zeros(5, dtype=torch.float64)
+        for group in itertools.product(range(5), repeat=R):
+            if any(right[y] for y in group):
+                answers = [([y], right[y], True) for y in group]
+                kept = kept_of([([0], answers)], config(distinct=False, weigh=weigh))["kept"]
+                mask = torch.tensor([[w] for *_, w in kept])
+                loss, _ = sft_loss(logits.log_softmax(0)[[ids[0] for _, ids, _ in kept], None], mask, n)
+                mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
+        torch.testing.assert_close(mean, factor * grad_p)
+
+
+def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
+    """Loss and gradient norm of the first step, against a loop over the batch."""
+    seen = []
+    monkeypatch.setattr(rejection, "kept_of", lambda *a: seen.append(kept_of(*a)) or seen[-1])
+    rejection.main(config(steps=1, round_steps=1, micro_batch=2))
+    kept = seen[0]["kept"]
+    batch = [kept[i] for i in rows_at(len(kept), 0, 6, 0)]
+    model = open_checkpoint("start")[0]
+    n = sum(w * len(answer) for _, answer, w in batch)
+    loss = 0.0
+    for prompt, answer, w in batch:
+        logprobs, mask = answer_logprobs(model, [prompt], [answer])
+        loss = loss - w * (logprobs * mask).sum() / n
+    assert metrics("runs/rejection", "loss")[1] == pytest.approx(loss.item(), rel=1e-4)
+    norm = gradient_of(model, loss).norm().item()
+    assert metrics("runs/rejection", "grad_norm")[1] == pytest.approx(norm, rel=1e-3)
+    assert metrics("runs/rejection", "kept") == {1: len(kept)}
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def test_sampled_answers_are_judged_alike_however_they_are_cut(here, monkeypatch):
+    dist, settings = devices.setup("cpu"), config(prompts=7, rollouts=4)
+    policy, tokenizer, _ = open_checkpoint("start")
+    problems = verified.load_verifiable(settings, tokenizer, policy.config.context, dist)["train"]
+    autocast, _ = devices.precision("fp32", dist)
+    sample = Sampler(policy, tokenizer, problems, settings, autocast, tokenizer.stop_ids)
+    whole = judged_answers(sample, 1, settings, dist)
+    assert whole == judged_answers(sample, 1, settings, dist, chunk=3)
+    assert [len(answers) for _, answers in whole] == [4] * 7
+    assert [prompt for prompt, _ in whole] != [prompt for prompt, _ in judged_answers(sample, 0, settings, dist)]
+    by_prompt = {tuple(rejection_prompt(tokenizer, p)): p for p in problems}
+    for prompt, answers in whole:
+        answer = by_prompt[tuple(prompt)].answer
+        for ids, right, ended in answers:
+            text = tokenizer.decode([i for i in ids if i in tokenizer.text_ids])
+            assert right == (text.strip() == f"#### {answer}")
+            assert ended == (ids[-1] in tokenizer.stop_ids)
+    verdicts = [right for _, answers in whole for _, right, _ in answers]
+    assert 0 < sum(verdicts) < len(verdicts)
+
+
+def test_problems_without_an_answer_are_refused(here):
+    with open("twos.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"question": "Why?", "answer": "Because."}))
+    with pytest.raises(ConfigError, match="have no answer after ####"):
+        rejection.main(config(eval_problems=300, test_problems=300))
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_run_learns_and_leaves_everything(here, capsys):
+    result = rejection.main(
+        config(
+            steps=40, round_steps=10, prompts=30, batch=16, micro_batch=16, lr=1e-2, eval_problems=20, test_problems=20
+        )
+    )
+    assert result["before"]["accuracy"] < 0.8
+    assert result["after"]["accuracy"] > 0.9
+    assert result["kl"] > 0
+    right = metrics("runs/rejection", "right")
+    assert list(right) == [1, 11, 21, 31]  # each round samples from what the last one left
+    assert right[31] > right[1] + 0.2
+    for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "samples.md"):
+        assert (here / "runs" / "rejection" / name).exists(), name
+    printed = capsys.readouterr().out
+    assert "accuracy, greedy" in printed
+    assert "pass@2, temperature 1" in printed
+
+
+def test_the_start_stays_best_until_something_beats_it(here, monkeypatch):
+    monkeypatch.setattr(rejection, "validate", lambda *_: {"accuracy": 0.0, "story_kept": 0.0})
+    rejection.main(config(steps=3))
+    assert_same_weights("runs/rejection/best", "start")
+
+
+def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monkeypatch):
+    assert_the_start_is_kept(rejection, config, "runs/rejection", monkeypatch)
+
+
+def test_the_cut_into_micro_batches_changes_nothing(here):
+    rejection.main(config(name="whole"))
+    rejection.main(config(name="cut", micro_batch=2))
+    for name in ("loss", "grad_norm", "kept", "accuracy"):
+        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3), name
+
+
+@pytest.mark.parametrize("stop", [2, 3])  # within a round, and between two
+@pytest.mark.parametrize("changes", [{}, {"restart": True, "lora": LoraConfig(rank=2)}])
+def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, stop, changes):
+    rejection.main(config(name="whole", **changes))
+
+    class Stop:
+        def __init__(self, dist):
+            self.asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked == stop + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "Interrupt", Stop)
+        with pytest.raises(SystemExit):
+            rejection.main(config(name="parts", **changes))
+    rejection.main(config(name="parts", resume=True, **changes))
+    for name in ("loss", "kept", "right", "accuracy"):
+        assert metrics("runs/whole", name) == metrics("runs/parts", name), name
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+
+
+def test_resume_refuses_what_changed(here):
+    shutil.copytree("start", "own")
+    assert_resume_refuses_what_changed(
+        rejection,
+        lambda **c: config(init="own", **(dict(round_steps=1) | c)),
+        ["own", "twos.jsonl"],
+        {"twos.jsonl": "split"},
+    )
+
+
+def test_two_processes_equal_one(here):
+    flags = [x for k, v in (SMALL | {"prompts": 70}).items() for x in (f"--{k}", v)]
+    one = script("rejection.py", *flags, "--name", "one", cwd=here)
+    two = script("rejection.py", *flags, "--name", "two", cwd=here, processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert metrics("runs/one", "kept") == metrics("runs/two", "kept")
+    for name in ("loss", "grad_norm", "right", "accuracy"):
+        a, b = metrics("runs/one", name), metrics("runs/two", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+    assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_round_samples_what_the_last_left_and_trains_it_or_the_start(here, monkeypatch, restart, rank):
+    """Three rounds of two steps; with --restart the optimizers forget, and the learning rate begins anew."""
+    settings = config(round_steps=2, restart=restart, lora=LoraConfig(rank=rank), warmup=2)
+    start = open_checkpoint("start")[0]
+    add_lora(start, **asdict(settings.lora), seed=0)
+    sampled, trained, memory, rates = [], [], [], []
+    judged, step = rejection.judged_answers, rejection.optimizer_step
+
+    def copy(policy):
+        return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+
+    def watched(policy, optimizers, scaler, autocast, lr, clip):
+        trained.append(copy(policy))
+        memory.append(sum(len(o.state) for o in optimizers))
+        rates.append(lr)
+        norm = step(policy, optimizers, scaler, autocast, lr, clip)
+        trained.append(copy(policy))
+        return norm
+
+    monkeypatch.setattr(rejection, "judged_answers", lambda s, *a: sampled.append(copy(s.policy)) or judged(s, *a))
+    monkeypatch.setattr(rejection, "optimizer_step", watched)
+    rejection.main(settings)
+    ends = [copy(start), trained[3], trained[7]]  # of the start, and of the first two rounds
+    assert all(torch.equal(a, b) for a, b in zip(sampled, ends, strict=True))
+    assert not torch.equal(ends[1], ends[0])
+    for k in range(3):
+        assert torch.equal(trained[4 * k], ends[0] if restart else ends[k])
+        assert (memory[2 * k] == 0) is (restart or k == 0)
+    assert (rates[:2] == rates[2:4] == rates[4:]) is restart
+
+
+def test_without_a_right_answer_a_run_says_so_and_moves_nothing(here, monkeypatch):
+    (here / "runs/rejection").mkdir(parents=True)
+    failed = script(
+        "rejection.py", *(x for k, v in (SMALL | {"init": "random"}).items() for x in (f"--{k}", v)), cwd=here
+    )
+    assert_one_line_error(failed, "none of 24 sampled answers is right and complete", "--init")
+    assert not (here / "runs/rejection.1").exists()
+    monkeypatch.setattr(verified, "is_correct", lambda text, problem: False)
+    with pytest.raises(ConfigError, match="none of 24 sampled answers is right and complete"):
+        rejection.main(config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=10, round_steps=3), "--steps 10 is no whole number of rounds of --round_steps 3"),
+        (dict(temperature=0.0), "--temperature 0 samples the same answer 4 times; use --rollouts 1"),
+        (dict(keep=5), "--keep 5 is more than the --rollouts 4"),
+        (dict(keep=0), "--keep is 0"),
+        (dict(weigh="length"), "--weigh 'length' is not known"),
+        (dict(init=None), "needs an SFT checkpoint"),
+        (dict(prompts=0), "--prompts is 0"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_star_is_one_greedy_answer(here):
+    rejection.main(config(rollouts=1, temperature=0.0, restart=True, prompts=20))
+    assert all(count <= 20 for count in metrics("runs/rejection", "kept").values())
+    right, solved = metrics("runs/rejection", "right"), metrics("runs/rejection", "solved")
+    assert right == solved

@@ -71,6 +71,7 @@ import gdpo
 import grpo
 import ppo
 import pretrain
+import rejection
 import sft
 from support import probes
 from support.ablation_report import draw, page, seeds_on, side_by_side, write_page
@@ -223,6 +224,7 @@ STAGES = {
     "ppo": (ppo.Config, ppo.main),
     "grpo": (grpo.Config, grpo.main),
     "gdpo": (gdpo.Config, gdpo.main),
+    "rejection": (rejection.Config, rejection.main),
     "measure": (probes.Start, probes.measure_start),
 }
 QUICK = {"steps": 4, "test_problems": 20, "eval_problems": 10}  # of a smoke run, if the stage has these settings

@@ -30,6 +30,8 @@ class VerifiedConfig(RunConfig):
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     init: str | None = None
     """SFT checkpoint to start from; default: one trained once into runs/start."""
+    lr: Amount = 2e-4
+    """Peak learning rate: a tenth of SFT's, as the policy is to stay near what it samples."""
     prompts: Count = 512
     """Problems N that are answered at a time, over all ranks."""
     rollouts: Count = 8

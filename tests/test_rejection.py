@@ -225,8 +225,9 @@ def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
     """Loss and gradient norm of the first step, against a loop over the batch."""
     seen = []
     monkeypatch.setattr(rejection, "kept_of", lambda *a: seen.append(kept_of(*a)) or seen[-1])
-    rejection.main(config(steps=1, round_steps=1, micro_batch=2))
+    rejection.main(config(steps=1, round_steps=1, micro_batch=2, distinct=False))
     kept = seen[0]["kept"]
+    assert len({w for *_, w in kept}) > 1
     batch = [kept[i] for i in rows_at(len(kept), 0, 6, 0)]
     model = open_checkpoint("start")[0]
     n = sum(w * len(answer) for _, answer, w in batch)

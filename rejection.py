@@ -31,7 +31,7 @@ One round, of N problems with R answers each (main has the same four parts):
         backward, clip the gradient's norm, optimizer step
     log; every so often answer validation problems, keep the best checkpoint                                 4. look
 
-The defaults run 12 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. The relatives:
+The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. The relatives:
 
     STaR      arXiv:2203.14465; --rollouts 1 --temperature 0 --restart true: greedy; hints for failures are not here
     RFT       arXiv:2308.01825; --rollouts 64, --round_steps as --steps: one round; theirs adds the demonstrations
@@ -158,10 +158,8 @@ class Config(VerifiedConfig):
     """Fine-tune a policy on those of its own answers that are right, in rounds (rejection sampling)."""
 
     name: str = "rejection"
-    steps: Count = 300
-    """Optimizer steps, of all rounds."""
     round_steps: Count = 25
-    """Optimizer steps per round; before each the policy answers anew."""
+    """Optimizer steps of a round, --steps being those of all rounds; before each the policy answers anew."""
     keep: Count | None = None
     """Most answers that are kept of a problem; default: all."""
     distinct: bool = True

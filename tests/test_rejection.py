@@ -364,8 +364,14 @@ def test_a_round_samples_what_the_last_left_and_trains_it_or_the_start(here, mon
     settings = config(round_steps=2, restart=restart, lora=LoraConfig(rank=rank), warmup=2)
     start = open_checkpoint("start")[0]
     add_lora(start, **asdict(settings.lora), seed=0)
-    sampled, trained, memory, rates = [], [], [], []
+    sampled, asked, trained, memory, rates = [], [], [], [], []
     judged, step = rejection.judged_answers, rejection.optimizer_step
+
+    def seen(sample, *args):
+        sampled.append(copy(sample.policy))
+        groups = judged(sample, *args)
+        asked.append([prompt for prompt, _ in groups])
+        return groups
 
     def copy(policy):
         return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
@@ -378,12 +384,13 @@ def test_a_round_samples_what_the_last_left_and_trains_it_or_the_start(here, mon
         trained.append(copy(policy))
         return norm
 
-    monkeypatch.setattr(rejection, "judged_answers", lambda s, *a: sampled.append(copy(s.policy)) or judged(s, *a))
+    monkeypatch.setattr(rejection, "judged_answers", seen)
     monkeypatch.setattr(rejection, "optimizer_step", watched)
     rejection.main(settings)
     ends = [copy(start), trained[3], trained[7]]  # of the start, and of the first two rounds
     assert all(torch.equal(a, b) for a, b in zip(sampled, ends, strict=True))
     assert not torch.equal(ends[1], ends[0])
+    assert asked[0] != asked[1] != asked[2] != asked[0]  # other problems in each round
     for k in range(3):
         assert torch.equal(trained[4 * k], ends[0] if restart else ends[k])
         assert (memory[2 * k] == 0) is (restart or k == 0)

@@ -42,7 +42,7 @@ def config(**changes):
 def write_questions(path, answer):
     """300 questions; answer(i) -> the number that the solution gives."""
     records = [{"question": f"Number {i}?", "answer": f"#### {answer(i)}"} for i in range(300)]
-    path.write_text("\n".join(map(json.dumps, records)))
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         write_questions(folder / "coin.jsonl", lambda i: 1 + i % 2)
         write_questions(folder / "twos.jsonl", lambda i: 2)
-        tokenizer = BPETokenizer.train([(folder / "twos.jsonl").read_text()], 300)
+        tokenizer = BPETokenizer.train([(folder / "twos.jsonl").read_text(encoding="utf-8")], 300)
         torch.manual_seed(0)
         layout = TransformerConfig(tokenizer.vocab_size, context=64, n_layer=1, n_head=2, n_kv_head=1, width=16)
         Transformer(layout).save_pretrained("random")
@@ -266,7 +266,7 @@ def test_sampled_answers_are_judged_alike_however_they_are_cut(here, monkeypatch
 
 
 def test_problems_without_an_answer_are_refused(here):
-    with open("twos.jsonl", "a") as file:
+    with open("twos.jsonl", "a", encoding="utf-8") as file:
         file.write("\n" + json.dumps({"question": "Why?", "answer": "Because."}))
     with pytest.raises(ConfigError, match="have no answer after ####"):
         rejection.main(config(eval_problems=300, test_problems=300))

@@ -15,8 +15,9 @@ EM makes both sides equal, then raises the right one, so J cannot fall (ReST-EM,
 
 The first step of a round, where π = π_k, is a policy gradient. The mean of −∇L over the samples, for each problem:
 
-    weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710); ∇p / p = ∇log p for
-                                                               large R: the harder a problem, the more it counts
+    weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710, grpo.py --algorithm
+                                                               maxrl --baseline none). For large R ∇p / p = ∇log p:
+                                                               the harder a problem, the more it counts
     weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0
 
 One round, of N problems with R answers each (main has the same four parts):
@@ -80,7 +81,7 @@ from support.lora_files import LoraState
 from support.rejection_report import report
 from support.rollouts import Sampler
 from support.runs import Run
-from support.verified import VerifiedConfig, judged_answers, load_verifiable, measure_end, measure_start, validate
+from support.verified import VerifiedConfig, judged_answers, load_verifiable, measure_end, measure_start, measure_valid
 from transformer import token_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def main(config):
         # 4. look
         record |= {"loss": loss_sum, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every):
-            add_figures(record, validate(run, problems))
+            add_figures(record, measure_valid(run, problems))
             run.keep_best(record["accuracy"])
         run.log(step + 1, **record)
         run.bar.set_postfix(round=k + 1, loss=f"{loss_sum:.3f}", kept=len(kept), best=f"{run.state.best:.1%}")

@@ -14,12 +14,18 @@ def load_questions(config, split, n):
     problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
     if config.instruction:
         problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
-    if config.correct_weight and (unanswered := sum(not p.answer for p in problems)):
-        raise ConfigError(
-            f"{unanswered} of {len(problems)} {split} problems of {config.data} have no answer after ####, so no "
-            "rollout can be right: leave them out, or give another --reward and --correct_weight 0"
-        )
+    if config.correct_weight:
+        refuse_unanswered(problems, split, config.data, ", or give another --reward and --correct_weight 0")
     return problems
+
+
+def refuse_unanswered(problems, split, data, advice=""):
+    """ConfigError if one of the problems has no answer that can be checked. advice: what else can be done."""
+    if unanswered := sum(not p.answer for p in problems):
+        raise ConfigError(
+            f"{unanswered} of {len(problems)} {split} problems of {data} have no answer after ####, so no "
+            f"rollout can be right: leave them out{advice}"
+        )
 
 
 def validate(policy, tokenizer, problems, functions, weights, config, dist):

@@ -2,7 +2,7 @@
 
 problems = load_verifiable(config, tokenizer, context, dist)     {"train", "valid", "test"}
 groups   = judged_answers(sample, step, config, dist)            N of (prompt, R of (ids, right, ended))
-measure_start(run, problems, init), validate(run, problems), measure_end(run, problems, init)     accuracy, pass@k, KL
+figures  = measure_start(run, problems, init), measure_valid(run, problems), measure_end(run, problems, init)
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from lora import LoraConfig, merged
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count
 from support.errors import ConfigError
+from support.questions import refuse_unanswered
 from support.records import load_splits
 from support.runs import RunConfig
 from support.sft_report import write_samples
@@ -64,12 +65,8 @@ def load_verifiable(config, tokenizer, context, dist):
     check, or if a split has none."""
 
     def load(split, n):
-        problems = load_problems(config.data, split, n, tuple(config.levels))
-        if unanswered := sum(not p.answer for p in problems):
-            raise ConfigError(
-                f"{unanswered} of {len(problems)} {split} problems of {config.data} have no answer after ####, "
-                "so whether theirs are right cannot be checked: leave them out"
-            )
+        problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
+        refuse_unanswered(problems, split, config.data)
         return problems
 
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
@@ -100,7 +97,7 @@ def judged_answers(sample, step, config, dist, chunk=64):
     return [group for groups in results for group in groups]
 
 
-def validate(run, problems, step=None):
+def measure_valid(run, problems, step=None):
     """Greedy answers to the validation problems -> {metric: value}, what is logged of them; three go to samples.md.
     step: default the current one."""
     with merged(run.model):
@@ -109,7 +106,7 @@ def validate(run, problems, step=None):
     return logged(result)
 
 
-def test_figures(policy, tokenizer, problems, config, dist):
+def measure_test(policy, tokenizer, problems, config, dist):
     """The test split: greedy answers; pass@k, and how often each problem was solved, of samples at temperature 1."""
     result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
     some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
@@ -122,8 +119,8 @@ def measure_start(run, problems, init):
     logged as step 0; and best/, the start itself. A resumed run knows all three."""
     if run.state.before is None:
         with merged(run.model):
-            run.state.before = test_figures(run.model, run.tokenizer, problems, run.config, run.dist)
-        run.state.start = validate(run, problems, step=0)
+            run.state.before = measure_test(run.model, run.tokenizer, problems, run.config, run.dist)
+        run.state.start = measure_valid(run, problems, step=0)
         run.keep_best(run.state.start["accuracy"])
     if run.first == 0:  # a run that was stopped before its first step has not kept it
         run.log(0, **run.state.start)
@@ -137,7 +134,7 @@ def measure_end(run, problems, init):
     one answer to each of 200 test problems), "seconds" and "path"."""
     config, dist = run.config, run.dist
     policy, tokenizer, path = open_checkpoint(run.path, dist.device)
-    after = test_figures(policy, tokenizer, problems, config, dist)
+    after = measure_test(policy, tokenizer, problems, config, dist)
     prompts, start = (
         [encode_prompt(tokenizer, p) for p in problems["test"][:200]],
         open_checkpoint(init, dist.device)[0],

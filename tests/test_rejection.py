@@ -19,6 +19,7 @@ from conftest import (
 import rejection
 import sft
 from data import load_problems, rows_at
+from grpo import group_advantages
 from lora import LoraConfig, add_lora
 from rejection import Config, encode_kept, keep_right, kept_of
 from sft import collate, encode_example, sft_loss
@@ -183,19 +184,23 @@ def test_the_on_policy_gradient_is_maxrls():
     over all problems, also those with no right answer."""
     model, groups = tiny(), some_groups()
     N, R = len(groups), len(groups[0][1])
-    maxrl, baseline, reinforce = 0.0, 0.0, 0.0
-    for prompt, answers in groups:
-        rewards = [float(right) for _, right, _ in answers]
-        mean = sum(rewards) / R
-        for (ids, *_), r in zip(answers, rewards, strict=True):
+    maxrl, of_grpo, baseline, reinforce = 0.0, 0.0, 0.0, 0.0
+    rewards = torch.tensor([[float(right) for _, right, _ in answers] for _, answers in groups], dtype=torch.float64)
+    order_R = group_advantages(rewards, scale="mean", baseline="none")  # r_i / r̄
+    for g, (prompt, answers) in enumerate(groups):
+        mean = rewards[g].mean().item()
+        for i, (ids, *_) in enumerate(answers):
+            r = rewards[g, i].item()
             logprobs, mask = answer_logprobs(model, [prompt], [ids])
             S = gradient_of(model, (logprobs * mask).sum())  # ∇log π of the whole answer
             maxrl = maxrl + ((r - mean) / mean if mean else 0.0) * S / R / N
+            of_grpo = of_grpo + order_R[g, i] * S / R / N
             baseline = baseline + (S / R / N if mean else 0.0)
             reinforce = reinforce + r * S / R / N
     copies = config(distinct=False)
     ours = -gradient_of(model, loss_on(model, kept_of(groups, copies)["kept"], n=N))
     torch.testing.assert_close(ours, maxrl + baseline)
+    torch.testing.assert_close(ours, of_grpo)
     assert (maxrl - reinforce).norm() > 0.1 * maxrl.norm()  # the problems are not equally hard
     by_answer = kept_of(groups, config(distinct=False, weigh="answer"))["kept"]
     torch.testing.assert_close(-gradient_of(model, loss_on(model, by_answer, n=N * R)), reinforce)
@@ -295,7 +300,7 @@ def test_a_run_learns_and_leaves_everything(here, capsys):
 
 
 def test_the_start_stays_best_until_something_beats_it(here, monkeypatch):
-    monkeypatch.setattr(rejection, "validate", lambda *_: {"accuracy": 0.0, "story_kept": 0.0})
+    monkeypatch.setattr(rejection, "measure_valid", lambda *_: {"accuracy": 0.0, "story_kept": 0.0})
     rejection.main(config(steps=3))
     assert_same_weights("runs/rejection/best", "start")
 

@@ -32,8 +32,8 @@ First group: right is rarer than tidy, its std is smaller, so it counts for more
 reward or both; GRPO divides that away in each group, GDPO has one scale for the batch. Fourth: GDPO collapses too,
 because the two rewards have equal weights and equal stds; other weights separate them, in both methods.
 
-The defaults run GDPO on grpo.py's two rewards (right 1, format 0.1), all else as in grpo.py, of whose family it may take
-any --algorithm with GRPO's baseline and scale. Off by default: the reward for brevity, --conditioned.
+The defaults run GDPO on grpo.py's two rewards (right 1, format 0.1), all else as in grpo.py. --algorithm may be any
+member of its family with the baseline and scale of GRPO. Off by default: the reward for brevity, --conditioned.
 
 Traps:
 

@@ -50,6 +50,9 @@ point z0, how far the policy has moved on answers to other prompts. One step, fo
     z0 = max(0, mean of log π_θ(y'|x) − log π_ref(y'|x))  y': the answer of the row before; a number, without gradient
     L  = λ_D (1 − σ(β (u − z0))) if y is good, λ_U (1 − σ(β (z0 − u))) if it is bad        u of y, as above
 
+With λ = 1 and answers sampled from the start model (--pairs sampled) the first gradient is −β/2 times the accuracy's:
+each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0.
+
 What an option does to the gradient: ∂L/∂ log π_θ of one token, the same for all tokens of an answer; L is one pair's
 loss, a step takes the mean of B. Prompt tokens are not scored; gradient still reaches their keys and values. u, v and
 h = β (u − v) here are what the variant compares: sums, or means per token; without π_ref for simpo and orpo. σ'(x) =
@@ -474,7 +477,7 @@ def make_pairs(policy, tokenizer, problems, texts, config, dist, autocast):
         sample, rule = partial(sample_pairs, policy, tokenizer), one_by_one if row.unpaired else pair_up
         pairs = sample_splits(sample, rule, problems, config, dist, autocast)
     if row.unpaired:
-        pairs = prepare_judged(pairs, context, dist)
+        pairs = prepare_judged(pairs, context, config, dist)
     if row.uses_reference:
         pad = tokenizer.endoftext_id
         pairs = {split: add_reference(policy, of_split, pad, dist, autocast) for split, of_split in pairs.items()}

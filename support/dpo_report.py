@@ -33,9 +33,11 @@ def report(config, before, after, n, seconds):
         if name in before["pairs"]:  # the test answers of kto may all be bad
             rows.append([label, *(f"{figures['pairs'][name]:.3f}" for figures in (before, after))])
     before_and_after(before, after, config.steps, seconds, rows)
-    if config.variant != "kto" and after["pairs"]["logp_chosen"] < before["pairs"]["logp_chosen"]:
+    name = "logp_chosen"
+    if config.variant != "apo_down" and after["pairs"].get(name, 0.0) < before["pairs"].get(name, 0.0):
         despite = f", in spite of --nll {config.nll:g}" if config.nll else ""
-        print(f"the chosen answers became less probable too{despite}: DPO fits the difference alone (see curves.png)")
+        cause = "" if config.variant in ("apo_zero", "orpo", "kto") else ": DPO fits the difference alone"
+        print(f"the {chosen} answers became less probable too{despite}{cause} (see curves.png)")
 
 
 def draw(config, run_path, variant, verified):

@@ -7,23 +7,26 @@ from support.errors import ConfigError
 
 def one_by_one(answers, rng, most=None):
     """Answers to one prompt, (ids, right, ended) each -> [(ids, right), …] in random order, at most `most`. A good
-    answer must have ended by itself; repeats count once."""
+    answer must have ended by itself. Repeats stay: the more likely an answer, the more often it counts."""
     usable = [(ids, right) for ids, right, ended in answers if ended or not right]
-    distinct = [row for i, row in enumerate(usable) if row not in usable[:i]]
-    rng.shuffle(distinct)
-    return distinct[:most]
+    rng.shuffle(usable)
+    return usable[:most]
 
 
-def prepare_judged(splits, context, dist):
+def prepare_judged(splits, context, config, dist):
     """{split: judged answers} -> the same, the held-out ones with "other"; those of a step come from its own batch.
-    ConfigError if all training answers are good, or none is."""
+    Prints the two sides' balance. ConfigError if all training answers are good, or none is."""
     rows = splits["train"]
     good = sum(row["good"] for row in rows)
     if good in (0, len(rows)):
         kind, missing = ("good", "bad") if good else ("bad", "good")
         raise ConfigError(f"all {len(rows)} training answers are {kind}: --variant kto needs {missing} ones too")
+    balance = config.weight_desirable * good / (config.weight_undesirable * (len(rows) - good))
     if dist.is_main:
-        print(f"{good:,} of {len(rows):,} training answers are good")
+        advice = (
+            "" if 1 <= balance <= 4 / 3 else f"; --weight_desirable {config.weight_desirable / balance:.2g} makes it 1"
+        )
+        print(f"{good:,} of {len(rows):,} training answers are good: λ_D n_D / λ_U n_U is {balance:.2f}{advice}")
     held_out = {split: list(splits[split]) for split in ("valid", "test")}
     for rows in held_out.values():  # a file may hold the answers to a prompt one after another
         random.Random("judged").shuffle(rows)

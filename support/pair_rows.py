@@ -58,7 +58,7 @@ def sample_splits(sample, rule, problems, config, dist, autocast):
             )
         if dist.is_main:
             answers = f"{config.rollouts} answers to {len(asked):,} prompts, {right:.1%} right"
-            kept = "different ones kept" if rule is one_by_one else "pairs"
+            kept = "judged ones" if rule is one_by_one else "pairs"
             print(f"{split}: {len(splits[split]):,} {kept} from {answers}")
     return splits
 

@@ -67,6 +67,7 @@ def here(scratch):
         ),
         (reward_model, FEW | dict(init="start", data="pairs.jsonl", backbone="encoder"), ["pairs.jsonl", "start"]),
         (dpo, FEW | dict(init="start", data="pairs.jsonl", max_new_tokens=6), ["pairs.jsonl", "start"]),
+        (dpo, FEW | dict(init="start", data="pairs.jsonl", max_new_tokens=6, variant="kto"), ["pairs.jsonl"]),
         (dpo, FEW | dict(init="start", pairs="offline", max_new_tokens=6, lora=LoraConfig(2)), ["start"]),
         (ppo, ROLLOUTS | dict(reward_model="judge", minibatches=1), ["problems.jsonl", "start", "judge"]),
         (grpo, GRPO, ["problems.jsonl", "start", "own.py"]),

@@ -24,7 +24,7 @@ from support import devices, dpo_report, runs
 from support import pairs as pairs_room
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
-from support.judged import one_by_one, shift_answers
+from support.judged import one_by_one, prepare_judged, shift_answers
 from support.pair_rows import next_pairs
 from support.pairs import Means, add_reference, batch_of, pair_logprobs
 from support.splits import split_of
@@ -301,6 +301,17 @@ def test_kto_at_the_start_and_with_z0_at_zero():
     torch.testing.assert_close(sum(single), dpo_loss(*pairs, zero, zero, 0.4, "apo_zero")[0])
 
 
+def test_the_first_gradient_of_kto_is_that_of_the_accuracy():
+    """All answers that the start model may give, each as often as it gives it."""
+    torch.manual_seed(0)
+    theta, right = torch.randn(6, dtype=torch.float64, requires_grad=True), torch.tensor([True, False] * 3)
+    start = theta.detach().log_softmax(0)
+    losses = [kto_loss(u[None], r[None], 0.0, 0.4)[0] for u, r in zip(theta.log_softmax(0) - start, right, strict=True)]
+    ours = torch.autograd.grad(start.exp() @ torch.stack(losses), theta)[0]
+    accuracy = torch.autograd.grad(theta.softmax(0) @ right.double(), theta)[0]
+    torch.testing.assert_close(ours, -0.4 / 2 * accuracy)
+
+
 def test_no_gradient_through_z0_and_a_step_of_many_answers():
     ratios, good = judged_numbers()
     z0 = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
@@ -477,12 +488,23 @@ def test_the_means_of_good_and_bad_answers_do_not_depend_on_the_cut():
     assert "reward_chosen" not in means.over_ranks(devices.setup("cpu"))
 
 
-def test_judged_answers_are_distinct_and_a_good_one_has_ended():
+def test_every_judged_answer_counts_but_a_good_one_must_have_ended():
     answers = [([1], True, True), ([1], True, True), ([2], True, False), ([3], False, False), ([4], False, True)]
     rows = one_by_one(answers, random.Random(0))
-    assert sorted(rows) == [([1], True), ([3], False), ([4], False)]
+    assert sorted(rows) == [([1], True), ([1], True), ([3], False), ([4], False)]
     assert one_by_one(answers, random.Random(0), most=1) == rows[:1]
     assert len({str(one_by_one(answers, random.Random(seed))) for seed in range(20)}) > 1
+
+
+def test_the_balance_of_good_and_bad_answers_is_printed(capsys):
+    rows = [{"prompt": [i], "answer": [i], "good": i < 2} for i in range(8)]
+    splits = {"train": rows, "valid": rows, "test": rows}
+    for weights, line in (({}, "0.33; --weight_desirable 3 makes it 1"), ({"weight_undesirable": 0.3}, "1.11")):
+        prepared = prepare_judged(splits, 9, config(variant="kto", **weights), devices.setup("cpu"))
+        assert capsys.readouterr().out == f"2 of 8 training answers are good: λ_D n_D / λ_U n_U is {line}\n"
+    assert prepared["train"] == rows
+    assert sorted(row["other"] for row in prepared["test"]) == [[i] for i in range(8)]
+    assert sum(row["other"] == [(row["prompt"][0] - 1) % 8] for row in prepared["test"]) < 4  # not the file's order
 
 
 def write_judged(path, n=240):
@@ -504,7 +526,7 @@ def test_a_run_with_judged_answers_of_a_file(here, capsys):
     assert max(metrics("runs/dpo", "z0").values()) > 0
     assert metrics("runs/dpo", "z0")[1] == 0
     printed = capsys.readouterr().out
-    assert "training answers are good" in printed
+    assert "training answers are good: λ_D n_D / λ_U n_U is 1.00\n" in printed
     assert "answers on their side of z0" in printed
     kept = torch.load("runs/dpo/pairs.pt", weights_only=True)
     assert all(set(row) == {"prompt", "answer", "good", "ref_answer"} for row in kept["train"])
@@ -518,7 +540,7 @@ def test_a_run_with_sampled_judged_answers(here, monkeypatch, capsys):
     assert result["before"]["pairs"]["z0"] == 0
     losses = list(metrics("runs/dpo", "loss").values())
     assert losses[-1] < 0.9 * losses[0]
-    assert "different ones kept from 8 answers to 40 prompts" in capsys.readouterr().out
+    assert "judged ones from 8 answers to 40 prompts" in capsys.readouterr().out
     kept = torch.load("runs/dpo/pairs.pt", weights_only=True)
     assert len(kept["valid"]) == len({str(row["prompt"]) for row in kept["valid"]})  # one answer to each
     for verdict, kind, missing in ((False, "bad", "good"), (True, "good", "bad")):
@@ -776,11 +798,15 @@ def test_bad_input_is_one_line(here):
 
 
 def test_the_report_says_when_chosen_answers_became_less_probable(capsys):
-    def last_line(nll, chosen):
+    def last_line(nll, chosen, variant="sigmoid"):
         pairs = {"loss": 0.6, "logp_chosen": -5.0, "logp_rejected": -8.0, "accuracy": 0.75}
-        dpo.report(Config(nll=nll), {"pairs": pairs}, {"pairs": pairs | {"logp_chosen": chosen}}, 100, 60.0)
+        dpo.report(
+            Config(nll=nll, variant=variant), {"pairs": pairs}, {"pairs": pairs | {"logp_chosen": chosen}}, 100, 60.0
+        )
         return capsys.readouterr().out.splitlines()[-1]
 
     assert last_line(1.0, -6.0).startswith("the chosen answers became less probable too, in spite of --nll 1:")
     assert last_line(0.0, -6.0).startswith("the chosen answers became less probable too: DPO fits the difference alone")
+    assert last_line(0.0, -6.0, "kto") == "the good answers became less probable too (see curves.png)"
+    assert last_line(0.0, -6.0, "apo_down") == "300 steps, 1.0 minutes"  # they should
     assert last_line(1.0, -4.0) == "300 steps, 1.0 minutes"

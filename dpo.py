@@ -133,7 +133,7 @@ from support.errors import ConfigError
 from support.judged import one_by_one, prepare_judged
 from support.lora_files import LoraState
 from support.pair_rows import encode_pair, encode_splits, held_out_share, next_pairs, pair_up, sample_splits
-from support.pairs import Means, add_reference, batch_of, keep_pairs, kept_pairs, pair_logprobs, sample_pairs
+from support.pairs import Means, add_reference, batch_of, keep_pairs, kept_pairs, numbers, pair_logprobs, sample_pairs
 from support.records import load_splits
 from support.runs import Run, RunConfig
 
@@ -175,12 +175,9 @@ def apo_down_loss(u, v, beta):
 def odds_ratio_loss(u, v, beta):
     """ORPO's second term, Eq. 7 of arXiv:2403.07691. exp(u) is an answer's probability per token, p; p = 1 would have
     infinite odds."""
-
-    def log_odds(log_p):
-        log_p = log_p.clamp(max=-1e-7)
-        return log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p)
-
-    return -beta * F.logsigmoid(log_odds(u) - log_odds(v))
+    log_p = torch.stack([u, v]).clamp(max=-1e-7)  # (2, B)
+    chosen, rejected = log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p), (B,) each
+    return -beta * F.logsigmoid(chosen - rejected)
 
 
 def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
@@ -209,11 +206,6 @@ def kto_loss(
         if logps is not None:
             metrics[f"logp_{kind}"] = logps[chosen].mean()
     return losses.sum() / (n_pairs or len(losses)), numbers(metrics)
-
-
-def numbers(metrics):
-    """{name: tensor} -> {name: float}, in one transfer from the device."""
-    return dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -422,8 +414,7 @@ class Config(RunConfig):
     variant: Literal[tuple(VARIANTS)] = "sigmoid"
     """The loss of a pair, or with kto of an answer that is good or bad."""
     beta: Positive = 0.3
-    """Weight of the KL in the problem that DPO solves: a larger one keeps the policy closer to the reference. With orpo
-    the weight of the odds ratio."""
+    """Weight of the KL in the problem that DPO solves, larger: closer to the reference; orpo: of the odds ratio."""
     label_smoothing: Annotated[float, Range(float, 0, 0.5)] = 0.0
     """Assumed share of pairs with the wrong label (cDPO)."""
     gamma: Amount = 0.0
@@ -466,9 +457,8 @@ class Config(RunConfig):
 
 
 def make_pairs(policy, tokenizer, problems, texts, config, dist, autocast):
-    """{"train", "valid", "test"}: pairs of ids, or judged answers, with their log π_ref if the variant uses it. The
-    policy is still the start model: it answers the problems, and it is the reference. texts: the offline pairs, {} for
-    sampled ones."""
+    """{"train", "valid", "test"}: rows of ids, with their log π_ref if the variant uses it. The policy is still the
+    start model: it answers the problems, and it is the reference. texts: the offline pairs, {} for sampled ones."""
     policy.eval()
     row, context = VARIANTS[config.variant], policy.config.context
     if texts:
@@ -571,10 +561,9 @@ def main(config):
         # 1. pairs
         started = time.perf_counter()
         own_pairs = next_pairs(pairs["train"], step, config, dist, policy.config.context)  # B = config.batch / world
-        means = Means()
-        # For kto z0 of the whole step, before the batch is cut
-        point = reference_point(policy, own_pairs, pad, dist, autocast, start) if unpaired else {}
+        point = reference_point(policy, own_pairs, pad, dist, autocast, start) if unpaired else {}  # of the whole step
         model.train()
+        means = Means()
         for i in range(0, len(own_pairs), config.micro_batch):  # b pairs at a time; their gradients add up
             micro = batch_of(own_pairs[i : i + config.micro_batch], pad, dist.device)
             last = i + config.micro_batch >= len(own_pairs)  # DDP averages over the ranks in this backward alone
@@ -609,7 +598,9 @@ def main(config):
                 shown["accuracy"] = f"{result['accuracy']:.1%}"
             run.keep_best(record["valid_loss"])
         run.log(step + 1, **record)
-        run.bar.set_postfix(loss=f"{record['loss']:.3f}", logp=f"{record['logp_chosen']:.1f}", **shown, refresh=False)
+        run.bar.set_postfix(
+            loss=f"{record['loss']:.3f}", logp=f"{means.get('logp_chosen', math.nan):.1f}", **shown, refresh=False
+        )
     run.close()
 
     # The test split, once, with the checkpoint of the lowest validation loss.

@@ -63,6 +63,11 @@ class Means:
         return {name: total / rows for name, total, rows in zip(self.sums, totals, totals, strict=True) if rows}
 
 
+def numbers(metrics):
+    """{metric: tensor} -> {metric: float}, in one transfer from the device."""
+    return dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
+
+
 def sides_of(row):
     """The names of the answers that a loss compares."""
     return ("answer",) if "answer" in row else ("chosen", "rejected")

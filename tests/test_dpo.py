@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -531,6 +532,20 @@ def test_a_run_with_judged_answers_of_a_file(here, capsys):
     kept = torch.load("runs/dpo/pairs.pt", weights_only=True)
     assert all(set(row) == {"prompt", "answer", "good", "ref_answer"} for row in kept["train"])
     assert all({"other", "ref_other"} < set(row) for row in kept["valid"] + kept["test"])
+
+
+def test_a_step_without_a_good_answer(here):
+    """Two answers a step, and one to validate with: what no answer has is not in the record."""
+    write_judged(here / "judged.jsonl")
+    dpo.main(config(data="judged.jsonl", variant="kto", batch=2, micro_batch=1, eval_problems=1, test_problems=1))
+    kinds = [{"chosen", "rejected"} & {name.rpartition("_")[2] for name in row} for row in records_of_steps()]
+    assert 0 < len([kind for kind in kinds if len(kind) == 1]) < len(kinds)
+    assert len(metrics("runs/dpo", "loss")) == 4
+
+
+def records_of_steps():
+    lines = Path("runs/dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row and "valid_loss" not in row]
 
 
 def test_a_run_with_sampled_judged_answers(here, monkeypatch, capsys):

@@ -132,7 +132,8 @@ def auto_dtype(device):
     emulate bf16; fp32 elsewhere."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # no public name: a later torch may lack it
+    return "bf16" if has_amx() else "fp32"
 
 
 # Dense bf16 floating-point operations per second, from the data sheets.

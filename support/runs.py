@@ -194,12 +194,12 @@ class Run:
         raise DivergedError(f"{problem} at step {self.done} (learning rate {lr:.1e}); {advice}")
 
     def close(self):
-        """After the last step: write last/, close the log, restore the usual Ctrl-C. ConfigError if the disk was never
-        empty enough for last/."""
+        """After the last step: write last/, close the log, restore the usual Ctrl-C. ConfigError if the disk never had
+        room for a checkpoint."""
         self.save("last")
         self.interrupt.release()
         self.close_log()
-        if self.dist.is_main and not saved_run(self.path):
+        if self.dist.is_main and not any((self.path / name / "config.json").is_file() for name in ("best", "last")):
             raise ConfigError(f"{self.path} holds no checkpoint, for none could be written: make room and train again")
 
     @staticmethod
@@ -314,7 +314,8 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
             new.rename(final)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the disk's error
             written = False
-            say_unwritten(final, str(error).splitlines()[0], "the checkpoint before it is kept")
+            why = str(error).splitlines()[0] + (": is the disk full?" if isinstance(error, RuntimeError) else "")
+            say_unwritten(final, why, "the checkpoint before it is kept")
             shutil.rmtree(new, ignore_errors=True)
             if not final.exists() and old.exists():
                 old.rename(final)

@@ -1,6 +1,6 @@
 """Writing files: a full disk, a kill or a crash leaves no half of one, and does not end a run that is under way.
 
-    write_whole(path, text)                     the whole file, or the one before it
+    write_whole(path, text)                     the whole file, or the one before it; write_together: several
     append_whole(path, text)                    all of the text at the end of the file, or none of it
     with replacing(path) as temporary: ...      the same for a file that a library writes
     with must_write(path): ...                  an OSError of the block is a ConfigError: when a run begins, and where
@@ -27,8 +27,14 @@ UNWRITTEN = set()  # the paths that may_fail has printed a line about
 def write_whole(path, content):
     """Write text or bytes: first under a temporary name, which is then renamed. OSError if it cannot be written; the
     file that was there before is kept."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(as_bytes(content))
+    write_together({path: content})
+
+
+def write_together(contents):
+    """{path: text or bytes}: write all of these files, or none of them."""
+    with contextlib.ExitStack() as stack:
+        for path, content in contents.items():
+            stack.enter_context(replacing(path)).write_bytes(as_bytes(content))
 
 
 def append_whole(path, text):
@@ -79,15 +85,20 @@ def may_fail(path):
 
 def say_unwritten(path, why, then="the run goes on without it"):
     """Print that a file could not be written; once for each path."""
+    say_once(path, f"{path} could not be written ({why}); {then}")
+
+
+def say_once(path, line):
+    """Print a line above the progress bar, unless one about this path was printed before."""
     if str(path) not in UNWRITTEN:
         UNWRITTEN.add(str(path))
-        tqdm.write(f"{path} could not be written ({why}); {then}")
+        tqdm.write(line)
 
 
 def reason(error):
     """An error in a few words, one line."""
-    text = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-    return f"{text}: is the disk full?" if isinstance(error, OSError) and error.errno is None else text  # numpy's
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return f"{text}: is the disk full?" if type(error) is OSError and error.errno is None else text  # numpy's
 
 
 def to_json(x, **options):

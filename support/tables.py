@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from support.errors import ConfigError
-from support.files import must_write, to_json, write_whole
+from support.files import must_write, to_json, write_together
 
 
 def text_table(rows):
@@ -64,9 +64,9 @@ def make_folder(folder):
 
 def write_tables(folder, rows, notes, record):
     """Write table.md, with the notes, and result.json into the folder -> their paths as text. Raises ConfigError."""
+    table = "\n\n".join([markdown_table(rows), *notes]) + "\n"
     with must_write(folder):
-        write_whole(folder / "table.md", "\n\n".join([markdown_table(rows), *notes]) + "\n")
-        write_whole(folder / "result.json", to_json(record) + "\n")
+        write_together({folder / "table.md": table, folder / "result.json": to_json(record) + "\n"})
     return f"{folder}/table.md, {folder}/result.json"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import regex
 
 from support.errors import TokenizerError
-from support.files import to_json, write_whole
+from support.files import to_json, write_together
 
 # The supported patterns that split a text before merging, under GGUF's names. tokenizer_bpe.PATTERN is Qwen2's. The
 # tokenizer.json of GPT-2 and of SmolLM2 refers to the pattern by name. SmolLM2 first splits off the digits and then
@@ -366,8 +366,9 @@ def write_tokenizer(spec, path, model_max_length=None):
         config |= {"chat_template": template}
     if model_max_length is not None:
         config |= {"model_max_length": model_max_length}
-    for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-        write_whole(path / name, to_json(content, ensure_ascii=False, indent=1) + "\n")
+    contents = {"tokenizer_config.json": config, "tokenizer.json": tokenizer}
+    texts = {name: to_json(content, ensure_ascii=False, indent=1) + "\n" for name, content in contents.items()}
+    write_together({path / name: text for name, text in texts.items()})
 
 
 def steps_of(spec):

@@ -11,7 +11,7 @@ import secrets
 import threading
 
 from support.errors import ConfigError
-from support.files import may_fail, reason, say_unwritten, to_json, write_whole
+from support.files import may_fail, reason, say_once, say_unwritten, to_json, write_whole
 
 
 class TensorBoard:
@@ -129,7 +129,7 @@ class WandB:
         try:
             action()
         except Exception as error:
-            say_unwritten(self.label, reason(error))
+            say_once(self.label, f"{self.label} failed ({reason(error)}); the run goes on")
 
     def numbers(self, step, record):
         self.write(lambda: self.run.log(record, step=step))

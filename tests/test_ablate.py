@@ -278,6 +278,31 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
         ablate.main(config)
 
 
+def test_figures_that_are_not_finite_and_a_full_disk(experiment, scratch, monkeypatch):
+    """null in result.json is a dash on the page; a page that does not fit is one line, and the earlier one is kept."""
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(ablate, "QUICK", {"steps": 1})
+    monkeypatch.setattr(ablate, "figures_of", lambda *_: {"valid_loss": math.nan, "text": "a", "minutes": 1.0})
+    config = ablate.Config(experiment="width", quick=True, seeds=[0])
+    monkeypatch.setattr(ablate, "EXPERIMENTS", {"width": replace(ablate.EXPERIMENTS["width"], curves=())})
+    results = ablate.main(config)
+    assert math.isnan(results["narrow", 0]["valid_loss"])
+    folder = scratch / "runs/ablate/width-quick"
+    saved = json.loads((folder / "narrow-seed0/result.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert saved["figures"] == {"valid_loss": None, "text": "a", "minutes": 1.0}
+    before = (folder / "width.md").read_text(encoding="utf-8")
+    assert "| narrow | –" in before
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        ablate.main(config)
+    assert (folder / "width.md").read_text(encoding="utf-8") == before
+    assert not list(folder.glob("*.tmp*"))
+
+
 def test_each_variant_gets_the_value_that_the_validation_split_prefers(experiment, scratch, monkeypatch):
     """On the first seed, in short runs of their own; then every seed has it."""
     made = {}

@@ -79,3 +79,9 @@ def test_rank_0_makes_it_for_all(monkeypatch):
     ranks = [devices.Dist(rank, 2, torch.device("cpu")) for rank in range(2)]
     assert [dist.from_main(lambda rank=dist.rank: calls.append(rank) or "made") for dist in ranks] == ["made"] * 2
     assert calls == [0]
+
+
+def test_a_torch_that_does_not_tell_whether_there_are_matrix_units(monkeypatch):
+    """Its name for that is not public, so a later version may lack it."""
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert devices.auto_dtype(torch.device("cpu")) == "fp32"

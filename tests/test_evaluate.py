@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -45,7 +46,7 @@ from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DataError
 from support.splits import split_of
-from support.tables import file_name, markdown_table, metric_rows, text_table
+from support.tables import file_name, markdown_table, metric_rows, text_table, write_tables
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -685,3 +686,21 @@ def test_a_metric_cannot_take_the_name_of_a_stages_own_figure():
     with pytest.raises(ConfigError, match="'entropy' of evaluate"):
         evaluation.add_figures(record, {"entropy": 777.0})
     assert record["entropy"] == 2.0
+
+
+def test_tables_on_a_full_disk_and_numbers_that_are_not_finite(tmp_path, monkeypatch):
+    rows = [["", "a"], ["accuracy", "1"]]
+    write_tables(tmp_path, rows, [], {"results": [{"f1": math.nan}]})
+    result = (tmp_path / "result.json").read_text(encoding="utf-8")
+    assert json.loads(result, parse_constant=pytest.fail) == {"results": [{"f1": None}]}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        write_tables(tmp_path, rows, ["other"], {})
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
+    assert (tmp_path / "result.json").read_text(encoding="utf-8") == result
+    assert len(list(tmp_path.iterdir())) == 2

@@ -119,3 +119,28 @@ def test_the_readme_answers_with_a_line_of_code():
     answers = README.partition("## Questions")[2].partition("\n## ")[0]
     assert answers.count("?") >= 8
     assert len(re.findall(r"`([\w/]+\.py):(\d+)` `(.+?)`", answers)) == len(re.findall(r"^\| .*\? \|", answers, re.M))
+
+
+def opens_text_by_locale(call):
+    """Whether a call opens, reads or writes a file as text without naming the encoding."""
+    words = {word.arg for word in call.keywords}
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name in ("read_text", "write_text"):
+        return isinstance(call.func, ast.Attribute) and not words & {"encoding", None}
+    binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value)[:3] for arg in call.args[:2])
+    return name == "open" and "encoding" not in words and not binary and ast.unparse(call.func) != "os.open"
+
+
+@pytest.mark.parametrize("folder", [".", "support", "benchmarks", "tests"])
+def test_text_files_are_utf8_whatever_the_locale(folder):
+    for path in sorted((ROOT / folder).glob("*.py")):
+        calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+        lines = [call.lineno for call in calls if opens_text_by_locale(call)]
+        assert not lines, f"{path} opens a text file without an encoding in lines {lines}"
+
+
+def test_what_is_written_as_json_has_null_for_nan():
+    """support.files.to_json; json.dumps would write NaN, which is no JSON."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")]
+    calls = {path.name: path.read_text(encoding="utf-8").count("json.dump") for path in files}
+    assert {name: n for name, n in calls.items() if n} == {"files.py": 2, "tokenizer_files.py": 1}  # a Jinja string

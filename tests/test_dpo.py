@@ -804,7 +804,7 @@ def test_bad_input_is_one_line(here):
         config(variant="apo_zero", weight_desirable=2.0)
     with pytest.raises(ConfigError, match="--batch is 1; --variant kto needs 2"):
         config(variant="kto", batch=1)
-    (here / "judged.jsonl").write_text('{"prompt": "p", "completion": "a", "label": "maybe"}\n')
+    (here / "judged.jsonl").write_text('{"prompt": "p", "completion": "a", "label": "maybe"}\n', encoding="utf-8")
     said = fails("--data", "judged.jsonl", "--variant", "kto")
     assert_one_line_error(said, "judged.jsonl line 1: 'label' must be true or false, not 'maybe'")
     for name, value in (("lr", -1.0), ("seed", -1), ("dropout", 1.0), ("weight_decay", -0.1)):

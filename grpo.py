@@ -87,6 +87,13 @@ sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round d
 narrow clips want --dtype fp32. Answers and tokens are counted over the whole minibatch and all ranks before it is cut
 into pieces, or the gradient would depend on the cut.
 
+What the sampler did. A fast system rolls out with a copy μ of the policy, rounded (--sampler_dtype) and some steps old
+(--stale). By default ρ = π / μ, and the ratio holds the correction: --correction mask drops the tokens that μ and π_old
+see too differently, but a weight would count twice. With --old_logprobs trainer, ρ = π / π_old starts at 1 and the
+weight π_old / μ is missing: --correction truncate or mask puts it before the surrogate (support/off_policy.py).
+
+Before the first step a first look at some rollouts says whether there is anything to learn (support/verdict.py).
+
 A prompt is computed once for its group, in training as in sampling: its answers read its keys and values
 (support/shared_prompt.py, the fast form of transformer.answer_logprobs).
 
@@ -113,7 +120,7 @@ import re
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -126,7 +133,7 @@ from ppo import less_baseline
 from sft import sft_start
 from support.answers import extract_answer
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, Positive, Whole, choice
+from support.checks import Amount, Count, Positive, Range, Whole, choice
 from support.cli import run_script
 from support.content import code_of, records_of, weights_of
 from support.devices import precision, setup
@@ -134,12 +141,14 @@ from support.errors import ConfigError
 from support.family import as_flags, check_choices, fill_in
 from support.grpo_report import report, rollout_sums, step_record, tally, warn_of_collapse
 from support.lora_files import LoraState
+from support.off_policy import RolloutPolicy, check_sampler, off_policy
 from support.questions import load_questions, test_figures, validate
 from support.records import load_splits
-from support.rewards import judge, reward_functions
-from support.rollouts import Sampler, cut, minibatches_of, show_samples
+from support.rewards import judge_batch, reward_functions
+from support.rollouts import Sampler, cut, minibatches_of, piece_logprobs, show_samples
 from support.runs import Run, RunConfig
 from support.shared_prompt import shared_answer_logprobs
+from support.verdict import look_first
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,12 +291,14 @@ def grpo_loss(
     surrogate="clip",
     kl="k3",
     kl_unbiased=False,
+    sampler_weights=None,
     n_completions=None,
     n_tokens=None,
     max_length=None,
 ):
     """Log-probabilities and mask (B, T), advantages (B,) -> (loss, metrics).
 
+    sampler_weights (B, T) multiply the surrogate, not the KL: see support/off_policy.py.
     n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these B answers alone.
     max_length: dr_grpo's constant, default T. Metrics: the loss, and means over these answers' tokens, of ratio_max the
     maximum. The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
@@ -305,7 +316,7 @@ def grpo_loss(
     log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
     rho = ratio_of(log_ratio, length)  # (B, T)
     gain, limited = gain_of(rho, advantages[:, None], logprobs, clip_low, clip_high)  # (B, T) each
-    cost = -gain
+    cost = -gain if sampler_weights is None else -gain * sampler_weights
     spread = masked_mean((rho - 1).abs(), mask)  # 0 on fresh rollouts
     metrics = {"clip_fraction": masked_mean(limited.float(), mask), "ratio_spread": spread, "ratio_max": rho.max()}
     if ref_logprobs is not None:
@@ -465,6 +476,21 @@ class Config(RunConfig):
     """Length penalty: a reward that falls from 0 to -1 over this many last tokens before max_new_tokens; 0: none."""
     mask_truncated: bool = False
     """Completions that were cut off get no gradient."""
+    if_hopeless: Literal["warn", "stop"] = "warn"
+    """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
+    sampler_dtype: Literal["same", "bf16", "int8"] = "same"
+    """Roll out with the policy's weights rounded to this."""
+    stale: Whole = 0
+    """Roll out with the policy of this many steps ago."""
+    old_logprobs: Literal["sampler", "trainer"] = "sampler"
+    """Whose log-probabilities the ratio divides by: those sampled with, or the policy's own, scored once more."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh tokens by k = policy / sampler: at most the bound; or masked outside 1 / bound ... bound (then without the
+    weight k if --old_logprobs sampler, whose ratio holds it)."""
+    correction_level: Literal["token", "sequence", "geometric"] | None = None
+    """k of each token (default), the product over an answer, or its geometric mean."""
+    correction_bound: Annotated[float, Range(float, 1)] | None = None
+    """The bound; default 2."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Sets all of the following that are not given, from --baseline to --kl_in."""
     baseline: Literal["mean", "leave_one_out", "none"] | None = None
@@ -522,6 +548,7 @@ class Config(RunConfig):
             self.micro_batch = task_of(self.data).micro_batch
         fill_in(self, ALGORITHMS)
         check_choices(self)
+        check_sampler(self)
         if self.minibatches > self.prompts:
             raise ConfigError(f"--minibatches is {self.minibatches}, more than the {self.prompts} prompts of a step")
         if self.overlong > self.max_new_tokens:
@@ -537,26 +564,17 @@ class Config(RunConfig):
 def roll_out(sample, step, slots, attempt, functions, config):
     """Ask the questions in `slots` of a step, let the policy answer each R times, judge -> Batch with its rewards."""
     batch = sample(step, slots, attempt)
-    problems = [p for p in batch.problems for _ in range(config.rollouts)]
-    ended, lengths = batch.ended.flatten().tolist(), batch.rollout.mask.sum(1).tolist()  # n·R
-    rewards = judge(functions, batch.texts, problems, ended, lengths, config)
-    batch.rewards = {name: values.view(-1, config.rollouts) for name, values in rewards.items()}  # (n, R)
+    judge_batch(functions, batch, config)
     return batch
 
 
-@torch.no_grad()
 def reference_logprobs(reference, policy, pieces, batch, config, autocast):
     """log π_ref of the pieces' completions, at their rows of a (n·R, T) tensor that is 0 elsewhere.
 
     With LoRA the reference is the policy itself without its adapters (but for --refresh_reference).
     """
-    out = torch.zeros_like(batch.rollout.logprobs)
-    with lora_off(policy), autocast():
-        for piece in pieces:
-            T = piece.mask.shape[1]
-            logprobs = shared_answer_logprobs(reference, piece.packed, config.temperature)
-            out[piece.rows, :T] = logprobs[:, :T].float()
-    return out
+    with lora_off(policy):
+        return piece_logprobs(reference, pieces, batch, config.temperature, autocast)
 
 
 def less_the_kl(advantages, reference, policy, batch, config, autocast, pad):
@@ -585,18 +603,28 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     autocast, scaler = precision(config.dtype, dist)
     functions, weights = reward_functions(config, REWARDS)
     init = config.init or sft_start(config, dist)
-    policy, tokenizer, _ = open_checkpoint(init, dist.device)
+    policy, tokenizer, path = open_checkpoint(init, dist.device)
     # With adapters the reference is the policy without them: no second model in memory
     adapters_off = config.lora.rank and not config.refresh_reference
     reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
+    sampler = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # the policy itself, unless these flags are set
     add_lora(policy, **asdict(config.lora), seed=config.seed)
     room, pad = policy.config.context - config.max_new_tokens, tokenizer.endoftext_id
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
     load = partial(load_questions, config)
     problems = load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
+    def signal_of(batch):
+        """(n,) bool: which of this rank's groups have an advantage, before any scale."""
+        return advantages_of(paid_rewards(batch, weights, config), weights, config)[0].ne(0).any(1)
+
+    sample = Sampler(sampler.model, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
+    if not config.resume:
+        look_first(sample, slots, signal_of, functions, weights, path, config, dist)
+
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     kept = {"lora": LoraState(policy, init)} | ({"reference": reference} if config.refresh_reference else {})
+    kept |= {"sampler": sampler} if config.stale else {}
     reads = records_of(config.data, problems) | weights_of(init, policy) | code_of(config.reward, functions)
     state = {"best": -1.0, "before": None, "start": {}, "parts": kept, "began": began}
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
@@ -614,11 +642,6 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             f"test accuracy before: {run.state.before['accuracy']:.1%}"
         )
 
-    def signal_of(batch):
-        """(n,) bool: which of this rank's groups have an advantage, before any scale."""
-        return advantages_of(paid_rewards(batch, weights, config), weights, config)[0].ne(0).any(1)
-
-    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
     k = config.minibatches
     groups = [[g for g, slot in enumerate(slots) if slot % k == m] for m in range(k)]  # this rank's, of each minibatch
     loss_of = loss_with(config)
@@ -626,6 +649,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
+        sampler.refresh(policy)
 
         # 1. ask: the policy answers each question R times. 2. judge: {name: (n, R)} in batch.rewards
         started = time.perf_counter()
@@ -637,6 +661,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                 batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
                 has_signal = signal_of(batch)
         sampled = time.perf_counter()
+        # log π_old, of the sampler or the trainer, and what corrects for a sampler that is not the policy: 1 if it is
+        old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)  # (n·R, T)
 
         # 3. compare within the group; over all ranks, because a std over the batch needs them all
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
@@ -667,10 +693,11 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():
                         logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
-                    old = batch.rollout.logprobs[rows, :T]
+                    old = old_logprobs[rows, :T]
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]
-                    counts = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
-                    loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **counts)
+                    options = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
+                    options["sampler_weights"] = sampler_weights[rows, :T]
+                    loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)
                     scaler.scale(loss * dist.world).backward()
                 tally(sums, metrics, piece.mask.sum().item())
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
@@ -678,7 +705,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             n_updates += 1
 
         # 5. look
-        record = step_record(figures, sums, n_updates, config, dist) | extra
+        record = step_record(figures, sums, n_updates, config, dist) | extra | mismatch
         # A NaN here is no overflow that the scaler skips. The entropy too, as a step without a signal has no loss.
         mend = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, mend, loss=record["loss"], entropy=record["entropy"])

@@ -49,6 +49,10 @@ HEADINGS = {
     "earned_correct": "right (%)",
     "earned_format": "well formed (%)",
     "earned_brevity": "brief (%)",
+    "clipped": "tokens clipped (%)",
+    "limited": "tokens truncated or masked (%)",
+    "sampler_kl": "KL(sampler ‖ trainer) (nats per token)",
+    "seconds": "seconds per step",
     "collapsed": "groups collapsed (%)",
     "minutes": "minutes",
 }
@@ -64,6 +68,7 @@ CURVES = {
     "collapsed_grpo": "share of groups collapsed",
     "logp_chosen": "log π of chosen answers (nats)",
     "pair_accuracy": "share of pairs in order",
+    "sampler_kl": "KL(sampler ‖ trainer) (nats per token)",
     "kl": "KL to the start (nats per token)",
 }
 
@@ -111,7 +116,7 @@ def page(experiment, results, means, differences, seeds, command, commits, pictu
         if "diverged" in figures:
             lines += [f"Diverged: {variant}, seed {seed}: {figures['diverged']}", ""]
     if differences and len(seeds) > 1:
-        columns = [m for m in columns if m != "minutes"]  # those depend on what else the machine does
+        columns = [m for m in columns if m not in ("minutes", "seconds")]  # those depend on what else the machine does
         lines += [*difference_table(experiment, columns, means, differences), ""]
         if least and not math.isnan(least):
             lines += [

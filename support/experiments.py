@@ -94,6 +94,27 @@ _GRPO = {
     "dr_grpo": _grpo(algorithm="dr_grpo"),
 }
 
+# What a sampler that is not the policy is corrected by.
+_CORRECTIONS = {
+    "uncorrected": {"old_logprobs": "trainer"},
+    "in the ratio": {},
+    "in the ratio, masked": {"correction": "mask"},
+    "truncated": {"old_logprobs": "trainer", "correction": "truncate"},
+    "masked": {"old_logprobs": "trainer", "correction": "mask"},
+    "answers masked": {"old_logprobs": "trainer", "correction": "mask", "correction_level": "geometric"},
+}
+_SAMPLERS = {
+    "1 step old": ({"stale": 1}, ("uncorrected", "in the ratio", "truncated")),
+    "4 steps old": ({"stale": 4}, ("uncorrected", "in the ratio", "truncated", "masked")),
+    "16 steps old": ({"stale": 16}, tuple(_CORRECTIONS)),
+    "int8": ({"sampler_dtype": "int8"}, ("uncorrected", "in the ratio", "truncated")),
+}
+_OFF_POLICY = {
+    f"{sampler}, {name}": _grpo(**flags, **_CORRECTIONS[name])
+    for sampler, (flags, names) in _SAMPLERS.items()
+    for name in names
+}
+
 EXPERIMENTS = {
     "ladder": Experiment(
         "What does each stage add, from the same start, on the same held-out problems?",
@@ -255,6 +276,17 @@ EXPERIMENTS = {
         ("reward_correct", "reward_format", "reward_brevity", "collapsed_grpo"),
         front=("earned_brevity", "earned_correct"),
         probe="earned",
+    ),
+    "off-policy": Experiment(
+        "How far may the sampler be from the policy, and what saves a run from it?",
+        _PROMPTS,
+        {"on policy": _grpo()} | _OFF_POLICY,
+        ("accuracy", "sampled", "pass_at_8", "kl", "length", "clipped", "sampler_kl", "limited", "seconds"),
+        ("reward_correct", "sampler_kl"),
+        pairs=tuple((v, "on policy") for v in _OFF_POLICY)
+        + tuple((v, f"{v.split(', ')[0]}, uncorrected") for v in _OFF_POLICY if "uncorrected" not in v),
+        probe="off_policy",
+        dashed="uncorrected",
     ),
     "dpo": Experiment(
         "Beta and variant, offline against sampled pairs.",

@@ -3,6 +3,11 @@
 from evaluate import before_and_after, metric_panels, pass_at_k
 from support.plots import draw_curves
 
+SAMPLER = {
+    "sampler_kl": "KL(sampler ‖ trainer)",
+    "sampler_limited": "share truncated or masked",
+}  # of a step's rollouts
+
 
 def rollout_sums(batch, paid, weights, has_signal):
     """Sums over this rank's completions, of the policy as it is: {metric: number}; a further row is logged as a mean
@@ -78,6 +83,7 @@ def report(config, run, after, kl, weights, extra):
             ("entropy and KL", {"entropy": "entropy", "kl": "KL to the reference"}, "nats per token", {}),
             ("ratio ρ", {"ratio_spread": "mean |ρ − 1|", "clip_fraction": "share clipped"}, "", {}),
             ("completion length", {"length": "mean"}, "tokens", {}),
+            ("sampler and trainer", SAMPLER, "", {}),
             ("groups without a signal", lost, "share of groups", {}),
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
         ],

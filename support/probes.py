@@ -207,6 +207,16 @@ def held_out(folder, figures, settings):
     }
 
 
+def off_policy(folder, figures, settings):
+    """What `held_out` measures, and from the log, means over the steps: the shares of tokens that the clip and the
+    correction limited, KL(sampler ‖ trainer) per token; and the median of a step's seconds."""
+    series = {name: values for name, (_, values) in read_metrics(folder).items()}
+    means = {"clipped": (100, "clip_fraction"), "limited": (100, "sampler_limited"), "sampler_kl": (1, "sampler_kl")}
+    means = {k: scale * statistics.mean(series[name]) for k, (scale, name) in means.items() if name in series}
+    seconds = statistics.median(1 / speed for speed in series["steps_per_second"])
+    return held_out(folder, figures, settings) | means | {"seconds": seconds}
+
+
 def earned(folder, figures, settings):
     """From the log: the share of rollouts that earned each reward in the last 20 steps, and the share of groups, over
     all steps, in which different rewards got the same advantage (see gdpo.collapse)."""

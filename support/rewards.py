@@ -71,3 +71,12 @@ def judge(functions, texts, problems, ended, lengths, config):
         over = torch.tensor(lengths) - (config.max_new_tokens - config.overlong)
         rewards["overlong"] = -(over / config.overlong).clamp(min=0.0)
     return rewards
+
+
+def judge_batch(functions, batch, config):
+    """Give a step's rollouts their rewards: {name: (n, R)} in batch.rewards."""
+    n, R = batch.ended.shape
+    problems = [p for p in batch.problems for _ in range(R)]
+    ended, lengths = batch.ended.flatten().tolist(), batch.rollout.mask.sum(1).tolist()  # n·R
+    rewards = judge(functions, batch.texts, problems, ended, lengths, config)
+    batch.rewards = {name: values.view(n, R) for name, values in rewards.items()}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from data import encode_prompt, rows_at
 from generate import Rollout, generate
 from lora import merged
-from support.shared_prompt import PackedAnswers, pack
+from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
 
 @dataclass
@@ -120,6 +120,18 @@ def cut(batch, groups, counted, micro_batch, pad):
         longest = max(len(answer) for g in some for answer in answers[g])
         pieces.append(Piece(rows, packed, counted[rows, :longest]))
     return pieces
+
+
+def piece_logprobs(model, pieces, batch, temperature, autocast):
+    """log π of the pieces' completions by this model, without a gradient, at their rows of a (n·R, T) tensor that is 0
+    elsewhere."""
+    out = torch.zeros_like(batch.rollout.logprobs)
+    with torch.no_grad(), autocast():
+        for piece in pieces:
+            T = piece.mask.shape[1]
+            logprobs = shared_answer_logprobs(model, piece.packed, temperature)
+            out[piece.rows, :T] = logprobs[:, :T].float()
+    return out
 
 
 def shuffled_groups(step, slots, config):

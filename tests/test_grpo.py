@@ -20,10 +20,11 @@ from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss
 from lora import LoraConfig
-from support import devices, grpo_report, questions, runs
+from support import devices, grpo_report, off_policy, questions, runs
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DivergedError
+from support.off_policy import rounded
 from support.rewards import load_reward, reward_functions, score
 from support.rollouts import Batch
 from tokenizer_bpe import BPETokenizer
@@ -634,15 +635,17 @@ def test_the_reference_moves_when_asked(here):
 
 EVERYTHING = dict(beta=0.05, minibatches=2, inner_epochs=2, refill=1, refresh_reference=2, mask_truncated=True)
 EVERYTHING |= dict(max_new_tokens=12, overlong=3, scale="batch", lr=1e-2, optimizer="muon")
+STALE = dict(stale=2, sampler_dtype="int8", old_logprobs="trainer", correction="mask", correction_level="geometric")
 
 
 WHITENED = {"algorithm": "reinforce++-baseline", "beta": 0.05, "minibatches": 2, "refill": 1, "max_new_tokens": 40}
 AS_RLOO = {"algorithm": "rloo", "beta": 0.05, "minibatches": 2, "lr": 1e-2}
+OLD_INT8 = STALE | {"lr": 3e-2}
+WITH_LORA = {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, EVERYTHING, {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}, WHITENED, AS_RLOO, {"algorithm": "cispo"}],
+    "options", [{}, EVERYTHING, WITH_LORA, WHITENED, AS_RLOO, {"algorithm": "cispo"}, OLD_INT8, OLD_INT8 | WITH_LORA]
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
     options = dict(steps=4, eval_every=2) | options
@@ -670,8 +673,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
     assert {k: whole[k] for k in ("before", "after", "kl")} == {k: parts[k] for k in ("before", "after", "kl")}
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++-baseline"])
-def test_two_processes_equal_one(here, own, monkeypatch, algorithm):
+STALE_BY_TOKEN = STALE | {"stale": 1, "correction_level": "token", "correction_bound": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"), [("grpo", {}), ("rloo", {}), ("reinforce++-baseline", {}), ("grpo", STALE_BY_TOKEN)]
+)
+def test_two_processes_equal_one(here, own, monkeypatch, algorithm, more):
     known = [p for split in ("train", "valid", "test") for p in load_problems("word", split, 60)]
     (here / "p.jsonl").write_text(
         "".join(json.dumps({"question": p.question, "answer": "None to check."}) + "\n" for p in known),
@@ -679,7 +687,7 @@ def test_two_processes_equal_one(here, own, monkeypatch, algorithm):
     )
     flags = SMALL | EVERYTHING | dict(data="p.jsonl", steps=2, rollouts=5, refill=2, kl="k1", kl_in="reward")
     flags |= dict(correct_weight=0.0, format_weight=0.0, reward="own:letters", name="two")
-    flags |= dict(refresh_reference=0, mask_truncated=False)
+    flags |= dict(refresh_reference=0, mask_truncated=False) | more
     if algorithm != "grpo":
         flags |= dict(algorithm=algorithm, max_new_tokens=40, lr=1e-4)  # a product of ratios is soon clipped
         flags = {k: v for k, v in flags.items() if k not in ("scale", "kl", "kl_in")}  # as the row has them
@@ -689,11 +697,16 @@ def test_two_processes_equal_one(here, own, monkeypatch, algorithm):
     assert (here / "runs/two/curves.png").stat().st_size > 0
     monkeypatch.setattr(questions, "load_problems", load_problems)
     grpo.main(Config(**(flags | {"name": "one"})))
-    for name in ("reward", "grad_norm", "kl", "length", "zero_variance", "valid_reward", "entropy", "loss"):
+    names = ("reward", "grad_norm", "kl", "length", "zero_variance", "valid_reward", "entropy", "loss")
+    weights_differ = ("sampler_kl", "sampler_weight", "sampler_limited", "sampler_ratio_max") if more else ()
+    for name in names + weights_differ:
         a, b = metrics("runs/one", name), metrics("runs/two", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
     assert min(metrics("runs/one", "grad_norm").values()) > 0
-    assert max(metrics("runs/one", "zero_variance").values()) > 0  # so there was something to refill
+    if more:
+        assert 0 < metrics("runs/one", "sampler_limited")[2] < 1
+    else:
+        assert max(metrics("runs/one", "zero_variance").values()) > 0  # so there was something to refill
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-3, rtol=1e-3)
 
 
@@ -874,3 +887,117 @@ def test_recipes_can_be_read(recipe):
     from support.cli import parse_config
 
     assert parse_config(Config, ["--config", str(recipe)]).data == "gsm8k"
+
+
+# ------------------------------------------------------------------------------------------------ the sampler's copy
+
+
+@pytest.fixture
+def samplers(monkeypatch):
+    """What a run rolled out with and trained: [(the sampler's weights, the policy's), …], one pair a step."""
+    seen = []
+
+    class Spy(grpo.RolloutPolicy):
+        def refresh(self, policy):
+            super().refresh(policy)
+            seen.append([{n: w.clone() for n, w in m.state_dict().items()} for m in (self.model, policy)])
+
+    monkeypatch.setattr(grpo, "RolloutPolicy", Spy)
+    return seen
+
+
+OFF_POLICY = dict(old_logprobs="trainer", correction="truncate")
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_stale_run_rolls_out_with_the_weights_of_that_many_steps_ago(here, samplers, spied, lora):
+    options = dict(steps=4, lr=1e-2, lora=LoraConfig(lora), dtype="fp32", **OFF_POLICY)
+    grpo.main(config(stale=2, sampler_dtype="int8", **options))
+    for step, (sampler, _) in enumerate(samplers):
+        before = samplers[max(0, step - 2)][1]
+        assert all(torch.equal(w, rounded(before[name], "int8")) for name, w in sampler.items())
+    assert any((samplers[2][1][name] != samplers[3][1][name]).any() for name in samplers[0][1])
+    kl = metrics("runs/grpo", "sampler_kl")
+    assert 0 < kl[1] < 0.1 * kl[4]  # at first it is rounded alone
+    last, start = copy.deepcopy(spied["batches"][-1]), open_checkpoint("start")[0]
+    rows = [(last.prompts[g] + ids, len(ids)) for g, group in enumerate(last.answers) for ids in group]
+    model = start.eval()
+    model.load_state_dict(samplers[3][1])  # the trainer's own log-probabilities, each answer alone
+    own = [token_logprobs(model, torch.tensor([ids]))[0, -n:] for ids, n in rows]
+    torch.testing.assert_close(last.rollout.logprobs[last.rollout.mask], torch.cat(own).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_sampler_that_is_the_policy_costs_and_changes_nothing(here, spied, monkeypatch):
+    flags = dict(steps=2, lr=1e-2, minibatches=2, beta=0.1)
+    scored = []
+    monkeypatch.setattr(
+        off_policy, "piece_logprobs", lambda *a, true=off_policy.piece_logprobs: scored.append(a) or true(*a)
+    )
+    grpo.main(config(name="plain", **flags))
+    assert scored == []
+    assert "sampler_kl" not in (here / "runs/plain/metrics.jsonl").read_text()
+    grpo.main(config(name="corrected", **flags, **OFF_POLICY))
+    assert len(scored) == 2
+    first, second = spied["gradients"][:4], spied["gradients"][4:]
+    for a, b in zip(first, second, strict=True):
+        assert_same_gradient(a, b)
+    for name, value in (("sampler_weight", 1.0), ("sampler_ratio_max", 1.0), ("sampler_kl", 0.0)):
+        assert metrics("runs/corrected", name)[2] == pytest.approx(value, abs=1e-4)
+    assert metrics("runs/corrected", "sampler_limited")[2] == 0
+
+
+@pytest.mark.parametrize("correction", ["none", "mask"])
+def test_whose_old_logprobs_the_ratio_divides_by(here, correction):
+    options = dict(steps=3, lr=3e-2, stale=2, warmup=0, correction=correction)
+    options |= {"correction_bound": 1.1} if correction == "mask" else {}
+    for old in ("sampler", "trainer"):
+        grpo.main(config(name=old, old_logprobs=old, **options))
+    assert metrics("runs/trainer", "ratio_max")[2] == pytest.approx(1.0, abs=1e-4)
+    assert metrics("runs/sampler", "ratio_max")[2] > 1.1
+    assert (metrics("runs/sampler", "sampler_weight")[2] < 1) == (correction == "mask")
+    assert (metrics("runs/sampler", "sampler_limited")[2] > 0) == (correction == "mask")
+    assert metrics("runs/sampler", "sampler_kl")[2] > 0.01
+    if correction == "mask":  # 1 or 0 where the ratio holds the weight
+        kept = {old: 1 - metrics(f"runs/{old}", "sampler_limited")[2] for old in ("sampler", "trainer")}
+        assert metrics("runs/sampler", "sampler_weight")[2] == pytest.approx(kept["sampler"])
+        assert metrics("runs/trainer", "sampler_weight")[2] != pytest.approx(kept["trainer"], abs=1e-5)
+
+
+@pytest.mark.parametrize("old_logprobs", ["sampler", "trainer"])
+def test_the_correction_reaches_the_loss(here, spied, old_logprobs):
+    """Where every token is masked, only the KL has a gradient; at first, at the reference itself, not even that."""
+    flags = dict(sampler_dtype="int8", correction="mask", correction_bound=1.0, beta=0.3, old_logprobs=old_logprobs)
+    grpo.main(config(steps=2, lr=1e-2, **flags))
+    assert metrics("runs/grpo", "sampler_limited")[1] > 0.98
+    masked, _ = spied["gradients"]
+    grpo.main(config(steps=1, lr=1e-2, **(flags | {"correction": "none", "correction_bound": None})))
+    norms = [sum(g.square().sum() for g in gradient.values()).sqrt() for gradient in (masked, spied["gradients"][-1])]
+    assert norms[0] < 0.1 * norms[1]
+
+
+def test_the_first_look_changes_no_number(here, monkeypatch, capsys):
+    grpo.main(config(name="looked", steps=2))
+    assert "first look: 8 questions x 4 answers, " in capsys.readouterr().out  # no more than the run asks itself
+    monkeypatch.setattr(grpo, "look_first", lambda *_: None)
+    grpo.main(config(name="blind", steps=2))
+    for name in ("reward", "loss", "grad_norm", "accuracy", "length"):
+        assert metrics("runs/looked", name) == metrics("runs/blind", name)
+    assert_same_weights("runs/looked/last", "runs/blind/last")
+
+
+def test_a_hopeless_start_is_named_and_stops_if_asked(here, monkeypatch, capsys):
+    grpo.main(config(steps=1))
+    monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, problems, ended: [0.0] * len(texts))
+    monkeypatch.setitem(grpo.REWARDS, "format", lambda texts, problems, ended: [0.0] * len(texts))
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="--if_hopeless warn goes on") as error:
+        grpo.main(config(steps=1, if_hopeless="stop"))
+    assert "\n" not in str(error.value)
+    look, why, change = capsys.readouterr().out.splitlines()
+    assert "100% of the groups have no signal; the start was not trained to chat" in look
+    assert why.startswith("nothing can be learned: 100% of the answers never end: --init seems a base model")
+    assert change.startswith("what to change: fine-tune it first (sft.py)")
+    assert [p.name for p in (here / "runs").iterdir()] == ["grpo"]  # the earlier run is where it was
+    grpo.main(config(steps=1))
+    assert "nothing can be learned" in capsys.readouterr().out
+    assert metrics("runs/grpo", "grad_norm")[1] == 0.0

@@ -56,6 +56,14 @@ def test_what_was_earned_is_read_from_the_log(tmp_path):
     assert "collapsed" not in probes.earned(tmp_path, {}, {"stage": "grpo", "config": {}})
 
 
+def test_what_a_sampler_did_is_read_from_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "held_out", lambda *_: {"kl": 0.5})
+    steps = [{"step": i, "clip_fraction": 0.1 * i, "sampler_kl": 0.01, "steps_per_second": 4 / i} for i in (1, 2, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in [{"config": {}}, *steps]))
+    got = probes.off_policy(tmp_path, {}, {})  # on policy nothing was limited
+    assert got == pytest.approx({"kl": 0.5, "clipped": 30, "sampler_kl": 0.01, "seconds": 0.5})
+
+
 def test_the_probes_on_a_small_model(scratch, monkeypatch):
     """What the architecture experiments measure, on an untrained model of theirs: shapes and ranges."""
     (scratch / "text.txt").write_text("the cat sat on the mat. " * 400, encoding="utf-8")

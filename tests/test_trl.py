@@ -17,6 +17,7 @@ from reward_model import RewardModel, bradley_terry_loss
 from support import devices, shared_prompt
 from support.hf import LAYOUTS, layout_of, to_layout
 from support.judged import shift_answers
+from support.off_policy import sampler_weights
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -163,6 +164,27 @@ def test_the_family_loss_and_gradient(start, grpo_trainer, monkeypatch, name):
     ours.backward()
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
     assert (0 < figures["clip_fraction"] < 1) == (name != "sapo")
+    assert_same_gradients(model, trainer.model)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_the_samplers_weights_stand_before_the_surrogate_alone(start, grpo_trainer, monkeypatch, loss_type):
+    """Not before the KL, and a token of weight 0 counts in the mean. (TRL computes the weights while it generates.)"""
+    trainer, token = grpo_trainer, dict(importance_sampling_level="token", epsilon_low=0.2, epsilon_high=0.2, beta=0.3)
+    vllm = dict(use_vllm=True, vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1)
+    for key, value in (token | vllm | {"loss_type": loss_type}).items():
+        monkeypatch.setattr(trainer, key, value, raising=False)
+    trainer.args.use_bias_correction_kl = True
+    model, logprobs, old, ref, A, mask, batch = loss_inputs(start)
+    weights, _ = sampler_weights(old, old + 0.5 * torch.randn_like(old), mask, "mask", "token", 1.5)
+    assert 0 < (weights[mask > 0] == 0).sum() < mask.sum()
+    trainer.model.zero_grad()
+    theirs = trainer._compute_loss(trainer.model, batch | {"importance_sampling_ratio": weights})
+    theirs.backward()
+    options = dict(beta=0.3, loss_type=loss_type, kl_unbiased=True, max_length=20)
+    ours, _ = grpo_loss(logprobs, old, A, mask, ref, **options, sampler_weights=weights)
+    ours.backward()
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
     assert_same_gradients(model, trainer.model)
 
 

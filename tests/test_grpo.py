@@ -993,7 +993,7 @@ def test_a_hopeless_start_is_named_and_stops_if_asked(here, monkeypatch, capsys)
     with pytest.raises(ConfigError, match="--if_hopeless warn goes on") as error:
         grpo.main(config(steps=1, if_hopeless="stop"))
     assert "\n" not in str(error.value)
-    look, why, change = capsys.readouterr().out.splitlines()
+    *_, look, why, change = capsys.readouterr().out.splitlines()
     assert "100% of the groups have no signal; the start was not trained to chat" in look
     assert why.startswith("nothing can be learned: 100% of the answers never end: --init seems a base model")
     assert change.startswith("what to change: fine-tune it first (sft.py)")

@@ -73,12 +73,9 @@ class Rollout:
     logprobs: torch.Tensor  # (N·n, T) fp32, log π of each sampled token at the sampling temperature
 
     def texts(self, tokenizer):
-        """The completions as strings: plain tokens only, neither special ones nor a padded vocabulary's spare ids."""
-        rows = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
-        return [
-            tokenizer.decode([i for i, real in zip(ids, mask, strict=True) if real and i in tokenizer.text_ids])
-            for ids, mask in rows
-        ]
+        """The completions as strings, for rewards, metrics and reports: see Tokenizer.decode_answer."""
+        rows = zip(self.ids.tolist(), self.mask.sum(1).tolist(), strict=True)
+        return [tokenizer.decode_answer(ids[:length]) for ids, length in rows]
 
     def ended(self, stop_ids):
         """(N·n,) bool: which rows met one of these ids, and so stopped by themselves instead of being cut off."""

@@ -218,11 +218,11 @@ class Config(RunConfig):
 
 
 def make_tokenizer(kind, texts, vocab_size):
-    """--tokenizer bpe, char or byte, trained on the texts; anything else is the directory of one."""
+    """--tokenizer bpe, char or byte, trained on {split: texts}; anything else is the directory of one."""
     if kind == "bpe":
-        return BPETokenizer.train(texts, vocab_size)
+        return BPETokenizer.train(texts["train"], vocab_size)
     if kind == "char":
-        return CharTokenizer.train(texts)
+        return CharTokenizer.train([*texts["train"], *texts["valid"]])
     if kind == "byte":
         return ByteTokenizer()
     return load_tokenizer(kind)
@@ -230,7 +230,7 @@ def make_tokenizer(kind, texts, vocab_size):
 
 def make_decoder(config, dist, texts):
     """-> (decoder in CPU memory, tokenizer, config with the decoder's architecture): those of --init, or random weights
-    and a tokenizer trained on these texts."""
+    and a tokenizer trained on these texts, {split: texts}."""
     if config.init:
         policy, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
         return policy, tokenizer, replace(config, model=policy.config)
@@ -293,7 +293,7 @@ def main(config):
         raise ConfigError(f"--fsdp needs {need}")
     run_path(config)  # raises on a bad --name or --resume before the text is read
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
-    policy, tokenizer, config = make_decoder(config, dist, texts["train"])
+    policy, tokenizer, config = make_decoder(config, dist, texts)
     context = config.model.context  # T
     streams = make_streams(config, dist, tokenizer, context, texts)  # all documents as one array of ids, on disk
     documents = tokenizer.encode_batch(texts["valid"]) if len(texts["valid"]) > 1 else []

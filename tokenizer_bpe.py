@@ -45,17 +45,17 @@ dropout. Run it: `python tokenizer_bpe.py`.
 """
 
 import heapq
-import os
-import unicodedata
+from array import array
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import regex
-import tiktoken
 
 from support.errors import TokenizerError
 from support.output import run_demo
+from support.pieces import FastEncoder, compose, split
 from support.tokenizer_files import (
     BYTE_ORDER,
     TokenizerSpec,
@@ -91,7 +91,7 @@ def train_bpe_naive(texts, n_merges):
     It counts all pairs anew for each merge.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    counts = Counter(word.encode() for text in texts for word in regex.findall(PATTERN, text))
+    counts = Counter(word.encode() for text in texts for word in split(text, PATTERN))
     words = [(list(word), count) for word, count in counts.items()]  # ids, how often
     merges = []
     while len(merges) < n_merges:
@@ -121,6 +121,7 @@ def merge(ids, pair, new):
 
 
 PLACE = bytes(BYTE_ORDER.index(byte) for byte in range(256))
+GAP = -1  # no id, so that no pair crosses it
 
 
 def tie_order(pair):
@@ -130,21 +131,24 @@ def tie_order(pair):
 
 
 def train_bpe(texts, n_merges):
-    """The same merges, fast. A merge changes only the words that hold its pair, and in them only the pairs next to it:
-    `where` lists the words, the counts are kept up to date, and a heap gives the best pair.
+    """The same merges, fast. All words stand in one row, with a GAP between two. A merge visits the places of its pair,
+    which `where` lists, and changes only the pairs next to them, however long the word. A heap gives the best pair.
 
     texts: a string, the Path of a file of any size, or several of them. The heap's counts may be outdated, but never
     too low: a pair is pushed again whenever its count grows, and one that is popped with an outdated count is pushed
     back with the right one. Until the end bytes are replaced by their place in BYTE_ORDER: the heap then breaks ties as
     `tie_order` does.
     """
-    counted = count_words(texts, PATTERN)
-    words, counts = [list(word.translate(PLACE)) for word in counted], list(counted.values())
-    pairs, where = Counter(), defaultdict(set)  # pair -> its count; -> the words it is in, or was in once
-    for word, ids in enumerate(words):
-        for pair in pairwise(ids):
-            pairs[pair] += counts[word]
-            where[pair].add(word)
+    ids, times = [GAP], [0]  # at each place, and how often the word there occurs
+    for word, count in count_words(texts, PATTERN).items():
+        ids += [*word.translate(PLACE), GAP]
+        times += [count] * (len(word) + 1)
+    before, after = array("q", range(-1, len(ids) - 1)), array("q", range(1, len(ids) + 1))  # each place's neighbours
+    pairs, where = Counter(), defaultdict(partial(array, "q"))  # pair -> its count; -> the places it is at, or was once
+    for place, pair in enumerate(pairwise(ids)):
+        if GAP not in pair:
+            pairs[pair] += times[place]
+            where[pair].append(place)
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
     merges = []
@@ -154,37 +158,25 @@ def train_bpe(texts, n_merges):
             if pairs[best]:
                 heapq.heappush(heap, (-pairs[best], best))
             continue
-        grown = set()
-        for word in where.pop(best):
-            for before, after in merge_in_place(words[word], best, 256 + len(merges)):
-                pairs[before] -= counts[word]
-                pairs[after] += counts[word]
-                where[after].add(word)
-                grown.add(after)
+        (left, right), new, grown = best, 256 + len(merges), set()
+        for i in sorted(where.pop(best)):  # from left to right: in "aaa" the first two
+            j = after[i]
+            if ids[i] != left or ids[j] != right:
+                continue  # another merge took one of them
+            ids[i], ids[j] = new, None
+            h, k = before[i], after[j]  # h i j k -> h i k
+            after[i], before[k] = k, i
+            for place, was, now in ((h, (ids[h], left), (ids[h], new)), (i, (right, ids[k]), (new, ids[k]))):
+                if GAP not in now:
+                    pairs[was] -= times[i]
+                    pairs[now] += times[i]
+                    where[now].append(place)
+                    grown.add(now)
         del pairs[best]
-        for pair in grown:
-            if pairs[pair]:
-                heapq.heappush(heap, (-pairs[pair], pair))
+        for pair in filter(pairs.get, grown):
+            heapq.heappush(heap, (-pairs[pair], pair))
         merges.append(best)
     return [tuple(BYTE_ORDER[i] if i < 256 else i for i in pair) for pair in merges]
-
-
-def merge_in_place(ids, pair, new):
-    """`merge` on the list itself; yields, for each neighbour, the pair that it was in and the one that it is in now.
-
-    [1, 2, 3], (1, 2), 9 -> [9, 3], yielding ((2, 3), (9, 3))
-    """
-    left, right = pair
-    i, last = 0, len(ids) - 1
-    while i < last:
-        if ids[i] == left and ids[i + 1] == right:
-            ids[i : i + 2] = [new]
-            last -= 1
-            if i > 0:
-                yield (ids[i - 1], left), (ids[i - 1], new)
-            if i < last:
-                yield (right, ids[i + 1]), (new, ids[i + 1])
-        i += 1
 
 
 # -------------------------------------------------------------------------------------------------------- encoding
@@ -193,7 +185,7 @@ def merge_in_place(ids, pair, new):
 def encode_naive(text, merges, ids, pattern=PATTERN):
     """The algorithm, to be read: text -> ids. merges: [(left bytes, right bytes), …] in order; ids: {bytes: id}."""
     rank = {pair: place for place, pair in enumerate(merges)}
-    return [ids[part] for piece in regex.finditer(pattern, text) for part in apply_merges(piece[0].encode(), rank)]
+    return [ids[part] for piece in split(text, pattern) for part in apply_merges(piece.encode(), rank)]
 
 
 def apply_merges(piece, rank):
@@ -211,7 +203,7 @@ def apply_merges(piece, rank):
 
 
 def fast_encoder(merges, ids, pattern):
-    """The same ids, fast: a tiktoken.Encoding. Raises TokenizerError.
+    """The same ids, fast: `.encode(text)`, by tiktoken (support/pieces.py). Raises TokenizerError.
 
     tiktoken knows no merges: it joins the neighbours whose union has the lowest id, and takes a piece that is a token
     as it stands. That is the same if ids rise with the merges (checked here) and each token can be spelled in one way.
@@ -221,7 +213,7 @@ def fast_encoder(merges, ids, pattern):
     merged = [ids.get(left + right, -1) for left, right in merges]
     if -1 in merged or merged != sorted(set(merged)) or len(merged) != sum(len(token) > 1 for token in ids):
         raise TokenizerError("the merges do not make the vocabulary's tokens one by one in the order of their ids")
-    return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ids, special_tokens={})
+    return FastEncoder(ids, pattern)
 
 
 def check_spelling(merges):
@@ -281,6 +273,13 @@ class Tokenizer:
     def decode(self, ids):
         """ids -> text. Bytes that are no UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_answer(self, ids):
+        """A sampled answer as its judges read it: without the stop token at its end, other special tokens by their
+        names, so that `1<|im_start|>8` is not 18. Ids of a padded vocabulary, no tokens, are U+FFFD before the end."""
+        while ids and (ids[-1] in self.stop_ids or ids[-1] not in self._bytes):
+            ids = ids[:-1]
+        return b"".join(self._bytes.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids):
         return b"".join(map(self.token_bytes, ids))
@@ -419,7 +418,7 @@ class BPETokenizer(Tokenizer):
         return cls(merges, vocab, count_from(len(vocab), special_tokens))
 
     def encode_ordinary(self, text):
-        return self._fast.encode_ordinary(self._prepare(text))
+        return self._fast.encode(self._prepare(text))
 
     def encode_naive(self, text):
         """The same ids by the plain algorithm, for the tests."""
@@ -429,12 +428,12 @@ class BPETokenizer(Tokenizer):
         """The ids of each text, on several threads: tiktoken releases Python's lock."""
         if self.added_ids:
             return super().encode_batch(texts)
-        return self._fast.encode_ordinary_batch([self._prepare(text) for text in texts], num_threads=os.cpu_count())
+        return self._fast.encode_batch([self._prepare(text) for text in texts])
 
     def _prepare(self, text):
         data = utf8(text)
         if self.nfc:
-            text = unicodedata.normalize("NFC", text)
+            text = compose(text)
             data = text.encode()
         if self._absent and len(data.translate(None, self._absent)) < len(data):
             raise TokenizerError(f"the text holds one of the bytes {list(self._absent)}, which this vocabulary lacks")
@@ -454,7 +453,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """An id per character of the training text, in their order; any other character is an error."""
+    """An id per character of the texts, in their order; any other character is an error. pretrain.py trains it on the
+    validation text too: an alphabet tells nothing of what is written in it."""
 
     kind = "char"
 

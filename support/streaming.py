@@ -31,25 +31,26 @@ class StreamedText:
     is text that may be the beginning of a stop text, because stop texts are never printed."""
 
     def __init__(self, tokenizer, stop_texts=()):
-        self.tokenizer, self.stop_texts, self.text, self.shown = tokenizer, stop_texts, "", 0
+        self.tokenizer, self.stop_texts = tokenizer, stop_texts
+        self.shown, self.held = [], ""  # what was printed, piece by piece; what may begin a stop text
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token):
         """Add a token -> whether a stop text has ended the answer. Special tokens and padding ids are not printed."""
         if token not in self.tokenizer.text_ids:
             return False
-        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        ends = [self.text.index(stop) for stop in self.stop_texts if stop in self.text]
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        ends = [self.held.index(stop) for stop in self.stop_texts if stop in self.held]
         if ends:
-            self.text, safe = self.text[: min(ends)], min(ends)
-        else:
-            partial = (k for stop in self.stop_texts for k in range(1, len(stop)) if self.text.endswith(stop[:k]))
-            safe = len(self.text) - max(partial, default=0)
-        print(self.text[self.shown : safe], end="", flush=True)
-        self.shown = max(self.shown, safe)
+            self.held = self.held[: min(ends)]
+        partial = (k for stop in self.stop_texts for k in range(1, len(stop)) if self.held.endswith(stop[:k]))
+        safe = len(self.held) - (0 if ends else max(partial, default=0))
+        self.shown.append(self.held[:safe])
+        self.held = self.held[safe:]
+        print(self.shown[-1], end="", flush=True)
         return bool(ends)
 
     def end(self):
         """Print the text that was held back; returns the whole text."""
-        print(self.text[self.shown :], flush=True)
-        return self.text
+        print(self.held, flush=True)
+        return "".join([*self.shown, self.held])

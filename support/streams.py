@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import distributed
 
-from support.errors import ConfigError, DataError
+from support.errors import ConfigError, DataError, TokenizerError
 from support.files import must_write, replacing, to_json, write_whole
 from support.locks import file_lock
 from support.runs import RUNS
@@ -146,7 +146,10 @@ def make_streams(config, dist, tokenizer, context, texts):
     paths = {split: stream_path(RUNS / "streams", texts[split], tokenizer) for split in ("train", "valid")}
     if dist.is_main:
         for split, path in paths.items():
-            tokenise(path, texts[split], tokenizer)
+            try:
+                tokenise(path, texts[split], tokenizer)
+            except TokenizerError as error:  # a character that the alphabet of --init lacks
+                raise TokenizerError(f"the {split} text of {config.data}: {error}") from None
     if dist.world > 1:
         distributed.barrier()
     arrays = {split: open_stream(path, tokenizer.fingerprint, dist.is_main) for split, path in paths.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import regex
 
 from support.errors import TokenizerError
+from support.pieces import as_tiktoken_sees, split
 
 BATCH = 2**22  # characters that one process counts at a time; this bounds the memory, not the size of the text
 # A long text is cut at the last place where a space follows a letter or digit, or where a letter or digit begins a
@@ -46,10 +47,10 @@ def count_words(texts, pattern):
 
 def count_batch(batch, pattern):
     """[text, …] -> {word: count}"""
-    split, words = regex.compile(pattern), Counter()
+    words = Counter()
     for text in batch:
         utf8(text)
-        words.update(split.findall(text))
+        words.update(split(text, pattern))
     return words
 
 
@@ -83,14 +84,17 @@ def blocks(text):
 def cut(blocks):
     """Blocks of one text, which may end inside a word -> the same text in pieces that end at a BORDER, between
     words."""
-    rest = ""
+    parts, length = [], 0  # of the piece that waits for its border
     for block in blocks:
-        rest += block
-        if len(rest) >= BATCH and (border := BORDER.search(rest)):
-            yield rest[: border.start()]
-            rest = rest[border.start() :]
-    if rest:
-        yield rest
+        before = parts[-1][-1] if parts else ""
+        parts.append(block)
+        length += len(block)
+        if length >= BATCH and (border := BORDER.search(as_tiktoken_sees(before + block))):
+            at = border.start() - len(before)
+            yield "".join([*parts[:-1], block[:at]])
+            parts, length = [block[at:]], len(block) - at
+    if parts:
+        yield "".join(parts)
 
 
 def utf8(text):

@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, script
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import generate as generate_module
 from generate import Config, Rollout, answer, chat, generate, main, sample, truncate
 from support import cli
+from support.answers import extract_answer
 from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.cli import parse_config, run_script
 from support.devices import free_memory
 from support.errors import CheckpointError, ConfigError, DivergedError
-from tokenizer_bpe import BPETokenizer, CharTokenizer
+from support.streaming import StreamedText
+from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
@@ -214,7 +218,7 @@ def test_the_context_can_be_filled_to_the_last_token(model):
     assert generate(model, PROMPTS, 41).ids.shape == (3, 41)
 
 
-def test_texts_leave_out_pads_and_special_tokens():
+def test_texts_leave_out_what_ends_them():
     tokenizer = BPETokenizer.train("the cat sat on the mat " * 9, 270)
     cat, end = tokenizer.encode(" cat"), tokenizer.endoftext_id
     ids = torch.tensor([[*cat, end, 0, 0]])
@@ -224,6 +228,42 @@ def test_texts_leave_out_pads_and_special_tokens():
     assert Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer) == [" cat", " cat"]
     tokenizer.add_words({"<think>": 270 + 9})
     assert Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer) == [" cat", " cat<think>"]
+
+
+def test_a_special_token_inside_an_answer_is_seen():
+    """Left out, it would make one number of two: every reward, metric and report reads Rollout.texts."""
+    tokenizer = BPETokenizer.train("#### 18", 262)
+    start, end, stop = (tokenizer.special_ids[f"<|{name}|>"] for name in ("im_start", "im_end", "endoftext"))
+    before, eight, spare = tokenizer.encode("#### 1"), *tokenizer.encode("8"), tokenizer.vocab_size + 5
+    answers = {
+        (*before, eight, end): "#### 18",
+        (*before, eight, stop): "#### 18",
+        (*before, start, eight, end): "#### 1<|im_start|>8",
+        (*before, end, eight): "#### 1<|im_end|>8",
+        (*before, spare, eight, end): "#### 1\ufffd8",
+        (*before, start): "#### 1<|im_start|>",
+        (end,): "",
+    }
+    ids = torch.zeros(len(answers), 12, dtype=torch.long)
+    for row, of_row in enumerate(answers):
+        ids[row, : len(of_row)] = torch.tensor(of_row)
+    mask = torch.arange(12) < torch.tensor([*map(len, answers)])[:, None]
+    texts = Rollout(ids, mask, torch.zeros(ids.shape)).texts(tokenizer)
+    assert texts == list(answers.values())
+    assert [extract_answer(text) for text in texts] == ["18", "18", None, None, None, None, None]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab🙂 ", max_size=30), st.lists(st.text("ab🙂", min_size=1, max_size=3), max_size=3))
+def test_a_streamed_text_ends_before_the_first_stop_text(text, stops):
+    streamed, tokenizer = StreamedText(ByteTokenizer(), stops), ByteTokenizer()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        ended = any(streamed.add(token) for token in tokenizer.encode(text))
+        whole = streamed.end()
+    assert out.getvalue() == whole + "\n"
+    assert ended == any(stop in text for stop in stops)
+    seen = text[: min((text.index(stop) + len(stop) for stop in stops if stop in text), default=len(text))]
+    assert whole == seen[: min((seen.index(stop) for stop in stops if stop in seen), default=len(seen))]
 
 
 def test_what_generate_is_given_must_fit(model):

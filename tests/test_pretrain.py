@@ -21,6 +21,7 @@ from pretrain import next_token_loss, validate, validation_sequences
 from support import devices, pretrain_report, runs, streams
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, TokenizerError
+from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig
 
 
@@ -266,18 +267,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"model": TransformerConfig(context=1)}, "model.context is 1"),
         ({"model": TransformerConfig(vocab_size=5000)}, "use --vocab_size"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size 100 is too small"),
-        ({"tokenizer": "char", "data": "odd.txt"}, "character 'ß' at position"),
     ],
 )
 def test_bad_settings(here, changes, message, monkeypatch):
     monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)  # wandb is not there
-    (here / "odd.txt").write_text(TEXT + "ß", encoding="utf-8")  # the ß is in the validation part alone
     earlier = here / "runs/pretrain/metrics.jsonl"
     earlier.parent.mkdir(parents=True)
     earlier.touch()
     with pytest.raises((ConfigError, TokenizerError), match=message):
         pretrain.main(config(**changes))
     assert earlier.exists()  # a typo moves no earlier run aside
+
+
+def test_the_alphabet_is_that_of_the_whole_text(here):
+    """The ß is in the validation part alone. A text for --init must do with the alphabet that there is."""
+    (here / "odd.txt").write_text(TEXT + "ß", encoding="utf-8")
+    pretrain.main(config(tokenizer="char", data="odd.txt"))
+    tokenizer = load_tokenizer("runs/pretrain/last")
+    assert tokenizer.vocab_size == len({*TEXT, *"\nsystemuserassistant", "ß"}) + 3
+    assert tokenizer.decode(tokenizer.encode("ß")) == "ß"
+    (here / "odder.txt").write_text(TEXT + "aǅ", encoding="utf-8")
+    place = r"valid text of odder.txt: character 'ǅ' at position \d+ was not in"
+    with pytest.raises(TokenizerError, match=place):
+        pretrain.main(config(data="odder.txt", init="runs/pretrain/last", name="more"))
 
 
 def test_the_best_is_chosen_on_the_same_rows_each_time(here, monkeypatch):

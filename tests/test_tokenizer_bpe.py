@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from support import pieces
 from support.errors import TokenizerError
-from support.tokenizer_files import SPLITS, from_printable
+from support.tokenizer_files import SPLITS, from_printable, match_everything
 from tokenizer_bpe import (
     PATTERN,
     SPECIAL_TOKENS,
@@ -55,9 +58,53 @@ def test_fast_training_equals_plain_training(texts):
     assert train_bpe(texts, 30) == train_bpe_naive(texts, 30)
 
 
+RUNS = [
+    " ",
+    "\n",
+    "\t",
+    " \t\u00a0",
+    "\r\n",
+    " \n",
+    "a",
+    "aA",
+    "7",
+    ".",
+    "'",
+    "'s",
+    "你",
+    "🙂",
+    "\u0301\u0316",
+    "e\u0301",
+    "²",
+]
+RUNS_OF_ANY_LENGTH = st.lists(st.tuples(st.sampled_from(RUNS), st.integers(1, 120)), max_size=6).map(
+    lambda runs: "".join((run * n)[:n] for run, n in runs)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(RUNS_OF_ANY_LENGTH.filter(bool))
+def test_training_on_runs_equals_plain_training(text):
+    assert train_bpe(text, 40) == train_bpe_naive(text, 40)
+
+
+@pytest.mark.parametrize("run", [" ", ".", "你", "\u0301\u0316"])
+def test_training_is_linear_in_a_run(run):
+    def seconds(n):
+        started = time.process_time()
+        merges = train_bpe((run * n)[:n] + "a", 20)
+        return time.process_time() - started, merges
+
+    few, (many, merges) = seconds(20_000)[0], seconds(400_000)
+    assert many < 60 * few  # 20 times as much; if it were quadratic, 400 times
+    if run == ".":
+        assert merges[:3] == [(46, 46), (256, 256), (257, 257)]
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.text("ab 1'é\n🙂\x00", min_size=1, max_size=200))
+@given(st.text("ab 1'é\n🙂\x00\U000323b0", min_size=1, max_size=200))
 @example(TEXT)
+@example("é\U000323b0\n" * 9)  # a letter, but not yet in the edition of Unicode that tokenizers and tiktoken have
 def test_training_equals_the_tokenizers_package(text):
     theirs = trained_by_tokenizers(split_by(PATTERN), text, 256 + 200)
     merges = [
@@ -115,6 +162,100 @@ def test_any_text_survives_and_the_plain_encoder_agrees(text):
 
 
 test_any_text_survives_and_the_plain_encoder_agrees.tokenizer = BPETokenizer.train(TEXT, 600)
+
+
+PATTERNS = SPLITS | {
+    "llama-3": PATTERN.replace(r"\p{N}", r"\p{N}{1,3}", 2).replace(r"\p{L}\p{N}{1,3}", r"\p{L}\p{N}"),
+    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "odd": match_everything(r"(\p{L}+)| ?\p{N}+"),
+}
+
+
+@pytest.fixture(scope="module")
+def of_runs():
+    """{name of a pattern: a tokenizer that has tokens for runs}"""
+    texts = [TEXT, *((run * 300)[:300] + "\n" for run in RUNS)]
+    of_ours = BPETokenizer.train(texts, 700)
+    return {n: BPETokenizer(of_ours.merges, of_ours.vocab, of_ours.special_ids, p) for n, p in PATTERNS.items()}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("block", [3, pieces.BLOCK])
+def test_runs_of_any_class_have_the_ids_of_the_plain_algorithm(of_runs, name, block, monkeypatch):
+    """A block of 3: all of these texts are split here. Otherwise tiktoken splits them."""
+    monkeypatch.setattr(pieces, "BLOCK", block)
+    tokenizer = of_runs[name]
+
+    @settings(max_examples=80, deadline=None)
+    @given(RUNS_OF_ANY_LENGTH)
+    def same_ids(text):
+        ids = tokenizer.encode(text)
+        assert ids == tokenizer.encode_naive(text) == tokenizer.encode_batch(["x", text])[1]
+        assert tokenizer.decode(ids) == text
+
+    same_ids()
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "llama-3"])
+def test_a_run_of_a_million_blanks(of_runs, name, capfd):
+    """tiktoken alone panics, and the panic is no Exception."""
+    tokenizer, end = of_runs[name], of_runs[name].im_end_id
+    for run in (" ", " \t\u00a0")[: 2 if name == "qwen2" else 1]:
+        text = (run * 1_000_000)[:1_000_000] + "b"
+        ids = tokenizer.encode_naive(text)
+        assert tokenizer.encode(f"a<|im_end|>{text}", "all") == [*tokenizer.encode("a"), end, *ids]
+        assert tokenizer.encode_batch(["", text])[1] == ids
+    assert capfd.readouterr().err == ""
+
+
+def test_a_panic_that_no_rule_foresees(of_runs):
+    """The pattern of a loaded file may make tiktoken panic elsewhere, here in punctuation."""
+    text = "." * 1_100_000
+    assert of_runs["odd"].encode(text) == of_runs["odd"].encode_naive(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("a 1.\n\U000323b0\U000323b1\U00011de0\ua7ce\u20c1é\U00020000"))
+def test_letters_newer_than_tiktokens_unicode(text):
+    """Of 17,000 letters that `regex` knows tiktoken says, as does the tokenizers package, that they are none."""
+    tokenizer = test_letters_newer_than_tiktokens_unicode.tokenizer
+    theirs = split_by(PATTERN).pre_tokenize_str(text)
+    assert [piece.encode() for piece in pieces.split(text, PATTERN)] == [from_printable(piece) for piece, _ in theirs]
+    assert tokenizer.encode(text) == tokenizer.encode_naive(text)
+
+
+test_letters_newer_than_tiktokens_unicode.tokenizer = BPETokenizer.train("a\U00020000 é\U00020000a " * 9, 300)
+
+
+def test_a_letter_that_only_one_of_the_two_knows(monkeypatch):
+    class Encoder:
+        def __init__(self, kind):
+            self.letters = {r"\p{Lo}": "你\u0378", r"\p{Ll}": "aß"}.get(kind, "")
+
+        def encode_ordinary(self, text):
+            return "".join(c for c in text if c in self.letters).encode()
+
+    monkeypatch.setattr(pieces, "seen_as", {})
+    monkeypatch.setattr(pieces, "class_encoder", Encoder)
+    assert pieces.as_tiktoken_sees("ß你") == "ß你"
+    assert pieces.as_tiktoken_sees("aß你é\u0378") == "aß你\ufdd0ƻ"
+    assert pieces.split("ß é\u0378", r"\p{L}+") == ["ß", "\u0378"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("ae\u0301\u0316\u0344\u0f73\u0f71\u09be\u0323", max_size=9).map(lambda s: s * 60)).map("".join))
+def test_composing_a_run_of_marks(text):
+    assert pieces.compose(text) == unicodedata.normalize("NFC", text)
+
+
+def test_composing_is_linear_in_a_run():
+    started = time.process_time()  # unicodedata alone takes a minute or two
+    marks = pieces.compose("a" + "\u0301\u0316" * 100_000)
+    assert marks == "á" + "\u0316" * 100_000 + "\u0301" * 99_999
+    assert pieces.compose("\u0f73" * 100_000) == "\u0f71" * 100_000 + "\u0f72" * 100_000
+    assert time.process_time() - started < 3
 
 
 @given(st.binary())

@@ -34,6 +34,30 @@ def test_a_pattern_that_means_two_things_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("pattern", ["", r"\s*", r"(?=\d)|\p{L}+"])
+def test_a_split_that_matches_nothing_at_all(pattern, tmp_path):
+    """tiktoken panics on an empty piece."""
+    trained_by_tokenizers(split_by(r"\p{L}+"), TEXT, 320).save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    opened = load_tokenizer(tmp_path)
+    for call in (lambda: opened.encode("ab 12"), lambda: opened.encode_batch(["ab 12"])):
+        with pytest.raises(TokenizerError, match="matches between two characters") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_a_split_that_python_cannot_read(tmp_path):
+    """tiktoken can; a text that tiktoken cannot split is then refused."""
+    theirs = trained_by_tokenizers(split_by(r"[\x{61}-\x{7a}]+"), TEXT, 320)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    opened = load_tokenizer(tmp_path)
+    assert opened.encode(TEXT) == theirs.encode(TEXT).ids
+    with pytest.raises(TokenizerError, match="cannot be used on this text: incomplete escape"):
+        opened.encode(" " * 200_000)
+
+
 @pytest.mark.parametrize("pattern", [r"\d", r"\p{L}+| ?\p{N}+", r"\s+(?=\d)|\p{L}{2}", r"(\p{L}+)|\p{N}"])
 def test_what_a_foreign_split_does_not_match_is_kept(pattern, tmp_path):
     theirs = trained_by_tokenizers(split_by(pattern), TEXT, 320)

@@ -8,7 +8,7 @@ from test_tokenizer_bpe import TEXT
 
 from support import word_counts
 from support.errors import TokenizerError
-from support.word_counts import blocks, count_words, cut
+from support.word_counts import BORDER, blocks, count_words, cut
 from tokenizer_bpe import PATTERN, train_bpe
 
 
@@ -25,6 +25,24 @@ def test_counting_in_processes_and_from_a_file_changes_nothing(tmp_path, monkeyp
         assert count_words([text[:999], text[999:]], PATTERN) == read_plainly(text[:999]) + read_plainly(text[999:])
     with pytest.raises(TokenizerError, match="surrogate"):  # from a worker
         count_words(["a b " * 500, "c \ud83d"] * 9, PATTERN)
+
+
+def test_a_text_without_a_border_is_searched_once(monkeypatch):
+    class Border:
+        searched = 0
+
+        def search(self, text):
+            self.searched += len(text)
+            return BORDER.search(text)
+
+    border = Border()
+    monkeypatch.setattr(word_counts, "BATCH", 100)
+    monkeypatch.setattr(word_counts, "BORDER", border)
+    text = "." * 20_000
+    assert list(cut(blocks(text))) == [text]
+    assert border.searched < 1.1 * len(text)
+    text = "a" * 250 + " b" + "." * 500  # a border in the third block; the next only after one that has none
+    assert list(cut(blocks(text))) == ["a" * 250, " b" + "." * 500]
 
 
 def read_plainly(text):

@@ -1,0 +1,135 @@
+"""The pieces that a pattern cuts a text into, and their ids by tiktoken: for a run of any length of any character.
+
+tiktoken splits and merges fast, but its regular expressions panic in a run of a million blanks. The `regex` package
+does not: it splits such a text here, which takes two to three times as long. The two also know different editions of
+Unicode: to the older one a newly encoded letter is no letter yet. The edition that counts is tiktoken's, which is also
+that of the `tokenizers` package, so that the ids are those which transformers gives.
+"""
+
+import os
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
+from itertools import groupby
+
+import regex
+import tiktoken
+
+from support.errors import TokenizerError
+
+BLOCK = 100_000  # characters; tiktoken copes with ten times as many blanks in a row
+
+# For each class a character that both packages put into it, which stands in for those that only tiktoken does.
+STAND_INS = {
+    r"\p{Lu}": "Þ",
+    r"\p{Ll}": "þ",
+    r"\p{Lt}": "ǅ",
+    r"\p{Lm}": "ʰ",
+    r"\p{Lo}": "ƻ",
+    r"\p{M}": "\u0301",
+    r"\p{Nd}": "٣",
+    r"\p{N}": "½",
+    r"\p{P}": "¿",
+    r"\p{S}": "±",
+    r"\s": "\u3000",
+}
+NO_CLASS = "\ufdd0"  # never to be assigned
+
+
+def split(text, pattern):
+    """text -> [piece, …], what `pattern` matches from left to right, by tiktoken's edition of Unicode. Raises
+    TokenizerError."""
+    try:
+        cutter, seen = regex.compile(pattern), as_tiktoken_sees(text)
+    except regex.error as error:  # the syntax of Rust's regular expressions is not quite the same
+        raise TokenizerError(f"the split {pattern!r} cannot be used on this text: {error}") from None
+    if seen is text and not cutter.groups:
+        return cutter.findall(text)
+    return [text[match.start() : match.end()] for match in cutter.finditer(seen)]
+
+
+def as_tiktoken_sees(text):
+    """text -> a text of the same length, in which `regex` finds the classes that tiktoken finds in this one."""
+    if text.isascii():
+        return text
+    characters = set(text)
+    if new := characters.difference(seen_as):
+        compare(new)
+    stand_ins = {character: seen_as[character] for character in characters if seen_as[character] != character}
+    return text.translate(str.maketrans(stand_ins)) if stand_ins else text
+
+
+seen_as = {}  # {character: its stand-in, or itself where both packages agree}, for the characters met so far
+
+
+def compare(characters):
+    """Find the stand-ins of some characters."""
+    text = "".join(characters)
+    seen, differing = {}, set()
+    for kind in STAND_INS:  # tiktoken leaves out what its pattern does not match
+        seen[kind] = set(bytes(class_encoder(kind).encode_ordinary(text)).decode())
+        differing |= seen[kind].symmetric_difference(regex.findall(kind, text))
+    for character in characters:
+        other = next((other for kind, other in STAND_INS.items() if character in seen[kind]), NO_CLASS)
+        seen_as[character] = other if character in differing else character
+
+
+@cache
+def class_encoder(kind):
+    """A tiktoken.Encoding whose "ids" are the bytes of those characters of a text that are in a class."""
+    every_byte = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding(kind, pat_str=kind, mergeable_ranks=every_byte, special_tokens={})
+
+
+class FastEncoder:
+    """The ids of a text under a pattern and tokens {bytes: id} whose merges are in the order of their ids."""
+
+    def __init__(self, ids, pattern):
+        self.ids, self.pattern = ids, pattern
+        self.tiktoken = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ids, special_tokens={})
+
+    def encode(self, text):
+        """text -> ids. White space of 2 BLOCK characters fills one of the blocks that are looked at. Raises
+        TokenizerError."""
+        blank = len(text) >= BLOCK and any(
+            text[i : i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK)
+        )
+        if not blank:
+            try:
+                return self.tiktoken.encode_ordinary(text)
+            except BaseException as error:  # Rust's panic, which an odd pattern of a loaded file can cause elsewhere
+                if type(error).__name__ != "PanicException":
+                    raise
+        ids_of, ids = {}, []
+        for piece in split(text, self.pattern):
+            if not piece:
+                raise TokenizerError(f"the split {self.pattern!r} matches between two characters: not supported here")
+            if piece not in ids_of:
+                ids_of[piece] = self.one_piece.encode_ordinary(piece)
+            ids += ids_of[piece]
+        return ids
+
+    def encode_batch(self, texts):
+        """The ids of each text, on several threads: tiktoken releases Python's lock."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return list(threads.map(self.encode, texts))
+
+    @cached_property
+    def one_piece(self):
+        """tiktoken, which takes any text for one piece."""
+        return tiktoken.Encoding("piece", pat_str=r"[\s\S]+", mergeable_ranks=self.ids, special_tokens={})
+
+
+def compose(text):
+    """text -> its NFC. The marks of a long run are put in order here: unicodedata takes n² steps for n of them."""
+    for vowel in "\u0f73\u0f75\u0f81":  # Tibetan; the only ones that are no marks of a class, but fall into such
+        text = text.replace(vowel, unicodedata.normalize("NFD", vowel))
+    if any(map(unicodedata.combining, text[::100])):  # such a run has one there
+        text = regex.sub(r"\p{M}{100,}", lambda run: ordered_marks(run[0]), text)
+    return unicodedata.normalize("NFC", text)
+
+
+def ordered_marks(run):
+    """Unicode's canonical order: by combining class, where that is not 0; marks of one class keep their order."""
+    groups = groupby(run, lambda mark: unicodedata.combining(mark) > 0)
+    return "".join(mark for _, group in groups for mark in sorted(group, key=unicodedata.combining))

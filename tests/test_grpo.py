@@ -935,7 +935,7 @@ def test_a_sampler_that_is_the_policy_costs_and_changes_nothing(here, spied, mon
     )
     grpo.main(config(name="plain", **flags))
     assert scored == []
-    assert "sampler_kl" not in (here / "runs/plain/metrics.jsonl").read_text()
+    assert "sampler_kl" not in (here / "runs/plain/metrics.jsonl").read_text(encoding="utf-8")
     grpo.main(config(name="corrected", **flags, **OFF_POLICY))
     assert len(scored) == 2
     first, second = spied["gradients"][:4], spied["gradients"][4:]

@@ -160,7 +160,7 @@ def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch)
     monkeypatch.setattr(pretrain_report, "draw_curves", lambda *args: None)
     whole = config(name="whole", dtype="fp16", save_every=1, keep=6)
     pretrain.main(whole)
-    assert not math.isfinite(metrics("runs/whole", "grad_norm")[2])
+    assert metrics("runs/whole", "grad_norm")[2] is None  # not finite
     assert_same_weights("runs/whole/step_0000001", "runs/whole/step_0000002")
     scaler = torch.load("runs/whole/last/trainer_state.pt")["scaler"]
     assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**15, 4)  # from 2¹⁶, then four good steps

@@ -73,7 +73,7 @@ class Rollout:
     logprobs: torch.Tensor  # (N·n, T) fp32, log π of each sampled token at the sampling temperature
 
     def texts(self, tokenizer):
-        """The completions as strings, for rewards, metrics and reports: see Tokenizer.decode_answer."""
+        """The completions as strings, as rewards, metrics and reports judge them: see Tokenizer.decode_answer."""
         rows = zip(self.ids.tolist(), self.mask.sum(1).tolist(), strict=True)
         return [tokenizer.decode_answer(ids[:length]) for ids, length in rows]
 

@@ -80,7 +80,8 @@ def layers(folder, figures, settings):
     results["gradient_ratio"] = results["gradient_built"][0] / results["gradient_built"][-1]
     generator = torch.Generator().manual_seed(seed)
     prompt, new_tokens = tokenizer.encode("\n"), min(100, trained.config.context - 1)
-    results["text"] = generate(trained, [prompt], new_tokens, generator=generator).texts(tokenizer)[0]
+    sampled = generate(trained, [prompt], new_tokens, generator=generator).ids[0].tolist()
+    results["text"] = tokenizer.decode([i for i in sampled if i in tokenizer.text_ids])  # to be shown, not judged
     ids = torch.tensor(tokenizer.encode(validation_text()[: 32 * 64]))
     return results | attention_figures(trained, ids[: len(ids) // 32 * 32].view(32, -1))
 

@@ -7,6 +7,7 @@ measures.
 
 from dataclasses import dataclass, replace
 
+from grpo import ALGORITHMS
 from support import probes
 from support.copy_lines import MOST_DOTS, copy_file
 
@@ -277,6 +278,19 @@ EXPERIMENTS = {
         front=("earned_brevity", "earned_correct"),
         probe="earned",
     ),
+    "policy-gradients": Experiment(
+        "Ten policy gradients, with as many rollouts and optimizer steps: which learn, and at what price?",
+        "the SFT checkpoint that the stage itself makes for the seed, 500 steps of 12 prompts x 8 rollouts in two "
+        "minibatches, the prompts' order, all else as `grpo.py --algorithm` sets it",
+        {name: ("grpo", {"algorithm": name, "pass_problems": 1, "pass_samples": 1}) for name in ALGORITHMS},
+        ("accuracy", "sampled", "pass_at_8", "kl", "length", "clipped", "seconds"),
+        ("reward_correct", "kl"),
+        against="grpo",
+        probe="training",
+        bars=("sampled", "pass_at_8", "kl"),
+        tune="lr",
+        grid=(7.5e-5, 1.5e-4, 3e-4, 6e-4),
+    ),
     "off-policy": Experiment(
         "How far may the sampler be from the policy, and what saves a run from it?",
         _PROMPTS,
@@ -285,7 +299,7 @@ EXPERIMENTS = {
         ("reward_correct", "sampler_kl"),
         pairs=tuple((v, "on policy") for v in _OFF_POLICY)
         + tuple((v, f"{v.split(', ')[0]}, uncorrected") for v in _OFF_POLICY if "uncorrected" not in v),
-        probe="off_policy",
+        probe="training",
         dashed="uncorrected",
     ),
     "dpo": Experiment(

@@ -8,6 +8,7 @@ including the checkpoint's "path"; settings: what ablate.py ran the stage with. 
     copying    over what distance the model can copy a letter
     clipping   gradient norms, how often they were clipped, loss spikes
     held_out   pass@8, format, length, and the KL to the SFT checkpoint
+    training   the same, and the means of what the run logged
     earned     how often each of several rewards was earned, and the share of collapsed groups
 """
 
@@ -208,7 +209,7 @@ def held_out(folder, figures, settings):
     }
 
 
-def off_policy(folder, figures, settings):
+def training(folder, figures, settings):
     """What `held_out` measures, and from the log, means over the steps: the shares of tokens that the clip and the
     correction limited, KL(sampler ‖ trainer) per token; and the median of a step's seconds."""
     series = {name: values for name, (_, values) in read_metrics(folder).items()}

@@ -61,7 +61,7 @@ def test_what_a_sampler_did_is_read_from_the_log(tmp_path, monkeypatch):
     steps = [{"step": i, "clip_fraction": 0.1 * i, "sampler_kl": 0.01, "steps_per_second": 4 / i} for i in (1, 2, 6)]
     lines = "".join(json.dumps(s) + "\n" for s in [{"config": {}}, *steps])
     (tmp_path / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    got = probes.off_policy(tmp_path, {}, {})  # on policy nothing was limited
+    got = probes.training(tmp_path, {}, {})  # on policy nothing was limited
     assert got == pytest.approx({"kl": 0.5, "clipped": 30, "sampler_kl": 0.01, "seconds": 0.5})
 
 

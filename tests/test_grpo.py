@@ -862,18 +862,23 @@ def test_a_gradient_that_is_not_finite_stops_in_any_minibatch(here, monkeypatch)
         grpo.main(config(minibatches=2))
 
 
-@pytest.mark.parametrize(("signal", "loss"), [(True, "nan"), (False, "0.0")])
-def test_activations_that_overflow_fp16_stop_the_run(here, monkeypatch, signal, loss):
-    """A scaler forgives a gradient that is not finite, but no scale mends this loss; nor without a signal the rollouts,
-    of which no loss is made."""
+def test_activations_that_overflow_fp16_stop_the_run(here):
+    """They give no token."""
     raw, tokenizer, _ = open_checkpoint("start")
     with torch.no_grad():
         raw.blocks[0].ffn.down.weight.mul_(1e9)
     raw.save_pretrained("big")
     tokenizer.save_pretrained("big")
-    monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, *_: [float(signal * i) for i in range(len(texts))])
-    with pytest.raises(DivergedError, match=f"the loss is {loss}, the entropy is nan, .* at step 0"):
-        grpo.main(config(init="big", dtype="fp16", format_weight=0.0))
+    with pytest.raises(DivergedError, match=r"logits are not finite, so they give no token: .*--dtype fp32"):
+        grpo.main(config(init="big", dtype="fp16"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(here, monkeypatch):
+    """A scaler forgives a gradient that is not finite, but no scale mends this loss."""
+    logprobs = grpo.shared_answer_logprobs
+    monkeypatch.setattr(grpo, "shared_answer_logprobs", lambda *args: logprobs(*args) * math.nan)
+    with pytest.raises(DivergedError, match=r"the loss is nan, .* at step 0"):
+        grpo.main(config(dtype="fp16"))
 
 
 def test_prompts_must_be_shared_evenly(here, monkeypatch):

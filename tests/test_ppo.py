@@ -655,14 +655,24 @@ def test_without_answers_the_best_is_the_latest(here, monkeypatch, answered):
 
 
 def test_activations_that_overflow_fp16_stop_the_run(here):
-    """A scaler forgives a gradient that is not finite, but no scale mends this loss."""
+    """They give no token."""
     raw, tokenizer, _ = open_checkpoint("start")
     with torch.no_grad():
         raw.blocks[0].ffn.down.weight.mul_(1e9)
     raw.save_pretrained("big")
     tokenizer.save_pretrained("big")
-    with pytest.raises(DivergedError, match="the policy loss is nan, the value loss is nan at step 0"):
+    with pytest.raises(DivergedError, match=r"logits are not finite, so they give no token: .*--dtype fp32"):
         ppo.main(config(init="big", dtype="fp16"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(here, monkeypatch):
+    """A scaler forgives a gradient that is not finite, but no scale mends this loss."""
+    loss = ppo.ppo_policy_loss
+    monkeypatch.setattr(
+        ppo, "ppo_policy_loss", lambda *args, **more: [loss(*args, **more)[0] * math.nan, {"policy_loss": math.nan}]
+    )
+    with pytest.raises(DivergedError, match=r"the policy loss is nan, .* at step 0"):
+        ppo.main(config(dtype="fp16"))
 
 
 def test_what_stands_outside_the_mask_does_not_matter():

@@ -38,9 +38,9 @@ def test_a_pattern_that_means_two_things_is_refused(tmp_path):
 def test_a_split_that_matches_nothing_at_all(pattern, tmp_path):
     """tiktoken panics on an empty piece."""
     trained_by_tokenizers(split_by(r"\p{L}+"), TEXT, 320).save(str(tmp_path / "tokenizer.json"))
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     opened = load_tokenizer(tmp_path)
     for call in (lambda: opened.encode("ab 12"), lambda: opened.encode_batch(["ab 12"])):
         with pytest.raises(TokenizerError, match="matches between two characters") as error:

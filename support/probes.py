@@ -13,6 +13,7 @@ including the checkpoint's "path"; settings: what ablate.py ran the stage with. 
 """
 
 import math
+import re
 import statistics
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -32,6 +33,7 @@ from support.copy_lines import DISTANCES, MOST_DOTS, copy_line
 from support.devices import setup
 from support.errors import DataError
 from support.log import read_metrics
+from tokenizer_bpe import SPECIAL_TOKENS
 from transformer import Transformer, TransformerConfig
 
 NEW_TOKENS = 64  # longest answer to a built-in problem, as in the stages after SFT
@@ -81,8 +83,8 @@ def layers(folder, figures, settings):
     results["gradient_ratio"] = results["gradient_built"][0] / results["gradient_built"][-1]
     generator = torch.Generator().manual_seed(seed)
     prompt, new_tokens = tokenizer.encode("\n"), min(100, trained.config.context - 1)
-    sampled = generate(trained, [prompt], new_tokens, generator=generator).ids[0].tolist()
-    results["text"] = tokenizer.decode([i for i in sampled if i in tokenizer.text_ids])  # to be shown, not judged
+    text = generate(trained, [prompt], new_tokens, generator=generator).texts(tokenizer)[0]
+    results["text"] = re.sub("|".join(map(re.escape, SPECIAL_TOKENS)), "", text)  # shown, not judged
     ids = torch.tensor(tokenizer.encode(validation_text()[: 32 * 64]))
     return results | attention_figures(trained, ids[: len(ids) // 32 * 32].view(32, -1))
 

@@ -78,6 +78,7 @@ from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import CheckpointError, ConfigError
+from support.finite import diverged
 from support.hf_bert import is_encoder, load_encoder, save_encoder
 from support.runs import Run, RunConfig, run_path, saved_run
 from support.streams import make_streams
@@ -392,7 +393,7 @@ def demo():
 
 @torch.no_grad()
 def predict(encoder, rows, pad, batch=64):
-    """Lists of ids -> (N, n_class) probabilities."""
+    """Lists of ids -> (N, n_class) probabilities. DivergedError if they are not finite."""
     was_training = encoder.training
     encoder.eval()
     device = encoder.embed.weight.device
@@ -400,6 +401,8 @@ def predict(encoder, rows, pad, batch=64):
     pieces = [collate([rows[i] for i in order[j : j + batch]], pad) for j in range(0, len(order), batch)]
     p = torch.cat([encoder(tokens.to(device), real.to(device)).softmax(-1).cpu() for tokens, real in pieces])
     encoder.train(was_training)
+    if p.isnan().any():
+        raise diverged("probabilities")
     return p[torch.tensor(order).argsort()]  # (N, n_class), as the rows came
 
 

@@ -57,8 +57,9 @@ from support.checkpoints import is_chat_model, open_checkpoint
 from support.checks import Amount, Count, Fraction, Range, Seed, check
 from support.cli import run_script
 from support.devices import free_memory, setup
-from support.errors import ConfigError, DivergedError, TokenizerError
+from support.errors import ConfigError, TokenizerError
 from support.fast_decode import Decoder
+from support.finite import diverged
 from support.output import run_demo
 from support.streaming import StreamedText, read_line
 from transformer import Transformer, TransformerConfig
@@ -132,10 +133,7 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
 def require_finite(logprobs, mask):
     """Raise DivergedError if a token that the mask counts has log-probability NaN: see `sample`."""
     if (logprobs.isnan() & mask).any():
-        raise DivergedError(
-            "the model's logits are not finite, so they give no token: its training has diverged (take an earlier "
-            "checkpoint, or train with a smaller --lr), or its numbers overflow (try --dtype fp32)"
-        )
+        raise diverged("logits")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Weights and saved states must be finite: one NaN or infinity among them makes every number after it NaN."""
+"""Numbers that are not finite: one NaN or infinity among the weights makes every number that follows from them NaN."""
 
 import math
 
 import torch
 
-from support.errors import CheckpointError
+from support.errors import CheckpointError, DivergedError
 
 
 def is_finite(tensor):
@@ -32,3 +32,11 @@ def check_state(state, where, name=""):
     elif isinstance(state, dict | list | tuple):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             check_state(value, where, f"{name}.{key}" if name else str(key))
+
+
+def diverged(results):
+    """The DivergedError for results of a model, such as "logits", that are not finite."""
+    return DivergedError(
+        f"the model's {results} are not finite: its training has diverged (take an earlier checkpoint, or train with a "
+        "smaller --lr), or its numbers overflow (try --dtype fp32)"
+    )

@@ -8,6 +8,7 @@ import torch
 from attention import attention_weights
 from data import task_of
 from generate import generate
+from support.errors import DivergedError
 from support.plots import draw_attention, draw_curves, draw_experts
 from support.runs import RUNS
 from support.sharding import unsharded
@@ -96,11 +97,17 @@ def draw(config, n_params, entropy):
 
 def show(run, policy, tokenizer, record, text):
     """Print and log a sample of what the model writes; log its weights, and at the end what its heads attend to in a
-    text. All ranks must call it."""
+    text. All ranks must call it. DivergedError on logits that are not finite, unless --skip_nonfinite."""
     policy, step = unsharded(policy, run.dist), run.done + 1
     if not run.dist.is_main:
         return
-    loss, valid_loss, sample = record["loss"], record["valid_loss"], sample_text(policy, tokenizer, run.config.seed)
+    loss, valid_loss = record["loss"], record["valid_loss"]
+    try:
+        sample = sample_text(policy, tokenizer, run.config.seed)
+    except DivergedError as error:
+        if not run.config.skip_nonfinite:
+            raise
+        sample = f"(no sample: {error})"
     run.say(f"step {step}  loss {loss:.3f}  valid {valid_loss:.3f}  | {sample!r}")
     run.log.samples(step, f"**step {step}** (validation loss {valid_loss:.3f})\n\n{sample}")
     run.log.show(step, histograms={f"weights/{name}": weight for name, weight in policy.named_parameters()})

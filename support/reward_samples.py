@@ -13,6 +13,7 @@ from evaluate import is_correct
 from generate import generate
 from support.errors import CheckpointError
 from support.files import must_write, to_json, write_whole
+from support.finite import diverged
 from support.reward_report import sample_figures
 from support.runs import run_path
 
@@ -109,7 +110,8 @@ def keep_pairs(run, pairs):
 
 @torch.no_grad()
 def score_groups(model, groups, pad, device, autocast, tokens=16_384):
-    """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, of any lengths and numbers."""
+    """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, of any lengths and numbers.
+    DivergedError if one is not finite."""
     model.eval()
     pieces = [(g, k) for g, (_, answers) in enumerate(groups) for k in range(0, len(answers), 64)]
     pieces.sort(key=lambda piece: len(groups[piece[0]][0]))  # prompts of like length waste no padding
@@ -122,6 +124,8 @@ def score_groups(model, groups, pad, device, autocast, tokens=16_384):
             batch.append(pieces.pop())
         with autocast():
             values = model.read(model, model.pack([group_of[piece] for piece in batch], pad, device)).tolist()
+        if not all(map(math.isfinite, values)):
+            raise diverged("scores")
         for g, k in batch:
             n = len(group_of[g, k][1])
             scores[g][k : k + n], values = values[:n], values[n:]

@@ -37,7 +37,7 @@ from encoder import (
 from reward_model import RewardEncoder
 from support import runs
 from support.devices import Dist
-from support.errors import CheckpointError, ConfigError, DataError
+from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -200,6 +200,13 @@ def test_predictions_keep_their_order_and_the_confusion_counts(tokenizer):
     assert result["accuracy"] == pytest.approx(np.mean([a == b for a, b in pairs]))
     expected = F.cross_entropy(p.log(), torch.tensor(labels)).item()
     assert result["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_that_has_diverged_predicts_nothing(tokenizer):
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    torch.nn.init.constant_(model.classifier.weight, 3e38)
+    with pytest.raises(DivergedError, match="probabilities are not finite"):
+        predict(model, [[1, 2], [3]], 0)
 
 
 def test_collate_and_loss():

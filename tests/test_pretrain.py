@@ -20,7 +20,7 @@ import transformer
 from pretrain import next_token_loss, validate, validation_sequences
 from support import devices, pretrain_report, runs, streams
 from support.checkpoints import open_checkpoint
-from support.errors import ConfigError, TokenizerError
+from support.errors import ConfigError, DivergedError, TokenizerError
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -145,6 +145,11 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(here, monkeypatch, cap
     assert metrics("runs/pretrain", "skipped") == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1}
     assert math.isfinite(metrics("runs/pretrain", "loss")[6])
     assert "1 steps skipped" in capsys.readouterr().out
+    with pytest.raises(DivergedError, match="logits are not finite"):  # after the last step, which no loss shows
+        pretrain.main(config(name="hot", lr=1e38, steps=1, warmup=0))
+    pretrain.main(config(name="hot", lr=1e38, steps=3, warmup=0, skip_nonfinite=True))
+    assert metrics("runs/hot", "skipped")[3] == 2
+    assert "no sample: the model's logits are not finite" in (here / "runs/hot/samples.md").read_text(encoding="utf-8")
 
 
 def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch):

@@ -290,6 +290,14 @@ def test_a_head_that_is_not_finite_is_refused(here, tokenizer, kind, name):
         open_reward_model("rm")
 
 
+def test_a_model_that_has_diverged_scores_nothing(here, tokenizer):
+    model = RewardModel.from_policy(open_checkpoint("start")[0])
+    torch.nn.init.constant_(model.head.weight, 3e38)
+    autocast = devices.precision("fp32", devices.setup("cpu"))[0]
+    with pytest.raises(DivergedError, match="scores are not finite"):
+        reward_samples.score_groups(model, [([1, 2], [[3], [4, 5]])], 0, "cpu", autocast)
+
+
 def test_models_of_the_wrong_kind_are_refused(here, tokenizer):
     with pytest.raises(CheckpointError, match="no reward model"):
         open_reward_model("start")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,9 @@ def test_truncation_against_plain_lists():
     for off in ({}, {"top_k": 9}, {"top_k": 99}, {"top_p": 1.0}):
         assert torch.equal(truncate(probs[None], **off)[0], probs)
     assert truncate(probs[None], top_p=1e-9).count_nonzero() == 1
+    quarters = torch.tensor([[0.5, 0.25, 0.25]])  # the limits themselves, exact in binary
+    assert truncate(quarters, top_p=0.5).count_nonzero() == 1
+    assert truncate(quarters, min_p=0.5).count_nonzero() == 3
 
 
 def test_greedy_is_the_argmax_without_a_cache(model):
@@ -311,6 +315,23 @@ def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):
     assert [("said 1" in a, "rat" in a, "long" in a) for a in asked[3:]] == [(True, False, False), (False,) * 3]
 
 
+def test_a_full_context_forgets_whole_exchanges(monkeypatch, capsys):
+    """A chat of 10 tokens a message, in a context that keeps 16 for the answer."""
+    for context, lengths in ((46, [1, 3, 3, 3]), (45, [1, 1, 1, 1]), (20, [1, 1, 1, 1])):
+        lines = iter(["a", "b", "c", "d", ""])
+        monkeypatch.setattr("builtins.input", lambda _, lines=lines: next(lines))
+        asked, read = [], []
+
+        def encode_chat(turns, _, asked=asked):
+            asked.append(turns[0]["role"])
+            return [0] * 10 * len(turns), None
+
+        chat(SimpleNamespace(encode_chat=encode_chat), context, lambda ids, read=read: read.append(len(ids) // 10))
+        assert read == lengths
+        assert set(asked) == {"user"}  # never an answer without its question
+        assert "the oldest exchange was forgotten" in capsys.readouterr().out
+
+
 def test_bytes_that_are_no_text_get_one_line_and_the_next_prompt(checkpoint):
     """A half-erased character, a NUL, a carriage return, and an end in the middle of a line."""
     (checkpoint / "run/best/generation_config.json").write_text('{"eos_token_id": [268, 269]}', encoding="utf-8")
@@ -406,13 +427,16 @@ def test_min_p_and_the_repetition_penalty_against_transformers():
         shares = ids.bincount(minlength=30) / 4000
         torch.testing.assert_close(shares, expected[row].softmax(-1), atol=1e-3, rtol=0)
         torch.testing.assert_close(logprobs, logits[row].log_softmax(-1)[ids])  # the model's own
+    negative = torch.tensor([[-1.0, -1.5]])
+    assert sample(negative, u[:1], 0, penalty=2.0, seen=torch.tensor([[True, False]]))[0].item() == 1
 
 
 def test_the_penalty_sees_the_prompt_and_what_was_written(model):
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    got = generate(model, PROMPTS, 12, temperature=0, repetition_penalty=1.5, stop_ids=(3,))
-    for row, prompt in enumerate(PROMPTS):
+    prompts = PROMPTS + [[i] for i in range(40)]  # of which some would say their last token again
+    got = generate(model, prompts, 12, temperature=0, repetition_penalty=1.5, stop_ids=(3,))
+    for row, prompt in enumerate(prompts):
         ids = list(prompt)
         for t in range(int(got.mask[row].sum())):
             logits = model(torch.tensor([ids]))[:, -1].detach()
@@ -435,6 +459,13 @@ def test_little_memory_means_more_batches_and_the_same_rows(model, monkeypatch):
     assert calls == [3, 1, 1, 1]
     assert torch.equal(whole.ids, parts.ids)
     assert torch.equal(whole.mask, parts.mask)
+    two = 2 * 2 * (7 + 9) * 8 * 2 * 2 * 4  # 2 prompts · 2 rollouts · slots · head width · layers · (k, v) · fp32
+    for limit, batches in ((two, [2, 1]), (two - 1, [1, 1, 1])):
+        calls.clear()
+        generate(model, PROMPTS, 9, n=2, uniforms=table, memory=limit)
+        monkeypatch.setattr(generate_module, "free_memory", lambda device, limit=limit: 2 * limit)  # half of it
+        generate(model, PROMPTS, 9, n=2, uniforms=table)
+        assert calls == batches * 2
     torch.testing.assert_close(whole.logprobs, parts.logprobs, atol=1e-4, rtol=1e-4)
 
 
@@ -452,14 +483,16 @@ def test_stop_texts_end_an_answer_and_are_not_shown(capsys):
     for p in raw.parameters():
         torch.nn.init.normal_(p, std=0.3)
 
-    def say(*stop):
-        config = Config("x", max_new_tokens=30, temperature=1.0, stop=list(stop))
+    def say(*stop, most=30):
+        config = Config("x", max_new_tokens=most, temperature=1.0, stop=list(stop))
         text = answer(raw, tokenizer, tokenizer.encode("a"), (), config, torch.Generator().manual_seed(1))
         assert capsys.readouterr().out == text + "\n"
         return text
 
     whole = say()
     assert say(whole[5:8], "never said") == whole[: whole.index(whole[5:8])]
+    assert say(whole[6:8], whole[5:8]) == whole[: whole.index(whole[5:8])]  # both end here, one begins before the other
+    assert len(whole) < len(say(most=500)) < 64  # until the context is full
     assert say(whole[-1] + "never said") == whole  # held back as a beginning, then shown
     first = whole[0]  # a word that is a token, but no special one, is shown
     tokenizer.special_ids["<think>"] = tokenizer.encode(first)[0]

@@ -185,12 +185,14 @@ def test_the_start_follows_from_the_seed_alone():
     for seed in (0, 0, 1):
         model = tiny()
         torch.manual_seed(5)
-        models.append(lora_state(add_lora(model, 2, 2, ["wq"], seed=seed)))
+        models.append(lora_state(add_lora(model, 2, 2, ["wq", "ffn.down"], seed=seed)))
         assert torch.rand(1) == drawn  # the caller's random numbers stay
     key = "blocks.0.attn.wq.lora_A"
     assert torch.equal(models[0][key], models[1][key])
     assert not torch.equal(models[0][key], models[2][key])
-    assert 0.9 / 24**0.5 < models[0][key].abs().max() <= 1 / 24**0.5  # Kaiming-uniform, a = √5, as PEFT
+    for name in (key, "blocks.0.ffn.down.lora_A"):  # Kaiming-uniform, a = √5, as PEFT
+        limit = models[0][name].shape[1] ** -0.5
+        assert 0.9 * limit < models[0][name].abs().max() <= limit
 
 
 @KINDS
@@ -222,6 +224,16 @@ def test_drop_gives_the_base_back(dora):
     assert torch.equal(model(tokens()), before)
     assert [n for n, _ in model.named_parameters()] == list(state)
     add_lora(model, 2, 2, ["wq"])  # and it can be adapted anew
+
+
+def test_off_within_off_stays_off():
+    model = trained(add_lora(tiny(), 4, 8, ["wq"]))
+    with lora_off(model):
+        base = model(tokens())
+        with lora_off(model):
+            pass
+        assert torch.equal(model(tokens()), base)
+    assert not torch.equal(model(tokens()), base)
 
 
 def test_adapters_of_a_bf16_model_are_fp32_and_its_outputs_bf16():
@@ -503,6 +515,12 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
         ({"lora_alpha": "big"}, "cannot be read"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"r": math.inf}, "cannot be read"),
+        ({"use_rslora": True}, "use_rslora = True is not supported"),
+        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base too"),
         ({"lora_alpha": math.nan}, r"lora\.alpha is nan"),
     ]:
         file.write_text(json.dumps(good | change), encoding="utf-8")

@@ -869,7 +869,7 @@ def test_activations_that_overflow_fp16_stop_the_run(here):
         raw.blocks[0].ffn.down.weight.mul_(1e9)
     raw.save_pretrained("big")
     tokenizer.save_pretrained("big")
-    with pytest.raises(DivergedError, match=r"logits are not finite, so they give no token: .*--dtype fp32"):
+    with pytest.raises(DivergedError, match=r"logits are not finite: .*--dtype fp32"):
         grpo.main(config(init="big", dtype="fp16"))
 
 

@@ -159,7 +159,7 @@ def train_bpe(texts, n_merges):
                 heapq.heappush(heap, (-pairs[best], best))
             continue
         (left, right), new, grown = best, 256 + len(merges), set()
-        for i in sorted(where.pop(best)):  # from left to right: in "aaa" the first two
+        for i in where.pop(best):  # from left to right, as they were entered: in "aaa" the first two
             j = after[i]
             if ids[i] != left or ids[j] != right:
                 continue  # another merge took one of them

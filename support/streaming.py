@@ -44,7 +44,7 @@ class StreamedText:
         if ends:
             self.held = self.held[: min(ends)]
         partial = (k for stop in self.stop_texts for k in range(1, len(stop)) if self.held.endswith(stop[:k]))
-        safe = len(self.held) - (0 if ends else max(partial, default=0))
+        safe = len(self.held) - max(partial, default=0)
         self.shown.append(self.held[:safe])
         self.held = self.held[safe:]
         print(self.shown[-1], end="", flush=True)

@@ -84,15 +84,14 @@ def blocks(text):
 def cut(blocks):
     """Blocks of one text, which may end inside a word -> the same text in pieces that end at a BORDER, between
     words."""
-    parts, length = [], 0  # of the piece that waits for its border
+    parts = []  # of the piece that waits for its border
     for block in blocks:
         before = parts[-1][-1] if parts else ""
         parts.append(block)
-        length += len(block)
-        if length >= BATCH and (border := BORDER.search(as_tiktoken_sees(before + block))):
+        if len(block) >= BATCH and (border := BORDER.search(as_tiktoken_sees(before + block))):
             at = border.start() - len(before)
             yield "".join([*parts[:-1], block[:at]])
-            parts, length = [block[at:]], len(block) - at
+            parts = [block[at:]]
     if parts:
         yield "".join(parts)
 

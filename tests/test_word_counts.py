@@ -8,6 +8,7 @@ from test_tokenizer_bpe import TEXT
 
 from support import word_counts
 from support.errors import TokenizerError
+from support.pieces import split
 from support.word_counts import BORDER, blocks, count_words, cut
 from tokenizer_bpe import PATTERN, train_bpe
 
@@ -43,6 +44,13 @@ def test_a_text_without_a_border_is_searched_once(monkeypatch):
     assert border.searched < 1.1 * len(text)
     text = "a" * 250 + " b" + "." * 500  # a border in the third block; the next only after one that has none
     assert list(cut(blocks(text))) == ["a" * 250, " b" + "." * 500]
+
+
+def test_a_border_is_one_for_tiktoken_too(monkeypatch):
+    """A letter newer than its tables is punctuation to it, and takes the line end after it into its piece."""
+    monkeypatch.setattr(word_counts, "BATCH", 1)
+    text = "é\U000323b0\n\U000323b0 .\n\U000323b0\nx\n" * 3
+    assert count_words(text, PATTERN) == Counter(piece.encode() for piece in split(text, PATTERN))
 
 
 def read_plainly(text):

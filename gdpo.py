@@ -63,7 +63,7 @@ from typing import Literal
 import torch
 
 import grpo
-from grpo import ALGORITHMS, GRPO, group_advantages, summed_advantages
+from grpo import ALGORITHMS, GRPO, group_advantages, reward_sums
 from support.cli import run_script
 from support.errors import ConfigError
 from support.rewards import reward_functions
@@ -101,7 +101,10 @@ def collapse(rewards, weights):
     values_…: distinct advantages in the batch. collapsed_…: the share of groups in which answers with different rewards
     get the same advantage.
     """
-    methods = {"grpo": summed_advantages(rewards, weights), "gdpo": gdpo_advantages(rewards, weights.values())}
+    methods = {
+        "grpo": group_advantages(reward_sums(rewards, weights)),
+        "gdpo": gdpo_advantages(rewards, weights.values()),
+    }
     figures = {}
     for name, advantages in methods.items():
         lost = distinct(advantages) < distinct(rewards)  # (N,)

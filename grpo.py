@@ -9,102 +9,74 @@ The policy gradient. For a question q, an answer y = y_1 … y_T of the policy �
     ∇J = E[r(y) ∇log π(y)]                                  because ∇π = π ∇log π
        = E[Σ_t (r(y) − c) ∇log π(y_t | q, y_<t)]            for any baseline c that does not see y: E[∇log π(y)] = 0
 
-That is REINFORCE (Williams, 1992). All methods since are this sum with other answers to four questions. GRPO's:
+That is REINFORCE (Williams, 1992). Every later method keeps this sum and answers four questions differently. GRPO's
+answers:
 
     baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
-                      A_i = (r_i − mean(r)) / (std(r) + 1e-4). The mean holds r_i too, which shortens the gradient by
-                      (R − 1) / R; the std is a heuristic.
+                      A_i = (r_i − mean(r)) / (std(r) + 1e-4). The mean holds r_i too, which scales the expected
+                      gradient by (R − 1) / R (before the division by the std, which is a heuristic).
     ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
                       π_old is the policy that sampled it.
     surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)            (Eq. 3)
-    loss_type         What is the sum divided by? v_t = 1 / (n |y_i|): a mean per answer, then over n answers.
+    loss_type         What is the sum divided by? v_t = 1 / (B |y_i|): a mean per answer, then over B answers.
 
-And it pays for the distance to the start: β ρ_t k3_t with k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t). The gradient
-of that, β ρ_t log(π / π_ref) ∇log π, is in expectation the one of β KL(π ‖ π_ref)        (Eq. 4, and ρ_t added).
+GRPO also adds a penalty for moving away from the reference π_ref, the policy before training: β ρ_t k3_t, where
+k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t)                                                (Eq. 4, and ρ_t added).
 
 One step, here for one process and the defaults; `main` has the same five parts. A *batch* is a step's N·R answers, a
-*minibatch* the whole groups of one *update* (optimizer step), a *piece* what fits into one forward pass.
+*minibatch* the whole groups of one *update* (optimizer step), B answers; a *piece* the b that fit one forward pass.
 
     batch   = roll_out(step)                         N·R answers: ids, mask, log π_old   (N·R, T)         1. ask
               and judges them:                       the rewards that have a weight      (N, R, 2)        2. judge
     A       = group_advantages(rewards · weights)    mean 0 in each group                (N, R)           3. compare
-    ref     = reference_logprobs(batch)              log π_ref, no gradient              (N·R, T)         4. update
-    for minibatch in minibatches_of(batch):          groups without a signal left out
+    minibatches = minibatches_of(batch)              groups with A = 0 left out                           4. update
+    ref     = reference_logprobs(minibatches)        log π_ref, no gradient              (N·R, T)
+    for minibatch in minibatches:
         logprobs = shared_answer_logprobs(pieces)    log π; ρ = 1 in the first minibatch (b, T)
-        loss     = Σ_i,t v_t (−min(ρ A, clip(ρ) A) + β ρ k3)      n, in v_t: the answers of the minibatch
+        loss     = Σ_i,t v_t (−min(ρ A, clip(ρ) A) + β ρ k3)
         backward, clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
-The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. Last what a token gets:
-the factor of ∇log π(y_t) in the step that lowers the loss, the KL aside; L is the longest possible answer, in tokens.
+The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. The last column is the
+factor in front of ∇log π(y_t) in the descent step, without the KL term. L is --max_new_tokens, *tokens* those of the
+minibatch, ρ_i the ratio of a whole answer and s a soft clip: the functions below say what each choice does.
 
     algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
-    reinforce             none           none    -         reinforce       dr_grpo    -           A / nL
-    rloo                  leave_one_out  none    product   clip 0.2 0.2    grpo       0.05 reward ρ_i A / n, or 0
-    grpo                  mean           group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / n|y|, or 0
-    dr_grpo               mean           none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
+    reinforce             none           none    -         reinforce       dr_grpo    -           A / BL
+    rloo                  leave_one_out  none    product   clip 0.2 0.2    grpo       0.05 reward ρ_i A / B, or 0
+    grpo                  mean           group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / B|y|, or 0
+    dr_grpo               mean           none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     dapo                  mean           group   token     clip 0.2 0.28   dapo       -           ρ_t A / tokens, or 0
-    gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           ρ_i A / n|y|, or 0
+    gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           ρ_i A / B|y|, or 0
     cispo                 mean           group   token     cispo 1 4       dapo       -           min(ρ_t, 5) A / tokens
-    sapo                  mean           group   token     sapo            grpo       -           s(ρ_t) A / n|y|
-    maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / nL, or 0
+    sapo                  mean           group   token     sapo            grpo       -           s(ρ_t) A / B|y|
+    maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-    scale      group: a very easy or hard question, and one where only the format differs, push as hard as others.
-               batch: one std for all. none: the difference itself. mean: the rarer a right answer, the more it counts;
-               for rewards of 0 and 1 and a chance p, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1, the
-               first terms of ∇log p. tokens: whitened over the tokens of the batch; long answers count for more, and
-               groups whose answers all earn the same have A ≠ 0 too.
-    ratio      token: ρ_t. product: ρ_i = Π_t ρ_t, exact for an answer as a whole, and soon far from 1. sequence: its
-               root ρ_i = (Π_t ρ_t)^(1/|y|): the clip keeps or drops whole answers, and one odd token does not decide.
-    surrogate  clip: "or 0" is where ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0; a higher clip_high lets
-               unlikely tokens grow further. cispo: the clip holds the weight, and no token is dropped. sapo: a soft
-               clip, s(ρ) = ρ / cosh²(τ (ρ − 1) / 2), τ = 1 for A > 0, else 1.05; it exceeds 1 up to ρ = 3.5. reinforce:
-               as if every update were the first.
-    loss_type  grpo: a long wrong answer is punished less per token than a short one. dapo: every token counts the same.
-               dr_grpo: a constant, so lengths play no part. It weighs the KL as well.
-    KL         β and where. --kl_unbiased false: β (1 − x), at most β however unlikely the start finds the token; the
-               paper's. --kl k2: β log(π / π_ref) without ρ. --kl_in reward: no term of its own, but each answer's KL is
-               taken off its advantage, less the same baseline.
-
-Papers: rloo 2402.14740, dr_grpo 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585 (the cap 5: 2510.13786),
-sapo 2511.20347, maxrl 2602.02710, reinforce++ 2501.03262. RLOO's ratio and KL are those of TRL's RLOOTrainer.
-
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the
-answer is right and 0.1 if it is well formed. A group whose answers all earn the same has A = 0; it is left out, its KL
-too, and its answers and tokens still count in v_t (--skip_zero_variance). Off: length penalties (--overlong) and
-dynamic sampling (--refill), both from DAPO's paper, no gradient for answers that were cut off (--mask_truncated), a
-moving reference, LoRA. Dropout is always off. With --minibatches 1 all ρ = 1: no clip acts, all surrogates are one.
+answer is right and 0.1 if it is well formed. A group whose advantages are all 0 is left out, its KL too; its answers
+and tokens still count in v_t (--skip_zero_variance). Off: length penalties (--overlong) and dynamic sampling
+(--refill), both from DAPO's paper; no gradient for answers that were cut off (--mask_truncated: such an answer counts
+in B, its tokens nowhere); a moving reference; LoRA. Dropout is always off. With one update per batch (--minibatches 1
+and --inner_epochs 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip acts, and all surrogates have the
+same gradient.
 
-What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0 (with
-the default weights v_t), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
-fraction, the length, and the share of groups without a signal. And `story_kept`, which the evaluation measures: whether
-an answer still speaks of the question's names and things. What is not rewarded is lost: with --beta 0
-the accuracy ends as high, and Anna's pears turn into eggs (results/grpo_word.md).
+What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0 (for
+the clip with v_t as above), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
+fraction, the length, the share of groups without a signal, and `story_kept`: whether an answer still speaks of the
+question's names and things. Whatever is not rewarded may degrade: with --beta 0 the accuracy is the same, but answers
+swap the question's names and objects (results/grpo_word.md). At the end pass@k of sampled answers tells sharpening
+(pass@1 rises to what pass@k was) from new ability (pass@k rises too).
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
 narrow clips want --dtype fp32. Answers and tokens are counted over the whole minibatch and all ranks before it is cut
 into pieces, or the gradient would depend on the cut.
 
-What the sampler did. A fast system rolls out with a copy μ of the policy, rounded (--sampler_dtype) and some steps old
-(--stale). By default ρ = π / μ, and the ratio holds the correction: --correction mask drops the tokens that μ and π_old
-see too differently, but a weight would count twice. With --old_logprobs trainer, ρ = π / π_old starts at 1 and the
-weight π_old / μ is missing: --correction truncate or mask puts it before the surrogate (support/off_policy.py).
-
-Before the first step a first look at some rollouts says whether there is anything to learn (support/verdict.py).
-
-A prompt is computed once for its group, in training as in sampling: its answers read its keys and values
-(support/shared_prompt.py, the fast form of transformer.answer_logprobs).
-
-What others do differently: TRL's default is --loss_type dapo, and it leaves a NaN reward out (here it is an error);
-verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, its CISPO clips at 1 ± 0.2; it bounds
-log ρ to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
-
-Rewards are named functions with weights (`REWARDS`); `--reward module:function` adds your own. At the end a table
-compares before and after: greedy accuracy, and pass@k of sampled answers, which tells sharpening (pass@1 rises to what
-pass@k was) from new ability (pass@k rises too). Without --init the script makes its own start on the built-in problems,
-a short pretraining and SFT, kept under runs/start and reused.
+A fast system samples with a rounded or older copy of the policy (--sampler_dtype, --stale). By default ρ divides by
+the copy's own probabilities, so the ratio already corrects the mismatch; support/off_policy.py has the other ways.
+Without --init the script makes its own start on the built-in problems, a short pretraining and SFT, kept under
+runs/start and reused.
 
 Run it:
     python grpo.py --demo                                            four answers of two tokens, by hand; the family
@@ -185,72 +157,88 @@ REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevi
 
 
 def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
-    """rewards (N, R) -> advantages (N, R): what each rollout earned above its baseline, in units of a scale.
+    """rewards (N, R) -> advantages (N, R): what each answer earned above its baseline, in units of a scale.
 
-    baseline: see `ppo.less_baseline`. scale: "group" is the group's standard deviation (ddof 1, + 1e-4), "batch" that
-    of all rewards, "none" 1, "mean" the group's mean reward, and "tokens" the standard deviation over all tokens once
-    their mean is taken off, an answer having lengths (N, R) of them. With a baseline a group whose rewards are all
-    equal gives exactly 0, and so does a group of one: never NaN. (With "tokens": if all of the batch are equal.) Raises
-    ConfigError on an unknown name, and on a reward below 0 with "mean".
+    baseline: see `ppo.less_baseline`. scale, what the difference is divided by:
+        group   the group's std (ddof 1, + 1e-4): every group pushes as hard, even if it is very easy, very hard, or
+                differs only in format
+        batch   one std for all of the batch
+        none    1: the difference itself
+        mean    the group's mean reward: the rarer a right answer, the more it counts. With rewards of 0 and 1 and a
+                chance p, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the first terms of ∇log p
+        tokens  subtract the token-weighted mean, divide by the token-weighted std, both of the batch; answers have
+                lengths (N, R). A long one counts for more, and a group of equal rewards has A ≠ 0, unless all are equal
+    With a baseline and any other scale, a group whose rewards are all equal gives exactly 0, and so does a group of
+    one: never NaN. Raises ConfigError on an unknown name, and on a reward below 0 with "mean".
     """
-    centred = less_baseline(rewards, baseline)
+    centred = less_baseline(rewards, baseline)  # (N, R)
     if scale == "none" or (rewards.shape[1] == 1 and scale in ("group", "batch")):
         return centred
     if scale in ("group", "batch"):
-        std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
+        std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()  # (N, 1) or ()
         return centred / (std + 1e-4)
     if scale == "mean":
         if (rewards < 0).any():
             raise ConfigError(f"--scale mean divides by a group's mean reward, and a reward is {rewards.min():g}")
         mean = rewards.mean(dim=1, keepdim=True)  # (N, 1)
         return centred / mean.masked_fill(mean == 0, 1.0)  # 0 / 1 where nobody was right
-    if scale != "tokens" or lengths is None:
-        raise ConfigError(f"--scale {scale!r} is not known or has no lengths; use group, batch, none, mean or tokens")
-    share = lengths.to(rewards) / lengths.sum().clamp(min=1)  # (N, R) of the batch's tokens
-    centred = centred - (share * centred).sum()
-    std = (share * centred.square()).sum().clamp(min=1e-8).sqrt()
+    if scale != "tokens":
+        raise ConfigError(f"--scale {scale!r} is not known; use group, batch, none, mean or tokens")
+    if lengths is None:
+        raise ConfigError("--scale tokens needs the lengths of the answers")
+    token_share = lengths.to(rewards) / lengths.sum().clamp(min=1)  # (N, R), sums to 1
+    centred = centred - (token_share * centred).sum()
+    std = (token_share * centred.square()).sum().clamp(min=1e-8).sqrt()  # ()
     return (centred / std).masked_fill((rewards == rewards[0, 0]).all(), 0.0)  # exactly, not the mean's rounding
 
 
-# ρ (B, T) from log ρ_t (B, T), 0 outside the mask, and |y| (B, 1): each token's own, or one for all of an answer.
+# Below, b answers of up to T tokens: a piece of the B answers of a minibatch.
+
+# ρ (b, T) from log ρ_t (b, T), 0 outside the mask, and |y| (b, 1): each token's own, or one for all of an answer. The
+# product is exact for the answer as a whole, and soon far from 1. The sequence ratio is its |y|-th root: the clip keeps
+# or drops whole answers, and one odd token does not decide.
 RATIOS = {
     "token": lambda log_ratio, length: log_ratio.exp(),
     "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).exp().expand_as(log_ratio),
     "sequence": lambda log_ratio, length: (log_ratio.sum(1, keepdim=True) / length).exp().expand_as(log_ratio),
 }
 
-# v_t (B, T) from mask (B, T), |y| (B, 1), n answers and their tokens in the minibatch, and L, the longest possible.
+# v_t (b, T) from mask (b, T), |y| (b, 1), the number of answers B and of tokens in the minibatch, and L, the longest
+# possible answer. "grpo" punishes a long wrong answer less per token than a short one; in "dapo" every token counts the
+# same; "dr_grpo" divides by a constant, so lengths play no part. v_t multiplies the KL term too.
 LOSS_TYPES = {
-    "grpo": lambda mask, length, n, tokens, longest: mask / length / n,
-    "dapo": lambda mask, length, n, tokens, longest: mask / tokens,
-    "dr_grpo": lambda mask, length, n, tokens, longest: mask / (n * longest),
+    "grpo": lambda mask, length, B, tokens, L: mask / length / B,
+    "dapo": lambda mask, length, B, tokens, L: mask / tokens,
+    "dr_grpo": lambda mask, length, B, tokens, L: mask / (B * L),
 }
 
 
-# A surrogate: ρ (B, T), A (B, 1), log π (B, T) and clips -> the objective of each token (B, T), to be maximised, and
-# where a limit was at work, (B, T) bool: the clip fraction.
+# A surrogate: ρ (b, T), A (b, 1), log π (b, T) and clips -> the objective of each token (b, T), to be maximised, and
+# where a limit was at work, (b, T) bool: the clip fraction.
 
 
 def clip_surrogate(rho, A, logprobs, clip_low, clip_high):
-    """PPO (Eq. 3): min(ρ A, clip(ρ) A), the pessimistic one of the two, for either sign of A."""
+    """PPO (Eq. 3): min(ρ A, clip(ρ) A), the pessimistic one of the two, for either sign of A. No gradient where
+    ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0. A higher clip_high lets unlikely tokens grow further."""
     plain, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     return torch.minimum(plain, clipped), clipped < plain
 
 
 def cispo_surrogate(rho, A, logprobs, clip_low, clip_high):
-    """CISPO: REINFORCE with the weight sg[clip(ρ)]. Where it is clipped, the token still has a gradient."""
+    """CISPO: REINFORCE with the weight sg[clip(ρ)] (sg: no gradient). A token that is clipped still has a gradient."""
     weight = rho.clamp(1 - clip_low, 1 + clip_high).detach()
     return weight * A * logprobs, weight != rho
 
 
 def sapo_surrogate(rho, A, logprobs, clip_low=None, clip_high=None, tau=1.0, tau_negative=1.05):
-    """SAPO: (4 / τ) σ(τ (ρ − 1)) A. Its slope in ρ is A at ρ = 1 and falls smoothly on both sides: no clip."""
-    tau = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # (B, 1)
+    """SAPO: (4 / τ) σ(τ (ρ − 1)) A, a soft clip. The gradient is s(ρ) A ∇log π with s = ρ / cosh²(τ (ρ − 1) / 2): 1 at
+    ρ = 1, more up to about ρ = 3.5 (τ = 1), then falling to 0."""
+    tau = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # (b, 1)
     return 4 / tau * torch.sigmoid(tau * (rho - 1)) * A, torch.zeros_like(rho, dtype=torch.bool)
 
 
 def reinforce_surrogate(rho, A, logprobs, clip_low=None, clip_high=None):
-    """REINFORCE: A log π. No ratio, no limit."""
+    """REINFORCE: A log π. No ratio, no limit: as if every update were the first."""
     return A * logprobs, torch.zeros_like(rho, dtype=torch.bool)
 
 
@@ -259,20 +247,22 @@ SURROGATES |= {"reinforce": reinforce_surrogate}
 
 # The family: name -> its choices. A row says where it differs from GRPO. kl None: k3 in the loss, k1 in the reward.
 GRPO = {"baseline": "mean", "scale": "group", "ratio": "token", "surrogate": "clip", "clip_low": 0.2, "clip_high": 0.2}
-GRPO |= {"loss_type": "grpo", "beta": 0.3, "kl_in": "loss", "kl": None}  # arXiv:2402.03300
+GRPO |= {"loss_type": "grpo", "beta": 0.3, "kl_in": "loss", "kl": None}  # 2402.03300: β = 0.04, and no ρ on the KL
 REINFORCE = {"baseline": "none", "scale": "none", "surrogate": "reinforce", "loss_type": "dr_grpo"}
+RLOO = {"baseline": "leave_one_out", "scale": "none", "ratio": "product", "beta": 0.05, "kl_in": "reward"}
+CISPO = {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "loss_type": "dapo"}
 NO_CLIP, NO_KL = {"clip_low": None, "clip_high": None}, {"beta": 0.0}
 ALGORITHMS = {
     "reinforce": GRPO | REINFORCE | NO_CLIP | NO_KL,
-    "rloo": GRPO | {"baseline": "leave_one_out", "scale": "none", "ratio": "product", "beta": 0.05, "kl_in": "reward"},
+    "rloo": GRPO | RLOO,  # arXiv:2402.14740; the ratio and the KL are those of TRL's RLOOTrainer
     "grpo": GRPO,
-    "dr_grpo": GRPO | NO_KL | {"scale": "none", "loss_type": "dr_grpo"},
-    "dapo": GRPO | NO_KL | {"clip_high": 0.28, "loss_type": "dapo"},
-    "gspo": GRPO | NO_KL | {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
-    "cispo": GRPO | NO_KL | {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "loss_type": "dapo"},
-    "sapo": GRPO | NO_KL | NO_CLIP | {"surrogate": "sapo"},
-    "maxrl": GRPO | NO_KL | {"scale": "mean", "loss_type": "dr_grpo"},
-    "reinforce++-baseline": GRPO | {"scale": "tokens", "loss_type": "dapo", "kl": "k2"},
+    "dr_grpo": GRPO | NO_KL | {"scale": "none", "loss_type": "dr_grpo"},  # 2503.20783
+    "dapo": GRPO | NO_KL | {"clip_high": 0.28, "loss_type": "dapo"},  # 2503.14476
+    "gspo": GRPO | NO_KL | {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},  # 2507.18071
+    "cispo": GRPO | NO_KL | CISPO,  # 2506.13585; the cap of 5 is that of 2510.13786
+    "sapo": GRPO | NO_KL | NO_CLIP | {"surrogate": "sapo"},  # 2511.20347
+    "maxrl": GRPO | NO_KL | {"scale": "mean", "loss_type": "dr_grpo"},  # 2602.02710
+    "reinforce++-baseline": GRPO | {"scale": "tokens", "loss_type": "dapo", "kl": "k2"},  # 2501.03262
 }
 
 
@@ -296,58 +286,76 @@ def grpo_loss(
     n_tokens=None,
     max_length=None,
 ):
-    """Log-probabilities and mask (B, T), advantages (B,) -> (loss, metrics).
+    """Log-probabilities and mask (b, T), advantages (b,) -> (loss, metrics).
 
-    sampler_weights (B, T) multiply the surrogate, not the KL: see support/off_policy.py.
-    n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these B answers alone.
-    max_length: dr_grpo's constant, default T. Metrics: the loss, and means over these answers' tokens, of ratio_max the
-    maximum. The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
+    sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
+    n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these b answers alone.
+    max_length: dr_grpo's constant L, default T.
+    Metrics: the loss; ratio_max, the largest ρ, padding (ρ = 1) included; the others are means over these answers'
+    tokens. "kl" is k3 without ρ, whatever `kl` is: biased where ρ ≠ 1, as the tokens are π_old's.
+    The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
     """
-    weight_of, ratio_of = choice("loss_type", loss_type, LOSS_TYPES), choice("ratio", ratio, RATIOS)
-    gain_of = choice("surrogate", surrogate, SURROGATES)
+    v_of = choice("loss_type", loss_type, LOSS_TYPES)
+    ratio_of = choice("ratio", ratio, RATIOS)
+    surrogate_of = choice("surrogate", surrogate, SURROGATES)
     mask = mask.to(logprobs.dtype)
-    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-    n_completions = n_completions or len(mask)
+    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (b, 1)
+    n_completions = n_completions or len(mask)  # B
     n_tokens = n_tokens or mask.sum().clamp(min=1)
-    weight = weight_of(mask, length, n_completions, n_tokens, max_length or mask.shape[1])  # v_t (B, T)
+    v = v_of(mask, length, n_completions, n_tokens, max_length or mask.shape[1])  # (b, T)
 
-    # What stands outside the mask is anything at all, exp of it may be inf, and inf · 0 = NaN: zero it first.
+    # Padding may hold any value; exp could overflow, and inf · 0 = NaN, so zero it first.
     logprobs = torch.where(mask > 0, logprobs, 0.0)
     log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
-    rho = ratio_of(log_ratio, length)  # (B, T)
-    gain, limited = gain_of(rho, advantages[:, None], logprobs, clip_low, clip_high)  # (B, T) each
-    cost = -gain if sampler_weights is None else -gain * sampler_weights
-    spread = masked_mean((rho - 1).abs(), mask)  # 0 on fresh rollouts
-    metrics = {"clip_fraction": masked_mean(limited.float(), mask), "ratio_spread": spread, "ratio_max": rho.max()}
+    rho = ratio_of(log_ratio, length)  # (b, T)
+    objective, limited = surrogate_of(rho, advantages[:, None], logprobs, clip_low, clip_high)  # (b, T) each
+    cost = -objective if sampler_weights is None else -objective * sampler_weights
+    metrics = {
+        "clip_fraction": masked_mean(limited.float(), mask),
+        "ratio_spread": masked_mean((rho - 1).abs(), mask),  # 0 on fresh rollouts
+        "ratio_max": rho.max(),
+    }
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
+            # The gradient of ρ k3 is ρ log(π / π_ref) ∇log π: given the prefix, in expectation over y_t, that of this
+            # token's KL(π ‖ π_ref). What y_t does to the KL of later tokens is left out; --kl_in reward counts it.
+            # Without ρ (the paper) it is (1 − x) ∇log π: at most 1, however unlikely π_ref finds the token.
             distance = kl_estimate(logprobs, ref_logprobs, kl)
             cost = cost + beta * (log_ratio.exp() * distance if kl_unbiased else distance)
         metrics["kl"] = masked_mean(kl_estimate(logprobs.detach(), ref_logprobs, "k3"), mask)
-    loss = (cost * weight).sum()
+    loss = (cost * v).sum()
     metrics["loss"] = loss
-    values = torch.stack([v.detach() for v in metrics.values()]).tolist()  # one wait for the device, not one for each
+    values = torch.stack([m.detach() for m in metrics.values()]).tolist()  # one wait for the device, not one for each
     return loss, dict(zip(metrics, values, strict=True))
 
 
-def reward_sums(rewards, weights):
+def loss_with(config):
+    """grpo_loss with what a run's settings fix."""
+    names = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate", "kl", "kl_unbiased")
+    options = {name: getattr(config, name) for name in names} | {"max_length": config.max_new_tokens}
+    return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
+
+
+def reward_sums(rewards, reward_weights):
     """rewards (N, R, M), {name: weight} of the M -> (N, R)."""
-    return sum(w * rewards[..., m] for m, w in enumerate(weights.values()))
+    return sum(w * rewards[..., m] for m, w in enumerate(reward_weights.values()))
 
 
-def summed_advantages(rewards, weights, scale="group", baseline="mean", lengths=None):
-    """rewards (N, R, M) -> advantages (N, R): GRPO adds the rewards up, then compares."""
-    return group_advantages(reward_sums(rewards, weights), scale, baseline, lengths)
+def advantages_of(rewards, reward_weights, config, lengths=None):
+    """rewards (N, R, M) -> advantages (N, R), {metric: number}. GRPO adds the rewards up, then compares; gdpo.py has
+    another.
 
-
-def advantages_of(rewards, weights, config, lengths=None):
-    """The step from rewards to advantages, which gdpo.py replaces: -> advantages (N, R), {metric: number}.
-
-    lengths (N, R): the tokens of each answer that count. Without them only whether an advantage is 0 is asked, of some
-    of a step's groups: no scale."""
+    lengths (N, R): the tokens of each answer that count. Without lengths the caller only needs to know which advantages
+    are 0, so nothing is divided.
+    """
     scale = "none" if lengths is None else config.scale
-    return summed_advantages(rewards, weights, scale, config.baseline, lengths), {}
+    return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
+
+
+def paid_rewards(batch, reward_weights, config):
+    """The rewards that have a weight, (n, R, M): what is paid for. In gdpo.py a reward may depend on another."""
+    return torch.stack([batch.rewards[name] for name in reward_weights], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -388,7 +396,7 @@ def demo():
     print("gradient by hand      ", *(f"{a:5.2f} {b:5.2f}" for a, b in by_hand.tolist()), "   −ρ A / 8, or 0")
     print(f"autograd differs by at most {(logprobs.grad - by_hand).abs().max():.0e}; clip fraction 3 / 8")
 
-    ref = old - 0.1  # the start finds each of these tokens less likely, by a factor e^−0.1: x = π_ref / π = 0.905
+    ref = old - 0.1  # π_ref finds each of these tokens less likely, by a factor e^−0.1: x = π_ref / π = 0.905
     x = torch.tensor(-0.1).exp()
     for unbiased, by_hand in ((True, 0.3 * 0.1), (False, 0.3 * (1 - x.item()))):
         logprobs = old.clone().requires_grad_()
@@ -399,36 +407,17 @@ def demo():
         name = "ρ k3" if unbiased else "k3  "
         print(f"KL penalty {name}      value {metrics['kl']:.4f}, gradient {form} = {by_hand / 8:.5f}")
 
-    # The family, second minibatch: the docstring's last column by hand. The second answer has one token here.
+    # The family, second minibatch. The second answer has one token here.
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
-    rho, n, length, L, tokens = torch.where(mask > 0, rho, 1.0), 4, lengths.T, 2, 7
-    whole, tau = rho.prod(dim=1, keepdim=True), torch.tensor([[1.0], [1.05], [1.05], [1.0]])  # (R, 1) each
-    soft = rho / (tau * (rho - 1) / 2).cosh() ** 2  # (R, T)
-    A = {name: group_advantages(rewards, r["scale"], r["baseline"], lengths).T for name, r in ALGORITHMS.items()}
-
-    def clipped(ratio, A, low=0.2, high=0.2):
-        return torch.where(((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low)), 0.0, ratio * A)
-
-    steps = {  # (R, T) or (R, 1) each
-        "reinforce": A["reinforce"] / (n * L),
-        "rloo": clipped(whole, A["rloo"]) / n,
-        "grpo": clipped(rho, A["grpo"]) / (n * length),
-        "dr_grpo": clipped(rho, A["dr_grpo"]) / (n * L),
-        "dapo": clipped(rho, A["dapo"], high=0.28) / tokens,
-        "gspo": clipped(whole ** (1 / length), A["gspo"], 3e-4, 4e-4) / (n * length),
-        "cispo": rho.clamp(max=5) * A["cispo"] / tokens,
-        "sapo": soft * A["sapo"] / (n * length),
-        "maxrl": clipped(rho, A["maxrl"]) / (n * L),
-        "reinforce++-baseline": clipped(rho, A["reinforce++-baseline"]) / tokens,
-    }
     print("the family              A of each answer             what each token gets, times 100")
     for name, row in ALGORITHMS.items():
-        logprobs, step = (old + rho.log()).requires_grad_(), (steps[name] * mask) + 0.0
-        options = {k: row[k] for k in ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")}
-        grpo_loss(logprobs, old, A[name][:, 0], mask, **options)[0].backward()
-        assert torch.allclose(-logprobs.grad, step, atol=1e-6), name
-        numbers = [f"{100 * x:6.1f}" if m else " " * 6 for x, m in zip(step.flatten(), mask.flatten(), strict=True)]
-        print(f"{name:<22}", *(f"{a:6.2f}" for a in A[name][:, 0]), "  ", *numbers)
+        A = group_advantages(rewards, row["scale"], row["baseline"], lengths)[0]  # (R,)
+        logprobs = (old + rho.log()).requires_grad_()
+        options = {key: row[key] for key in ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")}
+        grpo_loss(logprobs, old, A, mask, **options)[0].backward()
+        gets = 0.0 - 100 * logprobs.grad  # (R, T); 0.0 − 0.0 is 0.0, but −0.0 would print a sign
+        shown = [f"{g:6.1f}" if m else " " * 6 for g, m in zip(gets.flatten(), mask.flatten(), strict=True)]
+        print(f"{name:<22}", *(f"{a:6.2f}" for a in A), "  ", *shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -459,7 +448,7 @@ class Config(RunConfig):
     temperature: Positive = 1.0
     """Sampling temperature, also used for the log-probabilities in the loss."""
     skip_zero_variance: bool = True
-    """Leave out groups whose answers all earn the same, and their KL; false: they pay the KL, which takes longer."""
+    """Leave out groups whose advantages are all 0, and their KL; false: they pay the KL, which takes longer."""
     refill: Whole = 0
     """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
     correct_weight: float = 1.0
@@ -475,7 +464,7 @@ class Config(RunConfig):
     overlong: Whole = 0
     """Length penalty: a reward that falls from 0 to -1 over this many last tokens before max_new_tokens; 0: none."""
     mask_truncated: bool = False
-    """Completions that were cut off get no gradient."""
+    """Completions that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
     if_hopeless: Literal["warn", "stop"] = "warn"
     """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
     sampler_dtype: Literal["same", "bf16", "int8"] = "same"
@@ -485,8 +474,8 @@ class Config(RunConfig):
     old_logprobs: Literal["sampler", "trainer"] = "sampler"
     """Whose log-probabilities the ratio divides by: those sampled with, or the policy's own, scored once more."""
     correction: Literal["none", "truncate", "mask"] = "none"
-    """Weigh tokens by k = policy / sampler: at most the bound; or masked outside 1 / bound ... bound (then without the
-    weight k if --old_logprobs sampler, whose ratio holds it)."""
+    """Weigh tokens by k = policy / sampler. truncate: by k, at most the bound. mask: by 0 where k is outside 1 / bound
+    ... bound, else by k, or by 1 with --old_logprobs sampler, whose ratio holds k."""
     correction_level: Literal["token", "sequence", "geometric"] | None = None
     """k of each token (default), the product over an answer, or its geometric mean."""
     correction_bound: Annotated[float, Range(float, 1)] | None = None
@@ -511,13 +500,13 @@ class Config(RunConfig):
     beta: Amount | None = None
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     kl: Literal["k1", "k2", "k3"] | None = None
-    """Estimator of the KL; default k3 in the loss (with --kl_unbiased) and k1 in the reward: both give the KL's
-    gradient."""
+    """Estimator of the KL; default k3 in the loss (with --kl_unbiased), for the gradient of each token's KL, and k1 in
+    the reward, for that of the whole completion's."""
     kl_in: Literal["loss", "reward"] | None = None
     """Where the KL is subtracted: as a term of the loss, or from the reward."""
     kl_unbiased: bool | None = None
-    """Multiply the KL in the loss by the importance ratio, so that its gradient is that of KL(policy, reference);
-    default: true for k1 and k3 in the loss."""
+    """Multiply the KL in the loss by the token's ratio, so that its gradient is that of the token's KL(policy,
+    reference); default: true for k1 and k3 in the loss."""
     refresh_reference: Whole = 0
     """Every so many steps the policy becomes its own reference; 0 keeps the start."""
     inner_epochs: Count = 1
@@ -562,14 +551,15 @@ class Config(RunConfig):
 
 
 def roll_out(sample, step, slots, attempt, functions, config):
-    """Ask the questions in `slots` of a step, let the policy answer each R times, judge -> Batch with its rewards."""
+    """Ask the questions in `slots` (which of the step's N), let the policy answer each R times, judge -> Batch with its
+    rewards."""
     batch = sample(step, slots, attempt)
     judge_batch(functions, batch, config)
     return batch
 
 
 def reference_logprobs(reference, policy, pieces, batch, config, autocast):
-    """log π_ref of the pieces' completions, at their rows of a (n·R, T) tensor that is 0 elsewhere.
+    """log π_ref of the pieces' answers, at their rows of a (n·R, T) tensor that is 0 elsewhere.
 
     With LoRA the reference is the policy itself without its adapters (but for --refresh_reference).
     """
@@ -584,12 +574,8 @@ def less_the_kl(advantages, reference, policy, batch, config, autocast, pad):
     ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
     kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
     batch.rewards["kl"] = kl_tokens.sum(1).view(advantages.shape).cpu()
-    return advantages - config.beta * less_baseline(batch.rewards["kl"], config.baseline or "mean"), ref_logprobs
-
-
-def paid_rewards(batch, weights, config):
-    """The rewards that have a weight, (n, R, M): what is paid for, which gdpo.py may make depend on the answer."""
-    return torch.stack([batch.rewards[name] for name in weights], dim=-1)
+    baseline = config.baseline or "mean"  # gdpo.py has none to choose
+    return advantages - config.beta * less_baseline(batch.rewards["kl"], baseline), ref_logprobs
 
 
 def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
@@ -601,13 +587,13 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
     slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
-    functions, weights = reward_functions(config, REWARDS)
+    functions, reward_weights = reward_functions(config, REWARDS)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, path = open_checkpoint(init, dist.device)
     # With adapters the reference is the policy without them: no second model in memory
     adapters_off = config.lora.rank and not config.refresh_reference
     reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
-    sampler = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # the policy itself, unless these flags are set
+    rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
     add_lora(policy, **asdict(config.lora), seed=config.seed)
     room, pad = policy.config.context - config.max_new_tokens, tokenizer.endoftext_id
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
@@ -616,15 +602,15 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
 
     def signal_of(batch):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
-        return advantages_of(paid_rewards(batch, weights, config), weights, config)[0].ne(0).any(1)
+        return advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
-    sample = Sampler(sampler.model, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
+    sample = Sampler(rollout_policy.model, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
     if not config.resume:
-        look_first(sample, slots, signal_of, functions, weights, path, config, dist)
+        look_first(sample, slots, signal_of, functions, reward_weights, path, config, dist)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     kept = {"lora": LoraState(policy, init)} | ({"reference": reference} if config.refresh_reference else {})
-    kept |= {"sampler": sampler} if config.stale else {}
+    kept |= {"sampler": rollout_policy} if config.stale else {}
     reads = records_of(config.data, problems) | weights_of(init, policy) | code_of(config.reward, functions)
     state = {"best": -1.0, "before": None, "start": {}, "parts": kept, "began": began}
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
@@ -632,7 +618,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
     if run.state.before is None:
         run.state.before = test_figures(policy, tokenizer, problems, config, dist)
-        run.state.start, run.state.best = validate(policy, tokenizer, problems, functions, weights, config, dist)
+        run.state.start, run.state.best = validate(policy, tokenizer, problems, functions, reward_weights, config, dist)
         run.save("best")  # until something beats it, the start is the best
     if run.first == 0:  # a run that was stopped before its first step has not kept it
         run.log(0, **run.state.start)
@@ -642,83 +628,91 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             f"test accuracy before: {run.state.before['accuracy']:.1%}"
         )
 
-    k = config.minibatches
-    groups = [[g for g, slot in enumerate(slots) if slot % k == m] for m in range(k)]  # this rank's, of each minibatch
+    groups = [[] for _ in range(config.minibatches)]  # of each minibatch: which of this rank's n groups are in it
+    for g, slot in enumerate(slots):
+        groups[slot % config.minibatches].append(g)
     loss_of = loss_with(config)
     extra, kl, warned, shown = {}, 0.0, False, run.state.start
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
-        sampler.refresh(policy)
+        rollout_policy.refresh(policy)
 
         # 1. ask: the policy answers each question R times. 2. judge: {name: (n, R)} in batch.rewards
-        started = time.perf_counter()
+        step_began = time.perf_counter()
         batch = roll_out(sample, step, slots, 0, functions, config)
         has_signal = signal_of(batch)  # (n,)
-        figures = rollout_sums(batch, paid_rewards(batch, weights, config), weights, has_signal)  # before any refill
+        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
+        rollout_totals = rollout_sums(batch, paid, reward_weights, has_signal)  # before any refill
         for attempt in range(1, config.refill + 1):
             if silent := has_signal.logical_not().nonzero().squeeze(1).tolist():
                 batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
                 has_signal = signal_of(batch)
-        sampled = time.perf_counter()
-        # log π_old, of the sampler or the trainer, and what corrects for a sampler that is not the policy: 1 if it is
-        old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)  # (n·R, T)
+        rollout_done = time.perf_counter()
+        # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy)
+        old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
 
         # 3. compare within the group; over all ranks, because a std over the batch needs them all
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
-            counted = counted & batch.ended.flatten()[:, None].to(counted.device)
-        paid, lengths = dist.gather(paid_rewards(batch, weights, config)), dist.gather(counted.sum(1).view(n, -1).cpu())
-        advantages, extra = advantages_of(paid, weights, config, lengths)  # (N, R, M) and (N, R) -> (N, R)
+            ended = batch.ended.flatten()[:, None]  # (n, R) -> (n·R, 1)
+            counted = counted & ended.to(counted.device)
+        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
+        all_paid = dist.gather(paid)  # (N, R, M)
+        lengths = dist.gather(counted.sum(1).view(n, -1).cpu())  # (N, R)
+        advantages, extra = advantages_of(all_paid, reward_weights, config, lengths)  # (N, R)
         advantages, ref_logprobs = advantages[slots], None  # (n, R)
         if config.beta and config.kl_in == "reward":
             advantages, ref_logprobs = less_the_kl(advantages, reference, policy, batch, config, autocast, pad)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
-        useful = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,)
+        trained = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,) groups with a gradient
         if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
-            useful = torch.ones(n, dtype=torch.bool)  # every group has a KL
-        minibatches = minibatches_of(batch, groups, useful, counted, config.micro_batch, pad, dist)
-        measured = config.beta or step == 0 or run.due(config.eval_every)  # the KL costs a forward pass
-        if ref_logprobs is None and measured:
+            trained = torch.ones(n, dtype=torch.bool)  # every group has a KL
+        minibatches = minibatches_of(batch, groups, trained, counted, config.micro_batch, pad, dist)
+        needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # which costs a forward pass
+        if ref_logprobs is None and needs_kl:
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
-        sums, norm, n_updates = {}, 0.0, 0
+        update_sums, norm, n_updates = {}, 0.0, 0
         for minibatch in minibatches * config.inner_epochs:
             for piece in minibatch.pieces:
-                rows, T, last = piece.rows, piece.mask.shape[1], piece is minibatch.pieces[-1]
-                # DDP sums up the gradients over the ranks in the last backward alone, and divides by their number
+                rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
+                last = piece is minibatch.pieces[-1]
+                # DDP averages the gradients over the ranks in the last backward alone
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():
-                        logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
-                    old = old_logprobs[rows, :T]
-                    ref = None if ref_logprobs is None else ref_logprobs[rows, :T]
+                        logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)
+                    logprobs = logprobs[:, :T]  # (b, T), less the columns that make its length a multiple of 8
+                    old = old_logprobs[rows, :T]  # (b, T)
+                    ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
                     options = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
-                    options["sampler_weights"] = sampler_weights[rows, :T]
-                    loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)
+                    options["sampler_weights"] = sampler_weights[rows, :T]  # (b, T)
+                    loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)  # A[rows] (b,)
+                    # × world, because DDP averages over the ranks and v_t already counts them all
                     scaler.scale(loss * dist.world).backward()
-                tally(sums, metrics, piece.mask.sum().item())
+                tally(update_sums, metrics, piece.mask.sum().item())
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
             run.check_finite(lr, norm)
             n_updates += 1
 
         # 5. look
-        record = step_record(figures, sums, n_updates, config, dist) | extra | mismatch
-        # A NaN here is no overflow that the scaler skips. The entropy too, as a step without a signal has no loss.
-        mend = "try a smaller --lr, or --dtype fp32"
-        run.check_finite(lr, norm, mend, loss=record["loss"], entropy=record["entropy"])
-        record |= {"grad_norm": norm, "lr": lr}
-        record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
+        record = step_record(rollout_totals, update_sums, n_updates, config, dist) | extra | mismatch
+        # A NaN in these is a real failure, not a skipped fp16 overflow. A step without a signal has an entropy alone.
+        advice = "try a smaller --lr, or --dtype fp32"
+        run.check_finite(lr, norm, advice, loss=record["loss"], entropy=record["entropy"])
+        record |= {"grad_norm": norm, "lr": lr, "seconds_rollout": rollout_done - step_began}
+        record |= {"steps_per_second": 1 / (time.perf_counter() - step_began)}
         if run.due(config.eval_every):
-            shown, chosen_by = validate(policy, tokenizer, problems, functions, weights, config, dist)
+            shown, chosen_by = validate(policy, tokenizer, problems, functions, reward_weights, config, dist)
             add_figures(record, shown)
             run.keep_best(chosen_by)
             warned = warned or warn_of_collapse(run, shown["accuracy"])
         run.log(step + 1, **record)
         if dist.is_main and (step == 0 or (step + 1) % config.sample_every == 0):
-            show_samples(run, batch, reward_sums(paid_rewards(batch, weights, config), weights))
+            show_samples(run, batch, reward_sums(paid, reward_weights))
         kl = record.get("kl", kl)
         brief = {"kl": f"{kl:.3f}", "length": f"{record['length']:.0f}"}
         brief |= {name: f"{value:.3f}" for name, value in shown.items()}
@@ -731,16 +725,9 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     prompts = [encode_prompt(tokenizer, p) for p in problems["test"][:200]]
     kl = sampled_kl(policy, start, tokenizer, prompts, config.max_new_tokens, dist, config.seed, config.micro_batch)
     if dist.is_main:
-        report(config, run, after, kl, weights, extra)
-    figures = {"before": run.state.before, "after": after, "kl": kl}
-    return figures | {"seconds": run.seconds, "path": str(run.path / "last")}
-
-
-def loss_with(config):
-    """grpo_loss with what a run's settings fix."""
-    names = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate", "kl", "kl_unbiased")
-    options = {name: getattr(config, name) for name in names} | {"max_length": config.max_new_tokens}
-    return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
+        report(config, run, after, kl, reward_weights, extra)
+    results = {"before": run.state.before, "after": after, "kl": kl}
+    return results | {"seconds": run.seconds, "path": str(run.path / "last")}
 
 
 if __name__ == "__main__":

@@ -132,12 +132,43 @@ def test_the_table_of_the_docstring():
         written |= {"loss_type": loss_type, "beta": float(words[0])}
         written |= {"kl_in": "reward" if "reward" in words else "loss", "kl": "k2" if "k2" in words else None}
         assert written == row, name
-        end = {"grpo": "n|y|", "dapo": "tokens", "dr_grpo": "nL"}[loss_type] if ratio != "product" else "n"
+        end = {"grpo": "B|y|", "dapo": "tokens", "dr_grpo": "BL"}[loss_type] if ratio != "product" else "B"
         assert gets.removesuffix(", or 0").endswith(f"A / {end}")
         assert gets.endswith("or 0") == (kind == "clip")
 
 
 # ------------------------------------------------------------------------------------------------ by hand
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_token_gets_is_the_last_column_of_the_table(name):
+    """The group of grpo.demo, second minibatch: four answers, the second of one token."""
+    rho = torch.tensor([[1.30, 1.05], [1.10, 1.0], [0.75, 1.10], [1.15, 0.95]])  # (R, T)
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
+    length, B, L, tokens = torch.tensor([[2.0], [1.0], [2.0], [2.0]]), 4, 2, 7
+    row, rewards = ALGORITHMS[name], torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    A = group_advantages(rewards, row["scale"], row["baseline"], length.T).T  # (R, 1)
+    whole = rho.prod(dim=1, keepdim=True)
+    soft = rho / (torch.tensor([[1.0], [1.05], [1.05], [1.0]]) * (rho - 1) / 2).cosh() ** 2
+
+    def clipped(ratio, low=0.2, high=0.2):
+        return torch.where(((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low)), 0.0, ratio * A)
+
+    gets = {
+        "reinforce": A / (B * L),
+        "rloo": clipped(whole) / B,
+        "grpo": clipped(rho) / (B * length),
+        "dr_grpo": clipped(rho) / (B * L),
+        "dapo": clipped(rho, high=0.28) / tokens,
+        "gspo": clipped(whole ** (1 / length), 3e-4, 4e-4) / (B * length),
+        "cispo": rho.clamp(max=5) * A / tokens,
+        "sapo": soft * A / (B * length),
+        "maxrl": clipped(rho) / (B * L),
+        "reinforce++-baseline": clipped(rho) / tokens,
+    }
+    new = (rho.log() - 0.7).requires_grad_()
+    grpo_loss(new, torch.full((4, 2), -0.7), A[:, 0], mask, **options(name))[0].backward()
+    torch.testing.assert_close(-new.grad, gets[name] * mask, atol=1e-6, rtol=1e-5)
 
 
 def one(logprob, A, old=0.0, **choices):

@@ -11,7 +11,7 @@ import torch
 import dpo
 import gdpo
 import grpo
-from grpo import ALGORITHMS, grpo_loss, loss_with, summed_advantages
+from grpo import ALGORITHMS, group_advantages, grpo_loss, loss_with, reward_sums
 from ppo import less_baseline
 from reward_model import RewardModel, bradley_terry_loss
 from support import devices, shared_prompt
@@ -222,7 +222,7 @@ def test_advantages_of_rloo(rloo_trainer, monkeypatch):
     monkeypatch.setattr(rloo_trainer, "_get_per_token_logps_and_entropies", score)
     theirs, mask = advantages_of(rloo_trainer, rewards, weights, monkeypatch)
     row, (old, ref) = ALGORITHMS["rloo"], seen
-    A = summed_advantages(rewards, weights, row["scale"], row["baseline"])
+    A = group_advantages(reward_sums(rewards, weights), row["scale"], row["baseline"])
     kl = ((old - ref) * mask).sum(1).view(2, 3)
     paid = A - row["beta"] * less_baseline(kl, row["baseline"])
     torch.testing.assert_close(paid, theirs.to(paid), atol=1e-5, rtol=1e-5)
@@ -234,7 +234,7 @@ def test_advantages_of_grpo(grpo_trainer, scale, monkeypatch):
     rewards, weights = made_rewards(), {"a": 1.0, "b": 0.5, "c": 0.2}
     monkeypatch.setattr(grpo_trainer, "scale_rewards", scale)
     theirs, _ = advantages_of(grpo_trainer, rewards, weights, monkeypatch)
-    torch.testing.assert_close(summed_advantages(rewards, weights, scale), theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(group_advantages(reward_sums(rewards, weights), scale), theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_advantages_of_gdpo(grpo_trainer, monkeypatch):
@@ -243,7 +243,7 @@ def test_advantages_of_gdpo(grpo_trainer, monkeypatch):
     theirs, _ = advantages_of(grpo_trainer, rewards, weights, monkeypatch)
     ours = gdpo.gdpo_advantages(rewards, weights.values())
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    assert (ours - summed_advantages(rewards, weights)).abs().max() > 0.1
+    assert (ours - group_advantages(reward_sums(rewards, weights))).abs().max() > 0.1
 
 
 def made_rewards():

@@ -24,24 +24,23 @@ Before the first step (--pairs sampled). The start model, from SFT, answers the 
 
     pairs     = sample_pairs(policy, problems, pair_up)   R answers per prompt, judged right or wrong by the verifier;
                                                           pair_up takes one prompt's answers: a right with a wrong one
-    pairs     = add_reference(policy, pairs)              log π_ref as ref_chosen, ref_rejected: (B,), no gradient
+    pairs     = add_reference(policy, pairs)              log π_ref as ref_chosen, ref_rejected: two numbers per pair
 
-One step, for B pairs with prompts of up to P and answers of up to T tokens (main cuts them into micro-batches of b):
+One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 
-    own_pairs = next_pairs(pairs, step)                   B of {prompt, chosen, rejected, ref_…}, ids         1. pairs
-    micro     = batch_of(own_pairs)                       .packed: prompts (B, P), answers (2B, T)
-                                                          .ref_logps, .lengths: (B,) of y_w, (B,) of y_l
-    logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)    (2B, T), summed over T: (B,), (B,)     2. score
-    u, v      = logp_chosen − ref_chosen, logp_rejected − ref_rejected                         (B,), (B,)     3. loss
-    losses    = −log σ(β (u − v))                         (B,); or another row of VARIANTS
-    losses    = losses − nll · logp_chosen / |y_w|        (B,); plain DPO has no such term
-    mean(losses).backward(), clip the gradient's norm, optimizer step                                         4. update
+    own_pairs = next_pairs(pairs, step)                   B / ranks of {prompt, chosen, rejected, ref_…}      1. pairs
+    micro     = batch_of(b of own_pairs)                  .packed: b prompts, each with its two answers; .ref_logps,
+                                                          .lengths: log π_ref, tokens, of y_w and of y_l      (b,) each
+    logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)    (2b, T), summed over T: (b,), (b,)     2. score
+    u, v      = logp_chosen − ref_chosen, logp_rejected − ref_rejected                         (b,), (b,)     3. loss
+    losses    = −log σ(β (u − v))                         (b,); or another row of VARIANTS
+    losses    = losses − nll · logp_chosen / |y_w|        (b,); plain DPO has no such term
+    (sum(losses) / B).backward(); after the last: clip the gradient's norm, optimizer step                    4. update
     log; every so often held-out pairs and problems, and the KL to the start model: the checkpoint with the   5. look
     lowest validation loss is kept, and that one is tested at the end
 
 The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py), plus the chosen
-answers' own loss: --nll 1. **Plain DPO is --nll 0.** Greedy accuracy on 500 test word problems after 150 steps, three
-seeds: without the term +2.4 points [-6.5, +11.3], not significant; with it +16.1 [+8.2, +24.0] (results/dpo.md).
+answers' own loss: --nll 1. **Plain DPO is --nll 0.** What the term does for accuracy is measured in results/dpo.md.
 Off by default: the other variants, label smoothing (ε below), LoRA, dropout.
 
 Single answers need no pairs (--variant kto, arXiv:2402.01306): each is good or bad, and is compared with the reference
@@ -50,13 +49,15 @@ point z0, how far the policy has moved on answers to other prompts. One step, fo
     z0 = max(0, mean of log π_θ(y'|x) − log π_ref(y'|x))  y': the answer of the row before; a number, without gradient
     L  = λ_D (1 − σ(β (u − z0))) if y is good, λ_U (1 − σ(β (z0 − u))) if it is bad        u of y, as above
 
-With λ = 1 and answers sampled from the start model (--pairs sampled) the first gradient is −β/2 times the accuracy's:
-each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0.
+With --nll 0, λ = 1 and answers of the start model (--pairs sampled, temperature 1), the first gradient is −β/2 times
+that of the sampled accuracy: each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0. Right answers that were cut
+off are left out, so in a run it holds nearly.
 
 What an option does to the gradient: ∂L/∂ log π_θ of one token, the same for all tokens of an answer; L is one pair's
-loss, a step takes the mean of B. Prompt tokens are not scored; gradient still reaches their keys and values. u, v and
-h = β (u − v) here are what the variant compares: sums, or means per token; without π_ref for simpo and orpo. σ'(x) =
-σ(x) σ(−x). d is the difference of the answers' log-odds, log(p / (1 − p)) with p_w = exp(u), p_l = exp(v).
+loss, a step takes the mean over its B pairs. Prompt tokens are not scored; gradient still reaches their keys and
+values. u, v and h = β (u − v) here are what the variant compares: sums, or means per token; without π_ref for simpo and
+orpo. σ'(x) = σ(x) σ(−x). d is the difference of the answers' log-odds, log(p / (1 − p)), with p_w = exp(u) and
+p_l = exp(v).
 
     --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
     sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
@@ -138,7 +139,7 @@ from support.records import load_splits
 from support.runs import Run, RunConfig
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions. u, v (B,): what a variant compares (`Variant`) -> the loss of each pair (B,).
+# The objective, as pure functions. u, v (b,): what a variant compares (`Variant`) -> the loss of each pair (b,).
 
 
 def sigmoid_loss(u, v, beta, label_smoothing=0.0):
@@ -168,21 +169,21 @@ def apo_zero_loss(u, v, beta):
 
 
 def apo_down_loss(u, v, beta):
-    """Both answers become less likely, y_l more so."""
+    """Pushes y_l down first; y_w follows once σ'(βu) > σ'(h)."""
     return 1 - torch.sigmoid(beta * (u - v)) + torch.sigmoid(beta * u)
 
 
 def odds_ratio_loss(u, v, beta):
     """ORPO's second term, Eq. 7 of arXiv:2403.07691. exp(u) is an answer's probability per token, p; p = 1 would have
     infinite odds."""
-    log_p = torch.stack([u, v]).clamp(max=-1e-7)  # (2, B)
-    chosen, rejected = log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p), (B,) each
+    log_p = torch.stack([u, v]).clamp(max=-1e-7)  # (2, b)
+    chosen, rejected = log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p), (b,) each
     return -beta * F.logsigmoid(chosen - rejected)
 
 
 def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
     """Both terms: the chosen answers' own loss, and `weight` times that of the odds. log π per token, means over an
-    answer, (B,) -> (loss, metrics)."""
+    answer, (b,) -> (loss, metrics)."""
     one = {"chosen_lengths": 1, "rejected_lengths": 1}  # they are means already
     return dpo_loss(mean_chosen, mean_rejected, None, None, weight, "orpo", nll=1.0, **one)
 
@@ -190,14 +191,14 @@ def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
 def kto_loss(
     log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, own=0
 ):
-    """Single answers: log π − log π_ref, summed over tokens, and whether each is good, (B,) each -> (loss, metrics).
+    """Single answers: log π − log π_ref, summed over tokens, and whether each is good, (b,) each -> (loss, metrics).
 
     z0: the reference point, a number of the whole optimizer step; no gradient flows through it. n_pairs: answers in the
-    whole step; default B. logps (B,): log π, for the metrics. own (B,): added to the loss of the good answers, for nll.
+    whole step; default b. logps (b,): log π, for the metrics. own (b,): added to the loss of the good answers, for nll.
     Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers, "rejected" the bad ones.
     """
     good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
-    h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (B,) above 0: on the right side
+    h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,) above 0: on the right side
     losses = torch.sigmoid(-h)  # 1 − σ(h)
     losses = torch.where(good, weight_desirable * losses + own, weight_undesirable * losses)
     metrics = {"loss": losses.mean(), "accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
@@ -213,7 +214,7 @@ class Variant:
     """A preference loss and what it compares. To add one, write its function and a row of VARIANTS; a setting of its
     own is an argument of the function, named in the row, and a field of Config."""
 
-    loss: Callable  # (u, v, beta, the settings by name) -> (B,)
+    loss: Callable  # (u, v, beta, the settings by name) -> (b,)
     uses_reference: bool = True  # u, v are log π − log π_ref; else log π alone
     per_token: bool = False  # divided by the answers' lengths
     unpaired: bool = False  # judges single answers: `loss` is kto_loss
@@ -257,13 +258,13 @@ def dpo_loss(
     n_pairs=None,
     **settings,
 ):
-    """Log-probabilities (B,), summed over the answer's tokens -> (loss, metrics). variant: a row of VARIANTS.
+    """Log-probabilities (b,), summed over the answer's tokens -> (loss, metrics). variant: a row of VARIANTS.
 
-    ref_chosen, ref_rejected: None if the variant uses no reference. chosen_lengths, rejected_lengths (B,): tokens, for
+    ref_chosen, ref_rejected: None if the variant uses no reference. chosen_lengths, rejected_lengths (b,): tokens, for
     the per-token variants and nll. nll: weight of the chosen answers' own loss, −log π(y_w) / |y_w|. n_pairs: of the
-    whole optimizer step, over micro-batches and ranks; default B. settings: the variant's own, such as simpo's gamma.
+    whole optimizer step, over micro-batches and ranks; default b. settings: the variant's own, such as simpo's gamma.
     The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_with`). Metrics are
-    means over these B pairs; "accuracy" is that of the pairs, the share with h > 0.
+    means over these b pairs; "accuracy" is that of the pairs, the share with h > 0.
     """
     if variant not in VARIANTS:
         raise ConfigError(f"--variant {variant!r} is not known; use {listed(VARIANTS)}")
@@ -275,14 +276,14 @@ def dpo_loss(
         raise ConfigError(f"the variant {variant} needs the answers' lengths")
     if nll and chosen_lengths is None:
         raise ConfigError("nll is a mean per token: it needs the answers' lengths")
-    u, v = policy_chosen, policy_rejected  # (B,)
+    u, v = policy_chosen, policy_rejected  # (b,)
     if row.uses_reference:
         u, v = u - ref_chosen, v - ref_rejected
     if row.per_token:
         u, v = u / chosen_lengths, v / rejected_lengths
-    losses = row.loss(u, v, beta, **{name: settings[name] for name in row.settings if name in settings})  # (B,)
+    losses = row.loss(u, v, beta, **{name: settings[name] for name in row.settings if name in settings})  # (b,)
     if nll:
-        losses = losses - nll * policy_chosen / chosen_lengths  # (B,)
+        losses = losses - nll * policy_chosen / chosen_lengths  # (b,)
     loss = losses.sum() / (n_pairs or len(losses))
     h = beta * (u - v)
     pair_accuracy = (h > 0).float().mean()
@@ -365,9 +366,10 @@ orpo, π per token 1/2 and 1/4: odds 1 and 1/3, d = ln 3; loss ln 2 + β ln 4/3;
 def reference_point(policy, rows, pad, dist, autocast, start=None, weight=1):
     """{"z0"}: max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the rows of all ranks, y' = row["other"].
 
-    start: π_ref (None: the policy without its adapters), not needed for held-out rows, which know "ref_other". weight:
-    0 on a rank without rows of its own."""
+    start: π_ref (None: the policy without its adapters), not needed for held-out rows, which know "ref_other". It
+    stays on the device, as every step needs it. weight: 0 on a rank without rows of its own."""
     policy.eval()
+    start = start and start.to(dist.device)
     total = 0.0
     for i in range(0, len(rows), 64):
         batch = batch_of(rows[i : i + 64], pad, dist.device, sides=("other",))
@@ -376,7 +378,7 @@ def reference_point(policy, rows, pad, dist, autocast, start=None, weight=1):
             (logps,) = pair_logprobs(policy, batch.packed)  # (b,)
             if ref is None:
                 with lora_off(policy):
-                    (ref,) = pair_logprobs(start.to(dist.device) if start else policy, batch.packed)
+                    (ref,) = pair_logprobs(start or policy, batch.packed)
         total += weight * (logps - ref).sum().item()
     total, n = dist.sum(total, weight * len(rows))
     return {"z0": max(0.0, total / n)}
@@ -519,7 +521,7 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    # The start model, for the KL alone; None: with LoRA it is the policy without its adapters
+    # The start model, for the KL and as π_ref of z0; on the CPU until then. None: the policy without its adapters
     start = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     problems = None  # with a verifier, greedy accuracy is measured too
@@ -560,7 +562,7 @@ def main(config):
     for step in run.steps():
         # 1. pairs
         started = time.perf_counter()
-        own_pairs = next_pairs(pairs["train"], step, config, dist, policy.config.context)  # B = config.batch / world
+        own_pairs = next_pairs(pairs["train"], step, config, dist, policy.config.context)  # B / ranks
         point = reference_point(policy, own_pairs, pad, dist, autocast, start) if unpaired else {}  # of the whole step
         model.train()
         means = Means()

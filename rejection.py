@@ -7,11 +7,15 @@ A policy π solves a problem x with probability p(x) = Σ π(y | x) over the rig
 
     J(π) = Σ_x log p(x)  ≥  Σ_x Σ_y q(y | x) log(π(y | x) / q(y | x))     any q over the right answers (Jensen)
 
-EM makes both sides equal, then raises the right one, so J cannot fall (ReST-EM, arXiv:2312.06585). Round k:
+EM makes both sides equal, then raises the right one (ReST-EM, arXiv:2312.06585). With exact steps J cannot fall; with
+samples and a few optimizer steps that holds only nearly. Round k:
 
-    E-step   q(y | x) = π_k(y | x) / p_k(x)                    sample π_k, keep the right answers: K_x of R
+    E-step   q(y | x) = π_k(y | x) / p_k(x)                    sample R answers of π_k; keep the right ones: K_x
     M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]          fine-tune on them: minimize
-             L = −1/N Σ_x 1/K_x Σ_{y right} Σ_t log π(y_t | x, y_<t)          (no term where K_x = 0)
+             L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
+
+This E-step, and the identities below, need --distinct false and no --keep. The defaults keep one of equal answers, so
+every different right answer of a problem has the same weight, however often it was sampled.
 
 The first step of a round, where π = π_k, is a policy gradient. The mean of −∇L over the samples, for each problem:
 
@@ -28,14 +32,15 @@ One round, of N problems with R answers each (main has the same four parts):
         n = Σ w |y|                         the tokens that count, before the batch is cut                      tune
         tokens, mask = collate(micro)       w on the answer's tokens, 0 on the prompt's      (b, T) each
         logprobs = token_logprobs(model, tokens)                                             (b, T − 1)
-        loss = −Σ mask[:, 1:] · logprobs / n                   sft_loss: L up to a factor    ()
+        loss = −Σ mask[:, 1:] · logprobs / n                   sft_loss: L of these B, with n in place of N   ()
         backward, clip the gradient's norm, optimizer step
     log; every so often answer validation problems, keep the best checkpoint                                 4. look
 
 The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. The relatives:
 
     STaR      arXiv:2203.14465; --rollouts 1 --temperature 0 --restart true: greedy; hints for failures are not here
-    RFT       arXiv:2308.01825; --rollouts 64, --round_steps as --steps: one round; theirs adds the demonstrations
+    RFT       arXiv:2308.01825; --rollouts 64, --round_steps as --steps: one round. Theirs samples 100 answers, keeps
+              one of each list of equations, and adds the demonstrations
     ReST-EM   --rollouts 32 --keep 10 --weigh answer --restart true
 
 Traps:

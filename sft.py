@@ -143,7 +143,7 @@ def pack_examples(examples, pad, room):
 
 
 def sft_loss(logprobs, mask, n_tokens=None):
-    """logprobs and mask (b, T), boolean or weights -> −Σ mask · logprobs / n_tokens (default: the mask's own sum)."""
+    """logprobs, mask (b, T − 1), boolean or weights -> −Σ mask · logprobs / n_tokens (default: the mask's own sum)."""
     n = mask.sum() if n_tokens is None else n_tokens
     n = n if n > 0 else 1
     loss = -(logprobs * mask).sum() / n

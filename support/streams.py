@@ -111,7 +111,7 @@ def open_stream(path: str | Path, fingerprint: str, check: bool = False) -> np.m
         description = json.loads(sidecar.read_text(encoding="utf-8"))
         dtype, tokens = np.dtype(description["dtype"]), int(description["tokens"])
         written_with = description["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{sidecar} cannot be read ({error!r}): {remedy}") from error
     if written_with != fingerprint:
         raise DataError(f"{path} was made with tokenizer {written_with}, this run has {fingerprint}: {remedy}")

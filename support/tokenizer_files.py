@@ -188,6 +188,8 @@ def added_tokens(tokens, eos):
     special, added = {}, {}
     for token in tokens:
         name = token["content"]
+        if type(token["id"]) is not int:
+            raise TokenizerError(f"the id of its token {name!r} is {token['id']!r}, no whole number")
         ends = name in (eos, ENDOFTEXT, *CHATML)
         (special if ends or token.get("special", True) else added)[name] = token["id"]
         options = [option for option in ("single_word", "lstrip", "rstrip") if token.get(option)]

@@ -148,6 +148,8 @@ def test_the_tokenizer_in_a_gguf_file(tmp_path):
         [user], tokenize=False, add_generation_prompt=True
     )
     assert their_text == opened.decode(opened.encode_chat([user], True)[0])
+    _, capitals, where = open_checkpoint(path.rename(tmp_path / "MODEL.GGUF"))
+    assert is_chat_model(where, capitals)
     rude = {"role": "system", "content": "Be rude."}
     assert opened.encode_chat([rude, user]) == tokenizer.encode_chat([rude, user])
     plain = CHATML.replace("loop.first", "false")

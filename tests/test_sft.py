@@ -402,12 +402,12 @@ def test_a_run_on_conversations(here):
     assert result["f1"] > 0.9  # it always says the same
 
 
-def test_a_heading_does_not_turn_a_run_into_exact_match(here):
+def test_a_heading_does_not_turn_a_run_into_exact_match(here, capsys):
     rows = [{"instruction": f"How {i}?", "output": f"#### {i}. Shape\nIt is round."} for i in range(80)]
     (here / "free.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     result = sft.main(config(data="free.jsonl", demonstrations=None))
-    assert result["test"] == result["f1"]
-    assert result["valid"] == max(metrics("runs/sft", "f1").values())
+    assert (result["valid"], result["test"]) == (max(metrics("runs/sft", "f1").values()), result["f1"])
+    assert "accuracy" not in capsys.readouterr().out
 
 
 def test_some_problems_have_an_answer_and_some_not(here, capsys, monkeypatch):

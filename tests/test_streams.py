@@ -118,9 +118,11 @@ def test_stream_refusals(tmp_path):
     path.write_bytes(path.read_bytes() + b"\0\0")
     with pytest.raises(DataError, match="has 8 bytes, not 3 x 2"):
         streams.open_stream(path, "tok")
-    sidecar.write_text("{}", encoding="utf-8")
-    with pytest.raises(DataError, match="cannot be read"):
-        streams.open_stream(path, "tok")
+    bad = sidecar.read_text(encoding="utf-8").replace('"tokens": 3', '"tokens": Infinity')
+    for content in (bad, "{}"):
+        sidecar.write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match="cannot be read"):
+            streams.open_stream(path, "tok")
     sidecar.unlink()
     with pytest.raises(DataError, match=r"no .*a\.json"):
         streams.open_stream(path, "tok")

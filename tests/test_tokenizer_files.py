@@ -310,6 +310,11 @@ def test_errors(bpe, tmp_path):  # noqa: F811
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | broken), encoding="utf-8")
         with pytest.raises(TokenizerError, match="corrupt"):
             load_tokenizer(tmp_path)
+    for number in (float("nan"), float("inf"), 2.5, True):
+        tokens = [good["added_tokens"][0] | {"id": number}, *good["added_tokens"][1:]]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"added_tokens": tokens}))
+        with pytest.raises(TokenizerError, match=f"the id of its token .* is {number}, no whole number"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_gguf_file_whose_tokenizer_is_broken(bpe):  # noqa: F811

@@ -1,8 +1,6 @@
 """Judging a text classifier: its confusion table, its most confident mistakes, the curves, and a bag-of-words
 baseline."""
 
-import re
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from evaluate import wilson
 from support.files import may_fail, write_whole
 from support.plots import draw_curves
 from support.tables import text_table
+from support.words import words_and_signs
 
 
 def confusion_table(confusion, names):
@@ -40,11 +39,10 @@ def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e
     """Logistic regression on which words occur -> {"accuracy" on test, "valid", "strength", "weights" by word}.
 
     p(positive) = σ(b + Σ_{words of the text} w), minimising mean log-loss + λ/2 ‖w‖² by quasi-Newton steps (L-BFGS).
-    λ is the value in `strengths` with the best validation accuracy. A word is a run of letters, digits and apostrophes,
-    or one other character, in lower case.
+    λ is the value in `strengths` with the best validation accuracy. Words: see `support.words.words_and_signs`.
     """
     splits = (train, valid, test)
-    texts = [[sorted(set(re.findall(r"[\w']+|[^\w\s]", r.text.lower()))) for r in split] for split in splits]
+    texts = [[sorted(set(words_and_signs(r.text))) for r in split] for split in splits]
     words = sorted({word for text in texts[0] for word in text})
     word_ids = {word: i for i, word in enumerate(words)}
 

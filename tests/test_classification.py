@@ -34,6 +34,8 @@ def test_bag_of_words_knows_words_and_not_their_order():
     order = [Review("good not bad", 1), Review("bad not good", 0)] * 4
     assert bag_of_words(order, order, order)["accuracy"] == 0.5
     assert bag_of_words(easy, easy, easy, strengths=(1e-4, 1e-3))["strength"] == 1e-3  # a tie: the stiffer one
+    spaceless = [Review(text, label) for text, label in (("这部电影很好看！", 1), ("这部电影很难看！", 0))] * 4
+    assert bag_of_words(spaceless, spaceless, [Review("好书", 1), Review("很难", 0)])["accuracy"] == 1
     mostly = [*easy, *[Review("a bad film", 0)] * 8]  # so stiff that only the majority counts, or not
     found = bag_of_words(mostly, mostly, [Review("a good film", 0)] * 4, strengths=(100.0, 1e-3))
     assert (found["strength"], found["valid"], found["accuracy"]) == (1e-3, 1.0, 0.0)  # chosen on validation, not test

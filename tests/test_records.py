@@ -292,10 +292,16 @@ def test_white_space_means_something(tmp_path, monkeypatch):
     assert all((problem.question, problem.solution) == (asked, CODE) for problem in problems)
     worked = problem_from({"question": "q", "answer": "  2 + 3 = 5\n#### 5\n"}, "", "file")
     assert worked.solution == "  2 + 3 = 5\n#### 5"  # nothing follows the line of the answer
+    worked = problem_from({"question": "q", "solution": "  2 + 3 = 5\n", "answer": "5\n"}, "", "file")
+    assert worked.solution == "  2 + 3 = 5\n#### 5"
+    with pytest.raises(DataError, match="the response is empty"):
+        problem_from({"instruction": asked, "output": " \n"}, "", "file")
+    assert records.review_fields({"text": " Good.\n", "label": 1}, "") == ("Good.", 1)
     pair = records.pair_fields({"prompt": asked, "chosen": CODE, "rejected": CODE.strip()}, "", "file")
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (asked, CODE, CODE.strip())
     start = "\n\nHuman:   Hi \n\nAssistant: \tHo\n\nHuman: x?\n\nAssistant:"
-    pair = records.pair_fields({"chosen": f"{start} {CODE}", "rejected": f"{start}{CODE}"}, "", "hh")
+    spaced = f" {start.replace('Hi ', 'Hi')}{CODE}"  # before the answers it makes no difference
+    pair = records.pair_fields({"chosen": f"{start} {CODE}", "rejected": spaced}, "", "hh")
     assert (pair["chosen"], pair["rejected"]) == (CODE, CODE[1:])  # one blank belongs to the speaker's name
     assert pair["history"] == (("user", "  Hi "), ("assistant", "\tHo"))
     monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
@@ -381,6 +387,7 @@ BAD_LINES = [
     (b'{"question": "cut", "prompt"', "not JSON"),
     (b"[1, 2]", "a record is an object"),
     (b'{"question": "caf\xe9", "answer": "5"}', "is not UTF-8 (byte 17)"),
+    ('{"question": "é'.encode() + b'\xff"}', "is not UTF-8 (byte 16)"),
     (b'{"question": "x", "answer": NaN}', "'answer' holds nan"),
     (b'{"question": "x", "answer": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
     (b"[" * 100_000, "cannot be read as JSON"),
@@ -541,7 +548,7 @@ def test_pairs_of_dialogues(tmp_path, monkeypatch):
     bad = [
         {"chosen": start + " x", "rejected": one["rejected"]},
         {"chosen": start + " x\n\nHuman: more", "rejected": start + " y"},
-        {"chosen": "\n\nHuman: \n\nAssistant: x", "rejected": "\n\nHuman: \n\nAssistant: y"},
+        {"chosen": "\n\nHuman:  \n\nAssistant: x", "rejected": "\n\nHuman:  \n\nAssistant: y"},
         {"chosen": one["chosen"], "rejected": f"Well.{one['rejected']}"},
         {"chosen": one["chosen"], "rejected": ""},
     ]
@@ -572,17 +579,18 @@ def test_pairs_of_a_file(tmp_path, capsys):
     records[3] |= {"rejected": "good"}
     records[5] |= {"chosen": "  "}
     records[8] |= {"rejected": ""}
+    records[9] |= {"rejected": "\n"}
     path = write_pairs(tmp_path / "pairs.jsonl", *records)
     found = {split: load_pairs(path, split) for split in splits.SPLITS}
     said = capsys.readouterr().out.splitlines()
-    line = "pairs.jsonl: skipped 1 pairs of equal answers (first: line 4), 2 pairs with an empty answer "
+    line = "pairs.jsonl: skipped 1 pairs of equal answers (first: line 4), 3 pairs with an empty answer "
     assert len(said) == 3
     assert all(f"{line}(first: line 6)" in s for s in said)
     for split, pairs in found.items():
         assert pairs
         assert all(splits.split_of(pair.prompt) == split for pair in pairs)
         assert all((pair.chosen, pair.rejected, pair.kind) == ("good", "bad", "file") for pair in pairs)
-    assert sum(map(len, found.values())) == 97
+    assert sum(map(len, found.values())) == 96
     assert load_pairs(path, "train", 5) == found["train"][:5]
 
 

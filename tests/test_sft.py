@@ -24,6 +24,7 @@ from support import devices, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.locks import LOCKED
+from support.splits import split_of
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -425,6 +426,18 @@ def test_some_problems_have_an_answer_and_some_not(here, capsys, monkeypatch):
     assert f"validation own_measure {kept[-1]:.1%}" in out
     assert "right, or token F1" in out
     assert 0 < result["test"] < 1
+
+
+def test_the_test_split_has_a_measure_of_its_own(here, capsys):
+    asked = [f"How {i}?" for i in range(150)]
+    rows = [{"question": q, "answer": "7" if split_of(q) == "valid" else "It is round."} for q in asked]
+    (here / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = dict(demonstrations=None, max_new_tokens=16)
+    result = sft.main(config(data="both.jsonl", steps=120, lr=1e-2, eval_every=120, **sizes))
+    assert result["test"] == result["f1"] > 0
+    out = capsys.readouterr().out
+    assert "validation accuracy 0.0%" in out
+    assert "\naccuracy, greedy" not in out
 
 
 def test_lora_trains_and_resumes(here, monkeypatch):

@@ -2,6 +2,7 @@
 its checkpoint has changed."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ MINI = dict(context=200, n_layer=1, n_head=2, n_kv_head=1, width=16)
 
 
 @pytest.fixture
-def here(scratch):
+def here(scratch, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])  # load_reward adds to it
     tokenizer = BPETokenizer.train([p["question"] + p["answer"] for p in PROBLEMS], 400)
     torch.manual_seed(0)
     start = Transformer(TransformerConfig(tokenizer.vocab_size, **MINI))
@@ -51,7 +53,8 @@ def here(scratch):
     Path("own.py").write_text(
         "def letters(texts, problems, ended):\n    return [len(t) % 2 for t in texts]\n#\n", encoding="utf-8"
     )
-    return scratch
+    yield scratch
+    sys.modules.pop("own", None)
 
 
 @pytest.mark.parametrize(

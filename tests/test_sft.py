@@ -431,7 +431,7 @@ def test_some_problems_have_an_answer_and_some_not(here, capsys, monkeypatch):
 def test_the_test_split_has_a_measure_of_its_own(here, capsys):
     asked = [f"How {i}?" for i in range(150)]
     rows = [{"question": q, "answer": "7" if split_of(q) == "valid" else "It is round."} for q in asked]
-    (here / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "both.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     sizes = dict(demonstrations=None, max_new_tokens=16)
     result = sft.main(config(data="both.jsonl", steps=120, lr=1e-2, eval_every=120, **sizes))
     assert result["test"] == result["f1"] > 0

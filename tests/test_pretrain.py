@@ -152,6 +152,16 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(here, monkeypatch, cap
     assert "no sample: the model's logits are not finite" in (here / "runs/hot/samples.md").read_text(encoding="utf-8")
 
 
+def test_a_diverged_run_that_goes_on_logs_null(here):
+    pretrain.main(config(skip_nonfinite=True, lr=1e30))
+    log = (here / "runs/pretrain/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line, parse_constant=pytest.fail) for line in log][1:]
+    assert len(steps) == 6
+    assert steps[-1]["grad_norm"] is None
+    assert steps[-1]["skipped"] > 0
+    assert "logits are not finite" in (here / "runs/pretrain/samples.md").read_text(encoding="utf-8")
+
+
 def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch):
     """On a CPU, autocast to fp16; the second step's gradient overflows, its loss does not."""
 

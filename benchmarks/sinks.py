@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention import Attention, attention_weights
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, TokenizerError
+from support.output import prepare_output
 from support.word_problems import narrative_texts
 from transformer import token_logprobs
 
@@ -92,4 +93,5 @@ def main():
 
 
 if __name__ == "__main__":
+    prepare_output()
     main()

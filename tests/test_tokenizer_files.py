@@ -312,7 +312,7 @@ def test_errors(bpe, tmp_path):  # noqa: F811
             load_tokenizer(tmp_path)
     for number in (float("nan"), float("inf"), 2.5, True):
         tokens = [good["added_tokens"][0] | {"id": number}, *good["added_tokens"][1:]]
-        (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"added_tokens": tokens}))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"added_tokens": tokens}), encoding="utf-8")
         with pytest.raises(TokenizerError, match=f"the id of its token .* is {number}, no whole number"):
             load_tokenizer(tmp_path)
 

@@ -408,7 +408,10 @@ def test_a_later_run_starts_from_a_checkpoint(scratch):
     assert set(result) == {"accuracy", "baseline", "confusion", "path"}
 
 
-@pytest.mark.parametrize(("positions", "placement"), [("rope", "pre"), ("learned", "sandwich"), ("rope", "post")])
+@pytest.mark.parametrize(
+    ("positions", "placement"),
+    [("rope", "pre"), ("learned", "sandwich"), ("rope", "post"), ("sinusoidal", "pre"), ("none", "pre")],
+)
 def test_a_decoder_becomes_an_encoder_by_losing_its_mask(positions, placement):
     torch.manual_seed(0)
     sizes = dict(context=16, n_layer=2, n_head=4, n_kv_head=2, width=16, positions=positions, norm_eps=1e-5)
@@ -424,6 +427,9 @@ def test_a_decoder_becomes_an_encoder_by_losing_its_mask(positions, placement):
     again, other = (Encoder.from_trunk(decoder, seed=n).classifier.weight for n in (1, 2))
     assert torch.equal(both.classifier.weight, again)
     assert not torch.equal(again, other)
+    another = Encoder.from_trunk(both, seed=2)  # the labels of another task: its head does not come along
+    assert torch.equal(another.classifier.weight, other)
+    assert torch.equal(another.token_bias, both.token_bias)
 
 
 def test_a_run_starts_from_a_decoder(scratch):

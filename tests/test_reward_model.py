@@ -33,7 +33,7 @@ from support import devices, reward_report, reward_samples, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.reward_report import shaping
-from support.reward_samples import judged_pairs, probe_samples
+from support.reward_samples import judged_pairs, probe_samples, score_fitting
 from support.splits import split_of
 from support.word_problems import CORRUPTIONS, MEN, THEMES, WOMEN, rename
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
@@ -194,6 +194,16 @@ def test_groups_of_any_number_and_length(kind):
         groups.append((prompt, answers))
     found = score_groups(model, groups, 0, torch.device("cpu"), devices.precision("fp32", devices.setup("cpu"))[0], 40)
     assert [len(f) for f in found] == [1, 5, 2, 3, 2]
+    longest = max(len(prompt) + len(answer) for prompt, answers in groups for answer in answers)
+    dist = devices.setup("cpu")
+    for context in (longest, longest - 1):  # what fills the context fits
+        model.config.context = context
+        scored = score_fitting(model, groups, 0, dist, devices.precision("fp32", dist)[0])
+        left_out = [any(map(math.isnan, row)) for row in scored]
+        fits = [len(prompt) + max(map(len, answers)) <= context for prompt, answers in groups]
+        assert left_out == [not fit for fit in fits]
+        assert all(fits) == (context == longest)
+    model.config.context = 64
     for (prompt, answers), row in zip(groups, found, strict=True):
         for answer, value in zip(answers, row, strict=True):
             assert value == pytest.approx(model.read(model, model.pack([(prompt, [answer])], 0)).item(), abs=1e-5)
@@ -416,6 +426,12 @@ def test_a_training_problem_gives_as_many_sampled_pairs_as_it_can_and_a_held_out
     policy, tokenizer, _ = open_checkpoint("start")
     settings = config(samples=8, sample_problems=20, eval_pairs=20, test_pairs=20, pairs="sampled", max_new_tokens=20)
     autocast, dist = devices.precision("fp32", devices.setup("cpu"))[0], devices.setup("cpu")
+    problems = load_problems("word", "valid", 3, (1, 2))
+    train, valid = (
+        reward_samples.sample_answers(policy, tokenizer, problems, 4, settings, split, dist, autocast)
+        for split in ("train", "valid")
+    )
+    assert train != valid  # a split has random numbers of its own
     pairs = reward_samples.make_pairs(settings, policy, tokenizer, dist, autocast)
     most = {split: max(Counter(pair.prompt for pair in some).values()) for split, some in pairs.items()}
     assert most["train"] > 1

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import pretrain
 from pretrain import Config
 from support import devices, log, runs
 from support.errors import CheckpointError, ConfigError
+from support.runs import Run
 from transformer import TransformerConfig
 
 
@@ -135,6 +137,19 @@ def test_ctrl_c_in_the_loop_and_after_it():
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_the_best_is_the_first_of_equals_and_the_last_step_is_always_due(lower):
+    kept, sign = [], -1 if lower else 1
+    config = SimpleNamespace(steps=7)
+    run = SimpleNamespace(state=SimpleNamespace(best=sign * -9.0), lower_is_better=lower, config=config)
+    run.save = lambda name: kept.append(run.value) or run.value != sign * 3.0  # the disk is full once
+    for run.value in [sign * x for x in (1.0, 1.0, 0.5, 3.0, 2.0, 2.0, -4.0)]:
+        Run.keep_best(run, run.value)
+    assert kept == [sign * x for x in (1.0, 3.0, 2.0)]
+    steps = [run.done + 1 for run.done in range(7) if Run.due(run, 3)]
+    assert steps == [3, 6, 7]
 
 
 def test_what_is_said_when_it_stops(capsys):

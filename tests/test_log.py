@@ -78,12 +78,17 @@ class BrokenRun:
 def test_an_error_of_weights_and_biases_ends_no_run(here, monkeypatch, capsys):
     package = ModuleType("wandb")
     package.__spec__ = ModuleSpec("wandb", None)
-    package.init = lambda **settings: BrokenRun()
+    ids = []
+    package.init = lambda **settings: ids.append(settings["id"]) or BrokenRun()
     monkeypatch.setitem(sys.modules, "wandb", package)
     pretrain.main(config(eval_every=3, wandb="p"))
     assert capsys.readouterr().out.count("--wandb p failed (the service is gone); the run goes on") == 1
     assert set(metrics("runs/pretrain", "loss")) == {1, 2, 3, 4, 5, 6}
     assert (here / "runs/pretrain/wandb_id").read_text(encoding="utf-8") == BrokenRun.id
+    pretrain.main(config(eval_every=3, wandb="p", resume=True))
+    pretrain.main(config(steps=1, wandb="p"))
+    assert ids[1] == BrokenRun.id
+    assert len({*ids}) == 3
 
 
 def test_weights_and_biases_that_cannot_begin_is_one_line(here, monkeypatch):

@@ -7,54 +7,50 @@ A policy π solves a problem x with probability p(x) = Σ π(y | x) over the rig
 
     J(π) = Σ_x log p(x)  ≥  Σ_x Σ_y q(y | x) log(π(y | x) / q(y | x))     any q over the right answers (Jensen)
 
-EM makes both sides equal, then raises the right one (ReST-EM, arXiv:2312.06585). With exact steps J cannot fall; with
-samples and a few optimizer steps that holds only nearly. Round k:
+EM first picks the q that makes the two sides equal, then raises the right-hand side over π (ReST-EM, arXiv:2312.06585).
+With exact steps J cannot fall; with samples and a few optimizer steps that holds only nearly. Round k:
 
-    E-step   q(y | x) = π_k(y | x) / p_k(x)                    sample R answers of π_k; keep the right ones: K_x
-    M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]          fine-tune on them: minimize
+    E-step   q(y | x) = π_k(y | x) / p_k(x)               sample R answers per problem from π_k; keep the K_x right ones
+    M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]     fine-tune on them: minimize
              L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
 
-This E-step, and the identities below, need --distinct false and no --keep. The defaults keep one of equal answers, so
-every different right answer of a problem has the same weight, however often it was sampled.
-
-The first step of a round, where π = π_k, is a policy gradient. The mean of −∇L over the samples, for each problem:
+At the first step of a round, where π = π_k, −∇L is a policy gradient. The expected −∇ of one problem's term, over the
+R random samples:
 
     weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710, grpo.py --algorithm
-                                                               maxrl --baseline none). For large R ∇p / p = ∇log p:
-                                                               the harder a problem, the more it counts
+                                                               maxrl --baseline none); for large R ∇p / p = ∇log p
     weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0
 
-One round, of N problems with R answers each (main has the same four parts):
+Both need --distinct false and no --max_per_problem: EM counts an answer as often as it was sampled, so what is frequent
+grows. The defaults keep one of equal answers: every different right answer of a problem has the same weight.
+
+The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. One round, of
+N = --prompts problems with R = --rollouts answers each (main has the same four parts):
 
     groups = judged_answers(sample, k)      N times R answers of π_k: ids, right?, ended?                    1. sample
-    kept   = [(prompt, answer, w), …]       right, complete, no copies; w = 1 / K_x                          2. keep
-    S times, for the next B of kept:        shuffled epochs; B is of all ranks                               3. fine-
-        n = Σ w |y|                         the tokens that count, before the batch is cut                      tune
+    kept   = [(prompt, answer, w), …]       right, complete, no copies. w = 1 / K_x (--weigh problem):       2. keep
+                                            a problem with 8 right answers counts as much as one with 1
+    S = --round_steps times, for the next B = --batch of kept:    reshuffled each epoch; B counts all ranks  3. fine-
+        n = Σ w |y|                         computed before splitting into ranks and micro-batches              tune
         tokens, mask = collate(micro)       w on the answer's tokens, 0 on the prompt's      (b, T) each
         logprobs = token_logprobs(model, tokens)                                             (b, T − 1)
         loss = −Σ mask[:, 1:] · logprobs / n                   sft_loss: L of these B, with n in place of N   ()
         backward, clip the gradient's norm, optimizer step
     log; every so often answer validation problems, keep the best checkpoint                                 4. look
 
-The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. The relatives:
+Traps:
+  * An answer that was cut off is never kept, whatever its number: the policy would learn not to stop.
+  * The verifier reads the number alone. A right one after wrong steps, or in another story, is kept, and the next round
+    samples what it taught (`story_kept`: the share of answers that keep to the story; samples.md).
+  * Only the first step of a round is on-policy. Nothing corrects for older samples: no importance ratio, no clip.
+  * It sharpens. The exact M-step of an unrestricted π moves the mass of the wrong answers to the right ones, in their
+    proportions (`demo`); an unsolved problem adds nothing. pass@1 rises towards pass@k, which itself gains less.
 
+The relatives:
     STaR      arXiv:2203.14465; --rollouts 1 --temperature 0 --restart true: greedy; hints for failures are not here
     RFT       arXiv:2308.01825; --rollouts 64, --round_steps as --steps: one round. Theirs samples 100 answers, keeps
               one of each list of equations, and adds the demonstrations
-    ReST-EM   --rollouts 32 --keep 10 --weigh answer --restart true
-
-Traps:
-  * How many per problem? One with 8 right answers would weigh 8 times as much as one with 1, which has more to teach.
-    --weigh problem, the default, gives both the same weight; --keep n takes at most n answers of each.
-  * Copies. EM and the identities count an answer as often as it was sampled: what is frequent grows. --distinct, the
-    default, keeps one of each: a rare right answer weighs as much as a common one.
-  * An answer that was cut off is never kept, whatever its number: the policy would learn not to stop.
-  * The verifier reads the number alone. A right one after wrong steps, or in another story, is kept, and the next round
-    samples what it taught (`story_kept`, samples.md).
-  * Only the first step of a round is on-policy. The more steps, the older the samples; no ratio or clip notices.
-    --restart fine-tunes the start in each round: no drift adds up, and each round learns everything anew.
-  * It sharpens. The exact M-step moves the mass of the wrong answers to the right ones, in the proportions that these
-    have (`demo`); an unsolved problem adds nothing. pass@1 rises towards pass@k, which has less to gain.
+    ReST-EM   --rollouts 32 --max_per_problem 10 --weigh answer --restart true
 
 Run it:
     python rejection.py --demo                                     # what is kept, and the identities, by hand
@@ -81,10 +77,10 @@ from support.checks import Count
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
-from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.rejection_report import report
 from support.rollouts import Sampler
+from support.rounds import back_to_start, check_rounds, refuse_unsolved
 from support.runs import Run
 from support.verified import VerifiedConfig, judged_answers, load_verifiable, measure_end, measure_start, measure_valid
 from transformer import token_logprobs
@@ -103,55 +99,50 @@ def keep_right(answers, distinct=True, most=None):
 
 
 def encode_kept(prompt, answer, weight):
-    """-> ids, flags, as sft.encode_example: the weight on the answer's tokens, its end token too, 0.0 on the prompt."""
+    """-> ids, token_weights, as sft.encode_example: the weight on each token of the answer, 0.0 on the prompt's."""
     return prompt + answer, [0.0] * len(prompt) + [weight] * len(answer)
 
 
-def kept_of(groups, config):
+def keep_round(groups, config):
     """N of (prompt, [(ids, right, ended), …R]) -> {"kept": [(prompt, answer, weight), …], "right": share of the answers
     that are right and complete, "solved": share of the problems that have one}. ConfigError if none has."""
-    kept, right = [], []
+    kept = []
     for prompt, answers in groups:
-        own = keep_right(answers, config.distinct, config.keep)
-        kept += [(prompt, ids, 1 / len(own) if config.weigh == "problem" else 1.0) for ids in own]
-        right.append([is_right and ended for _, is_right, ended in answers])
-    if not kept:
-        raise ConfigError(
-            f"none of {sum(map(len, right)):,} sampled answers is right and complete, so there is nothing to fine-tune "
-            "on: give another --init, more --prompts or --rollouts, or a larger --max_new_tokens"
-        )
-    right = torch.tensor(right)  # (N, R)
-    return {"kept": kept, "right": right.double().mean().item(), "solved": right.any(1).double().mean().item()}
+        of_problem = keep_right(answers, config.distinct, config.max_per_problem)  # K_x
+        kept += [(prompt, ids, 1 / len(of_problem) if config.weigh == "problem" else 1.0) for ids in of_problem]
+    usable = torch.tensor([[right and ended for _, right, ended in answers] for _, answers in groups])  # (N, R)
+    refuse_unsolved(usable)
+    return {"kept": kept, "right": usable.double().mean().item(), "solved": usable.any(1).double().mean().item()}
 
 
 def demo():
     """What is kept of two problems' answers; one step on every possible group of answers; what the M-step leaves."""
     easy = [([5, 5, 1], True, True), ([5, 5, 1], True, True), ([6, 1], True, True), ([7, 7, 7], True, False)]
     hard = [([8, 1], False, True), ([9, 1], True, True), ([8, 8, 1], False, True), ([4, 1], False, True)]
-    kept = kept_of([([2], easy), ([3], hard)], Config(init="start"))["kept"]
+    kept = keep_round([([2], easy), ([3], hard)], Config(init="start"))["kept"]
     assert kept == [([2], [5, 5, 1], 1 / 2), ([2], [6, 1], 1 / 2), ([3], [9, 1], 1.0)]
     assert encode_kept(*kept[1]) == ([2, 6, 1], [0, 1 / 2, 1 / 2])
     print("prompt 2: three right answers, two of them equal, and one cut off; prompt 3: one right, three wrong. Kept:")
-    print("".join(f"  prompt {x[0]}, answer {y}, weight {w:g}\n" for x, y, w in kept))
+    print("".join(f"  prompt {prompt[0]}, answer {answer}, weight {w:g}\n" for prompt, answer, w in kept))
 
     pi, right = torch.tensor([1 / 2, 3 / 8, 1 / 8], dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0])
-    logits = pi.log().requires_grad_()  # π = softmax(logits): three answers of one token, the last two right
+    logits = pi.log().requires_grad_()  # (3,) π = softmax(logits): three answers of one token, the last two right
     p = (pi * right).sum().item()  # 1/2
-    grad_p = pi * (right - p)  # ∇p
+    grad_p = pi * (right - p)  # (3,) ∇p
     assert grad_p.tolist() == [-1 / 4, 3 / 16, 1 / 16]
     print("π = 1/2 (wrong), 3/8, 1/8 (right), p = 1/2, ∇log p = 2 ∇p. The mean of −∇L over all groups of R answers:")
     for R, weight in itertools.product((1, 2, 4), ("1/K", "1/R")):
-        mean = torch.zeros(3, dtype=torch.float64)
+        mean = torch.zeros(3, dtype=torch.float64)  # of −∇L
         for group in itertools.product(range(3), repeat=R):  # 3^R groups
             ids = [y for y in group if right[y]]
-            mask = torch.full((len(ids), 1), 1 / max(1, len(ids)) if weight == "1/K" else 1 / R)
+            mask = torch.full((len(ids), 1), 1 / max(1, len(ids)) if weight == "1/K" else 1 / R)  # (K, 1) tokens
             loss, _ = sft_loss(logits.log_softmax(0)[ids, None], mask, n_tokens=1)  # of N = 1 problem
             mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
-        factor = sum((1 - p) ** k for k in range(R)) if weight == "1/K" else 1.0
+        factor = sum((1 - p) ** j for j in range(R)) if weight == "1/K" else 1.0
         torch.testing.assert_close(mean, factor * grad_p)
         print(f"  R = {R}, weight {weight}   {factor:.3f} ∇p = {', '.join(f'{g:+.4f}' for g in mean)}")
     q = pi * right / p  # the M-step's best π: the gradient of E_q[log π] is q − π
-    before, after = (torch.special.entr(x).sum().item() for x in (pi, q))
+    before, after = (torch.special.entr(probs).sum().item() for probs in (pi, q))
     print(f"the exact M-step: π = 0, 3/4, 1/4, the right ones still 3 to 1; entropy {before:.2f} -> {after:.2f} nats")
 
 
@@ -165,15 +156,16 @@ class Config(VerifiedConfig):
 
     name: str = "rejection"
     round_steps: Count = 25
-    """Optimizer steps of a round, --steps being those of all rounds; before each the policy answers anew."""
-    keep: Count | None = None
+    """Optimizer steps of a round. The policy is sampled again before each round; --steps is the total over rounds."""
+    max_per_problem: Count | None = None
     """Most answers that are kept of a problem; default: all."""
     distinct: bool = True
     """Keep one of equal answers."""
     weigh: Literal["problem", "answer"] = "problem"
     """What weighs the same: every problem (each of its K answers 1/K), or every answer."""
     restart: bool = False
-    """Fine-tune the start in each round, with a schedule of its own, instead of what the last round left."""
+    """Fine-tune the start model in each round, with a schedule of its own, instead of what the last round left: no
+    drift adds up, but each round must relearn everything from the start model."""
     batch: Count = 64
     """Kept answers per optimizer step, over all ranks."""
     micro_batch: Count = 64
@@ -181,17 +173,14 @@ class Config(VerifiedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps % self.round_steps:
-            raise ConfigError(f"--steps {self.steps} is no whole number of rounds of --round_steps {self.round_steps}")
-        if self.keep and self.keep > self.rollouts:
-            raise ConfigError(f"--keep {self.keep} is more than the --rollouts {self.rollouts} that are sampled")
+        check_rounds(self)
 
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     began = time.perf_counter()
     dist = setup(config.device)
-    share = dist.per_rank("batch", config.batch)  # answers of a step on this rank
+    per_rank = dist.per_rank("batch", config.batch)  # answers of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
@@ -199,13 +188,13 @@ def main(config):
     problems = load_verifiable(config, tokenizer, policy.config.context, dist)
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
     # The first round, before the run opens its directory: if nothing is right, an earlier run stays where it is.
-    sampled = None if config.resume else kept_of(judged_answers(sample, 0, config, dist), config)
+    round_data = None if config.resume else keep_round(judged_answers(sample, 0, config, dist), config)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
-    start = [p.detach().clone() for p in policy.parameters()] if config.restart else []
+    start_weights = [p.detach().clone() for p in policy.parameters()] if config.restart else []
     reads = records_of(config.data, problems) | weights_of(init, policy)
-    state = {"best": -1.0, "before": None, "start": {}, "sampled": sampled, "parts": {"lora": LoraState(policy, init)}}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, began=began, **state)
+    state = {"before": None, "start": {}, "sampled": round_data, "parts": {"lora": LoraState(policy, init)}}
+    run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, reads=reads, began=began, **state)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     measure_start(run, problems, init)  # the test split; and until something beats it, the start is best/
@@ -213,30 +202,27 @@ def main(config):
         (k, s), record = divmod(step, config.round_steps), {}  # round k, its step s
         if s == 0:
             # 1. sample: the policy answers the problems of the round. 2. keep what the verifier accepts
-            if k > 0:
-                run.state.sampled = kept_of(judged_answers(sample, k, config, dist), config)
+            if k > 0:  # round 0 was sampled above
+                run.state.sampled = keep_round(judged_answers(sample, k, config, dist), config)
             if config.restart:
-                for p, weights in zip(policy.parameters(), start, strict=True):
-                    p.data.copy_(weights)
-                for optimizer in optimizers:
-                    optimizer.state.clear()
+                back_to_start(policy, start_weights, optimizers)
             record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}
-        kept = run.state.sampled["kept"]
+        kept = run.state.sampled["kept"]  # (prompt, answer, weight) each
 
-        # 3. fine-tune: sft.py's step on the next B of them
+        # 3. fine-tune: sft.py's step on the next B of them, each round in an order of its own (+ 7_919 * k)
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
-        n = sum(sum(flags) for _, flags in batch)  # the tokens that count, by weight, before the batch is cut
-        own = sorted(batch[dist.rank * share : (dist.rank + 1) * share], key=lambda example: len(example[0]))
+        n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
+        own = sorted(batch[dist.rank * per_rank : (dist.rank + 1) * per_rank], key=lambda example: len(example[0]))
         loss_sum = 0.0
-        for i in range(0, share, config.micro_batch):
-            micro = collate(own[i : i + config.micro_batch], tokenizer.endoftext_id).to(dist.device)
+        for i in range(0, per_rank, config.micro_batch):
+            micro = collate(own[i : i + config.micro_batch], tokenizer.endoftext_id).to(dist.device)  # (b, T)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
             # DDP averages the gradients of the ranks in the last backward alone; * world makes the average a sum.
-            last = i + config.micro_batch >= share
+            last = i + config.micro_batch >= per_rank
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 with autocast():
                     logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)  # (b, T − 1)
-                loss, metrics = sft_loss(logprobs, mask, n)
+                loss, metrics = sft_loss(logprobs, mask, n_tokens)  # ()
                 scaler.scale(loss * dist.world).backward()
             loss_sum += metrics["loss"]
         (loss_sum,) = dist.sum(loss_sum)

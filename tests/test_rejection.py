@@ -21,7 +21,7 @@ import sft
 from data import load_problems, rows_at
 from grpo import group_advantages
 from lora import LoraConfig, add_lora
-from rejection import Config, encode_kept, keep_right, kept_of
+from rejection import Config, encode_kept, keep_right, keep_round
 from sft import collate, encode_example, sft_loss
 from support import devices, runs, verified
 from support.checkpoints import open_checkpoint
@@ -110,13 +110,13 @@ def test_what_a_round_keeps_by_hand():
     ]
     never = [([4, 1], False, True)] * 5
     groups = [([2, 3], ANSWERS), ([2], hard), ([3], never)]
-    sampled = kept_of(groups, config())
+    sampled = keep_round(groups, config())
     assert sampled["kept"] == [([2, 3], [5, 1], 1 / 2), ([2, 3], [7, 1], 1 / 2), ([2], [9, 1], 1.0)]
     assert sampled["right"] == pytest.approx(4 / 15)  # the one that was cut off is none of them
     assert sampled["solved"] == pytest.approx(2 / 3)
-    assert [w for *_, w in kept_of(groups, config(distinct=False))["kept"]] == [1 / 3, 1 / 3, 1 / 3, 1.0]
-    assert [w for *_, w in kept_of(groups, config(weigh="answer"))["kept"]] == [1.0, 1.0, 1.0]
-    assert [w for *_, w in kept_of(groups, config(keep=1))["kept"]] == [1.0, 1.0]
+    assert [w for *_, w in keep_round(groups, config(distinct=False))["kept"]] == [1 / 3, 1 / 3, 1 / 3, 1.0]
+    assert [w for *_, w in keep_round(groups, config(weigh="answer"))["kept"]] == [1.0, 1.0, 1.0]
+    assert [w for *_, w in keep_round(groups, config(max_per_problem=1))["kept"]] == [1.0, 1.0]
     assert encode_kept([2, 3], [5, 1], 0.5) == ([2, 3, 5, 1], [0.0, 0.0, 0.5, 0.5])
 
 
@@ -156,7 +156,7 @@ def test_loss_and_gradient_are_those_of_sft_on_what_is_kept(here):
         groups.append(
             (prompt, [([9, 9], False, True), (answer, True, True), (answer, True, True), (answer[:-1], True, False)])
         )
-    loss = loss_on(model, kept_of(groups, config())["kept"])
+    loss = loss_on(model, keep_round(groups, config())["kept"])
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient_of(model, loss), gradient_of(model, expected))
 
@@ -198,11 +198,11 @@ def test_the_on_policy_gradient_is_maxrls():
             baseline = baseline + (S / R / N if mean else 0.0)
             reinforce = reinforce + r * S / R / N
     copies = config(distinct=False)
-    ours = -gradient_of(model, loss_on(model, kept_of(groups, copies)["kept"], n=N))
+    ours = -gradient_of(model, loss_on(model, keep_round(groups, copies)["kept"], n=N))
     torch.testing.assert_close(ours, maxrl + baseline)
     torch.testing.assert_close(ours, of_grpo)
     assert (maxrl - reinforce).norm() > 0.1 * maxrl.norm()  # the problems are not equally hard
-    by_answer = kept_of(groups, config(distinct=False, weigh="answer"))["kept"]
+    by_answer = keep_round(groups, config(distinct=False, weigh="answer"))["kept"]
     torch.testing.assert_close(-gradient_of(model, loss_on(model, by_answer, n=N * R)), reinforce)
 
 
@@ -219,7 +219,7 @@ def test_its_expectation_over_all_groups(R):
         for group in itertools.product(range(5), repeat=R):
             if any(right[y] for y in group):
                 answers = [([y], right[y], True) for y in group]
-                kept = kept_of([([0], answers)], config(distinct=False, weigh=weigh))["kept"]
+                kept = keep_round([([0], answers)], config(distinct=False, weigh=weigh))["kept"]
                 mask = torch.tensor([[w] for *_, w in kept])
                 loss, _ = sft_loss(logits.log_softmax(0)[[ids[0] for _, ids, _ in kept], None], mask, n)
                 mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
@@ -229,7 +229,7 @@ def test_its_expectation_over_all_groups(R):
 def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
     """Loss and gradient norm of the first step, against a loop over the batch."""
     seen = []
-    monkeypatch.setattr(rejection, "kept_of", lambda *a: seen.append(kept_of(*a)) or seen[-1])
+    monkeypatch.setattr(rejection, "keep_round", lambda *a: seen.append(keep_round(*a)) or seen[-1])
     rejection.main(config(steps=1, round_steps=1, micro_batch=2, distinct=False))
     kept = seen[0]["kept"]
     assert len({w for *_, w in kept}) > 1
@@ -350,6 +350,13 @@ def test_resume_refuses_what_changed(here):
     )
 
 
+def test_a_number_of_answers_per_problem_is_none_of_checkpoints(here):
+    rejection.main(config(steps=3, max_per_problem=1, save_every=1))
+    assert not list((here / "runs/rejection").glob("step_*"))
+    with pytest.raises(ConfigError, match="this changed: max_per_problem 1 -> 2"):
+        rejection.main(config(max_per_problem=2, resume=True))
+
+
 def test_two_processes_equal_one(here):
     flags = [x for k, v in (SMALL | {"prompts": 70}).items() for x in (f"--{k}", v)]
     one = script("rejection.py", *flags, "--name", "one", cwd=here)
@@ -419,8 +426,8 @@ def test_without_a_right_answer_a_run_says_so_and_moves_nothing(here, monkeypatc
     [
         (dict(steps=10, round_steps=3), "--steps 10 is no whole number of rounds of --round_steps 3"),
         (dict(temperature=0.0), "--temperature 0 samples the same answer 4 times; use --rollouts 1"),
-        (dict(keep=5), "--keep 5 is more than the --rollouts 4"),
-        (dict(keep=0), "--keep is 0"),
+        (dict(max_per_problem=5), "--max_per_problem 5 is more than the --rollouts 4"),
+        (dict(max_per_problem=0), "--max_per_problem is 0"),
         (dict(weigh="length"), "--weigh 'length' is not known"),
         (dict(init=None), "needs an SFT checkpoint"),
         (dict(prompts=0), "--prompts is 0"),

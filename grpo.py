@@ -88,46 +88,43 @@ Run it:
 
 import contextlib
 import copy
-import re
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DEFAULT_TASK, TASKS, encode_prompt, task_of
-from evaluate import add_figures, is_correct, kl_estimate, sampled_kl
-from lora import LoraConfig, add_lora, lora_off
+from data import task_of
+from evaluate import is_correct, kl_estimate
+from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
 from ppo import less_baseline
 from sft import sft_start
-from support.answers import extract_answer
+from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, Positive, Range, Whole, choice
+from support.checks import Amount, Count, Positive, Whole, choice
 from support.cli import run_script
 from support.content import code_of, records_of, weights_of
 from support.devices import precision, setup
 from support.errors import ConfigError
 from support.family import as_flags, check_choices, fill_in
-from support.grpo_report import report, rollout_sums, step_record, tally, warn_of_collapse
+from support.grpo_report import Look, rollout_sums, step_record, tally
 from support.lora_files import LoraState
-from support.off_policy import RolloutPolicy, check_sampler, off_policy
-from support.questions import load_questions, test_figures, validate
-from support.records import load_splits
-from support.rewards import judge_batch, reward_functions
-from support.rollouts import Sampler, cut, minibatches_of, piece_logprobs, show_samples
-from support.runs import Run, RunConfig
+from support.off_policy import RolloutPolicy, SamplerFlags, check_sampler, off_policy
+from support.questions import load_question_splits
+from support.rewards import RewardFlags, brevity_reward, format_reward, judge_batch, reward_functions
+from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
+from support.runs import Run
 from support.shared_prompt import shared_answer_logprobs
 from support.verdict import look_first
+from support.verified import VerifiedConfig
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rewards: functions of (texts, problems, ended), three lists of one length, that return a number for each text.
-# `ended`: the completion stopped by itself instead of being cut off.
-
-ANSWER_LINE = re.compile(r"#### -?\$?[0-9,]*\.?[0-9]+")
+# `ended`: the text stopped by itself instead of being cut off.
 
 
 def accuracy_reward(texts, problems, ended):
@@ -135,21 +132,7 @@ def accuracy_reward(texts, problems, ended):
     return [float(is_correct(text, problem)) for text, problem in zip(texts, problems, strict=True)]
 
 
-def format_reward(texts, problems, ended):
-    """1 if the text stops by itself, and its last line and no other is `#### number`, bare and readable."""
-    last = [(text.strip().splitlines() or [""])[-1].strip() for text in texts]
-    return [
-        float(e and text.count("####") == 1 and bool(ANSWER_LINE.fullmatch(line)) and extract_answer(line) is not None)
-        for text, line, e in zip(texts, last, ended, strict=True)
-    ]
-
-
-def brevity_reward(texts, problems, ended):
-    """1 if the text is no longer than the problem's solution. An empty one is short, too: see gdpo.py --conditioned."""
-    return [float(len(text.strip()) <= len(p.solution.strip())) for text, p in zip(texts, problems, strict=True)]
-
-
-REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevity_reward}
+REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevity_reward}  # support/rewards.py
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -343,8 +326,7 @@ def reward_sums(rewards, reward_weights):
 
 
 def advantages_of(rewards, reward_weights, config, lengths=None):
-    """rewards (N, R, M) -> advantages (N, R), {metric: number}. GRPO adds the rewards up, then compares; gdpo.py has
-    another.
+    """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the rewards up, then compare. gdpo.py has another.
 
     lengths (N, R): the tokens of each answer that count. Without lengths the caller only needs to know which advantages
     are 0, so nothing is divided.
@@ -403,9 +385,8 @@ def demo():
         loss, metrics = grpo_loss(logprobs, old, torch.zeros(4), mask, ref, beta=0.3, kl_unbiased=unbiased)
         loss.backward()
         assert torch.allclose(logprobs.grad, by_hand * mask / 8)
-        form = "β log(π / π_ref) / 8" if unbiased else "β (1 − x) / 8       "
-        name = "ρ k3" if unbiased else "k3  "
-        print(f"KL penalty {name}      value {metrics['kl']:.4f}, gradient {form} = {by_hand / 8:.5f}")
+        name, form = ("ρ k3", "β log(π / π_ref) / 8") if unbiased else ("k3", "β (1 − x) / 8")
+        print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient {form:20s} = {by_hand / 8:.5f}")
 
     # The family, second minibatch. The second answer has one token here.
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
@@ -421,72 +402,36 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The stage. More flags: support/rewards.py (what is paid), support/off_policy.py (what samples), support/verified.py.
 
 
 @dataclass
-class Config(RunConfig):
+class Config(SamplerFlags, RewardFlags, VerifiedConfig):
     """Train a policy with verifiable rewards (GRPO)."""
 
-    data: str = DEFAULT_TASK
-    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
-    levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     instruction: str = ""
     """Text after each question that says how to answer, for a model that was not fine-tuned on this data."""
-    init: str | None = None
-    """SFT checkpoint to start from, also the reference of the KL; default: one trained once into runs/start."""
     name: str = "grpo"
     steps: Count = 500
     """Batches of rollouts."""
     prompts: Count = 12
     """Questions N per step, over all ranks."""
-    rollouts: Count = 8
-    """Completions R per prompt."""
-    max_new_tokens: Count = 64
-    """Longest completion, in tokens."""
     temperature: Positive = 1.0
     """Sampling temperature, also used for the log-probabilities in the loss."""
     skip_zero_variance: bool = True
     """Leave out groups whose advantages are all 0, and their KL; false: they pay the KL, which takes longer."""
     refill: Whole = 0
     """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
-    correct_weight: float = 1.0
-    """Weight of the reward for a right answer."""
-    format_weight: float = 0.1
-    """Weight of the reward for the format."""
-    brevity_weight: float = 0.0
-    """Weight of the reward for being no longer than the reference solution."""
-    reward: str | None = None
-    """Your own reward, module:function: called with (texts, problems, ended), returns one number per text."""
-    reward_weight: float = 1.0
-    """Weight of your own reward."""
-    overlong: Whole = 0
-    """Length penalty: a reward that falls from 0 to -1 over this many last tokens before max_new_tokens; 0: none."""
     mask_truncated: bool = False
     """Completions that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
     if_hopeless: Literal["warn", "stop"] = "warn"
     """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
-    sampler_dtype: Literal["same", "bf16", "int8"] = "same"
-    """Roll out with the policy's weights rounded to this."""
-    stale: Whole = 0
-    """Roll out with the policy of this many steps ago."""
-    old_logprobs: Literal["sampler", "trainer"] = "sampler"
-    """Whose log-probabilities the ratio divides by: those sampled with, or the policy's own, scored once more."""
-    correction: Literal["none", "truncate", "mask"] = "none"
-    """Weigh tokens by k = policy / sampler. truncate: by k, at most the bound. mask: by 0 where k is outside 1 / bound
-    ... bound, else by k, or by 1 with --old_logprobs sampler, whose ratio holds k."""
-    correction_level: Literal["token", "sequence", "geometric"] | None = None
-    """k of each token (default), the product over an answer, or its geometric mean."""
-    correction_bound: Annotated[float, Range(float, 1)] | None = None
-    """The bound; default 2."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Sets all of the following that are not given, from --baseline to --kl_in."""
     baseline: Literal["mean", "leave_one_out", "none"] | None = None
     """What a reward is compared with: the mean of its group, of the others in it, or nothing."""
     scale: Literal["group", "batch", "none", "mean", "tokens"] | None = None
-    """Advantages divided by the std of the group or of the batch, by nothing, by the group's mean reward, or whitened
-    over the batch's tokens."""
+    """Unit of the advantages: a group's std, the batch's, 1, a group's mean reward, or whitened over the tokens."""
     ratio: Literal[tuple(RATIOS)] | None = None
     """Importance ratio of each token, of the whole sequence (its geometric mean), or the product over it."""
     surrogate: Literal[tuple(SURROGATES)] | None = None
@@ -500,34 +445,21 @@ class Config(RunConfig):
     beta: Amount | None = None
     """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
     kl: Literal["k1", "k2", "k3"] | None = None
-    """Estimator of the KL; default k3 in the loss (with --kl_unbiased), for the gradient of each token's KL, and k1 in
-    the reward, for that of the whole completion's."""
+    """Estimator of the KL; default k3 in the loss (each token's KL), k1 in the reward (the whole answer's)."""
     kl_in: Literal["loss", "reward"] | None = None
     """Where the KL is subtracted: as a term of the loss, or from the reward."""
     kl_unbiased: bool | None = None
-    """Multiply the KL in the loss by the token's ratio, so that its gradient is that of the token's KL(policy,
-    reference); default: true for k1 and k3 in the loss."""
+    """Multiply the KL in the loss by the token's ratio; default for k1 and k3, which then have the KL's gradient."""
     refresh_reference: Whole = 0
-    """Every so many steps the policy becomes its own reference; 0 keeps the start."""
+    """Every so many steps the policy becomes the reference of the KL; 0: that is --init throughout."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
     minibatches: Count = 2
     """Optimizer steps in a pass; from the second on ρ differs from 1."""
     micro_batch: Count | None = None
-    """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts. Default 128 for the
-    built-in problems, whose rows are short, else 32."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Train low-rank adapters instead of all weights: --lora.rank 8."""
+    """Answers per forward pass of one rank, whole groups; default 128 for the built-in problems (short), else 32."""
     lr: Amount = 1.5e-4
     """Peak learning rate; it falls linearly to 0 after the warm-up."""
-    eval_problems: Count = 200
-    """Validation problems per evaluation."""
-    test_problems: Count = 1000
-    """Test problems of the evaluations before and after training."""
-    pass_problems: Count = 100
-    """How many of the test problems are sampled for pass@k."""
-    pass_samples: Count = 16
-    """Samples per problem, and the largest k."""
     sample_every: Count = 100
     """Steps between printed rollouts."""
 
@@ -538,21 +470,10 @@ class Config(RunConfig):
         fill_in(self, ALGORITHMS)
         check_choices(self)
         check_sampler(self)
-        if self.minibatches > self.prompts:
-            raise ConfigError(f"--minibatches is {self.minibatches}, more than the {self.prompts} prompts of a step")
-        if self.overlong > self.max_new_tokens:
-            raise ConfigError(f"--overlong {self.overlong} is more than --max_new_tokens {self.max_new_tokens}")
-        if self.init is None and self.data not in TASKS:
-            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The steps of the loop.
 
 
 def roll_out(sample, step, slots, attempt, functions, config):
-    """Ask the questions in `slots` (which of the step's N), let the policy answer each R times, judge -> Batch with its
-    rewards."""
+    """Ask the questions in `slots`, some of a step's N; answer each R times; judge -> Batch with its rewards."""
     batch = sample(step, slots, attempt)
     judge_batch(functions, batch, config)
     return batch
@@ -595,10 +516,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
     rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
     add_lora(policy, **asdict(config.lora), seed=config.seed)
-    room, pad = policy.config.context - config.max_new_tokens, tokenizer.endoftext_id
-    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    load = partial(load_questions, config)
-    problems = load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
+    problems, pad = load_question_splits(config, tokenizer, policy.config.context, dist), tokenizer.endoftext_id
 
     def signal_of(batch):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
@@ -616,23 +534,11 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
-    if run.state.before is None:
-        run.state.before = test_figures(policy, tokenizer, problems, config, dist)
-        run.state.start, run.state.best = validate(policy, tokenizer, problems, functions, reward_weights, config, dist)
-        run.save("best")  # until something beats it, the start is the best
-    if run.first == 0:  # a run that was stopped before its first step has not kept it
-        run.log(0, **run.state.start)
-    if dist.is_main:
-        print(
-            f"{policy.num_params():,} parameters from {init}; {len(problems['train']):,} training prompts; "
-            f"test accuracy before: {run.state.before['accuracy']:.1%}"
-        )
+    look = Look(run, problems, functions, reward_weights, init)
+    look.before()
 
-    groups = [[] for _ in range(config.minibatches)]  # of each minibatch: which of this rank's n groups are in it
-    for g, slot in enumerate(slots):
-        groups[slot % config.minibatches].append(g)
+    groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
     loss_of = loss_with(config)
-    extra, kl, warned, shown = {}, 0.0, False, run.state.start
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
@@ -698,36 +604,16 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             run.check_finite(lr, norm)
             n_updates += 1
 
-        # 5. look
+        # 5. look: log the step; every so often answer validation questions
         record = step_record(rollout_totals, update_sums, n_updates, config, dist) | extra | mismatch
         # A NaN in these is a real failure, not a skipped fp16 overflow. A step without a signal has an entropy alone.
         advice = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, advice, loss=record["loss"], entropy=record["entropy"])
         record |= {"grad_norm": norm, "lr": lr, "seconds_rollout": rollout_done - step_began}
         record |= {"steps_per_second": 1 / (time.perf_counter() - step_began)}
-        if run.due(config.eval_every):
-            shown, chosen_by = validate(policy, tokenizer, problems, functions, reward_weights, config, dist)
-            add_figures(record, shown)
-            run.keep_best(chosen_by)
-            warned = warned or warn_of_collapse(run, shown["accuracy"])
-        run.log(step + 1, **record)
-        if dist.is_main and (step == 0 or (step + 1) % config.sample_every == 0):
-            show_samples(run, batch, reward_sums(paid, reward_weights))
-        kl = record.get("kl", kl)
-        brief = {"kl": f"{kl:.3f}", "length": f"{record['length']:.0f}"}
-        brief |= {name: f"{value:.3f}" for name, value in shown.items()}
-        run.bar.set_postfix(reward=f"{record['reward']:.2f}", **brief, refresh=False)
+        look.at_step(record, batch, reward_sums(paid, reward_weights))
     run.close()
-
-    # The test split, as before the first step. With LoRA the start is the policy: sampled_kl turns its adapters off.
-    after = test_figures(policy, tokenizer, problems, config, dist)
-    start = policy if config.lora.rank else open_checkpoint(init, dist.device)[0].eval()  # the reference may have moved
-    prompts = [encode_prompt(tokenizer, p) for p in problems["test"][:200]]
-    kl = sampled_kl(policy, start, tokenizer, prompts, config.max_new_tokens, dist, config.seed, config.micro_batch)
-    if dist.is_main:
-        report(config, run, after, kl, reward_weights, extra)
-    results = {"before": run.state.before, "after": after, "kl": kl}
-    return results | {"seconds": run.seconds, "path": str(run.path / "last")}
+    return look.after()
 
 
 if __name__ == "__main__":

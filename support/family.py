@@ -48,6 +48,10 @@ def check_choices(config):
         )
     if c.scale == "mean" and (c.overlong or min(c.correct_weight, c.format_weight, c.brevity_weight) < 0):
         raise ConfigError("--scale mean divides by a mean reward: no --overlong and no weight below 0 with it")
+    if c.minibatches > c.prompts:
+        raise ConfigError(f"--minibatches is {c.minibatches}, more than the {c.prompts} prompts of a step")
+    if c.overlong > c.max_new_tokens:
+        raise ConfigError(f"--overlong {c.overlong} is more than --max_new_tokens {c.max_new_tokens}")
     if c.kl_unbiased and c.kl_in == "reward":
         raise ConfigError("--kl_unbiased has no meaning with --kl_in reward, where the KL is not differentiated")
     if c.beta and (c.kl, c.kl_in, c.kl_unbiased) == ("k1", "loss", False):

@@ -1,7 +1,11 @@
-"""What a GRPO step logs, and what its run prints and draws at the end."""
+"""What a GRPO step logs, and what its run measures, prints and draws before, between and after its steps."""
 
-from evaluate import before_and_after, metric_panels, pass_at_k
+from data import encode_prompt
+from evaluate import add_figures, before_and_after, metric_panels, pass_at_k, sampled_kl
+from support.checkpoints import open_checkpoint
 from support.plots import draw_curves
+from support.questions import test_figures, validate
+from support.rollouts import show_samples
 
 SAMPLER = {
     "sampler_kl": "KL(sampler ‖ trainer)",
@@ -46,6 +50,74 @@ def step_record(figures, sums, n_updates, config, dist):
     return record | {"loss": loss / max(1, n_updates)}
 
 
+class Look:
+    """What a run shows beside its steps: before(), at_step() each, after(). init: the checkpoint that it began from."""
+
+    def __init__(self, run, problems, functions, reward_weights, init):
+        self.run, self.problems, self.init = run, problems, init
+        self.functions, self.reward_weights = functions, reward_weights
+        self.record, self.kl, self.warned = {}, 0.0, False  # the last record, and the last KL that was measured
+
+    def validate(self):
+        """What is logged of greedy answers to the validation questions, and the number by which best/ is chosen."""
+        run = self.run
+        return validate(
+            run.model, run.tokenizer, self.problems, self.functions, self.reward_weights, run.config, run.dist
+        )
+
+    def test(self):
+        return test_figures(self.run.model, self.run.tokenizer, self.problems, self.run.config, self.run.dist)
+
+    def before(self):
+        """The test split, `run.state.before`; the validation split, `run.state.start`, logged as step 0; and best/, the
+        start itself. A resumed run knows them."""
+        run = self.run
+        if run.state.before is None:
+            run.state.before = self.test()
+            run.state.start, run.state.best = self.validate()
+            run.save("best")  # until something beats it, the start is the best
+        if run.first == 0:  # a run that was stopped before its first step has not kept it
+            run.log(0, **run.state.start)
+        if run.dist.is_main:
+            print(
+                f"{run.model.num_params():,} parameters from {self.init}; {len(self.problems['train']):,} training "
+                f"prompts; test accuracy before: {run.state.before['accuracy']:.1%}"
+            )
+        self.shown = run.state.start
+
+    def at_step(self, record, batch, total):
+        """Log a step's record, with validation figures if they are due; every so often show samples. total (n, R): what
+        the answers of the batch earned."""
+        run, config = self.run, self.run.config
+        step = run.done + 1
+        if run.due(config.eval_every):
+            self.shown, chosen_by = self.validate()
+            add_figures(record, self.shown)
+            run.keep_best(chosen_by)
+            self.warned = self.warned or warn_of_collapse(run, self.shown["accuracy"])
+        run.log(step, **record)
+        if run.dist.is_main and (step == 1 or step % config.sample_every == 0):
+            show_samples(run, batch, total)
+        self.record, self.kl = record, record.get("kl", self.kl)
+        brief = {"kl": f"{self.kl:.3f}", "length": f"{record['length']:.0f}"}
+        brief |= {name: f"{value:.3f}" for name, value in self.shown.items()}
+        run.bar.set_postfix(reward=f"{record['reward']:.2f}", **brief, refresh=False)
+
+    def after(self):
+        """The test split again, and the KL to the start: {"before", "after", "kl", "seconds", "path"}."""
+        run, config, dist = self.run, self.run.config, self.run.dist
+        after, policy = self.test(), run.model
+        # With LoRA the start is the policy: sampled_kl turns its adapters off. The reference may have moved.
+        start = policy if config.lora.rank else open_checkpoint(self.init, dist.device)[0].eval()
+        prompts = [encode_prompt(run.tokenizer, p) for p in self.problems["test"][:200]]
+        sizes = config.max_new_tokens, dist, config.seed, config.micro_batch
+        kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes)
+        if dist.is_main:
+            report(config, run, after, kl, self.reward_weights, self.record)
+        results = {"before": run.state.before, "after": after, "kl": kl}
+        return results | {"seconds": run.seconds, "path": str(run.path / "last")}
+
+
 def warn_of_collapse(run, accuracy):
     """Whether the validation accuracy has fallen far below where it began, which is said."""
     began = run.state.start["accuracy"]
@@ -58,8 +130,8 @@ def warn_of_collapse(run, accuracy):
     return True
 
 
-def report(config, run, after, kl, weights, extra):
-    """The table of before and after, and the curves."""
+def report(config, run, after, kl, weights, record):
+    """The table of before and after, and the curves. record: of the last step."""
     n, before = config.pass_samples, run.state.before
     rows = [["KL to the start, nats per token", f"{0:.4f}", f"{kl:.4f}"]]
     for k in sorted({1, round(n**0.5), n}):
@@ -73,7 +145,7 @@ def report(config, run, after, kl, weights, extra):
     )
     before_and_after(before, after, config.steps, run.seconds, rows, [note])
     drawn = {f"reward_{name}": name for name in weights}
-    lost = {"zero_variance": "no signal"} | {name: name.replace("_", " by ") for name in extra if "collapsed" in name}
+    lost = {"zero_variance": "no signal"} | {name: name.replace("_", " by ") for name in record if "collapsed" in name}
     draw_curves(
         run.path,
         f"{config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",

@@ -23,10 +23,13 @@ gave back (--old_logprobs sampler, the default) ρ = π / μ holds k already: a 
 
 import copy
 from collections import deque
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 
 from evaluate import kl_estimate
+from support.checks import Range, Whole
 from support.errors import ConfigError
 from support.rollouts import cut, piece_logprobs
 
@@ -98,6 +101,25 @@ class RolloutPolicy:
 
     def load_state_dict(self, state):
         self.past = deque(state["past"])
+
+
+@dataclass
+class SamplerFlags:
+    """What rolls out, and what corrects for it."""
+
+    sampler_dtype: Literal["same", "bf16", "int8"] = "same"
+    """Roll out with the policy's weights rounded to this."""
+    stale: Whole = 0
+    """Roll out with the policy of this many steps ago."""
+    old_logprobs: Literal["sampler", "trainer"] = "sampler"
+    """Whose log-probabilities the ratio divides by: those sampled with, or the policy's own, scored once more."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh tokens by k = policy / sampler. truncate: by k, at most the bound. mask: by 0 where k is outside 1 / bound
+    ... bound, else by k, or by 1 with --old_logprobs sampler, whose ratio holds k."""
+    correction_level: Literal["token", "sequence", "geometric"] | None = None
+    """k of each token (default), the product over an answer, or its geometric mean."""
+    correction_bound: Annotated[float, Range(float, 1)] | None = None
+    """The bound; default 2."""
 
 
 def check_sampler(config):

@@ -1,11 +1,13 @@
 """Questions whose answers are checked: loading a split of them, and how well a policy answers held-out ones."""
 
 from dataclasses import replace
+from functools import partial
 
-from data import load_problems
+from data import encode_prompt, load_problems
 from evaluate import evaluate, evaluate_samples, logged, verifiable
 from lora import merged
 from support.errors import ConfigError
+from support.records import load_splits
 from support.rewards import judge
 
 
@@ -17,6 +19,13 @@ def load_questions(config, split, n):
     if config.correct_weight:
         refuse_unanswered(problems, split, config.data, ", or give another --reward and --correct_weight 0")
     return problems
+
+
+def load_question_splits(config, tokenizer, context, dist):
+    """{"train", "valid", "test"}: problems whose prompts leave room for an answer. ConfigError if a split has none."""
+    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
+    room, load = context - config.max_new_tokens, partial(load_questions, config)
+    return load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
 
 def refuse_unanswered(problems, split, data, advice=""):

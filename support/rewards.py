@@ -1,12 +1,53 @@
-"""Reward functions by name, a user's own among them; what they pay, checked to be one finite number per text."""
+"""Reward functions by name, a user's own among them; what they pay, checked to be one finite number per text.
+
+A reward is a function of (texts, problems, ended), three lists of one length, that returns a number for each text.
+"""
 
 import importlib
 import os
+import re
 import sys
+from dataclasses import dataclass
 
 import torch
 
+from support.answers import extract_answer
+from support.checks import Whole
 from support.errors import ConfigError
+
+ANSWER_LINE = re.compile(r"#### -?\$?[0-9,]*\.?[0-9]+")
+
+
+def format_reward(texts, problems, ended):
+    """1 if the text stops by itself, and its last line and no other is `#### number`, bare and readable."""
+    last = [(text.strip().splitlines() or [""])[-1].strip() for text in texts]
+    return [
+        float(e and text.count("####") == 1 and bool(ANSWER_LINE.fullmatch(line)) and extract_answer(line) is not None)
+        for text, line, e in zip(texts, last, ended, strict=True)
+    ]
+
+
+def brevity_reward(texts, problems, ended):
+    """1 if the text is no longer than the problem's solution. An empty one is short, too: see gdpo.py --conditioned."""
+    return [float(len(text.strip()) <= len(p.solution.strip())) for text, p in zip(texts, problems, strict=True)]
+
+
+@dataclass
+class RewardFlags:
+    """What is paid for."""
+
+    correct_weight: float = 1.0
+    """Weight of the reward for a right answer."""
+    format_weight: float = 0.1
+    """Weight of the reward for the format."""
+    brevity_weight: float = 0.0
+    """Weight of the reward for being no longer than the reference solution."""
+    reward: str | None = None
+    """Your own reward, module:function: called with (texts, problems, ended), returns one number per text."""
+    reward_weight: float = 1.0
+    """Weight of your own reward."""
+    overlong: Whole = 0
+    """Length penalty: a reward that falls from 0 to -1 over this many last tokens before max_new_tokens; 0: none."""
 
 
 def load_reward(path, taken=()):

@@ -134,6 +134,11 @@ def piece_logprobs(model, pieces, batch, temperature, autocast):
     return out
 
 
+def groups_in_turn(slots, minibatches):
+    """For each of a step's minibatches, dealt out in turn, this rank's groups of it, as `shuffled_groups`."""
+    return [[g for g, slot in enumerate(slots) if slot % minibatches == m] for m in range(minibatches)]
+
+
 def shuffled_groups(step, slots, config):
     """For each of a step's minibatches, drawn by (seed, step) alone, the groups of it that are this rank's, which has
     the prompts in `slots`: [[group, …], …]."""

@@ -748,9 +748,10 @@ def test_lora_trains_the_adapters_alone(here, spied):
 def test_the_kl_to_the_start(here, monkeypatch, rank):
     """Of the trained policy to --init, wherever the reference has moved; with LoRA without a second model."""
     opened, opens = grpo.open_checkpoint, []
-    monkeypatch.setattr(grpo, "open_checkpoint", lambda *args: opens.append(args) or opened(*args))
-    asked, measure = [], grpo.sampled_kl
-    monkeypatch.setattr(grpo, "sampled_kl", lambda *args: asked.append(args) or measure(*args))
+    for module in (grpo, grpo_report):
+        monkeypatch.setattr(module, "open_checkpoint", lambda *args: opens.append(args) or opened(*args))
+    asked, measure = [], grpo_report.sampled_kl
+    monkeypatch.setattr(grpo_report, "sampled_kl", lambda *args: asked.append(args) or measure(*args))
     result = grpo.main(config(lora=LoraConfig(rank), refresh_reference=1, lr=0.1, steps=2, dtype="fp32"))
     assert len(opens) == (1 if rank else 2)
     policy, origin, *_ = asked[0]
@@ -793,7 +794,7 @@ def test_the_table_tells_sharpened_from_new(here, capsys):
     result = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 4, "length": 3.0, "by_level": {1: 0.5}}
     before, after = result | {"solved": [0, 1, 4, 2]}, result | {"solved": [3, 4, 4, 0]}
     run = SimpleNamespace(path=here, seconds=90.0, state=SimpleNamespace(before=before))
-    grpo.report(config(pass_samples=4), run, after, 0.1, {"correct": 1.0}, {})
+    grpo_report.report(config(pass_samples=4), run, after, 0.1, {"correct": 1.0}, {})
     out = capsys.readouterr().out
     passed = [line.split() for line in out.splitlines() if line.startswith("pass@") and line.endswith("%")]
     assert [row[0] for row in passed] == ["pass@1", "pass@2", "pass@4"]

@@ -111,7 +111,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -119,24 +119,23 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DEFAULT_TASK, TASKS, encode_prompt, has_verifier, load_judged, load_pairs, load_problems
-from evaluate import add_figures, evaluate, logged
-from lora import LoraConfig, add_lora, lora_off, merged
+from data import DEFAULT_TASK, has_verifier
+from evaluate import add_figures, logged
+from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, FractionBelow1, Positive, Range, listed
+from support.checks import Amount, Count, FractionBelow1, Positive, Range
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
-from support.dpo_report import draw, kl_to_start, report
-from support.errors import ConfigError
-from support.judged import one_by_one, prepare_judged
+from support.dpo_report import announce, draw, held_out, kl_to_start, report
 from support.lora_files import LoraState
-from support.pair_rows import encode_pair, encode_splits, held_out_share, next_pairs, pair_up, sample_splits
-from support.pairs import Means, add_reference, batch_of, keep_pairs, kept_pairs, numbers, pair_logprobs, sample_pairs
-from support.records import load_splits
-from support.runs import Run, RunConfig
+from support.pair_rows import load_texts, load_verified, make_pairs, next_pairs
+from support.pairs import Means, batch_of, keep_pairs, kept_pairs, pair_logprobs, to_floats
+from support.runs import Run
+from support.variants import check_config, check_loss
+from support.verified import PolicyConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objective, as pure functions. u, v (b,): what a variant compares (`Variant`) -> the loss of each pair (b,).
@@ -206,7 +205,7 @@ def kto_loss(
         metrics[f"reward_{kind}"] = beta * log_ratio[chosen].mean()
         if logps is not None:
             metrics[f"logp_{kind}"] = logps[chosen].mean()
-    return losses.sum() / (n_pairs or len(losses)), numbers(metrics)
+    return losses.sum() / (n_pairs or len(losses)), to_floats(metrics)
 
 
 @dataclass(frozen=True)
@@ -235,14 +234,6 @@ VARIANTS = {
 }
 
 
-def check_settings(variant, names):
-    """Raise ConfigError on a setting that the variant does not take."""
-    for name in names:
-        if name not in VARIANTS[variant].settings:
-            takers = [known for known, row in VARIANTS.items() if name in row.settings]
-            raise ConfigError(f"--{name} has no meaning with --variant {variant}, only with {listed(takers)}")
-
-
 def dpo_loss(
     policy_chosen,
     policy_rejected,
@@ -266,37 +257,28 @@ def dpo_loss(
     The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_with`). Metrics are
     means over these b pairs; "accuracy" is that of the pairs, the share with h > 0.
     """
-    if variant not in VARIANTS:
-        raise ConfigError(f"--variant {variant!r} is not known; use {listed(VARIANTS)}")
-    row, settings = VARIANTS[variant], {"label_smoothing": label_smoothing} | settings
-    check_settings(variant, [name for name, value in settings.items() if value])
-    if row.unpaired:
-        raise ConfigError(f"{variant} judges single answers, not pairs: use {variant}_loss")
-    if row.per_token and (chosen_lengths is None or rejected_lengths is None):
-        raise ConfigError(f"the variant {variant} needs the answers' lengths")
-    if nll and chosen_lengths is None:
-        raise ConfigError("nll is a mean per token: it needs the answers' lengths")
+    settings = {"label_smoothing": label_smoothing} | settings
+    check_loss(VARIANTS, variant, settings, chosen_lengths, rejected_lengths, nll)
+    kind = VARIANTS[variant]
     u, v = policy_chosen, policy_rejected  # (b,)
-    if row.uses_reference:
+    if kind.uses_reference:
         u, v = u - ref_chosen, v - ref_rejected
-    if row.per_token:
+    if kind.per_token:
         u, v = u / chosen_lengths, v / rejected_lengths
-    losses = row.loss(u, v, beta, **{name: settings[name] for name in row.settings if name in settings})  # (b,)
+    losses = kind.loss(u, v, beta, **{name: settings[name] for name in kind.settings if name in settings})  # (b,)
     if nll:
         losses = losses - nll * policy_chosen / chosen_lengths  # (b,)
-    loss = losses.sum() / (n_pairs or len(losses))
-    h = beta * (u - v)
-    pair_accuracy = (h > 0).float().mean()
+    h = beta * (u - v)  # (b,)
     metrics = {
         "loss": losses.mean(),
-        "accuracy": pair_accuracy,
+        "accuracy": (h > 0).float().mean(),
         "margin": h.mean(),
         "reward_chosen": beta * u.mean(),
         "reward_rejected": beta * v.mean(),
         "logp_chosen": policy_chosen.mean(),
         "logp_rejected": policy_rejected.mean(),
     }
-    return loss, numbers(metrics)
+    return losses.sum() / (n_pairs or len(losses)), to_floats(metrics)
 
 
 def demo():
@@ -363,25 +345,25 @@ orpo, π per token 1/2 and 1/4: odds 1 and 1/3, d = ln 3; loss ln 2 + β ln 4/3;
 
 
 @torch.no_grad()
-def reference_point(policy, rows, pad, dist, autocast, start=None, weight=1):
-    """{"z0"}: max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the rows of all ranks, y' = row["other"].
+def reference_point(policy, judged, pad, dist, autocast, start=None, weight=1):
+    """z0 = max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the judged answers of all ranks; y' is their "other".
 
-    start: π_ref (None: the policy without its adapters), not needed for held-out rows, which know "ref_other". It
-    stays on the device, as every step needs it. weight: 0 on a rank without rows of its own."""
+    start: π_ref (None: the policy without its adapters), not needed for held-out answers, which know "ref_other".
+    It stays on the device, as every step needs it. weight: 0 on a rank without answers of its own."""
     policy.eval()
     start = start and start.to(dist.device)
     total = 0.0
-    for i in range(0, len(rows), 64):
-        batch = batch_of(rows[i : i + 64], pad, dist.device, sides=("other",))
-        (ref,) = batch.ref_logps
+    for i in range(0, len(judged), 64):
+        batch = batch_of(judged[i : i + 64], pad, dist.device, sides=("other",))
+        (ref,) = batch.ref_logps  # (b,), or None
         with autocast():
             (logps,) = pair_logprobs(policy, batch.packed)  # (b,)
             if ref is None:
                 with lora_off(policy):
-                    (ref,) = pair_logprobs(start or policy, batch.packed)
+                    (ref,) = pair_logprobs(start or policy, batch.packed)  # (b,)
         total += weight * (logps - ref).sum().item()
-    total, n = dist.sum(total, weight * len(rows))
-    return {"z0": max(0.0, total / n)}
+    total, n = dist.sum(total, weight * len(judged))
+    return max(0.0, total / n)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -389,14 +371,12 @@ def reference_point(policy, rows, pad, dist, autocast, start=None, weight=1):
 
 
 @dataclass
-class Config(RunConfig):
+class Config(PolicyConfig):
     """Fit a policy to preference pairs (DPO)."""
 
     data: str = DEFAULT_TASK
     """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs; for
     kto also a .jsonl of single answers, {"prompt", "completion", "label": true or false}."""
-    levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     pairs: Literal["sampled", "offline"] | None = None
     """sampled (from the start model, judged by the verifier) or offline; default: sampled if --data has a verifier."""
     prompts: Count = 3000
@@ -405,8 +385,6 @@ class Config(RunConfig):
     """Sampled answers per prompt."""
     temperature: Positive = 1.0
     """Sampling temperature."""
-    init: str | None = None
-    """SFT checkpoint to start from, also the reference; default: one trained once into runs/start."""
     name: str = "dpo"
     steps: Count = 300
     batch: Count = 32
@@ -427,30 +405,18 @@ class Config(RunConfig):
     """Weight of the bad ones."""
     nll: Amount = 1.0
     """Weight of the chosen answers' own loss, a mean per token as in SFT; 0 is plain DPO."""
-    lr: Amount = 2e-4
-    max_new_tokens: Count = 64
-    """Most tokens of a sampled answer."""
     eval_problems: Count = 200
     """Validation problems (and their pairs) per evaluation."""
     test_problems: Count = 1000
     """Test problems (or pairs) of the evaluations before and after training."""
     dropout: FractionBelow1 = 0.0
     """Dropout while training."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Low-rank adapters."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.pairs is None:
             self.pairs = "sampled" if has_verifier(self.data) else "offline"
-        if self.pairs == "sampled" and not has_verifier(self.data):
-            raise ConfigError(f"--pairs sampled needs a verifier, which {self.data} has not; use --pairs offline")
-        of_variants = {name for row in VARIANTS.values() for name in row.settings}
-        check_settings(self.variant, [n for n in sorted(of_variants) if getattr(self, n) != getattr(Config, n)])
-        if VARIANTS[self.variant].unpaired and self.batch < 2:
-            raise ConfigError(f"--batch is 1; --variant {self.variant} needs 2: z0 takes the answers of other rows")
-        if self.init is None and self.data not in TASKS:
-            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
+        check_config(VARIANTS, self)
 
     @property
     def sizes(self):
@@ -458,59 +424,17 @@ class Config(RunConfig):
         return {"train": self.prompts, "valid": self.eval_problems, "test": self.test_problems}
 
 
-def make_pairs(policy, tokenizer, problems, texts, config, dist, autocast):
-    """{"train", "valid", "test"}: rows of ids, with their log π_ref if the variant uses it. The policy is still the
-    start model: it answers the problems, and it is the reference. texts: the offline pairs, {} for sampled ones."""
-    policy.eval()
-    row, context = VARIANTS[config.variant], policy.config.context
-    if texts:
-        pairs = encode_splits(partial(encode_pair, tokenizer), texts, config, context, dist)
-    else:
-        sample, rule = partial(sample_pairs, policy, tokenizer), one_by_one if row.unpaired else pair_up
-        pairs = sample_splits(sample, rule, problems, config, dist, autocast)
-    if row.unpaired:
-        pairs = prepare_judged(pairs, context, config, dist)
-    if row.uses_reference:
-        pad = tokenizer.endoftext_id
-        pairs = {split: add_reference(policy, of_split, pad, dist, autocast) for split, of_split in pairs.items()}
-    return pairs
-
-
-def loss_with(config):
-    """dpo_loss with a run's settings, or kto_loss of log π and log π_ref."""
-    settings = {name: getattr(config, name) for name in VARIANTS[config.variant].settings} | {"beta": config.beta}
-    if not VARIANTS[config.variant].unpaired:
-        return partial(dpo_loss, variant=config.variant, nll=config.nll, **settings)
-
-    def loss_of(logps, ref, answer_lengths, **given):
-        return kto_loss(logps - ref, own=-config.nll * logps / answer_lengths, logps=logps, **settings, **given)
-
-    return loss_of
-
-
-@torch.no_grad()
-def validate(policy, pairs, tokenizer, config, dist, autocast):
-    """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …}."""
-    policy.eval()
-    loss_of, means, pad = loss_with(config), Means(), tokenizer.endoftext_id
-    own_pairs, weight = held_out_share(pairs, dist)
-    point = reference_point(policy, own_pairs, pad, dist, autocast, weight=weight) if "other" in pairs[0] else {}
-    for i in range(0, len(own_pairs), 64):
-        micro = batch_of(own_pairs[i : i + 64], pad, dist.device)
-        with autocast():
-            logps = pair_logprobs(policy, micro.packed)
-        means.add(loss_of(*logps, *micro.ref_logps, **micro.known, **point)[1], micro, weight)
-    return means.over_ranks(dist)
-
-
-def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast):
-    """{"pairs": their metrics} and, with a verifier, those of greedy answers: there "accuracy" is exact match."""
-    with merged(policy):  # adapters, if any, folded into the weights: as fast as without
-        figures = {"pairs": validate(policy, pairs[split], tokenizer, config, dist, autocast)}
-        if problems:
-            result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
-            figures |= {name: value for name, value in result.items() if name != "samples"}
-    return figures
+def loss_of(config, logps, micro, z0=None, n_pairs=None):
+    """The loss of a micro-batch with a run's settings -> (loss (), metrics). logps: log π_θ of each side, (b,) each."""
+    settings = {name: getattr(config, name) for name in VARIANTS[config.variant].settings}
+    settings |= {"beta": config.beta, "n_pairs": n_pairs}
+    if VARIANTS[config.variant].unpaired:
+        (logp,), (ref,) = logps, micro.ref_logps  # (b,)
+        nll = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
+        return kto_loss(logp - ref, micro.desirable, z0, own=nll, logps=logp, **settings)
+    (logp_chosen, logp_rejected), (ref_chosen, ref_rejected) = logps, micro.ref_logps  # (b,) each; no π_ref: None
+    settings |= {"variant": config.variant, "nll": config.nll} | micro.lengths
+    return dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, **settings)
 
 
 def main(config):
@@ -524,22 +448,13 @@ def main(config):
     # The start model, for the KL and as π_ref of z0; on the CPU until then. None: the policy without its adapters
     start = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    problems = None  # with a verifier, greedy accuracy is measured too
-    if has_verifier(config.data):
-        load = partial(load_problems, config.data, levels=tuple(config.levels), skip_bad=config.skip_bad)
-        room = policy.config.context - config.max_new_tokens
-        problems = load_splits(load, config.sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
-
-    texts = {}
-    if config.pairs == "offline":
-        load_texts = load_judged if VARIANTS[config.variant].unpaired else load_pairs
-        load = partial(load_texts, config.data, levels=tuple(config.levels), seed=config.seed, skip_bad=config.skip_bad)
-        texts = {split: load(split, n) for split, n in config.sizes.items()}
-
+    variant, context = VARIANTS[config.variant], policy.config.context
+    problems = load_verified(config, tokenizer, context, dist)  # of each split, for greedy accuracy; or None
+    texts = load_texts(config, variant.unpaired)  # the offline pairs of each split, or {}
     pairs = kept_pairs(config)  # a resumed run reads the pairs of its first part
     if pairs is None:  # sampled before the run opens its directory: an error here must not move an earlier run
         with lora_off(policy):
-            pairs = make_pairs(policy, tokenizer, problems, texts, config, dist, autocast)
+            pairs = make_pairs(policy, tokenizer, problems, texts, config, variant, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     records = {split: [read[split] for read in (problems, texts) if read] for split in config.sizes}
@@ -549,41 +464,39 @@ def main(config):
     keep_pairs(run, pairs)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
-    given = {"pairs": pairs, "problems": problems, "tokenizer": tokenizer, "config": config}
-    measure = partial(held_out, dist=dist, autocast=autocast, **given)  # (policy, split) -> figures
+    pad, on_bar, shared = tokenizer.endoftext_id, {}, {"config": config, "dist": dist, "autocast": autocast}
+    losses = {"loss_of": loss_of, "reference_point": reference_point}
+    measure = partial(held_out, pairs=pairs, problems=problems, tokenizer=tokenizer, **losses, **shared)
     if run.state.before is None:
         run.state.before = measure(policy, "test")
-    if dist.is_main:
-        accuracy = f"; test accuracy before: {run.state.before['accuracy']:.1%}" if problems else ""
-        n_pairs = f"{len(pairs['train']):,} training {'answers' if VARIANTS[config.variant].unpaired else 'pairs'}"
-        print(f"{policy.num_params():,} parameters from {init}; {n_pairs}{accuracy}")
+    announce(run, init, len(pairs["train"]), variant.unpaired)
 
-    loss_of, pad, shown, unpaired = loss_with(config), tokenizer.endoftext_id, {}, VARIANTS[config.variant].unpaired
     for step in run.steps():
         # 1. pairs
         started = time.perf_counter()
-        own_pairs = next_pairs(pairs["train"], step, config, dist, policy.config.context)  # B / ranks
-        point = reference_point(policy, own_pairs, pad, dist, autocast, start) if unpaired else {}  # of the whole step
+        own_pairs = next_pairs(pairs["train"], step, config, dist, context)  # B / ranks
+        # kto: of the whole step
+        z0 = reference_point(policy, own_pairs, pad, dist, autocast, start) if variant.unpaired else None
         model.train()
-        means = Means()
+        sums = Means()
         for i in range(0, len(own_pairs), config.micro_batch):  # b pairs at a time; their gradients add up
             micro = batch_of(own_pairs[i : i + config.micro_batch], pad, dist.device)
             last = i + config.micro_batch >= len(own_pairs)  # DDP averages over the ranks in this backward alone
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                 # 2. score: log π_θ of both answers, with gradient
                 with autocast():
-                    logps = pair_logprobs(model, micro.packed)  # (b,), (b,); kto: (b,) of one answer
+                    logps = pair_logprobs(model, micro.packed)  # a tuple: (b,), (b,); kto: (b,) alone
 
-                # 3. loss: compared with log π_ref, (b,) each; a sum over b pairs, divided by the whole step's number
-                loss, metrics = loss_of(*logps, *micro.ref_logps, **micro.known, **point, n_pairs=config.batch)
+                # 3. loss: u, v, then dpo_loss or kto_loss; a sum over b pairs, divided by the whole step's number B
+                loss, metrics = loss_of(config, logps, micro, z0, n_pairs=config.batch)
 
                 # 4. update: backward here, the step after the last micro-batch. * world: DDP averages, we sum
                 scaler.scale(loss * dist.world).backward()
-            means.add(metrics, micro)
+            sums.add(metrics, micro)
 
         lr = lr_at(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)  # clips the gradient's norm
-        means = means.over_ranks(dist)
+        means = sums.over_ranks(dist)
         run.check_finite(lr, norm, loss=means["loss"])
 
         # 5. look: every so often at held-out pairs and problems, and at the KL
@@ -594,14 +507,14 @@ def main(config):
             result = measure(policy, "valid")
             record |= {f"valid_{name}": value for name, value in result["pairs"].items()}
             record["kl"] = kl_to_start(policy, start, pairs, tokenizer, config, dist)
-            shown = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
+            on_bar = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
             if problems:
                 add_figures(record, logged(result))
-                shown["accuracy"] = f"{result['accuracy']:.1%}"
+                on_bar["accuracy"] = f"{result['accuracy']:.1%}"
             run.keep_best(record["valid_loss"])
         run.log(step + 1, **record)
         run.bar.set_postfix(
-            loss=f"{record['loss']:.3f}", logp=f"{means.get('logp_chosen', math.nan):.1f}", **shown, refresh=False
+            loss=f"{record['loss']:.3f}", logp=f"{means.get('logp_chosen', math.nan):.1f}", **on_bar, refresh=False
         )
     run.close()
 
@@ -610,7 +523,7 @@ def main(config):
     before, after = run.state.before, measure(policy, "test")
     if dist.is_main:
         report(config, before, after, len(pairs["test"]), run.seconds)
-        draw(config, run.path, VARIANTS[config.variant], bool(problems))
+        draw(config, run.path, variant, bool(problems))
         print(f"{path}, {run.path}/last, {run.path}/curves.png")
     return {"before": before, "after": after, "path": str(path), "seconds": run.seconds}
 

@@ -44,6 +44,7 @@ import dpo
 import sft
 from data import DEFAULT_TASK, load_pairs
 from support import runs
+from support.pair_rows import encode_pair
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -177,7 +178,7 @@ def make_data(tokenizer, n):
     """n pairs whose prompts and answers together are SHORTEST to LONGEST tokens long -> pairs, their ids."""
     pairs, ids = [], []
     for pair in load_pairs(DEFAULT_TASK, "train", 6000, (1, 2, 3)):
-        encoded = dpo.encode_pair(tokenizer, pair)
+        encoded = encode_pair(tokenizer, pair)
         lengths = [len(encoded["prompt"]) + len(encoded[side]) for side in ("chosen", "rejected")]
         if min(lengths) >= SHORTEST and max(lengths) <= LONGEST:
             pairs.append(pair)

@@ -1,7 +1,47 @@
-"""What a DPO run measures beside its loss, and what it prints and draws at the end."""
+"""What a DPO run measures, and what it prints and draws."""
 
-from evaluate import before_and_after, metric_panels, sampled_kl, wilson
+import torch
+
+from evaluate import before_and_after, evaluate, metric_panels, sampled_kl, wilson
+from lora import merged
+from support.pair_rows import held_out_share
+from support.pairs import Means, batch_of, pair_logprobs
 from support.plots import draw_curves
+
+
+@torch.no_grad()
+def validate(policy, pairs, tokenizer, config, dist, autocast, loss_of, reference_point):
+    """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …}.
+    loss_of, reference_point: those of dpo.py."""
+    policy.eval()
+    sums, pad, z0 = Means(), tokenizer.endoftext_id, None
+    own_pairs, weight = held_out_share(pairs, dist)
+    if "other" in pairs[0]:
+        z0 = reference_point(policy, own_pairs, pad, dist, autocast, weight=weight)
+    for i in range(0, len(own_pairs), 64):
+        micro = batch_of(own_pairs[i : i + 64], pad, dist.device)
+        with autocast():
+            logps = pair_logprobs(policy, micro.packed)  # a tuple of (b,)
+        sums.add(loss_of(config, logps, micro, z0)[1], micro, weight)
+    return sums.over_ranks(dist)
+
+
+def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast, loss_of, reference_point):
+    """{"pairs": their metrics} and, with a verifier, those of greedy answers: there "accuracy" is exact match."""
+    with merged(policy):  # adapters, if any, folded into the weights: as fast as without
+        figures = {"pairs": validate(policy, pairs[split], tokenizer, config, dist, autocast, loss_of, reference_point)}
+        if problems:
+            result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
+            figures |= {name: value for name, value in result.items() if name != "samples"}
+    return figures
+
+
+def announce(run, init, n_pairs, unpaired):
+    """The line before the first step."""
+    if run.dist.is_main:
+        before, kind = run.state.before, "answers" if unpaired else "pairs"
+        accuracy = f"; test accuracy before: {before['accuracy']:.1%}" if "accuracy" in before else ""
+        print(f"{run.model.num_params():,} parameters from {init}; {n_pairs:,} training {kind}{accuracy}")
 
 
 def kl_to_start(policy, start, pairs, tokenizer, config, dist):

@@ -4,11 +4,46 @@ what a row is); which of them a step reads, and which a rank measures.
 
 from functools import partial
 
-from data import Judged, encode_group, rows_at
+from data import Judged, encode_group, encode_prompt, has_verifier, load_judged, load_pairs, load_problems, rows_at
 from support.errors import ConfigError
-from support.judged import one_by_one, shift_answers
-from support.pairs import row_of, sides_of
+from support.judged import one_by_one, prepare_judged, shift_answers
+from support.pairs import add_reference, row_of, sample_pairs, sides_of
 from support.records import load_splits
+
+
+def load_verified(config, tokenizer, context, dist):
+    """{split: problems that fit the context with their answers}; None if the data has no verifier."""
+    if not has_verifier(config.data):
+        return None
+    load = partial(load_problems, config.data, levels=tuple(config.levels), skip_bad=config.skip_bad)
+    room = context - config.max_new_tokens
+    return load_splits(load, config.sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
+
+
+def load_texts(config, unpaired):
+    """{split: offline pairs, or judged answers}, as text; {} if the pairs are sampled."""
+    if config.pairs == "sampled":
+        return {}
+    load = partial(load_judged if unpaired else load_pairs, config.data, levels=tuple(config.levels))
+    return {split: load(split, n, seed=config.seed, skip_bad=config.skip_bad) for split, n in config.sizes.items()}
+
+
+def make_pairs(policy, tokenizer, problems, texts, config, variant, dist, autocast):
+    """{"train", "valid", "test"}: rows of ids, with their log π_ref if the variant uses it. The policy is still the
+    start model: it answers the problems, and it is the reference. texts: of `load_texts`; variant: a row of
+    dpo.VARIANTS."""
+    policy.eval()
+    context, pad = policy.config.context, tokenizer.endoftext_id
+    if texts:
+        pairs = encode_splits(partial(encode_pair, tokenizer), texts, config, context, dist)
+    else:
+        sample, rule = partial(sample_pairs, policy, tokenizer), one_by_one if variant.unpaired else pair_up
+        pairs = sample_splits(sample, rule, problems, config, dist, autocast)
+    if variant.unpaired:
+        pairs = prepare_judged(pairs, context, config, dist)
+    if variant.uses_reference:
+        pairs = {split: add_reference(policy, of_split, pad, dist, autocast) for split, of_split in pairs.items()}
+    return pairs
 
 
 def encode_pair(tokenizer, pair):

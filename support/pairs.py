@@ -29,16 +29,11 @@ class PairBatch:
     packed: PackedAnswers  # b prompts with two answers each, the chosen one first; or with one
     lengths: dict  # {"chosen_lengths", "rejected_lengths"} or {"answer_lengths"}: (b,) tokens
     ref_logps: tuple  # log π_ref of the chosen and of the rejected answers, or of the answers: (b,) each, or None
-    judged: dict  # {"desirable": (b,) bool} of judged answers, {} of pairs
-
-    @property
-    def known(self):
-        """What a loss takes by name."""
-        return self.lengths | self.judged
+    desirable: torch.Tensor | None  # (b,) bool: which judged answers are good; None of pairs
 
     def count(self, metric):
         """How many rows a metric is the mean of: ending in _chosen or _rejected, those with such an answer."""
-        good, rows = self.judged.get("desirable"), len(self.packed.tokens)
+        good, rows = self.desirable, len(self.packed.tokens)
         kind = metric.rpartition("_")[2]
         if good is None or kind not in ("chosen", "rejected"):
             return rows
@@ -63,7 +58,7 @@ class Means:
         return {name: total / rows for name, total, rows in zip(self.sums, totals, totals, strict=True) if rows}
 
 
-def numbers(metrics):
+def to_floats(metrics):
     """{metric: tensor} -> {metric: float}, in one transfer from the device."""
     return dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
 
@@ -82,8 +77,8 @@ def batch_of(pairs, pad, device, sides=None):
     ref_logps = (None,) * len(sides)
     if f"ref_{sides[0]}" in pairs[0]:
         ref_logps = torch.tensor([[p[f"ref_{side}"] for side in sides] for p in pairs], device=device).unbind(1)
-    judged = {"desirable": torch.tensor([p["good"] for p in pairs], device=device)} if "good" in pairs[0] else {}
-    return PairBatch(packed, lengths, ref_logps, judged)
+    desirable = torch.tensor([p["good"] for p in pairs], device=device) if "good" in pairs[0] else None
+    return PairBatch(packed, lengths, ref_logps, desirable)
 
 
 def pair_logprobs(model, packed):

@@ -22,25 +22,38 @@ from support.sft_report import write_samples
 
 
 @dataclass
-class VerifiedConfig(RunConfig):
-    """The flags of such a stage, beside those of every stage."""
+class PolicyConfig(RunConfig):
+    """The flags of a stage that trains a policy from its own answers, beside those of every stage."""
 
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     init: str | None = None
-    """SFT checkpoint to start from; default: one trained once into runs/start."""
+    """SFT checkpoint to start from, and the reference if there is one; default: one trained once into runs/start."""
     lr: Amount = 2e-4
     """Peak learning rate: a tenth of SFT's, as the policy is to stay near what it samples."""
+    max_new_tokens: Count = 64
+    """Longest answer, in tokens."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train low-rank adapters instead of all weights: --lora.rank 8."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init is None and self.data not in TASKS:
+            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
+
+
+@dataclass
+class VerifiedConfig(PolicyConfig):
+    """Of one whose answers can be checked."""
+
     prompts: Count = 512
     """Problems N that are answered at a time, over all ranks."""
     rollouts: Count = 8
     """Sampled answers R to each problem."""
     temperature: Amount = 1.0
     """Sampling temperature; 0 is greedy."""
-    max_new_tokens: Count = 64
-    """Longest answer, in tokens."""
     eval_problems: Count = 200
     """Validation problems per evaluation."""
     test_problems: Count = 1000
@@ -49,15 +62,11 @@ class VerifiedConfig(RunConfig):
     """How many of the test problems are sampled for pass@k."""
     pass_samples: Count = 16
     """Samples per problem, and the largest k."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Train low-rank adapters instead of all weights: --lora.rank 8."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.temperature == 0 and self.rollouts > 1:
             raise ConfigError(f"--temperature 0 samples the same answer {self.rollouts} times; use --rollouts 1")
-        if self.init is None and self.data not in TASKS:
-            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
 
 
 def load_verifiable(config, tokenizer, context, dist):

@@ -18,15 +18,15 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 
 import dpo
 from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
-from dpo import VARIANTS, Config, dpo_loss, encode_pair, kto_loss, orpo_loss, pair_up
+from dpo import VARIANTS, Config, dpo_loss, kto_loss, orpo_loss
 from evaluate import sampled_kl
 from lora import LoraConfig
-from support import devices, dpo_report, runs
+from support import devices, dpo_report, pair_rows, runs
 from support import pairs as pairs_room
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.judged import one_by_one, prepare_judged, shift_answers
-from support.pair_rows import next_pairs
+from support.pair_rows import encode_pair, next_pairs, pair_up
 from support.pairs import Means, add_reference, batch_of, pair_logprobs
 from support.splits import split_of
 from tokenizer_bpe import BPETokenizer
@@ -40,6 +40,9 @@ PAIRED = [name for name, row in VARIANTS.items() if not row.unpaired]
 
 def config(**changes):
     return Config(**(SMALL | changes))
+
+
+validate = partial(dpo_report.validate, loss_of=dpo.loss_of, reference_point=dpo.reference_point)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +212,13 @@ def test_properties():
     torch.testing.assert_close(dpo_loss(*logps, n_pairs=14)[0], dpo_loss(*logps)[0] / 2)
 
 
+def of_a_run(variant, logps, lengths, **settings):
+    """The loss that a run with these settings computes of the pairs."""
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True))
+    batch = pairs_room.PairBatch(None, lengths, logps[2:], None)
+    return dpo.loss_of(config(variant=variant, **settings), logps[:2], batch)[0]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("setting", ["label_smoothing", "gamma"])
 def test_a_setting_is_for_the_variants_that_take_it(variant, setting):
@@ -217,7 +227,7 @@ def test_a_setting_is_for_the_variants_that_take_it(variant, setting):
     if setting in VARIANTS[variant].settings:
         assert dpo_loss(*logps, 0.3, variant, **more)[0] != dpo_loss(*logps, 0.3, variant, **more | {setting: 0.0})[0]
         assert getattr(config(variant=variant, **{setting: 0.2}), setting) == 0.2
-        assert dpo.loss_with(config(variant=variant, **{setting: 0.2})).keywords[setting] == 0.2
+        assert of_a_run(variant, logps, lengths, **{setting: 0.2}) != of_a_run(variant, logps, lengths)
         return
     takers = [name for name, row in VARIANTS.items() if setting in row.settings]
     for refused in (lambda: dpo_loss(*logps, 0.3, variant, **more), lambda: config(variant=variant, **{setting: 0.2})):
@@ -370,7 +380,7 @@ def test_reference_is_the_start(tokenizer):
         row = torch.tensor([pair["prompt"] + pair["rejected"]])
         expected = token_logprobs(raw, row)[0, len(pair["prompt"]) - 1 :].sum().item()
         assert pair["ref_rejected"] == pytest.approx(expected, abs=1e-4)
-    result = dpo.validate(raw, known, tokenizer, config(), dist, autocast)
+    result = validate(raw, known, tokenizer, config(), dist, autocast)
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
@@ -386,11 +396,11 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
     assert shared == pytest.approx(apart, rel=1e-5)
     assert shared > 1e-3
     rows, cpu = shift_answers(judged_rows(tokenizer), 160), (dist, devices.precision("fp32", dist)[0])
-    point = dpo.reference_point(raw, rows, 0, *cpu)["z0"]
-    assert point == pytest.approx(dpo.reference_point(raw, rows, 0, *cpu, before)["z0"], rel=1e-4)
+    point = dpo.reference_point(raw, rows, 0, *cpu)
+    assert point == pytest.approx(dpo.reference_point(raw, rows, 0, *cpu, before), rel=1e-4)
     assert point > 1e-3
     monkeypatch.setattr(dpo, "copy", None)  # no second model
-    dpo.main(config(lora=dpo.LoraConfig(rank=2), lr=1e-2))
+    dpo.main(config(lora=LoraConfig(rank=2), lr=1e-2))
     assert max(metrics("runs/dpo", "kl").values()) > 1e-6
 
 
@@ -404,8 +414,8 @@ def test_which_variants_have_a_reference_and_which_are_per_token():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
-    asked, add, drawn, row = [], dpo.add_reference, [], VARIANTS[variant]
-    monkeypatch.setattr(dpo, "add_reference", lambda policy, pairs, *more: asked.append(1) or add(policy, pairs, *more))
+    asked, drawn, row = [], [], VARIANTS[variant]
+    monkeypatch.setattr(pair_rows, "add_reference", lambda *given: asked.append(1) or add_reference(*given))
     monkeypatch.setattr(dpo_report, "draw_curves", lambda path, title, panels: drawn.extend(panels))
     dpo.main(config(variant=variant, steps=1))
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
@@ -461,10 +471,10 @@ def test_the_reference_point_is_the_mean_log_ratio_of_the_others(tokenizer):
             logps = [token_logprobs(m, ids)[0, len(row["prompt"]) - 1 :].sum() for m in (policy, start)]
             total += (logps[0] - logps[1]).item()
         signs.append(total > 0)
-        z0 = dpo.reference_point(policy, rows, 0, dist, autocast, start)["z0"]
+        z0 = dpo.reference_point(policy, rows, 0, dist, autocast, start)
         assert z0 == pytest.approx(max(0, total / len(rows)), rel=1e-5)
         known = add_reference(start, rows, 0, dist, autocast)
-        assert dpo.reference_point(policy, known, 0, dist, autocast)["z0"] == pytest.approx(z0, abs=1e-4)
+        assert dpo.reference_point(policy, known, 0, dist, autocast) == pytest.approx(z0, abs=1e-4)
         assert not policy.training  # without dropout
         sent = []
         share = SimpleNamespace(device="cpu", sum=lambda *both, sent=sent: sent.append(both) or both)
@@ -480,10 +490,10 @@ def test_the_means_of_good_and_bad_answers_do_not_depend_on_the_cut():
     for cuts in ([0, 3, 7], [0, 1, 2, 3, 7], [0, 7]):
         means = Means()
         for a, b in pairwise(cuts):
-            batch = pairs_room.PairBatch(SimpleNamespace(tokens=ratios[a:b]), {}, (), {"desirable": good[a:b]})
+            batch = pairs_room.PairBatch(SimpleNamespace(tokens=ratios[a:b]), {}, (), good[a:b])
             means.add(kto_loss(ratios[a:b], good[a:b], 0.6, logps=ratios[a:b])[1], batch)
         assert means.over_ranks(devices.setup("cpu")) == pytest.approx(whole, rel=1e-5)
-    batch = pairs_room.PairBatch(SimpleNamespace(tokens=ratios[:2]), {}, (), {"desirable": good[:2] & False})
+    batch = pairs_room.PairBatch(SimpleNamespace(tokens=ratios[:2]), {}, (), good[:2] & False)
     means = Means()
     means.add(kto_loss(ratios[:2], good[:2] & False, 0.6)[1], batch)
     assert "reward_chosen" not in means.over_ranks(devices.setup("cpu"))
@@ -574,7 +584,7 @@ def test_sampled_pairs(tokenizer, monkeypatch):
     raw, problems = tiny(tokenizer), load_problems("word", "train", 130)
     settings = config(pairs="sampled", rollouts=6, max_new_tokens=60)
     rule = partial(pair_up, most=2)
-    pairs, share = dpo.sample_pairs(raw, tokenizer, problems, settings, devices.setup("cpu"), 3, rule)
+    pairs, share = pairs_room.sample_pairs(raw, tokenizer, problems, settings, devices.setup("cpu"), 3, rule)
     assert 0.2 < share < 0.8
     assert len(pairs) > 20
     prompts = [encode_prompt(tokenizer, p) for p in problems]
@@ -596,8 +606,8 @@ def test_sampled_pairs(tokenizer, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     ranks = [devices.Dist(rank, 2, torch.device("cpu")) for rank in (0, 1)]
     with pytest.raises(TypeError):  # the second rank has not come yet
-        dpo.sample_pairs(raw, tokenizer, problems, settings, ranks[0], 3, rule)
-    assert dpo.sample_pairs(raw, tokenizer, problems, settings, ranks[1], 3, rule) == (pairs, share)
+        pairs_room.sample_pairs(raw, tokenizer, problems, settings, ranks[0], 3, rule)
+    assert pairs_room.sample_pairs(raw, tokenizer, problems, settings, ranks[1], 3, rule) == (pairs, share)
     assert [len(part) for part in parts] == [2, 1]  # chunks 0 and 2, chunk 1
 
 
@@ -647,7 +657,7 @@ def test_best_is_chosen_by_the_validation_loss(here):
     assert str(path) == result["path"]
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"]
     dist = devices.setup("cpu")
-    figures = dpo.validate(raw, pairs, tokenizer, config(), dist, devices.precision("fp32", dist)[0])
+    figures = validate(raw, pairs, tokenizer, config(), dist, devices.precision("fp32", dist)[0])
     assert figures["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
 
 
@@ -685,7 +695,7 @@ def test_a_rank_without_a_pair_adds_nothing(here):
     autocast, sent = devices.precision("fp32", devices.setup("cpu"))[0], []
     for rank in (0, 1):
         dist = SimpleNamespace(rank=rank, world=2, device="cpu", sum=lambda *values: sent.append(values) or values)
-        dpo.validate(raw, pairs, tokenizer, config(), dist, autocast)
+        validate(raw, pairs, tokenizer, config(), dist, autocast)
     assert len(sent[0]) == len(sent[1]) > 0
     assert any(sent[0])
     assert not any(sent[1])
@@ -744,7 +754,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, variant):
 
 @pytest.mark.parametrize("variant", ["sigmoid", "kto"])
 def test_lora_trains_and_resumes(here, monkeypatch, variant):
-    changes = dict(lora=dpo.LoraConfig(rank=2), lr=1e-2, nll=0.1, variant=variant)
+    changes = dict(lora=LoraConfig(rank=2), lr=1e-2, nll=0.1, variant=variant)
     result = dpo.main(config(name="whole", **changes))
     assert result["after"]["pairs"]["loss"] < result["before"]["pairs"]["loss"]
     assert open_checkpoint("runs/whole/last")[0].state_dict().keys() == open_checkpoint("start")[0].state_dict().keys()

@@ -328,17 +328,17 @@ def test_kto_loss_and_gradient(start, tmp_path, seed, weights):
 
     dist = devices.setup("cpu")
     autocast, _ = devices.precision("fp32", dist)
-    point = dpo.reference_point(policy, shift_answers(ours, 96), 0, dist, autocast, reference)
-    assert point["z0"] == pytest.approx(trainer._metrics["eval"]["kl"][-1], rel=1e-5)
+    z0 = dpo.reference_point(policy, shift_answers(ours, 96), 0, dist, autocast, reference)
+    assert z0 == pytest.approx(trainer._metrics["eval"]["kl"][-1], rel=1e-5)
     batch = dpo.batch_of(ours, 0, "cpu")
     (logps,) = dpo.pair_logprobs(policy, batch.packed)
     with torch.no_grad():
         (ref,) = dpo.pair_logprobs(reference, batch.packed)
-    loss, _ = dpo.kto_loss(logps - ref, batch.known["desirable"], point["z0"], 0.7, *weights)
+    loss, _ = dpo.kto_loss(logps - ref, batch.desirable, z0, 0.7, *weights)
     loss.backward()
     torch.testing.assert_close(loss, theirs.to(loss), atol=1e-6, rtol=1e-5)
     assert_same_gradients(policy, trainer.model)
-    assert (point["z0"] > 0) == (seed == 4)
+    assert (z0 > 0) == (seed == 4)
 
 
 def test_orpo_loss_and_gradient(start, tmp_path):

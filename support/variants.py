@@ -1,0 +1,37 @@
+"""Which settings and arguments a variant of dpo.py takes. variants: dpo.VARIANTS."""
+
+from data import has_verifier
+from support.checks import listed
+from support.errors import ConfigError
+
+
+def check_settings(variants, variant, names):
+    """Raise ConfigError on a setting that the variant does not take."""
+    for name in names:
+        if name not in variants[variant].settings:
+            takers = [known for known, kind in variants.items() if name in kind.settings]
+            raise ConfigError(f"--{name} has no meaning with --variant {variant}, only with {listed(takers)}")
+
+
+def check_loss(variants, variant, settings, chosen_lengths, rejected_lengths, nll):
+    """ConfigError on arguments of dpo_loss that do not belong together."""
+    if variant not in variants:
+        raise ConfigError(f"--variant {variant!r} is not known; use {listed(variants)}")
+    check_settings(variants, variant, [name for name, value in settings.items() if value])
+    if variants[variant].unpaired:
+        raise ConfigError(f"{variant} judges single answers, not pairs: use {variant}_loss")
+    if variants[variant].per_token and (chosen_lengths is None or rejected_lengths is None):
+        raise ConfigError(f"the variant {variant} needs the answers' lengths")
+    if nll and chosen_lengths is None:
+        raise ConfigError("nll is a mean per token: it needs the answers' lengths")
+
+
+def check_config(variants, config):
+    """ConfigError on flags of dpo.py that do not belong together."""
+    if config.pairs == "sampled" and not has_verifier(config.data):
+        raise ConfigError(f"--pairs sampled needs a verifier, which {config.data} has not; use --pairs offline")
+    of_variants = sorted({name for kind in variants.values() for name in kind.settings})
+    changed = [name for name in of_variants if getattr(config, name) != getattr(type(config), name)]
+    check_settings(variants, config.variant, changed)
+    if variants[config.variant].unpaired and config.batch < 2:
+        raise ConfigError(f"--batch is 1; --variant {config.variant} needs 2: z0 takes the answers of other rows")

@@ -307,7 +307,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
         k3 = r − 1 − log r   (Eq. 4)      unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
 
     Times ρ_t = π / π_old, with its gradient (--kl_unbiased; DeepSeek-V3.2, arXiv:2512.02556, §3.1; TRL's default), the
-    mean over y ~ π_old becomes that over y ~ π, gradient included: k1 and k3 then have ∇KL(π ‖ π_ref).
+    mean over a token y ~ π_old becomes that over y ~ π, gradient included: k1 and k3 then have ∇KL(π ‖ π_ref) of it.
     In the reward (--kl_in reward) the estimate is a number and not differentiated: the policy gradient does that, and
     there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion. It is taken off the advantages, less
     its group's mean and after any division by the std (verl and TRL's older trainers take it off the rewards).

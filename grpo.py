@@ -522,7 +522,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
         return advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
-    sample = Sampler(rollout_policy.model, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
+    sample = Sampler(rollout_policy.model, tokenizer, problems["train"], config, autocast)
     if not config.resume:
         look_first(sample, slots, signal_of, functions, reward_weights, path, config, dist)
 
@@ -591,7 +591,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():
                         logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)
-                    logprobs = logprobs[:, :T]  # (b, T), less the columns that make its length a multiple of 8
+                    logprobs = logprobs[:, :T]  # (b, T): it was padded to a multiple of 8
                     old = old_logprobs[rows, :T]  # (b, T)
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
                     options = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
@@ -606,7 +606,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
 
         # 5. look: log the step; every so often answer validation questions
         record = step_record(rollout_totals, update_sums, n_updates, config, dist) | extra | mismatch
-        # A NaN in these is a real failure, not a skipped fp16 overflow. A step without a signal has an entropy alone.
+        # A NaN here is a real failure, not a skipped fp16 overflow. A step without a signal has an entropy, but no loss.
         advice = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, advice, loss=record["loss"], entropy=record["entropy"])
         record |= {"grad_norm": norm, "lr": lr, "seconds_rollout": rollout_done - step_began}

@@ -65,7 +65,7 @@ class Sampler:
     problems: list
     config: object  # prompts, rollouts, max_new_tokens, temperature, seed
     autocast: object
-    stop_ids: tuple  # what ends an answer by itself
+    stop_ids: tuple | None = None  # what ends an answer by itself; default: the tokenizer's
 
     def __call__(self, step, slots, attempt=0):
         c, R = self.config, self.config.rollouts
@@ -84,7 +84,7 @@ class Sampler:
                 stop_ids=self.tokenizer.stop_ids,
                 uniforms=uniforms,
             )
-        ended = rollout.ended(self.stop_ids).cpu().view(-1, R)
+        ended = rollout.ended(self.stop_ids or self.tokenizer.stop_ids).cpu().view(-1, R)
         return Batch(chosen, prompts, rollout, rollout.texts(self.tokenizer), ended)
 
 

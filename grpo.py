@@ -548,8 +548,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         step_began = time.perf_counter()
         batch = roll_out(sample, step, slots, 0, functions, config)
         has_signal = signal_of(batch)  # (n,)
-        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
-        rollout_totals = rollout_sums(batch, paid, reward_weights, has_signal)  # before any refill
+        # before any refill: what the policy earns as it is
+        rollout_totals = rollout_sums(batch, paid_rewards(batch, reward_weights, config), reward_weights, has_signal)
         for attempt in range(1, config.refill + 1):
             if silent := has_signal.logical_not().nonzero().squeeze(1).tolist():
                 batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
@@ -606,7 +606,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
 
         # 5. look: log the step; every so often answer validation questions
         record = step_record(rollout_totals, update_sums, n_updates, config, dist) | extra | mismatch
-        # A NaN here is a real failure, not a skipped fp16 overflow. A step without a signal has an entropy, but no loss.
+        # A NaN here is a failure, not a skipped fp16 overflow. A step without a signal has an entropy, but no loss.
         advice = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, advice, loss=record["loss"], entropy=record["entropy"])
         record |= {"grad_norm": norm, "lr": lr, "seconds_rollout": rollout_done - step_began}

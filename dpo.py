@@ -23,7 +23,8 @@ The reward is gone. Maximum likelihood of the pairs, with the policy π_θ in pl
 Before the first step (--pairs sampled). The start model, from SFT, answers the prompts, and it is π_ref:
 
     pairs     = sample_pairs(policy, problems, pair_up)   R answers per prompt, judged right or wrong by the verifier;
-                                                          pair_up takes one prompt's answers: a right with a wrong one
+                                                          pair_up joins a right one, which must have ended, and a
+                                                          wrong one, which may be cut off; held out: one per prompt
     pairs     = add_reference(policy, pairs)              log π_ref as ref_chosen, ref_rejected: two numbers per pair
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
@@ -39,61 +40,19 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
     log; every so often held-out pairs and problems, and the KL to the start model: the checkpoint with the   5. look
     lowest validation loss is kept, and that one is tested at the end
 
-The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py), plus the chosen
-answers' own loss: --nll 1. **Plain DPO is --nll 0.** What the term does for accuracy is measured in results/dpo.md.
-Off by default: the other variants, label smoothing (ε below), LoRA, dropout.
+A prompt is computed once; both answers read its keys and values (support/shared_prompt.py, the fast form of
+transformer.answer_logprobs).
 
-Single answers need no pairs (--variant kto, arXiv:2402.01306): each is good or bad, and is compared with the reference
-point z0, how far the policy has moved on answers to other prompts. One step, for the B answers of all ranks:
-
-    z0 = max(0, mean of log π_θ(y'|x) − log π_ref(y'|x))  y': the answer of the row before; a number, without gradient
-    L  = λ_D (1 − σ(β (u − z0))) if y is good, λ_U (1 − σ(β (z0 − u))) if it is bad        u of y, as above
-
-With --nll 0, λ = 1 and answers of the start model (--pairs sampled, temperature 1), the first gradient is −β/2 times
-that of the sampled accuracy: each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0. Right answers that were cut
-off are left out, so in a run it holds nearly.
-
-What an option does to the gradient: ∂L/∂ log π_θ of one token, the same for all tokens of an answer; L is one pair's
-loss, a step takes the mean over its B pairs. Prompt tokens are not scored; gradient still reaches their keys and
-values. u, v and h = β (u − v) here are what the variant compares: sums, or means per token; without π_ref for simpo and
-orpo. σ'(x) = σ(x) σ(−x). d is the difference of the answers' log-odds, log(p / (1 − p)), with p_w = exp(u) and
-p_l = exp(v).
-
-    --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
-    sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
-      with ε           sums   −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε)                +β (σ(−h) − ε)
-    length_normalised  means  −log σ(h)                        −β σ(−h) / |y_w|              +β σ(−h) / |y_l|
-      with ε           means  −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε) / |y_w|        +β (σ(−h) − ε) / |y_l|
-    hinge              sums   max(0, 1 − h)                    −β, or 0 if h > 1             +β, or 0 if h > 1
-    ipo                sums   (u − v − 1/(2β))²                2 (u − v − 1/(2β))            −2 (u − v − 1/(2β))
-    ipo_mean           means  (u − v − 1/(2β))²                2 (u − v − 1/(2β)) / |y_w|    −2 (u − v − 1/(2β)) / |y_l|
-    simpo              means  −log σ(h − γ)                    −β σ(γ − h) / |y_w|           +β σ(γ − h) / |y_l|
-    apo_zero           sums   1 − σ(βu) + σ(βv)                −β σ'(βu)                     +β σ'(βv)
-    apo_down           sums   1 − σ(h) + σ(βu)                 −β (σ'(h) − σ'(βu))           +β σ'(h)
-    orpo               means  −β log σ(d)                      −β σ(−d) / (1−p_w) / |y_w|    +β σ(−d) / (1−p_l) / |y_l|
-    kto                sums   above, of one answer             good: −λ_D β σ'(β (u − z0))   bad: +λ_U β σ'(β (u − z0))
-    --nll c            any    adds −c log π_θ(y_w) / |y_w|     adds −c / |y_w|               nothing
-
-In sigmoid and length_normalised σ(−h) is a pair's weight: one in the right order by a wide margin hardly counts. cDPO:
-sigmoid with ε > 0. hinge: SLiC (arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of arXiv:2310.12036,
-with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5 --gamma 0.5 to 1.5.
-apo: arXiv:2408.06266; zero if the chosen answers are better than the policy's own, down if they are worse. orpo:
-arXiv:2403.07691, --beta 0.1 (its λ) and --nll 1, which is its other half. As published, the rest need --nll 0.
+The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py) plus an SFT loss
+on the chosen answer (--nll 1). **Plain DPO is --nll 0**, and so is every other variant as published, except orpo. Off:
+the other variants (a table stands above VARIANTS), single answers (`kto_loss`), label smoothing, LoRA, dropout.
 
 Traps:
-
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
-  to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (arXiv:2404.19733).
+  to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (arXiv:2404.19733; measured in results/dpo.md).
 * Sum or mean? DPO sums, so a long answer has a larger implicit reward in absolute value for its length alone (`demo`).
   The per-token variants take means. The nll term is a mean per answer; TRL's `sft` term, over the batch's tokens.
-* z0 belongs to the whole step: it is taken before the batch is cut, over all ranks. One of each micro-batch is another
-  objective, and of one row it is the row's own u. As λ_D n_D : λ_U n_U, of good and bad answers, take 1:1 to 4:3.
 * --pairs sampled: the pairs are samples of the start model, and stay so while the policy moves: DPO is off-policy.
-
---pairs offline takes the pairs from `data.load_pairs`: corrupted solutions, UltraFeedback, styles, any JSONL; for kto
-single answers from `data.load_judged`: {"prompt", "completion", "label": true}, or the two of each pair. A prompt is
-computed once, and both answers read its keys and values (support/shared_prompt.py, the fast form of
-transformer.answer_logprobs). Without --init the script makes a start model, as grpo.py does.
 
 Run it:
     python dpo.py --demo                                                  # one pair by hand
@@ -142,7 +101,7 @@ from support.verified import PolicyConfig
 
 
 def sigmoid_loss(u, v, beta, label_smoothing=0.0):
-    """Eq. 7. label_smoothing: the share of pairs whose label is taken to be wrong; then the best h is finite."""
+    """Eq. 7. label_smoothing, ε: the share of pairs whose label is taken to be wrong; then the best h is finite."""
     h = beta * (u - v)
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
@@ -173,8 +132,8 @@ def apo_down_loss(u, v, beta):
 
 
 def odds_ratio_loss(u, v, beta):
-    """ORPO's second term, Eq. 7 of arXiv:2403.07691. exp(u) is an answer's probability per token, p; p = 1 would have
-    infinite odds."""
+    """ORPO's second term, Eq. 7 of arXiv:2403.07691. p = exp(u), the geometric mean of the token probabilities; the
+    clamp avoids infinite odds at p = 1."""
     log_p = torch.stack([u, v]).clamp(max=-1e-7)  # (2, b)
     chosen, rejected = log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p), (b,) each
     return -beta * F.logsigmoid(chosen - rejected)
@@ -190,21 +149,28 @@ def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
 def kto_loss(
     log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, own=0
 ):
-    """Single answers: log π − log π_ref, summed over tokens, and whether each is good, (b,) each -> (loss, metrics).
+    """Single answers need no pairs (arXiv:2402.01306). log_ratio: u = log π − log π_ref, summed over tokens; desirable:
+    whether the answer is good; (b,) each. z0: a number (`reference_point`), without gradient. -> (loss, metrics)
 
-    z0: the reference point, a number of the whole optimizer step; no gradient flows through it. n_pairs: answers in the
-    whole step; default b. logps (b,): log π, for the metrics. own (b,): added to the loss of the good answers, for nll.
-    Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers, "rejected" the bad ones.
+        L = λ_D (1 − σ(β (u − z0))) if y is good, λ_U (1 − σ(β (z0 − u))) if it is bad       λ: the two weights
+
+    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. own (b,): added to the loss of
+    the good answers, for nll. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers,
+    "rejected" the bad ones. Take λ_D n_D : λ_U n_U, of the numbers of good and bad answers, between 1:1 and 4:3.
+
+    With nll 0, λ = 1 and answers of the start model (--pairs sampled, temperature 1), the first gradient is −β/2 times
+    that of the sampled accuracy: each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0. Right answers that were
+    cut off are left out, so in a run it holds nearly.
     """
     good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
-    h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,) above 0: on the right side
+    h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,); above 0: on the right side
     losses = torch.sigmoid(-h)  # 1 − σ(h)
-    losses = torch.where(good, weight_desirable * losses + own, weight_undesirable * losses)
+    losses = torch.where(good, weight_desirable * losses + own, weight_undesirable * losses)  # (b,)
     metrics = {"loss": losses.mean(), "accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
-    for kind, chosen in (("chosen", good), ("rejected", ~good)):  # NaN if there is none of the kind
-        metrics[f"reward_{kind}"] = beta * log_ratio[chosen].mean()
+    for side, on_side in (("chosen", good), ("rejected", ~good)):  # (b,); NaN if there is none on a side
+        metrics[f"reward_{side}"] = beta * log_ratio[on_side].mean()
         if logps is not None:
-            metrics[f"logp_{kind}"] = logps[chosen].mean()
+            metrics[f"logp_{side}"] = logps[on_side].mean()
     return losses.sum() / (n_pairs or len(losses)), to_floats(metrics)
 
 
@@ -220,6 +186,35 @@ class Variant:
     settings: tuple[str, ...] = ()  # what it takes besides beta; with other variants these flags are refused
 
 
+# What an option does to the gradient. Each cell is the derivative of one pair's loss with respect to the
+# log-probability of one token; all tokens of an answer get the same. Prompt tokens are not scored; gradient still
+# reaches their keys and values.
+#
+#     u, v    what the variant compares: sums, or means per token; without π_ref for simpo and orpo
+#     h       β (u − v)
+#     d       the difference of the answers' log-odds log(p / (1 − p)), with p_w = exp(u), p_l = exp(v)
+#     σ'(x)   σ(x) σ(−x)
+#
+# --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
+# sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
+#   with ε           sums   −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε)                +β (σ(−h) − ε)
+# length_normalised  means  −log σ(h)                        −β σ(−h) / |y_w|              +β σ(−h) / |y_l|
+#   with ε           means  −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε) / |y_w|        +β (σ(−h) − ε) / |y_l|
+# hinge              sums   max(0, 1 − h)                    −β, or 0 if h > 1             +β, or 0 if h > 1
+# ipo                sums   (u − v − 1/(2β))²                2 (u − v − 1/(2β))            −2 (u − v − 1/(2β))
+# ipo_mean           means  (u − v − 1/(2β))²                2 (u − v − 1/(2β)) / |y_w|    −2 (u − v − 1/(2β)) / |y_l|
+# simpo              means  −log σ(h − γ)                    −β σ(γ − h) / |y_w|           +β σ(γ − h) / |y_l|
+# apo_zero           sums   1 − σ(βu) + σ(βv)                −β σ'(βu)                     +β σ'(βv)
+# apo_down           sums   1 − σ(h) + σ(βu)                 −β (σ'(h) − σ'(βu))           +β σ'(h)
+# orpo               means  −β log σ(d)                      −β σ(−d) / (1−p_w) / |y_w|    +β σ(−d) / (1−p_l) / |y_l|
+# kto                sums   `kto_loss`, of one answer        good: −λ_D β σ'(β (u − z0))   bad: +λ_U β σ'(β (u − z0))
+# --nll c            any    adds −c log π_θ(y_w) / |y_w|     adds −c / |y_w|               nothing
+#
+# In sigmoid and length_normalised σ(−h) is a pair's weight: one in the right order by a wide margin hardly counts.
+# cDPO: sigmoid with ε > 0. hinge: SLiC (arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of
+# arXiv:2310.12036, with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5
+# --gamma 0.5 to 1.5. apo: arXiv:2408.06266; zero if the chosen answers are better than the policy's own, down if they
+# are worse. orpo: arXiv:2403.07691, --beta 0.1 (its λ) and --nll 1, which is its other half.
 VARIANTS = {
     "sigmoid": Variant(sigmoid_loss, settings=("label_smoothing",)),
     "hinge": Variant(hinge_loss),
@@ -286,7 +281,7 @@ def demo():
     beta, ln2 = 0.5, math.log(2)
 
     def check(policy_logps, ref_logps, loss, gradient, **settings):
-        """log π of the tokens of [y_w, y_l]; the loss, and its gradient on a token of each, by hand. -> metrics"""
+        """log π of the tokens of y_w, y_l, (T_w,), (T_l,); loss and gradient on a token of each by hand. -> metrics"""
         policy_logps = [tokens.clone().requires_grad_() for tokens in policy_logps]
         sums = [tokens.sum()[None] for tokens in (*policy_logps, *ref_logps)]  # four of (1,)
         lengths = {"chosen_lengths": len(policy_logps[0]), "rejected_lengths": len(policy_logps[1])}
@@ -329,14 +324,14 @@ mean, --variant length_normalised        0.1   0.1       0             −{1 / 8
 """
     )
 
-    ratios, good = (torch.tensor([4.0, 0.0]) * ln2).requires_grad_(), torch.tensor([True, False])
+    ratios, good = (torch.tensor([4.0, 0.0]) * ln2).requires_grad_(), torch.tensor([True, False])  # (2,), (2,)
     loss, metrics = kto_loss(ratios, good, z0=2 * ln2, beta=beta)
     torch.testing.assert_close(loss.item(), 1 / 3)
     torch.testing.assert_close(2 * torch.autograd.grad(loss, ratios)[0], torch.tensor([-1 / 9, 1 / 9]))  # loss: a mean
-    means = torch.tensor([[1 / 2], [1 / 4]]).log().requires_grad_()  # log π per token of y_w, of y_l
-    loss, _ = orpo_loss(*means, weight=beta)
+    per_token = torch.tensor([[1 / 2], [1 / 4]]).log().requires_grad_()  # (2, 1) log π per token of y_w, of y_l
+    loss, _ = orpo_loss(*per_token, weight=beta)
     torch.testing.assert_close(loss.item(), ln2 + beta * math.log(4 / 3))
-    torch.testing.assert_close(torch.autograd.grad(loss, means)[0], torch.tensor([[-1 - 1 / 4], [1 / 6]]))
+    torch.testing.assert_close(torch.autograd.grad(loss, per_token)[0], torch.tensor([[-1 - 1 / 4], [1 / 6]]))
     print(
         """kto, z0 = ln 4: a good answer with u = ln 16, a bad one with u = 0, so β (u − z0) = ln 2 and −ln 2:
 loss 1 − σ(ln 2) = 1/3 each; gradient −β σ(ln 2) σ(−ln 2) = −1/9 and +1/9
@@ -346,7 +341,9 @@ orpo, π per token 1/2 and 1/4: odds 1 and 1/3, d = ln 3; loss ln 2 + β ln 4/3;
 
 @torch.no_grad()
 def reference_point(policy, judged, pad, dist, autocast, start=None, weight=1):
-    """z0 = max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the judged answers of all ranks; y' is their "other".
+    """z0 = max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the judged answers of all ranks. y', their
+    "other", is another prompt's answer: that of the previous row in the batch. It is taken once, of the whole step: a
+    z0 per micro-batch would change the objective; with one row y' = y, so z0 = max(0, u).
 
     start: π_ref (None: the policy without its adapters), not needed for held-out answers, which know "ref_other".
     It stays on the device, as every step needs it. weight: 0 on a rank without answers of its own."""
@@ -378,7 +375,8 @@ class Config(PolicyConfig):
     """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs; for
     kto also a .jsonl of single answers, {"prompt", "completion", "label": true or false}."""
     pairs: Literal["sampled", "offline"] | None = None
-    """sampled (from the start model, judged by the verifier) or offline; default: sampled if --data has a verifier."""
+    """sampled (from the start model, judged by the verifier) or offline (of --data; of a task: corrupted solutions);
+    default: sampled if --data has a verifier."""
     prompts: Count = 3000
     """Training prompts to sample answers for; with offline pairs, the largest number of pairs."""
     rollouts: Annotated[int, Range(int, 2)] = 8
@@ -394,7 +392,7 @@ class Config(PolicyConfig):
     variant: Literal[tuple(VARIANTS)] = "sigmoid"
     """The loss of a pair, or with kto of an answer that is good or bad."""
     beta: Positive = 0.3
-    """Weight of the KL in the problem that DPO solves, larger: closer to the reference; orpo: of the odds ratio."""
+    """Weight of the KL in the problem that DPO solves. Larger: closer to the reference. orpo: of the odds ratio."""
     label_smoothing: Annotated[float, Range(float, 0, 0.5)] = 0.0
     """Assumed share of pairs with the wrong label (cDPO)."""
     gamma: Amount = 0.0

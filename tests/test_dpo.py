@@ -137,7 +137,7 @@ def test_gradient_in_closed_form():
 
 
 def on_tokens(variant, u, v, beta, smoothing, gamma, lengths):
-    """The table in dpo.py's docstring: the gradient of a pair's loss on a token of y_w; on y_l without its sign."""
+    """The table above dpo.VARIANTS: the gradient of a pair's loss on a token of y_w; on y_l without its sign."""
     if VARIANTS[variant].per_token:
         u, v = u / lengths[0], v / lengths[1]
     h = beta * (u - v)
@@ -166,7 +166,7 @@ def log_odds(log_p):
 
 @pytest.mark.parametrize("variant", PAIRED)
 @pytest.mark.parametrize("nll", [0.0, 0.4])
-def test_every_token_has_the_gradient_of_the_docstrings_table(variant, nll):
+def test_every_token_has_the_gradient_of_the_table(variant, nll):
     settings = {"label_smoothing": 0.2, "gamma": 0.7}
     settings = {name: settings[name] for name in VARIANTS[variant].settings}
     torch.manual_seed(1)

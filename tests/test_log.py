@@ -104,7 +104,7 @@ def test_weights_and_biases_that_cannot_begin_is_one_line(here, monkeypatch):
     assert not (here / "runs/pretrain").exists()
 
 
-def test_numbers_that_are_not_finite(here):
+def test_numbers_that_are_not_finite(here, capsys):
     """They are null in metrics.jsonl, left out of what is read from it, and points of TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -127,6 +127,7 @@ def test_numbers_that_are_not_finite(here):
     board = EventAccumulator(str(here / "tensorboard")).Reload()
     assert [math.isfinite(event.value) for event in board.Scalars("grad_norm")] == [True, False, False, True]
     assert board.Tags()["histograms"] == ["w"]
+    assert capsys.readouterr().out == ""  # no tracker failed
     shown = board.Histograms("w")[0].histogram_value
     assert (shown.num, shown.min, shown.max) == (2, 1, 2)
 

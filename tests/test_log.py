@@ -123,6 +123,9 @@ def test_numbers_that_are_not_finite(here, capsys):
     assert records[0]["config"] == {"rate": None, "wandb": None}
     assert [record["grad_norm"] for record in records[1:]] == [0.5, None, None, 0.25]
     assert read_metrics(here) == {"grad_norm": ([1, 4], [0.5, 0.25]), "loss": ([1, 2, 3, 4], [1.0] * 4)}
+    with (here / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 5, "loss": NaN}\n')  # as an older version wrote it
+    assert read_metrics(here)["loss"] == ([1, 2, 3, 4], [1.0] * 4)
     draw_curves(here, "a run", [("norm", {"grad_norm": "norm", "all": "none"}, "norm", {})])
     board = EventAccumulator(str(here / "tensorboard")).Reload()
     assert [math.isfinite(event.value) for event in board.Scalars("grad_norm")] == [True, False, False, True]

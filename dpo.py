@@ -59,7 +59,7 @@ Run it:
     python dpo.py                                                         # pairs sampled from the start model
     python dpo.py --nll 0 --name plain                                    # plain DPO
     python dpo.py --pairs offline                                         # corrupted solutions
-    python dpo.py --variant kto --nll 0                                   # single answers, right or wrong
+    python dpo.py --variant kto --nll 5 --beta 0.1 --lr 1e-4              # single answers, right or wrong
     python dpo.py --variant orpo --beta 0.1                               # no reference
     python dpo.py --data style --init runs/sft --variant simpo --beta 2 --gamma 1 --nll 0
     torchrun --nproc_per_node 2 dpo.py --init runs/sft
@@ -156,7 +156,8 @@ def kto_loss(
 
     n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. own (b,): added to the loss of
     the good answers, for nll. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers,
-    "rejected" the bad ones. Take λ_D n_D : λ_U n_U, of the numbers of good and bad answers, between 1:1 and 4:3.
+    "rejected" the bad ones. Take λ_D n_D : λ_U n_U, of the numbers of good and bad answers, between 1:1 and 4:3. The
+    good answers may become less likely with the bad ones, and did with --nll 1: see results/README.md.
 
     With nll 0, λ = 1 and answers of the start model (--pairs sampled, temperature 1), the first gradient is −β/2 times
     that of the sampled accuracy: each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0. Right answers that were

@@ -88,7 +88,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import reward_model
-from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
+from data import DEFAULT_TASK, TASKS, load_problems
 from evaluate import add_figures, evaluate, is_correct, kl_estimate, logged, verifiable
 from lora import LoraConfig, add_lora, lora_off, merged
 from optim import lr_at, make_optimizers, optimizer_steps
@@ -102,7 +102,7 @@ from support.devices import precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.ppo_report import report, show_samples, step_record, token_sums
-from support.records import load_splits
+from support.questions import splits_with_room
 from support.rollouts import Sampler, minibatches_of, shuffled_groups
 from support.runs import Run, RunConfig, make_start_once, start_name
 from support.shared_prompt import shared_answer_logprobs
@@ -504,10 +504,10 @@ def main(config):
     judge_path = config.reward_model or reward_start(config, init, dist)
     actor_critic, reference, judge, tokenizer = open_models(config, init, judge_path, dist)
     policy, pad = actor_critic.policy, tokenizer.endoftext_id
-    room = min(policy.config.context, judge.config.context) - config.max_new_tokens
+    context = min(policy.config.context, judge.config.context)
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
     load = partial(load_problems, config.data, levels=tuple(config.levels), skip_bad=config.skip_bad)
-    problems = load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
+    problems = splits_with_room(load, sizes, config, tokenizer, context, dist)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     value_parameters = actor_critic.value_parameters()

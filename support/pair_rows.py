@@ -4,10 +4,11 @@ what a row is); which of them a step reads, and which a rank measures.
 
 from functools import partial
 
-from data import Judged, encode_group, encode_prompt, has_verifier, load_judged, load_pairs, load_problems, rows_at
+from data import Judged, encode_group, has_verifier, load_judged, load_pairs, load_problems, rows_at
 from support.errors import ConfigError
 from support.judged import one_by_one, prepare_judged, shift_answers
 from support.pairs import add_reference, row_of, sample_pairs, sides_of
+from support.questions import splits_with_room
 from support.records import load_splits
 
 
@@ -16,8 +17,7 @@ def load_verified(config, tokenizer, context, dist):
     if not has_verifier(config.data):
         return None
     load = partial(load_problems, config.data, levels=tuple(config.levels), skip_bad=config.skip_bad)
-    room = context - config.max_new_tokens
-    return load_splits(load, config.sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
+    return splits_with_room(load, config.sizes, config, tokenizer, context, dist)
 
 
 def load_texts(config, unpaired):

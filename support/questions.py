@@ -24,7 +24,13 @@ def load_questions(config, split, n):
 def load_question_splits(config, tokenizer, context, dist):
     """{"train", "valid", "test"}: problems whose prompts leave room for an answer. ConfigError if a split has none."""
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    room, load = context - config.max_new_tokens, partial(load_questions, config)
+    return splits_with_room(partial(load_questions, config), sizes, config, tokenizer, context, dist)
+
+
+def splits_with_room(load, sizes, config, tokenizer, context, dist):
+    """{split: n} -> {split: problems of load(split, n) whose prompts leave room for --max_new_tokens}. ConfigError if a
+    split has none."""
+    room = context - config.max_new_tokens
     return load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
 
 

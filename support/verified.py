@@ -15,8 +15,7 @@ from lora import LoraConfig, merged
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count
 from support.errors import ConfigError
-from support.questions import refuse_unanswered
-from support.records import load_splits
+from support.questions import refuse_unanswered, splits_with_room
 from support.runs import RunConfig
 from support.sft_report import write_samples
 
@@ -79,8 +78,7 @@ def load_verifiable(config, tokenizer, context, dist):
         return problems
 
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    room = context - config.max_new_tokens
-    return load_splits(load, sizes, lambda p: len(encode_prompt(tokenizer, p)), room, "prompt", dist)
+    return splits_with_room(load, sizes, config, tokenizer, context, dist)
 
 
 def judged_answers(sample, step, config, dist, chunk=64):

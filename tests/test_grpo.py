@@ -87,6 +87,7 @@ number = 3
 @pytest.fixture
 def own(scratch, monkeypatch):
     monkeypatch.delitem(sys.modules, "own", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # load_reward adds the current directory, here for this test alone
     (scratch / "own.py").write_text(OWN, encoding="utf-8")
 
 

@@ -60,8 +60,7 @@ def now(device):
 def time_ours(module, config, device):
     """Run module.main unchanged, with a timer in its log -> seconds of each counted step, the losses."""
     ends, losses = [], []
-    log_module = module if hasattr(module, "Log") else runs
-    original_log, original_draw = log_module.Log, module.draw_curves
+    original_log = runs.Log
 
     class Log(original_log):
         def __call__(self, step, **record):
@@ -69,11 +68,11 @@ def time_ours(module, config, device):
             losses.append(record["loss"])
             super().__call__(step, **record)
 
-    log_module.Log, module.draw_curves = Log, lambda *_: None
+    runs.Log = Log
     try:
         module.main(config)
     finally:
-        log_module.Log, module.draw_curves = original_log, original_draw
+        runs.Log = original_log
     # Not counted: the first step, which warms up, and the last, which an evaluation follows.
     return [b - a for a, b in itertools.pairwise(ends[:-1])], losses
 

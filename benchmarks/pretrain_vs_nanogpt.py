@@ -4,13 +4,11 @@
     ALIGN_DATA=DIR python benchmarks/pretrain_vs_nanogpt.py --nanogpt ../nanoGPT
 
 1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW;
-pretrain.py
-   uses the tanh form of GELU), eager against eager and compiled against compiled. The figure is the median over
-   `--speed_steps` steps, the best of `--repeats` runs; the two take turns. pretrain.py runs in fp32, and on a CPU with
-   AMX also in bf16; nanoGPT's script has no mixed precision on a CPU.
+   pretrain.py uses the tanh form of GELU), eager against eager and compiled against compiled. The figure is the median
+   over `--speed_steps` steps, the best of `--repeats` runs; the two take turns. pretrain.py runs in fp32, and on a CPU
+   that multiplies bf16 in bf16 too; nanoGPT's script has no mixed precision on a CPU.
 2. Recipes: nanoGPT's CPU recipe from its README, then configs/shakespeare_cpu.yaml, then the latter with as many steps
-as
-   fit into nanoGPT's wall time. Wall times are those of the whole process, from import to exit. Both models are
+   as fit into nanoGPT's wall time. Wall times are those of the whole process, from import to exit. Both models are
    evaluated over the whole validation split, cut into windows of the same context.
 
 Every run is started as a user would start it. Needs no package beyond those of this repository.

@@ -128,12 +128,13 @@ def precision(dtype, dist):
 
 
 def auto_dtype(device):
-    """bf16 where the hardware has matrix units for it (most GPUs, CPUs with AMX); fp16 on older GPUs, which only
+    """bf16 where the hardware multiplies it (most GPUs; CPUs with AMX or AVX-512 BF16); fp16 on older GPUs, which only
     emulate bf16; fp32 elsewhere."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # no public name: a later torch may lack it
-    return "bf16" if has_amx() else "fp32"
+    # These have no public names: a later torch may lack them.
+    tests = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16")]
+    return "bf16" if any(has_unit() for has_unit in tests) else "fp32"
 
 
 # Dense bf16 floating-point operations per second, from the data sheets.

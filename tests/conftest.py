@@ -38,9 +38,10 @@ def here(scratch):
 
 @pytest.fixture(autouse=True)
 def fp32_on_every_cpu(monkeypatch):
-    """--dtype auto means fp32 in the tests, on CPUs with AMX too, so that results compared for equality are rounded the
-    same way."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    """--dtype auto means fp32 in the tests on every CPU, so that results compared for equality are rounded the same
+    way."""
+    for unit in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: False, raising=False)
 
 
 def script(name, *flags, cwd, processes=1, timeout=240):

@@ -81,7 +81,14 @@ def test_rank_0_makes_it_for_all(monkeypatch):
     assert calls == [0]
 
 
-def test_a_torch_that_does_not_tell_whether_there_are_matrix_units(monkeypatch):
-    """Its name for that is not public, so a later version may lack it."""
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+def test_a_torch_that_does_not_tell_whether_the_cpu_multiplies_bf16(monkeypatch):
+    """Its names for that are not public, so a later version may lack them."""
+    for unit in ("amx_tile", "avx512_bf16"):
+        monkeypatch.delattr(torch.cpu, f"_is_{unit}_supported")
     assert devices.auto_dtype(torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize("unit", ["amx_tile", "avx512_bf16"])
+def test_auto_is_bf16_on_a_cpu_that_multiplies_it(monkeypatch, unit):
+    monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: True)
+    assert devices.auto_dtype(torch.device("cpu")) == "bf16"

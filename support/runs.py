@@ -70,8 +70,8 @@ class RunConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 where the hardware multiplies it (most GPUs; CPUs with AMX or AVX-512 BF16), fp16 on older GPUs, else
-    fp32."""
+    """auto is bf16 where the hardware multiplies it (most GPUs; CPUs with AMX or AVX-512 BF16), fp16 on older GPUs,
+    else fp32."""
     wandb: str | None = None
     """Also log to this Weights & Biases project."""
 

@@ -40,8 +40,12 @@ def here(scratch):
 def fp32_on_every_cpu(monkeypatch):
     """--dtype auto means fp32 in the tests on every CPU, so that results compared for equality are rounded the same
     way."""
+    cpu_without_bf16(monkeypatch)
+
+
+def cpu_without_bf16(patch):
     for unit in ("amx_tile", "avx512_bf16"):
-        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: False, raising=False)
+        patch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: False, raising=False)
 
 
 def script(name, *flags, cwd, processes=1, timeout=240):

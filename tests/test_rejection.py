@@ -12,6 +12,7 @@ from conftest import (
     assert_resume_refuses_what_changed,
     assert_same_weights,
     assert_the_start_is_kept,
+    cpu_without_bf16,
     metrics,
     script,
 )
@@ -52,7 +53,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("twos")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        cpu_without_bf16(patch)
         write_questions(folder / "coin.jsonl", lambda i: 1 + i % 2)
         write_questions(folder / "twos.jsonl", lambda i: 2)
         tokenizer = BPETokenizer.train([(folder / "twos.jsonl").read_text(encoding="utf-8")], 300)

@@ -6,6 +6,7 @@ from pathlib import Path
 from support.errors import CheckpointError
 from support.gguf import gguf_tokenizer, open_gguf
 from support.hf import local_directory
+from support.products import fast_linears
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer
 
@@ -36,7 +37,7 @@ def open_checkpoint(path, device="cpu", dropout=0.0):
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
             "they do not belong together"
         )
-    return model.to(device), tokenizer, path
+    return fast_linears(model.to(device)), tokenizer, path
 
 
 def is_chat_model(path, tokenizer):

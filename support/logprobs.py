@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from support.products import linear
+
 
 def target_logprobs(x, output, targets, temperature=1.0, chunk_numbers=2**24, *, counted=None):
     """log softmax(x outputᵀ / temperature)[targets] in fp32 or wider: x (B, T, C), output (V, C), targets (B, T)
@@ -21,7 +23,7 @@ def target_logprobs(x, output, targets, temperature=1.0, chunk_numbers=2**24, *,
         return logprobs.new_zeros(targets.numel()).index_copy(0, index, logprobs).view(targets.shape)  # (B, T)
 
     def of_chunk(x, targets):  # (k, C), (k,) -> (k,)
-        logits = F.linear(x, output)
+        logits = linear(x, output)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits if temperature == 1 else logits / temperature  # skips a pass over (k, V), forward and backward
         return -F.cross_entropy(logits, targets, reduction="none")

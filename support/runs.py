@@ -30,6 +30,7 @@ from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_jso
 from support.finite import check_state
 from support.locks import file_lock, lock_run
 from support.log import Log
+from support.products import fast_linears
 from support.sharding import gathered, shard_like, unsharded
 
 RUNS = Path("runs")
@@ -105,7 +106,7 @@ class Run:
         read, models as they are before the first step}; a resumed run must read the same. began: time.perf_counter() at
         the start of the stage. on_save(): rank 0 calls it after last/ is written. Raises ConfigError on an unusable
         name, or if the run cannot be resumed."""
-        self.config, self.dist, self.model, self.tokenizer = config, dist, model, tokenizer
+        self.config, self.dist, self.model, self.tokenizer = config, dist, fast_linears(model), tokenizer
         self.optimizers, self.scaler, self.parts = optimizers, scaler, parts or {}
         self.chat, self.on_save, self.lower_is_better = chat, on_save, lower_is_better
         self.state = SimpleNamespace(best=best, **state)

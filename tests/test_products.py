@@ -1,0 +1,74 @@
+"""support/products.py: fp32 products through oneDNN."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from support import products
+from support.products import fast_linears, linear
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch lacks oneDNN's product"
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """As on an AMD CPU; the shapes that oneDNN multiplies."""
+    shapes, product = [], products.onednn_product
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(
+        products, "onednn_product", lambda x, w, b=None: shapes.append(tuple(x.shape)) or product(x, w, b)
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradients_are_those_of_a_product_in_float64(calls, monkeypatch, capability, bias):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 50, 24), torch.randn(40, 24)
+    inputs = [x, weight] + ([torch.randn(40)] if bias else [])
+    upstream = torch.randn(3, 50, 40)
+    fast = [t.clone().requires_grad_() for t in inputs]
+    exact = [t.double().requires_grad_() for t in inputs]
+    y, expected = linear(*fast), exact[0] @ exact[1].T + (exact[2] if bias else 0)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-5)
+    gradients = torch.autograd.grad(y, fast, upstream)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+    assert len(calls) == (3 if capability == "AVX512" else 2)
+
+
+def test_frozen_weights_need_no_gradient(calls):
+    x, weight = torch.randn(80, 24, requires_grad=True), torch.randn(40, 24)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(80, 24))
+    assert len(calls) == 2
+
+
+def test_few_rows_and_other_dtypes_are_left_to_torch(calls):
+    weight = torch.randn(40, 24)
+    linear(torch.randn(63, 24), weight)
+    linear(torch.randn(80, 24).double(), weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(80, 24), weight).dtype is torch.bfloat16
+    assert not calls
+
+
+def test_a_model_keeps_its_layers_and_a_copy_its_own_weights(calls):
+    model = fast_linears(nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+        twin[0].bias.zero_()
+    x = torch.randn(2, 40, 24)
+    plain = nn.functional.linear(nn.functional.linear(x, model[0].weight, model[0].bias).relu(), model[2].weight)
+    torch.testing.assert_close(model(x), plain + model[2].bias)
+    torch.testing.assert_close(twin(x), twin[2].bias.expand(2, 40, 8))
+    assert type(model[0]) is nn.Linear
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert len(calls) == 4

@@ -10,6 +10,7 @@ from attention import Attention, KVCache
 from norms import RMSNorm
 from support.checks import only_declared
 from support.hf import EXTENSIONS_OFF, MIXTURE_ONLY, TRAINING_ONLY
+from support.products import own_attributes
 from transformer import Block, FeedForward, Transformer
 
 # DecodeStep repeats the arithmetic of other classes, so it is used only for models that it is known to compute. All
@@ -35,7 +36,7 @@ TENSORS = {"weight", "bias", "rope_cos", "rope_sin"}
 def is_supported(name, module, config):
     """Whether DecodeStep repeats the arithmetic of a model's module of this name."""
     kind = MODULES.get(re.sub(r"^blocks\.\d+", "blocks.{}", name))
-    if kind is None or module._forward_hooks or module._forward_pre_hooks or vars(module).keys() & {*METHODS}:
+    if kind is None or module._forward_hooks or module._forward_pre_hooks or own_attributes(module) & {*METHODS}:
         return False
     if vars(type(module)).get("acts_as") is kind:  # LoRALinear
         return True

@@ -72,5 +72,11 @@ def fast_linears(model):
     return model
 
 
+def own_attributes(module):
+    """The names that were set on this module itself, but for what `fast_linears` set."""
+    names = vars(module).keys()
+    return names - {"forward"} if getattr(vars(module).get("forward"), "func", None) is _forward else names
+
+
 def _forward(layer, x):
     return linear(x, layer.weight, layer.bias)

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from attention import KVCache
 from support import products
+from support.fast_decode import DecodeStep
 from support.products import fast_linears, linear
+from transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch lacks oneDNN's product"
@@ -72,3 +75,11 @@ def test_a_model_keeps_its_layers_and_a_copy_its_own_weights(calls):
     assert type(model[0]) is nn.Linear
     assert sorted(model.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
     assert len(calls) == 4
+
+
+def test_the_fast_decoding_step_takes_such_a_model(calls):
+    model = Transformer(TransformerConfig(vocab_size=64, context=64, n_layer=1, n_head=2, n_kv_head=1, width=32))
+    cache = KVCache(1, 1, 1, 16, 16)
+    assert DecodeStep.fits(fast_linears(model), cache)
+    model.blocks[0].attn.wq.forward = lambda x: x
+    assert not DecodeStep.fits(model, cache)

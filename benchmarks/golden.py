@@ -77,6 +77,10 @@ RUNS = [
         "grpo_gspo": f"grpo.py {GRPO} --ratio sequence --clip_low 3e-4 --clip_high 4e-4 --minibatches 2 --scale batch "
         "--beta 0.05 --kl_unbiased true",
         "grpo_lora": f"grpo.py {GRPO} --lora.rank 4 --beta 0.05 --kl k2",
+        "grpo_cispo": f"grpo.py {RL} --algorithm cispo",
+        "grpo_rloo": f"grpo.py {RL} --algorithm rloo --stale 2 --correction mask",
+        "rejection": f"rejection.py {SFT} {SHORT} --round_steps 3 --prompts 8 --batch 8 --steps 6 "
+        "--eval_every 3 --max_new_tokens 40",
         "gdpo": f"gdpo.py {GRPO} --brevity_weight 0.5 --format_weight 0.5 --conditioned [brevity]",
         "gdpo_2": f"gdpo.py {GRPO} --brevity_weight 0.5 --combine sum",
     },

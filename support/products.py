@@ -2,7 +2,7 @@
 
 torch multiplies fp32 matrices with Intel's MKL, which keeps to AVX2 on other makers' CPUs. oneDNN, which torch brings
 along too, uses what the CPU has: per core of an AMD EPYC with AVX-512, 240 instead of 105 GFLOP/s; where there is AVX2
-alone, 120 (benchmarks/products.py). The results differ by rounding.
+alone, 120 (benchmarks/profile_steps.py). The results differ by rounding.
 """
 
 import functools

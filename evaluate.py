@@ -327,7 +327,8 @@ def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed
     """KL(π ‖ π_ref) in nats per token: the mean of k3 over the tokens of one answer of the policy to each prompt (lists
     of ids). The reference may be the policy itself, then without its adapters.
 
-    The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it.
+    The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it. Under FSDP
+    call it within `support.sharding.whole`.
     """
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     own, uniforms = prompts[dist.rank :: dist.world], uniforms[dist.rank :: dist.world]

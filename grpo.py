@@ -101,6 +101,7 @@ from evaluate import is_correct, kl_estimate
 from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
 from ppo import less_baseline
+from pretrain import shard
 from sft import sft_start
 from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
 from support.checkpoints import open_checkpoint
@@ -117,6 +118,7 @@ from support.questions import load_question_splits
 from support.rewards import RewardFlags, brevity_reward, format_reward, judge_batch, reward_functions
 from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
 from support.runs import Run
+from support.sharding import refuse_fsdp, whole
 from support.shared_prompt import shared_answer_logprobs
 from support.verdict import look_first
 from support.verified import VerifiedConfig
@@ -424,6 +426,8 @@ class Config(SamplerFlags, RewardFlags, VerifiedConfig):
     """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
     mask_truncated: bool = False
     """Completions that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
+    fsdp: bool = False
+    """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     if_hopeless: Literal["warn", "stop"] = "warn"
     """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
@@ -508,12 +512,16 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
     slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
+    refuse_fsdp(config, dist, scaler)
     functions, reward_weights = reward_functions(config, REWARDS)
     init = config.init or sft_start(config, dist)
-    policy, tokenizer, path = open_checkpoint(init, dist.device)
+    policy, tokenizer, path = open_checkpoint(init, "cpu" if config.fsdp else dist.device)
+    reads = weights_of(init, policy) | code_of(config.reward, functions)
     # With adapters the reference is the policy without them: no second model in memory
     adapters_off = config.lora.rank and not config.refresh_reference
     reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
+    for model in (policy, reference) if config.fsdp else ():
+        shard(model, dist, autocast)  # as in pretrain.py
     rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
     add_lora(policy, **asdict(config.lora), seed=config.seed)
     problems, pad = load_question_splits(config, tokenizer, policy.config.context, dist), tokenizer.endoftext_id
@@ -529,10 +537,11 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     kept = {"lora": LoraState(policy, init)} | ({"reference": reference} if config.refresh_reference else {})
     kept |= {"sampler": rollout_policy} if config.stale else {}
-    reads = records_of(config.data, problems) | weights_of(init, policy) | code_of(config.reward, functions)
+    reads |= records_of(config.data, problems)
     state = {"best": -1.0, "before": None, "start": {}, "parts": kept, "began": began}
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
-    model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
+    ddp = dist.world > 1 and not config.fsdp
+    model = DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
     look = Look(run, problems, functions, reward_weights, init)
     look.before()
@@ -551,9 +560,11 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         # before any refill: what the policy earns as it is
         rollout_totals = rollout_sums(batch, paid_rewards(batch, reward_weights, config), reward_weights, has_signal)
         for attempt in range(1, config.refill + 1):
-            if silent := has_signal.logical_not().nonzero().squeeze(1).tolist():
-                batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
-                has_signal = signal_of(batch)
+            silent = has_signal.logical_not().nonzero().squeeze(1).tolist()
+            with whole(policy):  # under FSDP: all weights on every rank, also on one that needs no more answers
+                if silent:
+                    batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
+                    has_signal = signal_of(batch)
         rollout_done = time.perf_counter()
         # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy)
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
@@ -584,22 +595,25 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         update_sums, norm, n_updates = {}, 0.0, 0
         for minibatch in minibatches * config.inner_epochs:
-            for piece in minibatch.pieces:
-                rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
-                last = piece is minibatch.pieces[-1]
-                # DDP averages the gradients over the ranks in the last backward alone
-                with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
-                    with autocast():
-                        logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)
-                    logprobs = logprobs[:, :T]  # (b, T): it was padded to a multiple of 8
-                    old = old_logprobs[rows, :T]  # (b, T)
-                    ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
-                    options = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
-                    options["sampler_weights"] = sampler_weights[rows, :T]  # (b, T)
-                    loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)  # A[rows] (b,)
-                    # × world, because DDP averages over the ranks and v_t already counts them all
-                    scaler.scale(loss * dist.world).backward()
-                tally(update_sums, metrics, piece.mask.sum().item())
+            with whole(policy):  # for as many pieces as each rank has
+                for piece in minibatch.pieces:
+                    rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
+                    last = piece is minibatch.pieces[-1]
+                    # The ranks average their gradients in the last backward alone
+                    if config.fsdp:
+                        policy.set_requires_gradient_sync(last)
+                    with model.no_sync() if ddp and not last else contextlib.nullcontext():
+                        with autocast():
+                            logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)
+                        logprobs = logprobs[:, :T]  # (b, T): it was padded to a multiple of 8
+                        old = old_logprobs[rows, :T]  # (b, T)
+                        ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
+                        options = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
+                        options["sampler_weights"] = sampler_weights[rows, :T]  # (b, T)
+                        loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)  # A[rows] (b,)
+                        # × world, because DDP averages over the ranks and v_t already counts them all
+                        scaler.scale(loss * dist.world).backward()
+                    tally(update_sums, metrics, piece.mask.sum().item())
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
             run.check_finite(lr, norm)
             n_updates += 1

@@ -67,6 +67,7 @@ from torch import nn
 from support.checks import Positive, Whole, check
 from support.errors import CheckpointError
 from support.output import run_demo
+from support.sharding import whole
 from transformer import Transformer, TransformerConfig
 
 
@@ -259,12 +260,14 @@ def drop_lora(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Within: the merged model, which decodes as fast as one that never had adapters. Do not train within."""
-    merge_lora(model)
-    try:
-        yield model
-    finally:
-        unmerge_lora(model)
+    """Within: the merged model, which decodes as fast as one that never had adapters. Do not train within. Under FSDP,
+    where there are none, each rank holds all weights within."""
+    with whole(model):
+        merge_lora(model)
+        try:
+            yield model
+        finally:
+            unmerge_lora(model)
 
 
 @contextlib.contextmanager

@@ -92,6 +92,7 @@ from support.devices import peak_flops, precision, setup
 from support.errors import ConfigError
 from support.pretrain_report import bytes_of_tokens, draw, known_entropy, show, validate, validation_sequences
 from support.runs import Run, RunConfig, restarted, run_path, saved_run
+from support.sharding import refuse_fsdp
 from support.streams import make_streams
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig
@@ -288,9 +289,7 @@ def main(config):
         config = replace(config, resume=True)
     share = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
-    if config.fsdp and (dist.world == 1 or scaler.is_enabled()):
-        need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
-        raise ConfigError(f"--fsdp needs {need}")
+    refuse_fsdp(config, dist, scaler)
     run_path(config)  # raises on a bad --name or --resume before the text is read
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     policy, tokenizer, config = make_decoder(config, dist, texts)

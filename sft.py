@@ -80,6 +80,7 @@ from support.lora_files import LoraState
 from support.records import drop_too_long
 from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, saved_run, start_name
 from support.sft_report import report, write_samples
+from support.sharding import refuse_fsdp
 from tokenizer_bpe import CharTokenizer
 from transformer import TransformerConfig, token_logprobs
 
@@ -278,6 +279,8 @@ class Config(RunConfig):
     """Examples per optimizer step, over all ranks."""
     micro_batch: Count = 64
     """Examples per forward pass of one rank; fewer means gradient accumulation and less memory."""
+    fsdp: bool = False
+    """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     packing: bool = False
     """Pack several examples into a row instead of padding; an example cannot attend to the others."""
     order: Literal["shuffled", "curriculum", "anti"] = "shuffled"
@@ -365,19 +368,24 @@ def main(config):
     dist = setup(config.device)
     share = dist.per_rank("batch", config.batch)  # examples of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
+    refuse_fsdp(config, dist, scaler)
     problems = rated_splits(config, dist)
     init = config.init or pretrained_start(config, dist)
-    policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
+    policy, tokenizer, _ = open_checkpoint(init, "cpu" if config.fsdp else dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     examples, difficulties = encode_splits(config, problems, tokenizer, policy.config.context, dist)
     ranked = rank_examples(difficulties, config.order, config.seed)
     metric = measure_of(problems["valid"])  # free text has no answer to verify
 
+    adapters, reads = {"lora": LoraState(policy, init)}, records_of(config.data, problems) | weights_of(init, policy)
+    model = policy
+    if config.fsdp:
+        pretrain.shard(policy, dist, autocast)
+    elif dist.world > 1:
+        model = DistributedDataParallel(policy, broadcast_buffers=False)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    adapters, reads = {"lora": LoraState(policy, init)}, records_of(config.data, problems) | weights_of(init, policy)
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
-    model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
     if dist.is_main:
         print(
             f"{policy.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} "
@@ -407,9 +415,12 @@ def main(config):
             micro = pack_examples(micro, pad, policy.config.context) if config.packing else collate(micro, pad)
             micro = micro.to(dist.device)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
-            # DDP averages the gradients of the ranks in the last backward pass alone; * world makes the average a sum.
+            # The ranks average their gradients in the last backward pass alone; * world makes the average a sum.
             last = i + config.micro_batch >= share
-            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+            if config.fsdp:
+                policy.set_requires_gradient_sync(last)
+            ddp_waits = dist.world > 1 and not config.fsdp and not last
+            with model.no_sync() if ddp_waits else contextlib.nullcontext():
                 with autocast():
                     seen = {"positions": micro.positions, "mask": micro.visible}  # None but for packed rows
                     logprobs = token_logprobs(model, micro.tokens, counted=mask > 0, **seen)  # (b, T − 1)

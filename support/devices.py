@@ -103,6 +103,7 @@ def setup(device="auto"):
             store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # torch 2.13 renames DDP's broadcast_buffers; older versions do not have the new name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views: nothing writes into them
         backend = "nccl" if device.startswith("cuda") else "gloo"
         timeout = timedelta(hours=2)  # the other ranks wait while rank 0 trains a tokenizer and tokenises the text
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

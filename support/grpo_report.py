@@ -6,6 +6,7 @@ from support.checkpoints import open_checkpoint
 from support.plots import draw_curves
 from support.questions import test_figures, validate
 from support.rollouts import show_samples
+from support.sharding import whole
 
 SAMPLER = {
     "sampler_kl": "KL(sampler ‖ trainer)",
@@ -111,7 +112,8 @@ class Look:
         start = policy if config.lora.rank else open_checkpoint(self.init, dist.device)[0].eval()
         prompts = [encode_prompt(run.tokenizer, p) for p in self.problems["test"][:200]]
         sizes = config.max_new_tokens, dist, config.seed, config.micro_batch
-        kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes)
+        with whole(policy):
+            kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes)
         if dist.is_main:
             report(config, run, after, kl, self.reward_weights, self.record)
         results = {"before": run.state.before, "after": after, "kl": kl}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from data import encode_prompt, rows_at
 from generate import Rollout, generate
 from lora import merged
+from support.sharding import whole
 from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
 
@@ -126,7 +127,7 @@ def piece_logprobs(model, pieces, batch, temperature, autocast):
     """log π of the pieces' completions by this model, without a gradient, at their rows of a (n·R, T) tensor that is 0
     elsewhere."""
     out = torch.zeros_like(batch.rollout.logprobs)
-    with torch.no_grad(), autocast():
+    with torch.no_grad(), whole(model), autocast():
         for piece in pieces:
             T = piece.mask.shape[1]
             logprobs = shared_answer_logprobs(model, piece.packed, temperature)

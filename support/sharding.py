@@ -1,16 +1,64 @@
 """FSDP's sharded tensors, of which each rank holds some rows: from shards to full tensors and back.
 
+    whole(model)                       within, all weights on every rank                        lora.py, rollouts.py
     unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py, optim.py
     full_tensor(x)                     one tensor, where a formula needs all of it              optim.py
     same_shape_groups(params, limit)   the matrices that Muon may stack                         optim.py
 
-What is not sharded is returned unchanged, so callers need no special case. All ranks must call the first, second and
-fourth function together, or the calling ranks wait forever.
+What is not sharded is returned unchanged, so callers need no special case. All ranks must call the first three and
+the fifth function together, or the calling ranks wait forever.
 """
 
+import contextlib
+
+from support.errors import ConfigError
 from support.hf import load_weights
+
+
+def refuse_fsdp(config, dist, scaler):
+    """ConfigError if --fsdp is given where it cannot be had."""
+    if not config.fsdp:
+        return
+    if dist.world == 1 or scaler.is_enabled():
+        need = "bf16 or fp32" if dist.world > 1 else "torchrun, to start the processes that share the model"
+        raise ConfigError(f"--fsdp needs {need}")
+    adapters = getattr(config, "lora", None)
+    for flag, given in (
+        ("--lora.rank", adapters is not None and adapters.rank > 0),
+        ("--sampler_dtype", getattr(config, "sampler_dtype", "same") != "same"),
+        ("--stale", getattr(config, "stale", 0) > 0),
+        ("--refresh_reference", getattr(config, "refresh_reference", 0) > 0),
+    ):
+        if given:
+            raise ConfigError(f"--fsdp and {flag} do not work together here; leave one of them out")
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Within, every rank holds all weights of a model that FSDP has cut, as `generate` needs, and a call of the model
+    waits for no other rank. All ranks must enter and leave; any other model stays as it is. The blocks' weights are in
+    the dtype that they are gathered in. A backward pass within exchanges gradients if `set_requires_gradient_sync` says
+    so, which all ranks must say for the same number of passes."""
+    parts = [module for module in model.modules() if hasattr(module, "reshard")]  # fully_shard gives it its methods
+    if getattr(model, "is_whole", False):  # by an outer `whole`
+        parts = []
+    if parts:
+        model.is_whole = True
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+        part.unshard()
+    try:
+        yield model
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)  # fully_shard's defaults
+            part.set_reshard_after_backward(True, recurse=False)
+            part.reshard()
+        if parts:
+            model.is_whole = False
 
 
 def unsharded(model, dist):

@@ -349,10 +349,13 @@ def test_two_processes_equal_one(here):
     one = script("sft.py", *flags, "--name", "one", cwd=here)
     two = script("sft.py", *flags, "--name", "two", cwd=here, processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    for name in ("loss", "grad_norm", "accuracy", "length"):
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
-    assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
+    sharded = script("sft.py", *flags, "--name", "sharded", "--fsdp", "true", cwd=here, processes=2)
+    assert sharded.returncode == 0, sharded.stderr
+    for other in ("two", "sharded"):
+        for name in ("loss", "grad_norm", "accuracy", "length"):
+            a, b = metrics("runs/one", name), metrics(f"runs/{other}", name)
+            assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+        assert_same_weights("runs/one/last", f"runs/{other}/last", atol=1e-5, rtol=1e-4)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):

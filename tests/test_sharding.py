@@ -9,7 +9,9 @@ import torch
 from conftest import ROOT, assert_same_weights, metrics, script, weights
 from tiny import MODEL, TEXT, config
 
+import grpo
 import pretrain
+from lora import LoraConfig
 from support import devices
 from support.errors import ConfigError
 from transformer import TransformerConfig
@@ -90,4 +92,23 @@ def test_what_sharding_refuses(here, changes, message, monkeypatch):
         monkeypatch.setattr(pretrain, "restarted", lambda *_: False)  # it would ask the other process
     with pytest.raises(ConfigError, match=f"^--fsdp.*{message}"):
         pretrain.main(config(fsdp=True, **changes))
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "torchrun"),
+        ({"dtype": "fp16"}, "bf16 or fp32"),
+        ({"lora": LoraConfig(2)}, "--lora.rank do not"),
+        ({"stale": 1}, "--stale do not"),
+        ({"sampler_dtype": "int8"}, "--sampler_dtype do not"),
+        ({"refresh_reference": 1}, "--refresh_reference do not"),
+    ],
+)
+def test_what_sharding_refuses_in_the_later_stages(here, changes, message, monkeypatch):
+    if changes:
+        monkeypatch.setattr(grpo, "setup", lambda _: devices.Dist(0, 2, torch.device("cpu")))
+    with pytest.raises(ConfigError, match=f"^--fsdp.*{message}"):
+        grpo.main(grpo.Config(init="nowhere", fsdp=True, device="cpu", **changes))
     assert not (here / "runs").exists()

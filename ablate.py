@@ -66,6 +66,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import distill
 import dpo
 import gdpo
 import grpo
@@ -225,6 +226,8 @@ STAGES = {
     "grpo": (grpo.Config, grpo.main),
     "gdpo": (gdpo.Config, gdpo.main),
     "rejection": (rejection.Config, rejection.main),
+    "distill": (distill.Config, distill.main),
+    "student_grpo": (grpo.Config, probes.grpo_of_student),
     "measure": (probes.Start, probes.measure_start),
 }
 QUICK = {"steps": 4, "test_problems": 20, "eval_problems": 10}  # of a smoke run, if the stage has these settings
@@ -410,14 +413,15 @@ def main(config):
     # 0. tune, where the experiment asks for it: the flag's value that the validation split prefers, on the first seed
     chosen = {}
     if experiment.tune and not config.quick:
+        tuned = [v for v, (stage, _) in experiment.variants.items() if hasattr(STAGES[stage][0], experiment.tune)]
         runs = {
             (v, value): (settings_of(experiment.to_try(v, value), v, seeds[0]), top / "tuning" / label(v, value))
-            for v in experiment.variants
+            for v in tuned  # a start that is only measured has no such flag
             for value in experiment.grid
         }
         run_missing(runs, config, f"{name}, tuning", experiment.tune)
         scores = {key: validation_score(folder) for key, (_, folder) in runs.items()}
-        chosen = {v: max(experiment.grid, key=lambda x: scores[v, x]) for v in experiment.variants}
+        chosen = {v: max(experiment.grid, key=lambda x: scores[v, x]) for v in tuned}
         experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in chosen.items()})
 
     # 1. what is missing, and 2. run. The seeds are the inner loop: neighbours have different starts, so none waits

@@ -323,9 +323,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
 
 
 @torch.no_grad()
-def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed=0, batch=64):
+def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed=0, batch=64, *, ref_prompts=None):
     """KL(π ‖ π_ref) in nats per token: the mean of k3 over the tokens of one answer of the policy to each prompt (lists
-    of ids). The reference may be the policy itself, then without its adapters.
+    of ids). The reference may be the policy itself, then without its adapters. ref_prompts: those after which the
+    reference reads the answers; default: the same.
 
     The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it. Under FSDP
     call it within `support.sharding.whole`.
@@ -338,8 +339,10 @@ def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed
         rollout = generate(policy, chunk, max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=drawn)
         answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
         packed = pack(chunk, answers, tokenizer.endoftext_id).to(dist.device)
+        seen = ref_prompts and ref_prompts[dist.rank :: dist.world][i : i + batch]
         with lora_off(policy):
-            ref_logprobs = shared_answer_logprobs(reference, packed)  # (b, T), 0 after an answer's end
+            ref_packed = pack(seen, answers, tokenizer.endoftext_id).to(dist.device) if seen else packed
+            ref_logprobs = shared_answer_logprobs(reference, ref_packed)  # (b, T), 0 after an answer's end
         log_r = ref_logprobs - shared_answer_logprobs(policy, packed)
         total += (log_r.exp() - log_r - 1).sum().item()  # k3
         n_tokens += rollout.mask.sum().item()

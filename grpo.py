@@ -271,7 +271,7 @@ def grpo_loss(
     n_tokens=None,
     max_length=None,
 ):
-    """Log-probabilities and mask (b, T), advantages (b,) -> (loss, metrics).
+    """Log-probabilities and mask (b, T), advantages (b,), or (b, T) with one for each token -> (loss, metrics).
 
     sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
     n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these b answers alone.
@@ -293,7 +293,8 @@ def grpo_loss(
     logprobs = torch.where(mask > 0, logprobs, 0.0)
     log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
     rho = ratio_of(log_ratio, length)  # (b, T)
-    objective, limited = surrogate_of(rho, advantages[:, None], logprobs, clip_low, clip_high)  # (b, T) each
+    A = advantages if advantages.dim() == 2 else advantages[:, None]  # (b, T) or (b, 1)
+    objective, limited = surrogate_of(rho, A, logprobs, clip_low, clip_high)  # (b, T) each
     cost = -objective if sampler_weights is None else -objective * sampler_weights
     metrics = {
         "clip_fraction": masked_mean(limited.float(), mask),

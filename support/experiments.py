@@ -67,6 +67,10 @@ def _grpo(stage="grpo", **flags):
     return stage, plain | {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags
 
 
+def _distill(**flags):
+    return "distill", {"steps": 200, "test_problems": 500, "pass_problems": 1, "pass_samples": 1} | flags
+
+
 def _dpo(**flags):
     return "dpo", {"steps": 150, "prompts": 1500, "eval_every": 50, "test_problems": 500} | flags
 
@@ -301,6 +305,28 @@ EXPERIMENTS = {
         + tuple((v, f"{v.split(', ')[0]}, uncorrected") for v in _OFF_POLICY if "uncorrected" not in v),
         probe="training",
         dashed="uncorrected",
+    ),
+    "distill": Experiment(
+        "What is a teacher's word at every token worth, against its answers and against a reward, at equal student "
+        "tokens?",
+        "the student and the teacher that `distill.py` makes for the seed, 200 steps of 96 answers (GRPO: 12 questions "
+        "x 8), all else as the stage's defaults",
+        {
+            "student": ("measure", {"start": "student", "test_problems": 500}),
+            "teacher": ("measure", {"start": "teacher", "test_problems": 500}),
+            "SFT on the teacher's answers": _distill(on_policy=0.0, loss="sample"),
+            "off-policy": _distill(on_policy=0.0, beta=0.0),
+            "on-policy, vocabulary": _distill(),
+            "on-policy, sample": _distill(loss="sample"),
+            "GRPO": ("student_grpo", {"steps": 200, "test_problems": 500, "pass_problems": 1, "pass_samples": 1}),
+        },
+        ("accuracy", "sampled", "pass_at_8", "teacher_kl", "tokens", "minutes"),
+        ("accuracy",),
+        probe="taught",
+        against="on-policy, vocabulary",
+        bars=("sampled", "teacher_kl"),
+        tune="lr",
+        grid=(2e-4, 6e-4, 2e-3, 6e-3),
     ),
     "dpo": Experiment(
         "Beta and variant, offline against sampled pairs.",

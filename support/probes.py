@@ -10,17 +10,19 @@ including the checkpoint's "path"; settings: what ablate.py ran the stage with. 
     held_out   pass@8, format, length, and the KL to the SFT checkpoint
     training   the same, and the means of what the run logged
     earned     how often each of several rewards was earned, and the share of collapsed groups
+    taught     pass@8, the story, the KL to the teacher, how many tokens the student was trained on
 """
 
 import math
 import re
 import statistics
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Literal
 
 import torch
 
+import grpo
 import sft
 from attention import attention_entropy, attention_weights
 from data import DEFAULT_TASK, encode_prompt, find, load_problems, load_text
@@ -33,6 +35,7 @@ from support.copy_lines import DISTANCES, MOST_DOTS, copy_line
 from support.devices import setup
 from support.errors import DataError
 from support.log import read_metrics
+from support.teachers import student_start, teacher_start
 from tokenizer_bpe import SPECIAL_TOKENS
 from transformer import Transformer, TransformerConfig
 
@@ -164,8 +167,9 @@ def clipping(folder, figures, settings):
 class Start:
     """Measure a checkpoint that later stages start from, without training it."""
 
-    start: Literal["pretrain", "sft"] = "sft"
-    """pretrain: the start of SFT; sft: the start of DPO and of all reinforcement learning."""
+    start: Literal["pretrain", "sft", "student", "teacher"] = "sft"
+    """pretrain: the start of SFT; sft: the start of DPO and of all reinforcement learning; student and teacher: those
+    of a distillation."""
     test_problems: Count = 1000
     """Held-out problems."""
     seed: Seed = 0
@@ -188,8 +192,14 @@ def measure_start(config):
 def make_start(seed, kind="sft"):
     """The run directory of the start that stages with this seed make for themselves; trained now if it does not
     exist."""
-    train = {"pretrain": sft.pretrained_start, "sft": sft.sft_start}[kind]
-    return train(sft.Config(seed=seed), setup())
+    train = {"pretrain": sft.pretrained_start, "sft": sft.sft_start}
+    train |= {"student": student_start, "teacher": teacher_start}
+    return train[kind](sft.Config(seed=seed), setup())
+
+
+def grpo_of_student(config):
+    """What grpo.main returns, from the student of a distillation."""
+    return grpo.main(replace(config, init=make_start(config.seed, "student")))
 
 
 def held_out(folder, figures, settings):
@@ -232,4 +242,22 @@ def earned(folder, figures, settings):
     if settings["stage"] == "gdpo":
         method = "grpo" if settings["config"]["combine"] == "sum" else "gdpo"
         results["collapsed"] = 100 * statistics.mean(series[f"collapsed_{method}"][1])
+    return results
+
+
+def taught(folder, figures, settings):
+    """A student on 200 held-out problems: pass@8 and one sample at temperature 1, the KL to the teacher of the same
+    seed, per token of its own samples; and how many tokens it was trained on, in thousands."""
+    problems, dist, c = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup(), settings["config"]
+    policy, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
+    teacher = open_checkpoint(make_start(c["seed"], "teacher"), dist.device)[0]
+    sampled = evaluate_samples(policy, tokenizer, problems, 8, NEW_TOKENS, dist)
+    prompts = [encode_prompt(tokenizer, problem) for problem in problems]
+    results = {
+        "pass_at_8": 100 * sampled["pass@8"],
+        "sampled": 100 * sampled["pass@1"],
+        "teacher_kl": sampled_kl(policy, teacher, tokenizer, prompts, NEW_TOKENS, dist),
+    }
+    if "rollouts" in c:  # a start has no run
+        results["tokens"] = sum(read_metrics(folder)["length"][1]) * c["prompts"] * c["rollouts"] / 1000
     return results

@@ -223,7 +223,7 @@ def run_path(config):
         raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
-    for flag in ("init", "tokenizer", "reward_model", "sampler"):
+    for flag in ("init", "tokenizer", "reward_model", "sampler", "teacher"):
         read = getattr(config, flag, None)
         if read and not config.resume and Path(read).resolve().is_relative_to(path.resolve()):
             conflict = f"is the run that --name {config.name} would move aside"

@@ -79,11 +79,13 @@ class PackedAnswers:
             yield model(part.tokens, part.positions, part.visible, prompts.repeat(part.prompt_index), **keywords)
 
     def in_order(self, outputs):
-        """The outputs of all parts, a list of (b, T) -> (k, T) in the order of the answers, 0 after an answer's end."""
+        """The outputs of all parts, a list of (b, T) or (b, T, V) -> (k, T) or (k, T, V) in the order of the answers, 0
+        after an answer's end."""
         T = outputs[-1].shape[1]
-        padded = torch.cat([F.pad(x, (0, T - x.shape[1])) for x in outputs])  # (k, T)
+        padded = torch.cat([F.pad(x, (0, 0) * (x.dim() - 2) + (0, T - x.shape[1])) for x in outputs])  # (k, T, …)
         padded = padded[torch.cat([part.rows for part in self.parts]).argsort()]
-        return padded * (torch.arange(T, device=padded.device) < self.lengths[:, None])
+        real = torch.arange(T, device=padded.device) < self.lengths[:, None]  # (k, T)
+        return padded * (real if padded.dim() == 2 else real[:, :, None])
 
 
 def pack(prompts, answers, pad, part_size=64):
@@ -118,3 +120,9 @@ def shared_answer_logprobs(model, packed, temperature=1.0):
     the longest answer. Equal to transformer.answer_logprobs in value and gradient."""
     options = {"temperature": temperature}
     return packed.in_order(list(packed.outputs(model, lambda part: options | {"targets": part.targets})))
+
+
+def shared_answer_logits(model, packed):
+    """The logits that predict every token of the answers in `packed` -> (k, T, V), 0 after an answer's end; T as in
+    `shared_answer_logprobs`."""
+    return packed.in_order(list(packed.outputs(model)))

@@ -61,6 +61,7 @@ def script(name, *flags, cwd, processes=1, timeout=240):
         "grpo",
         "gdpo",
         "rejection",
+        "distill",
     )
     if trains and not any(str(flag).startswith("--dtype") for flag in flags):
         flags = [*flags, "--dtype=fp32"]

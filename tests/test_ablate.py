@@ -339,6 +339,22 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
     assert "--lr, chosen among 0.001, 0.002, 0.003 by the validation accuracy of seed 4" in page
 
 
+def test_a_start_that_is_only_measured_is_not_tuned(experiment, scratch, monkeypatch):
+    asked = []
+
+    def run_missing(runs, *_):
+        asked.append({variant for variant, _ in runs})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate, "run_missing", run_missing)
+    monkeypatch.setattr(type(experiment), "to_try", lambda self, v, x: self.with_flags({v: {"lr": x}}))
+    with_start = replace(experiment, variants=experiment.variants | {"start": ("measure", {})}, tune="lr", grid=(1e-3,))
+    monkeypatch.setitem(ablate.EXPERIMENTS, "width", with_start)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main(ablate.Config(experiment="width"))
+    assert asked == [set(experiment.variants)]
+
+
 def test_a_page_keeps_its_seeds(experiment, scratch, monkeypatch):
     """Six seeds are not overwritten by three."""
     monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))

@@ -30,6 +30,7 @@ CHAPTERS = [
     "grpo",
     "gdpo",
     "rejection",
+    "distill",
     "ablate",
 ]
 ROOMS = sorted(f"support.{path.stem}" for path in (ROOT / "support").glob("[!_]*.py"))
@@ -94,6 +95,7 @@ dpo: dpo_loss kto_loss orpo_loss
 ppo: gae ppo_policy_loss value_loss
 grpo: group_advantages grpo_loss extract_answer
 gdpo: gdpo_advantages
+distill: distill_loss
 moe: MoE load_balancing_loss
 lora: add_lora merge_lora
 optim: AdamW Muon lr_at

@@ -12,9 +12,12 @@ from conftest import metrics
 
 import pretrain
 import sft
-from data import load_problems
+from data import encode_prompt, load_problems
+from evaluate import sampled_kl
 from support import probes
+from support.checkpoints import open_checkpoint
 from support.copy_lines import DISTANCES, copy_line
+from support.devices import setup
 from support.errors import ConfigError
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
@@ -199,7 +202,41 @@ def test_the_lines_to_copy():
     assert {len(copy_line(i, 7, 7)) for i in range(50)} == {10}
 
 
-@pytest.mark.parametrize("start", ["pretrain", "sft"])
+def test_a_student_is_measured_beside_its_teacher(scratch, monkeypatch):
+    """The KL is that to the teacher of its seed; the tokens are those of all steps."""
+    problems = load_problems("word", "test", 3, (1,))
+    tokenizer = BPETokenizer.train([p.question + p.solution for p in problems] * 9, 300)
+    sizes = dict(context=200, n_layer=1, n_head=2, n_kv_head=1, width=16)
+    for seed, name in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        Transformer(TransformerConfig(tokenizer.vocab_size, **sizes)).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    monkeypatch.setattr(probes, "load_problems", lambda *_: problems)
+    monkeypatch.setattr(probes, "NEW_TOKENS", 6)
+    monkeypatch.setattr(probes, "teacher_start", lambda config, dist: "teacher")
+    lines = [{"step": 1, "length": 2.5}, {"step": 2, "length": 3.0}]
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    settings = {"config": {"seed": 0, "prompts": 4, "rollouts": 2}}
+    figures = probes.taught(Path("run"), {"path": "student"}, settings)
+    assert figures["tokens"] == 5.5 * 8 / 1000
+    models = [open_checkpoint(name)[0] for name in ("student", "teacher")]
+    prompts = [encode_prompt(tokenizer, problem) for problem in problems]
+    assert figures["teacher_kl"] == sampled_kl(*models, tokenizer, prompts, 6, setup("cpu")) > 0.001
+    assert figures["pass_at_8"] == figures["sampled"] == 0
+    alone = probes.taught(Path("run"), {"path": "teacher"}, {"config": {"seed": 0}})
+    assert abs(alone["teacher_kl"]) < 1e-6
+    assert "tokens" not in alone
+
+
+def test_grpo_takes_the_student_of_the_seed(monkeypatch):
+    monkeypatch.setattr(probes, "student_start", lambda config, dist: f"student{config.seed}")
+    monkeypatch.setattr(probes.grpo, "main", lambda config: config)
+    config = probes.grpo_of_student(probes.grpo.Config(seed=3, steps=7))
+    assert (config.init, config.seed, config.steps) == ("student3", 3, 7)
+
+
+@pytest.mark.parametrize("start", ["pretrain", "sft", "student", "teacher"])
 def test_a_start_is_measured_and_not_trained(start, scratch, monkeypatch):
     problems = load_problems("word", "test", 5, (1, 2))
     tokenizer = BPETokenizer.train([p.question + p.solution for p in problems] * 9, 300)
@@ -210,6 +247,9 @@ def test_a_start_is_measured_and_not_trained(start, scratch, monkeypatch):
     asked = []
     for kind, maker in (("pretrain", "pretrained_start"), ("sft", "sft_start")):
         monkeypatch.setattr(sft, maker, lambda config, dist, kind=kind: asked.append((kind, config.seed)) or "here")
+    for kind in ("student", "teacher"):
+        make = lambda config, dist, kind=kind: asked.append((kind, config.seed)) or "here"  # noqa: E731
+        monkeypatch.setattr(probes, f"{kind}_start", make)
     monkeypatch.setattr(sft, "main", None)  # nothing is trained
     before = Path("here/model.safetensors").read_bytes()
     got = probes.measure_start(probes.Start(start=start, seed=3, test_problems=5))
@@ -221,5 +261,5 @@ def test_a_start_is_measured_and_not_trained(start, scratch, monkeypatch):
     assert not Path("runs").exists()
     with pytest.raises(ConfigError, match="--test_problems is 0; it must be at least 1"):
         probes.Start(test_problems=0)
-    with pytest.raises(ConfigError, match="--start 'grpo' is not known; use pretrain or sft"):
+    with pytest.raises(ConfigError, match="--start 'grpo' is not known; use pretrain, sft, student or teacher"):
         probes.Start(start="grpo")

@@ -1,6 +1,7 @@
 """The objectives against TRL itself: its trainers' losses, and their gradients in every weight, for the same model and
 the same tokens; the advantages that it makes of the same rewards."""
 
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,13 +9,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+import distill
 import dpo
 import gdpo
 import grpo
 from grpo import ALGORITHMS, group_advantages, grpo_loss, loss_with, reward_sums
 from ppo import less_baseline
 from reward_model import RewardModel, bradley_terry_loss
-from support import devices, shared_prompt
+from support import devices, shared_prompt, taught
 from support.hf import LAYOUTS, layout_of, to_layout
 from support.judged import shift_answers
 from support.off_policy import sampler_weights
@@ -58,8 +60,8 @@ def trainer_of(kind, start, tmp_path, rows, **options):
     opener = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
     common = dict(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
     common |= dict(gradient_checkpointing=False, max_steps=1) | options.pop("args")
-    if kind == "ORPO":
-        from trl.experimental import orpo as trl
+    if kind in ("ORPO", "GKD"):
+        trl = importlib.import_module(f"trl.experimental.{kind.lower()}")
     return getattr(trl, f"{kind}Trainer")(
         model=opener.from_pretrained(start).double(),
         args=getattr(trl, f"{kind}Config")(**common),
@@ -384,3 +386,52 @@ def test_reward_loss_and_gradient(start, tmp_path):
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(model.head.weight.grad, trainer.model.score.weight.grad, atol=1e-6, rtol=1e-4)
     assert_same_gradients(model, trainer.model)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["Distillation", "GKD"])
+def test_distill_loss_and_gradient(start, tmp_path, kind, beta):
+    """TRL's two trainers of whole distributions, on answers of both prompts; a teacher of another width."""
+    from transformers import AutoModelForCausalLM
+
+    path, tokenizer, prompts, answers = start
+    torch.manual_seed(2)
+    teacher = Transformer(
+        TransformerConfig(tokenizer.vocab_size, context=96, n_layer=1, n_head=2, n_kv_head=1, width=24)
+    )
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    teacher.save_pretrained(tmp_path / "teacher")
+    rows = [{"prompt": text} for text in PROMPTS]
+    args = dict(beta=beta, temperature=0.7) if kind == "Distillation" else dict(beta=beta, lmbda=1.0)
+    if kind == "GKD":
+        rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").double()
+    trainer = trainer_of(kind, path, tmp_path, rows, args=args, teacher_model=opened)
+    flat = [(p, answer) for p, group in zip(prompts, answers, strict=True) for answer in group]
+    if kind == "Distillation":
+        prompt_ids, prompt_mask = padded([p for p, _ in flat], left=True)
+        completion_ids, completion_mask = padded([answer for _, answer in flat], left=False)
+        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+        batch |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
+        theirs, _, n = trainer._compute_loss(trainer.model, batch, None)
+        assert n == completion_mask.sum()
+    else:
+        ids, real = padded([p + answer for p, answer in flat], left=False)
+        spoken = torch.zeros_like(real)
+        for i, (p, answer) in enumerate(flat):
+            spoken[i, len(p) : len(p) + len(answer)] = 1
+        batch = {"input_ids": ids, "attention_mask": real, "labels": ids.masked_fill(spoken == 0, -100)}
+        theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    student = Transformer.from_pretrained(path).double()
+    texts = taught.Texts(prompts, prompts, answers, [True, True])
+    (piece,) = taught.pieces_of(texts, 64, 0, torch.device("cpu"))
+    temperature = 0.7 if kind == "Distillation" else 1.0
+    settings = distill.Config(beta=beta, temperature=temperature)
+    ours, _ = distill.compare(student, teacher.double(), piece, settings, texts.n_tokens)
+    ours.backward()
+    assert ours > 0.01
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-5)
+    assert_same_gradients(student, trainer.model)

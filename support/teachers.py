@@ -1,0 +1,104 @@
+"""Whose word distill.py takes: the teacher, what it sees, and the two models that are made where none is given.
+
+teacher_start, student_start     made once, under runs/start, and reused: the SFT start of the other stages taken
+                                 through grpo.py; a model of half its width, pretrained and fine-tuned as it was
+open_teacher                     a frozen model with the student's tokenizer
+load_taught                      the problems, as the student and as the teacher sees them
+"""
+
+from dataclasses import replace
+
+import grpo
+import pretrain
+import sft
+from data import TASKS, encode_prompt, task_of
+from support.checkpoints import open_checkpoint
+from support.errors import ConfigError
+from support.records import drop_too_long
+from support.runs import make_start_once, run_path, start_name
+from support.verified import load_verifiable
+from transformer import TransformerConfig
+
+TEACHER = {"test_problems": 500, "pass_problems": 20, "pass_samples": 4}  # of grpo.py, beside its defaults
+
+
+def check_teaching(config):
+    """ConfigError on settings that do not go together, or that leave nothing to learn."""
+    c = config
+    if c.teacher is None and c.data not in TASKS:
+        raise ConfigError(f"--data {c.data} needs a teacher: --teacher CHECKPOINT, or self with a longer prompt")
+    if c.teacher == "self" and c.teacher_sees == "question":
+        raise ConfigError(
+            "--teacher self sees what the student sees and so agrees with it: add --teacher_sees example or solution"
+        )
+    if c.loss == "sample" and c.beta is not None:
+        raise ConfigError("--beta has no meaning with --loss sample, where the text's author decides: leave it out")
+    if c.loss == "vocabulary" and c.gamma:
+        raise ConfigError("--gamma has no meaning with --loss vocabulary: use --loss sample, or leave it out")
+
+
+def shared_settings(config):
+    """What a start takes from the run that needs it."""
+    settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
+    return settings | ({"skip_bad": True} if config.skip_bad else {})
+
+
+def teacher_start(config, dist):
+    """-> the run directory of the teacher; its SFT start is made first."""
+    settings = shared_settings(config) | TEACHER | {"levels": config.levels, "init": sft.sft_start(config, dist)}
+    name, why = start_name(config.data, config.seed, "teacher"), "no --teacher given: training one with GRPO"
+    return make_start_once(name, why, grpo, settings, dist)
+
+
+def student_start(config, dist):
+    """-> the run directory of the student, which is a pretraining and an SFT."""
+    run_path(config)  # raises on a bad --name or --resume before a start is made
+    task, why = task_of(config.data), "no --init given: {} a student of half the teacher's width"
+    layout = TransformerConfig(**task.pretrain.get("model", {}))
+    half = {"model": replace(layout, width=layout.width // 2)}
+    name = start_name(config.data, config.seed, "student-pretrain")
+    settings = task.pretrain | shared_settings(config) | half
+    base = make_start_once(name, why.format("pretraining"), pretrain, settings, dist)
+    settings = sft.START | task.sft | shared_settings(config) | {"levels": config.levels, "init": base}
+    name = start_name(config.data, config.seed, "student")
+    return make_start_once(name, why.format("fine-tuning"), sft, settings, dist)
+
+
+def open_teacher(path, init, student, tokenizer, device):
+    """-> the frozen model. ConfigError if it reads other ids than the student (opened from `init`) writes."""
+    teacher, other, _ = open_checkpoint(path, device)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"the teacher {path} has another tokenizer than {init}: it would read the student's ids as other text; "
+            "take two models of one family, or fine-tune on the teacher's texts (sft.py)"
+        )
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours > theirs:  # a teacher's may be larger: published ones are padded, to what no text contains
+        raise ConfigError(f"{init} may sample {ours} ids, the teacher {path} knows {theirs}: take one padded as far")
+    return teacher.requires_grad_(False).eval()
+
+
+def with_context(problems, sees, examples):
+    """Problems -> the same as the teacher sees them: after a worked example, one of `examples`, or after the problem's
+    own solution; "question": as they are."""
+    if sees == "question":
+        return problems
+    shown = problems if sees == "solution" else [examples[(i + 1) % len(examples)] for i in range(len(problems))]
+    turns = [(("user", p.question), ("assistant", p.solution)) for p in shown]
+    return [replace(p, history=(*turn, *p.history)) for p, turn in zip(problems, turns, strict=True)]
+
+
+def load_taught(config, tokenizer, context, teacher_context, dist):
+    """-> {"train", "valid", "test"}: problems that fit the student's context with their answers; {"train", "test"}: the
+    same as the teacher sees them, which fit the teacher's. ConfigError as `load_verifiable`, or if none fits."""
+    problems, taught = load_verifiable(config, tokenizer, min(context, teacher_context), dist), {}
+    room, examples = teacher_context - config.max_new_tokens, problems["train"]
+    for split in ("train", "test"):
+        both = zip(problems[split], with_context(problems[split], config.teacher_sees, examples), strict=True)
+        both = list(both)
+        lengths = [len(encode_prompt(tokenizer, longer)) for _, longer in both]
+        both = drop_too_long(both, lengths, room, f"{split} prompt of the teacher", dist)
+        problems[split], taught[split] = ([pair[i] for pair in both] for i in (0, 1))
+    if config.teacher_sees == "question":
+        taught = {split: problems[split] for split in taught}
+    return problems, taught

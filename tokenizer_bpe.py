@@ -55,7 +55,7 @@ import regex
 
 from support.errors import TokenizerError
 from support.output import run_demo
-from support.pieces import FastEncoder, compose, split
+from support.pieces import FastEncoder, compose, doubtful_tokens, split
 from support.tokenizer_files import (
     BYTE_ORDER,
     TokenizerSpec,
@@ -219,7 +219,7 @@ def fast_encoder(merges, ids, pattern):
 def check_spelling(merges):
     """Raises TokenizerError unless the merges make every token of its bytes."""
     rank = {pair: place for place, pair in enumerate(merges)}
-    if odd := next((token for token in map(b"".join, merges) if len(apply_merges(token, rank)) > 1), None):
+    if odd := next((token for token in doubtful_tokens(merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
 
 

@@ -234,9 +234,18 @@ def load_decoder(model_class, path, dtype=torch.float32, dropout=0.0, head=None)
     return model
 
 
+class EmptyOnMeta(TorchFunctionMode):
+    """A context in which torch.empty makes shapes without numbers. Small tables are computed as ever: on the meta
+    device torch would load its decompositions for them, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return function(*args, **kwargs | {"device": "meta"} if function is torch.empty else kwargs)
+
+
 def meta_model(model_class, config):
-    """The model on the meta device: shapes without numbers."""
-    with torch.device("meta"):
+    """The model with its weights on the meta device."""
+    with NoInit(), EmptyOnMeta():
         return model_class(config)
 
 

@@ -133,3 +133,34 @@ def ordered_marks(run):
     """Unicode's canonical order: by combining class, where that is not 0; marks of one class keep their order."""
     groups = groupby(run, lambda mark: unicodedata.combining(mark) > 0)
     return "".join(mark for _, group in groups for mark in sorted(group, key=unicodedata.combining))
+
+
+def doubtful_tokens(merges):
+    """The tokens that may not come out whole when the merges [(left bytes, right bytes), …] are applied in order to
+    their bytes: the shortest of those that do not, and few that do.
+
+    A token left + right is safe if both parts are, and no merge joins a piece across the border between them too
+    early. Going back in time from left | right, the piece that was merged later is split again, and two others touch at
+    the border: x | y. A merge of x and y must not come before the one that used up x, or y. (Of two equal pairs the
+    left one is merged first.)
+    """
+    place = {pair: k for k, pair in enumerate(merges)}
+    made = {left + right: (k, left, right) for k, (left, right) in enumerate(merges)}
+    byte = (-1, b"", b"")  # made before all merges
+
+    def is_in_order(k, part):
+        return len(part) == 1 or made.get(part, (k,))[0] < k
+
+    if len(made) < len(merges) or not all(is_in_order(k, part) for k, pair in enumerate(merges) for part in pair):
+        yield from made  # a token in two ways, or before its parts: no such file is known
+        return
+    for token, (k, x, y) in made.items():
+        while len(x) > 1 or len(y) > 1:
+            (a, _, x_right), (b, y_left, _) = made.get(x, byte), made.get(y, byte)
+            if a > b:
+                x, too_early = x_right, a
+            else:
+                y, too_early = y_left, b + 1
+            if place.get((x, y), k) < too_early:
+                yield token
+                break

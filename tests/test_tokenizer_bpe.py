@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import time
 import unicodedata
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from support import pieces
 from support.errors import TokenizerError
+from support.pieces import doubtful_tokens
 from support.tokenizer_files import SPLITS, from_printable, match_everything
 from tokenizer_bpe import (
     PATTERN,
@@ -21,6 +23,7 @@ from tokenizer_bpe import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    apply_merges,
     merge,
     train_bpe,
     train_bpe_naive,
@@ -338,3 +341,27 @@ def test_real_text():
         (from_printable(left), from_printable(right)) for left, right in json.loads(theirs.to_str())["model"]["merges"]
     ]
     assert tokenizer.merges == merges
+
+
+def test_the_quick_test_of_spelling_misses_nothing():
+    """Against applying the merges to every token: random tables, in order and not."""
+    chance, clean = random.Random(0), 0
+    for trial in range(3000):
+        tokens, merges = [b"a", b"b", b"c"][: 2 + trial % 2], []
+        for _ in range(chance.randint(1, 8)):
+            pair = chance.choice(tokens), chance.choice(tokens)
+            tokens.append(pair[0] + pair[1])
+            merges.append(pair)
+        if trial % 5 == 0:
+            chance.shuffle(merges)
+        rank = {pair: place for place, pair in enumerate(merges)}
+        wrong = {token for token in map(b"".join, merges) if len(apply_merges(token, rank)) > 1}
+        doubtful = set(doubtful_tokens(merges))
+        assert not wrong or wrong & doubtful, merges
+        clean += not doubtful
+    assert clean > 500  # it is not one that doubts everything
+
+
+def test_the_quick_test_of_spelling_trusts_a_trained_table():
+    tokenizer = BPETokenizer.train(Path(__file__).read_text(encoding="utf-8"), 600)
+    assert not list(doubtful_tokens(tokenizer.merges))

@@ -221,6 +221,8 @@ class Config(VerifiedConfig):
     is trained once into runs/start."""
     teacher_sees: Literal["question", "example", "solution"] = "question"
     """What stands in the teacher's prompt: the question alone, a worked example before it, or its own solution."""
+    instruction: str = ""
+    """Text after each question that says how to answer, for models that were not fine-tuned on this data."""
     on_policy: Fraction = 1.0
     """The share of the questions that the student answers itself; the teacher answers the others."""
     loss: Literal["vocabulary", "sample"] = "vocabulary"

@@ -89,16 +89,17 @@ def with_context(problems, sees, examples):
 
 
 def load_taught(config, tokenizer, context, teacher_context, dist):
-    """-> {"train", "valid", "test"}: problems that fit the student's context with their answers; {"train", "test"}: the
-    same as the teacher sees them, which fit the teacher's. ConfigError as `load_verifiable`, or if none fits."""
-    problems, taught = load_verifiable(config, tokenizer, min(context, teacher_context), dist), {}
-    room, examples = teacher_context - config.max_new_tokens, problems["train"]
-    for split in ("train", "test"):
-        both = zip(problems[split], with_context(problems[split], config.teacher_sees, examples), strict=True)
-        both = list(both)
-        lengths = [len(encode_prompt(tokenizer, longer)) for _, longer in both]
-        both = drop_too_long(both, lengths, room, f"{split} prompt of the teacher", dist)
-        problems[split], taught[split] = ([pair[i] for pair in both] for i in (0, 1))
-    if config.teacher_sees == "question":
-        taught = {split: problems[split] for split in taught}
-    return problems, taught
+    """-> {"train", "valid", "test"}: problems with --instruction, which leave room for an answer in both contexts; the
+    same as the teacher sees them. ConfigError as `load_verifiable`, or if none has room."""
+    problems, taught = load_verifiable(config, tokenizer, context, dist), {}
+    if config.instruction:
+        for split, some in problems.items():
+            problems[split] = [replace(p, question=f"{p.question}\n{config.instruction}") for p in some]
+    examples = problems["train"]
+    for split, some in problems.items():
+        pairs = list(zip(some, with_context(some, config.teacher_sees, examples), strict=True))
+        for i, size, label in ((0, context, f"{split} prompt"), (1, teacher_context, f"teacher's {split} prompt")):
+            lengths = [len(encode_prompt(tokenizer, pair[i])) for pair in pairs]
+            pairs = drop_too_long(pairs, lengths, size - config.max_new_tokens, label, dist)
+        problems[split], taught[split] = (list(view) for view in zip(*pairs, strict=True))
+    return problems, problems if config.teacher_sees == "question" else taught

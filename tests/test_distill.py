@@ -36,7 +36,7 @@ from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
 from support.shared_prompt import pack, shared_answer_logits, shared_answer_logprobs
 from support.taught import pieces_of, written_by_student
-from support.teachers import open_teacher, student_start, teacher_start, with_context
+from support.teachers import load_taught, open_teacher, student_start, teacher_start, with_context
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs
 
@@ -691,7 +691,28 @@ def test_problems_whose_longer_prompt_does_not_fit_are_left_out(here, capsys, mo
     ((problems, longer),) = seen
     assert 0 < len(problems) == len(longer) < 240
     assert [p.question for p in problems] == [p.question for p in longer]
-    assert "train prompt of the teacher" in capsys.readouterr().out
+    assert "teacher's train prompts are longer" in capsys.readouterr().out
+
+
+def test_a_teacher_with_a_shorter_context_decides(here, capsys):
+    dist, tokenizer = devices.setup("cpu"), open_checkpoint("start")[1]
+    lengths = [len(encode_prompt(tokenizer, p)) for p in load_problems("twos.jsonl", "train")]
+    problems, seen = load_taught(config(), tokenizer, 96, sorted(lengths)[10] + 8, dist)
+    assert seen is problems
+    assert len(problems["train"]) == sum(n <= sorted(lengths)[10] for n in lengths) < len(lengths)
+    assert "teacher's train prompts are longer than" in capsys.readouterr().out
+
+
+def test_the_instruction_stands_after_each_question_in_all_splits(here):
+    dist, tokenizer = devices.setup("cpu"), open_checkpoint("start")[1]
+    plain, _ = load_taught(config(), tokenizer, 96, 96, dist)
+    told, seen = load_taught(config(instruction="Add.", teacher_sees="example"), tokenizer, 96, 96, dist)
+    for split in ("train", "valid", "test"):
+        assert [p.question for p in told[split]] == [f"{p.question}\nAdd." for p in plain[split]]
+        assert [p.question for p in seen[split]] == [p.question for p in told[split]]
+    assert all(p.history[0][1].endswith("\nAdd.") for p in seen["test"])
+    with pytest.raises(ConfigError, match="no train prompt fits"):
+        load_taught(config(instruction="Add. " * 60), tokenizer, 96, 96, dist)
 
 
 # ------------------------------------------------------------------------------------------------ the starts

@@ -70,7 +70,8 @@ def report(config, run_path, figures):
     rows.append(["KL to the teacher, nats per token", *kls, ""])
     print("\n" + text_table(rows))
     print(f"pass@k: {config.pass_samples} samples of each of {len(before['solved'])} problems")
-    lacked = f"{figures['closed']:.0%} of what it lacked" if math.isfinite(figures["closed"]) else "a teacher that is no better"
+    no_gap = math.isnan(figures["closed"])
+    lacked = "from a teacher that is no better" if no_gap else f"{figures['closed']:.0%} of what it lacked"
     gain = gain_of(compare(before["verdicts"], after["verdicts"]))
     spent = f"{config.steps} steps, {figures['tokens']:,} tokens, {figures['seconds'] / 60:.1f} minutes"
     print(f"{len(after['verdicts'])} problems, {gain}, {lacked}, in {spent}")

@@ -1,6 +1,7 @@
-"""The default verifier: the final answer that a text gives, and whether two answers are the same number.
+r"""The default verifier: the final answer that a text gives, and whether two answers are the same number.
 
-A task may have its own verifier (data.Task). This one reads the number after GSM8K's marker ####.
+A task may have its own verifier (data.Task). This one reads the number after GSM8K's marker ####, and that in the
+\boxed{…} of models that were trained on mathematics in LaTeX.
 """
 
 import re
@@ -12,6 +13,15 @@ NUMBER = re.compile(
     r"([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"\s?(?:[%％$€£¥￥₹]|°[CF]?)?[.,;!。]?(?:\s(.*))?\s*"
 )
+# What LaTeX writes around a number in a box, and what it stands for: \text{ apples}, \$5, 1{,}000, 5^\circ.
+LATEX = (
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\^\{?\\circ\}?"), "°"),
+    (re.compile(r"\\[,;: ]|~"), " "),
+)
+BOX = "\ufdd0"  # stands for a box; never assigned to a character
 # What makes words hold a second number: the digits 0 to 9, also wide or of a mathematical font, and fractions.
 DIGIT = re.compile("[0-9０-９𝟎-𝟿¼-¾⅐-⅟↉⁄]")
 
@@ -19,7 +29,7 @@ DIGIT = re.compile("[0-9０-９𝟎-𝟿¼-¾⅐-⅟↉⁄]")
 def extract_answer(text: str) -> str | None:
     r"""The final answer of a completion as a canonical decimal string; None if it gives none.
 
-    It is read from the text between the marker `####` and the end of that line.
+    It is read from the text between the marker `####` and the end of that line, and from `\boxed{…}`.
 
     "#### 18"  "####18"                     -> "18"
     "#### 1,234"                            -> "1234"    commas only between thousands: "#### 1,2" -> None
@@ -33,19 +43,54 @@ def extract_answer(text: str) -> str | None:
     "#### 18²"  "#### 18m²"  "#### ١٨"      -> None      glued to the number they change it; they are no number alone
     "#### 5 or 6"  "#### 1/2"  "#### 1 2"   -> None      the line must contain exactly one number
     "####"  "#### five"  "#### x = 5"       -> None      and begin with it; "5k" and "1e3" are None too
-    "#### 5\n#### 5"                        -> "5"       several markers that agree
-    "#### 5 #### 7"  "#### 5\n####"         -> None      markers that differ, or one that cannot be read
-    "The answer is 5."                      -> None      no marker
+    "so it is \boxed{18}."                  -> "18"      a box holds what may stand after the marker,
+    "\boxed{\$1{,}234}"  "\boxed{5\text{ m}}" -> "1234" "5"    also as LaTeX writes it
+    "#### \boxed{18}"                       -> "18"
+    "\boxed{x = 5}"  "\boxed{\frac{1}{2}}"  "\boxed{5" -> None
+    "#### 5\n#### 5"  "\boxed{5} #### 5.0"  -> "5"       several markers and boxes that agree
+    "#### 5 #### 7"  "#### 5\n####"         -> None      those that differ, or one that cannot be read
+    "The answer is 5."                      -> None      neither
 
     The two rows before the last matter in reinforcement learning: a policy that may list several guesses will do so.
     """
+    boxes, text = split_boxes(text)
+    if boxes is None:
+        return None
+    pieces = [re.split(r"[\r\n]", piece, maxsplit=1)[0] for piece in text.split("####")[1:]]
     answers = set()
-    for piece in text.split("####")[1:]:
-        match = NUMBER.fullmatch(re.split(r"[\r\n]", piece, maxsplit=1)[0])
+    for piece in boxes + [piece for piece in pieces if piece.strip(" $.") != BOX]:
+        match = NUMBER.fullmatch(piece)
         if not match or DIGIT.search(match[3] or ""):
             return None
         answers.add(canonical((match[1] or "").replace("−", "-") + match[2].replace(",", "")))
     return answers.pop() if len(answers) == 1 else None
+
+
+def split_boxes(text):
+    r"""-> what stands in each `\boxed{…}`, without LaTeX's spelling, and the text with BOX in its place. (None, "") if
+    one has no braces, does not end, or stands next to a letter or digit."""
+    before, *rest = text.split("\\boxed")
+    boxes = []
+    for piece in rest:
+        end = matching_brace(piece)
+        if end is None or before[-1:].isalnum() or piece[end + 1 : end + 2].isalnum():
+            return None, ""
+        box = piece[1:end]
+        for written, meant in LATEX:
+            box = written.sub(meant, box)
+        boxes.append(box)
+        before += BOX + piece[end + 1 :]
+    return boxes, before
+
+
+def matching_brace(text):
+    """The place of the brace that closes the one that the text begins with; None if there is none."""
+    depth = 0
+    for place, sign in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        if depth <= 0:
+            return place if place else None
+    return None
 
 
 def last_line(text: str) -> str:

@@ -7,6 +7,7 @@ nothing about it: here it says so first, in two lines, why and what to do.
 import math
 from dataclasses import dataclass
 
+from data import task_of
 from support.checkpoints import is_chat_model
 from support.errors import ConfigError
 from support.rewards import judge_batch
@@ -23,13 +24,19 @@ class FirstLook:
     answers: int
     truncated: int  # answers that were cut off
     right: int | None  # answers; None if being right is not rewarded
+    readable: int | None  # answers in which the verifier finds a number or what else it looks for; None likewise
     formatted: int | None  # well-formed answers; None if neither that nor being right is rewarded
     same_text: int  # groups whose answers are all the same text
     chat: bool  # the checkpoint was trained to chat, so it can end a turn
 
     def line(self):
         """The figures, in one line."""
-        shares = {"right": self.right, "well formed": self.formatted, "cut off": self.truncated}
+        shares = {
+            "right": self.right,
+            "readable": self.readable,
+            "well formed": self.formatted,
+            "cut off": self.truncated,
+        }
         shares = [f"{n / self.answers:.0%} {name}" for name, n in shares.items() if n is not None]
         chat = "the start was trained to chat" if self.chat else "the start was not trained to chat"
         return (
@@ -58,14 +65,14 @@ def verdict(look, max_new_tokens, masked=False):
     elif look.right == n:
         why = "every answer is right already: no answer is better than another"
         change = "give harder questions (--levels, --data), or another reward"
-    elif look.formatted == 0 and not look.right and not look.chat:
+    elif look.formatted == 0 and not look.readable and not look.chat:
         why = "no answer is well formed, and --init seems a base model, which was not trained to answer"
         change = f"{sft}; or say how to answer with --instruction"
-    elif look.formatted == 0 and not look.right:
+    elif look.formatted == 0 and not look.readable:
         why = "no answer is well formed: none ends with one line `#### number`, where the number is read"
         change = "say so with --instruction, or fine-tune on such answers first (sft.py)"
     elif look.right == 0:
-        why = "every answer is wrong, though some are well formed: the questions are too hard for this start"
+        why = "every answer is wrong, though some can be read: the questions are too hard for this start"
         change = "give easier questions (--levels, --data), a better start, or more --rollouts"
     else:
         why = "the answers of each group all earn the same"
@@ -76,7 +83,7 @@ def verdict(look, max_new_tokens, masked=False):
 def look_first(sample, slots, has_signal, functions, weights, init, config, dist):
     """Answer the questions of the first steps as the start does, print what there is to learn, and if nothing is, why.
     ConfigError then with --if_hopeless stop. The run's own random numbers stay as they are."""
-    c, counts = config, [0.0] * 7
+    c, counts = config, [0.0] * 8
     for step in range(min(math.ceil(QUESTIONS / c.prompts), c.steps)):
         batch = sample(step, slots)
         judge_batch(functions, batch, c)
@@ -85,13 +92,15 @@ def look_first(sample, slots, has_signal, functions, weights, init, config, dist
             useful = useful & batch.ended.any(1)
         texts = [set(batch.texts[i : i + c.rollouts]) for i in range(0, len(batch.texts), c.rollouts)]
         right, formatted = ((batch.rewards[name] > 0).sum() for name in ("correct", "format"))
-        here = [len(useful), (~useful).sum(), batch.ended.numel(), (~batch.ended).sum(), right, formatted]
+        problems = [p for p in batch.problems for _ in range(c.rollouts)]
+        readable = sum(task_of(p.task).answer(text) is not None for p, text in zip(problems, batch.texts, strict=True))
+        here = [len(useful), (~useful).sum(), batch.ended.numel(), (~batch.ended).sum(), right, readable, formatted]
         counts = [a + float(b) for a, b in zip(counts, [*here, sum(len(t) == 1 for t in texts)], strict=True)]
-    groups, silent, answers, truncated, right, formatted, same_text = map(int, dist.sum(*counts))
-    right = right if "correct" in weights else None
+    groups, silent, answers, truncated, right, readable, formatted, same_text = map(int, dist.sum(*counts))
+    right, readable = (right, readable) if "correct" in weights else (None, None)
     formatted = formatted if {"correct", "format"} & weights.keys() else None
     chat = is_chat_model(init, sample.tokenizer)
-    look = FirstLook(groups, silent, answers, truncated, right, formatted, same_text, chat)
+    look = FirstLook(groups, silent, answers, truncated, right, readable, formatted, same_text, chat)
     text = verdict(look, c.max_new_tokens, c.mask_truncated)
     if dist.is_main:
         print(look.line() + (f"\n{text}" if text else ""))

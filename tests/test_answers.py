@@ -57,6 +57,30 @@ from support.answers import extract_answer, same_answer, stated_answer
         ("#### 5\n#### 5", "5"),
         ("#### 5 #### 5.0", "5"),
         ("#### 12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
+        (r"so it is \boxed{18}.", "18"),
+        (r"so it is $\boxed{-18.50}$", "-18.5"),
+        (r"\boxed{\$1{,}234}", "1234"),
+        (r"\boxed{1,234}", "1234"),
+        (r"\boxed{5\text{ metres}}", "5"),
+        (r"\boxed{50\%} or \boxed{50}", "50"),
+        (r"\boxed{5^\circ}", "5"),
+        (r"#### \boxed{18}", "18"),
+        (r"#### $\boxed{18}$.", "18"),
+        ("\\boxed{5}\n#### 5.0", "5"),
+        ("\\boxed{5}\n#### 6", None),
+        (r"\boxed{5} \boxed{6}", None),
+        (r"\boxed{5 \text{ or } 6}", None),
+        (r"\boxed{5\text{k}}", None),
+        (r"\boxed{\frac{1}{2}}", None),
+        (r"\boxed{x = 5}", None),
+        (r"\boxed{\boxed{5}}", None),
+        (r"\boxed{5", None),
+        (r"\boxed5", None),
+        (r"\boxed", None),
+        (r"3\boxed{5}", None),
+        (r"\boxed{5}6", None),
+        (r"\boxed{} #### 5", None),
+        (r"\boxed{5} ####", None),
         ("#### 5 #### 7", None),
         ("#### 5\n#### 7", None),
         ("#### 5\n####", None),
@@ -116,8 +140,10 @@ def test_blanks_after_the_marker_take_no_time():
 
 
 def test_extract_answer_docstring_is_true():
-    for inputs, outputs in re.findall(r'^    ("####.*?)\s*-> (.*)$', extract_answer.__doc__, flags=re.M):
-        inputs = [eval(text) for text in re.findall(r'"[^"]*"', inputs)]
+    rows = re.findall(r'^    (".*?)\s*-> (.*)$', extract_answer.__doc__, flags=re.M)
+    assert len(rows) == 19
+    for inputs, outputs in rows:
+        inputs = [text.strip('"').replace(r"\n", "\n") for text in re.findall(r'"[^"]*"', inputs)]
         wanted = re.findall(r'"[^"]*"|None', outputs.split("   ")[0])
         wanted = [None if text == "None" else text.strip('"') for text in wanted]
         if len(wanted) < len(inputs):

@@ -25,15 +25,15 @@ training). In pseudo-code, as in `main`:
     results     = {(variant, seed): {metric: number}}      each the stage's main, then the probe    2. run
     means       = {variant: {metric: student_interval(its n numbers)}}                              3. compare
     differences = {(a, b): {metric: paired_difference(n numbers of a, n of b)}}
-    results/NAME.md and results/NAME.png                                                            4. report
+    results/NAME.md, NAME.png, and NAME.json, the figures of every run                              4. report
 
-Without a name it works the example and lists the experiments. The defaults run seeds 0, 1 and 2, two runs at a time,
-each in a process of its own, and only what is missing. Off by default: --quick, a smoke run; --again, which repeats
-runs whose settings have changed.
+Without a name it works the example and lists the experiments. The defaults run five seeds, two runs at a time, each in
+a process of its own, and only what is missing. Off by default: --quick, a smoke run; --again, which repeats runs whose
+settings have changed; --verify, which repeats one run of a page.
 
 Traps:
 
-* With three seeds only large effects are significant. "Not significant" does not mean "equal": look at the interval.
+* With few seeds only large effects are significant. "Not significant" does not mean "equal": look at the interval.
 * Each interval is for its difference alone: of twenty that are all 0, one is expected to leave out 0. The p are
   corrected for that; the intervals are not.
 * The interval is of the seeds' spread, not of the test problems', which stay the same.
@@ -47,6 +47,7 @@ Run it:
     python ablate.py                         # the example by hand, and the list of experiments
     python ablate.py norm-kind               # results/norm-kind.md and .png
     python ablate.py ladder --quick true     # a smoke run: few steps, nothing is written to results/
+    python ablate.py --verify true           # does a run of a page give its figures again?
 """
 
 import contextlib
@@ -54,6 +55,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import signal
 import statistics
 import sys
@@ -75,7 +77,16 @@ import pretrain
 import rejection
 import sft
 from support import probes
-from support.ablation_report import draw, page, seeds_on, side_by_side, write_page
+from support.ablation_report import (
+    TIMES,
+    draw,
+    page,
+    read_figures,
+    seeds_on,
+    side_by_side,
+    write_figures,
+    write_page,
+)
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.cli import run_script
@@ -311,8 +322,10 @@ class Config:
     quick: bool = False
     """A smoke run of a few steps and one seed; results/ is left alone. (The start that later stages share is trained in
     full, in runs/start.)"""
-    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """One run of each variant per seed."""
+    verify: bool = False
+    """Repeat one run of a page, both drawn at random if no experiment is named, and compare its figures."""
     again: bool = False
     """Repeat runs whose results were made by other settings (other defaults, another text)."""
     jobs: Count = 2
@@ -387,6 +400,32 @@ def validation_score(folder):
     return statistics.mean(value for step, value in zip(steps, values, strict=True) if step > steps[-1] / 2)
 
 
+def verify(config):
+    """Repeat a run of a page and print its figures beside the saved ones; exit status 1 if they differ in more than the
+    times. ConfigError if there is no such page."""
+    pages = sorted((Path(__file__).parent / "results").glob(f"{config.experiment or '*'}.json"))
+    pages = [path for path in pages if path.stem in EXPERIMENTS]
+    if not pages:
+        raise ConfigError(f"no page of {config.experiment or 'any experiment'} has its figures beside it in results/")
+    path = random.choice(pages)
+    saved, experiment = read_figures(path), EXPERIMENTS[path.stem]
+    experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in saved["tuned"].items()})
+    variant, seed, figures = random.choice(saved["runs"])
+    if variant not in experiment.variants:
+        raise ConfigError(f"{path}: the variant {variant!r} is no longer in the experiment; make the page again")
+    print(f"{path.stem}: {variant}, seed {seed}")
+    folder = RUNS / "ablate" / "verify" / label(path.stem, variant, f"seed{seed}")
+    again = run_one(settings_of(experiment, variant, seed), folder, max(1, (os.cpu_count() or 1) // config.jobs))
+    differ = 0
+    for name, value in figures.items():
+        same = to_json(again.get(name)) == to_json(value)  # NaN is itself here
+        differ += not same and name not in TIMES
+        print(f"{name:<20} {value!s:>24} {again.get(name)!s:>24}{'' if same else '   differs'}")
+    print(f"{differ} of {len(figures)} figures differ" + (", beside the times" if differ == 0 else ""))
+    if differ:
+        sys.exit(1)
+
+
 def read_result(folder):
     """What run_one wrote to the folder, or None."""
     path = folder / "result.json"
@@ -398,6 +437,8 @@ def read_result(folder):
 
 def main(config):
     """Run what is missing, then write results/NAME.md and .png; returns {(variant, seed): figures}."""
+    if config.verify:
+        return verify(config)
     if config.experiment is None:
         demo()
         for name, experiment in EXPERIMENTS.items():
@@ -441,7 +482,7 @@ def main(config):
 
     # 4. report
     command = f"python ablate.py {name}" + (" --quick true" if config.quick else "")
-    command += f" --seeds '{seeds}'" if seeds != [0, 1, 2] and not config.quick else ""
+    command += f" --seeds '{seeds}'" if seeds != Config().seeds and not config.quick else ""
     reads_corpus = any(flags.get("data") is probes.corpus for _, flags in experiment.variants.values())
     text = probes.corpus() if reads_corpus else None
     commits = {result["commit"] for result in saved.values()}
@@ -449,6 +490,7 @@ def main(config):
     least = smallest_difference([row[experiment.columns[0]] for row in differences.values()], len(seeds))
     written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text, chosen, least)
     write_page(target, written)
+    write_figures(target.with_suffix(".json"), results, chosen)
     draw(experiment, results, means, curves, seeds, picture)
     print(written)
     return results

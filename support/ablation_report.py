@@ -10,6 +10,7 @@ Only the layout is computed here. ablate.py hands over its measurements and stat
 The variants keep the order and the colors of the experiment in the table, in every panel and among the curves.
 """
 
+import json
 import math
 import os
 import platform
@@ -20,7 +21,7 @@ import torch
 
 from support.copy_lines import DISTANCES, MOST_DOTS
 from support.devices import auto_dtype
-from support.files import must_write, replacing, write_whole
+from support.files import must_write, replacing, to_json, with_nan, write_whole
 from support.plots import pyplot
 
 # Column headings: figures of a finished run.
@@ -58,6 +59,8 @@ HEADINGS = {
     "collapsed": "groups collapsed (%)",
     "minutes": "minutes",
 }
+
+TIMES = ("minutes", "seconds")  # what another run of the same settings need not give again
 
 # Labels of the logged curves; unit: a character or a token.
 CURVES = {
@@ -209,6 +212,21 @@ def write_page(path, text):
     with must_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text + "".join("\n## Reading\n" + words for words in kept))
+
+
+def write_figures(path, results, tuned):
+    """results/NAME.json: the numbers of every run, {(variant, seed): {metric: number}}, and the tuned values."""
+    runs = [
+        [variant, seed, {k: v for k, v in figures.items() if isinstance(v, int | float)}]
+        for (variant, seed), figures in results.items()
+    ]
+    with must_write(path):
+        write_whole(path, to_json({"tuned": tuned, "runs": runs}))
+
+
+def read_figures(path):
+    """-> {"tuned": {variant: value}, "runs": [[variant, seed, {metric: number}], …]}."""
+    return with_nan(json.loads(path.read_text(encoding="utf-8")))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -278,6 +278,35 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
         ablate.main(config)
 
 
+def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
+    with pytest.raises(ConfigError, match="^no page of any experiment has its figures"):
+        ablate.main(ablate.Config(verify=True))
+    experiment.tune, experiment.grid, experiment.tune_steps = "lr", (1e-3, 1e-2), 2
+    monkeypatch.setattr(Experiment, "to_try", lambda self, variant, lr: self.with_flags({variant: {"lr": lr}}))
+    monkeypatch.setattr(ablate, "validation_score", lambda folder: float(folder.name.endswith("0.01")))
+    ablate.main(ablate.Config(experiment="width", seeds=[0, 1]))
+    assert "2 seeds (0, 1)" in (scratch / "results/width.md").read_text(encoding="utf-8")
+    page = scratch / "results/width.json"
+    saved = json.loads(page.read_text(encoding="utf-8"))
+    assert saved["tuned"] == {"narrow": 1e-2, "wide": 1e-2}
+    assert {(v, seed) for v, seed, _ in saved["runs"]} == {(v, seed) for v in ("narrow", "wide") for seed in (0, 1)}
+    for _ in range(3):  # whichever is drawn; only with the tuned rate are they the same
+        ablate.main(ablate.Config(verify=True))
+    assert "0 of " in capsys.readouterr().out
+    for _, _, figures in saved["runs"]:
+        figures["minutes"] += 1  # another day
+    page.write_text(json.dumps(saved), encoding="utf-8")
+    ablate.main(ablate.Config(experiment="width", verify=True))
+    for _, _, figures in saved["runs"]:
+        figures["valid_loss"] += 1e-12
+    page.write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(SystemExit, match="^1$"):
+        ablate.main(ablate.Config(experiment="width", verify=True))
+    assert "1 of " in capsys.readouterr().out
+
+
 def test_figures_that_are_not_finite_and_a_full_disk(experiment, scratch, monkeypatch):
     """null in result.json is a dash on the page; a page that does not fit is one line, and the earlier one is kept."""
     monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)

@@ -281,7 +281,7 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
 def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
-    with pytest.raises(ConfigError, match="^no page of any experiment has its figures"):
+    with pytest.raises(ConfigError, match=r"^no page of any experiment has its figures"):
         ablate.main(ablate.Config(verify=True))
     experiment.tune, experiment.grid, experiment.tune_steps = "lr", (1e-3, 1e-2), 2
     monkeypatch.setattr(Experiment, "to_try", lambda self, variant, lr: self.with_flags({variant: {"lr": lr}}))
@@ -302,7 +302,7 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
     for _, _, figures in saved["runs"]:
         figures["valid_loss"] += 1e-12
     page.write_text(json.dumps(saved), encoding="utf-8")
-    with pytest.raises(SystemExit, match="^1$"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         ablate.main(ablate.Config(experiment="width", verify=True))
     assert "1 of " in capsys.readouterr().out
 

@@ -84,6 +84,7 @@ from torch import nn
 
 from norms import RMSNorm
 from positional import apply_rope
+from support.devices import product_dtype, traits
 from support.output import run_demo
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ class Attention(nn.Module):
         x = cast_once(x)
         q = self.wq(x[:, -1:] if last_only else x)  # (B, T_q, H·D): T_q is T, with last_only 1
         k, v = self.wk(x), self.wv(x)  # (B, T, G·D) each
-        if x.dtype == torch.bfloat16 and not x.is_cuda:
+        if x.dtype == torch.bfloat16 and not traits(x).bf16_attention:
             q, k, v = q.float(), k.float(), v.float()  # SDPA's bf16 backward pass is slow on a CPU
         q, k, v = q.view(B, -1, H, D), k.view(B, T, G, D), v.view(B, T, G, D)
         if self.q_norm is not None:  # before the rotation, which keeps lengths: the bound survives
@@ -237,8 +238,7 @@ class Attention(nn.Module):
 
 def cast_once(x):
     """x in the dtype of autocast, where that is on. W_q, W_k, W_v all read x: convert it once here, not in each."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(product_dtype(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def fast_attention(q, k, v, mask=None, window=None, sinks=0):
         mask = causal_mask(T, S, q.device)
     is_causal = mask is None and T > 1  # one new token sees the whole cache: no mask at all
     gqa = q.shape[1] != k.shape[1]
-    if gqa and q.is_cuda and T > 1 and (mask is not None or q.dtype == torch.float32):
+    if gqa and traits(q).repeats_shared_heads and T > 1 and (mask is not None or q.dtype == torch.float32):
         # Shared heads with a mask, or in fp32, fit neither the flash nor the memory-efficient kernel: SDPA would switch
         # to its math backend, which stores (T, S) weights. Repeated keys and values cost less.
         repeats, gqa = q.shape[1] // k.shape[1], False

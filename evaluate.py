@@ -467,7 +467,7 @@ class Config:
     seed: Seed = 0
     """Random seed of the sampling."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto (the best there is), cpu, cuda or mps (Apple)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """As in the evaluations of the stages; bf16 is faster on most GPUs."""
 

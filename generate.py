@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from support.checkpoints import is_chat_model, open_checkpoint
 from support.checks import Amount, Count, Fraction, Range, Seed, check
 from support.cli import run_script
-from support.devices import free_memory, setup
+from support.devices import answer_autocast, free_memory, setup, traits
 from support.errors import ConfigError, TokenizerError
 from support.fast_decode import Decoder
 from support.finite import diverged
@@ -186,7 +186,7 @@ def generate(
     if uniforms.shape != (len(prompts) * n, max_new_tokens):
         raise ConfigError(f"uniforms are {tuple(uniforms.shape)}, not {(len(prompts) * n, max_new_tokens)}")
     uniforms = uniforms.to(model.embed.weight.device)
-    static = uniforms.is_cuda if static is None else static
+    static = traits(uniforms).cuda_graphs if static is None else static
     if memory is None:
         free = free_memory(uniforms.device)
         memory = (1 << 40 if free is None else free) // 2
@@ -303,7 +303,7 @@ class Config:
     seed: Seed = 0
     """Random seed of the sampling."""
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """auto (the best there is), cpu, cuda or mps (Apple)."""
 
     def __post_init__(self):
         check(self)
@@ -370,10 +370,9 @@ def main(config):
     is_chat = is_chat_model(path, tokenizer)
     stop_ids = tokenizer.stop_ids if is_chat else (tokenizer.endoftext_id,)
     generator = torch.Generator().manual_seed(config.seed)
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def reply(ids):
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+        with answer_autocast(device):
             return answer(model, tokenizer, ids, stop_ids, config, generator)
 
     if config.prompt is None and not is_chat:

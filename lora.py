@@ -65,6 +65,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.checks import Positive, Whole, check
+from support.devices import in_float64
 from support.errors import CheckpointError
 from support.output import run_demo
 from support.sharding import whole
@@ -102,7 +103,7 @@ class LoRALinear(nn.Module):
         self.base_weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.checksum = self.base_weight.detach().double().sum().item()  # load_lora_state asks whether they changed
+        self.checksum = in_float64(self.base_weight.detach()).sum().item()  # load_lora_state asks whether they changed
         # Adapters are fp32 even on bf16 weights, which cannot take a small step: it rounds to nothing.
         like = {"dtype": torch.promote_types(linear.weight.dtype, torch.float32), "device": linear.weight.device}
         A = torch.empty(rank, self.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(self.in_features)

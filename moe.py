@@ -69,6 +69,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
+from support.devices import in_float64, product_dtype, traits
 from support.output import run_demo
 
 
@@ -143,7 +144,7 @@ def slices_loop(x, counts, gate, up, down):
 
 def slices_grouped(x, counts, gate, up, down):
     """The same as slices_loop; in bf16 on a GPU one kernel per matrix, and no transfer of the counts to the host."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = product_dtype(x)
     ends = counts.cumsum(0).to(torch.int32)  # (E,)
 
     def linear(x, weight):
@@ -224,12 +225,11 @@ class MoE(nn.Module):
         if self.training:
             self._record(logits, probs, index, keep)
         # The kernel takes bf16 and rows of whole 16 bytes; for anything else torch loops over the experts too.
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         fits = dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and self.up.shape[1] % 8 == 0
-        slices = slices_grouped if x.is_cuda and fits else slices_loop
+        slices = slices_grouped if traits(x).grouped_products and fits else slices_loop
         # On a CPU oneDNN compiles new bf16 kernels for each number of rows that it has not seen: let them be few.
-        whole = 32 if dtype == torch.bfloat16 and not x.is_cuda else 1
+        whole = traits(x).expert_rows if dtype == torch.bfloat16 else 1
         matrices = self.gate, self.up, self.down
         y = sparse_experts(x, index, self.scale * weights, *matrices, keep, slices, whole)  # (T, C)
         if self.shared is not None:
@@ -310,7 +310,8 @@ def update_biases(model, u):
     layers = moe_layers(model)
     for layer, counts in zip(layers, sum_over_ranks([layer.counts for layer in layers]), strict=True):
         if layer.selection_bias is not None:
-            layer.selection_bias += u * torch.sign(counts.double().mean() - counts).to(layer.selection_bias)
+            counts = in_float64(counts)  # (E,)
+            layer.selection_bias += u * torch.sign(counts.mean() - counts).to(layer.selection_bias)
         layer.counts.zero_()
         layer.dropped.zero_()
 

@@ -62,6 +62,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from support.devices import traits
 from support.output import run_demo
 
 
@@ -153,7 +154,7 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, self.weight.dtype)  # as in LayerNorm
         gain = self.weight.to(wide)
-        if x.is_cuda or torch.compiler.is_compiling():  # one kernel forward, one backward
+        if traits(x).fused_rms_norm or torch.compiler.is_compiling():  # one kernel forward, one backward
             return F.rms_norm(x.to(wide), gain.shape, gain, self.eps).to(x.dtype)
         return RMSNormByHand.apply(x, gain, self.eps)
 

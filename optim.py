@@ -83,6 +83,7 @@ from functools import partial
 
 import torch
 
+from support.devices import in_float64
 from support.errors import ConfigError
 from support.output import run_demo
 from support.sharding import full_tensor, same_shape_groups, shard_like
@@ -214,7 +215,7 @@ def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
 def clip_by_global_norm(gradients, clip):
     """Tensors of any shapes, in place: if ‖g‖ over all of them is above clip, all times clip / ‖g‖. Returns ‖g‖ before.
     The plain form: `optimizer_step` calls torch's, which takes all tensors at once and knows sharded ones."""
-    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+    norm = math.sqrt(sum(in_float64(g).square().sum().item() for g in gradients))
     if norm > clip:
         for g in gradients:
             g *= clip / norm

@@ -55,6 +55,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from support.devices import traits
 from support.output import run_demo
 
 
@@ -73,7 +74,7 @@ def table_rows(table, positions):
     """Rows of a table (n, C) by position: (..., T) -> (..., T, C). table[positions] would quietly read the last row at
     position −1. ValueError outside 0 … n − 1; on CUDA, where the check would make the CPU wait for the GPU in every
     step, F.embedding itself stops there, if less politely."""
-    if positions.numel() and not (positions.is_cuda or torch.compiler.is_compiling()):
+    if positions.numel() and not (traits(positions).stops_at_bad_index or torch.compiler.is_compiling()):
         for position in (positions.min().item(), positions.max().item()):
             if not 0 <= position < len(table):
                 raise ValueError(f"position {position} asked for, the table has {len(table)}")

@@ -98,7 +98,7 @@ from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Fraction, Positive, Whole
 from support.cli import run_script
 from support.content import records_of, weights_of
-from support.devices import precision, setup
+from support.devices import in_float64, precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.ppo_report import report, show_samples, step_record, token_sums
@@ -222,7 +222,7 @@ class RunningMoments:
     def add(self, scores, dist):
         n, total = dist.sum(scores.numel(), scores.sum().item())
         mean = total / n
-        (squares,) = dist.sum(((scores.double() - mean) ** 2).sum().item())
+        (squares,) = dist.sum(((in_float64(scores) - mean) ** 2).sum().item())
         gap, both = mean - self.mean, self.n + n
         self.squares += squares + gap**2 * self.n * n / both
         self.mean += gap * n / both

@@ -88,7 +88,7 @@ from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Whole
 from support.cli import run_script
 from support.content import weights_of
-from support.devices import peak_flops, precision, setup
+from support.devices import peak_flops, precision, refuse_recompute, setup
 from support.errors import ConfigError
 from support.pretrain_report import bytes_of_tokens, draw, known_entropy, show, validate, validation_sequences
 from support.runs import Run, RunConfig, restarted, run_path, saved_run
@@ -290,6 +290,8 @@ def main(config):
     share = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     refuse_fsdp(config, dist, scaler)
+    if config.recompute:
+        refuse_recompute(config.model.dropout, dist)
     run_path(config)  # raises on a bad --name or --resume before the text is read
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     policy, tokenizer, config = make_decoder(config, dist, texts)

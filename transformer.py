@@ -64,6 +64,7 @@ from positional import (
     table_rows,
 )
 from support.checks import Count, FractionBelow1, Positive, Whole, check
+from support.devices import product_dtype, traits
 from support.errors import CheckpointError
 from support.hf import load_decoder, save_decoder
 from support.logprobs import target_logprobs
@@ -358,10 +359,8 @@ class Transformer(nn.Module):
         """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype of attention; for a smaller window a
         RollingKVCache, which keeps no more than the model can see and takes any number of tokens."""
         c, like = self.config, self.embed.weight
-        kind, dtype = like.device.type, like.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        if kind == "cpu" and dtype == torch.bfloat16:  # on a CPU attention computes in fp32 instead
+        dtype = product_dtype(like)
+        if dtype == torch.bfloat16 and not traits(like).bf16_attention:  # on a CPU attention computes in fp32 instead
             dtype = torch.float32
         if c.window is not None and c.window + c.sinks < max_len:
             return RollingKVCache(c.n_layer, batch, c.n_kv_head, c.window, c.head_dim, dtype, like.device, c.sinks)

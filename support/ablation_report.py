@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from support.copy_lines import DISTANCES, MOST_DOTS
-from support.devices import auto_dtype
+from support.devices import auto_dtype, best_device
 from support.files import must_write, replacing, to_json, with_nan, write_whole
 from support.plots import pyplot
 
@@ -196,7 +196,7 @@ def machine():
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if "model name" in line]
     cpu = models[0] if models else platform.processor() or "unknown processor"
-    kind = auto_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = auto_dtype(torch.device(best_device()))
     return f"{os.cpu_count()} cores, {cpu}, torch {torch.__version__}, {kind}"
 
 

@@ -12,6 +12,7 @@ import jsonargparse
 from torch import distributed
 
 from support.checks import listed
+from support.devices import lacking_on_mps
 from support.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from support.files import reason
 from support.output import FULL_DISK, lose_output, prepare_output
@@ -83,6 +84,11 @@ def run_script(main, cls, description=None, demo=None):
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line per node
             print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except NotImplementedError as error:
+        if (line := lacking_on_mps(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         status = 2
     except BrokenPipeError:  # python ablate.py | head
         lose_output()

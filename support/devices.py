@@ -4,7 +4,12 @@ dist = setup(config.device)                         one process, or one of torch
 dist.is_main, dist.sum(loss), dist.per_rank(…)      is this rank 0; sums over all ranks; one rank's part of a batch
 autocast, scaler = precision(config.dtype, dist)
 with autocast(): ...                                a stage's forward passes; scaler.scale(loss).backward()
+traits(x)                                           what torch can do on x's device, and what is fast there
+in_float64(x), product_dtype(x)                     x in float64 wherever that exists; the dtype of its products
+random_state(device), set_random_state(…)           the generators that dropout draws from, to resume
 peak_flops(dist), free_memory(device)               the device's peak speed, and the memory it has left
+
+All that depends on the kind of device is here. A chapter asks by name, and computes the same formula on all of them.
 """
 
 import contextlib
@@ -21,6 +26,47 @@ import torch
 from torch import distributed
 
 from support.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What torch can do on a kind of device, and what is fast there."""
+
+    has_float64: bool = True
+    bf16_attention: bool = True  # else attention computes in fp32: in bf16 SDPA's backward pass is slow
+    repeats_shared_heads: bool = False  # SDPA is faster on repeated keys and values than on shared ones: see attention
+    fused_rms_norm: bool = False  # F.rms_norm is one kernel forward and one backward
+    grouped_products: bool = False  # F.grouped_mm, one kernel for all experts, in bf16
+    expert_rows: int = 1  # in bf16 every expert gets a multiple of so many rows: for each new number oneDNN compiles
+    stops_at_bad_index: bool = False  # F.embedding raises on an index outside the table
+    decode_step: bool = True  # support/fast_decode.py has been compared with the model there
+    cuda_graphs: bool = False
+
+
+TRAITS = {
+    "cpu": Traits(bf16_attention=False, expert_rows=32),
+    "cuda": Traits(repeats_shared_heads=True, fused_rms_norm=True, grouped_products=True, stops_at_bad_index=True,
+                   cuda_graphs=True),
+    # Apple's GPU has no float64, and torch no process group for it. Its kernels have been wrong without an error on
+    # results written into a part of a tensor (out=), of which the decoding step has many; the model's forward has none.
+    "mps": Traits(has_float64=False, decode_step=False),
+}  # fmt: skip
+
+
+def traits(x):
+    """The Traits of a tensor's device, or of a device; of the CPU for kinds that no stage computes on (meta)."""
+    return TRAITS.get(getattr(x, "device", x).type, TRAITS["cpu"])
+
+
+def in_float64(x):
+    """x in float64, for a sum that needs its digits: where the device has no float64, a copy on the CPU."""
+    return x.double() if traits(x).has_float64 else x.cpu().double()
+
+
+def product_dtype(x):
+    """The dtype of x's matrix products: autocast's where that is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @dataclass
@@ -81,10 +127,14 @@ def setup(device="auto"):
     keep_freed_memory()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ConfigError(f"--device {device!r} is not known; use auto, cpu or cuda")
-    if device != "cpu":
+        device = best_device(world)
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ConfigError(f"--device {device!r} is not known; use auto, cpu, cuda or mps")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps, but torch sees no Apple GPU here; use --device cpu")
+    if device == "mps" and world > 1:
+        raise ConfigError(f"--device mps is one GPU, which {world} processes cannot share; use --device cpu")
+    if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -110,6 +160,13 @@ def setup(device="auto"):
     return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
 
 
+def best_device(world=1):
+    """What --device auto takes: a CUDA GPU, Apple's (for one process alone), or the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if world == 1 and torch.backends.mps.is_available() else "cpu"
+
+
 def precision(dtype, dist):
     """--dtype -> (a function that makes the autocast context, the gradient scaler, which is active in fp16 only)."""
     if dtype == "auto":
@@ -130,12 +187,53 @@ def precision(dtype, dist):
 
 def auto_dtype(device):
     """bf16 where the hardware multiplies it (most GPUs; CPUs with AMX or AVX-512 BF16); fp16 on older GPUs, which only
-    emulate bf16; fp32 elsewhere."""
+    emulate bf16; fp32 elsewhere, on Apple's GPUs too."""
+    if device.type == "mps":
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     # These have no public names: a later torch may lack them.
     tests = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16")]
     return "bf16" if any(has_unit() for has_unit in tests) else "fp32"
+
+
+def answer_autocast(device):
+    """The autocast context in which generate.py answers: bf16 on a CUDA GPU that multiplies it, elsewhere none."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16, enabled=on_gpu)
+
+
+def refuse_recompute(dropout, dist):
+    """ConfigError if a repeated forward pass would drop other numbers than the first: torch.utils.checkpoint does not
+    restore the generator of mps."""
+    if dropout and dist.device.type == "mps":
+        raise ConfigError("--recompute repeats the forward pass, but not its dropout on mps: use --model.dropout 0")
+
+
+def lacking_on_mps(error):
+    """What to do about torch's NotImplementedError, in a line, if mps lacks the operation; None for any other error."""
+    found = re.search(r"operator '(\S+)' is not currently implemented for the MPS device", str(error))
+    remedy = "set PYTORCH_ENABLE_MPS_FALLBACK=1 to run it on the CPU, or use --device cpu"
+    return found and f"torch {torch.__version__} has no {found[1]} on mps: {remedy}"
+
+
+def random_state(device):
+    """{kind: state} of the generators that a run on this device draws from: the CPU's as "torch", and the device's."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state, device):
+    """Restore what `random_state` returned; of a device that the state does not know, nothing."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 # Dense bf16 floating-point operations per second, from the data sheets.
@@ -149,10 +247,9 @@ def peak_flops(dist):
     for known, flops in PEAK_FLOPS.items():
         if re.search(rf"\bG?{known}\b", name):
             return flops
-    kind = dist.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    n, best = 768, math.inf
-    a = torch.ones(n, n, device=dist.device, dtype=dtype)
+    n, best = 2048 if dist.device.type == "mps" else 768, math.inf  # on a GPU a small product is over too soon
+    a = torch.ones(n, n, device=dist.device)
+    a = a.to(product_dtype(a))
     for _ in range(5):
         started = time.perf_counter()
         (a @ a)[0, 0].item()
@@ -165,6 +262,8 @@ def free_memory(device):
     if device.type == "cuda":  # plus the blocks that torch has reserved but does not use
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
+    if device.type == "mps":  # what Metal recommends to use of the memory that it shares with the CPU
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             # MemAvailable includes the page cache, which can be freed.

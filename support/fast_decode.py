@@ -9,6 +9,7 @@ from torch import nn
 from attention import Attention, KVCache
 from norms import RMSNorm
 from support.checks import only_declared
+from support.devices import product_dtype, traits
 from support.hf import EXTENSIONS_OFF, MIXTURE_ONLY, TRAINING_ONLY
 from support.products import own_attributes
 from transformer import Block, FeedForward, Transformer
@@ -112,7 +113,9 @@ class DecodeStep:
 
     @staticmethod
     def fits(model, cache):
-        """Whether the declarations above cover this model, and the cache is a KVCache."""
+        """Whether the declarations above cover this model, the cache is a KVCache, and the device may use the step."""
+        if not traits(model.embed.weight).decode_step:
+            return False
         declared = type(cache) is KVCache and only_declared(model.config, ANY_VALUE, REQUIRED)
         return declared and all(is_supported(name, module, model.config) for name, module in model.named_modules())
 
@@ -120,9 +123,7 @@ class DecodeStep:
         c = model.config
         self.config, self.cache, device = c, cache, model.embed.weight.device
         dtype, H, G, D = cache.store.dtype, c.n_head, c.n_kv_head, c.head_dim
-        matrices = model.embed.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            matrices = torch.get_autocast_dtype(device.type)
+        matrices = product_dtype(model.embed.weight)
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
         self.embed, self.layers, gains, root = model.embed.weight, [], [], c.width**0.5
 
@@ -225,7 +226,7 @@ class StaticStep:
         self.token, self.position, self.slot = (visible.new_zeros(n, dtype=torch.long) for n in (B, B, 1))
         self.slots, self.graph = torch.arange(slots, device=visible.device), None
         step.cache.store[..., step.cache.length :, :] = 0.0  # unwritten memory may hold NaN, and 0 · NaN is NaN
-        if visible.is_cuda:
+        if traits(visible).cuda_graphs:
             with torch.cuda.device(visible.device):  # a stream belongs to the current GPU
                 self.record()
 

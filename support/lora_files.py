@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora import add_lora, drop_lora, lora_layers
 from support.checkpoints import open_checkpoint
+from support.devices import in_float64
 from support.errors import CheckpointError
 from support.files import as_bytes, replacing, to_json
 from support.finite import check_finite
@@ -46,7 +47,7 @@ def load_lora_state(model, state, base=None):
         merged_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         model.load_state_dict(base.state_dict())
     for name, layer in lora_layers(model).items():
-        weight = layer.base_weight.double()  # the order of summation depends on the device, so compare approximately
+        weight = in_float64(layer.base_weight)  # the order of summation depends on the device, so compare approximately
         if abs(weight.sum().item() - layer.checksum) > 1e-9 * weight.abs().sum().item():
             raise CheckpointError(f"{name}: the weights under the adapter are not those of add_lora; give them as base")
     layers = lora_layers(model).items()

@@ -1,12 +1,13 @@
 """What a PPO step logs and shows, and what its run prints and draws at the end."""
 
 from evaluate import before_and_after, kl_estimate, metric_panels
+from support.devices import in_float64
 from support.plots import draw_curves
 
 
 def token_sums(logprobs, ref_logprobs, values, returns, mask):
     """Sums over this rank's tokens, of what was known before the update; all (n·R, T)."""
-    error, goal = ((x * mask).double() for x in (returns - values, returns))
+    error, goal = (in_float64(x * mask) for x in (returns - values, returns))
     return {
         "tokens": mask.sum(),
         "kl": (kl_estimate(logprobs, ref_logprobs, "k1") * mask).sum(),

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from support.checks import Amount, Count, Seed, Whole, check
 from support.content import content_of, content_of_checkpoint, content_of_data
+from support.devices import random_state, set_random_state
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
@@ -69,10 +70,10 @@ class RunConfig:
     resume: bool = False
     """Continue from runs/NAME/last, with the same result as if the run had never stopped."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto (the best there is), cpu, cuda or mps (Apple)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 where the hardware multiplies it (most GPUs; CPUs with AMX or AVX-512 BF16), fp16 on older GPUs,
-    else fp32."""
+    else fp32, also on Apple's, which take bf16 and fp16 by this flag."""
     wandb: str | None = None
     """Also log to this Weights & Biases project."""
 
@@ -278,9 +279,7 @@ def saved_run(path):
 
 def rng_state(dist):
     """The states of every rank's random generators; each rank gets the same list."""
-    own_rng = {"torch": torch.get_rng_state()}
-    if dist.device.type == "cuda":
-        own_rng["cuda"] = torch.cuda.get_rng_state(dist.device)
+    own_rng = random_state(dist.device)
     if dist.world == 1:
         return [own_rng]
     states = [None] * dist.world
@@ -409,10 +408,7 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
             saved["state"][i] = {name: shard_like(x, params[i]) for name, x in moments.items()}
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
-    own_rng = state["rng"][dist.rank]
-    torch.set_rng_state(own_rng["torch"])
-    if dist.device.type == "cuda" and "cuda" in own_rng:
-        torch.cuda.set_rng_state(own_rng["cuda"], dist.device)
+    set_random_state(state["rng"][dist.rank], dist.device)
     return state
 
 

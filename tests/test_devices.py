@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
+from conftest import assert_one_line_error, script
 from tiny import flags
 
 import pretrain
 from support import devices
+from support.cli import run_script
+from support.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -86,3 +88,76 @@ def test_a_torch_that_does_not_tell_whether_the_cpu_multiplies_bf16(monkeypatch)
     for unit in ("amx_tile", "avx512_bf16"):
         monkeypatch.delattr(torch.cpu, f"_is_{unit}_supported")
     assert devices.auto_dtype(torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize(("cuda", "apple", "world", "kind"), [
+    (True, True, 1, "cuda"), (False, True, 1, "mps"), (False, True, 2, "cpu"), (False, False, 1, "cpu"),
+])  # fmt: skip
+def test_auto_takes_the_best_there_is(monkeypatch, cuda, apple, world, kind):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    assert devices.best_device(world) == kind
+
+
+def test_an_apple_gpu_is_one_device_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    dist = devices.setup("auto")
+    assert (dist.device.type, dist.world, devices.auto_dtype(dist.device)) == ("mps", 1, "fp32")
+    autocast, scaler = devices.precision("auto", dist)
+    with autocast():
+        assert not torch.is_autocast_enabled("mps")
+    assert not scaler.is_enabled()
+    with devices.precision("bf16", dist)[0]():
+        assert torch.get_autocast_dtype("mps") == torch.bfloat16
+    assert devices.precision("fp16", dist)[1].is_enabled()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--device mps is one GPU, which 2 processes cannot share; use --device cpu"):
+        devices.setup("mps")
+
+
+def test_memory_of_an_apple_gpu(monkeypatch):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 4)
+    assert devices.free_memory(torch.device("mps")) == 6
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is a Mac")
+def test_no_apple_gpu_is_one_line(here):
+    process = script("pretrain.py", *flags(device="mps"), cwd=here)
+    assert_one_line_error(process, "--device mps, but torch sees no Apple GPU here; use --device cpu")
+    assert not (here / "runs").exists()
+
+
+def test_recompute_on_an_apple_gpu_wants_no_dropout():
+    apple, cpu = (devices.Dist(0, 1, torch.device(kind)) for kind in ("mps", "cpu"))
+    devices.refuse_recompute(0.0, apple)
+    devices.refuse_recompute(0.1, cpu)
+    with pytest.raises(ConfigError, match="use --model"):
+        devices.refuse_recompute(0.1, apple)
+
+
+def test_what_mps_lacks_is_one_line_with_a_remedy(monkeypatch, capsys):
+    """PYTORCH_ENABLE_MPS_FALLBACK is named where it is needed; any other error keeps its traceback."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    text = "The operator 'aten::frexp.Tensor_out' is not currently implemented for the MPS device. If you want …"
+
+    def stage(config):
+        raise NotImplementedError(text)
+
+    with pytest.raises(SystemExit) as left:
+        run_script(stage, pretrain.Config)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (left.value.code, line.startswith("error: torch")) == (2, True)
+    for word in ("aten::frexp.Tensor_out", "PYTORCH_ENABLE_MPS_FALLBACK=1", "--device cpu"):
+        assert word in line
+    text = "something else"
+    with pytest.raises(NotImplementedError, match="something else"):
+        run_script(stage, pretrain.Config)
+
+
+def test_float64_is_taken_where_it_exists():
+    x = torch.tensor([1.0, 2.0])
+    assert devices.in_float64(x).dtype == torch.float64
+    assert not devices.traits(torch.device("mps")).has_float64
+    assert devices.traits(torch.device("meta")) is devices.traits(x)

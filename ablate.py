@@ -68,6 +68,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import agent
 import distill
 import dpo
 import gdpo
@@ -239,6 +240,7 @@ STAGES = {
     "rejection": (rejection.Config, rejection.main),
     "distill": (distill.Config, distill.main),
     "student_grpo": (grpo.Config, probes.grpo_of_student),
+    "agent": (agent.Config, agent.main),
     "measure": (probes.Start, probes.measure_start),
 }
 QUICK = {"steps": 4, "test_problems": 20, "eval_problems": 10}  # of a smoke run, if the stage has these settings

@@ -49,7 +49,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +86,8 @@ class Problem:
     instead; "" if no answer can be checked, and `solution` is free text. `level` is the number of arithmetic steps;
     `story` the theme, or "gsm8k", or "file". In a longer conversation `history` holds what was said before the
     question, as (role, content). `rating` is that of a rated solution, 1 to 5. `task` is the row of TASKS whose
-    verifier judges the answers; "" takes the usual one, the number after ####.
+    verifier judges the answers; "" takes the usual one, the number after ####. `calls` is the solution with
+    the calls of a calculator in it, `<<48/2=24>>24`, where they are known: what agent.py demonstrates.
     """
 
     question: str
@@ -97,6 +98,7 @@ class Problem:
     history: tuple[tuple[str, str], ...] = ()
     rating: float | None = None
     task: str = ""
+    calls: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Task:
     rename       text -> the same with other names, which should change no judgement
     pretrain     what pretrain.py is told (beside its defaults) for a start that a stage makes for itself
     sft          the same for sft.py
+    with_calls   solution -> the same with the calls of a calculator in it: Problem.calls
     micro_batch  completions in one forward pass of grpo.py's update: more where rows are short
     """
 
@@ -183,6 +186,7 @@ class Task:
     rename: Callable | None = None
     pretrain: dict = field(default_factory=dict)
     sft: dict = field(default_factory=dict)
+    with_calls: Callable | None = None
     micro_batch: int = 32
 
 
@@ -195,10 +199,20 @@ TASKS = {
         corruptions=word.CORRUPTIONS,
         corrupt=word.corrupt,
         rename=word.rename,
+        with_calls=word.with_calls,
         micro_batch=128,
     ),
+    "word_large": Task(
+        problems=partial(word.word_problems, large=True),
+        text=partial(word.narrative_texts, levels=(1, 2, 3), large=True),
+        keeps_story=word.keeps_story,
+        corruptions=word.CORRUPTIONS,
+        corrupt=word.corrupt,
+        rename=word.rename,
+        with_calls=word.with_calls,
+    ),
 }
-DEFAULT_TASK = next(iter(TASKS))
+DEFAULT_TASK, LARGE_TASK = [*TASKS][:2]  # LARGE_TASK: numbers of up to four digits, for a model that has a calculator
 SIZES = {"train": 20_000, "valid": 1_000, "test": 1_000}  # how many problems or texts of a task, if nobody says
 NO_TASK = Task(pretrain={"vocab_size": 2048, "model": {"context": 512}})  # real text: more words, longer windows
 
@@ -218,6 +232,8 @@ def make_problems(name: str, split: str, n: int, levels: Sequence[int] = (1, 2),
     solutions by heart would show 0 % for ever."""
     task = TASKS[name]
     problems = [Problem(*fields, task=name) for fields in task.problems(split, n, levels, seed)]
+    if task.with_calls:
+        problems = [replace(problem, calls=task.with_calls(problem.solution)) for problem in problems]
     for problem in problems:
         answer = task.answer(problem.solution)
         if answer is None or not task.same_answer(answer, problem.answer):

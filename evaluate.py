@@ -58,6 +58,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DEFAULT_TASK, Problem, encode_prompt, load_problems, task_of
@@ -236,11 +237,12 @@ def own_measure(sample):
     return sample.correct if sample.problem.answer else token_f1(sample.text, sample.problem.solution)
 
 
-def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None):
+def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None):
     """Greedy answers. Problems are dealt out to the ranks; every rank returns the same figures, and its own samples:
     the mean of each of METRICS that these problems have; "own_measure": that of all; "n": how many; of those that are
     `checkable` "accuracy", "correct", "low", "high": how many are right, and the accuracy's interval, "by_level":
-    {level: accuracy}, "verdicts": 1.0 or 0.0 for each; "samples". progress: the name of a bar.
+    {level: accuracy}, "verdicts": 1.0 or 0.0 for each; "samples". progress: the name of a bar. respond: what answers
+    the prompts, with the arguments of `generate`, which is the default; agent.py has one with tools.
     """
     own = range(dist.rank, len(problems), dist.world)
     own = sorted(own, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
@@ -248,7 +250,8 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
     for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
         chunk = own[at : at + batch]
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
-        rollout = generate(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
+        sampling = {"temperature": 0, "stop_ids": tokenizer.stop_ids}
+        rollout = (respond or generate)(policy, prompts, max_new_tokens, **sampling)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
         for i, text, length, end in zip(chunk, texts, lengths.tolist(), ended.tolist(), strict=True):
             verdicts[i] = is_correct(text, problems[i])
@@ -272,7 +275,7 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
 
 
 def evaluate_samples(
-    policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None
+    policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None, respond=None
 ):
     """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two, and "solved",
     how many of each problem's answers are right. Only of the problems that are `checkable`.
@@ -286,7 +289,8 @@ def evaluate_samples(
         chunk = own[at : at + batch]
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
-        texts = generate(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
+        rollout = (respond or generate)(policy, prompts, max_new_tokens, n, temperature, **sampling)
+        texts = rollout.texts(tokenizer)
         for row, i in enumerate(chunk):
             task, said = task_of(problems[i].task), texts[row * n : (row + 1) * n]
             solved[i] = sum(is_correct(text, problems[i]) for text in said)
@@ -323,7 +327,9 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
 
 
 @torch.no_grad()
-def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed=0, batch=64, *, ref_prompts=None):
+def sampled_kl(
+    policy, reference, tokenizer, prompts, max_new_tokens, dist, seed=0, batch=64, *, ref_prompts=None, respond=None
+):
     """KL(π ‖ π_ref) in nats per token: the mean of k3 over the tokens of one answer of the policy to each prompt (lists
     of ids). The reference may be the policy itself, then without its adapters. ref_prompts: those after which the
     reference reads the answers; default: the same.
@@ -336,14 +342,16 @@ def sampled_kl(policy, reference, tokenizer, prompts, max_new_tokens, dist, seed
     total, n_tokens = 0.0, 0
     for i in range(0, len(own), batch):
         chunk, drawn = own[i : i + batch], uniforms[i : i + batch]
-        rollout = generate(policy, chunk, max_new_tokens, stop_ids=tokenizer.stop_ids, uniforms=drawn)
-        answers = [[ids[real].tolist()] for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
+        sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": drawn}
+        rollout = (respond or generate)(policy, chunk, max_new_tokens, **sampling)
+        answers = [[ids] for ids in rollout.rows]
         packed = pack(chunk, answers, tokenizer.endoftext_id).to(dist.device)
         seen = ref_prompts and ref_prompts[dist.rank :: dist.world][i : i + batch]
         with lora_off(policy):
             ref_packed = pack(seen, answers, tokenizer.endoftext_id).to(dist.device) if seen else packed
             ref_logprobs = shared_answer_logprobs(reference, ref_packed)  # (b, T), 0 after an answer's end
         log_r = ref_logprobs - shared_answer_logprobs(policy, packed)
+        log_r = log_r * F.pad(rollout.mask, (0, log_r.shape[1] - rollout.mask.shape[1]))  # of the policy's own tokens
         total += (log_r.exp() - log_r - 1).sum().item()  # k3
         n_tokens += rollout.mask.sum().item()
     total, n_tokens = dist.sum(total, n_tokens)

@@ -69,14 +69,20 @@ from transformer import Transformer, TransformerConfig
 class Rollout:
     """Completions only. T is the length of the longest; a row that ended earlier is padded."""
 
-    ids: torch.Tensor  # (N·n, T) int64, 0 where mask is False
+    ids: torch.Tensor  # (N·n, T) int64, 0 after a row's end
     mask: torch.Tensor  # (N·n, T) bool, True on sampled tokens, the stop token included
-    logprobs: torch.Tensor  # (N·n, T) fp32, log π of each sampled token at the sampling temperature
+    logprobs: torch.Tensor  # (N·n, T) fp32, log π of each sampled token at the sampling temperature, 0 elsewhere
+    written: torch.Tensor | None = None  # (N·n, T) bool, True on tokens that `write` gave; None: there are none
+
+    @property
+    def rows(self):
+        """N·n lists of ids, without the padding; what `write` gave is among them."""
+        real = self.mask if self.written is None else self.mask | self.written
+        return [ids[:length] for ids, length in zip(self.ids.tolist(), real.sum(1).tolist(), strict=True)]
 
     def texts(self, tokenizer):
         """The completions as strings, as rewards, metrics and reports judge them: see Tokenizer.decode_answer."""
-        rows = zip(self.ids.tolist(), self.mask.sum(1).tolist(), strict=True)
-        return [tokenizer.decode_answer(ids[:length]) for ids, length in rows]
+        return [tokenizer.decode_answer(ids) for ids in self.rows]
 
     def ended(self, stop_ids):
         """(N·n,) bool: which rows met one of these ids, and so stopped by themselves instead of being cut off."""
@@ -155,6 +161,7 @@ def generate(
     repetition_penalty=1.0,
     uniforms=None,
     on_tokens=None,
+    write=None,
     memory=None,
     static=None,
 ):
@@ -166,6 +173,8 @@ def generate(
     generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
     on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; may return the rows to end
         there, (N·n,) bool.
+    write: called in the same way; returns the ids that rows must take next instead of sampling, (N·n,), −1 where a row
+        samples. Such tokens are read as any other and count in max_new_tokens, but are not the policy's: mask False.
     memory: bytes for the key/value cache, default half of what is free. Prompts that do not fit together are taken one
         batch after the other, which changes no row except by rounding.
     static: decode with fixed shapes (StaticStep) where the layout allows it, default on a GPU.
@@ -191,7 +200,8 @@ def generate(
         free = free_memory(uniforms.device)
         memory = (1 << 40 if free is None else free) // 2
     a_row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * (longest + max_new_tokens)  # keys and values in fp32
-    size = len(prompts) if on_tokens is not None else max(1, int(memory // (a_row * n)))  # prompts per batch
+    watched = on_tokens is not None or write is not None  # by who knows the rows by their numbers
+    size = len(prompts) if watched else max(1, int(memory // (a_row * n)))  # prompts per batch
     choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, penalty=repetition_penalty)
     was_training = model.training
     model.eval()
@@ -199,10 +209,10 @@ def generate(
         batches = []
         for i in range(0, len(prompts), size):
             own = uniforms[i * n : (i + size) * n]
-            batches.append(roll_out(model, prompts[i : i + size], own, n, stop_ids, on_tokens, choice, static))
+            batches.append(roll_out(model, prompts[i : i + size], own, n, stop_ids, on_tokens, write, choice, static))
     finally:
         model.train(was_training)
-    T = max(ids.shape[1] for ids, _, _ in batches)
+    T = max(ids.shape[1] for ids, *_ in batches)
     whole = [torch.cat([F.pad(x, (0, T - x.shape[1])) for x in parts]) for parts in zip(*batches, strict=True)]
     return Rollout(*whole)  # copies made outside inference mode: a loss may use them
 
@@ -227,8 +237,8 @@ def prefill(model, prompts, n, max_new_tokens, static):
 
 
 @torch.inference_mode()
-def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
-    """One batch -> ids, mask, logprobs, (N·n, T) each. choice: arguments of `sample`."""
+def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, choice, static):
+    """One batch -> ids, mask, logprobs, with `write` also written, (N·n, T) each. choice: arguments of `sample`."""
     device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
     logits, decoder = prefill(model, prompts, n, max_new_tokens, static)  # (N·n, V)
     stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
@@ -244,9 +254,16 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
     row = slice(None)  # which output row each row of the shrinking batch is: all, until some have left
     live = torch.ones(rows, dtype=torch.bool, device=device)
+    given, written = None, None if write is None else torch.zeros_like(mask)  # ids or −1 (N·n,); (N·n, T)
     for t in range(max_new_tokens):
         token, logprob = sample(logits, uniforms[row, t], seen=seen, **choice)  # (B,), (B,)
-        ids[row, t], mask[row, t], logprobs[row, t] = token, live, logprob
+        if given is None:
+            ids[row, t], mask[row, t], logprobs[row, t] = token, live, logprob
+        else:
+            own = given[row] < 0  # (B,) the rows that sample
+            token = torch.where(own, token, given[row])
+            ids[row, t], mask[row, t], logprobs[row, t] = token, live & own, logprob
+            written[row, t] = live & ~own
         if t == 0 or on_tokens is not None:  # before anything is shown; the rest below, where nothing waits for it
             require_finite(logprob, live)
         if stop_ids:
@@ -255,6 +272,8 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
             end = on_tokens(ids[:, t] * mask[:, t], mask[:, t])
             if end is not None:
                 live = live & ~end.to(device)[row]
+        if write is not None:
+            given = write(ids[:, t], mask[:, t] | written[:, t]).to(device)
         left = int(live.sum()) if stop_ids or on_tokens is not None else rows
         if left == 0 or t + 1 == max_new_tokens:
             break
@@ -271,7 +290,9 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, choice, static):
         logits = decoder(token)  # (B, V)
     mask = mask[:, : t + 1]  # a row that has ended writes on until it leaves
     require_finite(logprobs[:, : t + 1], mask)
-    return ids[:, : t + 1] * mask, mask, logprobs[:, : t + 1] * mask
+    real = mask if write is None else mask | written[:, : t + 1]
+    whole = ids[:, : t + 1] * real, mask, logprobs[:, : t + 1] * mask
+    return whole if write is None else (*whole, written[:, : t + 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -342,7 +342,7 @@ def rated_splits(config, dist):
     return problems
 
 
-def encode_splits(config, problems, tokenizer, context, dist):
+def encode_splits(config, problems, tokenizer, context, dist, encode):
     """-> the training examples as (ids, flags), and the difficulty of each. What does not fit the context is skipped,
     and removed from `problems` in place."""
     for split in ("valid", "test"):
@@ -350,7 +350,7 @@ def encode_splits(config, problems, tokenizer, context, dist):
         room = context - config.max_new_tokens
         problems[split] = drop_too_long(problems[split], lengths, room, f"{split} prompt", dist)
     weighted = config.rated == "weights" and any(p.rating is not None for p in problems["train"])
-    examples = [(*encode_example(tokenizer, p, weighted), p.level) for p in problems["train"]]
+    examples = [(*encode(tokenizer, p, weighted), p.level) for p in problems["train"]]
     examples = drop_too_long(examples, [len(ids) for ids, _, _ in examples], context, "training example", dist)
     difficulties = [level if config.difficulty == "level" else len(ids) for ids, _, level in examples]
     if config.order != "shuffled" and len(set(difficulties)) == 1:
@@ -359,10 +359,10 @@ def encode_splits(config, problems, tokenizer, context, dist):
     return [(ids, flags) for ids, flags, _ in examples], difficulties
 
 
-def main(config):
+def main(config, encode=encode_example, responder=None):
     """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test" (accuracy,
     or F1 for free text, each problem by its own measure), "valid" (the best of the same on the validation split) and
-    "path"."""
+    "path". agent.py has another encode, and a responder(tokenizer) -> `respond` of `evaluate`."""
     if config.sweep:
         return sweep(config)
     dist = setup(config.device)
@@ -373,7 +373,8 @@ def main(config):
     init = config.init or pretrained_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, "cpu" if config.fsdp else dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    examples, difficulties = encode_splits(config, problems, tokenizer, policy.config.context, dist)
+    examples, difficulties = encode_splits(config, problems, tokenizer, policy.config.context, dist, encode)
+    respond = responder and responder(tokenizer)
     ranked = rank_examples(difficulties, config.order, config.seed)
     metric = measure_of(problems["valid"])  # free text has no answer to verify
 
@@ -440,7 +441,8 @@ def main(config):
         record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "open": opened}
         if run.due(config.eval_every):
             with merged(policy):  # LoRA's adapters, if any, are merged for the time of the evaluation
-                result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
+                valid, longest = problems["valid"], config.max_new_tokens
+                result = evaluate(policy, tokenizer, valid, longest, dist, respond=respond)
             add_figures(record, logged(result, "f1", "length") | {metric: result[metric]})
             run.say(f"step {step + 1}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
             write_samples(run.log, step + 1, result["samples"][:3])
@@ -452,11 +454,11 @@ def main(config):
 
     # The test split, once, with the checkpoint that the validation split chose.
     policy, tokenizer, path = open_checkpoint(run.path, dist.device)
-    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
+    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, respond=respond)
     sampled, test_metric = {}, measure_of(problems["test"])
     if config.samples:
         sizes = (config.samples, config.max_new_tokens, dist)
-        sampled = evaluate_samples(policy, tokenizer, problems["test"], *sizes, seed=config.seed)
+        sampled = evaluate_samples(policy, tokenizer, problems["test"], *sizes, seed=config.seed, respond=respond)
     if dist.is_main:
         report(config, run.path, result, sampled, (metric, test_metric), policy.num_params(), path)
     figures = {k: result[k] for k in ("accuracy", "low", "high", "f1")} | sampled

@@ -31,7 +31,7 @@ def _add(digest, thing):
     if isinstance(thing, nn.Module):
         thing = thing.state_dict()
     elif is_dataclass(thing):  # a field that a later version adds, at its default, changes nothing
-        values = {f: getattr(thing, f.name) for f in fields(thing)}
+        values = {f: getattr(thing, f.name) for f in fields(thing) if f.compare}
         thing = {f.name: v for f, v in values.items() if f.default is MISSING or (v or None) != (f.default or None)}
     if isinstance(thing, dict):
         thing = [item for pair in thing.items() for item in pair]

@@ -329,6 +329,27 @@ EXPERIMENTS = {
         tune="lr",
         grid=(2e-4, 6e-4, 2e-3, 6e-3),
     ),
+    "tools": Experiment(
+        "What does a calculator add, what does RL, and what if the calculator's tokens are in the loss?",
+        "problems of two and three steps with numbers of up to four digits; the pretrained start of a seed; SFT on 500 "
+        "demonstrations with calls, or on all solutions without; `agent.py` as it is",
+        {
+            "no tool, SFT": ("measure", {"start": "calls", "tools": []}),
+            "no tool, GRPO": ("agent", {"tools": []}),
+            "tool, SFT": ("measure", {"start": "calls"}),
+            "tool, GRPO": ("agent", {}),
+            "tool, GRPO, its tokens in the loss": ("agent", {"train_on_tools": True}),
+        },
+        ("accuracy", "length", "kl", "minutes"),
+        ("reward_correct", "kl", "grad_norm"),
+        pairs=(
+            ("no tool, GRPO", "no tool, SFT"),
+            ("tool, SFT", "no tool, SFT"),
+            ("tool, GRPO", "tool, SFT"),
+            ("tool, GRPO", "no tool, GRPO"),
+            ("tool, GRPO, its tokens in the loss", "tool, GRPO"),
+        ),
+    ),
     "dpo": Experiment(
         "Beta and variant, offline against sampled pairs.",
         "the SFT checkpoint of a seed, 150 steps of 32 pairs, prompts and their order",

@@ -52,22 +52,22 @@ def step_record(figures, sums, n_updates, config, dist):
 
 
 class Look:
-    """What a run shows beside its steps: before(), at_step() each, after(). init: the checkpoint that it began from."""
+    """What a run shows beside its steps: before(), at_step() each, after(). init: the checkpoint that it began from.
+    respond: what answers the prompts, as in `Sampler`."""
 
-    def __init__(self, run, problems, functions, reward_weights, init):
-        self.run, self.problems, self.init = run, problems, init
+    def __init__(self, run, problems, functions, reward_weights, init, respond=None):
+        self.run, self.problems, self.init, self.respond = run, problems, init, respond
         self.functions, self.reward_weights = functions, reward_weights
         self.record, self.kl, self.warned = {}, 0.0, False  # the last record, and the last KL that was measured
 
     def validate(self):
         """What is logged of greedy answers to the validation questions, and the number by which best/ is chosen."""
-        run = self.run
-        return validate(
-            run.model, run.tokenizer, self.problems, self.functions, self.reward_weights, run.config, run.dist
-        )
+        run, rewards = self.run, (self.functions, self.reward_weights)
+        return validate(run.model, run.tokenizer, self.problems, *rewards, run.config, run.dist, self.respond)
 
     def test(self):
-        return test_figures(self.run.model, self.run.tokenizer, self.problems, self.run.config, self.run.dist)
+        run = self.run
+        return test_figures(run.model, run.tokenizer, self.problems, run.config, run.dist, self.respond)
 
     def before(self):
         """The test split, `run.state.before`; the validation split, `run.state.start`, logged as step 0; and best/, the
@@ -113,7 +113,7 @@ class Look:
         prompts = [encode_prompt(run.tokenizer, p) for p in self.problems["test"][:200]]
         sizes = config.max_new_tokens, dist, config.seed, config.micro_batch
         with whole(policy):
-            kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes)
+            kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes, respond=self.respond)
         if dist.is_main:
             report(config, run, after, kl, self.reward_weights, self.record)
         results = {"before": run.state.before, "after": after, "kl": kl}
@@ -157,6 +157,7 @@ def report(config, run, after, kl, weights, record):
             ("entropy and KL", {"entropy": "entropy", "kl": "KL to the reference"}, "nats per token", {}),
             ("ratio ρ", {"ratio_spread": "mean |ρ − 1|", "clip_fraction": "share clipped"}, "", {}),
             ("completion length", {"length": "mean"}, "tokens", {}),
+            ("tool calls", {"calls": "calls", "call_errors": "answered by an error"}, "per rollout", {}),
             ("sampler and trainer", SAMPLER, "", {}),
             ("groups without a signal", lost, "share of groups", {}),
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),

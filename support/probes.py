@@ -16,12 +16,13 @@ including the checkpoint's "path"; settings: what ablate.py ran the stage with. 
 import math
 import re
 import statistics
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Literal
 
 import torch
 
+import agent
 import grpo
 import sft
 from attention import attention_entropy, attention_weights
@@ -167,9 +168,11 @@ def clipping(folder, figures, settings):
 class Start:
     """Measure a checkpoint that later stages start from, without training it."""
 
-    start: Literal["pretrain", "sft", "student", "teacher"] = "sft"
+    start: Literal["pretrain", "sft", "student", "teacher", "calls"] = "sft"
     """pretrain: the start of SFT; sft: the start of DPO and of all reinforcement learning; student and teacher: those
-    of a distillation."""
+    of a distillation; calls: that of agent.py, on its problems."""
+    tools: list[str] = field(default_factory=lambda: ["calculator"])
+    """calls: what the start was shown, and may use."""
     test_problems: Count = 1000
     """Held-out problems."""
     seed: Seed = 0
@@ -184,9 +187,17 @@ class Start:
 def measure_start(config):
     """The figures of a start that a stage would return after training: "accuracy", "low", "high", "f1", …, "path"."""
     dist = setup()
-    policy, tokenizer, path = open_checkpoint(make_start(config.seed, config.start), dist.device)
-    problems = load_problems(DEFAULT_TASK, "test", config.test_problems, (1, 2))
-    return evaluate(policy, tokenizer, problems, NEW_TOKENS, dist) | {"path": str(path)}
+    if config.start == "calls":
+        of_agent = agent.Config(seed=config.seed, tools=config.tools)
+        init, responder = agent.start(of_agent, dist)
+        data, levels, longest = of_agent.data, of_agent.levels, of_agent.max_new_tokens
+    else:
+        init, responder = make_start(config.seed, config.start), None
+        data, levels, longest = DEFAULT_TASK, (1, 2), NEW_TOKENS
+    policy, tokenizer, path = open_checkpoint(init, dist.device)
+    problems = load_problems(data, "test", config.test_problems, levels)
+    respond = responder and responder(tokenizer)
+    return evaluate(policy, tokenizer, problems, longest, dist, respond=respond) | {"path": str(path)}
 
 
 def make_start(seed, kind="sft"):

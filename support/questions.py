@@ -43,11 +43,11 @@ def refuse_unanswered(problems, split, data, advice=""):
         )
 
 
-def validate(policy, tokenizer, problems, functions, weights, config, dist):
+def validate(policy, tokenizer, problems, functions, weights, config, dist, respond=None):
     """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if most problems have none to
     check, what the greedy answers earn, {"valid_reward"} then too."""
     with merged(policy):
-        result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist)
+        result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist, respond=respond)
     record = logged(result)
     if verifiable(problems["valid"]):
         return record, result["accuracy"]
@@ -58,12 +58,13 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist):
     return record, record["valid_reward"]
 
 
-def test_figures(policy, tokenizer, problems, config, dist):
+def test_figures(policy, tokenizer, problems, config, dist, respond):
     """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
     with merged(policy):
-        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
+        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, respond=respond)
         some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
         sampling = {"temperature": config.temperature, "seed": config.seed, "batch": config.prompts}
+        sampling |= {"respond": respond}
         sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
     figures = {name: value for name, value in result.items() if name != "samples"}
     return figures | {"solved": sampled["solved"]}

@@ -252,7 +252,7 @@ def problem_fields(record: dict, where: str, story: str) -> dict:
 
     Text is used as it stands, white space included. Exceptions: from the first two, GSM8K's calculator annotations
     `48/2=<<48/2=24>>24` are stripped (they were made for a calculator that overwrites the sampled tokens, and without
-    one the model would write each result twice), and nothing follows the #### line.
+    one the model would write each result twice; "calls" keeps them, for agent.py), and nothing follows the #### line.
 
     A text states an answer in its last line alone: #### above it is a heading of Markdown. The first two layouts may
     say more around the number, `so it is #### 18 apples`, and are refused if it cannot be read. The last three are free
@@ -288,25 +288,26 @@ def worked_fields(record: dict, where: str, story: str) -> dict:
     if not solution.strip():
         raise DataError(f"{where}: {key!r} holds nothing but calculator annotations")
     given, level = texts["answer"].strip(), max(1, annotations)
+    calls = texts[key].rstrip() if annotations else ""
     number, value = NUMBER.fullmatch(given), extract_answer(f"#### {given}")
     if "solution" in texts:
         if value is None:
             raise DataError(f"{where}: no single number in the answer {given!r}")
         if "####" not in solution:
-            solution = f"{solution.rstrip()}\n#### {value}"
+            solution, calls = f"{solution.rstrip()}\n#### {value}", calls and f"{calls}\n#### {value}"
         elif "####" not in last_line(solution) and not same_answer(extract_answer(solution), value):
             raise DataError(f"{where}: #### stands above the last line of the solution, so no verifier can read it")
     elif number and not number[3]:  # just a number: "12 people came." is a text
         solution = f"#### {value}"
     elif "####" not in last_line(solution):
-        return dict(question=texts["question"], solution=solution, answer="", level=level, story=story)
+        return dict(question=texts["question"], solution=solution, answer="", level=level, story=story, calls=calls)
     solution = solution.rstrip()
     answer = extract_answer(solution)
     if answer is None:
         raise DataError(f"{where}: no single number after ####: {solution[-60:]!r}")
     if "solution" in texts and not same_answer(answer, value):
         raise DataError(f"{where}: the solution ends in {answer}, the answer says {given!r}")
-    return dict(question=texts["question"], solution=solution, answer=answer, level=level, story=story)
+    return dict(question=texts["question"], solution=solution, answer=answer, level=level, story=story, calls=calls)
 
 
 def conversation_fields(turns, where: str, story: str) -> dict:

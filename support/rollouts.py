@@ -31,8 +31,7 @@ class Batch:
     @property
     def answers(self):
         """n lists of R lists of ids."""
-        R, lengths = self.ended.shape[1], self.rollout.mask.sum(1).tolist()
-        rows = [ids[:length] for ids, length in zip(self.rollout.ids.tolist(), lengths, strict=True)]
+        R, rows = self.ended.shape[1], self.rollout.rows
         return [rows[g * R : g * R + R] for g in range(len(self.prompts))]
 
     def put(self, groups, new):
@@ -67,6 +66,7 @@ class Sampler:
     config: object  # prompts, rollouts, max_new_tokens, temperature, seed
     autocast: object
     stop_ids: tuple | None = None  # what ends an answer by itself; default: the tokenizer's
+    respond: object = None  # what answers the prompts, with the arguments of `generate`, which is the default
 
     def __call__(self, step, slots, attempt=0):
         c, R = self.config, self.config.rollouts
@@ -76,7 +76,7 @@ class Sampler:
         uniforms = torch.rand(c.prompts, R, c.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, T)
         prompts = [encode_prompt(self.tokenizer, p) for p in chosen]
         with self.autocast(), merged(self.policy):
-            rollout = generate(
+            rollout = (self.respond or generate)(
                 self.policy,
                 prompts,
                 c.max_new_tokens,

@@ -39,7 +39,7 @@ class PolicyConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.init is None and self.data not in TASKS:
+        if self.init is None and self.data not in TASKS and not getattr(self, "teach", None):
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
 
 

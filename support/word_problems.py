@@ -32,6 +32,9 @@ documents, that is, of the validation loss.
 
 **Simplified.** Uniform choices, so no Zipf law of words and no Benford law of numbers; no distractors; whole numbers 1
 to 60; present tense. Running totals stay in 1..50, so that a small vocabulary of numbers recurs.
+
+**Large numbers.** With large=True the same grammar tells stories with numbers of up to four digits, for a model that
+has a calculator (agent.py): `with_calls` writes its calls into a solution.
 """
 
 import math
@@ -462,11 +465,17 @@ SOLVE = {
 
 
 @cache
-def numbers(op: str, total: int, left: int, least: int, most: int) -> Sequence[int]:
+def numbers(op: str, total: int, left: int, least: int, most: int, large: bool = False) -> Sequence[int]:
     """The numbers that a row with `op` may bring when `left` more steps follow; empty: it cannot stand here.
 
-    Totals stay in 1 + left .. 50 - left, so that a chain never runs dry before its last step.
+    Totals stay in 1 + left .. 50 - left, so that a chain never runs dry before its last step. large: in 1 + left ..
+    9999 - left.
     """
+    if large:
+        most = most if most < 20 else 4999
+        ranges = {"+": (least, min(most, 9999 - left - total)), "-": (least, min(most, total - 1 - left))}
+        ranges |= {"k-": (total + 1, min(9999, 2 * total - 1)), "*": (2, min(99, 9999 // total))}
+        return range(ranges[op][0], ranges[op][1] + 1) if op in ranges else [k for k in range(2, 100) if total % k == 0]
     if op == "+":
         return range(least, min(most, 50 - left - total) + 1)
     if op == "-":
@@ -557,8 +566,8 @@ class Story(NamedTuple):
         return max(map(split_of, stories), key=SPLITS.index)
 
 
-def generate_story(draw: Draw, level: int) -> Story:
-    """One walk through the tables with `level` arithmetic steps."""
+def generate_story(draw: Draw, level: int, large: bool = False) -> Story:
+    """One walk through the tables with `level` arithmetic steps. large: with numbers of up to four digits."""
     name = draw.choice(STORIES)
     theme = THEMES[name]
     if theme.person:
@@ -568,18 +577,19 @@ def generate_story(draw: Draw, level: int) -> Story:
 
     row = draw.choice(theme.open)
     if row.op == "*":
-        a = draw.choice(range(2, 7))
-        b = draw.choice(range(2, min(10, 48 // a) + 1))
+        a = draw.choice(range(12, 100) if large else range(2, 7))
+        b = draw.choice(range(12, 100) if large else range(2, min(10, 48 // a) + 1))
     elif row.op == "+":
-        a, b = draw.choice(range(3, 21)), draw.choice(range(3, 21))
+        addends = range(100, 5000) if large else range(3, 21)
+        a, b = draw.choice(addends), draw.choice(addends)
     else:
-        a, b = 0, draw.choice(theme.start)
+        a, b = 0, draw.choice(range(100, 5000) if large else theme.start)
     sentence, worked, total = draw.beat(theme, row, a, b, k=b)
     beats = [(sentence, worked)]
 
     for left in reversed(range(level - (row.op != "="))):  # steps still to come after this one
         rows = [new for new in theme.then if new is not row] + list(() if left else theme.end)
-        fits = [(row, ks) for row in rows if (ks := numbers(row.op, total, left, theme.least, row.most))]
+        fits = [(row, ks) for row in rows if (ks := numbers(row.op, total, left, theme.least, row.most, large))]
         row, ks = draw.choice(fits)
         k = draw.choice(ks)
         a, b = (k, total) if row.op == "k-" else (total, k)
@@ -602,7 +612,9 @@ class WordProblem(NamedTuple):
     story: str
 
 
-def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2), seed: int = 0) -> WordProblem:
+def word_problem(
+    index: int, split: str = "train", levels: Sequence[int] = (1, 2), seed: int = 0, large: bool = False
+) -> WordProblem:
     """Problem `index` of an endless list: random access. Its level is levels[index % len(levels)]."""
     check_split(split)
     if not levels or not set(levels) <= {1, 2, 3}:
@@ -611,7 +623,7 @@ def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2
     rng = random.Random(f"problem/{seed}/{split}/{level}/{index}")
     while True:  # 1.25 to 2 tries for train, 4 to 10 for valid and test
         draw = Draw(rng)
-        story = generate_story(draw, level)
+        story = generate_story(draw, level, large)
         question = " ".join([*(sentence for sentence, _ in story.beats), draw.fill(story.asks)])
         if story.split == split:
             break
@@ -619,16 +631,24 @@ def word_problem(index: int, split: str = "train", levels: Sequence[int] = (1, 2
     return WordProblem(question, "\n".join([*lines, f"#### {story.answer}"]), str(story.answer), level, story.theme)
 
 
-def word_problems(split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[WordProblem]:
+def word_problems(
+    split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0, large: bool = False
+) -> list[WordProblem]:
     """n different questions, problem i at levels[i % len(levels)]. A longer list begins with the shorter."""
     problems, seen = [], set()
     for i in range(n):
         index = i
-        while (problem := word_problem(index, split, levels, seed)).question in seen:
+        while (problem := word_problem(index, split, levels, seed, large)).question in seen:
             index += len(levels) * 10**9  # the same level, and an index that no list reaches
         seen.add(problem.question)
         problems.append(problem)
     return problems
+
+
+def with_calls(solution: str) -> str:
+    """A solution that leaves each result to a calculator, as GSM8K writes it: "Tom has 5 + 3 = 8 apples." becomes "Tom
+    has <<5+3=8>>8 apples." """
+    return STEP.sub(r"<<\1\2\3=\4>>\4\5 \6", solution)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -742,23 +762,25 @@ def rewrite(line: str, step: re.Match, a, op: str, b, c: int) -> str:
 # Text for pretraining, and its entropy.
 
 
-def narrative(rng: random.Random, levels: Sequence[int] = (1, 2)) -> tuple[str, float, Story]:
+def narrative(rng: random.Random, levels: Sequence[int] = (1, 2), large: bool = False) -> tuple[str, float, Story]:
     """A story told with its arithmetic, three to six sentences -> (text, −log p(text) in nats, exact; the story)."""
     draw = Draw(rng)
     scene = f"It is a {draw.choice(WEATHER)} {draw.choice(HOURS)}."
-    story = generate_story(draw, draw.choice(levels))
+    story = generate_story(draw, draw.choice(levels), large)
     return " ".join([scene, *(part for beat in story.beats for part in beat if part)]), draw.nats, story
 
 
-def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
+def narrative_texts(
+    split: str, n: int, seed: int = 0, levels: Sequence[int] = (1, 2), large: bool = False
+) -> list[str]:
     """n narratives of one split as drawn: repeats stay, or the entropy would be another."""
     check_split(split)
     texts = []
     for i in range(n):
         rng = random.Random(f"narrative/{seed}/{split}/{i}")
-        level = rng.randrange(1, 3)  # once: fewer long stories than short ones are train's
+        level = levels[rng.randrange(len(levels))]  # once: fewer long stories than short ones are train's
         while True:
-            text, _, story = narrative(rng, (level,))
+            text, _, story = narrative(rng, (level,), large)
             if story.split == split:
                 break
         texts.append(text)

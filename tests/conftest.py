@@ -62,6 +62,7 @@ def script(name, *flags, cwd, processes=1, timeout=240):
         "gdpo",
         "rejection",
         "distill",
+        "agent",
     )
     if trains and not any(str(flag).startswith("--dtype") for flag in flags):
         flags = [*flags, "--dtype=fp32"]

@@ -35,6 +35,7 @@ def test_gsm8k_golds():
             gold = problem.solution.rsplit("#### ", 1)[1]
             assert Decimal(problem.answer) == Decimal(gold.replace(",", ""))
             assert "<<" not in problem.solution
+            assert problem.calls == "" or "<<" in problem.calls
             assert problem.level >= 1
             assert problem.story == "gsm8k"
             questions.append(problem.question)

@@ -31,6 +31,7 @@ CHAPTERS = [
     "gdpo",
     "rejection",
     "distill",
+    "agent",
     "ablate",
 ]
 ROOMS = sorted(f"support.{path.stem}" for path in (ROOT / "support").glob("[!_]*.py"))
@@ -96,6 +97,7 @@ ppo: gae ppo_policy_loss value_loss
 grpo: group_advantages grpo_loss extract_answer
 gdpo: gdpo_advantages
 distill: distill_loss
+agent: calculator
 moe: MoE load_balancing_loss
 lora: add_lora merge_lora
 optim: AdamW Muon lr_at

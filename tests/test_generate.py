@@ -524,6 +524,50 @@ def test_seed_streaming_and_training_mode(model):
     assert not model.training
 
 
+@pytest.mark.parametrize("more", [{}, {"static": True}, {"temperature": 0}, {"repetition_penalty": 1.3}])
+def test_tokens_that_are_written_are_read_and_not_sampled(model, more):
+    """Row 0 is told what to say from its third token on, row 1 once; row 2 goes on as if alone."""
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
+    alone = generate(model, PROMPTS, 12, uniforms=uniforms, **more)
+    says, seen = {(0, t): 5 + t for t in range(2, 12)} | {(1, 4): 9}, []
+
+    def write(ids, live):
+        seen.append((ids.clone(), live.clone()))
+        return torch.tensor([says.get((row, len(seen)), -1) for row in range(3)])
+
+    rollout = generate(model, PROMPTS, 12, uniforms=uniforms, write=write, **more)
+    by_hand = torch.zeros(3, 12, dtype=torch.bool)
+    for row, t in says:
+        by_hand[row, t] = True
+        assert rollout.ids[row, t] == says[row, t]
+    assert torch.equal(rollout.written, by_hand)
+    assert torch.equal(rollout.mask, ~by_hand)
+    assert not rollout.logprobs[by_hand].any()
+    assert rollout.ids[2].tolist() == alone.ids[2].tolist()
+    assert rollout.ids[1, :4].tolist() == alone.ids[1, :4].tolist()
+    assert rollout.ids[1, 5:].tolist() != alone.ids[1, 5:].tolist()  # what was written was read
+    assert torch.equal(torch.stack([ids for ids, _ in seen], 1), rollout.ids)
+    assert all(live.all() for _, live in seen)
+    for row in range(3):
+        whole = torch.tensor([PROMPTS[row] + rollout.rows[row]])
+        logprobs = token_logprobs(model, whole)[0, len(PROMPTS[row]) - 1 :]
+        torch.testing.assert_close(logprobs * rollout.mask[row], rollout.logprobs[row], atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_that_has_ended_is_told_nothing(model):
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
+    stop = generate(model, PROMPTS, 12, uniforms=uniforms).ids[0, 2].item()
+    rollout = generate(
+        model, PROMPTS, 12, uniforms=uniforms, stop_ids=(stop,), write=lambda *_: torch.tensor([7, -1, -1])
+    )
+    assert rollout.rows[0][1:] == [7] * 11 or stop in rollout.rows[0]
+    ended = generate(
+        model, PROMPTS, 12, uniforms=uniforms, stop_ids=(stop,), write=lambda ids, live: torch.full((3,), stop)
+    )
+    assert [len(ids) for ids in ended.rows] == [2] * 3  # what is written may end a row too
+    assert ended.written[:, 1].all()
+
+
 def test_prompts_that_cannot_be_continued(model):
     for prompts, message in [
         ([], "at least one token"),

@@ -261,5 +261,5 @@ def test_a_start_is_measured_and_not_trained(start, scratch, monkeypatch):
     assert not Path("runs").exists()
     with pytest.raises(ConfigError, match="--test_problems is 0; it must be at least 1"):
         probes.Start(test_problems=0)
-    with pytest.raises(ConfigError, match="--start 'grpo' is not known; use pretrain, sft, student or teacher"):
+    with pytest.raises(ConfigError, match="--start 'grpo' is not known; use pretrain, sft, student, teacher or calls"):
         probes.Start(start="grpo")

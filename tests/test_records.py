@@ -9,12 +9,14 @@ import re
 import sys
 import types
 import urllib.error
+from dataclasses import replace
 
 import pytest
 
 import data
 from data import Judged, Pair, Problem, load_judged, load_pairs, load_problems, load_sentiment, load_text, split_key
 from support import downloads, records, splits
+from support.content import content_of
 from support.errors import DataError
 
 
@@ -50,6 +52,12 @@ def test_user_file(tmp_path):
     problem = problem_from({"question": "F?", "answer": shifts}, "", "")  # only what is an annotation goes
     assert problem.solution == "cout << x; cin >> y;\nHe has 3+(4)=7, half: 3.5 pens.\n#### 3.5"
     assert (problem.level, problem.answer) == (2, "3.5")
+    assert problem.calls == shifts  # for agent.py
+    assert problem == replace(problem, calls="")  # not a part of what the problem is
+    assert content_of(problem) == content_of(replace(problem, calls=""))
+    apart = problem_from({"question": "F?", "solution": "1+1=<<1+1=2>>2", "answer": 2}, "", "")
+    assert (apart.solution, apart.calls) == ("1+1=2\n#### 2", "1+1=<<1+1=2>>2\n#### 2")
+    assert by["B?"].calls == by["D?"].calls == by["E?"].calls == ""
     assert [problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5)] == [
         "0.00001",
         "100000000000000000000",

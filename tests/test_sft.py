@@ -271,7 +271,9 @@ def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
     assert sft.sft_start(importlib.import_module("grpo").Config(skip_bad=True), dist).skip_bad
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo", "gdpo", "rejection", "distill"])
+@pytest.mark.parametrize(
+    "stage", ["sft", "reward_model", "dpo", "ppo", "grpo", "gdpo", "rejection", "distill", "agent"]
+)
 @pytest.mark.parametrize("options", [{"resume": True}, {"name": "../elsewhere"}])
 def test_what_cannot_run_makes_no_start(here, monkeypatch, stage, options):
     monkeypatch.setattr(sft, "make_start_once", lambda *_: pytest.fail("a start was begun"))

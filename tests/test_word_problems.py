@@ -5,6 +5,7 @@ The arithmetic of every solution is done again here, by a parser that shares not
 
 import builtins
 import collections
+import hashlib
 import itertools
 import math
 import random
@@ -13,7 +14,7 @@ import re
 import numpy as np
 import pytest
 
-from data import Problem, word_problems
+from data import LARGE_TASK, Problem, load_problems, word_problems
 from support import splits
 from support import word_problems as built_in
 from support.answers import extract_answer, same_answer
@@ -159,6 +160,39 @@ def test_no_story_is_in_a_later_splits_text():
     for early, late in (("train", "valid"), ("train", "test"), ("valid", "test")):
         assert not stories[late] & texts[early]
     assert stories["train"] & texts["test"]  # a test problem may go on from what is known: nothing learns from it
+
+
+def test_the_default_problems_are_what_they_were():
+    """Of every version since the split is that of the stories: starts and results rest on them."""
+    digest = hashlib.sha256()
+    for split in splits.SPLITS:
+        digest.update(repr(built_in.word_problems(split, 300, (1, 2, 3), 5)).encode())
+        digest.update(repr(built_in.narrative_texts("train", 300, 3)).encode())
+    digest.update(repr(built_in.narrative_entropy(300)).encode())
+    assert digest.hexdigest()[:16] == "3f3c8018bc3dcb34"
+
+
+def test_large_numbers():
+    """The same stories with numbers of up to four digits, right in each step, in splits of their own."""
+    told = {}
+    for split in splits.SPLITS:
+        problems = load_problems(LARGE_TASK, split, 1500, (2, 3))
+        for problem in problems:
+            results = worked(problem.solution)
+            assert len(results) == problem.level
+            assert problem.answer == str(results[-1])
+            numbers = [int(n) for n in re.findall(r"\d+", problem.question + problem.solution)]
+            assert max(numbers) <= 9999
+            assert problem.calls.count("<<") == problem.level
+            assert re.sub(r"<<(\d+)(.)(\d+)=(\d+)>>", r"\1 \2 \3 = ", problem.calls) == problem.solution
+        long = [len(problem.answer) >= 3 for problem in problems]
+        assert sum(long) > 0.85 * len(long)
+        told[split] = {problem.question[: problem.question.rindex(". ") + 1] for problem in problems}
+        for text in built_in.narrative_texts(split, 300, levels=(1, 2, 3), large=True):
+            for a, op, b, c in re.findall(r"(\d+) (\S) (\d+) = (\d+)", text):
+                assert built_in.SOLVE[op](int(a), int(b)) == int(c) <= 9999
+    assert not told["train"] & (told["valid"] | told["test"])
+    assert built_in.with_calls("Tom has 5 - 3 = 2 more apples.\n#### 2") == "Tom has <<5-3=2>>2 more apples.\n#### 2"
 
 
 def test_splits_shares():

@@ -1,0 +1,367 @@
+r"""Agents: a policy that calls tools while it answers; several turns, one reward (ReTool, arXiv:2504.11536).
+
+The policy writes an expression, a calculator answers inside the same row of tokens, and the policy goes on:
+
+    Tom has <<3127+2489=5616>>5616 apples.           the policy wrote `Tom has <<3127+2489=`, the calculator `5616>>`
+
+What is the gradient of such an answer? A trajectory y = y_1 … y_T has two authors. m_t = 1 where the policy sampled
+y_t, 0 where a tool wrote it:
+
+    p(y | q)     = Π_t π(y_t | q, y_<t)^(m_t) · P(y_t | q, y_<t)^(1 − m_t)        P: the tools, whatever they do
+    ∇log p(y)    = Σ_t m_t ∇log π(y_t | q, y_<t)                                  because ∇P = 0
+    ∇E[r(y)]     = E[(r(y) − c) Σ_t m_t ∇log π(y_t | q, y_<t)]                    any c that does not see y
+
+So this is grpo.py with the mask m: loss, ratio, clip, KL, |y| and every count of tokens are those of the policy's
+tokens. Attention sees all tokens. A trajectory is one answer, however many turns it has: it earns one reward, has one
+advantage, and counts once in the statistics of its group.
+
+One step, for one process (main has the same parts; the loss and the advantages are grpo.py's):
+
+    for t in range(max_new_tokens):                  one `generate` for all rows, each in a turn of its own  1. ask
+        token = sample(π)                            mask True
+              | queue.pop()                          where a tool is answering: mask False
+        if the row's text now ends with a call:
+            queue = encode(tool(question) + ">>")    ids are appended, never decoded and encoded again
+    batch   = ids, mask, log π_old                   (N·R, T) each, T with the tools' tokens
+              and the rewards of each answer         (N, R, 2)                                               2. judge
+    A       = group_advantages(rewards · weights)    (N, R) one per trajectory                               3. compare
+    for minibatch in minibatches:                                                                            4. update
+        logprobs = shared_answer_logprobs(pieces)    of all tokens of b answers (b, T)
+        loss     = grpo_loss(logprobs, old, A, mask, ref)
+        backward, clip the gradient's norm, optimizer step
+    log; every so often answer validation questions, with the tools                                          5. look
+
+The defaults run it on stories with numbers of up to four digits, in two or three steps (data.LARGE_TASK). Without
+--init the script makes its own start: a short pretraining on such stories, then SFT on 500 demonstrations of calls, in
+which the calculator's tokens have no loss either, until half of the answers are right. Of grpo.py's options, refills,
+other samplers, a moving reference, a KL in the reward and --mask_truncated are not here.
+
+Traps:
+  * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). They are not π's, so the
+    gradient is another one, and large: π finds most digits of 3127 · 24 unlikely (`demo`; results/agent_word.md).
+  * Decode, append, encode. A text has one canonical list of ids, and a policy samples others too. Then ρ compares the
+    log-probabilities of different tokens; and a merge may reach across the end of a tool's answer (`demo`).
+  * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.
+  * A call that the length limit cuts off is no call, and the trajectory is scored as it stands. To leave it out would
+    hide from the policy what its length costs.
+  * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. What it is
+    asked comes from a policy: its function must stand any text, so no `eval`.
+
+Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime do not).
+
+A tool of your own, in own.py, is found by --tools '[own:prices,calculator]'; the first whose pattern fits answers:
+
+    prices = Tool("prices", r"<<price of (\w+)=", lambda thing: {"kite": "12"}.get(thing, "error: no such thing"))
+
+Run it:
+    python agent.py --demo                                             # masks and gradients by hand
+    python agent.py                                                    # from nothing, minutes on two CPU cores
+    python agent.py --tools '[]' --name alone                          # the same problems without a tool
+    python agent.py --config configs/gsm8k_agent_smollm2.yaml          # GSM8K, whose solutions show calls
+"""
+
+import contextlib
+import copy
+import itertools
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import grpo
+from data import LARGE_TASK, chat
+from generate import generate
+from grpo import group_advantages, grpo_loss, paid_rewards, reward_sums, roll_out
+from lora import add_lora
+from optim import lr_at, make_optimizers, optimizer_step
+from support.calculator import calculator
+from support.calls_start import calls_start, check_agent
+from support.checkpoints import open_checkpoint
+from support.checks import Amount, Count
+from support.cli import run_script
+from support.content import code_of, records_of, weights_of
+from support.devices import precision, setup
+from support.grpo_report import Look, rollout_sums, step_record, tally
+from support.lora_files import LoraState
+from support.questions import load_question_splits
+from support.rewards import reward_functions
+from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
+from support.runs import Run
+from support.shared_prompt import shared_answer_logprobs
+from support.tools import ask, code_of_tools, load_tools
+from support.verdict import look_first
+from tokenizer_bpe import BPETokenizer, ByteTokenizer
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tools, and who wrote which token.
+
+END = ">>"  # of a tool's answer
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A call ends where the text that the policy has written since the last answer ends with `pattern`, whose one group
+    is the question; the tool then writes function(question) and END. seconds: how long it may take, None for a function
+    that is known to be quick. Errors are answers: see `ask`."""
+
+    name: str
+    pattern: str
+    function: Callable[[str], str]
+    seconds: float | None = None
+
+
+TOOLS = {"calculator": Tool("calculator", r"<<([^<>=\n]*)=", calculator)}
+
+
+def answer_of(tools, text):
+    """What is written after this text: the answer of the tool whose call ends here, or None."""
+    for tool in tools:
+        if call := re.search(rf"(?:{tool.pattern})\Z", text):
+            return ask(tool, call[1]) + END
+    return None
+
+
+class Calls:
+    """The calls in B rows while they are written: `generate` shows it the newest tokens, and asks for the next."""
+
+    def __init__(self, tools, tokenizer, rows):
+        self.tools, self.tokenizer = tools, tokenizer
+        self.text = [""] * rows  # what the policy has written since the last answer of a tool
+        self.queue = [[] for _ in range(rows)]  # ids of a tool's answer that are still to come
+        self.given = [-1] * rows  # the id that the row takes at this step, −1: it samples
+        self.answers = []  # of all calls, for the record
+
+    def __call__(self, ids, live):
+        """The newest tokens (B,), and whose rows go on (B,) -> the next ids (B,), −1 where a row samples."""
+        newest = ids.tolist()
+        for row in live.nonzero().flatten().tolist():
+            if self.given[row] < 0:  # the policy wrote this token
+                self.text[row] += self.tokenizer.decode_answer([newest[row]])
+                if (answer := answer_of(self.tools, self.text[row])) is not None:
+                    self.answers.append(answer)
+                    self.queue[row], self.text[row] = self.tokenizer.encode(answer), ""
+            self.given[row] = self.queue[row].pop(0) if self.queue[row] else -1
+        return torch.tensor(self.given)
+
+
+class WithTools:
+    """`generate` with tools: the same arguments, the same Rollout, whose mask is False on what a tool wrote."""
+
+    def __init__(self, tools, tokenizer):
+        self.tools, self.tokenizer, self.answers = tools, tokenizer, []
+
+    def __call__(self, model, prompts, max_new_tokens, n=1, *more, **options):
+        calls = Calls(self.tools, self.tokenizer, len(prompts) * n)
+        self.answers = calls.answers  # of the last call, for the record
+        return generate(model, prompts, max_new_tokens, n, *more, write=calls, **options)
+
+    def sums(self):
+        """Of the last call, over its rows: {metric: number}."""
+        return {"calls": len(self.answers), "call_errors": sum(a.startswith("error") for a in self.answers)}
+
+
+def turns(text, tools):
+    """A solution with its calls -> [(text, whether it is the policy's), …], as a row would be written:
+    "a <<3*4=12>>12" -> [("a <<3*4=", True), ("12>>", False), ("12", True)]."""
+    patterns, parts, start = "|".join(tool.pattern for tool in tools), [], 0
+    for call in re.finditer(rf"(?:{patterns})(?P<answer>[^<>]*{END})", text) if tools else ():
+        parts += [(text[start : call.start("answer")], True), (call["answer"], False)]
+        start = call.end()
+    return [*parts, (text[start:], True)]
+
+
+def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
+    """-> ids, flags, as sft.encode_example: True on what the policy is to learn, False on what a tool writes. Each turn
+    is encoded by itself, as it is written by itself."""
+    ids, flags = tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)
+    for text, by_policy in turns(problem.calls or problem.solution, tools):
+        part = tokenizer.encode(text)
+        ids, flags = ids + part, flags + [by_policy] * len(part)
+    return [*ids, tokenizer.im_end_id], [*flags, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# By hand.
+
+
+def demo():
+    """Two rows in different turns; a border that encoding again would move; the gradient with and without the mask."""
+    prices = Tool("prices", r"<<price of (\w+)=", lambda thing: {"kite": "12"}.get(thing, "error: no such thing"))
+    tokenizer, texts = ByteTokenizer(), ["<<price of kite=A kite: 12.", "<<3*(4=?<<3*4=12."]  # an id is a letter
+    calls, live = Calls([prices, TOOLS["calculator"]], tokenizer, 2), torch.tensor([True, True])
+    sampled = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]  # what the policy is going to sample
+    rows, masks, given = [[], []], ["", ""], [-1, -1]
+    while live.any():  # as `generate` does
+        for r in live.nonzero().flatten().tolist():
+            rows[r].append(sampled[r].pop(0) if given[r] < 0 else given[r])
+            masks[r] += "1" if given[r] < 0 else "0"
+        newest = torch.tensor([ids[-1] for ids in rows])
+        given, live = calls(newest, live).tolist(), live & (newest != tokenizer.im_end_id)
+    shown = ["".join("∎" if i == tokenizer.im_end_id else chr(i) for i in ids) for ids in rows]
+    assert shown == ["<<price of kite=12>>A kite: 12.∎", "<<3*(4=error: a ( without its )>>?<<3*4=12>>12.∎"]
+    assert masks == ["1" * 16 + "0" * 4 + "1" * 12, "1" * 7 + "0" * 26 + "1" * 7 + "0" * 4 + "1" * 4]
+    print("two rows of tokens, here of one letter each, and their masks; ∎ is the end token")
+    print("".join(f"  {text}\n  {mask}\n" for text, mask in zip(shown, masks, strict=True)), end="")
+
+    tokenizer = BPETokenizer.train(["1>>1>>.1>>."], 261)  # it learns >>, then >>.
+    both = tokenizer.encode("12>>") + tokenizer.encode("."), tokenizer.encode("12>>.")
+    row, again = (" ".join(tokenizer.decode([i]) for i in ids) for ids in both)
+    assert (row, again) == ("1 2 >> .", "1 2 >>.")
+    print(f"a tool wrote 12>>, the policy a full stop: the tokens are {row}   encoded again they would be {again}")
+
+    # The policy calls a or b, the tool answers 1 with probability 3/4 or 1/4, the policy writes 0 or 1; r = 1 for 1, 1.
+    P = torch.tensor([[1 / 4, 3 / 4], [3 / 4, 1 / 4]])  # (call, answer)
+    logits = [torch.zeros(shape, requires_grad=True) for shape in ((2,), (2, 2), (2, 2, 2))]  # of each token, all π = ½
+    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: what π thinks that the tool will answer
+    i, j, k = torch.tensor(list(itertools.product((0, 1), repeat=3))).T  # (8,) each: all trajectories
+    logprobs = torch.stack([call[i], guess[i, j], last[i, j, k]], dim=1)  # (8, 3)
+    p, r = (call[i] + last[i, j, k]).exp() * P[i, j], (j * k).float()  # (8,) their probabilities, and rewards
+    exact = torch.autograd.grad((p * r).sum(), logits[::2], retain_graph=True)
+    print(
+        "call a or b, an answer, write 0 or 1: E[r] = 1/4. Its gradient by the logit of   call a   the tool's 1 after a"
+    )
+    print(f"  exact{exact[0][0]:+80.4f}   0")
+    for name, mask, wrong in (("−∇loss, m = 1 0 1", [1, 0, 1], 0.0), ("−∇loss, all tokens", [1, 1, 1], 1 / 16)):
+        A = (8 * p * (r - 1 / 4)).detach()  # the loss is a mean over 8 trajectories, of which each comes with p
+        options = {"mask": torch.tensor([mask] * 8), "loss_type": "dr_grpo", "max_length": 1}
+        loss, _ = grpo_loss(logprobs, logprobs.detach(), A, **options)
+        of_call, of_guess, of_last = (-g for g in torch.autograd.grad(loss, logits, retain_graph=True))
+        torch.testing.assert_close([of_call, of_last], list(exact))
+        torch.testing.assert_close(of_guess[0, 1], torch.tensor(wrong))
+        print(f"  {name:<20}{of_call[0]:+65.4f}{of_guess[0, 1].abs():+10.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stage.
+
+
+@dataclass
+class Config(grpo.Config):
+    """Train a policy that calls tools, with verifiable rewards (GRPO)."""
+
+    data: str = LARGE_TASK
+    """The name of a task, gsm8k, or the path of a .jsonl of questions and answers."""
+    levels: list[int] = field(default_factory=lambda: [2, 3])
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
+    name: str = "agent"
+    tools: list[str] = field(default_factory=lambda: ["calculator"])
+    """What the policy may call: calculator, or tools of your own as module:name. '[]': none."""
+    teach: str | None = None
+    """Checkpoint that is first fine-tuned on demonstrations of calls; default: one that is pretrained for it."""
+    demonstrations: Count = 500
+    """How many of them."""
+    train_on_tools: bool = False
+    """The mistake, to see it: the tools' tokens count in the loss as if the policy had sampled them."""
+    steps: Count = 150
+    """Batches of rollouts."""
+    max_new_tokens: Count = 120
+    """Longest answer, in tokens, with those of the tools."""
+    lr: Amount = 1.5e-4
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_agent(self)
+
+
+def start(config, dist):
+    """-> --init, or the start that is made for this run; and a function of the tokenizer that makes its `WithTools`."""
+    tools = load_tools(config.tools, TOOLS)
+    responder, encode = partial(WithTools, tools), partial(encode_demonstration, tools=tools)
+    return config.init or calls_start(config, dist, tools, encode, responder), responder
+
+
+def main(config):
+    """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
+    began = time.perf_counter()
+    dist = setup(config.device)
+    n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
+    slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
+    autocast, scaler = precision(config.dtype, dist)
+    functions, reward_weights = reward_functions(config, grpo.REWARDS)
+    init, responder = start(config, dist)
+    policy, tokenizer, path = open_checkpoint(init, dist.device)
+    reference = policy if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval()  # less its adapters
+    add_lora(policy, **asdict(config.lora), seed=config.seed)
+    problems, pad = load_question_splits(config, tokenizer, policy.config.context, dist), tokenizer.endoftext_id
+
+    def signal_of(batch):
+        """(n,) bool: which of this rank's groups have an advantage, before any scale."""
+        rewards = reward_sums(paid_rewards(batch, reward_weights, config), reward_weights)  # (n, R)
+        return group_advantages(rewards, "none", config.baseline).ne(0).any(1)
+
+    respond = responder(tokenizer)
+    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, respond=respond)
+    if not config.resume:
+        look_first(sample, slots, signal_of, functions, reward_weights, path, config, dist)
+
+    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
+    reads = records_of(config.data, problems) | weights_of(init, policy)
+    reads |= code_of(config.reward, functions) | code_of_tools(config.tools, respond.tools)
+    state = {"best": -1.0, "before": None, "start": {}, "parts": {"lora": LoraState(policy, init)}, "began": began}
+    run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
+    model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
+    policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
+    look = Look(run, problems, functions, reward_weights, init, respond)
+    look.before()
+
+    groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
+    loss_of = grpo.loss_with(config)
+    for step in run.steps():
+        # 1. ask: the policy answers each question R times, with the tools. 2. judge: {name: (n, R)} in batch.rewards
+        step_began = time.perf_counter()
+        batch = roll_out(sample, step, slots, 0, functions, config)
+        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
+        totals = rollout_sums(batch, paid, reward_weights, signal_of(batch)) | respond.sums()
+        mask, old_logprobs = batch.rollout.mask, batch.rollout.logprobs  # (n·R, T) each: m, and log π_old where m = 1
+        if config.train_on_tools:
+            mask = mask | batch.rollout.written
+            pieces = cut(batch, range(n), mask, config.micro_batch, pad)
+            old_logprobs = piece_logprobs(policy, pieces, batch, config.temperature, autocast)
+
+        # 3. compare within the group, over all ranks; a trajectory counts once, however many turns it has
+        rewards, lengths = dist.gather(reward_sums(paid, reward_weights)), dist.gather(mask.sum(1).view(n, -1).cpu())
+        advantages = group_advantages(rewards, config.scale, config.baseline, lengths)[slots]  # (N, R) -> (n, R)
+
+        # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
+        trained = advantages.ne(0).any(1) & mask.reshape(n, -1).any(1).cpu()  # (n,) groups with a gradient
+        minibatches = minibatches_of(batch, groups, trained, mask, config.micro_batch, pad, dist)
+        ref_logprobs = None
+        if config.beta or step == 0 or run.due(config.eval_every):  # which costs a forward pass
+            pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
+            ref_logprobs = grpo.reference_logprobs(reference, policy, pieces, batch, config, autocast)
+        A = advantages.flatten().to(dist.device)  # (n·R,)
+        lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
+        update_sums, norm, n_updates = {}, 0.0, 0
+        for minibatch in minibatches * config.inner_epochs:
+            counts = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
+            for piece in minibatch.pieces:
+                rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
+                last = piece is minibatch.pieces[-1]
+                # DDP averages the gradients over the ranks in the last backward alone
+                with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                    with autocast():  # of all tokens, whoever wrote them; piece.mask (b, T) is m
+                        logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
+                    ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
+                    loss, metrics = loss_of(logprobs, old_logprobs[rows, :T], A[rows], piece.mask, ref, **counts)
+                    # × world, because DDP averages over the ranks and v_t already counts them all
+                    scaler.scale(loss * dist.world).backward()
+                tally(update_sums, metrics, piece.mask.sum().item())
+            norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
+            run.check_finite(lr, norm)
+            n_updates += 1
+
+        # 5. look: log the step; every so often answer validation questions, with the tools
+        record = step_record(totals, update_sums, n_updates, config, dist)
+        run.check_finite(lr, norm, loss=record["loss"], entropy=record["entropy"])
+        record |= {"grad_norm": norm, "lr": lr, "steps_per_second": 1 / (time.perf_counter() - step_began)}
+        look.at_step(record, batch, reward_sums(paid, reward_weights))
+    run.close()
+    return look.after()
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__, demo)

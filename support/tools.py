@@ -1,0 +1,75 @@
+"""Tools of a run: found by name or as module:name, and asked so that whatever they do becomes an answer.
+
+A tool is an object like agent.Tool: a name, a pattern, a function from text to text, and a time limit in seconds.
+"""
+
+import contextlib
+import importlib
+import inspect
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+from support.errors import ConfigError
+
+LONGEST_ANSWER = 1000  # characters; a longer one is cut
+
+
+def ask(tool, question):
+    """What the tool answers, one line of text. An exception, an answer that is no text, or none within the tool's time
+    limit is an answer that begins with "error" too."""
+    answers = []
+
+    def work():
+        try:
+            answer = tool.function(question)
+            answers.append(answer if isinstance(answer, str) else f"error: {type(answer).__name__} instead of text")
+        except Exception as error:  # any error of the user's function
+            answers.append(f"error: {type(error).__name__}")
+
+    if tool.seconds is None:
+        work()
+    else:
+        thread = threading.Thread(target=work, daemon=True)  # it cannot be killed; a daemon does not outlive the run
+        thread.start()
+        thread.join(tool.seconds)
+    answer = answers[0] if answers else f"error: no answer within {tool.seconds:g} s"
+    return " ".join(answer[:LONGEST_ANSWER].split())
+
+
+def load_tools(names, built_in):
+    """["calculator", "module:name"] -> tools. built_in: {name: tool}. A module is looked for beside the script and in
+    the current directory. Raises ConfigError."""
+    tools = []
+    for name in names:
+        module, colon, attribute = name.partition(":")
+        if not colon:
+            if name not in built_in:
+                raise ConfigError(f"--tools {name}: not known; use {', '.join(built_in)}, or module:name of your own")
+            tools.append(built_in[name])
+            continue
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # permanently: the function may import modules when it is called
+        try:
+            tool = getattr(importlib.import_module(module), attribute)
+            pattern = re.compile(tool.pattern)
+        except Exception as error:  # any error of the user's module
+            raise ConfigError(f"--tools {name}: {type(error).__name__}: {error}") from None
+        if pattern.groups != 1 or not callable(tool.function):
+            raise ConfigError(f"--tools {name}: needs a pattern with one group, the question, and a function of it")
+        tools.append(tool)
+    if len({tool.name for tool in tools}) < len(tools):
+        raise ConfigError(f"--tools {', '.join(names)}: two tools have the same name")
+    return tools
+
+
+def code_of_tools(names, tools):
+    """{the name of each tool of the user in a message: the text of its file}."""
+    files = {}
+    for name, tool in zip(names, tools, strict=True):
+        with contextlib.suppress(OSError, TypeError):  # no file
+            if ":" in name:
+                files[f"the file of --tools {name}"] = Path(inspect.getsourcefile(tool.function)).read_bytes()
+    return files

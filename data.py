@@ -204,7 +204,7 @@ TASKS = {
     ),
     "word_large": Task(
         problems=partial(word.word_problems, large=True),
-        text=partial(word.narrative_texts, levels=(1, 2, 3), large=True),
+        text=word.worked_texts,
         keeps_story=word.keeps_story,
         corruptions=word.CORRUPTIONS,
         corrupt=word.corrupt,

@@ -762,29 +762,34 @@ def rewrite(line: str, step: re.Match, a, op: str, b, c: int) -> str:
 # Text for pretraining, and its entropy.
 
 
-def narrative(rng: random.Random, levels: Sequence[int] = (1, 2), large: bool = False) -> tuple[str, float, Story]:
+def narrative(rng: random.Random, levels: Sequence[int] = (1, 2)) -> tuple[str, float, Story]:
     """A story told with its arithmetic, three to six sentences -> (text, −log p(text) in nats, exact; the story)."""
     draw = Draw(rng)
     scene = f"It is a {draw.choice(WEATHER)} {draw.choice(HOURS)}."
-    story = generate_story(draw, draw.choice(levels), large)
+    story = generate_story(draw, draw.choice(levels))
     return " ".join([scene, *(part for beat in story.beats for part in beat if part)]), draw.nats, story
 
 
-def narrative_texts(
-    split: str, n: int, seed: int = 0, levels: Sequence[int] = (1, 2), large: bool = False
-) -> list[str]:
+def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
     """n narratives of one split as drawn: repeats stay, or the entropy would be another."""
     check_split(split)
     texts = []
     for i in range(n):
         rng = random.Random(f"narrative/{seed}/{split}/{i}")
-        level = levels[rng.randrange(len(levels))]  # once: fewer long stories than short ones are train's
+        level = rng.randrange(1, 3)  # once: fewer long stories than short ones are train's
         while True:
-            text, _, story = narrative(rng, (level,), large)
+            text, _, story = narrative(rng, (level,))
             if story.split == split:
                 break
         texts.append(text)
     return texts
+
+
+def worked_texts(split: str, n: int) -> list[str]:
+    """n problems with large numbers and their solutions, of all levels; none of those that are asked later, as the seed
+    is another."""
+    problems = word_problems(split, n, (1, 2, 3), seed=1, large=True)
+    return [f"{problem.question}\n{problem.solution}" for problem in problems]
 
 
 def narrative_entropy(n: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -312,6 +312,12 @@ def test_rows_in_different_turns_by_hand():
     assert sorted(policy.calls.answers) == ["2>>", "6>>", "81>>", "error: cannot read the end>>"]
 
 
+def test_what_was_written_before_an_answer_is_no_part_of_the_next_call():
+    tokenizer, loud = ByteTokenizer(), Tool("loud", "a(.*)b", str.upper)
+    rows, _ = Scripted(tokenizer, ["axb yb azb"], [loud]).write(30)
+    assert tokenizer.decode(rows[0][:-1]) == "axbX>> yb azbZ>>"
+
+
 def test_a_tool_cannot_call_nor_end_a_turn():
     """What it writes is plain text."""
     tokenizer = ByteTokenizer()
@@ -519,6 +525,7 @@ def folder(tmp_path_factory):
         settings = sft.Config(init="random", data="coin.jsonl", steps=200, lr=1e-2, eval_every=200, **few)
         sft.main(settings, partial(encode_demonstration, tools=CALCULATOR), partial(WithTools, CALCULATOR))
         shutil.copytree("runs/sft/last", "start")
+        assert ">>\n####" in (folder / "runs/sft/samples.md").read_text(encoding="utf-8")  # it was asked with the tool
     return folder
 
 

@@ -32,7 +32,7 @@ One step, for one process (main has the same parts; the loss and the advantages 
     log; every so often answer validation questions, with the tools                                          5. look
 
 The defaults run it on stories with numbers of up to four digits, in two or three steps (data.LARGE_TASK). Without
---init the script makes its own start: a short pretraining on such stories, then SFT on 500 demonstrations of calls, in
+--init the script makes its own start: a short pretraining on such stories, then SFT on 300 demonstrations of calls, in
 which the calculator's tokens have no loss either, until half of the answers are right. Of grpo.py's options, refills,
 other samplers, a moving reference, a KL in the reward and --mask_truncated are not here.
 
@@ -252,15 +252,17 @@ class Config(grpo.Config):
     """What the policy may call: calculator, or tools of your own as module:name. '[]': none."""
     teach: str | None = None
     """Checkpoint that is first fine-tuned on demonstrations of calls; default: one that is pretrained for it."""
-    demonstrations: Count = 500
+    demonstrations: Count = 300
     """How many of them."""
     train_on_tools: bool = False
     """The mistake, to see it: the tools' tokens count in the loss as if the policy had sampled them."""
-    steps: Count = 150
+    steps: Count = 200
     """Batches of rollouts."""
+    prompts: Count = 16
+    """Questions N per step, over all ranks."""
     max_new_tokens: Count = 120
     """Longest answer, in tokens, with those of the tools."""
-    lr: Amount = 1.5e-4
+    lr: Amount = 3e-4
 
     def __post_init__(self):
         super().__post_init__()

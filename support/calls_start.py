@@ -9,7 +9,13 @@ from support.runs import make_start_once, run_path, start_name
 
 # of grpo.py's options those that agent.py does not have, with the value that turns them off
 NOT_HERE = {"refill": 0, "stale": 0, "sampler_dtype": "same", "old_logprobs": "sampler", "correction": "none"}
-NOT_HERE |= {"refresh_reference": 0, "kl_in": "loss", "skip_zero_variance": True, "mask_truncated": False, "fsdp": False}
+NOT_HERE |= {
+    "refresh_reference": 0,
+    "kl_in": "loss",
+    "skip_zero_variance": True,
+    "mask_truncated": False,
+    "fsdp": False,
+}
 START = sft.START | {"eval_every": 10}
 
 

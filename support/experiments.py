@@ -331,7 +331,7 @@ EXPERIMENTS = {
     ),
     "tools": Experiment(
         "What does a calculator add, what does RL, and what if the calculator's tokens are in the loss?",
-        "problems of two and three steps with numbers of up to four digits; the pretrained start of a seed; SFT on 500 "
+        "problems of two and three steps with numbers of up to four digits; the pretrained start of a seed; SFT on 300 "
         "demonstrations with calls, or on all solutions without; `agent.py` as it is",
         {
             "no tool, SFT": ("measure", {"start": "calls", "tools": []}),

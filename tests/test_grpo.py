@@ -760,7 +760,7 @@ def test_the_kl_to_the_start(here, monkeypatch, rank):
     for module in (grpo, grpo_report):
         monkeypatch.setattr(module, "open_checkpoint", lambda *args: opens.append(args) or opened(*args))
     asked, measure = [], grpo_report.sampled_kl
-    monkeypatch.setattr(grpo_report, "sampled_kl", lambda *args: asked.append(args) or measure(*args))
+    monkeypatch.setattr(grpo_report, "sampled_kl", lambda *args, **more: asked.append(args) or measure(*args, **more))
     result = grpo.main(config(lora=LoraConfig(rank), refresh_reference=1, lr=0.1, steps=2, dtype="fp32"))
     assert len(opens) == (1 if rank else 2)
     policy, origin, *_ = asked[0]
@@ -781,7 +781,7 @@ def test_a_reward_for_a_letter_is_learned(here):
 def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
     figures, asked = iter([0.9, 0.5, 0.5, 0.2, 0.2, 0.2, 0.2]), []  # test, validation, and so on
 
-    def fake(*_):
+    def fake(*_, **__):
         a = next(figures)
         asked.append(a)
         return dict.fromkeys(METRICS, a) | {"low": a, "high": a, "n": 4, "by_level": {1: a}, "samples": []}

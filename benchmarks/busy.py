@@ -65,10 +65,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     args = parser.parse_args()
-    print(
     print(f"{os.cpu_count()} cores, --dtype {args.dtype}\n")
     print("| setting | quiet, s | busy, s | ratio |\n|---|---:|---:|---:|")
-    )
     for name in args.settings:
         quiet, busy = [], []
         for _ in range(args.rounds):

@@ -299,7 +299,7 @@ def figures_of(settings, folder):
     name = str(run_dir.relative_to(RUNS))
     returned = stage_main(build(settings["stage"], settings["config"] | {"name": name}))
     figures = {k: v for k, v in (returned.get("after", {}) | returned).items() if isinstance(v, int | float | str)}
-    figures |= {k: 100 * figures[k] for k in ("accuracy", "format", "pass_at_8") if k in figures}
+    figures |= {k: 100 * figures[k] for k in ("accuracy", "format", "pass_at_8", "story_kept") if k in figures}
     figures["minutes"] = (time.perf_counter() - started) / 60
     logged = read_metrics(run_dir) if run_dir.exists() else {}  # a start has none
     figures |= {k: logged[k][1][-1] for k in ("valid_loss", "load_min", "load_max") if k in logged}

@@ -203,7 +203,7 @@ TASKS = {
         micro_batch=128,
     ),
     "word_large": Task(
-        problems=partial(word.word_problems, large=True),
+        problems=partial(word.word_problems, large=word.FOUR_DIGITS),
         text=word.worked_texts,
         keeps_story=word.keeps_story,
         corruptions=word.CORRUPTIONS,

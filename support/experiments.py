@@ -132,9 +132,10 @@ EXPERIMENTS = {
             "GRPO": _grpo(steps=80, test_problems=1000, pass_problems=20),
             "GDPO": _grpo("gdpo", steps=80, test_problems=1000, pass_problems=20, brevity_weight=0.2),
         },
-        ("accuracy", "pass_at_8", "sampled", "format", "length", "kl", "minutes"),
+        ("accuracy", "sampled", "pass_at_8", "story_kept", "kl", "minutes")
+        + ("more_steps", "larger_numbers", "new_words", "by_hand"),
         (),
-        probe="held_out",
+        probe="carried_over",
         bars=("sampled", "pass_at_8"),
         against="SFT",
     ),

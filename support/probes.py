@@ -36,6 +36,7 @@ from support.copy_lines import DISTANCES, MOST_DOTS, copy_line
 from support.devices import setup
 from support.errors import DataError
 from support.log import read_metrics
+from support.shifted import SHIFTS, shifted_problems
 from support.teachers import student_start, teacher_start
 from tokenizer_bpe import SPECIAL_TOKENS
 from transformer import Transformer, TransformerConfig
@@ -230,6 +231,17 @@ def held_out(folder, figures, settings):
         "length": greedy["length"],
         "kl": sampled_kl(policy, start, tokenizer, prompts, NEW_TOKENS, dist),
     }
+
+
+def carried_over(folder, figures, settings):
+    """What `held_out` measures, whether the story survives, and the greedy accuracy on problems unlike those of
+    training (support/shifted.py): 500 of each kind, and the fifty by hand."""
+    policy, tokenizer, _ = open_checkpoint(figures["path"], setup().device)
+    results = held_out(folder, figures, settings)
+    for name in SHIFTS:
+        result = evaluate(policy, tokenizer, shifted_problems(name, 500), NEW_TOKENS, setup())
+        results[name.replace(" ", "_")] = 100 * result["accuracy"]
+    return results
 
 
 def training(folder, figures, settings):

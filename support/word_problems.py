@@ -33,7 +33,7 @@ documents, that is, of the validation loss.
 **Simplified.** Uniform choices, so no Zipf law of words and no Benford law of numbers; no distractors; whole numbers 1
 to 60; present tense. Running totals stay in 1..50, so that a small vocabulary of numbers recurs.
 
-**Large numbers.** With large=True the same grammar tells stories with numbers of up to four digits, for a model that
+**Large numbers.** With large=FOUR_DIGITS the same grammar tells stories with such numbers, for a model that
 has a calculator (agent.py): `with_calls` writes its calls into a solution.
 """
 
@@ -464,17 +464,31 @@ SOLVE = {
 }
 
 
+class Large(NamedTuple):
+    """Numbers beyond those of training. Totals reach `highest`; the others are what an opening draws from."""
+
+    highest: int
+    factors: range
+    addends: range
+    start: range
+
+
+TO_99 = Large(99, range(6, 10), range(25, 50), range(51, 99))
+FOUR_DIGITS = Large(9999, range(12, 100), range(100, 5000), range(100, 5000))
+
+
 @cache
-def numbers(op: str, total: int, left: int, least: int, most: int, large: bool = False) -> Sequence[int]:
+def numbers(op: str, total: int, left: int, least: int, most: int, large: Large | None = None) -> Sequence[int]:
     """The numbers that a row with `op` may bring when `left` more steps follow; empty: it cannot stand here.
 
     Totals stay in 1 + left .. 50 - left, so that a chain never runs dry before its last step. large: in 1 + left ..
-    9999 - left.
+    highest - left.
     """
     if large:
-        most = most if most < 20 else 4999
-        ranges = {"+": (least, min(most, 9999 - left - total)), "-": (least, min(most, total - 1 - left))}
-        ranges |= {"k-": (total + 1, min(9999, 2 * total - 1)), "*": (2, min(99, 9999 // total))}
+        highest = large.highest
+        most = most if most < 20 else highest // 2
+        ranges = {"+": (least, min(most, highest - left - total)), "-": (least, min(most, total - 1 - left))}
+        ranges |= {"k-": (total + 1, min(highest, 2 * total - 1)), "*": (2, min(99, highest // total))}
         return range(ranges[op][0], ranges[op][1] + 1) if op in ranges else [k for k in range(2, 100) if total % k == 0]
     if op == "+":
         return range(least, min(most, 50 - left - total) + 1)
@@ -566,8 +580,8 @@ class Story(NamedTuple):
         return max(map(split_of, stories), key=SPLITS.index)
 
 
-def generate_story(draw: Draw, level: int, large: bool = False) -> Story:
-    """One walk through the tables with `level` arithmetic steps. large: with numbers of up to four digits."""
+def generate_story(draw: Draw, level: int, large: Large | None = None) -> Story:
+    """One walk through the tables with `level` arithmetic steps. large: with such numbers."""
     name = draw.choice(STORIES)
     theme = THEMES[name]
     if theme.person:
@@ -577,13 +591,13 @@ def generate_story(draw: Draw, level: int, large: bool = False) -> Story:
 
     row = draw.choice(theme.open)
     if row.op == "*":
-        a = draw.choice(range(12, 100) if large else range(2, 7))
-        b = draw.choice(range(12, 100) if large else range(2, min(10, 48 // a) + 1))
+        a = draw.choice(large.factors if large else range(2, 7))
+        b = draw.choice(large.factors if large else range(2, min(10, 48 // a) + 1))
     elif row.op == "+":
-        addends = range(100, 5000) if large else range(3, 21)
+        addends = large.addends if large else range(3, 21)
         a, b = draw.choice(addends), draw.choice(addends)
     else:
-        a, b = 0, draw.choice(range(100, 5000) if large else theme.start)
+        a, b = 0, draw.choice(large.start if large else theme.start)
     sentence, worked, total = draw.beat(theme, row, a, b, k=b)
     beats = [(sentence, worked)]
 
@@ -613,7 +627,7 @@ class WordProblem(NamedTuple):
 
 
 def word_problem(
-    index: int, split: str = "train", levels: Sequence[int] = (1, 2), seed: int = 0, large: bool = False
+    index: int, split: str = "train", levels: Sequence[int] = (1, 2), seed: int = 0, large: Large | None = None
 ) -> WordProblem:
     """Problem `index` of an endless list: random access. Its level is levels[index % len(levels)]."""
     check_split(split)
@@ -632,7 +646,7 @@ def word_problem(
 
 
 def word_problems(
-    split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0, large: bool = False
+    split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0, large: Large | None = None
 ) -> list[WordProblem]:
     """n different questions, problem i at levels[i % len(levels)]. A longer list begins with the shorter."""
     problems, seen = [], set()
@@ -788,7 +802,7 @@ def narrative_texts(split: str, n: int, seed: int = 0) -> list[str]:
 def worked_texts(split: str, n: int) -> list[str]:
     """n problems with large numbers and their solutions, of all levels; none of those that are asked later, as the seed
     is another."""
-    problems = word_problems(split, n, (1, 2, 3), seed=1, large=True)
+    problems = word_problems(split, n, (1, 2, 3), seed=1, large=FOUR_DIGITS)
     return [f"{problem.question}\n{problem.solution}" for problem in problems]
 
 

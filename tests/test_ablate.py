@@ -202,7 +202,7 @@ def test_a_variant_may_be_a_start_that_is_measured_and_not_trained(scratch, monk
     monkeypatch.setattr(sft, "sft_start", lambda config, dist: asked.append(config.seed) or "start")
     monkeypatch.setattr(sft, "main", None)  # nothing is trained
     measured = []
-    monkeypatch.setattr(probes, "held_out", lambda *args: measured.append(args) or {"kl": 0.5})
+    monkeypatch.setattr(probes, "carried_over", lambda *args: measured.append(args) or {"kl": 0.5})
     settings = ablate.settings_of(ablate.EXPERIMENTS["ladder"], "SFT", 3, quick=True)
     figures = ablate.run_one(settings, "runs/ablate/x", 1)
     assert asked == [3]

@@ -39,6 +39,22 @@ def test_held_out_measures_against_the_start_of_the_same_seed(scratch, monkeypat
     assert got["length"] > 0 <= got["pass_at_8"] <= 100
 
 
+def test_what_carries_over_is_counted_by_kind(monkeypatch):
+    """A policy that knows all answers but those of two kinds."""
+    asked = []
+
+    def evaluate(policy, tokenizer, problems, new_tokens, dist):
+        asked.append(len(problems))
+        return {"accuracy": 0.25 if len(problems) == 50 or problems[0].level == 3 else 1.0}
+
+    monkeypatch.setattr(probes, "open_checkpoint", lambda *_: ("policy", "tokenizer", "path"))
+    monkeypatch.setattr(probes, "held_out", lambda *_: {"kl": 0.5})
+    monkeypatch.setattr(probes, "evaluate", evaluate)
+    got = probes.carried_over("folder", {"path": "path"}, {})
+    assert got == {"kl": 0.5, "more_steps": 25, "larger_numbers": 100, "new_words": 100, "by_hand": 25}
+    assert asked == [500, 500, 500, 50]
+
+
 def test_what_was_earned_is_read_from_the_log(tmp_path):
     steps = [{"step": i, "collapsed_grpo": 0.5, "collapsed_gdpo": i / 100} for i in range(1, 26)]
     for i, step in enumerate(steps):

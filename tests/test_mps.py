@@ -47,6 +47,7 @@ STAGES = {  # each once: its flags. A stage may read the runs of those before it
     "gdpo": CHECKED | dict(micro_batch=8, brevity_weight=1),
     "rejection": CHECKED | dict(prompts=8, batch=4, round_steps=1),
     "distill": CHECKED | dict(teacher="runs/grpo", prompts=8, micro_batch=8),
+    "agent": CHECKED | dict(micro_batch=8, max_new_tokens=14),
     "encoder": CODER,
     "evaluate": MEASURE,
     "generate": ANSWER,
@@ -69,14 +70,16 @@ LAYOUTS = {
     "sinusoidal": dict(positions="sinusoidal", norm_placement="post"),
 }
 
-# In the child: a verifier of a random model's answers, all of which count as ended; fewer texts; no pictures.
+# In the child: a verifier of a random model's answers, all of which count as ended; fewer texts;
+# a tool that is called where an answer writes #; no pictures.
 SHORTER = """
-import encoder, pathlib, reward_model
+import agent, encoder, pathlib, reward_model
 texts, consistency = encoder.load_sentiment, reward_model.consistency
 patch.setattr("support.pairs.is_correct", lambda text, problem: len(text) % 2 == 0)
 patch.setattr("generate.Rollout.ended", lambda rollout, stop_ids: rollout.mask.any(1))
 patch.setattr(encoder, "load_sentiment", lambda name, split, *more: texts(name, split, *more)[:20])
 patch.setattr(reward_model, "consistency", lambda score, n, *more: consistency(score, 4, *more))
+patch.setitem(agent.TOOLS, "calculator", agent.Tool("calculator", "(#)", lambda text: "1"))
 patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: pathlib.Path(path).touch())
 """
 

@@ -46,6 +46,8 @@ def shared_settings(config):
 def teacher_start(config, dist):
     """-> the run directory of the teacher; its SFT start is made first."""
     settings = shared_settings(config) | TEACHER | {"levels": config.levels, "init": sft.sft_start(config, dist)}
+    longest = task_of(config.data).sft.get("max_new_tokens")  # of an answer, where a task has a limit of its own
+    settings |= {"max_new_tokens": longest} if longest else {}
     name, why = start_name(config.data, config.seed, "teacher"), "no --teacher given: training one with GRPO"
     return make_start_once(name, why, grpo, settings, dist)
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, metrics
 
 import data
+import distill
 import dpo
 import evaluate
 import grpo
@@ -19,7 +20,7 @@ import reward_model
 import sft
 from data import TASKS, Problem, Task, load_pairs, load_problems, load_text
 from evaluate import evaluate_samples, is_correct
-from support import devices, reward_samples
+from support import devices, reward_samples, teachers
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DataError
 from support.reward_samples import judged_pairs
@@ -89,6 +90,12 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
     dpo.main(dpo.Config(name="c", batch=2, prompts=8, eval_every=2, **rl))
     rejection.main(rejection.Config(name="d", batch=2, round_steps=1, prompts=8, pass_problems=2, pass_samples=2, **rl))
     assert max(metrics("runs/d", "right").values()) > 0
+    for name, value in dict(steps=1, prompts=2, eval_problems=3, test_problems=3, pass_problems=2).items():
+        monkeypatch.setitem(teachers.TEACHER, name, value)
+    distill.main(distill.Config(name="e", prompts=2, pass_problems=2, pass_samples=2, eval_every=2, **rl))
+    assert started[-2:] == [f"{start}student-pretrain", f"{start}student"]
+    widths = [open_checkpoint(f"runs/{start}{name}")[0].config.width for name in ("student", "teacher")]
+    assert widths == [8, 16]
     few = dict(n_pairs=8, sample_problems=8, eval_pairs=8, test_pairs=8, best_of=2, best_of_problems=2, batch=2)
     few |= dict(data="backwards", max_new_tokens=8, steps=2, device="cpu", samples=8)
     result = reward_model.main(reward_model.Config(name="start/backwards-seed0-reward", **few))

@@ -91,7 +91,7 @@ from support.content import weights_of
 from support.devices import peak_flops, precision, refuse_recompute, setup
 from support.errors import ConfigError
 from support.pretrain_report import bytes_of_tokens, draw, known_entropy, show, validate, validation_sequences
-from support.runs import Run, RunConfig, restarted, run_path, saved_run
+from support.runs import Run, RunConfig, run_path, saved_run
 from support.sharding import refuse_fsdp
 from support.streams import make_streams
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
@@ -285,8 +285,6 @@ def shard(policy, dist, autocast):
 def main(config):
     """Train; returns {"valid_loss" (after the last step, over all of the validation text), "path" (of best/)}."""
     dist = setup(config.device)
-    if restarted(config, dist):
-        config = replace(config, resume=True)
     share = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     refuse_fsdp(config, dist, scaler)

@@ -15,6 +15,8 @@ from support.checks import listed
 from support.devices import lacking_on_mps
 from support.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from support.files import reason
+from support.launch import join
+from support.nodes import first_on_node, tell_others, why_it_broke
 from support.output import FULL_DISK, lose_output, prepare_output
 
 
@@ -26,8 +28,9 @@ class _Parser(jsonargparse.ArgumentParser):
         if choice:  # in the words of checks.check
             choices = listed(re.findall("'(.*?)'", choice[2]))
             text = f"--{choice[1]} {choice[3]!r} is not known; use {choices}"
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if first_on_node():
             print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
+        tell_others(text)
         sys.exit(2)
 
     def parse_path(self, path, *args, **kwargs):
@@ -73,17 +76,28 @@ def parse_config(cls, args=None, description=None, demo=None):
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
 
+def fail(problem):
+    """Print the line of an error, once per node, and let the processes of other nodes know."""
+    if first_on_node():
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    tell_others(problem)
+
+
 def run_script(main, cls, description=None, demo=None):
     """The entry point of every script: main(config from the flags). Errors that the user can fix are printed as one
     line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main."""
     prepare_output()
     try:
-        main(parse_config(cls, description=description, demo=demo))
+        main(join(parse_config(cls, description=description, demo=demo)))
         sys.stdout.flush()
         status = 0
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line per node
-            print(f"error: {error}", file=sys.stderr)
+        fail(error)
+        status = 2
+    except RuntimeError as error:
+        if (line := why_it_broke(error)) is None:
+            raise
+        fail(line)
         status = 2
     except NotImplementedError as error:
         if (line := lacking_on_mps(error)) is None:
@@ -97,8 +111,7 @@ def run_script(main, cls, description=None, demo=None):
         if error.errno not in FULL_DISK:
             raise
         lose_output()
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error.filename or 'the output'} cannot be written: {reason(error)}", file=sys.stderr)
+        fail(f"{error.filename or 'the output'} cannot be written: {reason(error)}")
         status = 2
     except KeyboardInterrupt:
         status = 130

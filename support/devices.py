@@ -20,12 +20,12 @@ import re
 import time
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 from torch import distributed
 
 from support.errors import ConfigError
+from support.nodes import MESH, WAIT, card, compare, connect, first_line, launched, meet
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,14 @@ class Dist:
             distributed.broadcast_object_list(value)
         return value[0]
 
+    def same(self, contents):
+        """ConfigError on every rank unless all have the same contents, {name: value}, such as `content_of` gives."""
+        if self.world > 1:
+            by_rank = [None] * self.world
+            distributed.all_gather_object(by_rank, card(contents))
+            if problem := compare(by_rank):
+                raise ConfigError(problem)
+
     def per_rank(self, flag, n):
         """One rank's part of the total n that --flag sets. ConfigError if the ranks cannot split n evenly."""
         if n % self.world:
@@ -121,9 +129,11 @@ class Dist:
         return n // self.world
 
 
-def setup(device="auto"):
+def setup(device="auto", facts=None, folder=None):
     """--device -> Dist: join the process group if torchrun started this process (RANK, WORLD_SIZE, LOCAL_RANK), and
-    choose the device. ConfigError if this machine does not have it."""
+    choose the device. ConfigError if this machine does not have it.
+
+    facts(device) -> {name: value}, and the folder that all processes must share: support/launch.py gives them."""
     keep_freed_memory()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
@@ -145,18 +155,12 @@ def setup(device="auto"):
             device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not distributed.is_initialized():
-        # When torchrun restarts its processes, it gives them the same key-value store, which still holds the addresses
-        # of the dead processes. A process that reads one of those waits forever. So each attempt prefixes its keys.
-        # (Several nodes count attempts separately; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store there.)
-        store, rank, _ = next(distributed.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = meet(connect(), *launched(), facts and facts(torch.device(device)), folder)
         # torch 2.13 renames DDP's broadcast_buffers; older versions do not have the new name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views: nothing writes into them
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        timeout = timedelta(hours=2)  # the other ranks wait while rank 0 trains a tokenizer and tokenises the text
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        join_group(backend, store)
     return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
 
 
@@ -165,6 +169,18 @@ def best_device(world=1):
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if world == 1 and torch.backends.mps.is_available() else "cpu"
+
+
+def join_group(backend, store):
+    """Make the process group. ConfigError if its processes do not reach each other."""
+    rank, world = launched()
+    timeout = MESH if backend == "gloo" else WAIT  # gloo connects here; nccl does in the first exchange
+    try:
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except RuntimeError as error:
+        network = "GLOO_SOCKET_IFNAME=NAME (NCCL_SOCKET_IFNAME on GPUs) chooses the network that joins the nodes"
+        raise ConfigError(f"the processes do not reach each other ({first_line(error)}): {network}") from None
+    distributed.distributed_c10d._set_pg_timeout(WAIT)
 
 
 def precision(dtype, dist):

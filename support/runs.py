@@ -29,8 +29,9 @@ from support.devices import random_state, set_random_state
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
-from support.locks import file_lock, lock_run
+from support.locks import LOCKED, file_lock, lock_run
 from support.log import Log
+from support.nodes import launch_id, one_store
 from support.products import fast_linears
 from support.sharding import gathered, shard_like, unsharded
 
@@ -113,6 +114,7 @@ class Run:
         self.state = SimpleNamespace(best=best, **state)
         self.began = time.perf_counter() if began is None else began
         self.reads = {name: content_of(thing) for name, thing in (reads or {}).items()}
+        dist.same(self.reads | {"the tokenizer": tokenizer.fingerprint})
         self.close_log()
         self.path, self.first = open_run(config, dist), 0
         if config.resume:
@@ -253,20 +255,15 @@ def open_run(config, dist):
     return path
 
 
-def launch_id():
-    """An id of this launch: torchrun's --rdzv_id, new for each launch on one node, or the parent's process id."""
-    rendezvous_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return str(os.getppid()) if rendezvous_id == "none" else rendezvous_id
-
-
 def restarted(config, dist):
-    """Whether torchrun has restarted this process after another one died, and the run that this launch saved can be
-    resumed. A run of the same name from an earlier launch does not count."""
+    """Whether an earlier attempt of this launch, before torchrun started its processes again, has saved the run. A run
+    of the same name from an earlier launch does not count."""
     path, same_launch = RUNS / config.name, False
     if dist.is_main and saved_run(path) and (path / "launcher").is_file():
         same_launch = (path / "launcher").read_text(encoding="utf-8") == launch_id()
-    # several nodes count their restarts separately: one that restarted is enough
-    restarts, same_launch = dist.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), same_launch)
+        same_launch = same_launch and not (one_store() and path in LOCKED)  # then this very process has saved it
+    # Without a store that knows the launch: several nodes count their restarts separately, and one is enough.
+    restarts, same_launch = dist.sum(one_store() or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), same_launch)
     return restarts > 0 and same_launch > 0
 
 
@@ -481,7 +478,9 @@ def make_start_once(name, message, stage, settings, dist):
         else:
             if dist.is_main:
                 print(f"{message} -> {RUNS / name}")
-            stage.main(stage.Config(name=name, **settings))
+            config = stage.Config(name=name, **settings)
+            config.resume = restarted(config, dist)
+            stage.main(config)
             if dist.is_main:
                 with may_fail(finished):
                     if not {str(RUNS / name / part) for part in ("last", "best")} & UNWRITTEN:

@@ -144,6 +144,8 @@ def make_streams(config, dist, tokenizer, context, texts):
     """Encode the texts into runs/streams, once for all runs that need the same stream. Rank 0 writes; all ranks map the
     files into memory."""
     paths = {split: stream_path(RUNS / "streams", texts[split], tokenizer) for split in ("train", "valid")}
+    texts_by_name = {f"the {split} text of --data {config.data}": path.name for split, path in paths.items()}
+    dist.same({"the tokenizer": tokenizer.fingerprint} | texts_by_name)
     if dist.is_main:
         for split, path in paths.items():
             try:

@@ -89,7 +89,6 @@ def test_sharded_equals_one_process(here, monkeypatch):
 def test_what_sharding_refuses(here, changes, message, monkeypatch):
     if changes:
         monkeypatch.setattr(pretrain, "setup", lambda _: devices.Dist(0, 2, torch.device("cpu")))
-        monkeypatch.setattr(pretrain, "restarted", lambda *_: False)  # it would ask the other process
     with pytest.raises(ConfigError, match=f"^--fsdp.*{message}"):
         pretrain.main(config(fsdp=True, **changes))
     assert not (here / "runs").exists()

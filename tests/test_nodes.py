@@ -1,0 +1,245 @@
+"""support/nodes.py and support/launch.py: torchrun on two nodes, which are two network namespaces of this machine; what
+the processes tell each other before the first step, in threads."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_weights, metrics
+from tiny import MODEL, TEXT, config, flags
+
+import grpo
+import pretrain
+from data import load_problems
+from support import nodes
+from tokenizer_bpe import BPETokenizer
+from transformer import Transformer, TransformerConfig
+
+# ------------------------------------------------------------------------------------------------ two nodes
+
+
+@dataclass
+class Net:
+    """Two network namespaces, joined by a cable: node 0 and node 1, who share the file system."""
+
+    names: list
+    cables: list
+    addresses = ("10.77.0.1", "10.77.0.2")
+    port = 29500
+
+    def start(self, node, command, cwd, **env):
+        """A command on a node; its output goes to node0.txt or node1.txt, after what is there."""
+        env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.cables[node]} | env
+        with open(Path(cwd) / f"node{node}.txt", "a", encoding="utf-8") as out:
+            command = ["ip", "netns", "exec", self.names[node], *map(str, command)]
+            return subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=out)
+
+    def torchrun(self, node, cwd, script, *words, restarts=0, **env):
+        """One process on this node, of two in all."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1]
+        launcher += ["--node_rank", node, "--master_addr", self.addresses[0], "--master_port", self.port]
+        return self.start(node, [*launcher, "--max-restarts", restarts, script, *words], cwd, **env)
+
+
+@pytest.fixture(scope="module")
+def net():
+    names, cables = ([f"{kind}{os.getpid()}n{i}" for i in range(2)] for kind in ("ata", "v"))
+    lines = [f"netns add {name}" for name in names]
+    lines.append(f"link add {cables[0]} netns {names[0]} type veth peer name {cables[1]} netns {names[1]}")
+    for name, cable, address in zip(names, cables, Net.addresses, strict=True):
+        lines += [f"-n {name} addr add {address}/24 dev {cable}"]
+        lines += [f"-n {name} link set {device} up" for device in (cable, "lo")]
+    try:
+        for line in lines:
+            subprocess.run(["ip", *line.split()], check=True, capture_output=True, text=True)
+        yield Net(names, cables)
+    except FileNotFoundError:
+        pytest.skip("no network namespaces: there is no program ip (iproute2)")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces: ip {line}: {error.stderr.strip()}")
+    finally:
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest.fixture
+def here(scratch):
+    (scratch / "text.txt").write_text(TEXT, encoding="utf-8")
+    return scratch
+
+
+def output(node, folder="."):
+    return (Path(folder) / f"node{node}.txt").read_text(encoding="utf-8")
+
+
+def errors(node, folder="."):
+    """The lines of a script's own errors on a node; no traceback of the script is among the rest."""
+    lines = output(node, folder).splitlines()
+    assert not [line for line in lines if line.startswith("[rank") or "support/" in line], lines
+    return [line for line in lines if line.startswith("error: ")]
+
+
+def end(*processes, seconds=240):
+    """Wait for all -> their exit statuses."""
+    try:
+        return [process.wait(seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def family(pid):
+    """A process and all that it has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+def kill_node_1(processes, log, steps):
+    """SIGKILL to all of node 1, after so many logged steps."""
+    while not (log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > steps):
+        assert [process.poll() for process in processes] == [None, None], output(0)[-2000:]
+        time.sleep(0.002)
+    for pid in family(processes[1].pid):
+        os.kill(pid, signal.SIGKILL)
+    processes[1].wait()
+
+
+def both(net, here, script, words, name, **options):
+    return [net.torchrun(node, here, ROOT / script, *words, "--name", name, **options) for node in range(2)]
+
+
+def test_pretraining_on_two_nodes_and_a_node_that_is_killed(net, here):
+    """Two nodes train as one process does. One that is killed and started again by the same command ends as well, bit
+    for bit, and nothing is done twice."""
+    long = dict(steps=60, save_every=5, eval_every=30, dtype="fp32")
+    words = flags(**long)
+    assert end(*both(net, here, "pretrain.py", words, "two")) == [0, 0], output(0) + output(1)
+    processes = both(net, here, "pretrain.py", words, "killed", restarts=1)
+    kill_node_1(processes, here / "runs/killed/metrics.jsonl", 20)
+    processes[1] = net.torchrun(1, here, ROOT / "pretrain.py", *words, "--name", "killed", restarts=1)
+    assert end(*processes) == [0, 0], output(0) + output(1)
+    assert [line for line in errors(0) if "another process ended" in line] == errors(0) != []
+    assert_same_weights("runs/two/last", "runs/killed/last")
+    assert metrics("runs/two", "loss") == metrics("runs/killed", "loss")
+    assert not (here / "runs/killed.1").exists()  # resumed, not begun again
+
+    pretrain.main(config(name="one", **long))
+    for name in ("loss", "grad_norm", "valid_loss"):
+        a, b = metrics("runs/one", name), metrics("runs/two", name)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+    assert_same_weights("runs/one/last", "runs/two/last", atol=1e-4, rtol=1e-4)
+
+
+SLOW_REWARD = """
+import time
+
+def letters(texts, problems, ended):
+    time.sleep(0.05)  # so that the node is killed while there is something to do
+    return [float("e" in text) for text in texts]
+"""
+
+
+def test_grpo_on_two_nodes_of_which_one_is_killed(net, here, monkeypatch):
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the reward's folder is added to it
+    problems = [p for split in ("train", "valid", "test") for p in load_problems("word", split, 30)]
+    lines = (json.dumps({"question": p.question, "answer": p.solution}) + "\n" for p in problems)
+    (here / "p.jsonl").write_text("".join(lines), encoding="utf-8")
+    (here / "own.py").write_text(SLOW_REWARD, encoding="utf-8")
+    tokenizer = BPETokenizer.train([p.question + p.solution for p in problems], 400)
+    torch.manual_seed(0)
+    start = Transformer(TransformerConfig(tokenizer.vocab_size, **MODEL | {"context": 200}))
+    start.save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    settings = dict(init="start", data="p.jsonl", reward="own:letters", correct_weight=0.0, format_weight=0.0, beta=0.1)
+    settings |= dict(steps=12, prompts=4, rollouts=4, max_new_tokens=6, micro_batch=16, lr=1e-4, optimizer="adamw")
+    settings |= dict(eval_every=12, eval_problems=3, test_problems=4, pass_problems=2, pass_samples=2, save_every=2)
+    settings |= dict(device="cpu", dtype="fp32")
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    processes = both(net, here, "grpo.py", words, "killed", restarts=1)
+    kill_node_1(processes, here / "runs/killed/metrics.jsonl", 4)
+    processes[1] = net.torchrun(1, here, ROOT / "grpo.py", *words, "--name", "killed", restarts=1)
+    assert end(*processes) == [0, 0], output(0) + output(1)
+    assert not (here / "runs/killed.1").exists()
+    assert "pass@2" in output(0)
+
+    grpo.main(grpo.Config(name="one", **settings))
+    for name in ("reward", "grad_norm", "kl", "length", "valid_reward", "entropy", "loss"):
+        a, b = metrics("runs/one", name), metrics("runs/killed", name)
+        assert list(a) == list(b)
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
+    assert min(metrics("runs/one", "grad_norm").values()) > 0
+    assert_same_weights("runs/one/last", "runs/killed/last", atol=1e-4, rtol=1e-3)
+
+
+def test_nodes_that_differ_are_refused_before_the_first_step(net, here):
+    """Node 1 has another learning rate, text, start, torch and script, and runs/ is shared: one line, on each node."""
+    torch.manual_seed(0)
+    tokenizer = pretrain.CharTokenizer.train([TEXT])
+    for folder in (here, here / "other"):
+        (folder / "start").mkdir(parents=True)
+        Transformer(TransformerConfig(tokenizer.vocab_size, **MODEL)).save_pretrained(folder / "start")
+        tokenizer.save_pretrained(folder / "start")
+        (folder / "text.txt").write_text(TEXT + folder.name, encoding="utf-8")
+        script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\nimport pretrain\n"
+        script += "torch.__version__ = '1.0'\n" if folder != here else ""
+        script += "pretrain.run_script(pretrain.main, pretrain.Config)\n"
+        (folder / "script.py").write_text(script, encoding="utf-8")
+    (here / "runs").mkdir()
+    (here / "other/runs").symlink_to(here / "runs")
+    words = flags(init="start")
+    processes = [net.torchrun(0, here, "script.py", *words)]
+    processes += [net.torchrun(1, here / "other", "script.py", *words, "--lr", "0.25")]
+    assert end(*processes) == [1, 1]
+    assert errors(0) == errors(1, "other") != []
+    (line,) = errors(0)
+    host = socket.gethostname()
+    assert f"--lr: 0.004 on process 0 ({host}), 0.25 on process 1 ({host})" in line
+    for word in ("torch: ", "this code: content ", "the files of --data text.txt: ", "the files of --init start: "):
+        assert word in line
+    assert line.count(" on process 1") == 5  # nothing else differs
+    assert "exitcode  : 2" in output(0)
+    assert not list((here / "runs").iterdir())
+
+
+def test_a_node_that_stops_alone_says_why_to_both(net, here):
+    """Only node 0 has a data set that cannot be downloaded."""
+    (here / "full/tinystories").mkdir(parents=True)
+    for split in ("train", "valid"):
+        (here / f"full/tinystories/{split}.txt").write_text(TEXT, encoding="utf-8")
+    words = flags(data="tinystories")
+    folders = ("full", "empty")
+    processes = [net.torchrun(i, here, ROOT / "pretrain.py", *words, ALIGN_DATA=folders[i]) for i in range(2)]
+    assert end(*processes) == [1, 1]
+    (line,) = errors(1)
+    assert "tinystories: no empty/tinystories" in line
+    assert errors(0) == [f"error: process 1 on {socket.gethostname()} stopped: {line.removeprefix('error: ')}"]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"), [("10.77.0.1", "Connection refused"), ("10.77.0.9", ""), ("no.such.host", "not known")]
+)
+def test_a_node_that_cannot_reach_the_store_says_so(net, here, address, words):
+    assert timedelta(minutes=1) > nodes.REACH
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport pretrain\nfrom support import nodes\n"
+    script += "nodes.REACH = nodes.timedelta(seconds=1)\npretrain.run_script(pretrain.main, pretrain.Config)\n"
+    (here / "script.py").write_text(script, encoding="utf-8")
+    env = dict(RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=address, MASTER_PORT="29600")
+    began = time.monotonic()
+    assert end(net.start(1, [sys.executable, "script.py", *flags()], here, **env)) == [2]
+    assert time.monotonic() - began < 60
+    (line,) = output(1).splitlines()
+    assert line.startswith(f"error: process 1 on {socket.gethostname()} cannot reach process 0 at {address}:29600 (")
+    assert words in line
+    assert not (here / "runs").exists()

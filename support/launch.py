@@ -59,9 +59,10 @@ def flat(settings, prefix=""):
 def contents_of(config):
     """{name in a message: content} of the files and the data sets that flags name."""
     contents = {}
-    for name, value in asdict(config).items():
-        if isinstance(value, str) and name not in ("name", "out", "wandb", "instruction", "prompt"):
-            contents[f"the files of --{name} {value}"] = content_of_value(value)
+    for name, values in asdict(config).items():
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str) and name not in ("name", "out", "wandb", "instruction", "prompt"):
+                contents[f"the files of --{name} {value}"] = content_of_value(value)
     return contents
 
 

@@ -32,7 +32,7 @@ from torch import distributed
 from support.errors import ConfigError
 from support.files import to_json
 
-REACH = timedelta(seconds=45)  # to connect to the store, which is there before the processes, or starts with them
+REACH = timedelta(seconds=30)  # to connect to the store, which is there before the processes, or starts with them
 MESH = timedelta(seconds=20)  # to connect to each other; gloo tries for up to five times as long
 ARRIVE = timedelta(minutes=10)  # for the last process to come: a node that died may be started again by hand
 LEAVE = timedelta(minutes=1)  # for a process that has a problem to say so
@@ -97,7 +97,7 @@ def torchrun_keeps_the_store():
 
 
 def cannot_reach(host, port):
-    """Why nothing answers there for 45 s, or None if something does. (torch's own wait for its store ends in a page of
+    """Why nothing answers there for 30 s, or None if something does. (torch's own wait for its store ends in a page of
     C++ frames.)"""
     end, problem = time.monotonic() + REACH.total_seconds(), "no answer"
     while (left := end - time.monotonic()) > 0:

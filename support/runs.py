@@ -29,13 +29,14 @@ from support.devices import random_state, set_random_state
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
-from support.locks import LOCKED, file_lock, lock_run
+from support.locks import file_lock, lock_run
 from support.log import Log
 from support.nodes import launch_id, one_store
 from support.products import fast_linears
 from support.sharding import gathered, shard_like, unsharded
 
 RUNS = Path("runs")
+OPENED = set()  # the run directories that this process has begun or resumed
 
 
 @dataclass
@@ -250,6 +251,7 @@ def open_run(config, dist):
             path.mkdir(parents=True, exist_ok=True)
             lock_run(path)
             write_whole(path / "launcher", launch_id())
+    OPENED.add(path)
     if dist.world > 1:
         distributed.barrier()
     return path
@@ -261,7 +263,7 @@ def restarted(config, dist):
     path, same_launch = RUNS / config.name, False
     if dist.is_main and saved_run(path) and (path / "launcher").is_file():
         same_launch = (path / "launcher").read_text(encoding="utf-8") == launch_id()
-        same_launch = same_launch and not (one_store() and path in LOCKED)  # then this very process has saved it
+        same_launch = same_launch and not (one_store() and path in OPENED)  # then this very process has saved it
     # Without a store that knows the launch: several nodes count their restarts separately, and one is enough.
     restarts, same_launch = dist.sum(one_store() or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), same_launch)
     return restarts > 0 and same_launch > 0

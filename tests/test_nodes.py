@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,11 +18,13 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_weights, metrics
 from tiny import MODEL, TEXT, config, flags
+from torch import distributed
 
 import grpo
 import pretrain
 from data import load_problems
-from support import nodes
+from support import devices, launch, nodes, runs
+from support.errors import ConfigError
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -227,19 +230,180 @@ def test_a_node_that_stops_alone_says_why_to_both(net, here):
     assert errors(0) == [f"error: process 1 on {socket.gethostname()} stopped: {line.removeprefix('error: ')}"]
 
 
-@pytest.mark.parametrize(
-    ("address", "words"), [("10.77.0.1", "Connection refused"), ("10.77.0.9", ""), ("no.such.host", "not known")]
-)
-def test_a_node_that_cannot_reach_the_store_says_so(net, here, address, words):
+def test_a_node_that_cannot_reach_the_store_says_so(net, here):
+    """Nobody has the address. In a test a second is enough, in a run a minute."""
     assert timedelta(minutes=1) > nodes.REACH
     script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport pretrain\nfrom support import nodes\n"
     script += "nodes.REACH = nodes.timedelta(seconds=1)\npretrain.run_script(pretrain.main, pretrain.Config)\n"
     (here / "script.py").write_text(script, encoding="utf-8")
-    env = dict(RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=address, MASTER_PORT="29600")
-    began = time.monotonic()
-    assert end(net.start(1, [sys.executable, "script.py", *flags()], here, **env)) == [2]
-    assert time.monotonic() - began < 60
+    env = dict(RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="10.77.0.9", MASTER_PORT="29600")
+    assert end(net.start(1, [sys.executable, "script.py", *flags()], here, **env), seconds=60) == [2]
     (line,) = output(1).splitlines()
-    assert line.startswith(f"error: process 1 on {socket.gethostname()} cannot reach process 0 at {address}:29600 (")
-    assert words in line
+    assert line.startswith(f"error: process 1 on {socket.gethostname()} cannot reach process 0 at 10.77.0.9:29600 (")
     assert not (here / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the meeting
+
+
+@pytest.fixture(autouse=True)
+def unmet(monkeypatch):
+    monkeypatch.setattr(nodes, "MEETING", {"began": False, "store": None, "launch": None})
+
+
+def meeting(store, *processes):
+    """Each process in a thread, {the arguments of meet} -> its store, or the error."""
+    ends = [None] * len(processes)
+
+    def come(rank):
+        try:
+            ends[rank] = nodes.meet(store, rank, len(processes), **processes[rank])
+        except ConfigError as error:
+            ends[rank] = str(error)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(len(processes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return ends
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_who_has_a_problem_stops_all(rank):
+    ends = meeting(distributed.HashStore(), *({"problem": "no GPU" if i == rank else None} for i in range(3)))
+    assert ends == [f"process {rank} on {socket.gethostname()} stopped: no GPU"] * 3
+
+
+def test_what_one_process_alone_has_is_named():
+    facts = {"--lr": "1.0", "--data": "x", "this code": "a" * 32, "the files of --data x": "b" * 32}
+    other = facts | {"--lr": "2.0", "this code": "c" * 32}
+    alike = facts | {"the files of --data x": None}  # on node 0 another process has looked
+    ends = meeting(distributed.HashStore(), *({"facts": f} for f in (facts, alike, other)))
+    assert len(set(ends)) == 1
+    host = socket.gethostname()
+    lr = f"--lr: 1.0 on process 0 ({host}), 2.0 on process 2 ({host})"
+    code = f"this code: content aaaaaaaa on process 0 ({host}), content cccccccc on process 2 ({host})"
+    assert ends[0] == f"the processes differ, and would train apart: {lr}; {code}"
+    many = [{"facts": {f"--{i}": rank for i in range(9)}} for rank in range(2)]
+    assert meeting(distributed.HashStore(), *many)[1].endswith("; and 3 more")
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    folders = [tmp_path / name / "runs" for name in ("here", "there")]
+    folders[1].mkdir(parents=True)
+    ends = meeting(distributed.HashStore(), *({"folder": folder} for folder in folders))
+    assert "runs/ of process 1" in ends[0]
+    assert "in one directory that they share" in ends[0]
+    assert ends[0] == ends[1]
+    assert not isinstance(meeting(distributed.HashStore(), *[{"folder": folders[0]}] * 2)[1], str)
+    assert not list(folders[0].iterdir())  # no mark is left
+
+
+def test_each_attempt_is_among_those_that_live(monkeypatch):
+    """The store is that of the attempt before, with the hello of a process that died before it was answered."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store, launches = distributed.HashStore(), []
+    for attempt in range(2):
+        store.set("hello/1", json.dumps(nodes.card({"of": "the dead"})))
+        one, other = meeting(store, {"facts": {"of": attempt}}, {"facts": {"of": attempt}})
+        assert not one.check(["key"])
+        one.set("key", "value")
+        assert other.get("key") == b"value"
+        launches.append(nodes.launch_id())
+    assert launches[0] == launches[1] != str(os.getppid())
+    assert nodes.one_store()
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
+def test_nobody_waits_for_ever(monkeypatch, rank, missing):
+    monkeypatch.setattr(nodes, "ARRIVE", timedelta(seconds=0.3))
+    with pytest.raises(ConfigError, match=f"process {missing} did not come within 0.005 minutes; process {rank} wait"):
+        nodes.meet(distributed.HashStore(), rank, 2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "host", "words"),
+    [
+        (0, "127.0.0.1", "not all of the 2 processes came to 127.0.0.1:"),  # which it hosts itself
+        (1, "127.0.0.1", "cannot reach process 0 at .*Connection refused"),
+        (1, "no.such.host", "cannot reach process 0 at .*[Nn]ame "),  # as each C library has it
+        (1, "", "start this with torchrun"),
+    ],
+)
+def test_why_a_store_is_not_reached(monkeypatch, rank, host, words):
+    monkeypatch.setattr(nodes, "REACH", timedelta(seconds=1))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR=host, MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match=words):
+        nodes.connect()
+
+
+def test_a_launch_knows_its_own_runs(here, monkeypatch):
+    """With one store for all attempts no restart is counted: a node that joins anew starts at 0."""
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    nodes.MEETING["launch"] = "this launch"
+    pretrain.main(config(steps=2, save_every=1))
+    dist = devices.Dist(0, 1, torch.device("cpu"))
+    assert not runs.restarted(config(), dist)  # this process itself has made it
+    monkeypatch.setattr(runs, "OPENED", set())
+    assert runs.restarted(config(), dist)
+    nodes.MEETING["launch"] = "another"
+    assert not runs.restarted(config(), dist)
+
+
+def test_what_is_compared_between_nodes(here, monkeypatch):
+    (here / "start").mkdir()
+    (here / "start/model.safetensors").write_bytes(b"1")
+    (here / "tinystories").mkdir()
+    (here / "tinystories/train.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setenv("ALIGN_DATA", str(here))
+    settings = config(init="start", tokenizer="nowhere/at/all")
+    before = launch.facts_of(settings, torch.device("cpu"))
+    assert before["--model.width"] == "16"
+    assert before["torch"] == torch.__version__
+    assert before["--dtype auto"] == "fp32"
+    assert before["the files of --tokenizer nowhere/at/all"] == "nothing there"
+    for path, name in (("text.txt", "--data text.txt"), ("start/model.safetensors", "--init start")):
+        (here / path).write_bytes(b"2" * 100)
+        after = launch.facts_of(settings, torch.device("cpu"))
+        assert {key for key in after if after[key] != before[key]} == {f"the files of {name}"}
+        before = after
+    assert launch.content_of_value("word")  # a task
+    assert launch.content_of_value("bpe") is None  # just a word
+    assert launch.content_of_value("tinystories") is None  # half of it is still to come
+    (here / "tinystories/valid.txt").write_text(TEXT, encoding="utf-8")
+    assert launch.content_of_value("tinystories")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # sees the files of rank 0
+    assert not [key for key in launch.facts_of(settings, torch.device("cpu")) if "files" in key]
+
+
+def test_ranks_compare_what_they_have_read(monkeypatch):
+    monkeypatch.setattr(distributed, "all_gather_object", lambda into, own: into.__setitem__(slice(2), [own, other]))
+    other = nodes.card({"the weights of start": "a" * 32})
+    dist = devices.Dist(0, 2, torch.device("cpu"))
+    dist.same({"the weights of start": "a" * 32})
+    with pytest.raises(ConfigError, match=r"differ.*: the weights of start: content bbbbbbbb on process 0"):
+        dist.same({"the weights of start": "b" * 32})
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("[/x/pair.cc:5] Read error [10.7.0.2]:6: Connection reset by peer. This is typically"),
+            "reset by",
+        ),
+        (distributed.DistBackendError("NCCL error in: x.cpp:3"), "NCCL error"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_which_errors_are_those_of_another_process(error, line):
+    assert line in nodes.why_it_broke(error) if line else nodes.why_it_broke(error) is None
+    assert "typically" not in str(nodes.why_it_broke(error))
+    nodes.MEETING["store"] = distributed.HashStore()
+    nodes.MEETING["store"].set("ended", "process 1 on b stopped: no file")
+    assert nodes.why_it_broke(error) == ("process 1 on b stopped: no file" if line else None)

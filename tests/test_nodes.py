@@ -108,11 +108,20 @@ def family(pid):
     return [pid, *(member for child in children for member in family(int(child)))]
 
 
-def kill_node_1(processes, log, steps):
-    """SIGKILL to all of node 1, after so many logged steps."""
-    while not (log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > steps):
-        assert [process.poll() for process in processes] == [None, None], output(0)[-2000:]
-        time.sleep(0.002)
+def kill_node_1(processes, run):
+    """SIGKILL to all of node 1, a step or more after last/ was written."""
+
+    def logged():
+        return len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+
+    def until(condition):
+        while not condition():
+            assert [process.poll() for process in processes] == [None, None], output(0)[-2000:]
+            time.sleep(0.002)
+
+    until((run / "last/trainer_state.pt").exists)
+    done = logged()
+    until(lambda: logged() > done)
     for pid in family(processes[1].pid):
         os.kill(pid, signal.SIGKILL)
     processes[1].wait()
@@ -125,11 +134,11 @@ def both(net, here, script, words, name, **options):
 def test_pretraining_on_two_nodes_and_a_node_that_is_killed(net, here):
     """Two nodes train as one process does. One that is killed and started again by the same command ends as well, bit
     for bit, and nothing is done twice."""
-    long = dict(steps=60, save_every=5, eval_every=30, dtype="fp32")
+    long = dict(steps=48, save_every=16, eval_every=24, dtype="fp32")  # each save draws a picture
     words = flags(**long)
     assert end(*both(net, here, "pretrain.py", words, "two")) == [0, 0], output(0) + output(1)
     processes = both(net, here, "pretrain.py", words, "killed", restarts=1)
-    kill_node_1(processes, here / "runs/killed/metrics.jsonl", 20)
+    kill_node_1(processes, here / "runs/killed")
     processes[1] = net.torchrun(1, here, ROOT / "pretrain.py", *words, "--name", "killed", restarts=1)
     assert end(*processes) == [0, 0], output(0) + output(1)
     assert [line for line in errors(0) if "another process ended" in line] == errors(0) != []
@@ -166,12 +175,12 @@ def test_grpo_on_two_nodes_of_which_one_is_killed(net, here, monkeypatch):
     start.save_pretrained("start")
     tokenizer.save_pretrained("start")
     settings = dict(init="start", data="p.jsonl", reward="own:letters", correct_weight=0.0, format_weight=0.0, beta=0.1)
-    settings |= dict(steps=12, prompts=4, rollouts=4, max_new_tokens=6, micro_batch=16, lr=1e-4, optimizer="adamw")
-    settings |= dict(eval_every=12, eval_problems=3, test_problems=4, pass_problems=2, pass_samples=2, save_every=2)
+    settings |= dict(steps=10, prompts=4, rollouts=4, max_new_tokens=6, micro_batch=16, lr=1e-4, optimizer="adamw")
+    settings |= dict(eval_every=10, eval_problems=3, test_problems=4, pass_problems=2, pass_samples=2, save_every=3)
     settings |= dict(device="cpu", dtype="fp32")
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     processes = both(net, here, "grpo.py", words, "killed", restarts=1)
-    kill_node_1(processes, here / "runs/killed/metrics.jsonl", 4)
+    kill_node_1(processes, here / "runs/killed")
     processes[1] = net.torchrun(1, here, ROOT / "grpo.py", *words, "--name", "killed", restarts=1)
     assert end(*processes) == [0, 0], output(0) + output(1)
     assert not (here / "runs/killed.1").exists()

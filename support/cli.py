@@ -95,14 +95,9 @@ def run_script(main, cls, description=None, demo=None):
         fail(error)
         status = 2
     except RuntimeError as error:
-        if (line := why_it_broke(error)) is None:
+        if (line := lacking_on_mps(error) or why_it_broke(error)) is None:
             raise
         fail(line)
-        status = 2
-    except NotImplementedError as error:
-        if (line := lacking_on_mps(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
         status = 2
     except BrokenPipeError:  # python ablate.py | head
         lose_output()

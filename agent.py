@@ -48,7 +48,6 @@ Traps:
     asked comes from a policy: its function must stand any text, so no `eval`.
 
 Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime do not).
-
 A tool of your own, in own.py, is found by --tools '[own:prices,calculator]'; the first whose pattern fits answers:
 
     prices = Tool("prices", r"<<price of (\w+)=", lambda thing: {"kite": "12"}.get(thing, "error: no such thing"))
@@ -314,7 +313,6 @@ def main(config):
     loss_of = grpo.loss_with(config)
     for step in run.steps():
         # 1. ask: the policy answers each question R times, with the tools. 2. judge: {name: (n, R)} in batch.rewards
-        step_began = time.perf_counter()
         batch = roll_out(sample, step, slots, 0, functions, config)
         paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         totals = rollout_sums(batch, paid, reward_weights, signal_of(batch)) | respond.sums()
@@ -337,7 +335,7 @@ def main(config):
             ref_logprobs = grpo.reference_logprobs(reference, policy, pieces, batch, config, autocast)
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
-        update_sums, norm, n_updates = {}, 0.0, 0
+        update_sums, norm = {}, 0.0
         for minibatch in minibatches * config.inner_epochs:
             counts = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
             for piece in minibatch.pieces:
@@ -354,13 +352,11 @@ def main(config):
                 tally(update_sums, metrics, piece.mask.sum().item())
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
             run.check_finite(lr, norm)
-            n_updates += 1
 
         # 5. look: log the step; every so often answer validation questions, with the tools
-        record = step_record(totals, update_sums, n_updates, config, dist)
+        record = step_record(totals, update_sums, len(minibatches) * config.inner_epochs, config, dist)
         run.check_finite(lr, norm, loss=record["loss"], entropy=record["entropy"])
-        record |= {"grad_norm": norm, "lr": lr, "steps_per_second": 1 / (time.perf_counter() - step_began)}
-        look.at_step(record, batch, reward_sums(paid, reward_weights))
+        look.at_step(record | {"grad_norm": norm, "lr": lr}, batch, reward_sums(paid, reward_weights))
     run.close()
     return look.after()
 

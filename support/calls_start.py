@@ -39,7 +39,10 @@ def calls_start(config, dist, tools, encode, responder):
         raise ConfigError(f"--data {config.data} shows no calls, such as <<3*4=12>>, in its solutions: give an --init")
     settings = {"data": config.data, "levels": config.levels, "seed": config.seed, "skip_bad": config.skip_bad}
     settings |= {"device": config.device, "dtype": config.dtype, "max_new_tokens": config.max_new_tokens}
-    settings |= {"demonstrations": config.demonstrations} | ({"init": config.teach} if config.teach else {})
+    settings |= {"demonstrations": config.demonstrations}
+    if config.teach:  # a model with a past: as gently as the run itself
+        settings |= {"init": config.teach, "optimizer": config.optimizer, "lr": config.lr}
+        settings |= {"micro_batch": config.micro_batch}
 
     def main(settings):
         return sft.main(settings, encode, responder)

@@ -745,6 +745,14 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     assert (settings.data, settings.levels, settings.init) == (LARGE_TASK, [2, 3], None)
     assert settings.demonstrations == Config().demonstrations < 2000
     assert calls_start.calls_start(Config(), dist, [], encode, responder) == "plain"
+    Transformer(TransformerConfig(260, n_layer=1, width=16, n_head=2, n_kv_head=1)).save_pretrained("taught")
+    ByteTokenizer().save_pretrained("taught")
+    calls_start.calls_start(Config(teach="taught", optimizer="adamw", lr=1e-5), dist, tools, encode, responder)
+    assert (asked[1].init, asked[1].optimizer, asked[1].lr) == ("taught", "adamw", 1e-5)
+    (scratch / "plain.jsonl").write_text('{"question": "2?", "answer": "2"}\n' * 9, encoding="utf-8")
+    monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
+    with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):
+        calls_start.calls_start(Config(data="plain.jsonl", teach="taught"), dist, tools, encode, responder)
 
 
 @pytest.mark.parametrize(

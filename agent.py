@@ -255,15 +255,19 @@ class Config(grpo.Config):
     """How many of them."""
     train_on_tools: bool = False
     """The mistake, to see it: the tools' tokens count in the loss as if the policy had sampled them."""
-    steps: Count = 200
+    steps: Count = 300
     """Batches of rollouts."""
     prompts: Count = 16
     """Questions N per step, over all ranks."""
     max_new_tokens: Count = 120
     """Longest answer, in tokens, with those of the tools."""
     lr: Amount = 3e-4
+    beta: Amount | None = None
+    """Weight of the KL to the reference; default 0.1, with another --algorithm what that sets."""
 
     def __post_init__(self):
+        if self.beta is None and self.algorithm == "grpo":
+            self.beta = 0.1
         super().__post_init__()
         check_agent(self)
 

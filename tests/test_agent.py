@@ -788,6 +788,13 @@ def test_real_data_needs_a_start(here):
     assert Config(data="gsm8k", teach="somewhere").init is None
 
 
+def test_the_weight_of_the_kl_is_that_of_the_algorithm():
+    assert Config().beta == 0.1
+    assert Config(algorithm="dapo").beta == 0
+    assert Config(algorithm="dapo", beta=0.2).beta == 0.2
+    assert Config(algorithm="reinforce++-baseline").beta == grpo.ALGORITHMS["grpo"]["beta"]
+
+
 def test_the_recipe_can_be_read():
     assert parse_config(Config, ["--config", str(ROOT / "configs/gsm8k_agent_smollm2.yaml")]).data == "gsm8k"
 

@@ -252,12 +252,28 @@ def test_a_node_that_cannot_reach_the_store_says_so(net, here):
     assert not (here / "runs").exists()
 
 
+def test_processes_that_meet_and_do_not_reach_each_other_say_so(net, here):
+    """Without torchrun; gloo is told to use each node's own loopback."""
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport pretrain\nfrom support import devices\n"
+    script += "devices.MESH = devices.MESH / 40\npretrain.run_script(pretrain.main, pretrain.Config)\n"
+    (here / "script.py").write_text(script, encoding="utf-8")
+    env = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=net.addresses[0], MASTER_PORT="29700")
+    env["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [sys.executable, "script.py", *flags()]
+    assert end(*(net.start(i, command, here, RANK=str(i), **env) for i in range(2)), seconds=60) == [2, 2]
+    for node in range(2):
+        (line,) = errors(node)
+        assert "the processes do not reach each other (" in line
+        assert "GLOO_SOCKET_IFNAME=NAME" in line
+
+
 # ------------------------------------------------------------------------------------------------ the meeting
 
 
 @pytest.fixture(autouse=True)
 def unmet(monkeypatch):
     monkeypatch.setattr(nodes, "MEETING", {"began": False, "store": None, "launch": None})
+    monkeypatch.setattr(nodes, "ARRIVE", timedelta(seconds=20))  # so that a failure shows soon
 
 
 def meeting(store, *processes):
@@ -324,11 +340,15 @@ def test_each_attempt_is_among_those_that_live(monkeypatch):
     assert nodes.one_store()
 
 
+@pytest.mark.parametrize("problem", [None, "no GPU"])
 @pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
-def test_nobody_waits_for_ever(monkeypatch, rank, missing):
-    monkeypatch.setattr(nodes, "ARRIVE", timedelta(seconds=0.3))
-    with pytest.raises(ConfigError, match=f"process {missing} did not come within 0.005 minutes; process {rank} wait"):
-        nodes.meet(distributed.HashStore(), rank, 2)
+def test_nobody_waits_for_ever(monkeypatch, rank, missing, problem):
+    """Nor as long as for others, with a problem of one's own to tell."""
+    monkeypatch.setattr(nodes, "LEAVE" if problem else "ARRIVE", timedelta(seconds=0.3))
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=f"process {missing} did not come within .* minutes; process {rank} waited"):
+        nodes.meet(distributed.HashStore(), rank, 2, problem=problem)
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize(
@@ -416,3 +436,12 @@ def test_which_errors_are_those_of_another_process(error, line):
     nodes.MEETING["store"] = distributed.HashStore()
     nodes.MEETING["store"].set("ended", "process 1 on b stopped: no file")
     assert nodes.why_it_broke(error) == ("process 1 on b stopped: no file" if line else None)
+
+
+def test_an_exchange_may_take_longer_than_to_connect():
+    devices.join_group("gloo", distributed.HashStore())  # a group of one
+    try:
+        assert distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout == nodes.WAIT
+    finally:
+        distributed.destroy_process_group()
+    assert timedelta(hours=1) < nodes.WAIT

@@ -284,11 +284,13 @@ def pages(root, demo_of):
             part, _, rest = text.replace("\n", " ").partition(". ") if row.part else ("", "", text)
             prose = page.prose(rest)
             shown = html.unescape(re.sub("<.+?>", "", "\n".join(DISPLAY.findall(prose))))
-            block = {"name": row.name, "part": part.rstrip("."), "prose": prose, "tests": tests.get(target, {})}
+            called = tests.get(target, {}) if row.name else {}
+            block = {"name": row.name, "part": part.rstrip("."), "prose": prose, "tests": called}
             block |= {"wide": max(map(len, shown.split("\n"))) > SIDE, "through": through.get(target)}
             block |= {"claims": [claim for name, *claim in own_claims if name and name == row.name]}
             blocks.append(block | {"code": "\n".join(code[line - 1] for line in row.code)})
-        own_results = [result for result in results if source in chapters and result.belongs_to(source)]
+        cited = "".join(seen for where, *_, seen in claims if where is source)
+        own_results = [r for r in results if source in chapters and (r.belongs_to(source) or f"({r.name}.md)" in cited)]
         parts = {"source": source, "lead": page.prose(source.doc.partition("\n\n")[2]), "blocks": blocks}
         put(page, source.path, **parts, demo=demos.get(source), claims=own_claims, results=own_results)
     for result in results:

@@ -1,6 +1,8 @@
 """support/pages.py: every link leads somewhere, and the pages hold the files' own prose and code, all of it."""
 
 import re
+import runpy
+import sys
 from html.parser import HTMLParser
 from posixpath import dirname, join, normpath
 
@@ -147,6 +149,7 @@ def test_a_formula_shows_its_tests_and_its_claim_and_a_chapter_its_results(site)
     assert links_of(place, ".*")["norm-depth"] == "results/norm-depth.html"
     end = site["norms.html"].partition('<h2 id="the-results">')[2]
     assert 'src="results/norm-kind.png"' in end
+    assert 'src="results/kv-heads.png"' in site["attention.html"]  # a claim's, not named in the file
     assert site["results/norm-kind.png"].startswith(b"\x89PNG")
 
 
@@ -216,6 +219,14 @@ def test_what_goes_wrong_is_one_line_and_nothing_is_written(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=r"one.py, line 1, is no Python"):
         load(tmp_path)
     assert not (tmp_path / "site").exists()
+
+
+def test_a_library_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("support.pages", run_name="support.pages")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: support.pages needs jinja2: pip install -e '.[pages]'\n"
 
 
 def test_the_site_is_written(tmp_path, monkeypatch, capsys):

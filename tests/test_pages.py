@@ -130,14 +130,17 @@ def test_names_link_to_where_they_are_defined(site):
 
 def test_a_name_that_a_function_binds_itself_is_not_linked(tmp_path):
     """`generate` the argument is not generate() the function; in the default and the decorator it is."""
-    (tmp_path / "README.md").write_text("| `one.py` | |\n| `two.py` | |\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text("| `one.py` | |\n| `two.py` | |\n| `three.py` | |\n", encoding="utf-8")
     (tmp_path / "one.py").write_text('"""One."""\n\n\ndef f():\n    pass\n', encoding="utf-8")
     body = 'def hides(g, x="α", y=g):\n    return g\n\n\ndef uses():\n    return g("α"), g\n'
     text = f'"""Two."""\n\nfrom one import f as g\n\n\n{body}'
     (tmp_path / "two.py").write_text(text, encoding="utf-8")
-    page = pages(tmp_path, lambda source: "")["two.html"]
+    (tmp_path / "three.py").write_text('"""Three."""\n\nfrom two import g\n', encoding="utf-8")
+    site = pages(tmp_path, lambda source: "")
+    page = site["two.html"]
     assert len(re.findall('href="one.html#f"', re.search(row("hides"), page, re.S)[0])) == 1
     assert len(re.findall('href="one.html#f"', re.search(row("uses"), page, re.S)[0])) == 2
+    assert '<a href="one.html#f">g</a>' in site["three.html"]  # where it is defined, not where it is imported from
 
 
 def test_a_formula_shows_its_tests_and_its_claim_and_a_chapter_its_results(site):
@@ -186,10 +189,11 @@ def test_prose_is_set_as_it_is_written(text, lines):
 
 
 def small(tmp_path, body):
-    """A repository of one chapter that prints, and a file that it imports."""
+    """A repository of one chapter that prints, and the files that it imports, one through the other."""
     (tmp_path / "support").mkdir(exist_ok=True)
     (tmp_path / "README.md").write_text("| `one.py` | |\n", encoding="utf-8")
-    (tmp_path / "support/two.py").write_text(body, encoding="utf-8")
+    (tmp_path / "support/two.py").write_text("from support.three import f\n", encoding="utf-8")
+    (tmp_path / "support/three.py").write_text(body, encoding="utf-8")
     text = '"""One."""\n\nfrom support.two import f\n\n\ndef demo():\n    print("λ", f())\n'
     (tmp_path / "one.py").write_text(text, encoding="utf-8")
     return load(tmp_path)["one"]
@@ -223,6 +227,7 @@ def test_what_goes_wrong_is_one_line_and_nothing_is_written(tmp_path, monkeypatc
 
 def test_a_library_that_is_not_installed_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "support.pages")
     with pytest.raises(SystemExit) as left:
         runpy.run_module("support.pages", run_name="support.pages")
     assert left.value.code == 2

@@ -88,6 +88,7 @@ from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.distill_report import add_up, measure_both, measure_student, report, step_record
 from support.lora_files import LoraState
+from support.recorder import Recorder, RecordFlags
 from support.runs import Run
 from support.shared_prompt import shared_answer_logits, shared_answer_logprobs
 from support.taught import Writers, pieces_of
@@ -212,7 +213,7 @@ def demo():
 
 
 @dataclass
-class Config(VerifiedConfig):
+class Config(RecordFlags, VerifiedConfig):
     """Train a student on a teacher's distributions, on its own texts or the teacher's (distillation)."""
 
     name: str = "distill"
@@ -297,12 +298,16 @@ def main(config):
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
     policy.eval()  # throughout: no dropout
 
+    seen = {"valid": problems["valid"], "taught": taught["valid"], "sample": writers.student, "reference": teacher}
+    seen |= {"loss_of": divergence if config.loss == "vocabulary" else sampled_loss, "temperature": config.temperature}
+    recorder = Recorder(run, autocast, **seen)
     measure_both(run, teacher, problems, taught, init)  # the test split; until something beats it, the start is best/
     for step in run.steps():
         # 1. write: the student answers the questions, or the teacher some of them
         texts = writers(step, slots)
         (n_tokens,) = dist.sum(texts.n_tokens)  # of all ranks, before the cut into pieces
         run.state.tokens += n_tokens
+        recorder.texts(texts, n_tokens)
 
         # 2. compare: what student and teacher think at every token
         pieces, sums = pieces_of(texts, config.micro_batch, tokenizer.endoftext_id, dist.device), {}

@@ -92,6 +92,7 @@ from support.dpo_report import announce, draw, held_out, kl_to_start, report
 from support.lora_files import LoraState
 from support.pair_rows import load_texts, load_verified, make_pairs, next_pairs
 from support.pairs import Means, batch_of, keep_pairs, kept_pairs, pair_logprobs, to_floats
+from support.recorder import Recorder, RecordFlags
 from support.runs import Run
 from support.variants import check_config, check_loss
 from support.verified import PolicyConfig
@@ -369,7 +370,7 @@ def reference_point(policy, judged, pad, dist, autocast, start=None, weight=1):
 
 
 @dataclass
-class Config(PolicyConfig):
+class Config(RecordFlags, PolicyConfig):
     """Fit a policy to preference pairs (DPO)."""
 
     data: str = DEFAULT_TASK
@@ -468,6 +469,7 @@ def main(config):
     measure = partial(held_out, pairs=pairs, problems=problems, tokenizer=tokenizer, **losses, **shared)
     if run.state.before is None:
         run.state.before = measure(policy, "test")
+    recorder = Recorder(run, autocast, valid=pairs["valid"], reference=start or policy, loss_of=loss_of)
     announce(run, init, len(pairs["train"]), variant.unpaired)
 
     for step in run.steps():
@@ -476,6 +478,7 @@ def main(config):
         own_pairs = next_pairs(pairs["train"], step, config, dist, context)  # B / ranks
         # kto: of the whole step
         z0 = reference_point(policy, own_pairs, pad, dist, autocast, start) if variant.unpaired else None
+        recorder.pairs(own_pairs, z0)
         model.train()
         sums = Means()
         for i in range(0, len(own_pairs), config.micro_batch):  # b pairs at a time; their gradients add up

@@ -115,6 +115,7 @@ from support.grpo_report import Look, rollout_sums, step_record, tally
 from support.lora_files import LoraState
 from support.off_policy import RolloutPolicy, SamplerFlags, check_sampler, off_policy
 from support.questions import load_question_splits
+from support.recorder import Recorder, RecordFlags
 from support.rewards import RewardFlags, brevity_reward, format_reward, judge_batch, reward_functions
 from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
 from support.runs import Run
@@ -409,7 +410,7 @@ def demo():
 
 
 @dataclass
-class Config(SamplerFlags, RewardFlags, VerifiedConfig):
+class Config(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
     """Train a policy with verifiable rewards (GRPO)."""
 
     instruction: str = ""
@@ -546,6 +547,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
     look = Look(run, problems, functions, reward_weights, init)
     look.before()
+    seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(REWARDS, some, config)}
+    recorder = Recorder(run, autocast, reference=reference, temperature=config.temperature, **seen)
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
     loss_of = loss_with(config)
@@ -582,6 +585,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         advantages, ref_logprobs = advantages[slots], None  # (n, R)
         if config.beta and config.kl_in == "reward":
             advantages, ref_logprobs = less_the_kl(advantages, reference, policy, batch, config, autocast, pad)
+        recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
         trained = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,) groups with a gradient
@@ -612,6 +616,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                         options = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
                         options["sampler_weights"] = sampler_weights[rows, :T]  # (b, T)
                         loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)  # A[rows] (b,)
+                        recorder.tokens(rows, loss_of, (logprobs, old, A[rows], piece.mask, ref), options)
                         # × world, because DDP averages over the ranks and v_t already counts them all
                         scaler.scale(loss * dist.world).backward()
                     tally(update_sums, metrics, piece.mask.sum().item())

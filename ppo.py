@@ -103,6 +103,7 @@ from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.ppo_report import report, show_samples, step_record, token_sums
 from support.questions import splits_with_room
+from support.recorder import Recorder, RecordFlags
 from support.rollouts import Sampler, minibatches_of, shuffled_groups
 from support.runs import Run, RunConfig, make_start_once, start_name
 from support.shared_prompt import shared_answer_logprobs
@@ -337,7 +338,7 @@ def demo():
 
 
 @dataclass
-class Config(RunConfig):
+class Config(RecordFlags, RunConfig):
     """Train a policy against a reward model (PPO)."""
 
     data: str = DEFAULT_TASK
@@ -533,6 +534,14 @@ def main(config):
 
     # The reward model has seen no other end than im_end.
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, (tokenizer.im_end_id,))
+
+    def score(batch):
+        """What the reward model gives each answer, (n, R)."""
+        answers = list(zip(batch.prompts, batch.answers, strict=True))  # n pairs of a prompt and its R answers
+        return torch.tensor(score_groups(judge, answers, pad, dist.device, autocast))
+
+    seen = {"valid": problems["valid"], "sample": sample, "score": score, "temperature": config.temperature}
+    recorder = Recorder(run, autocast, reference=reference, **seen)
     checked = verifiable(problems["valid"])
     shown = run.state.start or {"accuracy": run.state.best}  # older runs kept the accuracy alone
     for step in run.steps():
@@ -540,8 +549,7 @@ def main(config):
         started = time.perf_counter()
         batch = sample(step, slots)
         old_logprobs, mask = batch.rollout.logprobs, batch.rollout.mask  # (n·R, T)
-        answers = list(zip(batch.prompts, batch.answers, strict=True))  # n pairs of a prompt and its R answers
-        scores = torch.tensor(score_groups(judge, answers, pad, dist.device, autocast))  # (n, R)
+        scores = score(batch)  # (n, R)
         moments.add(scores, dist)
         paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~batch.ended  # (n, R)
         final = win_rates(paid) if config.baseline == "wins" else less_baseline(paid, config.baseline)  # (n, R)
@@ -557,6 +565,9 @@ def main(config):
         rewards = token_rewards(log_ratio, final.flatten().to(dist.device), mask.sum(1), run.state.beta)  # (n·R, T)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)  # (n·R, T) each
         A = whiten(advantages, mask, dist) if config.whiten else advantages
+
+        judged = {"correct": torch.tensor(right).float().view(n, R), "score": scores, "paid": paid}  # (n, R) each
+        recorder.answers(batch, final, judged, value=old_values, target=returns, reward=rewards, A=A)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
@@ -576,6 +587,8 @@ def main(config):
                     loss, metrics = ppo_policy_loss(
                         logprobs, old_logprobs[at], A[at], piece.mask, config.clip_ratio, n_tokens=n_tokens
                     )
+                    recorder.tokens(piece.rows, ppo_policy_loss, (logprobs, old_logprobs[at], A[at], piece.mask),
+                                    {"clip": config.clip_ratio, "n_tokens": n_tokens}, clips=("clip",))  # fmt: skip
                     loss_v, metrics_v = value_loss(
                         values, old_values[at], returns[at], piece.mask, config.clip_value, n_tokens=n_tokens
                     )

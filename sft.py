@@ -77,6 +77,7 @@ from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import ConfigError, DivergedError
 from support.lora_files import LoraState
+from support.recorder import Recorder, RecordFlags
 from support.records import drop_too_long
 from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, saved_run, start_name
 from support.sft_report import report, write_samples
@@ -262,7 +263,7 @@ START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "t
 
 
 @dataclass
-class Config(RunConfig):
+class Config(RecordFlags, RunConfig):
     """Fine-tune a pretrained decoder on worked solutions. What every stage shares is in support/runs.py."""
 
     data: str = DEFAULT_TASK
@@ -387,6 +388,7 @@ def main(config, encode=encode_example, responder=None):
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
+    recorder = Recorder(run, autocast, valid=problems["valid"])
     if dist.is_main:
         print(
             f"{policy.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} "
@@ -407,6 +409,7 @@ def main(config, encode=encode_example, responder=None):
         n = sum(sum(flags) for _, flags in batch)  # the tokens that count (or their weights), before the batch is cut
         own = batch[dist.rank * share : (dist.rank + 1) * share]
         own = sorted(own, key=lambda example: len(example[0]))  # examples of like lengths waste no padding
+        recorder.examples(own, n)
 
         # 2. the gradient: parts of it add up, over micro-batches and ranks
         model.train()

@@ -83,12 +83,13 @@ def fail(problem):
     tell_others(problem)
 
 
-def run_script(main, cls, description=None, demo=None):
+def run_script(main, cls, description=None, demo=None, parse=None):
     """The entry point of every script: main(config from the flags). Errors that the user can fix are printed as one
-    line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main."""
+    line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main. parse() -> config,
+    instead of `parse_config` on `cls`."""
     prepare_output()
     try:
-        main(join(parse_config(cls, description=description, demo=demo)))
+        main(parse() if parse else join(parse_config(cls, description=description, demo=demo)))
         sys.stdout.flush()
         status = 0
     except (ConfigError, CheckpointError, TokenizerError, DataError) as error:

@@ -33,6 +33,7 @@ CHAPTERS = [
     "distill",
     "agent",
     "ablate",
+    "view",
 ]
 ROOMS = sorted(f"support.{path.stem}" for path in (ROOT / "support").glob("[!_]*.py"))
 

@@ -567,7 +567,7 @@ def main(config):
         A = whiten(advantages, mask, dist) if config.whiten else advantages
 
         judged = {"correct": torch.tensor(right).float().view(n, R), "score": scores, "paid": paid}  # (n, R) each
-        recorder.answers(batch, final, judged, value=old_values, target=returns, reward=rewards, A=A)
+        recorder.answers(batch, final, judged, ref=ref_logprobs, value=old_values, target=returns, reward=rewards, A=A)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")

@@ -49,7 +49,7 @@ class RecordFlags:
 
     record_groups: Whole = 3
     """How many groups (pairs, examples) of a step are recorded token by token, for view.py."""
-    record_every: Count = 20
+    record_every: Count = 30
     """Steps between recordings; the first and the last step are recorded too."""
     watch: Whole = 2
     """How many validation questions are recorded too, each time with the same random numbers; with --record_groups 0
@@ -125,7 +125,11 @@ class Recorder:
             asked = self.ask()
             groups += [self.add_group(asked, g, asked.rewards, watched=True) for g in range(len(asked.prompts))]
             prompts = prompts + asked.prompts
-        self.look_inside(groups, prompts)
+        # The update is about to tell log π_ref of the groups with a gradient, and another forward pass costs time.
+        told = [not g["watched"] and ("ref" in columns or self.learns(g)) for g in groups]
+        for known in (True, False):
+            some = [g for g, is_told in enumerate(told) if is_told == known]
+            self.look_inside([groups[g] for g in some], [prompts[g] for g in some], refer=not known)
 
     def tokens(self, rows, loss_of, tensors, options, clips=("clip_low", "clip_high")):
         """What the loss sees of a piece, at its rows of the batch. loss_of(*tensors, **options) -> (loss, metrics), of
@@ -241,6 +245,10 @@ class Recorder:
             asked.rewards["score"] = self.score(asked)
         return asked
 
+    def learns(self, group):
+        """Whether the update computes log π_ref of a group of this batch: it has a gradient, and there is a KL."""
+        return bool(getattr(self.config, "beta", None)) and any(answer["advantage"] for answer in group["answers"])
+
     def ends(self, ids):
         return ids[-1] in self.run.tokenizer.stop_ids
 
@@ -271,9 +279,9 @@ class Recorder:
                 self.record["vocab"][token] = text
 
     @torch.no_grad()
-    def look_inside(self, groups, prompts, taught=None):
+    def look_inside(self, groups, prompts, taught=None, refer=True):
         """Add what the policy, before this step's update, thinks of each token: "logp", "entropy", "top" (TOP times id
-        and probability), and with a reference "ref", its log π. taught: the prompts as a teacher reads them; then also
+        and probability), and with a reference, unless `refer` is false, "ref", its log π. taught: the prompts as a teacher reads them; then also
         "divergence", "kl", "forward_kl" and "ref_top"."""
         for answer in (answer for group in groups for answer in group["answers"]):
             self.spell(answer["ids"])
@@ -290,7 +298,7 @@ class Recorder:
             ids = [a["ids"] + [0] * (T - len(a["ids"])) for group_answers in answers for a in group_answers]
             ids = torch.tensor(ids, device=device)[..., None]  # (k, T, 1)
             columns |= {"logp": log_p.gather(2, ids)[..., 0], "top": log_p.topk(min(TOP, V), dim=-1)}
-            if self.reference is not None:
+            if self.reference is not None and refer:
                 log_r = self.reference_distributions([(taught or prompts)[g] for g, _ in some], answers, taught)
                 log_r = log_r[..., :V]  # a teacher's embedding may be padded further
                 columns["ref"] = log_r.gather(2, ids)[..., 0]

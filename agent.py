@@ -87,7 +87,8 @@ from support.devices import precision, setup
 from support.grpo_report import Look, rollout_sums, step_record, tally
 from support.lora_files import LoraState
 from support.questions import load_question_splits
-from support.rewards import reward_functions
+from support.recorder import Recorder
+from support.rewards import judge_batch, reward_functions
 from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
 from support.runs import Run
 from support.shared_prompt import shared_answer_logprobs
@@ -312,6 +313,8 @@ def main(config):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
     look = Look(run, problems, functions, reward_weights, init, respond)
     look.before()
+    seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(grpo.REWARDS, some, config)}
+    recorder = Recorder(run, autocast, reference=reference, temperature=config.temperature, **seen)
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
     loss_of = grpo.loss_with(config)
@@ -329,6 +332,7 @@ def main(config):
         # 3. compare within the group, over all ranks; a trajectory counts once, however many turns it has
         rewards, lengths = dist.gather(reward_sums(paid, reward_weights)), dist.gather(mask.sum(1).view(n, -1).cpu())
         advantages = group_advantages(rewards, config.scale, config.baseline, lengths)[slots]  # (N, R) -> (n, R)
+        recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
         trained = advantages.ne(0).any(1) & mask.reshape(n, -1).any(1).cpu()  # (n,) groups with a gradient
@@ -350,7 +354,9 @@ def main(config):
                     with autocast():  # of all tokens, whoever wrote them; piece.mask (b, T) is m
                         logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
-                    loss, metrics = loss_of(logprobs, old_logprobs[rows, :T], A[rows], piece.mask, ref, **counts)
+                    inputs = logprobs, old_logprobs[rows, :T], A[rows], piece.mask, ref
+                    loss, metrics = loss_of(*inputs, **counts)
+                    recorder.tokens(rows, loss_of, inputs, counts)
                     # × world, because DDP averages over the ranks and v_t already counts them all
                     scaler.scale(loss * dist.world).backward()
                 tally(update_sums, metrics, piece.mask.sum().item())

@@ -152,6 +152,9 @@ class Recorder:
         for i, row in enumerate(rows[i] for i in here):
             answer = self.rows[row]
             answer |= {name: numbers(x[i, : len(answer["ids"])]) for name, x in columns.items()}
+            if "tool" in answer:  # whoever did not write a token has no log π_old of it, unless the loss counts it
+                known = zip(answer["old"], answer["tool"], tensors[3][i].tolist(), strict=False)
+                answer["old"] = [old if own or not tool else None for old, tool, own in known]
 
     def examples(self, own, n):
         """Some of this rank's examples of an SFT step, (ids, flags) each, n the sum of the step's flags; and the
@@ -263,6 +266,8 @@ class Recorder:
         for r in range(R):
             answer = {"ids": batch.answers[g][r], "ended": bool(batch.ended[g, r])}
             answer["rewards"] = {name: short(values[g, r].item()) for name, values in rewards.items()}
+            if getattr(batch.rollout, "written", None) is not None:  # agent.py's tools
+                answer["tool"] = numbers(batch.rollout.written[g * R + r, : len(answer["ids"])].int())
             if advantages is not None:
                 answer["advantage"] = short(advantages[r].item())
             group["answers"].append(answer)
@@ -281,8 +286,8 @@ class Recorder:
     @torch.no_grad()
     def look_inside(self, groups, prompts, taught=None, refer=True):
         """Add what the policy, before this step's update, thinks of each token: "logp", "entropy", "top" (TOP times id
-        and probability), and with a reference, unless `refer` is false, "ref", its log π. taught: the prompts as a teacher reads them; then also
-        "divergence", "kl", "forward_kl" and "ref_top"."""
+        and probability), and with a reference, unless `refer` is false, "ref", its log π. taught: the prompts as a
+        teacher reads them; then also "divergence", "kl", "forward_kl" and "ref_top"."""
         for answer in (answer for group in groups for answer in group["answers"]):
             self.spell(answer["ids"])
         if not self.looks_inside:

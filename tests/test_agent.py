@@ -38,6 +38,7 @@ from support import calls_start, devices, runs
 from support.checkpoints import open_checkpoint
 from support.cli import parse_config, run_script
 from support.errors import ConfigError
+from support.recorder import read_records
 from support.rollouts import Sampler
 from support.shared_prompt import pack, shared_answer_logprobs
 from support.tools import ask, load_tools
@@ -809,3 +810,27 @@ def test_the_sampler_asks_what_it_is_given(here):
     assert plain.rollout.written is None
     assert ours.rollout.written.any()
     assert [len(ids) for group in ours.answers for ids in group] == [len(ids) for ids in ours.rollout.rows]
+
+
+@pytest.mark.parametrize("train_on_tools", [False, True])
+def test_a_record_tells_whose_tokens_are_whose_and_changes_nothing(here, train_on_tools):
+    for name, groups in (("seen", 3), ("unseen", 0)):
+        some = dict(record_groups=groups, watch=min(groups, 2), record_every=1)
+        agent.main(config(name=name, steps=3, train_on_tools=train_on_tools, **some))
+    assert_same_weights("runs/seen/last", "runs/unseen/last")
+    for name in ("loss", "reward", "grad_norm", "calls", "accuracy"):
+        assert metrics("runs/seen", name) == metrics("runs/unseen", name), name
+    _, records = read_records("runs/seen")
+    pulled = by_tool = 0
+    for record, group in ((r, group) for r in records for group in r["groups"]):
+        for a in group["answers"]:
+            written = "".join(record["vocab"][str(i)] for i, tool in zip(a["ids"], a["tool"], strict=True) if tool)
+            text = "".join(record["vocab"][str(i)] for i in a["ids"])
+            assert written == "".join(re.findall(r"<<[^<>=]*=([^<>]*>>)", text))
+            by_tool += len(written)
+            for gets, old, tool in zip(a.get("gets", ()), a.get("old", ()), a["tool"], strict=False):
+                assert train_on_tools or not tool or (gets, old) == (0, None)
+                assert old is not None or tool
+                pulled += tool and gets != 0
+    assert by_tool > 0
+    assert (pulled > 0) == train_on_tools

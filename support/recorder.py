@@ -20,6 +20,7 @@ columns, lists with a number for each id, of which support/view_page.py says wha
 
 import gzip
 import math
+import re
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -188,9 +189,9 @@ class Recorder:
             return
         chosen = [own_pairs[i] for i in spread(len(own_pairs), self.config.record_groups)]
         rows = chosen + self.watched
-        sides, decode = sides_of(rows[0]), self.run.tokenizer.decode
+        sides, question_of = sides_of(rows[0]), self.question_of
         for k, row in enumerate(rows):
-            group = self.new_group(decode(row["prompt"]), "", watched=k >= len(chosen))
+            group = self.new_group(question_of(row["prompt"]), "", watched=k >= len(chosen))
             labels = ["good" if row["good"] else "bad"] if "good" in row else sides
             group["answers"] = [
                 {"ids": row[side], "label": label, "ended": self.ends(row[side])}
@@ -215,11 +216,11 @@ class Recorder:
         student and teacher think at each token. n_tokens: of the step."""
         if not self.begin():
             return
-        chosen, decode = spread(len(texts.prompts), self.config.record_groups), self.run.tokenizer.decode
+        chosen, question_of = spread(len(texts.prompts), self.config.record_groups), self.question_of
         prompts, taught = ([some[g] for g in chosen] for some in (texts.prompts, texts.teacher_prompts))
         by_student = [texts.by_student[g] for g in chosen]
         for g, student in zip(chosen, by_student, strict=True):
-            group = self.new_group(decode(texts.prompts[g]), "")
+            group = self.new_group(question_of(texts.prompts[g]), "")
             label = "by the student" if student else "by the teacher"
             group["answers"] = [{"ids": ids, "label": label, "ended": self.ends(ids)} for ids in texts.answers[g]]
         if self.watched:
@@ -251,6 +252,12 @@ class Recorder:
     def learns(self, group):
         """Whether the update computes log π_ref of a group of this batch: it has a gradient, and there is a KL."""
         return bool(getattr(self.config, "beta", None)) and any(answer["advantage"] for answer in group["answers"])
+
+    def question_of(self, prompt):
+        """A prompt's ids as text, without the marks of the chat template; of a longer one with the speakers."""
+        text = self.run.tokenizer.decode(prompt)
+        turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.S)
+        return "\n".join(f"{role}: {content}" if len(turns) > 1 else content for role, content in turns) or text
 
     def ends(self, ids):
         return ids[-1] in self.run.tokenizer.stop_ids
@@ -408,7 +415,8 @@ def packed_line(x):
 
 def start_file(path, run):
     """A new file, or of a run that is resumed its file without the records of later steps."""
-    header = {"about": (type(run.config).__doc__ or "").partition("\n")[0], "config": asdict(run.config)}
+    about = (type(run.config).__doc__ or "").partition("\n")[0].partition(". ")[0].rstrip(".")
+    header = {"about": about, "config": asdict(run.config)}
     lines = list(lines_of(path)) if run.first and path.is_file() else []
     if lines and "config" in lines[0]:
         header = lines[0]

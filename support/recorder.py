@@ -207,7 +207,8 @@ class Recorder:
             for group, slope in zip(groups, gradient.tolist(), strict=True):
                 answer = group["answers"][i]
                 answer["log_ratio"] = short(sum(answer["logp"]) - sum(answer["ref"]))
-                answer["gets"] = [short(-slope)] * len(answer["ids"])
+                if not group["watched"]:
+                    answer["gets"] = [short(-slope)] * len(answer["ids"])
         for group in groups:
             group["margin"] = short(group["answers"][0]["log_ratio"] - group["answers"][-1]["log_ratio"])
 

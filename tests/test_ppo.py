@@ -411,7 +411,9 @@ def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
     monkeypatch.setattr(ppo, "optimizer_steps", step)
     tau, gamma, lam, beta, fine = 0.8, 0.9, 0.7, 0.3, 0.25
     changes = dict(temperature=tau, gamma=gamma, lam=lam, kl_beta=beta, missing_end=fine, value_weight=0.5)
-    ppo.main(config(steps=1, minibatches=1, baseline="none", whiten=False, dtype="fp32", stop_kl=0.0, watch=0, **changes))
+    ppo.main(
+        config(steps=1, minibatches=1, baseline="none", whiten=False, dtype="fp32", stop_kl=0.0, watch=0, **changes)
+    )
 
     (raw, reference, judge), batch = seen["models"], seen["batch"]
     prompts, rollout, ended = batch.prompts, batch.rollout, batch.ended.flatten()

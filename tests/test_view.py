@@ -256,6 +256,9 @@ def test_dpo_records_both_answers(here, checkpoints):
             close(a["log_ratio"], (logp - ref).sum(), atol=2e-3)
             sums.append((logp - ref).sum())
         close(group["margin"], sums[0] - sums[1], atol=2e-3)
+        if group["watched"]:
+            assert "gets" not in chosen
+            continue
         weight = 0.4 * torch.sigmoid(-0.4 * (sums[0] - sums[1]))
         close(chosen["gets"], ((weight + 0.7 / len(chosen["ids"])) / 6).expand(len(chosen["ids"])), rtol=1e-3)
         close(rejected["gets"], (-weight / 6).expand(len(rejected["ids"])), rtol=1e-3)
@@ -267,7 +270,7 @@ def test_sft_records_what_is_trained_and_what_is_masked(here, checkpoints):
     records = train("sft", name="sft")
     tokenizer = BPETokenizer.from_pretrained("start")
     for record in records:
-        policy = opened(checkpoints[record["step"]])
+        policy, counts = opened(checkpoints[record["step"]]), set()
         for group in record["groups"]:
             (a,) = group["answers"]
             text = tokenizer.decode(a["ids"])
@@ -280,8 +283,10 @@ def test_sft_records_what_is_trained_and_what_is_masked(here, checkpoints):
             if not group["watched"]:
                 n = a["weight"][prompt] / a["gets"][prompt]
                 assert math.isclose(n, round(n), rel_tol=1e-4)
-                assert n > sum(a["weight"])  # the tokens of all six examples
+                assert n > sum(a["weight"])
+                counts.add(round(n))
                 close(a["gets"][prompt:], torch.tensor(a["weight"][prompt:]) / n)
+        assert len(counts) == 1  # the trained tokens of all six examples
     with_steps = [[g["answers"][0]["logp"] for g in r["groups"] if g["watched"]] for r in records]
     assert with_steps[0] != with_steps[2]
 
@@ -395,11 +400,11 @@ def test_a_file_that_breaks_off_is_read_as_far_as_it_goes(scratch):
         {"step": 1, "groups": [], "vocab": {}},
         {"step": 2, "groups": [], "vocab": {}},
     ]
-    whole = b"".join(map(packed_line, lines))
+    whole, ends = b"".join(map(packed_line, lines)), list(itertools.accumulate(len(packed_line(x)) for x in lines))
     for size in range(len(whole) + 1):
         (scratch / FILE).write_bytes(whole[:size])
         read = list(lines_of(scratch / FILE))
-        assert read == lines[: len(read)]
+        assert read == lines[: sum(size >= end for end in ends)]
     assert read == lines
     (scratch / FILE).write_bytes(b"no gzip")
     with pytest.raises(DataError, match="cannot be read"):

@@ -2,6 +2,7 @@
 
     python view.py runs/grpo                       writes runs/grpo/view.html: open it in a browser, from disk
     python view.py runs/dpo --output pairs.html
+    python view.py --demo                          what two answers of two tokens get, by hand
 
 A run of grpo.py, gdpo.py, ppo.py, dpo.py, sft.py or distill.py records a few groups of answers as it trains
 (--record_groups, --record_every, --watch; support/recorder.py). The page shows a step's groups side by side. Each token
@@ -13,13 +14,34 @@ same random numbers at each, so what changes is the policy.
 import argparse
 from pathlib import Path
 
-from support.cli import run_script
+import torch
+
+from grpo import grpo_loss
+from support.cli import Demo, run_script
 from support.files import must_write, write_whole
-from support.view_page import page_of
+from support.recorder import pull
+from support.view_page import page_of, visible
+
+
+def demo():
+    """What two answers of two tokens get, by hand; how a text that would disturb the page is shown."""
+    old = torch.tensor([[0.5, 0.8], [0.5, 0.9]]).log()  # (B, T) log π_old
+    rho, A = torch.tensor([[1.3, 1.05], [1.1, 0.7]]), torch.tensor([1.0, -1.0])  # (B, T), (B,)
+    gets = pull(grpo_loss, (old + rho.log(), old, A, torch.ones(2, 2)), {"clip_low": 0.2, "clip_high": 0.2})
+    by_hand = torch.tensor([[0.0, 1.05], [-1.1, 0.0]]) / 4  # A ρ / (2 answers · 2 tokens), or 0 where the clip stops
+    torch.testing.assert_close(gets, by_hand)
+    print("two answers of two tokens, the clip at 0.8 and 1.2   first, right: A = 1     second, wrong: A = −1")
+    for name, x in (("ratio ρ = π / π_old", rho), ("gets, −∂loss/∂log π = A ρ / 4, or 0", gets)):
+        print(f"{name:<53}" + "".join(f"{first:+8.4f} {second:+8.4f}       " for first, second in x.tolist()).rstrip())
+    print("the tint: blue above 0, orange below, none at 0; dotted where the clip stops: the first token and the last")
+    hostile = "\u202e<b>\x07"
+    assert visible(hostile) == "\\u202e<b>\\x07"
+    print(f"a text that turns the line around, a tag and a bell are shown as they are written: {visible(hostile)}")
 
 
 def parse(args=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--demo", action=Demo, demo=demo, help="print a small example worked by hand, and exit")
     parser.add_argument("run", help="a run directory, such as runs/grpo")
     parser.add_argument("--output", help="the page; default: view.html in the run directory")
     return parser.parse_args(args)

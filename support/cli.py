@@ -44,7 +44,7 @@ class _Parser(jsonargparse.ArgumentParser):
         return self.parse_string(text, os.path.basename(path), *args, **kwargs)
 
 
-class _Demo(argparse.Action):
+class Demo(argparse.Action):
     """--demo: run the chapter's worked example and exit, as --help does."""
 
     def __init__(self, option_strings, dest, demo, help=None):
@@ -64,7 +64,7 @@ def parse_config(cls, args=None, description=None, demo=None):
     parser.add_argument("--config", action="config", help="YAML file of settings; the flags after it override it")
     if demo:
         parser.add_argument(
-            "--demo", action=_Demo, demo=demo, help="print a small example worked by hand, in seconds, and exit"
+            "--demo", action=Demo, demo=demo, help="print a small example worked by hand, in seconds, and exit"
         )
     parser.add_class_arguments(cls)
     for arg in sys.argv[1:] if args is None else args:

@@ -151,7 +151,7 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
     monkeypatch.setattr(grpo, "roll_out", see)
     monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: (used.append(a[2]), loss(*a, **k))[1])
     for options in ({}, {"conditioned": ["brevity"]}, {"combine": "sum"}):
-        settings = config(brevity_weight=0.3, max_new_tokens=20, micro_batch=6, **options)
+        settings = config(brevity_weight=0.3, max_new_tokens=20, micro_batch=6, record_groups=0, **options)
         used.clear()
         gdpo.main(settings)
         rewards = torch.stack([seen[-1].rewards[name] for name in ("correct", "format", "brevity")], dim=-1)

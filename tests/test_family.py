@@ -409,7 +409,9 @@ def test_a_run_uses_its_row(here, spied, monkeypatch, name):  # noqa: F811
 
     monkeypatch.setattr(grpo, "grpo_loss", see)
     monkeypatch.setattr(grpo, "reference_logprobs", reference_logprobs)
-    flags = SMALL | dict(steps=1, algorithm=name, micro_batch=64, inner_epochs=2, max_new_tokens=9, beta=None)
+    flags = SMALL | dict(
+        steps=1, algorithm=name, micro_batch=64, inner_epochs=2, max_new_tokens=9, beta=None, record_groups=0
+    )
     grpo.main(Config(**flags))
     (batch,) = spied["batches"]
     rewards = (batch.rewards["correct"] + 0.5 * batch.rewards["format"]).double()

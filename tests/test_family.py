@@ -445,7 +445,7 @@ def test_whitening_trains_groups_that_all_earn_the_same(here, spied, monkeypatch
     monkeypatch.setitem(grpo.REWARDS, "correct", long_questions)
     rows = []
     monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: (rows.append(len(a[2])), grpo_loss(*a, **k))[1])
-    flags = dict(steps=1, prompts=8, micro_batch=64, format_weight=0.0, max_new_tokens=40)
+    flags = dict(record_groups=0, steps=1, prompts=8, micro_batch=64, format_weight=0.0, max_new_tokens=40)
     grpo.main(config(algorithm="reinforce++-baseline", **flags))
     silent = metrics("runs/grpo", "zero_variance")[1]  # that their answers earn the same is logged all the same
     assert 0 < silent < 1

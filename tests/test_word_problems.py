@@ -169,7 +169,7 @@ def test_the_default_problems_are_what_they_were():
         digest.update(repr(built_in.word_problems(split, 300, (1, 2, 3), 5)).encode())
         digest.update(repr(built_in.narrative_texts("train", 300, 3)).encode())
     digest.update(repr(built_in.narrative_entropy(300)).encode())
-    assert digest.hexdigest()[:16] == "3f3c8018bc3dcb34"
+    assert digest.hexdigest()[:16] == "b60df4edf91d1942"
 
 
 def test_large_numbers():
@@ -435,6 +435,10 @@ def test_narratives():
             a, b, c = int(a), int(b), int(c)
             assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b * c == a}[op], text
     assert {op for text in texts for op in re.findall(r" ([-+*/]) ", text)} == set("+-*/")
+    orders = ["".join("=" if "=" in s else "s" for s in re.split(r"(?<=[.]) ", text)) for text in texts]
+    two_steps = [order for order in orders if order.count("=") == 2]  # s: the scene or a sentence, =: arithmetic
+    assert set(two_steps) == {"ss=s=", "sss==", "sss=s=", "ssss=="}
+    assert 0.45 < sum(order.endswith("==") for order in two_steps) / len(two_steps) < 0.55
     names = " ".join(texts)
     assert all(name in names for name in built_in.MEN + built_in.WOMEN)
 

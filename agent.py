@@ -244,9 +244,7 @@ class Config(grpo.Config):
     """Train a policy that calls tools, with verifiable rewards (GRPO)."""
 
     data: str = LARGE_TASK
-    """The name of a task, gsm8k, or the path of a .jsonl of questions and answers."""
     levels: list[int] = field(default_factory=lambda: [2, 3])
-    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     name: str = "agent"
     tools: list[str] = field(default_factory=lambda: ["calculator"])
     """What the policy may call: calculator, or tools of your own as module:name. '[]': none."""
@@ -257,9 +255,7 @@ class Config(grpo.Config):
     train_on_tools: bool = False
     """The mistake, to see it: the tools' tokens count in the loss as if the policy had sampled them."""
     steps: Count = 300
-    """Batches of rollouts."""
     prompts: Count = 16
-    """Questions N per step, over all ranks."""
     max_new_tokens: Count = 120
     """Longest answer, in tokens, with those of the tools."""
     lr: Amount = 3e-4
@@ -296,8 +292,7 @@ def main(config):
 
     def signal_of(batch):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
-        rewards = reward_sums(paid_rewards(batch, reward_weights, config), reward_weights)  # (n, R)
-        return group_advantages(rewards, "none", config.baseline).ne(0).any(1)
+        return grpo.advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
     respond = responder(tokenizer)
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, respond=respond)

@@ -11,17 +11,17 @@ y_t, 0 where a tool wrote it:
     ∇log p(y)    = Σ_t m_t ∇log π(y_t | q, y_<t)                                  because ∇P = 0
     ∇E[r(y)]     = E[(r(y) − c) Σ_t m_t ∇log π(y_t | q, y_<t)]                    any c that does not see y
 
-So this is grpo.py with the mask m: loss, ratio, clip, KL, |y| and every count of tokens are those of the policy's
-tokens. Attention sees all tokens. A trajectory is one answer, however many turns it has: it earns one reward, has one
-advantage, and counts once in the statistics of its group.
+So this is grpo.py with the mask m: loss, ratio, clip, KL and |y| are those of the policy's tokens. Attention sees all
+tokens, and --max_new_tokens counts them all. A trajectory is one answer, however many turns it has: it earns one
+reward, has one advantage, and counts once in the statistics of its group.
 
 One step, for one process (main has the same parts; the loss and the advantages are grpo.py's):
 
     for t in range(max_new_tokens):                  one `generate` for all rows, each in a turn of its own  1. ask
-        token = sample(π)                            mask True
-              | queue.pop()                          where a tool is answering: mask False
-        if the row's text now ends with a call:
-            queue = encode(tool(question) + ">>")    ids are appended, never decoded and encoded again
+        if queue: token = queue.pop(0)               a tool is answering: mask False
+        else:     token = sample(π)                  mask True
+                  if the policy's text now ends with a call:
+                      queue = encode(tool(question) + ">>")      ids, never decoded and encoded again
     batch   = ids, mask, log π_old                   (N·R, T) each, T with the tools' tokens
               and the rewards of each answer         (N, R, 2)                                               2. judge
     A       = group_advantages(rewards · weights)    (N, R) one per trajectory                               3. compare
@@ -33,24 +33,24 @@ One step, for one process (main has the same parts; the loss and the advantages 
 
 The defaults run it on stories with numbers of up to four digits, in two or three steps (data.LARGE_TASK). Without
 --init the script makes its own start: a short pretraining on such stories, then SFT on 300 demonstrations of calls, in
-which the calculator's tokens have no loss either, until half of the answers are right. Of grpo.py's options, refills,
-other samplers, a moving reference, a KL in the reward and --mask_truncated are not here.
+which the calculator's tokens have no loss either, until half of the answers are right. Some of grpo.py's options are
+not here (support/calls_start.py lists them) and are refused.
 
 Traps:
   * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). They are not π's, so the
-    gradient is another one, and large: π finds most digits of 3127 · 24 unlikely (`demo`; results/agent_word.md).
+    gradient is another one (`demo`), and large: π finds most digits of 3127 · 24 unlikely (results/agent_word.md).
   * Decode, append, encode. A text has one canonical list of ids, and a policy samples others too. Then ρ compares the
     log-probabilities of different tokens; and a merge may reach across the end of a tool's answer (`demo`).
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.
-  * A call that the length limit cuts off is no call, and the trajectory is scored as it stands. To leave it out would
-    hide from the policy what its length costs.
+  * A call or an answer that the length limit cuts off stays so, and the trajectory is scored as it stands. To leave it
+    out would hide from the policy what its length costs.
+  * A call ends with its last token. Where the tokenizer has one for `=⏎`, say, a call that ends with it is never seen.
   * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. What it is
     asked comes from a policy: its function must stand any text, so no `eval`.
 
 Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime do not).
-A tool of your own, in own.py, is found by --tools '[own:prices,calculator]'; the first whose pattern fits answers:
-
-    prices = Tool("prices", r"<<price of (\w+)=", lambda thing: {"kite": "12"}.get(thing, "error: no such thing"))
+A tool of your own, such as `prices` in `demo`, is found in own.py by --tools '[own:prices,calculator]'; the first whose
+pattern fits answers.
 
 Run it:
     python agent.py --demo                                             # masks and gradients by hand
@@ -66,7 +66,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -92,7 +91,7 @@ from support.rewards import judge_batch, reward_functions
 from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
 from support.runs import Run
 from support.shared_prompt import shared_answer_logprobs
-from support.tools import ask, code_of_tools, load_tools
+from support.tools import ask, code_of_tools, load_tools, turns
 from support.verdict import look_first
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 
@@ -130,22 +129,23 @@ class Calls:
 
     def __init__(self, tools, tokenizer, rows):
         self.tools, self.tokenizer = tools, tokenizer
-        self.text = [""] * rows  # what the policy has written since the last answer of a tool
+        self.own = [[] for _ in range(rows)]  # ids that the policy has sampled since the last answer of a tool
         self.queue = [[] for _ in range(rows)]  # ids of a tool's answer that are still to come
-        self.given = [-1] * rows  # the id that the row takes at this step, −1: it samples
+        self.forced = [-1] * rows  # the id that the row takes instead of sampling, −1: it samples
         self.answers = []  # of all calls, for the record
 
     def __call__(self, ids, live):
-        """The newest tokens (B,), and whose rows go on (B,) -> the next ids (B,), −1 where a row samples."""
+        """The newest tokens (B,), and which rows wrote one (B,) -> the next ids (B,), −1 where a row samples."""
         newest = ids.tolist()
         for row in live.nonzero().flatten().tolist():
-            if self.given[row] < 0:  # the policy wrote this token
-                self.text[row] += self.tokenizer.decode_answer([newest[row]])
-                if (answer := answer_of(self.tools, self.text[row])) is not None:
+            if self.forced[row] < 0:  # the newest token was sampled
+                self.own[row].append(newest[row])
+                text = self.tokenizer.decode_answer(self.own[row])  # of all: a letter may be spread over two tokens
+                if (answer := answer_of(self.tools, text)) is not None:
                     self.answers.append(answer)
-                    self.queue[row], self.text[row] = self.tokenizer.encode(answer), ""
-            self.given[row] = self.queue[row].pop(0) if self.queue[row] else -1
-        return torch.tensor(self.given)
+                    self.queue[row], self.own[row] = self.tokenizer.encode(answer), []
+            self.forced[row] = self.queue[row].pop(0) if self.queue[row] else -1  # for the next step
+        return torch.tensor(self.forced)
 
 
 class WithTools:
@@ -156,29 +156,19 @@ class WithTools:
 
     def __call__(self, model, prompts, max_new_tokens, n=1, *more, **options):
         calls = Calls(self.tools, self.tokenizer, len(prompts) * n)
-        self.answers = calls.answers  # of the last call, for the record
+        self.answers = calls.answers  # of the last `generate`, for the record
         return generate(model, prompts, max_new_tokens, n, *more, write=calls, **options)
 
     def sums(self):
-        """Of the last call, over its rows: {metric: number}."""
+        """Of the last `generate`, over its rows: {metric: number}."""
         return {"calls": len(self.answers), "call_errors": sum(a.startswith("error") for a in self.answers)}
-
-
-def turns(text, tools):
-    """A solution with its calls -> [(text, whether it is the policy's), …], as a row would be written:
-    "a <<3*4=12>>12" -> [("a <<3*4=", True), ("12>>", False), ("12", True)]."""
-    patterns, parts, start = "|".join(tool.pattern for tool in tools), [], 0
-    for call in re.finditer(rf"(?:{patterns})(?P<answer>[^<>]*{END})", text) if tools else ():
-        parts += [(text[start : call.start("answer")], True), (call["answer"], False)]
-        start = call.end()
-    return [*parts, (text[start:], True)]
 
 
 def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
     """-> ids, flags, as sft.encode_example: True on what the policy is to learn, False on what a tool writes. Each turn
     is encoded by itself, as it is written by itself."""
-    ids, flags = tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)
-    for text, by_policy in turns(problem.calls or problem.solution, tools):
+    ids, flags = tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)  # without the solution
+    for text, by_policy in turns(problem.calls or problem.solution, tools, END):  # calls: the solution with <<…>>
         part = tokenizer.encode(text)
         ids, flags = ids + part, flags + [by_policy] * len(part)
     return [*ids, tokenizer.im_end_id], [*flags, True]
@@ -220,19 +210,17 @@ def demo():
     i, j, k = torch.tensor(list(itertools.product((0, 1), repeat=3))).T  # (8,) each: all trajectories
     logprobs = torch.stack([call[i], guess[i, j], last[i, j, k]], dim=1)  # (8, 3)
     p, r = (call[i] + last[i, j, k]).exp() * P[i, j], (j * k).float()  # (8,) their probabilities, and rewards
-    exact = torch.autograd.grad((p * r).sum(), logits[::2], retain_graph=True)
-    print(
-        "call a or b, an answer, write 0 or 1: E[r] = 1/4. Its gradient by the logit of   call a   the tool's 1 after a"
-    )
-    print(f"  exact{exact[0][0]:+80.4f}   0")
-    for name, mask, wrong in (("−∇loss, m = 1 0 1", [1, 0, 1], 0.0), ("−∇loss, all tokens", [1, 1, 1], 1 / 16)):
-        A = (8 * p * (r - 1 / 4)).detach()  # the loss is a mean over 8 trajectories, of which each comes with p
+    exact = torch.autograd.grad((p * r).sum(), (logits[0], logits[2]), retain_graph=True)
+    print("call a or b, an answer, write 0 or 1: the gradient of E[r] = 1/4, and what the loss makes of it")
+    print(f"  {'by the logit of':<24}call a   the tool's 1 after a\n  {'exact':<24}{exact[0][0]:+.4f}  {0:+.4f}")
+    for name, mask, wrong in (("m = 1 0 1", [1, 0, 1], 0.0), ("all tokens", [1, 1, 1], 1 / 16)):
+        A = 8 * p.detach() * (r - 1 / 4)  # the loss is a mean over 8 trajectories, each of which comes with p
         options = {"mask": torch.tensor([mask] * 8), "loss_type": "dr_grpo", "max_length": 1}
         loss, _ = grpo_loss(logprobs, logprobs.detach(), A, **options)
         of_call, of_guess, of_last = (-g for g in torch.autograd.grad(loss, logits, retain_graph=True))
         torch.testing.assert_close([of_call, of_last], list(exact))
         torch.testing.assert_close(of_guess[0, 1], torch.tensor(wrong))
-        print(f"  {name:<20}{of_call[0]:+65.4f}{of_guess[0, 1].abs():+10.4f}")
+        print(f"  {'−∇loss, ' + name:<24}{of_call[0]:+.4f}  {of_guess[0, 1]:+.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,13 +257,6 @@ class Config(grpo.Config):
         check_agent(self)
 
 
-def start(config, dist):
-    """-> --init, or the start that is made for this run; and a function of the tokenizer that makes its `WithTools`."""
-    tools = load_tools(config.tools, TOOLS)
-    responder, encode = partial(WithTools, tools), partial(encode_demonstration, tools=tools)
-    return config.init or calls_start(config, dist, tools, encode, responder), responder
-
-
 def main(config):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     began = time.perf_counter()
@@ -284,9 +265,11 @@ def main(config):
     slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
     autocast, scaler = precision(config.dtype, dist)
     functions, reward_weights = reward_functions(config, grpo.REWARDS)
-    init, responder = start(config, dist)
+    tools = load_tools(config.tools, TOOLS)
+    init = config.init or calls_start(config, dist, tools, encode_demonstration, WithTools)
     policy, tokenizer, path = open_checkpoint(init, dist.device)
-    reference = policy if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval()  # less its adapters
+    # with LoRA the reference is the policy without its adapters (grpo.reference_logprobs)
+    reference = policy if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval()
     add_lora(policy, **asdict(config.lora), seed=config.seed)
     problems, pad = load_question_splits(config, tokenizer, policy.config.context, dist), tokenizer.endoftext_id
 
@@ -294,7 +277,7 @@ def main(config):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
         return grpo.advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
-    respond = responder(tokenizer)
+    respond = WithTools(tools, tokenizer)
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast, respond=respond)
     if not config.resume:
         look_first(sample, slots, signal_of, functions, reward_weights, path, config, dist)
@@ -320,7 +303,7 @@ def main(config):
         totals = rollout_sums(batch, paid, reward_weights, signal_of(batch)) | respond.sums()
         mask, old_logprobs = batch.rollout.mask, batch.rollout.logprobs  # (n·R, T) each: m, and log π_old where m = 1
         if config.train_on_tools:
-            mask = mask | batch.rollout.written
+            mask = mask | batch.rollout.written  # (n·R, T) True on what a tool wrote, which has no sampled log π_old
             pieces = cut(batch, range(n), mask, config.micro_batch, pad)
             old_logprobs = piece_logprobs(policy, pieces, batch, config.temperature, autocast)
 

@@ -1,5 +1,6 @@
 """What agent.py starts from where --init names nothing: a checkpoint that was shown how tools are called."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import sft
@@ -28,9 +29,9 @@ def check_agent(config):
         raise ConfigError("--init is a checkpoint that calls tools already, --teach one that is taught to: give one")
 
 
-def calls_start(config, dist, tools, encode, responder):
+def calls_start(config, dist, tools, encode_demonstration, with_tools):
     """SFT on demonstrations of calls, of --teach or a pretrained start; made once, under runs/start, and reused ->
-    its path. Without tools: the start of grpo.py. encode, responder: see `sft.main`."""
+    its path. Without tools: the start of grpo.py. The last two: agent.encode_demonstration and agent.WithTools."""
     if not tools and not config.teach:
         return sft.sft_start(config, dist)
     run_path(config)  # raises on a bad --name or --resume before a start is made
@@ -45,7 +46,7 @@ def calls_start(config, dist, tools, encode, responder):
         settings |= {"micro_batch": config.micro_batch}
 
     def main(settings):
-        return sft.main(settings, encode, responder)
+        return sft.main(settings, partial(encode_demonstration, tools=tools), partial(with_tools, tools))
 
     what = "no --init given: fine-tuning on demonstrations of calls"
     name = start_name(config.data, config.seed, "-".join(["calls", *(tool.name for tool in tools)]))

@@ -30,6 +30,7 @@ from data import DEFAULT_TASK, encode_prompt, find, load_problems, load_text
 from evaluate import evaluate, evaluate_samples, sampled_kl
 from generate import generate
 from grpo import format_reward
+from support.calls_start import calls_start
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.copy_lines import DISTANCES, MOST_DOTS, copy_line
@@ -38,6 +39,7 @@ from support.errors import DataError
 from support.log import read_metrics
 from support.shifted import SHIFTS, shifted_problems
 from support.teachers import student_start, teacher_start
+from support.tools import load_tools
 from tokenizer_bpe import SPECIAL_TOKENS
 from transformer import Transformer, TransformerConfig
 
@@ -190,14 +192,15 @@ def measure_start(config):
     dist = setup()
     if config.start == "calls":
         of_agent = agent.Config(seed=config.seed, tools=config.tools)
-        init, responder = agent.start(of_agent, dist)
+        tools = load_tools(of_agent.tools, agent.TOOLS)
+        init = calls_start(of_agent, dist, tools, agent.encode_demonstration, agent.WithTools)
         data, levels, longest = of_agent.data, of_agent.levels, of_agent.max_new_tokens
     else:
-        init, responder = make_start(config.seed, config.start), None
+        init, tools = make_start(config.seed, config.start), []
         data, levels, longest = DEFAULT_TASK, (1, 2), NEW_TOKENS
     policy, tokenizer, path = open_checkpoint(init, dist.device)
     problems = load_problems(data, "test", config.test_problems, levels)
-    respond = responder and responder(tokenizer)
+    respond = agent.WithTools(tools, tokenizer) if tools else None
     return evaluate(policy, tokenizer, problems, longest, dist, respond=respond) | {"path": str(path)}
 
 

@@ -73,3 +73,13 @@ def code_of_tools(names, tools):
             if ":" in name:
                 files[f"the file of --tools {name}"] = Path(inspect.getsourcefile(tool.function)).read_bytes()
     return files
+
+
+def turns(text, tools, end):
+    """A solution with its calls -> [(text, whether it is the policy's), …]: the policy's, a tool's, the policy's, …
+    "a <<3*4=12>>12" -> [("a <<3*4=", True), ("12>>", False), ("12", True)]. end: what closes a tool's answer."""
+    patterns, parts, start = "|".join(tool.pattern for tool in tools), [], 0
+    for call in re.finditer(rf"(?:{patterns})(?P<answer>[^<>]*{end})", text) if tools else ():
+        parts += [(text[start : call.start("answer")], True), (call["answer"], False)]
+        start = call.end()
+    return [*parts, (text[start:], True)]

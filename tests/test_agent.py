@@ -28,7 +28,7 @@ from conftest import (
 import agent
 import grpo
 import sft
-from agent import TOOLS, Calls, Config, Tool, WithTools, calculator, encode_demonstration, turns
+from agent import END, TOOLS, Calls, Config, Tool, WithTools, calculator, encode_demonstration
 from data import LARGE_TASK, Problem, load_problems
 from evaluate import evaluate, sampled_kl
 from generate import generate
@@ -41,7 +41,7 @@ from support.errors import ConfigError
 from support.recorder import read_records
 from support.rollouts import Sampler
 from support.shared_prompt import pack, shared_answer_logprobs
-from support.tools import ask, load_tools
+from support.tools import ask, load_tools, turns
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs, token_logprobs
 
@@ -228,10 +228,10 @@ def test_a_tool_of_your_own(scratch, monkeypatch):
 
 
 def test_a_solution_is_cut_into_turns():
-    assert turns("a <<3*4=12>>12", CALCULATOR) == [("a <<3*4=", True), ("12>>", False), ("12", True)]
-    assert turns("no call", CALCULATOR) == [("no call", True)]
-    assert turns("<<3*4=12>>", []) == [("<<3*4=12>>", True)]
-    assert [by for _, by in turns("<<1+1=2>><<2+2=4>>", CALCULATOR)] == [True, False, True, False, True]
+    assert turns("a <<3*4=12>>12", CALCULATOR, END) == [("a <<3*4=", True), ("12>>", False), ("12", True)]
+    assert turns("no call", CALCULATOR, END) == [("no call", True)]
+    assert turns("<<3*4=12>>", [], END) == [("<<3*4=12>>", True)]
+    assert [by for _, by in turns("<<1+1=2>><<2+2=4>>", CALCULATOR, END)] == [True, False, True, False, True]
 
 
 def test_the_mask_of_every_token_of_a_demonstration_by_hand():
@@ -260,7 +260,7 @@ def test_earlier_answers_of_a_conversation_count_as_in_sft():
 def test_gsm8ks_annotations_are_calls():
     """And the built-in solutions get them."""
     text = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72.\n#### 72"
-    assert [part for part, by_policy in turns(text, CALCULATOR) if not by_policy] == ["24>>", "72>>"]
+    assert [part for part, by_policy in turns(text, CALCULATOR, END) if not by_policy] == ["24>>", "72>>"]
     tokenizer = ByteTokenizer()
     for problem in load_problems(LARGE_TASK, "valid", 200, (2, 3)):
         ids, flags = encode_demonstration(tokenizer, problem, tools=CALCULATOR)
@@ -291,6 +291,15 @@ class Scripted:
             newest = torch.tensor([ids[-1] for ids in rows])
             given, live = self.calls(newest, live), live & (newest != self.tokenizer.im_end_id)
         return rows, masks
+
+
+def test_a_letter_of_two_tokens_is_read_whole():
+    """é is two bytes, so two ids: decoded one by one they are no letter, and no call would be seen."""
+    prices = Tool("prices", r"<<price of (\w+)=", {"café": "3"}.get)
+    policy = Scripted(tokenizer := ByteTokenizer(), ["<<price of café=!"], [prices])
+    rows, masks = policy.write(60)
+    assert tokenizer.decode(rows[0]) == "<<price of café=3>>!<|im_end|>"
+    assert sum(masks[0]) == len(rows[0]) - len("3>>")
 
 
 def test_rows_in_different_turns_by_hand():
@@ -739,7 +748,7 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     monkeypatch.setattr(calls_start.sft, "main", see)
     monkeypatch.setattr(calls_start.sft, "sft_start", lambda *_: "plain")
     dist, tools = devices.setup("cpu"), CALCULATOR
-    encode, responder = partial(encode_demonstration, tools=tools), partial(WithTools, tools)
+    encode, responder = encode_demonstration, WithTools
     path = calls_start.calls_start(Config(), dist, tools, encode, responder)
     assert path == f"runs/start/{LARGE_TASK}-seed0-calls-calculator"
     [settings] = asked

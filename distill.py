@@ -1,37 +1,37 @@
-"""On-policy distillation: the student answers, and at every token a teacher says what it would have thought.
+"""On-policy distillation: the student answers, and at every token a teacher says how likely it finds each next one.
 
 GRPO's verifier gives one number for a whole answer. A teacher gives a distribution over the vocabulary at every token:
-no reward, no group, no luck needed, and fewer steps. The student meets its own mistakes, and learns what the teacher
-would do after them, which no text of the teacher shows.
+no reward, no group, no luck needed. The student meets its own mistakes, and learns what the teacher would do after
+them, which no text of the teacher shows.
 
-At one place of a text, π is the student's and T the teacher's distribution of the next token (no gradient in T):
+At one place of a text, π is the student's and p the teacher's distribution of the next token (no gradient in p):
 
-    β = 0     D = KL(T ‖ π) = Σ_v T(v) log(T(v) / π(v))       forward: say all that the teacher might say
-    β = 1     D = KL(π ‖ T) = Σ_v π(v) log(π(v) / T(v))       reverse: say nothing that the teacher would not
-    between   D = β KL(T ‖ M) + (1 − β) KL(π ‖ M)             generalised JSD, M = β T + (1 − β) π
+    β = 0     D = KL(p ‖ π) = Σ_v p(v) log(p(v) / π(v))       forward: say all that the teacher might say
+    β = 1     D = KL(π ‖ p) = Σ_v π(v) log(π(v) / p(v))       reverse: say nothing that the teacher would not
+    between   D = β KL(p ‖ M) + (1 − β) KL(π ‖ M)             generalised JSD, M = β p + (1 − β) π
                                                               (GKD, arXiv:2306.13649, Eq. 1; the ends as in TRL)
     L = Σ_t m_t D_t / n                                       m_t = 1 on the answers' tokens, n their number
 
-Whose texts? The student's for a share λ of the questions (--on_policy), the teacher's for the others. There is no
-gradient through the sampling: what a token does to those after it is left out.
+Whose texts? The student's for a share λ of the questions (--on_policy; GKD draws it for each batch, here it is even),
+the teacher's for the others. There is no gradient through the sampling: what a token does to those after it is left out.
 
---loss sample does not compare distributions, but the probabilities of the one token y that stands there, as one must
-where a teacher tells no more. Who wrote the text decides which divergence that estimates:
+--loss sample needs of both models only the probability of the token y_t that stands in the text, all that some teachers
+give. Which divergence it estimates depends on who wrote the text (sg: no gradient):
 
-    y ~ π     A = −sg[log π(y) − log T(y)], the weight of ∇log π(y): a policy gradient with a reward per token.
-              E[−A ∇log π(y)] = ∇KL(π ‖ T) at this place. No group, no mean, no std
-    y ~ T     A = 1: SFT on the teacher's texts (arXiv:1606.07947).  E[−∇log π(y)] = ∇KL(T ‖ π)
+    y ~ π     the weight of ∇log π(y_t) is A_t = r_t = sg[log p(y_t) − log π(y_t)]: a policy gradient with a reward per
+              token. E[−r_t ∇log π(y_t)] = ∇KL(π ‖ p) at this place. No group, no mean, no std
+    y ~ p     A_t = 1: SFT on the teacher's texts (arXiv:1606.07947). E[−∇log π(y_t)] = ∇KL(p ‖ π)
 
-With --gamma 1 the weight is A_t + A_{t+1} + …: the gradient of the whole text's KL, with more noise.
+With --gamma 1, A_t = r_t + r_{t+1} + …: the gradient of the whole text's KL, with more noise.
 
-One step, for N = --prompts questions with R = --rollouts answers each, k answers in a piece (main has the same parts):
+One step, for N = --prompts questions with R = --rollouts answers each, b answers in a piece (main has the same parts):
 
     texts = writers(step)                                 N·R answers, λ of them the student's         1. write
     n     = tokens of all answers                         of all ranks, before the cut into pieces
     for piece in pieces_of(texts):                                                                     2. compare
-        z   = shared_answer_logits(student)               at each token of the answers    (k, T, V)
-        z_T = shared_answer_logits(teacher)               the same ids, no gradient       (k, T, V)
-        loss = Σ m D(softmax z_T, softmax z) / n          by sample: −Σ m A log π(y) / n
+        z   = shared_answer_logits(student)               at each token of the answers    (b, T, V)
+        z_p = shared_answer_logits(teacher)               the same ids, no gradient       (b, T, V)
+        loss = Σ m D(softmax z_p, softmax z) / n          by sample: −Σ m A log π(y) / n
         backward
     clip the gradient's norm, optimizer step                                                           3. update
     log; every so often answer validation questions, keep the best checkpoint                          4. look
@@ -45,15 +45,14 @@ example (another training problem, solved) before the question; solution this pr
 student knows with it, it learns to know without. A teacher that stays as it began: the same path as --init.
 
 Traps:
-  * The jump at the ends. D goes to 0 as β does, like β KL(T ‖ π), and likewise at 1: β = 0.01 has nearly the direction
-    of β = 0 at a hundredth of the size (`demo`). A clip of the gradient's norm notices, Muon and Adam do not.
+  * The jump at the ends. D goes to 0 as β does, like β KL(p ‖ π), and likewise at 1 (`demo`): β = 0.01 has nearly the
+    gradient of β = 0, at a hundredth of its size. SGD and a clip of the norm notice, Adam and Muon hardly.
   * The KL on the student's texts is another number than on the teacher's. Compare `kl` within a run; between runs
     compare the KL to the teacher in the report, which is always on the student's texts.
-  * A is a weight. The gradient of log π(y) − log T(y) itself has the mean E[∇log π(y)] = 0.
-  * What the student never says, the reverse KL does not teach: its gradient in z_v is π(v) (log(π(v) / T(v)) − D), that
-    of the forward KL π(v) − T(v).
+  * A multiplies ∇log π(y); it is not the loss. The gradient of log π(y) − log p(y) itself is 0 in the mean (`demo`).
+  * What the student never says, the reverse KL does not teach: its gradient in z_v is π(v) (log(π(v) / p(v)) − D), that
+    of the forward KL π(v) − p(v) (at temperature 1).
   * The teacher reads the ids that the student wrote, never the text encoded again: both need the same tokenizer.
-  * The teacher is imitated, its errors included.
 
 Run it:
     python distill.py --demo                                        two tokens by hand: values, gradients, the jump
@@ -124,7 +123,7 @@ def distill_loss(student_logits, teacher_logits, mask, beta, *, temperature=1.0,
     one, and "forward_kl".
     """
     real, n = mask.bool(), n_tokens or mask.sum().clamp(min=1)
-    logits = [student_logits[real], teacher_logits.detach()[real]]  # (k, V) each, of the k tokens that count
+    logits = [student_logits[real], teacher_logits.detach()[real]]  # (tokens that count, V) each
     precise = [x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in logits]
     log_student, log_teacher = (F.log_softmax(x, dim=-1) for x in precise)
     loss = divergence(log_student, log_teacher, beta).sum() / n
@@ -135,27 +134,27 @@ def distill_loss(student_logits, teacher_logits, mask, beta, *, temperature=1.0,
 
 
 def token_advantages(logprobs, teacher_logprobs, mask, gamma=0.0):
-    """log π and log T of the student's own tokens, (B, T) each -> A (B, T), without a gradient, 0 outside the mask:
-    A_t = Σ_{s ≥ t} γ^(s − t) (log T(y_s) − log π(y_s)), so with gamma 0 this token's alone."""
+    """log π and log p of the student's own tokens, (B, T) each -> A (B, T), without a gradient, 0 outside the mask:
+    A_t = Σ_{s ≥ t} γ^(s − t) r_s, so with gamma 0 this token's r_t alone."""
     rewards = torch.where(mask.bool(), teacher_logprobs - logprobs, 0.0).detach()
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]  # with V = 0 and λ = 1: that sum
 
 
 def sampled_loss(logprobs, teacher_logprobs, mask, by_student, gamma=0.0, *, n_tokens=None):
-    """log π and log T of the texts' tokens and the mask, (B, T) each; by_student (B,) bool -> (loss, metrics).
+    """log π and log p of the texts' tokens and the mask, (B, T) each; by_student (B,) bool -> (loss, metrics).
 
     grpo.py's loss, with an advantage for each token: A on the student's texts, 1 on the teacher's. Metrics: "loss",
     whose value means nothing, and what the sampled tokens say of the divergences (k3): "kl" on the student's texts,
     "forward_kl" on the teacher's, 0 where there are none.
     """
     mask = mask.bool()
-    by_student = by_student[:, None] & mask  # (B, T)
-    A = torch.where(by_student, token_advantages(logprobs, teacher_logprobs, mask, gamma), 1.0)  # (B, T)
+    own = by_student[:, None] & mask  # (B, T) the student's tokens
+    A = torch.where(own, token_advantages(logprobs, teacher_logprobs, mask, gamma), 1.0)  # (B, T)
     options = {"loss_type": "dapo", "surrogate": "reinforce", "n_tokens": n_tokens}  # a mean over tokens; no ratio
     loss, figures = grpo_loss(logprobs, logprobs.detach(), A, mask, **options)
     ours, theirs = (torch.where(mask, x.detach(), 0.0) for x in (logprobs, teacher_logprobs))
-    reverse = masked_mean(kl_estimate(ours, theirs), by_student)
-    forward = masked_mean(kl_estimate(theirs, ours), mask & ~by_student)
+    reverse = masked_mean(kl_estimate(ours, theirs), own)
+    forward = masked_mean(kl_estimate(theirs, ours), mask & ~own)
     return loss, {"loss": figures["loss"], "kl": reverse.item(), "forward_kl": forward.item()}
 
 
@@ -168,43 +167,42 @@ def demo():
         loss, _ = distill_loss(logits, teacher.log()[None, None], torch.ones(1, 1), beta)
         return loss.item(), torch.autograd.grad(loss, logits)[0][0, 0]
 
-    pi, T = torch.tensor([[4 / 5, 1 / 5], [1 / 2, 1 / 2]], dtype=torch.float64)
-    forward = (math.log(5 / 8) + math.log(5 / 2)) / 2  # Σ T log(T / π) = 0.2231
-    reverse = (4 * math.log(8 / 5) + math.log(2 / 5)) / 5  # Σ π log(π / T) = 0.1927
+    pi, p = torch.tensor([[4 / 5, 1 / 5], [1 / 2, 1 / 2]], dtype=torch.float64)
+    forward = (math.log(5 / 8) + math.log(5 / 2)) / 2  # Σ p log(p / π) = 0.2231
+    reverse = (4 * math.log(8 / 5) + math.log(2 / 5)) / 5  # Σ π log(π / p) = 0.1927
     slope = 4 / 5 * (math.log(8 / 5) - reverse)  # of the reverse one in z_0: 0.2218
-    assert math.isclose(at(0, pi, T)[0], forward)
-    assert math.isclose(at(1, pi, T)[0], reverse)
-    assert math.isclose(at(0, pi, T)[1][0], 4 / 5 - 1 / 2)
-    assert math.isclose(at(1, pi, T)[1][0], slope)
-    print("π = 4/5, 1/5, T = 1/2, 1/2         D       ∂D/∂z_0")
-    names = {0: "KL(T ‖ π)", 0.01: "", 0.5: "", 0.99: "", 1: "KL(π ‖ T)"}
-    by_hand = {0: "π − T = 4/5 − 1/2", 1: "π (log(π / T) − D) = 4/5 (0.4700 − 0.1927)"}
+    assert math.isclose(at(0, pi, p)[0], forward)
+    assert math.isclose(at(1, pi, p)[0], reverse)
+    assert math.isclose(at(0, pi, p)[1][0], 4 / 5 - 1 / 2)
+    assert math.isclose(at(1, pi, p)[1][0], slope)
+    print("π = 4/5, 1/5, p = 1/2, 1/2         D       ∂D/∂z_0")
+    names = {0: "KL(p ‖ π)", 0.01: "", 0.5: "", 0.99: "", 1: "KL(π ‖ p)"}
+    by_hand = {0: "π − p = 4/5 − 1/2", 1: "π (log(π / p) − D) = 4/5 (0.4700 − 0.1927)"}
     for beta, name in names.items():
-        value, gradient = at(beta, pi, T)
+        value, gradient = at(beta, pi, p)
         print(f"  β = {beta:<4}   {name:<18}  {value:.4f}   {gradient[0]:+.4f}   {by_hand.get(beta, '')}".rstrip())
     tiny = 1e-6
-    assert math.isclose(at(tiny, pi, T)[0] / tiny, forward, rel_tol=1e-5)
-    assert math.isclose(at(1 - tiny, pi, T)[0] / tiny, reverse, rel_tol=1e-5)
-    print("the jump: D goes to 0 at both ends, D / β to KL(T ‖ π), D / (1 − β) to KL(π ‖ T)")
+    assert math.isclose(at(tiny, pi, p)[0] / tiny, forward, rel_tol=1e-5)
+    assert math.isclose(at(1 - tiny, pi, p)[0] / tiny, reverse, rel_tol=1e-5)
+    print("the jump: D goes to 0 at both ends, D / β to KL(p ‖ π), D / (1 − β) to KL(π ‖ p)")
 
-    logits, by_weight, by_gradient = pi.log().requires_grad_(), 0.0, 0.0
-    for y in (0, 1):
+    logits, means = pi.log().requires_grad_(), torch.zeros(3, dtype=torch.float64)
+    for y in (0, 1):  # the sampled token; its probability times the gradient in z_0
         logprob = logits.log_softmax(0)[y].view(1, 1)
-        loss, _ = sampled_loss(logprob, T[y].log().view(1, 1), torch.ones(1, 1), torch.tensor([True]))
-        by_weight += pi[y] * torch.autograd.grad(loss, logits, retain_graph=True)[0][0]
-        by_gradient += pi[y] * torch.autograd.grad((logprob - T[y].log()).sum(), logits)[0][0]
-    assert math.isclose(by_weight, slope)
-    assert abs(by_gradient) < 1e-12
-    print(
-        f"the sampled token, mean over y ~ π: A as a weight {by_weight:+.4f}, the same as KL(π ‖ T) of the vocabulary;"
-    )
-    print("  the gradient of log π(y) − log T(y) itself: 0")
+        given = logprob, p[y].log().view(1, 1), torch.ones(1, 1)
+        losses = [sampled_loss(*given, torch.tensor([by_student]))[0] for by_student in (True, False)]
+        losses.append(given[0] - given[1])
+        slopes = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0][0] for loss in losses]
+        means += torch.stack([pi[y] * slopes[0], p[y] * slopes[1], pi[y] * slopes[2]])
+    torch.testing.assert_close(means, torch.tensor([slope, 4 / 5 - 1 / 2, 0.0], dtype=torch.float64))
+    print(f"by the sampled token, mean: y ~ π {means[0]:+.4f}, as KL(π ‖ p) above; y ~ p {means[1]:+.4f}, as KL(p ‖ π)")
+    print("  y ~ π, the gradient of log π(y) − log p(y) itself: 0")
 
-    pi, T = torch.tensor([[0.989, 0.01, 0.001], [0.5, 0.1, 0.4]], dtype=torch.float64)
-    pulls = [-at(beta, pi, T)[1][2].item() for beta in (0, 1)]
+    pi, p = torch.tensor([[0.989, 0.01, 0.001], [0.5, 0.1, 0.4]], dtype=torch.float64)
+    pulls = [-at(beta, pi, p)[1][2].item() for beta in (0, 1)]
     assert math.isclose(pulls[0], 0.4 - 0.001)
     assert 0 < pulls[1] < 0.01
-    print("π = 0.989, 0.01, 0.001, T = 0.5, 0.1, 0.4: the third token, which the student hardly ever says, is pulled")
+    print("π = 0.989, 0.01, 0.001, p = 0.5, 0.1, 0.4: the third token, which the student hardly ever says, is pulled")
     print(f"  up by {pulls[0]:.3f} by the forward KL, by {pulls[1]:.3f} by the reverse")
 
 
@@ -259,13 +257,13 @@ def compare(model, teacher, piece, config, n_tokens):
     packed, taught, temperature = piece.packed, piece.teacher_packed, config.temperature
     if config.loss == "sample":
         with torch.no_grad():
-            of_teacher = shared_answer_logprobs(teacher, taught, temperature)  # (k, T)
-        logprobs = shared_answer_logprobs(model, packed, temperature)  # (k, T)
+            of_teacher = shared_answer_logprobs(teacher, taught, temperature)  # (b, T)
+        logprobs = shared_answer_logprobs(model, packed, temperature)  # (b, T)
         return sampled_loss(logprobs, of_teacher, piece.mask, piece.by_student, config.gamma, n_tokens=n_tokens)
     with torch.no_grad():
-        of_teacher = shared_answer_logits(teacher, taught)
-    logits = shared_answer_logits(model, packed)  # (k, T, V)
-    of_teacher = of_teacher[..., : logits.shape[-1]]  # a published embedding is padded, some further than others
+        of_teacher = shared_answer_logits(teacher, taught)  # (b, T, V or more)
+    logits = shared_answer_logits(model, packed)  # (b, T, V)
+    of_teacher = of_teacher[..., : logits.shape[-1]]  # published vocabularies are padded with ids that no text has
     return distill_loss(logits, of_teacher, piece.mask, config.beta, temperature=temperature, n_tokens=n_tokens)
 
 
@@ -300,10 +298,10 @@ def main(config):
 
     seen = {"valid": problems["valid"], "taught": taught["valid"], "sample": writers.student, "reference": teacher}
     seen |= {"loss_of": divergence if config.loss == "vocabulary" else sampled_loss, "temperature": config.temperature}
-    recorder = Recorder(run, autocast, **seen)
-    measure_both(run, teacher, problems, taught, init)  # the test split; until something beats it, the start is best/
+    recorder = Recorder(run, autocast, **seen)  # for view.py
+    measure_both(run, teacher, problems, taught, init)  # the test split; the start is best/ until a step beats it
     for step in run.steps():
-        # 1. write: the student answers the questions, or the teacher some of them
+        # 1. write: the student answers the questions, or the teacher some of them; n·R answers, lists of ids
         texts = writers(step, slots)
         (n_tokens,) = dist.sum(texts.n_tokens)  # of all ranks, before the cut into pieces
         run.state.tokens += n_tokens
@@ -311,7 +309,7 @@ def main(config):
 
         # 2. compare: what student and teacher think at every token
         pieces, sums = pieces_of(texts, config.micro_batch, tokenizer.endoftext_id, dist.device), {}
-        for piece in pieces:
+        for piece in pieces:  # b answers each: packed ids for both models, mask (b, T), by_student (b,)
             # DDP averages the gradients of the ranks in the last backward alone; * world makes the average a sum.
             last = piece is pieces[-1]
             with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():

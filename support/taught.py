@@ -25,12 +25,12 @@ class Texts:
 
 @dataclass
 class Piece:
-    """A micro-batch of k answers of at most T tokens, as each of the two reads it."""
+    """A micro-batch of b answers of at most T tokens, as each of the two reads it."""
 
     packed: PackedAnswers
     teacher_packed: PackedAnswers
-    mask: torch.Tensor  # (k, T) bool: the answers' tokens
-    by_student: torch.Tensor  # (k,) bool
+    mask: torch.Tensor  # (b, T) bool: the answers' tokens
+    by_student: torch.Tensor  # (b,) bool
 
 
 def written_by_student(slot, share):
@@ -76,7 +76,7 @@ def pieces_of(texts, micro_batch, pad, device):
         if texts.teacher_prompts is not texts.prompts:
             teacher_packed = pack([texts.teacher_prompts[g] for g in some], answers, pad).to(device)
         T = packed.parts[-1].tokens.shape[1]  # the last part has the longest answers
-        mask = torch.arange(T, device=device) < packed.lengths[:, None]  # (k, T)
+        mask = torch.arange(T, device=device) < packed.lengths[:, None]  # (b, T)
         by_student = torch.tensor([texts.by_student[g] for g in some for _ in range(R)], device=device)
         pieces.append(Piece(packed, teacher_packed, mask, by_student))
     return pieces

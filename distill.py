@@ -13,7 +13,7 @@ At one place of a text, π is the student's and p the teacher's distribution of 
     L = Σ_t m_t D_t / n                                       m_t = 1 on the answers' tokens, n their number
 
 Whose texts? The student's for a share λ of the questions (--on_policy; GKD draws it for each batch, here it is even),
-the teacher's for the others. There is no gradient through the sampling: what a token does to those after it is left out.
+the teacher's for the others. There is no gradient through the sampling: what a token does to later ones is left out.
 
 --loss sample needs of both models only the probability of the token y_t that stands in the text, all that some teachers
 give. Which divergence it estimates depends on who wrote the text (sg: no gradient):

@@ -290,6 +290,11 @@ EXPERIMENTS = {
         },
         (*_POLICY, "earned_correct", "earned_format", "earned_brevity", "collapsed"),
         ("reward_correct", "reward_format", "reward_brevity", "collapsed_grpo"),
+        pairs=(
+            ("GRPO, sum", "GRPO, answer alone"),
+            ("GDPO", "GRPO, sum"),
+            ("GDPO, brevity if right", "GDPO"),
+        ),
         front=("earned_brevity", "earned_correct"),
         probe="earned",
     ),

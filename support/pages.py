@@ -1,7 +1,7 @@
 """The chapters as a web site: `python -m support.pages` writes site/, to be opened at site/index.html.
 
 Every page is made of the files themselves (support/sources.py): prose beside code, names and files as links, and for a
-chapter what its demo() prints, the claims of results/README.md that it bears on, and its results with their pictures.
+chapter what its demo() prints, the claims of results/claims.md that it bears on, and its results with their pictures.
 Tests stand at what they call. `--out DIR` writes elsewhere; `--demos false` leaves out what the demos print, which
 takes seconds for each chapter that has changed.
 
@@ -180,10 +180,10 @@ class Result:
         return by_name or by_command or f"results/{self.name}.md" in chapter.text
 
 
-def claims_of(chapters, readme):
+def claims_of(chapters, of_papers):
     """The table of results/README.md -> [(source, name, claim, paper, what is seen here)]; the last three Markdown."""
     claims = []
-    table = readme.partition("## What the papers claim")[2]
+    table = of_papers.partition("# What the papers claim")[2]
     for claim, paper, code, seen in re.findall(r"^\| (.+?) \| (.+?) \| `(.+?)` \| (.+?) \|$", table, re.M):
         head, _, rest = code.partition(".")
         chapter = next((chapter for chapter in chapters if chapter.name == head), None)
@@ -256,9 +256,9 @@ def pages(root, demo_of):
     chapters = [source for source in sources.values() if "/" not in source.path]
     files = sorted((root / "results").glob("*.md"))
     results = [Result(path.stem, path.read_text(encoding="utf-8")) for path in files]
-    readme = next((result.text for result in results if result.name == "README"), "")
-    papers = "\n".join(re.findall(r"^\[.+?\]: \S+$", readme, re.M))
-    claims = claims_of(chapters, readme)
+    of_papers = next((result.text for result in results if result.name == "claims"), "")
+    papers = "\n".join(re.findall(r"^\[.+?\]: \S+$", of_papers, re.M))
+    claims = claims_of(chapters, of_papers)
     tests, through = tests_of(sources)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         demos = dict(zip(chapters, pool.map(demo_of, chapters), strict=True))

@@ -1,0 +1,341 @@
+"""What the papers claim and what is seen here, from the figures of the pages; and whether each figure stands on a page.
+
+`python -m support.claims` writes results/claims.md: a line for each row of CLAIMS. A row that names a comparison of an
+experiment is computed from results/NAME.json, which `ablate.py NAME` writes beside its page. The others say in a
+sentence what a test, a demo or a page shows.
+
+`unsupported` reads README.md, results/README.md and results/claims.md: wherever a paragraph, a list item or a row of a
+table links to pages of results/, its figures must stand on one of them, as they are or with more digits; those of a
+fenced block on the pages of the paragraph before it. A test runs it.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ablate import differences_of, means_of
+from support.ablation_report import HEADINGS, read_figures, signed
+from support.cli import run_script
+from support.errors import ConfigError
+from support.experiments import EXPERIMENTS
+from support.files import must_write, write_whole
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "results/README.md", "results/claims.md")
+
+
+class Compared(NamedTuple):
+    """A variant of an experiment against another, in a metric. expects: what the paper says of the difference, "+", "-"
+    or "0"."""
+
+    experiment: str
+    a: str
+    b: str
+    metric: str
+    expects: str
+
+
+class Claim(NamedTuple):
+    """seen: a sentence, with its link; where `compared` is given, of use until that experiment has figures."""
+
+    claim: str
+    paper: str
+    code: str
+    seen: str
+    compared: Compared | None = None
+
+
+CLAIMS = [
+    Claim(
+        "√D keeps the softmax out of saturation",
+        "[1706.03762] §3.2.1",
+        "attention.naive_attention",
+        "by hand, `python attention.py`",
+    ),
+    Claim(
+        "RMSNorm does as well as LayerNorm",
+        "[1910.07467]",
+        "norms.RMSNorm",
+        "not significantly different ([norm-kind](norm-kind.md))",
+        Compared("norm-kind", "RMSNorm", "LayerNorm", "valid_loss", "0"),
+    ),
+    Claim(
+        "post-norm needs a warm-up",
+        "[2002.04745]",
+        "norms.place",
+        "not at 12 layers; fails deeper even with one ([norm-depth](norm-depth.md))",
+        Compared("norm-placement", "post, no warm-up", "post, warm-up", "valid_loss", "+"),
+    ),
+    Claim(
+        "rotated scores depend on the distance alone",
+        "[2104.09864] Eq. 11",
+        "positional.apply_rope",
+        "yes, `test_positional.py`",
+    ),
+    Claim(
+        "YaRN reads past the trained length",
+        "[2309.00071]",
+        "positional.rope_frequencies",
+        "to 4 times, one seed ([page](benchmarks.md))",
+    ),
+    Claim(
+        "grouped queries cost little",
+        "[2305.13245]",
+        "attention.Attention",
+        "no significant cost ([kv-heads](kv-heads.md))",
+        Compared("kv-heads", "grouped, 2 of 4", "multi-head, 4 of 4", "valid_loss", "0"),
+    ),
+    Claim(
+        "sink tokens keep a window stable",
+        "[2309.17453]",
+        "attention.RollingKVCache",
+        "yes, 1,024 tokens ([benchmarks](benchmarks.md))",
+    ),
+    Claim(
+        "SwiGLU beats GELU",
+        "[2002.05202]",
+        "transformer.py",
+        "yes, by 0.120 nats ([ffn](ffn.md))",
+        Compared("ffn", "SwiGLU", "GELU", "valid_loss", "-"),
+    ),
+    Claim(
+        "a bias alone balances experts, for free",
+        "[2408.15664]",
+        "moe.update_biases",
+        "balanced, at no significant cost ([moe](moe.md))",
+        Compared("moe", "8 experts, bias", "8 experts, none", "valid_loss", "0"),
+    ),
+    Claim(
+        "clipping prevents blow-ups",
+        "[1211.5063]",
+        "optim.optimizer_step",
+        "nothing blows up without it, under AdamW ([grad-clip](grad-clip.md))",
+        Compared("grad-clip", "clip off, lr 0.02", "clip 1.0, lr 0.02", "valid_loss", "+"),
+    ),
+    Claim("LoRA merges exactly", "[2106.09685] §4.1", "lora.merge_lora", "yes, `test_lora.py`"),
+    Claim(
+        "easy examples first help",
+        "[Bengio 2009]",
+        "sft.pacing",
+        "not significant ([curriculum](curriculum.md))",
+        Compared("curriculum", "curriculum", "shuffled", "accuracy", "+"),
+    ),
+    Claim(
+        "a policy is its own reward model",
+        "[2305.18290] Eq. 7",
+        "dpo.dpo_loss",
+        "with the NLL term, +21.7 points ([ladder](ladder.md))",
+    ),
+    Claim(
+        "learned rewards get over-optimised",
+        "[2210.10760]",
+        "best_of_n",
+        "300 steps: yes †; 600: not significant ([page](reward_model.md))",
+    ),
+    Claim(
+        "an LM loss helps a reward model",
+        "[2406.10216]",
+        "RewardModel.read",
+        "part of the recipe, not tested alone",
+    ),
+    Claim(
+        "a group's mean replaces the critic",
+        "[2402.03300]",
+        "grpo.group_advantages",
+        "yes ([grpo_word](grpo_word.md))",
+    ),
+    Claim(
+        "a baseline of the other answers beats none",
+        "[2402.14740]",
+        "grpo.group_advantages",
+        "compared by `python ablate.py policy-gradients`",
+        Compared("policy-gradients", "reinforce", "grpo", "accuracy", "-"),
+    ),
+    Claim(
+        "dividing by std and length biases GRPO",
+        "[2503.20783]",
+        "grpo.ALGORITHMS",
+        "not significant ([grpo](grpo.md))",
+        Compared("policy-gradients", "dr_grpo", "grpo", "accuracy", "+"),
+    ),
+    Claim(
+        "a ratio of the whole sequence is the better one",
+        "[2507.18071]",
+        "grpo.ALGORITHMS",
+        "compared by `python ablate.py policy-gradients`",
+        Compared("policy-gradients", "gspo", "grpo", "accuracy", "+"),
+    ),
+    Claim(
+        "clipped tokens should keep their gradient",
+        "[2506.13585]",
+        "grpo.ALGORITHMS",
+        "compared by `python ablate.py policy-gradients`",
+        Compared("policy-gradients", "cispo", "grpo", "accuracy", "+"),
+    ),
+    Claim(
+        "a sum of rewards collapses advantages",
+        "[2601.05242] §2",
+        "gdpo.collapse",
+        "yes, but rarely; accuracy not significant ([gdpo](gdpo.md))",
+        Compared("gdpo", "GRPO, sum", "GDPO", "collapsed", "+"),
+    ),
+    Claim(
+        "pay the easy reward where the hard is won",
+        "[2601.05242] §3.2",
+        "gdpo.condition",
+        "+6.1 points, not significant ([gdpo](gdpo.md))",
+        Compared("gdpo", "GDPO, brevity if right", "GDPO", "accuracy", "+"),
+    ),
+    Claim(
+        "a student should meet its own mistakes",
+        "[2306.13649]",
+        "distill.distill_loss",
+        "compared by `python ablate.py distill`",
+        Compared("distill", "on-policy, forward KL", "off-policy, forward KL", "accuracy", "+"),
+    ),
+    Claim(
+        "what a tool writes must not be in the loss",
+        "[2504.11536]",
+        "agent.Calls",
+        "compared by `python ablate.py tools`",
+        Compared("tools", "tool, GRPO, its tokens in the loss", "tool, GRPO", "accuracy", "-"),
+    ),
+    Claim(
+        "RL sharpens more than it adds",
+        "[2504.13837]",
+        "evaluate.pass_at_k",
+        "yes, pass@1 +47.1, pass@16 +11.7 ([grpo_word](grpo_word.md))",
+    ),
+]
+
+
+def seen_in(compared, results=ROOT / "results"):
+    """What an experiment's figures say of a comparison, in a sentence with its link; None where there are none."""
+    name, a, b, metric, expects = compared
+    path = results / f"{name}.json"
+    if not path.exists():
+        return None
+    runs = {(variant, seed): figures for variant, seed, figures in read_figures(path)["runs"]}
+    seeds, experiment = sorted({seed for _, seed in runs}), EXPERIMENTS[name]
+    differences = differences_of(experiment, runs, seeds)
+    turned = (a, b) not in differences  # the page may have it the other way round
+    of_page = differences[(b, a) if turned else (a, b)][metric]
+    means = means_of(experiment, runs, seeds)
+    first, second = (b, a) if turned else (a, b)
+    of = means[first][metric].mean or means[second][metric].mean
+    rises = (of_page.mean > 0) != turned
+    if not of_page.significant:
+        verdict = "not significantly different" if expects == "0" else "not significant"
+    elif expects == "0":
+        verdict = "it differs"
+    else:
+        verdict = "yes" if rises == (expects == "+") else "no, the reverse"
+    difference = signed(of_page, of).strip("*")
+    unit = "nats" if "nats" in HEADINGS[metric] else "points"
+    return f"{verdict}: {first} against {second} {difference} {unit} ([{name}]({name}.md))"
+
+
+def page(results=ROOT / "results"):
+    """The text of results/claims.md."""
+    lines = [
+        "# What the papers claim",
+        "",
+        "`python -m support.claims` writes this page from the figures of the experiments. *Yes*: seen here, and "
+        "significant where there are several seeds. Small models on small problems: a claim that is not seen here may "
+        "hold elsewhere.",
+        "",
+        "| claim | paper | code | here |",
+        "|---|---|---|---|",
+    ]
+    for row in CLAIMS:
+        seen = (row.compared and seen_in(row.compared, results)) or row.seen
+        lines.append(f"| {row.claim} | {row.paper} | `{row.code}` | {seen} |")
+    papers = dict.fromkeys(re.match(r"\[(.+?)\]", row.paper)[1] for row in CLAIMS)
+    places = {"Bengio 2009": "https://doi.org/10.1145/1553374.1553380"}
+    lines += ["", *(f"[{paper}]: {places.get(paper, f'https://arxiv.org/abs/{paper}')}" for paper in papers)]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Does each figure stand on the page that it is taken from?
+
+NUMBER = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?![\w]|[.,]\d)")
+LINK = re.compile(r"\]\(((?:results/)?[\w.-]+\.md)\)")
+NO_FIGURE = re.compile(
+    r"`[^`]*`|\]\([^)]*\)|\[(?:\d{4}\.\d{5}|\w+ \d{4})\]|§[\d.]+|Eq\. \d+|pass@\d+|[Ll]evel \d|[Ss]eeds? \d+"
+)
+
+
+@dataclass
+class Part:
+    """A paragraph, list item or table row, with the fenced block that follows it."""
+
+    line: int
+    text: str
+    block: str = ""
+
+
+def parts_of(text):
+    """The parts of a Markdown page."""
+    parts, fenced, goes_on = [], False, False
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.startswith("```"):
+            fenced, goes_on = not fenced, False
+        elif fenced:
+            parts[-1].block += line + "\n"  # also after an empty line
+        elif not line.strip():
+            goes_on = False
+        elif goes_on and not line.startswith(("|", "* ", "#")):
+            parts[-1].text += "\n" + line
+        else:
+            parts.append(Part(number, line))
+            goes_on = True
+    return parts
+
+
+def figures_in(text):
+    """The numbers of a text, as they stand, without signs and commas."""
+    plain = NO_FIGURE.sub(" ", text.replace("−", "-").replace("‑", "-"))
+    return [match.lstrip("+-").replace(",", "") for match in NUMBER.findall(plain)]
+
+
+def stands(figure, on):
+    """Whether a figure is one of those numbers, or one of them rounded."""
+    decimals = len(figure.partition(".")[2])
+    return any(x == figure or f"{float(x):.{decimals}f}" == figure for x in on)
+
+
+def unsupported(root=ROOT, pages=PAGES):
+    """[(page, line, figure, the pages that it links to), …]: figures that do not stand on a linked page."""
+    missing = []
+    for name in pages:
+        for part in parts_of((root / name).read_text(encoding="utf-8")):
+            links = [link for link in LINK.findall(part.text) if (root / name).parent.joinpath(link).exists()]
+            links = [link for link in links if Path(link).name not in ("README.md", "claims.md")]
+            texts = [(root / name).parent.joinpath(link).read_text(encoding="utf-8") for link in links]
+            known = {x.lstrip("+-").replace(",", "") for text in texts for x in NUMBER.findall(text.replace("−", "-"))}
+            for figure in figures_in(f"{part.text}\n{part.block}") if links else ():
+                if not stands(figure, known):
+                    missing.append((name, part.line, figure, links))
+    return missing
+
+
+@dataclass
+class Config:
+    """Write results/claims.md, and check that the figures of README and of the results stand on their pages."""
+
+
+def main(config):
+    """Raises ConfigError if a figure does not stand on a page."""
+    target = ROOT / "results" / "claims.md"
+    with must_write(target):
+        write_whole(target, page())
+    if missing := unsupported():
+        lines = (f"{name}:{line}: {figure} is not on {', '.join(links)}" for name, line, figure, links in missing)
+        raise ConfigError(f"{len(missing)} figures stand on no page that is linked beside them:\n" + "\n".join(lines))
+    print(f"{target}: {len(CLAIMS)} claims; every figure stands on its page")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

@@ -1,0 +1,107 @@
+"""support/claims.py: the page of the papers' claims, and the figures of README and of the results."""
+
+import json
+import shutil
+
+import pytest
+
+from support import claims
+from support.ablation_report import HEADINGS
+from support.claims import CLAIMS, Compared, figures_in, page, parts_of, seen_in, stands, unsupported
+from support.experiments import EXPERIMENTS
+
+
+def test_every_figure_stands_on_its_page():
+    assert unsupported() == []
+
+
+def test_the_page_is_what_its_command_writes():
+    assert (claims.ROOT / "results/claims.md").read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("compared", [row.compared for row in CLAIMS if row.compared], ids=lambda c: c.experiment)
+def test_what_is_compared_is_in_its_experiment(compared):
+    experiment = EXPERIMENTS[compared.experiment]
+    pairs = set(experiment.compared())
+    assert (compared.a, compared.b) in pairs or (compared.b, compared.a) in pairs
+    assert compared.metric in experiment.columns
+    assert compared.metric in HEADINGS
+    assert compared.expects in ("+", "-", "0")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The pages with all that they link to, in a directory of their own."""
+    (tmp_path / "results").mkdir()
+    for path in (claims.ROOT / "results").glob("*.md"):
+        shutil.copy(path, tmp_path / "results")
+    shutil.copy(claims.ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "| a | gains 44.4 points ([kv](results/kv-heads.md)) |",
+        "The gain is 0.006 to\n44.4 points ([kv](results/kv-heads.md)).",
+        "* It gains 44.4 points ([kv](results/kv-heads.md)).",
+        "As follows ([kv](results/kv-heads.md)):\n\n```\naccuracy    44.4%\n```",
+    ],
+)
+def test_a_figure_that_is_on_no_page(copy, line):
+    readme = copy / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    readme.write_text(f"{before}\n\n{line}\n\nNo link: 44.4.\n", encoding="utf-8")
+    [(name, number, figure, links)] = unsupported(copy)
+    assert (name, figure, links) == ("README.md", "44.4", ["results/kv-heads.md"])
+    assert number == before.count("\n") + 3
+
+
+def test_a_page_that_changes_is_noticed(copy):
+    """Each of its numbers becomes another one: README and the table of the results no longer stand."""
+    result = copy / "results/grpo_word.md"
+    text = result.read_text(encoding="utf-8")
+    result.write_text("".join("7" if c in "0123456" else c for c in text), encoding="utf-8")
+    assert len({line for name, line, *_ in unsupported(copy) if name == "README.md"}) >= 2
+    assert any(name == "results/README.md" for name, *_ in unsupported(copy))
+
+
+def test_figures():
+    text = "-1,234.5 points [−0.1, +0.2] at level 2, seeds 0, pass@8, `lr 3e-4`, [7](results/8.md), [1706.03762], 5 %."
+    assert figures_in(text) == ["1234.5", "0.1", "0.2", "7", "5"]
+    assert stands("0.1", ["0.12"])
+    assert stands("12", ["12"])
+    assert not stands("0.12", ["0.1"])
+    assert not stands("0.1", ["0.16"])
+
+
+def test_parts():
+    text = "one\ntwo\n\n* three\n* four\n  five\n\n```\nsix\n\nseven\n```\n| eight |\n| nine |\n"
+    parts = [(part.line, part.text, part.block) for part in parts_of(text)]
+    four = (5, "* four\n  five", "six\n\nseven\n")
+    assert parts == [(1, "one\ntwo", ""), (4, "* three", ""), four, (13, "| eight |", ""), (14, "| nine |", "")]
+
+
+@pytest.mark.parametrize(
+    ("values", "compared", "words"),
+    [
+        # RMSNorm − LayerNorm, seed by seed
+        ([0.1, 0.1, 0.1], ("RMSNorm", "LayerNorm", "+"), "yes: RMSNorm against LayerNorm +0.100 "),
+        ([-0.1, -0.11, -0.1], ("RMSNorm", "LayerNorm", "+"), "no, the reverse: RMSNorm against LayerNorm -0.103 "),
+        ([-0.1, -0.11, -0.1], ("RMSNorm", "LayerNorm", "-"), "yes: RMSNorm against LayerNorm -0.103 "),
+        ([-0.1, -0.11, -0.1], ("LayerNorm", "RMSNorm", "+"), "yes: RMSNorm against LayerNorm -0.103 "),
+        ([0.1, 0.11, 0.1], ("RMSNorm", "LayerNorm", "0"), "it differs: "),
+        ([0.1, -0.1, 0.0], ("RMSNorm", "LayerNorm", "0"), "not significantly different: "),
+        ([0.1, -0.1, 0.1], ("RMSNorm", "LayerNorm", "+"), "not significant: "),
+    ],
+)
+def test_what_the_figures_say(tmp_path, values, compared, words):
+    runs = [["RMSNorm", seed, {"valid_loss": 1.5 + x}] for seed, x in enumerate(values)]
+    runs += [["LayerNorm", seed, {"valid_loss": 1.5}] for seed in range(3)]
+    (tmp_path / "norm-kind.json").write_text(json.dumps({"tuned": {}, "runs": runs}), encoding="utf-8")
+    a, b, expects = compared
+    seen = seen_in(Compared("norm-kind", a, b, "valid_loss", expects), tmp_path)
+    assert seen.startswith(words)
+    assert seen.endswith(" nats ([norm-kind](norm-kind.md))")
+    assert seen in page(tmp_path) or (a, b, expects) != ("RMSNorm", "LayerNorm", "0")
+    assert seen_in(Compared("ffn", "SwiGLU", "GELU", "valid_loss", "-"), tmp_path) is None

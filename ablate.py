@@ -266,28 +266,45 @@ def settings_of(experiment, variant, seed, quick=False):
     return json.loads(to_json(settings))
 
 
-STOPPED = []  # in a worker process: not empty once it was stopped
+STATE = {"running": False, "stopped": False}  # of a worker process
+
+
+def stop(number, frame):
+    """SIGINT in a worker process: a run stops at once. A process that waits for the next, with a lock of the pool, is
+    only told to refuse it: the pool queues one run more than it has processes."""
+    STATE["stopped"] = True
+    if STATE["running"]:
+        raise KeyboardInterrupt
+
+
+def listen():
+    """What a worker process does first."""
+    signal.signal(signal.SIGINT, stop)
 
 
 def run_one(settings, folder, threads):
     """Run a variant with a seed -> its figures, also written to folder/result.json; {"diverged": …} if it did. Called
-    in a worker process. One that was stopped refuses the next run: the pool queues one more than it has processes."""
-    if STOPPED:
-        raise KeyboardInterrupt
-    torch.set_num_threads(threads)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    in a worker process."""
     try:
-        with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            figures = figures_of(settings, folder)
-    except DivergedError as error:
-        figures = {"diverged": str(error)}
+        STATE["running"] = True
+        if STATE["stopped"]:
+            raise KeyboardInterrupt
+        torch.set_num_threads(threads)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                figures = figures_of(settings, folder)
+        except DivergedError as error:
+            figures = {"diverged": str(error)}
+        result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
+        write_whole(folder / "result.json", to_json(result))
+        return figures
     except (KeyboardInterrupt, SystemExit):
-        STOPPED.append(True)
+        STATE["stopped"] = True
         raise
-    result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
-    write_whole(folder / "result.json", to_json(result))
-    return figures
+    finally:
+        STATE["running"] = False
 
 
 def figures_of(settings, folder):
@@ -354,7 +371,7 @@ def run_all(todo, varied, jobs, bar):
     failed = []
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, pass_on)
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=listen) as pool:
         try:
             runs = {pool.submit(run_one, *arguments, threads): key for key, arguments in todo.items()}
             for job in as_completed(runs):
@@ -493,7 +510,7 @@ def main(config):
     written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text, chosen, least)
     write_page(target, written)
     write_figures(target.with_suffix(".json"), results, chosen)
-    draw(experiment, results, means, curves, seeds, picture)
+    draw(experiment, results, means, differences, curves, seeds, picture)
     print(written)
     return results
 

@@ -238,15 +238,15 @@ def read_figures(path):
 # The picture.
 
 
-def draw(experiment, results, means, curves, seeds, target):
-    """The panels in their order: a point per variant for the table's first metric and for `bars`; the logged curves;
-    profiles where a probe measured them; `front`; attention maps of the first seed."""
+def draw(experiment, results, means, differences, curves, seeds, target):
+    """The panels in their order: `gains`, or a point per variant for the table's first metric and for `bars`; the
+    logged curves; profiles where a probe measured them; `front`; attention maps of the first seed."""
     plt = pyplot()
     crowd = len(means) >= 8
     colors = plt.get_cmap("tab20" if len(means) > 10 else "tab10").colors
     dashed = [bool(experiment.dashed) and experiment.dashed in variant for variant in means]
     looks = {v: {"color": colors[i], "linestyle": "--" if dashed[i] else "-"} for i, v in enumerate(means)}
-    metrics = [experiment.columns[0], *experiment.bars]
+    metrics = experiment.gains or [experiment.columns[0], *experiment.bars]
     profiles = [name for name in PROFILES if any(name in figures for figures in results.values())]
     maps = [v for v in means if "attention" in results[v, seeds[0]]] if len(means) <= 6 else []
 
@@ -257,7 +257,10 @@ def draw(experiment, results, means, curves, seeds, target):
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     panel = iter(axes.flat)
     for metric in metrics:
-        draw_means(next(panel), HEADINGS[metric], {v: means[v][metric][:2] for v in means}, looks)
+        if experiment.gains:
+            draw_gains(next(panel), metric, differences, results, seeds, looks)
+        else:
+            draw_means(next(panel), HEADINGS[metric], {v: means[v][metric][:2] for v in means}, looks)
     for metric, of_variants in curves.items():
         draw_curves(next(panel), CURVES[metric].format(unit=experiment.unit), of_variants, looks, crowd)
     for name in profiles:
@@ -304,6 +307,24 @@ def draw_means(axis, label, means, looks):
                 if cut:
                     axis.plot(edge, i, marker, color=looks[variant]["color"], clip_on=False)
                     axis.set_xlabel(f"{label}\nan arrow: the interval goes on")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.25)
+
+
+def draw_gains(axis, metric, differences, results, seeds, looks):
+    """A row per comparison a − b: a point per seed, the mean and its interval, black where it is significant."""
+    for i, ((a, b), of_metric) in enumerate(differences.items()):
+        gains = [results[a, seed].get(metric, math.nan) - results[b, seed].get(metric, math.nan) for seed in seeds]
+        axis.plot(gains, [i] * len(gains), "o", color=looks[a]["color"], alpha=0.6)
+        mean, half, _ = of_metric[metric]
+        shade = "black" if of_metric[metric].significant else "0.55"
+        axis.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="|", markersize=14, color=shade, capsize=4)
+    bases = dict.fromkeys(b for _, b in differences)
+    names = [a if len(bases) == 1 else f"{a} against {b}" for a, b in differences]
+    axis.axvline(0, color="0.4", linewidth=1)
+    axis.set(yticks=range(len(names)), yticklabels=names)
+    axis.set_xlabel(HEADINGS[metric] + (f", less that of {next(iter(bases))}" if len(bases) == 1 else ", a − b"))
+    axis.set_title("a point per seed; mean, 95 % interval (black: significant)", fontsize=9)
     axis.invert_yaxis()
     axis.grid(alpha=0.25)
 

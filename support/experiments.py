@@ -26,6 +26,7 @@ class Experiment:
     against: str | None = None  # the variant that the others are compared with; default: the first
     pairs: tuple = ()  # or, named one by one: (variant, the one it is compared with)
     bars: tuple = ()  # columns drawn beside the first
+    gains: tuple = ()  # or, instead of means: columns whose differences are drawn, a point per seed
     dashed: str = ""  # variants with this in their name are drawn dashed, as some coincide with their twins
     front: tuple = ()  # two columns to draw against each other, a point per run
     tune: str = ""  # the flag whose value the validation split chooses for each variant
@@ -146,7 +147,7 @@ EXPERIMENTS = {
         ),
         (),
         probe="carried_over",
-        bars=("sampled", "pass_at_8"),
+        gains=("accuracy", "sampled", "pass_at_8", "story_kept", "more_steps", "by_hand"),
         against="SFT",
     ),
     "norm-placement": Experiment(

@@ -415,6 +415,18 @@ def test_every_recipe_is_one_of_its_stages_settings(recipe, scratch):
     assert recipe.stem.startswith(config.name)  # its run directory says which recipe it was
 
 
+def test_a_waiting_process_that_is_stopped_refuses_the_next_run(experiment, scratch, monkeypatch):
+    """An exception while it waits could leave a lock of the pool taken, and the others waiting for ever."""
+    monkeypatch.setattr(ablate, "STATE", {"running": False, "stopped": False})
+    ablate.stop(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run_one(ablate.settings_of(experiment, "narrow", 0), "runs/refused", 1)
+    assert not (scratch / "runs/refused").exists()
+    monkeypatch.setattr(ablate, "STATE", {"running": True, "stopped": False})
+    with pytest.raises(KeyboardInterrupt):
+        ablate.stop(signal.SIGINT, None)
+
+
 @pytest.mark.parametrize("stop", ["SIGTERM to one process, as a batch system", "Ctrl-C to all, as a terminal"])
 def test_a_stop_stops_all(stop, tmp_path):
     """The runs hold the pipe open as long as they live, which would be minutes."""

@@ -82,8 +82,28 @@ def test_a_run_that_diverged_stands_on_the_page(tmp_path):
     assert "| hot | – |" in text
     assert "commit abc." in text
     means = ablate.means_of(three, results, [0, 1, 2])
-    ablation_report.draw(three, results, means, {"loss": {}}, [0, 1, 2], tmp_path / "width.png")
+    differences = ablate.differences_of(three, results, [0, 1, 2])
+    ablation_report.draw(three, results, means, differences, {"loss": {}}, [0, 1, 2], tmp_path / "width.png")
     assert (tmp_path / "width.png").stat().st_size > 5000
+
+
+def test_the_gains_of_each_seed_are_drawn(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(ablation_report.pyplot(), "close", kept.append)
+    three = replace(
+        EXPERIMENT, variants=dict.fromkeys(["narrow", "wide", "noisy"], ()), curves=(), gains=("valid_loss",)
+    )
+    results = fake(three, [[1, 2, 3], [1.5, 2.51, 3.49], [3, 1, 2]])
+    means, differences = (f(three, results, [0, 1, 2]) for f in (ablate.means_of, ablate.differences_of))
+    ablation_report.draw(three, results, means, differences, {}, [0, 1, 2], tmp_path / "width.png")
+    [axis] = kept[-1].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["wide", "noisy"]
+    assert axis.get_xlabel() == "validation loss (nats per character), less that of narrow"
+    points = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
+    assert points == [pytest.approx([0.5, 0.51, 0.49]), pytest.approx([2, -1, -1])]
+    marks = [line for line in axis.lines if line.get_markersize() == 14]
+    assert [line.get_xdata().item() for line in marks] == pytest.approx([0.5, 0.0])
+    assert [line.get_color() for line in marks] == ["black", "0.55"]  # the second is not significant
 
 
 def test_many_comparisons_are_corrected_and_the_page_says_so():
@@ -118,7 +138,7 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_p
         logs = dict.fromkeys(results, read_metrics(tmp_path))
         curves = {metric: ablate.mean_curves(logs, variants, [0, 1, 2], metric) for metric in experiment.curves}
         means = ablate.means_of(experiment, results, [0, 1, 2])
-        ablation_report.draw(experiment, results, means, curves, [0, 1, 2], tmp_path / "picture.png")
+        ablation_report.draw(experiment, results, means, {}, curves, [0, 1, 2], tmp_path / "picture.png")
         return kept[-1].axes
 
     bars, curves, never, positions = panels("post", "post, no warm-up")[:4]

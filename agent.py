@@ -73,7 +73,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grpo
 from data import LARGE_TASK, chat
 from generate import generate
-from grpo import group_advantages, grpo_loss, paid_rewards, reward_sums, roll_out
+from grpo import group_advantages, grpo_loss, paid_rewards, reward_sums
 from lora import add_lora
 from optim import lr_at, make_optimizers, optimizer_step
 from support.calculator import calculator
@@ -88,7 +88,7 @@ from support.lora_files import LoraState
 from support.questions import load_question_splits
 from support.recorder import Recorder
 from support.rewards import judge_batch, reward_functions
-from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
+from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, roll_out
 from support.runs import Run
 from support.shared_prompt import shared_answer_logprobs
 from support.tools import ask, code_of_tools, load_tools, turns
@@ -297,7 +297,8 @@ def main(config):
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
     loss_of = grpo.loss_with(config)
     for step in run.steps():
-        # 1. ask: the policy answers each question R times, with the tools. 2. judge: {name: (n, R)} in batch.rewards
+        # 1. ask: the policy answers each question R times, with the tools
+        # 2. judge: {name: (n, R)} in batch.rewards
         batch = roll_out(sample, step, slots, 0, functions, config)
         paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         totals = rollout_sums(batch, paid, reward_weights, signal_of(batch)) | respond.sums()
@@ -323,7 +324,6 @@ def main(config):
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         update_sums, norm = {}, 0.0
         for minibatch in minibatches * config.inner_epochs:
-            counts = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
             for piece in minibatch.pieces:
                 rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
                 last = piece is minibatch.pieces[-1]
@@ -333,8 +333,8 @@ def main(config):
                         logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
                     inputs = logprobs, old_logprobs[rows, :T], A[rows], piece.mask, ref
-                    loss, metrics = loss_of(*inputs, **counts)
-                    recorder.tokens(rows, loss_of, inputs, counts)
+                    loss, metrics = loss_of(*inputs, **minibatch.counts)
+                    recorder.tokens(rows, loss_of, inputs, minibatch.counts)
                     # × world, because DDP averages over the ranks and v_t already counts them all
                     scaler.scale(loss * dist.world).backward()
                 tally(update_sums, metrics, piece.mask.sum().item())

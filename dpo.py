@@ -22,16 +22,17 @@ The reward is gone. Maximum likelihood of the pairs, with the policy π_θ in pl
 
 Before the first step (--pairs sampled). The start model, from SFT, answers the prompts, and it is π_ref:
 
-    pairs     = sample_pairs(policy, problems, pair_up)   R answers per prompt, judged right or wrong by the verifier;
-                                                          pair_up joins a right one, which must have ended, and a
-                                                          wrong one, which may be cut off; held out: one per prompt
-    pairs     = add_reference(policy, pairs)              log π_ref as ref_chosen, ref_rejected: two numbers per pair
+    pairs     = make_pairs(policy, problems)              R answers per prompt, judged by the verifier; a right one,
+                                                          which must have ended, and a wrong one, which may be cut
+                                                          off, are a pair; held out: one per prompt. And log π_ref of
+                                                          both answers, if the variant compares with it
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 
     own_pairs = next_pairs(pairs, step)                   B / ranks of {prompt, chosen, rejected, ref_…}      1. pairs
-    micro     = batch_of(b of own_pairs)                  .packed: b prompts, each with its two answers; .ref_logps,
-                                                          .lengths: log π_ref, tokens, of y_w and of y_l      (b,) each
+    micro     = batch_of(b of own_pairs)                  .packed: b prompts, each with its two answers
+                                                          .ref_logps: log π_ref of y_w, of y_l                (b,), (b,)
+                                                          .lengths: their tokens                              (b,), (b,)
     logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)    (2b, T), summed over T: (b,), (b,)     2. score
     u, v      = logp_chosen − ref_chosen, logp_rejected − ref_rejected                         (b,), (b,)     3. loss
     losses    = −log σ(β (u − v))                         (b,); or another row of VARIANTS
@@ -71,7 +72,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -79,7 +79,6 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, has_verifier
-from evaluate import add_figures, logged
 from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
@@ -88,9 +87,9 @@ from support.checks import Amount, Count, FractionBelow1, Positive, Range
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
-from support.dpo_report import announce, draw, held_out, kl_to_start, report
+from support.dpo_report import Look
 from support.lora_files import LoraState
-from support.pair_rows import load_texts, load_verified, make_pairs, next_pairs
+from support.pair_rows import load_texts, load_verified, make_pairs, next_pairs, reference_point
 from support.pairs import Means, batch_of, keep_pairs, kept_pairs, pair_logprobs, to_floats
 from support.recorder import Recorder, RecordFlags
 from support.runs import Run
@@ -128,16 +127,19 @@ def apo_zero_loss(u, v, beta):
 
 
 def apo_down_loss(u, v, beta):
-    """Pushes y_l down first; y_w follows once σ'(βu) > σ'(h)."""
+    """Pushes y_l down first; y_w falls too once σ'(βu) > σ'(h)."""
     return 1 - torch.sigmoid(beta * (u - v)) + torch.sigmoid(beta * u)
 
 
 def odds_ratio_loss(u, v, beta):
     """ORPO's second term, Eq. 7 of arXiv:2403.07691. p = exp(u), the geometric mean of the token probabilities; the
     clamp avoids infinite odds at p = 1."""
-    log_p = torch.stack([u, v]).clamp(max=-1e-7)  # (2, b)
-    chosen, rejected = log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p), (b,) each
-    return -beta * F.logsigmoid(chosen - rejected)
+
+    def log_odds(log_p):
+        log_p = log_p.clamp(max=-1e-7)
+        return log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p)
+
+    return -beta * F.logsigmoid(log_odds(u) - log_odds(v))
 
 
 def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
@@ -151,14 +153,16 @@ def kto_loss(
     log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, own=0
 ):
     """Single answers need no pairs (arXiv:2402.01306). log_ratio: u = log π − log π_ref, summed over tokens; desirable:
-    whether the answer is good; (b,) each. z0: a number (`reference_point`), without gradient. -> (loss, metrics)
+    whether the answer is good; (b,) each. z0: a number, without gradient. -> (loss, metrics)
 
-        L = λ_D (1 − σ(β (u − z0))) if y is good, λ_U (1 − σ(β (z0 − u))) if it is bad       λ: the two weights
+        L  = λ_D (1 − σ(β (u − z0))) if y is good, λ_U (1 − σ(β (z0 − u))) if it is bad      λ: the two weights
+        z0 = max(0, mean of log π(y'|x) − log π_ref(y'|x)), an estimate of KL(π ‖ π_ref): y' is another prompt's answer,
+             that of the row before; one z0 for all of a step (`reference_point`)
 
     n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. own (b,): added to the loss of
     the good answers, for nll. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers,
-    "rejected" the bad ones. Take λ_D n_D : λ_U n_U, of the numbers of good and bad answers, between 1:1 and 4:3. The
-    good answers may become less likely with the bad ones, and did with --nll 1: see results/README.md.
+    "rejected" the bad ones. Of n_D good and n_U bad answers, choose λ_D n_D / (λ_U n_U) between 1 and 4/3. The good
+    answers may become less likely with the bad ones, and did with --nll 1: see results/README.md.
 
     With nll 0, λ = 1 and answers of the start model (--pairs sampled, temperature 1), the first gradient is −β/2 times
     that of the sampled accuracy: each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0. Right answers that were
@@ -181,7 +185,7 @@ class Variant:
     """A preference loss and what it compares. To add one, write its function and a row of VARIANTS; a setting of its
     own is an argument of the function, named in the row, and a field of Config."""
 
-    loss: Callable  # (u, v, beta, the settings by name) -> (b,)
+    loss: Callable  # (u, v, beta, the settings by name) -> (b,), but kto_loss
     uses_reference: bool = True  # u, v are log π − log π_ref; else log π alone
     per_token: bool = False  # divided by the answers' lengths
     unpaired: bool = False  # judges single answers: `loss` is kto_loss
@@ -251,7 +255,7 @@ def dpo_loss(
     ref_chosen, ref_rejected: None if the variant uses no reference. chosen_lengths, rejected_lengths (b,): tokens, for
     the per-token variants and nll. nll: weight of the chosen answers' own loss, −log π(y_w) / |y_w|. n_pairs: of the
     whole optimizer step, over micro-batches and ranks; default b. settings: the variant's own, such as simpo's gamma.
-    The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_with`). Metrics are
+    The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_of`). Metrics are
     means over these b pairs; "accuracy" is that of the pairs, the share with h > 0.
     """
     settings = {"label_smoothing": label_smoothing} | settings
@@ -341,30 +345,6 @@ orpo, π per token 1/2 and 1/4: odds 1 and 1/3, d = ln 3; loss ln 2 + β ln 4/3;
     )
 
 
-@torch.no_grad()
-def reference_point(policy, judged, pad, dist, autocast, start=None, weight=1):
-    """z0 = max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the judged answers of all ranks. y', their
-    "other", is another prompt's answer: that of the previous row in the batch. It is taken once, of the whole step: a
-    z0 per micro-batch would change the objective; with one row y' = y, so z0 = max(0, u).
-
-    start: π_ref (None: the policy without its adapters), not needed for held-out answers, which know "ref_other".
-    It stays on the device, as every step needs it. weight: 0 on a rank without answers of its own."""
-    policy.eval()
-    start = start and start.to(dist.device)
-    total = 0.0
-    for i in range(0, len(judged), 64):
-        batch = batch_of(judged[i : i + 64], pad, dist.device, sides=("other",))
-        (ref,) = batch.ref_logps  # (b,), or None
-        with autocast():
-            (logps,) = pair_logprobs(policy, batch.packed)  # (b,)
-            if ref is None:
-                with lora_off(policy):
-                    (ref,) = pair_logprobs(start or policy, batch.packed)  # (b,)
-        total += weight * (logps - ref).sum().item()
-    total, n = dist.sum(total, weight * len(judged))
-    return max(0.0, total / n)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The stage.
 
@@ -445,7 +425,7 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    # The start model, for the KL and as π_ref of z0; on the CPU until then. None: the policy without its adapters
+    # The start model, for the KL and as π_ref of z0; on the CPU while it is not needed. None: the policy less adapters
     start = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     variant, context = VARIANTS[config.variant], policy.config.context
@@ -464,20 +444,18 @@ def main(config):
     keep_pairs(run, pairs)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
-    pad, on_bar, shared = tokenizer.endoftext_id, {}, {"config": config, "dist": dist, "autocast": autocast}
-    losses = {"loss_of": loss_of, "reference_point": reference_point}
-    measure = partial(held_out, pairs=pairs, problems=problems, tokenizer=tokenizer, **losses, **shared)
-    if run.state.before is None:
-        run.state.before = measure(policy, "test")
-    recorder = Recorder(run, autocast, valid=pairs["valid"], reference=start or policy, loss_of=loss_of)
-    announce(run, init, len(pairs["train"]), variant.unpaired)
+    pad = tokenizer.endoftext_id
+    look = Look(run, pairs, problems, start, autocast, variant, loss_of)
+    look.before(init)  # the test split
+    recorder = Recorder(run, autocast, valid=pairs["valid"], reference=start or policy, loss_of=loss_of)  # for view.py
 
     for step in run.steps():
         # 1. pairs
         started = time.perf_counter()
         own_pairs = next_pairs(pairs["train"], step, config, dist, context)  # B / ranks
-        # kto: of the whole step
-        z0 = reference_point(policy, own_pairs, pad, dist, autocast, start) if variant.unpaired else None
+        z0 = None
+        if variant.unpaired:  # one for the whole step, over all ranks; a forward pass more
+            z0 = reference_point(policy, own_pairs, pad, dist, autocast, start)
         recorder.pairs(own_pairs, z0)
         model.train()
         sums = Means()
@@ -502,32 +480,10 @@ def main(config):
         run.check_finite(lr, norm, loss=means["loss"])
 
         # 5. look: every so often at held-out pairs and problems, and at the KL
-        pair_accuracy = means.pop("accuracy")  # a record's "accuracy" is exact match, its "valid_accuracy" of pairs
-        record = {"pair_accuracy": pair_accuracy} | means | {"grad_norm": norm, "lr": lr}
-        record["steps_per_second"] = 1 / (time.perf_counter() - started)
-        if run.due(config.eval_every):
-            result = measure(policy, "valid")
-            record |= {f"valid_{name}": value for name, value in result["pairs"].items()}
-            record["kl"] = kl_to_start(policy, start, pairs, tokenizer, config, dist)
-            on_bar = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
-            if problems:
-                add_figures(record, logged(result))
-                on_bar["accuracy"] = f"{result['accuracy']:.1%}"
-            run.keep_best(record["valid_loss"])
-        run.log(step + 1, **record)
-        run.bar.set_postfix(
-            loss=f"{record['loss']:.3f}", logp=f"{means.get('logp_chosen', math.nan):.1f}", **on_bar, refresh=False
-        )
+        means |= {"grad_norm": norm, "lr": lr, "steps_per_second": 1 / (time.perf_counter() - started)}
+        look.at_step(step, means)
     run.close()
-
-    # The test split, once, with the checkpoint of the lowest validation loss.
-    policy, tokenizer, path = open_checkpoint(run.path, dist.device)
-    before, after = run.state.before, measure(policy, "test")
-    if dist.is_main:
-        report(config, before, after, len(pairs["test"]), run.seconds)
-        draw(config, run.path, variant, bool(problems))
-        print(f"{path}, {run.path}/last, {run.path}/curves.png")
-    return {"before": before, "after": after, "path": str(path), "seconds": run.seconds}
+    return look.after()  # the test split again, with the checkpoint of the lowest validation loss
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ One step, here for one process and the defaults; `main` has the same five parts.
 *minibatch* the whole groups of one *update* (optimizer step), B answers; a *piece* the b that fit one forward pass.
 
     batch   = roll_out(step)                         N·R answers: ids, mask, log π_old   (N·R, T)         1. ask
-              and judges them:                       the rewards that have a weight      (N, R, 2)        2. judge
+    rewards = batch.rewards                          right or not, well formed or not    (N, R, 2)        2. judge
     A       = group_advantages(rewards · weights)    mean 0 in each group                (N, R)           3. compare
     minibatches = minibatches_of(batch)              groups with A = 0 left out                           4. update
     ref     = reference_logprobs(minibatches)        log π_ref, no gradient              (N·R, T)
@@ -37,19 +37,20 @@ One step, here for one process and the defaults; `main` has the same five parts.
         backward, clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
-The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. The last column is the
-factor in front of ∇log π(y_t) in the descent step, without the KL term. L is --max_new_tokens, *tokens* those of the
-minibatch, ρ_i the ratio of a whole answer and s a soft clip: the functions below say what each choice does.
+The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. The last column times
+∇log π(y_t) is what a token adds to the step, without the KL term. L is --max_new_tokens, *tokens* those of the
+minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip: the functions below say
+what each choice does.
 
     algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
     reinforce             none           none    -         reinforce       dr_grpo    -           A / BL
-    rloo                  leave_one_out  none    product   clip 0.2 0.2    grpo       0.05 reward ρ_i A / B, or 0
+    rloo                  leave_one_out  none    product   clip 0.2 0.2    grpo       0.05 reward Πρ A / B, or 0
     grpo                  mean           group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / B|y|, or 0
     dr_grpo               mean           none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     dapo                  mean           group   token     clip 0.2 0.28   dapo       -           ρ_t A / tokens, or 0
-    gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           ρ_i A / B|y|, or 0
+    gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           s A / B|y|, or 0
     cispo                 mean           group   token     cispo 1 4       dapo       -           min(ρ_t, 5) A / tokens
-    sapo                  mean           group   token     sapo            grpo       -           s(ρ_t) A / B|y|
+    sapo                  mean           group   token     sapo            grpo       -           f'(ρ_t) A / B|y|
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
@@ -74,7 +75,7 @@ narrow clips want --dtype fp32. Answers and tokens are counted over the whole mi
 into pieces, or the gradient would depend on the cut.
 
 A fast system samples with a rounded or older copy of the policy (--sampler_dtype, --stale). By default ρ divides by
-the copy's own probabilities, so the ratio already corrects the mismatch; support/off_policy.py has the other ways.
+the copy's own probabilities, which corrects the mismatch token by token; support/off_policy.py has the other ways.
 Without --init the script makes its own start on the built-in problems, a short pretraining and SFT, kept under
 runs/start and reused.
 
@@ -110,14 +111,14 @@ from support.cli import run_script
 from support.content import code_of, records_of, weights_of
 from support.devices import precision, setup
 from support.errors import ConfigError
-from support.family import as_flags, check_choices, fill_in
+from support.family import FamilyFlags, as_flags, check_choices, fill_in
 from support.grpo_report import Look, rollout_sums, step_record, tally
 from support.lora_files import LoraState
 from support.off_policy import RolloutPolicy, SamplerFlags, check_sampler, off_policy
 from support.questions import load_question_splits
 from support.recorder import Recorder, RecordFlags
 from support.rewards import RewardFlags, brevity_reward, format_reward, judge_batch, reward_functions
-from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs
+from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, refill, roll_out
 from support.runs import Run
 from support.sharding import refuse_fsdp, whole
 from support.shared_prompt import shared_answer_logprobs
@@ -150,17 +151,19 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
                 differs only in format
         batch   one std for all of the batch
         none    1: the difference itself
-        mean    the group's mean reward: the rarer a right answer, the more it counts. With rewards of 0 and 1 and a
-                chance p, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the first terms of ∇log p
+        mean    the group's mean reward: the rarer a right answer, the more it counts. With rewards of 0 and 1, and p
+                the chance of 1, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the first terms of ∇log p
         tokens  subtract the token-weighted mean, divide by the token-weighted std, both of the batch; answers have
                 lengths (N, R). A long one counts for more, and a group of equal rewards has A ≠ 0, unless all are equal
-    With a baseline and any other scale, a group whose rewards are all equal gives exactly 0, and so does a group of
-    one: never NaN. Raises ConfigError on an unknown name, and on a reward below 0 with "mean".
+    With a baseline and any scale but tokens, a group whose rewards are all equal gives exactly 0, and so does a group
+    of one: never NaN. Raises ConfigError on an unknown name, and on a reward below 0 with "mean".
     """
     centred = less_baseline(rewards, baseline)  # (N, R)
-    if scale == "none" or (rewards.shape[1] == 1 and scale in ("group", "batch")):
+    if scale == "none":
         return centred
     if scale in ("group", "batch"):
+        if rewards.shape[1] == 1:
+            return centred  # 0, and the std of one reward is NaN
         std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()  # (N, 1) or ()
         return centred / (std + 1e-4)
     if scale == "mean":
@@ -168,21 +171,27 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
             raise ConfigError(f"--scale mean divides by a group's mean reward, and a reward is {rewards.min():g}")
         mean = rewards.mean(dim=1, keepdim=True)  # (N, 1)
         return centred / mean.masked_fill(mean == 0, 1.0)  # 0 / 1 where nobody was right
-    if scale != "tokens":
-        raise ConfigError(f"--scale {scale!r} is not known; use group, batch, none, mean or tokens")
+    if scale == "tokens":
+        return whiten_over_tokens(centred, rewards, lengths)
+    raise ConfigError(f"--scale {scale!r} is not known; use group, batch, none, mean or tokens")
+
+
+def whiten_over_tokens(centred, rewards, lengths):
+    """(N, R) each: mean 0 and variance 1 over the tokens of the batch, each of which has its answer's value."""
     if lengths is None:
         raise ConfigError("--scale tokens needs the lengths of the answers")
-    token_share = lengths.to(rewards) / lengths.sum().clamp(min=1)  # (N, R), sums to 1
-    centred = centred - (token_share * centred).sum()
-    std = (token_share * centred.square()).sum().clamp(min=1e-8).sqrt()  # ()
-    return (centred / std).masked_fill((rewards == rewards[0, 0]).all(), 0.0)  # exactly, not the mean's rounding
+    share = lengths.to(rewards) / lengths.sum().clamp(min=1)  # (N, R) of the tokens; sums to 1
+    centred = centred - (share * centred).sum()
+    std = (share * centred.square()).sum().clamp(min=1e-8).sqrt()  # ()
+    all_equal = (rewards == rewards[0, 0]).all()
+    return (centred / std).masked_fill(all_equal, 0.0)  # exactly 0, not the mean's rounding
 
 
 # Below, b answers of up to T tokens: a piece of the B answers of a minibatch.
 
-# ρ (b, T) from log ρ_t (b, T), 0 outside the mask, and |y| (b, 1): each token's own, or one for all of an answer. The
-# product is exact for the answer as a whole, and soon far from 1. The sequence ratio is its |y|-th root: the clip keeps
-# or drops whole answers, and one odd token does not decide.
+# ρ (b, T) from log ρ_t (b, T), which is 0 on padding, and |y| (b, 1): each token's own, or one for all of an answer.
+# The product is exact for the answer as a whole, and soon far from 1. The sequence ratio is its |y|-th root: the clip
+# keeps or drops whole answers, and one odd token does not decide.
 RATIOS = {
     "token": lambda log_ratio, length: log_ratio.exp(),
     "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).exp().expand_as(log_ratio),
@@ -217,10 +226,10 @@ def cispo_surrogate(rho, A, logprobs, clip_low, clip_high):
 
 
 def sapo_surrogate(rho, A, logprobs, clip_low=None, clip_high=None, tau=1.0, tau_negative=1.05):
-    """SAPO: (4 / τ) σ(τ (ρ − 1)) A, a soft clip. The gradient is s(ρ) A ∇log π with s = ρ / cosh²(τ (ρ − 1) / 2): 1 at
-    ρ = 1, more up to about ρ = 3.5 (τ = 1), then falling to 0."""
-    tau = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # (b, 1)
-    return 4 / tau * torch.sigmoid(tau * (rho - 1)) * A, torch.zeros_like(rho, dtype=torch.bool)
+    """SAPO: (4 / τ) σ(τ (ρ − 1)) A, a soft clip. The gradient is f'(ρ) A ∇log π with f' = ρ / cosh²(τ (ρ − 1) / 2): 1
+    at ρ = 1, at most 1.57, near ρ = 2, below 1 again from ρ = 3.5 and on to 0 (τ = 1)."""
+    tau_of_A = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # (b, 1)
+    return 4 / tau_of_A * torch.sigmoid(tau_of_A * (rho - 1)) * A, torch.zeros_like(rho, dtype=torch.bool)
 
 
 def reinforce_surrogate(rho, A, logprobs, clip_low=None, clip_high=None):
@@ -277,8 +286,8 @@ def grpo_loss(
     sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
     n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these b answers alone.
     max_length: dr_grpo's constant L, default T.
-    Metrics: the loss; ratio_max, the largest ρ, padding (ρ = 1) included; the others are means over these answers'
-    tokens. "kl" is k3 without ρ, whatever `kl` is: biased where ρ ≠ 1, as the tokens are π_old's.
+    Metrics: the loss; ratio_max, the largest ρ, padding included; the others are means over these answers' tokens.
+    "kl" is k3 without ρ, whatever `kl` is: biased where ρ ≠ 1, as the tokens are π_old's.
     The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
     """
     v_of = choice("loss_type", loss_type, LOSS_TYPES)
@@ -380,7 +389,7 @@ def demo():
     print("second: ratios ρ      ", *(f"{a:5.2f} {b:5.2f}" for a, b in rho.tolist()))
     print("stopped by the clip   ", *(f"{'yes' if a else 'no':>5s} {'yes' if b else 'no':>5s}" for a, b in stopped))
     print("gradient by hand      ", *(f"{a:5.2f} {b:5.2f}" for a, b in by_hand.tolist()), "   −ρ A / 8, or 0")
-    print(f"autograd differs by at most {(logprobs.grad - by_hand).abs().max():.0e}; clip fraction 3 / 8")
+    print("autograd gives the same; clip fraction 3 / 8")
 
     ref = old - 0.1  # π_ref finds each of these tokens less likely, by a factor e^−0.1: x = π_ref / π = 0.905
     x = torch.tensor(-0.1).exp()
@@ -394,7 +403,7 @@ def demo():
 
     # The family, second minibatch. The second answer has one token here.
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
-    print("the family              A of each answer             what each token gets, times 100")
+    print("the family              A of each answer             what each token gets, answer by answer, times 100")
     for name, row in ALGORITHMS.items():
         A = group_advantages(rewards, row["scale"], row["baseline"], lengths)[0]  # (R,)
         logprobs = (old + rho.log()).requires_grad_()
@@ -406,11 +415,12 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage. More flags: support/rewards.py (what is paid), support/off_policy.py (what samples), support/verified.py.
+# The stage. More flags: support/family.py (the columns of the table), support/rewards.py (what is paid),
+# support/off_policy.py (what samples), support/verified.py.
 
 
 @dataclass
-class Config(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
+class Config(FamilyFlags, SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
     """Train a policy with verifiable rewards (GRPO)."""
 
     instruction: str = ""
@@ -432,30 +442,6 @@ class Config(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
     """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     if_hopeless: Literal["warn", "stop"] = "warn"
     """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
-    algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
-    """Sets all of the following that are not given, from --baseline to --kl_in."""
-    baseline: Literal["mean", "leave_one_out", "none"] | None = None
-    """What a reward is compared with: the mean of its group, of the others in it, or nothing."""
-    scale: Literal["group", "batch", "none", "mean", "tokens"] | None = None
-    """Unit of the advantages: a group's std, the batch's, 1, a group's mean reward, or whitened over the tokens."""
-    ratio: Literal[tuple(RATIOS)] | None = None
-    """Importance ratio of each token, of the whole sequence (its geometric mean), or the product over it."""
-    surrogate: Literal[tuple(SURROGATES)] | None = None
-    """How far a token may go in the updates of one batch."""
-    clip_low: Amount | None = None
-    """Lower clip range of the ratio."""
-    clip_high: Amount | None = None
-    """Upper clip range of the ratio."""
-    loss_type: Literal[tuple(LOSS_TYPES)] | None = None
-    """A token's weight: a mean per answer, a mean over all tokens, or a constant."""
-    beta: Amount | None = None
-    """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
-    kl: Literal["k1", "k2", "k3"] | None = None
-    """Estimator of the KL; default k3 in the loss (each token's KL), k1 in the reward (the whole answer's)."""
-    kl_in: Literal["loss", "reward"] | None = None
-    """Where the KL is subtracted: as a term of the loss, or from the reward."""
-    kl_unbiased: bool | None = None
-    """Multiply the KL in the loss by the token's ratio; default for k1 and k3, which then have the KL's gradient."""
     refresh_reference: Whole = 0
     """Every so many steps the policy becomes the reference of the KL; 0: that is --init throughout."""
     inner_epochs: Count = 1
@@ -476,13 +462,6 @@ class Config(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
         fill_in(self, ALGORITHMS)
         check_choices(self)
         check_sampler(self)
-
-
-def roll_out(sample, step, slots, attempt, functions, config):
-    """Ask the questions in `slots`, some of a step's N; answer each R times; judge -> Batch with its rewards."""
-    batch = sample(step, slots, attempt)
-    judge_batch(functions, batch, config)
-    return batch
 
 
 def reference_logprobs(reference, policy, pieces, batch, config, autocast):
@@ -526,7 +505,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         shard(model, dist, autocast)  # as in pretrain.py
     rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
     add_lora(policy, **asdict(config.lora), seed=config.seed)
-    problems, pad = load_question_splits(config, tokenizer, policy.config.context, dist), tokenizer.endoftext_id
+    problems = load_question_splits(config, tokenizer, policy.config.context, dist)
+    pad = tokenizer.endoftext_id
 
     def signal_of(batch):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
@@ -537,10 +517,11 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         look_first(sample, slots, signal_of, functions, reward_weights, path, config, dist)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    kept = {"lora": LoraState(policy, init)} | ({"reference": reference} if config.refresh_reference else {})
-    kept |= {"sampler": rollout_policy} if config.stale else {}
-    reads |= records_of(config.data, problems)
-    state = {"best": -1.0, "before": None, "start": {}, "parts": kept, "began": began}
+    reads |= records_of(config.data, problems)  # a resumed run must read the same
+    parts = {"lora": LoraState(policy, init)}  # what a checkpoint has beside the weights
+    parts |= {"reference": reference} if config.refresh_reference else {}
+    parts |= {"sampler": rollout_policy} if config.stale else {}
+    state = {"best": -1.0, "before": None, "start": {}, "parts": parts, "began": began}
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
     ddp = dist.world > 1 and not config.fsdp
     model = DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
@@ -548,7 +529,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     look = Look(run, problems, functions, reward_weights, init)
     look.before()
     seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(REWARDS, some, config)}
-    recorder = Recorder(run, autocast, reference=reference, temperature=config.temperature, **seen)
+    recorder = Recorder(run, autocast, reference=reference, temperature=config.temperature, **seen)  # for view.py
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
     loss_of = loss_with(config)
@@ -557,18 +538,15 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             reference.load_state_dict(policy.state_dict())
         rollout_policy.refresh(policy)
 
-        # 1. ask: the policy answers each question R times. 2. judge: {name: (n, R)} in batch.rewards
+        # 1. ask: the policy answers each question R times
+        # 2. judge: {name: (n, R)} in batch.rewards
         step_began = time.perf_counter()
         batch = roll_out(sample, step, slots, 0, functions, config)
-        has_signal = signal_of(batch)  # (n,)
         # before any refill: what the policy earns as it is
-        rollout_totals = rollout_sums(batch, paid_rewards(batch, reward_weights, config), reward_weights, has_signal)
-        for attempt in range(1, config.refill + 1):
-            silent = has_signal.logical_not().nonzero().squeeze(1).tolist()
-            with whole(policy):  # under FSDP: all weights on every rank, also on one that needs no more answers
-                if silent:
-                    batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
-                    has_signal = signal_of(batch)
+        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
+        rollout_totals = rollout_sums(batch, paid, reward_weights, signal_of(batch))
+        if config.refill:
+            refill(batch, sample, step, slots, functions, signal_of, policy, config)
         rollout_done = time.perf_counter()
         # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy)
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
@@ -581,8 +559,9 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         all_paid = dist.gather(paid)  # (N, R, M)
         lengths = dist.gather(counted.sum(1).view(n, -1).cpu())  # (N, R)
-        advantages, extra = advantages_of(all_paid, reward_weights, config, lengths)  # (N, R)
-        advantages, ref_logprobs = advantages[slots], None  # (n, R)
+        advantages, more_figures = advantages_of(all_paid, reward_weights, config, lengths)  # (N, R)
+        advantages = advantages[slots]  # (n, R)
+        ref_logprobs = None
         if config.beta and config.kl_in == "reward":
             advantages, ref_logprobs = less_the_kl(advantages, reference, policy, batch, config, autocast, pad)
         recorder.answers(batch, advantages)
@@ -592,7 +571,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
             trained = torch.ones(n, dtype=torch.bool)  # every group has a KL
         minibatches = minibatches_of(batch, groups, trained, counted, config.micro_batch, pad, dist)
-        needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # which costs a forward pass
+        needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
@@ -613,10 +592,10 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                         logprobs = logprobs[:, :T]  # (b, T): it was padded to a multiple of 8
                         old = old_logprobs[rows, :T]  # (b, T)
                         ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
-                        options = {"n_completions": minibatch.n_completions, "n_tokens": minibatch.n_tokens}
-                        options["sampler_weights"] = sampler_weights[rows, :T]  # (b, T)
-                        loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)  # A[rows] (b,)
-                        recorder.tokens(rows, loss_of, (logprobs, old, A[rows], piece.mask, ref), options)
+                        inputs = logprobs, old, A[rows], piece.mask, ref  # A[rows] (b,)
+                        options = minibatch.counts | {"sampler_weights": sampler_weights[rows, :T]}  # (b, T)
+                        loss, metrics = loss_of(*inputs, **options)
+                        recorder.tokens(rows, loss_of, inputs, options)
                         # × world, because DDP averages over the ranks and v_t already counts them all
                         scaler.scale(loss * dist.world).backward()
                     tally(update_sums, metrics, piece.mask.sum().item())
@@ -625,7 +604,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             n_updates += 1
 
         # 5. look: log the step; every so often answer validation questions
-        record = step_record(rollout_totals, update_sums, n_updates, config, dist) | extra | mismatch
+        record = step_record(rollout_totals, update_sums, n_updates, config, dist) | more_figures | mismatch
         # A NaN here is a failure, not a skipped fp16 overflow. A step without a signal has an entropy, but no loss.
         advice = "try a smaller --lr, or --dtype fp32"
         run.check_finite(lr, norm, advice, loss=record["loss"], entropy=record["entropy"])

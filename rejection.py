@@ -14,12 +14,16 @@ With exact steps J cannot fall; with samples and a few optimizer steps that hold
     M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]     fine-tune on them: minimize
              L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
 
+A step below divides by the weighted tokens of its own answers and not by N: the same direction in the mean, but a step
+is no smaller when few answers are right.
+
 At the first step of a round, where π = π_k, −∇L is a policy gradient. The expected −∇ of one problem's term, over the
 R random samples:
 
     weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710, grpo.py --algorithm
                                                                maxrl --baseline none); for large R ∇p / p = ∇log p
-    weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0
+    weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0 (--weigh answer,
+                                                               up to the divisor)
 
 Both need --distinct false and no --max_per_problem: EM counts an answer as often as it was sampled, so what is frequent
 grows. The defaults keep one of equal answers: every different right answer of a problem has the same weight.
@@ -30,8 +34,8 @@ N = --prompts problems with R = --rollouts answers each (main has the same four 
     groups = judged_answers(sample, k)      N times R answers of π_k: ids, right?, ended?                    1. sample
     kept   = [(prompt, answer, w), …]       right, complete, no copies. w = 1 / K_x (--weigh problem):       2. keep
                                             a problem with 8 right answers counts as much as one with 1
-    S = --round_steps times, for the next B = --batch of kept:    reshuffled each epoch; B counts all ranks  3. fine-
-        n = Σ w |y|                         computed before splitting into ranks and micro-batches              tune
+    --round_steps times, for the next B = --batch of kept:        reshuffled each epoch; B counts all ranks  3. tune
+        n = Σ w |y|                         computed before splitting into ranks and micro-batches
         tokens, mask = collate(micro)       w on the answer's tokens, 0 on the prompt's      (b, T) each
         logprobs = token_logprobs(model, tokens)                                             (b, T − 1)
         loss = −Σ mask[:, 1:] · logprobs / n                   sft_loss: L of these B, with n in place of N   ()
@@ -48,8 +52,8 @@ Traps:
 
 The relatives:
     STaR      arXiv:2203.14465; --rollouts 1 --temperature 0 --restart true: greedy; hints for failures are not here
-    RFT       arXiv:2308.01825; --rollouts 64, --round_steps as --steps: one round. Theirs samples 100 answers, keeps
-              one of each list of equations, and adds the demonstrations
+    RFT       arXiv:2308.01825; --rollouts 64, --round_steps equal to --steps: one round. Theirs samples 100 answers,
+              keeps one of each list of equations, and adds the demonstrations
     ReST-EM   --rollouts 32 --max_per_problem 10 --weigh answer --restart true
 
 Run it:
@@ -108,7 +112,7 @@ def keep_round(groups, config):
     that are right and complete, "solved": share of the problems that have one}. ConfigError if none has."""
     kept = []
     for prompt, answers in groups:
-        of_problem = keep_right(answers, config.distinct, config.max_per_problem)  # K_x
+        of_problem = keep_right(answers, config.distinct, config.max_per_problem)  # the K_x answers
         kept += [(prompt, ids, 1 / len(of_problem) if config.weigh == "problem" else 1.0) for ids in of_problem]
     usable = torch.tensor([[right and ended for _, right, ended in answers] for _, answers in groups])  # (N, R)
     refuse_unsolved(usable)
@@ -131,12 +135,13 @@ def demo():
     grad_p = pi * (right - p)  # (3,) ∇p
     assert grad_p.tolist() == [-1 / 4, 3 / 16, 1 / 16]
     print("π = 1/2 (wrong), 3/8, 1/8 (right), p = 1/2, ∇log p = 2 ∇p. The mean of −∇L over all groups of R answers:")
-    for R, weight in itertools.product((1, 2, 4), ("1/K", "1/R")):
+    for R, weight in itertools.product((2, 4), ("1/K", "1/R")):
         mean = torch.zeros(3, dtype=torch.float64)  # of −∇L
         for group in itertools.product(range(3), repeat=R):  # 3^R groups
-            ids = [y for y in group if right[y]]
+            ids = [y for y in group if right[y]]  # K of them
             mask = torch.full((len(ids), 1), 1 / max(1, len(ids)) if weight == "1/K" else 1 / R)  # (K, 1) tokens
-            loss, _ = sft_loss(logits.log_softmax(0)[ids, None], mask, n_tokens=1)  # of N = 1 problem
+            logprobs = logits.log_softmax(0)[ids, None]  # (K, 1)
+            loss, _ = sft_loss(logprobs, mask, n_tokens=1)  # of N = 1 problem
             mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
         factor = sum((1 - p) ** j for j in range(R)) if weight == "1/K" else 1.0
         torch.testing.assert_close(mean, factor * grad_p)
@@ -199,9 +204,11 @@ def main(config):
 
     measure_start(run, problems, init)  # the test split; and until something beats it, the start is best/
     for step in run.steps():
-        (k, s), record = divmod(step, config.round_steps), {}  # round k, its step s
+        k, s = divmod(step, config.round_steps)  # round k, its step s
+        record = {}
         if s == 0:
-            # 1. sample: the policy answers the problems of the round. 2. keep what the verifier accepts
+            # 1. sample: the policy answers the problems of the round
+            # 2. keep what the verifier accepts
             if k > 0:  # round 0 was sampled above
                 run.state.sampled = keep_round(judged_answers(sample, k, config, dist), config)
             if config.restart:
@@ -209,10 +216,11 @@ def main(config):
             record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}
         kept = run.state.sampled["kept"]  # (prompt, answer, weight) each
 
-        # 3. fine-tune: sft.py's step on the next B of them, each round in an order of its own (+ 7_919 * k)
+        # 3. tune: sft.py's step on the next B of them, each round in an order of its own (+ 7_919 * k)
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
         n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
-        own = sorted(batch[dist.rank * per_rank : (dist.rank + 1) * per_rank], key=lambda example: len(example[0]))
+        own = batch[dist.rank * per_rank : (dist.rank + 1) * per_rank]
+        own = sorted(own, key=lambda example: len(example[0]))  # answers of like length waste no padding
         loss_sum = 0.0
         for i in range(0, per_rank, config.micro_batch):
             micro = collate(own[i : i + config.micro_batch], tokenizer.endoftext_id).to(dist.device)  # (b, T)
@@ -226,7 +234,7 @@ def main(config):
                 scaler.scale(loss * dist.world).backward()
             loss_sum += metrics["loss"]
         (loss_sum,) = dist.sum(loss_sum)
-        at = (s, config.round_steps) if config.restart else (step, config.steps)
+        at = (s, config.round_steps) if config.restart else (step, config.steps)  # --restart: a schedule per round
         lr = lr_at(*at, config.lr, config.warmup)
         norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
         run.check_finite(lr, norm, loss=loss_sum)

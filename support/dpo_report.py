@@ -1,18 +1,21 @@
 """What a DPO run measures, and what it prints and draws."""
 
+import math
+
 import torch
 
-from evaluate import before_and_after, evaluate, metric_panels, sampled_kl, wilson
+from evaluate import add_figures, before_and_after, evaluate, logged, metric_panels, sampled_kl, wilson
 from lora import merged
-from support.pair_rows import held_out_share
+from support.checkpoints import open_checkpoint
+from support.pair_rows import held_out_share, reference_point
 from support.pairs import Means, batch_of, pair_logprobs
 from support.plots import draw_curves
 
 
 @torch.no_grad()
-def validate(policy, pairs, tokenizer, config, dist, autocast, loss_of, reference_point):
+def validate(policy, pairs, tokenizer, config, dist, autocast, loss_of):
     """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …}.
-    loss_of, reference_point: those of dpo.py."""
+    loss_of: dpo.py's."""
     policy.eval()
     sums, pad, z0 = Means(), tokenizer.endoftext_id, None
     own_pairs, weight = held_out_share(pairs, dist)
@@ -26,22 +29,65 @@ def validate(policy, pairs, tokenizer, config, dist, autocast, loss_of, referenc
     return sums.over_ranks(dist)
 
 
-def held_out(policy, split, pairs, problems, tokenizer, config, dist, autocast, loss_of, reference_point):
-    """{"pairs": their metrics} and, with a verifier, those of greedy answers: there "accuracy" is exact match."""
-    with merged(policy):  # adapters, if any, folded into the weights: as fast as without
-        figures = {"pairs": validate(policy, pairs[split], tokenizer, config, dist, autocast, loss_of, reference_point)}
-        if problems:
-            result = evaluate(policy, tokenizer, problems[split], config.max_new_tokens, dist)
-            figures |= {name: value for name, value in result.items() if name != "samples"}
-    return figures
+class Look:
+    """What a run shows beside its steps: before(), at_step() each, after(). start: the start model; None: it is the
+    policy without its adapters. variant: a row of dpo.VARIANTS; loss_of: dpo.py's."""
 
+    def __init__(self, run, pairs, problems, start, autocast, variant, loss_of):
+        self.run, self.pairs, self.problems, self.start = run, pairs, problems, start
+        self.autocast, self.variant, self.loss_of, self.on_bar = autocast, variant, loss_of, {}
 
-def announce(run, init, n_pairs, unpaired):
-    """The line before the first step."""
-    if run.dist.is_main:
-        before, kind = run.state.before, "answers" if unpaired else "pairs"
-        accuracy = f"; test accuracy before: {before['accuracy']:.1%}" if "accuracy" in before else ""
-        print(f"{run.model.num_params():,} parameters from {init}; {n_pairs:,} training {kind}{accuracy}")
+    def measure(self, policy, split):
+        """{"pairs": their metrics} and, with a verifier, those of greedy answers: there "accuracy" is exact match."""
+        run = self.run
+        with merged(policy):  # adapters, if any, folded into the weights: as fast as without
+            shared = run.tokenizer, run.config, run.dist, self.autocast, self.loss_of
+            figures = {"pairs": validate(policy, self.pairs[split], *shared)}
+            if self.problems:
+                longest = run.config.max_new_tokens
+                result = evaluate(policy, run.tokenizer, self.problems[split], longest, run.dist)
+                figures |= {name: value for name, value in result.items() if name != "samples"}
+        return figures
+
+    def before(self, init):
+        """The test split, unless an earlier part of the run has read it; and the line before the first step."""
+        run = self.run
+        if run.state.before is None:
+            run.state.before = self.measure(run.model, "test")
+        if run.dist.is_main:
+            before, kind = run.state.before, "answers" if self.variant.unpaired else "pairs"
+            accuracy = f"; test accuracy before: {before['accuracy']:.1%}" if "accuracy" in before else ""
+            n_pairs = len(self.pairs["train"])
+            print(f"{run.model.num_params():,} parameters from {init}; {n_pairs:,} training {kind}{accuracy}")
+
+    def at_step(self, step, means):
+        """Log a step, and every --eval_every steps what held-out pairs and problems say, and the KL."""
+        run, means = self.run, dict(means)
+        pair_accuracy = means.pop("accuracy")  # a record's "accuracy" is exact match, its "valid_accuracy" of pairs
+        record = {"pair_accuracy": pair_accuracy} | means
+        if run.due(run.config.eval_every):
+            result = self.measure(run.model, "valid")
+            record |= {f"valid_{name}": value for name, value in result["pairs"].items()}
+            record["kl"] = kl_to_start(run.model, self.start, self.pairs, run.tokenizer, run.config, run.dist)
+            self.on_bar = {"valid": f"{record['valid_loss']:.3f}", "kl": f"{record['kl']:.3f}"}
+            if self.problems:
+                add_figures(record, logged(result))
+                self.on_bar["accuracy"] = f"{result['accuracy']:.1%}"
+            run.keep_best(record["valid_loss"])
+        run.log(step + 1, **record)
+        logp = f"{means.get('logp_chosen', math.nan):.1f}"
+        run.bar.set_postfix(loss=f"{record['loss']:.3f}", logp=logp, **self.on_bar, refresh=False)
+
+    def after(self):
+        """The test split, once, with the checkpoint of the lowest validation loss."""
+        run = self.run
+        policy, _, path = open_checkpoint(run.path, run.dist.device)
+        before, after = run.state.before, self.measure(policy, "test")
+        if run.dist.is_main:
+            report(run.config, before, after, len(self.pairs["test"]), run.seconds)
+            draw(run.config, run.path, self.variant, bool(self.problems))
+            print(f"{path}, {run.path}/last, {run.path}/curves.png")
+        return {"before": before, "after": after, "path": str(path), "seconds": run.seconds}
 
 
 def kl_to_start(policy, start, pairs, tokenizer, config, dist):
@@ -51,7 +97,7 @@ def kl_to_start(policy, start, pairs, tokenizer, config, dist):
     reference = policy if start is None else start.to(dist.device)  # the policy: sampled_kl turns the adapters off
     kl = sampled_kl(policy, reference, tokenizer, prompts, min(config.max_new_tokens, room), dist, config.seed)
     if start is not None:
-        start.cpu()
+        start.cpu()  # it waits there
     return kl
 
 

@@ -5,9 +5,54 @@ verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6
 log ρ to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
+from support.checks import Amount
 from support.errors import ConfigError
 
 CLIPS = ("clip_low", "clip_high")
+
+
+@dataclass
+class FamilyFlags:
+    """The columns of the family's table."""
+
+    algorithm: Literal[
+        "reinforce",
+        "rloo",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "sapo",
+        "maxrl",
+        "reinforce++-baseline",
+    ] = "grpo"
+    """Sets all of the following that are not given, from --baseline to --kl_in."""
+    baseline: Literal["mean", "leave_one_out", "none"] | None = None
+    """What a reward is compared with: the mean of its group, of the others in it, or nothing."""
+    scale: Literal["group", "batch", "none", "mean", "tokens"] | None = None
+    """Unit of the advantages: a group's std, the batch's, 1, a group's mean reward, or whitened over the tokens."""
+    ratio: Literal["token", "product", "sequence"] | None = None
+    """Importance ratio: each token's own, the product over the answer, or its geometric mean."""
+    surrogate: Literal["clip", "cispo", "sapo", "reinforce"] | None = None
+    """How far a token may go in the updates of one batch."""
+    clip_low: Amount | None = None
+    """Lower clip range of the ratio."""
+    clip_high: Amount | None = None
+    """Upper clip range of the ratio."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] | None = None
+    """A token's weight: a mean per answer, a mean over all tokens, or a constant."""
+    beta: Amount | None = None
+    """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
+    kl: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the KL; default k3 in the loss (each token's KL), k1 in the reward (the whole answer's)."""
+    kl_in: Literal["loss", "reward"] | None = None
+    """Where the KL is paid: as a term of the loss, or off the advantages, less its baseline in the group."""
+    kl_unbiased: bool | None = None
+    """Multiply the KL in the loss by the token's ratio; default for k1 and k3, which then have the KL's gradient."""
 
 
 def fill_in(config, algorithms):

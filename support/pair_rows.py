@@ -4,10 +4,13 @@ what a row is); which of them a step reads, and which a rank measures.
 
 from functools import partial
 
+import torch
+
 from data import Judged, encode_group, has_verifier, load_judged, load_pairs, load_problems, rows_at
+from lora import lora_off
 from support.errors import ConfigError
 from support.judged import one_by_one, prepare_judged, shift_answers
-from support.pairs import add_reference, row_of, sample_pairs, sides_of
+from support.pairs import add_reference, batch_of, pair_logprobs, row_of, sample_pairs, sides_of
 from support.questions import splits_with_room
 from support.records import load_splits
 
@@ -113,3 +116,27 @@ def held_out_share(pairs, dist):
     own = pairs[dist.rank :: dist.world]
     rows = sorted(own or pairs[:1], key=lambda row: len(row["prompt"]) + len(row[sides_of(row)[0]]))
     return rows, 1 if own else 0
+
+
+@torch.no_grad()
+def reference_point(policy, judged, pad, dist, autocast, start=None, weight=1):
+    """KTO's z0 = max(0, the mean of log π(y'|x) − log π_ref(y'|x)) over the judged answers of all ranks. y', their
+    "other", is another prompt's answer: that of the previous row in the batch. It is taken once, of the whole step: a
+    z0 per micro-batch would change the objective; with one row y' = y, so z0 = max(0, u).
+
+    start: π_ref (None: the policy without its adapters), not needed for held-out answers, which know "ref_other".
+    weight: 0 on a rank without answers of its own."""
+    policy.eval()
+    start = start and start.to(dist.device)
+    total = 0.0
+    for i in range(0, len(judged), 64):
+        batch = batch_of(judged[i : i + 64], pad, dist.device, sides=("other",))
+        (ref,) = batch.ref_logps  # (b,), or None
+        with autocast():
+            (logps,) = pair_logprobs(policy, batch.packed)  # (b,)
+            if ref is None:
+                with lora_off(policy):
+                    (ref,) = pair_logprobs(start or policy, batch.packed)  # (b,)
+        total += weight * (logps - ref).sum().item()
+    total, n = dist.sum(total, weight * len(judged))
+    return max(0.0, total / n)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from data import encode_prompt, rows_at
 from generate import Rollout, generate
 from lora import merged
+from support.rewards import judge_batch
 from support.sharding import whole
 from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
@@ -89,6 +90,23 @@ class Sampler:
         return Batch(chosen, prompts, rollout, rollout.texts(self.tokenizer), ended)
 
 
+def roll_out(sample, step, slots, attempt, functions, config):
+    """Ask the questions in `slots`, some of a step's N; answer each R times; judge -> Batch with its rewards."""
+    batch = sample(step, slots, attempt)
+    judge_batch(functions, batch, config)
+    return batch
+
+
+def refill(batch, sample, step, slots, functions, signal_of, policy, config):
+    """Dynamic sampling (DAPO, arXiv:2503.14476): groups without a signal are replaced in place by the answers to fresh
+    questions, up to --refill times. signal_of(batch): (n,) bool. All ranks must call it."""
+    for attempt in range(1, config.refill + 1):
+        silent = signal_of(batch).logical_not().nonzero().squeeze(1).tolist()
+        with whole(policy):  # under FSDP: all weights on every rank, also on one that needs no more answers
+            if silent:
+                batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
+
+
 @dataclass
 class Piece:
     """A micro-batch of b completions, ready for every inner epoch."""
@@ -106,6 +124,10 @@ class Minibatch:
     pieces: list  # this rank's
     n_completions: float
     n_tokens: float
+
+    @property
+    def counts(self):
+        return {"n_completions": self.n_completions, "n_tokens": self.n_tokens}
 
 
 def cut(batch, groups, counted, micro_batch, pad):

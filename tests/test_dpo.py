@@ -42,7 +42,7 @@ def config(**changes):
     return Config(**(SMALL | changes))
 
 
-validate = partial(dpo_report.validate, loss_of=dpo.loss_of, reference_point=dpo.reference_point)
+validate = partial(dpo_report.validate, loss_of=dpo.loss_of)
 
 
 @pytest.fixture(scope="module")

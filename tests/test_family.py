@@ -4,6 +4,7 @@ paper, the special cases that can be worked by hand, and how a run takes, checks
 import math
 from dataclasses import replace
 from itertools import product
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import gdpo
 import grpo
 from grpo import ALGORITHMS, Config, group_advantages, grpo_loss, sapo_surrogate
 from support.errors import ConfigError
-from support.family import as_flags
+from support.family import FamilyFlags, as_flags
 
 NAMES = list(ALGORITHMS)
 CHOICES = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")
@@ -96,6 +97,16 @@ def step():
     old[0, 1] -= 2.0  # a ratio above 5
     mask = torch.arange(7) < torch.tensor([[7], [3], [1], [5], [4], [6]])
     return new, old, ref, torch.tensor([[1.0, 0.0, 0.1], [0.0, 1.1, 1.0]], dtype=torch.float64), mask
+
+
+def test_the_flags_name_what_the_tables_have():
+    hints = get_type_hints(FamilyFlags)
+    assert get_args(hints["algorithm"]) == tuple(ALGORITHMS)
+    for name, table in (("ratio", grpo.RATIOS), ("surrogate", grpo.SURROGATES), ("loss_type", grpo.LOSS_TYPES)):
+        [names] = [get_args(kind) for kind in get_args(hints[name]) if kind is not type(None)]
+        assert set(names) == set(table)
+    for row in ALGORITHMS.values():
+        assert set(row) <= set(hints)
 
 
 @pytest.mark.parametrize("name", NAMES)

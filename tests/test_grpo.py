@@ -20,7 +20,7 @@ from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss
 from lora import LoraConfig
-from support import devices, grpo_report, off_policy, questions, runs
+from support import devices, grpo_report, off_policy, questions, rollouts, runs
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DivergedError
@@ -383,7 +383,8 @@ def spied(monkeypatch):
         seen["gradients"].append({name: p.grad.clone() for name, p in raw.named_parameters() if p.grad is not None})
         return optimizer_step(raw, *args)
 
-    monkeypatch.setattr(grpo, "roll_out", see_batch)
+    for module in (grpo, rollouts):  # of a step, and of a refill
+        monkeypatch.setattr(module, "roll_out", see_batch)
     monkeypatch.setattr(grpo, "optimizer_step", see_gradient)
     return seen
 

@@ -826,7 +826,7 @@ def test_bad_input_is_one_line(here):
 def test_the_report_says_when_chosen_answers_became_less_probable(capsys):
     def last_line(nll, chosen, variant="sigmoid"):
         pairs = {"loss": 0.6, "logp_chosen": -5.0, "logp_rejected": -8.0, "accuracy": 0.75}
-        dpo.report(
+        dpo_report.report(
             Config(nll=nll, variant=variant), {"pairs": pairs}, {"pairs": pairs | {"logp_chosen": chosen}}, 100, 60.0
         )
         return capsys.readouterr().out.splitlines()[-1]

@@ -446,7 +446,7 @@ def read_records(run_dir):
     if not Path(run_dir).is_dir():
         raise DataError(f"{run_dir} is no run directory")
     if not path.is_file():
-        raise DataError(f"{run_dir} holds no {FILE}: grpo, gdpo, ppo, dpo, sft and distill write one as they train")
+        raise DataError(f"{run_dir} holds no {FILE}: grpo, gdpo, agent, ppo, dpo, sft and distill write one")
     lines = list(lines_of(path))
     if not lines or "config" not in lines[0]:
         raise DataError(f"{path} cannot be read: it does not begin as a record does")

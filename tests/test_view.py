@@ -644,6 +644,32 @@ out.left = all(".text span").slice(3, 5).map((x) => getComputedStyle(x).unicodeB
     assert out["left"] == ["isolate", "isolate"]
 
 
+def test_tools_stand_apart_and_a_score_is_held_against_the_truth(scratch):
+    record = record_of(1, texts=["12 * 3 = <<", "36", ">>", " so ", "2 + 2 = <<", "4>>"], tool=[0, 1, 1, 0, 0, 1])
+    (answer,) = record["groups"][0]["answers"]
+    scored = [(1.0, 0.5), (1.0, -2.0), (0.0, -1.0), (0.0, 0.5)]  # right, score: 1 of the 4 pairs is in order
+    record["groups"][0]["answers"] = [
+        answer | {"rewards": {"correct": right, "score": score}} for right, score in scored
+    ]
+    write_run(scratch / "run", [record])
+    steps = """
+const text = all(".text")[0];
+out.tools = [...text.querySelectorAll(".tool")].map((x) => x.textContent);
+out.turns = [...text.querySelectorAll(".turn")].map((x) => x.textContent);
+out.apart = [...text.children].map((x) => parseFloat(getComputedStyle(x).marginLeft) > 0);
+out.facts = all(".facts")[0].textContent; out.head = pick(".group header").textContent;
+out.legend = pick("#what").textContent;
+"""
+    out = in_browser(page_of(scratch / "run")[0], steps, scratch)
+    assert out["errors"] == []
+    assert out["tools"] == ["36", ">>", "4>>"]
+    assert out["turns"] == ["36", " so ", "4>>"]
+    assert out["apart"] == [False, True, False, True, False, True]
+    assert "calls 2" in out["facts"]
+    assert "the score puts 1 of 4 pairs (right, wrong) in order" in out["head"]
+    assert "a tool wrote it" in out["legend"]
+
+
 @pytest.mark.parametrize("stage", ["ppo", "dpo", "sft", "distill"])
 def test_every_stage_has_a_page(here, stage):
     records = train(stage, name=stage)

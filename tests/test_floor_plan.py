@@ -133,7 +133,8 @@ def opens_text_by_locale(call):
     if name in ("read_text", "write_text"):
         return isinstance(call.func, ast.Attribute) and not words & {"encoding", None}
     binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value)[:3] for arg in call.args[:2])
-    return name == "open" and "encoding" not in words and not binary and ast.unparse(call.func) not in ("os.open", "Image.open")
+    other = ast.unparse(call.func) in ("os.open", "Image.open")
+    return name == "open" and "encoding" not in words and not binary and not other
 
 
 @pytest.mark.parametrize("folder", [".", "support", "benchmarks", "tests"])

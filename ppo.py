@@ -9,16 +9,17 @@ an answer y to a prompt x, a reward r_t at each token and the return G_t = r_t +
 
     ∇J  = E[Σ_t G_t ∇log π(y_t | x, y_<t)]                 a token is credited with its own and all later rewards
         = E[Σ_t (G_t − V_t) ∇log π(y_t | x, y_<t)]         for any V_t = V(x, y_<t), which does not see y_t
-    r_t = −β (log π_old(y_t) − log π_ref(y_t)),  plus `final`, what the answer is paid, at the last token
+    r_t = −β (log π_old(y_t) − log π_ref(y_t)),  plus `final`, what the answer is worth, at the last token
     δ_t = r_t + γ V_{t+1} − V_t                            V is 0 after the last token
     A_t = δ_t + γλ A_{t+1}                                 GAE, arXiv:1506.02438, Eq. 16
 
-The values are fitted to the targets A_t + V_t. With γ = λ = 1 these are G_t, and A_t = G_t − V_t: unbiased and noisy;
-λ = 0 believes the next guess. Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), and an end to
-what it can gain: beyond 1 ± ε in the direction that A asks for, a token has no policy gradient left.
+The values are fitted to the targets A_t + V_t, the `returns`. With γ = λ = 1 these are G_t, and A_t = G_t − V_t:
+unbiased and noisy; λ = 0 believes the next guess. Several updates from one batch need the ratio
+ρ_t = π(y_t) / π_old(y_t), and an end to what it can gain: beyond 1 ± ε in the direction that A asks for, a token has no
+policy gradient left.
 
     policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)        arXiv:1707.06347, Eq. 7
-    value loss   ½ max((V − target)², (clip(V, V_old ± ε_v) − target)²)        both a mean over a minibatch's tokens
+    value loss   ½ max((V − returns)², (clip(V, V_old ± ε_v) − returns)²)       both a mean over a minibatch's tokens
 
 One step, for N prompts (`main` has the same five parts). The N·R answers are a *batch*; whole prompts of it are a
 *minibatch*, one optimizer step; what fits into one forward pass is a *piece*.
@@ -29,10 +30,10 @@ One step, for N prompts (`main` has the same five parts). The N·R answers are a
     final    = paid less a baseline of the prompt's answers, win_rates(paid), or paid itself    (N, R)
     V_old, log π_ref = values_and_reference(answers)   (N·R, T) each, no gradient                         3. credit
     r        = −β (log π_old − log π_ref)              (N·R, T), plus final at the answers' last tokens
-    A, targets = gae(r, V_old)                         (N·R, T) each; then A is whitened
+    A, returns = gae(r, V_old)                         (N·R, T) each; then A is whitened
     for each pass, for minibatch in answers:           an optimizer step each                             4. update
         logprobs, V = actor_critic(pieces)             (b, T), with gradient; ρ = 1 in the first minibatch
-        loss = ppo_policy_loss(logprobs, log π_old, A, mask) + c · value_loss(V, V_old, targets, mask)
+        loss = ppo_policy_loss(logprobs, log π_old, A, mask) + c · value_loss(V, V_old, returns, mask)
         backward; drop this minibatch and the rest of the step if KL(π_old ‖ π) is above stop_kl
         clip the policy's and the values' gradients, optimizer step
     log; every so often answer validation problems                                                        5. look
@@ -42,24 +43,22 @@ The defaults run the textbook form: 16 prompts × 8 answers, one pass of four mi
 the values (a head on the policy's trunk), whitened advantages, a fine of 1 where the end is missing, stop_kl = 0.1.
 Off: --kl_target, --baseline mean or wins, a value network of its own, further passes, LoRA.
 
-V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. Mean and spread of the advantages
-(`whiten`; divided by n, where torch.std divides by n − 1) are those of all tokens of the step on all ranks, and the
-targets are taken before whitening, as V is fitted in units of the reward. Dropout is always off, and the old
-log-probabilities are the sampler's own: on fresh answers ρ is 1 (in bf16 near 1, as sampler and loss round
-differently).
+V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. The advantages are whitened over all
+tokens of the step and all ranks (`whiten` divides by n, torch.std by n − 1). The returns are taken before that: V is in
+units of the reward. Dropout is always off, and the old log-probabilities are the sampler's own: on fresh answers ρ is 1
+(in bf16 near 1, as sampler and loss round differently).
 
 What keeps a run alive, each by a flag:
 
     --baseline         none: the values alone say what to expect. mean: less the mean of the prompt's answers (as GRPO,
-                       without its division). wins: a reward model is only taught to compare answers to one prompt, its
-                       scores lie higher for some prompts than for others; so an answer is worth the chance that it
-                       beats the prompt's other answers, less ½ (close to arXiv:2502.18770). V then
-                       predicts how far an answer will be from the others
+                       without its division). wins: a reward model only compares answers to one prompt, and its level
+                       differs between prompts. So an answer is worth its chance to beat the prompt's other answers,
+                       less ½ (close to arXiv:2502.18770). V then predicts how far an answer will be from the others
     --normalise        scores brought to mean 0 and standard deviation 1 of all scores so far
     --missing_end      an answer without an end is fined, as the reward model has never seen one
     --stop_kl          the update ends when the policy is too far from π_old, in nats per token
-    --kl_target        β ← β (1 + clip(KL / target − 1, ±0.2) · answers / horizon), arXiv:1909.08593; KL to π_ref in
-                       nats per answer
+    --kl_target        β ← β (1 + clip(KL / target − 1, ±0.2) · answers / horizon), KL to π_ref in nats per answer
+                       (the code of arXiv:1909.08593; the paper has a constant 0.1 for the last factor)
     --value separate   values from a network of their own that starts from the reward model's trunk (as InstructGPT);
                        shared: from the policy's trunk, which is cheap, but the value loss pulls at the policy
 
@@ -79,7 +78,7 @@ import contextlib
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
@@ -88,9 +87,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import reward_model
-from data import DEFAULT_TASK, TASKS, load_problems
-from evaluate import add_figures, evaluate, is_correct, kl_estimate, logged, verifiable
-from lora import LoraConfig, add_lora, lora_off, merged
+from data import DEFAULT_TASK, load_problems
+from evaluate import is_correct, kl_estimate
+from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import RewardModel, open_reward_model, score_groups
 from sft import sft_start
@@ -98,15 +97,17 @@ from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Fraction, Positive, Whole
 from support.cli import run_script
 from support.content import records_of, weights_of
-from support.devices import in_float64, precision, setup
+from support.devices import precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
-from support.ppo_report import report, show_samples, step_record, token_sums
+from support.moments import RunningMoments
+from support.ppo_report import Look, Tokens
 from support.questions import splits_with_room
 from support.recorder import Recorder, RecordFlags
 from support.rollouts import Sampler, minibatches_of, shuffled_groups
-from support.runs import Run, RunConfig, make_start_once, start_name
+from support.runs import Run, make_start_once, start_name
 from support.shared_prompt import shared_answer_logprobs
+from support.verified import PolicyConfig
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -114,7 +115,8 @@ from transformer import masked_mean
 
 
 def token_rewards(log_ratio, final, lengths, beta):
-    """log_ratio log π_old − log π_ref, 0 after the end; final (B,) what the whole answer is worth; lengths (B,)."""
+    """log_ratio (B, T): log π_old − log π_ref, 0 after the end. final (B,): what the whole answer is worth. lengths
+    (B,). -> (B, T)"""
     rewards = -beta * log_ratio
     rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += final
     return rewards
@@ -150,13 +152,13 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Eq. 16 of arXiv:1506.02438 -> advantages, and the values' targets ("returns": they are the returns if γ = λ = 1),
     both 0 outside the mask. values[:, t] is V before token t is known."""
     mask = mask.to(values.dtype)
-    advantages, carry = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    following = torch.zeros_like(carry)  # V_{t+1}, 0 after the last token
+    advantages = torch.zeros_like(values)  # (B, T)
+    next_advantage = next_value = torch.zeros_like(values[:, 0])  # (B,) A_{t+1} and V_{t+1}, 0 after the last token
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        carry = (delta + gamma * lam * carry) * mask[:, t]
-        following = values[:, t] * mask[:, t]
-        advantages[:, t] = carry
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
 
 
@@ -214,31 +216,6 @@ def adapt_beta(beta, kl, target, n, horizon):
     return beta * (1 + error * n / horizon)
 
 
-class RunningMoments:
-    """Mean and standard deviation of all scores so far, merged batch by batch (Chan et al. 1979)."""
-
-    def __init__(self, n=0.0, mean=0.0, squares=0.0):
-        self.n, self.mean, self.squares = n, mean, squares
-
-    def add(self, scores, dist):
-        n, total = dist.sum(scores.numel(), scores.sum().item())
-        mean = total / n
-        (squares,) = dist.sum(((in_float64(scores) - mean) ** 2).sum().item())
-        gap, both = mean - self.mean, self.n + n
-        self.squares += squares + gap**2 * self.n * n / both
-        self.mean += gap * n / both
-        self.n = both
-
-    def normalise(self, scores):
-        return (scores - self.mean) / (math.sqrt(self.squares / max(self.n, 1)) + 1e-8)
-
-    def state_dict(self):
-        return [self.n, self.mean, self.squares]
-
-    def load_state_dict(self, state):
-        self.n, self.mean, self.squares = state
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The model.
 
@@ -263,16 +240,15 @@ class ActorCritic(nn.Module):
 
     def forward(self, packed, temperature=1.0):
         """packed (support/shared_prompt.py): prompts stored once, each with its R answers -> log-probabilities and
-        values, (b, T) each, 0 after an answer's end. It is computed in blocks of like length and put back in order; a
+        values, (b, T) each, 0 after an answer's end. It is computed in parts of like length and put back in order; a
         critic's score is read at every token. Output t is that of the position before token t."""
-        logprobs, values = [], []
         options = {"temperature": temperature, "with_states": True}
-        for logp, states in packed.outputs(self.policy, lambda part: options | {"targets": part.targets}):
-            logprobs.append(logp)  # (b, T)
-            if self.critic is None:
-                values.append(self.head(states).squeeze(-1))  # (b, T)
-        if self.critic is not None:
-            values = [scores.squeeze(-1) for scores in packed.outputs(self.critic)]  # (b, T) each
+        outputs = list(packed.outputs(self.policy, lambda part: options | {"targets": part.targets}))
+        logprobs = [logp for logp, _ in outputs]  # of each part (b, T)
+        if self.critic is None:
+            values = [self.head(states).squeeze(-1) for _, states in outputs]  # states (b, T, C)
+        else:
+            values = [scores.squeeze(-1) for scores in packed.outputs(self.critic)]
         return packed.in_order(logprobs), packed.in_order(values).float()
 
 
@@ -338,15 +314,9 @@ def demo():
 
 
 @dataclass
-class Config(RecordFlags, RunConfig):
+class Config(RecordFlags, PolicyConfig):
     """Train a policy against a reward model (PPO)."""
 
-    data: str = DEFAULT_TASK
-    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl of questions and answers."""
-    levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
-    init: str | None = None
-    """SFT checkpoint to start from, also the reference of the KL; default: one trained once into runs/start."""
     reward_model: str | None = None
     """Reward model with the same tokenizer; default: one trained once into runs/start."""
     value: Literal["shared", "separate"] = "shared"
@@ -358,8 +328,6 @@ class Config(RecordFlags, RunConfig):
     """Prompts N per step, over all ranks."""
     rollouts: Count = 8
     """Answers R per prompt."""
-    max_new_tokens: Count = 64
-    """Longest completion, in tokens."""
     temperature: Positive = 1.0
     """Sampling temperature, also used for the log-probabilities in the loss."""
     kl_beta: Amount = 0.05
@@ -384,9 +352,9 @@ class Config(RecordFlags, RunConfig):
     whiten: bool = True
     """Normalise the advantages of a step to mean 0 and standard deviation 1."""
     normalise: bool | None = None
-    """Normalise the scores by the mean and standard deviation of all scores so far; default: but for --baseline wins,
-    which takes them as the reward model gives them, less the penalty for a missing end."""
-    missing_end: float = 1.0
+    """Normalise the scores by the mean and standard deviation of all scores so far; default: true, but false with
+    --baseline wins, whose σ needs the reward model's own scale. The penalty for a missing end is subtracted after."""
+    missing_end: Amount = 1.0
     """Penalty for an answer that was cut off, in units of the (normalised) score."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
@@ -396,8 +364,6 @@ class Config(RecordFlags, RunConfig):
     """End the step's updates when the KL to the policy that sampled (k3) exceeds this many nats per token; 0: never."""
     micro_batch: Count = 64
     """Completions per forward pass of one rank, in whole groups: never fewer than --rollouts."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Train low-rank adapters of the policy instead of all its weights: --lora.rank 8."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer of the policy: adamw, or muon for the matrices of the blocks, with about six times the learning
     rate."""
@@ -425,14 +391,12 @@ class Config(RecordFlags, RunConfig):
             raise ConfigError(f"--baseline {self.baseline} needs --rollouts of at least 2: there is no other answer")
         if self.kl_target is not None and self.kl_beta == 0:
             raise ConfigError("--kl_beta 0 stays 0, as --kl_target multiplies it; start from more")
-        least = 0.2 * self.prompts * self.rollouts
+        least = 0.2 * self.prompts * self.rollouts  # one step multiplies β by at least 1 − 0.2 N·R / horizon
         if self.kl_target is not None and not self.kl_horizon > least:
             bound = f"above {least:g}, or one step can end the KL penalty"
             raise ConfigError(f"--kl_horizon is {self.kl_horizon}; it must be {bound}")
         if self.prompts < self.minibatches:
             raise ConfigError(f"--prompts {self.prompts} cannot be cut into {self.minibatches} minibatches")
-        if self.init is None and self.data not in TASKS:
-            raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
         if self.init is not None and self.reward_model is None:
             train = f"python reward_model.py --init {self.init}"
             raise ConfigError(f"--init needs a reward model of the same tokenizer: {train}, then --reward_model RUN")
@@ -487,13 +451,6 @@ def values_and_reference(actor_critic, reference, pieces, batch, config, autocas
     return values, ref_logprobs
 
 
-def held_out(policy, tokenizer, problems, config, dist):
-    """The figures of greedy answers to these problems."""
-    with merged(policy):
-        result = evaluate(policy, tokenizer, problems, config.max_new_tokens, dist)
-    return {name: value for name, value in result.items() if name != "samples"}
-
-
 def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     began = time.perf_counter()
@@ -512,28 +469,19 @@ def main(config):
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     value_parameters = actor_critic.value_parameters()
-    value_optimizer = torch.optim.AdamW(value_parameters, betas=(0.9, 0.999), weight_decay=0.0)
+    value_optimizer = torch.optim.AdamW(value_parameters, betas=(0.9, 0.999), weight_decay=0.0)  # lr: in part 4
     moments = RunningMoments()
-    kept = {"lora": LoraState(policy, init), "value": actor_critic.critic or actor_critic.head, "moments": moments}
+    value_model = actor_critic.critic or actor_critic.head
+    saved = {"lora": LoraState(policy, init), "value": value_model, "moments": moments}  # beside the policy's weights
     reads = records_of(config.data, problems) | weights_of(init, policy) | weights_of(judge_path, judge)
-    state = {"best": -1.0, "before": None, "start": {}, "beta": config.kl_beta, "parts": kept, "began": began}
+    state = {"best": -1.0, "before": None, "start": {}, "beta": config.kl_beta, "parts": saved, "began": began}
     run = Run(config, dist, policy, tokenizer, [*optimizers, value_optimizer], scaler, reads=reads, **state)
     model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
-    if run.state.before is None:
-        run.state.before = held_out(policy, tokenizer, problems["test"], config, dist)
-        run.state.start = logged(held_out(policy, tokenizer, problems["valid"], config, dist))
-        run.state.best = run.state.start["accuracy"]
-        run.save("best")  # until something beats it, the start is the best
-    if run.first == 0:  # a run that was stopped before its first step has not kept it
-        run.log(0, **run.state.start)
-    if dist.is_main:
-        print(
-            f"{policy.num_params():,} parameters from {init}, rewards from {judge_path}; "
-            f"{len(problems['train']):,} training prompts; test accuracy before: {run.state.before['accuracy']:.1%}"
-        )
+    look = Look(run, problems)
+    look.before(init, judge_path)  # the test split; and until something beats it, the start is best/
 
-    # The reward model has seen no other end than im_end.
-    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, (tokenizer.im_end_id,))
+    # An answer that stops in another way counts as cut off: the reward model has seen no other end than im_end.
+    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, stop_ids=(tokenizer.im_end_id,))
 
     def score(batch):
         """What the reward model gives each answer, (n, R)."""
@@ -541,14 +489,14 @@ def main(config):
         return torch.tensor(score_groups(judge, answers, pad, dist.device, autocast))
 
     seen = {"valid": problems["valid"], "sample": sample, "score": score, "temperature": config.temperature}
-    recorder = Recorder(run, autocast, reference=reference, **seen)
-    checked = verifiable(problems["valid"])
-    shown = run.state.start or {"accuracy": run.state.best}  # older runs kept the accuracy alone
+    recorder = Recorder(run, autocast, reference=reference, **seen)  # for view.py
     for step in run.steps():
-        # 1. ask: the policy answers each prompt R times. 2. judge
+        # 1. ask: the policy answers each prompt R times
         started = time.perf_counter()
         batch = sample(step, slots)
         old_logprobs, mask = batch.rollout.logprobs, batch.rollout.mask  # (n·R, T)
+
+        # 2. judge: the reward model's scores, and what an answer is worth
         scores = score(batch)  # (n, R)
         moments.add(scores, dist)
         paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~batch.ended  # (n, R)
@@ -558,7 +506,7 @@ def main(config):
 
         # 3. credit: values, rewards with the KL penalty, and from both the advantages
         groups = shuffled_groups(step, slots, config)  # of each minibatch
-        minibatches = minibatches_of(batch, groups, None, mask, config.micro_batch, pad, dist)
+        minibatches = minibatches_of(batch, groups, None, mask, config.micro_batch, pad, dist)  # None: all groups
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
         old_values, ref_logprobs = values_and_reference(actor_critic, reference, pieces, batch, config, autocast)
         log_ratio = kl_estimate(old_logprobs, ref_logprobs, "k1") * mask  # (n·R, T) log π_old − log π_ref
@@ -572,8 +520,8 @@ def main(config):
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
-        value_lr *= min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-        parts = [(list(policy.parameters()), optimizers, lr), (value_parameters, [value_optimizer], value_lr)]
+        value_lr = lr_at(step, config.steps, value_lr, config.warmup, schedule="wsd", decay=0)  # constant after that
+        trained = [(list(policy.parameters()), optimizers, lr), (value_parameters, [value_optimizer], value_lr)]
         sums, updates = {}, 0
         for minibatch in minibatches * config.inner_epochs:
             n_tokens, figures = minibatch.n_tokens, {}
@@ -584,11 +532,10 @@ def main(config):
                 with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
                     with autocast():
                         logprobs, values = (x[:, :T] for x in model(piece.packed, config.temperature))  # (b, T) each
-                    loss, metrics = ppo_policy_loss(
-                        logprobs, old_logprobs[at], A[at], piece.mask, config.clip_ratio, n_tokens=n_tokens
-                    )
-                    recorder.tokens(piece.rows, ppo_policy_loss, (logprobs, old_logprobs[at], A[at], piece.mask),
-                                    {"clip": config.clip_ratio, "n_tokens": n_tokens}, clips=("clip",))  # fmt: skip
+                    inputs = logprobs, old_logprobs[at], A[at], piece.mask
+                    options = {"clip": config.clip_ratio, "n_tokens": n_tokens}
+                    loss, metrics = ppo_policy_loss(*inputs, **options)
+                    recorder.tokens(piece.rows, ppo_policy_loss, inputs, options, clips=("clip",))
                     loss_v, metrics_v = value_loss(
                         values, old_values[at], returns[at], piece.mask, config.clip_value, n_tokens=n_tokens
                     )
@@ -604,43 +551,24 @@ def main(config):
                 for optimizer in run.optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 break
-            norm, value_norm = optimizer_steps(parts, scaler, autocast, config.clip)  # each clipped by itself
+            norm, value_norm = optimizer_steps(trained, scaler, autocast, config.clip)  # each clipped by itself
             run.check_finite(lr, math.hypot(norm, value_norm))
             figures |= {"grad_norm": norm, "grad_norm_value": value_norm}
             sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
             updates += 1
 
         # 5. look
-        n_answers = config.prompts * R
-        totals = {
-            "correct": sum(right),
-            "score": scores.sum(),
-            "paid": paid.sum(),  # the score, normalised if asked for, less the fines
-            "reward": rewards.sum() + (paid - final).sum(),  # that less the KL penalty: before the baseline
-            "missing_end": batch.ended.logical_not().sum(),
-        }
-        totals |= token_sums(old_logprobs, ref_logprobs, old_values, returns, mask)
-        record = step_record(totals, n_answers, run.state.beta, dist)
-        record |= {name: value / max(updates, 1) for name, value in sums.items()} | {"updates": updates, "lr": lr}
-        record |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
+        judged = judged | {"final": final}
+        tokens = Tokens(mask, old_logprobs, ref_logprobs, old_values, returns, rewards, advantages)
+        figures = {name: value / max(updates, 1) for name, value in sums.items()} | {"updates": updates, "lr": lr}
+        figures |= {"seconds_rollout": sampled - started, "steps_per_second": 1 / (time.perf_counter() - started)}
+        record = look.record(batch, judged, tokens) | figures
         if config.kl_target is not None:
-            kl = record["kl_per_answer"]
+            kl, n_answers = record["kl_per_answer"], config.prompts * R
             run.state.beta = adapt_beta(run.state.beta, kl, config.kl_target, n_answers, config.kl_horizon)
-        if run.due(config.eval_every):
-            shown = logged(held_out(policy, tokenizer, problems["valid"], config, dist))
-            add_figures(record, shown)
-            run.keep_best(shown["accuracy"] if checked else step + 1)  # without answers to check, the latest
-        run.log(step + 1, **record)
-        if dist.is_main and (step == 0 or (step + 1) % config.sample_every == 0):
-            show_samples(run, batch, scores, right, advantages, old_values)
-        brief = {"score": f"{record['score']:.2f}", "kl": f"{record['kl']:.3f}"}
-        brief |= {"correct": f"{record['correct']:.1%}", "accuracy": f"{shown['accuracy']:.1%}"}
-        run.bar.set_postfix(brief, refresh=False)
+        look.at_step(record, batch, judged, tokens)
     run.close()
-    after = held_out(policy, tokenizer, problems["test"], config, dist)
-    if dist.is_main:
-        report(config, run, after)
-    return {"before": run.state.before, "after": after, "seconds": run.seconds, "path": str(run.path / "last")}
+    return look.after()
 
 
 if __name__ == "__main__":

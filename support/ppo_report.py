@@ -1,24 +1,110 @@
 """What a PPO step logs and shows, and what its run prints and draws at the end."""
 
-from evaluate import before_and_after, kl_estimate, metric_panels
+from dataclasses import dataclass
+
+import torch
+
+from evaluate import add_figures, before_and_after, evaluate, kl_estimate, logged, metric_panels, verifiable
+from lora import merged
 from support.devices import in_float64
 from support.plots import draw_curves
 
 
-def token_sums(logprobs, ref_logprobs, values, returns, mask):
-    """Sums over this rank's tokens, of what was known before the update; all (n·R, T)."""
-    error, goal = (in_float64(x * mask) for x in (returns - values, returns))
-    return {
-        "tokens": mask.sum(),
-        "kl": (kl_estimate(logprobs, ref_logprobs, "k1") * mask).sum(),
-        "kl3": (kl_estimate(logprobs, ref_logprobs, "k3") * mask).sum(),
-        "entropy": -(logprobs * mask).sum(),  # E[−log π], by the samples
-        "value": (values * mask).sum(),
-        "error": error.sum(),
-        "error²": (error**2).sum(),
-        "goal": goal.sum(),
-        "goal²": (goal**2).sum(),
-    }
+@dataclass
+class Tokens:
+    """What was known of each token before the update, (n·R, T) each."""
+
+    mask: torch.Tensor
+    logprobs: torch.Tensor  # log π_old
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    returns: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor  # before they are whitened
+
+    def sums(self):
+        """Over this rank's tokens."""
+        mask, logprobs, ref = self.mask, self.logprobs, self.ref_logprobs
+        error, goal = (in_float64(x * mask) for x in (self.returns - self.values, self.returns))
+        return {
+            "tokens": mask.sum(),
+            "kl": (kl_estimate(logprobs, ref, "k1") * mask).sum(),
+            "kl3": (kl_estimate(logprobs, ref, "k3") * mask).sum(),
+            "entropy": -(logprobs * mask).sum(),  # E[−log π], by the samples
+            "value": (self.values * mask).sum(),
+            "error": error.sum(),
+            "error²": (error**2).sum(),
+            "goal": goal.sum(),
+            "goal²": (goal**2).sum(),
+        }
+
+
+class Look:
+    """What a run shows beside its steps: before(), then record() and at_step() of each, after(). judged: {"correct",
+    "score", "paid", "final"}, (n, R) each."""
+
+    def __init__(self, run, problems):
+        self.run, self.problems = run, problems
+        self.checked = verifiable(problems["valid"])  # else there are no answers to check, and the latest is the best
+        self.shown = {}
+
+    def measure(self, split):
+        """The figures of greedy answers to the problems of a split."""
+        run = self.run
+        with merged(run.model):
+            result = evaluate(run.model, run.tokenizer, self.problems[split], run.config.max_new_tokens, run.dist)
+        return {name: value for name, value in result.items() if name != "samples"}
+
+    def before(self, init, judge):
+        """The test split, the validation split as step 0, and best/, unless an earlier part of the run has done it; and
+        the line before the first step."""
+        run, state = self.run, self.run.state
+        if state.before is None:
+            state.before = self.measure("test")
+            state.start = logged(self.measure("valid"))
+            state.best = state.start["accuracy"]
+            run.save("best")  # until something beats it, the start is the best
+        if run.first == 0:  # a run that was stopped before its first step has not kept it
+            run.log(0, **state.start)
+        self.shown = state.start or {"accuracy": state.best}  # older runs kept the accuracy alone
+        if run.dist.is_main:
+            accuracy, n_prompts = f"{state.before['accuracy']:.1%}", len(self.problems["train"])
+            print(
+                f"{run.model.num_params():,} parameters from {init}, rewards from {judge}; "
+                f"{n_prompts:,} training prompts; test accuracy before: {accuracy}"
+            )
+
+    def record(self, batch, judged, tokens):
+        """A step's record: means over all ranks' answers or tokens."""
+        totals = {name: judged[name].sum() for name in ("correct", "score", "paid")}
+        # paid less the KL penalty: before the baseline
+        totals["reward"] = tokens.rewards.sum() + (judged["paid"] - judged["final"]).sum()
+        totals["missing_end"] = batch.ended.logical_not().sum()
+        config = self.run.config
+        n_answers = config.prompts * config.rollouts
+        return step_record(totals | tokens.sums(), n_answers, self.run.state.beta, self.run.dist)
+
+    def at_step(self, record, batch, judged, tokens):
+        """Log the step; every so often answer validation problems, and show rollouts."""
+        run, step = self.run, self.run.done
+        if run.due(run.config.eval_every):
+            self.shown = logged(self.measure("valid"))
+            add_figures(record, self.shown)
+            run.keep_best(self.shown["accuracy"] if self.checked else step + 1)
+        run.log(step + 1, **record)
+        if run.dist.is_main and (step == 0 or (step + 1) % run.config.sample_every == 0):
+            show_samples(run, batch, judged["score"], judged["correct"].flatten(), tokens.advantages, tokens.values)
+        brief = {"score": f"{record['score']:.2f}", "kl": f"{record['kl']:.3f}"}
+        brief |= {"correct": f"{record['correct']:.1%}", "accuracy": f"{self.shown['accuracy']:.1%}"}
+        run.bar.set_postfix(brief, refresh=False)
+
+    def after(self):
+        """The test split again: {"before", "after", "seconds", "path"}."""
+        run = self.run
+        after = self.measure("test")
+        if run.dist.is_main:
+            report(run.config, run, after)
+        return {"before": run.state.before, "after": after, "seconds": run.seconds, "path": str(run.path / "last")}
 
 
 def step_record(totals, n_answers, beta, dist):

@@ -17,7 +17,6 @@ from lora import LoraConfig
 from ppo import (
     ActorCritic,
     Config,
-    RunningMoments,
     adapt_beta,
     gae,
     ppo_policy_loss,
@@ -29,6 +28,7 @@ from reward_model import RewardEncoder, RewardModel, score_groups
 from support import devices, runs
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
+from support.moments import RunningMoments
 from support.rollouts import Batch, minibatches_of, shuffled_groups
 from support.shared_prompt import pack
 from tokenizer_bpe import BPETokenizer

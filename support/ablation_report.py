@@ -298,7 +298,7 @@ def draw_means(axis, label, means, looks):
         width = None if math.isnan(half) else half
         axis.errorbar(mean, i, xerr=width, fmt="o", color=looks[variant]["color"], capsize=4)
     axis.set(yticks=range(len(means)), yticklabels=list(means), xlabel=label)
-    axis.set_title("at the end, mean and 95 % interval of the seeds", fontsize=10)
+    axis.set_title("at the end: mean, 95 % interval", fontsize=10)
     if "(%)" in label:  # an interval of few seeds may go beyond 0 or 100
         left, right = axis.get_xlim()
         left, right = axis.set_xlim(max(left, -3), min(right, 103))

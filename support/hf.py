@@ -205,6 +205,14 @@ def save_decoder(model, path, head=None, entries=None):
     write_checkpoint(path, to_layout(state, layout_names(layout, head)), config)
 
 
+def one_label(config, pad_id):
+    """`entries` of save_decoder for a model with one score: it opens as transformers' …ForSequenceClassification with
+    num_labels 1, which finds an answer's end by `pad_id`."""
+    kinds = [re.sub("ForCausalLM|LMHeadModel", "", kind) for kind in config.get("architectures", [])]
+    entries = {"architectures": [f"{kind}ForSequenceClassification" for kind in kinds]}
+    return entries | {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad_id}
+
+
 def write_checkpoint(path, tensors, config):
     """Write config.json and model.safetensors, each under a temporary name first, so a crash leaves the old ones."""
     path = Path(path)

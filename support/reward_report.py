@@ -1,6 +1,6 @@
 """A reward model's report on where its scores can be trusted: figures, a table and two pictures.
 
-Each function says what it measures and what a good model gets. Calibration and best-of-n are in reward_model.py.
+Each function says what it measures and what a good model gets. Best-of-n is in reward_model.py.
 """
 
 import contextlib
@@ -14,6 +14,24 @@ from data import DEFAULT_TASK, TASKS, load_pairs, load_problems
 from support.errors import DataError
 from support.files import may_fail, to_json, write_whole
 from support.plots import draw_curves, give_title, pyplot, save_picture
+
+
+def ranked_rightly(gap):
+    """Score differences, of the better answer less the worse one (n,) -> 1 where rightly ranked, ½ at a tie, else 0."""
+    return (gap > 0) + 0.5 * (gap == 0)
+
+
+def calibration(gaps, bins=8):
+    """Score differences (n,) -> [(mean predicted, share right, n), …] and the expected calibration error.
+
+    σ(|Δ|) is the model's probability that the answer with the higher score is the better one. It is calibrated if it
+    is right in that share of the pairs.
+    """
+    sure, right = 1 / (1 + np.exp(-np.abs(gaps))), ranked_rightly(gaps)
+    place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
+    inside = [place == b for b in sorted(set(place.tolist()))]
+    rows = [(float(sure[b].mean()), float(right[b].mean()), int(b.sum())) for b in inside]
+    return rows, sum(n * abs(p - r) for p, r, n in rows) / len(gaps)
 
 
 def consistency(score, n, seed, levels, data=DEFAULT_TASK):
@@ -98,14 +116,13 @@ def length_figures(groups, scores):
     longer, gap = lengths[:, 0] - lengths[:, 1], scores[:, 0] - scores[:, 1]
     both_vary = longer.std() > 0 and gap.std() > 0
     return {
-        "longer_is_chosen": float(((longer > 0) + 0.5 * (longer == 0)).mean()),
+        "longer_is_chosen": float(ranked_rightly(longer).mean()),
         "gap_length_correlation": float(np.corrcoef(longer, gap)[0, 1]) if both_vary else math.nan,
     }
 
 
-def write_report(config, run_dir, n_pairs, report, n_params, unit, equal_loss):
-    """Write report.json, print the table, draw curves.png and report.png. equal_loss: the loss of equal scores, in
-    `unit`."""
+def write_report(config, run_dir, n_pairs, report, n_params, equal_loss):
+    """Write report.json, print the table, draw curves.png and report.png. equal_loss: the loss of equal scores."""
     path = run_dir / "report.json"
     with may_fail(path):
         write_whole(path, to_json(report, indent=1) + "\n")
@@ -130,6 +147,7 @@ def write_report(config, run_dir, n_pairs, report, n_params, unit, equal_loss):
         print("correlation with the score: " + ", ".join(f"{k} {v:+.2f}" for k, v in r["shaping"].items()))
         print("best of n: " + ", ".join(f"{n} {v:.1%}" for n, v in r["best_of"].items()))
     kinds = {f"valid_{kind}": kind for kind in report["by_kind"]}
+    unit = "nats per pair" if config.loss == "bradley_terry" else "per pair"
     draw_curves(
         run_dir,
         f"reward model on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TASKS, Pair, load_pairs, load_problems
-from evaluate import is_correct
+from data import TASKS, Pair, encode_group, load_pairs, load_problems
+from evaluate import is_correct, wilson
 from generate import generate
-from support.errors import CheckpointError
+from support.errors import CheckpointError, ConfigError
 from support.files import must_write, to_json, write_whole
 from support.finite import diverged
-from support.reward_report import sample_figures
+from support.records import drop_too_long
+from support.reward_report import ranked_rightly, sample_figures
 from support.runs import run_path
 
 
@@ -108,6 +109,22 @@ def keep_pairs(run, pairs):
             write_whole(path, to_json({split: list(map(asdict, of_split)) for split, of_split in pairs.items()}))
 
 
+def fitting_groups(pairs, tokenizer, context, dist):
+    """{split: [Pair]} -> the pairs that fit the context, and their ids (see `encode_group`), {split: list} each."""
+    kept, groups = {}, {}
+    for split in pairs:
+        if not pairs[split]:
+            raise ConfigError(
+                f"no {split} problem got both a right and a wrong answer that ended: use another --init, more "
+                "--samples, or --pairs both"
+            )
+        both = [(pair, encode_group(tokenizer, pair)) for pair in pairs[split]]
+        lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
+        both = drop_too_long(both, lengths, context, f"{split} pair", dist)
+        kept[split], groups[split] = map(list, zip(*both, strict=True))
+    return kept, groups
+
+
 @torch.no_grad()
 def score_groups(model, groups, pad, device, autocast, tokens=16_384):
     """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, of any lengths and numbers.
@@ -130,6 +147,20 @@ def score_groups(model, groups, pad, device, autocast, tokens=16_384):
             n = len(group_of[g, k][1])
             scores[g][k : k + n], values = values[:n], values[n:]
     return scores
+
+
+def rank_pairs(model, groups, pairs, pad, dist, autocast):
+    """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
+    scores = np.array(
+        dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast))
+    )  # (n, 2)
+    right = ranked_rightly(scores[:, 0] - scores[:, 1])
+    by_kind = {}
+    for kind in ["all", *sorted({pair.kind for pair in pairs})]:
+        chosen = np.array([kind in ("all", pair.kind) for pair in pairs])
+        n, hits = int(chosen.sum()), float(right[chosen].sum())  # plain numbers: they are saved
+        by_kind[kind] = (hits / n, *wilson(hits, n), n)
+    return scores, by_kind
 
 
 def score_fitting(model, groups, pad, dist, autocast):

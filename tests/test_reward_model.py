@@ -24,15 +24,14 @@ from reward_model import (
     RewardModel,
     best_of_n,
     bradley_terry_loss,
-    calibration,
     hinge_loss,
     open_reward_model,
     score_groups,
 )
-from support import devices, reward_report, reward_samples, runs
+from support import devices, reward_look, reward_report, reward_samples, reward_setup, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
-from support.reward_report import shaping
+from support.reward_report import calibration, consistency, shaping
 from support.reward_samples import judged_pairs, probe_samples, score_fitting
 from support.splits import split_of
 from support.word_problems import CORRUPTIONS, MEN, THEMES, WOMEN, rename
@@ -227,7 +226,7 @@ def test_new_blocks_add_nothing_and_the_words_keep_the_policys_probabilities(tok
     packed = RewardModel.pack(groups, 0)
     expected = plain.read(plain, packed)
     torch.testing.assert_close(taller.read(taller, packed), expected)
-    found, logprobs = taller.read(taller, packed, words=True)
+    found, logprobs = taller.read(taller, packed, with_logprobs=True)
     torch.testing.assert_close(found, expected)
     alone = []
     for prompt, (answer, _) in groups:
@@ -449,7 +448,7 @@ def test_consistency_by_hand():
         )
         return given[-1]
 
-    figures = reward_model.consistency(score, 40, 0, (1, 2))
+    figures = consistency(score, 40, 0, (1, 2))
     pairs, renamed, ladders = asked
     assert renamed == [(rename(p), [rename(chosen), rename(rejected)]) for p, (chosen, rejected) in pairs]
     before, after, steps = given
@@ -471,11 +470,11 @@ def test_scores_that_cannot_be_had_are_not_reported():
     def score(groups):
         return [[math.nan] * len(answers) for _, answers in groups]
 
-    assert reward_model.consistency(score, 5, 0, (1, 2)) == {}
+    assert consistency(score, 5, 0, (1, 2)) == {}
 
 
 def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
-    monkeypatch.setattr(reward_model, "length_figures", lambda *_: {"longer_is_chosen": 0.5, "none": [math.nan, 1.0]})
+    monkeypatch.setattr(reward_look, "length_figures", lambda *_: {"longer_is_chosen": 0.5, "none": [math.nan, 1.0]})
     result = reward_model.main(config(steps=1, pairs="corrupted", best_of_problems=0))
     assert 0 <= result["renamed_same_order"] <= 1
     assert "best_of" not in result
@@ -641,7 +640,7 @@ def test_the_sampler_is_not_moved_aside(here):
 
 
 def test_what_cannot_run_is_said_before_anything_is_made(here, monkeypatch):
-    monkeypatch.setattr(reward_model, "make_start_once", lambda *_: pytest.fail("a start was begun"))
+    monkeypatch.setattr(reward_setup, "make_start_once", lambda *_: pytest.fail("a start was begun"))
     monkeypatch.setattr(reward_samples, "sample_answers", lambda *_: pytest.fail("answers were sampled"))
     with pytest.raises(ConfigError, match="holds no saved run"):
         reward_model.main(config(resume=True))
@@ -661,7 +660,7 @@ def test_a_broken_off_start_does_not_count(scratch, monkeypatch):
         made.append(config)
         raise SystemExit(130)
 
-    monkeypatch.setattr(reward_model.pretrain, "main", broken)
+    monkeypatch.setattr(reward_setup.pretrain, "main", broken)
     for _ in range(2):  # nor is it reused
         with pytest.raises(SystemExit):
             reward_model.main(config(init=None, data="pairs.jsonl"))

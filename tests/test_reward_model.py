@@ -544,6 +544,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
     assert not (here / "runs/reward_model/pairs.json").exists()  # nothing was sampled
 
 
+@pytest.mark.parametrize("flag", ["centre", "sft_weight"])
+def test_a_negative_weight_is_refused(flag):
+    with pytest.raises(ConfigError, match=f"--{flag} is -1"):
+        config(**{flag: -1.0})
+
+
 def test_bad_input_is_one_line(here):
     (here / "bad.jsonl").write_text(
         '{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n{"prompt": "x"}\n', encoding="utf-8"

@@ -205,7 +205,7 @@ CLAIMS = [
         "RL sharpens more than it adds",
         "[2504.13837]",
         "evaluate.pass_at_k",
-        "yes, pass@1 +47.1, pass@16 +11.7 ([grpo_word](grpo_word.md))",
+        "yes, pass@1 +36.6, pass@16 +7.3 ([grpo_word](grpo_word.md))",
     ),
 ]
 

@@ -242,7 +242,8 @@ def page(results=ROOT / "results"):
         "# What the papers claim",
         "",
         "`python -m support.claims` writes this page from the figures of the experiments. *Yes*: seen here, and "
-        "significant where there are several seeds. Small models on small problems: a claim that is not seen here may "
+        "significant where there are several seeds. A row of grpo.ALGORITHMS differs from grpo in several choices, the "
+        "KL penalty among them, and is compared as a whole. Small models on small problems: a claim that is not seen here may "
         "hold elsewhere.",
         "",
         "| claim | paper | code | here |",

@@ -243,8 +243,8 @@ def page(results=ROOT / "results"):
         "",
         "`python -m support.claims` writes this page from the figures of the experiments. *Yes*: seen here, and "
         "significant where there are several seeds. A row of grpo.ALGORITHMS differs from grpo in several choices, the "
-        "KL penalty among them, and is compared as a whole. Small models on small problems: a claim that is not seen here may "
-        "hold elsewhere.",
+        "KL penalty among them, and is compared as a whole. Small models on small problems: a claim that is not seen "
+        "here may hold elsewhere.",
         "",
         "| claim | paper | code | here |",
         "|---|---|---|---|",

@@ -41,7 +41,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -633,7 +633,11 @@ def word_problem(
     check_split(split)
     if not levels or not set(levels) <= {1, 2, 3}:
         raise DataError(f"levels must be some of 1, 2, 3, not {levels!r}")
-    level = levels[index % len(levels)]
+    return _word_problem(index, split, levels[index % len(levels)], seed, large)
+
+
+@lru_cache(2**16)  # a stage, the starts that it makes and each run of an experiment ask for the same ones
+def _word_problem(index: int, split: str, level: int, seed: int, large: Large | None) -> WordProblem:
     rng = random.Random(f"problem/{seed}/{split}/{level}/{index}")
     while True:  # 1.25 to 2 tries for train, 4 to 10 for valid and test
         draw = Draw(rng)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import hypothesis
@@ -48,9 +51,10 @@ def cpu_without_bf16(patch):
         patch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: False, raising=False)
 
 
-def script(name, *flags, cwd, processes=1, timeout=240):
-    """Run a script as a user does, with torchrun if processes > 1; returns the finished process. Training scripts get
-    --dtype=fp32 unless a flag sets another (see `fp32_on_every_cpu`)."""
+def script(name, *flags, cwd, processes=1, torchrun=False, timeout=240):
+    """Run a script as a user does; returns the finished process. processes > 1: with what torchrun gives each of them,
+    or torchrun itself, which takes 2 seconds more. Training scripts get --dtype=fp32 unless a flag sets another (see
+    `fp32_on_every_cpu`)."""
     trains = Path(name).stem in (
         "pretrain",
         "encoder",
@@ -66,12 +70,45 @@ def script(name, *flags, cwd, processes=1, timeout=240):
     )
     if trains and not any(str(flag).startswith("--dtype") for flag in flags):
         flags = [*flags, "--dtype=fp32"]
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / name), *map(str, flags)]
+    command, env = [str(ROOT / name), *map(str, flags)], os.environ | {"OMP_NUM_THREADS": "1"}
+    if processes > 1 and not torchrun:
+        return ranks([sys.executable, *command], processes, cwd, env, timeout)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if torchrun else []
+    command = [sys.executable, *launcher, *command]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def ranks(command, n, cwd, env, timeout):
+    """n processes with the environment that torchrun gives them on one node. Killed at the timeout, or 5 seconds after
+    one has failed. Returned as one: what all have written, and the status of one that failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+    ):
+        processes = [
+            subprocess.Popen(
+                command, cwd=cwd, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, stdout=out, stderr=err, text=True
+            )
+            for i in range(n)
+        ]
+        end = time.monotonic() + timeout
+        while any(p.poll() is None for p in processes):
+            if any(p.returncode for p in processes):
+                end = min(end, time.monotonic() + 5)
+            if time.monotonic() > end:
+                for p in processes:
+                    p.kill()
+            time.sleep(0.02)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    status = next((p.returncode for p in processes if p.returncode > 0), min(p.returncode for p in processes))
+    return subprocess.CompletedProcess(command, status, *texts)
 
 
 def metrics(run_dir, name):

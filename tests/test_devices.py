@@ -22,7 +22,7 @@ from support.errors import ConfigError
 )
 def test_bad_input_on_two_ranks_is_said_once_and_ends_both(here, changes, word):
     (here / "short.txt").write_text("too short. " * 9, encoding="utf-8")
-    process = script("pretrain.py", *flags(**changes), cwd=here, processes=2)
+    process = script("pretrain.py", *flags(**changes), cwd=here, processes=2, torchrun=True)
     assert process.returncode != 0
     assert [word in line for line in process.stderr.splitlines() if line.startswith("error: ")] == [True]
 

@@ -198,7 +198,7 @@ def test_the_cut_into_micro_batches_changes_nothing(here, optimizer):
 
 def test_two_processes_equal_one(here):
     one = script("pretrain.py", *flags(name="one"), cwd=here)
-    two = script("pretrain.py", *flags(name="two", micro_batch=2), cwd=here, processes=2)
+    two = script("pretrain.py", *flags(name="two", micro_batch=2), cwd=here, processes=2, torchrun=True)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert "Warning" not in one.stderr + two.stderr
     for name in ("loss", "grad_norm", "valid_loss"):

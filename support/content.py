@@ -10,6 +10,7 @@ content_of_checkpoint(path)     of a checkpoint's files
 import hashlib
 import inspect
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,28 +24,43 @@ from support.downloads import data_folder
 def content_of(thing):
     """32 hex digits that differ if the content does: names, shapes and values of tensors, the fields of records."""
     digest = hashlib.sha256()
-    _add(digest, thing)
+    for part in _parts(thing):
+        digest.update(part)
     return digest.hexdigest()[:32]
 
 
-def _add(digest, thing):
+def _parts(thing):
+    """The bytes of a thing, piece by piece."""
     if isinstance(thing, nn.Module):
         thing = thing.state_dict()
-    elif is_dataclass(thing):  # a field that a later version adds, at its default, changes nothing
-        values = {f: getattr(thing, f.name) for f in fields(thing) if f.compare}
-        thing = {f.name: v for f, v in values.items() if f.default is MISSING or (v or None) != (f.default or None)}
+    elif is_dataclass(thing):
+        values = [(name, default, getattr(thing, name)) for name, default in _compared(type(thing))]
+        # a field that a later version adds, at its default, changes nothing
+        thing = {name: v for name, default, v in values if default is MISSING or (v or None) != (default or None)}
     if isinstance(thing, dict):
         thing = [item for pair in thing.items() for item in pair]
-    if isinstance(thing, torch.Tensor):
-        digest.update(f"{thing.dtype} {tuple(thing.shape)} ".encode())
-        digest.update(thing.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    elif isinstance(thing, list | tuple):
-        digest.update(f"{len(thing)} ".encode())
+    if isinstance(thing, list | tuple):
+        yield b"%d " % len(thing)
         for item in thing:
-            _add(digest, item)
+            if type(item) is str:  # most of a data set
+                yield _counted(item)
+            else:
+                yield from _parts(item)
+    elif isinstance(thing, torch.Tensor):
+        yield f"{thing.dtype} {tuple(thing.shape)} ".encode()
+        yield thing.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     else:
-        data = thing if isinstance(thing, bytes) else repr(thing).encode()
-        digest.update(b"%d " % len(data) + data)
+        yield _counted(thing)
+
+
+def _counted(thing):
+    data = thing if isinstance(thing, bytes) else repr(thing).encode()
+    return b"%d " % len(data) + data
+
+
+@cache
+def _compared(record):
+    return [(field.name, field.default) for field in fields(record) if field.compare]
 
 
 def records_of(data, splits):

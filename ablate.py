@@ -61,7 +61,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -243,7 +243,8 @@ STAGES = {
     "agent": (agent.Config, agent.main),
     "measure": (probes.Start, probes.measure_start),
 }
-QUICK = {"steps": 4, "test_problems": 20, "eval_problems": 10}  # of a smoke run, if the stage has these settings
+QUICK = {"steps": 4, "round_steps": 2, "test_problems": 20, "eval_problems": 10}  # of a smoke run, if the stage has these settings
+TRIAL = {"test_problems": 1, "pass_problems": 1, "pass_samples": 1}  # of a run for tuning, likewise
 
 
 def build(stage, settings):
@@ -253,17 +254,28 @@ def build(stage, settings):
     return cls(**{k: nested[k](**v) if k in nested else v for k, v in settings.items()})
 
 
+def known(stage, flags):
+    """Those of the flags that a stage has."""
+    return {k: v for k, v in flags.items() if k in {f.name for f in fields(STAGES[stage][0])}}
+
+
 def settings_of(experiment, variant, seed, quick=False):
     """Everything that determines a run's outcome except the code, as JSON: equal settings are the same run. "reads" is
     the content of the data."""
     stage, flags = experiment.variants[variant]
     flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the corpus is looked up now
     if quick:
-        flags |= {k: v for k, v in QUICK.items() if k in {f.name for f in fields(STAGES[stage][0])}}
+        flags |= known(stage, QUICK)
     built = asdict(build(stage, flags))
     data = content_of_data(built["data"]) if "data" in built else None
     settings = {"stage": stage, "config": built, "probe": experiment.probe, "reads": data}
     return json.loads(to_json(settings))
+
+
+def trial(experiment, variant, value):
+    """The experiment in which a variant has this value of the tuned flag, in short runs without a test."""
+    flags = known(experiment.variants[variant][0], TRIAL | {"steps": experiment.tune_steps})
+    return replace(experiment.with_flags({variant: flags | {experiment.tune: value}}), probe=None)
 
 
 STATE = {"running": False, "stopped": False}  # of a worker process
@@ -473,15 +485,20 @@ def main(config):
     # 0. tune, where the experiment asks for it: the flag's value that the validation split prefers, on the first seed
     chosen = {}
     if experiment.tune and not config.quick:
-        tuned = [v for v, (stage, _) in experiment.variants.items() if hasattr(STAGES[stage][0], experiment.tune)]
+        own = {v: settings_of(experiment, v, seeds[0])["config"].get(experiment.tune) for v in experiment.variants}
+        values = {  # a start that is only measured has no such flag
+            v: [float(f"{x * default:.4g}") if experiment.times_own else x for x in experiment.grid]
+            for v, default in own.items()
+            if default is not None
+        }
         runs = {
-            (v, value): (settings_of(experiment.to_try(v, value), v, seeds[0]), top / "tuning" / label(v, value))
-            for v in tuned  # a start that is only measured has no such flag
-            for value in experiment.grid
+            (v, value): (settings_of(trial(experiment, v, value), v, seeds[0]), top / "tuning" / label(v, value))
+            for v in values
+            for value in values[v]
         }
         run_missing(runs, config, f"{name}, tuning", experiment.tune)
         scores = {key: validation_score(folder) for key, (_, folder) in runs.items()}
-        chosen = {v: max(experiment.grid, key=lambda x: scores[v, x]) for v in tuned}
+        chosen = {v: max(values[v], key=lambda x: scores[v, x]) for v in values}
         experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in chosen.items()})
 
     # 1. what is missing, and 2. run. The seeds are the inner loop: neighbours have different starts, so none waits

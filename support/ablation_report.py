@@ -117,7 +117,7 @@ def page(experiment, results, means, differences, seeds, command, commits, pictu
     lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
     if chosen:
         values = ", ".join(f"{variant} {value:g}" for variant, value in chosen.items())
-        grid = ", ".join(f"{value:g}" for value in experiment.grid)
+        grid = ", ".join(f"{value:g}" for value in experiment.grid) + " times its own" * experiment.times_own
         lines += [
             f"--{experiment.tune}, chosen among {grid} by the validation accuracy of seed {seeds[0]} over the second "
             f"half of {experiment.tune_steps} steps: {values}.",

@@ -31,17 +31,13 @@ class Experiment:
     front: tuple = ()  # two columns to draw against each other, a point per run
     tune: str = ""  # the flag whose value the validation split chooses for each variant
     grid: tuple = ()  # among these
+    times_own: bool = False  # times the value that the variant has anyway
     tune_steps: int = 100  # in runs of so many steps
 
     def with_flags(self, changes):
         """{variant: {flag: value}} -> the experiment with these flags too."""
         variants = {v: (stage, flags | changes.get(v, {})) for v, (stage, flags) in self.variants.items()}
         return replace(self, variants=variants)
-
-    def to_try(self, variant, value):
-        """The experiment in which a variant has this value of the tuned flag, in short runs without a test."""
-        flags = {self.tune: value, "steps": self.tune_steps, "test_problems": 1, "pass_problems": 1, "pass_samples": 1}
-        return replace(self.with_flags({variant: flags}), probe=None)
 
     def compared(self):
         """[(variant, the one it is compared with), …]"""
@@ -68,8 +64,11 @@ def _grpo(stage="grpo", **flags):
     return stage, plain | {"steps": 150, "test_problems": 500, "eval_every": 50, "pass_problems": 50} | flags
 
 
+_BRIEF = {"pass_problems": 1, "pass_samples": 1}  # the probe asks for samples
+
+
 def _distill(**flags):
-    return "distill", {"steps": 200, "test_problems": 500, "pass_problems": 1, "pass_samples": 1} | flags
+    return "distill", {"steps": 200, "test_problems": 500} | _BRIEF | flags
 
 
 def _dpo(**flags):
@@ -123,15 +122,18 @@ _OFF_POLICY = {
 
 EXPERIMENTS = {
     "ladder": Experiment(
-        "What does each stage add, from the same start, on the same held-out problems?",
-        "the pretrained and the SFT checkpoint of a seed, the 1,000 test problems, greedy decoding",
+        "What does each method add to SFT, from the same start and in the same time?",
+        "the pretrained and the SFT checkpoint of a seed; after it, for each method, as many steps as take about 4.5 "
+        "minutes on one core with its own sampling and evaluation (PPO's reward model, trained before, not counted), "
+        "all else as the stage has it; the 1,000 test problems, greedy decoding",
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
-            "PPO": ("ppo", {"steps": 80, "baseline": "wins", "normalise": False, "lam": 1.0, "minibatches": 1}),
-            "DPO": ("dpo", {"steps": 80, "prompts": 1000}),
-            "GRPO": _grpo(steps=80, test_problems=1000, pass_problems=20),
-            "GDPO": _grpo("gdpo", steps=80, test_problems=1000, pass_problems=20, brevity_weight=0.2),
+            "rejection": ("rejection", _BRIEF | {"steps": 150}),
+            "DPO": ("dpo", {"steps": 300}),
+            "PPO": ("ppo", {"steps": 180}),
+            "GRPO": ("grpo", _BRIEF | {"steps": 500}),
+            "GDPO": ("gdpo", _BRIEF | {"steps": 500, "brevity_weight": 0.2}),
         },
         (
             "accuracy",
@@ -149,6 +151,10 @@ EXPERIMENTS = {
         probe="carried_over",
         gains=("accuracy", "sampled", "pass_at_8", "story_kept", "more_steps", "by_hand"),
         against="SFT",
+        tune="lr",
+        grid=(0.5, 1, 2),
+        times_own=True,
+        tune_steps=100,
     ),
     "norm-placement": Experiment(
         "Where should the norm stand: before a branch, after it, or both, with and without a warm-up?",
@@ -303,7 +309,7 @@ EXPERIMENTS = {
         "Ten policy gradients, with as many rollouts and optimizer steps: which learn, and at what price?",
         "the SFT checkpoint that the stage itself makes for the seed, 500 steps of 12 prompts x 8 rollouts in two "
         "minibatches, the prompts' order, all else as `grpo.py --algorithm` sets it",
-        {name: ("grpo", {"algorithm": name, "pass_problems": 1, "pass_samples": 1}) for name in ALGORITHMS},
+        {name: ("grpo", _BRIEF | {"algorithm": name}) for name in ALGORITHMS},
         ("accuracy", "sampled", "pass_at_8", "story_kept", "kl", "length", "clipped", "seconds"),
         ("reward_correct", "kl"),
         against="grpo",
@@ -347,7 +353,7 @@ EXPERIMENTS = {
             "on-policy, forward KL": _distill(),
             "on-policy, reverse KL": _distill(beta=1.0),
             "on-policy, sampled token": _distill(loss="sample"),
-            "GRPO": ("student_grpo", {"steps": 200, "test_problems": 500, "pass_problems": 1, "pass_samples": 1}),
+            "GRPO": ("student_grpo", {"steps": 200, "test_problems": 500} | _BRIEF),
         },
         ("accuracy", "sampled", "pass_at_8", "teacher_kl", "tokens", "minutes"),
         ("accuracy",),

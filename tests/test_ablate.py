@@ -284,7 +284,6 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
     with pytest.raises(ConfigError, match=r"^no page of any experiment has its figures"):
         ablate.main(ablate.Config(verify=True))
     experiment.tune, experiment.grid, experiment.tune_steps = "lr", (1e-3, 1e-2), 2
-    monkeypatch.setattr(Experiment, "to_try", lambda self, variant, lr: self.with_flags({variant: {"lr": lr}}))
     monkeypatch.setattr(ablate, "validation_score", lambda folder: float(folder.name.endswith("0.01")))
     ablate.main(ablate.Config(experiment="width", seeds=[0, 1]))
     assert "2 seeds (0, 1)" in (scratch / "results/width.md").read_text(encoding="utf-8")
@@ -356,7 +355,6 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
     monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
     tuned = replace(experiment, tune="lr", grid=(1e-3, 2e-3, 3e-3), tune_steps=7)
     monkeypatch.setitem(ablate.EXPERIMENTS, "width", tuned)
-    monkeypatch.setattr(type(tuned), "to_try", lambda self, v, x: self.with_flags({v: {"lr": x, "steps": 7}}))
     ablate.main(ablate.Config(experiment="width", seeds=[4, 5]))
     tuning = {folder for folder in made if "tuning" in folder}
     assert len(tuning) == 6
@@ -368,6 +366,30 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
     assert "--lr, chosen among 0.001, 0.002, 0.003 by the validation accuracy of seed 4" in page
 
 
+def test_the_grid_may_multiply_what_a_variant_has_anyway(experiment, scratch, monkeypatch):
+    tried = []
+
+    def run_missing(runs, *_):
+        tried.extend((variant, value, settings["config"]["lr"]) for (variant, value), (settings, _) in runs.items())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate, "run_missing", run_missing)
+    with_rates = experiment.with_flags({"narrow": {"lr": 0.3}, "wide": {"lr": 0.01}})
+    monkeypatch.setitem(ablate.EXPERIMENTS, "width", replace(with_rates, tune="lr", grid=(0.5, 3), times_own=True))
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main(ablate.Config(experiment="width"))
+    assert tried == [(v, lr, lr) for v, lr in (("narrow", 0.15), ("narrow", 0.9), ("wide", 0.005), ("wide", 0.03))]
+
+
+def test_a_trial_has_no_test_and_only_flags_of_its_stage():
+    experiment = ablate.EXPERIMENTS["ladder"]
+    tried = {v: ablate.settings_of(ablate.trial(experiment, v, 0.25), v, 0)["config"] for v in ("GRPO", "DPO")}
+    assert {v: c["lr"] for v, c in tried.items()} == {"GRPO": 0.25, "DPO": 0.25}
+    assert {c["steps"] for c in tried.values()} == {experiment.tune_steps}
+    assert {c["test_problems"] for c in tried.values()} == {tried["GRPO"]["pass_samples"]} == {1}
+    assert "pass_samples" not in tried["DPO"]
+
+
 def test_a_start_that_is_only_measured_is_not_tuned(experiment, scratch, monkeypatch):
     asked = []
 
@@ -376,7 +398,6 @@ def test_a_start_that_is_only_measured_is_not_tuned(experiment, scratch, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablate, "run_missing", run_missing)
-    monkeypatch.setattr(type(experiment), "to_try", lambda self, v, x: self.with_flags({v: {"lr": x}}))
     with_start = replace(experiment, variants=experiment.variants | {"start": ("measure", {})}, tune="lr", grid=(1e-3,))
     monkeypatch.setitem(ablate.EXPERIMENTS, "width", with_start)
     with pytest.raises(KeyboardInterrupt):

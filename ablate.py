@@ -243,8 +243,9 @@ STAGES = {
     "agent": (agent.Config, agent.main),
     "measure": (probes.Start, probes.measure_start),
 }
-QUICK = {"steps": 4, "round_steps": 2, "test_problems": 20, "eval_problems": 10}  # of a smoke run, if the stage has these settings
-TRIAL = {"test_problems": 1, "pass_problems": 1, "pass_samples": 1}  # of a run for tuning, likewise
+# Of a smoke run, and of a run for tuning, if the stage has these settings.
+QUICK = {"steps": 4, "round_steps": 2, "test_problems": 20, "eval_problems": 10}
+TRIAL = {"test_problems": 1, "pass_problems": 1, "pass_samples": 1}
 
 
 def build(stage, settings):

@@ -14,6 +14,7 @@ All that depends on the kind of device is here. A chapter asks by name, and comp
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import re
@@ -295,3 +296,10 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: return only blocks above 32 MiB, the highest value allowed
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never return the free end of the heap
+
+
+def return_freed_memory():
+    """Give glibc's freed memory back to the kernel after all, once: between two stages in one process."""
+    gc.collect()  # a run and its hooks hold each other
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from support.checks import Amount, Count, Seed, Whole, check
 from support.content import content_of, content_of_checkpoint, content_of_data
-from support.devices import random_state, set_random_state
+from support.devices import random_state, return_freed_memory, set_random_state
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
@@ -486,6 +486,7 @@ def make_start_once(name, message, stage, settings, dist):
             config = stage.Config(name=name, **settings)
             config.resume = restarted(config, dist)
             stage.main(config)
+            return_freed_memory()
             if dist.is_main:
                 with may_fail(finished):
                     if not {str(RUNS / name / part) for part in ("last", "best")} & UNWRITTEN:

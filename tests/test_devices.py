@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,35 @@ print(faults())
         for how in ("kept", "lost")
     )
     assert kept < 1000 < 10_000 < lost
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc: what a process holds is read there")
+def test_what_a_start_needed_is_given_back(scratch):
+    """400 tensors of 1 MiB, all dropped but the last, which stands at the heap's end: kept, until a start is made."""
+    code = """
+import torch, pretrain
+from types import SimpleNamespace
+from support.runs import make_start_once
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+def main(config):
+    global last
+    last = [torch.ones(2**18) for _ in range(400)][-1]
+    print(held())
+dist = pretrain.setup("cpu")
+before = held()
+main(None)
+print(held())
+make_start_once("start", "", SimpleNamespace(Config=pretrain.Config, main=main), {"data": "text.txt"}, dist)
+print(before, held())
+"""
+    (scratch / "text.txt").write_text("A text.", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(Path(pretrain.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    in_use, kept, _, before, after = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert in_use > before + 390
+    assert kept > before + 390
+    assert after < before + 60
 
 
 @pytest.mark.parametrize("unit", ["amx_tile", "avx512_bf16", "other"])

@@ -1,47 +1,54 @@
 """The encoder: the decoder's blocks without the causal mask. BERT's masked-LM, then one label per text (1810.04805).
 
     masked-LM          L = −(1/|M|) Σ_{t ∈ M} log p(x_t | x̃)             M: a random 15 % of the tokens, hidden in x̃
-    classification     h = mean of the last states over the real tokens,  p(label | x) = softmax(W h + b)
+    classification     h = mean of the last states over the real tokens,  p(label | x) = softmax(W h + bias)
                        L = −(1/B) Σ log p(label | x)
 
 A decoder sees only the tokens before a position, or predicting the next one would be copying. In an encoder every token
 sees the whole text, so it predicts the tokens that are hidden from it. Of M, 80 % become <|mask|>, 10 % a random token,
-and 10 % stay as they are: later texts have no <|mask|>, and a model that has to predict only where it sees one learns
-nothing about all other tokens. With the 20 % any token may be wrong, so the model must represent each in its context.
+and 10 % stay as they are: a model that predicts only where it sees <|mask|> could neglect the tokens that it sees
+elsewhere, and a text to classify has no <|mask|>. As it is, any token may be a random one, or one that it has to
+predict, so the model must represent each in its context.
 
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
     1. batch     masked-LM   x = batch_at(stream, step)           windows of a shuffled epoch            (B, T)
-                             x̃, chosen = hide(x)                  chosen is True on M                    (B, T) each
-                             n = |M|                              of all ranks, before the batch is cut
-                 labels      x̃, real = collate(texts)             padded, and 10 % of the tokens hidden  (B, T) each
+                             x̃, chosen = masked_batch(x)          chosen is True on M                    (B, T) each
+                             n = |M|                              counted over the whole batch, all ranks
+                 labels      x̃, real = labelled_batch(rows)       padded, and 10 % of the tokens hidden  (B, T) each
                              n = B
     2. gradient  for each micro-batch of this rank:
                              states = hidden(x̃, real)             no causal mask; nobody sees a pad      (b, T, C)
                  masked-LM   log p  = log softmax(token_logits(states[chosen]))[x[chosen]]               (holes,)
-                 labels      log p  = log softmax(W mean_pool(states, real) + b)[label]                  (b,)
+                 labels      log p  = log softmax(W mean_pool(states, real) + bias)[label]               (b,)
                              backward(−Σ log p / n)               gradients add up, over micro-batches and ranks
     3. update    clip ‖g‖; lr = lr_at(step of this objective); optimizer step
     4. look      log; every --eval_every steps validate, keep the best classifier
 
+B rows in a step, over all ranks, b of them in a micro-batch; T tokens in a row, C width; the holes are the tokens of M.
+
 The defaults run 300 steps of 32 windows of 128 generated tokens, then, with new optimizers, 400 steps of 64 reviews:
-0.8 M parameters and embeddings, dropout 0.1, Muon and AdamW. Off: a start from a checkpoint, further text (--text), and
-what BERT has besides: post-norm, learned positions, token types, a pooler, exact GELU. The layout is the decoder's;
-BERT's is `bert_config()`, and its checkpoints open here (support/hf_bert.py), though not its WordPiece tokenizer.
+0.8 M parameters and the embeddings of 555 tokens (the generated reviews have no more pairs to merge), dropout 0.1, Muon
+and AdamW. Off: a start from a checkpoint, further text (--text), and BERT's layout: post-norm, learned positions, and
+the switches of support/bert_parts.py. `Encoder.from_pretrained` opens BERT's checkpoints (support/hf_bert.py); --init
+does not, for it needs the tokenizer too, and WordPiece does not open here.
 
 Traps:
   * No mask at all means causal in this code. `real` (B, 1, 1, T) lets every token see every real one.
   * Pads must not count: `real` hides them as keys in every layer and leaves them out of the mean, so a text's label
     does not depend on the other texts of its batch. It is made where the rows are made, never from ids != pad.
+  * A decoder without positions knows the order from its causal mask. An encoder does not, and is refused.
   * The loss is read at M alone, kept tokens included. A loss at all tokens would mostly reward copying.
-  * The best checkpoint is chosen on validation accuracy, and the test file is read once, at the end. A bag of words
+  * The best checkpoint is chosen on validation accuracy, and the test split is judged once, at the end. A bag of words
     (logistic regression on which words occur), trained and chosen in the same way, is reported beside it. It knows
     nothing of order, so "not good" is good.
 
-BERT reads a text's summary from its first token, trained by a second objective (is the next sentence the next?) that
-RoBERTa (arXiv:1907.11692) showed to be useless. The mean needs no training of its own. --init may be a decoder: its
-blocks are the same, and it learns to do without the causal mask while it learns the labels (LLM2Vec, arXiv:2404.05961,
-trains it on masked-LM first). A text longer than the context keeps its first quarter and its end (arXiv:1905.05583).
+BERT reads a text's summary from its first token, trained by a second objective (does the second text follow the first?)
+that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
+decoder: its blocks are the same, and it learns to do without the causal mask while it learns the labels. LLM2Vec
+(arXiv:2404.05961) first trains it on masked tokens, each predicted at the position before it; here that would be
+masked-LM, for which the tokenizer must have <|mask|> (SmolLM2's has none: --mlm_steps 0 --token_dropout 0). A text
+longer than the context keeps a quarter of the context from its start, the rest from its end (arXiv:1905.05583).
 
 Simplified: windows of the pretraining text may hold several documents, which see each other.
 
@@ -57,11 +64,10 @@ Run it:
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,29 +77,28 @@ from data import batch_at, load_sentiment, rows_at
 from norms import LayerNorm
 from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
-from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.bert_parts import BertConfig, BertParts
 from support.checks import Amount, Count, FractionBelow1, Range, Whole
-from support.classification import announce, bag_of_words, report, write_mistakes
+from support.classification import announce, judge_labels, judge_test, validate_mlm, validation_windows
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
+from support.encoder_start import make_encoder, open_encoder
 from support.errors import CheckpointError, ConfigError
-from support.finite import diverged
-from support.hf_bert import is_encoder, load_encoder, save_encoder
-from support.runs import Run, RunConfig, run_path, saved_run
+from support.hf_bert import load_encoder, save_encoder
+from support.runs import Run, RunConfig
 from support.streams import make_streams
-from tokenizer_bpe import BPETokenizer, load_tokenizer
-from transformer import Block, FeedForward, TransformerConfig, init_weights, make_norm
+from support.text_batches import TextBatch, pad_rows
+from transformer import Block, Transformer, TransformerConfig, init_weights, make_norm
 
 MASK = "<|mask|>"
-LABELS = ("negative", "positive")
 
 # ---------------------------------------------------------------------------------------------------------------
 # The model.
 
 
 @dataclass
-class EncoderConfig(TransformerConfig):
+class EncoderConfig(BertConfig):
     """The architecture. The defaults are a 0.8 M-parameter model, without its embeddings."""
 
     context: Count = 128
@@ -108,35 +113,9 @@ class EncoderConfig(TransformerConfig):
     """Width C of the residual stream."""
     n_class: Count = 2
     """Number of labels."""
-    n_type: Whole = 0
-    """Token types (BERT's two: first and second text); 0 for none."""
-    embed_norm: bool = False
-    """Normalise the sum of the embeddings, as BERT does."""
-    exact_gelu: bool = False
-    """x Φ(x) where the activation is gelu, instead of its tanh form."""
-    pooler: bool = False
-    """BERT's tanh layer on the first token. Its own tasks use it; the classifier here does not."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.exact_gelu and self.activation != "gelu":
-            raise CheckpointError(f"exact_gelu is a form of gelu, but activation is {self.activation}")
 
 
-def bert_config(**changes):
-    """BERT's layout; the sizes of bert-base-uncased unless `changes` says otherwise."""
-    config = dict(vocab_size=30522, context=512, n_layer=12, n_head=12, width=768, ffn_width=3072, norm_eps=1e-12)
-    config |= dict(norm="layer", norm_placement="post", positions="learned", activation="gelu", exact_gelu=True)
-    config |= dict(qk_norm=False, bias=True, n_type=2, embed_norm=True, pooler=True) | changes
-    return EncoderConfig(**{"n_kv_head": config["n_head"], **config})
-
-
-class ExactFeedForward(FeedForward):
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
-class Encoder(nn.Module):
+class Encoder(BertParts, nn.Module):
     """Token ids (B, T) -> states (B, T, C), each of them of the whole text. Two heads read them: the token that was
     hidden, and the label of the text."""
 
@@ -147,20 +126,15 @@ class Encoder(nn.Module):
         self.config = c = config.resolved()
         for name in ("window", "rope_scaling", "n_expert"):
             if getattr(c, name):
-                raise CheckpointError(f"{name} is for decoders, the encoder has none")
+                raise CheckpointError(f"{name} is not supported in the encoder")
         if not c.tie_embeddings:
             raise CheckpointError("tie_embeddings is false, but the masked-LM head is the embedding matrix itself")
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.learned = LearnedPositions(c.context, c.width) if c.positions == "learned" else None
-        self.types = nn.Embedding(c.n_type, c.width) if c.n_type else None
-        self.embed_norm = make_norm(c) if c.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        if c.activation == "gelu" and c.exact_gelu:
-            for block in self.blocks:
-                block.ffn = ExactFeedForward(c)
         self.norm = nn.Identity() if c.norm_placement == "post" else make_norm(c)
-        self.pooler = nn.Linear(c.width, c.width) if c.pooler else None
+        self.add_bert_parts(c)  # none with the defaults
         # The two heads. Masked-LM is BERT's: one more layer, then the embedding matrix and a bias per token.
         self.transform, self.transform_norm = nn.Linear(c.width, c.width), LayerNorm(c.width, c.norm_eps)
         self.token_bias = nn.Parameter(torch.zeros(c.vocab_size))
@@ -184,9 +158,7 @@ class Encoder(nn.Module):
             x = x + self.learned(positions)
         elif c.positions == "sinusoidal":
             x = x * math.sqrt(c.width) + sinusoidal_positions(positions, c.width).to(x)
-        if self.types is not None:
-            x = x + self.types(torch.zeros_like(tokens) if types is None else types)
-        x = self.dropout(self.embed_norm(x))
+        x = self.dropout(self.bert_embedding(x, types))  # with the defaults x itself
         real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
         mask = real[:, None, None]  # (B, 1, 1, T): every token sees every real one. No mask at all would mean causal
         for layer, block in enumerate(self.blocks):
@@ -204,10 +176,6 @@ class Encoder(nn.Module):
         if targets is not None:
             return -F.cross_entropy(self.token_logits(x[chosen]).float(), targets[chosen], reduction="none")
         return self.classifier(self.dropout(mean_pool(x, real))).float()
-
-    def pooled(self, x):
-        """BERT's summary of a text: states (B, T, C) -> (B, C), from the first token alone."""
-        return torch.tanh(self.pooler(x[:, 0]))
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -242,101 +210,50 @@ def mean_pool(x, real=None):
     return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
 
-def open_encoder(path, device="cpu", dropout=0.0):
-    """-> (model in fp32, tokenizer, directory), from a checkpoint or a run directory. Raises CheckpointError."""
-    path = resolve_checkpoint(path)
-    model, tokenizer = Encoder.from_pretrained(path, dropout), load_tokenizer(path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(f"{path}: {tokenizer.vocab_size} tokens, but {model.config.vocab_size} embeddings")
-    return model.to(device), tokenizer, path
-
-
-def open_start(init, model):
-    """-> (Encoder, tokenizer) of an encoder's checkpoint, or of a decoder's. Of `model` only the dropout counts, and
-    the context where a decoder's is longer. Raises CheckpointError."""
-    path = resolve_checkpoint(init)
-    if is_encoder(path):
-        return open_encoder(path, dropout=model.dropout)[:2]
-    decoder, tokenizer, _ = open_checkpoint(path)
-    shorter = {} if decoder.config.positions == "learned" else {"context": min(model.context, decoder.config.context)}
-    return Encoder.from_trunk(decoder, model.dropout, **shorter), tokenizer
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The holes, the batches, the losses.
 
 
-def hide(tokens, mask_id, vocab_size, keep, generator, rate=0.15):
-    """Masked-LM's holes: tokens (B, T), and keep (B, T) True where none may be -> (x̃ (B, T), chosen (B, T)).
+def hide(tokens, mask_id, vocab_size, never, generator, rate=0.15):
+    """Masked-LM's holes: tokens (B, T), and never (B, T) True where none may be -> (x̃ (B, T), chosen (B, T)).
 
     Of the chosen tokens, 80 % become mask_id, 10 % a random token, 10 % stay.
     """
-    chosen = (torch.rand(tokens.shape, generator=generator) < rate) & ~keep
+    chosen = (torch.rand(tokens.shape, generator=generator) < rate) & ~never
     fate = torch.rand(tokens.shape, generator=generator)
     anything = torch.randint(vocab_size, tokens.shape, generator=generator)
-    hidden = torch.where(chosen & (fate < 0.8), mask_id, tokens)
-    return torch.where(chosen & (fate >= 0.9), anything, hidden), chosen
+    corrupted = torch.where(chosen & (fate < 0.8), mask_id, tokens)
+    return torch.where(chosen & (fate >= 0.9), anything, corrupted), chosen
+
+
+def spaced(text):
+    return " " + text.strip()  # " word" is a token, "word" often is not
 
 
 def encode(tokenizer, text, context):
     """A text's ids after <|endoftext|>, so that an empty text has a row too. Of a text that is too long, the first
     quarter of the context and the end."""
-    ids = [tokenizer.endoftext_id, *tokenizer.encode(" " + text.strip())]  # " word" is a token, "word" often is not
+    ids = [tokenizer.endoftext_id, *tokenizer.encode(spaced(text))]
     return ids if len(ids) <= context else ids[: context // 4] + ids[context // 4 - context :]
-
-
-def collate(rows, pad):
-    """Lists of ids -> tokens (B, T), real (B, T): padded on the right."""
-    T = max(map(len, rows))
-    tokens, real = torch.full((len(rows), T), pad), torch.zeros(len(rows), T, dtype=torch.bool)
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-        real[i, : len(ids)] = True
-    return tokens, real
-
-
-@dataclass
-class TextBatch:
-    """Rows of tokens; with them the tokens that were hidden (masked-LM), or each row's label."""
-
-    tokens: torch.Tensor  # (B, T) x̃
-    real: torch.Tensor  # (B, T) False on padding
-    targets: torch.Tensor | None = None  # (B, T) x
-    chosen: torch.Tensor | None = None  # (B, T) True on M
-    labels: torch.Tensor | None = None  # (B,)
-
-    def take(self, rows, device):
-        """Some of the rows, cut to the longest of them, on a device."""
-        T = self.real[rows].sum(1).max().item()
-
-        def part(x):  # (B, T) -> (b, shorter T); (B,) -> (b,)
-            return None if x is None else (x[rows][:, :T] if x.dim() == 2 else x[rows]).to(device)
-
-        return TextBatch(*map(part, vars(self).values()))
-
-    def micro_batches(self, size, dist):
-        """This rank's share of the rows, in pieces of at most `size`, sorted by length to waste no padding."""
-        share, lengths = len(self.tokens) // dist.world, self.real.sum(1).tolist()
-        own = sorted(range(dist.rank * share, (dist.rank + 1) * share), key=lambda row: lengths[row])
-        return [self.take(own[i : i + size], dist.device) for i in range(0, share, size)]
 
 
 def masked_batch(windows, tokenizer, generator, rate):
     """windows (B, T) of a text, int64 -> a TextBatch with holes, anywhere but at <|endoftext|>."""
     tokens = torch.from_numpy(windows)
-    mask_id, border = tokenizer.special_ids[MASK], tokens == tokenizer.endoftext_id
-    hidden, chosen = hide(tokens, mask_id, tokenizer.vocab_size, border, generator, rate)
-    return TextBatch(hidden, torch.ones_like(chosen), tokens, chosen)
+    start = tokens == tokenizer.endoftext_id  # of a document
+    mask_id = tokenizer.special_ids[MASK]
+    corrupted, chosen = hide(tokens, mask_id, tokenizer.vocab_size, start, generator, rate)
+    return TextBatch(corrupted, torch.ones_like(chosen), tokens, chosen)
 
 
-def labelled_batch(examples, tokenizer, generator, token_dropout):
+def labelled_batch(rows, tokenizer, generator, token_dropout):
     """[(ids, label), …] -> a TextBatch with labels; a share of its tokens is hidden, as noise and without targets."""
-    pad = tokenizer.endoftext_id
-    tokens, real = collate([ids for ids, _ in examples], pad)  # (B, T)
+    tokens, real = pad_rows([ids for ids, _ in rows], tokenizer.endoftext_id)  # (B, T)
     if token_dropout:
         hole = torch.rand(tokens.shape, generator=generator) < token_dropout
-        tokens = torch.where(hole & real & (tokens != pad), tokenizer.special_ids[MASK], tokens)
-    return TextBatch(tokens, real, labels=torch.tensor([label for _, label in examples]))
+        start = tokens == tokenizer.endoftext_id  # the opening token is never hidden
+        tokens = torch.where(hole & real & ~start, tokenizer.special_ids[MASK], tokens)
+    return TextBatch(tokens, real, labels=torch.tensor([label for _, label in rows]))
 
 
 def masked_lm_loss(logprobs, n=None):
@@ -352,18 +269,31 @@ def classification_loss(logits, labels, n=None):
 
 
 def demo():
-    """Ten tokens and their holes, the masked-LM loss at the holes, and the classification head's loss, by hand."""
-    x, mask_id, ln2 = torch.arange(10, 20)[None], 0, math.log(2)  # (1, 10)
-    keep = x == 10  # the row begins with <|endoftext|>
-    x_hidden, chosen = hide(x, mask_id, 100, keep, torch.Generator().manual_seed(97), rate=0.5)
-    print("ten tokens, hidden at a rate of 1/2 so that there is something to see (the first is never hidden)")
-    for name, numbers in (("x", x), ("x̃", x_hidden), ("in M", chosen.int())):
+    """Who sees whom, ten tokens and their holes, the masked-LM loss at the holes, and the labels' loss, by hand."""
+    x = torch.arange(10, 20)[None]  # (1, 10)
+    other = torch.where(x == 19, 50, x)  # another last token
+    sizes = dict(vocab_size=100, context=10, n_layer=2, n_head=2, n_kv_head=2, width=16)
+    torch.manual_seed(0)
+    decoder = Transformer(TransformerConfig(**sizes))
+    encoder = Encoder.from_trunk(decoder)  # the same weights
+    first, first_causal = ((m.hidden(x) - m.hidden(other))[0, 0].abs().max().item() for m in (encoder, decoder))
+    pad_last = (encoder.hidden(x, x < 19) - encoder.hidden(other, x < 19))[0, :9].abs().max().item()
+    assert first > 0.01
+    assert first_causal == pad_last == 0
+    print("ten tokens; how far another last token moves the first state, in a random model with two layers:")
+    print(f"  {first_causal:g} in a decoder, {first:.2f} in an encoder with its weights, {pad_last:g} if it is a pad")
+
+    mask_id, ln2 = 0, math.log(2)
+    never = x == 10  # the row begins with <|endoftext|>
+    corrupted, chosen = hide(x, mask_id, 100, never, torch.Generator().manual_seed(97), rate=0.5)
+    print("the same tokens, hidden at a rate of 1/2 so that there is something to see (the first is never hidden)")
+    for name, numbers in (("x", x), ("x̃", corrupted), ("in M", chosen.int())):
         print(f"  {name:<5}" + "".join(f"{i or '<mask>' if name == 'x̃' else i:>8}" for i in numbers[0].tolist()))
-    assert (x_hidden == x)[~chosen].all()
+    assert (corrupted == x)[~chosen].all()
     assert not chosen[0, 0]
     many = torch.full((1, 1_000_000), 7)
-    hidden, holes = hide(many, mask_id, 100, many != 7, torch.Generator().manual_seed(0))
-    shares = [holes.double().mean(), *((hidden == i)[holes].double().mean() for i in (mask_id, 7))]
+    corrupted, holes = hide(many, mask_id, 100, many != 7, torch.Generator().manual_seed(0))
+    shares = [holes.double().mean(), *((corrupted == i)[holes].double().mean() for i in (mask_id, 7))]
     by_hand = (0.15, 0.8 + 0.1 / 100, 0.1 + 0.1 / 100)  # a random token may be any of the 100
     assert all(abs(share - wanted) < 0.003 for share, wanted in zip(shares, by_hand, strict=True))
     print("of a million tokens {:.1%} are in M; of those {:.1%} are <mask> and {:.1%} as they were".format(*shares))
@@ -385,61 +315,6 @@ def demo():
     torch.testing.assert_close(gradient, torch.tensor([[0.25, -0.25]]))
     print(f"labels: mean without the pad (2, 2), logits (0, ln 3), p = (1/4, 3/4), label 1: loss = ln 4/3 = {loss:.4f}")
     print("        gradient of the logits, p − onehot = (+1/4, −1/4) = autograd's")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Validation.
-
-
-@torch.no_grad()
-def predict(encoder, rows, pad, batch=64):
-    """Lists of ids -> (N, n_class) probabilities. DivergedError if they are not finite."""
-    was_training = encoder.training
-    encoder.eval()
-    device = encoder.embed.weight.device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together waste no padding
-    pieces = [collate([rows[i] for i in order[j : j + batch]], pad) for j in range(0, len(order), batch)]
-    p = torch.cat([encoder(tokens.to(device), real.to(device)).softmax(-1).cpu() for tokens, real in pieces])
-    encoder.train(was_training)
-    if p.isnan().any():
-        raise diverged("probabilities")
-    return p[torch.tensor(order).argsort()]  # (N, n_class), as the rows came
-
-
-def evaluate(encoder, examples, pad, dist):
-    """examples [(ids, label)], shared among the ranks -> {"accuracy", "loss", "confusion"}, the same on all of them.
-    confusion[i][j] counts the texts of label i that were classified as j."""
-    own, n_class = examples[dist.rank :: dist.world], encoder.config.n_class
-    counts, loss = np.zeros((n_class, n_class)), 0.0
-    if own:
-        p, labels = predict(encoder, [ids for ids, _ in own], pad), torch.tensor([label for _, label in own])
-        np.add.at(counts, (labels.numpy(), p.argmax(-1).numpy()), 1)
-        loss = F.nll_loss(p.log(), labels, reduction="sum").item()
-    *flat, loss = dist.sum(*counts.flatten(), loss)
-    confusion = np.array(flat).reshape(n_class, n_class).astype(int)
-    n = len(examples)
-    return {"accuracy": confusion.trace().item() / n, "loss": loss / n, "confusion": confusion.tolist()}
-
-
-def validation_windows(stream, context, most=256):
-    """A (tokens,) stream -> at most `most` windows, spread evenly, (n, context)."""
-    starts = np.linspace(0, len(stream) - context, min(most, max(1, len(stream) // context))).astype(int)
-    return np.stack([stream[s : s + context] for s in starts]).astype(np.int64)
-
-
-@torch.no_grad()
-def validate_mlm(encoder, batch, dist):
-    """Mean masked-LM loss of a TextBatch, in nats per hidden token."""
-    was_training = encoder.training
-    encoder.eval()
-    total = 0.0
-    for rows in torch.arange(len(batch.tokens))[dist.rank :: dist.world].split(32):
-        if len(rows) == 0:  # fewer windows than ranks
-            continue
-        x = batch.take(rows, dist.device)
-        total -= encoder(x.tokens, targets=x.targets, chosen=x.chosen).sum().item()
-    encoder.train(was_training)
-    return dist.sum(total)[0] / max(1, batch.chosen.sum().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -490,41 +365,10 @@ class Config(RunConfig):
         super().__post_init__()
         if not self.init and self.vocab_size < 258:
             raise ConfigError(f"--vocab_size is {self.vocab_size}; it counts 256 bytes and 2 special tokens too")
-        if self.model.n_class < 2:
-            raise ConfigError(f"--model.n_class is {self.model.n_class}; it must be at least 2: the labels are 0 and 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Set-up and the loop.
-
-
-def pretraining_texts(config, reviews):
-    """{"train", "valid"}: the reviews' texts, and those of --text, without the labels."""
-    more = [review for name in config.text for review in load_sentiment(name, "train", config.skip_bad)]
-    train = reviews["train"] + more
-    return {s: [f" {r.text.strip()}" for r in part] for s, part in (("train", train), ("valid", reviews["valid"]))}
-
-
-def make_encoder(config, dist, texts):
-    """-> (encoder in CPU memory, tokenizer, config with the encoder's architecture): those of --init, or random weights
-    and a tokenizer trained on these texts."""
-    run_path(config)  # raises on a bad --name or --resume first
-    if config.init:
-        encoder, tokenizer = open_start(config.init, config.model)
-        if MASK not in tokenizer.special_ids and (config.mlm_steps or config.token_dropout):
-            raise ConfigError(
-                f"the tokenizer of {config.init} has no {MASK}, so nothing can be hidden: --mlm_steps 0 "
-                "--token_dropout 0 trains on the labels alone"
-            )
-        return encoder, tokenizer, replace(config, model=encoder.config)
-    if config.resume:
-        tokenizer = load_tokenizer(saved_run(run_path(config)))
-    else:  # trained on rank 0
-        specials = ("<|endoftext|>", MASK)
-        tokenizer = dist.from_main(lambda: BPETokenizer.train(texts["train"], config.vocab_size, specials))
-    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    torch.manual_seed(config.seed)  # the same weights on every rank
-    return Encoder(config.model), tokenizer, config
+# The loop.
 
 
 def main(config):
@@ -535,8 +379,10 @@ def main(config):
         dist.per_rank(name, getattr(config, name))
     autocast, scaler = precision(config.dtype, dist)
     reviews = {split: load_sentiment(config.data, split, config.skip_bad) for split in ("train", "valid", "test")}
-    texts = pretraining_texts(config, reviews)
-    encoder, tokenizer, config = make_encoder(config, dist, texts)
+    further = [review for name in config.text for review in load_sentiment(name, "train", config.skip_bad)]
+    read = {"train": reviews["train"] + further, "valid": reviews["valid"]}  # by masked-LM, without the labels
+    texts = {split: [spaced(review.text) for review in part] for split, part in read.items()}
+    encoder, tokenizer, config = make_encoder(Encoder, config, dist, texts, MASK)
     pad, context = tokenizer.endoftext_id, config.model.context
     examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
     streams = make_streams(config, dist, tokenizer, context, texts) if config.mlm_steps else None
@@ -544,14 +390,16 @@ def main(config):
         windows, generator = validation_windows(streams["valid"], context), torch.Generator().manual_seed(config.seed)
         held_out = masked_batch(windows, tokenizer, generator, config.mlm_rate)
 
-    reads = records_of(config.data, reviews) | {f"the texts of --text {config.text}": texts["train"]}
+    reads = records_of(config.data, reviews)
+    if config.text:
+        reads[f"the texts of --text {' '.join(config.text)}"] = further
     if config.init:
         reads |= weights_of(config.init, encoder)
     encoder.to(dist.device)
     new_optimizers = partial(make_optimizers, encoder, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    state = {"best": -1.0, "chat": False, "reads": reads, "began": began}
-    run = Run(config, dist, encoder, tokenizer, new_optimizers(), scaler, **state)
+    optimizers = new_optimizers()
+    run = Run(config, dist, encoder, tokenizer, optimizers, scaler, best=-1.0, chat=False, reads=reads, began=began)
     model = encoder
     if dist.world > 1:  # each of the two objectives leaves the other's head without a gradient
         model = DistributedDataParallel(encoder, broadcast_buffers=False, find_unused_parameters=True)
@@ -561,17 +409,19 @@ def main(config):
     for step in run.steps(config.mlm_steps + config.steps):
         # 1. the batch: first masked-LM, then labels. Batch, holes and n are those of all ranks, however it is cut
         started, pretraining = time.perf_counter(), step < config.mlm_steps
+        # from (seed, step): a resumed run hides the same tokens
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
         if pretraining:
             phase_step, phase_steps, peak = step, config.mlm_steps, config.mlm_lr
-            windows, _ = batch_at(streams["train"], phase_step, config.mlm_batch, context, config.seed)  # (B, T)
+            # (B, T), and next-token targets, not needed
+            windows, _ = batch_at(streams["train"], phase_step, config.mlm_batch, context, config.seed)
             batch = masked_batch(windows, tokenizer, generator, config.mlm_rate)
             n = max(1, batch.chosen.sum().item())  # |M|
         else:
             phase_step, phase_steps, peak = step - config.mlm_steps, config.steps, config.lr
             indices = rows_at(len(examples["train"]), phase_step, config.batch, config.seed)
-            texts = [examples["train"][i] for i in indices]
-            batch, n = labelled_batch(texts, tokenizer, generator, config.token_dropout), config.batch
+            rows = [examples["train"][i] for i in indices]
+            batch, n = labelled_batch(rows, tokenizer, generator, config.token_dropout), config.batch
             if phase_step == 0:  # a new objective: the optimizers' running means belong to the old one
                 run.optimizers = new_optimizers()
 
@@ -612,26 +462,19 @@ def main(config):
         else:
             record |= {"loss": loss_sum, "train_accuracy": right / n}
             if due:
-                result = evaluate(encoder, examples["valid"], pad, dist)
+                result = judge_labels(encoder, examples["valid"], pad, dist)
                 record |= {"accuracy": result["accuracy"], "valid_loss": result["loss"]}
                 figures = f"valid {result['loss']:.3f}, {result['accuracy']:.1%}"
                 run.say(f"step {step + 1}  loss {loss_sum:.3f}  {figures}")
                 run.keep_best(result["accuracy"])
         run.log(step + 1, **record)
-        run.bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", accuracy=f"{max(run.state.best, 0):.1%}")
+        run.bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", best=f"{max(run.state.best, 0):.1%}")
     run.close()
-    trained = run.seconds
+    seconds = run.seconds
 
     # The test split, once, with the checkpoint that the validation split chose.
-    encoder, tokenizer, path = open_encoder(run.path, dist.device)
-    result = evaluate(encoder, examples["test"], pad, dist)
-    words = {"accuracy": None}
-    if dist.is_main:
-        words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])
-        p = predict(encoder, [ids for ids, _ in examples["test"]], pad)  # (N, n_class)
-        write_mistakes(run.path, reviews["test"], p, LABELS)
-        report(config, run, encoder, result, words, LABELS, f"{trained:.0f} s; {path}")
-    figures = {"accuracy": result["accuracy"], "baseline": words["accuracy"], "confusion": result["confusion"]}
+    encoder, tokenizer, path = open_encoder(Encoder, run.path, dist.device)
+    figures = judge_test(run, encoder, tokenizer, reviews, examples["test"], dist, f"{seconds:.0f} s; {path}")
     return figures | {"path": str(path)}
 
 

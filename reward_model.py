@@ -64,7 +64,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, TASKS, rows_at
-from encoder import is_encoder
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import sft_start
 from support.checkpoints import resolve_checkpoint
@@ -74,6 +73,7 @@ from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.errors import CheckpointError
 from support.hf import load_decoder, one_label, open_safetensors, save_decoder
+from support.hf_bert import is_encoder
 from support.logprobs import target_logprobs
 from support.reward_encoder import RewardEncoder
 from support.reward_look import Look

@@ -1,5 +1,5 @@
-"""Judging a text classifier: its confusion table, its most confident mistakes, the curves, and a bag-of-words
-baseline."""
+"""Judging the encoder: both validation losses, the confusion table, the most confident mistakes, the curves, and a
+bag-of-words baseline."""
 
 import numpy as np
 import torch
@@ -7,9 +7,64 @@ import torch.nn.functional as F
 
 from evaluate import wilson
 from support.files import may_fail, write_whole
+from support.finite import diverged
 from support.plots import draw_curves
 from support.tables import text_table
+from support.text_batches import pad_rows
 from support.words import words_and_signs
+
+LABELS = ("negative", "positive")
+
+
+@torch.no_grad()
+def predict(encoder, rows, pad, batch=64):
+    """Lists of ids -> (N, n_class) log-probabilities. DivergedError if they are not finite."""
+    was_training = encoder.training
+    encoder.eval()
+    device = encoder.embed.weight.device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together waste no padding
+    pieces = [pad_rows([rows[i] for i in order[j : j + batch]], pad) for j in range(0, len(order), batch)]
+    log_p = torch.cat([encoder(tokens.to(device), real.to(device)).log_softmax(-1).cpu() for tokens, real in pieces])
+    encoder.train(was_training)
+    if not log_p.isfinite().all():
+        raise diverged("log-probabilities")
+    return log_p[torch.tensor(order).argsort()]  # (N, n_class), as the rows came
+
+
+def judge_labels(encoder, examples, pad, dist):
+    """examples [(ids, label)], shared among the ranks -> {"accuracy", "loss", "confusion"}, the same on all of them.
+    confusion[i][j] counts the texts of label i that were classified as j."""
+    own, n_class = examples[dist.rank :: dist.world], encoder.config.n_class
+    counts, loss = np.zeros((n_class, n_class)), 0.0
+    if own:
+        log_p, labels = predict(encoder, [ids for ids, _ in own], pad), torch.tensor([label for _, label in own])
+        np.add.at(counts, (labels.numpy(), log_p.argmax(-1).numpy()), 1)
+        loss = F.nll_loss(log_p, labels, reduction="sum").item()
+    *flat, loss = dist.sum(*counts.flatten(), loss)
+    confusion = np.array(flat).reshape(n_class, n_class).astype(int)
+    n = len(examples)
+    return {"accuracy": confusion.trace().item() / n, "loss": loss / n, "confusion": confusion.tolist()}
+
+
+def validation_windows(stream, context, most=256):
+    """A (tokens,) stream -> at most `most` windows, spread evenly, (n, context)."""
+    starts = np.linspace(0, len(stream) - context, min(most, max(1, len(stream) // context))).astype(int)
+    return np.stack([stream[s : s + context] for s in starts]).astype(np.int64)
+
+
+@torch.no_grad()
+def validate_mlm(encoder, batch, dist):
+    """Mean masked-LM loss of a TextBatch, in nats per hidden token."""
+    was_training = encoder.training
+    encoder.eval()
+    total = 0.0
+    for rows in torch.arange(len(batch.tokens))[dist.rank :: dist.world].split(32):
+        if len(rows) == 0:  # fewer windows than ranks
+            continue
+        x = batch.take(rows, dist.device)
+        total -= encoder(x.tokens, targets=x.targets, chosen=x.chosen).sum().item()
+    encoder.train(was_training)
+    return dist.sum(total)[0] / max(1, batch.chosen.sum().item())
 
 
 def confusion_table(confusion, names):
@@ -89,8 +144,9 @@ def announce(config, encoder, tokenizer, streams, examples):
     print(f"labels: {config.steps} steps, {epochs:.1f} epochs of {n:,} texts of {length:.0f} tokens")
 
 
-def report(config, run, encoder, result, words, labels, where):
+def report(run, encoder, result, words, where):
     """Print the confusion table and the accuracy beside that of a bag of words; draw the curves."""
+    config = run.config
     panels = [
         ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
         ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
@@ -100,7 +156,7 @@ def report(config, run, encoder, result, words, labels, where):
         panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
     title = f"an encoder on {config.data}, seed {config.seed}, {encoder.num_params() / 1e6:.1f} M parameters"
     draw_curves(run.path, title, panels)
-    print(confusion_table(result["confusion"], labels))
+    print(confusion_table(result["confusion"], LABELS))
     n = sum(map(sum, result["confusion"]))
     low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
     print(
@@ -108,3 +164,16 @@ def report(config, run, encoder, result, words, labels, where):
         f"{run.state.best:.1%}); bag of words {words['accuracy']:.1%} (validation {words['valid']:.1%}, weight decay "
         f"{words['strength']:g}); {where}, {run.path}/curves.png"
     )
+
+
+def judge_test(run, encoder, tokenizer, reviews, examples, dist, where):
+    """Judge an opened checkpoint on the test split -> {"accuracy", "baseline", "confusion"}. On rank 0, which alone has
+    the baseline, print it beside a bag of words, write the mistakes and draw the curves. reviews: {split: Reviews};
+    examples [(ids, label)]: those of the test split; where: the end of the printed line."""
+    result, words = judge_labels(encoder, examples, tokenizer.endoftext_id, dist), {"accuracy": None}
+    if dist.is_main:
+        words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])
+        log_p = predict(encoder, [ids for ids, _ in examples], tokenizer.endoftext_id)  # (N, n_class)
+        write_mistakes(run.path, reviews["test"], log_p.exp(), LABELS)
+        report(run, encoder, result, words, where)
+    return {"accuracy": result["accuracy"], "baseline": words["accuracy"], "confusion": result["confusion"]}

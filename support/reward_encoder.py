@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from encoder import Encoder
-from sft import collate
+from support.text_batches import pad_rows
 
 
 class RewardEncoder(Encoder):
@@ -27,8 +27,8 @@ class RewardEncoder(Encoder):
     def pack(groups, pad, device="cpu"):
         """-> tokens, real (k, T). No prompt is shared: its states depend on the answer after it."""
         texts = [[*prompt, *answer] for prompt, answers in groups for answer in answers]
-        padded = collate([(ids, [True] * len(ids)) for ids in texts], pad).to(device)
-        return padded.tokens, padded.mask
+        tokens, real = pad_rows(texts, pad)
+        return tokens.to(device), real.to(device)
 
     @staticmethod
     def read(model, packed):

@@ -4,10 +4,12 @@ from torch import distributed
 
 import pretrain
 from data import DEFAULT_TASK, TASKS, load_pairs, load_problems
-from encoder import is_encoder, open_encoder
+from encoder import Encoder
 from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.encoder_start import open_encoder
 from support.errors import ConfigError
 from support.files import must_write, write_whole
+from support.hf_bert import is_encoder
 from support.reward_samples import ids_of_answer, ids_of_prompt
 from support.runs import RUNS, make_start_once, run_path, start_name
 from transformer import TransformerConfig
@@ -58,7 +60,7 @@ def open_models(kind, config, init, dist):
     if is_encoder(path):
         if config.backbone == "decoder":
             raise ConfigError(f"{path} is an encoder: --backbone encoder")
-        trunk, tokenizer, _ = open_encoder(path)
+        trunk, tokenizer, _ = open_encoder(Encoder, path)
         if config.sampler is None and config.data in TASKS and config.pairs != "corrupted":
             raise ConfigError(f"{path} is an encoder and writes no answers: --sampler RUN, or --pairs corrupted")
     else:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_one_line_error, assert_same_weights, metrics, script
 from safetensors.torch import load_file
-from tiny_encoder import BERT_SIZES, TINY, example_texts, perturbed
+from tiny_encoder import TINY, TINY_BERT, example_texts, perturbed
 
 import encoder
 from data import Review, load_sentiment
@@ -19,25 +19,21 @@ from encoder import (
     Config,
     Encoder,
     EncoderConfig,
-    TextBatch,
-    bert_config,
     classification_loss,
-    collate,
     encode,
-    evaluate,
     hide,
     labelled_batch,
     masked_lm_loss,
     mean_pool,
-    open_encoder,
-    predict,
-    validate_mlm,
-    validation_windows,
 )
 from reward_model import RewardEncoder
 from support import runs
+from support.classification import judge_labels, predict, validate_mlm, validation_windows
+from support.cli import parse_config, run_script
 from support.devices import Dist
+from support.encoder_start import check_new, open_encoder
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
+from support.text_batches import TextBatch, pad_rows
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -128,7 +124,7 @@ def test_the_parameters_and_no_table_are_saved(changes, tmp_path):
 
 
 def test_saved_and_opened_it_is_the_same(tmp_path):
-    for i, model in enumerate([tiny(n_class=3), perturbed(Encoder(bert_config(**BERT_SIZES))), tiny(n_type=2)]):
+    for i, model in enumerate([tiny(n_class=3), perturbed(Encoder(EncoderConfig(**TINY_BERT))), tiny(n_type=2)]):
         model.save_pretrained(tmp_path / str(i))
         again = Encoder.from_pretrained(tmp_path / str(i)).eval()
         assert again.config == model.config
@@ -137,7 +133,7 @@ def test_saved_and_opened_it_is_the_same(tmp_path):
         json.loads((tmp_path / str(i) / "config.json").read_text(encoding="utf-8"))["model_type"] for i in range(3)
     ]
     assert kinds == ["attention_to_alignment_encoder", "bert", "attention_to_alignment_encoder"]
-    with pytest.raises(CheckpointError, match="window is for decoders"):
+    with pytest.raises(CheckpointError, match="window is not supported in the encoder"):
         Encoder(EncoderConfig(**TINY, window=4))
     with pytest.raises(ValueError, match="21 tokens do not fit the encoder's context of 20"):
         tiny()(torch.zeros(1, 21, dtype=torch.long))
@@ -188,18 +184,26 @@ def test_predictions_keep_their_order_and_the_confusion_counts(tokenizer):
     reviews = load_sentiment("sentiment", "valid")[:30]
     examples = [(encode(tokenizer, r.text, 40), r.label) for r in reviews]
     pad = tokenizer.endoftext_id
-    p = predict(model.train(), [ids for ids, _ in examples], pad, batch=7)
+    log_p = predict(model.train(), [ids for ids, _ in examples], pad, batch=7)
     assert model.training  # as it was, though it predicts without dropout
     model.eval()
     for i, (ids, _) in enumerate(examples):
-        torch.testing.assert_close(p[i], model(torch.tensor([ids])).softmax(-1)[0], atol=1e-5, rtol=1e-4)
-    said, labels = p.argmax(-1).tolist(), [label for _, label in examples]
-    result = evaluate(model, examples, pad, ALONE)
+        torch.testing.assert_close(log_p[i], model(torch.tensor([ids])).softmax(-1)[0].log(), atol=1e-5, rtol=1e-4)
+    said, labels = log_p.argmax(-1).tolist(), [label for _, label in examples]
+    result = judge_labels(model, examples, pad, ALONE)
     pairs = list(zip(labels, said, strict=True))
     assert result["confusion"] == [[pairs.count((i, j)) for j in (0, 1)] for i in (0, 1)]
     assert result["accuracy"] == pytest.approx(np.mean([a == b for a, b in pairs]))
-    expected = F.cross_entropy(p.log(), torch.tensor(labels)).item()
+    expected = F.cross_entropy(log_p, torch.tensor(labels)).item()
     assert result["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_that_is_surely_wrong_has_a_loss():
+    """p of its label is 0 in fp32, but log p is not −inf."""
+    model = tiny()
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([120.0, 0.0])
+    assert judge_labels(model, [([1, 2], 1), ([3], 0)], 0, ALONE)["loss"] == pytest.approx(60)
 
 
 def test_a_model_that_has_diverged_predicts_nothing(tokenizer):
@@ -209,8 +213,8 @@ def test_a_model_that_has_diverged_predicts_nothing(tokenizer):
         predict(model, [[1, 2], [3]], 0)
 
 
-def test_collate_and_loss():
-    tokens, real = collate([[4, 5, 6], [7]], 0)
+def test_pad_rows_and_loss():
+    tokens, real = pad_rows([[4, 5, 6], [7]], 0)
     assert tokens.tolist() == [[4, 5, 6], [7, 0, 0]]
     assert real.tolist() == [[True] * 3, [True, False, False]]
     logits, labels = torch.tensor([[1.0, 3.0], [0.5, 0.0], [2.0, 2.5]]), torch.tensor([1, 1, 0])
@@ -236,7 +240,7 @@ def test_noise_on_labelled_texts_spares_pads_and_borders(tokenizer):
     plain, noisy = (
         labelled_batch(examples, tokenizer, torch.Generator().manual_seed(0), share) for share in (0.0, 0.5)
     )
-    assert torch.equal(plain.tokens, collate([ids for ids, _ in examples], pad)[0])
+    assert torch.equal(plain.tokens, pad_rows([ids for ids, _ in examples], pad)[0])
     assert torch.equal(noisy.real, plain.real)
     assert noisy.labels.tolist() == [1, 0, 1]
     hidden = noisy.tokens != plain.tokens
@@ -247,7 +251,7 @@ def test_noise_on_labelled_texts_spares_pads_and_borders(tokenizer):
 
 def test_micro_batches_hold_every_row_once_and_no_more_padding_than_they_need():
     lengths, rng = [5, 1, 3, 8, 2, 7, 4, 6], torch.Generator().manual_seed(0)
-    tokens, real = collate([torch.randint(1, 60, (n,), generator=rng).tolist() for n in lengths], 0)
+    tokens, real = pad_rows([torch.randint(1, 60, (n,), generator=rng).tolist() for n in lengths], 0)
     batch = TextBatch(tokens, real, tokens + 1, tokens % 2 == 0, labels=torch.tensor(lengths))
     for world in (1, 2):
         dealt = [batch.micro_batches(3, Dist(rank, world, torch.device("cpu"))) for rank in range(world)]
@@ -269,9 +273,20 @@ SMALL = dict(mlm_steps=4, mlm_batch=6, steps=4, batch=6, micro_batch=6, warmup=1
 SMALL |= dict(vocab_size=300, device="cpu")
 
 
+MODEL = dict(context=32, n_layer=1, n_head=2, n_kv_head=1, width=16)
+
+
 def small(**changes):
-    model = EncoderConfig(context=32, n_layer=1, n_head=2, n_kv_head=1, width=16, dropout=changes.pop("dropout", 0.1))
+    model = EncoderConfig(**MODEL, dropout=changes.pop("dropout", 0.1))
     return Config(**(SMALL | dict(model=model) | changes))
+
+
+def refused(capsys, *flags):
+    """The last line on stderr of a run that ends with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(encoder.main, Config, parse=lambda: parse_config(Config, ["--device=cpu", *flags]))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().split("\n")[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -294,12 +309,12 @@ def test_a_run_leaves_what_it_should(scratch, capsys):
     assert list(metrics(run, "loss")) == [5, 6, 7, 8]
     accuracy = metrics(run, "accuracy")
     assert list(accuracy) == [6, 8]
-    best, tokenizer, _ = open_encoder(result["path"])
+    best, tokenizer, _ = open_encoder(Encoder, result["path"])
     if accuracy[8] <= accuracy[6]:  # the first of the best is kept
         assert not torch.equal(best.embed.weight, Encoder.from_pretrained(run / "last").embed.weight)
     test = encoder.load_sentiment("sentiment", "test")
     examples = [(encode(tokenizer, r.text, 32), r.label) for r in test]
-    assert evaluate(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
+    assert judge_labels(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
     assert np.sum(result["confusion"]) == len(test)
     mistakes = (run / "samples.md").read_text(encoding="utf-8")
     assert mistakes.count("%, but it is ") == min(20, len(test) - np.trace(result["confusion"]))
@@ -358,14 +373,18 @@ def test_micro_batches_change_nothing(scratch):
         assert_same_weights("runs/cut6/last", f"runs/cut{size}/last", atol=2e-5, rtol=1e-4)
 
 
-def test_two_processes_are_one(scratch):
-    flags = [f"--{k}={v}" for k, v in SMALL.items()]
-    flags += [f"--model.{k}={v}" for k, v in dict(context=32, n_layer=1, n_head=2, n_kv_head=1, width=16).items()]
-    flags += ["--model.dropout=0", "--eval_every=4"]
-    for n in (1, 2):
-        process = script("encoder.py", *flags, f"--name=world{n}", cwd=scratch, processes=n)
-        assert process.returncode == 0, process.stderr
-        assert "test accuracy" in process.stdout
+def test_two_processes_are_one(scratch, capsys):
+    reviews = [r for split in ("train", "valid", "test") for r in load_sentiment("sentiment", split)[:50]]
+    text = "".join(json.dumps({"text": r.text, "label": r.label}) + "\n" for r in reviews)
+    Path("own.jsonl").write_text(text, encoding="utf-8")
+    settings = SMALL | dict(data="own.jsonl", eval_every=4)
+    encoder.main(small(**settings, name="world1", dropout=0.0))
+    flags = [f"--{k}={v}" for k, v in settings.items()]
+    flags += [f"--model.{k}={v}" for k, v in MODEL.items()] + ["--model.dropout=0", "--name=world2"]
+    process = script("encoder.py", *flags, cwd=scratch, processes=2)
+    assert process.returncode == 0, process.stderr
+    for out in (capsys.readouterr().out, process.stdout):
+        assert "test accuracy" in out
     assert_same_weights("runs/world1/last", "runs/world2/last", atol=2e-5, rtol=1e-4)
     for name in ("mlm_loss", "mlm_valid_loss", "loss", "accuracy"):
         ours, theirs = metrics("runs/world1", name), metrics("runs/world2", name)
@@ -386,19 +405,50 @@ def test_more_processes_than_validation_windows(scratch, monkeypatch):
     assert one > 1
 
 
-def test_a_mistaken_model_moves_no_earlier_run(scratch):
+def test_a_mistaken_model_moves_no_earlier_run(scratch, capsys):
     (scratch / "runs/encoder").mkdir(parents=True)
     (scratch / "runs/encoder/metrics.jsonl").write_text("{}\n", encoding="utf-8")
-    for flags, words in [
-        (["--vocab_size=100"], ["vocab_size is 100"]),
-        (["--model.window=4"], ["window is for decoders"]),
-        (["--model.tie_embeddings=false"], ["tie_embeddings is false"]),
-        (["--seed=4294967296"], ["seed is 4294967296"]),
+    for flag, words in [
+        ("vocab_size=100", "vocab_size is 100"),
+        ("model.window=4", "window is not supported"),
+        ("model.tie_embeddings=false", "tie_embeddings is false"),
+        ("seed=4294967296", "seed is 4294967296"),
+        ("model.context=900000", "smaller --model.context"),
+        ("model.pooler=true", "--model.pooler has no effect"),
     ]:
-        assert_one_line_error(script("encoder.py", *flags, cwd=scratch), *words)
-    done = script("encoder.py", "--model.context=900000", cwd=scratch)  # after the progress bar of its tokens
-    assert (done.returncode, "smaller --model.context" in done.stderr.splitlines()[-1]) == (2, True)
+        assert words in refused(capsys, f"--{flag}"), flag
     assert {path.name for path in (scratch / "runs").iterdir()} <= {"encoder", "streams"}
+
+
+def test_flags_that_a_new_model_would_ignore_are_refused():
+    check_new(EncoderConfig(n_layer=2, dropout=0.3, embed_norm=True, activation="gelu", exact_gelu=True))
+    for words, changes in [
+        ("--model.vocab_size is the tokenizer's", dict(vocab_size=600)),
+        ("--model.n_class is 3; it must be 2", dict(n_class=3)),
+        ("--model.positions none: without positions", dict(positions="none")),
+        *((f"--model.{name} has no effect", {name: value}) for name, value in NO_EFFECT.items()),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            check_new(EncoderConfig(**changes))
+
+
+NO_EFFECT = dict(n_expert_active=1, expert_width=8, n_shared_expert=1, moe_every=2, norm_topk_prob=False)
+NO_EFFECT |= dict(routed_scale=2.0, balancing="bias", capacity_factor=1.5, n_type=2, pooler=True)
+
+
+def test_a_start_without_positions_or_with_one_score_is_refused(scratch):
+    tokenizer = BPETokenizer.train(["a few words"], 258, ("<|endoftext|>", MASK))
+    sizes = MODEL | dict(vocab_size=tokenizer.vocab_size)
+    for model, words in [
+        (Encoder(EncoderConfig(**sizes, positions="none")), "start: without positions"),
+        (Transformer(TransformerConfig(**sizes, positions="none")), "start: without positions"),
+        (RewardEncoder(EncoderConfig(**sizes)), "start gives a text one number"),
+    ]:
+        model.save_pretrained("start")
+        tokenizer.save_pretrained("start")
+        with pytest.raises(ConfigError, match=words):
+            encoder.main(small(init="start"))
+        assert not Path("runs").exists()
 
 
 def test_a_later_run_starts_from_a_checkpoint(scratch):
@@ -444,7 +494,7 @@ def test_a_run_starts_from_a_decoder(scratch):
         encoder.main(small(init="decoder"))
     assert not Path("runs").exists()
     result = encoder.main(small(init="decoder", mlm_steps=0, token_dropout=0.0, steps=1, lr=1e-9))
-    trained, _, _ = open_encoder(result["path"])
+    trained, _, _ = open_encoder(Encoder, result["path"])
     assert trained.config.context == 32  # of the two the shorter
     for name, weight in decoder.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], weight, atol=1e-6, rtol=0)
@@ -459,16 +509,17 @@ def test_rows_that_cannot_be_read_are_left_out_if_asked(scratch, capsys):
     assert capsys.readouterr().out.count("own.csv: skipped 1 records") == 4
 
 
-def test_bad_input_is_one_line(scratch, monkeypatch):
-    for flags, words in [
-        (["--steps=0"], ["steps is 0"]),
-        (["--mlm_rate=1"], ["mlm_rate is 1.0; it must be above 0 and below 1"]),
-        (["--token_dropout=1"], ["token_dropout is 1.0; it must be at least 0 and below 1"]),
-        (["--data=nothing.csv"], ["no such file"]),
-        (["--model.norm=batch"], ["norm 'batch' is not known"]),
-        (["--model.n_class=1"], ["n_class is 1"]),
+def test_bad_input_is_one_line(scratch, monkeypatch, capsys):
+    assert_one_line_error(script("encoder.py", "--mlm_rate=1", cwd=scratch), "mlm_rate is 1.0; it must be above 0 and")
+    for flag, words in [
+        ("steps=0", "steps is 0"),
+        ("mlm_rate=1", "mlm_rate is 1.0; it must be above 0 and below 1"),
+        ("token_dropout=1", "token_dropout is 1.0; it must be at least 0 and below 1"),
+        ("data=nothing.csv", "no such file"),
+        ("model.norm=batch", "norm 'batch' is not known"),
+        ("model.n_class=1", "n_class is 1"),
     ]:
-        assert_one_line_error(script("encoder.py", *flags, cwd=scratch), *words)
+        assert words in refused(capsys, f"--{flag}"), flag
     with pytest.raises(ConfigError, match="mlm_lr is -1"):
         small(mlm_lr=-1.0)
     with pytest.raises(CheckpointError, match="tie_embeddings is false"):

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_encoder import BERT_SIZES, example_texts, perturbed
+from tiny_encoder import TINY_BERT, example_texts, perturbed
 
-from encoder import Encoder, EncoderConfig, bert_config
+from encoder import Encoder, EncoderConfig
 from support.errors import CheckpointError
 from support.hf import to_layout
 from support.hf_bert import BERT, OWN, is_bert
@@ -103,9 +103,9 @@ def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
 def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
     """A field, even at a value that changes nothing, or a tensor."""
     assert sorted([*BERT.keys, *BERT.implied, *BERT.unused]) == sorted(f.name for f in fields(EncoderConfig))
-    assert is_bert(bert_config())
-    assert not is_bert(bert_config(n_kv_head=4))
-    assert not is_bert(bert_config(positions="sinusoidal"))
+    assert is_bert(EncoderConfig(**TINY_BERT))
+    assert not is_bert(EncoderConfig(**TINY_BERT | dict(n_kv_head=2)))
+    assert not is_bert(EncoderConfig(**TINY_BERT | dict(positions="sinusoidal")))
 
     @dataclass
     class GatedConfig(EncoderConfig):
@@ -114,7 +114,7 @@ def test_what_berts_table_does_not_declare_is_not_saved_as_bert(tmp_path):
     class Gated(Encoder):
         config_class = GatedConfig
 
-    model = Encoder(bert_config(**BERT_SIZES))
+    model = Encoder(EncoderConfig(**TINY_BERT))
     gated = Gated(GatedConfig(**asdict(model.config)))
     model.blocks[1].attn.planted = torch.nn.Linear(24, 24)
     for name, ours in (("tensor", model), ("field", gated)):

@@ -1,9 +1,12 @@
-"""Settings of a small encoder, a function that randomises all its weights, and three texts of different lengths."""
+"""Settings of a small encoder and of a small BERT, a function that randomises all weights, and three texts of different
+lengths."""
 
 import torch
 
+from support.hf_bert import BERT
+
 TINY = dict(vocab_size=61, context=20, n_layer=3, n_head=4, n_kv_head=2, width=24)
-BERT_SIZES = TINY | dict(n_kv_head=4, ffn_width=40)
+TINY_BERT = BERT.implied | TINY | dict(n_kv_head=4, ffn_width=40, n_type=2, norm_eps=1e-12)
 
 
 def perturbed(model, seed=1):

@@ -1,0 +1,63 @@
+"""What BERT's encoder has besides the blocks: token types, a norm after the embeddings, exact GELU, a pooler.
+
+encoder.py builds on both classes, so that BERT's checkpoints open as its `Encoder` (support/hf_bert.py). All is off by
+default.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from support.checks import Whole
+from support.errors import CheckpointError
+from transformer import FeedForward, TransformerConfig, make_norm
+
+
+@dataclass
+class BertConfig(TransformerConfig):
+    """An architecture with BERT's switches."""
+
+    n_type: Whole = 0
+    """Token types (BERT's two: first and second text); 0 for none."""
+    embed_norm: bool = False
+    """Normalise the sum of the embeddings, as BERT does."""
+    exact_gelu: bool = False
+    """x Φ(x) where the activation is gelu, instead of its tanh form."""
+    pooler: bool = False
+    """BERT's tanh layer on the first token. Its own tasks use it; the classifier here does not."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.exact_gelu and self.activation != "gelu":
+            raise CheckpointError(f"exact_gelu is a form of gelu, but activation is {self.activation}")
+
+
+class ExactFeedForward(FeedForward):
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class BertParts:
+    """Methods of an nn.Module that has `blocks`."""
+
+    def add_bert_parts(self, c):
+        """Make the layers that the switches of a resolved config ask for."""
+        self.types = nn.Embedding(c.n_type, c.width) if c.n_type else None
+        self.embed_norm = make_norm(c) if c.embed_norm else nn.Identity()
+        self.pooler = nn.Linear(c.width, c.width) if c.pooler else None
+        if c.exact_gelu:
+            for block in self.blocks:
+                block.ffn = ExactFeedForward(c)
+
+    def bert_embedding(self, x, types=None):
+        """x (B, T, C), types (B, T) or None for type 0 everywhere -> (B, T, C): plus the types' embedding, normalised.
+        Without the switches x itself."""
+        if self.types is not None:
+            x = x + self.types(torch.zeros_like(x[..., 0], dtype=torch.long) if types is None else types)
+        return self.embed_norm(x)
+
+    def pooled(self, x):
+        """BERT's summary of a text: states (B, T, C) -> (B, C), from the first token alone."""
+        return torch.tanh(self.pooler(x[:, 0]))

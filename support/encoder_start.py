@@ -1,0 +1,88 @@
+"""The encoder that a run of encoder.py begins with: opened from a checkpoint, or new, with a tokenizer of its own.
+
+`Encoder` is passed in, because the chapter that defines it imports this file.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.errors import CheckpointError, ConfigError
+from support.hf import MIXTURE_ONLY
+from support.hf_bert import is_encoder
+from support.runs import run_path, saved_run
+from tokenizer_bpe import BPETokenizer, load_tokenizer
+
+UNUSED = (*MIXTURE_ONLY, "capacity_factor", "n_type", "pooler")  # the run would be the same without them
+
+
+def open_encoder(Encoder, path, device="cpu", dropout=0.0):
+    """-> (model in fp32, tokenizer, directory), from a checkpoint or a run directory. Raises CheckpointError."""
+    path = resolve_checkpoint(path)
+    model, tokenizer = Encoder.from_pretrained(path, dropout), load_tokenizer(path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(f"{path}: {tokenizer.vocab_size} tokens, but {model.config.vocab_size} embeddings")
+    return model.to(device), tokenizer, path
+
+
+def open_start(Encoder, init, model):
+    """-> (Encoder, tokenizer) of an encoder's checkpoint, or of a decoder's. Of `model`, a config, only the dropout
+    counts, and the context where a decoder's is longer. Raises CheckpointError."""
+    path = resolve_checkpoint(init)
+    if is_encoder(path):
+        return open_encoder(Encoder, path, dropout=model.dropout)[:2]
+    decoder, tokenizer, _ = open_checkpoint(path)
+    shorter = {} if decoder.config.positions == "learned" else {"context": min(model.context, decoder.config.context)}
+    return Encoder.from_trunk(decoder, model.dropout, **shorter), tokenizer
+
+
+def check_new(model):
+    """ConfigError on a --model that cannot be trained here, or has a flag that would be ignored."""
+    default = type(model)()
+    if model.vocab_size != default.vocab_size:
+        raise ConfigError("--model.vocab_size is the tokenizer's; for another size of its vocabulary use --vocab_size")
+    if model.n_class != 2:
+        raise ConfigError(f"--model.n_class is {model.n_class}; it must be 2: the labels are 0 and 1")
+    for name in UNUSED:
+        if getattr(model, name) != getattr(default, name):
+            raise ConfigError(f"--model.{name} has no effect on this training: leave it out")
+    check_order(model, "--model.positions none")
+
+
+def check_opened(init, model, tokenizer, mask, hides):
+    """ConfigError on a start that cannot be trained here. hides: whether the run hides tokens."""
+    if model.n_class < 2:
+        raise ConfigError(f"{init} gives a text one number, as a reward model does; labels need two")
+    if hides and mask not in tokenizer.special_ids:
+        raise ConfigError(
+            f"the tokenizer of {init} has no {mask}, so nothing can be hidden: --mlm_steps 0 --token_dropout 0 trains "
+            "on the labels alone"
+        )
+    check_order(model, init)
+
+
+def check_order(model, source):
+    if model.positions == "none":
+        raise ConfigError(
+            f"{source}: without positions only a causal mask shows the order of the words, and an encoder has none"
+        )
+
+
+def make_encoder(Encoder, config, dist, texts, mask):
+    """-> (encoder in CPU memory, tokenizer, config with the encoder's architecture): those of --init, or random weights
+    and a tokenizer trained on {split: texts}. mask: the special token that hides others."""
+    run_path(config)  # raises on a bad --name or --resume first
+    if config.init:
+        encoder, tokenizer = open_start(Encoder, config.init, config.model)
+        check_opened(config.init, encoder.config, tokenizer, mask, config.mlm_steps or config.token_dropout)
+        return encoder, tokenizer, replace(config, model=encoder.config)
+    check_new(config.model)
+    if config.resume:
+        tokenizer = load_tokenizer(saved_run(run_path(config)))
+    else:  # trained on rank 0
+        specials = ("<|endoftext|>", mask)
+        tokenizer = dist.from_main(lambda: BPETokenizer.train(texts["train"], config.vocab_size, specials))
+    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    return Encoder(config.model), tokenizer, config

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,23 @@ from encoder import (
     mean_pool,
 )
 from reward_model import RewardEncoder
-from support import runs
+from support import classification, runs
 from support.classification import judge_labels, predict, validate_mlm, validation_windows
 from support.cli import parse_config, run_script
 from support.devices import Dist
 from support.encoder_start import check_new, open_encoder
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
+from support.plots import draw_curves
 from support.text_batches import TextBatch, pad_rows
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
+
+
+@cache
+def generated(split):
+    return load_sentiment("sentiment", split)[:60]
 
 
 def tiny(**changes):
@@ -162,7 +169,7 @@ def test_holes_are_fifteen_percent_of_which_eighty_ten_ten():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return BPETokenizer.train([r.text for r in load_sentiment()[:300]], 400, ("<|endoftext|>", MASK))
+    return BPETokenizer.train([r.text for r in generated("train")], 400, ("<|endoftext|>", MASK))
 
 
 def test_a_text_keeps_its_beginning_and_its_end(tokenizer):
@@ -181,7 +188,7 @@ def test_a_text_keeps_its_beginning_and_its_end(tokenizer):
 def test_predictions_keep_their_order_and_the_confusion_counts(tokenizer):
     torch.manual_seed(0)
     model = perturbed(Encoder(EncoderConfig(**TINY | dict(vocab_size=tokenizer.vocab_size, context=40, dropout=0.5))))
-    reviews = load_sentiment("sentiment", "valid")[:30]
+    reviews = generated("valid")[:30]
     examples = [(encode(tokenizer, r.text, 40), r.label) for r in reviews]
     pad = tokenizer.endoftext_id
     log_p = predict(model.train(), [ids for ids, _ in examples], pad, batch=7)
@@ -209,6 +216,10 @@ def test_a_text_that_is_surely_wrong_has_a_loss():
 def test_a_model_that_has_diverged_predicts_nothing(tokenizer):
     model = tiny(vocab_size=tokenizer.vocab_size)
     torch.nn.init.constant_(model.classifier.weight, 3e38)
+    with pytest.raises(DivergedError, match="probabilities are not finite"):
+        predict(model, [[1, 2], [3]], 0)
+    model = tiny()
+    model.classifier.bias.data[0] = -torch.inf
     with pytest.raises(DivergedError, match="probabilities are not finite"):
         predict(model, [[1, 2], [3]], 0)
 
@@ -291,16 +302,24 @@ def refused(capsys, *flags):
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    """Runs in this process read less."""
-    whole = load_sentiment
-    monkeypatch.setattr(encoder, "load_sentiment", lambda name, split, *more: whole(name, split, *more)[:60])
+    """Runs in this process read less, what is generated is so once, and draw no picture."""
+
+    def load(name, split, *more):
+        return generated(split) if name == "sentiment" else load_sentiment(name, split, *more)[:60]
+
+    monkeypatch.setattr(encoder, "load_sentiment", load)
+    monkeypatch.setattr(classification, "draw_curves", lambda *args: None)
 
 
-def test_a_run_leaves_what_it_should(scratch, capsys):
+def test_a_run_leaves_what_it_should(scratch, capsys, monkeypatch):
+    monkeypatch.setattr(classification, "draw_curves", draw_curves)
     result = encoder.main(small())
-    said = capsys.readouterr().out
+    said, bar = capsys.readouterr()
     assert "taken for positive" in said
     assert "bag of words" in said
+    assert "best=" in bar
+    state = torch.load(scratch / "runs/encoder/last/trainer_state.pt", weights_only=True)
+    assert state["reads"].keys() == {f"the {split} split of --data sentiment" for split in ("train", "valid", "test")}
     run = scratch / "runs" / "encoder"
     for name in ("best", "last", "metrics.jsonl", "samples.md", "curves.png", "tensorboard"):
         assert (run / name).exists(), name
@@ -374,7 +393,7 @@ def test_micro_batches_change_nothing(scratch):
 
 
 def test_two_processes_are_one(scratch, capsys):
-    reviews = [r for split in ("train", "valid", "test") for r in load_sentiment("sentiment", split)[:50]]
+    reviews = [r for split in ("train", "valid", "test") for r in generated(split)]
     text = "".join(json.dumps({"text": r.text, "label": r.label}) + "\n" for r in reviews)
     Path("own.jsonl").write_text(text, encoding="utf-8")
     settings = SMALL | dict(data="own.jsonl", eval_every=4)
@@ -483,8 +502,7 @@ def test_a_decoder_becomes_an_encoder_by_losing_its_mask(positions, placement):
 
 
 def test_a_run_starts_from_a_decoder(scratch):
-    texts = [r.text for r in load_sentiment("sentiment", "train")[:200]]
-    tokenizer = BPETokenizer.train(texts, 300)
+    tokenizer = BPETokenizer.train([r.text for r in generated("train")], 300)
     torch.manual_seed(0)
     sizes = TransformerConfig(tokenizer.vocab_size, context=48, n_layer=1, n_head=2, n_kv_head=1, width=16)
     decoder = Transformer(sizes)

@@ -81,7 +81,6 @@ from torch.nn.parallel import DistributedDataParallel
 from data import DEFAULT_TASK, has_verifier
 from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
-from sft import sft_start
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Positive, Range
 from support.cli import run_script
@@ -93,6 +92,7 @@ from support.pair_rows import load_texts, load_verified, make_pairs, next_pairs,
 from support.pairs import Means, batch_of, keep_pairs, kept_pairs, pair_logprobs, to_floats
 from support.recorder import Recorder, RecordFlags
 from support.runs import Run
+from support.sft_start import sft_start
 from support.variants import check_config, check_loss
 from support.verified import PolicyConfig
 

@@ -103,7 +103,6 @@ from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
 from ppo import less_baseline
 from pretrain import shard
-from sft import sft_start
 from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Positive, Whole, choice
@@ -120,6 +119,7 @@ from support.recorder import Recorder, RecordFlags
 from support.rewards import RewardFlags, brevity_reward, format_reward, judge_batch, reward_functions
 from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, refill, roll_out
 from support.runs import Run
+from support.sft_start import sft_start
 from support.sharding import refuse_fsdp, whole
 from support.shared_prompt import shared_answer_logprobs
 from support.verdict import look_first

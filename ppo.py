@@ -92,7 +92,6 @@ from evaluate import is_correct, kl_estimate
 from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import RewardModel, open_reward_model, score_groups
-from sft import sft_start
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Fraction, Positive, Whole
 from support.cli import run_script
@@ -106,6 +105,7 @@ from support.questions import splits_with_room
 from support.recorder import Recorder, RecordFlags
 from support.rollouts import Sampler, minibatches_of, shuffled_groups
 from support.runs import Run, make_start_once, start_name
+from support.sft_start import sft_start
 from support.shared_prompt import shared_answer_logprobs
 from support.verified import PolicyConfig
 from transformer import masked_mean

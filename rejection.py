@@ -75,7 +75,7 @@ from data import rows_at
 from evaluate import add_figures
 from lora import add_lora
 from optim import lr_at, make_optimizers, optimizer_step
-from sft import collate, sft_loss, sft_start
+from sft import collate, sft_loss
 from support.checkpoints import open_checkpoint
 from support.checks import Count
 from support.cli import run_script
@@ -86,6 +86,7 @@ from support.rejection_report import report
 from support.rollouts import Sampler
 from support.rounds import back_to_start, check_rounds, refuse_unsolved
 from support.runs import Run
+from support.sft_start import sft_start
 from support.verified import VerifiedConfig, judged_answers, load_verifiable, measure_end, measure_start, measure_valid
 from transformer import token_logprobs
 

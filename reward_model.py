@@ -65,7 +65,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import DEFAULT_TASK, TASKS, rows_at
 from optim import lr_at, make_optimizers, optimizer_step
-from sft import sft_start
 from support.checkpoints import resolve_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Whole
 from support.cli import run_script
@@ -75,13 +74,15 @@ from support.errors import CheckpointError
 from support.hf import load_decoder, one_label, open_safetensors, save_decoder
 from support.hf_bert import is_encoder
 from support.logprobs import target_logprobs
+from support.pretrained_start import text_start
 from support.reward_encoder import RewardEncoder
 from support.reward_look import Look
 from support.reward_report import ranked_rightly
 from support.reward_samples import fitting_groups, keep_pairs, kept_pairs, make_pairs
 from support.reward_samples import score_groups as score_groups  # offered here: ppo.py scores with it
-from support.reward_setup import check_room, fill_in, open_models, text_start
+from support.reward_setup import check_room, fill_in, open_models
 from support.runs import Run, RunConfig, run_path
+from support.sft_start import sft_start
 from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer

@@ -5,10 +5,10 @@ Pretraining's loss with a mask. The prompt x is given, so the model learns the a
     L = −(1/n) Σ_t m_t log π(y_t | x, y_<t)       m_t = 1 on the assistant's tokens and their end token, else 0
                                                   n = Σ m_t of the optimizer step, over micro-batches and ranks
 
-A conversation becomes one row of ids (ChatML), with a flag for each:
+A conversation becomes one row of ids (ChatML), with a flag for each: 1 on what is underlined, else 0.
 
     <|im_start|>user⏎Tom has 5 apples. …?<|im_end|>⏎<|im_start|>assistant⏎Tom has 5 + 3 = 8. … #### 8<|im_end|>⏎
-    0 .................................................................. 1 ............................... 1   0
+                                                                          ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
 One step, for B examples (main has the same four parts):
 
@@ -18,13 +18,16 @@ One step, for B examples (main has the same four parts):
                      tokens, mask = collate(micro)            padded on the right, or packed         (b, T) each
                      logprobs = token_logprobs(model, tokens) log π of every token but the first     (b, T − 1)
                      loss = −Σ mask[:, 1:] · logprobs / n     sft_loss                               ()
-                     backward(loss)                           gradients add up, over micro-batches and ranks
+                     backward(loss · world)                   gradients add up over micro-batches; DDP and FSDP
+                                                              average them over the ranks, world makes it a sum
     3. update    clip ‖g‖; lr = lr_at(step); optimizer step
     4. look      log; every --eval_every steps answer validation problems, keep the best checkpoint
 
-The defaults run 200 such steps of 64 worked solutions: shuffled, padded, all weights trained, Muon and AdamW, down a
-cosine. Off: packing, curricula, ratings, LoRA, dropout, a sweep of learning rates. The best checkpoint is chosen on the
-validation split; the test split is read once, at the end (evaluate.py).
+The defaults run 200 such steps of 64 worked solutions, or stop at 100 % on the validation split: shuffled, padded, all
+weights trained, Muon and AdamW, a learning rate of 2e-3 after 10 steps of warm-up, down a cosine to a tenth. Off:
+packing, curricula, ratings, LoRA, dropout, a sweep of learning rates. A mixture of experts is not balanced here:
+neither pretrain.py's balancing loss nor its move of the biases. The best checkpoint is chosen on the validation split;
+the test split is read once, at the end (evaluate.py).
 
 Traps:
   * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token
@@ -40,7 +43,8 @@ Ratings. Responses rated 1 to 5 train with weight w = (rating − 1) / 4: m_t be
 
 Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first g(s) of them,
 g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)) at step s, linear as in arXiv:1903.09848 (arXiv:1904.03626 has
-exponential steps). `anti` begins with the hardest. Both must beat `shuffled`, epochs without replacement.
+exponential steps). `anti` begins with the hardest. The baseline to beat is `shuffled`: epochs without replacement. A
+paced batch is drawn afresh each step, so some examples repeat and others never come.
 
 Run it:
     python sft.py                                    # built-in word problems; pretrains its start first
@@ -54,9 +58,9 @@ Run it:
 
 import contextlib
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Annotated, Literal
 
@@ -66,24 +70,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from attention import document_mask
-from data import DEFAULT_TASK, Problem, chat, encode_prompt, load_problems, rows_at, task_of
-from evaluate import add_figures, evaluate, evaluate_samples, logged, measure_of
-from lora import LoraConfig, add_lora, merged
+from data import DEFAULT_TASK, Problem, chat, rows_at
+from lora import LoraConfig, add_lora
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Fraction, FractionBelow1, Positive, Range, Whole
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
-from support.errors import ConfigError, DivergedError
 from support.lora_files import LoraState
+from support.pretrained_start import pretrained_start
 from support.recorder import Recorder, RecordFlags
-from support.records import drop_too_long
-from support.runs import RUNS, Run, RunConfig, make_start_once, run_path, saved_run, start_name
-from support.sft_report import report, write_samples
+from support.runs import Run, RunConfig
+from support.sft_data import encode_training, load_examples
+from support.sft_report import Look
 from support.sharding import refuse_fsdp
+from support.sweeps import sweep
 from tokenizer_bpe import CharTokenizer
-from transformer import TransformerConfig, token_logprobs
+from transformer import token_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------
 # The mask, the rows, the loss.
@@ -116,7 +120,7 @@ def collate(examples, pad):
     """[(ids, flags), …] -> MicroBatch: a row each, padded on the right, which a causal model never sees."""
     T = max(len(ids) for ids, _ in examples)
     tokens = torch.full((len(examples), T), pad, dtype=torch.long)
-    mask = torch.zeros(len(examples), T, dtype=torch.tensor(examples[0][1][:1]).dtype)
+    mask = torch.zeros(len(examples), T, dtype=torch.tensor(examples[0][1][:1]).dtype)  # bool flags, or fp32 weights
     for row, (ids, flags) in enumerate(examples):
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = torch.tensor(flags)
@@ -127,14 +131,16 @@ def pack_examples(examples, pad, room):
     """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room."""
     packed = []  # the examples of each row
     for example in sorted(examples, key=lambda e: -len(e[0])):
-        free = next((row for row in packed if sum(len(ids) for ids, _ in row) + len(example[0]) <= room), None)
-        if free is None:
+        left = room - len(example[0])
+        row_with_room = next((row for row in packed if sum(len(ids) for ids, _ in row) <= left), None)
+        if row_with_room is None:
             packed.append([example])
         else:
-            free.append(example)
+            row_with_room.append(example)
     joined = [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in packed]
     micro = collate(joined, pad)
-    positions, documents = torch.zeros_like(micro.tokens), torch.full_like(micro.tokens, -1)  # (b, T)
+    positions = torch.zeros_like(micro.tokens)  # (b, T)
+    documents = torch.full_like(micro.tokens, -1)  # (b, T); pads: a document of their own, so no softmax row is empty
     for r, row in enumerate(packed):
         start = 0
         for number, (ids, _) in enumerate(row):
@@ -145,7 +151,11 @@ def pack_examples(examples, pad, room):
 
 
 def sft_loss(logprobs, mask, n_tokens=None):
-    """logprobs, mask (b, T − 1), boolean or weights -> −Σ mask · logprobs / n_tokens (default: the mask's own sum)."""
+    """logprobs, mask (b, T − 1), boolean or weights -> −Σ mask · logprobs / n_tokens.
+
+    n_tokens: the step's Σ mask, a sum of weights where the mask holds weights; default: this mask's own. Where it is 0,
+    no token counts and the loss is 0.
+    """
     n = mask.sum() if n_tokens is None else n_tokens
     n = n if n > 0 else 1
     loss = -(logprobs * mask).sum() / n
@@ -164,12 +174,12 @@ def rank_examples(difficulties, order, seed):
     return sorted(shuffled.tolist(), key=lambda i: sign * difficulties[i])
 
 
-def paced_rows(ranked, step, batch, seed, share):
-    """The batch of a step from the first `share` of the ranked examples: a pure function of step.
+def paced_rows(ranked, step, batch, seed, g):
+    """The batch of a step from the first g of the ranked examples, 0 < g ≤ 1: a pure function of step.
 
-    Without replacement within a batch, unless the share is smaller than the batch.
+    Without replacement within a batch, unless these are fewer than the batch.
     """
-    n = max(1, round(share * len(ranked)))
+    n = max(1, round(g * len(ranked)))
     rng = np.random.default_rng((seed, 2, step))
     return [ranked[i] for i in rng.choice(n, batch, replace=n < batch)]
 
@@ -220,45 +230,6 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A start, where --init names none.
-
-
-def pretrained_start(config, dist):
-    """A short pretraining for a run without --init; made once, under runs/start, and reused."""
-    run_path(config)  # raises on a bad --name or --resume before a start is made
-    settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
-    settings |= task_of(config.data).pretrain
-    if "model" in settings:
-        settings["model"] = TransformerConfig(**settings["model"])
-    if config.skip_bad:
-        settings["skip_bad"] = True
-    name = start_name(config.data, config.seed, "pretrain")
-    return make_start_once(
-        name, f"no --init given: pretraining a start on the text of {config.data} first", pretrain, settings, dist
-    )
-
-
-def sft_start(config, dist):
-    """Pretraining and SFT for a later stage without --init; made once, under runs/start, and reused.
-
-    The SFT stops when half of the answers are right: there a policy has the most to learn. The accuracy then rises by
-    two points a step, so after a fixed number of steps each seed would start at another accuracy.
-    """
-    run_path(config)  # as above
-    settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
-    if config.data != DEFAULT_TASK:
-        settings["data"] = config.data
-    if config.skip_bad:
-        settings["skip_bad"] = True
-    name = start_name(config.data, config.seed, "sft")
-    what = "no --init given: making an SFT checkpoint to start from"
-    return make_start_once(name, what, sys.modules[__name__], START | task_of(config.data).sft | settings, dist)
-
-
-START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "test_problems": 500}
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # The settings.
 
 
@@ -279,7 +250,8 @@ class Config(RecordFlags, RunConfig):
     batch: Count = 64
     """Examples per optimizer step, over all ranks."""
     micro_batch: Count = 64
-    """Examples per forward pass of one rank; fewer means gradient accumulation and less memory."""
+    """Examples per forward pass of one rank, counted before --packing, which packs each micro-batch by itself; fewer
+    means gradient accumulation and less memory."""
     fsdp: bool = False
     """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     packing: bool = False
@@ -319,45 +291,7 @@ class Config(RecordFlags, RunConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The data and the loop.
-
-
-def rated_splits(config, dist):
-    """{"train", "valid", "test"}: problems. Rated responses must have a weight above 0, or reach the threshold."""
-    most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
-    problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
-    least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
-    kept = [p for p in problems["train"] if p.rating is None or p.rating >= least]
-    if not kept:
-        wanted = f"{config.min_rating:g} or more" if config.rated == "threshold" else "above 1"
-        raise ConfigError(f"no response of {config.data} is rated {wanted}")
-    if len(kept) < len(problems["train"]) and dist.is_main:
-        low = f"below {config.min_rating:g}" if config.rated == "threshold" else "1, which has weight 0"
-        skipped = len(problems["train"]) - len(kept)
-        print(f"{skipped} of {len(problems['train'])} responses are rated {low}: left out")
-    problems["train"] = kept
-    for split in ("valid", "test"):  # only good responses are references
-        problems[split] = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]
-        if not problems[split]:
-            raise ConfigError(f"no {split} response of {config.data} is rated {config.min_rating:g} or more")
-    return problems
-
-
-def encode_splits(config, problems, tokenizer, context, dist, encode):
-    """-> the training examples as (ids, flags), and the difficulty of each. What does not fit the context is skipped,
-    and removed from `problems` in place."""
-    for split in ("valid", "test"):
-        lengths = [len(encode_prompt(tokenizer, p)) for p in problems[split]]
-        room = context - config.max_new_tokens
-        problems[split] = drop_too_long(problems[split], lengths, room, f"{split} prompt", dist)
-    weighted = config.rated == "weights" and any(p.rating is not None for p in problems["train"])
-    examples = [(*encode(tokenizer, p, weighted), p.level) for p in problems["train"]]
-    examples = drop_too_long(examples, [len(ids) for ids, _, _ in examples], context, "training example", dist)
-    difficulties = [level if config.difficulty == "level" else len(ids) for ids, _, level in examples]
-    if config.order != "shuffled" and len(set(difficulties)) == 1:
-        same = f"all examples have {config.difficulty} {difficulties[0]}"
-        raise ConfigError(f"--order {config.order}, but {same}; try --difficulty length")
-    return [(ids, flags) for ids, flags, _ in examples], difficulties
+# The loop.
 
 
 def main(config, encode=encode_example, responder=None):
@@ -365,21 +299,21 @@ def main(config, encode=encode_example, responder=None):
     or F1 for free text, each problem by its own measure), "valid" (the best of the same on the validation split) and
     "path". agent.py has another encode, and a responder(tokenizer) -> `respond` of `evaluate`."""
     if config.sweep:
-        return sweep(config)
+        return sweep(partial(main, encode=encode, responder=responder), config)
     dist = setup(config.device)
-    share = dist.per_rank("batch", config.batch)  # examples of a step on this rank
+    per_rank = dist.per_rank("batch", config.batch)  # examples of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     refuse_fsdp(config, dist, scaler)
-    problems = rated_splits(config, dist)
+    problems = load_examples(config, dist)
     init = config.init or pretrained_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, "cpu" if config.fsdp else dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    examples, difficulties = encode_splits(config, problems, tokenizer, policy.config.context, dist, encode)
-    respond = responder and responder(tokenizer)
+    context = policy.config.context
+    problems, examples, difficulties = encode_training(config, problems, tokenizer, context, dist, encode)
     ranked = rank_examples(difficulties, config.order, config.seed)
-    metric = measure_of(problems["valid"])  # free text has no answer to verify
 
-    adapters, reads = {"lora": LoraState(policy, init)}, records_of(config.data, problems) | weights_of(init, policy)
+    adapters = {"lora": LoraState(policy, init)}
+    reads = records_of(config.data, problems) | weights_of(init, policy)
     model = policy
     if config.fsdp:
         pretrain.shard(policy, dist, autocast)
@@ -389,6 +323,7 @@ def main(config, encode=encode_example, responder=None):
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
     recorder = Recorder(run, autocast, valid=problems["valid"])
+    look = Look(run, problems, responder and responder(tokenizer))
     if dist.is_main:
         print(
             f"{policy.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} "
@@ -399,34 +334,35 @@ def main(config, encode=encode_example, responder=None):
         if run.state.best >= config.stop_at:  # here, so that a run that is resumed stops as well
             break
         # 1. the batch: the next B examples, of all ranks
-        started, opened = time.perf_counter(), 1.0
+        started, g = time.perf_counter(), 1.0
         if config.order == "shuffled":
             chosen = rows_at(len(examples), step, config.batch, config.seed)
         else:
-            opened = pacing(step, config.steps, config.pace_start, config.pace)
-            chosen = paced_rows(ranked, step, config.batch, config.seed, opened)
+            g = pacing(step, config.steps, config.pace_start, config.pace)
+            chosen = paced_rows(ranked, step, config.batch, config.seed, g)
         batch = [examples[i] for i in chosen]
         n = sum(sum(flags) for _, flags in batch)  # the tokens that count (or their weights), before the batch is cut
-        own = batch[dist.rank * share : (dist.rank + 1) * share]
+        own = batch[dist.rank * per_rank : (dist.rank + 1) * per_rank]
         own = sorted(own, key=lambda example: len(example[0]))  # examples of like lengths waste no padding
-        recorder.examples(own, n)
+        recorder.examples(own, n)  # for view.py
 
         # 2. the gradient: parts of it add up, over micro-batches and ranks
         model.train()
         loss_sum = 0.0
-        for i in range(0, share, config.micro_batch):
+        for i in range(0, per_rank, config.micro_batch):
             micro, pad = own[i : i + config.micro_batch], tokenizer.endoftext_id
-            micro = pack_examples(micro, pad, policy.config.context) if config.packing else collate(micro, pad)
+            micro = pack_examples(micro, pad, context) if config.packing else collate(micro, pad)
             micro = micro.to(dist.device)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
             # The ranks average their gradients in the last backward pass alone; * world makes the average a sum.
-            last = i + config.micro_batch >= share
+            last = i + config.micro_batch >= per_rank
             if config.fsdp:
                 policy.set_requires_gradient_sync(last)
             ddp_waits = dist.world > 1 and not config.fsdp and not last
             with model.no_sync() if ddp_waits else contextlib.nullcontext():
                 with autocast():
-                    seen = {"positions": micro.positions, "mask": micro.visible}  # None but for packed rows
+                    # visible: the attention mask, not the loss mask; both None for padded rows
+                    seen = {"positions": micro.positions, "mask": micro.visible}
                     logprobs = token_logprobs(model, micro.tokens, counted=mask > 0, **seen)  # (b, T − 1)
                 loss, metrics = sft_loss(logprobs, mask, n)
                 scaler.scale(loss * dist.world).backward()
@@ -439,61 +375,12 @@ def main(config, encode=encode_example, responder=None):
         run.check_finite(lr, norm, loss=loss_sum)
 
         # 4. look: log, and every so often answer validation problems, keep the best checkpoint
-        trained = sum(flag > 0 for _, flags in batch for flag in flags)
+        trained = sum(flag > 0 for _, flags in batch for flag in flags)  # tokens of answers; pretrain.py counts all
         speed = trained / (time.perf_counter() - started)
-        record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "open": opened}
-        if run.due(config.eval_every):
-            with merged(policy):  # LoRA's adapters, if any, are merged for the time of the evaluation
-                valid, longest = problems["valid"], config.max_new_tokens
-                result = evaluate(policy, tokenizer, valid, longest, dist, respond=respond)
-            add_figures(record, logged(result, "f1", "length") | {metric: result[metric]})
-            run.say(f"step {step + 1}  loss {loss_sum:.3f}  validation {metric} {result[metric]:.1%}")
-            write_samples(run.log, step + 1, result["samples"][:3])
-            run.keep_best(result[metric])
-        run.log(step + 1, **record)
-        best = max(run.state.best, 0)
-        run.bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", **{metric: f"{best:.1%}"})
+        record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "open": g}
+        look.at_step(record)
     run.close()
-
-    # The test split, once, with the checkpoint that the validation split chose.
-    policy, tokenizer, path = open_checkpoint(run.path, dist.device)
-    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, respond=respond)
-    sampled, test_metric = {}, measure_of(problems["test"])
-    if config.samples:
-        sizes = (config.samples, config.max_new_tokens, dist)
-        sampled = evaluate_samples(policy, tokenizer, problems["test"], *sizes, seed=config.seed, respond=respond)
-    if dist.is_main:
-        report(config, run.path, result, sampled, (metric, test_metric), policy.num_params(), path)
-    figures = {k: result[k] for k in ("accuracy", "low", "high", "f1")} | sampled
-    return figures | {"valid": run.state.best, "test": result[test_metric], "path": str(path)}
-
-
-def sweep(config):
-    """One run per learning rate, NAME/lr0.001 and so on, then a table. The validation split chooses the best."""
-    results = {}
-    names = {lr: f"{config.name}/lr{lr:g}" for lr in config.sweep}
-    if config.resume and not any(saved_run(RUNS / name) for name in names.values()):
-        raise ConfigError(f"--resume: {RUNS / config.name} holds no saved run of this sweep to continue")
-    for lr, name in names.items():
-        resume = config.resume and saved_run(RUNS / name) is not None  # runs after the one that stopped are new
-        try:
-            results[lr] = main(replace(config, lr=lr, sweep=[], name=name, resume=resume))
-        except DivergedError as error:  # a rate that is too high is a result too
-            results[lr], diverged = {"valid": -math.inf, "test": math.nan}, error
-    if all(result["valid"] == -math.inf for result in results.values()):
-        raise diverged
-    best = max(results, key=lambda lr: results[lr]["valid"])
-    if setup(config.device).is_main:
-        print(f"\n{'learning rate':>14}{'validation':>12}{'test':>8}")
-        for lr, result in results.items():
-            chosen = "  <- best" if lr == best else ""
-            figures = (
-                f"{result['valid']:>12.1%}{result['test']:>8.1%}"
-                if result["valid"] > -math.inf
-                else f"{'diverged':>12}"
-            )
-            print(f"{lr:>14g}{figures}{chosen}")
-    return results[best] | {"lr": best}
+    return look.after()  # the test split, once, with the checkpoint that the validation split chose
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sft
 from data import load_problems, task_of
 from support.errors import ConfigError
 from support.runs import make_start_once, run_path, start_name
+from support.sft_start import SFT_START, sft_start
 
 # of grpo.py's options those that agent.py does not have, with the value that turns them off
 NOT_HERE = {"refill": 0, "stale": 0, "sampler_dtype": "same", "old_logprobs": "sampler", "correction": "none"}
@@ -17,7 +18,7 @@ NOT_HERE |= {
     "mask_truncated": False,
     "fsdp": False,
 }
-START = sft.START | {"eval_every": 10}
+START = SFT_START | {"eval_every": 10}
 
 
 def check_agent(config):
@@ -33,7 +34,7 @@ def calls_start(config, dist, tools, encode_demonstration, with_tools):
     """SFT on demonstrations of calls, of --teach or a pretrained start; made once, under runs/start, and reused ->
     its path. Without tools: the start of grpo.py. The last two: agent.encode_demonstration and agent.WithTools."""
     if not tools and not config.teach:
-        return sft.sft_start(config, dist)
+        return sft_start(config, dist)
     run_path(config)  # raises on a bad --name or --resume before a start is made
     shown = load_problems(config.data, "train", config.demonstrations, tuple(config.levels), config.skip_bad)
     if not any(problem.calls for problem in shown):

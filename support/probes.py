@@ -37,6 +37,8 @@ from support.copy_lines import DISTANCES, MOST_DOTS, copy_line
 from support.devices import setup
 from support.errors import DataError
 from support.log import read_metrics
+from support.pretrained_start import pretrained_start
+from support.sft_start import sft_start
 from support.shifted import SHIFTS, shifted_problems
 from support.teachers import student_start, teacher_start
 from support.tools import load_tools
@@ -207,7 +209,7 @@ def measure_start(config):
 def make_start(seed, kind="sft"):
     """The run directory of the start that stages with this seed make for themselves; trained now if it does not
     exist."""
-    train = {"pretrain": sft.pretrained_start, "sft": sft.sft_start}
+    train = {"pretrain": pretrained_start, "sft": sft_start}
     train |= {"student": student_start, "teacher": teacher_start}
     return train[kind](sft.Config(seed=seed), setup())
 

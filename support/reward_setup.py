@@ -1,18 +1,12 @@
-"""What a reward model's run needs before its first step: settings that were left out, a start, the models."""
+"""What a reward model's run needs before its first step: settings that were left out, the models."""
 
-from torch import distributed
-
-import pretrain
-from data import DEFAULT_TASK, TASKS, load_pairs, load_problems
+from data import DEFAULT_TASK, TASKS, load_problems
 from encoder import Encoder
 from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.encoder_start import open_encoder
 from support.errors import ConfigError
-from support.files import must_write, write_whole
 from support.hf_bert import is_encoder
 from support.reward_samples import ids_of_answer, ids_of_prompt
-from support.runs import RUNS, make_start_once, run_path, start_name
-from transformer import TransformerConfig
 
 
 def fill_in(config):
@@ -34,24 +28,6 @@ def fill_in(config):
         raise ConfigError("--sft_weight needs a decoder: an encoder sees the tokens that it would have to predict")
     if config.n_pairs is None and config.data in TASKS:
         config.n_pairs = 12_000
-
-
-def text_start(config, dist):
-    """A pretraining on the text of the training pairs, where real pairs come without --init; made once, and reused."""
-    run_path(config)  # raises on a bad --name or --resume before a start is made
-    name = start_name(config.data, config.seed, "pretrain")
-    text = RUNS / f"{name}.txt"
-    if dist.is_main:
-        pairs = load_pairs(config.data, "train", None, skip_bad=config.skip_bad)
-        with must_write(text):
-            text.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(text, "\n\n".join(f"{p.prompt}\n{p.chosen}\n\n{p.rejected}" for p in pairs))
-    if dist.world > 1:
-        distributed.barrier()
-    settings = {"data": str(text), "vocab_size": 2048, "model": TransformerConfig(context=512), "steps": 200}
-    settings |= {"seed": config.seed, "device": config.device, "dtype": config.dtype}
-    what = f"no --init given: pretraining a start on the text of the pairs of {config.data}"
-    return make_start_once(name, what, pretrain, settings, dist)
 
 
 def open_models(kind, config, init, dist):

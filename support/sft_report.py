@@ -1,8 +1,50 @@
-"""What a fine-tuning run leaves to read: sampled answers, the table of the test split, the curves."""
+"""What a fine-tuning run measures and leaves to read: answers to validation problems, the test split, the curves."""
 
-from evaluate import METRICS, metric_panels, token_f1
+from evaluate import METRICS, add_figures, evaluate, evaluate_samples, logged, measure_of, metric_panels, token_f1
+from lora import merged
+from support.checkpoints import open_checkpoint
 from support.plots import draw_curves
 from support.tables import metric_rows, sample_rows, text_table
+
+
+class Look:
+    """What a run shows beside its steps: at_step() each, after(). problems: {"valid", "test"} at least. respond: what
+    answers them, as in `evaluate`; None: the policy alone."""
+
+    def __init__(self, run, problems, respond=None):
+        self.run, self.problems, self.respond = run, problems, respond
+        self.metric = measure_of(problems["valid"])  # accuracy; f1 where no problem has an answer to verify
+
+    def at_step(self, record):
+        """Log a step's record; every --eval_every steps answer the validation problems too, and keep the best
+        checkpoint."""
+        run, config, metric = self.run, self.run.config, self.metric
+        step, loss = run.done + 1, f"{record['loss']:.3f}"
+        if run.due(config.eval_every):
+            with merged(run.model):  # LoRA's adapters, if any, are merged for the time of the evaluation
+                sizes = config.max_new_tokens, run.dist
+                result = evaluate(run.model, run.tokenizer, self.problems["valid"], *sizes, respond=self.respond)
+            add_figures(record, logged(result, "f1", "length") | {metric: result[metric]})
+            run.say(f"step {step}  loss {loss}  validation {metric} {result[metric]:.1%}")
+            write_samples(run.log, step, result["samples"][:3])
+            run.keep_best(result[metric])
+        run.log(step, **record)
+        run.bar.set_postfix(loss=loss, lr=f"{record['lr']:.1e}", **{metric: f"{max(run.state.best, 0):.1%}"})
+
+    def after(self):
+        """The test split, with the checkpoint that the validation split chose -> what sft.main returns."""
+        run, config, test = self.run, self.run.config, self.problems["test"]
+        policy, tokenizer, path = open_checkpoint(run.path, run.dist.device)
+        sizes, sampled = (config.max_new_tokens, run.dist), {}
+        result = evaluate(policy, tokenizer, test, *sizes, respond=self.respond)
+        if config.samples:
+            asked = {"seed": config.seed, "respond": self.respond}
+            sampled = evaluate_samples(policy, tokenizer, test, config.samples, *sizes, **asked)
+        test_metric = measure_of(test)
+        if run.dist.is_main:
+            report(config, run.path, result, sampled, (self.metric, test_metric), policy.num_params(), path)
+        figures = {k: result[k] for k in ("accuracy", "low", "high", "f1")} | sampled
+        return figures | {"valid": run.state.best, "test": result[test_metric], "path": str(path)}
 
 
 def write_samples(log, step, samples):

@@ -16,6 +16,7 @@ from support.checkpoints import open_checkpoint
 from support.errors import ConfigError
 from support.records import drop_too_long
 from support.runs import make_start_once, run_path, start_name
+from support.sft_start import SFT_START, sft_start
 from support.verified import load_verifiable
 from transformer import TransformerConfig
 
@@ -45,7 +46,7 @@ def shared_settings(config):
 
 def teacher_start(config, dist):
     """-> the run directory of the teacher; its SFT start is made first."""
-    settings = shared_settings(config) | TEACHER | {"levels": config.levels, "init": sft.sft_start(config, dist)}
+    settings = shared_settings(config) | TEACHER | {"levels": config.levels, "init": sft_start(config, dist)}
     longest = task_of(config.data).sft.get("max_new_tokens")  # of an answer, where a task has a limit of its own
     settings |= {"max_new_tokens": longest} if longest else {}
     name, why = start_name(config.data, config.seed, "teacher"), "no --teacher given: training one with GRPO"
@@ -61,7 +62,7 @@ def student_start(config, dist):
     name = start_name(config.data, config.seed, "student-pretrain")
     settings = task.pretrain | shared_settings(config) | half
     base = make_start_once(name, why.format("pretraining"), pretrain, settings, dist)
-    settings = sft.START | task.sft | shared_settings(config) | {"levels": config.levels, "init": base}
+    settings = SFT_START | task.sft | shared_settings(config) | {"levels": config.levels, "init": base}
     name = start_name(config.data, config.seed, "student")
     return make_start_once(name, why.format("fine-tuning"), sft, settings, dist)
 

@@ -199,7 +199,7 @@ def test_a_variant_may_be_a_start_that_is_measured_and_not_trained(scratch, monk
     Transformer(TransformerConfig(tokenizer.vocab_size, **sizes)).save_pretrained("start")
     tokenizer.save_pretrained("start")
     asked = []
-    monkeypatch.setattr(sft, "sft_start", lambda config, dist: asked.append(config.seed) or "start")
+    monkeypatch.setattr(probes, "sft_start", lambda config, dist: asked.append(config.seed) or "start")
     monkeypatch.setattr(sft, "main", None)  # nothing is trained
     measured = []
     monkeypatch.setattr(probes, "carried_over", lambda *args: measured.append(args) or {"kl": 0.5})

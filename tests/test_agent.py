@@ -746,7 +746,7 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
         assert responder(ByteTokenizer()).tools == CALCULATOR
 
     monkeypatch.setattr(calls_start.sft, "main", see)
-    monkeypatch.setattr(calls_start.sft, "sft_start", lambda *_: "plain")
+    monkeypatch.setattr(calls_start, "sft_start", lambda *_: "plain")
     dist, tools = devices.setup("cpu"), CALCULATOR
     encode, responder = encode_demonstration, WithTools
     path = calls_start.calls_start(Config(), dist, tools, encode, responder)

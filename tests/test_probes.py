@@ -31,7 +31,7 @@ def test_held_out_measures_against_the_start_of_the_same_seed(scratch, monkeypat
     Transformer(TransformerConfig(tokenizer.vocab_size, **sizes)).save_pretrained("start")
     tokenizer.save_pretrained("start")
     asked = []
-    monkeypatch.setattr(sft, "sft_start", lambda config, dist: asked.append(config) or "start")
+    monkeypatch.setattr(probes, "sft_start", lambda config, dist: asked.append(config) or "start")
     monkeypatch.setattr(probes, "load_problems", lambda *args: problems)
     got = probes.held_out("runs/ablate/a", {"path": "start"}, {"config": {"seed": 7}})
     assert [(config.seed, config.levels) for config in asked] == [(7, [1, 2])]
@@ -261,11 +261,9 @@ def test_a_start_is_measured_and_not_trained(start, scratch, monkeypatch):
     Transformer(TransformerConfig(tokenizer.vocab_size, **sizes)).save_pretrained("here")
     tokenizer.save_pretrained("here")
     asked = []
-    for kind, maker in (("pretrain", "pretrained_start"), ("sft", "sft_start")):
-        monkeypatch.setattr(sft, maker, lambda config, dist, kind=kind: asked.append((kind, config.seed)) or "here")
-    for kind in ("student", "teacher"):
+    for kind, maker in (("pretrain", "pretrained"), ("sft", "sft"), ("student", "student"), ("teacher", "teacher")):
         make = lambda config, dist, kind=kind: asked.append((kind, config.seed)) or "here"  # noqa: E731
-        monkeypatch.setattr(probes, f"{kind}_start", make)
+        monkeypatch.setattr(probes, f"{maker}_start", make)
     monkeypatch.setattr(sft, "main", None)  # nothing is trained
     before = Path("here/model.safetensors").read_bytes()
     got = probes.measure_start(probes.Start(start=start, seed=3, test_problems=5))

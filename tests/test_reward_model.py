@@ -28,7 +28,7 @@ from reward_model import (
     open_reward_model,
     score_groups,
 )
-from support import devices, reward_look, reward_report, reward_samples, reward_setup, runs
+from support import devices, pretrained_start, reward_look, reward_report, reward_samples, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.reward_report import calibration, consistency, shaping
@@ -648,7 +648,7 @@ def test_the_sampler_is_not_moved_aside(here):
 
 
 def test_what_cannot_run_is_said_before_anything_is_made(here, monkeypatch):
-    monkeypatch.setattr(reward_setup, "make_start_once", lambda *_: pytest.fail("a start was begun"))
+    monkeypatch.setattr(pretrained_start, "make_start_once", lambda *_: pytest.fail("a start was begun"))
     monkeypatch.setattr(reward_samples, "sample_answers", lambda *_: pytest.fail("answers were sampled"))
     with pytest.raises(ConfigError, match="holds no saved run"):
         reward_model.main(config(resume=True))
@@ -668,7 +668,7 @@ def test_a_broken_off_start_does_not_count(scratch, monkeypatch):
         made.append(config)
         raise SystemExit(130)
 
-    monkeypatch.setattr(reward_setup.pretrain, "main", broken)
+    monkeypatch.setattr(pretrained_start.pretrain, "main", broken)
     for _ in range(2):  # nor is it reused
         with pytest.raises(SystemExit):
             reward_model.main(config(init=None, data="pairs.jsonl"))

@@ -20,7 +20,7 @@ from data import Pair, Problem, chat, encode_group, load_problems, rows_at
 from evaluate import METRICS
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
-from support import devices, runs
+from support import devices, pretrained_start, runs, sft_report, sft_start
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.locks import LOCKED
@@ -223,7 +223,7 @@ def test_every_epoch_sees_each_example_once(n, batch, seed):
 def test_a_run_ends_at_the_accuracy_asked_for(here, monkeypatch):
     reached = iter([0.2, 0.7, 0.9])
     said = dict.fromkeys(METRICS, 0) | {"samples": [], "low": 0, "high": 1, "n": 4, "by_level": {}}
-    monkeypatch.setattr(sft, "evaluate", lambda *a, **k: said | {"accuracy": next(reached, 0.1)})
+    monkeypatch.setattr(sft_report, "evaluate", lambda *a, **k: said | {"accuracy": next(reached, 0.1)})
     sft.main(config(steps=9, eval_every=2, stop_at=0.5, name="early"))
     assert list(metrics("runs/early", "accuracy")) == [2, 4]
     assert max(metrics("runs/early", "loss")) == 4
@@ -238,21 +238,21 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
 
     def attempt(asked):
         calls.append(asked.name)
-        (sft.RUNS / asked.name / "best").mkdir(parents=True, exist_ok=True)
-        (sft.RUNS / asked.name / "best" / "config.json").touch()
+        (runs.RUNS / asked.name / "best").mkdir(parents=True, exist_ok=True)
+        (runs.RUNS / asked.name / "best" / "config.json").touch()
         if len(calls) == 1:
             raise KeyboardInterrupt  # a checkpoint is there, but the run is not at its end
 
     monkeypatch.setattr(sft, "main", attempt)
     dist = devices.setup("cpu")
     with pytest.raises(KeyboardInterrupt):
-        sft.sft_start(config(init=None), dist)
+        sft_start.sft_start(config(init=None), dist)
     for _ in range(2):
-        assert sft.sft_start(config(init=None), dist) == "runs/start/word-seed0-sft"
+        assert sft_start.sft_start(config(init=None), dist) == "runs/start/word-seed0-sft"
     assert calls == ["start/word-seed0-sft"] * 2
     assert "made earlier" in capsys.readouterr().out
-    sft.sft_start(config(init=None, levels=[3]), dist)  # another start
-    sft.sft_start(config(init=None, levels=[3], device="auto"), dist)  # the same
+    sft_start.sft_start(config(init=None, levels=[3]), dist)  # another start
+    sft_start.sft_start(config(init=None, levels=[3], device="auto"), dist)  # the same
     assert len(calls) == 3
     assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", runs.start_name("my chats.jsonl", 0, "sft"))
     names = {runs.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
@@ -260,15 +260,16 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
 
 
 def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
-    monkeypatch.setattr(
-        sft, "make_start_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings)
-    )
+    for module in (pretrained_start, sft_start):
+        monkeypatch.setattr(
+            module, "make_start_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings)
+        )
     dist = devices.setup("cpu")
     for name in ("word", "mine.jsonl"):
         for skip_bad in (False, True):
-            start = sft.pretrained_start(sft.Config(data=name, skip_bad=skip_bad), dist)
+            start = pretrained_start.pretrained_start(sft.Config(data=name, skip_bad=skip_bad), dist)
             assert (start.data, start.skip_bad) == (name, skip_bad)
-    assert sft.sft_start(importlib.import_module("grpo").Config(skip_bad=True), dist).skip_bad
+    assert sft_start.sft_start(importlib.import_module("grpo").Config(skip_bad=True), dist).skip_bad
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,8 @@ def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
 )
 @pytest.mark.parametrize("options", [{"resume": True}, {"name": "../elsewhere"}])
 def test_what_cannot_run_makes_no_start(here, monkeypatch, stage, options):
-    monkeypatch.setattr(sft, "make_start_once", lambda *_: pytest.fail("a start was begun"))
+    for start in (pretrained_start, sft_start):
+        monkeypatch.setattr(start, "make_start_once", lambda *_: pytest.fail("a start was begun"))
     module = importlib.import_module(stage)
     with pytest.raises(ConfigError, match=r"holds no saved run|cannot be a run's directory"):
         module.main(module.Config(**{"name": "nowhere", **options}))
@@ -290,17 +292,17 @@ def test_a_start_that_two_runs_want_is_made_by_one(here, monkeypatch, capsys):
         begun.set()
         time.sleep(0.3)  # the other has asked by now
         made.append(asked.name)
-        (sft.RUNS / asked.name / "best").mkdir(parents=True)
+        (runs.RUNS / asked.name / "best").mkdir(parents=True)
 
     def first():
-        sft.sft_start(config(init=None), dist)
+        sft_start.sft_start(config(init=None), dist)
 
     monkeypatch.setattr(sft, "main", attempt)
     dist = devices.setup("cpu")
     thread = threading.Thread(target=first)
     thread.start()
     assert begun.wait(10)
-    assert sft.sft_start(config(init=None), dist) == "runs/start/word-seed0-sft"
+    assert sft_start.sft_start(config(init=None), dist) == "runs/start/word-seed0-sft"
     thread.join()
     assert made == ["start/word-seed0-sft"]
     assert "made earlier" in capsys.readouterr().out
@@ -477,7 +479,7 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     scores = {1e-3: 0.2, 3e-3: 0.6, 1e-2: 0.4}
     real = sft.main
 
-    def pretended(settings):
+    def pretended(settings, **given):
         if settings.sweep:
             return real(settings)
         assert settings.name == f"sft/lr{settings.lr:g}"
@@ -494,6 +496,21 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)
     [best] = [line for line in capsys.readouterr().out.splitlines() if "<- best" in line]
     assert best.split()[:3] == ["0.003", "60.0%", "40.0%"]
+
+
+def test_the_runs_of_a_sweep_encode_and_answer_as_the_sweep_does(here):
+    encoded, answered = [], []
+
+    def encode(tokenizer, problem, weighted):
+        encoded.append(problem)
+        return encode_example(tokenizer, problem, weighted)
+
+    def responder(tokenizer):
+        answered.append(tokenizer)  # and returns None: the policy answers
+
+    sft.main(config(sweep=[1e-3, 3e-3], steps=1), encode, responder)
+    assert len(encoded) == 2 * SMALL["demonstrations"]
+    assert len(answered) == 2
 
 
 def test_a_sweep_goes_on_after_a_rate_that_diverges(here, capsys):

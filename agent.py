@@ -31,7 +31,7 @@ One step, for one process (main has the same parts; the loss and the advantages 
         backward, clip the gradient's norm, optimizer step
     log; every so often answer validation questions, with the tools                                          5. look
 
-The defaults run it on stories with numbers of up to four digits, in two or three steps (data.LARGE_TASK). Without
+The defaults run it on stories with numbers of up to four digits, in two or three steps (LARGE_TASK). Without
 --init the script makes its own start: a short pretraining on such stories, then SFT on 300 demonstrations of calls, in
 which the calculator's tokens have no loss either, until half of the answers are right. Some of grpo.py's options are
 not here (support/calls_start.py lists them) and are refused.
@@ -71,7 +71,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import grpo
-from data import LARGE_TASK, chat
+from data import chat
 from generate import generate
 from grpo import group_advantages, grpo_loss, paid_rewards, reward_sums
 from lora import add_lora
@@ -91,6 +91,7 @@ from support.rewards import judge_batch, reward_functions
 from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, roll_out
 from support.runs import Run
 from support.shared_prompt import shared_answer_logprobs
+from support.tasks import LARGE_TASK
 from support.tools import ask, code_of_tools, load_tools, turns
 from support.verdict import look_first
 from tokenizer_bpe import BPETokenizer, ByteTokenizer

@@ -1,6 +1,6 @@
 r"""The default verifier: the final answer that a text gives, and whether two answers are the same number.
 
-A task may have its own verifier (data.Task). This one reads the number after GSM8K's marker ####, and that in the
+A task may have its own verifier (tasks.Task). This one reads the number after GSM8K's marker ####, and that in the
 \boxed{…} of models that were trained on mathematics in LaTeX.
 """
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import DATASETS, TASKS
 from support.checkpoints import resolve_checkpoint
-from support.downloads import data_folder
+from support.downloads import DATASETS, data_folder
+from support.tasks import TASKS
 
 
 def content_of(thing):

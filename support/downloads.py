@@ -1,7 +1,7 @@
-"""Finding the file of a data set, and downloading it if it is missing.
+"""The data sets by name: where each of their files lies, and downloading it if it is missing.
 
 A file is looked for in $ALIGN_DATA (default `downloads/`). If it is not there, it is downloaded to that folder and its
-sha256 is checked.
+sha256 is checked. For data.py: `find` gives the file, `refuse` ends it for a data set of another kind.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import DataError
+from support.splits import check_split
+from support.tasks import TASKS
 
 SHA256 = {  # of downloaded files; a file that is not listed here is not checked
     "gsm8k/train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -34,6 +36,37 @@ def files(path: str, url: str = "", splits: Sequence[str] = ("train", "test")) -
     return {split: Source(path.format(split), url.format(split)) for split in splits}
 
 
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+STYLE = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/04_preference-tuning-with-dpo/"
+HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/"
+
+# {} is the split; only a published test file is called test. What has no URL has to be put there by hand.
+DATASETS = {
+    "gsm8k": files("gsm8k/{}.jsonl", GSM8K + "grade_school_math/data/{}.jsonl"),
+    "tinyshakespeare": files("tinyshakespeare/input.txt", SHAKESPEARE, splits=("train", "valid")),
+    "tinystories": files("tinystories/{}.txt", splits=("train", "valid")),
+    "polarity": files("sentiment/sentence_polarity_{}.tsv"),
+    "reviews": files("sentiment/movie_reviews_{}.jsonl.gz"),
+    "imdb": files("sentiment/imdb_{}.jsonl.gz"),
+    "ultrafeedback": files("preferences/ultrafeedback_{}.jsonl"),
+    "hh": files("preferences/hh_helpful_{}.jsonl.gz", HH + "{}.jsonl.gz"),
+    "instructions": files("instruction/instruction_data.json", splits=("train",)),
+    "ratings": files("ratings/rated_responses.csv", splits=("train",)),
+    "style": files(
+        "preferences/short_style_preferences.json", STYLE + "instruction-data-with-preference.json", splits=("train",)
+    ),
+}
+
+# What a kind of record is called in messages, and the data sets that have it, beside the tasks.
+KINDS = {
+    "text for pretraining": ("tinystories", "tinyshakespeare", "gsm8k", "instructions", "ratings"),
+    "problems": ("gsm8k", "instructions", "ratings", "style"),
+    "preference pairs": ("ultrafeedback", "hh", "style"),
+    "labelled texts": ("sentiment", "polarity", "reviews", "imdb"),
+}
+
+
 def data_folder() -> Path:
     return Path(os.environ.get("ALIGN_DATA") or "downloads")
 
@@ -48,7 +81,7 @@ def fetch(name: str, source: Source) -> Path:
     by_hand = f"put the file at {path} by hand, or set ALIGN_DATA to the folder that has {source.path}"
     if not source.url:
         raise DataError(f"{name}: no {path}, and this dataset has no automatic download: {by_hand}")
-    from tqdm import tqdm  # imported here, so that reading data needs no package but numpy
+    from tqdm import tqdm  # imported here, so that only a download needs it
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes must not write into the same file
     digest = hashlib.sha256()
@@ -88,3 +121,34 @@ def imdb_reviews(part: str, source: Source) -> list[tuple[str, int]]:
         message = " ".join(str(error).split())[:200]
         raise DataError(f"imdb: no {path}, and the download failed ({type(error).__name__}: {message})") from error
     return [(review["text"].replace("<br />", "\n"), review["label"]) for review in reviews]
+
+
+def find(name: str | Path, split: str = "train") -> Path:
+    """The file that holds `split` of a data set, downloaded if need be; or `name` itself where it is a path.
+
+    A known name wins over a file of the same name: write `./gsm8k` for the file.
+    """
+    if str(name) in TASKS:
+        raise DataError(f"{name} is built in and has no file: use load_problems or load_text")
+    if str(name) in DATASETS:
+        check_split(split, tuple(DATASETS[str(name)]))
+        return fetch(str(name), DATASETS[str(name)][split])
+    path = Path(name)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give the file in it")
+    if not path.is_file():
+        known = ", ".join([*TASKS, *DATASETS])
+        raise DataError(f"{name}: no such file, and not one of the known datasets {known}")
+    return path
+
+
+def has_test_file(name: str) -> bool:
+    """Whether a data set has a test file of its own. A path has none, nor has a data set of one file."""
+    return "test" in DATASETS.get(name, ())
+
+
+def refuse(name: str, what: str) -> None:
+    """DataError if this is a task or a data set that has no such records. what: a row of KINDS."""
+    offer = [*([] if what == "labelled texts" else TASKS), *KINDS[what]]
+    if (name in DATASETS or name in TASKS) and name not in offer:
+        raise DataError(f"{name} has no {what}: choose {', '.join(offer)}, or the path of a file")

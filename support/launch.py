@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS, TASKS
 from support.checkpoints import resolve_checkpoint
 from support.content import WEIGHTS, content_of, content_of_data, sha256
 from support.devices import auto_dtype, setup
-from support.downloads import data_folder
+from support.downloads import DATASETS, data_folder
 from support.errors import CheckpointError
 from support.files import to_json
 from support.nodes import first_on_node, launched, several_nodes
 from support.runs import RUNS, restarted
+from support.tasks import TASKS
 
 
 def join(config):

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from data import Judged, encode_group, has_verifier, load_judged, load_pairs, load_problems, rows_at
+from data import Judged, encode_answers, has_verifier, load_judged, load_pairs, load_problems, rows_at
 from lora import lora_off
 from support.errors import ConfigError
 from support.judged import one_by_one, prepare_judged, shift_answers
@@ -51,7 +51,7 @@ def make_pairs(policy, tokenizer, problems, texts, config, variant, dist, autoca
 
 def encode_pair(tokenizer, pair):
     """A `data.Pair` or `data.Judged`, text, as ids."""
-    prompt, answers = encode_group(tokenizer, pair)
+    prompt, answers = encode_answers(tokenizer, pair)
     return row_of(prompt, *answers, *([pair.good] if isinstance(pair, Judged) else []))
 
 

@@ -26,7 +26,7 @@ import agent
 import grpo
 import sft
 from attention import attention_entropy, attention_weights
-from data import DEFAULT_TASK, encode_prompt, find, load_problems, load_text
+from data import DEFAULT_TASK, encode_prompt, load_problems, load_text
 from evaluate import evaluate, evaluate_samples, sampled_kl
 from generate import generate
 from grpo import format_reward
@@ -35,6 +35,7 @@ from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.copy_lines import DISTANCES, MOST_DOTS, copy_line
 from support.devices import setup
+from support.downloads import find
 from support.errors import DataError
 from support.log import read_metrics
 from support.pretrained_start import pretrained_start

@@ -2,8 +2,9 @@
 
 `read_records` turns a file into plain dictionaries, each with its place in the file. `problem_fields`, `pair_fields`,
 `judged_fields` and `review_fields` know the keys that public data sets use for a problem, a preference pair, a judged
-answer and a review, and return the fields of data.Problem, data.Pair, data.Judged and data.Review. Every error is a
-DataError of one line that begins with the file and the place.
+answer and a review, and return the fields of data.Problem, data.Pair, data.Judged and data.Review. `read_pairs`,
+`read_judged` and `read_reviews` do both. Every error is a DataError of one line that begins with the file and the
+place.
 """
 
 import csv
@@ -19,6 +20,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from support.answers import NUMBER, extract_answer, last_line, same_answer, stated_answer
+from support.downloads import DATASETS, data_folder, find, imdb_reviews
 from support.errors import ConfigError, DataError
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -421,6 +423,39 @@ def judged_fields(record: dict, where: str) -> dict:
     return dict(prompt=fields["question"], answer=fields["solution"], good=label, history=fields["history"])
 
 
+def read_pairs(path: Path, kind: str, skip_bad: bool) -> list[dict]:
+    """The fields of data.Pair of each pair of a file. skip_bad: as for `read_all`. Pairs that teach nothing (equal
+    answers, or one that is empty) are left out and counted, in one printed line. White space alone is empty, but
+    answers that differ in it differ."""
+    records = read_all(path, lambda record, where: (where, pair_fields(record, where, kind)), skip_bad)
+    return drop_useless(path, records, "pairs with an empty answer")
+
+
+def read_judged(path: Path, skip_bad: bool) -> list[dict]:
+    """The same of a file of judged answers: the fields of data.Judged, or of data.Pair where a record is a pair."""
+
+    def parse(record, where):
+        is_pair = "chosen" in record or "rejected" in record
+        return where, pair_fields(record, where, "file") if is_pair else judged_fields(record, where)
+
+    return drop_useless(path, read_all(path, parse, skip_bad), "records with an empty answer")
+
+
+def drop_useless(path: Path, records: list[tuple[str, dict]], empty_ones: str) -> list[dict]:
+    """[(where, fields)] -> the fields without those of `read_pairs` that teach nothing."""
+    kept, same, empty = [], [], []
+    for where, fields in records:
+        answers = [fields[key] for key in ("chosen", "rejected", "answer") if key in fields]
+        if not all(answer.strip() for answer in answers):
+            empty.append(where.removeprefix(f"{path} "))
+        elif len(set(answers)) < len(answers):
+            same.append(where.removeprefix(f"{path} "))
+        else:
+            kept.append(fields)
+    report_skipped(path, {"pairs of equal answers": same, empty_ones: empty})
+    return kept
+
+
 LABELS = {"1": 1, "0": 0, "positive": 1, "negative": 0, "pos": 1, "neg": 0}
 
 
@@ -431,3 +466,11 @@ def review_fields(record: dict, where: str) -> tuple[str, int]:
     if label is None:
         raise DataError(f"{where}: 'label' must be 1 or 0, positive or negative, not {record.get('label')!r}")
     return text_of(record, "text", where).strip(), label
+
+
+def read_reviews(name: str, part: str, skip_bad: bool) -> list[tuple[str, int]]:
+    """The text and the label of each review of a data set's file, "train" or "test", or of a path. skip_bad: as for
+    `read_all`. Where imdb's file is not there, it comes through Hugging Face's `datasets`."""
+    if name == "imdb" and not (data_folder() / DATASETS[name][part].path).is_file():
+        return imdb_reviews(part, DATASETS[name][part])
+    return read_all(find(name, part), review_fields, skip_bad)

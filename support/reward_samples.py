@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TASKS, Pair, encode_group, load_pairs, load_problems
+from data import TASKS, Pair, encode_answers, load_pairs, load_problems
 from evaluate import is_correct, wilson
 from generate import generate
 from support.errors import CheckpointError, ConfigError
@@ -110,7 +110,7 @@ def keep_pairs(run, pairs):
 
 
 def fitting_groups(pairs, tokenizer, context, dist):
-    """{split: [Pair]} -> the pairs that fit the context, and their ids (see `encode_group`), {split: list} each."""
+    """{split: [Pair]} -> the pairs that fit the context, and their ids (see `encode_answers`), {split: list} each."""
     kept, groups = {}, {}
     for split in pairs:
         if not pairs[split]:
@@ -118,7 +118,7 @@ def fitting_groups(pairs, tokenizer, context, dist):
                 f"no {split} problem got both a right and a wrong answer that ended: use another --init, more "
                 "--samples, or --pairs both"
             )
-        both = [(pair, encode_group(tokenizer, pair)) for pair in pairs[split]]
+        both = [(pair, encode_answers(tokenizer, pair)) for pair in pairs[split]]
         lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
         both = drop_too_long(both, lengths, context, f"{split} pair", dist)
         kept[split], groups[split] = map(list, zip(*both, strict=True))

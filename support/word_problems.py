@@ -2,7 +2,7 @@
 
 English problems in GSM8K's shape (Cobbe et al. 2021, arXiv:2110.14168): a question, one worked line per arithmetic
 step, a last line `#### ANSWER`. They need no download, so every stage runs offline: `narrative_texts` for pretraining,
-`word_problems` for SFT and reinforcement learning, `corrupt` for preference pairs. data.TASKS has them as a row.
+`word_problems` for SFT and reinforcement learning, `corrupt` for preference pairs. tasks.TASKS has them as a row.
 
 **How a problem is made.** A theme (food, a shop, a bus, ...) is a table of rows. A story opens with a row from `open`,
 walks through rows from `then` (buys, gives away, loses), each one addition or subtraction on the running total, and may

@@ -29,7 +29,7 @@ import agent
 import grpo
 import sft
 from agent import END, TOOLS, Calls, Config, Tool, WithTools, calculator, encode_demonstration
-from data import LARGE_TASK, Problem, load_problems
+from data import Problem, load_problems
 from evaluate import evaluate, sampled_kl
 from generate import generate
 from grpo import group_advantages, grpo_loss
@@ -41,6 +41,7 @@ from support.errors import ConfigError
 from support.recorder import read_records
 from support.rollouts import Sampler
 from support.shared_prompt import pack, shared_answer_logprobs
+from support.tasks import LARGE_TASK
 from support.tools import ask, load_tools, turns
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs, token_logprobs

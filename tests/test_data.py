@@ -2,6 +2,7 @@
 skipped without it."""
 
 import collections
+import json
 import os
 import re
 from decimal import Decimal
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 import data
-from data import load_pairs, load_problems, load_sentiment, load_text, word_problems
-from support import downloads, splits
+from data import load_judged, load_pairs, load_problems, load_sentiment, load_text, make_problems
+from support import downloads, splits, tasks
 from support import word_problems as built_in
 from support.answers import extract_answer, same_answer
 from support.errors import DataError
@@ -60,8 +61,8 @@ def test_tinyshakespeare():
 
 
 def test_word_is_the_default():
-    assert load_problems(n=5) == word_problems("train", 5)
-    assert load_problems("word", "test", n=4, levels=(3,)) == word_problems("test", 4, (3,))
+    assert load_problems(n=5) == make_problems("word", "train", 5)
+    assert load_problems("word", "test", n=4, levels=(3,)) == make_problems("word", "test", 4, (3,))
 
 
 @pytest.mark.parametrize("load", [load_problems, load_text])
@@ -70,8 +71,8 @@ def test_bad_files(tmp_path, load):
     empty.write_text(" \n", encoding="utf-8")
     latin.write_bytes(b"abc caf\xe9")
     for name, message in [
-        (tmp_path / "none.txt", f"no such file, and not one of the known datasets {', '.join(data.TASKS)}, gsm8k"),
-        ("gsm9k", f"no such file, and not one of the known datasets {', '.join(data.TASKS)}, gsm8k"),
+        (tmp_path / "none.txt", f"no such file, and not one of the known datasets {', '.join(tasks.TASKS)}, gsm8k"),
+        ("gsm9k", f"no such file, and not one of the known datasets {', '.join(tasks.TASKS)}, gsm8k"),
         (tmp_path, "is a folder"),
         (empty, "is empty"),
         (latin, "not UTF-8 (byte 7)"),
@@ -82,12 +83,12 @@ def test_bad_files(tmp_path, load):
 
 def test_bad_splits(tmp_path):
     for call in (
-        lambda: word_problems("dev", 1),
+        lambda: make_problems("word", "dev", 1),
         lambda: load_problems("word", "dev"),
         lambda: load_text("word", "test"),
         lambda: load_text("tinyshakespeare", "test"),
         lambda: built_in.narrative_texts("dev", 1),
-        lambda: data.find("gsm8k", "valid"),
+        lambda: downloads.find("gsm8k", "valid"),
     ):
         with pytest.raises(DataError, match="unknown split"):
             call()
@@ -112,14 +113,84 @@ def test_find_looks_in_the_folder(tmp_path, monkeypatch):
     file = tmp_path / "gsm8k/train.jsonl"
     file.parent.mkdir()
     file.write_text("x", encoding="utf-8")
-    assert data.find("gsm8k") == file
-    assert data.find(file) == file
+    assert downloads.find("gsm8k") == file
+    assert downloads.find(file) == file
     with pytest.raises(DataError, match="built in"):
-        data.find("word")
+        downloads.find("word")
     with pytest.raises(DataError, match=r"tinystories: no .*valid.txt.* by hand"):
-        data.find("tinystories", "valid")
+        downloads.find("tinystories", "valid")
     monkeypatch.delenv("ALIGN_DATA")
     assert downloads.data_folder() == Path("downloads")
+
+
+def write_gsm8k(folder, n_train):
+    """Made-up files that stand where the download would."""
+    (folder / "gsm8k").mkdir()
+    for split, n in (("train", n_train), ("test", 40)):
+        lines = (json.dumps({"question": f"{split} {i}?", "answer": f"#### {i}"}) for i in range(n))
+        (folder / f"gsm8k/{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_a_name_is_one_as_a_path_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    write_gsm8k(tmp_path, 600)
+    for split, n in (("train", 100), ("valid", 500), ("test", 40)):
+        problems = load_problems(Path("gsm8k"), split)
+        assert len(problems) == n
+        assert problems == load_problems("gsm8k", split)
+    assert load_text(Path("gsm8k"), "valid") == load_text("gsm8k", "valid")
+    (tmp_path / "preferences").mkdir()
+    records = [json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) for i in range(60)]
+    for split, part in (("train", records[:30]), ("test", records[30:])):
+        (tmp_path / f"preferences/ultrafeedback_{split}.jsonl").write_text("\n".join(part), encoding="utf-8")
+    assert [p.prompt for p in load_pairs(Path("ultrafeedback"), "test")] == [f"p{i}" for i in range(30, 60)]
+    (tmp_path / "sentiment").mkdir()
+    for split in ("train", "test"):
+        lines = "".join(f"{split} {i}\t{i % 2}\n" for i in range(60))
+        (tmp_path / f"sentiment/sentence_polarity_{split}.tsv").write_text(f"text\tlabel\n{lines}", encoding="utf-8")
+    assert [r.text for r in load_sentiment(Path("polarity"), "test")] == [f"test {i}" for i in range(60)]
+    word = Path("word")
+    assert load_problems(word, n=3) == load_problems("word", n=3)
+    assert load_text(word, "valid") == load_text("word", "valid")
+    assert load_pairs(word, n=3) == load_pairs("word", n=3)
+    assert load_judged(word, n=3) == load_judged("word", n=3)
+    assert load_sentiment(Path("sentiment"), "valid") == load_sentiment("sentiment", "valid")
+    assert data.has_verifier(word)
+    assert data.has_verifier(Path("gsm8k"))
+    assert tasks.task_of(word) is tasks.TASKS["word"]
+
+
+def test_gsm8k_without_a_row_for_train_says_so(tmp_path, monkeypatch):
+    """More records would be split by place, not by hash."""
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    write_gsm8k(tmp_path, 500)
+    with pytest.raises(DataError, match=r"train\.jsonl has 500 problems, and the last 500 are valid: none is left for"):
+        load_problems("gsm8k", "train")
+    assert len(load_problems("gsm8k", "valid")) == 500
+
+
+def test_a_test_file_without_a_pair_is_not_asked_for_more_by_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    (tmp_path / "preferences").mkdir()
+    line = json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"})
+    (tmp_path / "preferences/ultrafeedback_test.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(DataError, match=r"ultrafeedback has no pair in the split test$"):
+        load_pairs("ultrafeedback", "test")
+
+
+def test_judged_answers_take_no_argument_that_they_do_not_know():
+    with pytest.raises(TypeError, match="nonsense"):
+        load_judged("some.jsonl", nonsense=3)
+
+
+def test_a_data_set_without_labelled_texts_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    monkeypatch.setattr(downloads, "fetch", lambda *_: pytest.fail("a file was asked for"))
+    for name in ("gsm8k", "style", "word"):
+        for split in splits.SPLITS:
+            message = f"{name} has no labelled texts: choose sentiment, polarity, reviews, imdb, or the path of a file"
+            with pytest.raises(DataError, match=message):
+                load_sentiment(name, split)
 
 
 @pytest.mark.skipif(not (REAL / "ratings").is_dir(), reason="no ratings/ in $ALIGN_DATA")
@@ -131,7 +202,7 @@ def test_real_ratings_and_instructions():
 
 def test_word_pairs():
     pairs = load_pairs("word", "train", 600, (1, 2, 3))
-    problems = {problem.question: problem for problem in word_problems("train", 600, (1, 2, 3))}
+    problems = {problem.question: problem for problem in make_problems("word", "train", 600, (1, 2, 3))}
     counts = collections.Counter()
     for pair in pairs:
         problem = problems[pair.prompt]
@@ -147,12 +218,23 @@ def test_word_pairs():
         p.kind for p in load_pairs("word", "train", 600, (2,), kinds=["wrong_sum"] * 3 + ["missing_answer"])
     )
     assert often == {"wrong_sum": 450, "missing_answer": 150}
-    assert {p.kind for p in load_pairs("word", "train", 60, (1,), kinds=["skipped_step"])} <= set(built_in.CORRUPTIONS)
     with pytest.raises(DataError, match="typo"):
         load_pairs("word", "train", 10, kinds=["typo"])
     again = load_pairs("word", "train", 600, (1, 2, 3), seed=1)
     assert [pair.prompt for pair in again] == [pair.prompt for pair in pairs]
     assert sum(a.rejected != b.rejected for a, b in zip(again, pairs, strict=True)) > 200
+
+
+def test_a_problem_that_can_have_none_of_the_kinds_takes_another_and_is_counted(capsys, monkeypatch):
+    pairs = load_pairs("word", "train", 60, (1, 2), kinds=["skipped_step"])
+    assert [pair.kind for pair in pairs] == ["wrong_sum", "skipped_step"] * 30
+    line = "word, train: 30 of 60 problems can have no skipped_step; they take another corruption: 30 wrong_sum\n"
+    assert capsys.readouterr().out == line
+    load_pairs("word", "train", 60, (1, 2), kinds=["skipped_step", "wrong_sum"])
+    load_pairs("word", "train", 60, (1, 2))
+    monkeypatch.setenv("RANK", "1")
+    load_pairs("word", "train", 60, (1, 2), kinds=["skipped_step"])
+    assert not capsys.readouterr().out
 
 
 @needs_pairs

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import pytest
 
-import data
 from data import Judged, Pair, Problem, load_judged, load_pairs, load_problems, load_sentiment, load_text, split_key
 from support import downloads, records, splits
 from support.content import content_of
@@ -112,19 +111,19 @@ def test_download(tmp_path, monkeypatch):
 
     monkeypatch.setattr(downloads.urllib.request, "urlopen", offline)
     with pytest.raises(DataError, match=r"cannot download https://raw.*no route.*put the file at") as caught:
-        data.find("gsm8k", "test")
+        downloads.find("gsm8k", "test")
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
     asked = []
     monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Reply(b"hello"))
     with pytest.raises(DataError, match="has changed: sha256 2cf24d"):
-        data.find("gsm8k", "test")
+        downloads.find("gsm8k", "test")
     assert not list(file.parent.iterdir())  # neither the file nor a part of it
 
     digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     monkeypatch.setitem(downloads.SHA256, "gsm8k/test.jsonl", digest)
-    assert data.find("gsm8k", "test").read_text(encoding="utf-8") == "hello"
+    assert downloads.find("gsm8k", "test").read_text(encoding="utf-8") == "hello"
     assert list(file.parent.iterdir()) == [file]
     assert asked[-1].endswith("/grade_school_math/data/test.jsonl")
 
@@ -132,7 +131,7 @@ def test_download(tmp_path, monkeypatch):
     monkeypatch.delitem(downloads.SHA256, "gsm8k/test.jsonl")
     monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda url, timeout: Reply(b"hel"))
     with pytest.raises(DataError, match="3 of 5 bytes came"):  # the connection broke
-        data.find("gsm8k", "test")
+        downloads.find("gsm8k", "test")
     assert not list(file.parent.iterdir())
 
 
@@ -195,7 +194,7 @@ def test_conversations(tmp_path):
     assert first.history == (("system", "Be brief.\n"), ("user", "A?"), ("assistant", "\tB."))
     assert (second.question, second.solution, second.history) == ("2 + 3?", "5", ())  # as it stands
     again = problem_from({"messages": long[1:]}, "x", "file")  # the same question after other words: another key
-    assert split_key(again.history, again.question) != split_key(first.history, first.question)
+    assert split_key(again) != split_key(first)
 
 
 @pytest.mark.parametrize("content", ["", " \n"])
@@ -758,7 +757,7 @@ def test_judged_answers_in_every_layout(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows), encoding="utf-8")
     assert sorted(all_judged(path), key=str) == sorted((judged for _, judged in rows), key=str)
     train = load_judged(path, "train")
-    assert all(splits.split_of(split_key(judged.history, judged.prompt)) == "train" for judged in train)
+    assert all(splits.split_of(split_key(judged)) == "train" for judged in train)
     assert load_judged(path, "train", 3) == train[:3]
     pairs = write_pairs(tmp_path / "pairs.jsonl", *(pair_record(f"p{i}") for i in range(60)))
     both = all_judged(pairs)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import data
 import sft
-from data import Pair, Problem, chat, encode_group, load_problems, rows_at
+from data import Pair, Problem, chat, encode_answers, load_problems, rows_at
 from evaluate import METRICS
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
@@ -76,7 +76,7 @@ def test_every_turn_of_the_assistant_is_trained(tokenizer):
 
 def test_a_pair_is_encoded_after_all_that_was_said(tokenizer):
     pair = Pair("And 3?", "Yes.", "No.", "file", (("user", "Is 2 even?"), ("assistant", "It is.")))
-    prompt, answers = encode_group(tokenizer, pair)
+    prompt, answers = encode_answers(tokenizer, pair)
     said = "<|im_start|>user\nIs 2 even?<|im_end|>\n<|im_start|>assistant\nIt is.<|im_end|>\n"
     assert tokenizer.decode(prompt) == said + "<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n"
     assert [tokenizer.decode(answer) for answer in answers] == ["Yes.<|im_end|>", "No.<|im_end|>"]

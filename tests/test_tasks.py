@@ -1,4 +1,4 @@
-"""Tasks are rows of data.TASKS: a new one is a row and its generator, and every stage takes it by name."""
+"""Tasks are rows of TASKS: a new one is a row and its generator, and every stage takes it by name."""
 
 import ast
 import json
@@ -18,13 +18,14 @@ import pretrain
 import rejection
 import reward_model
 import sft
-from data import TASKS, Problem, Task, load_pairs, load_problems, load_text
+from data import TASKS, Problem, load_pairs, load_problems, load_text
 from evaluate import evaluate_samples, is_correct
 from support import devices, reward_samples, teachers
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DataError
 from support.reward_samples import judged_pairs
 from support.splits import SPLITS, split_of
+from support.tasks import Task
 
 
 def backwards(split, n, levels, seed):
@@ -153,13 +154,17 @@ def test_sampled_answers_are_judged_by_their_task(task, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "gives"),
-    [({"answer": lambda text: None}, "None"), ({"same_answer": data.same_answer}, "'"), ({"problems": None}, "'7'")],
+    [
+        ({"answer": lambda text: None}, "None"),
+        ({"same_answer": evaluate.same_answer}, "'"),
+        ({"problems": None}, "'7'"),
+    ],
 )
 def test_a_task_whose_own_solutions_fail_is_refused(task, monkeypatch, changes, gives):
     """It would show 0 % for ever. One line, which names the task and the problem."""
     if changes == {"problems": None}:
         changes = {"problems": lambda *_: [("1 + 1?", "#### 2", "2"), ("3 + 3?", "#### 7", "6")]}
-        changes |= {"answer": data.extract_answer, "same_answer": data.same_answer}
+        changes |= {"answer": evaluate.extract_answer, "same_answer": evaluate.same_answer}
     monkeypatch.setitem(TASKS, "backwards", replace(task, **changes))
     with pytest.raises(DataError, match=r"task backwards: its own solution of '[^']+' does not verify") as caught:
         load_problems("backwards")
@@ -196,4 +201,4 @@ def test_nothing_but_the_table_names_a_task():
         if isinstance(node, ast.Constant) and node.value in TASKS
     ]
     assert len(places) == len(TASKS), places  # each once
-    assert all(place.startswith("data.py:") for place in places)
+    assert all(place.startswith("tasks.py:") for place in places)

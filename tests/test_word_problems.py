@@ -14,18 +14,19 @@ import re
 import numpy as np
 import pytest
 
-from data import LARGE_TASK, Problem, load_problems, word_problems
+from data import Problem, load_problems, make_problems
 from support import splits
 from support import word_problems as built_in
 from support.answers import extract_answer, same_answer
 from support.errors import DataError
+from support.tasks import DEFAULT_TASK, LARGE_TASK
 
 PRONOUNS = {"he": "men", "his": "men", "him": "men", "she": "women", "her": "women"}
 
 
 @pytest.fixture(scope="module")
 def problems() -> dict[int, list[Problem]]:
-    return {level: word_problems("train", 3000, (level,)) for level in (1, 2, 3)}
+    return {level: make_problems(DEFAULT_TASK, "train", 3000, (level,)) for level in (1, 2, 3)}
 
 
 def worked(solution: str) -> list[int]:
@@ -147,7 +148,7 @@ def test_no_story_is_in_a_later_splits_text():
     for split in splits.SPLITS:
         told = []
         for seed in (0, 1):
-            for problem in word_problems(split, 2000, (1, 1, 1, 2, 3), seed=seed):
+            for problem in make_problems(DEFAULT_TASK, split, 2000, (1, 1, 1, 2, 3), seed=seed):
                 told.append(problem.question[: problem.question.rindex(". ") + 1])
             for text in built_in.narrative_texts(split, 4000, seed=seed):
                 sentences = re.split(r"(?<=[.]) ", text)[1:]  # without the scene
@@ -212,19 +213,19 @@ def test_splits_shares():
 
 
 def test_deterministic_distinct_balanced():
-    a = word_problems("train", 4000, (1, 2), seed=3)
+    a = make_problems(DEFAULT_TASK, "train", 4000, (1, 2), seed=3)
     assert len({problem.question for problem in a}) == 4000
     assert [problem.level for problem in a] == [1, 2] * 2000
-    assert a[:500] == word_problems("train", 500, (1, 2), seed=3)
+    assert a[:500] == make_problems(DEFAULT_TASK, "train", 500, (1, 2), seed=3)
     assert a[7] == Problem(*built_in.word_problem(7, "train", (1, 2), seed=3), task="word")
-    assert a[:50] != word_problems("train", 50, (1, 2), seed=4)
-    assert [p.level for p in word_problems("valid", 6, (3, 1))] == [3, 1] * 3
+    assert a[:50] != make_problems(DEFAULT_TASK, "train", 50, (1, 2), seed=4)
+    assert [p.level for p in make_problems(DEFAULT_TASK, "valid", 6, (3, 1))] == [3, 1] * 3
 
 
 def test_repeats_are_drawn_again(monkeypatch):
     original = built_in.word_problem
     monkeypatch.setattr(built_in, "word_problem", lambda i, *rest: original(i % 10 if i < 10**6 else i, *rest))
-    assert len({problem.question for problem in word_problems("train", 30)}) == 30
+    assert len({problem.question for problem in make_problems(DEFAULT_TASK, "train", 30)}) == 30
 
 
 @pytest.mark.parametrize("levels", [(), (0,), (1, 4)])
@@ -309,7 +310,7 @@ def test_an_answer_keeps_the_story(text, kept):
 
 
 def test_every_solution_keeps_its_story_and_few_keep_anothers():
-    problems = word_problems("test", 300, (1, 2, 3))
+    problems = make_problems(DEFAULT_TASK, "test", 300, (1, 2, 3))
     assert all(built_in.keeps_story(p.question, p.solution, p.solution) for p in problems)
     pairs = itertools.pairwise(problems)
     assert sum(built_in.keeps_story(p.question, p.solution, q.solution) for p, q in pairs) < 30

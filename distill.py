@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import task_of
-from evaluate import add_figures, kl_estimate
+from evaluate import kl_estimate
 from grpo import grpo_loss
 from lora import add_lora
 from optim import lr_at, make_optimizers, optimizer_step
@@ -86,6 +86,7 @@ from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.distill_report import add_up, measure_both, measure_student, report, step_record
+from support.held_out import add_figures
 from support.lora_files import LoraState
 from support.recorder import Recorder, RecordFlags
 from support.runs import Run

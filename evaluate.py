@@ -58,23 +58,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DEFAULT_TASK, Problem, encode_prompt, load_problems, task_of
 from generate import generate
-from lora import lora_off
-from support.answers import extract_answer, same_answer  # noqa: F401  the usual verifier, offered here
-from support.checkpoints import is_chat_model, open_checkpoint
+from support.answers import checkable, extract_answer, measure_of, same_answer  # noqa: F401  the usual verifier too
+from support.checkpoints import open_chat_model
 from support.checks import Count, Seed, Whole, check
 from support.cli import run_script
 from support.devices import precision, setup
-from support.errors import CheckpointError, ConfigError
+from support.errors import ConfigError
 from support.log import commit
-from support.output import run_demo
+from support.output import bar_of, run_demo
 from support.records import drop_too_long
 from support.runs import RUNS
-from support.shared_prompt import pack, shared_answer_logprobs
 from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, text_table, write_tables
 from support.words import words
 
@@ -190,7 +187,7 @@ class Metric(NamedTuple):
     label: str  # in tables, and over the curve
     unit: str  # beside the curve
     form: str = ".1%"
-    logged: bool = True  # by every stage; else by those that ask for it, and the table has it all the same
+    in_every_log: bool = True  # else in that of a stage that asks for it; the table has it all the same
     of_problem: Callable[[Problem], bool] = lambda problem: True  # whether a problem has this figure
 
 
@@ -204,32 +201,10 @@ METRICS = {
         "share of answers",
         of_problem=lambda problem: task_of(problem.task).keeps_story is not None,
     ),
-    "f1": Metric(lambda s: token_f1(s.text, s.problem.solution), "token F1, greedy", "F1", logged=False),
-    "length": Metric(lambda s: s.length, "answer length", "tokens", ".1f", logged=False),
-    "truncated": Metric(lambda s: not s.ended, "cut off", "share of answers", logged=False),
+    "f1": Metric(lambda s: token_f1(s.text, s.problem.solution), "token F1, greedy", "F1", in_every_log=False),
+    "length": Metric(lambda s: s.length, "answer length", "tokens", ".1f", in_every_log=False),
+    "truncated": Metric(lambda s: not s.ended, "cut off", "share of answers", in_every_log=False),
 }
-
-
-def bar_of(progress, dist):
-    """How tqdm draws a bar of this name, on rank 0; none without a name."""
-    return {"desc": progress, "leave": False, "disable": progress is None or not dist.is_main}
-
-
-def checkable(problems):
-    """The problems that have an answer to check; all of them if none has, and then every answer is wrong."""
-    return [problem for problem in problems if problem.answer] or problems
-
-
-def verifiable(problems):
-    """Whether at least half of the problems have an answer to check, so that an accuracy speaks for them."""
-    return 2 * sum(bool(problem.answer) for problem in problems) >= len(problems)
-
-
-def measure_of(problems):
-    """The name of the figure that speaks for all of these problems: "accuracy" if each has an answer to check, "f1" if
-    none has, else "own_measure"."""
-    answered = {bool(problem.answer) for problem in problems}
-    return "own_measure" if len(answered) == 2 else "accuracy" if True in answered else "f1"
 
 
 def own_measure(sample):
@@ -324,81 +299,6 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     if kind == "k3":
         return log_r.exp() - 1 - log_r
     raise ConfigError(f"--kl {kind!r} is not known; use k1, k2 or k3")
-
-
-@torch.no_grad()
-def sampled_kl(
-    policy, reference, tokenizer, prompts, max_new_tokens, dist, seed=0, batch=64, *, ref_prompts=None, respond=None
-):
-    """KL(π ‖ π_ref) in nats per token: the mean of k3 over the tokens of one answer of the policy to each prompt (lists
-    of ids). The reference may be the policy itself, then without its adapters. ref_prompts: those after which the
-    reference reads the answers; default: the same.
-
-    The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it. Under FSDP
-    call it within `support.sharding.whole`.
-    """
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    own, uniforms = prompts[dist.rank :: dist.world], uniforms[dist.rank :: dist.world]
-    total, n_tokens = 0.0, 0
-    for i in range(0, len(own), batch):
-        chunk, drawn = own[i : i + batch], uniforms[i : i + batch]
-        sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": drawn}
-        rollout = (respond or generate)(policy, chunk, max_new_tokens, **sampling)
-        answers = [[ids] for ids in rollout.rows]
-        packed = pack(chunk, answers, tokenizer.endoftext_id).to(dist.device)
-        seen = ref_prompts and ref_prompts[dist.rank :: dist.world][i : i + batch]
-        with lora_off(policy):
-            ref_packed = pack(seen, answers, tokenizer.endoftext_id).to(dist.device) if seen else packed
-            ref_logprobs = shared_answer_logprobs(reference, ref_packed)  # (b, T), 0 after an answer's end
-        log_r = ref_logprobs - shared_answer_logprobs(policy, packed)
-        log_r = log_r * F.pad(rollout.mask, (0, log_r.shape[1] - rollout.mask.shape[1]))  # of the policy's own tokens
-        total += (log_r.exp() - log_r - 1).sum().item()  # k3
-        n_tokens += rollout.mask.sum().item()
-    total, n_tokens = dist.sum(total, n_tokens)
-    return total / n_tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a stage logs, draws and prints of it.
-
-
-def selected(also, without):
-    """The metrics that all stages log, and those that a stage asks for."""
-    return {k: m for k, m in METRICS.items() if (m.logged or k in also) and k not in without}
-
-
-def logged(result, *also):
-    """A result of `evaluate` -> {metric: value} for metrics.jsonl."""
-    return {name: result[name] for name in selected(also, ()) if name in result}
-
-
-def add_figures(record, figures):
-    """Put a stage's held-out figures into the record of a step. ConfigError on a name that the record has already."""
-    if clash := record.keys() & figures.keys():
-        raise ConfigError(f"{min(clash)!r} of evaluate.METRICS is a figure that this stage logs already: rename it")
-    record |= figures
-
-
-def metric_panels(*also, without=()):
-    """A panel of curves.png for each of them (see `support.plots.draw_curves`)."""
-    return [(m.label, {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
-
-
-def before_and_after(before, after, steps, seconds, rows=(), notes=()):
-    """Print the table at the end of a stage: results of `evaluate` on the test split, the stage's own rows, [label,
-    before, after], its notes, and what was gained."""
-    print("\n" + text_table([["held-out test", "before", "after"], *metric_rows([before, after], METRICS), *rows]))
-    for note in notes:
-        print(note)
-    gain, spent = 0.0, f"{steps} steps, {seconds / 60:.1f} minutes"
-    if "accuracy" in after:
-        gain = after["accuracy"] - before["accuracy"]
-        paired = "verdicts" in before  # not in a run that an older version began
-        points = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"
-        spent = f"{len(after['verdicts']) if paired else after['n']} problems, {points} in {spent}"
-    print(spent)
-    if gain < 0:
-        print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -530,16 +430,6 @@ def main(config):
         print("\n".join([text_table(rows), *notes]))
         print(write_tables(folder, rows, notes, record))
     return record
-
-
-def open_chat_model(name):
-    """-> model, tokenizer. Raises CheckpointError on a base model, which cannot be asked."""
-    policy, tokenizer, path = open_checkpoint(name)
-    if not is_chat_model(path, tokenizer):
-        raise CheckpointError(
-            f"{path} is a base model, which was never taught to answer a question and stop: fine-tune it first (sft.py)"
-        )
-    return policy, tokenizer
 
 
 if __name__ == "__main__":

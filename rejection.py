@@ -72,7 +72,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import rows_at
-from evaluate import add_figures
 from lora import add_lora
 from optim import lr_at, make_optimizers, optimizer_step
 from sft import collate, sft_loss
@@ -81,6 +80,7 @@ from support.checks import Count
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
+from support.held_out import add_figures
 from support.lora_files import LoraState
 from support.rejection_report import report
 from support.rollouts import Sampler

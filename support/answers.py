@@ -1,4 +1,5 @@
-r"""The default verifier: the final answer that a text gives, and whether two answers are the same number.
+r"""The default verifier: the final answer that a text gives, and whether two answers are the same number; and which
+problems have an answer to check.
 
 A task may have its own verifier (tasks.Task). This one reads the number after GSM8K's marker ####, and that in the
 \boxed{…} of models that were trained on mathematics in LaTeX.
@@ -119,3 +120,20 @@ def same_answer(a: str | None, b: str | None) -> bool:
         return Decimal(a or "nan") == Decimal(b or "nan")
     except InvalidOperation:
         return False
+
+
+def checkable(problems):
+    """The problems that have an answer to check; all of them if none has, and then every answer is wrong."""
+    return [problem for problem in problems if problem.answer] or problems
+
+
+def verifiable(problems):
+    """Whether at least half of the problems have an answer to check, so that an accuracy speaks for them."""
+    return 2 * sum(bool(problem.answer) for problem in problems) >= len(problems)
+
+
+def measure_of(problems):
+    """The name of the figure that speaks for all of these problems: "accuracy" if each has an answer to check, "f1" if
+    none has, else "own_measure"."""
+    answered = {bool(problem.answer) for problem in problems}
+    return "own_measure" if len(answered) == 2 else "accuracy" if True in answered else "f1"

@@ -50,3 +50,13 @@ def is_chat_model(path, tokenizer):
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return tokenizer.special_ids.get("<|im_end|>", -1) in (stop if isinstance(stop, list) else [stop])
+
+
+def open_chat_model(name):
+    """-> model, tokenizer. Raises CheckpointError on a base model, which cannot be asked."""
+    policy, tokenizer, path = open_checkpoint(name)
+    if not is_chat_model(path, tokenizer):
+        raise CheckpointError(
+            f"{path} is a base model, which was never taught to answer a question and stop: fine-tune it first (sft.py)"
+        )
+    return policy, tokenizer

@@ -3,9 +3,11 @@
 import math
 
 from data import encode_prompt
-from evaluate import METRICS, compare, metric_panels, sampled_kl
+from evaluate import METRICS, compare
 from support.checkpoints import open_checkpoint
+from support.held_out import metric_panels
 from support.plots import draw_curves
+from support.sampled_kl import sampled_kl
 from support.tables import gain_of, metric_rows, sample_rows, text_table
 from support.verified import measure_end, measure_start, measure_test
 

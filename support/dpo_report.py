@@ -4,12 +4,14 @@ import math
 
 import torch
 
-from evaluate import add_figures, before_and_after, evaluate, logged, metric_panels, sampled_kl, wilson
+from evaluate import evaluate, wilson
 from lora import merged
 from support.checkpoints import open_checkpoint
+from support.held_out import add_figures, before_and_after, logged, metric_panels
 from support.pair_rows import held_out_share, reference_point
 from support.pairs import Means, batch_of, pair_logprobs
 from support.plots import draw_curves
+from support.sampled_kl import sampled_kl
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """What a GRPO step logs, and what its run measures, prints and draws before, between and after its steps."""
 
 from data import encode_prompt
-from evaluate import add_figures, before_and_after, metric_panels, pass_at_k, sampled_kl
+from evaluate import pass_at_k
 from support.checkpoints import open_checkpoint
+from support.held_out import add_figures, before_and_after, metric_panels
 from support.plots import draw_curves
 from support.questions import test_figures, validate
 from support.rollouts import show_samples
+from support.sampled_kl import sampled_kl
 from support.sharding import whole
 
 SAMPLER = {

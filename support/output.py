@@ -59,3 +59,8 @@ def run_demo(demo):
     """The entry point of a chapter that is no script: its example worked by hand."""
     prepare_output()
     demo()
+
+
+def bar_of(progress, dist):
+    """tqdm's settings for a bar of this name, which rank 0 alone draws; None: no bar."""
+    return {"desc": progress, "leave": False, "disable": progress is None or not dist.is_main}

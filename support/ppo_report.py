@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from evaluate import add_figures, before_and_after, evaluate, kl_estimate, logged, metric_panels, verifiable
+from evaluate import evaluate, kl_estimate
 from lora import merged
+from support.answers import verifiable
 from support.devices import in_float64
+from support.held_out import add_figures, before_and_after, logged, metric_panels
 from support.plots import draw_curves
 
 

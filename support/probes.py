@@ -27,7 +27,7 @@ import grpo
 import sft
 from attention import attention_entropy, attention_weights
 from data import DEFAULT_TASK, encode_prompt, load_problems, load_text
-from evaluate import evaluate, evaluate_samples, sampled_kl
+from evaluate import evaluate, evaluate_samples
 from generate import generate
 from grpo import format_reward
 from support.calls_start import calls_start
@@ -39,6 +39,7 @@ from support.downloads import find
 from support.errors import DataError
 from support.log import read_metrics
 from support.pretrained_start import pretrained_start
+from support.sampled_kl import sampled_kl
 from support.sft_start import sft_start
 from support.shifted import SHIFTS, shifted_problems
 from support.teachers import student_start, teacher_start

@@ -4,9 +4,11 @@ from dataclasses import replace
 from functools import partial
 
 from data import encode_prompt, load_problems
-from evaluate import evaluate, evaluate_samples, logged, verifiable
+from evaluate import evaluate, evaluate_samples
 from lora import merged
+from support.answers import verifiable
 from support.errors import ConfigError
+from support.held_out import logged
 from support.records import load_splits
 from support.rewards import judge
 

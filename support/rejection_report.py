@@ -1,6 +1,6 @@
 """What a run of rejection sampling prints and draws at the end."""
 
-from evaluate import before_and_after, metric_panels
+from support.held_out import before_and_after, metric_panels
 from support.plots import draw_curves
 from support.tables import sample_rows
 

@@ -1,8 +1,10 @@
 """What a fine-tuning run measures and leaves to read: answers to validation problems, the test split, the curves."""
 
-from evaluate import METRICS, add_figures, evaluate, evaluate_samples, logged, measure_of, metric_panels, token_f1
+from evaluate import METRICS, evaluate, evaluate_samples, token_f1
 from lora import merged
+from support.answers import measure_of
 from support.checkpoints import open_checkpoint
+from support.held_out import add_figures, logged, metric_panels
 from support.plots import draw_curves
 from support.tables import metric_rows, sample_rows, text_table
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
-from evaluate import evaluate, evaluate_samples, is_correct, logged, sampled_kl
+from evaluate import evaluate, evaluate_samples, is_correct
 from lora import LoraConfig, merged
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count
 from support.errors import ConfigError
+from support.held_out import logged
 from support.questions import refuse_unanswered, splits_with_room
 from support.runs import RunConfig
+from support.sampled_kl import sampled_kl
 from support.sft_report import write_samples
 
 

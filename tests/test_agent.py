@@ -30,7 +30,7 @@ import grpo
 import sft
 from agent import END, TOOLS, Calls, Config, Tool, WithTools, calculator, encode_demonstration
 from data import Problem, load_problems
-from evaluate import evaluate, sampled_kl
+from evaluate import evaluate
 from generate import generate
 from grpo import group_advantages, grpo_loss
 from lora import LoraConfig
@@ -40,6 +40,7 @@ from support.cli import parse_config, run_script
 from support.errors import ConfigError
 from support.recorder import read_records
 from support.rollouts import Sampler
+from support.sampled_kl import sampled_kl
 from support.shared_prompt import pack, shared_answer_logprobs
 from support.tasks import LARGE_TASK
 from support.tools import ask, load_tools, turns

@@ -26,7 +26,6 @@ import pretrain
 import sft
 from data import TASKS, Problem, encode_prompt, load_problems
 from distill import Config, distill_loss, sampled_loss, token_advantages
-from evaluate import sampled_kl
 from generate import generate
 from grpo import grpo_loss
 from lora import LoraConfig
@@ -34,6 +33,7 @@ from sft import sft_loss
 from support import devices, runs, taught, teachers
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
+from support.sampled_kl import sampled_kl
 from support.shared_prompt import pack, shared_answer_logits, shared_answer_logprobs
 from support.taught import pieces_of, written_by_student
 from support.teachers import load_taught, open_teacher, student_start, teacher_start, with_context

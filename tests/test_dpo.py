@@ -19,7 +19,6 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 import dpo
 from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
 from dpo import VARIANTS, Config, dpo_loss, kto_loss, orpo_loss
-from evaluate import sampled_kl
 from lora import LoraConfig
 from support import devices, dpo_report, pair_rows, runs
 from support import pairs as pairs_room
@@ -28,6 +27,7 @@ from support.errors import CheckpointError, ConfigError, DataError, DivergedErro
 from support.judged import one_by_one, prepare_judged, shift_answers
 from support.pair_rows import encode_pair, next_pairs, pair_up
 from support.pairs import Means, add_reference, batch_of, pair_logprobs
+from support.sampled_kl import sampled_kl
 from support.splits import split_of
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs

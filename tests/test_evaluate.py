@@ -21,30 +21,28 @@ from evaluate import (
     METRICS,
     Config,
     Metric,
-    before_and_after,
     compare,
     evaluate,
     evaluate_samples,
     kl_estimate,
-    logged,
     majority,
     mcnemar,
-    measure_of,
-    metric_panels,
     paired_interval,
     pass_at_k,
-    sampled_kl,
     token_f1,
-    verifiable,
     wilson,
     words,
 )
 from generate import Rollout
 from lora import LoraConfig, add_lora
-from support import devices
+from support import devices, held_out
+from support import sampled_kl as kl_module
+from support.answers import measure_of, verifiable
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DataError
+from support.held_out import before_and_after, logged, metric_panels
+from support.sampled_kl import sampled_kl
 from support.splits import split_of
 from support.tables import file_name, markdown_table, metric_rows, text_table, write_tables
 from tokenizer_bpe import BPETokenizer
@@ -357,6 +355,7 @@ def test_the_story_that_is_kept(tokenizer, monkeypatch):
 def test_what_is_logged_and_drawn(monkeypatch):
     known = {name: METRICS[name] for name in ("accuracy", "f1", "length", "truncated")}
     monkeypatch.setattr(evaluation, "METRICS", known)
+    monkeypatch.setattr(held_out, "METRICS", known)
     result = dict.fromkeys(known, 0.5)
     assert logged(result) == {"accuracy": 0.5}
     assert logged(result, "f1", "length") == {"accuracy": 0.5, "f1": 0.5, "length": 0.5}
@@ -464,8 +463,8 @@ def test_the_sampled_kl_by_hand(tokenizer, monkeypatch, rank):
     for name, p in policy.named_parameters():
         if not rank or "lora_B" in name:
             p.data += 0.3 * torch.randn_like(p)
-    seen, sample = [], evaluation.generate
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1])
+    seen, sample = [], kl_module.generate
+    monkeypatch.setattr(kl_module, "generate", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1])
     got, total, n = sampled_kl(policy, reference, tokenizer, prompts, 8, dist, seed=3, batch=2), 0.0, 0
     assert len(seen) == 3
     answers = [ids[real].tolist() for rollout in seen for ids, real in zip(rollout.ids, rollout.mask, strict=True)]
@@ -685,10 +684,10 @@ def test_names_of_folders():
 
 def test_a_metric_cannot_take_the_name_of_a_stages_own_figure():
     record = {"loss": 1.0, "entropy": 2.0}
-    evaluation.add_figures(record, {"accuracy": 0.5})
+    held_out.add_figures(record, {"accuracy": 0.5})
     assert record == {"loss": 1.0, "entropy": 2.0, "accuracy": 0.5}
     with pytest.raises(ConfigError, match="'entropy' of evaluate"):
-        evaluation.add_figures(record, {"entropy": 777.0})
+        held_out.add_figures(record, {"entropy": 777.0})
     assert record["entropy"] == 2.0
 
 

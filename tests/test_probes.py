@@ -13,12 +13,12 @@ from conftest import metrics
 import pretrain
 import sft
 from data import encode_prompt, load_problems
-from evaluate import sampled_kl
 from support import probes
 from support.checkpoints import open_checkpoint
 from support.copy_lines import DISTANCES, copy_line
 from support.devices import setup
 from support.errors import ConfigError
+from support.sampled_kl import sampled_kl
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 

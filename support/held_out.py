@@ -1,0 +1,44 @@
+"""What a training stage logs, draws and prints of held-out problems: evaluate.METRICS in its log, curves and table."""
+
+from evaluate import METRICS, compare
+from support.errors import ConfigError
+from support.tables import gain_of, metric_rows, text_table
+
+
+def selected(also, without):
+    """The metrics that all stages log, and those that a stage asks for."""
+    return {k: m for k, m in METRICS.items() if (m.in_every_log or k in also) and k not in without}
+
+
+def logged(result, *also):
+    """A result of `evaluate` -> {metric: value} for metrics.jsonl."""
+    return {name: result[name] for name in selected(also, ()) if name in result}
+
+
+def add_figures(record, figures):
+    """Put a stage's held-out figures into the record of a step. ConfigError on a name that the record has already."""
+    if clash := record.keys() & figures.keys():
+        raise ConfigError(f"{min(clash)!r} of evaluate.METRICS is a figure that this stage logs already: rename it")
+    record |= figures
+
+
+def metric_panels(*also, without=()):
+    """A panel of curves.png for each of them (see `support.plots.draw_curves`)."""
+    return [(m.label, {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
+
+
+def before_and_after(before, after, steps, seconds, rows=(), notes=()):
+    """Print the table at the end of a stage: results of `evaluate` on the test split, the stage's own rows, [label,
+    before, after], its notes, and what was gained."""
+    print("\n" + text_table([["held-out test", "before", "after"], *metric_rows([before, after], METRICS), *rows]))
+    for note in notes:
+        print(note)
+    gain, spent = 0.0, f"{steps} steps, {seconds / 60:.1f} minutes"
+    if "accuracy" in after:
+        gain = after["accuracy"] - before["accuracy"]
+        paired = "verdicts" in before  # not in a run that an older version began
+        points = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"
+        spent = f"{len(after['verdicts']) if paired else after['n']} problems, {points} in {spent}"
+    print(spent)
+    if gain < 0:
+        print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")

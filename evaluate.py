@@ -2,17 +2,17 @@
 
 A model answers N held-out problems, and the verifier compares what stands after #### with the answer.
 
-    accuracy      c / N of greedy answers (temperature 0): for a model that must answer once
-    pass@k        1 − C(n − c, k) / C(n, k), averaged over the problems: c of n samples are right; the chance that k of
-                  them hold a right one (arXiv:2107.03374, Eq. 1). 1 − (1 − c/n)^k would be biased
+    accuracy      the share of right greedy answers (temperature 0): for a model that must answer once
+    pass@k        1 − C(n − c, k) / C(n, k), averaged over the problems: c of a problem's n samples are right; the
+                  chance that k of them hold a right one (arXiv:2107.03374, Eq. 1). 1 − (1 − c/n)^k would be biased
     majority@n    whether the most frequent of n answers is right (self-consistency, arXiv:2203.11171)
-    token F1      of the words with the reference: for free text, where no answer can be checked
-    own measure   of problems of both kinds: whether the answer is right where it can be checked, else token F1
+    token F1      word overlap with the reference: for free text, where no answer can be checked
+    own measure   where only some problems have an answer to check: right or wrong for those, token F1 for the rest
     story kept    whether the answer still speaks of the question's names and things, in words of the task's language:
                   a reward for the number does not ask for it
 
-How sure is a proportion p̂ = c / N? Wilson's interval holds every p from which p̂ is no further than z = 1.96 standard
-deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:
+How sure is an accuracy p̂ of N problems? Wilson's interval holds every p from which p̂ is no further than z = 1.96
+standard deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:
 
     (p̂ + z²/2N ± z √(p̂ (1 − p̂) / N + z²/4N²)) / (1 + z²/N)        N = 1000: ± 3.1 points or less, N = 100: ± 9.6
 
@@ -20,8 +20,12 @@ Is B better than A? Ask both the same problems, and look at those on which they 
 alone does. Two intervals that overlap say nothing: most problems are easy for both or hard for both, which makes each
 accuracy uncertain and their difference none the less sure.
 
-    McNemar       p = 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c)       fair coins, falling at least as unevenly
-    the gain      (c − b) / N, its interval from b, c and N alone
+    McNemar       p = 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c), at most 1: how often b + c fair coins split at least
+                  as unevenly
+    the gain      (c − b) / N; its interval is d ± z √((p_b + p_c − d²) / (N + 2)), where d = p_c − p_b,
+                  p_b = (b + 1) / (N + 2) and p_c = (c + 1) / (N + 2): not centred on the gain, but nearer 0
+
+All three are for verdicts of 0 or 1. pass@k and token F1 are none, and have no interval here.
 
 In short:
 
@@ -34,15 +38,16 @@ Traps:
   * Greedy accuracy and pass@k answer different questions. RL makes likely what a sample would sometimes hit: pass@1
     rises, while pass@k for a large k may fall (arXiv:2504.13837).
   * What was chosen on a split looks too good on it. Choose checkpoint, learning rate and prompt on `valid`; look at
-    `test` once. And of twenty comparisons one is significant at 95 % by chance.
-  * An answer that was cut off is wrong. Read `cut off` before the accuracy, and a dozen answers before either.
+    `test` once. And of twenty comparisons of equal models about one is significant at 95 %, by chance.
+  * An answer that was cut off usually lacks its #### and is wrong; one cut after or inside its number may even count
+    as right. Read `cut off` before the accuracy, and a dozen answers before either.
   * These intervals are over problems. Another seed of the training is another model: ablate.py pairs over seeds.
 
 Also here, as every stage uses them: METRICS, the rows that are measured, logged, tabled and drawn; and the KL to a
-reference, from samples.
+reference, by a sampled token.
 
 Run it:
-    python evaluate.py                                               # by hand, on numbers small enough for a pencil
+    python evaluate.py --demo                                        # by hand, on numbers small enough for a pencil
     python evaluate.py --checkpoint runs/sft --samples 8
     python evaluate.py --checkpoint runs/grpo --against runs/sft     # on the same problems
     python evaluate.py --checkpoint downloads/SmolLM2-135M-Instruct.Q4_1.gguf --data gsm8k --max_new_tokens 256
@@ -62,7 +67,7 @@ from tqdm import tqdm
 
 from data import DEFAULT_TASK, Problem, encode_prompt, load_problems, task_of
 from generate import generate
-from support.answers import checkable, extract_answer, measure_of, same_answer  # noqa: F401  the usual verifier too
+from support.answers import checkable, extract_answer, is_checkable, measure_of, same_answer  # noqa: F401  verifier
 from support.checkpoints import open_chat_model
 from support.checks import Count, Seed, Whole, check
 from support.cli import run_script
@@ -72,7 +77,7 @@ from support.log import commit
 from support.output import bar_of, run_demo
 from support.records import drop_too_long
 from support.runs import RUNS
-from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, text_table, write_tables
+from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, show_results
 from support.words import words
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -102,12 +107,16 @@ def token_f1(text, reference):
 
 
 def pass_at_k(n, correct, k):
-    """Chance that k of the n samples, drawn without replacement, hold a right one; unbiased (arXiv:2107.03374)."""
-    return 1.0 if n - correct < k else 1 - math.comb(n - correct, k) / math.comb(n, k)
+    """Chance that k of the n samples, drawn without replacement, hold a right one; unbiased (arXiv:2107.03374).
+    ValueError if k > n: n samples do not tell."""
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} samples of a problem or more, and there are {n}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)  # C(m, k) = 0 where m < k: then one of any k is right
 
 
 def majority(answers):
-    """The most frequent answer, of several the one that came first; None, which is no answer, has no vote."""
+    """The most frequent answer, of several the one that came first; None, which is no answer, has no vote. Answers are
+    the same if their texts are: a task whose `same_answer` is looser than that splits its votes."""
     votes = collections.Counter(a for a in answers if a is not None)
     return votes.most_common(1)[0][0] if votes else None
 
@@ -117,36 +126,37 @@ def majority(answers):
 
 
 def wilson(successes, n, z=1.96):
-    """95 % interval of a proportion (Wilson 1927): unlike p ± z·se it stays inside [0, 1] and is right near both."""
+    """95 % interval of a proportion (Wilson 1927): inside [0, 1], and far better near both ends than p ± z·se."""
     if n == 0:
         return 0.0, 1.0
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, centre - half), min(1.0, centre + half)  # against rounding
 
 
 def mcnemar(only_first, only_second):
     """Exact two-sided p-value of two models' accuracies on the same problems (McNemar 1947, in its binomial form).
 
-    only_first, only_second: how many problems the one alone gets right, and the other alone. Those on which they agree
-    say nothing about which is better. If neither were, each of the n others would fall to either side like a coin:
-    p = P(a split at least as uneven) = 2 Σ_{i ≤ min} C(n, i) / 2^n, at most 1. Exact, and so on the careful side: where
-    it is about 0.05 the paired interval may leave out 0 already.
+    only_first, only_second: b and c, how many problems the one alone gets right, and the other alone. Those on which
+    they agree say nothing about which is better. If the two are equally good, each of the b + c problems they differ on
+    falls to either side like a coin: p = P(a split at least as uneven). Exact, and so on the careful side: where it is
+    about 0.05 the paired interval may leave out 0 already.
     """
-    n, k = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)  # whole numbers: no rounding before the /
+    b, c = only_first, only_second
+    ways = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
+    return min(1.0, 2 * ways / 2 ** (b + c))  # whole numbers: no rounding before the /
 
 
-def paired_interval(only_first, only_second, n, z=1.96):
-    """95 % interval of accuracy(second) − accuracy(first) on the same n problems: Wald's with a Laplace adjustment
+def paired_interval(only_first, only_second, N, z=1.96):
+    """95 % interval of accuracy(second) − accuracy(first) on the same N problems: Wald's with a Laplace adjustment
     (Bonett and Price 2012, J. Educ. Behav. Stat. 37, 479; recommended by Fagerland et al. 2014, Stat. Med. 33, 2850).
 
     One pair is added to each kind of disagreement, so that the interval has a width even where the two never differ.
     """
-    p, q = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-    half = z * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
-    return max(-1.0, q - p - half), min(1.0, q - p + half)
+    p_b, p_c = (only_first + 1) / (N + 2), (only_second + 1) / (N + 2)
+    half = z * math.sqrt((p_b + p_c - (p_c - p_b) ** 2) / (N + 2))
+    return max(-1.0, p_c - p_b - half), min(1.0, p_c - p_b + half)
 
 
 def compare(first, second):
@@ -213,15 +223,22 @@ def own_measure(sample):
 
 
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None):
-    """Greedy answers. Problems are dealt out to the ranks; every rank returns the same figures, and its own samples:
-    the mean of each of METRICS that these problems have; "own_measure": that of all; "n": how many; of those that are
-    `checkable` "accuracy", "correct", "low", "high": how many are right, and the accuracy's interval, "by_level":
-    {level: accuracy}, "verdicts": 1.0 or 0.0 for each; "samples". progress: the name of a bar. respond: what answers
-    the prompts, with the arguments of `generate`, which is the default; agent.py has one with tools.
+    """Greedy answers to N problems, dealt out to the ranks -> what every rank returns alike, but its own samples:
+
+        accuracy, correct         the share and the number of right answers, of the C problems that are `checkable`
+        low, high                 the accuracy's 95 % interval
+        by_level                  {level: accuracy}
+        verdicts                  1.0 or 0.0 for each of the C problems, in their order
+        each other of METRICS     its mean over the problems that have this figure; left out if none has
+        own_measure, n            the mean over all N problems; N
+        samples                   this rank's answers: a list of Sample
+
+    progress: the name of a bar. respond: what answers the prompts, with the arguments of `generate`, which is the
+    default; agent.py has one with tools.
     """
-    own = range(dist.rank, len(problems), dist.world)
-    own = sorted(own, key=lambda i: len(problems[i].question))  # rows of one length waste no padding
-    samples, verdicts = [], [0.0] * len(problems)
+    N = len(problems)
+    own = sorted(range(dist.rank, N, dist.world), key=lambda i: len(problems[i].question))  # by length: less padding
+    samples, verdicts = [], [0.0] * N
     for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
         chunk = own[at : at + batch]
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
@@ -231,11 +248,11 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         for i, text, length, end in zip(chunk, texts, lengths.tolist(), ended.tolist(), strict=True):
             verdicts[i] = is_correct(text, problems[i])
             samples.append(Sample(problems[i], text, verdicts[i], length, end))
-    n, checked = len(problems), checkable(problems)
-    verdicts = [v for v, p in zip(dist.sum(*verdicts), problems, strict=True) if p.answer or len(checked) == n]
-    known = {m: sum(map(metric.of_problem, problems)) for m, metric in METRICS.items()}  # how many have this figure
-    known["accuracy"] = len(checked)
-    metrics = {m: METRICS[m] for m, count in known.items() if count}
+    verdicts = dist.sum(*verdicts)  # (N,) each was 0 on every rank but one
+    checked, verdicts = checkable(problems), list(itertools.compress(verdicts, is_checkable(problems)))  # (C,) each
+    counts = {m: sum(map(metric.of_problem, problems)) for m, metric in METRICS.items()}  # how many have this figure
+    counts["accuracy"] = len(checked)
+    metrics = {m: METRICS[m] for m, count in counts.items() if count}
     sums = [sum(m.of(s) for s in samples if m.of_problem(s.problem)) for m in metrics.values()]
     *totals, measured = dist.sum(*sums, sum(map(own_measure, samples)))
     by_level = {}
@@ -244,21 +261,21 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         by_level[level] = sum(of_level) / len(of_level)
     correct = int(sum(verdicts))
     low, high = wilson(correct, len(checked))
-    means = {name: total / known[name] for name, total in zip(metrics, totals, strict=True)}
-    figures = {"low": low, "high": high, "n": n, "correct": correct, "by_level": by_level, "own_measure": measured / n}
+    means = {name: total / counts[name] for name, total in zip(metrics, totals, strict=True)}
+    figures = {"low": low, "high": high, "n": N, "correct": correct, "by_level": by_level, "own_measure": measured / N}
     return means | figures | {"verdicts": verdicts, "samples": samples}
 
 
 def evaluate_samples(
     policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None, respond=None
 ):
-    """n sampled answers per problem: {"pass@1", "pass@2", …, "pass@n", "majority@n"}, k in powers of two, and "solved",
-    how many of each problem's answers are right. Only of the problems that are `checkable`.
+    """n sampled answers to each of the N problems that are `checkable` -> {"pass@1", "pass@2", …, "pass@n",
+    "majority@n"}, k in powers of two, and "solved", how many of each problem's answers are right.
 
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
     problems = checkable(problems)
-    uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))  # (N, n, T)
     own, solved, voted = list(range(dist.rank, len(problems), dist.world)), [0] * len(problems), 0
     for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
         chunk = own[at : at + batch]
@@ -267,9 +284,9 @@ def evaluate_samples(
         rollout = (respond or generate)(policy, prompts, max_new_tokens, n, temperature, **sampling)
         texts = rollout.texts(tokenizer)
         for row, i in enumerate(chunk):
-            task, said = task_of(problems[i].task), texts[row * n : (row + 1) * n]
-            solved[i] = sum(is_correct(text, problems[i]) for text in said)
-            most = majority(map(task.answer, said))
+            task, answers = task_of(problems[i].task), texts[row * n : (row + 1) * n]
+            solved[i] = sum(is_correct(text, problems[i]) for text in answers)
+            most = majority(map(task.answer, answers))
             voted += most is not None and task.same_answer(most, problems[i].answer)
     *solved, voted = map(int, dist.sum(*solved, voted))
     ks = sorted({1, n} | {2**i for i in range(1, 20) if 2**i < n})
@@ -283,13 +300,9 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     With r = π_ref(y) / π(y), y ~ π:      value                  gradient, in expectation over y ~ π
         k1 = −log r                       unbiased, any sign     0: E[∇log π] = 0, so never put it in the loss
         k2 = (log r)² / 2                 biased, ≥ 0            ∇KL(π ‖ π_ref)
-        k3 = r − 1 − log r   (Eq. 4)      unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
+        k3 = r − 1 − log r                unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
 
-    Times ρ_t = π / π_old, with its gradient (--kl_unbiased; DeepSeek-V3.2, arXiv:2512.02556, §3.1; TRL's default), the
-    mean over a token y ~ π_old becomes that over y ~ π, gradient included: k1 and k3 then have ∇KL(π ‖ π_ref) of it.
-    In the reward (--kl_in reward) the estimate is a number and not differentiated: the policy gradient does that, and
-    there k1 is the one whose gradient is ∇KL(π ‖ π_ref) of the whole completion. It is taken off the advantages, less
-    its group's mean and after any division by the std (verl and TRL's older trainers take it off the rewards).
+    So k1 belongs in the reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it, and k3 in the loss (grpo.py).
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":
@@ -306,13 +319,17 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
 
 
 def demo():
-    """Everything above on numbers small enough to check with a pencil."""
+    """The figures above on numbers small enough to check with a pencil."""
     problem = Problem("2 + 3?", "2 + 3 = 5\n#### 5", "5", 1, "demo")
     texts = ["2 + 3 = 5\n#### 5", "#### 5.0", "#### 6", "the answer is 5"]
     verdicts = [is_correct(text, problem) for text in texts]
     assert verdicts == [True, True, False, False]
     assert majority([extract_answer(text) for text in texts]) == "5"  # 5.0 is 5: two votes
     print(f"2 + 3?           {dict(zip(texts, verdicts, strict=True))}, by majority 5")
+
+    f1 = token_f1("The cat sat down.", "a cat sat")  # without articles
+    assert math.isclose(f1, 2 / (3 / 2 + 2 / 2))  # the harmonic mean of 2/3 and 2/2
+    print(f"token F1         'The cat sat down.' for 'a cat sat': 2 of 3 words, 2 of 2 words, {f1:.1f}")
 
     hits = [any(pair) for pair in itertools.combinations(verdicts, 2)]  # the 6 pairs of 4 samples
     assert pass_at_k(4, 2, 2) == sum(hits) / len(hits) == 5 / 6
@@ -415,20 +432,15 @@ def main(config):
         results.append({key: value for key, value in result.items() if key != "samples"})
 
     title = f"{config.data}, {config.split}, {len(problems)} problems"
-    rows = [[title, *names], *metric_rows(results, METRICS, () if checked else ("accuracy",)), *sample_rows(results)]
+    rows = [[title, *names], *metric_rows(results, METRICS, () if checked else ("accuracy",))]
+    rows += sample_rows(results, len(problems)) if checked else []
     record, notes = {"settings": asdict(config), "commit": commit(), "results": results}, []
-    if config.against and checked:
+    if config.against and checked:  # the first of the pair is `against`: the gain is that over it
         pair = record["pair"] = compare(results[1]["verdicts"], results[0]["verdicts"])
         alone = f"right alone {pair['only_second']} times, the other {pair['only_first']}"
         notes.append(f"{config.checkpoint} less {config.against}: {gain_of(pair)}; {alone}")
-    for name, result in zip(names, results, strict=True):
-        if result["truncated"] > 0.02:
-            notes.append(
-                f"{result['truncated']:.0%} of the answers of {name} were cut off: try a larger --max_new_tokens"
-            )
     if dist.is_main:
-        print("\n".join([text_table(rows), *notes]))
-        print(write_tables(folder, rows, notes, record))
+        show_results(folder, rows, notes, record)
     return record
 
 
@@ -437,4 +449,4 @@ if __name__ == "__main__":
         run_demo(demo)
         print("\nto measure a checkpoint: python evaluate.py --checkpoint DIR (see --help)")
     else:
-        run_script(main, Config, __doc__)
+        run_script(main, Config, __doc__, demo)

@@ -5,6 +5,7 @@ A task may have its own verifier (tasks.Task). This one reads the number after G
 \boxed{…} of models that were trained on mathematics in LaTeX.
 """
 
+import itertools
 import re
 from decimal import Decimal, InvalidOperation
 
@@ -122,9 +123,15 @@ def same_answer(a: str | None, b: str | None) -> bool:
         return False
 
 
+def is_checkable(problems):
+    """Whether each of the problems has an answer to check; if none has, all count, and every answer is wrong."""
+    answered = [bool(problem.answer) for problem in problems]
+    return answered if any(answered) else [True] * len(problems)
+
+
 def checkable(problems):
-    """The problems that have an answer to check; all of them if none has, and then every answer is wrong."""
-    return [problem for problem in problems if problem.answer] or problems
+    """Those of the problems that `is_checkable` picks."""
+    return list(itertools.compress(problems, is_checkable(problems)))
 
 
 def verifiable(problems):

@@ -52,7 +52,8 @@ class FamilyFlags:
     kl_in: Literal["loss", "reward"] | None = None
     """Where the KL is paid: as a term of the loss, or off the advantages, less its baseline in the group."""
     kl_unbiased: bool | None = None
-    """Multiply the KL in the loss by the token's ratio; default for k1 and k3, which then have the KL's gradient."""
+    """Multiply the KL in the loss by the token's ratio (arXiv:2512.02556, §3.1); default for k1 and k3, which then have
+    the KL's gradient."""
 
 
 def fill_in(config, algorithms):

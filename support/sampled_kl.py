@@ -19,7 +19,7 @@ def sampled_kl(
     The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it. Under FSDP
     call it within `support.sharding.whole`.
     """
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))  # (N, T)
     own, uniforms = prompts[dist.rank :: dist.world], uniforms[dist.rank :: dist.world]
     total, n_tokens = 0.0, 0
     for i in range(0, len(own), batch):
@@ -33,8 +33,9 @@ def sampled_kl(
             ref_packed = pack(seen, answers, tokenizer.endoftext_id).to(dist.device) if seen else packed
             ref_logprobs = shared_answer_logprobs(reference, ref_packed)  # (b, T), 0 after an answer's end
         log_r = ref_logprobs - shared_answer_logprobs(policy, packed)
-        log_r = log_r * F.pad(rollout.mask, (0, log_r.shape[1] - rollout.mask.shape[1]))  # of the policy's own tokens
-        total += (log_r.exp() - log_r - 1).sum().item()  # k3
+        # Of the policy's own tokens: (b, T) of the packed answers is rounded up to 8, the rollout's is its longest row.
+        log_r = log_r * F.pad(rollout.mask, (0, log_r.shape[1] - rollout.mask.shape[1]))
+        total += (log_r.exp() - log_r - 1).sum().item()  # k3, see evaluate.kl_estimate
         n_tokens += rollout.mask.sum().item()
     total, n_tokens = dist.sum(total, n_tokens)
     return total / n_tokens

@@ -74,6 +74,7 @@ def report(config, run_path, result, sampled, metrics, n_params, path):
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),
         ],
     )
-    rows = [*metric_rows([result], METRICS, hidden_in_test), *sample_rows([sampled])]
+    rows = metric_rows([result], METRICS, hidden_in_test)
+    rows += [] if hidden_in_test else sample_rows([sampled], result["n"])
     print(text_table([["held-out test", f"{result['n']} problems"], *rows]))
     print(f"{path}, {run_path}/curves.png")

@@ -42,10 +42,13 @@ def metric_rows(results, metrics, without=()):
     return rows
 
 
-def sample_rows(results):
-    """Results of `evaluate_samples` -> rows [label, one cell per result]."""
+def sample_rows(results, n_problems=0):
+    """Results of `evaluate_samples` on so many problems -> rows [label, one cell per result]; the label says if only
+    some of them have an answer to check."""
     names = [name for name in results[0] if name.startswith(("pass@", "majority@"))]
-    return [[f"{name}, temperature 1", *(f"{result[name]:.1%}" for result in results)] for name in names]
+    n_checked = len(results[0].get("solved", ()))
+    some = f", of {n_checked} with an answer" if n_checked < n_problems else ""
+    return [[f"{name}, temperature 1{some}", *(f"{result[name]:.1%}" for result in results)] for name in names]
 
 
 def gain_of(pair):
@@ -68,6 +71,17 @@ def write_tables(folder, rows, notes, record):
     with must_write(folder):
         write_together({folder / "table.md": table, folder / "result.json": to_json(record) + "\n"})
     return f"{folder}/table.md, {folder}/result.json"
+
+
+def show_results(folder, rows, notes, record):
+    """Print and write the table of an evaluation, its notes, and one more for each of the record's "results" of which
+    more than 2 % were cut off. rows: the first is [title, a name for each result]. Raises ConfigError."""
+    notes = list(notes)
+    for name, result in zip(rows[0][1:], record["results"], strict=True):
+        if (share := result["truncated"]) > 0.02:
+            notes.append(f"{share:.0%} of the answers of {name} were cut off: try a larger --max_new_tokens")
+    print("\n".join([text_table(rows), *notes]))
+    print(write_tables(folder, rows, notes, record))
 
 
 def file_name(*names):

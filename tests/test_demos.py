@@ -1,10 +1,11 @@
 """Every chapter has a `demo()`: its idea worked by hand, asserted and printed. Here all of them run."""
 
+import ast
 import sys
 from importlib import import_module
 
 import pytest
-from test_floor_plan import CHAPTERS
+from test_floor_plan import CHAPTERS, source
 
 import grpo
 from support.cli import run_script
@@ -16,6 +17,16 @@ def test_the_demo_prints_and_its_assertions_hold(chapter, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2
     assert all(line.isprintable() for line in lines)
+
+
+def test_every_script_has_the_flag():
+    """A chapter that calls run_script hands its demo over; view.py, whose parser is its own, adds the flag there."""
+    for chapter in CHAPTERS:
+        calls = [node for node in ast.walk(source(chapter)) if isinstance(node, ast.Call)]
+        for call in (call for call in calls if ast.unparse(call.func) == "run_script"):
+            handed = [*call.args[3:], *(word.value for word in call.keywords if word.arg == "demo")]
+            own_parser = [word.value for word in call.keywords if word.arg == "parse"]
+            assert own_parser or [ast.unparse(value) for value in handed] == ["demo"], chapter
 
 
 def test_demo_is_a_flag_that_runs_it_and_leaves(capsys, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from evaluate import (
 )
 from generate import Rollout
 from lora import LoraConfig, add_lora
-from support import devices, held_out
+from support import devices, held_out, sft_report
 from support import sampled_kl as kl_module
 from support.answers import measure_of, verifiable
 from support.checkpoints import open_checkpoint
@@ -44,7 +45,7 @@ from support.errors import ConfigError, DataError
 from support.held_out import before_and_after, logged, metric_panels
 from support.sampled_kl import sampled_kl
 from support.splits import split_of
-from support.tables import file_name, markdown_table, metric_rows, text_table, write_tables
+from support.tables import file_name, markdown_table, metric_rows, show_results, text_table, write_tables
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
@@ -110,6 +111,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(correct):
     for k in range(1, 6):
         subsets = list(itertools.combinations(samples, k))
         assert pass_at_k(5, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize("correct", range(5))
+def test_pass_at_k_needs_k_samples(correct):
+    """Four samples do not say what five would hold: neither 1 (none of them right!) nor anything else."""
+    assert pass_at_k(4, correct, 4) == (correct > 0)
+    with pytest.raises(ValueError, match="pass@5 needs 5 samples of a problem or more, and there are 4"):
+        pass_at_k(4, correct, 5)
 
 
 def test_majority():
@@ -547,7 +556,7 @@ def test_two_checkpoints_on_the_same_problems(here, tokenizer, monkeypatch, caps
     table = (folder / "table.md").read_text(encoding="utf-8")
     for row in ("| accuracy, greedy | 77.8% | 22.2% |", "| pass@1, temperature 1 | 38.9% | 11.1% |"):
         assert row in table
-    assert "| pass@2, temperature 1 | 77.8% | 22.2% |" in table
+    assert "| pass@2, temperature 1 | 77.8% | 22.2% |" in table  # all have an answer: no more is said
     low, high = (100 * x for x in paired_interval(1, 6, 9))
     said = f"one less other: +55.6 points (95 % interval [{low:+.1f}, {high:+.1f}], McNemar's p = 0.12); right alone 6"
     assert said in table
@@ -574,12 +583,14 @@ def test_numbers_and_free_text_in_one_file(here, tokenizer, monkeypatch, capsys)
     with (here / "sums.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"instruction": f"{i} and 0", "output": f"It is {i}"}) + "\n" for i in range(60))
         file.write('{"question": "cut')
-    flags = dict(data="sums.jsonl", max_new_tokens=20, device="cpu", samples=1)
+    flags = dict(data="sums.jsonl", max_new_tokens=20, device="cpu", samples=2)
     with pytest.raises(DataError, match="line 70: not JSON"):
         evaluation.main(Config("one", **flags))
     record = evaluation.main(Config("one", against="other", skip_bad=True, **flags))
     first, out = record["results"][0], capsys.readouterr().out
     assert (first["verdicts"], first["accuracy"], first["solved"]) == ([1] * 3 + [0] * 6, 1 / 3, [1] * 3 + [0] * 6)
+    labels = [line.split("  ")[0] for line in out.splitlines() if "@" in line]
+    assert labels == [f"{name}, temperature 1, of 9 with an answer" for name in ("pass@1", "pass@2", "majority@2")]
     assert first["n"] > 12
     assert record["pair"]["difference"] == 1 / 3
     assert "accuracy, greedy, of 9 with an answer" in out
@@ -675,6 +686,38 @@ def test_without_arguments_it_works_by_hand(here):
     assert done.returncode == 0, done.stderr
     assert "6 problems gained, none lost: +60.0 points" in done.stdout
     assert "--checkpoint DIR" in done.stdout
+
+
+def test_the_table_of_sft_says_which_problems_are_sampled(monkeypatch, capsys):
+    """All of them, those with an answer, or none: of free text every answer would count as wrong."""
+    monkeypatch.setattr(sft_report, "draw_curves", lambda *_: None)
+    result = figures([1.0, 0.0, 0.0, 1.0]) | {"own_measure": 0.4}
+    sampled, labels = {"pass@1": 0.5, "pass@2": 0.75, "solved": [1, 0, 2, 1]}, {}
+    for metric, n in (("accuracy", 4), ("own_measure", 6), ("f1", 4)):
+        sft_report.report(
+            SimpleNamespace(data="x", seed=0),
+            "runs/sft",
+            result | {"n": n},
+            sampled,
+            (metric, metric),
+            1000,
+            "runs/sft/best",
+        )
+        labels[metric] = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "pass@" in line]
+    assert labels == {
+        "accuracy": ["pass@1, temperature 1", "pass@2, temperature 1"],
+        "own_measure": ["pass@1, temperature 1, of 4 with an answer", "pass@2, temperature 1, of 4 with an answer"],
+        "f1": [],
+    }
+
+
+def test_a_note_for_each_model_whose_answers_were_cut_off(tmp_path, capsys):
+    """Two of one name have one each."""
+    results = [{"truncated": share} for share in (0.5, 0.02, 0.25)]
+    show_results(tmp_path, [["", "a", "b", "a"], ["x", "1", "2", "3"]], ["first"], {"results": results})
+    cut = "of the answers of a were cut off: try a larger --max_new_tokens"
+    assert capsys.readouterr().out.splitlines()[2:-1] == ["first", f"50% {cut}", f"25% {cut}"]
+    assert f"first\n\n50% {cut}\n\n25% {cut}\n" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_names_of_folders():

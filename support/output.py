@@ -56,9 +56,22 @@ def log_file(path):
 
 
 def run_demo(demo):
-    """The entry point of a chapter that is no script: its example worked by hand."""
+    """The entry point of a chapter that is no script: its example worked by hand. It ends as `run_script` does."""
     prepare_output()
-    demo()
+    try:
+        demo()
+        sys.stdout.flush()
+    except BrokenPipeError:  # python norms.py | head
+        lose_output()
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        lose_output()
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def bar_of(progress, dist):

@@ -127,13 +127,14 @@ def test_a_full_disk_under_the_output(here, tmp_path):
         process = subprocess.run(command, stdout=full, stderr=full, **options)
         assert process.returncode == 0
         assert set(metrics("runs/pretrain", "loss")) == {1, 2, 3}
-        process = subprocess.run([sys.executable, ROOT / "ablate.py"], stdout=full, stderr=subprocess.PIPE, **options)
-        assert_one_line_error(process, "the output cannot be written: No space left on device")
+        for name in ("ablate.py", "norms.py"):
+            process = subprocess.run([sys.executable, ROOT / name], stdout=full, stderr=subprocess.PIPE, **options)
+            assert_one_line_error(process, "the output cannot be written: No space left on device")
 
 
 def test_a_reader_that_ends_early(here):
     """`| head` ends a list without a traceback; a run goes on when nobody reads what it prints."""
-    for command, status in ((["ablate.py"], 141), (["pretrain.py", *flags(steps=2)], 0)):
+    for command, status in ((["ablate.py"], 141), (["norms.py"], 141), (["pretrain.py", *flags(steps=2)], 0)):
         command = [sys.executable, "-u", ROOT / command[0], *command[1:]]
         process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=here)
         process.stdout.close()

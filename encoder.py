@@ -131,10 +131,11 @@ class Encoder(BertParts, nn.Module):
             raise CheckpointError("tie_embeddings is false, but the masked-LM head is the embedding matrix itself")
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.learned = LearnedPositions(c.context, c.width) if c.positions == "learned" else None
+        self.add_bert_embeddings(c)  # this and add_bert_layers add nothing with the defaults
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.Identity() if c.norm_placement == "post" else make_norm(c)
-        self.add_bert_parts(c)  # none with the defaults
+        self.add_bert_layers(c)
         # The two heads. Masked-LM is BERT's: one more layer, then the embedding matrix and a bias per token.
         self.transform, self.transform_norm = nn.Linear(c.width, c.width), LayerNorm(c.width, c.norm_eps)
         self.token_bias = nn.Parameter(torch.zeros(c.vocab_size))

@@ -40,16 +40,20 @@ class ExactFeedForward(FeedForward):
 
 
 class BertParts:
-    """Methods of an nn.Module that has `blocks`."""
+    """Methods of an nn.Module. Its parameters keep their order, by which an optimizer's state is saved and resumed, and
+    by which the weights are drawn: so one method adds what precedes the blocks, another what follows them."""
 
-    def add_bert_parts(self, c):
-        """Make the layers that the switches of a resolved config ask for."""
+    def add_bert_embeddings(self, c):
+        """The token types and the norm after the embeddings, where a resolved config asks for them."""
         self.types = nn.Embedding(c.n_type, c.width) if c.n_type else None
         self.embed_norm = make_norm(c) if c.embed_norm else nn.Identity()
-        self.pooler = nn.Linear(c.width, c.width) if c.pooler else None
+
+    def add_bert_layers(self, c):
+        """The pooler, and exact GELU in the `blocks`, where a resolved config asks for them."""
         if c.exact_gelu:
             for block in self.blocks:
                 block.ffn = ExactFeedForward(c)
+        self.pooler = nn.Linear(c.width, c.width) if c.pooler else None
 
     def bert_embedding(self, x, types=None):
         """x (B, T, C), types (B, T) or None for type 0 everywhere -> (B, T, C): plus the types' embedding, normalised.

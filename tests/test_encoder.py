@@ -130,6 +130,14 @@ def test_the_parameters_and_no_table_are_saved(changes, tmp_path):
         assert load_file(tmp_path / "model.safetensors").keys() == dict(model.named_parameters()).keys()
 
 
+def test_parameters_keep_their_order():
+    """By it an optimizer's state is saved, and a new model's weights are drawn."""
+    model = Encoder(EncoderConfig(**TINY_BERT))
+    order = list(dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters()))
+    inputs, heads = ["embed", "learned", "types", "embed_norm"], ["transform", "transform_norm", "classifier"]
+    assert order == ["token_bias", *inputs, "blocks", "pooler", *heads]
+
+
 def test_saved_and_opened_it_is_the_same(tmp_path):
     for i, model in enumerate([tiny(n_class=3), perturbed(Encoder(EncoderConfig(**TINY_BERT))), tiny(n_type=2)]):
         model.save_pretrained(tmp_path / str(i))

@@ -94,8 +94,8 @@ class Rollout:
 
 
 def truncate(probs, top_k=None, top_p=None, min_p=None):
-    """Zero the tail of each row of probs (B, V): all below the k-th largest; all but the smallest set that holds
-    probability p; all that are less than min_p times as likely as the likeliest. Rows need not sum to 1 afterwards."""
+    """Zero the tail of each row of probs (B, V): all below the k-th largest (ties stay); all but the smallest set that
+    holds probability p; all less than min_p times as likely as the likeliest. Rows need not sum to 1 afterwards."""
     if top_k is not None and top_k < probs.shape[-1]:
         kth = probs.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         probs = probs.masked_fill(probs < kth, 0.0)
@@ -172,11 +172,12 @@ def generate(
 
     generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
     on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; may return the rows to end
-        there, (N·n,) bool.
-    write: called in the same way; returns the ids that rows must take next instead of sampling, (N·n,), −1 where a row
-        samples. Such tokens are read as any other and count in max_new_tokens, but are not the policy's: mask False.
+        there, (N·n,) bool. live is False, and the id 0, also where `write` wrote.
+    write: called as write(ids (N·n,), live (N·n,)), written ids included; returns the ids that rows must take next
+        instead of sampling, (N·n,), −1 where a row samples. Such tokens are read as any other and count in
+        max_new_tokens, but are not the policy's: mask False.
     memory: bytes for the key/value cache, default half of what is free. Prompts that do not fit together are taken one
-        batch after the other, which changes no row except by rounding.
+        batch after the other, which changes no row except by rounding. With on_tokens or write all are one batch.
     static: decode with fixed shapes (StaticStep) where the layout allows it, default on a GPU.
     """
     c, longest = model.config, max((len(p) for p in prompts), default=0)
@@ -188,6 +189,11 @@ def generate(
         )
     if not temperature >= 0 or (top_k is not None and top_k < 1):
         raise ConfigError(f"temperature is {temperature} and top_k {top_k}; they must be at least 0 and 1")
+    if not 0 < (1 if top_p is None else top_p) <= 1 or not 0 <= (min_p or 0) <= 1 or not repetition_penalty > 0:
+        raise ConfigError(
+            f"top_p is {top_p}, min_p {min_p} and repetition_penalty {repetition_penalty}; they must be above 0 and at "
+            "most 1, from 0 to 1, and above 0"
+        )
     if max_new_tokens < 1 or n < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} and n is {n}; both must be at least 1")
     if uniforms is None:
@@ -200,7 +206,7 @@ def generate(
         free = free_memory(uniforms.device)
         memory = (1 << 40 if free is None else free) // 2
     a_row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * (longest + max_new_tokens)  # keys and values in fp32
-    watched = on_tokens is not None or write is not None  # by who knows the rows by their numbers
+    watched = on_tokens is not None or write is not None  # these address rows by number: one batch
     size = len(prompts) if watched else max(1, int(memory // (a_row * n)))  # prompts per batch
     choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, penalty=repetition_penalty)
     was_training = model.training
@@ -291,7 +297,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, choice, st
     mask = mask[:, : t + 1]  # a row that has ended writes on until it leaves
     require_finite(logprobs[:, : t + 1], mask)
     real = mask if write is None else mask | written[:, : t + 1]
-    whole = ids[:, : t + 1] * real, mask, logprobs[:, : t + 1] * mask
+    whole = ids[:, : t + 1] * real, mask, logprobs[:, : t + 1].masked_fill(~mask, 0.0)  # 0 · NaN would be NaN
     return whole if write is None else (*whole, written[:, : t + 1])
 
 

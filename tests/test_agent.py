@@ -29,7 +29,7 @@ import agent
 import grpo
 import sft
 from agent import END, TOOLS, Calls, Config, Tool, WithTools, calculator, encode_demonstration
-from data import Problem, load_problems
+from data import Problem, encode_prompt, load_problems
 from evaluate import evaluate
 from generate import generate
 from grpo import group_advantages, grpo_loss
@@ -660,7 +660,7 @@ def test_answers_are_evaluated_with_the_tools(here):
 def test_the_kl_is_that_of_the_policys_tokens(here):
     policy, tokenizer, _ = open_checkpoint("start")
     other, dist = tiny(tokenizer.vocab_size, context=64, std=0.05), devices.setup("cpu")
-    prompts = [sft.encode_prompt(tokenizer, p) for p in load_problems("twos.jsonl", "train", 6)]
+    prompts = [encode_prompt(tokenizer, p) for p in load_problems("twos.jsonl", "train", 6)]
     respond = WithTools(CALCULATOR, tokenizer)
     got = sampled_kl(policy, other, tokenizer, prompts, 14, dist, seed=3, respond=respond)
     uniforms = torch.rand(6, 14, generator=torch.Generator().manual_seed(3))

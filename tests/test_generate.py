@@ -110,6 +110,26 @@ def test_logits_that_are_not_finite_become_no_tokens(model, monkeypatch, at, set
     assert good.logprobs.isfinite().all()
 
 
+def test_what_a_row_meets_after_its_end_does_not_count(model, monkeypatch):
+    """A row that has ended decodes on until the batch shrinks; what it reads there may be no number."""
+    plain, uniforms = generate_module.sample, torch.rand(3, 9)
+    first = generate(model, PROMPTS, 1, uniforms=uniforms[:, :1]).ids[0].item()  # where row 0 ends
+    good, ended = generate(model, PROMPTS, 9, stop_ids=(first,), uniforms=uniforms), []
+
+    def broken(logits, *args, **options):
+        if ended:
+            logits = logits.clone()
+            logits[0] = math.nan
+        ended.append(True)
+        return plain(logits, *args, **options)
+
+    monkeypatch.setattr(generate_module, "sample", broken)
+    rollout = generate(model, PROMPTS, 9, stop_ids=(first,), uniforms=uniforms)
+    assert rollout.mask[0].sum() == 1
+    assert len(ended) > 1
+    assert torch.equal(rollout.logprobs, good.logprobs)
+
+
 def test_truncation_against_plain_lists():
     torch.manual_seed(0)
     for _ in range(20):
@@ -277,6 +297,11 @@ def test_what_generate_is_given_must_fit(model):
         ({"temperature": -1.0}, r"temperature is -1\.0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"top_k": 0}, "top_k 0"),
+        ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"top_p": 1.1}, r"top_p is 1\.1"),
+        ({"min_p": 2.0}, r"min_p 2\.0"),
+        ({"min_p": math.nan}, "min_p nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty 0\.0"),
         ({"uniforms": torch.rand(1, 5)}, r"uniforms are \(1, 5\), not \(1, 4\)"),
         ({"uniforms": torch.rand(2, 4)}, r"uniforms are \(2, 4\)"),
     ]:

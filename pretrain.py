@@ -4,7 +4,7 @@ By the chain rule of probability a text x_1 x_2 … has the probability Π_t π(
 makes the text as likely as it can, which is to make the mean of −log π as small as it can. With y the target of a
 position, the token after it, and z (V,) the logits there, V the size of the vocabulary:
 
-    L     = −(1/n) Σ log π(y | the tokens before it)    nats per token, over all n targets of the optimizer step
+    L     = −(1/n) Σ log π(y | the window up to it)     nats per token, over all n targets of the optimizer step
     dL/dz = (softmax(z) − onehot(y)) / n                for each target
 
 One step, for B windows of T tokens (main has the same four parts):
@@ -13,14 +13,14 @@ One step, for B windows of T tokens (main has the same four parts):
                                                             windows one token later                      (B, T) each
                  n = B · T                                  targets of the whole step, over micro-batches and ranks
     2. gradient  for x, y in micro_batches:                 --micro_batch of this rank's B / world       (b, T) each
-                     logπ = model(x, targets=y)             ids → states (b, T, width) → logits (V each, a
-                                                            slice of tokens at a time) → log_softmax[y]  (b, T)
+                     logπ = model(x, targets=y)             ids → states (b, T, C) → log_softmax[y]      (b, T)
                      nll  = −Σ logπ                         next_token_loss                              ()
                      backward(nll / n · world)              gradients add up over micro-batches; DDP and FSDP
                                                             average them over the ranks, world makes it a sum
     3. update    g  = g · min(1, clip / ‖g‖)                ‖g‖ over all weights; --clip 0 leaves g alone
                  lr = lr_at(step)                           a line up, then a cosine down to --floor
-                 optimizer step                             Muon for the blocks' matrices, AdamW for the rest
+                 optimizer step                             Muon for the blocks' matrices, AdamW for the rest; then the
+                                                            biases of experts, with --model.balancing bias
     4. look      log; every --eval_every steps validate, write a sample, keep the best checkpoint
 
 The defaults run 400 such steps on built-in stories: B = 16, T = 256, V = 768, 1.7 M parameters, one micro-batch per
@@ -32,21 +32,26 @@ Which option changes what:
     the gradient     --data, --tokenizer, --batch, --model.context and --seed (which tokens are in it), --init and
                      --model.* (the function), --clip (its length). With experts --aux_weight and --z_weight, which
                      add a balancing loss
-    the update       --optimizer, --lr, --warmup, --steps, --schedule, --floor, --weight_decay; with experts --bias_rate
+    the update       --optimizer, --lr, --warmup, --steps, --schedule, --floor, --weight_decay, --skip_nonfinite; with
+                     experts --bias_rate
     only rounding    --micro_batch, the number of ranks, --fsdp, --recompute, --compile, --dtype: they change memory and
-                     time. (Dropout draws other numbers in another cut, and the balancing loss is that of each
-                     micro-batch.)
+                     time. (Dropout draws other numbers in another cut and under --compile, and the balancing loss
+                     is that of each micro-batch.)
 
 Traps:
   * n is counted before the batch is cut. Averaging each micro-batch by itself, and then the means, is another loss
     wherever one micro-batch is smaller than the others (demo).
   * Inputs and targets are shifted once, in batch_at. A second shift trains the model to predict two tokens ahead.
+  * A window begins anywhere and may hold several stories. A target sees its own window alone, other stories in it
+    included (sft.py's packing masks these). Validation reads each story from its beginning where all fit, so its loss
+    is not the training loss on other text.
   * The loss starts near log V. On fresh text it cannot, on average, get below the entropy, which is known for the
     built-in stories (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that
     compares tokenizers.
   * --optimizer adamw wants about a sixth of Muon's learning rate.
-  * A loss or gradient that is not finite never reaches the weights: the run stops, or, with --skip_nonfinite true,
-    counts the step and goes on. (In fp16 an infinite gradient is the scaler's business, which skips that update.)
+  * A loss or gradient that is not finite never reaches the weights or the experts' biases: the run stops, or, with
+    --skip_nonfinite true, counts the step and goes on. (In fp16 an infinite gradient is the scaler's business, which
+    skips that update.)
 
 Mixed precision (arXiv:1710.03740): weights, their gradients and sums stay fp32; autocast runs the matrix products in
 bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and 6e-8, so there the scaler multiplies the loss, which
@@ -56,7 +61,8 @@ Many GPUs: torchrun starts one process, a rank, per GPU. Which windows a step re
 two ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two
 moments are 16 bytes per parameter (12 for a matrix that Muon trains: one moment).
 
-    DDP     the default       every rank holds the whole model, 16 bytes per parameter
+    DDP     the default       every rank holds the whole model, 16 bytes per parameter, and 4 more: the buckets that it
+                              sends hold the gradients a second time
     FSDP    --fsdp true       every rank holds 16 / world bytes per parameter, and gathers a block's weights only while
                               that block computes (ZeRO-3, arXiv:1910.02054; arXiv:2304.11277); while it accumulates,
                               the gradients whole as well
@@ -73,7 +79,7 @@ Run it:
 import contextlib
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -84,18 +90,17 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from data import DEFAULT_TASK, batch_at, load_text
 from moe import balancing_price, load_record, update_biases
 from optim import lr_at, make_optimizers, optimizer_step
-from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Whole
 from support.cli import run_script
 from support.content import weights_of
-from support.devices import peak_flops, precision, refuse_recompute, setup
+from support.decoder_setup import check_architecture, make_decoder
+from support.devices import precision, refuse_recompute, setup
 from support.errors import ConfigError
-from support.pretrain_report import bytes_of_tokens, draw, known_entropy, show, validate, validation_sequences
-from support.runs import Run, RunConfig, run_path, saved_run
+from support.pretrain_report import Look
+from support.runs import Run, RunConfig, run_path
 from support.sharding import refuse_fsdp
 from support.streams import make_streams
-from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
-from transformer import Transformer, TransformerConfig
+from transformer import TransformerConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # The loss.
@@ -113,10 +118,8 @@ def next_token_loss(model, x, y):
 def demo():
     """One step on six tokens: the loss and its gradient by hand, and why n is counted before the batch is cut."""
     names, ln2 = "abc", math.log(2)
-    table = (
-        torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64) * ln2
-    )  # (V, V); each row's softmax is ½ once and ¼ twice
-    table.requires_grad_()
+    table = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64) * ln2  # (V, V)
+    table.requires_grad_()  # each row's softmax is ½ once and ¼ twice
 
     def model(x, targets):  # (b, T) -> (b, T) log π: a model that sees one token only; table[x] are its logits
         return table[x].log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
@@ -134,8 +137,8 @@ def demo():
     (gradient,) = torch.autograd.grad(loss, table)
     assert abs(loss.item() - 8 * ln2 / 6) < 1e-12  # four times ½, twice ¼: 4 ln 2 + 2 · 2 ln 2
     by_hand = [[0.75, -0.5, -0.25], [-1, 0.5, 0.5], [-0.75, 0.25, 0.5]]  # after a, b, c: sums of the lines above
-    worst = (gradient - torch.tensor(by_hand) / 6).abs().max().item()
-    assert worst < 1e-7
+    worst = (gradient - torch.tensor(by_hand, dtype=torch.float64) / 6).abs().max().item()
+    assert worst < 1e-12
     print(f"loss = 8 ln 2 / 6 = {loss:.4f} nats per token = {loss / ln2:.3f} bits")
     print(f"gradient of the logits after a: (+0.75 -0.50 -0.25) / 6; autograd's differ by {worst:.0e} at most")
 
@@ -202,48 +205,13 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model.context < 2:
-            context = self.model.context
-            raise ConfigError(f"--model.context is {context}; it must be at least 2 to sample a token after another")
-        if self.model.n_expert and self.model.n_expert_active == 1 and self.model.norm_topk_prob and not self.init:
-            raise ConfigError(
-                "one active expert, whose weight p / p is 1, leaves the router without a gradient: "
-                "add --model.norm_topk_prob false"
-            )
+        check_architecture(self)
         if self.fsdp and self.compile:
             raise ConfigError("--fsdp and --compile do not work together here; leave one of them out")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Set-up.
-
-
-def make_tokenizer(kind, texts, vocab_size):
-    """--tokenizer bpe, char or byte, trained on {split: texts}; anything else is the directory of one."""
-    if kind == "bpe":
-        return BPETokenizer.train(texts["train"], vocab_size)
-    if kind == "char":
-        return CharTokenizer.train([*texts["train"], *texts["valid"]])
-    if kind == "byte":
-        return ByteTokenizer()
-    return load_tokenizer(kind)
-
-
-def make_decoder(config, dist, texts):
-    """-> (decoder in CPU memory, tokenizer, config with the decoder's architecture): those of --init, or random weights
-    and a tokenizer trained on these texts, {split: texts}."""
-    if config.init:
-        policy, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
-        return policy, tokenizer, replace(config, model=policy.config)
-    if config.model.vocab_size != TransformerConfig.vocab_size:
-        raise ConfigError("--model.vocab_size is the tokenizer's; for another size of its vocabulary use --vocab_size")
-    if config.resume:
-        tokenizer = load_tokenizer(saved_run(run_path(config)))
-    else:  # trained on rank 0
-        tokenizer = dist.from_main(lambda: make_tokenizer(config.tokenizer, texts, config.vocab_size))
-    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    torch.manual_seed(config.seed)  # the same weights on every rank
-    return Transformer(config.model), tokenizer, config
+# One rank or many.
 
 
 def distribute(policy, config, dist, autocast):
@@ -283,9 +251,10 @@ def shard(policy, dist, autocast):
 
 
 def main(config):
-    """Train; returns {"valid_loss" (after the last step, over all of the validation text), "path" (of best/)}."""
+    """Train; returns {"valid_loss" (after the last step, over all of the validation text; best/ is chosen by the loss
+    on --eval_tokens of it), "path" (of best/)}."""
     dist = setup(config.device)
-    share = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
+    per_rank = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
     refuse_fsdp(config, dist, scaler)
     if config.recompute:
@@ -295,41 +264,29 @@ def main(config):
     policy, tokenizer, config = make_decoder(config, dist, texts)
     context = config.model.context  # T
     streams = make_streams(config, dist, tokenizer, context, texts)  # all documents as one array of ids, on disk
-    documents = tokenizer.encode_batch(texts["valid"]) if len(texts["valid"]) > 1 else []
-    validation = partial(validation_sequences, documents, streams["valid"], context, tokenizer.endoftext_id)
-    byte_lengths, entropy = bytes_of_tokens(tokenizer), known_entropy(config.data, documents)
-
     reads = weights_of(config.init, policy) if config.init else {}
-    # policy is the bare decoder, model the same weights, perhaps compiled or in DDP: only the loss goes through model.
+    # `model` wraps `policy`: forward passes of the loss go through it, everything else through `policy`.
     model = distribute(policy, config, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    state = {"skipped": 0, "whole": math.nan}  # steps left out; the last validation loss
-    curves = partial(draw, config, policy.num_params(), entropy)
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=math.inf, lower_is_better=True, chat=False,
-              parts={"streams": streams}, reads=reads, on_save=curves, **state)  # fmt: skip
-    with autocast():
-        at_peak = policy.flops_per_token(context) / (peak_flops(dist) * dist.world)  # seconds per token
-    if dist.is_main:
-        per_step, n_text = config.batch * context, len(streams["train"])
-        print(
-            f"{policy.num_params():,} parameters, vocabulary {tokenizer.vocab_size}, {n_text:,} training tokens; "
-            f"{config.steps} steps of {per_step:,} = {config.steps * per_step / n_text:.1f} epochs"
-        )
+              parts={"streams": streams}, reads=reads, skipped=0, last_valid=math.nan)  # fmt: skip
+    look = Look(run, texts["valid"], streams, autocast)
+    look.before()
 
     for step in run.steps():
-        # 1. the batch: B windows of T tokens, of which this rank reads its share
+        # 1. the batch: B windows of T tokens, of which this rank reads its part
         started = time.perf_counter()
-        windows = batch_at(streams["train"], step, share, context, config.seed, dist.rank, dist.world)
+        windows = batch_at(streams["train"], step, per_rank, context, config.seed, dist.rank, dist.world)
         inputs, targets = (torch.from_numpy(ids).to(dist.device) for ids in windows)  # (B / world, T) each
         n = config.batch * context  # targets of the whole step, over micro-batches and ranks
 
         # 2. the gradient: parts of it add up, over micro-batches and ranks
-        loss, price_sum = 0.0, 0.0  # means over the n targets
-        for i in range(0, share, config.micro_batch):
+        nll_mean, price_mean = 0.0, 0.0  # over the n targets
+        for i in range(0, per_rank, config.micro_batch):
             x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, T) each
             # The ranks exchange their gradients in the last backward pass alone.
-            last = i + config.micro_batch >= share
+            last = i + config.micro_batch >= per_rank
             if config.fsdp:
                 policy.set_requires_gradient_sync(last)
             ddp_waits = dist.world > 1 and not config.fsdp and not last
@@ -340,51 +297,30 @@ def main(config):
                     price = y.numel() * balancing_price(policy, config.aux_weight, config.z_weight)
                 # DDP and FSDP average over the ranks; * world makes the average a sum.
                 scaler.scale((nll + price) / n * dist.world).backward()
-            loss += nll.detach() / n
-            price_sum += price.detach() / n
-        loss, price_sum = dist.sum(loss, price_sum)
+            nll_mean += nll.detach() / n
+            price_mean += price.detach() / n
+        nll_mean, price_mean = dist.sum(nll_mean, price_mean)
 
         # 3. the update: clip, then a step of Muon and AdamW; none where the loss or the gradient is not finite
         lr = lr_at(step, config.steps, config.lr, config.warmup, config.floor, config.schedule)
-        norm = math.nan
-        if math.isfinite(loss):
+        if math.isfinite(nll_mean):
             norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
-        policy.zero_grad(set_to_none=True)
-        # A scaler meets infinite gradients now and then: it has skipped the update itself and lowers its scale.
-        overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
-        if not overflow and not (math.isfinite(loss) and math.isfinite(norm)):
-            run.state.skipped += 1
-            if not config.skip_nonfinite:
-                good = saved_run(run.path) or "none yet"
-                advice = f"last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true"
-                run.check_finite(lr, norm, advice, loss=loss)  # raises
+        else:
+            norm = math.nan
+            policy.zero_grad(set_to_none=True)
+        run.stop_or_skip(lr, norm, config.skip_nonfinite, loss=nll_mean)
+        balance = {}
+        if config.model.n_expert:
+            balance = {"balancing_loss": price_mean} | (load_record(policy) if run.due(config.eval_every) else {})
+            # --model.balancing bias: the biases move where the weights did. All counts of loads begin anew.
+            update_biases(policy, config.bias_rate if math.isfinite(norm) else 0.0)
 
         # 4. look: log, and every so often validate, write a sample, keep the best checkpoint
         speed = n / (time.perf_counter() - started)
-        record = {"loss": loss, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
-        record |= {"skipped": run.state.skipped, "tokens_per_second": speed, "mfu": speed * at_peak}
-        if config.model.n_expert:
-            record |= {"balancing_loss": price_sum} | (load_record(policy) if run.due(config.eval_every) else {})
-            update_biases(policy, config.bias_rate)  # of --model.balancing bias; and the counts of loads start again
-        if run.due(config.eval_every):
-            losses = validate(policy, validation(config.eval_tokens), byte_lengths, dist, autocast)
-            score = losses[0]  # the best is chosen on the same tokens each time
-            if step + 1 == config.steps:
-                losses = validate(policy, validation(), byte_lengths, dist, autocast)
-            record["valid_loss"], record["valid_bits_per_byte"] = losses
-            run.state.whole = losses[0]
-            show(run, policy, tokenizer, record, texts["valid"][0])
-            run.keep_best(score)
-        run.log(step + 1, **record)
-        run.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:,.0f}")
+        record = {"loss": nll_mean, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
+        look.at_step(record | {"tokens_per_second": speed} | balance)
     run.close()
-
-    if dist.is_main:
-        floor = f", entropy of the text {entropy:.4f}" if entropy else ""
-        skipped = f"; {run.state.skipped} steps skipped" if run.state.skipped else ""
-        where = f"{run.path}/best, {run.path}/curves.png"
-        print(f"validation loss {run.state.whole:.4f} nats per token{floor}{skipped}; {where}")
-    return {"valid_loss": run.state.whole, "path": str(run.path / "best")}
+    return look.after()
 
 
 if __name__ == "__main__":

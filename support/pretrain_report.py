@@ -1,6 +1,7 @@
-"""Where a pretraining run stands: the loss on validation text, a sample of what the model writes, the pictures."""
+"""Where a pretraining run stands: its log, the loss on validation text, samples of what it writes, the pictures."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,10 +9,71 @@ import torch
 from attention import attention_weights
 from data import task_of
 from generate import generate
+from support.devices import peak_flops
 from support.errors import DivergedError
 from support.plots import draw_attention, draw_curves, draw_experts
 from support.runs import RUNS
 from support.sharding import unsharded
+
+
+class Look:
+    """What a pretraining run shows beside its steps: before(), at_step() each, after(). It has the curves drawn each
+    time that last/ is saved.
+
+    texts: the validation documents; streams: {"train", "valid"}, arrays of ids.
+    """
+
+    def __init__(self, run, texts, streams, autocast):
+        tokenizer, context = run.tokenizer, run.config.model.context
+        self.run, self.texts, self.streams, self.autocast = run, texts, streams, autocast
+        documents = tokenizer.encode_batch(texts) if len(texts) > 1 else []
+        self.sequences = partial(validation_sequences, documents, streams["valid"], context, tokenizer.endoftext_id)
+        self.byte_lengths, self.entropy = bytes_of_tokens(tokenizer), known_entropy(run.config.data, documents)
+        with autocast():  # seconds per token, if every rank computed at its peak
+            self.at_peak = run.model.flops_per_token(context) / (peak_flops(run.dist) * run.dist.world)
+        run.on_save = lambda: draw(run.config, run.model.num_params(), self.entropy)
+
+    def before(self):
+        """Print what is trained, and how long."""
+        run, config = self.run, self.run.config
+        if run.dist.is_main:
+            per_step, n_text = config.batch * config.model.context, len(self.streams["train"])
+            print(
+                f"{run.model.num_params():,} parameters, vocabulary {run.tokenizer.vocab_size}, {n_text:,} training "
+                f"tokens; {config.steps} steps of {per_step:,} = {config.steps * per_step / n_text:.1f} epochs"
+            )
+
+    def validate(self, most_tokens=None):
+        """-> nats per token, bits per byte: of all of the validation text, or of about so many tokens."""
+        run = self.run
+        return validate(run.model, self.sequences(most_tokens), self.byte_lengths, run.dist, self.autocast)
+
+    def at_step(self, record):
+        """Log a step's record; every --eval_every steps validate, write a sample, keep the best checkpoint."""
+        run, config = self.run, self.run.config
+        step, speed = run.done + 1, record["tokens_per_second"]
+        record = record | {"skipped": run.state.skipped, "mfu": speed * self.at_peak}
+        if run.due(config.eval_every):
+            losses = self.validate(config.eval_tokens)
+            chosen_by = losses[0]  # the best is chosen on the same tokens each time
+            if step == config.steps:
+                losses = self.validate()
+            record["valid_loss"], record["valid_bits_per_byte"] = losses
+            run.state.last_valid = losses[0]
+            show(run, run.model, run.tokenizer, record, self.texts[0])
+            run.keep_best(chosen_by)
+        run.log(step, **record)
+        run.bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", tok_s=f"{speed:,.0f}")
+
+    def after(self):
+        """Print the last validation loss -> what pretrain.main returns."""
+        run, loss = self.run, self.run.state.last_valid
+        if run.dist.is_main:
+            floor = f", entropy of the text {self.entropy:.4f}" if self.entropy else ""
+            skipped = f"; {run.state.skipped} steps skipped" if run.state.skipped else ""
+            where = f"{run.path}/best, {run.path}/curves.png"
+            print(f"validation loss {loss:.4f} nats per token{floor}{skipped}; {where}")
+        return {"valid_loss": loss, "path": str(run.path / "best")}
 
 
 def validation_sequences(documents, stream, context, separator, most_tokens=None):

@@ -186,11 +186,15 @@ class Run:
         if self.dist.is_main:
             self.bar.write(text)
 
-    def check_finite(self, lr, norm=None, advice="try a smaller --lr", **losses):
-        """Raise DivergedError if a loss is not finite, or the gradient norm is not. An fp16 scaler handles an infinite
-        norm itself: it skips the step and lowers its scale. norm None: not computed yet."""
+    def is_finite(self, norm, losses):
+        """Whether {name: loss} and the gradient norm are finite. An fp16 scaler handles an infinite norm itself: it
+        skips the step and lowers its scale. norm None: not computed yet."""
         norm_ok = norm is None or math.isfinite(norm) or self.scaler.is_enabled()
-        if norm_ok and all(map(math.isfinite, losses.values())):
+        return norm_ok and all(map(math.isfinite, losses.values()))
+
+    def check_finite(self, lr, norm=None, advice="try a smaller --lr", **losses):
+        """Raise DivergedError unless `is_finite`."""
+        if self.is_finite(norm, losses):
             return
         self.bar.close()  # a sweep continues with the next run
         self.close_log()
@@ -198,6 +202,15 @@ class Run:
         values |= {} if norm is None else {"gradient norm": norm}
         problem = ", ".join(f"the {name} is {value}" for name, value in values.items())
         raise DivergedError(f"{problem} at step {self.done} (learning rate {lr:.1e}); {advice}")
+
+    def stop_or_skip(self, lr, norm, skip, **losses):
+        """`check_finite`; but with `skip`, count the step in state.skipped and go on."""
+        if not self.is_finite(norm, losses):
+            self.state.skipped += 1
+            if not skip:
+                good = saved_run(self.path) or "none yet"
+                advice = f"last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true"
+                self.check_finite(lr, norm, advice, **losses)
 
     def close(self):
         """After the last step: write last/, close the log, restore the usual Ctrl-C. ConfigError if the disk never had

@@ -14,7 +14,7 @@ from conftest import ROOT, assert_one_line_error, metrics, script
 from tiny import config, flags
 
 import pretrain
-from support import files, runs, trackers
+from support import files, pretrain_report, runs, trackers
 from support.errors import ConfigError
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "", "PYTHONUNBUFFERED": ""}
@@ -190,7 +190,7 @@ def test_best_is_the_best_that_could_be_written(here, monkeypatch):
         return save(path, name, *rest)
 
     monkeypatch.setattr(runs, "save", full)
-    monkeypatch.setattr(pretrain, "validate", lambda *_: (next(losses, 9.0), 1.0))
+    monkeypatch.setattr(pretrain_report, "validate", lambda *_: (next(losses, 9.0), 1.0))
     pretrain.main(config(steps=3, eval_every=1))
     assert refused == [True, False, True]
 

@@ -1,6 +1,7 @@
 """moe.py against transformers' Mixtral and Qwen3-MoE, the dense form, counts by hand, and autograd."""
 
 import copy
+import itertools
 import math
 import os
 import subprocess
@@ -612,6 +613,38 @@ def test_two_processes_equal_one(here):
     for name in ("load_min", "load_max", "balancing_loss"):
         one, two = (metrics(here / f"runs/by{n}", name) for n in (1, 2))
         assert one == pytest.approx(two, rel=1e-3)
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_skipped_step_moves_no_bias(here, monkeypatch, fault):
+    """Nor do its counts weigh in the next step."""
+
+    def loss(*args):
+        nll = plain(*args)
+        if next(calls) != 1:  # of the second step
+            return nll
+        if fault == "loss":
+            return nll * math.nan
+        nll.register_hook(lambda gradient: gradient * math.nan)
+        return nll
+
+    def update(model, u):
+        counted.append([layer.counts.sum().item() for layer in moe.moe_layers(model)])
+        move(model, u)
+
+    calls, counted = itertools.count(), []
+    plain, move = pretrain.next_token_loss, pretrain.update_biases
+    monkeypatch.setattr(pretrain, "next_token_loss", loss)
+    monkeypatch.setattr(pretrain, "update_biases", update)
+    train(name="skips", skip_nonfinite=True, save_every=1, keep=3, steps=3)
+    first, second, third = (weights(here / f"runs/skips/step_000000{i}") for i in (1, 2, 3))
+    name = "blocks.0.ffn.selection_bias"
+    assert metrics(here / "runs/skips", "skipped") == {1: 0, 2: 1, 3: 1}
+    assert first[name].abs().max() > 0
+    for weight in first:
+        assert torch.equal(first[weight], second[weight]), weight
+    assert not torch.equal(second[name], third[name])
+    assert counted == [[8 * 32 * 2] * 2] * 3  # windows, tokens, active experts; two layers
 
 
 def test_resuming_keeps_the_biases(here):

@@ -25,7 +25,7 @@ import pretrain
 from data import load_problems
 from support import devices, launch, nodes, runs
 from support.errors import ConfigError
-from tokenizer_bpe import BPETokenizer
+from tokenizer_bpe import BPETokenizer, CharTokenizer
 from transformer import Transformer, TransformerConfig
 
 # ------------------------------------------------------------------------------------------------ two nodes
@@ -198,7 +198,7 @@ def test_grpo_on_two_nodes_of_which_one_is_killed(net, here, monkeypatch):
 def test_nodes_that_differ_are_refused_before_the_first_step(net, here):
     """Node 1 has another learning rate, text, start, torch and script, and runs/ is shared: one line, on each node."""
     torch.manual_seed(0)
-    tokenizer = pretrain.CharTokenizer.train([TEXT])
+    tokenizer = CharTokenizer.train([TEXT])
     for folder in (here, here / "other"):
         (folder / "start").mkdir(parents=True)
         Transformer(TransformerConfig(tokenizer.vocab_size, **MODEL)).save_pretrained(folder / "start")

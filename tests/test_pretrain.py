@@ -17,10 +17,11 @@ from tiny import MODEL, TEXT, config, flags
 
 import pretrain
 import transformer
-from pretrain import next_token_loss, validate, validation_sequences
+from pretrain import next_token_loss
 from support import devices, pretrain_report, runs, streams
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError, TokenizerError
+from support.pretrain_report import validate, validation_sequences
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -310,7 +311,7 @@ def test_the_alphabet_is_that_of_the_whole_text(here):
 def test_the_best_is_chosen_on_the_same_rows_each_time(here, monkeypatch):
     """The last evaluation reads all of the text, which may be easier; that is no reason to call it the best."""
     losses = iter([(3.0, 1.0), (3.5, 1.0), (2.0, 1.0)])  # the part at step 2, the part at 4, the whole at 4
-    monkeypatch.setattr(pretrain, "validate", lambda *_: next(losses))
+    monkeypatch.setattr(pretrain_report, "validate", lambda *_: next(losses))
     result = pretrain.main(config(steps=4, eval_every=2))
     assert result["valid_loss"] == 2.0
     assert list(metrics("runs/pretrain", "valid_loss").values()) == [3.0, 2.0]

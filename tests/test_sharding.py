@@ -12,7 +12,7 @@ from tiny import MODEL, TEXT, config
 import grpo
 import pretrain
 from lora import LoraConfig
-from support import devices
+from support import devices, pretrain_report
 from support.errors import ConfigError
 from transformer import TransformerConfig
 
@@ -33,7 +33,7 @@ def sharded_case(case, **changes):
 
 def run_sharded():
     """What each of two ranks does: all cases, and the first two again from step 4, with FSDP and without."""
-    pretrain.draw = lambda *args: None  # the pictures are the most of a short run's time
+    pretrain_report.draw = lambda *args: None  # the pictures are the most of a short run's time
     dist = devices.setup("cpu")
     for case in SHARDED:
         done = sharded_case(case, name=f"{case}/two", micro_batch=3, fsdp=True)  # 4 windows a rank, in two parts
@@ -62,7 +62,7 @@ def test_sharded_equals_one_process(here, monkeypatch):
     )
     process = script(here / "ranks.py", cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
-    monkeypatch.setattr(pretrain, "draw", lambda *args: None)
+    monkeypatch.setattr(pretrain_report, "draw", lambda *args: None)
     for case in SHARDED:
         pretrain.main(sharded_case(case, name=f"{case}/one"))
         near = 0.01 if case == "bf16" else 1e-5  # autocast leaves gains in fp32, FSDP gathers them in bf16

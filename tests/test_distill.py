@@ -30,7 +30,7 @@ from generate import generate
 from grpo import grpo_loss
 from lora import LoraConfig
 from sft import sft_loss
-from support import devices, runs, taught, teachers
+from support import devices, runs, sft_start, taught, teachers
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
 from support.sampled_kl import sampled_kl
@@ -724,7 +724,7 @@ def test_both_starts_are_made_once_and_the_student_is_half_as_wide(scratch, monk
         asked.append((name, stage, settings))
         return f"runs/{name}"
 
-    for module in (teachers, sft):
+    for module in (teachers, sft_start):
         monkeypatch.setattr(module, "make_start_once", make)
     settings, dist = Config(seed=3, levels=[1]), devices.setup("cpu")
     assert student_start(settings, dist) == "runs/start/word-seed3-student"

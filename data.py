@@ -312,10 +312,10 @@ def load_judged(
     name: str | Path,
     split: str = "train",
     n: int | None = None,
+    skip_bad: bool = False,
     levels: Sequence[int] = (1, 2),
     seed: int = 0,
     kinds: Sequence[str] | None = None,
-    skip_bad: bool = False,
 ) -> list[Judged]:
     """Single answers of a split, each good or bad, from at most n records. The other arguments: as for `load_pairs`.
 

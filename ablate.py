@@ -92,6 +92,7 @@ from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.cli import run_script
 from support.content import content_of_data
+from support.devices import return_freed_memory
 from support.errors import ConfigError, DivergedError
 from support.experiments import EXPERIMENTS
 from support.files import to_json, with_nan, write_whole
@@ -303,6 +304,7 @@ def run_one(settings, folder, threads):
         if STATE["stopped"]:
             raise KeyboardInterrupt
         torch.set_num_threads(threads)
+        return_freed_memory()  # that of the run before
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -8,11 +8,11 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
     difference      the same of the n *paired* differences a_i − b_i, i the seed
     p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees: how often equal variants differ so
     Holm            of m comparisons sorted by p, the k-th smallest becomes (m − k + 1) p, and none falls below the one
-                    before it: then at most 5 % of the tables with no real difference call any significant
+                    before it: then at most 5 % of the columns with no real difference call any significant
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 4.30 for three seeds and not the normal law's 1.96, because s is itself estimated from few numbers. The same
-seed gives both variants the same start and the same data order: what the pair shares cancels, which two separate
+seed gives both variants the same data order and, where their shapes agree, the same start: what they share cancels, which two separate
 intervals would hide (`demo`). A difference is *significant* if its p, corrected over the comparisons of its column, is
 below 0.05. With a single comparison that is an interval that leaves out 0.
 
@@ -37,8 +37,8 @@ Traps:
 * Each interval is for its difference alone: of twenty that are all 0, one is expected to leave out 0. The p are
   corrected for that; the intervals are not.
 * The interval is of the seeds' spread, not of the test problems', which stay the same.
-* Choosing a variant by the test split would flatter it. No experiment does: losses are those of the validation split,
-  accuracies those of the held-out test problems, seen once.
+* Choosing a variant by the test split would flatter it. Tuning uses the validation split; accuracies are those of the
+  held-out test problems, so a page that compares settings by them is no recommendation of the best.
 
 A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit and all settings, defaults included. While the
 settings stay the same it is not repeated. An interrupted run starts over; one that diverged has that as its result.

@@ -12,9 +12,9 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 4.30 for three seeds and not the normal law's 1.96, because s is itself estimated from few numbers. The same
-seed gives both variants the same data order and, where their shapes agree, the same start: what they share cancels, which two separate
-intervals would hide (`demo`). A difference is *significant* if its p, corrected over the comparisons of its column, is
-below 0.05. With a single comparison that is an interval that leaves out 0.
+seed gives both variants the same data order and, where their shapes agree, the same start: what they share cancels,
+which two separate intervals would hide (`demo`). A difference is *significant* if its p, corrected over the comparisons
+of its column, is below 0.05. With a single comparison that is an interval that leaves out 0.
 
 An experiment is a row of EXPERIMENTS: a question, what is held, and its variants. A variant is a stage and the flags
 that differ, so every run can be repeated by hand with the stage's own script (or `measure`: a start as it is, without

@@ -1,8 +1,8 @@
 """Decoding: turn a model into text, one row or a thousand at a time.
 
-    token_t ~ softmax(logits_t / temperature)                drawn by token = CDF⁻¹(u), u uniform in [0, 1)
+    token_t ~ softmax(logits_{t−1} / temperature)            drawn by token = CDF⁻¹(u), u uniform in [0, 1)
 
-`generate`, for N prompts and n rollouts of each; B = N·n rows, fewer as rows end; S the longest prompt's length:
+`generate`, for N prompts and n rollouts of each; B = N·n rows, fewer as rows end:
 
     logits, cache = model(prompts)                prefill: each prompt is read once, all in one pass      (N, V)
     logits, cache = repeat(n)                     the n rollouts of a prompt start from one cache         (N·n, V)
@@ -29,16 +29,17 @@ What makes it fast:
 
 * the prompts of a batch are padded on the *left*, so that all rows write their next token into the same cache slot; a
   mask hides the pads, and each row counts its own positions;
-* rows that have met a stop token leave the batch as soon as a quarter of it is done (half, on a GPU);
+* rows that have met a stop token leave the batch as soon as a quarter of it is done (half, on a GPU), in fours;
 * with one token per row a step is mostly the cost of starting operations: for the usual layouts `Decoder`
-  (support/fast_decode.py) computes Transformer.forward's numbers with fewer and larger ones, and on a GPU starts them
-  all at once, as a CUDA graph. Every other model computes its own steps.
+  (support/fast_decode.py) computes the same logits with fewer, larger operations, and on a GPU starts them all at once,
+  as a CUDA graph. Every other model decodes with its own forward.
 
 What a row says does not depend on the rows beside it, on when they leave, or on how a batch is spread over GPUs: the
 table u fixes all randomness beforehand. That holds up to rounding. In fp32 the rows agree; in bf16 a batch of another
 size rounds differently, and a token on the border of two may fall to the other.
 
-Letters: N prompts, n rollouts each, B rows still in the batch, S length of the longest prompt, V vocabulary.
+Letters: N prompts, n rollouts each (R in the chapters that train on them), B rows still in the batch, S length of the
+longest prompt, T of the longest completion, V vocabulary.
 
 Run it:
     python generate.py --checkpoint runs/sft --prompt "Tom has 5 apples. He buys 3 more. How many now?"
@@ -129,7 +130,8 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
     else:
         probs = chosen.softmax(-1)
         cdf = truncate(probs, top_k, top_p, min_p).cumsum(-1)  # (B, V)
-        # right=True: the first token whose cumulative mass exceeds u, so one of probability 0 is never drawn
+        # right=True: the first token whose cumulative mass exceeds u, so one of probability 0 is never drawn. The clamp
+        # is for rows of NaN.
         ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
         if chosen is scaled:  # what was drawn from is the model's own softmax
             return ids.squeeze(-1), probs.gather(-1, ids).log().squeeze(-1)
@@ -178,7 +180,8 @@ def generate(
         max_new_tokens, but are not the policy's: mask False.
     memory: bytes for the key/value cache, default half of what is free. Prompts that do not fit together are taken one
         batch after the other, which changes no row except by rounding. With on_tokens or write all are one batch.
-    static: decode with fixed shapes (StaticStep) where the layout allows it, default on a GPU.
+    static: decode with fixed shapes (StaticStep of support/fast_decode.py) where the layout allows it, default on a
+        GPU.
     """
     c, longest = model.config, max((len(p) for p in prompts), default=0)
     if not prompts or not all(prompts):
@@ -235,7 +238,7 @@ def prefill(model, prompts, n, max_new_tokens, static):
     cache = model.make_cache(len(prompts), longest)
     logits = model(tokens, positions, real if padded else None, cache, last_only=True)[:, -1]  # (N, V)
     logits, cache = logits.repeat_interleave(n, dim=0), cache.repeat(n, longest + max_new_tokens)  # N·n rows of each
-    position, visible = positions[:1, -1], None  # of the last token read, and what may be seen: the same for all rows
+    position, visible = positions[:1, -1], None  # (1,) of the last token read, for all; None: all slots are seen
     if padded:
         position, visible = (x.repeat_interleave(n, dim=0) for x in (positions[:, -1], real))  # (N·n,), (N·n, S)
         visible = F.pad(visible, (0, max_new_tokens), value=True)  # (N·n, S + max_new_tokens)
@@ -286,7 +289,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, choice, st
         if seen is not None:
             seen[torch.arange(len(token), device=device), token] = True
         # Finished rows fill the batch up to a multiple of 4, because every new number of rows costs something: see
-        # round_up_to_8.
+        # round_up_to_8 in support/shared_prompt.py.
         few = -(-left // 4) * 4
         if few <= decoder.shrink_below * len(live):
             stay = live.argsort(descending=True, stable=True)[:few]
@@ -294,9 +297,9 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, choice, st
             row = stay if isinstance(row, slice) else row[stay]
             live, token, seen = live[stay], token[stay], None if seen is None else seen[stay]
         logits = decoder(token)  # (B, V)
-    mask = mask[:, : t + 1]  # a row that has ended writes on until it leaves
+    mask = mask[:, : t + 1]
     require_finite(logprobs[:, : t + 1], mask)
-    real = mask if write is None else mask | written[:, : t + 1]
+    real = mask if write is None else mask | written[:, : t + 1]  # a row that has ended writes on until it leaves
     whole = ids[:, : t + 1] * real, mask, logprobs[:, : t + 1].masked_fill(~mask, 0.0)  # 0 · NaN would be NaN
     return whole if write is None else (*whole, written[:, : t + 1])
 

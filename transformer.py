@@ -1,16 +1,16 @@
 """The decoder: token ids in, a distribution over the next token out.
 
-    log π(token_t | tokens before it) = log softmax(logits_{t−1})[token_t]           Qwen3's layout, arXiv:2505.09388
+    log π(token_t | tokens before it) = log softmax(logits_{t−1})[token_t]
 
-One forward pass, `Transformer.forward`:
+One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.09388):
 
     x = E[tokens]                              (B, T) -> (B, T, C)
     cos, sin = RoPE at the positions           (T, D) each, the same for all layers
     for each of n_layer blocks:
         a = Attention(Norm1(x))                (B, T, C)      tokens read those before them; fills the cache
         x = x + a
-        f = FeedForward(Norm2(x))              (B, T, C)      each token by itself:
-            down(silu(gate h) ⊙ up h)          (B, T, C) -> (B, T, inner) -> (B, T, C), h = Norm2(x)
+        f = FeedForward(Norm2(x))              (B, T, C)      each token by itself. With h = Norm2(x):
+            down(silu(gate h) ⊙ up h)          (B, T, C) -> (B, T, inner) -> (B, T, C)
         x = x + f
     logits = Norm(x) Eᵀ                        (B, T, V)      or, with targets, log π(targets) (B, T)
 
@@ -19,9 +19,9 @@ biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropo
 of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned positions, GELU, biases).
 
     field            what it changes
-    norm_placement   pre: above. post: x = Norm(x + f(x)), Vaswani et al. 2017, said to need a warm-up (not seen at 12
-                     layers, results/norm-placement.md; at 48 it fails with one, norm-depth.md). sandwich:
-                     x = x + Norm(f(Norm(x))), arXiv:2105.13290, bounds what a branch adds
+    norm_placement   pre: above. post: x = Norm(x + f(x)), Vaswani et al. 2017. It is said to need a warm-up: here it
+                     does not at 12 layers (results/norm-placement.md), and at 48 fails even with one (norm-depth.md).
+                     sandwich: x = x + Norm(f(Norm(x))), arXiv:2105.13290, bounds what a branch adds
     activation       swiglu (arXiv:2002.05202): three matrices where gelu has two, so at equal parameters the inner
                      width is 2/3 of the usual 4 C
     tie_embeddings   whether the output matrix is E
@@ -31,10 +31,10 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
 At the start the matrices that write into the residual stream (`wo`, `down`) are smaller by √(2 n_layer), so that the
 sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-`token_logprobs` is the one place where log π(token) is computed, for pretraining, SFT and every RL stage: shift,
-gather, temperature. Entry t belongs to token t + 1, so a mask over tokens meets it as mask[:, 1:]. It asks the model
-for the log-probabilities of given targets instead of logits: a large vocabulary never holds a (B, T, V) tensor in fp32,
-and a DDP-wrapped model still sees a plain forward.
+`forward` with targets is the one place where log π(token) is computed, for pretraining, SFT and every RL stage. It
+returns the log-probabilities of given tokens instead of logits: no (B, T, V) tensor in fp32 is ever held, and a
+DDP-wrapped model still sees a plain forward. `token_logprobs` shifts for it: entry t belongs to token t + 1, so a mask
+over tokens meets it as mask[:, 1:].
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
 Qwen3-MoE open here as published, also by hub name, and `transformers` opens what is saved here as whichever of them
@@ -102,7 +102,7 @@ class TransformerConfig:
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     """Where it stands; sandwich is before and after each branch."""
     norm_eps: Positive = 1e-6
-    """Added to the variance before the root."""
+    """Added to the variance, or RMSNorm's mean square, before the root."""
     positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     """How a token knows its place."""
     rope_theta: Positive = 10000.0
@@ -212,7 +212,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(inner, C, bias=config.bias)
 
     def forward(self, x):
-        x = cast_once(x)
+        x = cast_once(x)  # to autocast's dtype, for gate and up together
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2 was trained with the tanh form
@@ -237,7 +237,7 @@ class Block(nn.Module):
         self.placement = c.norm_placement
 
     def forward(self, x, rope, mask, cache, layer, last_only=False):
-        """(B, T, C) -> (B, T, C); with last_only (B, 1, C), the last token alone."""
+        """(B, T, C) -> (B, T, C); with last_only (B, 1, C), the last token alone. The rest as in Attention.forward."""
         a = self.attn(x if self.placement == "post" else self.norm1(x), rope, mask, cache, layer, last_only)
         x = x[:, -1:] if last_only else x
         if self.placement == "post":
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         """tokens (B, T) -> the normalised states that the output matrix reads, (B, T, C); the rest as in `forward`."""
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
-        beyond = False  # the end of the RoPE table, which is as long as the context
+        beyond = False  # whether the tokens run past the RoPE table, which is as long as the context
         if positions is None:
             beyond = start + T > self.config.context
             if beyond and (self.config.window is None or self.config.positions != "rope"):
@@ -337,27 +337,28 @@ class Transformer(nn.Module):
     ):
         """tokens (B, T) -> logits (B, T, V).
 
-        positions: (T,) or (B, T), default 0 … T−1, or after what the cache holds. By default they must be within
-            the context, unless the model has a window and RoPE, and so sees distances only.
+        positions: (T,) or (B, T), within the context; default 0 … T−1, or after what the cache holds. Those of the
+            default may pass the context if the model has a window and RoPE, and so sees distances only.
         mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
-            (B, T, S) or (B, 1, T, S) is final but for the window: it must be causal (see attention.document_mask).
+            (B, T, S) or (B, 1, T, S) is used as given, but for the window: it must hide the future itself (see
+            attention.document_mask).
         cache: from make_cache, which this call fills and moves on.
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
         counted: with targets, boolean (B, T): only there, and 0 elsewhere. A loss on the answers alone then leaves out
             the prompts' share of the output matrix, with a large vocabulary a good part of a step.
         last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
-        with_states: the pair of what comes back otherwise and `hidden`'s states (B, T, C), for a head beside this one.
+        with_states: returns (what comes back otherwise, `hidden`'s states (B, T, C)), for a value head.
         """
         x = self.hidden(tokens, positions, mask, cache, last_only)  # (B, T, C)
         if targets is None:
             out = F.linear(x, self.output)  # (B, T, V)
-        else:  # log_softmax(out / temperature)[targets]
+        else:  # in chunks: (logits.float() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
             out = target_logprobs(x, self.output, targets, temperature, counted=counted)  # (B, T)
         return (out, x) if with_states else out
 
     def make_cache(self, batch, max_len):
-        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype of attention; for a smaller window a
-        RollingKVCache, which keeps no more than the model can see and takes any number of tokens."""
+        """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype of attention; if the window and the
+        sinks are fewer, a RollingKVCache, which keeps no more than the model can see and takes any number of tokens."""
         c, like = self.config, self.embed.weight
         dtype = product_dtype(like)
         if dtype == torch.bfloat16 and not traits(like).bf16_attention:  # on a CPU attention computes in fp32 instead
@@ -408,24 +409,25 @@ def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, co
 
 
 def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
-    """log π of every token of an answer, given its prompt. prompts and answers: B lists of ids each, T the longest
-    answer's length -> (B, T) in fp32, 0 after an answer's end, and the mask (B, T), True on the answers' tokens.
+    """log π of every token of an answer, given its prompt of at least one token. prompts and answers: B lists of ids
+    each, T the longest answer's length -> (B, T) in fp32, 0 after its end, and the mask (B, T), True on its tokens.
 
     The plain form: prompt and answer in one row, padded on the right, where causality hides the pads. Each answer reads
     the prompt again; support/shared_prompt.py, equal in value and gradient, reads it once for all its answers.
     """
     device = next(model.parameters()).device
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    L, T = max(map(len, rows)), max(map(len, answers))
-    tokens = torch.tensor([row + [pad] * (L - len(row)) for row in rows], device=device)  # (B, L)
+    S, T = max(map(len, rows)), max(map(len, answers))
+    tokens = torch.tensor([row + [pad] * (S - len(row)) for row in rows], device=device)  # (B, S)
     start, length = (torch.tensor([*map(len, ids)], device=device)[:, None] for ids in (prompts, answers))  # (B, 1)
 
-    place = torch.arange(1, L, device=device)  # of the tokens that the L − 1 log-probabilities belong to
-    in_answer = (start <= place) & (place < start + length)  # (B, L−1)
-    logprobs = token_logprobs(model, tokens, temperature, counted=in_answer)  # (B, L−1), 0 outside the answers
+    place = torch.arange(1, S, device=device)  # (S−1,) entry j scores the token at place j + 1
+    in_answer = (start <= place) & (place < start + length)  # (B, S−1)
+    logprobs = token_logprobs(model, tokens, temperature, counted=in_answer)  # (B, S−1), 0 outside the answers
     t = torch.arange(T, device=device)
     mask = t < length  # (B, T)
-    return logprobs.gather(1, (start - 1 + t).clamp(max=L - 2)) * mask, mask
+    entry = (start - 1 + t).clamp(max=S - 2)  # (B, T) token t of an answer stands at place start + t
+    return logprobs.gather(1, entry) * mask, mask
 
 
 def masked_mean(x, mask):

@@ -101,6 +101,7 @@ def time_ours(steps, beta, problems, device, dtype):
     grpo.REWARDS["correct"] = lambda texts, problems, ended: [reward(text) for text in texts]
     try:
         few = dict(eval_problems=1, test_problems=1, pass_problems=1, pass_samples=1, eval_every=10**6)
+        few |= dict(record_groups=0, watch=0)  # a recorded step also answers the watched questions
         sizes = dict(prompts=N, rollouts=R, max_new_tokens=NEW, micro_batch=N * R, format_weight=0.0)
         sizes |= dict(optimizer="adamw", lr=5e-5, minibatches=1, skip_zero_variance=False)  # as in TRL here
         # Not counted: the first step, which warms up, and the last, which measures the KL and evaluates.

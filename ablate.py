@@ -331,7 +331,7 @@ def figures_of(settings, folder):
     name = str(run_dir.relative_to(RUNS))
     returned = stage_main(build(settings["stage"], settings["config"] | {"name": name}))
     figures = {k: v for k, v in (returned.get("after", {}) | returned).items() if isinstance(v, int | float | str)}
-    figures |= {k: 100 * figures[k] for k in ("accuracy", "format", "pass_at_8", "story_kept") if k in figures}
+    figures |= {k: 100 * figures[k] for k in ("accuracy", "story_kept") if k in figures}
     figures["minutes"] = (time.perf_counter() - started) / 60
     logged = read_metrics(run_dir) if run_dir.exists() else {}  # a start has none
     figures |= {k: logged[k][1][-1] for k in ("valid_loss", "load_min", "load_max") if k in logged}
@@ -444,7 +444,10 @@ def verify(config):
     path = random.choice(pages)
     saved, experiment = read_figures(path), EXPERIMENTS[path.stem]
     experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in saved["tuned"].items()})
-    variant, seed, figures = random.choice(saved["runs"])
+    runs = [run for run in saved["runs"] if run[2]]  # one that diverged has no figures
+    if not runs:
+        raise ConfigError(f"{path}: no run of the page has figures, all diverged")
+    variant, seed, figures = random.choice(runs)
     if variant not in experiment.variants:
         raise ConfigError(f"{path}: the variant {variant!r} is no longer in the experiment; make the page again")
     print(f"{path.stem}: {variant}, seed {seed}")

@@ -83,7 +83,7 @@ _PROMPTS = (
     "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts and one optimizer step per "
     "batch, no KL penalty, lr 3e-4 (but for the variant's own settings), the prompts' order"
 )
-_POLICY = ("accuracy", "format", "length", "kl")
+_POLICY = ("accuracy", "story_kept", "length", "kl")
 
 _GRPO = {
     "default": _grpo(),

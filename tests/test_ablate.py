@@ -304,6 +304,15 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
     with pytest.raises(SystemExit, match=r"^1$"):
         ablate.main(ablate.Config(experiment="width", verify=True))
     assert "1 of " in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr(ablate.random, "choice", lambda runs: drawn.append(runs) or runs[0])
+    page.write_text(json.dumps(saved | {"runs": [["narrow", 7, {}], *saved["runs"]]}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        ablate.main(ablate.Config(experiment="width", verify=True))
+    assert drawn[-1] == saved["runs"]  # one that diverged has no figures to compare
+    page.write_text(json.dumps(saved | {"runs": [["narrow", 7, {}]]}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="no run of the page has figures, all diverged"):
+        ablate.main(ablate.Config(experiment="width", verify=True))
 
 
 def test_figures_that_are_not_finite_and_a_full_disk(experiment, scratch, monkeypatch):

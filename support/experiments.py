@@ -123,9 +123,9 @@ _OFF_POLICY = {
 EXPERIMENTS = {
     "ladder": Experiment(
         "What does each method add to SFT, from the same start and in the same time?",
-        "the pretrained and the SFT checkpoint of a seed; after it, for each method, as many steps as take about 4.5 "
-        "minutes on one core with its own sampling and evaluation (PPO's reward model, trained before, not counted), "
-        "all else as the stage has it; the 1,000 test problems, greedy decoding",
+        "the pretrained and the SFT checkpoint of a seed; after it, for each method, as many steps as should take as "
+        "long (how long they took is in the table; PPO's minutes hold its reward model, the first ones of a seed its "
+        "start), all else as the stage has it; the 1,000 test problems, greedy decoding",
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start

@@ -57,26 +57,25 @@ class Task:
 DEFAULT_TASK = "word"
 LARGE_TASK = "word_large"  # numbers of up to four digits, for a model that has a calculator
 
+_STORIES = {  # what both sizes of numbers have
+    "keeps_story": word.keeps_story,
+    "corruptions": word.CORRUPTIONS,
+    "corrupt": word.corrupt,
+    "rename": word.rename,
+    "with_calls": word.with_calls,
+}
 TASKS = {
     DEFAULT_TASK: Task(
         problems=word.word_problems,
         text=word.narrative_texts,
         entropy=word.narrative_entropy,
-        keeps_story=word.keeps_story,
-        corruptions=word.CORRUPTIONS,
-        corrupt=word.corrupt,
-        rename=word.rename,
-        with_calls=word.with_calls,
+        **_STORIES,
         micro_batch=128,
     ),
     LARGE_TASK: Task(
         problems=partial(word.word_problems, large=word.FOUR_DIGITS),
         text=word.worked_texts,
-        keeps_story=word.keeps_story,
-        corruptions=word.CORRUPTIONS,
-        corrupt=word.corrupt,
-        rename=word.rename,
-        with_calls=word.with_calls,
+        **_STORIES,
     ),
 }
 FILE_DATA = Task(pretrain={"vocab_size": 2048, "model": {"context": 512}})  # real text: more words, longer windows

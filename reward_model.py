@@ -318,7 +318,7 @@ class Config(RunConfig):
     """Pairs per forward pass of one rank; fewer means gradient accumulation and less memory."""
     loss: Literal[tuple(LOSSES)] = "bradley_terry"
     """bradley_terry or hinge."""
-    margin: float | None = None
+    margin: Amount | None = None
     """Margin by which the chosen answer should win; default: 0, or 1 for the hinge."""
     centre: Amount = 0.01
     """Weight of the squared sum of a pair's scores, which pulls them towards 0."""

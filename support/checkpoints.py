@@ -1,9 +1,10 @@
 """Opening a checkpoint in any format: the model, its tokenizer, its path."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
-from support.errors import CheckpointError
+from support.errors import CheckpointError, ConfigError
 from support.gguf import gguf_tokenizer, open_gguf
 from support.hf import local_directory
 from support.products import fast_linears
@@ -38,6 +39,25 @@ def open_checkpoint(path, device="cpu", dropout=0.0):
             "they do not belong together"
         )
     return fast_linears(model.to(device)), tokenizer, path
+
+
+def refuse_ignored(config, opened, tokenizer):
+    """ConfigError if a run's config wants another tokenizer or architecture than its --init has, whose model has the
+    config `opened`. A flag at its default counts as not given."""
+    for flag, has in (("tokenizer", tokenizer.kind), ("vocab_size", tokenizer.vocab_size)):
+        default, value = getattr(type(config), flag, None), getattr(config, flag, None)
+        if value not in (default, has):
+            raise ConfigError(
+                f"--{flag} {value} has no effect with --init {config.init}, whose {flag} is {has}: leave the flag out"
+            )
+    asked, default = config.model, type(config.model)()
+    for field in fields(asked):
+        value, has = getattr(asked, field.name), getattr(opened, field.name)
+        if value not in (getattr(default, field.name), has):
+            raise ConfigError(
+                f"--model.{field.name} {value} has no effect with --init {config.init}, whose {field.name} is "
+                f"{has}: the architecture is the checkpoint's; leave the flag out"
+            )
 
 
 def is_chat_model(path, tokenizer):

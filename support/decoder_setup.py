@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from support.checkpoints import open_checkpoint
+from support.checkpoints import open_checkpoint, refuse_ignored
 from support.errors import ConfigError
 from support.runs import run_path, saved_run
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
@@ -39,6 +39,7 @@ def make_decoder(config, dist, texts):
     and a tokenizer trained on these texts, {split: texts}."""
     if config.init:
         policy, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
+        refuse_ignored(config, policy.config, tokenizer)
         return policy, tokenizer, replace(config, model=policy.config)
     if config.model.vocab_size != TransformerConfig.vocab_size:
         raise ConfigError("--model.vocab_size is the tokenizer's; for another size of its vocabulary use --vocab_size")

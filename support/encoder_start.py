@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.checkpoints import open_checkpoint, refuse_ignored, resolve_checkpoint
 from support.errors import CheckpointError, ConfigError
 from support.hf import MIXTURE_ONLY
 from support.hf_bert import is_encoder
@@ -76,6 +76,7 @@ def make_encoder(Encoder, config, dist, texts, mask):
     if config.init:
         encoder, tokenizer = open_start(Encoder, config.init, config.model)
         check_opened(config.init, encoder.config, tokenizer, mask, config.mlm_steps or config.token_dropout)
+        refuse_ignored(config, encoder.config, tokenizer)
         return encoder, tokenizer, replace(config, model=encoder.config)
     check_new(config.model)
     if config.resume:

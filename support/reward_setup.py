@@ -3,7 +3,7 @@
 from data import DEFAULT_TASK, TASKS, load_problems
 from encoder import Encoder
 from support.checkpoints import open_checkpoint, resolve_checkpoint
-from support.encoder_start import open_encoder
+from support.encoder_start import check_order, open_encoder
 from support.errors import ConfigError
 from support.hf_bert import is_encoder
 from support.reward_samples import ids_of_answer, ids_of_prompt
@@ -43,6 +43,8 @@ def open_models(kind, config, init, dist):
         trunk, tokenizer, _ = open_checkpoint(path)
         if config.sft_weight and not trunk.config.tie_embeddings:
             raise ConfigError(f"{path} has an output matrix of its own, which a reward model drops: --sft_weight 0")
+    if config.backbone == "encoder":
+        check_order(trunk.config, path)
     if config.data in TASKS and (config.sampler is not None or not is_encoder(path)):
         policy, policy_tokenizer, _ = open_checkpoint(config.sampler or path, dist.device)
     judge = kind.from_policy(trunk, config.dropout, config.seed, config.extra_layers).to(dist.device)

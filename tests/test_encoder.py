@@ -516,10 +516,16 @@ def test_a_run_starts_from_a_decoder(scratch):
     decoder = Transformer(sizes)
     decoder.save_pretrained("decoder")
     tokenizer.save_pretrained("decoder")
+    given = dict(init="decoder", model=EncoderConfig(context=32))
     with pytest.raises(ConfigError, match=re.escape(f"has no {MASK}")):
-        encoder.main(small(init="decoder"))
+        encoder.main(small(**given))
+    given |= dict(mlm_steps=0, token_dropout=0.0, steps=1, lr=1e-9)
+    for flag, value, has in [("n_layer", 2, 1), ("context", 64, 48), ("embed_norm", True, False)]:
+        ignored = given | {"model": EncoderConfig(**{flag: value})}
+        with pytest.raises(ConfigError, match=f"--model.{flag} {value} has no effect .* whose {flag} is {has}"):
+            encoder.main(small(**ignored))
     assert not Path("runs").exists()
-    result = encoder.main(small(init="decoder", mlm_steps=0, token_dropout=0.0, steps=1, lr=1e-9))
+    result = encoder.main(small(**given))
     trained, _, _ = open_encoder(Encoder, result["path"])
     assert trained.config.context == 32  # of the two the shorter
     for name, weight in decoder.state_dict().items():

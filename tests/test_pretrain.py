@@ -244,6 +244,16 @@ def test_continuing_from_a_checkpoint_takes_its_architecture(here):
     pretrain.main(config(name="first"))
     pretrain.main(config(name="second", init="runs/first", steps=1, model=TransformerConfig()))
     assert metrics("runs/second", "loss")[1] < metrics("runs/first", "loss")[1]
+    pretrain.main(config(name="third", init="runs/first", steps=1))  # the flags of the first, which agree with it
+    no_norm = TransformerConfig(qk_norm=False)
+    for flag, value, changes in [
+        ("model.qk_norm", False, {"model": no_norm}),
+        ("tokenizer", "byte", {"tokenizer": "byte"}),
+        ("vocab_size", 500, {"vocab_size": 500}),
+    ]:
+        with pytest.raises(ConfigError, match=f"--{flag} {value} has no effect with --init runs/first"):
+            pretrain.main(config(name="fourth", init="runs/first", steps=1, **changes))
+    assert not (here / "runs/fourth").exists()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(here):

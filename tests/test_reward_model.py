@@ -546,7 +546,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
     assert not (here / "runs/reward_model/pairs.json").exists()  # nothing was sampled
 
 
-@pytest.mark.parametrize("flag", ["centre", "sft_weight"])
+def test_an_encoder_from_a_decoder_without_positions_is_refused(here, tokenizer):
+    """Without its causal mask nothing would show the model the order of the words."""
+    model = Transformer(TransformerConfig(tokenizer.vocab_size, 64, 1, 2, 2, 16, positions="none"))
+    model.save_pretrained("unordered")
+    tokenizer.save_pretrained("unordered")
+    with pytest.raises(ConfigError, match="unordered: without positions"):
+        reward_model.main(config(init="unordered", backbone="encoder", pairs="corrupted"))
+
+
+@pytest.mark.parametrize("flag", ["centre", "sft_weight", "margin"])
 def test_a_negative_weight_is_refused(flag):
     with pytest.raises(ConfigError, match=f"--{flag} is -1"):
         config(**{flag: -1.0})

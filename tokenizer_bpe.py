@@ -3,13 +3,14 @@ r"""Byte-pair encoding: from text to ids and back, trained here, opened anywhere
 A model reads numbers, so a text becomes ids first. Its bytes are ids already, but four or five per word. So find the
 two neighbours that occur together most often, make the pair one new token, write it down as a *merge*, and repeat
 (Sennrich et al. 2016, arXiv:1508.07909; on bytes instead of characters since GPT-2, Radford et al. 2019). Every text
-has ids, because every byte has one; frequent words are one token, rare ones a few.
+has ids, because every byte has one; frequent words are one token, rare ones a few. A regular expression, PATTERN below,
+cuts a text into words before, and no merge crosses a cut.
 
     aaabdaaabac   --aa→Z-->   ZabdZabac   --ab→Y-->   ZYdZYac   --ZY→X-->   XdXac        5 ids instead of 11
 
 Training: a text -> n merges
 
-    words = how often each piece of the text occurs     " dog": 77     PATTERN cuts, and no merge crosses a cut
+    words = how often each word of the text occurs      " dog": 77
     parts = the bytes of each word                      [32, 100, 111, 103]
     for new in 256, 257, …, 255 + n:
         pairs = how often each two neighbours occur     over all words, times how often the word does
@@ -19,53 +20,46 @@ Training: a text -> n merges
 
 Encoding: a text and the merges -> ids
 
-    for each piece that PATTERN cuts:
+    for each word of the text:
         parts = its bytes
         while some two neighbours are a merge:
             join those whose merge was learned first
         ids += the id of each part
 
-Ids: 0 … 255 are the bytes, 256 + k is merge k, the special tokens come last. A text cannot write a special token: its
-name in a text is plain characters, and only code that frames a document or a chat puts in its id (`Tokenizer.encode`).
-A chat is framed in ChatML; SFT trains on what is underlined, the mask of `encode_chat`:
+Ids of a tokenizer that is trained here: 0 … 255 are the bytes, 256 + k is merge k, the special tokens come last. A text
+cannot write a special token: its name in a text is plain characters, and only code that frames a document or a chat
+puts in its id (`Tokenizer.encode`). A chat is framed in ChatML; SFT trains on what is underlined, the mask of
+`encode_chat`:
 
     <|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n
-                                                             ~~~~~~~~~~~
+                                                               ~~~~~~~~~~~
 
 `train_bpe_naive` and `encode_naive` are the algorithm to read. The stages run `train_bpe` and tiktoken, which give the
 same merges and ids faster. Two other kinds have the same interface: `ByteTokenizer` (no merges: nothing to train, the
 longest sequences) and `CharTokenizer` (an id per character seen in training).
 
 `save_pretrained` writes the format of Hugging Face's `tokenizers`. `transformers.AutoTokenizer` then gives the same
-ids, with one difference: it reads special tokens in any text. `load_tokenizer` opens that format, and byte-level BPE in
-the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
+ids, except that it reads special tokens in any text, and in a chat joins the empty line that an answer begins with to
+the line end before it. `load_tokenizer` opens that format, and byte-level BPE in the form of GPT-2, Qwen2 and SmolLM2;
+any other is refused with a reason.
 
-Simplified: no Unicode normalisation in training (NFC where a loaded tokenizer asks for it), no byte fallback, no
-dropout. Run it: `python tokenizer_bpe.py`.
+Simplified: no Unicode normalisation in training (NFC where a loaded tokenizer asks for it), and no merge is ever
+skipped at random (BPE-dropout, arXiv:1910.13267). Run it: `python tokenizer_bpe.py`.
 """
 
-import heapq
-from array import array
-from collections import Counter, defaultdict
-from functools import partial
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import regex
 
 from support.errors import TokenizerError
+from support.fast_merges import learn_merges
 from support.output import run_demo
-from support.pieces import FastEncoder, compose, doubtful_tokens, split
-from support.tokenizer_files import (
-    BYTE_ORDER,
-    TokenizerSpec,
-    eos_of,
-    errors_of,
-    read_tokenizer,
-    to_printable,
-    write_tokenizer,
-)
-from support.word_counts import batches, count_words, utf8
+from support.pieces import FastEncoder, doubtful_tokens, split, utf8
+from support.tokenizer_files import BYTE_PLACE, ROLES, check_message, errors_of, read_tokenizer, to_printable
+from support.vocabulary import Vocabulary
+from support.word_counts import batches, count_words
 
 # Cut first, merge within: so "dog." and "dog!" share the token "dog". The cuts are GPT-4's as changed by Qwen2, where
 # each digit stands alone. If "12" and "123" were tokens, the same digit would have another id for every group it falls
@@ -108,7 +102,8 @@ def train_bpe_naive(texts, n_merges):
 
 
 def merge(ids, pair, new):
-    """[1, 2, 3, 1, 2], (1, 2), 9 -> [9, 3, 9]: from left to right, without overlap."""
+    """[1, 2, 3, 1, 2], (1, 2), 9 -> [9, 3, 9]: from left to right, without overlap. Of ids here; in `apply_merges` of
+    bytes."""
     out, i = [], 0
     while i < len(ids):
         if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
@@ -120,72 +115,26 @@ def merge(ids, pair, new):
     return out
 
 
-PLACE = bytes(BYTE_ORDER.index(byte) for byte in range(256))
-GAP = -1  # no id, so that no pair crosses it
-
-
 def tie_order(pair):
-    """Of pairs with one count the first in this order wins: by the left id, then by the right id, the bytes in
-    BYTE_ORDER (the printable ones, then the rest). Any rule would do; this is that of `tokenizers`."""
-    return tuple(PLACE[i] if i < 256 else i for i in pair)
+    """Among pairs of equal count, the first in this order wins: by the left id, then by the right id, the printable
+    bytes before the rest. Any rule would do; this is that of `tokenizers`."""
+    return tuple(BYTE_PLACE[i] if i < 256 else i for i in pair)
 
 
 def train_bpe(texts, n_merges):
-    """The same merges, fast. All words stand in one row, with a GAP between two. A merge visits the places of its pair,
-    which `where` lists, and changes only the pairs next to them, however long the word. A heap gives the best pair.
-
-    texts: a string, the Path of a file of any size, or several of them. The heap's counts may be outdated, but never
-    too low: a pair is pushed again whenever its count grows, and one that is popped with an outdated count is pushed
-    back with the right one. Until the end bytes are replaced by their place in BYTE_ORDER: the heap then breaks ties as
-    `tie_order` does.
-    """
-    ids, times = [GAP], [0]  # at each place, and how often the word there occurs
-    for word, count in count_words(texts, PATTERN).items():
-        ids += [*word.translate(PLACE), GAP]
-        times += [count] * (len(word) + 1)
-    before, after = array("q", range(-1, len(ids) - 1)), array("q", range(1, len(ids) + 1))  # each place's neighbours
-    pairs, where = Counter(), defaultdict(partial(array, "q"))  # pair -> its count; -> the places it is at, or was once
-    for place, pair in enumerate(pairwise(ids)):
-        if GAP not in pair:
-            pairs[pair] += times[place]
-            where[pair].append(place)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-    merges = []
-    while heap and len(merges) < n_merges:
-        count, best = heapq.heappop(heap)
-        if -count != pairs[best]:
-            if pairs[best]:
-                heapq.heappush(heap, (-pairs[best], best))
-            continue
-        (left, right), new, grown = best, 256 + len(merges), set()
-        for i in where.pop(best):  # from left to right, as they were entered: in "aaa" the first two
-            j = after[i]
-            if ids[i] != left or ids[j] != right:
-                continue  # another merge took one of them
-            ids[i], ids[j] = new, None
-            h, k = before[i], after[j]  # h i j k -> h i k
-            after[i], before[k] = k, i
-            for place, was, now in ((h, (ids[h], left), (ids[h], new)), (i, (right, ids[k]), (new, ids[k]))):
-                if GAP not in now:
-                    pairs[was] -= times[i]
-                    pairs[now] += times[i]
-                    where[now].append(place)
-                    grown.add(now)
-        del pairs[best]
-        for pair in filter(pairs.get, grown):
-            heapq.heappush(heap, (-pairs[pair], pair))
-        merges.append(best)
-    return [tuple(BYTE_ORDER[i] if i < 256 else i for i in pair) for pair in merges]
+    """The same merges, fast (support/fast_merges.py). texts: a string, the Path of a file of any size, or several of
+    them. Raises TokenizerError if they are empty."""
+    return learn_merges(count_words(texts, PATTERN), n_merges)
 
 
 # -------------------------------------------------------------------------------------------------------- encoding
 
 
-def encode_naive(text, merges, ids, pattern=PATTERN):
-    """The algorithm, to be read: text -> ids. merges: [(left bytes, right bytes), …] in order; ids: {bytes: id}."""
+def encode_naive(text, merges, id_of, pattern=PATTERN):
+    """The algorithm, to be read: text -> ids. merges: [(left bytes, right bytes), …] in order; id_of: {bytes: id}. In
+    bytes, and not in ids as in training, because a loaded file numbers its tokens as it likes."""
     rank = {pair: place for place, pair in enumerate(merges)}
-    return [ids[part] for piece in split(text, pattern) for part in apply_merges(piece.encode(), rank)]
+    return [id_of[part] for piece in split(text, pattern) for part in apply_merges(piece.encode(), rank)]
 
 
 def apply_merges(piece, rank):
@@ -202,22 +151,9 @@ def apply_merges(piece, rank):
     return parts
 
 
-def fast_encoder(merges, ids, pattern):
-    """The same ids, fast: `.encode(text)`, by tiktoken (support/pieces.py). Raises TokenizerError.
-
-    tiktoken knows no merges: it joins the neighbours whose union has the lowest id, and takes a piece that is a token
-    as it stands. That is the same if ids rise with the merges (checked here) and each token can be spelled in one way.
-    Training sees to both: before the merge that makes "abcd", every "abcd" that stands between two borders was cut in
-    the same way, so that no later pair can spell it again. A loaded file must pass `check_spelling`.
-    """
-    merged = [ids.get(left + right, -1) for left, right in merges]
-    if -1 in merged or merged != sorted(set(merged)) or len(merged) != sum(len(token) > 1 for token in ids):
-        raise TokenizerError("the merges do not make the vocabulary's tokens one by one in the order of their ids")
-    return FastEncoder(ids, pattern)
-
-
 def check_spelling(merges):
-    """Raises TokenizerError unless the merges make every token of its bytes."""
+    """Raises TokenizerError unless every token comes out whole when the merges are applied to its bytes. (tiktoken
+    takes a piece that is a token as it stands.)"""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in doubtful_tokens(merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
@@ -226,40 +162,29 @@ def check_spelling(merges):
 # ------------------------------------------------------------------------------ special tokens, and the frame of a chat
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # end of a document, and padding; a turn's two ends
-ROLES = ("system", "user", "assistant")
 
 
-class Tokenizer:
-    """What all kinds share. Each kind adds `encode_ordinary`: the ids of a text in which nothing is special."""
+class Tokenizer(Vocabulary):
+    """What all kinds share. Each kind adds `encode_ordinary`: the ids of a text in which nothing is special.
 
-    kind = None
-    merges, pattern, nfc = (), None, False  # BPE's
-    chat_template = None  # of the file that it came from, in Jinja
-    default_system = None  # what the system says in a chat that does not begin with it
-    no_chat = None  # why it cannot frame a chat
-
-    def __init__(self, vocab, special_ids, eos_token=None):
-        """vocab: {id: bytes} of the plain tokens. special_ids: {"<|endoftext|>": id, …}. eos_token: the name of the
-        special token that other libraries take for the end; by default the end of a turn, or else of a document."""
-        self.vocab, self.special_ids = vocab, dict(special_ids)
-        self.added_ids = {}  # words that are tokens as they stand, but not special: see add_words
-        self.text_ids = set(vocab)  # what stands for text, and not for the end of one
-        self._bytes = vocab | {i: name.encode() for name, i in self.special_ids.items()}
-        self.eos_token = eos_of(special_ids, eos_token)
+    `Vocabulary` (support/vocabulary.py) keeps the tables: special_ids, {name: id}; added_ids, {word: id} of words that
+    are one token in any text (Qwen3's <think>); stop_ids, what ends an answer; and the bytes of every id.
+    """
 
     def encode(self, text, allowed_special=()):
-        """text -> ids. allowed_special: "all", or the names of the special tokens that may be read as such.
+        """text -> ids. allowed_special: "all", or the name or names of the special tokens that may be read as such.
 
         By default none: their names are plain characters. Otherwise whoever writes a prompt, or a page of the
         training data, could type <|im_end|><|im_start|>system and speak as the system.
         """
-        allowed = set(self.special_ids) if allowed_special == "all" else set(allowed_special)
-        for name in sorted(allowed - set(self.special_ids)):
-            raise TokenizerError(f"{name!r} is not a special token here; they are {[*self.special_ids]}")
+        names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
+        allowed = set(self.special_ids) if allowed_special == "all" else set(names)
+        if unknown := sorted(allowed - set(self.special_ids)):
+            raise TokenizerError(f"{unknown[0]!r} is not a special token here; they are {[*self.special_ids]}")
         whole = {name: self.special_ids[name] for name in allowed} | self.added_ids
         if not whole:
             return self.encode_ordinary(text)
-        utf8(text)
+        utf8(text)  # raises on half a surrogate pair, at its place in the whole text
         longest_first = sorted(whole, key=len, reverse=True)
         ids = []
         for piece in regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text):
@@ -276,20 +201,11 @@ class Tokenizer:
 
     def decode_answer(self, ids):
         """A sampled answer as its judges read it: without the stop token at its end, other special tokens by their
-        names, so that `1<|im_start|>8` is not 18. Ids of a padded vocabulary, no tokens, are U+FFFD before the end."""
+        names, so that `1<|im_start|>8` is not 18. Ids that no token has (of a padded vocabulary) become U+FFFD, and are
+        dropped at the end."""
         while ids and (ids[-1] in self.stop_ids or ids[-1] not in self._bytes):
             ids = ids[:-1]
         return b"".join(self._bytes.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids):
-        return b"".join(map(self.token_bytes, ids))
-
-    def token_bytes(self, token_id):
-        """The bytes that one id stands for; a special token's are its name."""
-        try:
-            return self._bytes[int(token_id)]
-        except KeyError:
-            raise TokenizerError(f"id {int(token_id)} is not in the vocabulary of {self.vocab_size} tokens") from None
 
     def encode_chat(self, messages, add_generation_prompt=False):
         """[{"role", "content"}, …] -> ids, mask: True on the assistant's words and the <|im_end|> after them.
@@ -300,11 +216,7 @@ class Tokenizer:
         empty line, whose line end would merge with the one before it. If the tokenizer came with a default system turn,
         a chat without one begins with that. add_generation_prompt: end with the opening of an answer.
         """
-        if self.no_chat:
-            raise TokenizerError(self.no_chat)
-        if not {"<|im_start|>", "<|im_end|>"} <= set(self.special_ids):
-            raise TokenizerError("this tokenizer has no <|im_start|> and <|im_end|>: it cannot frame a chat")
-        start, end, newline = self.special_ids["<|im_start|>"], self.im_end_id, self.encode("\n")
+        (start, end), newline = self.chat_ids(), self.encode("\n")
         turns = [check_message(number, message) for number, message in enumerate(messages)]
         if self.default_system is not None and turns and turns[0][0] != "system":
             turns = [("system", self.default_system), *turns]
@@ -321,70 +233,6 @@ class Tokenizer:
             ids, mask = ids + head, mask + [False] * len(head)
         return ids, mask
 
-    def add_words(self, ids):
-        """ids: {"<think>": id, …}, words that are one token each in any text, but not special: Qwen3 marks its thoughts
-        and tool calls with such words. A file's `normalized` is ignored: it matters for accents after one."""
-        self.added_ids = dict(ids)
-        self.text_ids |= set(ids.values())
-        self._bytes |= {i: name.encode() for name, i in ids.items()}
-
-    @property
-    def vocab_size(self):
-        return max(self._bytes) + 1  # a loaded vocabulary may have gaps: this is the size of the embedding
-
-    @property
-    def endoftext_id(self):
-        """Ends a document, and pads."""
-        for name in ("<|endoftext|>", self.eos_token):
-            if name in self.special_ids:
-                return self.special_ids[name]
-        raise TokenizerError("this tokenizer has no <|endoftext|>: it can neither separate documents nor pad")
-
-    @property
-    def im_end_id(self):
-        """Ends a turn of a chat."""
-        if "<|im_end|>" not in self.special_ids:
-            raise TokenizerError("this tokenizer has no <|im_end|>: it cannot frame a chat")
-        return self.special_ids["<|im_end|>"]
-
-    @property
-    def stop_ids(self):
-        """What ends an answer: the end of the turn, or of the document; those of the two that there are."""
-        names = ("<|im_end|>", "<|endoftext|>" if "<|endoftext|>" in self.special_ids else self.eos_token)
-        return tuple(self.special_ids[name] for name in dict.fromkeys(names) if name in self.special_ids)
-
-    def spec(self):
-        """What save_pretrained writes; see support/tokenizer_files.py."""
-        bpe = dict(merges=list(self.merges), pattern=self.pattern, nfc=self.nfc)
-        chat = dict(chat_template=self.chat_template, default_system=self.default_system, no_chat=self.no_chat)
-        return TokenizerSpec(self.kind, self.vocab, self.special_ids, self.eos_token, self.added_ids, **bpe, **chat)
-
-    @property
-    def fingerprint(self):
-        """A hash of this mapping of text to ids, by which streams and checkpoints of another tokenizer are refused."""
-        return self.spec().fingerprint
-
-    def save_pretrained(self, path, model_max_length=None):
-        """Write tokenizer.json and tokenizer_config.json into a directory."""
-        write_tokenizer(self.spec(), path, model_max_length)
-
-    @classmethod
-    def from_pretrained(cls, path):
-        """Of this kind; `load_tokenizer` opens any."""
-        tokenizer = load_tokenizer(path)
-        if not isinstance(tokenizer, cls):
-            raise TokenizerError(f"{path} holds a {tokenizer.kind} tokenizer, not a {cls.kind} tokenizer")
-        return tokenizer
-
-
-def check_message(number, message):
-    """-> role, content. Raises TokenizerError."""
-    if isinstance(message, dict) and set(message) == {"role", "content"}:
-        role, content = message["role"], message["content"]
-        if role in ROLES and isinstance(content, str):
-            return role, content
-    raise TokenizerError(f"message {number} must have a role of {', '.join(ROLES)} and a content, but is {message!r}")
-
 
 # ------------------------------------------------------------------------------------------------- the three kinds
 
@@ -395,13 +243,12 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, merges, vocab, special_ids, pattern=PATTERN, eos_token=None, nfc=False):
-        """merges: [(left bytes, right bytes), …] in order. nfc: compose characters (é from e and ´) before encoding."""
+        """merges: [(left bytes, right bytes), …] in order. nfc: compose characters (é from e and ´) before encoding.
+        Raises TokenizerError if tiktoken would give other ids (support/pieces.py)."""
         super().__init__(vocab, special_ids, eos_token)
         self.merges, self.pattern, self.nfc = merges, pattern, nfc
         self._ids = {token: i for i, token in vocab.items()}
-        self._fast = fast_encoder(merges, self._ids, pattern)
-        # SmolLM2's vocabulary lacks 21 bytes, mostly those that UTF-8 never uses; tiktoken would panic on them.
-        self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in self._ids)
+        self._fast = FastEncoder(merges, self._ids, pattern, nfc)
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS):
@@ -418,26 +265,17 @@ class BPETokenizer(Tokenizer):
         return cls(merges, vocab, count_from(len(vocab), special_tokens))
 
     def encode_ordinary(self, text):
-        return self._fast.encode(self._prepare(text))
+        return self._fast.encode(text)
 
     def encode_naive(self, text):
         """The same ids by the plain algorithm, for the tests."""
-        return encode_naive(self._prepare(text), self.merges, self._ids, self.pattern)
+        return encode_naive(self._fast.prepare(text), self.merges, self._ids, self.pattern)
 
     def encode_batch(self, texts):
         """The ids of each text, on several threads: tiktoken releases Python's lock."""
         if self.added_ids:
             return super().encode_batch(texts)
-        return self._fast.encode_batch([self._prepare(text) for text in texts])
-
-    def _prepare(self, text):
-        data = utf8(text)
-        if self.nfc:
-            text = compose(text)
-            data = text.encode()
-        if self._absent and len(data.translate(None, self._absent)) < len(data):
-            raise TokenizerError(f"the text holds one of the bytes {list(self._absent)}, which this vocabulary lacks")
-        return text
+        return self._fast.encode_batch(texts)
 
 
 class ByteTokenizer(Tokenizer):
@@ -453,7 +291,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """An id per character of the texts, in their order; any other character is an error. pretrain.py trains it on the
+    """An id per character of the texts, by code point; any other character is an error. pretrain.py trains it on the
     validation text too: an alphabet tells nothing of what is written in it."""
 
     kind = "char"
@@ -473,7 +311,7 @@ class CharTokenizer(Tokenizer):
         return cls(sorted(characters | set("\n".join(ROLES))), special_tokens)  # the chat frame must be writable too
 
     def encode_ordinary(self, text):
-        utf8(text)
+        utf8(text)  # raises on half a surrogate pair
         try:
             return [self._ids[character] for character in text]
         except KeyError as missing:
@@ -526,6 +364,12 @@ def demo():
         ids = merge(ids, (left, right), new)
         print(f"  {tokens[left].decode()} + {tokens[right].decode()} -> {new}: {ids}")
     assert [tokens[i] for i in ids] == [b"aaab", b"d", b"aaab", b"a", b"c"]
+
+    rank = {(b"a", b"b"): 0, (b"b", b"c"): 1, (b"bc", b"d"): 2}
+    assert apply_merges(b"abcd", rank) == [b"ab", b"c", b"d"]
+    print(
+        "\nabcd by the merges a + b, b + c, bc + d: ab|c|d, and not the shorter a|bcd, because a + b was learned first"
+    )
 
     pieces = regex.findall(PATTERN, "I'll walk 12  dogs.\n")
     print(f"\nno merge crosses these cuts: {pieces}")

@@ -81,16 +81,51 @@ def class_encoder(kind):
     return tiktoken.Encoding(kind, pat_str=kind, mergeable_ranks=every_byte, special_tokens={})
 
 
-class FastEncoder:
-    """The ids of a text under a pattern and tokens {bytes: id} whose merges are in the order of their ids."""
+def utf8(text):
+    """The bytes of a text. TokenizerError on half a surrogate pair (from broken JSON); tiktoken would encode U+FFFD."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"a text must be a str, not {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        where = f"character {text[error.start]!r} at position {error.start}"
+        raise TokenizerError(f"{where} is half of a surrogate pair, which UTF-8 cannot hold") from None
 
-    def __init__(self, ids, pattern):
-        self.ids, self.pattern = ids, pattern
+
+class FastEncoder:
+    """The ids of tokenizer_bpe.encode_naive, by tiktoken.
+
+    tiktoken knows no merges: it joins the neighbours whose union has the lowest id, and takes a piece that is a token
+    as it stands. That is the same if ids rise with the merges (checked here) and each token can be spelled in one way.
+    Training sees to both: before the merge that makes "abcd", every "abcd" whose ends are token ends was cut in the
+    same way, so that no later pair can spell it again. A loaded file must pass tokenizer_bpe.check_spelling.
+    """
+
+    def __init__(self, merges, ids, pattern, nfc=False):
+        """merges: [(left bytes, right bytes), …] in order; ids: {bytes: id}; nfc: compose characters (é from e and ´)
+        first. Raises TokenizerError."""
+        merged = [ids.get(left + right, -1) for left, right in merges]
+        if -1 in merged or merged != sorted(set(merged)) or len(merged) != sum(len(token) > 1 for token in ids):
+            raise TokenizerError("the merges do not make the vocabulary's tokens one by one in the order of their ids")
+        self.ids, self.pattern, self.nfc = ids, pattern, nfc
         self.tiktoken = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ids, special_tokens={})
+        # SmolLM2's vocabulary lacks 21 bytes, mostly those that UTF-8 never uses; tiktoken would panic on them.
+        self.absent = bytes(byte for byte in range(256) if bytes([byte]) not in ids)
+
+    def prepare(self, text):
+        """text -> the text that is split. Raises TokenizerError if it holds a byte that has no id."""
+        data = utf8(text)
+        if self.nfc:
+            text = compose(text)
+            data = text.encode()
+        if self.absent and len(data.translate(None, self.absent)) < len(data):
+            raise TokenizerError(f"the text holds one of the bytes {list(self.absent)}, which this vocabulary lacks")
+        return text
 
     def encode(self, text):
         """text -> ids. White space of 2 BLOCK characters fills one of the blocks that are looked at. Raises
         TokenizerError."""
+        text = self.prepare(text)
         blank = len(text) >= BLOCK and any(
             text[i : i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK)
         )

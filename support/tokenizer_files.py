@@ -37,6 +37,7 @@ CHAT_TEMPLATE = (
 )
 CHATML = {"<|im_start|>", "<|im_end|>"}  # the special tokens of ChatML
 ENDOFTEXT = "<|endoftext|>"
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass
@@ -91,6 +92,7 @@ def byte_alphabet():
 
 BYTE_TO_CHAR = byte_alphabet()
 BYTE_ORDER = list(BYTE_TO_CHAR)  # the bytes in the order of their characters, by which `tokenizers` sorts them
+BYTE_PLACE = bytes(BYTE_ORDER.index(byte) for byte in range(256))  # of each byte, its place in that order
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
@@ -314,6 +316,15 @@ def follow_chat_template(spec, template):
         spec.no_chat, spec.default_system = str(error), None
     except (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         spec.no_chat, spec.default_system = f"its chat template does not work: {error}", None
+
+
+def check_message(number, message):
+    """-> role, content. Raises TokenizerError."""
+    if isinstance(message, dict) and set(message) == {"role", "content"}:
+        role, content = message["role"], message["content"]
+        if role in ROLES and isinstance(content, str):
+            return role, content
+    raise TokenizerError(f"message {number} must have a role of {', '.join(ROLES)} and a content, but is {message!r}")
 
 
 def chatml(messages, default_system=None):

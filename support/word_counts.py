@@ -10,7 +10,7 @@ from pathlib import Path
 import regex
 
 from support.errors import TokenizerError
-from support.pieces import as_tiktoken_sees, split
+from support.pieces import as_tiktoken_sees, split, utf8
 
 BATCH = 2**22  # characters that one process counts at a time; this bounds the memory, not the size of the text
 # A long text is cut at the last place where a space follows a letter or digit, or where a letter or digit begins a
@@ -94,14 +94,3 @@ def cut(blocks):
             parts = [block[at:]]
     if parts:
         yield "".join(parts)
-
-
-def utf8(text):
-    """The bytes of a text. TokenizerError on half a surrogate pair (from broken JSON); tiktoken would encode U+FFFD."""
-    if not isinstance(text, str):
-        raise TokenizerError(f"a text must be a str, not {type(text).__name__}")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        where = f"character {text[error.start]!r} at position {error.start}"
-        raise TokenizerError(f"{where} is half of a surrogate pair, which UTF-8 cannot hold") from None

@@ -13,7 +13,7 @@ from evaluate import Sample
 from support import front
 from support.cli import run_script
 from support.recorder import FILE, packed_line
-from tokenizer_bpe import BPETokenizer
+from tokenizer_bpe import BPETokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig
 
 SETTINGS = {"init": "runs/sft", "data": "word", "levels": [1, 2], "seed": 0, "steps": 60, "eval_problems": 6}
@@ -76,7 +76,7 @@ def runs(scratch):
 
 def decoded(path, ids, n, stops):
     """The likeliest token, n times, in the plain form."""
-    model, tokenizer, answer = Transformer.from_pretrained(path).eval(), BPETokenizer.from_pretrained(path), []
+    model, tokenizer, answer = Transformer.from_pretrained(path).eval(), load_tokenizer(path), []
     with torch.no_grad():
         while len(answer) < n and not (answer and answer[-1] in stops):
             answer.append(model(torch.tensor([ids + answer]))[0, -1].argmax().item())
@@ -86,7 +86,7 @@ def decoded(path, ids, n, stops):
 def test_the_stages_are_asked_the_same_problem_and_have_the_figures_of_the_files(runs):
     stages, problem = front.stages_of("runs/grpo")
     assert problem in load_problems("word", "valid", 6)
-    tokenizer = BPETokenizer.from_pretrained(runs / "sft/best")
+    tokenizer = load_tokenizer(runs / "sft/best")
     prompts = [tokenizer.encode(problem.question), *[encode_prompt(tokenizer, problem)] * 2]
     paths = ("start/word-seed7-pretrain/best", "sft/best", "grpo/last")
     stops = [(tokenizer.endoftext_id,), tokenizer.stop_ids, tokenizer.stop_ids]

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import tokenizer_bpe
 from support import pieces
 from support.errors import TokenizerError
 from support.pieces import doubtful_tokens
@@ -299,6 +300,21 @@ def test_special_tokens_must_be_asked_for(bpe):
     assert bpe.encode("a<|im_end|>b", allowed_special=["<|im_end|>"]) == [*bpe.encode("a"), end, *bpe.encode("b")]
     assert bpe.decode(bpe.encode("a<|im_end|>")) == "a<|im_end|>"
     assert [bpe.special_ids[s] for s in SPECIAL_TOKENS] == [597, 598, 599]
+
+
+def test_the_name_of_one_special_token_may_be_asked_for(bpe):
+    assert bpe.encode("a<|im_end|>b", "<|im_end|>") == bpe.encode("a<|im_end|>b", ["<|im_end|>"])
+    with pytest.raises(TokenizerError, match=r"^'<\|nope\|>' is not a special token here"):
+        bpe.encode("a", "<|nope|>")
+
+
+def test_the_docstring_underlines_the_mask(bpe):
+    lines = tokenizer_bpe.__doc__.splitlines()
+    [at] = [i for i, line in enumerate(lines) if line and not line.strip(" ~")]
+    ids, mask = bpe.encode_chat([{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}])
+    assert lines[at - 1].strip() == bpe.decode(ids).replace("\n", r"\n")
+    trained = bpe.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    assert "".join(c for c, mark in zip(lines[at - 1], lines[at], strict=False) if mark == "~") == trained
 
 
 def test_a_text_too_short_for_its_vocabulary():

@@ -29,7 +29,7 @@ from support import grpo_report, log, questions, recorder, runs, verified, view_
 from support.errors import DataError
 from support.recorder import FILE, Recorder, lines_of, packed_line, portions, read_records, spread
 from support.view_page import page_of, visible
-from tokenizer_bpe import BPETokenizer
+from tokenizer_bpe import BPETokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs
 
 SMALL = dict(init="start", steps=3, max_new_tokens=8, warmup=1, eval_every=2, eval_problems=4, test_problems=4, lr=1e-2)
@@ -137,7 +137,7 @@ def test_grpo_records_what_the_checkpoints_and_the_formulas_say(here, checkpoint
         {"stopped": 0, "moved": 0, "pushed": 0, "silent": 0},
         8,
     )
-    tokenizer = BPETokenizer.from_pretrained("start")
+    tokenizer = load_tokenizer("start")
     asked = {p.question: encode_prompt(tokenizer, p) for p in load_problems("word", "train", 60)}
     for record in records:
         policy = opened(checkpoints[record["step"]])
@@ -190,7 +190,7 @@ def test_a_watched_question_is_answered_with_the_same_dice(here, checkpoints):
     valid = {p.question: p for p in load_problems("word", "valid", 4)}
     assert {g["question"] for g in watched[0]} == {p.question for p in list(valid.values())[:2]}
     uniforms = torch.rand(2, 4, 8, generator=torch.Generator().manual_seed(0))
-    tokenizer, first_ids = BPETokenizer.from_pretrained("start"), []
+    tokenizer, first_ids = load_tokenizer("start"), []
     for record, groups in zip(records, watched, strict=True):
         policy = opened(checkpoints[record["step"]])
         for g, group in enumerate(groups):
@@ -207,7 +207,7 @@ def test_a_watched_question_is_answered_with_the_same_dice(here, checkpoints):
 def test_ppo_records_values_rewards_and_advantages(here, checkpoints):
     records = train("ppo", name="ppo", whiten=False, lam=0.5, kl_beta=0.5)
     start = Transformer.from_pretrained("start").eval()
-    tokenizer = BPETokenizer.from_pretrained("start")
+    tokenizer = load_tokenizer("start")
     asked = {p.question: encode_prompt(tokenizer, p) for p in load_problems("word", "train", 60)}
     moved = 0
     for record, group in ((r, g) for r in records for g in r["groups"] if not g["watched"]):
@@ -268,7 +268,7 @@ def test_dpo_records_both_answers(here, checkpoints):
 
 def test_sft_records_what_is_trained_and_what_is_masked(here, checkpoints):
     records = train("sft", name="sft")
-    tokenizer = BPETokenizer.from_pretrained("start")
+    tokenizer = load_tokenizer("start")
     for record in records:
         policy, counts = opened(checkpoints[record["step"]]), set()
         for group in record["groups"]:
@@ -294,7 +294,7 @@ def test_sft_records_what_is_trained_and_what_is_masked(here, checkpoints):
 @pytest.mark.parametrize("stage", ["distill", "distill, sample"])
 def test_distill_records_the_divergence_of_each_token(here, checkpoints, stage):
     records = train(stage, name="distill")
-    teacher, tokenizer = Transformer.from_pretrained("other").eval(), BPETokenizer.from_pretrained("start")
+    teacher, tokenizer = Transformer.from_pretrained("other").eval(), load_tokenizer("start")
     problems = [*load_problems("word", "train", 60), *load_problems("word", "valid", 60)]
     prompts = {p.question: encode_prompt(tokenizer, p) for p in problems}
     labels = set()

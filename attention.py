@@ -84,7 +84,7 @@ from torch import nn
 
 from norms import RMSNorm
 from positional import apply_rope
-from support.devices import product_dtype, traits
+from support.devices import attention_dtype, product_dtype, traits
 from support.output import run_demo
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,8 +207,8 @@ class Attention(nn.Module):
         x = cast_once(x)
         q = self.wq(x[:, -1:] if last_only else x)  # (B, T_q, H·D): T_q is T, with last_only 1
         k, v = self.wk(x), self.wv(x)  # (B, T, G·D) each
-        if x.dtype == torch.bfloat16 and not traits(x).bf16_attention:
-            q, k, v = q.float(), k.float(), v.float()  # SDPA's bf16 backward pass is slow on a CPU
+        if attention_dtype(x) != x.dtype:  # on a CPU fp32 instead of bf16
+            q, k, v = q.float(), k.float(), v.float()
         q, k, v = q.view(B, -1, H, D), k.view(B, T, G, D), v.view(B, T, G, D)
         if self.q_norm is not None:  # before the rotation, which keeps lengths: the bound survives
             q, k = self.q_norm(q), self.k_norm(k)

@@ -162,8 +162,8 @@ class Encoder(BertParts, nn.Module):
         x = self.dropout(self.bert_embedding(x, types))  # with the defaults x itself
         real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
         mask = real[:, None, None]  # (B, 1, 1, T): every token sees every real one. No mask at all would mean causal
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, None, layer)
+        for block in self.blocks:
+            x = block(x, rope, mask)
         return self.norm(x)
 
     def token_logits(self, x):

@@ -63,9 +63,9 @@ from positional import (
     sinusoidal_positions,
     table_rows,
 )
-from support.checks import Count, FractionBelow1, Positive, Whole, check
-from support.devices import product_dtype, traits
-from support.errors import CheckpointError
+from support.architecture import check_architecture
+from support.checks import Count, FractionBelow1, Positive, Whole
+from support.devices import attention_dtype
 from support.hf import load_decoder, save_decoder
 from support.logprobs import target_logprobs
 from support.output import run_demo
@@ -73,12 +73,8 @@ from support.output import run_demo
 
 @dataclass
 class TransformerConfig:
-    """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores.
-
-    A new field, here or in a subclass, is safe: until it is declared, no model takes the fast decoding step
-    (support/fast_decode.py), and checkpoints are saved in our own layout instead of one of transformers'. For a switch,
-    declare in `support.hf.EXTENSIONS_OFF` the value that turns it off: models with that value then work as before.
-    """
+    """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores. (To add a field, here or
+    in a subclass, see EXTENSIONS_OFF in support/hf.py.)"""
 
     vocab_size: Count = 512  # V; the training scripts take it from the tokenizer
     context: Count = 256
@@ -129,7 +125,7 @@ class TransformerConfig:
     n_expert_active: Count = 2
     """Experts K that each token is sent to."""
     expert_width: Count | None = None
-    """Inner width of one expert; default such that the active ones together are as wide as ffn_width."""
+    """Inner width of one expert; default such that the K and the shared ones together are as wide as ffn_width."""
     n_shared_expert: Whole = 0
     """Experts that every token passes through besides."""
     moe_every: Count = 1
@@ -145,28 +141,7 @@ class TransformerConfig:
     default dropless."""
 
     def __post_init__(self):
-        check(self, CheckpointError, dashes="")
-        if self.n_head % self.n_kv_head:
-            raise CheckpointError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.head_dim is None and self.width % self.n_head:
-            raise CheckpointError(f"width {self.width} is not a multiple of n_head {self.n_head}")
-        if self.positions == "rope" and self.resolved().head_dim % 2:
-            raise CheckpointError(f"RoPE rotates pairs, but head_dim is {self.resolved().head_dim}; it must be even")
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise CheckpointError(f"sines and cosines come in pairs, but width is {self.width}; it must be even")
-        if self.rope_scaling is not None and (self.positions != "rope" or not isinstance(self.rope_scaling, dict)):
-            raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}; it takes a dict, and positions of rope")
-        try:
-            rope_frequencies(4, self.rope_theta, self.rope_scaling, self.context)  # for its checks; 4: any width
-            rope_attention_factor(self.rope_scaling, self.context)
-        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(f"rope_scaling is {self.rope_scaling!r}: {error}") from None
-        if self.sinks and self.window is None:
-            raise CheckpointError(f"sinks is {self.sinks}, but without a window every token is visible anyway")
-        if self.n_expert and self.n_expert_active > self.n_expert:
-            raise CheckpointError(f"n_expert_active is {self.n_expert_active}, but n_expert is only {self.n_expert}")
-        if self.n_expert and self.moe_every > self.n_layer:
-            raise CheckpointError(f"moe_every is {self.moe_every}: no block of {self.n_layer} would be a mixture")
+        check_architecture(self)
 
     def resolved(self):
         """The same with the defaults that follow from other fields filled in. Not done in place: a default taken
@@ -183,8 +158,6 @@ class TransformerConfig:
         filled = dict(ffn_width=ffn_width, expert_width=expert_width, routed_scale=scale)
         filled["head_dim"] = self.head_dim or self.width // self.n_head
         filled["qkv_bias"] = self.bias if self.qkv_bias is None else self.qkv_bias
-        if all(getattr(self, name) == value for name, value in filled.items()):
-            return self  # nothing left to fill: `replace` checks the result, and its __post_init__ comes here again
         return replace(self, **filled)
 
 
@@ -221,22 +194,20 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention moves information between tokens, the feed-forward works on each; both add to the stream."""
 
-    def __init__(self, config, layer=0):
+    def __init__(self, config, mixture=False):
         super().__init__()
-        c, heads = config, (config.n_head, config.n_kv_head, config.head_dim)
+        c, self.placement = config, config.norm_placement
         extras = dict(qk_norm=c.qk_norm, eps=c.norm_eps, window=c.window, sinks=c.sinks)
-        self.attn = Attention(c.width, *heads, c.qkv_bias, **extras)
+        self.attn = Attention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, **extras)
         if c.bias != c.qkv_bias:
             self.attn.wo = nn.Linear(c.n_head * c.head_dim, c.width, bias=c.bias)
-        mixture = c.n_expert > 0 and (layer + 1) % c.moe_every == 0
-        self.ffn = MoE(config) if mixture else FeedForward(config)
-        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.ffn = MoE(c) if mixture else FeedForward(c)
+        self.norm1, self.norm2 = make_norm(c), make_norm(c)
         if c.norm_placement == "sandwich":
-            self.norm1_out, self.norm2_out = make_norm(config), make_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.placement = c.norm_placement
+            self.norm1_out, self.norm2_out = make_norm(c), make_norm(c)
+        self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, rope, mask, cache, layer, last_only=False):
+    def forward(self, x, rope, mask, cache=None, layer=0, last_only=False):
         """(B, T, C) -> (B, T, C); with last_only (B, 1, C), the last token alone. The rest as in Attention.forward."""
         a = self.attn(x if self.placement == "post" else self.norm1(x), rope, mask, cache, layer, last_only)
         x = x[:, -1:] if last_only else x
@@ -266,15 +237,16 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config = config.resolved()
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.learned = LearnedPositions(config.context, config.width) if config.positions == "learned" else None
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = nn.Identity() if config.norm_placement == "post" else make_norm(config)
-        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.positions == "rope":  # tables, not weights: made from the config, never saved
-            cos, sin = self.rope_at(torch.arange(config.context))  # (context, D) each
+        self.config = c = config.resolved()
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        self.learned = LearnedPositions(c.context, c.width) if c.positions == "learned" else None
+        self.dropout = nn.Dropout(c.dropout)
+        mixture = [c.n_expert > 0 and (layer + 1) % c.moe_every == 0 for layer in range(c.n_layer)]
+        self.blocks = nn.ModuleList(Block(c, is_mixture) for is_mixture in mixture)
+        self.norm = nn.Identity() if c.norm_placement == "post" else make_norm(c)
+        self.head = None if c.tie_embeddings else nn.Linear(c.width, c.vocab_size, bias=False)
+        if c.positions == "rope":  # tables, not weights: made from the config, never saved
+            cos, sin = self.rope_at(torch.arange(c.context))  # (context, D) each
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         init_weights(self)
@@ -287,29 +259,26 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, positions=None, mask=None, cache=None, last_only=False):
         """tokens (B, T) -> the normalised states that the output matrix reads, (B, T, C); the rest as in `forward`."""
-        T = tokens.shape[1]
+        c, T = self.config, tokens.shape[1]
         start = cache.length if cache is not None else 0
         beyond = False  # whether the tokens run past the RoPE table, which is as long as the context
         if positions is None:
-            beyond = start + T > self.config.context
-            if beyond and (self.config.window is None or self.config.positions != "rope"):
-                raise ValueError(f"{start + T} tokens do not fit the model's context of {self.config.context}")
+            beyond = start + T > c.context
+            if beyond and (c.window is None or c.positions != "rope"):
+                raise ValueError(f"{start + T} tokens do not fit the model's context of {c.context}")
             positions = torch.arange(start, start + T, device=tokens.device)
-        if mask is not None:
-            if mask.dim() == 2:
-                mask = padding_mask(mask, T)
-            elif mask.dim() == 3:
-                mask = mask[:, None]  # (B, 1, T, S)
+        if mask is not None and mask.dim() < 4:
+            mask = padding_mask(mask, T) if mask.dim() == 2 else mask[:, None]  # (B, 1, T, S)
 
         x = self.embed(tokens)  # (B, T, C)
         rope = None
-        if self.config.positions == "rope":
+        if c.positions == "rope":
             tables = self.rope_cos, self.rope_sin  # (context, D) each -> (T, D) or (B, T, D) each
             rope = self.rope_at(positions) if beyond else [table_rows(table, positions) for table in tables]
-        elif self.config.positions == "learned":
+        elif c.positions == "learned":
             x = x + self.learned(positions)
-        elif self.config.positions == "sinusoidal":  # §3.4 and 3.5 of Vaswani et al.: scale, then add
-            x = x * math.sqrt(self.config.width) + sinusoidal_positions(positions, self.config.width).to(x)
+        elif c.positions == "sinusoidal":  # §3.4 and 3.5 of Vaswani et al.: scale, then add
+            x = x * math.sqrt(c.width) + sinusoidal_positions(positions, c.width).to(x)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, layer, last_only and layer == len(self.blocks) - 1)
@@ -359,28 +328,13 @@ class Transformer(nn.Module):
     def make_cache(self, batch, max_len):
         """An empty cache for `batch` rows of up to `max_len` tokens, in the dtype of attention; if the window and the
         sinks are fewer, a RollingKVCache, which keeps no more than the model can see and takes any number of tokens."""
-        c, like = self.config, self.embed.weight
-        dtype = product_dtype(like)
-        if dtype == torch.bfloat16 and not traits(like).bf16_attention:  # on a CPU attention computes in fp32 instead
-            dtype = torch.float32
+        c, dtype, device = self.config, attention_dtype(self.embed.weight), self.embed.weight.device
         if c.window is not None and c.window + c.sinks < max_len:
-            return RollingKVCache(c.n_layer, batch, c.n_kv_head, c.window, c.head_dim, dtype, like.device, c.sinks)
-        return KVCache(c.n_layer, batch, c.n_kv_head, max_len, c.head_dim, dtype, like.device)
+            return RollingKVCache(c.n_layer, batch, c.n_kv_head, c.window, c.head_dim, dtype, device, c.sinks)
+        return KVCache(c.n_layer, batch, c.n_kv_head, max_len, c.head_dim, dtype, device)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
-
-    def flops_per_token(self, T):
-        """Of one training step, per token: 6 per matrix weight (2 forward, 4 backward), of the experts only the active
-        ones; and attention's two products of width D per head, for the keys that a query sees on average, T/2 without
-        a window. (PaLM, arXiv:2204.02311, Appendix B, and nanoGPT count all T: their utilisation comes out higher.)"""
-        c = self.config
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "learned" not in n)
-        experts = sum(p.numel() for p in self.parameters() if p.dim() == 3)  # (E, inner, C) each
-        matrices += experts * c.n_expert_active // max(c.n_expert, 1)
-        matrices -= 0 if c.tie_embeddings else c.vocab_size * c.width  # looking an embedding up is no product
-        window = min(c.window or T, T)
-        return 6 * matrices + 12 * c.n_layer * c.n_head * c.head_dim * (window - window**2 / (2 * T))
 
     def save_pretrained(self, path):
         """Write config.json and model.safetensors in Hugging Face's layout, each under a temporary name first."""
@@ -460,26 +414,17 @@ def demo():
 
     torch.manual_seed(0)
     for title, config in {"Qwen3": TransformerConfig(), "GPT-2": gpt2_config()}.items():
-        model = Transformer(config).eval()
-        c = model.config
-        tokens = torch.randint(0, c.vocab_size, (2, 20))
-
-        attn = c.width * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
-        ffn = c.width * c.ffn_width * (3 if c.activation == "swiglu" else 2)
-        matrices = c.n_layer * (attn + ffn) + c.vocab_size * c.width
-        small = model.num_params() - matrices - (c.context * c.width if c.positions == "learned" else 0)
-        assert 0 < small < 0.02 * matrices  # gains and biases
-
+        model, V = Transformer(config).eval(), config.vocab_size
+        tokens = torch.randint(0, V, (2, 20))
         loss = -token_logprobs(model, tokens).mean().item()
-        assert abs(loss - math.log(c.vocab_size)) < 0.2
-
+        assert abs(loss - math.log(V)) < 0.2
         cache = model.make_cache(2, 20)
         steps = [model(tokens[:, :8], cache=cache)]  # the prompt in one pass, then token by token
         steps += [model(tokens[:, t : t + 1], cache=cache) for t in range(8, 20)]
         worst = (torch.cat(steps, dim=1) - model(tokens)).abs().max().item()
         assert worst < 1e-4
-        print(f"{title} layout: {model.num_params():,} parameters, of which {small:,} gains and biases", end="")
-        print(f"; loss before training {loss:.3f}, ln {c.vocab_size} = {math.log(c.vocab_size):.3f}")
+        print(f"{title} layout: {model.num_params():,} parameters; loss before training {loss:.3f}, ", end="")
+        print(f"ln {V} = {math.log(V):.3f}")
         print(f"  prompt + 12 cached steps = one pass: largest difference in a logit {worst:.1e}")
 
 

@@ -9,8 +9,8 @@ is compared with a library that is not installed is left out, which the page say
 
 1. Checks: outputs and gradients of every layout against the CPU in fp32; attention's paths against each other; fp16
    with its scaler; the decoding step as a CUDA graph, token by token; torch.compile; NCCL; a resumed run.
-2. Pretraining the shape of GPT-2 (124 M parameters), bf16, compiled. Utilisation: `flops_per_token` of transformer.py
-   over the data sheet's peak.
+2. Pretraining the shape of GPT-2 (124 M parameters), bf16, compiled. Utilisation: `flops_per_token` of
+   support/pretrain_report.py over the data sheet's peak.
 3. Generation at 10 M and 135 M parameters against transformers. Bandwidth: the bytes of weights and cache that a token
    must read, over the rate of a large copy.
 4. A GRPO step against TRL's (benchmarks/grpo_vs_trl.py).
@@ -42,6 +42,7 @@ from generate import generate
 from optim import make_optimizers, optimizer_step
 from support.devices import Dist, peak_flops, precision
 from support.fast_decode import Decoder, DecodeStep
+from support.pretrain_report import flops_per_token
 from transformer import Transformer, TransformerConfig, target_logprobs, token_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +330,7 @@ def pretraining(bench):
     rows = []
     for name, seconds in times.items():
         speed = batch * T / min(seconds)
-        rows.append([name, f"{min(seconds):.4f}", f"{speed:,.0f}", f"{speed * policy.flops_per_token(T) / peak:.1%}"])
+        rows.append([name, f"{min(seconds):.4f}", f"{speed:,.0f}", f"{speed * flops_per_token(policy, T) / peak:.1%}"])
     state = "compiled" if compiled else "eager"
     size = f"{policy.num_params() / 1e6:.0f} M parameters, {dtype}, {state}, {batch} x {T} tokens a step"
     yield f"{size}; the best of two medians.\n"

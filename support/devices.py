@@ -6,6 +6,7 @@ autocast, scaler = precision(config.dtype, dist)
 with autocast(): ...                                a stage's forward passes; scaler.scale(loss).backward()
 traits(x)                                           what torch can do on x's device, and what is fast there
 in_float64(x), product_dtype(x)                     x in float64 wherever that exists; the dtype of its products
+attention_dtype(x)                                  the dtype of attention: on a CPU fp32 instead of bf16
 random_state(device), set_random_state(…)           the generators that dropout draws from, to resume
 peak_flops(dist), free_memory(device)               the device's peak speed, and the memory it has left
 
@@ -68,6 +69,12 @@ def product_dtype(x):
     """The dtype of x's matrix products: autocast's where that is on, else its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def attention_dtype(x):
+    """The dtype in which attention computes, and caches keys and values, where x's products have product_dtype(x)."""
+    dtype = product_dtype(x)
+    return torch.float32 if dtype == torch.bfloat16 and not traits(x).bf16_attention else dtype
 
 
 @dataclass

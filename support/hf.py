@@ -27,7 +27,9 @@ from support.finite import check_finite, is_finite
 # computes; it is saved in this project's own layout.
 
 # Extensions of the architecture, each with the value that turns it off. Code that cannot compute them requires these
-# values: the layouts that have no key for them, BERT's layout, the fast decoding step. A new switch is one more entry.
+# values: the layouts that have no key for them, BERT's layout, the fast decoding step. A new switch is one more entry:
+# models with that value then work as before. Without an entry a new field of the config, or of a subclass, is safe but
+# slow: no model takes the fast decoding step, and checkpoints are saved in this project's own layout.
 EXTENSIONS_OFF = {"window": None, "sinks": 0, "n_expert": 0}
 TRAINING_ONLY = ("dropout", "capacity_factor")
 MIXTURE_ONLY = ("n_expert_active", "expert_width", "n_shared_expert", "moe_every", "norm_topk_prob", "routed_scale")

@@ -30,7 +30,7 @@ class Look:
         self.sequences = partial(validation_sequences, documents, streams["valid"], context, tokenizer.endoftext_id)
         self.byte_lengths, self.entropy = bytes_of_tokens(tokenizer), known_entropy(run.config.data, documents)
         with autocast():  # seconds per token, if every rank computed at its peak
-            self.at_peak = run.model.flops_per_token(context) / (peak_flops(run.dist) * run.dist.world)
+            self.at_peak = flops_per_token(run.model, context) / (peak_flops(run.dist) * run.dist.world)
         run.on_save = lambda: draw(run.config, run.model.num_params(), self.entropy)
 
     def before(self):
@@ -74,6 +74,20 @@ class Look:
             where = f"{run.path}/best, {run.path}/curves.png"
             print(f"validation loss {loss:.4f} nats per token{floor}{skipped}; {where}")
         return {"valid_loss": loss, "path": str(run.path / "best")}
+
+
+def flops_per_token(model, T):
+    """Of one training step on rows of T tokens, per token: 6 per matrix weight (2 forward, 4 backward), of the experts
+    only the active ones; and attention's two products of width D per head, for the keys that a query sees on average,
+    T/2 without a window. (PaLM, arXiv:2204.02311, Appendix B, and nanoGPT count all T: their utilisation comes out
+    higher.)"""
+    c = model.config
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "learned" not in n)
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)  # (E, inner, C) each
+    matrices += experts * c.n_expert_active // max(c.n_expert, 1)
+    matrices -= 0 if c.tie_embeddings else c.vocab_size * c.width  # looking an embedding up is no product
+    window = min(c.window or T, T)
+    return 6 * matrices + 12 * c.n_layer * c.n_head * c.head_dim * (window - window**2 / (2 * T))
 
 
 def validation_sequences(documents, stream, context, separator, most_tokens=None):

@@ -1,6 +1,7 @@
 """transformer.py: the properties that every decoder must have, and its log-probabilities."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoder import SMALL, tiny
 
-from attention import attention_weights, document_mask
+from attention import KVCache, attention_weights, document_mask
+from support import devices
 from support.errors import CheckpointError
 from support.logprobs import target_logprobs
+from support.pretrain_report import flops_per_token
 from transformer import Transformer, TransformerConfig, gpt2_config, masked_mean, token_logprobs
 
 
@@ -166,6 +169,19 @@ def test_last_only_is_the_last_of_all(tokens, changes, padded, cached):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("bf16_attention", [False, True])
+def test_the_cache_has_the_dtype_in_which_attention_computes(bf16_attention, tokens, monkeypatch):
+    """Another one would convert the keys and values of every step, without an error."""
+    monkeypatch.setitem(devices.TRAITS, "cpu", replace(devices.TRAITS["cpu"], bf16_attention=bf16_attention))
+    written, update = set(), KVCache.update
+    monkeypatch.setattr(KVCache, "update", lambda *a: written.update(x.dtype for x in a[2:]) or update(*a))
+    model = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.make_cache(len(tokens), 24)
+        model(tokens, cache=cache)
+    assert written == {cache.store.dtype} == {torch.bfloat16 if bf16_attention else torch.float32}
+
+
 def test_the_end_of_the_context():
     model = tiny()
     with pytest.raises(ValueError, match="25 tokens do not fit the model's context of 24"):
@@ -258,13 +274,13 @@ def test_mixtures_learn_and_count(tokens):
     assert model.config.expert_width == model.config.ffn_width // 3 // 8 * 8
     router, norms, norm = 16 * 5, 4 * 16, 3 * 16 * model.config.ffn_width
     assert model.num_params() == dense.num_params() - norm + 6 * expert + router + norms
-    assert model.flops_per_token(8) == dense.flops_per_token(8) + 6 * (3 * expert + router - norm)
+    assert flops_per_token(model, 8) == flops_per_token(dense, 8) + 6 * (3 * expert + router - norm)
     full, narrow = (Transformer(TransformerConfig(**SMALL, window=w)) for w in (None, 3))
     exact = (1 + 2 + 3 * 14) / 16  # keys that a query sees on average, its own counted whole
     assert (
-        abs((narrow.flops_per_token(16) - 6 * (narrow.num_params() - 16 * 5 - 4 * 4)) / (12 * 2 * 4 * 4) - exact) < 0.1
+        abs((flops_per_token(narrow, 16) - 6 * (narrow.num_params() - 16 * 5 - 4 * 4)) / (12 * 2 * 4 * 4) - exact) < 0.1
     )
-    assert full.flops_per_token(16) - narrow.flops_per_token(16) == 12 * 2 * 4 * 4 * (8 - (3 - 9 / 32))
+    assert flops_per_token(full, 16) - flops_per_token(narrow, 16) == 12 * 2 * 4 * 4 * (8 - (3 - 9 / 32))
 
 
 def test_birth():
@@ -277,10 +293,10 @@ def test_birth():
     assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
     attn, ffn, norms = 192 * (192 * 2 + 64 * 2), 192 * 512 * 3, 192 * 2 + 32 * 2
     assert model.num_params() == 512 * 192 + 4 * (attn + ffn + norms) + 192
-    assert model.flops_per_token(100) == 6 * (512 * 192 + 4 * (attn + ffn)) + 6 * 4 * 192 * 100
+    assert flops_per_token(model, 100) == 6 * (512 * 192 + 4 * (attn + ffn)) + 6 * 4 * 192 * 100
     untied = Transformer(TransformerConfig(tie_embeddings=False))
     assert untied.num_params() == model.num_params() + 512 * 192
-    assert untied.flops_per_token(100) == model.flops_per_token(100)
+    assert flops_per_token(untied, 100) == flops_per_token(model, 100)
     per_block = 4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192
     old = Transformer(gpt2_config())
     assert old.num_params() == (512 + 256) * 192 + 4 * per_block + 2 * 192

@@ -1,0 +1,33 @@
+"""Which architectures are possible: the checks of TransformerConfig (transformer.py) and of what builds on it."""
+
+from positional import rope_attention_factor, rope_frequencies
+from support.checks import check
+from support.errors import CheckpointError
+
+
+def check_architecture(config):
+    """CheckpointError, one line, on the first field that its type does not allow, or that contradicts another."""
+    c = config
+    check(c, CheckpointError, dashes="")
+    if c.n_head % c.n_kv_head:
+        raise CheckpointError(f"n_head {c.n_head} is not a multiple of n_kv_head {c.n_kv_head}")
+    if c.head_dim is None and c.width % c.n_head:
+        raise CheckpointError(f"width {c.width} is not a multiple of n_head {c.n_head}")
+    head_dim = c.head_dim or c.width // c.n_head
+    if c.positions == "rope" and head_dim % 2:
+        raise CheckpointError(f"RoPE rotates pairs, but head_dim is {head_dim}; it must be even")
+    if c.positions == "sinusoidal" and c.width % 2:
+        raise CheckpointError(f"sines and cosines come in pairs, but width is {c.width}; it must be even")
+    if c.rope_scaling is not None and (c.positions != "rope" or not isinstance(c.rope_scaling, dict)):
+        raise CheckpointError(f"rope_scaling is {c.rope_scaling!r}; it takes a dict, and positions of rope")
+    try:
+        rope_frequencies(4, c.rope_theta, c.rope_scaling, c.context)  # for its checks; 4: any width
+        rope_attention_factor(c.rope_scaling, c.context)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"rope_scaling is {c.rope_scaling!r}: {error}") from None
+    if c.sinks and c.window is None:
+        raise CheckpointError(f"sinks is {c.sinks}, but without a window every token is visible anyway")
+    if c.n_expert and c.n_expert_active > c.n_expert:
+        raise CheckpointError(f"n_expert_active is {c.n_expert_active}, but n_expert is only {c.n_expert}")
+    if c.n_expert and c.moe_every > c.n_layer:
+        raise CheckpointError(f"moe_every is {c.moe_every}: no block of {c.n_layer} would be a mixture")

@@ -188,6 +188,13 @@ CLAIMS = [
         Compared("gdpo", "GDPO, brevity if right", "GDPO", "accuracy", "+"),
     ),
     Claim(
+        "mask the tokens on which sampler and trainer disagree",
+        "[2510.18855]",
+        "support.off_policy.sampler_weights",
+        "compared by `python ablate.py off-policy`",
+        Compared("off-policy", "16 steps old, masked", "16 steps old, uncorrected", "accuracy", "+"),
+    ),
+    Claim(
         "a student should meet its own mistakes",
         "[2306.13649]",
         "distill.distill_loss",

@@ -57,12 +57,13 @@ import torch.nn.functional as F
 from support.checkpoints import is_chat_model, open_checkpoint
 from support.checks import Amount, Count, Fraction, Range, Seed, check
 from support.cli import run_script
-from support.devices import answer_autocast, free_memory, setup, traits
-from support.errors import ConfigError, TokenizerError
+from support.devices import answer_autocast, setup, traits
+from support.errors import ConfigError
 from support.fast_decode import Decoder
-from support.finite import diverged
+from support.finite import check_logprobs
+from support.generate_setup import check_request, prompts_that_fit
 from support.output import run_demo
-from support.streaming import StreamedText, read_line
+from support.streaming import StreamedText, chat
 from transformer import Transformer, TransformerConfig
 
 
@@ -138,12 +139,6 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
     return ids.squeeze(-1), scaled.log_softmax(-1).gather(-1, ids).squeeze(-1)
 
 
-def require_finite(logprobs, mask):
-    """Raise DivergedError if a token that the mask counts has log-probability NaN: see `sample`."""
-    if (logprobs.isnan() & mask).any():
-        raise diverged("logits")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Rollouts: prefill, then decode.
 
@@ -183,47 +178,28 @@ def generate(
     static: decode with fixed shapes (StaticStep of support/fast_decode.py) where the layout allows it, default on a
         GPU.
     """
-    c, longest = model.config, max((len(p) for p in prompts), default=0)
-    if not prompts or not all(prompts):
-        raise ConfigError("nothing to continue: a prompt needs at least one token")
-    if longest + max_new_tokens > c.context:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of {c.context}"
-        )
-    if not temperature >= 0 or (top_k is not None and top_k < 1):
-        raise ConfigError(f"temperature is {temperature} and top_k {top_k}; they must be at least 0 and 1")
-    if not 0 < (1 if top_p is None else top_p) <= 1 or not 0 <= (min_p or 0) <= 1 or not repetition_penalty > 0:
-        raise ConfigError(
-            f"top_p is {top_p}, min_p {min_p} and repetition_penalty {repetition_penalty}; they must be above 0 and at "
-            "most 1, from 0 to 1, and above 0"
-        )
-    if max_new_tokens < 1 or n < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens} and n is {n}; both must be at least 1")
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, penalty=repetition_penalty)
+    check_request(model, prompts, max_new_tokens, n, uniforms, **sampling)
     if uniforms is None:
         uniforms = torch.rand(len(prompts) * n, max_new_tokens, generator=generator)
-    if uniforms.shape != (len(prompts) * n, max_new_tokens):
-        raise ConfigError(f"uniforms are {tuple(uniforms.shape)}, not {(len(prompts) * n, max_new_tokens)}")
     uniforms = uniforms.to(model.embed.weight.device)
     static = traits(uniforms).cuda_graphs if static is None else static
-    if memory is None:
-        free = free_memory(uniforms.device)
-        memory = (1 << 40 if free is None else free) // 2
-    a_row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * (longest + max_new_tokens)  # keys and values in fp32
-    watched = on_tokens is not None or write is not None  # these address rows by number: one batch
-    size = len(prompts) if watched else max(1, int(memory // (a_row * n)))  # prompts per batch
-    choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, penalty=repetition_penalty)
+    size = len(prompts)  # prompts per batch; on_tokens and write address rows by number: one batch
+    if on_tokens is None and write is None:
+        size = prompts_that_fit(model, prompts, max_new_tokens, n, memory)
     was_training = model.training
     model.eval()
     try:
         batches = []
         for i in range(0, len(prompts), size):
-            own = uniforms[i * n : (i + size) * n]
-            batches.append(roll_out(model, prompts[i : i + size], own, n, stop_ids, on_tokens, write, choice, static))
+            table = uniforms[i * n : (i + size) * n]
+            batch = roll_out(model, prompts[i : i + size], table, n, stop_ids, on_tokens, write, sampling, static)
+            batches.append(batch)
     finally:
         model.train(was_training)
     T = max(ids.shape[1] for ids, *_ in batches)
-    whole = [torch.cat([F.pad(x, (0, T - x.shape[1])) for x in parts]) for parts in zip(*batches, strict=True)]
-    return Rollout(*whole)  # copies made outside inference mode: a loss may use them
+    joined = [torch.cat([F.pad(x, (0, T - x.shape[1])) for x in parts]) for parts in zip(*batches, strict=True)]
+    return Rollout(*joined)  # copies made outside inference mode: a loss may use them
 
 
 def prefill(model, prompts, n, max_new_tokens, static):
@@ -246,35 +222,33 @@ def prefill(model, prompts, n, max_new_tokens, static):
 
 
 @torch.inference_mode()
-def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, choice, static):
-    """One batch -> ids, mask, logprobs, with `write` also written, (N·n, T) each. choice: arguments of `sample`."""
+def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, static):
+    """One batch -> ids, mask, logprobs, with `write` also written, (N·n, T) each. sampling: arguments of `sample`."""
     device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
     logits, decoder = prefill(model, prompts, n, max_new_tokens, static)  # (N·n, V)
     stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     seen = None
-    if choice["penalty"] != 1.0:
-        seen = torch.zeros(len(prompts), logits.shape[1], dtype=torch.bool, device=device)
-        for i, prompt in enumerate(prompts):
-            seen[i, list(prompt)] = True
-        seen = seen.repeat_interleave(n, dim=0)  # (N·n, V)
+    if sampling["penalty"] != 1.0:
+        every_id = torch.arange(logits.shape[1])
+        seen = torch.stack([torch.isin(every_id, torch.tensor(list(prompt))) for prompt in prompts])  # (N, V)
+        seen = seen.to(device).repeat_interleave(n, dim=0)  # (N·n, V)
 
     ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)  # tokens that were sampled
+    real = torch.zeros_like(mask)  # those, and the tokens that `write` gave
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
     row = slice(None)  # which output row each row of the shrinking batch is: all, until some have left
     live = torch.ones(rows, dtype=torch.bool, device=device)
-    given, written = None, None if write is None else torch.zeros_like(mask)  # ids or −1 (N·n,); (N·n, T)
+    given = None  # what `write` returned: (N·n,) the id that a row must take next, or −1
     for t in range(max_new_tokens):
-        token, logprob = sample(logits, uniforms[row, t], seen=seen, **choice)  # (B,), (B,)
-        if given is None:
-            ids[row, t], mask[row, t], logprobs[row, t] = token, live, logprob
-        else:
-            own = given[row] < 0  # (B,) the rows that sample
-            token = torch.where(own, token, given[row])
-            ids[row, t], mask[row, t], logprobs[row, t] = token, live & own, logprob
-            written[row, t] = live & ~own
+        token, logprob = sample(logits, uniforms[row, t], seen=seen, **sampling)  # (B,), (B,)
+        sampled = live  # (B,)
+        if given is not None:
+            sampled = live & (given[row] < 0)
+            token = torch.where(given[row] < 0, token, given[row])
+        ids[row, t], real[row, t], mask[row, t], logprobs[row, t] = token, live, sampled, logprob
         if t == 0 or on_tokens is not None:  # before anything is shown; the rest below, where nothing waits for it
-            require_finite(logprob, live)
+            check_logprobs(logprob, live)
         if stop_ids:
             live = live & ~torch.isin(token, stop)
         if on_tokens is not None:
@@ -282,7 +256,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, choice, st
             if end is not None:
                 live = live & ~end.to(device)[row]
         if write is not None:
-            given = write(ids[:, t], mask[:, t] | written[:, t]).to(device)
+            given = write(ids[:, t], real[:, t]).to(device)
         left = int(live.sum()) if stop_ids or on_tokens is not None else rows
         if left == 0 or t + 1 == max_new_tokens:
             break
@@ -297,11 +271,11 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, choice, st
             row = stay if isinstance(row, slice) else row[stay]
             live, token, seen = live[stay], token[stay], None if seen is None else seen[stay]
         logits = decoder(token)  # (B, V)
-    mask = mask[:, : t + 1]
-    require_finite(logprobs[:, : t + 1], mask)
-    real = mask if write is None else mask | written[:, : t + 1]  # a row that has ended writes on until it leaves
-    whole = ids[:, : t + 1] * real, mask, logprobs[:, : t + 1].masked_fill(~mask, 0.0)  # 0 · NaN would be NaN
-    return whole if write is None else (*whole, written[:, : t + 1])
+    ids, real, mask, logprobs = (x[:, : t + 1] for x in (ids, real, mask, logprobs))
+    check_logprobs(logprobs, mask)
+    # A row that has ended reads on until it leaves the batch. Its logprobs may be NaN there, and 0 · NaN is NaN.
+    parts = ids * real, mask, logprobs.masked_fill(~mask, 0.0)
+    return parts if write is None else (*parts, real & ~mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -358,40 +332,10 @@ def answer(model, tokenizer, ids, stop_ids, config, generator):
         is_text = live[0] and token[0].item() not in stop_ids
         return torch.tensor([text.add(token[0].item())]) if is_text else None
 
-    choice = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
-    choice |= dict(repetition_penalty=config.repetition_penalty, stop_ids=stop_ids, generator=generator)
-    generate(model, [ids], min(config.max_new_tokens, room), on_tokens=show, **choice)
+    options = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+    options |= dict(repetition_penalty=config.repetition_penalty, stop_ids=stop_ids, generator=generator)
+    generate(model, [ids], min(config.max_new_tokens, room), on_tokens=show, **options)
     return text.end()
-
-
-def chat(tokenizer, context, reply):
-    """Turn by turn until an empty line; reply(ids) -> text. When the context is full, the oldest exchange goes."""
-    print("Chat. An empty line ends it, /new starts over.")
-    history = []
-    while True:
-        try:
-            text = read_line("> ")
-        except KeyboardInterrupt:
-            text = ""
-        except ConfigError as error:
-            print(f"({error})")
-            continue
-        if not text:
-            return
-        if text == "/new":
-            history = []
-            continue
-        history.append({"role": "user", "content": text})
-        try:
-            ids, _ = tokenizer.encode_chat(history, True)
-            while len(history) > 1 and len(ids) + 16 > context:
-                del history[:2]
-                print("(the context is full: the oldest exchange was forgotten)")
-                ids, _ = tokenizer.encode_chat(history, True)
-            history.append({"role": "assistant", "content": reply(ids)})
-        except (KeyboardInterrupt, ConfigError, TokenizerError) as error:  # such a message does not count
-            print("(stopped)" if isinstance(error, KeyboardInterrupt) else f"({error})")
-            history.pop()
 
 
 def main(config):
@@ -427,8 +371,8 @@ def demo():
         "min-p 0.5": ({"min_p": 0.5}, (0.5, 0.8, 0.8), (0, 0, 1)),  # 0.2 < 0.5 · 0.5
     }
     print("by hand: probabilities 0.5, 0.3, 0.2; the tokens that u = 0.4, 0.6, 0.9 draw")
-    for name, (choice, cdf, tokens) in by_hand.items():
-        ids, logprobs = sample(probs.log().expand(3, 3), u, **choice)
+    for name, (options, cdf, tokens) in by_hand.items():
+        ids, logprobs = sample(probs.log().expand(3, 3), u, **options)
         assert tuple(ids.tolist()) == tokens
         full = probs[0] ** 2 / 0.38 if name == "temperature 1/2" else probs[0]  # never the truncated one
         torch.testing.assert_close(logprobs, full.log()[ids])

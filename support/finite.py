@@ -40,3 +40,9 @@ def diverged(results):
         f"the model's {results} are not finite: its training has diverged (take an earlier checkpoint, or train with a "
         "smaller --lr), or its numbers overflow (try --dtype fp32)"
     )
+
+
+def check_logprobs(logprobs, mask):
+    """DivergedError if the log-probability of a sampled token that the mask counts is NaN: see generate.sample."""
+    if (logprobs.isnan() & mask).any():
+        raise diverged("logits")

@@ -1,10 +1,40 @@
-"""The terminal of a chat: reading a line, and printing a text while it is generated, token by token."""
+"""Chat in a terminal: the turns, reading a line, and printing a text while it is generated, token by token."""
 
 import codecs
 import io
 import sys
 
-from support.errors import ConfigError
+from support.errors import ConfigError, TokenizerError
+
+
+def chat(tokenizer, context, reply):
+    """Turn by turn until an empty line; reply(ids) -> text. When the context is full, the oldest exchange goes."""
+    print("Chat. An empty line ends it, /new starts over.")
+    history = []
+    while True:
+        try:
+            text = read_line("> ")
+        except KeyboardInterrupt:
+            text = ""
+        except ConfigError as error:
+            print(f"({error})")
+            continue
+        if not text:
+            return
+        if text == "/new":
+            history = []
+            continue
+        history.append({"role": "user", "content": text})
+        try:
+            ids, _ = tokenizer.encode_chat(history, True)
+            while len(history) > 1 and len(ids) + 16 > context:
+                del history[:2]
+                print("(the context is full: the oldest exchange was forgotten)")
+                ids, _ = tokenizer.encode_chat(history, True)
+            history.append({"role": "assistant", "content": reply(ids)})
+        except (KeyboardInterrupt, ConfigError, TokenizerError) as error:  # such a message does not count
+            print("(stopped)" if isinstance(error, KeyboardInterrupt) else f"({error})")
+            history.pop()
 
 
 def read_line(prompt):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import generate as generate_module
 from generate import Config, Rollout, answer, chat, generate, main, sample, truncate
-from support import cli
+from support import cli, generate_setup
 from support.answers import extract_answer
 from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.cli import parse_config, run_script
@@ -488,7 +488,7 @@ def test_little_memory_means_more_batches_and_the_same_rows(model, monkeypatch):
     for limit, batches in ((two, [2, 1]), (two - 1, [1, 1, 1])):
         calls.clear()
         generate(model, PROMPTS, 9, n=2, uniforms=table, memory=limit)
-        monkeypatch.setattr(generate_module, "free_memory", lambda device, limit=limit: 2 * limit)  # half of it
+        monkeypatch.setattr(generate_setup, "free_memory", lambda device, limit=limit: 2 * limit)  # half of it
         generate(model, PROMPTS, 9, n=2, uniforms=table)
         assert calls == batches * 2
     torch.testing.assert_close(whole.logprobs, parts.logprobs, atol=1e-4, rtol=1e-4)

@@ -6,21 +6,32 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
 
     mean ± half     half = t(0.975, n − 1) · s / √n          s: the standard deviation over the seeds, with n − 1
     difference      the same of the n *paired* differences a_i − b_i, i the seed
-    p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees: how often equal variants differ so
+    p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees of freedom: how often two equal
+                    variants would differ at least as much
     Holm            of m comparisons sorted by p, the k-th smallest becomes (m − k + 1) p, and none falls below the one
                     before it: then at most 5 % of the columns with no real difference call any significant
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
-quantile, 4.30 for three seeds and not the normal law's 1.96, because s is itself estimated from few numbers. The same
-seed gives both variants the same data order and, where their shapes agree, the same start: what they share cancels,
-which two separate intervals would hide (`demo`). A difference is *significant* if its p, corrected over the comparisons
-of its column, is below 0.05. With a single comparison that is an interval that leaves out 0.
+quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
+numbers. The same seed gives both variants the same data order and, where their shapes agree, the same start: what they
+share cancels, which two separate intervals would hide (`demo`). A difference is *significant* if its p, corrected over
+the comparisons of its column, is below 0.05. With a single comparison that is an interval that leaves out 0.
 
-An experiment is a row of EXPERIMENTS: a question, what is held, and its variants. A variant is a stage and the flags
-that differ, so every run can be repeated by hand with the stage's own script (or `measure`: a start as it is, without
-training). In pseudo-code, as in `main`:
+An experiment is a row of EXPERIMENTS (support/experiments.py):
 
-    tune: of a small grid, the value with the best validation accuracy, for each variant on one seed, where asked for
+    "norm-kind": Experiment(
+        "Does it matter that RMSNorm leaves the mean in?",                                  the question
+        "a character model of 4 layers, …, 600 steps of 16 windows, the data order",        what is held
+        {"LayerNorm": ("pretrain", {"model": {"norm": "layer", …}, …}), "RMSNorm": …},      the variants
+        ("valid_loss", "minutes"),                                                          the columns of the table
+        ("loss", "grad_norm"),                                                              the curves of the picture
+    )
+
+A variant is a stage and its flags, so every run can be repeated by hand with the stage's own script (or `measure`: a
+start as it is, without training). Where an experiment names a probe, a function of support/probes.py, it measures what
+the stage does not. In pseudo-code, as in `main`:
+
+    chosen      = {variant: of a small grid, the value with the best validation accuracy}           0. tune, if asked
     todo        = (variant, seed) without a result made by these settings                           1. what is missing
     results     = {(variant, seed): {metric: number}}      each the stage's main, then the probe    2. run
     means       = {variant: {metric: student_interval(its n numbers)}}                              3. compare
@@ -53,14 +64,9 @@ Run it:
 import contextlib
 import json
 import math
-import multiprocessing
-import os
-import random
-import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -78,16 +84,7 @@ import pretrain
 import rejection
 import sft
 from support import probes
-from support.ablation_report import (
-    TIMES,
-    draw,
-    page,
-    read_figures,
-    seeds_on,
-    side_by_side,
-    write_figures,
-    write_page,
-)
+from support.ablation_report import mean_curves, seeds_on, write_report
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check
 from support.cli import run_script
@@ -98,7 +95,10 @@ from support.experiments import EXPERIMENTS
 from support.files import to_json, with_nan, write_whole
 from support.log import commit, read_metrics
 from support.output import log_file
+from support.repeated import compare, draw_run
 from support.runs import RUNS
+from support.students_law import student_p, student_t
+from support.workers import run_all, threads_each
 
 # ---------------------------------------------------------------------------------------------------------------
 # The statistics.
@@ -116,27 +116,6 @@ class Interval(NamedTuple):
         return self.p < 0.05
 
 
-def student_p(t, degrees):
-    """P(|T| > t) of Student's law (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4: finite sums, exact)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    term, total = (1.0, 1.0) if degrees % 2 == 0 else (math.cos(angle), math.cos(angle) * (degrees > 1))
-    for k in range(2 + degrees % 2, degrees - 1, 2):  # cos^k, each times (k − 1) / k of the one before
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-        total += term
-    inside = math.sin(angle) * total
-    return 1 - (inside if degrees % 2 == 0 else 2 / math.pi * (angle + inside))
-
-
-def student_t(level, degrees):
-    """The t that |T| exceeds with probability 1 − level: 12.706 for 0.95 and one degree, 1.96 for very many."""
-    low, high = 0.0, math.pi / 2  # angles; t = √degrees tan(angle)
-    for _ in range(60):
-        middle = (low + high) / 2
-        inside = student_p(math.sqrt(degrees) * math.tan(middle), degrees) > 1 - level
-        low, high = (middle, high) if inside else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
 def student_interval(values):
     """Student's 95 % interval for the mean of n numbers. One number has no spread and so no interval; if one of them is
     not finite (a run that diverged), there is no mean either."""
@@ -148,25 +127,7 @@ def student_interval(values):
         return Interval(mean, math.nan)
     error = statistics.stdev(values) / math.sqrt(n)
     p = student_p(abs(mean) / error, n - 1) if error else float(mean == 0)
-    return Interval(mean, student_t(0.95, n - 1) * error, p)
-
-
-def holm(ps):
-    """Corrected p-values of m comparisons (Holm 1979), NaN where there is none; m counts the others."""
-    order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
-    corrected, floor = [math.nan] * len(ps), 0.0
-    for k, i in enumerate(order):
-        floor = corrected[i] = max(floor, min(1.0, (len(order) - k) * ps[i]))
-    return corrected
-
-
-def smallest_difference(intervals, n):
-    """The difference that about 4 in 5 experiments with n seeds would show (80 % power), without Holm's correction, at
-    the median spread of these differences; NaN for one seed."""
-    if n < 2:
-        return math.nan
-    errors = sorted(x.half / student_t(0.95, n - 1) for x in intervals if x.half > 0)
-    return (student_t(0.95, n - 1) + student_t(0.6, n - 1)) * statistics.median(errors) if errors else math.nan
+    return Interval(mean, student_t(0.975, n - 1) * error, p)
 
 
 def paired_difference(a, b):
@@ -174,16 +135,33 @@ def paired_difference(a, b):
     return student_interval([x - y for x, y in zip(a, b, strict=True)])
 
 
+def holm(ps):
+    """Corrected p-values of m comparisons (Holm 1979), NaN where there is none: NaNs are not counted in m."""
+    order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+    corrected, floor = [math.nan] * len(ps), 0.0
+    for k, i in enumerate(order):
+        floor = corrected[i] = max(floor, min(1.0, (len(order) - k) * ps[i]))
+    return corrected
+
+
+def by_seed(experiment, results, seeds):
+    """{(variant, seed): figures} -> {variant: {metric: its values, one per seed}}, NaN where there is none."""
+    return {
+        v: {metric: [results[v, seed].get(metric, math.nan) for seed in seeds] for metric in experiment.columns}
+        for v in experiment.variants
+    }
+
+
 def means_of(experiment, results, seeds):
     """{(variant, seed): figures} -> {variant: {metric: the interval of its mean}}."""
-    values = {v: by_seed(results, v, seeds, experiment.columns) for v in experiment.variants}
+    values = by_seed(experiment, results, seeds)
     return {v: {metric: student_interval(x) for metric, x in of_metric.items()} for v, of_metric in values.items()}
 
 
 def differences_of(experiment, results, seeds):
     """{(variant, seed): figures} -> {(a, b): {metric: the interval of a − b}} of the variants that are compared; the p
     are corrected over the comparisons of a metric."""
-    values = {v: by_seed(results, v, seeds, experiment.columns) for v in experiment.variants}
+    values = by_seed(experiment, results, seeds)
     differences = {pair: {} for pair in experiment.compared()}
     for metric in experiment.columns:
         intervals = [paired_difference(values[a][metric], values[b][metric]) for a, b in differences]
@@ -192,21 +170,13 @@ def differences_of(experiment, results, seeds):
     return differences
 
 
-def by_seed(results, variant, seeds, metrics):
-    """{metric: its values, one per seed}, NaN where there is none."""
-    return {metric: [results[variant, seed].get(metric, math.nan) for seed in seeds] for metric in metrics}
-
-
-def mean_curves(logs, variants, seeds, metric):
-    """{(variant, seed): its metrics.jsonl} -> {variant: (steps, intervals)} of a metric, for the variants that log
-    it."""
-    curves = {}
-    for variant in variants:
-        runs = [logs[variant, seed][metric] for seed in seeds if metric in logs[variant, seed]]
-        steps, values = side_by_side(runs)  # (points,), (seeds, points)
-        if len(steps):
-            curves[variant] = steps.tolist(), [student_interval(point) for point in values.T.tolist()]
-    return curves
+def smallest_difference(intervals, n):
+    """(t(0.975) + t(0.8)) · s / √n: the difference that about 4 in 5 experiments with n seeds would show (80 % power),
+    without Holm's correction, at the median spread of these differences; NaN for one seed."""
+    if n < 2:
+        return math.nan
+    errors = [x.half / student_t(0.975, n - 1) for x in intervals if x.half > 0]  # s / √n
+    return (student_t(0.975, n - 1) + student_t(0.8, n - 1)) * statistics.median(errors) if errors else math.nan
 
 
 def demo():
@@ -217,13 +187,15 @@ def demo():
     assert of_a.mean + of_a.half > of_b.mean  # b's mean lies inside a's interval
     assert of_difference.significant
     assert abs(of_difference.half - 4.3027 * 0.01 / 3**0.5) < 1e-6  # the deviations are 0, 0.01, −0.01
-    assert holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]  # 3 · 0.01, 2 · 0.03, and 0.04 not below that
+    corrected = holm([0.01, 0.04, 0.03])
+    assert corrected == [0.03, 0.06, 0.06]  # 3 · 0.01, 2 · 0.03, and 0.04 not below that
     assert not paired_difference([2.51, 3.49, 1.5], a).significant  # the same numbers, but not paired by seed
     print(
         f"""seed       0      1      2     mean ± half, half = 4.303 s / √3
 a       1.00   2.00   3.00     {of_a.mean:.2f} ± {of_a.half:.2f}
 b       1.50   2.51   3.49     {of_b.mean:.2f} ± {of_b.half:.2f}    inside a's interval: b seems no better
 b − a   0.50   0.51   0.49     {of_difference.mean:.2f} ± {of_difference.half:.2f}    significant: it leaves out 0
+three comparisons, p = 0.01, 0.04, 0.03; by Holm {", ".join(f"{p:.2f}" for p in corrected)}: one is significant
 """
     )
 
@@ -262,8 +234,8 @@ def known(stage, flags):
 
 
 def settings_of(experiment, variant, seed, quick=False):
-    """Everything that determines a run's outcome except the code, as JSON: equal settings are the same run. "reads" is
-    the content of the data."""
+    """What determines a run's outcome, as JSON: equal settings are the same run. "reads" is the content of the data.
+    Left out are the code, the number of threads, and the machine with the dtype that `auto` takes there."""
     stage, flags = experiment.variants[variant]
     flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the corpus is looked up now
     if quick:
@@ -274,57 +246,27 @@ def settings_of(experiment, variant, seed, quick=False):
     return json.loads(to_json(settings))
 
 
-def trial(experiment, variant, value):
-    """The experiment in which a variant has this value of the tuned flag, in short runs without a test."""
-    flags = known(experiment.variants[variant][0], TRIAL | {"steps": experiment.tune_steps})
-    return replace(experiment.with_flags({variant: flags | {experiment.tune: value}}), probe=None)
-
-
-STATE = {"running": False, "stopped": False}  # of a worker process
-
-
-def stop(number, frame):
-    """SIGINT in a worker process: a run stops at once. A process that waits for the next, with a lock of the pool, is
-    only told to refuse it: the pool queues one run more than it has processes."""
-    STATE["stopped"] = True
-    if STATE["running"]:
-        raise KeyboardInterrupt
-
-
-def listen():
-    """What a worker process does first."""
-    signal.signal(signal.SIGINT, stop)
-
-
 def run_one(settings, folder, threads):
     """Run a variant with a seed -> its figures, also written to folder/result.json; {"diverged": …} if it did. Called
     in a worker process."""
+    torch.set_num_threads(threads)
+    return_freed_memory()  # that of the run before
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        STATE["running"] = True
-        if STATE["stopped"]:
-            raise KeyboardInterrupt
-        torch.set_num_threads(threads)
-        return_freed_memory()  # that of the run before
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                figures = figures_of(settings, folder)
-        except DivergedError as error:
-            figures = {"diverged": str(error)}
-        result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
-        write_whole(folder / "result.json", to_json(result))
-        return figures
-    except (KeyboardInterrupt, SystemExit):
-        STATE["stopped"] = True
-        raise
-    finally:
-        STATE["running"] = False
+        with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            figures = figures_of(settings, folder)
+    except DivergedError as error:
+        figures = {"diverged": str(error)}
+    result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
+    write_whole(folder / "result.json", to_json(result))
+    return figures
 
 
 def figures_of(settings, folder):
     """{metric: number}: the stage's held-out evaluation after training, accuracies in per cent; the last values of what
-    is logged at validations only; size and time; and what the experiment's probe measures."""
+    is logged at validations only; size; minutes, with those of a start or a reward model that the stage trains for
+    itself; and what the experiment's probe measures."""
     started = time.perf_counter()
     _, stage_main = STAGES[settings["stage"]]
     run_dir = folder / "run"
@@ -359,7 +301,8 @@ class Config:
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """One run of each variant per seed."""
     verify: bool = False
-    """Repeat one run of a page, both drawn at random if no experiment is named, and compare its figures."""
+    """Repeat one run of a page, both drawn at random if no experiment is named, and compare its figures. They are the
+    same on the same machine, with the same number of --jobs."""
     again: bool = False
     """Repeat runs whose results were made by other settings (other defaults, another text)."""
     jobs: Count = 2
@@ -373,40 +316,10 @@ class Config:
             raise ConfigError(f"--seeds is {self.seeds}; it must be a list of different numbers")
 
 
-def pass_on(number, _):
-    """SIGTERM as Ctrl-C to the runs: a terminal sends Ctrl-C to all processes, but SIGTERM reaches this one alone."""
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGINT)
-    raise KeyboardInterrupt
-
-
-def run_all(todo, varied, jobs, bar):
-    """{(variant, value): (settings, folder)} -> the failures, a line each. Ctrl-C stops the runs, which save."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    failed = []
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, pass_on)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=listen) as pool:
-        try:
-            runs = {pool.submit(run_one, *arguments, threads): key for key, arguments in todo.items()}
-            for job in as_completed(runs):
-                variant, value = runs[job]
-                try:
-                    job.result()
-                except (Exception, SystemExit) as error:
-                    failed.append(f"{variant}, {varied} {value}: {error} (see {todo[variant, value][1]}/log.txt)")
-                bar.update()
-        except KeyboardInterrupt:  # the runs got it too and have stopped; those in the queue do not start
-            pool.shutdown(cancel_futures=True)
-            bar.close()
-            print("stopped; the same command makes the runs that are missing")
-            raise SystemExit(130) from None
-    return failed
-
-
 def run_missing(runs, config, name, varied):
-    """{(variant, value of what is varied): (settings, folder)}: make the runs that have no result made by these
-    settings. ConfigError if the result of one was made by others, unless --again."""
+    """runs: {(variant, value): (settings, folder)}; varied: what the values are of, "seed" or the flag that is tuned.
+    Make the runs that have no result made by these settings. ConfigError if one has a result made by others, unless
+    --again."""
     saved = {key: read_result(folder) for key, (_, folder) in runs.items()}
     todo = {key: run for key, run in runs.items() if saved[key] is None or saved[key]["settings"] != run[0]}
     stale = [folder for key, (_, folder) in todo.items() if saved[key] is not None]
@@ -416,8 +329,10 @@ def run_missing(runs, config, name, varied):
             "--again true makes them anew"
         )
     with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc=name) as bar:
-        failed = run_all(todo, varied, config.jobs, bar)
-    if failed:
+        arguments = {key: (*run, threads_each(config.jobs)) for key, run in todo.items()}
+        errors = run_all(run_one, arguments, config.jobs, bar)
+    if errors:
+        failed = [f"{v}, {varied} {x}: {error} (see {todo[v, x][1]}/log.txt)" for (v, x), error in errors.items()]
         raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
 
 
@@ -434,32 +349,38 @@ def validation_score(folder):
     return statistics.mean(value for step, value in zip(steps, values, strict=True) if step > steps[-1] / 2)
 
 
+def trial(experiment, variant, value):
+    """The experiment in which a variant has this value of the tuned flag, in short runs with a test of one problem."""
+    flags = known(experiment.variants[variant][0], TRIAL | {"steps": experiment.tune_steps})
+    return replace(experiment.with_flags({variant: flags | {experiment.tune: value}}), probe=None)
+
+
+def tune(experiment, seed, top, config):
+    """{variant: the value of experiment.tune, of its grid, that the validation split prefers on this seed}."""
+    own = {v: settings_of(experiment, v, seed)["config"].get(experiment.tune) for v in experiment.variants}
+    values = {  # a start that is only measured has no such flag
+        v: [float(f"{x * default:.4g}") if experiment.times_own else x for x in experiment.grid]
+        for v, default in own.items()
+        if default is not None
+    }
+    runs = {
+        (v, value): (settings_of(trial(experiment, v, value), v, seed), top / "tuning" / label(v, value))
+        for v in values
+        for value in values[v]
+    }
+    run_missing(runs, config, f"{config.experiment}, tuning", experiment.tune)
+    scores = {key: validation_score(folder) for key, (_, folder) in runs.items()}
+    return {v: max(values[v], key=lambda x: scores[v, x]) for v in values}
+
+
 def verify(config):
     """Repeat a run of a page and print its figures beside the saved ones; exit status 1 if they differ in more than the
     times. ConfigError if there is no such page."""
-    pages = sorted((Path(__file__).parent / "results").glob(f"{config.experiment or '*'}.json"))
-    pages = [path for path in pages if path.stem in EXPERIMENTS]
-    if not pages:
-        raise ConfigError(f"no page of {config.experiment or 'any experiment'} has its figures beside it in results/")
-    path = random.choice(pages)
-    saved, experiment = read_figures(path), EXPERIMENTS[path.stem]
-    experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in saved["tuned"].items()})
-    runs = [run for run in saved["runs"] if run[2]]  # one that diverged has no figures
-    if not runs:
-        raise ConfigError(f"{path}: no run of the page has figures, all diverged")
-    variant, seed, figures = random.choice(runs)
-    if variant not in experiment.variants:
-        raise ConfigError(f"{path}: the variant {variant!r} is no longer in the experiment; make the page again")
-    print(f"{path.stem}: {variant}, seed {seed}")
-    folder = RUNS / "ablate" / "verify" / label(path.stem, variant, f"seed{seed}")
-    again = run_one(settings_of(experiment, variant, seed), folder, max(1, (os.cpu_count() or 1) // config.jobs))
-    differ = 0
-    for name, value in figures.items():
-        same = to_json(again.get(name)) == to_json(value)  # NaN is itself here
-        differ += not same and name not in TIMES
-        print(f"{name:<20} {value!s:>24} {again.get(name)!s:>24}{'' if same else '   differs'}")
-    print(f"{differ} of {len(figures)} figures differ" + (", beside the times" if differ == 0 else ""))
-    if differ:
+    name, experiment, variant, seed, figures = draw_run(Path(__file__).parent / "results", config.experiment)
+    print(f"{name}: {variant}, seed {seed}")
+    folder = RUNS / "ablate" / "verify" / label(name, variant, f"seed{seed}")
+    again = run_one(settings_of(experiment, variant, seed), folder, threads_each(config.jobs))
+    if compare(figures, again):
         sys.exit(1)
 
 
@@ -473,7 +394,8 @@ def read_result(folder):
 
 
 def main(config):
-    """Run what is missing, then write results/NAME.md and .png; returns {(variant, seed): figures}."""
+    """Run what is missing, then write results/NAME.md, .png and .json -> {(variant, seed): figures}; None after
+    --verify or without a name."""
     if config.verify:
         return verify(config)
     if config.experiment is None:
@@ -488,26 +410,12 @@ def main(config):
     if not config.quick and (lost := [str(seed) for seed in seeds_on(target) if seed not in seeds]):
         raise ConfigError(f"{target} also has the seeds {', '.join(lost)}: move it aside, or run them too")
 
-    # 0. tune, where the experiment asks for it: the flag's value that the validation split prefers, on the first seed
-    chosen = {}
-    if experiment.tune and not config.quick:
-        own = {v: settings_of(experiment, v, seeds[0])["config"].get(experiment.tune) for v in experiment.variants}
-        values = {  # a start that is only measured has no such flag
-            v: [float(f"{x * default:.4g}") if experiment.times_own else x for x in experiment.grid]
-            for v, default in own.items()
-            if default is not None
-        }
-        runs = {
-            (v, value): (settings_of(trial(experiment, v, value), v, seeds[0]), top / "tuning" / label(v, value))
-            for v in values
-            for value in values[v]
-        }
-        run_missing(runs, config, f"{name}, tuning", experiment.tune)
-        scores = {key: validation_score(folder) for key, (_, folder) in runs.items()}
-        chosen = {v: max(values[v], key=lambda x: scores[v, x]) for v in values}
-        experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in chosen.items()})
+    # 0. tune
+    chosen = tune(experiment, seeds[0], top, config) if experiment.tune and not config.quick else {}
+    experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in chosen.items()})
 
-    # 1. what is missing, and 2. run. The seeds are the inner loop: neighbours have different starts, so none waits
+    # 1. what is missing, and 2. run. Neighbours in the queue have different seeds, so that none waits for another to
+    # train its start.
     runs = {
         (v, seed): (settings_of(experiment, v, seed, config.quick), top / label(v, f"seed{seed}"))
         for v in experiment.variants
@@ -520,25 +428,18 @@ def main(config):
     results = {key: result["figures"] for key, result in saved.items()}
     means, differences = means_of(experiment, results, seeds), differences_of(experiment, results, seeds)
     logs = {key: read_metrics(folder / "run") for key, (_, folder) in runs.items()} if experiment.curves else {}
-    curves = {metric: mean_curves(logs, experiment.variants, seeds, metric) for metric in experiment.curves}
+    curves = {m: mean_curves(logs, experiment.variants, seeds, m, student_interval) for m in experiment.curves}
 
     # 4. report
     command = f"python ablate.py {name}" + (" --quick true" if config.quick else "")
     command += f" --seeds '{seeds}'" if seeds != Config().seeds and not config.quick else ""
-    reads_corpus = any(flags.get("data") is probes.corpus for _, flags in experiment.variants.values())
-    text = probes.corpus() if reads_corpus else None
     commits = {result["commit"] for result in saved.values()}
-    picture = target.with_suffix(".png")
     least = smallest_difference([row[experiment.columns[0]] for row in differences.values()], len(seeds))
-    written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text, chosen, least)
-    write_page(target, written)
-    write_figures(target.with_suffix(".json"), results, chosen)
-    draw(experiment, results, means, differences, curves, seeds, picture)
-    print(written)
+    write_report(target, experiment, results, means, differences, curves, seeds, command, commits, chosen, least)
     return results
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # the name alone: python ablate.py norm-kind
         sys.argv.insert(1, "--experiment")
     run_script(main, Config, __doc__, demo)

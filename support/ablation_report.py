@@ -96,6 +96,19 @@ PROFILES = {
 # The page.
 
 
+def write_report(
+    target, experiment, results, means, differences, curves, seeds, command, commits, chosen=None, least=None
+):
+    """Write the page to target, which is also printed, the picture and the figures beside it. See `page` and `draw`.
+    Raises ConfigError."""
+    picture, text = target.with_suffix(".png"), experiment.text
+    written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text, chosen, least)
+    write_page(target, written)
+    write_figures(target.with_suffix(".json"), results, chosen)
+    draw(experiment, results, means, differences, curves, seeds, picture)
+    print(written)
+
+
 def page(experiment, results, means, differences, seeds, command, commits, picture, text=None, chosen=None, least=None):
     """-> the text of results/NAME.md. commits: those of the runs; picture: the name of its file, in the page's folder;
     text: the name of the corpus, if there is one; chosen: {variant: its tuned value}; least: the smallest difference in
@@ -366,6 +379,18 @@ def draw_front(axis, x, y, results, seeds, looks):
         axis.plot(*zip(*points, strict=True), "o", color=look["color"], label=variant)
     axis.set(xlabel=HEADINGS[x], ylabel=HEADINGS[y], title="at the end, a point per seed")
     axis.grid(alpha=0.25)
+
+
+def mean_curves(logs, variants, seeds, metric, interval):
+    """{(variant, seed): its metrics.jsonl} -> {variant: (steps, intervals)} of a metric, for the variants that log
+    it. interval: ablate.student_interval."""
+    curves = {}
+    for variant in variants:
+        runs = [logs[variant, seed][metric] for seed in seeds if metric in logs[variant, seed]]
+        steps, values = side_by_side(runs)  # (points,), (seeds, points)
+        if len(steps):
+            curves[variant] = steps.tolist(), [interval(point) for point in values.T.tolist()]
+    return curves
 
 
 def side_by_side(runs):

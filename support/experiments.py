@@ -45,6 +45,12 @@ class Experiment:
         return self.pairs or [(v, first) for v in self.variants if v != first]
 
     @property
+    def text(self):
+        """The name of the corpus that its models read, or None."""
+        reads_corpus = any(flags.get("data") is probes.corpus for _, flags in self.variants.values())
+        return probes.corpus() if reads_corpus else None
+
+    @property
     def unit(self):
         """Of a loss: the character models' tokens are characters."""
         return "character" if any(flags.get("tokenizer") == "char" for _, flags in self.variants.values()) else "token"

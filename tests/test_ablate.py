@@ -20,8 +20,8 @@ from conftest import ROOT, assert_one_line_error, script
 
 import ablate
 import sft
-from support import probes
-from support.ablation_report import CURVES, HEADINGS, seeds_on
+from support import probes, repeated, workers
+from support.ablation_report import CURVES, HEADINGS, mean_curves, seeds_on
 from support.cli import parse_config
 from support.errors import ConfigError
 from support.experiments import Experiment
@@ -51,7 +51,7 @@ def test_the_interval_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("degrees", "quantiles"),  # of 0.6, 0.9, 0.95 and 0.99, from a printed table
+    ("degrees", "quantiles"),  # of 0.8, 0.95, 0.975 and 0.995, from a printed table
     [
         (1, (1.376, 6.314, 12.706, 63.657)),
         (2, (1.061, 2.920, 4.303, 9.925)),
@@ -62,9 +62,9 @@ def test_the_interval_by_hand():
     ],
 )
 def test_students_law_is_that_of_the_tables(degrees, quantiles):
-    for level, t in zip((0.6, 0.9, 0.95, 0.99), quantiles, strict=True):
-        assert ablate.student_t(level, degrees) == pytest.approx(t, abs=6e-4)
-        assert ablate.student_p(ablate.student_t(level, degrees), degrees) == pytest.approx(1 - level, abs=1e-12)
+    for q, t in zip((0.8, 0.95, 0.975, 0.995), quantiles, strict=True):
+        assert ablate.student_t(q, degrees) == pytest.approx(t, abs=6e-4)
+        assert ablate.student_p(ablate.student_t(q, degrees), degrees) == pytest.approx(2 * (1 - q), abs=1e-12)
     assert ablate.student_p(0.0, degrees) == 1
 
 
@@ -83,9 +83,9 @@ def test_holms_correction_by_hand():
 def test_the_smallest_difference_is_seen_in_four_of_five_experiments():
     torch.manual_seed(0)
     n, s = 5, 2.0
-    least = ablate.smallest_difference([ablate.Interval(0.0, ablate.student_t(0.95, n - 1) * s / math.sqrt(n))], n)
+    least = ablate.smallest_difference([ablate.Interval(0.0, ablate.student_t(0.975, n - 1) * s / math.sqrt(n))], n)
     x = torch.randn(20_000, n, dtype=torch.float64) * s + least
-    seen = (x.mean(1) / (x.std(1) / math.sqrt(n)) > ablate.student_t(0.95, n - 1)).double().mean().item()
+    seen = (x.mean(1) / (x.std(1) / math.sqrt(n)) > ablate.student_t(0.975, n - 1)).double().mean().item()
     assert seen == pytest.approx(0.8, abs=0.03)  # "about": the exact law is the noncentral one
     assert math.isnan(ablate.smallest_difference([ablate.Interval(1.0, 1.0)], 1))
     assert math.isnan(ablate.smallest_difference([ablate.Interval(1.0, math.nan)], 3))
@@ -108,12 +108,12 @@ def test_what_is_compared_with_what():
 def test_a_curve_is_the_mean_of_the_seeds_at_the_steps_that_all_have():
     logs = {("x", 0): {"kl": ([1, 2, 3], [1.0, 2.0, 3.0])}, ("x", 1): {"kl": ([1, 3], [3.0, 5.0])}, ("y", 0): {}}
     logs["y", 1] = {"loss": ([1], [0.0])}
-    assert list(ablate.mean_curves(logs, "xy", [0, 1], "kl")) == ["x"]
-    steps, intervals = ablate.mean_curves(logs, "xy", [0, 1], "kl")["x"]
+    assert list(mean_curves(logs, "xy", [0, 1], "kl", ablate.student_interval)) == ["x"]
+    steps, intervals = mean_curves(logs, "xy", [0, 1], "kl", ablate.student_interval)["x"]
     assert steps == [1, 3]
     assert [interval.mean for interval in intervals] == [2.0, 4.0]
     assert [interval.half for interval in intervals] == pytest.approx([12.706] * 2, rel=1e-4)  # s = √2, n = 2
-    assert math.isnan(ablate.mean_curves(logs, "xy", [0], "kl")["x"][1][0].half)
+    assert math.isnan(mean_curves(logs, "xy", [0], "kl", ablate.student_interval)["x"][1][0].half)
 
 
 def test_the_worked_example_holds(capsys):
@@ -126,7 +126,7 @@ def test_students_quantiles_cover_95_per_cent():
     torch.manual_seed(0)
     for n in (2, 3, 5, 10):
         x = torch.randn(40_000, n, dtype=torch.float64) + 7
-        half = ablate.student_t(0.95, n - 1) * x.std(1) / math.sqrt(n)
+        half = ablate.student_t(0.975, n - 1) * x.std(1) / math.sqrt(n)
         assert ((x.mean(1) - 7).abs() < half).double().mean().item() == pytest.approx(0.95, abs=0.0044)
 
 
@@ -155,6 +155,12 @@ def test_curves_are_labelled_by_the_unit_of_what_is_trained():
     for name, experiment in ablate.EXPERIMENTS.items():
         _, flags = next(iter(experiment.variants.values()))
         assert experiment.unit == ("character" if flags.get("tokenizer") == "char" else "token"), name
+
+
+def test_a_page_names_the_corpus_that_its_models_read():
+    assert ablate.EXPERIMENTS["norm-kind"].text == probes.corpus()
+    assert ablate.EXPERIMENTS["copying"].text is None  # a file that is made for it
+    assert ablate.EXPERIMENTS["grpo"].text is None
 
 
 def small(**changes):
@@ -240,7 +246,7 @@ class Here:
 
 
 def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scratch, monkeypatch, capsys):
-    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
     config = ablate.Config(experiment="width", quick=True, seeds=[0])
     monkeypatch.setattr(ablate, "QUICK", {"steps": 1})
     results = ablate.main(config)
@@ -279,7 +285,7 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
 
 
 def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypatch, capsys):
-    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
     with pytest.raises(ConfigError, match=r"^no page of any experiment has its figures"):
         ablate.main(ablate.Config(verify=True))
@@ -305,7 +311,7 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
         ablate.main(ablate.Config(experiment="width", verify=True))
     assert "1 of " in capsys.readouterr().out
     drawn = []
-    monkeypatch.setattr(ablate.random, "choice", lambda runs: drawn.append(runs) or runs[0])
+    monkeypatch.setattr(repeated.random, "choice", lambda runs: drawn.append(runs) or runs[0])
     page.write_text(json.dumps(saved | {"runs": [["narrow", 7, {}], *saved["runs"]]}), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"^1$"):
         ablate.main(ablate.Config(experiment="width", verify=True))
@@ -317,7 +323,7 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
 
 def test_figures_that_are_not_finite_and_a_full_disk(experiment, scratch, monkeypatch):
     """null in result.json is a dash on the page; a page that does not fit is one line, and the earlier one is kept."""
-    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(ablate, "QUICK", {"steps": 1})
     monkeypatch.setattr(ablate, "figures_of", lambda *_: {"valid_loss": math.nan, "text": "a", "minutes": 1.0})
     config = ablate.Config(experiment="width", quick=True, seeds=[0])
@@ -359,7 +365,7 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )
 
-    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(ablate, "run_one", run_one)
     monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
     tuned = replace(experiment, tune="lr", grid=(1e-3, 2e-3, 3e-3), tune_steps=7)
@@ -447,14 +453,14 @@ def test_every_recipe_is_one_of_its_stages_settings(recipe, scratch):
 
 def test_a_waiting_process_that_is_stopped_refuses_the_next_run(experiment, scratch, monkeypatch):
     """An exception while it waits could leave a lock of the pool taken, and the others waiting for ever."""
-    monkeypatch.setattr(ablate, "STATE", {"running": False, "stopped": False})
-    ablate.stop(signal.SIGINT, None)
+    monkeypatch.setattr(workers, "STATE", {"running": False, "stopped": False})
+    workers.stop(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
-        ablate.run_one(ablate.settings_of(experiment, "narrow", 0), "runs/refused", 1)
+        workers.guarded(ablate.run_one, ablate.settings_of(experiment, "narrow", 0), "runs/refused", 1)
     assert not (scratch / "runs/refused").exists()
-    monkeypatch.setattr(ablate, "STATE", {"running": True, "stopped": False})
+    monkeypatch.setattr(workers, "STATE", {"running": True, "stopped": False})
     with pytest.raises(KeyboardInterrupt):
-        ablate.stop(signal.SIGINT, None)
+        workers.stop(signal.SIGINT, None)
 
 
 @pytest.mark.parametrize("stop", ["SIGTERM to one process, as a batch system", "Ctrl-C to all, as a terminal"])

@@ -136,7 +136,10 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_p
             for s in range(3)
         }
         logs = dict.fromkeys(results, read_metrics(tmp_path))
-        curves = {metric: ablate.mean_curves(logs, variants, [0, 1, 2], metric) for metric in experiment.curves}
+        curves = {
+            metric: ablation_report.mean_curves(logs, variants, [0, 1, 2], metric, student_interval)
+            for metric in experiment.curves
+        }
         means = ablate.means_of(experiment, results, [0, 1, 2])
         ablation_report.draw(experiment, results, means, {}, curves, [0, 1, 2], tmp_path / "picture.png")
         return kept[-1].axes

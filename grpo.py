@@ -101,9 +101,9 @@ from data import task_of
 from evaluate import is_correct, kl_estimate
 from lora import add_lora, lora_off
 from optim import lr_at, make_optimizers, optimizer_step
-from ppo import less_baseline
 from pretrain import shard
 from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
+from support.baselines import less_baseline
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Positive, Whole, choice
 from support.cli import run_script

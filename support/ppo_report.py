@@ -1,5 +1,6 @@
 """What a PPO step logs and shows, and what its run prints and draws at the end."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,43 @@ class Tokens:
         }
 
 
+def tally(sums, metrics, share):
+    """Add a piece's metrics to the `sums` of its minibatch, in place. share: of the minibatch's tokens, those of the
+    piece. A loss is a sum over tokens already, the others are means."""
+    for name, value in metrics.items():
+        sums[name] = sums.get(name, 0.0) + value * (1 if name.endswith("_loss") else share)
+
+
 class Look:
-    """What a run shows beside its steps: before(), then record() and at_step() of each, after(). judged: {"correct",
-    "score", "paid", "final"}, (n, R) each."""
+    """What a run shows beside its steps: before(); of each step begin_step(), sampled(), minibatch() and updated() of
+    its minibatches, at_step(); after()."""
 
     def __init__(self, run, problems):
         self.run, self.problems = run, problems
         self.checked = verifiable(problems["valid"])  # else there are no answers to check, and the latest is the best
         self.shown = {}
+        self.began = self.rollout_done = 0.0  # of the step
+        self.minibatches = []  # its figures of each
+
+    def begin_step(self):
+        self.began, self.minibatches = time.perf_counter(), []
+
+    def sampled(self):
+        """The step's answers are there, and judged."""
+        self.rollout_done = time.perf_counter()
+
+    def minibatch(self, sums, lr):
+        """What `tally` has added up -> {metric: over the minibatch's tokens on all ranks}. DivergedError on a loss that
+        is not finite: that is a failure, not an overflow that the scaler skips."""
+        figures = dict(zip(sums, self.run.dist.sum(*sums.values()), strict=True))
+        losses = {name: figures[name] for name in ("policy_loss", "value_loss")}
+        self.run.check_finite(lr, advice="try a smaller --lr, or --dtype fp32", **losses)
+        self.minibatches.append(figures)
+        return figures
+
+    def updated(self, norm, value_norm):
+        """The latest minibatch was an optimizer step; --stop_kl did not drop it."""
+        self.minibatches[-1] |= {"grad_norm": norm, "grad_norm_value": value_norm}
 
     def measure(self, split):
         """The figures of greedy answers to the problems of a split."""
@@ -76,19 +106,33 @@ class Look:
                 f"{n_prompts:,} training prompts; test accuracy before: {accuracy}"
             )
 
-    def record(self, batch, judged, tokens):
-        """A step's record: means over all ranks' answers or tokens."""
+    def record(self, batch, judged, final, tokens, beta):
+        """Of a step: means over all ranks' answers or tokens. As in `at_step`."""
         totals = {name: judged[name].sum() for name in ("correct", "score", "paid")}
         # paid less the KL penalty: before the baseline
-        totals["reward"] = tokens.rewards.sum() + (judged["paid"] - judged["final"]).sum()
+        totals["reward"] = tokens.rewards.sum() + (judged["paid"] - final).sum()
         totals["missing_end"] = batch.ended.logical_not().sum()
         config = self.run.config
-        n_answers = config.prompts * config.rollouts
-        return step_record(totals | tokens.sums(), n_answers, self.run.state.beta, self.run.dist)
+        return step_record(totals | tokens.sums(), config.prompts * config.rollouts, beta, self.run.dist)
 
-    def at_step(self, record, batch, judged, tokens):
-        """Log the step; every so often answer validation problems, and show rollouts."""
+    def at_step(self, batch, judged, final, tokens, beta, lr):
+        """Log the step; every so often answer validation problems, and show rollouts.
+
+        judged: {"correct", "score", "paid"}, (n, R) each, as final; beta: the weight of the KL penalty in the rewards.
+        The figures of the update are means over the minibatches, the one that --stop_kl dropped too; `updates` and the
+        gradient norms are of those that were an optimizer step.
+        """
         run, step = self.run, self.run.done
+        record = self.record(batch, judged, final, tokens, beta) | means(self.minibatches)
+        record["updates"] = sum("grad_norm" in figures for figures in self.minibatches)
+        record |= {"lr": lr, "seconds_rollout": self.rollout_done - self.began}
+        record["steps_per_second"] = 1 / (time.perf_counter() - self.began)
+        if not record["updates"]:
+            kl, limit = self.minibatches[0]["approx_kl3"], f"--stop_kl {run.config.stop_kl:g}"
+            run.say(
+                f"step {step + 1} trained nothing: before any update the KL to the sampling policy is {kl:.3g} nats "
+                f"per token, above {limit}, as sampler and loss round differently: try --dtype fp32"
+            )
         if run.due(run.config.eval_every):
             self.shown = logged(self.measure("valid"))
             add_figures(record, self.shown)
@@ -107,6 +151,13 @@ class Look:
         if run.dist.is_main:
             report(run.config, run, after)
         return {"before": run.state.before, "after": after, "seconds": run.seconds, "path": str(run.path / "last")}
+
+
+def means(of_minibatches):
+    """[{metric: number}] -> {metric: its mean over those that have it}."""
+    names = dict.fromkeys(name for figures in of_minibatches for name in figures)
+    columns = {name: [figures[name] for figures in of_minibatches if name in figures] for name in names}
+    return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
 def step_record(totals, n_answers, beta, dist):

@@ -25,7 +25,8 @@ from ppo import (
     whiten,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
-from support import devices, runs
+from support import devices, ppo_setup, runs
+from support.baselines import less_baseline, win_rates
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
 from support.moments import RunningMoments
@@ -124,9 +125,11 @@ def test_lambda_0_is_the_td_error_and_lambda_1_the_return_minus_the_value():
 
 def test_what_stands_after_the_end_is_never_used():
     rewards, values, _, mask = (x.detach() for x in batch())
-    wild = gae(rewards.masked_fill(~mask, 1e9), values.masked_fill(~mask, -1e9), mask)
-    for a, b in zip(wild, gae(rewards, values, mask), strict=True):
-        torch.testing.assert_close(a, b)
+    for junk in (1e9, math.inf, -math.inf, math.nan):
+        wild = gae(rewards.masked_fill(~mask, junk), values.masked_fill(~mask, -junk), mask)
+        for a, b in zip(wild, gae(rewards, values, mask), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(whiten(rewards.masked_fill(~mask, junk), mask), whiten(rewards, mask))
 
 
 def test_whitening_is_over_masked_tokens():
@@ -287,6 +290,23 @@ def test_values_stand_in_front_of_the_token_that_they_judge(kind):
     other = raw(pack(prompts, changed, 0), 0.8)[1]
     assert torch.equal(other[0, :3], values[0, :3])  # V before the changed token does not know it
     assert (other[0, 3] - values[0, 3]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_values_are_fp32_under_autocast(kind):
+    """Of the same states, rounded to bf16 or not: the head itself is computed outside autocast."""
+    raw, head = models(kind)
+    packed = pack([[1, 2, 3], [4]], [[[5, 6, 7, 8], [9]], [[10, 11], [12, 13, 14]]], 0)
+    read = []
+    head.register_forward_hook(lambda module, inputs, output: read.append((inputs[0], output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, values = raw(packed)
+        alone = raw.values(packed)
+    assert values.dtype == torch.float32
+    assert torch.equal(alone, values)  # without log π, the same numbers
+    assert (values != values.bfloat16().float()).any()
+    for states, output in read:
+        torch.testing.assert_close(output, states.float() @ head.weight.T + (0 if head.bias is None else head.bias))
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
@@ -543,7 +563,7 @@ def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):
 def test_wins_by_hand():
     """Scores 2, 0 and 0: the first beats each of the others with probability σ(2), they each other with ½."""
     sigma = 1 / (1 + math.exp(-2))
-    wins = ppo.win_rates(torch.tensor([[2.0, 0.0, 0.0], [5.0, 5.0, 5.0]]))
+    wins = win_rates(torch.tensor([[2.0, 0.0, 0.0], [5.0, 5.0, 5.0]]))
     expected = [[sigma - 0.5, (1 - sigma - 0.5) / 2, (1 - sigma - 0.5) / 2], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(wins, torch.tensor(expected))
 
@@ -560,15 +580,15 @@ def test_the_defaults_run_the_textbook_form(here):
 
 def test_a_baseline_by_hand():
     rewards = torch.tensor([[2.0, 0.0, 1.0], [0.1, 0.1, 0.1], [4.0, 0.0, 0.5]], dtype=torch.float64)
-    assert ppo.less_baseline(rewards[:1]).tolist() == [[1.0, -1.0, 0.0]]
-    assert ppo.less_baseline(rewards, "none") is rewards
+    assert less_baseline(rewards[:1]).tolist() == [[1.0, -1.0, 0.0]]
+    assert less_baseline(rewards, "none") is rewards
     others = [[r - (sum(row) - r) / 2 for r in row] for row in rewards.tolist()]  # less the mean of the other two
-    torch.testing.assert_close(ppo.less_baseline(rewards, "leave_one_out"), torch.tensor(others, dtype=torch.float64))
+    torch.testing.assert_close(less_baseline(rewards, "leave_one_out"), torch.tensor(others, dtype=torch.float64))
     for baseline in ("mean", "leave_one_out"):
-        assert (ppo.less_baseline(rewards, baseline)[1] == 0).all()  # 0.1 is no float: no rounding leaks
-        assert ppo.less_baseline(rewards[:, :1], baseline).tolist() == [[0.0]] * 3
+        assert (less_baseline(rewards, baseline)[1] == 0).all()  # 0.1 is no float: no rounding leaks
+        assert less_baseline(rewards[:, :1], baseline).tolist() == [[0.0]] * 3
     with pytest.raises(ConfigError, match="--baseline 'median' is not known"):
-        ppo.less_baseline(rewards, "median")
+        less_baseline(rewards, "median")
 
 
 def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
@@ -604,6 +624,35 @@ def test_inner_epochs_stop_when_the_policy_has_moved(here):
     ppo.main(config(name="never", stop_kl=0.0, **settings))
     assert set(metrics("runs/never", "updates").values()) == {8}
     assert 1 <= min(metrics("runs/stops", "updates").values()) < 8
+
+
+def test_the_minibatch_that_stops_a_step_is_in_the_log(here, monkeypatch, capsys):
+    """KLs of 0.02 and 0.3 with a limit of 0.1: one update, and a mean of 0.16 that says why. A step whose first
+    minibatch is above the limit says that it trained nothing, and trains nothing."""
+    loss, planted = ppo.ppo_policy_loss, iter([0.02, 0.3, 0.2, 0.02, 0.02])
+
+    def with_kl(*args, **more):
+        loss_, metrics_ = loss(*args, **more)
+        return loss_, metrics_ | {"approx_kl3": next(planted)}
+
+    monkeypatch.setattr(ppo, "ppo_policy_loss", with_kl)
+    ppo.main(config(steps=3, stop_kl=0.1, record_groups=0, watch=0))  # a minibatch is one piece
+    assert list(metrics("runs/ppo", "updates").values()) == [1, 0, 2]
+    assert list(metrics("runs/ppo", "approx_kl3").values()) == pytest.approx([0.16, 0.2, 0.02])
+    assert list(metrics("runs/ppo", "grad_norm")) == [1, 3]  # of updates alone
+    assert list(metrics("runs/ppo", "value_loss")) == [1, 2, 3]
+    text = capsys.readouterr()
+    assert (text.out + text.err).count("trained nothing") == 1
+    assert "step 2 trained nothing: before any update the KL to the sampling policy is 0.2 nats" in text.out + text.err
+
+
+def test_a_step_that_its_first_minibatch_ends_moves_no_weight(here, monkeypatch):
+    loss = ppo.ppo_policy_loss
+    monkeypatch.setattr(
+        ppo, "ppo_policy_loss", lambda *a, **b: (lambda x, m: (x, m | {"approx_kl3": 1.0}))(*loss(*a, **b))
+    )
+    ppo.main(config(steps=1, record_groups=0, watch=0))
+    assert_same_weights("start", "runs/ppo/last")
 
 
 def test_an_answer_without_an_end_is_fined(here):
@@ -652,7 +701,9 @@ def test_the_start_is_the_best_until_something_beats_it(here):
 def test_without_answers_the_best_is_the_latest(here, monkeypatch, answered):
     few = load_problems("word", "train", 60)
     few[answered:] = [replace(p, answer="") for p in few[answered:]]
-    monkeypatch.setattr(ppo, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else [])
+    monkeypatch.setattr(
+        ppo_setup, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else []
+    )
     ppo.main(config(skip_bad=True))
     assert_same_weights("runs/ppo/best", "runs/ppo/last")
 
@@ -710,6 +761,7 @@ def test_settings_that_cannot_be_used():
         {"value_lr": -1.0},
         {"stop_kl": -1.0},
         {"clip_ratio": -0.1},
+        {"clip_ratio": 0.0},  # it would freeze nearly all tokens from the second minibatch on
     ):
         with pytest.raises(ConfigError):
             config(**changes)

@@ -20,7 +20,7 @@ import reward_model
 import sft
 from data import TASKS, Problem, load_pairs, load_problems, load_text
 from evaluate import evaluate_samples, is_correct
-from support import devices, reward_samples, teachers
+from support import devices, ppo_setup, reward_samples, teachers
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DataError
 from support.reward_samples import judged_pairs
@@ -103,8 +103,8 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
     assert set(result["by_kind"]) == {"all", "sampled"}  # no corrupted solutions, no renaming
     assert "best_of" in result
     assert "renamed_same_order" not in result
-    monkeypatch.setattr(ppo, "make_start_once", lambda name, what, stage, settings, dist: settings)
-    assert ppo.reward_start(ppo.Config(data="backwards"), "x", None)["data"] == "backwards"
+    monkeypatch.setattr(ppo_setup, "make_start_once", lambda name, what, stage, settings, dist: settings)
+    assert ppo_setup.reward_start(ppo.Config(data="backwards"), "x", None)["data"] == "backwards"
     assert (
         json.loads((scratch / "runs/start/backwards-seed0-sft/finished").read_text(encoding="utf-8"))["data"]
         == "backwards"

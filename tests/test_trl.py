@@ -14,9 +14,9 @@ import dpo
 import gdpo
 import grpo
 from grpo import ALGORITHMS, group_advantages, grpo_loss, loss_with, reward_sums
-from ppo import less_baseline
 from reward_model import RewardModel, bradley_terry_loss
 from support import devices, shared_prompt, taught
+from support.baselines import less_baseline
 from support.hf import LAYOUTS, layout_of, to_layout
 from support.judged import shift_answers
 from support.off_policy import sampler_weights

@@ -1,14 +1,18 @@
 """Attention: each token reads the tokens before it. One head, many heads, shared heads; masks; the KV cache.
 
-    Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       mask: −∞ where hidden, else 0. arXiv:1706.03762, Eq. 1
+    Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       mask: −∞ where hidden, else 0. arXiv:1706.03762, §3.2
 
-Letters: B rows (one sequence each), T query time, S key time, C width, H query heads, G key/value heads, D head width,
-W window, L layers. A token's position n is its number in its row (packed: in its document), from 0, pads not counted.
-Its slot is its place in the cache; there a KVCache counts pads too.
+Three tokens by hand, one head: q₂ = (1, 1) meets k₀ = (1, 0), k₁ = (0, 1), k₂ = (1, 1). The dot products are 1, 1, 2;
+divided by √2 they are 0.7071, 0.7071, 1.4142; their exponentials 2.0281, 2.0281, 4.1133 sum to 8.1695. So the weights
+are 0.2483, 0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.48 + 4.97 + 15.10 = 22.55.
 
 A query asks "which keys match me?", the softmax turns the scores into weights that sum to 1, and the output is the
-weighted mean of the values. If the numbers of q and k have variance 1, their dot product has variance D: the division
-by √D brings it back to 1. Without it the softmax saturates and its gradient vanishes.
+weighted mean of the values. If the numbers of q and k are independent, with mean 0 and variance 1, their dot product
+has variance D: the division by √D brings it back to 1. Without it the softmax saturates and its gradient vanishes.
+
+Letters: B rows (one sequence each), T queries, S keys, C width, H query heads, G key/value heads, D head width, W
+window, L layers. n: a token's position among the real tokens of its row (packed: of its document), from 0. Slot: its
+place in the cache; in a KVCache pads take slots too.
 
 One layer, `Attention.forward`, for B rows of T new tokens:
 
@@ -22,28 +26,29 @@ One layer, `Attention.forward`, for B rows of T new tokens:
     weights = softmax(scores) over the S keys                                   (B, H, T, S), rows sum to 1
     y = (weights v, heads side by side) W_o                                     (B, H, T, D) -> (B, T, C)
 
-`naive_attention` writes this out; the layer calls `fast_attention`, one fused kernel for the same. The same lines serve
-every use. Masks are boolean, True = visible; `length` counts what the cache has read before this call, pads included:
+`naive_attention` writes this out; the layer calls `fast_attention`, torch's fused kernels for the same. The same lines
+serve every use. Masks are boolean, True = visible; `length` counts what the cache has read before this call, with pads:
 
     use                  T   S                 mask                            cache
     training             T   T                 causal (T, T)                   none
     training, packed     T   T                 document_mask (B, 1, T, T)      none
     prefill              T   T                 causal (T, T)                   KVCache: fills slots 0 … T − 1
-    prefill, left pads   T   T                 padding_mask (B, 1, T, T)       KVCache: the same, pads included
+    prefill, left pads   T   T                 padding_mask (B, 1, T, T)       KVCache: fills slots 0 … T − 1
     decoding, token n    1   n + 1             none: the newest sees all       KVCache: fills slot n
     decoding, left pads  1   length + 1        padding_mask (B, 1, 1, S)       KVCache: fills slot `length`
     later chunk          T   length + T        causal (T, S) or padding_mask   KVCache: fills the next T slots
-    all above, window W  T   as above          window_mask laid over that      as above
-    prefill, window W    T   T                 window_mask laid over that      RollingKVCache: keeps the sinks, last W
+    all above, window W  T   as above          window_mask(…, mask as above)   as above
+    prefill, window W    T   T                 window_mask (T, T)              RollingKVCache: keeps the sinks, last W
     decoding, token n    1   ≤ sinks + W       none: the slots are the window  RollingKVCache: fills one slot
-    decoding, left pads  1   ≤ sinks + W + 1   (B, 1, 1, S), by the cache      RollingKVCache: fills one slot
-    later chunk          T   ≤ sinks + W + T   (B, 1, T, S), by the cache      RollingKVCache: fills up to T slots
+
+Any object with KVCache's `update` is a cache: support/shared_prompt.py trains through one.
 
     option          default  model's    what it changes (the model is transformer.py's)
     n_kv_head, G    H        2 (H = 6)  W_k, W_v and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
                                         (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
-    head_dim, D     C // H   32         the width of every head; H · D may differ from C
-    qk_norm         False    True       bounds the scores: stable at high learning rates (Qwen3, arXiv:2505.09388)
+    head_dim, D     C / H    32         the width of every head; H · D may differ from C
+    qk_norm         False    True       bounds the scores by √D times the norms' gains: stable at high learning rates
+                                        (Qwen3, arXiv:2505.09388)
     bias            False    False      a bias in W_q, W_k, W_v and W_o
     window, W       None     None       a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
     sinks           0        0          with a window: how many first tokens stay visible to all (arXiv:2309.17453)
@@ -64,28 +69,31 @@ Traps, the ones that bite most first:
   finds nothing to look at has learned to put them on the first tokens. Keep those visible, as sinks, and it works.
 
 What it costs. A head's scores are T · S dot products; a KVCache holds 2 (K and V) · L · B · G · S · D numbers. With a
-window, `banded_attention` computes about T · (W + block) of the products, and a RollingKVCache keeps sinks + W slots.
-Yet through L windowed layers an output depends on the L (W − 1) tokens before it.
+window and no other mask about 2 · T · W of the products are computed (W ≥ 64, T ≥ 2 W), band by band; packed rows, left
+pads and chunks pay for all T · S and hold their mask. A RollingKVCache keeps sinks + W slots. Yet through L windowed
+layers an output depends on the L (W − 1) tokens before it.
 
 A rolling cache stores each key rotated by its position in the text, so the outputs are those of one full pass with
 window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in
 training; the price: every key must be rotated anew in every step.
 
-Simplified: no kernel of our own; torch's SDPA does the work, on a long windowed sequence band by band. FlexAttention,
-made for such masks, has no backward pass on a CPU. benchmarks/attention.py measures all. Run: `python attention.py`.
+Simplified: no kernel of our own. FlexAttention, made for masks like a window's, has no backward pass on a CPU.
+benchmarks/attention.py measures all. Run: `python attention.py`.
 """
 
-import copy
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from norms import RMSNorm
 from positional import apply_rope
-from support.devices import attention_dtype, product_dtype, traits
+from support.attention_maps import attention_entropy, attention_weights
+from support.cache_rows import RowsOfKVCache, RowsOfRollingKVCache
+from support.devices import attention_dtype, cast_once
 from support.output import run_demo
+from support.rolling_cache import roll_rows
+from support.sdpa import banded_attention, sdpa
 
 # ---------------------------------------------------------------------------------------------------------------
 # The formula.
@@ -131,8 +139,8 @@ def padding_mask(real, T):
 def document_mask(documents):
     """documents (B, T), a number per document -> (B, 1, T, T): causal, and only inside one's own document. For rows
     that hold several documents one after another."""
-    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
-    return (same & causal_mask(*same.shape[1:], documents.device))[:, None]
+    T, same = documents.shape[1], documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+    return (same & causal_mask(T, T, documents.device))[:, None]
 
 
 def in_sight(query, key, window, sinks=0):
@@ -157,7 +165,7 @@ def window_mask(T, S, window, sinks=0, mask=None, device=None):
     return mask & near
 
 
-def final_mask(q, k, mask=None, window=None, sinks=0):
+def visible_mask(q, k, mask=None, window=None, sinks=0):
     """What q (B, H, T, D) sees of k (B, G, S, D), written out: `mask`, default causal, and the window if there is one.
     (T, S), or (B, 1, T, S) if the mask is."""
     T, S = q.shape[2], k.shape[2]
@@ -179,6 +187,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = n_head, n_kv_head or n_head
         self.head_dim = head_dim or width // n_head
+        if not head_dim and width % n_head:
+            raise ValueError(f"a width of {width} cannot be cut into {n_head} heads evenly; give head_dim")
         if n_head % self.n_kv_head:
             raise ValueError(f"{n_head} query heads cannot share {self.n_kv_head} key/value heads evenly")
         if window is not None and window < 1:
@@ -198,13 +208,15 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         rope: (cos, sin), each (T, D) or (B, T, D), of the T new tokens' positions; None leaves positions out.
-        mask: None is causal; else boolean, broadcastable to (B, H, T, S), complete except for this layer's window.
-        cache: a KVCache; or, with a window, a RollingKVCache: then mask must be None or padding_mask's.
+        mask: None is causal; else boolean, broadcastable to (B, H, T, S). It must hide the future itself; only this
+            layer's window is added.
+        cache: a KVCache, or what has its `update`; or, with a window, a RollingKVCache: then mask must be None or
+            padding_mask's.
         layer: which of the cache's layers this one is.
         last_only: the output of the last token alone, (B, 1, C); the cache still gets the keys and values of all T.
         """
         (B, T, _), H, G, D = x.shape, self.n_head, self.n_kv_head, self.head_dim
-        x = cast_once(x)
+        x = cast_once(x)  # to autocast's dtype, for W_q, W_k and W_v together
         q = self.wq(x[:, -1:] if last_only else x)  # (B, T_q, H·D): T_q is T, with last_only 1
         k, v = self.wk(x), self.wv(x)  # (B, T, G·D) each
         if attention_dtype(x) != x.dtype:  # on a CPU fp32 instead of bf16
@@ -220,7 +232,7 @@ class Attention(nn.Module):
         window = self.window
         if isinstance(cache, RollingKVCache):
             cache.check(window, self.sinks)
-            window = window if cache.length == 0 else None  # later the slots, or roll's mask, have the window in them
+            window = window if cache.length == 0 else None  # later the slots, or roll's mask, leave out what it hides
             k, v, mask = cache.roll(layer, k, v, mask)  # (B, G, S, D) twice
         elif cache is not None:
             k, v = cache.update(layer, k, v)  # (B, G, S, D) twice
@@ -229,25 +241,21 @@ class Attention(nn.Module):
             mask = mask[..., -1:, :]
         if self.record is None:
             out = fast_attention(q, k, v, mask, window, self.sinks)  # (B, H, T_q, D)
-        else:  # for attention_weights
-            out, weights = naive_attention(q, k, v, final_mask(q, k, mask, window, self.sinks))
+        else:  # for attention_weights: the fused kernel never holds them
+            out, weights = naive_attention(q, k, v, visible_mask(q, k, mask, window, self.sinks))
             self.record.append(weights.detach())
         out = out.to(x.dtype).transpose(1, 2).reshape(B, -1, H * D)  # heads side by side
         return self.wo(out)  # (B, T_q, C)
-
-
-def cast_once(x):
-    """x in the dtype of autocast, where that is on. W_q, W_k, W_v all read x: convert it once here, not in each."""
-    return x.to(product_dtype(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The cache: keys and values of the tokens already read, each computed once. A step still reads all S of them.
 
 
-class KVCache:
+class KVCache(RowsOfKVCache):
     """Keys and values of all layers, allocated once. `length` counts the slots in use, pads included. `update`
-    writes after them and returns views, never copies; the caller moves `length` once all layers have written."""
+    writes after them and returns views, never copies; the caller moves `length` once all layers have written. `repeat`
+    and `keep` of rows are in support/cache_rows.py."""
 
     def __init__(self, n_layer, batch, n_kv_head, max_len, head_dim, dtype=torch.float32, device=None):
         # keys and values of all layers in one tensor: support/fast_decode.py writes both of a layer at once
@@ -271,31 +279,18 @@ class KVCache:
         store[1, :, :, self.length : end] = v
         return store[0, :, :, :end], store[1, :, :, :end]
 
-    def repeat(self, repeats, max_len):
-        """A cache with each row `repeats` times, so a prompt is computed once, and room for `max_len` tokens."""
-        L, _, B, G, _, D = self.store.shape
-        out = KVCache(L, B * repeats, G, max_len, D, self.store.dtype, self.store.device)
-        out.length = self.length
-        copies = out.store.view(L, 2, B, repeats, G, max_len, D)[..., : self.length, :]
-        copies.copy_(self.store[:, :, :, None, :, : self.length])  # (L, 2, B, 1, G, S, D) to all repeats
-        return out
 
-    def keep(self, rows):
-        """Keep only these rows (integer indices), in place: finished sequences leave the batch."""
-        for store in self.store:  # (2, B, G, max_len, D)
-            store[:, : len(rows), :, : self.length] = store[:, rows, :, : self.length]
-        self.store = self.store[:, :, : len(rows)]
-
-
-class RollingKVCache:
+class RollingKVCache(RowsOfRollingKVCache):
     """Keys and values of each row's first `sinks` and last `window` tokens, for all layers: all that windowed layers
     can see. Used like KVCache by a model whose layers have the same window and sinks; its memory never grows.
 
-    Token n goes into slot n if it is a sink, else into sinks + (n − sinks) mod window: from n = sinks + window on, over
-    token n − window. The slots need no order: attention sums over them, and each key is rotated by its position."""
+    Token n goes into slot n if it is a sink, else into sinks + (n − sinks) mod window: so from n = sinks + window on it
+    overwrites token n − window. The slots need no order: attention sums over them, and each key is rotated by its
+    position."""
 
     def __init__(self, n_layer, batch, n_kv_head, window, head_dim, dtype=torch.float32, device=None, sinks=0):
         self.window, self.sinks, self.length = window, sinks, 0  # length: columns read, pads included
+        self.pads = None  # (B,) how many tokens of each row are pads; None: none
         shape = (batch, n_kv_head, sinks + window, head_dim)
         # zeros, not empty: where one row has pads, a slot that is not filled yet is masked, and 0 · NaN is NaN
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
@@ -308,6 +303,10 @@ class RollingKVCache:
                 f"the cache keeps {self.sinks} sinks and a window of {self.window}, the layer sees {sinks} and {window}"
             )
 
+    def slot(self, n):
+        """Which slot token n goes into."""
+        return n if n < self.sinks else self.sinks + (n - self.sinks) % self.window
+
     def tokens(self, slots, newest):
         """Which token each of the first `slots` slots holds if `newest` (B, 1) is the last: (B, slots), −1 for none.
         Window 3, 1 sink, newest 7: [0, 7, 5, 6]."""
@@ -319,62 +318,38 @@ class RollingKVCache:
     def roll(self, layer, k, v, mask=None):
         """Store k and v, each (B, G, T, D), and return the keys, the values and the mask for these T queries:
 
-        T = 1, no mask    the filled slots, with the new token in its own, and no mask: all are visible
-        else, length = 0  k, v and mask as given; the layer adds the window
-        else              the old slots with k, v after them, and a mask (B, 1, T, S) with the window in it
+        T = 1    the filled slots, with the new token in its own, and no mask: all are visible
+        prefill  k, v and no mask; the layer adds the window
+        else     with pads or in a later chunk: what support/rolling_cache.py makes of it, the window in the mask
 
         mask: None or padding_mask's, over all the tokens so far, (B, 1, T, length + T); only pads on the left.
+        ValueError on another one, or on None after pads.
         """
-        keys, values, (B, _, T, _) = self.keys[layer], self.values[layer], k.shape
-        if T == 1 and mask is None:
-            n, held = self.length, min(self.length + 1, keys.shape[2])
-            slot = n if n < self.sinks else self.sinks + (n - self.sinks) % self.window
+        keys, values, T = self.keys[layer], self.values[layer], k.shape[2]
+        if mask is not None or self.pads is not None or (T > 1 and self.length > 0):
+            return roll_rows(self, layer, k, v, mask, in_sight)
+        if T == 1:
+            slot, held = self.slot(self.length), min(self.length + 1, keys.shape[2])
             keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
             return keys[:, :, :held], values[:, :, :held], None
-
-        position = torch.arange(self.length, self.length + T, device=k.device).expand(B, T)
-        if mask is not None:  # minus the number of the row's pads: the keys that its newest query does not see
-            position = position - (~mask[:, 0, -1]).sum(-1, keepdim=True)  # (B, T), below 0 for pads
-        all_k, all_v = k, v
-        if self.length > 0:  # copies of the old slots, before they are written over
-            held = min(self.length, keys.shape[2])
-            all_k, all_v = torch.cat([keys[:, :, :held], k], 2), torch.cat([values[:, :, :held], v], 2)
-            old = self.tokens(held, position[:, :1] - 1)  # (B, held)
-            mask = in_sight(position, torch.cat([old, position], 1), self.window, self.sinks)[:, None]
-            mask[..., held:] |= torch.eye(T, dtype=torch.bool, device=k.device)  # a pad sees itself
-        # Store the tokens that later queries may see. A pad that is its row's newest token sees itself, so it gets
-        # position 0: the row's first real token gets it too and overwrites the pad.
-        if T == 1:  # nothing to choose, and nonzero() would wait for the GPU
-            row, t = torch.arange(B, device=k.device), torch.zeros(B, dtype=torch.long, device=k.device)
-        else:
-            stays = (position >= 0) & ((position < self.sinks) | (position > position[:, -1:] - self.window))
-            row, t = stays.nonzero(as_tuple=True)
-        n = position[row, t]
-        slot = n.where(n < self.sinks, self.sinks + (n - self.sinks) % self.window)
-        keys[row, :, slot], values[row, :, slot] = k[row, :, t], v[row, :, t]  # (row, G, D) each
-        return all_k, all_v, mask
-
-    def repeat(self, repeats, max_len):
-        """A cache with each row `repeats` times; `max_len`, which KVCache needs, has no effect here."""
-        out = copy.copy(self)
-        out.keys = [x.repeat_interleave(repeats, dim=0) for x in self.keys]
-        out.values = [x.repeat_interleave(repeats, dim=0) for x in self.values]
-        return out
-
-    def keep(self, rows):
-        """Keep only these rows (integer indices): finished sequences leave the batch."""
-        self.keys, self.values = [x[rows] for x in self.keys], [x[rows] for x in self.values]
+        stay = [n for n in range(T) if n < self.sinks or n >= T - self.window]  # those that later tokens may see
+        slots = [self.slot(n) for n in stay]
+        keys[:, :, slots], values[:, :, slots] = k[:, :, stay], v[:, :, stay]
+        return k, v, None
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The fast paths: naive_attention's output by torch's fused kernel, which never stores the (T, S) weights.
+# The fast path: naive_attention's output by torch's fused kernels, which never store the (T, S) weights.
 
 
 def fast_attention(q, k, v, mask=None, window=None, sinks=0):
-    """naive_attention's output under final_mask: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
+    """naive_attention's output under visible_mask: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
-    A window shorter than S goes one of three ways: bands of keys in a loop, if there is no mask and T ≥ 2 · window; the
-    last `window` keys alone, if there are no mask and no sinks and T = 1; else window_mask."""
+    A window shorter than S goes one of three ways:
+        no mask, T ≥ 2 · window   bands of keys in a loop
+        no mask, no sinks, T = 1  the last `window` keys alone
+        else                      window_mask, over all T · S
+    """
     T, S = q.shape[2], k.shape[2]
     if window is not None and window < S:
         if mask is None and 2 * window <= T:
@@ -385,66 +360,15 @@ def fast_attention(q, k, v, mask=None, window=None, sinks=0):
             mask = window_mask(T, S, window, sinks, mask, q.device)
     if mask is None and 1 < T < S:
         mask = causal_mask(T, S, q.device)
-    is_causal = mask is None and T > 1  # one new token sees the whole cache: no mask at all
-    gqa = q.shape[1] != k.shape[1]
-    if gqa and traits(q).repeats_shared_heads and T > 1 and (mask is not None or q.dtype == torch.float32):
-        # Shared heads with a mask, or in fp32, fit neither the flash nor the memory-efficient kernel: SDPA would switch
-        # to its math backend, which stores (T, S) weights. Repeated keys and values cost less.
-        repeats, gqa = q.shape[1] // k.shape[1], False
-        k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
-    with torch.autocast("cpu", enabled=False):  # which would convert fp32 back: see Attention.forward
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
-
-
-def banded_attention(q, k, v, window, sinks=0):
-    """A causal window without the work outside it: T' ≤ block queries at a time, which see S' keys, at most
-    window + block − 1 and the sinks. About T · (window + block) scores instead of T · S; no mask exceeds (T', S')."""
-    T, S = q.shape[2], k.shape[2]
-    block, position = max(window, 64), torch.arange(S, device=q.device)
-    out = []
-    for start in range(S - T, S, block):
-        end, first = min(start + block, S), max(start - window + 1, 0)
-        key = torch.cat([position[: min(sinks, first)], position[first:end]])  # (S',) sinks before the band, the band
-        seen = in_sight(position[start:end], key, window, sinks)  # (T', S')
-        band = (torch.cat([x[:, :, : min(sinks, first)], x[:, :, first:end]], 2) for x in (k, v))
-        out.append(fast_attention(q[:, :, start - S + T : end - S + T], *band, seen))
-    return torch.cat(out, dim=2)
+    return sdpa(q, k, v, mask, is_causal=mask is None and T > 1)  # one new token sees the whole cache: no mask at all
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# To look inside.
-
-
-@torch.no_grad()
-def attention_weights(model, *inputs, **more):
-    """The attention weights of each Attention in `model` when it is called with these inputs, in the order of the
-    calls: a list of (B, H, T, S), fp32 at least, S as in the table above. Rows sum to 1; weights[layer][b, h] is the
-    heat map of one head. The formula computes them, since the fused kernel never holds them."""
-    layers = [m for m in model.modules() if isinstance(m, Attention)]
-    weights = []
-    for layer in layers:
-        layer.record = weights
-    try:
-        model(*inputs, **more)
-    finally:
-        for layer in layers:
-            layer.record = None
-    return weights
-
-
-def attention_entropy(weights):
-    """−Σ w ln w in nats, weights (..., S) -> (...). Its exponential is the number of tokens a query looks at: 1 if it
-    looks at one, 8 if it takes the mean of 8."""
-    return torch.special.entr(weights).sum(-1)
+# By hand.
 
 
 def demo():
-    """Three tokens by hand; the masks; one layer in training, prefill and decoding; the slots of a rolling cache.
-
-    q₂ = (1, 1) meets k₀ = (1, 0), k₁ = (0, 1), k₂ = (1, 1): the dot products are 1, 1, 2; divided by √2 they are
-    0.7071, 0.7071, 1.4142; their exponentials 2.0281, 2.0281, 4.1133 sum to 8.1695. So the weights are 0.2483,
-    0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.48 + 4.97 + 15.10 = 22.55.
-    """
+    """Three tokens by hand; the masks; one layer in training, prefill and decoding; the slots of a rolling cache."""
     print("three tokens by hand: q = k = (1, 0), (0, 1), (1, 1); v = 10, 20, 30; none sees those after it")
     q, v = [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)], [10.0, 20.0, 30.0]
     outputs, by_hand = [], torch.zeros(3, 3)
@@ -485,27 +409,26 @@ def demo():
     (at_once,), whole = attention_weights(layer, x), layer(x)  # (1, H, T, T), (1, T, C)
     print(f"  train    x {(*x.shape,)!s:<11}  weights {(*at_once.shape,)!s:<13}  no cache")
     for use, start, end in (("prefill", 0, 3), ("decode", 3, 4), ("decode", 4, 5)):
-        (weights,) = attention_weights(layer, x[:, start:end], cache=cache)  # writes the slots that the next call does
+        (weights,) = attention_weights(layer, x[:, start:end], cache=cache)  # fills slots start … end − 1
         torch.testing.assert_close(weights, at_once[:, :, start:end, :end])
-        outs.append(layer(x[:, start:end], cache=cache))
+        outs.append(layer(x[:, start:end], cache=cache))  # the same slots again: `length` has not moved
         cache.length = end
         shapes = f"x {(1, end - start, C)!s:<11}  weights {(*weights.shape,)!s:<13}"
         print(f"  {use:<8} {shapes}  the cache then holds k, v {(1, G, end, D)}")
     torch.testing.assert_close(torch.cat(outs, dim=1), whole)
 
-    W, sinks, T = 3, 1, 200
+    W, sinks, T = 3, 1, 8
     cache, outs = RollingKVCache(1, 1, G, W, D, sinks=sinks), []
     layer, x = Attention(C, H, G, D, window=W, sinks=sinks), torch.randn(1, T, C)
     print(f"\nwhich token each slot of a rolling cache holds, window {W}, {sinks} sink, after token")
     for t in range(T):
         outs.append(layer(x[:, t : t + 1], cache=cache))
         cache.length += 1
-        if t < 8:
-            slots = cache.tokens(sinks + W, torch.tensor([[t]]))[0].tolist()
-            print(f"  {t}: " + " ".join("·" if token < 0 else str(token) for token in slots), end="")
+        slots = cache.tokens(sinks + W, torch.tensor([[t]]))[0].tolist()
+        print(f"  {t}: " + " ".join("·" if token < 0 else str(token) for token in slots), end="")
     assert slots == [0, 7, 5, 6]
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x))  # one pass, band by band
-    print(f"\n{T} tokens one by one through {sinks + W} slots give what one pass with window_mask gives")
+    print(f"\nthe {T} tokens one by one through {sinks + W} slots give what one pass with window_mask gives")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Attention, KVCache, RollingKVCache, cast_once, padding_mask
+from attention import Attention, KVCache, RollingKVCache, padding_mask
 from moe import MoE
 from norms import LayerNorm, RMSNorm
 from positional import (
@@ -65,7 +65,7 @@ from positional import (
 )
 from support.architecture import check_architecture
 from support.checks import Count, FractionBelow1, Positive, Whole
-from support.devices import attention_dtype
+from support.devices import attention_dtype, cast_once
 from support.hf import load_decoder, save_decoder
 from support.logprobs import target_logprobs
 from support.output import run_demo

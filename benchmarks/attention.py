@@ -22,8 +22,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention import Attention, KVCache, RollingKVCache, banded_attention, fast_attention, naive_attention, window_mask
+from attention import Attention, KVCache, RollingKVCache, fast_attention, naive_attention, window_mask
 from positional import rope_cos_sin, rope_frequencies
+from support.sdpa import banded_attention
 
 
 def kib(cache):

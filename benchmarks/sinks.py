@@ -21,7 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention import Attention, attention_weights
+from attention import Attention
+from support.attention_maps import attention_weights
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, TokenizerError
 from support.output import prepare_output

@@ -6,6 +6,7 @@ autocast, scaler = precision(config.dtype, dist)
 with autocast(): ...                                a stage's forward passes; scaler.scale(loss).backward()
 traits(x)                                           what torch can do on x's device, and what is fast there
 in_float64(x), product_dtype(x)                     x in float64 wherever that exists; the dtype of its products
+cast_once(x)                                        x in that dtype, for several products together
 attention_dtype(x)                                  the dtype of attention: on a CPU fp32 instead of bf16
 random_state(device), set_random_state(…)           the generators that dropout draws from, to resume
 peak_flops(dist), free_memory(device)               the device's peak speed, and the memory it has left
@@ -69,6 +70,11 @@ def product_dtype(x):
     """The dtype of x's matrix products: autocast's where that is on, else its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def cast_once(x):
+    """x in the dtype of its matrix products: several that read it would each convert it."""
+    return x.to(product_dtype(x))
 
 
 def attention_dtype(x):

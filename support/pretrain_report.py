@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from attention import attention_weights
 from data import task_of
 from generate import generate
+from support.attention_maps import attention_weights
 from support.devices import peak_flops
 from support.errors import DivergedError
 from support.plots import draw_attention, draw_curves, draw_experts

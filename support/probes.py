@@ -25,11 +25,11 @@ import torch
 import agent
 import grpo
 import sft
-from attention import attention_entropy, attention_weights
 from data import DEFAULT_TASK, encode_prompt, load_problems, load_text
 from evaluate import evaluate, evaluate_samples
 from generate import generate
 from grpo import format_reward
+from support.attention_maps import attention_entropy, attention_weights
 from support.calls_start import calls_start
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Seed, check

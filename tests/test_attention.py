@@ -12,19 +12,18 @@ from attention import (
     Attention,
     KVCache,
     RollingKVCache,
-    attention_entropy,
-    attention_weights,
-    banded_attention,
-    cast_once,
     causal_mask,
     document_mask,
     fast_attention,
-    final_mask,
     naive_attention,
     padding_mask,
+    visible_mask,
     window_mask,
 )
 from positional import apply_rope, rope_cos_sin, rope_frequencies
+from support.attention_maps import attention_entropy, attention_weights
+from support.devices import cast_once
+from support.sdpa import banded_attention
 
 B, T, S, D = 2, 5, 7, 4  # pairwise distinct, so that a swapped axis cannot pass
 HEADS = [(6, 6), (6, 3), (6, 2), (6, 1)]  # (H, G): multi-head, grouped, grouped, multi-query
@@ -155,7 +154,7 @@ def test_windowed_paths_equal_naive_forward_and_backward(window, sinks, t, s):
     expected = torch.autograd.grad(naive, (q, k, v), up)
     outs = [fast_attention(q, k, v, None, window, sinks), banded_attention(q, k, v, window, sinks)]
     outs += [fast_attention(q, k, v, causal_mask(t, s)[None, None], window, sinks)]
-    outs += [naive_attention(q, k, v, final_mask(q, k, None, window, sinks))[0]]
+    outs += [naive_attention(q, k, v, visible_mask(q, k, None, window, sinks))[0]]
     for out in outs:
         torch.testing.assert_close(out, naive, atol=1e-12, rtol=0)
         for a, b in zip(torch.autograd.grad(out, (q, k, v), up), expected, strict=True):
@@ -429,3 +428,46 @@ def test_errors():
         Attention(12, 6, 2, D, window=4, sinks=-1)
     with pytest.raises(ValueError, match="keeps 0 sinks and a window of 4, the layer sees 1 and 4"):
         layer(window=4, sinks=1)(random(1, 1, 12), cache=RollingKVCache(1, 1, 2, 4, D, torch.float64))
+    with pytest.raises(ValueError, match="a width of 50 cannot be cut into 6 heads evenly; give head_dim"):
+        Attention(50, 6)
+    assert Attention(50, 6, head_dim=8).wq.weight.shape == (48, 50)
+    assert Attention(48, 6).head_dim == 8
+
+
+def test_a_rolling_cache_refuses_what_it_would_compute_wrongly():
+    """Masks that are not padding_mask's, and pads that come or go between the calls."""
+    attn, x = layer(window=3, sinks=1), random(4, 9, 12)
+
+    def real(pads, n, repeats=1):  # of two rows: no pad, and some
+        return (torch.arange(n) >= torch.tensor([[0], [pads]])).repeat_interleave(repeats, 0)
+
+    def begun(mask, b=2):
+        cache = RollingKVCache(1, b, 2, 3, D, torch.float64, sinks=1)
+        attn(x[:b, :5], None, mask, cache)
+        cache.length = 5
+        return cache
+
+    def padded():
+        return begun(padding_mask(real(2, 5), 5))
+
+    hole = real(2, 5)
+    hole[0, 2] = False
+    packed = document_mask(torch.tensor([[0, 0, 1, 1, 1]] * 2))
+    for mask in (packed, packed[:1], packed & padding_mask(real(1, 5), 5), padding_mask(hole, 5)):
+        with pytest.raises(ValueError, match="takes no mask but padding_mask's"):
+            begun(mask)
+    for mask in (causal_mask(5, 5), padding_mask(real(2, 9), 5), padding_mask(real(2, 5), 3), packed[:, 0]):
+        with pytest.raises(ValueError, match=r"needs a mask of shape \(2, 1, 5, 5\)"):
+            begun(mask)
+    for cache in (padded(), padded().repeat(2, 9), begun(None)):
+        b = len(cache.keys[0])
+        for end in (6, 7):  # one pad, where there were two, or none
+            with pytest.raises(ValueError, match="takes no mask but padding_mask's"):
+                attn(x[:b, 5:end], None, padding_mask(real(1, end, b // 2), end - 5), cache)
+    for end in (6, 7):
+        with pytest.raises(ValueError, match="it needs padding_mask's mask in every call"):
+            attn(x[:2, 5:end], None, None, padded())
+    cache = padded()
+    cache.keep(torch.tensor([0]))  # a row without pads: None is right again
+    expected = attn(x[:1, 5:6], None, None, begun(None, b=1))
+    torch.testing.assert_close(attn(x[:1, 5:6], None, None, cache), expected, atol=1e-12, rtol=0)

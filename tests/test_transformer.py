@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoder import SMALL, tiny
 
-from attention import KVCache, attention_weights, document_mask
+from attention import KVCache, document_mask
 from support import devices
+from support.attention_maps import attention_weights
 from support.errors import CheckpointError
 from support.logprobs import target_logprobs
 from support.pretrain_report import flops_per_token

@@ -59,13 +59,12 @@ Run it:
     python agent.py --config configs/gsm8k_agent_smollm2.yaml          # GSM8K, whose solutions show calls
 """
 
-import contextlib
 import copy
 import itertools
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -75,25 +74,19 @@ from data import chat
 from generate import generate
 from grpo import group_advantages, grpo_loss, paid_rewards, reward_sums
 from lora import add_lora
-from optim import lr_at, make_optimizers, optimizer_step
+from optim import lr_at, optimizer_step
 from support.calculator import calculator
 from support.calls_start import calls_start, check_agent
-from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count
 from support.cli import run_script
-from support.content import code_of, records_of, weights_of
-from support.devices import precision, setup
-from support.grpo_report import Look, rollout_sums, step_record, tally
-from support.lora_files import LoraState
-from support.questions import load_question_splits
-from support.recorder import Recorder
-from support.rewards import judge_batch, reward_functions
-from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, roll_out
-from support.runs import Run
+from support.grpo_report import rollout_sums, step_record, tally
+from support.policy_run import begin_run, open_start
+from support.rewards import judge_batch
+from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, reference_logprobs
+from support.sharding import averaging
 from support.shared_prompt import shared_answer_logprobs
 from support.tasks import LARGE_TASK
 from support.tools import ask, code_of_tools, load_tools, turns
-from support.verdict import look_first
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,47 +253,35 @@ class Config(grpo.Config):
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
-    began = time.perf_counter()
-    dist = setup(config.device)
-    n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
-    slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
-    autocast, scaler = precision(config.dtype, dist)
-    functions, reward_weights = reward_functions(config, grpo.REWARDS)
     tools = load_tools(config.tools, TOOLS)
-    init = config.init or calls_start(config, dist, tools, encode_demonstration, WithTools)
-    policy, tokenizer, path = open_checkpoint(init, dist.device)
-    # with LoRA the reference is the policy without its adapters (grpo.reference_logprobs)
+    taught = partial(calls_start, tools=tools, encode_demonstration=encode_demonstration, with_tools=WithTools)
+    start = open_start(config, grpo.REWARDS, taught)
+    dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
+    n, slots = start.n, start.slots  # this rank asks n of a step's N questions; which of the N they are
+    functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
+    # With adapters the reference is the policy without them: no second model in memory
     reference = policy if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval()
     add_lora(policy, **asdict(config.lora), seed=config.seed)
-    problems, pad = load_question_splits(config, tokenizer, policy.config.context, dist), tokenizer.endoftext_id
+    policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
         return grpo.advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
-    respond = WithTools(tools, tokenizer)
-    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, respond=respond)
-    if not config.resume:
-        look_first(sample, slots, signal_of, functions, reward_weights, path, config, dist)
-
-    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    reads = records_of(config.data, problems) | weights_of(init, policy)
-    reads |= code_of(config.reward, functions) | code_of_tools(config.tools, respond.tools)
-    state = {"best": -1.0, "before": None, "start": {}, "parts": {"lora": LoraState(policy, init)}, "began": began}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
+    respond = WithTools(tools, start.tokenizer)
+    sample = Sampler(policy, start.tokenizer, start.problems["train"], config, autocast, respond=respond)
+    reads = code_of_tools(config.tools, respond.tools)
+    run, look, recorder = begin_run(start, sample, reference, signal_of, reads=reads)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
-    policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
-    look = Look(run, problems, functions, reward_weights, init, respond)
-    look.before()
-    seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(grpo.REWARDS, some, config)}
-    recorder = Recorder(run, autocast, reference=reference, temperature=config.temperature, **seen)
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
-    loss_of = grpo.loss_with(config)
+    loss_of = recorder.noted(grpo.loss_with(config))
     for step in run.steps():
         # 1. ask: the policy answers each question R times, with the tools
+        batch = sample(step, slots)
+
         # 2. judge: {name: (n, R)} in batch.rewards
-        batch = roll_out(sample, step, slots, 0, functions, config)
+        judge_batch(functions, batch, config)
         paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         totals = rollout_sums(batch, paid, reward_weights, signal_of(batch)) | respond.sums()
         mask, old_logprobs = batch.rollout.mask, batch.rollout.logprobs  # (n·R, T) each: m, and log π_old where m = 1
@@ -320,32 +301,30 @@ def main(config):
         ref_logprobs = None
         if config.beta or step == 0 or run.due(config.eval_every):  # which costs a forward pass
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
-            ref_logprobs = grpo.reference_logprobs(reference, policy, pieces, batch, config, autocast)
+            ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         update_sums, norm = {}, 0.0
         for minibatch in minibatches * config.inner_epochs:
             for piece in minibatch.pieces:
                 rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
-                last = piece is minibatch.pieces[-1]
-                # DDP averages the gradients over the ranks in the last backward alone
-                with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                # The ranks average their gradients in the last backward alone
+                with averaging(model, piece is minibatch.pieces[-1]):
                     with autocast():  # of all tokens, whoever wrote them; piece.mask (b, T) is m
                         logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
-                    inputs = logprobs, old_logprobs[rows, :T], A[rows], piece.mask, ref
-                    loss, metrics = loss_of(*inputs, **minibatch.counts)
-                    recorder.tokens(rows, loss_of, inputs, minibatch.counts)
-                    # × world, because DDP averages over the ranks and v_t already counts them all
+                    old = old_logprobs[rows, :T]  # (b, T)
+                    loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **minibatch.counts)  # A[rows] (b,)
+                    recorder.tokens(rows)
+                    # × world, because DDP averages over the ranks and v_it already counts them all
                     scaler.scale(loss * dist.world).backward()
                 tally(update_sums, metrics, piece.mask.sum().item())
-            norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
+            norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)
             run.check_finite(lr, norm)
 
         # 5. look: log the step; every so often answer validation questions, with the tools
         record = step_record(totals, update_sums, len(minibatches) * config.inner_epochs, config, dist)
-        run.check_finite(lr, norm, loss=record["loss"], entropy=record["entropy"])
-        look.at_step(record | {"grad_norm": norm, "lr": lr}, batch, reward_sums(paid, reward_weights))
+        look.at_step(record, batch, reward_sums(paid, reward_weights), norm, lr)
     run.close()
     return look.after()
 

@@ -11,7 +11,7 @@ An answer earns M rewards (right, well formed, brief …) with weights w_k. Of a
 
 One step is grpo.main's, with another `paid_rewards` in "judge" and another "compare":
 
-    batch   = roll_out(step)                            N·R answers, the rewards of each                     1. ask
+    batch   = sample(step)                              N·R answers                                          1. ask
     rewards = paid_rewards(batch)                       (N, R, M); --conditioned: 0 in wrong answers         2. judge
     z_k     = group_advantages(rewards[..., k])         M of (N, R), mean 0 in each group                    3. compare
     s       = Σ_k w_k z_k                               (N, R), mean 0 in each group

@@ -13,34 +13,38 @@ That is REINFORCE (Williams, 1992). Every later method keeps this sum and answer
 answers:
 
     baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
-                      A_i = (r_i − mean(r)) / (std(r) + 1e-4). The mean holds r_i too, which scales the expected
-                      gradient by (R − 1) / R (before the division by the std, which is a heuristic).
+                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1. The mean holds r_i too, which scales
+                      the expected gradient by (R − 1) / R (before the division by the std, which is a heuristic).
     ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
                       π_old is the policy that sampled it.
     surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)            (Eq. 3)
-    loss_type         What is the sum divided by? v_t = 1 / (B |y_i|): a mean per answer, then over B answers.
+    loss_type         What is the sum divided by? v_it = 1 / (B |y_i|): a mean per answer, then over the B answers of an
+                      update.
 
 GRPO also adds a penalty for moving away from the reference π_ref, the policy before training: β ρ_t k3_t, where
 k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t)                                                (Eq. 4, and ρ_t added).
 
-One step, here for one process and the defaults; `main` has the same five parts. A *batch* is a step's N·R answers, a
-*minibatch* the whole groups of one *update* (optimizer step), B answers; a *piece* the b that fit one forward pass.
+One step, here for one process and the defaults; `main` has the same five parts. A *batch* is a step's N·R answers, R to
+each of N questions, of up to T tokens. A *minibatch* is the whole groups of one *update* (optimizer step), B answers; a
+*piece* the b of them that fit one forward pass.
 
-    batch   = roll_out(step)                         N·R answers: ids, mask, log π_old   (N·R, T)         1. ask
-    rewards = batch.rewards                          right or not, well formed or not    (N, R, 2)        2. judge
+    batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
+    rewards = paid_rewards(batch)                    right or not, well formed or not    (N, R, 2)        2. judge
     A       = group_advantages(rewards · weights)    mean 0 in each group                (N, R)           3. compare
-    minibatches = minibatches_of(batch)              groups with A = 0 left out                           4. update
+    minibatches = minibatches_of(batch, A)           groups with A = 0 left out                           4. update
     ref     = reference_logprobs(minibatches)        log π_ref, no gradient              (N·R, T)
     for minibatch in minibatches:
-        logprobs = shared_answer_logprobs(pieces)    log π; ρ = 1 in the first minibatch (b, T)
-        loss     = Σ_i,t v_t (−min(ρ A, clip(ρ) A) + β ρ k3)
-        backward, clip the gradient's norm, optimizer step
+        for piece in minibatch:
+            logprobs = shared_answer_logprobs(model, piece)    log π                     (b, T)
+            loss     = Σ_i,t v_it (−min(ρ A, clip(ρ) A) + β ρ k3)    ρ = 1 in the first minibatch
+            backward: the pieces' gradients add up
+        clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
-The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. The last column times
-∇log π(y_t) is what a token adds to the step, without the KL term. L is --max_new_tokens, *tokens* those of the
-minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip: the functions below say
-what each choice does.
+The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. The last column is what
+∇log π(y_t) is multiplied by, without the KL term; "or 0" is where the clip acts. The KL is β, and is paid in the loss
+unless "reward" stands there. L is --max_new_tokens, *tokens* those of the minibatch, Πρ the product of an answer's
+ratios, s its |y|-th root, f' the slope of a soft clip: the functions below say what each choice does.
 
     algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
     reinforce             none           none    -         reinforce       dr_grpo    -           A / BL
@@ -50,80 +54,63 @@ what each choice does.
     dapo                  mean           group   token     clip 0.2 0.28   dapo       -           ρ_t A / tokens, or 0
     gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           s A / B|y|, or 0
     cispo                 mean           group   token     cispo 1 4       dapo       -           min(ρ_t, 5) A / tokens
-    sapo                  mean           group   token     sapo            grpo       -           f'(ρ_t) A / B|y|
+    sapo                  mean           group   token     sapo            grpo       -           ρ_t f'(ρ_t) A / B|y|
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the
 answer is right and 0.1 if it is well formed. A group whose advantages are all 0 is left out, its KL too; its answers
-and tokens still count in v_t (--skip_zero_variance). Off: length penalties (--overlong) and dynamic sampling
+and tokens still count in v_it (--skip_zero_variance). Off: length penalties (--overlong) and dynamic sampling
 (--refill), both from DAPO's paper; no gradient for answers that were cut off (--mask_truncated: such an answer counts
-in B, its tokens nowhere); a moving reference; LoRA. Dropout is always off. With one update per batch (--minibatches 1
-and --inner_epochs 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip acts, and all surrogates have the
-same gradient.
+in B and in its group's mean and std, its tokens in no v_it); a moving reference; a sampler that is a rounded or older
+copy of the policy (support/off_policy.py); LoRA. Dropout is always off. With one update per batch (--minibatches 1 and
+--inner_epochs 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip but GSPO's acts, and all surrogates
+have the same gradient.
 
 What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0 (for
-the clip with v_t as above), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
+the clip with v_it as above), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
 fraction, the length, the share of groups without a signal, and `story_kept`: whether an answer still speaks of the
-question's names and things. Whatever is not rewarded may degrade: with --beta 0 the accuracy is the same, but answers
-swap the question's names and objects (results/grpo_word.md). At the end pass@k of sampled answers tells sharpening
-(pass@1 rises to what pass@k was) from new ability (pass@k rises too).
+question's names and things. Whatever is not rewarded may degrade: without the KL a run ended as accurate, but its
+answers swapped names and objects (results/grpo_word.md). At the end pass@k of sampled answers tells sharpening (pass@1
+rises to what pass@k was) from new ability (pass@k rises too).
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
 narrow clips want --dtype fp32. Answers and tokens are counted over the whole minibatch and all ranks before it is cut
 into pieces, or the gradient would depend on the cut.
 
-A fast system samples with a rounded or older copy of the policy (--sampler_dtype, --stale). By default ρ divides by
-the copy's own probabilities, which corrects the mismatch token by token; support/off_policy.py has the other ways.
-Without --init the script makes its own start on the built-in problems, a short pretraining and SFT, kept under
-runs/start and reused.
-
-Run it:
+Run it (without --init a short pretraining and SFT on the built-in problems make a start, kept in runs/start):
     python grpo.py --demo                                            four answers of two tokens, by hand; the family
-    python grpo.py --steps 500                                       from nothing, minutes on two CPU cores
-    python grpo.py --algorithm cispo --steps 500
+    python grpo.py                                                   from nothing, minutes on two CPU cores
+    python grpo.py --algorithm cispo
     python grpo.py --data gsm8k --init runs/sft --max_new_tokens 200
     torchrun --nproc_per_node 8 grpo.py --init runs/sft --prompts 128
 """
 
-import contextlib
 import copy
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import task_of
 from evaluate import is_correct, kl_estimate
-from lora import add_lora, lora_off
-from optim import lr_at, make_optimizers, optimizer_step
+from lora import add_lora
+from optim import lr_at, optimizer_step
 from pretrain import shard
 from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
 from support.baselines import less_baseline
-from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Positive, Whole, choice
 from support.cli import run_script
-from support.content import code_of, records_of, weights_of
-from support.devices import precision, setup
 from support.errors import ConfigError
 from support.family import FamilyFlags, as_flags, check_choices, fill_in
-from support.grpo_report import Look, rollout_sums, step_record, tally
-from support.lora_files import LoraState
-from support.off_policy import RolloutPolicy, SamplerFlags, check_sampler, off_policy
-from support.questions import load_question_splits
-from support.recorder import Recorder, RecordFlags
-from support.rewards import RewardFlags, brevity_reward, format_reward, judge_batch, reward_functions
-from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, refill, roll_out
-from support.runs import Run
-from support.sft_start import sft_start
-from support.sharding import refuse_fsdp, whole
+from support.grpo_report import rollout_sums, step_record, tally
+from support.off_policy import RolloutPolicy, off_policy
+from support.policy_run import PolicyRunConfig, begin_run, open_start
+from support.rewards import brevity_reward, format_reward, judge_batch, paid_rewards, reward_sums
+from support.rollouts import Sampler, answers_kl, groups_in_turn, minibatches_of, reference_logprobs, refill
+from support.sharding import averaging, whole
 from support.shared_prompt import shared_answer_logprobs
-from support.verdict import look_first
-from support.verified import VerifiedConfig
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -132,7 +119,8 @@ from transformer import masked_mean
 
 
 def accuracy_reward(texts, problems, ended):
-    """1 if the number after #### is the right one."""
+    """1 if the verifier of the problem's task finds the right answer; the usual one reads the number after ####. An
+    answer that was cut off counts too, as in every evaluation."""
     return [float(is_correct(text, problem)) for text, problem in zip(texts, problems, strict=True)]
 
 
@@ -146,15 +134,16 @@ REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevi
 def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
     """rewards (N, R) -> advantages (N, R): what each answer earned above its baseline, in units of a scale.
 
-    baseline: see `ppo.less_baseline`. scale, what the difference is divided by:
+    baseline: see `less_baseline`. scale, what the difference is divided by:
         group   the group's std (ddof 1, + 1e-4): every group pushes as hard, even if it is very easy, very hard, or
                 differs only in format
-        batch   one std for all of the batch
+        batch   the std of all rewards of the batch
         none    1: the difference itself
         mean    the group's mean reward: the rarer a right answer, the more it counts. With rewards of 0 and 1, and p
                 the chance of 1, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the first terms of ∇log p
         tokens  subtract the token-weighted mean, divide by the token-weighted std, both of the batch; answers have
-                lengths (N, R). A long one counts for more, and a group of equal rewards has A ≠ 0, unless all are equal
+                lengths (N, R). A long one counts for more, and a group of equal rewards has A ≠ 0, unless all groups
+                are such
     With a baseline and any scale but tokens, a group whose rewards are all equal gives exactly 0, and so does a group
     of one: never NaN. Raises ConfigError on an unknown name, and on a reward below 0 with "mean".
     """
@@ -163,7 +152,7 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
         return centred
     if scale in ("group", "batch"):
         if rewards.shape[1] == 1:
-            return centred  # 0, and the std of one reward is NaN
+            return centred  # 0 if there is a baseline; the std of one reward is NaN
         std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()  # (N, 1) or ()
         return centred / (std + 1e-4)
     if scale == "mean":
@@ -189,18 +178,19 @@ def whiten_over_tokens(centred, rewards, lengths):
 
 # Below, b answers of up to T tokens: a piece of the B answers of a minibatch.
 
-# ρ (b, T) from log ρ_t (b, T), which is 0 on padding, and |y| (b, 1): each token's own, or one for all of an answer.
-# The product is exact for the answer as a whole, and soon far from 1. The sequence ratio is its |y|-th root: the clip
-# keeps or drops whole answers, and one odd token does not decide.
+# From log ρ_t (b, T), which is 0 on padding, and |y| (b, 1) to ρ (b, T): each token's own, or one for all of an answer.
+# The product is exact for the answer as a whole, and soon far from 1; it ends at e^80, as exp could overflow, and what
+# the clip stops would get 0 · inf = NaN. The sequence ratio is its |y|-th root: the clip keeps or drops whole answers,
+# and one odd token does not decide.
 RATIOS = {
     "token": lambda log_ratio, length: log_ratio.exp(),
-    "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).exp().expand_as(log_ratio),
+    "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).clamp(max=80).exp().expand_as(log_ratio),
     "sequence": lambda log_ratio, length: (log_ratio.sum(1, keepdim=True) / length).exp().expand_as(log_ratio),
 }
 
-# v_t (b, T) from mask (b, T), |y| (b, 1), the number of answers B and of tokens in the minibatch, and L, the longest
+# v_it (b, T) from mask (b, T), |y| (b, 1), the number of answers B and of tokens in the minibatch, and L, the longest
 # possible answer. "grpo" punishes a long wrong answer less per token than a short one; in "dapo" every token counts the
-# same; "dr_grpo" divides by a constant, so lengths play no part. v_t multiplies the KL term too.
+# same; "dr_grpo" divides by a constant, so lengths play no part. v_it multiplies the KL term too.
 LOSS_TYPES = {
     "grpo": lambda mask, length, B, tokens, L: mask / length / B,
     "dapo": lambda mask, length, B, tokens, L: mask / tokens,
@@ -226,8 +216,8 @@ def cispo_surrogate(rho, A, logprobs, clip_low, clip_high):
 
 
 def sapo_surrogate(rho, A, logprobs, clip_low=None, clip_high=None, tau=1.0, tau_negative=1.05):
-    """SAPO: (4 / τ) σ(τ (ρ − 1)) A, a soft clip. The gradient is f'(ρ) A ∇log π with f' = ρ / cosh²(τ (ρ − 1) / 2): 1
-    at ρ = 1, at most 1.57, near ρ = 2, below 1 again from ρ = 3.5 and on to 0 (τ = 1)."""
+    """SAPO: f(ρ) A with f = (4 / τ) σ(τ (ρ − 1)), a soft clip. The gradient is ρ f' A ∇log π with the slope
+    f' = 1 / cosh²(τ (ρ − 1) / 2). ρ f' is 1 at ρ = 1, at most 1.57, near ρ = 2, below 1 again from ρ = 3.5 (τ = 1)."""
     tau_of_A = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # (b, 1)
     return 4 / tau_of_A * torch.sigmoid(tau_of_A * (rho - 1)) * A, torch.zeros_like(rho, dtype=torch.bool)
 
@@ -262,38 +252,25 @@ ALGORITHMS = {
 
 
 def grpo_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask,
-    ref_logprobs=None,
-    beta=0.0,
-    clip_low=0.2,
-    clip_high=0.2,
-    loss_type="grpo",
-    *,
-    ratio="token",
-    surrogate="clip",
-    kl="k3",
-    kl_unbiased=False,
-    sampler_weights=None,
-    n_completions=None,
-    n_tokens=None,
-    max_length=None,
-):
+    logprobs, old_logprobs, advantages, mask, ref_logprobs=None,
+    beta=0.0, clip_low=0.2, clip_high=0.2, loss_type="grpo", *, ratio="token", surrogate="clip", kl="k3",
+    kl_unbiased=False, sampler_weights=None, n_completions=None, n_tokens=None, max_length=None,
+):  # fmt: skip
     """Log-probabilities and mask (b, T), advantages (b,), or (b, T) with one for each token -> (loss, metrics).
 
+    Computed in fp32, or in float64 if the log-probabilities are.
     sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
-    n_completions, n_tokens: of the whole minibatch, over pieces and ranks; default: of these b answers alone.
+    n_completions, n_tokens: B and *tokens*, of the whole minibatch, over pieces and ranks; default: of these b answers.
     max_length: dr_grpo's constant L, default T.
     Metrics: the loss; ratio_max, the largest ρ, padding included; the others are means over these answers' tokens.
-    "kl" is k3 without ρ, whatever `kl` is: biased where ρ ≠ 1, as the tokens are π_old's.
+    "kl" is always k3 without ρ: the tokens are π_old's, so it is an estimate only while ρ is near 1.
     The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
     """
     v_of = choice("loss_type", loss_type, LOSS_TYPES)
     ratio_of = choice("ratio", ratio, RATIOS)
     surrogate_of = choice("surrogate", surrogate, SURROGATES)
-    mask = mask.to(logprobs.dtype)
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bf16 counts to 256
+    logprobs, mask = logprobs.to(dtype), mask.to(dtype)
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (b, 1)
     n_completions = n_completions or len(mask)  # B
     n_tokens = n_tokens or mask.sum().clamp(min=1)
@@ -333,24 +310,13 @@ def loss_with(config):
     return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
 
 
-def reward_sums(rewards, reward_weights):
-    """rewards (N, R, M), {name: weight} of the M -> (N, R)."""
-    return sum(w * rewards[..., m] for m, w in enumerate(reward_weights.values()))
-
-
 def advantages_of(rewards, reward_weights, config, lengths=None):
     """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the rewards up, then compare. gdpo.py has another.
 
-    lengths (N, R): the tokens of each answer that count. Without lengths the caller only needs to know which advantages
-    are 0, so nothing is divided.
+    lengths (N, R): the tokens of each answer that count; None: no scale, which is enough to tell which A are 0.
     """
     scale = "none" if lengths is None else config.scale
     return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
-
-
-def paid_rewards(batch, reward_weights, config):
-    """The rewards that have a weight, (n, R, M): what is paid for. In gdpo.py a reward may depend on another."""
-    return torch.stack([batch.rewards[name] for name in reward_weights], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -416,15 +382,13 @@ def demo():
 
 # ---------------------------------------------------------------------------------------------------------------
 # The stage. More flags: support/family.py (the columns of the table), support/rewards.py (what is paid),
-# support/off_policy.py (what samples), support/verified.py.
+# support/off_policy.py (what samples), support/policy_run.py, support/verified.py.
 
 
 @dataclass
-class Config(FamilyFlags, SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
+class Config(FamilyFlags, PolicyRunConfig):
     """Train a policy with verifiable rewards (GRPO)."""
 
-    instruction: str = ""
-    """Text after each question that says how to answer, for a model that was not fine-tuned on this data."""
     name: str = "grpo"
     steps: Count = 500
     """Batches of rollouts."""
@@ -438,179 +402,116 @@ class Config(FamilyFlags, SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig
     """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
     mask_truncated: bool = False
     """Completions that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
-    fsdp: bool = False
-    """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
-    if_hopeless: Literal["warn", "stop"] = "warn"
-    """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
     refresh_reference: Whole = 0
     """Every so many steps the policy becomes the reference of the KL; 0: that is --init throughout."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
     minibatches: Count = 2
     """Optimizer steps in a pass; from the second on ρ differs from 1."""
-    micro_batch: Count | None = None
-    """Answers per forward pass of one rank, whole groups; default 128 for the built-in problems (short), else 32."""
     lr: Amount = 1.5e-4
     """Peak learning rate; it falls linearly to 0 after the warm-up."""
-    sample_every: Count = 100
-    """Steps between printed rollouts."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.micro_batch is None:
-            self.micro_batch = task_of(self.data).micro_batch
         fill_in(self, ALGORITHMS)
         check_choices(self)
-        check_sampler(self)
-
-
-def reference_logprobs(reference, policy, pieces, batch, config, autocast):
-    """log π_ref of the pieces' answers, at their rows of a (n·R, T) tensor that is 0 elsewhere.
-
-    With LoRA the reference is the policy itself without its adapters (but for --refresh_reference).
-    """
-    with lora_off(policy):
-        return piece_logprobs(reference, pieces, batch, config.temperature, autocast)
-
-
-def less_the_kl(advantages, reference, policy, batch, config, autocast, pad):
-    """--kl_in reward: A_i (n, R) -> A_i − β (KL_i − its baseline), KL_i of the whole answer; and log π_ref (n·R, T). It
-    comes after any division, which would blow it up where a group's rewards are nearly equal."""
-    pieces = cut(batch, range(len(advantages)), batch.rollout.mask, config.micro_batch, pad)
-    ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
-    kl_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
-    batch.rewards["kl"] = kl_tokens.sum(1).view(advantages.shape).cpu()
-    baseline = config.baseline or "mean"  # gdpo.py has none to choose
-    return advantages - config.beta * less_baseline(batch.rewards["kl"], baseline), ref_logprobs
 
 
 def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
-    began = time.perf_counter()
-    dist = setup(config.device)
-    if dist.is_main:
-        print(as_flags(config, GRPO))
-    n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
-    slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
-    autocast, scaler = precision(config.dtype, dist)
-    refuse_fsdp(config, dist, scaler)
-    functions, reward_weights = reward_functions(config, REWARDS)
-    init = config.init or sft_start(config, dist)
-    policy, tokenizer, path = open_checkpoint(init, "cpu" if config.fsdp else dist.device)
-    reads = weights_of(init, policy) | code_of(config.reward, functions)
-    # With adapters the reference is the policy without them: no second model in memory
+    start = open_start(config, REWARDS, says=as_flags(config, GRPO))
+    dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
+    n, slots = start.n, start.slots  # this rank asks n of a step's N questions; which of the N they are
+    functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
+    # With adapters the reference is the policy without them: no second model in memory.
     adapters_off = config.lora.rank and not config.refresh_reference
     reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
     for model in (policy, reference) if config.fsdp else ():
         shard(model, dist, autocast)  # as in pretrain.py
     rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
     add_lora(policy, **asdict(config.lora), seed=config.seed)
-    problems = load_question_splits(config, tokenizer, policy.config.context, dist)
-    pad = tokenizer.endoftext_id
+    policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
         """(n,) bool: which of this rank's groups have an advantage, before any scale."""
         return advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
-    sample = Sampler(rollout_policy.model, tokenizer, problems["train"], config, autocast)
-    if not config.resume:
-        look_first(sample, slots, signal_of, functions, reward_weights, path, config, dist)
-
-    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    reads |= records_of(config.data, problems)  # a resumed run must read the same
-    parts = {"lora": LoraState(policy, init)}  # what a checkpoint has beside the weights
-    parts |= {"reference": reference} if config.refresh_reference else {}
+    sample = Sampler(rollout_policy.model, start.tokenizer, start.problems["train"], config, autocast)
+    parts = {"reference": reference} if config.refresh_reference else {}  # what a checkpoint has beside the weights
     parts |= {"sampler": rollout_policy} if config.stale else {}
-    state = {"best": -1.0, "before": None, "start": {}, "parts": parts, "began": began}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, reads=reads, **state)
-    ddp = dist.world > 1 and not config.fsdp
-    model = DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
-    policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
-    look = Look(run, problems, functions, reward_weights, init)
-    look.before()
-    seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(REWARDS, some, config)}
-    recorder = Recorder(run, autocast, reference=reference, temperature=config.temperature, **seen)  # for view.py
+    run, look, recorder = begin_run(start, sample, reference, signal_of, parts)
+    model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 and not config.fsdp else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
-    loss_of = loss_with(config)
+    loss_of = recorder.noted(loss_with(config))
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
         rollout_policy.refresh(policy)
 
         # 1. ask: the policy answers each question R times
-        # 2. judge: {name: (n, R)} in batch.rewards
-        step_began = time.perf_counter()
-        batch = roll_out(sample, step, slots, 0, functions, config)
-        # before any refill: what the policy earns as it is
-        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
-        rollout_totals = rollout_sums(batch, paid, reward_weights, signal_of(batch))
+        look.begin_step()
+        batch = sample(step, slots)
+
+        # 2. judge: {name: (n, R)} in batch.rewards; what is logged is of the policy as it is, before any refill
+        judge_batch(functions, batch, config)
+        earned = paid_rewards(batch, reward_weights, config)  # (n, R, M)
+        rollout_totals = rollout_sums(batch, earned, reward_weights, signal_of(batch))
         if config.refill:
             refill(batch, sample, step, slots, functions, signal_of, policy, config)
-        rollout_done = time.perf_counter()
+        look.sampled()
         # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy)
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
 
         # 3. compare within the group; over all ranks, because a std over the batch needs them all
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
-            ended = batch.ended.flatten()[:, None]  # (n, R) -> (n·R, 1)
-            counted = counted & ended.to(counted.device)
+            counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # (n·R, 1)
         paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
-        all_paid = dist.gather(paid)  # (N, R, M)
         lengths = dist.gather(counted.sum(1).view(n, -1).cpu())  # (N, R)
-        advantages, more_figures = advantages_of(all_paid, reward_weights, config, lengths)  # (N, R)
+        advantages, more_figures = advantages_of(dist.gather(paid), reward_weights, config, lengths)  # (N, R)
         advantages = advantages[slots]  # (n, R)
         ref_logprobs = None
         if config.beta and config.kl_in == "reward":
-            advantages, ref_logprobs = less_the_kl(advantages, reference, policy, batch, config, autocast, pad)
+            # After any division by a std, which may be tiny; where nothing is divided it is the same as off the reward.
+            KL, ref_logprobs = answers_kl(reference, policy, batch, config, autocast, pad)  # (n, R), (n·R, T)
+            advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # gdpo.py has None
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
-        trained = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,) groups with a gradient
+        has_gradient = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,)
         if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
-            trained = torch.ones(n, dtype=torch.bool)  # every group has a KL
-        minibatches = minibatches_of(batch, groups, trained, counted, config.micro_batch, pad, dist)
+            has_gradient = torch.ones(n, dtype=torch.bool)  # every group has a KL
+        minibatches = minibatches_of(batch, groups, has_gradient, counted, config.micro_batch, pad, dist)
         needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
-        update_sums, norm, n_updates = {}, 0.0, 0
+        update_sums, norm = {}, 0.0
         for minibatch in minibatches * config.inner_epochs:
-            with whole(policy):  # for as many pieces as each rank has
+            with whole(policy):  # FSDP: all weights on every rank, as the ranks have different numbers of pieces
                 for piece in minibatch.pieces:
                     rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
-                    last = piece is minibatch.pieces[-1]
                     # The ranks average their gradients in the last backward alone
-                    if config.fsdp:
-                        policy.set_requires_gradient_sync(last)
-                    with model.no_sync() if ddp and not last else contextlib.nullcontext():
-                        with autocast():
-                            logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)
-                        logprobs = logprobs[:, :T]  # (b, T): it was padded to a multiple of 8
-                        old = old_logprobs[rows, :T]  # (b, T)
+                    with averaging(model, piece is minibatch.pieces[-1]):
+                        with autocast():  # (b, T), without the padding to a multiple of 8
+                            logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]
+                        old, weights = old_logprobs[rows, :T], sampler_weights[rows, :T]  # (b, T) each
                         ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
-                        inputs = logprobs, old, A[rows], piece.mask, ref  # A[rows] (b,)
-                        options = minibatch.counts | {"sampler_weights": sampler_weights[rows, :T]}  # (b, T)
-                        loss, metrics = loss_of(*inputs, **options)
-                        recorder.tokens(rows, loss_of, inputs, options)
-                        # × world, because DDP averages over the ranks and v_t already counts them all
+                        options = minibatch.counts | {"sampler_weights": weights}
+                        loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)  # A[rows] (b,)
+                        recorder.tokens(rows)
+                        # × world, because DDP averages over the ranks and v_it already counts them all
                         scaler.scale(loss * dist.world).backward()
                     tally(update_sums, metrics, piece.mask.sum().item())
-            norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
+            norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)
             run.check_finite(lr, norm)
-            n_updates += 1
 
         # 5. look: log the step; every so often answer validation questions
-        record = step_record(rollout_totals, update_sums, n_updates, config, dist) | more_figures | mismatch
-        # A NaN here is a failure, not a skipped fp16 overflow. A step without a signal has an entropy, but no loss.
-        advice = "try a smaller --lr, or --dtype fp32"
-        run.check_finite(lr, norm, advice, loss=record["loss"], entropy=record["entropy"])
-        record |= {"grad_norm": norm, "lr": lr, "seconds_rollout": rollout_done - step_began}
-        record |= {"steps_per_second": 1 / (time.perf_counter() - step_began)}
-        look.at_step(record, batch, reward_sums(paid, reward_weights))
+        record = step_record(rollout_totals, update_sums, len(minibatches) * config.inner_epochs, config, dist)
+        look.at_step(record | more_figures | mismatch, batch, reward_sums(paid, reward_weights), norm, lr)
     run.close()
     return look.after()
 

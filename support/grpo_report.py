@@ -1,5 +1,7 @@
 """What a GRPO step logs, and what its run measures, prints and draws before, between and after its steps."""
 
+import time
+
 from data import encode_prompt
 from evaluate import pass_at_k
 from support.checkpoints import open_checkpoint
@@ -18,7 +20,7 @@ SAMPLER = {
 
 def rollout_sums(batch, paid, weights, has_signal):
     """Sums over this rank's completions, of the policy as it is: {metric: number}; a further row is logged as a mean
-    over the completions. paid (n, R, M): see `grpo.paid_rewards`; has_signal (n,) bool: groups whose rewards differ."""
+    over the completions. paid (n, R, M): of `paid_rewards`; has_signal (n,) bool: groups whose rewards differ."""
     mask, logprobs = batch.rollout.mask, batch.rollout.logprobs  # (n·R, T)
     return {
         "reward": sum(w * paid[..., m].sum() for m, w in enumerate(weights.values())),
@@ -54,13 +56,15 @@ def step_record(figures, sums, n_updates, config, dist):
 
 
 class Look:
-    """What a run shows beside its steps: before(), at_step() each, after(). init: the checkpoint that it began from.
-    respond: what answers the prompts, as in `Sampler`."""
+    """What a run shows beside its steps: before(), at_step() each, after(). begin_step() and sampled(), where they are
+    called, time a step. init: the checkpoint that it began from. respond: what answers the prompts, as in `Sampler`.
+    """
 
     def __init__(self, run, problems, functions, reward_weights, init, respond=None):
         self.run, self.problems, self.init, self.respond = run, problems, init, respond
         self.functions, self.reward_weights = functions, reward_weights
         self.record, self.kl, self.warned = {}, 0.0, False  # the last record, and the last KL that was measured
+        self.began = self.answered = None  # time.perf_counter() of the current step
 
     def validate(self):
         """What is logged of greedy answers to the validation questions, and the number by which best/ is chosen."""
@@ -88,11 +92,25 @@ class Look:
             )
         self.shown = run.state.start
 
-    def at_step(self, record, batch, total):
+    def begin_step(self):
+        self.began = time.perf_counter()
+
+    def sampled(self):
+        """The step's rollouts are there, and judged."""
+        self.answered = time.perf_counter()
+
+    def at_step(self, record, batch, total, norm, lr):
         """Log a step's record, with validation figures if they are due; every so often show samples. total (n, R): what
-        the answers of the batch earned."""
+        the answers of the batch earned; norm: the gradient's, in the last minibatch. DivergedError on a NaN."""
         run, config = self.run, self.run.config
         step = run.done + 1
+        # A NaN here is a failure, not a skipped fp16 overflow. A step without a signal has an entropy, but no loss.
+        advice = "try a smaller --lr, or --dtype fp32"
+        run.check_finite(lr, norm, advice, loss=record["loss"], entropy=record["entropy"])
+        record = record | {"grad_norm": norm, "lr": lr}
+        if self.began is not None:
+            record["seconds_rollout"] = self.answered - self.began
+            record["steps_per_second"] = 1 / (time.perf_counter() - self.began)
         if run.due(config.eval_every):
             self.shown, chosen_by = self.validate()
             add_figures(record, self.shown)

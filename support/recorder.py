@@ -7,7 +7,8 @@ Nothing in it is trained on, and it touches no random generator: a run trains th
 
     recorder = Recorder(run, autocast, …)             a tracker of the run's log, which has it write a step's record
     recorder.answers(batch, advantages, …)            GRPO, PPO and relatives, before the update; and in it:
-    recorder.tokens(rows, loss_of, (logprobs, …), …)  what the loss sees of a piece's tokens
+    recorder.tokens(rows, loss_of, (logprobs, …), …)  what the loss sees of a piece's tokens; tokens(rows) after a call
+                                                      of loss_of = recorder.noted(loss_of)
     recorder.examples(own, n)                         SFT
     recorder.pairs(own_pairs, z0)                     DPO and KTO
     recorder.texts(texts, n_tokens)                   distillation
@@ -72,6 +73,7 @@ class Recorder:
         self.reference, self.temperature, self.loss_of = reference, temperature, loss_of
         self.judge, self.score, self.pad = judge or verdicts, score, run.tokenizer.endoftext_id
         self.record, self.rows = None, {}  # the current step's; row of the batch -> its answer in the record
+        self.call = None  # of the loss: see `noted`
         self.wanted = run.dist.is_main and c.record_groups + c.watch > 0
         # Under FSDP a forward pass of one rank alone would wait for the others for ever.
         self.looks_inside = not hasattr(run.model, "reshard")
@@ -132,9 +134,18 @@ class Recorder:
             some = [g for g, is_told in enumerate(told) if is_told == known]
             self.look_inside([groups[g] for g in some], [prompts[g] for g in some], refer=not known)
 
-    def tokens(self, rows, loss_of, tensors, options, clips=("clip_low", "clip_high")):
+    def noted(self, loss_of):
+        """The same function, whose latest call is what `tokens(rows)` records."""
+
+        def noted(*tensors, **options):
+            self.call = (loss_of, tensors, options) if self.rows else None
+            return loss_of(*tensors, **options)
+
+        return noted
+
+    def tokens(self, rows, loss_of=None, tensors=(), options=None, clips=("clip_low", "clip_high")):
         """What the loss sees of a piece, at its rows of the batch. loss_of(*tensors, **options) -> (loss, metrics), of
-        log π, log π_old, A, the mask and perhaps log π_ref, (b, T) or (b,) each.
+        log π, log π_old, A, the mask and perhaps log π_ref, (b, T) or (b,) each; default: the latest call of `noted`.
 
         Recorded are these numbers and how far the loss pulls log π of each token up, −∂loss/∂log π: "gets" without the
         KL, "kl_gets" by the KL, and "clipped", where without these clips it would be another pull. Of several passes
@@ -143,6 +154,8 @@ class Recorder:
         here = [i for i, row in enumerate(rows) if row in self.rows]
         if not here:
             return
+        if loss_of is None:
+            (loss_of, tensors, options), self.call = self.call, None
         tensors = [None if x is None else x.detach()[here] for x in tensors]
         options = {name: x[here] if torch.is_tensor(x) else x for name, x in options.items()}
         gets = pull(loss_of, tensors[:4], options)

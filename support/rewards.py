@@ -105,6 +105,16 @@ def reward_functions(config, built_in):
     return functions, weights
 
 
+def paid_rewards(batch, reward_weights, config):
+    """The rewards that have a weight, (n, R, M): what is paid for. In gdpo.py a reward may depend on another."""
+    return torch.stack([batch.rewards[name] for name in reward_weights], dim=-1)
+
+
+def reward_sums(rewards, reward_weights):
+    """rewards (N, R, M), {name: weight} of the M -> (N, R)."""
+    return sum(w * rewards[..., m] for m, w in enumerate(reward_weights.values()))
+
+
 def judge(functions, texts, problems, ended, lengths, config):
     """The rewards of the completions, and --overlong: {name: (len(texts),)}."""
     rewards = score(functions, texts, problems, ended)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from data import encode_prompt, rows_at
+from evaluate import kl_estimate
 from generate import Rollout, generate
-from lora import merged
+from lora import lora_off, merged
 from support.rewards import judge_batch
 from support.sharding import whole
 from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
@@ -90,13 +91,6 @@ class Sampler:
         return Batch(chosen, prompts, rollout, rollout.texts(self.tokenizer), ended)
 
 
-def roll_out(sample, step, slots, attempt, functions, config):
-    """Ask the questions in `slots`, some of a step's N; answer each R times; judge -> Batch with its rewards."""
-    batch = sample(step, slots, attempt)
-    judge_batch(functions, batch, config)
-    return batch
-
-
 def refill(batch, sample, step, slots, functions, signal_of, policy, config):
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without a signal are replaced in place by the answers to fresh
     questions, up to --refill times. signal_of(batch): (n,) bool. All ranks must call it."""
@@ -104,7 +98,9 @@ def refill(batch, sample, step, slots, functions, signal_of, policy, config):
         silent = signal_of(batch).logical_not().nonzero().squeeze(1).tolist()
         with whole(policy):  # under FSDP: all weights on every rank, also on one that needs no more answers
             if silent:
-                batch.put(silent, roll_out(sample, step, [slots[g] for g in silent], attempt, functions, config))
+                fresh = sample(step, [slots[g] for g in silent], attempt)
+                judge_batch(functions, fresh, config)
+                batch.put(silent, fresh)
 
 
 @dataclass
@@ -155,6 +151,22 @@ def piece_logprobs(model, pieces, batch, temperature, autocast):
             logprobs = shared_answer_logprobs(model, piece.packed, temperature)
             out[piece.rows, :T] = logprobs[:, :T].float()
     return out
+
+
+def reference_logprobs(reference, policy, pieces, batch, config, autocast):
+    """log π_ref of the pieces' answers, as `piece_logprobs`. With LoRA the reference is the policy itself without its
+    adapters (but for --refresh_reference)."""
+    with lora_off(policy):
+        return piece_logprobs(reference, pieces, batch, config.temperature, autocast)
+
+
+def answers_kl(reference, policy, batch, config, autocast, pad):
+    """What each whole answer says of KL(π ‖ π_ref), (n, R), which becomes a reward of the batch; log π_ref (n·R, T)."""
+    pieces = cut(batch, range(len(batch.prompts)), batch.rollout.mask, config.micro_batch, pad)
+    ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
+    kl_of_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
+    batch.rewards["kl"] = kl_of_tokens.sum(1).view(batch.ended.shape).cpu()
+    return batch.rewards["kl"], ref_logprobs
 
 
 def groups_in_turn(slots, minibatches):

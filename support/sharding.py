@@ -1,14 +1,15 @@
 """FSDP's sharded tensors, of which each rank holds some rows: from shards to full tensors and back.
 
     whole(model)                       within, all weights on every rank                        lora.py, rollouts.py
+    averaging(model, now)              within, whether a backward pass averages gradients      grpo.py, agent.py
     unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py, optim.py
     full_tensor(x)                     one tensor, where a formula needs all of it              optim.py
     same_shape_groups(params, limit)   the matrices that Muon may stack                         optim.py
 
-What is not sharded is returned unchanged, so callers need no special case. All ranks must call the first three and
-the fifth function together, or the calling ranks wait forever.
+What is not sharded is returned unchanged, so callers need no special case. All ranks must call `whole`, `unsharded`,
+`gathered` and `full_tensor` together, or the calling ranks wait forever.
 """
 
 import contextlib
@@ -59,6 +60,16 @@ def whole(model):
             part.reshard()
         if parts:
             model.is_whole = False
+
+
+@contextlib.contextmanager
+def averaging(model, now):
+    """Within, a backward pass averages the gradients over the ranks if `now`; else each rank adds them to its own. Of a
+    model that DDP wraps or FSDP has cut; any other stays as it is."""
+    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard gives a module its methods
+        model.set_requires_gradient_sync(now)
+    with model.no_sync() if not now and hasattr(model, "no_sync") else contextlib.nullcontext():
+        yield
 
 
 def unsharded(model, dist):

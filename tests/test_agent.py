@@ -554,17 +554,17 @@ def here(scratch, folder, monkeypatch):
 def spied(monkeypatch):
     """What a run did: its batches, and the gradients of its optimizer steps."""
     seen = {"batches": [], "gradients": []}
-    roll_out, optimizer_step = agent.roll_out, agent.optimizer_step
+    judge_batch, optimizer_step = agent.judge_batch, agent.optimizer_step
 
-    def see_batch(*args):
-        seen["batches"].append(roll_out(*args))
-        return seen["batches"][-1]
+    def see_batch(functions, batch, config):
+        judge_batch(functions, batch, config)
+        seen["batches"].append(batch)
 
     def see_gradient(raw, *args):
         seen["gradients"].append({name: p.grad.clone() for name, p in raw.named_parameters() if p.grad is not None})
         return optimizer_step(raw, *args)
 
-    monkeypatch.setattr(agent, "roll_out", see_batch)
+    monkeypatch.setattr(agent, "judge_batch", see_batch)
     monkeypatch.setattr(agent, "optimizer_step", see_gradient)
     return seen
 

@@ -14,6 +14,7 @@ from test_grpo import EVERYTHING, SMALL, assert_same_gradient, config, here, let
 import gdpo
 import grpo
 from grpo import ALGORITHMS, Config, group_advantages, grpo_loss, sapo_surrogate
+from support import rollouts
 from support.errors import ConfigError
 from support.family import FamilyFlags, as_flags
 
@@ -419,7 +420,8 @@ def test_a_run_uses_its_row(here, spied, monkeypatch, name):  # noqa: F811
         return ref
 
     monkeypatch.setattr(grpo, "grpo_loss", see)
-    monkeypatch.setattr(grpo, "reference_logprobs", reference_logprobs)
+    for module in (grpo, rollouts):  # for a KL in the loss, and for one in the reward
+        monkeypatch.setattr(module, "reference_logprobs", reference_logprobs)
     flags = SMALL | dict(
         steps=1, algorithm=name, micro_batch=64, inner_epochs=2, max_new_tokens=9, beta=None, record_groups=0
     )

@@ -142,13 +142,13 @@ def test_a_run_with_the_kl_in_the_reward(here, monkeypatch):  # noqa: F811
 
 def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
     monkeypatch.setitem(grpo.REWARDS, "brevity", letter("i"))
-    seen, used, roll_out, loss = [], [], grpo.roll_out, grpo.grpo_loss
+    seen, used, judge_batch, loss = [], [], grpo.judge_batch, grpo.grpo_loss
 
-    def see(*args):
-        seen.append(roll_out(*args))
-        return seen[-1]
+    def see(functions, batch, config):
+        judge_batch(functions, batch, config)
+        seen.append(batch)
 
-    monkeypatch.setattr(grpo, "roll_out", see)
+    monkeypatch.setattr(grpo, "judge_batch", see)
     monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: (used.append(a[2]), loss(*a, **k))[1])
     for options in ({}, {"conditioned": ["brevity"]}, {"combine": "sum"}):
         settings = config(brevity_weight=0.3, max_new_tokens=20, micro_batch=6, record_groups=0, **options)

@@ -20,7 +20,7 @@ from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss
 from lora import LoraConfig
-from support import devices, grpo_report, off_policy, questions, rollouts, runs
+from support import devices, grpo_report, off_policy, policy_run, questions, rollouts, runs
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DivergedError
@@ -326,6 +326,35 @@ def test_what_stands_outside_the_mask_cannot_matter():
 
 
 @pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
+def test_log_probabilities_in_bf16_are_computed_in_fp32(loss_type):
+    """As in float64 on the same numbers: lengths and token counts above 256 too, which bf16 has not."""
+    torch.manual_seed(0)
+    new, old, ref = (-1 - torch.rand(3, 3, 301)).bfloat16().unbind()
+    A, mask = torch.tensor([1.0, -2.0, 0.5]), torch.arange(301) < torch.tensor([[301], [259], [7]])
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x, *others = (t.to(dtype) for t in (new, old, A, ref))
+        loss, figures = grpo_loss(x.requires_grad_(), *others[:2], mask, others[2], 0.3, loss_type=loss_type)
+        results.append([loss, torch.autograd.grad(loss, x)[0], figures])
+    (loss, gradient, figures), (exact, by_float64, expected) = results
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    torch.testing.assert_close(gradient, by_float64.bfloat16(), atol=1e-9, rtol=2**-8)  # to its last bit
+    assert figures == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("sign", "value"), [(1.0, 1.2), (-1.0, math.exp(80))])
+def test_a_product_of_ratios_never_overflows(sign, value):
+    """log ρ is 110 in all: the clip stops the answer if A > 0. The other answer's gradient is what it is alone."""
+    new = torch.tensor([[60.0, 50.0], [0.1, 0.0]], requires_grad=True)
+    loss, figures = grpo_loss(new, torch.zeros(2, 2), torch.tensor([sign, 1.0]), torch.ones(2, 2), ratio="product")
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert loss.item() == pytest.approx(-(sign * value + math.exp(0.1)) / 2, rel=1e-5)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [-math.exp(0.1) / 4 * 2] * 2]))
+    assert figures["ratio_max"] == pytest.approx(math.exp(80), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
 def test_any_cut_gives_the_same_gradient(loss_type):
     new, old, ref, A, mask = batch()
     step = dict(n_completions=5, n_tokens=int(mask.sum()), max_length=7, ratio="sequence")
@@ -373,18 +402,18 @@ def here(scratch, start, monkeypatch):
 def spied(monkeypatch):
     """What a run did: {"batches": [Batch, …], "gradients": [{name: gradient}, …]}, one gradient an optimizer step."""
     seen = {"batches": [], "gradients": []}
-    roll_out, optimizer_step = grpo.roll_out, grpo.optimizer_step
+    judge_batch, optimizer_step = grpo.judge_batch, grpo.optimizer_step
 
-    def see_batch(*args):
-        seen["batches"].append(roll_out(*args))
-        return seen["batches"][-1]
+    def see_batch(functions, batch, config):
+        judge_batch(functions, batch, config)
+        seen["batches"].append(batch)
 
     def see_gradient(raw, *args):
         seen["gradients"].append({name: p.grad.clone() for name, p in raw.named_parameters() if p.grad is not None})
         return optimizer_step(raw, *args)
 
     for module in (grpo, rollouts):  # of a step, and of a refill
-        monkeypatch.setattr(module, "roll_out", see_batch)
+        monkeypatch.setattr(module, "judge_batch", see_batch)
     monkeypatch.setattr(grpo, "optimizer_step", see_gradient)
     return seen
 
@@ -572,7 +601,7 @@ def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
         seen.extend(advantages.tolist() if len(k1) == 2 else [])
         return true(logprobs, old, advantages, *more, **options)
 
-    monkeypatch.setattr(grpo, "reference_logprobs", reference_logprobs)
+    monkeypatch.setattr(rollouts, "reference_logprobs", reference_logprobs)
     monkeypatch.setattr(grpo, "grpo_loss", grpo_loss)
     pull = [1.0]  # the first step moves the policy away from the reference; in the second nothing is earned
 
@@ -757,8 +786,8 @@ def test_lora_trains_the_adapters_alone(here, spied):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_kl_to_the_start(here, monkeypatch, rank):
     """Of the trained policy to --init, wherever the reference has moved; with LoRA without a second model."""
-    opened, opens = grpo.open_checkpoint, []
-    for module in (grpo, grpo_report):
+    opened, opens = open_checkpoint, []
+    for module in (policy_run, grpo_report):
         monkeypatch.setattr(module, "open_checkpoint", lambda *args: opens.append(args) or opened(*args))
     asked, measure = [], grpo_report.sampled_kl
     monkeypatch.setattr(grpo_report, "sampled_kl", lambda *args, **more: asked.append(args) or measure(*args, **more))
@@ -893,7 +922,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(here, monkeypatch):
 
 
 def test_prompts_must_be_shared_evenly(here, monkeypatch):
-    monkeypatch.setattr(grpo, "setup", lambda _: devices.Dist(0, 3, torch.device("cpu")))
+    monkeypatch.setattr(policy_run, "setup", lambda _: devices.Dist(0, 3, torch.device("cpu")))
     with pytest.raises(ConfigError, match="cannot be shared"):
         grpo.main(config())
 
@@ -994,7 +1023,7 @@ def test_the_correction_reaches_the_loss(here, spied, old_logprobs):
 def test_the_first_look_changes_no_number(here, monkeypatch, capsys):
     grpo.main(config(name="looked", steps=2))
     assert "first look: 8 questions x 4 answers, " in capsys.readouterr().out  # no more than the run asks itself
-    monkeypatch.setattr(grpo, "look_first", lambda *_: None)
+    monkeypatch.setattr(policy_run, "look_first", lambda *_: None)
     grpo.main(config(name="blind", steps=2))
     for name in ("reward", "loss", "grad_norm", "accuracy", "length"):
         assert metrics("runs/looked", name) == metrics("runs/blind", name)

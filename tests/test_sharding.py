@@ -12,7 +12,7 @@ from tiny import MODEL, TEXT, config
 import grpo
 import pretrain
 from lora import LoraConfig
-from support import devices, pretrain_report
+from support import devices, policy_run, pretrain_report
 from support.errors import ConfigError
 from transformer import TransformerConfig
 
@@ -107,7 +107,7 @@ def test_what_sharding_refuses(here, changes, message, monkeypatch):
 )
 def test_what_sharding_refuses_in_the_later_stages(here, changes, message, monkeypatch):
     if changes:
-        monkeypatch.setattr(grpo, "setup", lambda _: devices.Dist(0, 2, torch.device("cpu")))
+        monkeypatch.setattr(policy_run, "setup", lambda _: devices.Dist(0, 2, torch.device("cpu")))
     with pytest.raises(ConfigError, match=f"^--fsdp.*{message}"):
         grpo.main(grpo.Config(init="nowhere", fsdp=True, device="cpu", **changes))
     assert not (here / "runs").exists()

@@ -5,26 +5,26 @@
     rotary       (a, b) ← (a cos pω_i − b sin pω_i,  a sin pω_i + b cos pω_i)              RoPE, arXiv:2104.09864,
                  for each pair i of features of a query or key at position p               Eq. 13 to 15, 34
 
-In all of them ω_i = θ^(−2i/D) radians per position, θ = 10,000: pair 0 turns fastest and tells neighbours apart, the
-last pair turns slowly and tells paragraphs apart. RoPE, the default, in a model:
+In the last two ω_i = θ^(−2i/D) radians per position, θ = 10,000 (in PE C stands for D): pair 0 turns fastest and tells
+neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, the default, in a model:
 
     ω        = rope_frequencies(D, θ, scaling)              (D/2,)
     angles   = positions · ω, for both features of a pair   (..., T) -> (..., T, D)
     cos, sin = cos(angles), sin(angles)                     (..., T, D) each, once for all layers
-    q, k     = rotate(q), rotate(k)                         (B, H, T, D), (B, G, T, D): in each layer; values are not
+    q, k     = rotate(q), rotate(k)                         (B, H, T, D), (B, G, T, D): in each layer; not the values
     score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           rotations compose, R(m)ᵀ R(n) = R(n − m)
 
 So a score depends on the distance n − m alone: attention is relative without a parameter, and lengths stay what they
-were. (PE[p + k] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.)
+were. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.)
 
-Past the trained length L a pair meets angles that it never saw. Slower pairs stay among the known ones; `scaling`, a
-dict in Hugging Face's form, says which are slowed down. s = new length / L, r_i = L ω_i / 2π the turns of pair i in L:
+Past the trained length L a pair meets angles that it never saw. A pair that is slowed down stays among those it knows;
+`scaling`, a dict in Hugging Face's form, says which are. s = new length / L, r_i = L ω_i / 2π the turns of pair i in L:
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
                                                     between. s = f ℓ/L − (f − 1) for ℓ > L tokens, f the dict's factor
-    llama3    k_i ω_i + (1 − k_i) ω_i / s           k_i rises from 0 at r_i = 1 to 1 at r_i = 4 (Llama 3.1's code)
-    yarn      the same, k_i from 0 at r_i = 1       arXiv:2309.00071; and scores times (0.1 ln s + 1)², because more
+    llama3    keep_i ω_i + (1 − keep_i) ω_i / s     keep_i rises from 0 at r_i = 1 to 1 at r_i = 4 (Llama 3.1's code)
+    yarn      the same, keep_i from 0 at r_i = 1    arXiv:2309.00071; and scores times (0.1 ln s + 1)², because more
               to 1 at r_i = 32                      keys flatten the softmax
 
 The default model runs RoPE with θ = 10,000 and no scaling.
@@ -37,13 +37,18 @@ Traps:
   is wrong, yet not garbage. This repository uses halves; `interleaved_to_half` converts weights of the other kind.
 * "dynamic" changes ω as a sequence grows, but the keys in the cache were rotated by the old ω. So the longest length is
   given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives its context, so in it dynamic does nothing.
-* YaRN's k_i goes by i between the two ends, as in its authors' code; the paper (§3.2) goes by turns.
+* YaRN's keep_i goes by i between the two ends, as in its authors' code; the paper (§3.2) goes by turns.
 
 Why slowing down only some pairs is better: a fast pair goes round many times within L and knows every angle; only slow
-ones (r_i < 1) have seen just a part of the circle. `python benchmarks/positional.py` trains a small model on L bytes
-and reads 4 L. Unscaled, its loss is five times as high in the last quarter as in the first. It stays usable with llama3
-and better with yarn, at some cost to short texts; linear ruins both. After 40 steps on long windows yarn's loss is
-nearly level (0.51 to 0.59 nats; before, 0.56 in the first quarter); unscaled, it ends at 0.98.
+ones (r_i < 1) have seen just a part of the circle. A small model trained on L = 64 bytes reads 4 L (nats per byte, one
+seed; results/benchmarks.md):
+
+              first L   2nd L   4th L   after 40 steps on 4 L: first, 4th
+    as is        0.56    1.02    2.95   0.62, 0.98
+    linear       3.43    3.71    3.68   1.34, 1.29
+    dynamic      0.61    0.60    2.94   0.61, 1.04      the best to 2 L
+    llama3       1.15    1.59    1.65   0.65, 0.61
+    yarn         0.90    1.05    1.13   0.59, 0.54      usable to 4 L, but worse on short texts until it is trained
 
 Letters: B batch, T time, C width, H heads, D head width. Run it: `python positional.py`.
 """
@@ -53,10 +58,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from support.devices import traits
 from support.output import run_demo
+from support.rope_settings import read_scaling
+from support.rotation import fast_rotate
 
 
 class LearnedPositions(nn.Module):
@@ -91,14 +97,14 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
     """ω_i = θ^(−2i/D) for i = 0 … D/2 − 1, in radians per position, stretched as `scaling` says: (D/2,) fp32.
 
     scaling: Hugging Face's `rope_scaling` (or `rope_parameters`) dict: its `rope_type` is default, linear, dynamic,
-        yarn or llama3. A `rope_theta` inside it, as transformers 5 writes it, goes before `theta`.
+        yarn or llama3. A `rope_theta` inside it, as transformers 5 writes it, overrides `theta`.
     context: the model's max_position_embeddings. Needed where the dict does not say what it was trained with.
     length: the longest sequence to come, default `context`; only "dynamic" looks at it.
     YaRN also turns the scores up: `rope_attention_factor` says by how much. Raises ValueError on a dict it cannot use.
     """
     if head_dim % 2:
         raise ValueError(f"sines and cosines come in pairs: a width of {head_dim} is odd")
-    kind, s, trained, theta = _read_scaling(scaling, context, theta)
+    kind, s, trained, theta = read_scaling(scaling, context, theta)
     i = torch.arange(head_dim // 2, dtype=torch.float32)
     if kind == "dynamic" and head_dim > 2:
         stretch = s * max(length or trained, trained) / trained - (s - 1)
@@ -129,7 +135,7 @@ def rope_attention_factor(scaling=None, context=None):
 
     0.1 ln s + 1 (§3.4). DeepSeek's `mscale` and `mscale_all_dim` split that factor, an `attention_factor` replaces it.
     """
-    kind, s, *_ = _read_scaling(scaling, context)
+    kind, s, *_ = read_scaling(scaling, context)
     if kind != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -143,49 +149,6 @@ def rope_attention_factor(scaling=None, context=None):
     return factor(1)
 
 
-def _read_scaling(scaling, context, theta=10000.0):
-    """-> kind, factor s, trained length, θ. Raises ValueError, one line, on anything that would be guesswork."""
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, dict):
-        raise ValueError(
-            f"RoPE scaling is {scaling!r}; it must be a dict such as {{'rope_type': 'linear', 'factor': 4}}"
-        )
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    needs = {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": (),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-    if kind not in needs:
-        raise ValueError(f"RoPE scaling {kind!r} is not known; choose one of {', '.join(needs)}")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("RoPE over a part of the head (partial_rotary_factor) is not supported")
-    for key, value in scaling.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"RoPE scaling with a {key} of {value}; it must be a finite number")
-    missing = [key for key in needs[kind] if scaling.get(key) is None]
-    if missing:
-        raise ValueError(f"RoPE scaling {kind!r} lacks {', '.join(missing)}")
-    trained = context
-    if kind in ("yarn", "llama3"):
-        trained = scaling.get("original_max_position_embeddings") or context
-    if trained is None and kind in ("dynamic", "yarn", "llama3"):
-        raise ValueError(f"RoPE scaling {kind!r} needs the length that the model was trained with")
-    factor = scaling.get("factor")
-    if factor is None:  # DeepSeek's YaRN: the new length over the old one
-        factor = (context or trained) / trained if kind == "yarn" else 1.0
-    if not isinstance(factor, int | float) or not 1 <= factor < math.inf:
-        raise ValueError(f"RoPE scaling by a factor of {factor!r}; it must be a number of at least 1")
-    theta = scaling.get("rope_theta") or theta
-    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
-        raise ValueError(f"rope_theta is {theta!r}; it must be a number above 0")
-    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
-        raise ValueError("RoPE scaling 'llama3' needs low_freq_factor below high_freq_factor")
-    return kind, factor, trained, theta
-
-
 def rope_cos_sin(positions, frequencies, attention_factor=1.0):
     """positions (..., T), frequencies (D/2,) -> cos, sin, each (..., T, D) fp32: both halves hold the same angles.
 
@@ -197,34 +160,17 @@ def rope_cos_sin(positions, frequencies, attention_factor=1.0):
 
 
 def rotate(x, cos, sin):
-    """(a, b) -> (a cos − b sin, a sin + b cos), a and b the halves of x's last dimension, in three calls."""
-    (a, b), (s, _), out = x.chunk(2, dim=-1), sin.chunk(2, dim=-1), x * cos
-    first, second = out.chunk(2, dim=-1)
-    first.addcmul_(b, s, value=-1)
-    second.addcmul_(a, s)
-    return out.to(x.dtype)
-
-
-class Rotation(torch.autograd.Function):
-    """`rotate` with its gradient, the rotation back. Autograd would cut and join the halves again."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        cos, sin = ctx.saved_tensors
-        return rotate(upstream, cos, -sin), None, None
+    """(a, b) -> (a cos − b sin, b cos + a sin), a and b the halves of x (..., D): each pair by its own angle."""
+    a, b = x.chunk(2, dim=-1)  # (..., D/2) each
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, H, T, D) by the angles of cos, sin, (T, D) or (B, T, D): pairs are (i, i + D/2). x's dtype."""
+    """Rotate x (B, H, T, D) by the angles of cos, sin, (T, D) or (B, T, D): pairs are (i, i + D/2). x's dtype.
+    support/rotation.py is `rotate` in fewer passes over memory."""
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D): the same for all heads
-    return Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else rotate(x, cos, sin)
+    return fast_rotate(x, cos, sin)
 
 
 def apply_rope_interleaved(x, positions, theta=10000.0):
@@ -247,9 +193,8 @@ def demo():
     quarter = torch.tensor([math.pi / 2])  # ω of a head of width 2
     q, k = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])
 
-    def at(x, position, frequencies=quarter):
-        cos_sin = rope_cos_sin(torch.tensor([position]), frequencies)
-        return apply_rope(x[None, None, None], *cos_sin)[0, 0, 0]  # (1, 1, 1, D) -> (D,)
+    def at(x, position):
+        return rotate(x, *rope_cos_sin(torch.tensor(position), quarter))  # (D,)
 
     print("RoPE by hand: one pair, a quarter turn per position, q = (1, 0), k = (1, 2)")
     for position, by_hand in enumerate([(1, 2), (-2, 1), (-1, -2), (2, -1)]):

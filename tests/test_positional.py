@@ -17,6 +17,7 @@ from positional import (
     rope_attention_factor,
     rope_cos_sin,
     rope_frequencies,
+    rotate,
     sinusoidal_positions,
 )
 
@@ -139,6 +140,19 @@ def test_rope_without_gradients_gives_the_same(dtype):
         torch.testing.assert_close(
             without, apply_rope(x, *tables), atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0
         )
+
+
+def test_what_a_model_runs_is_the_plain_rotation():
+    """apply_rope (support/rotation.py) = rotate in value and gradient, with tables for all rows and for each."""
+    x, upstream = (torch.randn(B, H, T, D, dtype=torch.float64) for _ in range(2))
+    x.requires_grad_()
+    for positions in (torch.arange(T), torch.arange(B * T).view(B, T)):
+        cos, sin = (table.double() for table in rope_cos_sin(positions, rope_frequencies(D)))
+        plain = rotate(x, *(table.view(-1, 1, T, D) for table in (cos, sin)))
+        fast = apply_rope(x, cos, sin)
+        torch.testing.assert_close(fast, plain, atol=1e-13, rtol=0)
+        gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (fast, plain)]
+        torch.testing.assert_close(*gradients, atol=1e-13, rtol=0)
 
 
 def test_frequencies_by_hand():

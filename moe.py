@@ -10,52 +10,58 @@ Parameters grow with E, the work per token only with K. One layer, T tokens (bat
     probs  = softmax(logits)                           (T, E)
     index  = top K of probs + b                        (T, K), b the selection bias (E,), if balanced by bias
     w      = probs at index, / their sum               (T, K); the division if norm_topk_prob
-    sort the T·K assignments by expert; count them     counts (E,)
+    sort the T·K assignments by expert; count them     n_rows (E,)
     for e in range(E):                                 the loop, or one kernel for all
-        rows_e = expert_e(rows of x sent to e)         (counts_e, C) -> (counts_e, C)
+        rows_e = expert_e(rows of x sent to e)         (n_rows_e, C) -> (n_rows_e, C)
     y      = s Σ_k w_k · row of the k-th choice        (T, C)
     y      = y + shared experts(x)                     (T, C), if there are any: every token passes through those
     in training, for balancing: losses from logits, probs and index; counts += how often each expert was chosen
 
-The default model has no mixture (n_expert = 0). With one the defaults run K = 2, weights that sum to 1, s = K, every
-assignment served, and balance by the Switch loss; shared experts, the bias and a capacity are off.
+The default model has no mixture (n_expert = 0). With a mixture the defaults are K = 2, weights that sum to 1, s = K,
+every assignment served, and balancing by the Switch loss; shared experts, the bias and a capacity are off.
 
-**Balancing.** The choice itself has no gradient: a router only learns from the experts that it picked, which learn more
-than the others and are picked more often. Left alone, a few experts take everything. Against it, `balancing`:
+**Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Those
+also get all the training, so they become better and are picked more often. Left alone, a few take almost everything:
+3.7 of at most 4 times the even share in results/moe.md, where 600 steps show no significant cost of it. Against it,
+`--model.balancing`:
 
     aux     loss += 0.01 · E Σ_e f_e P_e     arXiv:2101.03961, Eq. 4: f the share of the assignments, P the mean
-                                             probability; 1 if even. f is a count, so the gradient goes through P.
-                                             A large weight bends the model, a small one does not help
-    bias    b_e ← b_e ± u after each step    arXiv:2408.15664: + if expert e had less than its share, − if it had more.
+                                             probability; 1 if even. f is a count, so the gradient goes through P. A
+                                             large weight (--aux_weight) costs loss, a small one does not balance
+    bias    b_e ← b_e ± 0.001, each step     arXiv:2408.15664: + if expert e had less than its share, − if it had more.
                                              b decides who is chosen, never with what weight: no gradient, no cost in
-                                             the loss. u sets the pace, and the swing that remains
+                                             the loss. --bias_rate sets the pace, and the swing that remains
     none
 
-With each of them pretrain.py adds 0.001 · mean(logsumexp(logits)²), the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), which
-keeps logits small, so that the softmax can still change its mind. Only pretrain.py balances: later stages train the
-router by their own loss alone, and the biases stay. (DeepSeek-V3, arXiv:2412.19437, §2.1.2, adds b to sigmoid scores
-and a small loss per sequence; here b meets probabilities of about 1/E.)
+With each of them, `none` too, pretrain.py adds 0.001 (--z_weight) · mean(logsumexp(logits)²), the z-loss (ST-MoE,
+arXiv:2202.08906, Eq. 5): it keeps logits small, so that the softmax does not saturate. Both losses are sums over the
+mixtures: four of them weigh 4 · 0.01. Only pretrain.py balances: later stages train the router by their own loss alone,
+and the biases stay. (DeepSeek-V3, arXiv:2412.19437, §2.1.2, adds b to sigmoid scores and a small loss per sequence;
+here b meets probabilities of about 1/E.)
 
 **Traps.**
 
-* K = 1 with weights that sum to 1: p / p = 1, and the router gets no gradient. Switch and OLMoE do not divide.
+* K = 1 with weights that sum to 1: p / p = 1, and the router gets no gradient (pretrain.py refuses it). Switch and
+  OLMoE do not divide.
 * The scale s (`routed_scale`; DeepSeek's routed_scaling_factor). A dense feed-forward cut into K parts *adds* them up;
-  weights that sum to 1 take the *mean*, 1/K of that, and Adam and Muon, whose steps do not depend on the gradient's
-  size, do not make up for it. So s is K by default if the weights sum to 1, else 1.
+  weights that sum to 1 take the *mean*, 1/K of that. With the same init and the same steps in the weights, whose size
+  under Adam and Muon does not depend on the gradient's, the branch would start and grow K times smaller. So s is K by
+  default if the weights sum to 1, else 1.
 * Softmax before or after the top-k? Over the K chosen logits it gives p_e / Σ_S p: the renormalised weights. So
   Mixtral, which writes it after, and Qwen3-MoE with `norm_topk_prob` are one formula.
-* bf16: a probability of 0.3 is off by 0.001 there. The router computes in fp32, under autocast too (with --fsdp and
-  bf16 from weights that arrive in bf16).
-* `capacity_factor`: an expert takes at most ⌈factor · T K / E⌉ assignments, first choices first, then in the order of
-  the tokens; the rest pass by on the residual stream alone, and are counted. Whether a token is dropped depends on the
-  others in the batch, so decoding would differ from one pass, and a rollout from its scoring. So it acts in training
-  mode only, and an opened checkpoint has none.
-* A step in micro-batches. `counts` adds up over the training forwards since the last `update_biases`, and the functions
-  below sum it over the DDP ranks, so the bias does not depend on the cut; nor does the z-loss, a mean over tokens. The
-  Switch loss does: a mean of products f P is not the product of the means. It asks each micro-batch of each rank to be
-  even, a little more than asking it of the whole.
-* Activation checkpointing repeats a forward inside `backward`: that one is not counted again. With
-  `use_reentrant=True` the first forward builds no graph, and the losses have no gradient.
+* bf16: a probability of 0.3 is off by up to 0.001 there. The router computes in fp32, under autocast too (with --fsdp
+  and bf16 from weights that arrive in bf16).
+* `capacity_factor`: of a forward's T tokens an expert takes at most ⌈factor · T K / E⌉ assignments, first choices
+  first, then in the order of the tokens, so the last rows of a batch lose first. The rest pass by on the residual
+  stream alone (a token's served choice keeps its weight) and are counted: load_dropped in the log. Whether a token is
+  dropped depends on the others in the micro-batch, with K > 1 on later ones too: their first choices go before its
+  second. So training is not causal then, decoding would differ from one pass, and a rollout from its scoring. Hence a
+  capacity acts in training mode only, and an opened checkpoint has none.
+* A step in micro-batches. Counts add up over them and the DDP ranks, so the bias does not depend on the cut, nor does
+  the z-loss, a mean over tokens. A capacity does, and so does the Switch loss: a mean of products f P is not the
+  product of the means. It asks each micro-batch of each rank to be even, a little more than asking it of the whole.
+* An expert without tokens has a gradient of 0, not None. AdamW lets it come to rest in tens of steps; Muon, which
+  normalises the momentum, drives it on in its last direction for hundreds.
 
 Simplified: pads are tokens like others, so they count; experts have no biases; no expert parallelism.
 
@@ -69,7 +75,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from support.devices import in_float64, product_dtype, traits
+from support.devices import in_float64
+from support.expert_products import fast_slices
 from support.output import run_demo
 
 
@@ -81,7 +88,7 @@ def route(logits, k, normalise=True, bias=None):
     return probs, weights / weights.sum(-1, keepdim=True) if normalise else weights, index
 
 
-def tally(index, n):
+def histogram(index, n):
     """How often each of 0 … n−1 stands in index: (n,). bincount would make the CPU wait for the GPU."""
     index = index.flatten()
     return torch.zeros(n, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
@@ -93,7 +100,7 @@ def load_balancing_loss(router_probs, expert_index, n_expert):
     f is the share of all assignments and sums to 1. transformers' load_balancing_loss_func divides by the tokens
     instead and is K times as large; it also averages f and P over the layers before it multiplies them.
     """
-    f = tally(expert_index, n_expert) / expert_index.numel()  # (E,)
+    f = histogram(expert_index, n_expert) / expert_index.numel()  # (E,)
     return n_expert * (f * router_probs.flatten(0, -2).mean(0)).sum()
 
 
@@ -108,9 +115,9 @@ def within_capacity(index, n_expert, factor):
     capacity = math.ceil(round(factor * T * K / n_expert, 6))  # 1.1 · 50 is 55.00000000000001: no reason for a 56th
     queue = index.t().flatten()  # (K·T,): all first choices, then all second choices
     order = queue.argsort(stable=True)
-    counts = tally(queue, n_expert)
+    n_rows = histogram(queue, n_expert)  # (E,)
     place = torch.empty_like(queue)  # in the queue of its expert
-    place[order] = torch.arange(T * K, device=index.device) - (counts.cumsum(0) - counts)[queue[order]]
+    place[order] = torch.arange(T * K, device=index.device) - (n_rows.cumsum(0) - n_rows)[queue[order]]
     return (place < capacity).view(K, T).t()
 
 
@@ -125,52 +132,30 @@ def dense_experts(x, index, weights, gate, up, down):
     """The formula: every token through every expert, most of it times 0. x (T, C), index and weights (T, K), the
     experts' matrices (E, inner, C) and down (E, C, inner) -> (T, C). E / K times the work; the tests' reference."""
     mix = weights.new_zeros(len(x), len(up)).scatter(1, index, weights)  # (T, E)
-    inner = torch.einsum("tc,eic->tei", x, up)  # (T, E, inner)
-    if gate is None:
-        inner = F.gelu(inner, approximate="tanh")
-    else:
-        inner = F.silu(torch.einsum("tc,eic->tei", x, gate)) * inner
-    return torch.einsum("tei,eci,te->tc", inner, down, mix)
+    gates = [None] * len(up) if gate is None else gate
+    return sum(mix[:, e, None] * expert(x, gates[e], up[e], down[e]) for e in range(len(up)))
 
 
-def slices_loop(x, counts, gate, up, down):
-    """x (rows, C) sorted by expert, counts (E,) of them each -> the experts' outputs (rows, C). A loop over experts."""
+def slices_loop(x, tokens, n_rows, gate, up, down):
+    """A loop over the experts. x (T, C), tokens (rows,) sorted by their expert, of which n_rows (E,) go to each -> the
+    experts' outputs for these rows of x, (rows, C)."""
     # unbind, not gate[e]: the gradient of an index is a whole (E, inner, C) of zeros, and there would be E of them.
     gates = [None] * len(up) if gate is None else gate.unbind()
-    pieces = zip(x.split(counts.tolist()), gates, up.unbind(), down.unbind(), strict=True)
+    pieces = zip(x.index_select(0, tokens).split(n_rows.tolist()), gates, up.unbind(), down.unbind(), strict=True)
     out = [expert(*piece) for piece in pieces if len(piece[0])]
-    return torch.cat(out) if out else x
+    return torch.cat(out) if out else x[:0]
 
 
-def slices_grouped(x, counts, gate, up, down):
-    """The same as slices_loop; in bf16 on a GPU one kernel per matrix, and no transfer of the counts to the host."""
-    dtype = product_dtype(x)
-    ends = counts.cumsum(0).to(torch.int32)  # (E,)
-
-    def linear(x, weight):
-        return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
-
-    if gate is None:
-        return linear(F.gelu(linear(x, up), approximate="tanh"), down)
-    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
-
-
-def sparse_experts(x, index, weights, gate, up, down, keep=None, slices=slices_loop, whole=1):
-    """The same as dense_experts: each token through its K experts only, and not where keep (T, K) is False.
-
-    whole: rows are added until each expert has a multiple of `whole`; their results are thrown away.
-    """
-    (T, K), E = index.shape, len(up)
+def sparse_experts(x, index, weights, gate, up, down, keep=None, slices=slices_loop):
+    """The same as dense_experts: each token through its K experts only, and not where keep (T, K) is False."""
+    T, K = index.shape
     queue = index.flatten()  # (T·K,), entry t·K + k is token t's k-th choice
     order = queue.argsort(stable=True)
     if keep is not None:
         order = order[keep.flatten()[order]]
-    counts = tally(queue[order], E)
-    if whole > 1:  # the added rows are the last token's; their results go to an entry after all others
-        parts = [F.pad(part, (0, -len(part) % whole), value=T * K) for part in order.split(counts.tolist())]
-        order, counts = torch.cat(parts), torch.tensor([len(part) for part in parts])
-    rows = slices(x.index_select(0, (order // K).clamp(max=T - 1)), counts, gate, up, down)  # (T·K or so, C)
-    rows = rows.new_zeros(T * K + 1, x.shape[1]).index_copy(0, order, rows)[:-1]  # back in the tokens' order
+    n_rows = histogram(queue[order], len(up))  # (E,)
+    rows = slices(x, order // K, n_rows, gate, up, down)  # (T·K or fewer, C)
+    rows = rows.new_zeros(T * K, x.shape[1]).index_copy(0, order, rows)  # back in the tokens' order
     return (rows.unflatten(0, (T, K)) * weights[..., None]).sum(1)  # (T, C)
 
 
@@ -191,16 +176,17 @@ class MoE(nn.Module):
             raise ValueError(f"n_expert_active is {config.n_expert_active}; it must be between 1 and n_expert, {E}")
         self.n_expert, self.n_active, self.normalise = E, config.n_expert_active, config.norm_topk_prob
         self.balancing, self.capacity_factor, self.scale = config.balancing, config.capacity_factor, config.routed_scale
-        gated, wide = config.activation == "swiglu", config.n_shared_expert * inner
+        gated, shared_width = config.activation == "swiglu", config.n_shared_expert * inner
         self.router = nn.Linear(C, E, bias=False)
         self.gate = nn.Parameter(torch.empty(E, inner, C)) if gated else None
         self.up = nn.Parameter(torch.empty(E, inner, C))
         self.down = nn.Parameter(torch.empty(E, C, inner))
         self.shared = None
-        if wide:
-            self.shared = nn.ModuleDict({"up": nn.Linear(C, wide, bias=False), "down": nn.Linear(wide, C, bias=False)})
+        if shared_width:
+            self.shared = nn.ModuleDict({"up": nn.Linear(C, shared_width, bias=False)})
+            self.shared["down"] = nn.Linear(shared_width, C, bias=False)
             if gated:
-                self.shared["gate"] = nn.Linear(C, wide, bias=False)
+                self.shared["gate"] = nn.Linear(C, shared_width, bias=False)
         self.register_buffer("selection_bias", torch.zeros(E) if self.balancing == "bias" else None)
         self.register_buffer("counts", torch.zeros(E, dtype=torch.int64), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -216,22 +202,16 @@ class MoE(nn.Module):
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, -2)  # (T, C)
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(wide), self.router.weight.to(wide))  # (T, E)
+            exact = torch.promote_types(x.dtype, torch.float32)  # fp32, or float64
+            logits = F.linear(x.to(exact), self.router.weight.to(exact))  # (T, E)
         probs, weights, index = route(logits, self.n_active, self.normalise, self.selection_bias)
         keep = None
         if self.training and self.capacity_factor is not None:
             keep = within_capacity(index, self.n_expert, self.capacity_factor)  # (T, K)
         if self.training:
             self._record(logits, probs, index, keep)
-        # The kernel takes bf16 and rows of whole 16 bytes; for anything else torch loops over the experts too.
-        dtype = product_dtype(x)
-        fits = dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and self.up.shape[1] % 8 == 0
-        slices = slices_grouped if traits(x).grouped_products and fits else slices_loop
-        # On a CPU oneDNN compiles new bf16 kernels for each number of rows that it has not seen: let them be few.
-        whole = traits(x).expert_rows if dtype == torch.bfloat16 else 1
-        matrices = self.gate, self.up, self.down
-        y = sparse_experts(x, index, self.scale * weights, *matrices, keep, slices, whole)  # (T, C)
+        slices = fast_slices(x, self.up, slices_loop)
+        y = sparse_experts(x, index, self.scale * weights, self.gate, self.up, self.down, keep, slices)  # (T, C)
         if self.shared is not None:
             gate = self.shared["gate"].weight if "gate" in self.shared else None
             y = y + expert(x, gate, self.shared["up"].weight, self.shared["down"].weight)
@@ -239,14 +219,14 @@ class MoE(nn.Module):
 
     def _record(self, logits, probs, index, keep):
         aux = load_balancing_loss(probs, index, self.n_expert) if self.balancing == "aux" else probs.new_zeros(())
-        losses = (
-            aux,
-            router_z_loss(logits),
-        )  # computed in a repeated forward too, which must save the same tensors as the first
-        if torch._C._current_graph_task_id() >= 0:  # inside a backward: checkpointing repeats the forward
+        losses = aux, router_z_loss(logits)
+        # Inside a backward activation checkpointing repeats the forward: it computes the losses again, for it must save
+        # the same tensors as the first, but is not counted. (With use_reentrant=True the first builds no graph, and the
+        # losses have no gradient.)
+        if torch._C._current_graph_task_id() >= 0:
             return
         self.losses = losses
-        self.counts += tally(index, self.n_expert)
+        self.counts += histogram(index, self.n_expert)
         if keep is not None:
             self.dropped += (~keep).sum()
 
@@ -255,58 +235,33 @@ def moe_layers(model):
     return [m for m in model.modules() if isinstance(m, MoE)]
 
 
-def balancing_losses(model):
-    """{"aux", "z"}: scalars summed over the MoE layers, of the last forward in training mode, on this rank. Call it
-    between that forward and its backward.
-
-    aux is 0 unless the layers balance by it. Multiply both by the micro-batch's share of the step's tokens.
+def balancing_loss(model, aux_weight, z_weight):
+    """What training adds to the loss per token, a scalar: aux_weight · Switch loss (0 unless the layers balance by it)
+    + z_weight · z-loss, summed over the MoE layers, of the last forward in training mode, on this rank; 0 without MoE
+    layers. Call it between that forward and its backward, and multiply by the micro-batch's share of the step's tokens.
     """
     layers = moe_layers(model)
     if any(layer.losses is None for layer in layers):
-        raise RuntimeError("balancing_losses needs a forward in training mode first: model.train()")
-    return {name: sum(layer.losses[i] for layer in layers) for i, name in enumerate(("aux", "z"))}
-
-
-def balancing_price(model, aux_weight, z_weight):
-    """What a training loss adds per token: aux_weight · aux + z_weight · z of `balancing_losses`, a scalar; 0 without
-    MoE layers."""
-    losses = balancing_losses(model)
-    return torch.as_tensor(aux_weight * losses["aux"] + z_weight * losses["z"])
+        raise RuntimeError("balancing_loss needs a forward in training mode first: model.train()")
+    aux, z = (sum(layer.losses[i] for layer in layers) for i in (0, 1))
+    return torch.as_tensor(aux_weight * aux + z_weight * z)
 
 
 def sum_over_ranks(counters):
     """One tensor per layer -> stacked, and summed over the ranks. All ranks must call."""
+    if not counters:  # a dense model
+        return torch.zeros(0)
     total = torch.stack(counters)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(total)
     return total
 
 
-def expert_load(model):
-    """(layers, E): each expert's share of the assignments since the last update_biases. All ranks must call."""
-    counts = sum_over_ranks([layer.counts for layer in moe_layers(model)])
-    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
-
-
-def load_record(model):
-    """`expert_load` in multiples of the even share, as the log keeps it: the least, the most, and load/LAYER/EXPERT."""
-    layers = moe_layers(model)
-    load = expert_load(model) * layers[0].n_expert  # (layers, E)
-    record = {"load_min": load.min().item(), "load_max": load.max().item()}
-    return record | {f"load/{i}/{e}": x for i, row in enumerate(load.tolist()) for e, x in enumerate(row)}
-
-
-def dropped_assignments(model):
-    """(layers,): assignments over the experts' capacity since the last update_biases. All ranks must call."""
-    return sum_over_ranks([layer.dropped for layer in moe_layers(model)])
-
-
 @torch.no_grad()
 def update_biases(model, u):
-    """After each optimizer step: move the selection biases by ±u against the step's load, and start counting anew.
-
-    Layers that do not balance by bias only start anew. All ranks must call, and all make the same move.
-    """
+    """After each optimizer step: move the selection biases by ±u against the step's load, over all its micro-batches
+    and ranks, and start counting anew. Layers that do not balance by bias only start anew. All ranks must call, and all
+    make the same move."""
     layers = moe_layers(model)
     for layer, counts in zip(layers, sum_over_ranks([layer.counts for layer in layers]), strict=True):
         if layer.selection_bias is not None:
@@ -327,16 +282,16 @@ def demo():
     for t in range(4):
         row = "   ".join("  ".join(f"{x:.3g}" for x in numbers[t].tolist()) for numbers in (probs, index, weights))
         print(f"  token {t}{'':<15}{row}")
-    counts = tally(index, 3)
+    counts = histogram(index, 3)
     assert counts.tolist() == [3, 4, 1]
     switch = load_balancing_loss(probs, index, 3)  # f = (3, 4, 1) / 8, P = (0.45, 0.3, 0.25)
     assert abs(switch - 3 * (3 / 8 * 0.45 + 4 / 8 * 0.3 + 1 / 8 * 0.25)) < 1e-6
     print(f"  assignments {counts.tolist()}: Switch loss 3 (3/8 · 0.45 + 4/8 · 0.3 + 1/8 · 0.25) = {switch:.2f}")
     bias = 0.06 * torch.sign(counts.double().mean() - counts).float()  # the even share is 8/3
     _, moved, chosen = route(probs.log(), 2, bias=bias)
-    assert tally(chosen, 3).tolist() == [3, 2, 3]
+    assert histogram(chosen, 3).tolist() == [3, 2, 3]
     torch.testing.assert_close(moved[0], torch.tensor([5 / 7, 2 / 7]))  # tokens 0 and 1 go to experts 0 and 2 now
-    print(f"  with a bias of (−0.06, −0.06, +0.06) they are {tally(chosen, 3).tolist()}; the weights come from p alone")
+    print("  with a bias of (−0.06, −0.06, +0.06) they are [3, 2, 3]; the weights come from p alone")
     keep = within_capacity(index, 3, 1.0)  # ⌈8/3⌉ = 3 each, and expert 1 has four
     assert keep.tolist() == [[True, True], [True, True], [True, True], [True, False]]
     print("  at a capacity factor of 1 an expert takes 3: the second choice of token 3 is dropped")
@@ -357,7 +312,7 @@ def demo():
     assert worst < 1e-6
     print(f"\neight experts, 256 tokens: two experts per token = all experts, most of them times 0, up to {worst:.1e}")
 
-    print(f"{'load in multiples of the even share':<40}{'least':>7}{'most':>7}   Switch loss")
+    print(f"{'load in multiples of the even share':<40}{'least':>7}{'most':>7}")
     titles = {"none": "as it is", "aux": "100 steps down the Switch loss", "bias": "100 steps of the bias by ± 0.01"}
     for balancing, steps in (("none", 0), ("aux", 100), ("bias", 100)):
         balanced = layer(balancing=balancing)
@@ -367,14 +322,12 @@ def demo():
             balanced(x)
             if balancing == "aux":
                 optimizer.zero_grad()
-                balancing_losses(balanced)["aux"].backward()
+                balancing_loss(balanced, aux_weight=1.0, z_weight=0.0).backward()
                 optimizer.step()
             update_biases(balanced, 0.01)
         balanced(x)
-        load = 8 * expert_load(balanced)[0]
-        probs, _, index = route(F.linear(x.flatten(0, 1), balanced.router.weight), 2, bias=balanced.selection_bias)
-        switch = load_balancing_loss(probs, index, 8)
-        print(f"  {titles[balancing]:<38}{load.min():>7.2f}{load.max():>7.2f}{switch:>14.3f}")
+        load = 8 * balanced.counts / balanced.counts.sum()
+        print(f"  {titles[balancing]:<38}{load.min():>7.2f}{load.max():>7.2f}")
         assert steps == 0 or (load.min() > 0.5 and load.max() < 2)
 
 

@@ -88,7 +88,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import DEFAULT_TASK, batch_at, load_text
-from moe import balancing_price, load_record, update_biases
+from moe import balancing_loss, update_biases
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checks import Amount, Count, Whole
 from support.cli import run_script
@@ -96,6 +96,7 @@ from support.content import weights_of
 from support.decoder_setup import check_architecture, make_decoder
 from support.devices import precision, refuse_recompute, setup
 from support.errors import ConfigError
+from support.expert_load import load_record
 from support.pretrain_report import Look
 from support.runs import Run, RunConfig, run_path
 from support.sharding import refuse_fsdp
@@ -282,7 +283,7 @@ def main(config):
         n = config.batch * context  # targets of the whole step, over micro-batches and ranks
 
         # 2. the gradient: parts of it add up, over micro-batches and ranks
-        nll_mean, price_mean = 0.0, 0.0  # over the n targets
+        nll_mean, balancing_mean = 0.0, 0.0  # over the n targets
         for i in range(0, per_rank, config.micro_batch):
             x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, T) each
             # The ranks exchange their gradients in the last backward pass alone.
@@ -294,12 +295,12 @@ def main(config):
                 with autocast():
                     nll = next_token_loss(model, x, y)  # (): a sum over this micro-batch
                     # The experts' balancing loss, a mean over this micro-batch, times its targets; 0 without.
-                    price = y.numel() * balancing_price(policy, config.aux_weight, config.z_weight)
+                    balancing = y.numel() * balancing_loss(policy, config.aux_weight, config.z_weight)
                 # DDP and FSDP average over the ranks; * world makes the average a sum.
-                scaler.scale((nll + price) / n * dist.world).backward()
+                scaler.scale((nll + balancing) / n * dist.world).backward()
             nll_mean += nll.detach() / n
-            price_mean += price.detach() / n
-        nll_mean, price_mean = dist.sum(nll_mean, price_mean)
+            balancing_mean += balancing.detach() / n
+        nll_mean, balancing_mean = dist.sum(nll_mean, balancing_mean)
 
         # 3. the update: clip, then a step of Muon and AdamW; none where the loss or the gradient is not finite
         lr = lr_at(step, config.steps, config.lr, config.warmup, config.floor, config.schedule)
@@ -311,7 +312,7 @@ def main(config):
         run.stop_or_skip(lr, norm, config.skip_nonfinite, loss=nll_mean)
         balance = {}
         if config.model.n_expert:
-            balance = {"balancing_loss": price_mean} | (load_record(policy) if run.due(config.eval_every) else {})
+            balance = {"balancing_loss": balancing_mean} | (load_record(policy) if run.due(config.eval_every) else {})
             # --model.balancing bias: the biases move where the weights did. All counts of loads begin anew.
             update_biases(policy, config.bias_rate if math.isfinite(norm) else 0.0)
 

@@ -152,7 +152,7 @@ class TransformerConfig:
             ffn_width = 32 * max(1, round(wanted / 32))
         if expert_width is None and self.n_expert:
             expert_width = max(1, ffn_width // (self.n_expert_active + self.n_shared_expert))
-            expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see MoE.forward
+            expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see fast_slices
         if scale is None and self.n_expert:
             scale = float(self.n_expert_active if self.norm_topk_prob else 1)
         filled = dict(ffn_width=ffn_width, expert_width=expert_width, routed_scale=scale)

@@ -94,7 +94,7 @@ def draw_attention(run_dir, maps, tokens):
 
 def draw_experts(run_dir):
     """Draw experts.png: the least and the most loaded expert by step, and every expert's load at the last validation,
-    from the metrics that `moe.load_record` logs. Draws nothing if no validation was logged."""
+    from the metrics that `support.expert_load.load_record` logs. Draws nothing if no validation was logged."""
     plt = pyplot()
     series = read_metrics(run_dir)
     last = {tuple(map(int, k.split("/")[1:])): v[1][-1] for k, v in series.items() if k.startswith("load/")}

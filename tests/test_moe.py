@@ -23,21 +23,19 @@ import optim
 import pretrain
 from moe import (
     MoE,
-    balancing_losses,
-    balancing_price,
+    balancing_loss,
     dense_experts,
-    dropped_assignments,
     expert,
-    expert_load,
     load_balancing_loss,
     route,
     router_z_loss,
-    slices_grouped,
     slices_loop,
     sparse_experts,
     update_biases,
     within_capacity,
 )
+from support.expert_load import dropped_assignments, expert_load, load_record
+from support.expert_products import padded, slices_grouped
 from transformer import Transformer, TransformerConfig
 
 C, INNER, E, K = 8, 5, 7, 3
@@ -184,7 +182,7 @@ def test_layer_equals_the_formula(activation, balancing, n_shared):
 @pytest.mark.parametrize("slices", [slices_loop, slices_grouped])
 @pytest.mark.parametrize("whole", [1, 8])
 def test_fast_equals_dense_forward_and_backward(slices, gated, whole):
-    exact = slices is slices_loop
+    exact, slices = slices is slices_loop, padded(slices, whole)
     dtype = torch.float64 if exact else torch.float32  # the kernel takes no float64
     built = layer(0.4, dtype, activation="swiglu" if gated else "gelu", width=16, expert_width=8)
     x, up = torch.randn(31, 16, dtype=dtype, requires_grad=True), torch.randn(31, 16, dtype=dtype)
@@ -195,7 +193,7 @@ def test_fast_equals_dense_forward_and_backward(slices, gated, whole):
         one_hot = torch.zeros(31, E, dtype=dtype)
         one_hot = one_hot.scatter_add(1, index, kept)  # an expert may be chosen twice here
         dense = dense_experts(x, torch.arange(E).expand(31, E), one_hot, built.gate, built.up, built.down)
-        fast = sparse_experts(x, index, weights, built.gate, built.up, built.down, keep, slices, whole)
+        fast = sparse_experts(x, index, weights, built.gate, built.up, built.down, keep, slices)
         tolerance = dict(atol=1e-10, rtol=1e-10) if exact else dict(atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(fast, dense, **tolerance)
         leaves = [x, weights, *(p for p in (built.gate, built.up, built.down) if p is not None)]
@@ -296,6 +294,8 @@ def test_dropped_tokens_pass_by_and_are_counted():
     assert y[2:].abs().max() == 0
     assert y[:2].abs().amax(1).min() > 0
     assert dropped_assignments(built).tolist() == [12]
+    assert load_record(built)["load_dropped"] == pytest.approx(12 / 14)
+    assert "load_dropped" not in load_record(layer())  # no capacity
     assert expert_load(built).tolist() == [[0, 0, 1, 0, 0, 0, 0]]  # what was asked for, before the drops
     built(x)
     assert dropped_assignments(built).tolist() == [24]
@@ -341,7 +341,7 @@ def test_the_switch_loss_evens_out_a_skewed_router():
     for _ in range(100):
         optimizer.zero_grad()
         built(x)
-        balancing_losses(built)["aux"].backward()
+        balancing_loss(built, 1.0, 0.0).backward()
         optimizer.step()
         update_biases(built, 0.1)
     built(x)
@@ -370,10 +370,10 @@ def test_one_bias_step_by_hand():
 def test_losses_are_those_of_the_last_training_forward_summed_over_layers():
     stack = torch.nn.Sequential(layer(balancing="aux"), layer(balancing="aux"))
     with pytest.raises(RuntimeError, match="training mode"):
-        balancing_losses(stack)
+        balancing_loss(stack, 1.0, 1.0)
     stack.eval()(torch.randn(4, C, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="training mode"):
-        balancing_losses(stack)
+        balancing_loss(stack, 1.0, 1.0)
     assert expert_load(stack).tolist() == [[0.0] * E] * 2
     stack.train()
     stack(torch.randn(9, C, dtype=torch.float64))
@@ -386,23 +386,29 @@ def test_losses_are_those_of_the_last_training_forward_summed_over_layers():
         aux, z = aux + load_balancing_loss(probs, index, E), z + router_z_loss(logits)
         loads.append(torch.bincount(index.flatten(), minlength=E))
         x = one.eval()(x)
-    got = balancing_losses(stack)
-    torch.testing.assert_close(got, {"aux": aux, "z": z})
-    torch.testing.assert_close(balancing_price(stack, 0.3, 0.02), 0.3 * aux + 0.02 * z)
-    assert balancing_price(torch.nn.Linear(2, 2), 0.3, 0.02) == 0.0
+    torch.testing.assert_close(balancing_loss(stack, 1.0, 0.0), aux)
+    torch.testing.assert_close(balancing_loss(stack, 0.3, 0.02), 0.3 * aux + 0.02 * z)
     for one, load in zip(stack, loads, strict=True):
         assert one.counts.sum() == K * 15
         assert (one.counts >= load).all()
+
+
+def test_a_model_without_experts_has_nothing_to_balance():
+    dense = torch.nn.Linear(2, 2)
+    assert balancing_loss(dense, 0.3, 0.02) == 0.0
+    assert load_record(dense) == {}
+    assert expert_load(dense).numel() == dropped_assignments(dense).numel() == 0
+    update_biases(dense, 0.1)
 
 
 def test_a_step_in_pieces_counts_as_the_whole():
     whole, cut = layer(balancing="bias"), layer(balancing="bias")
     cut.load_state_dict(whole.state_dict())
     x = torch.randn(12, 3, C, dtype=torch.float64)
-    ((whole(x).square().sum() / 36) + 0.1 * balancing_losses(whole)["z"]).backward()
+    ((whole(x).square().sum() / 36) + balancing_loss(whole, 0.0, 0.1)).backward()
     for piece in (x[:3], x[3:4], x[4:]):
         share = len(piece) / 12
-        ((cut(piece).square().sum() / 36) + 0.1 * share * balancing_losses(cut)["z"]).backward()
+        ((cut(piece).square().sum() / 36) + share * balancing_loss(cut, 0.0, 0.1)).backward()
     assert torch.equal(whole.counts, cut.counts)
     torch.testing.assert_close(expert_load(cut), expert_load(whole))
     for a, b in zip(cut.parameters(), whole.parameters(), strict=True):
@@ -425,8 +431,7 @@ def test_activation_checkpointing_counts_once(reentrant):
             inputs = x.clone().requires_grad_()
             loss = forward(inputs).square().sum()
             if not reentrant:
-                losses = balancing_losses(built)
-                loss = loss + losses["aux"] + 0.1 * losses["z"]
+                loss = loss + balancing_loss(built, 1.0, 0.1)
             kept = built.losses
             loss.backward()
             assert built.losses is kept  # not those of the repeated forward
@@ -451,21 +456,21 @@ def test_the_router_decides_in_fp32_under_autocast():
     code = """
 import torch
 from moe import *
+from support.expert_products import slices_grouped
 from transformer import TransformerConfig
 torch.manual_seed(0)
 config = TransformerConfig(width=32, expert_width=16, n_head=2, n_expert=16, n_expert_active=2, balancing="aux")
 built = MoE(config.resolved())
 x = torch.randn(500, 32)
 exact = built(x)
-counts, losses = built.counts.clone(), balancing_losses(built)
+counts, losses = built.counts.clone(), built.losses
 update_biases(built, 0)
 with torch.autocast("cpu", torch.bfloat16):
     rough = built(x)
 assert rough.dtype == x.dtype and (rough - exact).abs().max() > 0
 assert (rough - exact).abs().max() < 0.03 * exact.abs().max()
 assert torch.equal(built.counts, counts)
-for name, value in balancing_losses(built).items():
-    assert torch.equal(value, losses[name])
+assert torch.equal(torch.stack(built.losses), torch.stack(losses))
 rough.sum().backward()
 with torch.autocast("cpu", torch.bfloat16):
     probs, weights, index = route(x @ built.router.weight.t(), 2)
@@ -674,3 +679,19 @@ def test_muon_treats_experts_as_matrices_of_their_own():
     for optimizer in (second, adamw):
         assert routers <= {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.1 for p in g["params"]}
     assert experts <= {id(p) for g in adamw.param_groups if g["weight_decay"] == 0.1 for p in g["params"]}
+
+
+def test_muon_drives_an_expert_without_tokens_on_and_adamw_does_not():
+    steps = []
+    for kind in (optim.Muon, optim.AdamW):
+        experts = torch.nn.Parameter(torch.zeros(2, 8, 8))
+        optimizer = kind([experts], lr=1.0, weight_decay=0.0)
+        for t in range(200):
+            before = experts.detach().clone()
+            experts.grad = torch.randn(2, 8, 8)
+            experts.grad[1] *= t < 50  # from then on expert 1 has no tokens
+            optimizer.step()
+            if t in (49, 199):
+                steps.append((experts.detach() - before)[1].norm())
+    assert steps[1] > 0.9 * steps[0]
+    assert steps[3] < 1e-3 * steps[2]

@@ -16,7 +16,7 @@ from tiny import MODEL, TEXT
 
 from data import load_problems
 from generate import generate
-from moe import balancing_price, update_biases
+from moe import balancing_loss, update_biases
 from reward_model import RewardModel
 from support.checkpoints import open_checkpoint
 from tokenizer_bpe import BPETokenizer
@@ -94,7 +94,7 @@ def as_on_the_cpu(change):
     for device in ("cpu", "mps"):
         policy = copy.deepcopy(model).to(device)
         loss = -token_logprobs(policy, tokens.to(device)).mean()
-        loss = loss + balancing_price(policy, 0.1, 0.1) if policy.config.n_expert else loss
+        loss = loss + balancing_loss(policy, 0.1, 0.1) if policy.config.n_expert else loss
         loss.backward()
         if policy.config.n_expert:
             update_biases(policy, 0.1)

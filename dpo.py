@@ -22,10 +22,10 @@ The reward is gone. Maximum likelihood of the pairs, with the policy π_θ in pl
 
 Before the first step (--pairs sampled). The start model, from SFT, answers the prompts, and it is π_ref:
 
-    pairs     = make_pairs(policy, problems)              R answers per prompt, judged by the verifier; a right one,
-                                                          which must have ended, and a wrong one, which may be cut
-                                                          off, are a pair; held out: one per prompt. And log π_ref of
-                                                          both answers, if the variant compares with it
+    pairs     = pairs_of_run(policy, problems)            R answers per prompt, judged by the verifier. A right one and
+                                                          a wrong one are a pair. The right one must have ended; the
+                                                          wrong one may be cut off. A held-out prompt gives one pair.
+                                                          And log π_ref of both, if the variant compares with it.
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 
@@ -45,10 +45,13 @@ A prompt is computed once; both answers read its keys and values (support/shared
 transformer.answer_logprobs).
 
 The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py) plus an SFT loss
-on the chosen answer (--nll 1). **Plain DPO is --nll 0**, and so is every other variant as published, except orpo. Off:
-the other variants (a table stands above VARIANTS), single answers (`kto_loss`), label smoothing, LoRA, dropout.
+on the chosen answer (--nll 1). **Plain DPO is --nll 0.** The other variants as published want that too, but for orpo,
+and a β and γ of their own: a table and the papers' values stand above VARIANTS. Off: these variants, single answers
+(`kto_loss`), label smoothing, LoRA, dropout.
 
 Traps:
+* The loss that is logged, and that chooses the checkpoint, is the sum of both terms: ln 2 is the first one's at the
+  start. The pair accuracy of the first step is noise: h is 0 up to rounding, and h > 0 counts.
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
   to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (arXiv:2404.19733; measured in results/dpo.md).
 * Sum or mean? DPO sums, so a long answer has a larger implicit reward in absolute value for its length alone (`demo`).
@@ -72,32 +75,31 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DEFAULT_TASK, has_verifier
-from lora import add_lora, lora_off
+from lora import add_lora
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
-from support.checks import Amount, Count, FractionBelow1, Positive, Range
+from support.checks import Amount, Count, FractionBelow1, Positive
 from support.cli import run_script
-from support.content import records_of, weights_of
+from support.content import weights_of
 from support.devices import precision, setup
 from support.dpo_report import Look
 from support.lora_files import LoraState
-from support.pair_rows import load_texts, load_verified, make_pairs, next_pairs, reference_point
-from support.pairs import Means, batch_of, keep_pairs, kept_pairs, pair_logprobs, to_floats
+from support.pair_rows import PairFlags, next_pairs, pairs_of_run, reference_point
+from support.pairs import Means, batch_of, keep_pairs, pair_logprobs, to_floats
 from support.recorder import Recorder, RecordFlags
 from support.runs import Run
 from support.sft_start import sft_start
-from support.variants import check_config, check_loss
-from support.verified import PolicyConfig
+from support.variants import VariantFlags, check_config, check_loss
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions. u, v (b,): what a variant compares (`Variant`) -> the loss of each pair (b,).
+# The objective, as pure functions of what a variant compares (`Variant`): u, v (b,), sums over an answer's tokens or
+# means per token, less those of π_ref or not -> the loss of each pair (b,). h = β (u − v); σ'(x) = σ(x) σ(−x).
 
 
 def sigmoid_loss(u, v, beta, label_smoothing=0.0):
@@ -144,7 +146,7 @@ def odds_ratio_loss(u, v, beta):
 
 def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
     """Both terms: the chosen answers' own loss, and `weight` times that of the odds. log π per token, means over an
-    answer, (b,) -> (loss, metrics)."""
+    answer, (b,) -> (loss, metrics), "logp_chosen" and "logp_rejected" means per token too."""
     one = {"chosen_lengths": 1, "rejected_lengths": 1}  # they are means already
     return dpo_loss(mean_chosen, mean_rejected, None, None, weight, "orpo", nll=1.0, **one)
 
@@ -161,12 +163,7 @@ def kto_loss(
 
     n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. own (b,): added to the loss of
     the good answers, for nll. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers,
-    "rejected" the bad ones. Of n_D good and n_U bad answers, choose λ_D n_D / (λ_U n_U) between 1 and 4/3. The good
-    answers may become less likely with the bad ones, and did with --nll 1: see results/README.md.
-
-    With nll 0, λ = 1 and answers of the start model (--pairs sampled, temperature 1), the first gradient is −β/2 times
-    that of the sampled accuracy: each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0. Right answers that were
-    cut off are left out, so in a run it holds nearly.
+    "rejected" the bad ones. How to choose λ, and what the first gradient is: support/judged.py.
     """
     good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
     h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,); above 0: on the right side
@@ -192,14 +189,10 @@ class Variant:
     settings: tuple[str, ...] = ()  # what it takes besides beta; with other variants these flags are refused
 
 
-# What an option does to the gradient. Each cell is the derivative of one pair's loss with respect to the
+# What an option does to the gradient. The last two columns are the derivative of one pair's loss with respect to the
 # log-probability of one token; all tokens of an answer get the same. Prompt tokens are not scored; gradient still
-# reaches their keys and values.
-#
-#     u, v    what the variant compares: sums, or means per token; without π_ref for simpo and orpo
-#     h       β (u − v)
-#     d       the difference of the answers' log-odds log(p / (1 − p)), with p_w = exp(u), p_l = exp(v)
-#     σ'(x)   σ(x) σ(−x)
+# reaches their keys and values. u, v are without π_ref for simpo and orpo. d is the difference of the answers' log-odds
+# log(p / (1 − p)), with p_w = exp(u), p_l = exp(v).
 #
 # --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
 # sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
@@ -217,10 +210,12 @@ class Variant:
 # --nll c            any    adds −c log π_θ(y_w) / |y_w|     adds −c / |y_w|               nothing
 #
 # In sigmoid and length_normalised σ(−h) is a pair's weight: one in the right order by a wide margin hardly counts.
-# cDPO: sigmoid with ε > 0. hinge: SLiC (arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of
-# arXiv:2310.12036, with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5
-# --gamma 0.5 to 1.5. apo: arXiv:2408.06266; zero if the chosen answers are better than the policy's own, down if they
-# are worse. orpo: arXiv:2403.07691, --beta 0.1 (its λ) and --nll 1, which is its other half.
+# sigmoid with ε > 0: cDPO (E. Mitchell, "A note on DPO with noisy preferences", 2023). length_normalised: Tülu 3
+# (arXiv:2411.15124). hinge: SLiC (arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of
+# arXiv:2310.12036, whose τ is β, with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734,
+# --beta 2 to 2.5 --gamma 0.5 to 1.5. apo: arXiv:2408.06266; zero if the chosen answers are better than the policy's
+# own, down if they are worse. orpo: arXiv:2403.07691, --beta 0.1 (its λ) and --nll 1, which is its other half. kto:
+# arXiv:2402.01306, --beta 0.1.
 VARIANTS = {
     "sigmoid": Variant(sigmoid_loss, settings=("label_smoothing",)),
     "hinge": Variant(hinge_loss),
@@ -236,30 +231,21 @@ VARIANTS = {
 
 
 def dpo_loss(
-    policy_chosen,
-    policy_rejected,
-    ref_chosen,
-    ref_rejected,
-    beta=0.1,
-    variant="sigmoid",
-    label_smoothing=0.0,
-    *,
-    chosen_lengths=None,
-    rejected_lengths=None,
-    nll=0.0,
-    n_pairs=None,
-    **settings,
-):
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, variant="sigmoid", label_smoothing=0.0, *,
+    chosen_lengths=None, rejected_lengths=None, nll=0.0, n_pairs=None, **settings,
+):  # fmt: skip
     """Log-probabilities (b,), summed over the answer's tokens -> (loss, metrics). variant: a row of VARIANTS.
 
     ref_chosen, ref_rejected: None if the variant uses no reference. chosen_lengths, rejected_lengths (b,): tokens, for
     the per-token variants and nll. nll: weight of the chosen answers' own loss, −log π(y_w) / |y_w|. n_pairs: of the
     whole optimizer step, over micro-batches and ranks; default b. settings: the variant's own, such as simpo's gamma.
-    The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_of`). Metrics are
-    means over these b pairs; "accuracy" is that of the pairs, the share with h > 0.
+    The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_of`). With them orpo
+    is its second term alone; nll=1 adds the first. Metrics are means over these b pairs; "margin" is h and "accuracy"
+    the share with h > 0, for orpo too, whose loss has d. ConfigError on what does not belong together.
     """
     settings = {"label_smoothing": label_smoothing} | settings
-    check_loss(VARIANTS, variant, settings, chosen_lengths, rejected_lengths, nll)
+    lengths, refs = (chosen_lengths, rejected_lengths), (ref_chosen, ref_rejected)
+    check_loss(VARIANTS, variant, settings, refs, lengths, nll)
     kind = VARIANTS[variant]
     u, v = policy_chosen, policy_rejected  # (b,)
     if kind.uses_reference:
@@ -334,37 +320,18 @@ mean, --variant length_normalised        0.1   0.1       0             −{1 / 8
     loss, metrics = kto_loss(ratios, good, z0=2 * ln2, beta=beta)
     torch.testing.assert_close(loss.item(), 1 / 3)
     torch.testing.assert_close(2 * torch.autograd.grad(loss, ratios)[0], torch.tensor([-1 / 9, 1 / 9]))  # loss: a mean
-    per_token = torch.tensor([[1 / 2], [1 / 4]]).log().requires_grad_()  # (2, 1) log π per token of y_w, of y_l
-    loss, _ = orpo_loss(*per_token, weight=beta)
-    torch.testing.assert_close(loss.item(), ln2 + beta * math.log(4 / 3))
-    torch.testing.assert_close(torch.autograd.grad(loss, per_token)[0], torch.tensor([[-1 - 1 / 4], [1 / 6]]))
-    print(
-        """kto, z0 = ln 4: a good answer with u = ln 16, a bad one with u = 0, so β (u − z0) = ln 2 and −ln 2:
-loss 1 − σ(ln 2) = 1/3 each; gradient −β σ(ln 2) σ(−ln 2) = −1/9 and +1/9
-orpo, π per token 1/2 and 1/4: odds 1 and 1/3, d = ln 3; loss ln 2 + β ln 4/3; gradient −1 − 1/4 and +1/6"""
-    )
+    print("kto, z0 = ln 4: a good answer with u = ln 16, a bad one with u = 0, so β (u − z0) = ln 2 and −ln 2:")
+    print("loss 1 − σ(ln 2) = 1/3 each; gradient −β σ(ln 2) σ(−ln 2) = −1/9 and +1/9")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The stage. More flags: support/pair_rows.py (which pairs), support/variants.py (the settings of single variants).
 
 
 @dataclass
-class Config(RecordFlags, PolicyConfig):
+class Config(VariantFlags, RecordFlags, PairFlags):
     """Fit a policy to preference pairs (DPO)."""
 
-    data: str = DEFAULT_TASK
-    """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs; for
-    kto also a .jsonl of single answers, {"prompt", "completion", "label": true or false}."""
-    pairs: Literal["sampled", "offline"] | None = None
-    """sampled (from the start model, judged by the verifier) or offline (of --data; of a task: corrupted solutions);
-    default: sampled if --data has a verifier."""
-    prompts: Count = 3000
-    """Training prompts to sample answers for; with offline pairs, the largest number of pairs."""
-    rollouts: Annotated[int, Range(int, 2)] = 8
-    """Sampled answers per prompt."""
-    temperature: Positive = 1.0
-    """Sampling temperature."""
     name: str = "dpo"
     steps: Count = 300
     batch: Count = 32
@@ -375,33 +342,14 @@ class Config(RecordFlags, PolicyConfig):
     """The loss of a pair, or with kto of an answer that is good or bad."""
     beta: Positive = 0.3
     """Weight of the KL in the problem that DPO solves. Larger: closer to the reference. orpo: of the odds ratio."""
-    label_smoothing: Annotated[float, Range(float, 0, 0.5)] = 0.0
-    """Assumed share of pairs with the wrong label (cDPO)."""
-    gamma: Amount = 0.0
-    """The offset that h should exceed with --variant simpo."""
-    weight_desirable: Positive = 1.0
-    """Weight of the good answers with --variant kto."""
-    weight_undesirable: Positive = 1.0
-    """Weight of the bad ones."""
     nll: Amount = 1.0
     """Weight of the chosen answers' own loss, a mean per token as in SFT; 0 is plain DPO."""
-    eval_problems: Count = 200
-    """Validation problems (and their pairs) per evaluation."""
-    test_problems: Count = 1000
-    """Test problems (or pairs) of the evaluations before and after training."""
     dropout: FractionBelow1 = 0.0
     """Dropout while training."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.pairs is None:
-            self.pairs = "sampled" if has_verifier(self.data) else "offline"
         check_config(VARIANTS, self)
-
-    @property
-    def sizes(self):
-        """{split: the most problems or pairs of it}."""
-        return {"train": self.prompts, "valid": self.eval_problems, "test": self.test_problems}
 
 
 def loss_of(config, logps, micro, z0=None, n_pairs=None):
@@ -425,26 +373,21 @@ def main(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    # The start model, for the KL and as π_ref of z0; on the CPU while it is not needed. None: the policy less adapters
+    # The start model, for the KL and as π_ref of z0; on the CPU while it is not needed. With LoRA None: it is the
+    # policy with its adapters off.
     start = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    variant, context = VARIANTS[config.variant], policy.config.context
-    problems = load_verified(config, tokenizer, context, dist)  # of each split, for greedy accuracy; or None
-    texts = load_texts(config, variant.unpaired)  # the offline pairs of each split, or {}
-    pairs = kept_pairs(config)  # a resumed run reads the pairs of its first part
-    if pairs is None:  # sampled before the run opens its directory: an error here must not move an earlier run
-        with lora_off(policy):
-            pairs = make_pairs(policy, tokenizer, problems, texts, config, variant, dist, autocast)
+    variant, context, pad = VARIANTS[config.variant], policy.config.context, tokenizer.endoftext_id
+    # Before the run opens its directory: an error here must not move an earlier run. problems: for greedy accuracy, if
+    # the data has a verifier
+    pairs, problems, reads = pairs_of_run(policy, tokenizer, config, variant, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    records = {split: [read[split] for read in (problems, texts) if read] for split in config.sizes}
-    reads = records_of(config.data, records) | weights_of(init, policy)
+    reads |= weights_of(init, policy)  # a resumed run must read the same
     state = {"parts": {"lora": LoraState(policy, init)}, "reads": reads, "began": began, "before": None}
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=math.inf, lower_is_better=True, **state)
     keep_pairs(run, pairs)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
-
-    pad = tokenizer.endoftext_id
     look = Look(run, pairs, problems, start, autocast, variant, loss_of)
     look.before(init)  # the test split
     recorder = Recorder(run, autocast, valid=pairs["valid"], reference=start or policy, loss_of=loss_of)  # for view.py
@@ -457,7 +400,7 @@ def main(config):
         if variant.unpaired:  # one for the whole step, over all ranks; a forward pass more
             z0 = reference_point(policy, own_pairs, pad, dist, autocast, start)
         recorder.pairs(own_pairs, z0)
-        model.train()
+        model.train()  # dropout; `reference_point` and the evaluations leave the policy in eval mode
         sums = Means()
         for i in range(0, len(own_pairs), config.micro_batch):  # b pairs at a time; their gradients add up
             micro = batch_of(own_pairs[i : i + config.micro_batch], pad, dist.device)

@@ -1,18 +1,69 @@
 """The rows that dpo.py trains on and measures with: from texts, or from sampled answers, to ids (support/pairs.py says
-what a row is); which of them a step reads, and which a rank measures.
+what a row is); the flags of them; which of them a step reads, and which a rank measures.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 
-from data import Judged, encode_answers, has_verifier, load_judged, load_pairs, load_problems, rows_at
+from data import DEFAULT_TASK, Judged, encode_answers, has_verifier, load_judged, load_pairs, load_problems, rows_at
 from lora import lora_off
+from support.checks import Count, Positive, Range
+from support.content import records_of
 from support.errors import ConfigError
 from support.judged import one_by_one, prepare_judged, shift_answers
-from support.pairs import add_reference, batch_of, pair_logprobs, row_of, sample_pairs, sides_of
+from support.pairs import add_reference, batch_of, kept_pairs, pair_logprobs, row_of, sample_pairs, sides_of
 from support.questions import splits_with_room
 from support.records import load_splits
+from support.verified import PolicyConfig
+
+
+@dataclass
+class PairFlags(PolicyConfig):
+    """Which pairs, and how many."""
+
+    data: str = DEFAULT_TASK
+    """A task (default: built-in problems), gsm8k (sampled pairs), ultrafeedback, hh, style, or a .jsonl of pairs; for
+    kto also a .jsonl of single answers, {"prompt", "completion", "label": true or false}."""
+    pairs: Literal["sampled", "offline"] | None = None
+    """sampled (from the start model, judged by the verifier) or offline (of --data; of a task: corrupted solutions);
+    default: sampled if --data has a verifier."""
+    prompts: Count = 3000
+    """Training prompts to sample answers for; with offline pairs, the largest number of pairs."""
+    rollouts: Annotated[int, Range(int, 2)] = 8
+    """Sampled answers per prompt."""
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    eval_problems: Count = 200
+    """Validation problems (and their pairs) per evaluation."""
+    test_problems: Count = 1000
+    """Test problems (or pairs) of the evaluations before and after training."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairs is None:
+            self.pairs = "sampled" if has_verifier(self.data) else "offline"
+
+    @property
+    def sizes(self):
+        """{split: the most problems or pairs of it}."""
+        return {"train": self.prompts, "valid": self.eval_problems, "test": self.test_problems}
+
+
+def pairs_of_run(policy, tokenizer, config, variant, dist, autocast):
+    """-> the pairs of each split, ids, those of its first part if the run is resumed; the problems of each split, for
+    greedy accuracy, or None; {name: what was read for them}. The policy is still the start model, but for adapters."""
+    context = policy.config.context
+    problems = load_verified(config, tokenizer, context, dist)
+    texts = load_texts(config, variant.unpaired)
+    pairs = kept_pairs(config)
+    if pairs is None:
+        with lora_off(policy):
+            pairs = make_pairs(policy, tokenizer, problems, texts, config, variant, dist, autocast)
+    records = {split: [read[split] for read in (problems, texts) if read] for split in config.sizes}
+    return pairs, problems, records_of(config.data, records)
 
 
 def load_verified(config, tokenizer, context, dist):

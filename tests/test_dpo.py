@@ -257,6 +257,35 @@ def test_apo_before_the_first_step():
     torch.testing.assert_close(gradient["apo_down"], torch.tensor([0, 0.1], dtype=torch.float64))
 
 
+def test_a_misspelt_argument_is_refused_even_where_it_is_zero():
+    logps, lengths = numbers()
+    for wrong in ({"gama": 0.0}, {"gama": 1.0}, {"chosen_length": None}, {"rejected_length": lengths[1]}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))!r} is no argument of dpo_loss .* gamma, label_smoo"):
+            dpo_loss(*logps, **wrong)
+
+
+def test_a_variant_with_a_reference_is_not_computed_without():
+    logps, lengths = numbers()
+    more = dict(zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True))
+    for variant in PAIRED:
+        for refs in ((None, None), (logps[2], None)):
+            if not VARIANTS[variant].uses_reference:
+                assert dpo_loss(*logps[:2], *refs, variant=variant, **more)[0].isfinite()
+                continue
+            with pytest.raises(ConfigError, match=f"variant {variant} needs the reference's log-prob"):
+                dpo_loss(*logps[:2], *refs, variant=variant, **more)
+
+
+def test_orpo_by_hand():
+    """π per token 1/2 and 1/4: odds 1 and 1/3, d = ln 3. Without nll dpo_loss is the second term alone."""
+    per_token, beta = torch.tensor([[1 / 2], [1 / 4]]).log().requires_grad_(), 0.5
+    loss, _ = orpo_loss(*per_token, weight=beta)
+    torch.testing.assert_close(loss.item(), math.log(2) + beta * math.log(4 / 3))
+    torch.testing.assert_close(torch.autograd.grad(loss, per_token)[0], torch.tensor([[-1 - 1 / 4], [1 / 6]]))
+    alone, _ = dpo_loss(*per_token, None, None, beta, "orpo", chosen_lengths=1, rejected_lengths=1)
+    torch.testing.assert_close(alone.item(), beta * math.log(4 / 3))
+
+
 def test_orpo_of_two_equal_answers_is_sft():
     means = torch.tensor([[-0.7, -2.0]] * 2, dtype=torch.float64, requires_grad=True)
     loss, figures = orpo_loss(*means, weight=0.3)
@@ -738,7 +767,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, variant):
         with pytest.raises(SystemExit):
             dpo.main(config(name="parts", **changes))
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "make_pairs", None)  # pairs and reference are read again, not made again
+        patch.setattr(pair_rows, "make_pairs", None)  # pairs and reference are read again, not made again
         file = here / "runs/parts/pairs.pt"
         saved = torch.load(file, weights_only=True)
         saved["valid"][1] |= {"ref_rejected": math.nan}

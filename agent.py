@@ -1,6 +1,6 @@
-r"""Agents: a policy that calls tools while it answers; several turns, one reward (ReTool, arXiv:2504.11536).
+r"""Agents: a policy that calls tools while it answers; several turns, one reward (the mask: ReTool, arXiv:2504.11536).
 
-The policy writes an expression, a calculator answers inside the same row of tokens, and the policy goes on:
+The policy writes an expression, a calculator replies inside the same row of tokens, and the policy goes on:
 
     Tom has <<3127+2489=5616>>5616 apples.           the policy wrote `Tom has <<3127+2489=`, the calculator `5616>>`
 
@@ -18,10 +18,10 @@ reward, has one advantage, and counts once in the statistics of its group.
 One step, for one process (main has the same parts; the loss and the advantages are grpo.py's):
 
     for t in range(max_new_tokens):                  one `generate` for all rows, each in a turn of its own  1. ask
-        if queue: token = queue.pop(0)               a tool is answering: mask False
+        if queue: token = queue.pop(0)               a tool is replying: mask False
         else:     token = sample(π)                  mask True
                   if the policy's text now ends with a call:
-                      queue = encode(tool(question) + ">>")      ids, never decoded and encoded again
+                      queue = encode(tool(argument) + ">>")      ids, never decoded and encoded again
     batch   = ids, mask, log π_old                   (N·R, T) each, T with the tools' tokens
               and the rewards of each answer         (N, R, 2)                                               2. judge
     A       = group_advantages(rewards · weights)    (N, R) one per trajectory                               3. compare
@@ -33,14 +33,14 @@ One step, for one process (main has the same parts; the loss and the advantages 
 
 The defaults run it on stories with numbers of up to four digits, in two or three steps (LARGE_TASK). Without
 --init the script makes its own start: a short pretraining on such stories, then SFT on 300 demonstrations of calls, in
-which the calculator's tokens have no loss either, until half of the answers are right. Some of grpo.py's options are
-not here (support/calls_start.py lists them) and are refused.
+which the calculator's tokens have no loss either, until half of the answers are right or 200 steps are over. Some of
+grpo.py's options are refused (support/calls_start.py lists them).
 
 Traps:
-  * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). They are not π's, so the
-    gradient is another one (`demo`), and large: π finds most digits of 3127 · 24 unlikely (results/agent_word.md).
-  * Decode, append, encode. A text has one canonical list of ids, and a policy samples others too. Then ρ compares the
-    log-probabilities of different tokens; and a merge may reach across the end of a tool's answer (`demo`).
+  * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). π did not choose them:
+    with their ∇log π in the sum the gradient is another one (`demo`).
+  * Decode, append, encode. A text has many lists of ids, and encoding it gives one of them, perhaps not the sampled
+    one: then ρ compares log-probabilities of different tokens. A merge may reach across a reply's end (`demo`).
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.
   * A call or an answer that the length limit cuts off stays so, and the trajectory is scored as it stands. To leave it
     out would hide from the policy what its length costs.
@@ -48,9 +48,9 @@ Traps:
   * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. What it is
     asked comes from a policy: its function must stand any text, so no `eval`.
 
-Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime do not).
-A tool of your own, such as `prices` in `demo`, is found in own.py by --tools '[own:prices,calculator]'; the first whose
-pattern fits answers.
+Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime let other
+rows go on). Tools of your own, such as `prices` in `demo`: --tools '[own:prices,calculator]' takes `prices` from
+own.py. Where two patterns fit, the first tool replies.
 
 Run it:
     python agent.py --demo                                             # masks and gradients by hand
@@ -70,7 +70,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import grpo
-from data import chat
 from generate import generate
 from grpo import group_advantages, grpo_loss, paid_rewards, reward_sums
 from lora import add_lora
@@ -86,20 +85,18 @@ from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece
 from support.sharding import averaging
 from support.shared_prompt import shared_answer_logprobs
 from support.tasks import LARGE_TASK
-from support.tools import ask, code_of_tools, load_tools, turns
+from support.tools import END, ask, code_of_tools, load_tools
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tools, and who wrote which token.
 
-END = ">>"  # of a tool's answer
-
 
 @dataclass(frozen=True)
 class Tool:
-    """A call ends where the text that the policy has written since the last answer ends with `pattern`, whose one group
-    is the question; the tool then writes function(question) and END. seconds: how long it may take, None for a function
-    that is known to be quick. Errors are answers: see `ask`."""
+    """pattern: a regular expression with one group, the argument of a call. Where the policy's text since the last
+    reply ends with a match, function(argument) and END are written after it. seconds: how long the function may take,
+    None if it is known to be quick. Errors are replies: see `ask`."""
 
     name: str
     pattern: str
@@ -110,8 +107,8 @@ class Tool:
 TOOLS = {"calculator": Tool("calculator", r"<<([^<>=\n]*)=", calculator)}
 
 
-def answer_of(tools, text):
-    """What is written after this text: the answer of the tool whose call ends here, or None."""
+def reply_to(tools, text):
+    """What is written after this text: the reply of the tool whose call ends here, or None."""
     for tool in tools:
         if call := re.search(rf"(?:{tool.pattern})\Z", text):
             return ask(tool, call[1]) + END
@@ -119,25 +116,26 @@ def answer_of(tools, text):
 
 
 class Calls:
-    """The calls in B rows while they are written: `generate` shows it the newest tokens, and asks for the next."""
+    """The calls in N·n rows while they are written: `generate` shows it the newest tokens, and asks for the next."""
 
     def __init__(self, tools, tokenizer, rows):
         self.tools, self.tokenizer = tools, tokenizer
-        self.own = [[] for _ in range(rows)]  # ids that the policy has sampled since the last answer of a tool
-        self.queue = [[] for _ in range(rows)]  # ids of a tool's answer that are still to come
+        self.since_reply = [[] for _ in range(rows)]  # ids that the policy has sampled since a tool last replied
+        self.queue = [[] for _ in range(rows)]  # ids of a reply that are still to come
         self.forced = [-1] * rows  # the id that the row takes instead of sampling, −1: it samples
-        self.answers = []  # of all calls, for the record
+        self.replies = []  # to all calls, for the record
 
     def __call__(self, ids, live):
-        """The newest tokens (B,), and which rows wrote one (B,) -> the next ids (B,), −1 where a row samples."""
+        """The newest tokens, and which rows wrote one -> the next ids, −1 where a row samples; (N·n,) each."""
         newest = ids.tolist()
         for row in live.nonzero().flatten().tolist():
             if self.forced[row] < 0:  # the newest token was sampled
-                self.own[row].append(newest[row])
-                text = self.tokenizer.decode_answer(self.own[row])  # of all: a letter may be spread over two tokens
-                if (answer := answer_of(self.tools, text)) is not None:
-                    self.answers.append(answer)
-                    self.queue[row], self.own[row] = self.tokenizer.encode(answer), []
+                ids = self.since_reply[row]
+                ids.append(newest[row])
+                text = self.tokenizer.decode_answer(ids)  # of all of them: a letter may be spread over two
+                if (reply := reply_to(self.tools, text)) is not None:
+                    self.replies.append(reply)
+                    self.queue[row], self.since_reply[row] = self.tokenizer.encode(reply), []
             self.forced[row] = self.queue[row].pop(0) if self.queue[row] else -1  # for the next step
         return torch.tensor(self.forced)
 
@@ -146,26 +144,16 @@ class WithTools:
     """`generate` with tools: the same arguments, the same Rollout, whose mask is False on what a tool wrote."""
 
     def __init__(self, tools, tokenizer):
-        self.tools, self.tokenizer, self.answers = tools, tokenizer, []
+        self.tools, self.tokenizer, self.replies = tools, tokenizer, []
 
     def __call__(self, model, prompts, max_new_tokens, n=1, *more, **options):
         calls = Calls(self.tools, self.tokenizer, len(prompts) * n)
-        self.answers = calls.answers  # of the last `generate`, for the record
+        self.replies = calls.replies  # of the last `generate`, for the record
         return generate(model, prompts, max_new_tokens, n, *more, write=calls, **options)
 
     def sums(self):
         """Of the last `generate`, over its rows: {metric: number}."""
-        return {"calls": len(self.answers), "call_errors": sum(a.startswith("error") for a in self.answers)}
-
-
-def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
-    """-> ids, flags, as sft.encode_example: True on what the policy is to learn, False on what a tool writes. Each turn
-    is encoded by itself, as it is written by itself."""
-    ids, flags = tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)  # without the solution
-    for text, by_policy in turns(problem.calls or problem.solution, tools, END):  # calls: the solution with <<…>>
-        part = tokenizer.encode(text)
-        ids, flags = ids + part, flags + [by_policy] * len(part)
-    return [*ids, tokenizer.im_end_id], [*flags, True]
+        return {"calls": len(self.replies), "call_errors": sum(r.startswith("error") for r in self.replies)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -180,9 +168,9 @@ def demo():
     sampled = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]  # what the policy is going to sample
     rows, masks, given = [[], []], ["", ""], [-1, -1]
     while live.any():  # as `generate` does
-        for r in live.nonzero().flatten().tolist():
-            rows[r].append(sampled[r].pop(0) if given[r] < 0 else given[r])
-            masks[r] += "1" if given[r] < 0 else "0"
+        for row in live.nonzero().flatten().tolist():
+            rows[row].append(sampled[row].pop(0) if given[row] < 0 else given[row])
+            masks[row] += "1" if given[row] < 0 else "0"
         newest = torch.tensor([ids[-1] for ids in rows])
         given, live = calls(newest, live).tolist(), live & (newest != tokenizer.im_end_id)
     shown = ["".join("∎" if i == tokenizer.im_end_id else chr(i) for i in ids) for ids in rows]
@@ -193,23 +181,24 @@ def demo():
 
     tokenizer = BPETokenizer.train(["1>>1>>.1>>."], 261)  # it learns >>, then >>.
     both = tokenizer.encode("12>>") + tokenizer.encode("."), tokenizer.encode("12>>.")
-    row, again = (" ".join(tokenizer.decode([i]) for i in ids) for ids in both)
-    assert (row, again) == ("1 2 >> .", "1 2 >>.")
-    print(f"a tool wrote 12>>, the policy a full stop: the tokens are {row}   encoded again they would be {again}")
+    written, again = (" ".join(tokenizer.decode([i]) for i in ids) for ids in both)
+    assert (written, again) == ("1 2 >> .", "1 2 >>.")
+    print(f"a tool wrote 12>>, the policy a full stop: the tokens are {written}   encoded again they would be {again}")
 
-    # The policy calls a or b, the tool answers 1 with probability 3/4 or 1/4, the policy writes 0 or 1; r = 1 for 1, 1.
-    P = torch.tensor([[1 / 4, 3 / 4], [3 / 4, 1 / 4]])  # (call, answer)
+    # The policy calls a or b, the tool replies 1 with probability 3/4 or 1/4, the policy writes 0 or 1. The reward is 1
+    # if the tool replied 1 and the policy wrote 1.
+    P = torch.tensor([[1 / 4, 3 / 4], [3 / 4, 1 / 4]])  # (call, reply)
     logits = [torch.zeros(shape, requires_grad=True) for shape in ((2,), (2, 2), (2, 2, 2))]  # of each token, all π = ½
-    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: what π thinks that the tool will answer
+    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: what π thinks that the tool will reply
     i, j, k = torch.tensor(list(itertools.product((0, 1), repeat=3))).T  # (8,) each: all trajectories
     logprobs = torch.stack([call[i], guess[i, j], last[i, j, k]], dim=1)  # (8, 3)
     p, r = (call[i] + last[i, j, k]).exp() * P[i, j], (j * k).float()  # (8,) their probabilities, and rewards
     exact = torch.autograd.grad((p * r).sum(), (logits[0], logits[2]), retain_graph=True)
-    print("call a or b, an answer, write 0 or 1: the gradient of E[r] = 1/4, and what the loss makes of it")
+    print("call a or b, a reply, write 0 or 1: the gradient of E[r] = 1/4, and what the loss makes of it")
     print(f"  {'by the logit of':<24}call a   the tool's 1 after a\n  {'exact':<24}{exact[0][0]:+.4f}  {0:+.4f}")
     for name, mask, wrong in (("m = 1 0 1", [1, 0, 1], 0.0), ("all tokens", [1, 1, 1], 1 / 16)):
-        A = 8 * p.detach() * (r - 1 / 4)  # the loss is a mean over 8 trajectories, each of which comes with p
-        options = {"mask": torch.tensor([mask] * 8), "loss_type": "dr_grpo", "max_length": 1}
+        A = 8 * p.detach() * (r - 1 / 4)  # the loss is a plain mean over 8 rows: 8 p weighs each by its probability
+        options = {"mask": torch.tensor([mask] * 8), "loss_type": "dr_grpo", "max_length": 1}  # v_t = 1/8
         loss, _ = grpo_loss(logprobs, logprobs.detach(), A, **options)
         of_call, of_guess, of_last = (-g for g in torch.autograd.grad(loss, logits, retain_graph=True))
         torch.testing.assert_close([of_call, of_last], list(exact))
@@ -254,8 +243,7 @@ class Config(grpo.Config):
 def main(config):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     tools = load_tools(config.tools, TOOLS)
-    taught = partial(calls_start, tools=tools, encode_demonstration=encode_demonstration, with_tools=WithTools)
-    start = open_start(config, grpo.REWARDS, taught)
+    start = open_start(config, grpo.REWARDS, partial(calls_start, tools=tools, with_tools=WithTools))
     dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
     n, slots = start.n, start.slots  # this rank asks n of a step's N questions; which of the N they are
     functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
@@ -291,7 +279,8 @@ def main(config):
             old_logprobs = piece_logprobs(policy, pieces, batch, config.temperature, autocast)
 
         # 3. compare within the group, over all ranks; a trajectory counts once, however many turns it has
-        rewards, lengths = dist.gather(reward_sums(paid, reward_weights)), dist.gather(mask.sum(1).view(n, -1).cpu())
+        rewards = dist.gather(reward_sums(paid, reward_weights))  # (N, R)
+        lengths = dist.gather(mask.sum(1).view(n, -1).cpu())  # (N, R)
         advantages = group_advantages(rewards, config.scale, config.baseline, lengths)[slots]  # (N, R) -> (n, R)
         recorder.answers(batch, advantages)
 
@@ -316,7 +305,7 @@ def main(config):
                     old = old_logprobs[rows, :T]  # (b, T)
                     loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **minibatch.counts)  # A[rows] (b,)
                     recorder.tokens(rows)
-                    # × world, because DDP averages over the ranks and v_it already counts them all
+                    # × world, because DDP averages over the ranks, and the counts are of all ranks
                     scaler.scale(loss * dist.world).backward()
                 tally(update_sums, metrics, piece.mask.sum().item())
             norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)

@@ -182,6 +182,7 @@ class Sample(NamedTuple):
     correct: bool
     length: int  # tokens
     ended: bool  # stopped by itself
+    written: int = 0  # further tokens, of tools
 
 
 def keeps_story(sample):
@@ -245,9 +246,10 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         sampling = {"temperature": 0, "stop_ids": tokenizer.stop_ids}
         rollout = (respond or generate)(policy, prompts, max_new_tokens, **sampling)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
-        for i, text, length, end in zip(chunk, texts, lengths.tolist(), ended.tolist(), strict=True):
+        all_tokens = map(len, rollout.rows)
+        for i, text, length, end, size in zip(chunk, texts, lengths.tolist(), ended.tolist(), all_tokens, strict=True):
             verdicts[i] = is_correct(text, problems[i])
-            samples.append(Sample(problems[i], text, verdicts[i], length, end))
+            samples.append(Sample(problems[i], text, verdicts[i], length, end, size - length))
     verdicts = dist.sum(*verdicts)  # (N,) each was 0 on every rank but one
     checked, verdicts = checkable(problems), list(itertools.compress(verdicts, is_checkable(problems)))  # (C,) each
     counts = {m: sum(map(metric.of_problem, problems)) for m, metric in METRICS.items()}  # how many have this figure

@@ -4,10 +4,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import sft
-from data import load_problems, task_of
+from data import chat, load_problems, task_of
 from support.errors import ConfigError
 from support.runs import make_start_once, run_path, start_name
 from support.sft_start import SFT_START, sft_start
+from support.tools import turns
 
 # of grpo.py's options those that agent.py does not have, with the value that turns them off
 NOT_HERE = {"refill": 0, "stale": 0, "sampler_dtype": "same", "old_logprobs": "sampler", "correction": "none"}
@@ -30,9 +31,20 @@ def check_agent(config):
         raise ConfigError("--init is a checkpoint that calls tools already, --teach one that is taught to: give one")
 
 
-def calls_start(config, dist, tools, encode_demonstration, with_tools):
-    """SFT on demonstrations of calls, of --teach or a pretrained start; made once, under runs/start, and reused ->
-    its path. Without tools: the start of grpo.py. The last two: agent.encode_demonstration and agent.WithTools."""
+def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
+    """-> ids, flags, as sft.encode_example, whose place it takes: True on what the policy is to learn, False on what a
+    tool writes. Each turn is encoded by itself, as it is written by itself. A reply is the one that the data records
+    (GSM8K's may be rounded otherwise than the calculator's). weighted: sft.main passes it; calls have no ratings."""
+    ids, flags = tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)  # without the solution
+    for text, by_policy in turns(problem.calls or problem.solution, tools):  # calls: the solution with <<…>>
+        part = tokenizer.encode(text)
+        ids, flags = ids + part, flags + [by_policy] * len(part)
+    return [*ids, tokenizer.im_end_id], [*flags, True]
+
+
+def calls_start(config, dist, tools, with_tools):
+    """SFT on demonstrations of calls, of --teach or a pretrained start; made once, under runs/start, and reused -> its
+    path. Without tools: the start of grpo.py. with_tools: agent.WithTools."""
     if not tools and not config.teach:
         return sft_start(config, dist)
     run_path(config)  # raises on a bad --name or --resume before a start is made

@@ -197,7 +197,7 @@ def measure_start(config):
     if config.start == "calls":
         of_agent = agent.Config(seed=config.seed, tools=config.tools)
         tools = load_tools(of_agent.tools, agent.TOOLS)
-        init = calls_start(of_agent, dist, tools, agent.encode_demonstration, agent.WithTools)
+        init = calls_start(of_agent, dist, tools, agent.WithTools)
         data, levels, longest = of_agent.data, of_agent.levels, of_agent.max_new_tokens
     else:
         init, tools = make_start(config.seed, config.start), []

@@ -53,7 +53,7 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist, resp
     record = logged(result)
     if verifiable(problems["valid"]):
         return record, result["accuracy"]
-    rows = [(s.text, s.problem, s.ended, s.length) for s in result["samples"]]  # this rank's
+    rows = [(s.text, s.problem, s.ended, s.length + s.written) for s in result["samples"]]  # this rank's
     rewards = judge(functions, *(list(part) for part in zip(*rows, strict=True)), config) if rows else {}
     (total,) = dist.sum(sum(weights[name] * values.sum() for name, values in rewards.items() if name in weights))
     record["valid_reward"] = total / result["n"]

@@ -28,8 +28,10 @@ def format_reward(texts, problems, ended):
 
 
 def brevity_reward(texts, problems, ended):
-    """1 if the text is no longer than the problem's solution. An empty one is short, too: see gdpo.py --conditioned."""
-    return [float(len(text.strip()) <= len(p.solution.strip())) for text, p in zip(texts, problems, strict=True)]
+    """1 if the text is no longer than the problem's solution; if it calls tools (agent.py), than the solution with its
+    calls, where they are known. An empty one is short, too: see gdpo.py --conditioned."""
+    shown = [(p.calls or p.solution) if "<<" in text else p.solution for text, p in zip(texts, problems, strict=True)]
+    return [float(len(text.strip()) <= len(known.strip())) for text, known in zip(texts, shown, strict=True)]
 
 
 @dataclass
@@ -116,7 +118,8 @@ def reward_sums(rewards, reward_weights):
 
 
 def judge(functions, texts, problems, ended, lengths, config):
-    """The rewards of the completions, and --overlong: {name: (len(texts),)}."""
+    """The rewards of the completions, and --overlong: {name: (len(texts),)}. lengths: of all tokens that the limit
+    counts, those of a tool too."""
     rewards = score(functions, texts, problems, ended)
     if config.overlong:
         over = torch.tensor(lengths) - (config.max_new_tokens - config.overlong)
@@ -128,6 +131,6 @@ def judge_batch(functions, batch, config):
     """Give a step's rollouts their rewards: {name: (n, R)} in batch.rewards."""
     n, R = batch.ended.shape
     problems = [p for p in batch.problems for _ in range(R)]
-    ended, lengths = batch.ended.flatten().tolist(), batch.rollout.mask.sum(1).tolist()  # n·R
+    ended, lengths = batch.ended.flatten().tolist(), [len(ids) for ids in batch.rollout.rows]  # n·R
     rewards = judge(functions, batch.texts, problems, ended, lengths, config)
     batch.rewards = {name: values.view(n, R) for name, values in rewards.items()}

@@ -1,4 +1,4 @@
-"""Tools of a run: found by name or as module:name, and asked so that whatever they do becomes an answer.
+"""Tools of a run: found by name or as module:name, and asked so that whatever they do becomes a reply.
 
 A tool is an object like agent.Tool: a name, a pattern, a function from text to text, and a time limit in seconds.
 """
@@ -14,20 +14,21 @@ from pathlib import Path
 
 from support.errors import ConfigError
 
-LONGEST_ANSWER = 1000  # characters; a longer one is cut
+END = ">>"  # of a tool's reply
+LONGEST_REPLY = 1000  # characters; a longer one is cut
 
 
-def ask(tool, question):
-    """What the tool answers, one line of text. An exception, an answer that is no text, or none within the tool's time
-    limit is an answer that begins with "error" too."""
-    answers = []
+def ask(tool, argument):
+    """The tool's reply, one line of text. An exception, a reply that is no text, or none within the tool's time limit
+    gives a reply too, one that begins with "error"."""
+    replies = []
 
     def work():
         try:
-            answer = tool.function(question)
-            answers.append(answer if isinstance(answer, str) else f"error: {type(answer).__name__} instead of text")
+            reply = tool.function(argument)
+            replies.append(reply if isinstance(reply, str) else f"error: {type(reply).__name__} instead of text")
         except Exception as error:  # any error of the user's function
-            answers.append(f"error: {type(error).__name__}")
+            replies.append(f"error: {type(error).__name__}")
 
     if tool.seconds is None:
         work()
@@ -35,8 +36,8 @@ def ask(tool, question):
         thread = threading.Thread(target=work, daemon=True)  # it cannot be killed; a daemon does not outlive the run
         thread.start()
         thread.join(tool.seconds)
-    answer = answers[0] if answers else f"error: no answer within {tool.seconds:g} s"
-    return " ".join(answer[:LONGEST_ANSWER].split())
+    reply = replies[0] if replies else f"error: no answer within {tool.seconds:g} s"
+    return " ".join(reply[:LONGEST_REPLY].split())
 
 
 def load_tools(names, built_in):
@@ -58,7 +59,7 @@ def load_tools(names, built_in):
         except Exception as error:  # any error of the user's module
             raise ConfigError(f"--tools {name}: {type(error).__name__}: {error}") from None
         if pattern.groups != 1 or not callable(tool.function):
-            raise ConfigError(f"--tools {name}: needs a pattern with one group, the question, and a function of it")
+            raise ConfigError(f"--tools {name}: needs a pattern with one group, the argument, and a function of it")
         tools.append(tool)
     if len({tool.name for tool in tools}) < len(tools):
         raise ConfigError(f"--tools {', '.join(names)}: two tools have the same name")
@@ -75,11 +76,11 @@ def code_of_tools(names, tools):
     return files
 
 
-def turns(text, tools, end):
+def turns(text, tools):
     """A solution with its calls -> [(text, whether it is the policy's), …]: the policy's, a tool's, the policy's, …
-    "a <<3*4=12>>12" -> [("a <<3*4=", True), ("12>>", False), ("12", True)]. end: what closes a tool's answer."""
+    "a <<3*4=12>>12" -> [("a <<3*4=", True), ("12>>", False), ("12", True)]."""
     patterns, parts, start = "|".join(tool.pattern for tool in tools), [], 0
-    for call in re.finditer(rf"(?:{patterns})(?P<answer>[^<>]*{end})", text) if tools else ():
-        parts += [(text[start : call.start("answer")], True), (call["answer"], False)]
+    for call in re.finditer(rf"(?:{patterns})(?P<reply>[^<>]*{END})", text) if tools else ():
+        parts += [(text[start : call.start("reply")], True), (call["reply"], False)]
         start = call.end()
     return [*parts, (text[start:], True)]

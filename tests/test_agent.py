@@ -28,17 +28,19 @@ from conftest import (
 import agent
 import grpo
 import sft
-from agent import END, TOOLS, Calls, Config, Tool, WithTools, calculator, encode_demonstration
+from agent import TOOLS, Calls, Config, Tool, WithTools, calculator
 from data import Problem, encode_prompt, load_problems
 from evaluate import evaluate
 from generate import generate
 from grpo import group_advantages, grpo_loss
 from lora import LoraConfig
-from support import calls_start, devices, runs
+from support import calls_start, devices, questions, runs
+from support.calls_start import encode_demonstration
 from support.checkpoints import open_checkpoint
 from support.cli import parse_config, run_script
 from support.errors import ConfigError
 from support.recorder import read_records
+from support.rewards import brevity_reward
 from support.rollouts import Sampler
 from support.sampled_kl import sampled_kl
 from support.shared_prompt import pack, shared_answer_logprobs
@@ -209,10 +211,10 @@ def test_a_tool_of_your_own(scratch, monkeypatch):
     (scratch / "own_tools.py").write_text(OWN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(scratch))
     tools = load_tools(["own_tools:prices", "calculator"], TOOLS)
-    assert agent.answer_of(tools, "a <<price of kite=") == "12>>"
-    assert agent.answer_of(tools, "a <<price of cap=") == "error: NoneType instead of text>>"
-    assert agent.answer_of(tools, "a <<3*4=") == "12>>"  # the first whose pattern fits
-    assert agent.answer_of(tools, "a <<3*4=1") is None
+    assert agent.reply_to(tools, "a <<price of kite=") == "12>>"
+    assert agent.reply_to(tools, "a <<price of cap=") == "error: NoneType instead of text>>"
+    assert agent.reply_to(tools, "a <<3*4=") == "12>>"  # the first whose pattern fits
+    assert agent.reply_to(tools, "a <<3*4=1") is None
     for names, words in [
         (["nothing"], "not known; use calculator"),
         (["own_tools:nothing"], "AttributeError"),
@@ -230,10 +232,10 @@ def test_a_tool_of_your_own(scratch, monkeypatch):
 
 
 def test_a_solution_is_cut_into_turns():
-    assert turns("a <<3*4=12>>12", CALCULATOR, END) == [("a <<3*4=", True), ("12>>", False), ("12", True)]
-    assert turns("no call", CALCULATOR, END) == [("no call", True)]
-    assert turns("<<3*4=12>>", [], END) == [("<<3*4=12>>", True)]
-    assert [by for _, by in turns("<<1+1=2>><<2+2=4>>", CALCULATOR, END)] == [True, False, True, False, True]
+    assert turns("a <<3*4=12>>12", CALCULATOR) == [("a <<3*4=", True), ("12>>", False), ("12", True)]
+    assert turns("no call", CALCULATOR) == [("no call", True)]
+    assert turns("<<3*4=12>>", []) == [("<<3*4=12>>", True)]
+    assert [by for _, by in turns("<<1+1=2>><<2+2=4>>", CALCULATOR)] == [True, False, True, False, True]
 
 
 def test_the_mask_of_every_token_of_a_demonstration_by_hand():
@@ -262,7 +264,7 @@ def test_earlier_answers_of_a_conversation_count_as_in_sft():
 def test_gsm8ks_annotations_are_calls():
     """And the built-in solutions get them."""
     text = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72.\n#### 72"
-    assert [part for part, by_policy in turns(text, CALCULATOR, END) if not by_policy] == ["24>>", "72>>"]
+    assert [part for part, by_policy in turns(text, CALCULATOR) if not by_policy] == ["24>>", "72>>"]
     tokenizer = ByteTokenizer()
     for problem in load_problems(LARGE_TASK, "valid", 200, (2, 3)):
         ids, flags = encode_demonstration(tokenizer, problem, tools=CALCULATOR)
@@ -321,7 +323,7 @@ def test_rows_in_different_turns_by_hand():
         "1" * 11,
         "111111" + "0000" + "111",
     ]
-    assert sorted(policy.calls.answers) == ["2>>", "6>>", "81>>", "error: cannot read the end>>"]
+    assert sorted(policy.calls.replies) == ["2>>", "6>>", "81>>", "error: cannot read the end>>"]
 
 
 def test_what_was_written_before_an_answer_is_no_part_of_the_next_call():
@@ -411,7 +413,7 @@ def test_rollouts_of_a_model_with_a_tool(letters):
         assert not rollout.ids[row, n:].any()
         assert not rollout.mask[row, n:].any()
         assert not rollout.written[row, n:].any()
-    assert calls == len(with_tools.answers) > 10
+    assert calls == len(with_tools.replies) > 10
     assert len({tuple(mask) for mask in rollout.written.tolist()}) > 4  # rows in different turns
 
 
@@ -604,6 +606,37 @@ def test_what_is_counted_and_measured_is_the_policys(here, spied):
     assert metrics("runs/agent", "calls")[1] == pytest.approx(answers / 16)
 
 
+def test_the_length_penalty_counts_what_the_limit_counts(here, spied, monkeypatch):
+    """--max_new_tokens cuts off a row with the tools' tokens in it: --overlong counts them too, in validation also."""
+    agent.main(config(steps=1, overlong=6))
+    batch = spied["batches"][0]
+    sizes = torch.tensor([len(ids) for ids in batch.rollout.rows])
+    assert (sizes > batch.rollout.mask.sum(1).cpu()).any()
+    expected = -((sizes - (14 - 6)) / 6).clamp(min=0.0)
+    assert batch.rewards["overlong"].flatten().tolist() == pytest.approx(expected.tolist())
+    assert expected.min() < 0
+    policy, tokenizer, _ = open_checkpoint("start")
+    problems, dist, seen = load_problems("twos.jsonl", "valid", 4), devices.setup("cpu"), []
+    monkeypatch.setattr(questions, "verifiable", lambda *_: False)
+    monkeypatch.setattr(questions, "judge", lambda *a: seen.append(a) or {})
+    respond = WithTools(CALCULATOR, tokenizer)
+    questions.validate(policy, tokenizer, {"valid": problems}, {}, {}, config(), dist, respond)
+    ((_, texts, _, _, lengths, _),) = seen
+    assert lengths == [len(tokenizer.encode(text)) + 1 for text in texts]  # + 1: the end token
+
+
+def test_a_call_is_not_long_winded():
+    """The reference of an answer with calls is the solution with calls; of one without, the solution."""
+    problem = Problem("2?", "3 * 4 = 12\n#### 12", "12", calls="<<3*4=12>>12\n#### 12 ")
+    texts = ["3 * 4 = 12\n#### 12", "3 * 4 = 12.\n#### 12", "<<3*4=12>>12\n#### 12", "<<3*4=12>>12.\n#### 12"]
+    assert brevity_reward(texts, [problem] * 4, [True] * 4) == [1.0, 0.0, 1.0, 0.0]
+    [shown] = load_problems(LARGE_TASK, "train", 1, (3,))
+    assert len(shown.calls) > len(shown.solution)
+    assert brevity_reward([shown.calls, shown.solution + "."], [shown] * 2, [True] * 2) == [1.0, 0.0]
+    unknown = replace(problem, calls="")
+    assert brevity_reward(["<<3*4=12>>12\n#### 12", "12"], [unknown] * 2, [True] * 2) == [0.0, 1.0]
+
+
 def test_without_calls_it_is_grpo_to_the_last_bit(here):
     """A model that never calls, the same flags: the same batches, losses and weights."""
     same = SMALL | dict(init="random", correct_weight=0.0, reward="vowels:letter", format_weight=0.0, beta=0.1, steps=3)
@@ -750,21 +783,20 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     monkeypatch.setattr(calls_start.sft, "main", see)
     monkeypatch.setattr(calls_start, "sft_start", lambda *_: "plain")
     dist, tools = devices.setup("cpu"), CALCULATOR
-    encode, responder = encode_demonstration, WithTools
-    path = calls_start.calls_start(Config(), dist, tools, encode, responder)
+    path = calls_start.calls_start(Config(), dist, tools, WithTools)
     assert path == f"runs/start/{LARGE_TASK}-seed0-calls-calculator"
     [settings] = asked
     assert (settings.data, settings.levels, settings.init) == (LARGE_TASK, [2, 3], None)
     assert settings.demonstrations == Config().demonstrations < 2000
-    assert calls_start.calls_start(Config(), dist, [], encode, responder) == "plain"
+    assert calls_start.calls_start(Config(), dist, [], WithTools) == "plain"
     Transformer(TransformerConfig(260, n_layer=1, width=16, n_head=2, n_kv_head=1)).save_pretrained("taught")
     ByteTokenizer().save_pretrained("taught")
-    calls_start.calls_start(Config(teach="taught", optimizer="adamw", lr=1e-5), dist, tools, encode, responder)
+    calls_start.calls_start(Config(teach="taught", optimizer="adamw", lr=1e-5), dist, tools, WithTools)
     assert (asked[1].init, asked[1].optimizer, asked[1].lr) == ("taught", "adamw", 1e-5)
     (scratch / "plain.jsonl").write_text('{"question": "2?", "answer": "2"}\n' * 9, encoding="utf-8")
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
     with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):
-        calls_start.calls_start(Config(data="plain.jsonl", teach="taught"), dist, tools, encode, responder)
+        calls_start.calls_start(Config(data="plain.jsonl", teach="taught"), dist, tools, WithTools)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,11 @@ def run_one(settings, folder, threads):
     return figures
 
 
+def log_of(run_dir):
+    """{name: (steps, values)}; of a start, which is only measured, {}."""
+    return read_metrics(run_dir) if run_dir.exists() else {}
+
+
 def figures_of(settings, folder):
     """{metric: number}: the stage's held-out evaluation after training, accuracies in per cent; the last values of what
     is logged at validations only; size; minutes, with those of a start or a reward model that the stage trains for
@@ -275,7 +280,7 @@ def figures_of(settings, folder):
     figures = {k: v for k, v in (returned.get("after", {}) | returned).items() if isinstance(v, int | float | str)}
     figures |= {k: 100 * figures[k] for k in ("accuracy", "story_kept") if k in figures}
     figures["minutes"] = (time.perf_counter() - started) / 60
-    logged = read_metrics(run_dir) if run_dir.exists() else {}  # a start has none
+    logged = log_of(run_dir)
     figures |= {k: logged[k][1][-1] for k in ("valid_loss", "load_min", "load_max") if k in logged}
     model, _, _ = open_checkpoint(figures["path"])
     c = model.config
@@ -427,7 +432,7 @@ def main(config):
     saved = {key: read_result(folder) for key, (_, folder) in runs.items()}
     results = {key: result["figures"] for key, result in saved.items()}
     means, differences = means_of(experiment, results, seeds), differences_of(experiment, results, seeds)
-    logs = {key: read_metrics(folder / "run") for key, (_, folder) in runs.items()} if experiment.curves else {}
+    logs = {key: log_of(folder / "run") for key, (_, folder) in runs.items()} if experiment.curves else {}
     curves = {m: mean_curves(logs, experiment.variants, seeds, m, student_interval) for m in experiment.curves}
 
     # 4. report

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -343,17 +344,24 @@ def draw_gains(axis, metric, differences, results, seeds, looks):
 
 
 def draw_curves(axis, label, curves, looks, crowd):
-    """A curve per variant with its interval as a band; no bands for many variants, where they would hide the curves."""
+    """A curve per variant with its interval as a band; no bands for many variants, where they would hide the curves.
+    Where one curve is a thousand times as high as another, the axis is logarithmic and has no bands, which reach 0."""
+    middles = [statistics.median(x.mean for x in intervals) for _, intervals in curves.values()]
+    if middles and max(middles) > 1000 * min(middles) > 0:
+        axis.set_yscale("log")
+    bands = not crowd and axis.get_yscale() == "linear"
     for variant, (steps, intervals) in curves.items():
         axis.plot(steps, [x.mean for x in intervals], label=variant, **looks[variant])
-        if not crowd and not math.isnan(intervals[0].half):
+        if bands and not math.isnan(intervals[0].half):
             low, high = [x.mean - x.half for x in intervals], [x.mean + x.half for x in intervals]
             axis.fill_between(steps, low, high, color=looks[variant]["color"], alpha=0.15, linewidth=0)
-    if axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
+    if axis.get_yscale() == "log":
+        axis.set_ylim(bottom=min(line.get_ydata().min() for line in axis.lines))
+    elif axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
         axis.set_ylim(bottom=0)  # a band of few seeds may go below 0
     if label.startswith("share"):
         axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
-    axis.set(title="mean of the seeds" if crowd else label, xlabel="step", ylabel=label)
+    axis.set(title=label if bands else "mean of the seeds", xlabel="step", ylabel=label)
     axis.grid(alpha=0.25)
 
 

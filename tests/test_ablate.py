@@ -259,6 +259,8 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     assert ablate.main(config) == results  # nothing is run again
     assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == written
     assert target.read_text(encoding="utf-8").endswith("## Reading\nWider is dearer.\n")
+    shutil.rmtree(scratch / "runs/ablate/width-quick/wide-seed0/run")  # a start that is only measured has no log
+    assert ablate.main(config) == results
     stale = min(written)  # the same flags, but a default was another when it was made
     saved = json.loads(stale.read_text(encoding="utf-8"))
     saved["settings"]["config"]["clip"] = 9.0

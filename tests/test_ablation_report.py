@@ -160,6 +160,16 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_p
     assert len(curves.lines) == 8
 
 
+@pytest.mark.parametrize(("worst", "scale"), [(90.0, "linear"), (1e5, "log")])
+def test_a_curve_that_dwarfs_the_others_makes_the_axis_logarithmic(worst, scale):
+    _, axis = ablation_report.pyplot().subplots()
+    curves = {name: ([1, 2], [Interval(x, x), Interval(2 * x, x)]) for name, x in (("a", 0.1), ("b", worst))}
+    looks = {name: {"color": color} for name, color in (("a", "C0"), ("b", "C1"))}
+    ablation_report.draw_curves(axis, "KL", curves, looks, crowd=False)
+    assert axis.get_yscale() == scale
+    assert axis.get_ylim()[0] == (0.1 if scale == "log" else 0)
+
+
 def test_curves_of_seeds_that_lack_steps():
     """By step, not by place: the third KL of a run that has none at step 100 is that of step 150."""
     whole, holed = ([1, 50, 100, 150], [0.0, 1.0, 2.0, 3.0]), ([1, 50, 150, 150], [4.0, 5.0, 6.0, 7.0])

@@ -16,11 +16,12 @@ One step is grpo.main's, with another `paid_rewards` in "judge" and another "com
     z_k     = group_advantages(rewards[..., k])         M of (N, R), mean 0 in each group                    3. compare
     s       = Σ_k w_k z_k                               (N, R), mean 0 in each group
     A       = s / (s.std() + 1e-4)                      (N, R); std over all groups of the step, of all ranks
-    for minibatch in answers: grpo_loss(…, A, …)        A_i weighs every token of answer i, as in GRPO       4. update
+    for minibatch in minibatches: grpo_loss(…, A, …)    A_i weighs every token of answer i, as in GRPO       4. update
     log; every so often answer held-out questions                                                            5. look
 
-Why: a sum forgets what it was made of, and GRPO's std how much there was to gain. Both turn different rewards into one
-advantage. Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
+Why: a sum forgets which rewards it was made of; dividing by the group's std forgets how much there was to gain. Either
+can give different rewards the same advantage. Four groups of four answers in one batch, two rewards of weight 1
+(right, tidy); `demo` computes them again:
 
     rewards                                  GRPO                           GDPO
     (1, 0) (0, 1) (0, 1) (0, 0)          0.50  0.50  0.50 -1.50         0.51  0.29  0.29 -1.09
@@ -32,23 +33,19 @@ First group: right is rarer than tidy, its std is smaller, so it counts for more
 reward or both; GRPO divides that away in each group, GDPO has one scale for the batch. Fourth: GDPO collapses too,
 because the two rewards have equal weights and equal stds; other weights separate them, in both methods.
 
-The defaults run GDPO on grpo.py's two rewards (right 1, format 0.1), all else as in grpo.py. --algorithm may be any
-member of its family with the baseline and scale of GRPO. Off by default: the reward for brevity, --conditioned.
+The defaults run GDPO on grpo.py's two rewards (right 1, format 0.1), all else as in grpo.py. --algorithm: grpo, dapo,
+gspo, cispo or sapo, which have GRPO's baseline and scale. Off by default: the reward for brevity, --conditioned.
 
 Traps:
-
 * A weight w_k now weighs standard deviations, not rewards: a reward that hardly differs within a group counts as much
   as one that differs a lot.
 * An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). Without it two of six seeds learned, one of them in part, to stop
   after the first of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
+* --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
-This is the authors' TRL code (NVlabs/GDPO, trl-GDPO, `_generate_and_score_completions`; in TRL itself
-multi_objective_aggregation="normalize_then_sum"), ddof 1 in both stds, but for three points. They subtract mean_batch
-s, which is 0 up to rounding; without it a group without a signal gets exactly 0. They turn a NaN reward into 0, here it
-is an error. For a single reward they fall back to GRPO. Their verl code is another method: the last step whitens over
-*tokens*, so long answers count more, and where length and reward are correlated even a group without a signal gets
-advantages other than 0.
+This is the authors' TRL code (NVlabs/GDPO; in TRL multi_objective_aggregation="normalize_then_sum") but for three
+details (test_gdpo.py). Their verl code is another method: its last step whitens over *tokens*.
 
 Run it:
     python gdpo.py --demo                                                # the table by hand, and what a condition does
@@ -63,16 +60,18 @@ from typing import Literal
 import torch
 
 import grpo
-from grpo import ALGORITHMS, GRPO, group_advantages, reward_sums
+from grpo import ALGORITHMS, group_advantages, reward_sums
 from support.cli import run_script
 from support.errors import ConfigError
+from support.family import check_conditioned, refuse_replaced
+from support.grpo_report import collapse
 from support.rewards import reward_functions
 
 
 def gdpo_advantages(rewards, weights=None):
     """rewards (N, R, M), weights (M,), default 1 -> advantages (N, R). Raises ValueError on a NaN.
 
-    A reward that is the same for a whole group adds exactly 0 there.
+    Both stds have ddof 1. A reward that is the same for a whole group adds exactly 0 there.
     """
     if not rewards.isfinite().all():
         raise ValueError("a reward is not a finite number")
@@ -83,34 +82,14 @@ def gdpo_advantages(rewards, weights=None):
     return s / (s.std() + 1e-4) if s.numel() > 1 else s  # (N, R)
 
 
-def condition(rewards, which, on, threshold=1.0):
-    """rewards (N, R, M) -> a copy, with reward `which` 0 where reward `on` is below the threshold (§3.2)."""
+def condition(rewards, reward, needs, threshold=1.0):
+    """rewards (N, R, M) -> a copy, with reward number `reward` 0 where number `needs` is below the threshold (§3.2).
+    Raises ConfigError if it is a penalty."""
+    if (lowest := rewards[..., reward].min()) < 0:
+        raise ConfigError(f"a --conditioned reward is {lowest:g}: a wrong answer, which is paid 0, would escape it")
     rewards = rewards.clone()
-    rewards[..., which] *= rewards[..., on] >= threshold
+    rewards[..., reward] *= rewards[..., needs] >= threshold
     return rewards
-
-
-def distinct(values):
-    """The number of different entries in each group, up to rounding: (N, R) or (N, R, M) -> (N,)."""
-    return torch.tensor([len(torch.unique(group.round(decimals=3), dim=0)) for group in values])
-
-
-def collapse(rewards, weights):
-    """{metric: number}: how much each method keeps of the differences between answers, for the same rewards.
-
-    values_…: distinct advantages in the batch. collapsed_…: the share of groups in which answers with different rewards
-    get the same advantage.
-    """
-    methods = {
-        "grpo": group_advantages(reward_sums(rewards, weights)),
-        "gdpo": gdpo_advantages(rewards, weights.values()),
-    }
-    figures = {}
-    for name, advantages in methods.items():
-        lost = distinct(advantages) < distinct(rewards)  # (N,)
-        figures[f"values_{name}"] = distinct(advantages.flatten()[None]).item()
-        figures[f"collapsed_{name}"] = lost.float().mean().item()
-    return figures
 
 
 def demo():
@@ -165,38 +144,28 @@ class Config(grpo.Config):
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
 
     def __post_init__(self):
-        replaced = ("baseline", "scale") if self.combine == "gdpo" else ()
-        for name in replaced:
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"--{name} has no meaning with --combine gdpo, which normalises each reward by itself"
-                )
-            if ALGORITHMS[self.algorithm][name] != GRPO[name]:
-                raise ConfigError(
-                    f"--algorithm {self.algorithm} has a {name} of its own, which --combine gdpo would replace: use "
-                    "--combine sum, or only what you want of it (--ratio, --surrogate, --loss_type)"
-                )
+        if self.combine == "gdpo":
+            refuse_replaced(self, ALGORITHMS)
         super().__post_init__()
-        for name in replaced:
-            setattr(self, name, None)
-        _, weights = reward_functions(self, grpo.REWARDS)
-        for name in [*self.conditioned, *(["correct"] if self.conditioned else [])]:
-            if name not in weights:
-                raise ConfigError(f"--conditioned needs a weight for {name!r}; there are {', '.join(weights)}")
+        if self.combine == "gdpo":
+            self.baseline = self.scale = None
+        check_conditioned(self.conditioned, reward_functions(self, grpo.REWARDS)[1])
 
 
-def advantages_of(rewards, weights, config, lengths=None):
+def gdpo_advantages_of(rewards, reward_weights, config, lengths=None):
     """Replaces grpo.advantages_of: rewards (N, R, M), {name: weight} -> advantages (N, R), {metric: number}."""
+    by_gdpo = gdpo_advantages(rewards, reward_weights.values())
     if config.combine == "sum":
-        advantages, _ = grpo.advantages_of(rewards, weights, config, lengths)
+        by_sum, _ = grpo.advantages_of(rewards, reward_weights, config, lengths)
     else:
-        advantages = gdpo_advantages(rewards, weights.values())
-    return advantages, collapse(rewards, weights)
+        by_sum = group_advantages(reward_sums(rewards, reward_weights))
+    figures = {} if lengths is None else collapse({"grpo": by_sum, "gdpo": by_gdpo}, rewards)
+    return by_sum if config.combine == "sum" else by_gdpo, figures
 
 
-def paid_rewards(batch, weights, config):
+def conditioned_rewards(batch, reward_weights, config):
     """Replaces grpo.paid_rewards: (n, R, M), the rewards of --conditioned 0 where the answer is wrong."""
-    rewards, names = grpo.paid_rewards(batch, weights, config), list(weights)
+    rewards, names = grpo.paid_rewards(batch, reward_weights, config), list(reward_weights)
     for name in config.conditioned:
         rewards = condition(rewards, names.index(name), names.index("correct"))
     return rewards
@@ -204,7 +173,7 @@ def paid_rewards(batch, weights, config):
 
 def main(config):
     """Train; returns what grpo.main returns."""
-    return grpo.main(config, advantages_of, paid_rewards)
+    return grpo.main(config, gdpo_advantages_of, conditioned_rewards)
 
 
 if __name__ == "__main__":

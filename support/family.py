@@ -106,6 +106,31 @@ def check_choices(config):
         )
 
 
+def refuse_replaced(config, algorithms):
+    """ConfigError on a baseline or scale, given or of the algorithm's row, that gdpo.py's comparison would replace."""
+    for name in ("baseline", "scale"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"--{name} has no meaning with --combine gdpo, which normalises each reward by itself")
+        if algorithms[config.algorithm][name] != algorithms["grpo"][name]:
+            raise ConfigError(
+                f"--algorithm {config.algorithm} has a {name} of its own, which --combine gdpo would replace: use "
+                "--combine sum, or only what you want of it (--ratio, --surrogate, --loss_type)"
+            )
+
+
+def check_conditioned(names, weights):
+    """ConfigError if gdpo.py cannot pay these rewards in right answers alone. weights {name: weight}: those that
+    count."""
+    for name in [*names, "correct"] if names else []:
+        if name not in weights:
+            raise ConfigError(f"--conditioned needs a weight for {name!r}; there are {', '.join(weights)}")
+    if "correct" in names:
+        raise ConfigError("--conditioned correct changes nothing: name the rewards that only a right answer is to get")
+    for name in names:
+        if name == "overlong" or weights[name] < 0:
+            raise ConfigError(f"--conditioned {name}: a wrong answer, which is paid 0, would escape this penalty")
+
+
 def as_flags(config, names):
     """The line that says which member of the family runs. names: what an algorithm sets."""
     unused = ("ratio",) if config.surrogate == "reinforce" else ()

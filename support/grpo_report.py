@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from data import encode_prompt
 from evaluate import pass_at_k
 from support.checkpoints import open_checkpoint
@@ -53,6 +55,23 @@ def step_record(figures, sums, n_updates, config, dist):
     if n_trained:
         record |= {name: total[name] / n_trained for name in means} | {"ratio_max": sums["ratio_max"]}
     return record | {"loss": loss / max(1, n_updates)}
+
+
+def distinct(values):
+    """The number of different entries in each group, to 3 decimals: (N, R) or (N, R, M) -> (N,)."""
+    return torch.tensor([len(torch.unique(group.round(decimals=3), dim=0)) for group in values])
+
+
+def collapse(methods, rewards):
+    """{method: its advantages (N, R)}, of the same rewards (N, R, M) -> {metric: number}: how much each method keeps of
+    the differences between answers. values_…: distinct advantages in the batch. collapsed_…: the share of groups in
+    which answers with different rewards get the same advantage."""
+    figures = {}
+    for name, advantages in methods.items():
+        lost = distinct(advantages) < distinct(rewards)  # (N,)
+        figures[f"values_{name}"] = distinct(advantages.flatten()[None]).item()
+        figures[f"collapsed_{name}"] = lost.float().mean().item()
+    return figures
 
 
 class Look:

@@ -263,7 +263,7 @@ def training(folder, figures, settings):
 
 def earned(folder, figures, settings):
     """From the log: the share of rollouts that earned each reward in the last 20 steps, and the share of groups, over
-    all steps, in which different rewards got the same advantage (see gdpo.collapse)."""
+    all steps, in which different rewards got the same advantage (see support.grpo_report.collapse)."""
     series = read_metrics(folder)
     results = {
         f"earned_{name}": 100 * statistics.mean(series[f"reward_{name}"][1][-20:])

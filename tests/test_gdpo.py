@@ -11,9 +11,10 @@ from test_grpo import SMALL, here, letter, start  # noqa: F401
 
 import gdpo
 import grpo
-from gdpo import collapse, condition, distinct, gdpo_advantages
+from gdpo import collapse, condition, gdpo_advantages
 from grpo import group_advantages
 from support.errors import ConfigError
+from support.grpo_report import distinct
 
 
 def mean_std(values):
@@ -24,7 +25,9 @@ def mean_std(values):
 
 def by_loop(rewards, weights):
     """NVlabs/GDPO, trl-GDPO, grpo_trainer.py, `_generate_and_score_completions` (their lines 1222 to 1248), in float64:
-    groups of R consecutive completions; epsilon 1e-4 and ddof 1 in both steps; the mean of the batch subtracted."""
+    groups of R consecutive completions; epsilon 1e-4 and ddof 1 in both steps; the mean of the batch subtracted:
+    it is 0 up to rounding, and without it a group without a signal gets exactly 0. Not here: they turn a NaN reward
+    into 0, which gdpo.py refuses, and with a single reward they fall back to GRPO."""
     N, R, M = rewards.shape
     s = [[0.0] * R for _ in range(N)]
     for g in range(N):
@@ -55,7 +58,8 @@ def test_advantages_equal_the_authors(weights):
 
 
 def test_their_verl_form_is_another():
-    """The last step over tokens: lengths move mean and std, and a group without signal gets an advantage."""
+    """The last step over tokens: long answers count more, lengths move mean and std, and where length and reward are
+    correlated even a group without a signal gets an advantage."""
     rewards = some_rewards(M=2)
     lengths = torch.arange(1, 31).view(6, 5)
     s = sum(
@@ -83,7 +87,8 @@ def test_the_table_of_the_docstring():
     for row, grpo_row, gdpo_row in zip(rows, group_advantages(rewards.sum(2)), gdpo_advantages(rewards), strict=True):
         printed = [float(x) for x in row[1].split()]
         assert printed == pytest.approx([*grpo_row.tolist(), *gdpo_row.tolist()], abs=0.006)
-    figures = collapse(rewards, {"right": 1.0, "tidy": 1.0})
+    methods = {"grpo": group_advantages(rewards.sum(2)), "gdpo": gdpo_advantages(rewards)}
+    figures = collapse(methods, rewards)
     assert figures == {
         "values_grpo": 7,  # 0.5, -1.5, 1.5, -0.5, 0, -1.22, 1.22
         "collapsed_grpo": 0.5,  # the first and the last group
@@ -114,6 +119,26 @@ def test_a_conditioned_reward_counts_only_with_the_other():
     assert condition(rewards, 1, 0)[0, :, 0].tolist() == [1.0, 0.0, 0.5]
     assert condition(rewards, 1, 0, threshold=0.5)[0, :, 1].tolist() == pytest.approx([0.4, 0.0, 0.8])
     assert rewards[0, 1, 1] == pytest.approx(0.9)  # the given ones stay
+    rewards[0, 0, 1] = -0.5  # 0 would be better
+    with pytest.raises(ConfigError, match=r"reward is -0\.5: a wrong answer, which is paid 0, would escape it"):
+        condition(rewards, 1, 0)
+
+
+def test_what_is_logged_is_of_the_advantages_of_the_run():
+    """With --combine sum at another --scale `grpo` is that scale's; without lengths, to find signals, nothing is."""
+    rewards, weights = torch.zeros(2, 4, 2), {"correct": 1.0, "format": 0.9}
+    rewards[0, 0, 0] = rewards[1, 0, 1] = 1.0  # one right answer; one well formed
+    lengths = torch.full((2, 4), 5)
+    for scale, n in (("group", 2), ("batch", 4), ("none", 4)):
+        settings = config(init="start", combine="sum", scale=scale)
+        advantages, figures = gdpo.gdpo_advantages_of(rewards, weights, settings, lengths)
+        expected = group_advantages(rewards @ torch.tensor([1.0, 0.9]), scale)
+        torch.testing.assert_close(advantages, expected)
+        assert figures["values_grpo"] == n
+    assert gdpo.gdpo_advantages_of(rewards, weights, settings)[1] == {}
+    advantages, figures = gdpo.gdpo_advantages_of(rewards, weights, config(init="start"), lengths)
+    assert torch.equal(advantages, gdpo_advantages(rewards, weights.values()))
+    assert (figures["values_grpo"], figures["values_gdpo"]) == (2, 4)  # the weights are not normalised away
 
 
 def test_distinct():
@@ -181,6 +206,9 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
         ({"scale": "group"}, "normalises each reward by itself"),  # GRPO's default has no meaning here either
         ({"conditioned": ["brevity"]}, "brevity"),  # it has no weight
         ({"conditioned": ["format"], "correct_weight": 0.0}, "correct"),
+        ({"conditioned": ["correct"]}, "changes nothing"),
+        ({"conditioned": ["overlong"], "overlong": 4}, "--conditioned overlong: a wrong answer"),
+        ({"conditioned": ["format"], "format_weight": -0.5}, "escape this penalty"),
     ],
 )
 def test_bad_settings(options, words):

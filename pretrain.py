@@ -48,7 +48,7 @@ Traps:
   * The loss starts near log V. On fresh text it cannot, on average, get below the entropy, which is known for the
     built-in stories (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that
     compares tokenizers.
-  * --optimizer adamw wants about a sixth of Muon's learning rate.
+  * --optimizer adamw wants a lower learning rate than Muon (optim.py).
   * A loss or gradient that is not finite never reaches the weights or the experts' biases: the run stops, or, with
     --skip_nonfinite true, counts the step and goes on. (In fp16 an infinite gradient is the scaler's business, which
     skips that update.)

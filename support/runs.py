@@ -50,8 +50,8 @@ class RunConfig:
     steps: Count = 200
     """Optimizer steps."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """adamw, or muon for the matrices of the blocks and adamw for the rest; adamw alone needs about a sixth of the
-    learning rate."""
+    """adamw, or muon for the matrices of the blocks and adamw for the rest; adamw alone needs a lower learning rate (in
+    GRPO about a sixth)."""
     lr: Amount = 2e-3
     """Peak learning rate."""
     warmup: Whole = 10

@@ -4,15 +4,17 @@
     averaging(model, now)              within, whether a backward pass averages gradients      grpo.py, agent.py
     unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
-    shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py, optim.py
+    shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py
     full_tensor(x)                     one tensor, where a formula needs all of it              optim.py
-    same_shape_groups(params, limit)   the matrices that Muon may stack                         optim.py
+    in_stacks(params, limit, …)        what Muon does to matrices, to several at once           optim.py
 
 What is not sharded is returned unchanged, so callers need no special case. All ranks must call `whole`, `unsharded`,
 `gathered` and `full_tensor` together, or the calling ranks wait forever.
 """
 
 import contextlib
+
+import torch
 
 from support.errors import ConfigError
 from support.hf import load_weights
@@ -110,6 +112,17 @@ def shard_like(x, like):
 def full_tensor(x):
     """A sharded tensor gathered from all ranks, which must all call; any other tensor unchanged."""
     return x.full_tensor() if is_sharded(x) else x
+
+
+def in_stacks(params, limit, ahead, f):
+    """f(ahead(p)) of each parameter that has a gradient, as (p, update) pairs; f takes a stack (n, *shape) of matrices
+    and treats each by itself. Those of one shape go through f together, at most `limit` numbers.
+
+    Under FSDP a rank holds some rows of each matrix, but f needs them all: every rank gathers the matrix, computes the
+    same, and keeps its own rows of the result."""
+    for group in same_shape_groups(params, limit):
+        updates = f(torch.stack([full_tensor(ahead(p)) for p in group]))  # (n, *shape)
+        yield from ((p, shard_like(update, p)) for p, update in zip(group, updates, strict=True))
 
 
 def same_shape_groups(params, limit):

@@ -8,9 +8,21 @@ import pytest
 import torch
 
 import optim
-from optim import SGD, Adam, AdamW, Muon, clip_by_global_norm, lr_at, make_optimizers, optimizer_step, orthogonalise
+from optim import (
+    SGD,
+    Adam,
+    AdamW,
+    Muon,
+    clip_by_global_norm,
+    lr_at,
+    make_optimizers,
+    optimizer_step,
+    orthogonalise,
+    walk,
+)
 from pretrain import next_token_loss
 from support import devices
+from support.errors import ConfigError
 from transformer import Transformer, TransformerConfig
 
 MODEL = dict(context=32, n_layer=1, n_head=2, n_kv_head=1, width=16)
@@ -142,6 +154,17 @@ def test_how_far_the_rounds_bring_a_singular_value():
     assert tiny.item() == pytest.approx(1e-6 * 3.4445**5, rel=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "noisy", "agreed"), [(AdamW, 0.23, 1.0), (Muon, 0.2, 0.2)])
+def test_how_far_a_step_moves_a_weight(kind, noisy, agreed):
+    """Root mean square over a 32 x 64 matrix at η = 1, for gradients that are noise and that are all the same."""
+    torch.manual_seed(0)
+    noise = torch.randn(100, 32, 64)
+    for gradients, expected in ((noise, noisy), (noise[:1].expand(100, -1, -1), agreed)):
+        path = walk(lambda w: kind(w, lr=1.0, weight_decay=0.0), 0 * noise[0], lambda t, w, g=gradients: g[t], 100)
+        far = path.diff(dim=0)[50:].square().mean().sqrt().item()
+        assert far == pytest.approx(expected, rel=0.2)  # the rounds leave singular values of 0.68 to 1.21
+
+
 # ------------------------------------------------------------------------------------------------ schedules
 
 
@@ -158,6 +181,18 @@ def test_schedules_by_hand():
     assert line == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
     wsd = [lr_at(s, 10, 2.0, 1, floor=0.0, schedule="wsd", decay=0.4) for s in range(11)]
     assert wsd == pytest.approx([2, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0])
+
+
+def test_the_fall_of_wsd_begins_after_the_warm_up():
+    got = [lr_at(s, 10, 1.0, 6, floor=0.0, schedule="wsd", decay=0.8) for s in range(11)]
+    assert got == pytest.approx([*(k / 6 for k in range(1, 7)), 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert [lr_at(s, 10, 1.0, 3, schedule="wsd", decay=0) for s in (2, 3, 9)] == [1.0] * 3  # PPO's value network
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_an_unknown_schedule_is_refused(step):
+    with pytest.raises(ConfigError, match="'constant' is not known; use cosine, linear or wsd"):
+        lr_at(step, 8, 1.0, 2, schedule="constant")
 
 
 # ------------------------------------------------------------------------------------------------ clipping, one step

@@ -38,7 +38,7 @@ grpo.py's options are refused (support/calls_start.py lists them).
 
 Traps:
   * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). π did not choose them:
-    with their ∇log π in the sum the gradient is another one (`demo`).
+    with their ∇log π in the sum the gradient is another one (`demo`, results/tools.md).
   * Decode, append, encode. A text has many lists of ids, and encoding it gives one of them, perhaps not the sampled
     one: then ρ compares log-probabilities of different tokens. A merge may reach across a reply's end (`demo`).
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 
-from data import task_of
 from optim import make_optimizers
 from support.checkpoints import open_checkpoint
 from support.checks import Count
@@ -36,21 +35,15 @@ from support.verified import VerifiedConfig
 class PolicyRunConfig(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
     """The flags of a policy that is trained with verifiable rewards, whatever the objective."""
 
-    instruction: str = ""
-    """Text after each question that says how to answer, for a model that was not fine-tuned on this data."""
     if_hopeless: Literal["warn", "stop"] = "warn"
     """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
     fsdp: bool = False
     """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
-    micro_batch: Count | None = None
-    """Answers per forward pass of one rank, whole groups; default 128 for the built-in problems (short), else 32."""
     sample_every: Count = 100
     """Steps between printed rollouts."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.micro_batch is None:
-            self.micro_batch = task_of(self.data).micro_batch
         check_sampler(self)
 
 

@@ -16,11 +16,16 @@ from support.rewards import judge
 def load_questions(config, split, n):
     """At most n problems of a split, with --instruction. ConfigError if a right answer is paid for that is unknown."""
     problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
-    if config.instruction:
-        problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
     if config.correct_weight:
         refuse_unanswered(problems, split, config.data, ", or give another --reward and --correct_weight 0")
-    return problems
+    return instructed(problems, config)
+
+
+def instructed(problems, config):
+    """The problems with --instruction after each question."""
+    if not config.instruction:
+        return problems
+    return [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
 
 
 def load_question_splits(config, tokenizer, context, dist):

@@ -2,11 +2,14 @@
 
 teacher_start, student_start     made once, under runs/start, and reused: the SFT start of the other stages taken
                                  through grpo.py; a model of half its width, pretrained and fine-tuned as it was
-open_teacher                     a frozen model with the student's tokenizer
+open_teacher                     a frozen model with the student's tokenizer and vocabulary
 load_taught                      the problems, as the student and as the teacher sees them
 """
 
 from dataclasses import replace
+
+import torch
+from torch import nn
 
 import grpo
 import pretrain
@@ -67,8 +70,9 @@ def student_start(config, dist):
     return make_start_once(name, why.format("fine-tuning"), sft, settings, dist)
 
 
-def open_teacher(path, init, student, tokenizer, device):
-    """-> the frozen model. ConfigError if it reads other ids than the student (opened from `init`) writes."""
+def open_teacher(path, init, student, tokenizer, sees, device):
+    """-> the frozen model. ConfigError if it reads other ids than the student (opened from `init`) writes, or if it has
+    the student's weights and `sees` what the student sees."""
     teacher, other, _ = open_checkpoint(path, device)
     if other.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
@@ -78,7 +82,30 @@ def open_teacher(path, init, student, tokenizer, device):
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size
     if ours > theirs:  # a teacher's may be larger: published ones are padded, to what no text contains
         raise ConfigError(f"{init} may sample {ours} ids, the teacher {path} knows {theirs}: take one padded as far")
+    cut_vocabulary(teacher, ours)
+    if sees == "question" and same_weights(student, teacher):
+        raise ConfigError(
+            f"the teacher {path} has the weights of {init} and sees what it sees, so there is nothing to learn: give "
+            "another --teacher, or --teacher_sees example or solution"
+        )
     return teacher.requires_grad_(False).eval()
+
+
+def cut_vocabulary(model, size):
+    """Leave, in place, the first `size` ids of a model's vocabulary: it gives the others no probability, neither where
+    it samples nor where it is compared."""
+    if size == model.config.vocab_size:
+        return
+    model.config = replace(model.config, vocab_size=size)
+    model.embed = nn.Embedding.from_pretrained(model.embed.weight[:size].detach().clone())
+    if model.head is not None:
+        model.head.weight = nn.Parameter(model.head.weight[:size].detach().clone())
+        model.head.out_features = size
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(weights, b[name]) for name, weights in a.items())
 
 
 def with_context(problems, sees, examples):
@@ -95,9 +122,6 @@ def load_taught(config, tokenizer, context, teacher_context, dist):
     """-> {"train", "valid", "test"}: problems with --instruction, which leave room for an answer in both contexts; the
     same as the teacher sees them. ConfigError as `load_verifiable`, or if none has room."""
     problems, taught = load_verifiable(config, tokenizer, context, dist), {}
-    if config.instruction:
-        for split, some in problems.items():
-            problems[split] = [replace(p, question=f"{p.question}\n{config.instruction}") for p in some]
     examples = problems["train"]
     for split, some in problems.items():
         pairs = list(zip(some, with_context(some, config.teacher_sees, examples), strict=True))

@@ -3,20 +3,21 @@
 problems = load_verifiable(config, tokenizer, context, dist)     {"train", "valid", "test"}
 groups   = judged_answers(sample, step, config, dist)            N of (prompt, R of (ids, right, ended))
 figures  = measure_start(run, problems, init), measure_valid(run, problems), measure_end(run, problems, init)
+look_at_step(run, problems, record)                              what a step logs, validation, best/
 """
 
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems
+from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
 from evaluate import evaluate, evaluate_samples, is_correct
 from lora import LoraConfig, merged
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count
 from support.errors import ConfigError
-from support.held_out import logged
-from support.questions import refuse_unanswered, splits_with_room
+from support.held_out import add_figures, logged
+from support.questions import instructed, refuse_unanswered, splits_with_room
 from support.runs import RunConfig
 from support.sampled_kl import sampled_kl
 from support.sft_report import write_samples
@@ -49,6 +50,8 @@ class PolicyConfig(RunConfig):
 class VerifiedConfig(PolicyConfig):
     """Of one whose answers can be checked."""
 
+    instruction: str = ""
+    """Text after each question that says how to answer, for models that were not fine-tuned on this data."""
     prompts: Count = 512
     """Problems N that are answered at a time, over all ranks."""
     rollouts: Count = 8
@@ -63,21 +66,25 @@ class VerifiedConfig(PolicyConfig):
     """How many of the test problems are sampled for pass@k."""
     pass_samples: Count = 16
     """Samples per problem, and the largest k."""
+    micro_batch: Count | None = None
+    """Answers per forward pass of one rank, whole groups; default 128 for the built-in problems (short), else 32."""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.micro_batch is None:
+            self.micro_batch = task_of(self.data).micro_batch
         if self.temperature == 0 and self.rollouts > 1:
             raise ConfigError(f"--temperature 0 samples the same answer {self.rollouts} times; use --rollouts 1")
 
 
 def load_verifiable(config, tokenizer, context, dist):
-    """{"train", "valid", "test"}: problems that fit the context with their answers. ConfigError if one has no answer to
-    check, or if a split has none."""
+    """{"train", "valid", "test"}: problems with --instruction that fit the context with their answers. ConfigError if
+    one has no answer to check, or if a split has none."""
 
     def load(split, n):
         problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
         refuse_unanswered(problems, split, config.data)
-        return problems
+        return instructed(problems, config)
 
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
     return splits_with_room(load, sizes, config, tokenizer, context, dist)
@@ -136,6 +143,16 @@ def measure_start(run, problems, init):
     if run.dist.is_main:
         accuracy = f"{run.state.before['accuracy']:.1%}"
         print(f"{run.model.num_params():,} parameters from {init}; test accuracy before: {accuracy}")
+
+
+def look_at_step(run, problems, record, shown=()):
+    """Log the record of a step, with validation figures if they are due, by whose accuracy best/ is kept. shown: names
+    of figures for the progress bar."""
+    if run.due(run.config.eval_every):
+        add_figures(record, measure_valid(run, problems))
+        run.keep_best(record["accuracy"])
+    run.log(run.done + 1, **record)
+    run.bar.set_postfix({name: f"{record[name]:.3f}" for name in shown if name in record}, best=f"{run.state.best:.1%}")
 
 
 def measure_end(run, problems, init):

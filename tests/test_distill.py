@@ -1,6 +1,7 @@
 """distill.py: the divergences against torch and by enumeration, the sampled form's expectation, what the teacher sees,
 and the guarantees of a run."""
 
+import copy
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ from generate import generate
 from grpo import grpo_loss
 from lora import LoraConfig
 from sft import sft_loss
-from support import devices, runs, sft_start, taught, teachers
+from support import devices, runs, sft_start, taught, teachers, verified
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
 from support.sampled_kl import sampled_kl
@@ -412,13 +413,80 @@ def test_logits_in_the_fast_form_are_those_of_the_plain_one():
     torch.testing.assert_close(picked, shared_answer_logprobs(model, packed)[0, :3].double(), atol=1e-6, rtol=1e-6)
 
 
-def test_a_teacher_with_a_padded_vocabulary_is_cut_to_the_students():
-    student, teacher, texts = tiny(), tiny(24, vocab=40, seed=1), some_texts()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_teacher_with_a_padded_vocabulary_is_cut_to_the_students(here, tied):
+    """Where it is compared, in both losses, and where it writes: ids that no text has get no probability."""
+    _, tokenizer, _ = open_checkpoint("teacher")
+    student, V = tiny(vocab=tokenizer.vocab_size).float(), tokenizer.vocab_size
+    torch.manual_seed(1)
+    layout = TransformerConfig(V + 40, context=96, n_layer=1, n_head=2, n_kv_head=1, width=24, tie_embeddings=tied)
+    padded = Transformer(layout)
+    for p in padded.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    padded.save_pretrained("padded")
+    tokenizer.save_pretrained("padded")
+    teacher, texts = open_teacher("padded", "start", student, tokenizer, "question", "cpu"), some_texts()
     (piece,) = pieces_of(texts, 64, 0, torch.device("cpu"))
-    loss, _ = distill.compare(student, teacher, piece, config(), 23)
-    with torch.no_grad():
-        teacher.embed = torch.nn.Embedding.from_pretrained(teacher.embed.weight[:30])
-    torch.testing.assert_close(loss, distill.compare(student, teacher, piece, config(), 23)[0])
+    for choices in (dict(beta=0.0), dict(loss="sample")):
+        expected, settings = 0.0, config(**choices)
+        for prompt, longer, answers, own in zip(*vars(texts).values(), strict=True):
+            for answer in answers:
+                ours = plain_logits(student, prompt, answer)
+                theirs = plain_logits(padded, longer, answer).detach()[:, :V]
+                if settings.loss == "sample":
+                    picked = [x.log_softmax(-1)[range(len(answer)), answer] for x in (ours, theirs)]
+                    A = (picked[1] - picked[0]).detach() if own else torch.ones(len(answer))
+                    expected = expected - (A * picked[0]).sum() / 23
+                else:
+                    expected = expected + by_torch(ours, theirs, torch.ones(len(answer)), 0) * len(answer) / 23
+        loss, _ = distill.compare(student, teacher, piece, settings, 23)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    written = [generate(model, [[5, 6]], 60, 8, uniforms=UNIFORMS).ids for model in (padded, teacher)]
+    assert (written[0] >= V).any()
+    assert not (written[1] >= V).any()
+    distill.main(config(teacher="padded", steps=1, on_policy=0.0))  # the student reads what the teacher has written
+
+
+UNIFORMS = torch.rand(8, 60, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("choices", [dict(beta=0.0), dict(loss="sample")])
+def test_in_bf16_a_teacher_that_is_the_student_takes_no_gradient_away(choices):
+    """One autocast keeps the bf16 weights of both passes: were those of the pass without gradients used again in the
+    other (older versions of torch do so), the weights would get none."""
+    model, texts = tiny().float(), some_texts()
+    (piece,) = pieces_of(texts, 64, 0, torch.device("cpu"))
+    gradients = []
+    for teacher in (model, copy.deepcopy(model)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = distill.compare(model, teacher, piece, config(**choices), 23)
+        gradients.append(gradient_of(model, loss))
+    assert torch.equal(*gradients)
+    exact, _ = distill.compare(model, model, piece, config(**choices), 23)
+    torch.testing.assert_close(
+        gradients[0], gradient_of(model, exact), rtol=0.1, atol=0.02 * gradients[0].norm().item()
+    )
+
+
+def test_what_the_student_never_says_the_forward_kl_alone_teaches():
+    pi, p = torch.tensor([[0.989, 0.01, 0.001], [0.5, 0.1, 0.4]], dtype=torch.float64)
+    logits = pi.log().view(1, 1, 3).requires_grad_()
+    pulls = []
+    for beta in (0, 1):
+        loss, _ = distill_loss(logits, p.log().view(1, 1, 3), torch.ones(1, 1), beta)
+        pulls.append(-torch.autograd.grad(loss, logits)[0][0, 0, 2].item())
+    assert pulls[0] == pytest.approx(0.4 - 0.001)
+    assert 0 < pulls[1] < 0.01
+
+
+@pytest.mark.parametrize("name", ["start", "copy"])
+def test_a_teacher_that_is_the_student_and_sees_the_same_is_refused(here, name):
+    shutil.copytree(here / "start", "copy/best")
+    with pytest.raises(ConfigError, match=f"the teacher {name} has the weights of start and sees what it sees"):
+        distill.main(config(teacher=name))
+    assert not (here / "runs").exists()
+    distill.main(config(teacher=name, teacher_sees="example", steps=1))
+    assert metrics("runs/distill", "loss")[1] > 0
 
 
 def test_what_the_teacher_sees():
@@ -561,7 +629,9 @@ def test_the_teacher_does_not_move_and_self_does(here, monkeypatch):
 
 
 def test_the_start_stays_best_until_something_beats_it(here, monkeypatch):
-    monkeypatch.setattr(distill, "measure_valid", lambda *_: {"accuracy": 0.0, "story_kept": 0.0})
+    monkeypatch.setattr(
+        verified, "measure_valid", lambda *_, step=None: {"accuracy": float(step == 0), "story_kept": 0.0}
+    )
     distill.main(config(steps=3))
     assert_same_weights("runs/distill/best", "start")
 
@@ -638,7 +708,7 @@ def test_another_tokenizer_is_refused_in_one_line(here):
 def test_a_teacher_that_knows_fewer_ids_is_refused(here):
     _, tokenizer, _ = open_checkpoint("start")
     with pytest.raises(ConfigError, match=r"start may sample 310 ids, the teacher teacher knows 285"):
-        open_teacher("teacher", "start", tiny(vocab=310), tokenizer, "cpu")
+        open_teacher("teacher", "start", tiny(vocab=310), tokenizer, "question", "cpu")
 
 
 @pytest.mark.parametrize(

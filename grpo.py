@@ -99,7 +99,6 @@ from lora import add_lora
 from optim import lr_at, optimizer_step
 from pretrain import shard
 from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
-from support.baselines import less_baseline
 from support.checks import Amount, Count, Positive, Whole, choice
 from support.cli import run_script
 from support.errors import ConfigError
@@ -129,6 +128,25 @@ REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevi
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objective, as pure functions.
+
+
+def less_baseline(rewards, baseline="mean"):
+    """rewards (N, R) -> (N, R), less a baseline of each question's own answers.
+
+    mean: their mean (GRPO); leave_one_out: the mean of the other answers (RLOO, arXiv:2402.14740), R / (R − 1) times
+    the difference; none. With a baseline, answers that all earn the same, or one alone, get exactly 0. Raises
+    ConfigError on an unknown name.
+    """
+    if baseline == "none":
+        return rewards
+    if baseline not in ("mean", "leave_one_out"):
+        raise ConfigError(f"--baseline {baseline!r} is not known; use mean, leave_one_out or none")
+    R = rewards.shape[1]
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if baseline == "leave_one_out" and R > 1:
+        centred = centred * R / (R - 1)
+    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # exactly, not up to the mean's rounding
+    return centred.masked_fill(same, 0.0)
 
 
 def group_advantages(rewards, scale="group", baseline="mean", lengths=None):

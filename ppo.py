@@ -89,7 +89,6 @@ from evaluate import is_correct, kl_estimate
 from lora import lora_off
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import score_groups
-from support.baselines import less_baseline, win_rates
 from support.checks import Amount, Count, Fraction, Positive, Whole
 from support.cli import run_script
 from support.content import records_of, weights_of
@@ -178,6 +177,13 @@ def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
         squares = torch.maximum(squares, other)
     loss = 0.5 * squares.sum() / (n_tokens or mask.sum().clamp(min=1))
     return loss, {"value_loss": loss.item(), "value_clip_fraction": clipped_fraction.item()}
+
+
+def win_rates(scores):
+    """scores (N, R), R at least 2 -> (N, R), between −½ and ½: the mean of σ(s_i − s_j) over the prompt's other answers
+    j, which is the chance to be better as the Bradley-Terry model has it, less one half."""
+    beats = torch.sigmoid(scores[:, :, None] - scores[:, None])  # (N, R, R), ½ against itself
+    return (beats - 0.5).sum(2) / (scores.shape[1] - 1)
 
 
 def adapt_beta(beta, kl, target, n, horizon):
@@ -395,7 +401,8 @@ def main(config):
         scores = score(batch)
         moments.add(scores, dist)
         paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~batch.ended
-        final = win_rates(paid) if config.baseline == "wins" else less_baseline(paid, config.baseline)
+        final = paid - paid.mean(1, keepdim=True) if config.baseline == "mean" else paid
+        final = win_rates(paid) if config.baseline == "wins" else final
         right = [is_correct(text, batch.problems[k // R]) for k, text in enumerate(batch.texts)]  # logged, never paid
         judged = {"correct": torch.tensor(right).float().view(n, R), "score": scores, "paid": paid}
         look.sampled()

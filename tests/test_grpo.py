@@ -18,7 +18,7 @@ import grpo
 from data import Problem, load_problems
 from evaluate import METRICS
 from generate import Rollout
-from grpo import Config, group_advantages, grpo_loss
+from grpo import Config, group_advantages, grpo_loss, less_baseline
 from lora import LoraConfig
 from support import devices, grpo_report, off_policy, policy_run, questions, rollouts, runs
 from support.checkpoints import open_checkpoint
@@ -156,6 +156,19 @@ def test_a_reward_that_is_not_there(own, path, words):
 
 
 # ------------------------------------------------------------------------------------------------ advantages
+
+
+def test_a_baseline_by_hand():
+    rewards = torch.tensor([[2.0, 0.0, 1.0], [0.1, 0.1, 0.1], [4.0, 0.0, 0.5]], dtype=torch.float64)
+    assert less_baseline(rewards[:1]).tolist() == [[1.0, -1.0, 0.0]]
+    assert less_baseline(rewards, "none") is rewards
+    others = [[r - (sum(row) - r) / 2 for r in row] for row in rewards.tolist()]  # less the mean of the other two
+    torch.testing.assert_close(less_baseline(rewards, "leave_one_out"), torch.tensor(others, dtype=torch.float64))
+    for baseline in ("mean", "leave_one_out"):
+        assert (less_baseline(rewards, baseline)[1] == 0).all()  # 0.1 is no float: no rounding leaks
+        assert less_baseline(rewards[:, :1], baseline).tolist() == [[0.0]] * 3
+    with pytest.raises(ConfigError, match="--baseline 'median' is not known"):
+        less_baseline(rewards, "median")
 
 
 def test_advantages_by_hand():

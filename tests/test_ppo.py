@@ -23,10 +23,10 @@ from ppo import (
     token_rewards,
     value_loss,
     whiten,
+    win_rates,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
 from support import devices, ppo_setup, runs
-from support.baselines import less_baseline, win_rates
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
 from support.moments import RunningMoments
@@ -576,19 +576,6 @@ def test_the_defaults_run_the_textbook_form(here):
     assert min(metrics("runs/ppo", "updates").values()) > 1
     assert min(metrics("runs/ppo", "ratio_spread").values()) > 0.01
     assert max(metrics("runs/ppo", "clip_fraction").values()) > 0
-
-
-def test_a_baseline_by_hand():
-    rewards = torch.tensor([[2.0, 0.0, 1.0], [0.1, 0.1, 0.1], [4.0, 0.0, 0.5]], dtype=torch.float64)
-    assert less_baseline(rewards[:1]).tolist() == [[1.0, -1.0, 0.0]]
-    assert less_baseline(rewards, "none") is rewards
-    others = [[r - (sum(row) - r) / 2 for r in row] for row in rewards.tolist()]  # less the mean of the other two
-    torch.testing.assert_close(less_baseline(rewards, "leave_one_out"), torch.tensor(others, dtype=torch.float64))
-    for baseline in ("mean", "leave_one_out"):
-        assert (less_baseline(rewards, baseline)[1] == 0).all()  # 0.1 is no float: no rounding leaks
-        assert less_baseline(rewards[:, :1], baseline).tolist() == [[0.0]] * 3
-    with pytest.raises(ConfigError, match="--baseline 'median' is not known"):
-        less_baseline(rewards, "median")
 
 
 def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):

@@ -13,10 +13,9 @@ import distill
 import dpo
 import gdpo
 import grpo
-from grpo import ALGORITHMS, group_advantages, grpo_loss, loss_with, reward_sums
+from grpo import ALGORITHMS, group_advantages, grpo_loss, less_baseline, loss_with, reward_sums
 from reward_model import RewardModel, bradley_terry_loss
 from support import devices, shared_prompt, taught
-from support.baselines import less_baseline
 from support.hf import LAYOUTS, layout_of, to_layout
 from support.judged import shift_answers
 from support.off_policy import sampler_weights

@@ -3,30 +3,29 @@
 The simplest alignment there is, and the baseline that the others must beat: sft.py's loss on the policy's own answers,
 those that the verifier accepts. No advantage, no ratio, no clip, no second model.
 
-A policy π solves a problem x with probability p(x) = Σ π(y | x) over the right answers y. To be maximized:
+A policy π solves a problem x with probability p(x) = Σ π(y | x) over the right, complete answers y. To be maximized:
 
     J(π) = Σ_x log p(x)  ≥  Σ_x Σ_y q(y | x) log(π(y | x) / q(y | x))     any q over the right answers (Jensen)
 
 EM first picks the q that makes the two sides equal, then raises the right-hand side over π (ReST-EM, arXiv:2312.06585).
-With exact steps J cannot fall; with samples and a few optimizer steps that holds only nearly. Round k:
+With exact steps J cannot fall; with samples and a few steps that holds only nearly. Round k, at --temperature 1:
 
     E-step   q(y | x) = π_k(y | x) / p_k(x)               sample R answers per problem from π_k; keep the K_x right ones
     M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]     fine-tune on them: minimize
              L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
 
-A step below divides by the weighted tokens of its own answers and not by N: the same direction in the mean, but a step
-is no smaller when few answers are right.
+A step below divides by the weighted tokens of its own answers and not by N: about the same direction, and the step does
+not shrink when few answers are right.
 
 At the first step of a round, where π = π_k, −∇L is a policy gradient. The expected −∇ of one problem's term, over the
 R random samples:
 
-    weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710, grpo.py --algorithm
-                                                               maxrl --baseline none); for large R ∇p / p = ∇log p
-    weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0 (--weigh answer,
-                                                               up to the divisor)
+    weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710); for large R ∇log p
+    weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0
 
+The first is grpo.py --algorithm maxrl --baseline none --format_weight 0, the second --weigh answer, up to the divisor.
 Both need --distinct false and no --max_per_problem: EM counts an answer as often as it was sampled, so what is frequent
-grows. The defaults keep one of equal answers: every different right answer of a problem has the same weight.
+grows. The defaults keep one of the answers with equal ids: each right one of a problem has the same weight.
 
 The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. One round, of
 N = --prompts problems with R = --rollouts answers each (main has the same four parts):
@@ -51,7 +50,7 @@ Traps:
     proportions (`demo`); an unsolved problem adds nothing. pass@1 rises towards pass@k, which itself gains less.
 
 The relatives:
-    STaR      arXiv:2203.14465; --rollouts 1 --temperature 0 --restart true: greedy; hints for failures are not here
+    STaR      arXiv:2203.14465; --rollouts 1 --temperature 0 --restart true: greedy, so no EM; without its hints
     RFT       arXiv:2308.01825; --rollouts 64, --round_steps equal to --steps: one round. Theirs samples 100 answers,
               keeps one of each list of equations, and adds the demonstrations
     ReST-EM   --rollouts 32 --max_per_problem 10 --weigh answer --restart true
@@ -62,7 +61,6 @@ Run it:
     torchrun --nproc_per_node 2 rejection.py --data gsm8k --init runs/sft --max_new_tokens 200
 """
 
-import contextlib
 import itertools
 import time
 from dataclasses import asdict, dataclass
@@ -80,27 +78,27 @@ from support.checks import Count
 from support.cli import run_script
 from support.content import records_of, weights_of
 from support.devices import precision, setup
-from support.held_out import add_figures
 from support.lora_files import LoraState
 from support.rejection_report import report
 from support.rollouts import Sampler
-from support.rounds import back_to_start, check_rounds, refuse_unsolved
+from support.rounds import back_to_start, check_rounds, round_figures
 from support.runs import Run
 from support.sft_start import sft_start
-from support.verified import VerifiedConfig, judged_answers, load_verifiable, measure_end, measure_start, measure_valid
+from support.sharding import averaging
+from support.verified import VerifiedConfig, judged_answers, load_verifiable, look_at_step, measure_end, measure_start
 from transformer import token_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is kept, and what it weighs.
 
 
-def keep_right(answers, distinct=True, most=None):
-    """The answers to one problem, (ids, right, ended) each -> ids of those that are fine-tuned on."""
+def keep_right(answers, distinct=True, limit=None):
+    """The answers to one problem, (ids, right, ended) each -> the ids of those that are kept, at most `limit`."""
     kept = []
     for ids, right, ended in answers:
         if right and ended and not (distinct and ids in kept):
             kept.append(ids)
-    return kept[:most]
+    return kept[:limit]
 
 
 def encode_kept(prompt, answer, weight):
@@ -108,23 +106,20 @@ def encode_kept(prompt, answer, weight):
     return prompt + answer, [0.0] * len(prompt) + [weight] * len(answer)
 
 
-def keep_round(groups, config):
-    """N of (prompt, [(ids, right, ended), …R]) -> {"kept": [(prompt, answer, weight), …], "right": share of the answers
-    that are right and complete, "solved": share of the problems that have one}. ConfigError if none has."""
+def keep_round(groups, distinct=True, limit=None, weigh="problem"):
+    """N pairs: prompt ids, R answers (ids, right, ended) -> [(prompt, answer, weight), …]."""
     kept = []
     for prompt, answers in groups:
-        of_problem = keep_right(answers, config.distinct, config.max_per_problem)  # the K_x answers
-        kept += [(prompt, ids, 1 / len(of_problem) if config.weigh == "problem" else 1.0) for ids in of_problem]
-    usable = torch.tensor([[right and ended for _, right, ended in answers] for _, answers in groups])  # (N, R)
-    refuse_unsolved(usable)
-    return {"kept": kept, "right": usable.double().mean().item(), "solved": usable.any(1).double().mean().item()}
+        kept_here = keep_right(answers, distinct, limit)  # the K_x answers
+        kept += [(prompt, ids, 1 / len(kept_here) if weigh == "problem" else 1.0) for ids in kept_here]
+    return kept
 
 
 def demo():
     """What is kept of two problems' answers; one step on every possible group of answers; what the M-step leaves."""
-    easy = [([5, 5, 1], True, True), ([5, 5, 1], True, True), ([6, 1], True, True), ([7, 7, 7], True, False)]
+    easy = [([5, 5, 1], True, True), ([5, 5, 1], True, True), ([6, 1], True, True), ([7, 7, 7], True, False)]  # 1: end
     hard = [([8, 1], False, True), ([9, 1], True, True), ([8, 8, 1], False, True), ([4, 1], False, True)]
-    kept = keep_round([([2], easy), ([3], hard)], Config(init="start"))["kept"]
+    kept = keep_round([([2], easy), ([3], hard)])
     assert kept == [([2], [5, 5, 1], 1 / 2), ([2], [6, 1], 1 / 2), ([3], [9, 1], 1.0)]
     assert encode_kept(*kept[1]) == ([2, 6, 1], [0, 1 / 2, 1 / 2])
     print("prompt 2: three right answers, two of them equal, and one cut off; prompt 3: one right, three wrong. Kept:")
@@ -140,14 +135,18 @@ def demo():
         mean = torch.zeros(3, dtype=torch.float64)  # of −∇L
         for group in itertools.product(range(3), repeat=R):  # 3^R groups
             ids = [y for y in group if right[y]]  # K of them
-            mask = torch.full((len(ids), 1), 1 / max(1, len(ids)) if weight == "1/K" else 1 / R)  # (K, 1) tokens
+            w = 1 / max(1, len(ids)) if weight == "1/K" else 1 / R
+            mask = torch.full((len(ids), 1), w)  # (K, 1) tokens
             logprobs = logits.log_softmax(0)[ids, None]  # (K, 1)
             loss, _ = sft_loss(logprobs, mask, n_tokens=1)  # of N = 1 problem
             mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
         factor = sum((1 - p) ** j for j in range(R)) if weight == "1/K" else 1.0
         torch.testing.assert_close(mean, factor * grad_p)
         print(f"  R = {R}, weight {weight}   {factor:.3f} ∇p = {', '.join(f'{g:+.4f}' for g in mean)}")
-    q = pi * right / p  # the M-step's best π: the gradient of E_q[log π] is q − π
+    q = pi * right / p
+    (gradient,) = torch.autograd.grad((q * logits.log_softmax(0)).sum(), logits)  # of E_q[log π]
+    torch.testing.assert_close(gradient, q - pi)  # 0 where π = q: the M-step's best π
+    assert q.tolist() == [0, 3 / 4, 1 / 4]
     before, after = (torch.special.entr(probs).sum().item() for probs in (pi, q))
     print(f"the exact M-step: π = 0, 3/4, 1/4, the right ones still 3 to 1; entropy {before:.2f} -> {after:.2f} nats")
 
@@ -166,12 +165,12 @@ class Config(VerifiedConfig):
     max_per_problem: Count | None = None
     """Most answers that are kept of a problem; default: all."""
     distinct: bool = True
-    """Keep one of equal answers."""
+    """Keep one of the answers to a problem that have equal ids."""
     weigh: Literal["problem", "answer"] = "problem"
     """What weighs the same: every problem (each of its K answers 1/K), or every answer."""
     restart: bool = False
-    """Fine-tune the start model in each round, with a schedule of its own, instead of what the last round left: no
-    drift adds up, but each round must relearn everything from the start model."""
+    """Fine-tune the start model in each round, with a schedule (and --warmup) of its own, instead of what the last
+    round left: no drift adds up, but each round must relearn everything from the start model."""
     batch: Count = 64
     """Kept answers per optimizer step, over all ranks."""
     micro_batch: Count = 64
@@ -191,10 +190,18 @@ def main(config):
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
+    policy.eval()  # throughout: the policy that is tuned is the one that was sampled
     problems = load_verifiable(config, tokenizer, policy.config.context, dist)
-    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, tokenizer.stop_ids)
+    sample = Sampler(policy, tokenizer, problems["train"], config, autocast)
+
+    def sample_and_keep(k):
+        """Round k: {"kept": [(prompt, answer, weight), …], "right", "solved"}. ConfigError if nothing is right."""
+        groups = judged_answers(sample, k, config, dist)
+        kept = keep_round(groups, config.distinct, config.max_per_problem, config.weigh)
+        return {"kept": kept} | round_figures(groups, k)
+
     # The first round, before the run opens its directory: if nothing is right, an earlier run stays where it is.
-    round_data = None if config.resume else keep_round(judged_answers(sample, 0, config, dist), config)
+    round_data = None if config.resume else sample_and_keep(0)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     start_weights = [p.detach().clone() for p in policy.parameters()] if config.restart else []
@@ -208,45 +215,39 @@ def main(config):
         k, s = divmod(step, config.round_steps)  # round k, its step s
         record = {}
         if s == 0:
-            # 1. sample: the policy answers the problems of the round
-            # 2. keep what the verifier accepts
+            # 1. sample the round's answers, and 2. keep what the verifier accepts
             if k > 0:  # round 0 was sampled above
-                run.state.sampled = keep_round(judged_answers(sample, k, config, dist), config)
+                run.state.sampled = sample_and_keep(k)
             if config.restart:
                 back_to_start(policy, start_weights, optimizers)
             record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}
         kept = run.state.sampled["kept"]  # (prompt, answer, weight) each
 
-        # 3. tune: sft.py's step on the next B of them, each round in an order of its own (+ 7_919 * k)
+        # 3. tune: sft.py's step on the next B of them, in an order that 7_919 * k makes another in each round
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
         n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
-        own = batch[dist.rank * per_rank : (dist.rank + 1) * per_rank]
-        own = sorted(own, key=lambda example: len(example[0]))  # answers of like length waste no padding
+        rank_batch = batch[dist.rank * per_rank : (dist.rank + 1) * per_rank]
+        rank_batch.sort(key=lambda example: len(example[0]))  # answers of like length waste no padding
         loss_sum = 0.0
         for i in range(0, per_rank, config.micro_batch):
-            micro = collate(own[i : i + config.micro_batch], tokenizer.endoftext_id).to(dist.device)  # (b, T)
+            micro = collate(rank_batch[i : i + config.micro_batch], tokenizer.endoftext_id).to(dist.device)  # (b, T)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
-            # DDP averages the gradients of the ranks in the last backward alone; * world makes the average a sum.
-            last = i + config.micro_batch >= per_rank
-            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+            # The ranks average their gradients in the last backward alone; * world makes the average a sum
+            with averaging(model, now=i + config.micro_batch >= per_rank):
                 with autocast():
                     logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)  # (b, T − 1)
                 loss, metrics = sft_loss(logprobs, mask, n_tokens)  # ()
                 scaler.scale(loss * dist.world).backward()
             loss_sum += metrics["loss"]
         (loss_sum,) = dist.sum(loss_sum)
-        at = (s, config.round_steps) if config.restart else (step, config.steps)  # --restart: a schedule per round
-        lr = lr_at(*at, config.lr, config.warmup)
+        schedule = (s, config.round_steps) if config.restart else (step, config.steps)
+        lr = lr_at(*schedule, config.lr, config.warmup)
         norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
         run.check_finite(lr, norm, loss=loss_sum)
 
         # 4. look
         record |= {"loss": loss_sum, "lr": lr, "grad_norm": norm}
-        if run.due(config.eval_every):
-            add_figures(record, measure_valid(run, problems))
-            run.keep_best(record["accuracy"])
-        run.log(step + 1, **record)
-        run.bar.set_postfix(round=k + 1, loss=f"{loss_sum:.3f}", kept=len(kept), best=f"{run.state.best:.1%}")
+        look_at_step(run, problems, record, shown=("loss",), round=k + 1, kept=len(kept))
     run.close()
 
     figures = measure_end(run, problems, init)  # the test split again, with best/, and how far it is from the start

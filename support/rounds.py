@@ -1,4 +1,6 @@
-"""The rounds of rejection.py: which are refused, and how one begins anew from the start model."""
+"""The rounds of rejection.py: what is logged of one, which are refused, and how one begins from the start model."""
+
+import torch
 
 from support.errors import ConfigError
 
@@ -12,13 +14,18 @@ def check_rounds(config):
         raise ConfigError(f"--max_per_problem {c.max_per_problem} is more than the --rollouts {c.rollouts}")
 
 
-def refuse_unsolved(usable):
-    """ConfigError if no answer can be fine-tuned on. usable (N, R): right and complete."""
+def round_figures(groups, k):
+    """The answers of round k, N of (prompt, R of (ids, right, ended)) -> {"right": the share of the answers that are
+    right and complete, "solved": the share of the problems that have one}. ConfigError if there is none."""
+    usable = torch.tensor([[right and ended for _, right, ended in answers] for _, answers in groups])  # (N, R)
     if not usable.any():
+        advice = "give another --init, more --prompts or --rollouts, or a larger --max_new_tokens"
+        collapsed = "the policy has collapsed: best/ keeps the best one; try a smaller --lr or fewer --round_steps"
         raise ConfigError(
-            f"none of {usable.numel():,} sampled answers is right and complete, so there is nothing to fine-tune "
-            "on: give another --init, more --prompts or --rollouts, or a larger --max_new_tokens"
+            f"none of {usable.numel():,} sampled answers{f' of round {k + 1}' if k else ''} is right and complete, so "
+            f"there is nothing to fine-tune on: {collapsed if k else advice}"
         )
+    return {"right": usable.double().mean().item(), "solved": usable.any(1).double().mean().item()}
 
 
 def back_to_start(policy, start_weights, optimizers):

@@ -145,14 +145,15 @@ def measure_start(run, problems, init):
         print(f"{run.model.num_params():,} parameters from {init}; test accuracy before: {accuracy}")
 
 
-def look_at_step(run, problems, record, shown=()):
-    """Log the record of a step, with validation figures if they are due, by whose accuracy best/ is kept. shown: names
-    of figures for the progress bar."""
+def look_at_step(run, problems, record, shown=(), **more):
+    """Log the record of a step, with validation figures if they are due, by whose accuracy best/ is kept. On the
+    progress bar: the figures `shown` of the record, and `more`."""
     if run.due(run.config.eval_every):
         add_figures(record, measure_valid(run, problems))
         run.keep_best(record["accuracy"])
     run.log(run.done + 1, **record)
-    run.bar.set_postfix({name: f"{record[name]:.3f}" for name in shown if name in record}, best=f"{run.state.best:.1%}")
+    brief = {name: f"{record[name]:.3f}" for name in shown if name in record}
+    run.bar.set_postfix(brief | more, best=f"{run.state.best:.1%}")
 
 
 def measure_end(run, problems, init):

@@ -28,6 +28,7 @@ from support import devices, runs, verified
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError
 from support.rollouts import Sampler
+from support.rounds import round_figures
 from support.verified import judged_answers
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs, token_logprobs
@@ -91,9 +92,9 @@ ANSWERS = [
     [
         ({}, [[5, 1], [7, 1]]),
         ({"distinct": False}, [[5, 1], [5, 1], [7, 1]]),
-        ({"most": 1}, [[5, 1]]),
-        ({"distinct": False, "most": 2}, [[5, 1], [5, 1]]),
-        ({"most": 9}, [[5, 1], [7, 1]]),
+        ({"limit": 1}, [[5, 1]]),
+        ({"distinct": False, "limit": 2}, [[5, 1], [5, 1]]),
+        ({"limit": 9}, [[5, 1], [7, 1]]),
     ],
 )
 def test_right_and_complete_answers_are_kept(options, kept):
@@ -111,13 +112,13 @@ def test_what_a_round_keeps_by_hand():
     ]
     never = [([4, 1], False, True)] * 5
     groups = [([2, 3], ANSWERS), ([2], hard), ([3], never)]
-    sampled = keep_round(groups, config())
-    assert sampled["kept"] == [([2, 3], [5, 1], 1 / 2), ([2, 3], [7, 1], 1 / 2), ([2], [9, 1], 1.0)]
-    assert sampled["right"] == pytest.approx(4 / 15)  # the one that was cut off is none of them
-    assert sampled["solved"] == pytest.approx(2 / 3)
-    assert [w for *_, w in keep_round(groups, config(distinct=False))["kept"]] == [1 / 3, 1 / 3, 1 / 3, 1.0]
-    assert [w for *_, w in keep_round(groups, config(weigh="answer"))["kept"]] == [1.0, 1.0, 1.0]
-    assert [w for *_, w in keep_round(groups, config(max_per_problem=1))["kept"]] == [1.0, 1.0]
+    assert keep_round(groups) == [([2, 3], [5, 1], 1 / 2), ([2, 3], [7, 1], 1 / 2), ([2], [9, 1], 1.0)]
+    figures = round_figures(groups, 0)
+    assert figures["right"] == pytest.approx(4 / 15)  # the one that was cut off is none of them
+    assert figures["solved"] == pytest.approx(2 / 3)
+    assert [w for *_, w in keep_round(groups, distinct=False)] == [1 / 3, 1 / 3, 1 / 3, 1.0]
+    assert [w for *_, w in keep_round(groups, weigh="answer")] == [1.0, 1.0, 1.0]
+    assert [w for *_, w in keep_round(groups, limit=1)] == [1.0, 1.0]
     assert encode_kept([2, 3], [5, 1], 0.5) == ([2, 3, 5, 1], [0.0, 0.0, 0.5, 0.5])
 
 
@@ -157,7 +158,7 @@ def test_loss_and_gradient_are_those_of_sft_on_what_is_kept(here):
         groups.append(
             (prompt, [([9, 9], False, True), (answer, True, True), (answer, True, True), (answer[:-1], True, False)])
         )
-    loss = loss_on(model, keep_round(groups, config())["kept"])
+    loss = loss_on(model, keep_round(groups))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient_of(model, loss), gradient_of(model, expected))
 
@@ -198,12 +199,11 @@ def test_the_on_policy_gradient_is_maxrls():
             of_grpo = of_grpo + order_R[g, i] * S / R / N
             baseline = baseline + (S / R / N if mean else 0.0)
             reinforce = reinforce + r * S / R / N
-    copies = config(distinct=False)
-    ours = -gradient_of(model, loss_on(model, keep_round(groups, copies)["kept"], n=N))
+    ours = -gradient_of(model, loss_on(model, keep_round(groups, distinct=False), n=N))
     torch.testing.assert_close(ours, maxrl + baseline)
     torch.testing.assert_close(ours, of_grpo)
     assert (maxrl - reinforce).norm() > 0.1 * maxrl.norm()  # the problems are not equally hard
-    by_answer = keep_round(groups, config(distinct=False, weigh="answer"))["kept"]
+    by_answer = keep_round(groups, distinct=False, weigh="answer")
     torch.testing.assert_close(-gradient_of(model, loss_on(model, by_answer, n=N * R)), reinforce)
 
 
@@ -220,7 +220,7 @@ def test_its_expectation_over_all_groups(R):
         for group in itertools.product(range(5), repeat=R):
             if any(right[y] for y in group):
                 answers = [([y], right[y], True) for y in group]
-                kept = keep_round([([0], answers)], config(distinct=False, weigh=weigh))["kept"]
+                kept = keep_round([([0], answers)], distinct=False, weigh=weigh)
                 mask = torch.tensor([[w] for *_, w in kept])
                 loss, _ = sft_loss(logits.log_softmax(0)[[ids[0] for _, ids, _ in kept], None], mask, n)
                 mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
@@ -232,7 +232,7 @@ def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
     seen = []
     monkeypatch.setattr(rejection, "keep_round", lambda *a: seen.append(keep_round(*a)) or seen[-1])
     rejection.main(config(steps=1, round_steps=1, micro_batch=2, distinct=False))
-    kept = seen[0]["kept"]
+    kept = seen[0]
     assert len({w for *_, w in kept}) > 1
     batch = [kept[i] for i in rows_at(len(kept), 0, 6, 0)]
     model = open_checkpoint("start")[0]
@@ -255,7 +255,7 @@ def test_sampled_answers_are_judged_alike_however_they_are_cut(here, monkeypatch
     policy, tokenizer, _ = open_checkpoint("start")
     problems = verified.load_verifiable(settings, tokenizer, policy.config.context, dist)["train"]
     autocast, _ = devices.precision("fp32", dist)
-    sample = Sampler(policy, tokenizer, problems, settings, autocast, tokenizer.stop_ids)
+    sample = Sampler(policy, tokenizer, problems, settings, autocast)
     whole = judged_answers(sample, 1, settings, dist)
     assert whole == judged_answers(sample, 1, settings, dist, chunk=3)
     assert [len(answers) for _, answers in whole] == [4] * 7
@@ -301,7 +301,9 @@ def test_a_run_learns_and_leaves_everything(here, capsys):
 
 
 def test_the_start_stays_best_until_something_beats_it(here, monkeypatch):
-    monkeypatch.setattr(rejection, "measure_valid", lambda *_: {"accuracy": 0.0, "story_kept": 0.0})
+    monkeypatch.setattr(
+        verified, "measure_valid", lambda *_, step=None: {"accuracy": float(step == 0), "story_kept": 0.0}
+    )
     rejection.main(config(steps=3))
     assert_same_weights("runs/rejection/best", "start")
 
@@ -437,6 +439,40 @@ def test_without_a_right_answer_a_run_says_so_and_moves_nothing(here, monkeypatc
 def test_bad_settings(changes, message):
     with pytest.raises(ConfigError, match=message):
         config(**changes)
+
+
+def test_a_policy_that_collapses_in_a_later_round_is_told_so(here, monkeypatch):
+    rounds, judged = [], rejection.judged_answers
+
+    def all_wrong_later(sample, k, *more):
+        rounds.append(k)
+        groups = judged(sample, k, *more)
+        return [(prompt, [(ids, right and k == 0, end) for ids, right, end in answers]) for prompt, answers in groups]
+
+    monkeypatch.setattr(rejection, "judged_answers", all_wrong_later)
+    with pytest.raises(ConfigError, match=r"24 sampled answers of round 2 is right.*collapsed: best/ keeps the best"):
+        rejection.main(config())
+    assert rounds == [0, 1]
+    assert (here / "runs/rejection/best/model.safetensors").exists()
+
+
+def test_what_is_tuned_is_what_was_sampled(here, monkeypatch):
+    """In eval mode: in training an MoE drops assignments beyond its capacity, by the cut into micro-batches."""
+    modes, logprobs_of = [], rejection.token_logprobs
+    monkeypatch.setattr(
+        rejection, "token_logprobs", lambda model, *a, **k: modes.append(model.training) or logprobs_of(model, *a, **k)
+    )
+    rejection.main(config(steps=6, micro_batch=3, instruction="Say it."))
+    assert len(modes) == 12
+    assert not any(modes)
+
+
+def test_the_instruction_stands_after_each_question(here, monkeypatch):
+    asked, judged = [], rejection.judged_answers
+    monkeypatch.setattr(rejection, "judged_answers", lambda *a: asked.append(judged(*a)) or asked[-1])
+    rejection.main(config(steps=3, instruction="Say it."))
+    tokenizer = open_checkpoint("start")[1]
+    assert all("?\nSay it." in tokenizer.decode(prompt) for prompt, _ in asked[0])
 
 
 def test_star_is_one_greedy_answer(here):

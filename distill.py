@@ -36,10 +36,11 @@ One step, for N = --prompts questions with R = --rollouts answers each, b answer
     clip the gradient's norm, optimizer step                                                           3. update
     log; every so often answer validation questions, keep the best checkpoint                          4. look
 
-The defaults compare whole distributions on the student's texts alone, 200 steps of 96 answers; by the forward KL, which
-did better here than the reverse (90.2 and 84.8 % in validation, one seed: results/distill_word.md). The teacher is the
-built-in start taken through grpo.py, the student a model of half its width, pretrained and fine-tuned alike; both are
-made once, under runs/start. Off: the teacher's texts, --loss sample, self-distillation, LoRA.
+The defaults compare whole distributions on the student's texts alone, 200 steps of 96 answers; by the forward KL. Here
+the reverse, the teacher's texts and plain SFT on them did about as well, and the sampled token far worse, as it hears
+less per token (results/distill.md). The teacher is the built-in start taken through grpo.py, the student a model of
+half its width, pretrained and fine-tuned alike; both are made once, under runs/start. Off: the teacher's texts, --loss
+sample, self-distillation, LoRA.
 
 Self-distillation: --teacher self is the student's own weights of the moment, after a longer prompt. --teacher_sees
 example puts a worked example (another training problem, solved) before the question; solution this problem's own

@@ -60,7 +60,7 @@ def here(scratch, monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "settings", "reads"),
     [
-        (pretrain, PRETRAIN | dict(data="problems.jsonl", init="start"), ["problems.jsonl", "start"]),
+        (pretrain, PRETRAIN | dict(data="problems.jsonl", init="start", tokenizer="bpe"), ["problems.jsonl", "start"]),
         (sft, FEW | dict(init="start", data="problems.jsonl", max_new_tokens=6), ["problems.jsonl", "start"]),
         (sft, FEW | dict(init="start", max_new_tokens=6, lora=LoraConfig(2)), ["start"]),
         (
@@ -93,7 +93,8 @@ def test_resume_refuses_what_changed(here, stage, settings, reads):
 
 def test_a_start_is_made_again_if_what_it_read_has_changed(here, capsys):
     def start(**settings):
-        settings = PRETRAIN | dict(data="problems.jsonl", steps=1) | settings
+        kind = "bpe" if "init" in settings else "char"  # the checkpoint's
+        settings = PRETRAIN | dict(data="problems.jsonl", steps=1, tokenizer=kind) | settings
         make_start_once("start/mini", "making", pretrain, settings, devices.setup("cpu"))
         return "made earlier" not in capsys.readouterr().out
 

@@ -46,7 +46,7 @@ STAGES = {  # each once: its flags. A stage may read the runs of those before it
     "grpo": CHECKED | dict(micro_batch=8),
     "gdpo": CHECKED | dict(micro_batch=8, brevity_weight=1),
     "rejection": CHECKED | dict(prompts=8, batch=4, round_steps=1),
-    "distill": CHECKED | dict(teacher="runs/grpo", prompts=8, micro_batch=8),
+    "distill": CHECKED | dict(teacher="runs/grpo/last", prompts=8, micro_batch=8),
     "agent": CHECKED | dict(micro_batch=8, max_new_tokens=14),
     "encoder": CODER,
     "evaluate": MEASURE,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data import Problem
+from generate import Rollout
 from grpo import Config, accuracy_reward
 from support.devices import Dist
 from support.rewards import format_reward
@@ -83,7 +84,8 @@ def test_what_the_verifier_can_read_is_counted(capsys):
     texts = [r"so it is \boxed{4}", "#### 5", "#### 4 pears", r"\boxed{4} #### 5"]  # right, wrong, right, two answers
     problem = Problem("2 + 2?", "#### 4", "4")
     batch = SimpleNamespace(problems=[problem], texts=texts, ended=torch.ones(1, 4, dtype=torch.bool), rewards={})
-    batch.rollout = SimpleNamespace(mask=torch.ones(4, 9, dtype=torch.bool))
+    ids = torch.zeros(4, 9, dtype=torch.long)
+    batch.rollout = Rollout(ids, torch.ones(4, 9, dtype=torch.bool), torch.zeros(4, 9))
     config = Config(prompts=1, minibatches=1, rollouts=4, steps=1)
     functions = {"correct": accuracy_reward, "format": format_reward}
 

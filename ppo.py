@@ -401,8 +401,9 @@ def main(config):
         scores = score(batch)
         moments.add(scores, dist)
         paid = (moments.normalise(scores) if config.normalise else scores) - config.missing_end * ~batch.ended
-        final = paid - paid.mean(1, keepdim=True) if config.baseline == "mean" else paid
-        final = win_rates(paid) if config.baseline == "wins" else final
+        final = win_rates(paid) if config.baseline == "wins" else paid
+        if config.baseline == "mean":
+            final = paid - paid.mean(1, keepdim=True)
         right = [is_correct(text, batch.problems[k // R]) for k, text in enumerate(batch.texts)]  # logged, never paid
         judged = {"correct": torch.tensor(right).float().view(n, R), "score": scores, "paid": paid}
         look.sampled()

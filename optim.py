@@ -70,10 +70,9 @@ between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the small o
 The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2 √max(rows, columns) U Vᵀ moves a weight by
 0.2 η, about what AdamW does when the gradients are noise.
 
-Which one, at which rate. Muon is the default by choice, not by a finding: no page here separates the two. At one η
-AdamW moves a weight by 0.23 η (noise) to η (agreement), Muon by about 0.2 η either way, so AdamW wants a lower rate:
-about a sixth in GRPO's first trials, one run each; for other stages it is not measured. Clipping made no difference
-that three seeds show, under AdamW (results/grad-clip.md): dividing by √v̂ limits the step already.
+Which one, at which rate. Muon is the default by choice, not by a finding: no page here separates the two. AdamW, whose
+step may be five times Muon's, wants a lower rate: about a sixth in GRPO's first trials, one run each. Clipping made no
+difference that three seeds show, under AdamW (results/grad-clip.md): dividing by √v̂ limits the step already.
 
 SGD, Adam and AdamW below are the plain form, to read and to test against; training runs torch's fused AdamW, which
 computes the same in one pass over the memory. Muon is ours. Run it: `python optim.py`.
@@ -167,19 +166,17 @@ def orthogonalise(m, rounds=5):
 
 class Muon(torch.optim.Optimizer):
     """Nesterov's momentum, orthogonalised, scaled to AdamW's size. Parameters are matrices, or stacks of them (experts,
-    rows, columns). Those of one shape go through the rounds together: small ones, one by one, do not fill the machine.
-    Under FSDP, where a rank holds some rows of each, `in_stacks` gathers them; the momentum stays sharded."""
-
-    STACK = 2**24  # numbers that go through the rounds together at most: bounds the memory
+    rows, columns). `in_stacks` puts those of one shape through the rounds together: small ones, one by one, do not fill
+    the machine."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             lr, decay, ahead = group["lr"], group["weight_decay"], partial(self.ahead, mu=group["momentum"])
-            for w, update in in_stacks(group["params"], self.STACK, ahead, orthogonalise):  # (..., rows, columns) each
+            for w, update in in_stacks(group["params"], ahead, orthogonalise):  # (..., rows, columns) each
                 w.mul_(1 - lr * decay)
                 w.add_(update, alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)
 
@@ -200,9 +197,9 @@ def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
     """Learning rate of step 0 … steps−1: up a line to `peak` in `warmup` steps, then down towards floor · peak, which
     step `steps` would have. ConfigError on a schedule that is not known.
 
-    cosine (arXiv:1608.03983, one half-wave) or linear from there on; wsd (arXiv:2404.06395) stays at the peak until the
-    last `decay` share of the steps, or what the warm-up leaves of it, then falls in a line (there exponentially):
-    a run can be continued from any checkpoint before the fall.
+    cosine (arXiv:1608.03983, one half-wave) and linear fall at once; wsd (arXiv:2404.06395, whose fall is exponential)
+    falls in a line over the last `decay` share of the steps, or what the warm-up leaves of it. Until then it stays at
+    the peak: a run can be continued from any checkpoint before the fall.
     """
     if schedule not in ("cosine", "linear", "wsd"):
         raise ConfigError(f"--schedule {schedule!r} is not known; use cosine, linear or wsd")
@@ -234,13 +231,14 @@ def make_optimizers(unwrapped, kind, lr, weight_decay, betas=(0.9, 0.95)):
         raise ConfigError(f"--optimizer {kind!r} is not known; use adamw or muon")
     inner, decayed, undecayed = [], [], []
     for name, p in unwrapped.named_parameters():
-        matrix = p.dim() >= 2 and "learned" not in name  # learned positions are a table of vectors
         if not p.requires_grad:
             continue
-        if matrix and kind == "muon" and name.startswith("blocks.") and not name.endswith("router.weight"):
+        if p.dim() < 2 or "learned" in name:  # learned positions are a table of vectors
+            undecayed.append(p)
+        elif kind == "muon" and name.startswith("blocks.") and not name.endswith("router.weight"):
             inner.append(p)
         else:
-            (decayed if matrix else undecayed).append(p)
+            decayed.append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)] if groups else []
@@ -265,11 +263,13 @@ def optimizer_steps(parts, scaler, autocast, clip):
             scaler.unscale_(optimizer)  # before clipping: the norm of scaled gradients means nothing
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
         norms.append(full_tensor(norm).item())  # under FSDP, over all ranks' parts
-    for optimizer in (optimizer for _, optimizers, _ in parts for optimizer in optimizers):
-        if all(map(math.isfinite, norms)):  # all or none: scaler.step looks at one optimizer at a time
-            with autocast():
-                scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+    finite = all(map(math.isfinite, norms))  # all step or none: scaler.step looks at one optimizer at a time
+    for _, optimizers, _ in parts:
+        for optimizer in optimizers:
+            if finite:
+                with autocast():
+                    scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
     scaler.update()  # half the scale after an overflow, twice after 2,000 steps without
     return norms
 

@@ -6,7 +6,7 @@
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py
     full_tensor(x)                     one tensor, where a formula needs all of it              optim.py
-    in_stacks(params, limit, …)        what Muon does to matrices, to several at once           optim.py
+    in_stacks(params, ahead, f)        what Muon does to matrices, to several at once           optim.py
 
 What is not sharded is returned unchanged, so callers need no special case. All ranks must call `whole`, `unsharded`,
 `gathered` and `full_tensor` together, or the calling ranks wait forever.
@@ -114,13 +114,16 @@ def full_tensor(x):
     return x.full_tensor() if is_sharded(x) else x
 
 
-def in_stacks(params, limit, ahead, f):
+STACK = 2**24  # numbers that in_stacks puts through f together at most: bounds the memory
+
+
+def in_stacks(params, ahead, f):
     """f(ahead(p)) of each parameter that has a gradient, as (p, update) pairs; f takes a stack (n, *shape) of matrices
-    and treats each by itself. Those of one shape go through f together, at most `limit` numbers.
+    and treats each by itself. Those of one shape go through f together, at most STACK numbers.
 
     Under FSDP a rank holds some rows of each matrix, but f needs them all: every rank gathers the matrix, computes the
-    same, and keeps its own rows of the result."""
-    for group in same_shape_groups(params, limit):
+    same, and keeps its own rows of the result. What `ahead` keeps of p stays cut as p is."""
+    for group in same_shape_groups(params, STACK):
         updates = f(torch.stack([full_tensor(ahead(p)) for p in group]))  # (n, *shape)
         yield from ((p, shard_like(update, p)) for p, update in zip(group, updates, strict=True))
 

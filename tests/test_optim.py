@@ -21,7 +21,7 @@ from optim import (
     walk,
 )
 from pretrain import next_token_loss
-from support import devices
+from support import devices, sharding
 from support.errors import ConfigError
 from transformer import Transformer, TransformerConfig
 
@@ -124,7 +124,7 @@ def test_muon_step_by_hand():
 def test_muon_against_torch(dtype, monkeypatch):
     """torch.optim.Muon iterates in bf16, one matrix at a time; ours in autocast's dtype, those of one shape at once."""
     torch.manual_seed(0)
-    monkeypatch.setattr(Muon, "STACK", 2000)  # two of 24 x 40
+    monkeypatch.setattr(sharding, "STACK", 2000)  # two of 24 x 40
     mine = [torch.nn.Parameter(torch.randn(s)) for s in ((24, 40), (24, 40), (40, 24), (16, 16), (24, 40), (1, 7))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
     settings = dict(lr=0.1, momentum=0.9, weight_decay=0.5)

@@ -8,8 +8,8 @@ A model answers N held-out problems, and the verifier compares what stands after
     majority@n    whether the most frequent of n answers is right (self-consistency, arXiv:2203.11171)
     token F1      word overlap with the reference: for free text, where no answer can be checked
     own measure   where only some problems have an answer to check: right or wrong for those, token F1 for the rest
-    story kept    whether the answer still speaks of the question's names and things, in words of the task's language:
-                  a reward for the number does not ask for it
+    story kept    the share of answers that still speak of the question's names and things, in words of the task's
+                  language: a reward for the number alone does not ask for it
 
 How sure is an accuracy p̂ of N problems? Wilson's interval holds every p from which p̂ is no further than z = 1.96
 standard deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:
@@ -17,15 +17,15 @@ standard deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:
     (p̂ + z²/2N ± z √(p̂ (1 − p̂) / N + z²/4N²)) / (1 + z²/N)        N = 1000: ± 3.1 points or less, N = 100: ± 9.6
 
 Is B better than A? Ask both the same problems, and look at those on which they differ: b that A alone solves, c that B
-alone does. Two intervals that overlap say nothing: most problems are easy for both or hard for both, which makes each
-accuracy uncertain and their difference none the less sure.
+alone does. Two intervals that overlap say nothing: problems that are easy or hard for both move the two accuracies
+alike, and not their difference.
 
     McNemar       p = 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c), at most 1: how often b + c fair coins split at least
                   as unevenly
     the gain      (c − b) / N; its interval is d ± z √((p_b + p_c − d²) / (N + 2)), where d = p_c − p_b,
                   p_b = (b + 1) / (N + 2) and p_c = (c + 1) / (N + 2): not centred on the gain, but nearer 0
 
-All three are for verdicts of 0 or 1. pass@k and token F1 are none, and have no interval here.
+Wilson's interval and these two are for verdicts of 0 or 1, so pass@k and token F1 have no interval here.
 
 In short:
 
@@ -38,7 +38,7 @@ Traps:
   * Greedy accuracy and pass@k answer different questions. RL makes likely what a sample would sometimes hit: pass@1
     rises, while pass@k for a large k may fall (arXiv:2504.13837).
   * What was chosen on a split looks too good on it. Choose checkpoint, learning rate and prompt on `valid`; look at
-    `test` once. And of twenty comparisons of equal models about one is significant at 95 %, by chance.
+    `test` once. And of twenty comparisons of equal models about one is significant at 95 % by chance.
   * An answer that was cut off usually lacks its #### and is wrong; one cut after or inside its number may even count
     as right. Read `cut off` before the accuracy, and a dozen answers before either.
   * These intervals are over problems. Another seed of the training is another model: ablate.py pairs over seeds.
@@ -56,28 +56,24 @@ Run it:
 import collections
 import itertools
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from data import DEFAULT_TASK, Problem, encode_prompt, load_problems, task_of
+from data import DEFAULT_TASK, Problem, encode_prompt, task_of
 from generate import generate
 from support.answers import checkable, extract_answer, is_checkable, measure_of, same_answer  # noqa: F401  verifier
-from support.checkpoints import open_chat_model
 from support.checks import Count, Seed, Whole, check
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError
+from support.evaluate_script import open_all, write_report
 from support.log import commit
-from support.output import bar_of, run_demo
-from support.records import drop_too_long
-from support.runs import RUNS
-from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, show_results
+from support.means import means_of, means_of_levels
+from support.output import batches
+from support.tables import gain_of
 from support.words import words
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,7 +220,7 @@ def own_measure(sample):
 
 
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None):
-    """Greedy answers to N problems, dealt out to the ranks -> what every rank returns alike, but its own samples:
+    """Greedy answers to N problems, dealt out to the ranks -> on every rank the same, but for its own samples:
 
         accuracy, correct         the share and the number of right answers, of the C problems that are `checkable`
         low, high                 the accuracy's 95 % interval
@@ -237,33 +233,24 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
     progress: the name of a bar. respond: what answers the prompts, with the arguments of `generate`, which is the
     default; agent.py has one with tools.
     """
-    N = len(problems)
+    N, respond = len(problems), respond or generate
     own = sorted(range(dist.rank, N, dist.world), key=lambda i: len(problems[i].question))  # by length: less padding
     samples, verdicts = [], [0.0] * N
-    for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
-        chunk = own[at : at + batch]
+    for chunk in batches(own, batch, progress, dist):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
-        sampling = {"temperature": 0, "stop_ids": tokenizer.stop_ids}
-        rollout = (respond or generate)(policy, prompts, max_new_tokens, **sampling)
+        rollout = respond(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
         all_tokens = map(len, rollout.rows)
         for i, text, length, end, size in zip(chunk, texts, lengths.tolist(), ended.tolist(), all_tokens, strict=True):
             verdicts[i] = is_correct(text, problems[i])
             samples.append(Sample(problems[i], text, verdicts[i], length, end, size - length))
     verdicts = dist.sum(*verdicts)  # (N,) each was 0 on every rank but one
-    checked, verdicts = checkable(problems), list(itertools.compress(verdicts, is_checkable(problems)))  # (C,) each
-    counts = {m: sum(map(metric.of_problem, problems)) for m, metric in METRICS.items()}  # how many have this figure
-    counts["accuracy"] = len(checked)
-    metrics = {m: METRICS[m] for m, count in counts.items() if count}
-    sums = [sum(m.of(s) for s in samples if m.of_problem(s.problem)) for m in metrics.values()]
-    *totals, measured = dist.sum(*sums, sum(map(own_measure, samples)))
-    by_level = {}
-    for level in sorted({p.level for p in checked}):
-        of_level = [verdict for verdict, p in zip(verdicts, checked, strict=True) if p.level == level]
-        by_level[level] = sum(of_level) / len(of_level)
-    correct = int(sum(verdicts))
-    low, high = wilson(correct, len(checked))
-    means = {name: total / counts[name] for name, total in zip(metrics, totals, strict=True)}
+    verdicts = list(itertools.compress(verdicts, is_checkable(problems)))  # (C,)
+    correct, C = int(sum(verdicts)), len(verdicts)
+    low, high = wilson(correct, C)
+    means = means_of(METRICS, samples, problems, dist) | {"accuracy": correct / C}  # of the C problems alone
+    by_level = means_of_levels(verdicts, checkable(problems))
+    (measured,) = dist.sum(sum(map(own_measure, samples)))
     figures = {"low": low, "high": high, "n": N, "correct": correct, "by_level": by_level, "own_measure": measured / N}
     return means | figures | {"verdicts": verdicts, "samples": samples}
 
@@ -276,15 +263,13 @@ def evaluate_samples(
 
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
-    problems = checkable(problems)
+    problems, respond = checkable(problems), respond or generate
     uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))  # (N, n, T)
     own, solved, voted = list(range(dist.rank, len(problems), dist.world)), [0] * len(problems), 0
-    for at in tqdm(range(0, len(own), batch), **bar_of(progress, dist)):
-        chunk = own[at : at + batch]
+    for chunk in batches(own, batch, progress, dist):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
-        rollout = (respond or generate)(policy, prompts, max_new_tokens, n, temperature, **sampling)
-        texts = rollout.texts(tokenizer)
+        texts = respond(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
         for row, i in enumerate(chunk):
             task, answers = task_of(problems[i].task), texts[row * n : (row + 1) * n]
             solved[i] = sum(is_correct(text, problems[i]) for text in answers)
@@ -406,24 +391,9 @@ def main(config):
     """Measure, print, write; returns what result.json holds."""
     dist = setup(config.device)
     autocast, _ = precision(config.dtype, dist)
-    problems = load_problems(config.data, config.split, config.problems, tuple(config.levels), config.skip_bad)
-    if config.samples and measure_of(problems) == "f1":
-        raise ConfigError(f"--samples needs answers to check, and no problem of {config.data} has a number after ####")
-    if config.instruction:
-        problems = [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
-    names = [name for name in (config.checkpoint, config.against) if name]
-    folder = Path(config.out) if config.out else RUNS / "evaluate" / file_name(*names, config.data, config.split)
-    models = [open_chat_model(name) for name in names]  # on the CPU: the device needs room for one
-    if dist.is_main:
-        make_folder(folder)
-    for policy, tokenizer in models:  # both are asked the problems that fit both
-        lengths = [len(encode_prompt(tokenizer, p)) for p in problems]
-        room = policy.config.context - config.max_new_tokens
-        problems = drop_too_long(problems, lengths, room, f"{config.split} prompt", dist)
-    checked = measure_of(problems) != "f1"  # else free text: token F1 alone says something
-
+    problems, models, folder = open_all(config, dist)  # the problems that fit every model
     results, T, n = [], config.max_new_tokens, config.samples
-    for name, (policy, tokenizer) in zip(names, models, strict=True):
+    for name, policy, tokenizer in models:
         policy.to(dist.device)
         with autocast():
             result = evaluate(policy, tokenizer, problems, T, dist, batch=64, progress=name)
@@ -433,22 +403,15 @@ def main(config):
         policy.to("cpu")
         results.append({key: value for key, value in result.items() if key != "samples"})
 
-    title = f"{config.data}, {config.split}, {len(problems)} problems"
-    rows = [[title, *names], *metric_rows(results, METRICS, () if checked else ("accuracy",))]
-    rows += sample_rows(results, len(problems)) if checked else []
-    record, notes = {"settings": asdict(config), "commit": commit(), "results": results}, []
+    record = {"settings": asdict(config), "commit": commit(), "results": results}
+    checked = measure_of(problems) != "f1"  # else free text: token F1 alone says something
     if config.against and checked:  # the first of the pair is `against`: the gain is that over it
-        pair = record["pair"] = compare(results[1]["verdicts"], results[0]["verdicts"])
-        alone = f"right alone {pair['only_second']} times, the other {pair['only_first']}"
-        notes.append(f"{config.checkpoint} less {config.against}: {gain_of(pair)}; {alone}")
+        record["pair"] = compare(results[1]["verdicts"], results[0]["verdicts"])
     if dist.is_main:
-        show_results(folder, rows, notes, record)
+        write_report(config, folder, record, METRICS, checked)
     return record
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        run_demo(demo)
-        print("\nto measure a checkpoint: python evaluate.py --checkpoint DIR (see --help)")
-    else:
-        run_script(main, Config, __doc__, demo)
+    hint = "to measure a checkpoint: python evaluate.py --checkpoint DIR (see --help)"
+    run_script(main, Config, __doc__, demo, without_flags=hint)

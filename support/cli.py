@@ -17,7 +17,7 @@ from support.errors import CheckpointError, ConfigError, DataError, TokenizerErr
 from support.files import reason
 from support.launch import join
 from support.nodes import first_on_node, tell_others, why_it_broke
-from support.output import FULL_DISK, lose_output, prepare_output
+from support.output import FULL_DISK, lose_output, prepare_output, run_demo
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -83,10 +83,15 @@ def fail(problem):
     tell_others(problem)
 
 
-def run_script(main, cls, description=None, demo=None, parse=None):
+def run_script(main, cls, description=None, demo=None, parse=None, without_flags=None):
     """The entry point of every script: main(config from the flags). Errors that the user can fix are printed as one
     line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main. parse() -> config,
-    instead of `parse_config` on `cls`."""
+    instead of `parse_config` on `cls`. without_flags: where main cannot do without, the line that says so, printed
+    after the example."""
+    if without_flags and len(sys.argv) == 1:
+        run_demo(demo)
+        print(f"\n{without_flags}")
+        return
     prepare_output()
     try:
         main(parse() if parse else join(parse_config(cls, description=description, demo=demo)))

@@ -10,6 +10,8 @@ import errno
 import io
 import sys
 
+from tqdm import tqdm
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RUNNING = []  # not empty as soon as a run is under way: from then on such an error loses output and is not raised
 
@@ -74,6 +76,8 @@ def run_demo(demo):
         sys.exit(130)
 
 
-def bar_of(progress, dist):
-    """tqdm's settings for a bar of this name, which rank 0 alone draws; None: no bar."""
-    return {"desc": progress, "leave": False, "disable": progress is None or not dist.is_main}
+def batches(items, size, progress, dist):
+    """Yield the items of a list, `size` at a time, under a bar of this name, which rank 0 alone draws; None: no bar."""
+    hidden = progress is None or not dist.is_main
+    for at in tqdm(range(0, len(items), size), desc=progress, leave=False, disable=hidden):
+        yield items[at : at + size]

@@ -11,20 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 FEWEST_ROWS = 64  # below them oneDNN's start costs more than it saves
 
 
-@functools.cache
+# An AMD CPU, and a torch that has what `linear` needs; none of this has a public name.
+_IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
+_HAS_PRODUCT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def onednn_is_faster():
-    """Whether this CPU is AMD's and this torch has what `linear` needs, none of which has a public name."""
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-    has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return name.startswith("AMD") and has_product
+    """Whether `linear` multiplies by oneDNN on this machine."""
+    return _IS_AMD and _HAS_PRODUCT
 
 
 def onednn_product(x, weight, bias=None):
     """x (…, in), weight (out, in), of any strides -> x weightᵀ + bias, (…, out), without a gradient."""
+    if torch.compiler.is_compiling():
+        return product_in_graph(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("alignment::onednn_product", mutates_args=())
+def product_in_graph(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same for torch.compile, which cannot trace oneDNN's own operator and would leave the product to MKL."""
+    return onednn_product(x, weight, bias)
+
+
+@product_in_graph.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -43,8 +59,7 @@ class OneDNNLinear(torch.autograd.Function):
         grad_x = onednn_product(g, weight.t()) if for_x else None
         grad_weight = None
         if for_weight:  # with AVX2 alone MKL is faster at this one
-            wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-            grad_weight = onednn_product(rows.t(), x.t()) if wide else rows.t() @ x
+            grad_weight = onednn_product(rows.t(), x.t()) if HAS_AVX512 else rows.t() @ x
         return grad_x, grad_weight, rows.sum(0) if for_bias else None
 
 
@@ -59,7 +74,7 @@ def linear(x, weight, bias=None):
     )
     plain = plain or x.numel() < FEWEST_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu")
     plain = plain or type(weight) not in (torch.Tensor, nn.Parameter)  # such as FSDP's
-    if plain or torch.compiler.is_compiling():
+    if plain:
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias)
 

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from attention import KVCache
 from support import products
@@ -28,10 +30,10 @@ def calls(monkeypatch):
     return shapes
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_value_and_gradients_are_those_of_a_product_in_float64(calls, monkeypatch, capability, bias):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+def test_value_and_gradients_are_those_of_a_product_in_float64(calls, monkeypatch, avx512, bias):
+    monkeypatch.setattr(products, "HAS_AVX512", avx512)
     torch.manual_seed(0)
     x, weight = torch.randn(3, 50, 24), torch.randn(40, 24)
     inputs = [x, weight] + ([torch.randn(40)] if bias else [])
@@ -43,7 +45,29 @@ def test_value_and_gradients_are_those_of_a_product_in_float64(calls, monkeypatc
     gradients = torch.autograd.grad(y, fast, upstream)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
-    assert len(calls) == (3 if capability == "AVX512" else 2)
+    assert len(calls) == (3 if avx512 else 2)
+
+
+def test_a_compiled_graph_multiplies_by_onednn_too(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "HAS_AVX512", True)
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 50, 24), torch.randn(40, 24), torch.randn(40)]
+    upstream, counts = torch.randn(3, 50, 40), []
+
+    def count(graph, example):
+        counts.append(sum(n.target is torch.ops.alignment.onednn_product.default for n in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(linear, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+    ours, plain = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
+    y, expected = compiled(*ours), linear(*plain)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(
+        torch.autograd.grad(y, ours, upstream), torch.autograd.grad(expected, plain, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert counts == [1, 2]  # forward; backward: for x and for the weight
 
 
 def test_frozen_weights_need_no_gradient(calls):

@@ -21,7 +21,7 @@ One step, for B examples (main has the same four parts):
                      backward(loss · world)                   gradients add up over micro-batches; DDP and FSDP
                                                               average them over the ranks, world makes it a sum
     3. update    clip ‖g‖; lr = lr_at(step); optimizer step
-    4. look      log; every --eval_every steps answer validation problems, keep the best checkpoint
+    4. look      log; every --eval_every steps answer validation problems, keep the best checkpoint; held_out_loss
 
 The defaults run 200 such steps of 64 worked solutions, or stop at 100 % on the validation split: shuffled, padded, all
 weights trained, Muon and AdamW, a learning rate of 2e-3 after 10 steps of warm-up, down a cosine to a tenth. Off:
@@ -160,6 +160,21 @@ def sft_loss(logprobs, mask, n_tokens=None):
     n = n if n > 0 else 1
     loss = -(logprobs * mask).sum() / n
     return loss, {"loss": loss.item()}
+
+
+@torch.no_grad()
+def held_out_loss(model, examples, pad, micro_batch, autocast):
+    """The loss on examples that are not trained on, nats per token that counts. Where it turns up while the training
+    loss falls on, the model learns its examples by heart."""
+    model.eval()
+    device, total = next(model.parameters()).device, 0.0
+    for i in range(0, len(examples), micro_batch):
+        micro = collate(examples[i : i + micro_batch], pad).to(device)
+        mask = micro.mask[:, 1:]
+        with autocast():
+            logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)
+        total += sft_loss(logprobs, mask, n_tokens=1)[1]["loss"]
+    return total / sum(sum(flags) for _, flags in examples)
 
 
 def pacing(step, steps, start, pace):
@@ -309,7 +324,7 @@ def main(config, encode=encode_example, responder=None):
     policy, tokenizer, _ = open_checkpoint(init, "cpu" if config.fsdp else dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     context = policy.config.context
-    problems, examples, difficulties = encode_training(config, problems, tokenizer, context, dist, encode)
+    problems, examples, held_out, difficulties = encode_training(config, problems, tokenizer, context, dist, encode)
     ranked = rank_examples(difficulties, config.order, config.seed)
 
     adapters = {"lora": LoraState(policy, init)}
@@ -323,7 +338,8 @@ def main(config, encode=encode_example, responder=None):
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
     recorder = Recorder(run, autocast, valid=problems["valid"])
-    look = Look(run, problems, responder and responder(tokenizer))
+    valid_loss = partial(held_out_loss, model, held_out, tokenizer.endoftext_id, config.micro_batch, autocast)
+    look = Look(run, problems, valid_loss, responder and responder(tokenizer))
     if dist.is_main:
         print(
             f"{policy.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} "

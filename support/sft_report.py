@@ -10,11 +10,12 @@ from support.tables import metric_rows, sample_rows, text_table
 
 
 class Look:
-    """What a run shows beside its steps: at_step() each, after(). problems: {"valid", "test"} at least. respond: what
-    answers them, as in `evaluate`; None: the policy alone."""
+    """What a run shows beside its steps: at_step() each, after(). problems: {"valid", "test"} at least. valid_loss: a
+    function that returns the loss on the validation split's solutions. respond: what answers the problems, as in
+    `evaluate`; None: the policy alone."""
 
-    def __init__(self, run, problems, respond=None):
-        self.run, self.problems, self.respond = run, problems, respond
+    def __init__(self, run, problems, valid_loss, respond=None):
+        self.run, self.problems, self.valid_loss, self.respond = run, problems, valid_loss, respond
         self.metric = measure_of(problems["valid"])  # accuracy; f1 where no problem has an answer to verify
 
     def at_step(self, record):
@@ -26,8 +27,10 @@ class Look:
             with merged(run.model):  # LoRA's adapters, if any, are merged for the time of the evaluation
                 sizes = config.max_new_tokens, run.dist
                 result = evaluate(run.model, run.tokenizer, self.problems["valid"], *sizes, respond=self.respond)
+            record["valid_loss"] = self.valid_loss()
             add_figures(record, logged(result, "f1", "length") | {metric: result[metric]})
-            run.say(f"step {step}  loss {loss}  validation {metric} {result[metric]:.1%}")
+            losses = f"loss {loss}, held out {record['valid_loss']:.3f}"
+            run.say(f"step {step}  {losses}  validation {metric} {result[metric]:.1%}")
             write_samples(run.log, step, result["samples"][:3])
             run.keep_best(result[metric])
         run.log(step, **record)
@@ -68,7 +71,7 @@ def report(config, run_path, result, sampled, metrics, n_params, path):
         run_path,
         f"SFT on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
         [
-            ("loss on the answers", {"loss": "train"}, "nats per token", {}),
+            ("loss on the answers", {"loss": "train", "valid_loss": "validation"}, "nats per token", {}),
             *metric_panels("f1", without=hidden),
             *(both_kinds if metrics[0] == "own_measure" else []),
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),

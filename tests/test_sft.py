@@ -509,8 +509,22 @@ def test_the_runs_of_a_sweep_encode_and_answer_as_the_sweep_does(here):
         answered.append(tokenizer)  # and returns None: the policy answers
 
     sft.main(config(sweep=[1e-3, 3e-3], steps=1), encode, responder)
-    assert len(encoded) == 2 * SMALL["demonstrations"]
+    assert len(encoded) == 2 * (SMALL["demonstrations"] + SMALL["eval_problems"])
     assert len(answered) == 2
+
+
+def test_the_held_out_loss_is_cross_entropy_over_the_answers_of_the_validation_problems(here):
+    sft.main(config(steps=2, micro_batch=3, lr=1e-2, dtype="fp32"))
+    policy, tokenizer, _ = open_checkpoint("runs/sft/last", "cpu")
+    total, count = 0.0, 0
+    for problem in load_problems("word", "valid", SMALL["eval_problems"], (1, 2)):
+        ids, flags = tokenizer.encode_chat(chat(problem))
+        with torch.no_grad():
+            logits = policy(torch.tensor([ids]))[0]
+        targets = torch.tensor([i if flag else -100 for i, flag in zip(ids, flags, strict=True)])
+        total += torch.nn.functional.cross_entropy(logits[:-1], targets[1:], reduction="sum").item()
+        count += sum(flags)
+    assert metrics("runs/sft", "valid_loss") == {2: pytest.approx(total / count, abs=1e-5)}
 
 
 def test_a_sweep_goes_on_after_a_rate_that_diverges(here, capsys):

@@ -10,35 +10,45 @@ Five kinds of record, and who reads them:
     Judged    prompt, an answer, good or bad      dpo.py --variant kto of a file       like or not
     Review    text, 1 or 0                        encoder.py                           classify
 
+Every data set by name, its records, and how they are split. Each Pair can also be read as two Judged:
+
+    word, word_large         text, Problem, Pair   generated, each story in one split
+    gsm8k                    text, Problem         its own test file; valid: the last 500 problems of the train file
+    instructions, ratings    text, Problem         by the hash
+    style                    Problem, Pair         by the hash; polite against rude wordings
+    ultrafeedback, hh        Pair                  their own test files; train and valid by the hash
+    tinystories              text                  a file each for train and valid; one story a document
+    tinyshakespeare          text                  one document: the first 90 % is train, the rest valid
+    sentiment                Review                generated: 8,000 film reviews for train, 1,000 for valid and for test
+    polarity, reviews, imdb  Review                their own test files; train and valid by the hash
+    a path                   any one kind          by the hash; JSONL, JSON, CSV, TSV (support/records.py: their keys)
+                             text                  plain text: one document, as tinyshakespeare
+
+"word", the default, needs no download: a story of GSM8K's kind, one worked line per arithmetic step, "#### 8".
+"word_large" is the same with numbers of up to four digits. Both have a verifier, a function that reads an answer and
+checks it. Without `n` they give 20,000 problems for train, 1,000 for valid and 1,000 for test (SIZES); most stages ask
+for fewer. The files of the others lie below $ALIGN_DATA (default downloads/); what is missing there is downloaded if
+support/downloads.py has an address for it.
+
 From a name to the batch of a step:
 
     records = load_text | load_problems | load_pairs | load_judged | load_sentiment (name, split)
-    name    = a row of TASKS       problems that are generated, and a function that reads an answer and checks it.
-                                   "word", the default, needs no download: a story of GSM8K's kind, one worked line per
-                                   arithmetic step, "#### 8". "word_large" is the same with numbers of up to four digits
-            | a row of DATASETS    files below $ALIGN_DATA (default downloads/), downloaded if they are not there
-            | a path               JSONL, JSON, CSV or TSV of the user's own; for load_text also plain text
-    split   = "train" | "valid" | "test"
-
     text:     stream = ids of all documents, one after another                             (tokens,)
               inputs, targets = batch_at(stream, step, batch, context, seed, rank, world)  (batch, context) each
     examples: numbers = rows_at(len(records), step, batch, seed)                           `batch` of them
               prompt = encode_prompt(tokenizer, records[i])                                ids until generate.py decodes
               prompt, answers = encode_answers(tokenizer, pair)
 
-In `batch_at`, `batch` is that of one rank; in `rows_at` that of all ranks, of which each takes its slice. Without `n`,
-a task gives 20,000 problems for train, 1,000 for valid and 1,000 for test (SIZES); most stages ask for fewer.
+In `batch_at`, `batch` is that of one rank; in `rows_at` that of all ranks, of which each takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
 window once; it leaves out fewer than two windows' tokens, others each time.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
-answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. Where
-a test file is published, all of it is test, and the train file is divided into train and valid: by the hash, or
-in gsm8k by place (valid is the last 500 problems). Text has no test split: one long text is cut at 90 %, and the two
-files of tinystories are train and valid. The built-in stories are split by what happens in them, so that no test story
-is in train with another question or as the beginning of a longer one (support/word_problems.py).
+answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. The
+built-in stories are split by what happens in them, so that no test story is in train with another question or as the
+beginning of a longer one (support/word_problems.py).
 
 **A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name, pretrains
 and fine-tunes what it starts from on it, and judges answers by its verifier (tests/test_tasks.py has one):
@@ -50,23 +60,19 @@ and fine-tunes what it starts from on it, and judges answers by its verifier (te
 Run it: `python data.py`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from support.downloads import DATASETS, find, has_test_file, refuse
+from support.downloads import DATASETS, has_test_file, none_left
 from support.errors import DataError
 from support.output import run_demo
-from support.records import file_kind, problem_fields, read_all, read_judged, read_pairs, read_reviews, read_text
+from support.records import holds_records, read_documents, read_judged, read_pairs, read_problems, read_reviews
 from support.sentiment import sentiment_reviews
 from support.splits import check_split, split_of
-from support.tasks import DEFAULT_TASK, TASKS, corruption_kinds, task_of, wrong_solutions
+from support.tasks import DEFAULT_TASK, TASKS, corruption_kinds, refuse_unsound, task_of, wrong_solutions
 from tokenizer_bpe import ByteTokenizer
 
 SIZES = {"train": 20_000, "valid": 1_000, "test": 1_000}  # how many problems or texts of a task, if nobody says
@@ -110,11 +116,7 @@ class Pair:
     history: tuple[tuple[str, str], ...] = ()  # earlier turns, (role, content) each
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        return self.chosen, self.rejected
-
-    @property
-    def judged(self) -> list[Judged]:
+    def judged(self):
         """The two as single answers."""
         chosen = Judged(self.prompt, self.chosen, True, self.history)
         return [chosen, Judged(self.prompt, self.rejected, False, self.history)]
@@ -129,14 +131,6 @@ class Judged:
     good: bool
     history: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def answers(self) -> tuple[str, ...]:
-        return (self.answer,)
-
-    @property
-    def judged(self) -> list[Judged]:
-        return [self]
-
 
 class Review(NamedTuple):
     """A text and whether it praises or pans."""
@@ -145,9 +139,10 @@ class Review(NamedTuple):
     label: int  # 1 positive, 0 negative
 
 
-def asked(record: Problem | Pair | Judged) -> list[dict[str, str]]:
-    """All that was said before the answer, {"role", "content"} each; the last is the question."""
-    question = record.prompt if isinstance(record, Pair | Judged) else record.question
+def asked(record):
+    """All that was said before the answer of a Problem, Pair or Judged: turns, {"role", "content"} each, the last one
+    the question."""
+    question = record.question if isinstance(record, Problem) else record.prompt
     return [{"role": role, "content": content} for role, content in (*record.history, ("user", question))]
 
 
@@ -155,146 +150,86 @@ def asked(record: Problem | Pair | Judged) -> list[dict[str, str]]:
 # The split of a record.
 
 
-def split_key(record: Problem | Pair | Judged | Review) -> str:
+def split_key(record):
     """The text whose hash decides the split: all that was said before the answer; of a review its text."""
     if isinstance(record, Review):
         return record.text
     return " ".join(turn["content"] for turn in asked(record))
 
 
-def part_of(name: str, split: str) -> str:
-    """Which file of a data set the records of a split come from, "train" or "test"."""
-    return "test" if split == "test" and has_test_file(name) else "train"
-
-
-def of_split(what: str, records: list, name: str, split: str) -> list:
+def of_split(what, records, name, split):
     """The records of a file that are in a split, by the hash. But if the data set has its own test file, all of that is
-    test, and what the hash calls test in the train file is train. DataError if there are none. what: a record's name in
+    test, and what the hash calls test in the train file is train. DataError if there are none; what: a record's name in
     that message."""
+    own_test = has_test_file(name)
 
     def place(record):
         hashed = split_of(split_key(record))
-        if not has_test_file(name):
-            return hashed
-        return "test" if split == "test" else "valid" if hashed == "valid" else "train"
+        return "train" if own_test and hashed == "test" else hashed
 
-    kept = [record for record in records if place(record) == split]
+    if own_test and split == "test":
+        kept = records  # of the test file
+    elif name == "gsm8k":
+        kept = records[:-500] if split == "train" else records[-500:]
+    else:
+        kept = [record for record in records if place(record) == split]
     if not kept:
-        advice = "" if part_of(name, split) == "test" else ": the split is by hash, add more records"
-        raise DataError(f"{name} has no {what} in the split {split}{advice}")
+        raise none_left(what, name, split, len(records))
     return kept
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# The records of a split. A name is a row of TASKS, a row of DATASETS, or a path; support/records.py says what the
-# records of a file may hold.
+# The records of a split. What all loaders take:
+#
+#   name      a row of the table above, or a path; str or Path
+#   split     "train", "valid" or "test"
+#   n         at most so many; None: all, or of a task as many as SIZES says
+#   levels    of a task alone: the numbers of arithmetic steps, in turn
+#   skip_bad  records of a file that cannot be read or used are left out and counted, in one printed line; otherwise the
+#             first of them is a DataError
 
 
-def has_verifier(name: str | Path) -> bool:
-    """Whether every problem of a data set has an answer that can be checked."""
-    return str(name) in TASKS or str(name) == "gsm8k"
-
-
-def make_problems(name: str, split: str, n: int, levels: Sequence[int] = (1, 2), seed: int = 0) -> list[Problem]:
+def make_problems(name, split, n, levels=(1, 2), seed=0):
     """The first n problems of a task. DataError if its verifier refuses the solution of one: a policy that learned such
     solutions by heart would show 0 % for ever."""
     task = TASKS[name]
     problems = [Problem(*fields, task=name) for fields in task.problems(split, n, levels, seed)]
     if task.with_calls:
         problems = [replace(problem, calls=task.with_calls(problem.solution)) for problem in problems]
-    for problem in problems:
-        answer = task.answer(problem.solution)
-        if answer is None or not task.same_answer(answer, problem.answer):
-            raise DataError(
-                f"task {name}: its own solution of {problem.question[:60]!r} does not verify: it gives {answer!r}, the "
-                f"answer is {problem.answer!r}"
-            )
-    if n and not problems:
-        raise DataError(f"task {name} has no problem in the split {split}")
+    refuse_unsound(name, problems, split, n)
     return problems[:n]
 
 
-def load_text(name: str | Path = DEFAULT_TASK, split: str = "train", skip_bad: bool = False) -> list[str]:
-    """The documents of a split, "train" or "valid", for pretraining. skip_bad: as for `load_problems`.
-
-    a task             its texts: 20,000 for train, 1,000 for valid
-    "tinystories"      one story a document
-    "gsm8k", "instructions", "ratings", or a path of records: a problem and its solution a document, in a conversation
-                       with what was said before
-    "tinyshakespeare"  or a path of plain text: one document; the first 90 % of its characters is train, the rest valid
-    """
+def load_text(name=DEFAULT_TASK, split="train", skip_bad=False):
+    """The documents of a split, "train" or "valid", for pretraining -> [str, …]. Of a data set of problems, a document
+    is a question and its solution, in a conversation after what was said before."""
     name = str(name)
     check_split(split, ("train", "valid"))
     if task_of(name).text:
         return task_of(name).text(split, SIZES[split])
-    has_records = file_kind(name) in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-    if name in TASKS or name in ("gsm8k", "instructions", "ratings") or has_records:
-        return [
-            "\n".join([*(turn["content"] for turn in asked(problem)), problem.solution])
-            for problem in load_problems(name, split, skip_bad=skip_bad)
-        ]
-    refuse(name, "text for pretraining")
-    path = find(name, split)
-    text = read_text(path)
-    if name == "tinystories":
-        return [story.strip("\n") for story in text.split("<|endoftext|>") if story.strip()]
-    cut = len(text) * 9 // 10
-    part = text[:cut] if split == "train" else text[cut:]
-    if not part:
-        raise DataError(f"{path} is too short to split: {len(text)} characters")
-    return [part]
+    if name in TASKS or holds_records(name):
+        problems = load_problems(name, split, skip_bad=skip_bad)
+        return ["\n".join([*(turn["content"] for turn in asked(p)), p.solution]) for p in problems]
+    return read_documents(name, split)
 
 
-def load_problems(
-    name: str | Path = DEFAULT_TASK,
-    split: str = "train",
-    n: int | None = None,
-    levels: Sequence[int] = (1, 2),
-    skip_bad: bool = False,
-) -> list[Problem]:
-    """The problems of a split, at most n. skip_bad: records that cannot be read or used are counted and left out, in
-    one printed line, instead of ending it.
-
-    a task    generated at `levels`: 20,000 for train, 1,000 for valid and for test, unless n says otherwise
-    "gsm8k"   test is the published test split; valid the last 500 of the published train split, train the rest
-    "instructions", "ratings", "style", or a path: the records that `problem_fields` knows; the split by hash
-    """
+def load_problems(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), skip_bad=False):
+    """The problems of a split -> [Problem, …]."""
     name = str(name)
     check_split(split)
     if name in TASKS:
         return make_problems(name, split, SIZES[split] if n is None else n, levels)
-    refuse(name, "problems")
-    path = find(name, part_of(name, split))
-    parse = partial(problem_fields, story="gsm8k" if name == "gsm8k" else "file")
-    problems = [Problem(**fields) for fields in read_all(path, parse, skip_bad)]
-    if name != "gsm8k":
-        return of_split("problem", problems, name, split)[:n]
-    if split == "train" and len(problems) <= 500:
-        raise DataError(f"{path} has {len(problems)} problems, and the last 500 are valid: none is left for train")
-    return {"train": problems[:-500], "valid": problems[-500:], "test": problems}[split][:n]
+    problems = [Problem(**fields) for fields in read_problems(name, split, skip_bad)]
+    return of_split("problem", problems, name, split)[:n]
 
 
-def load_pairs(
-    name: str | Path = DEFAULT_TASK,
-    split: str = "train",
-    n: int | None = None,
-    levels: Sequence[int] = (1, 2),
-    seed: int = 0,
-    kinds: Sequence[str] | None = None,
-    skip_bad: bool = False,
-) -> list[Pair]:
-    """The preference pairs of a split, at most n. skip_bad: as for `load_problems`. `levels`, `seed` and `kinds` are of
-    tasks alone.
+def load_pairs(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), seed=0, kinds=None, skip_bad=False):
+    """The preference pairs of a split -> [Pair, …], without those that teach nothing, which are counted: both answers
+    the same, or one empty.
 
-    a task           the problems of `load_problems`, each solution against a corrupted one, the `kinds` (default: all
-                     that the task has) in turn, so that one that is named twice comes twice as often; a problem that
-                     can have none of `kinds` takes another, in one printed line. `seed` draws the corruptions
-    "ultrafeedback"  its own test file; valid and train by hash. Pairs of equal scores have the kind "equal_scores"
-    "hh"             Anthropic's helpful-base dialogues (arXiv:2204.05862), split as "ultrafeedback" is
-    "style"          polite against rude wordings; the split by hash
-    a path           the records that `pair_fields` knows; the split by hash
-
-    Pairs that teach nothing (both answers the same, or one empty) are left out and counted (`read_pairs`).
+    A task makes them: the solution of a problem against a corrupted one, drawn by `seed`. The `kinds` of corruption
+    (default: all that the task has) come in turn, so one that is named twice comes twice as often; a problem that can
+    have none of them takes another, in one printed line.
     """
     name = str(name)
     check_split(split)
@@ -302,53 +237,30 @@ def load_pairs(
         kinds, problems = corruption_kinds(name, kinds), load_problems(name, split, n, levels)
         wrong = wrong_solutions(name, problems, len(levels), split, seed, kinds)
         return [Pair(p.question, p.solution, text, kind) for p, (text, kind) in zip(problems, wrong, strict=True)]
-    refuse(name, "preference pairs")
-    kind = name if name in DATASETS else "file"
-    pairs = [Pair(**fields) for fields in read_pairs(find(name, part_of(name, split)), kind, skip_bad)]
+    pairs = [Pair(**fields) for fields in read_pairs(name, split, skip_bad)]
     return of_split("pair", pairs, name, split)[:n]
 
 
-def load_judged(
-    name: str | Path,
-    split: str = "train",
-    n: int | None = None,
-    skip_bad: bool = False,
-    levels: Sequence[int] = (1, 2),
-    seed: int = 0,
-    kinds: Sequence[str] | None = None,
-) -> list[Judged]:
-    """Single answers of a split, each good or bad, from at most n records. The other arguments: as for `load_pairs`.
-
-    a path           the records that `judged_fields` knows, or pairs; the split by hash
-    all other names  the two answers of each pair of `load_pairs`
-
-    Records with an empty answer, or with two equal ones, are left out and counted.
-    """
+def load_judged(name, split="train", n=None, skip_bad=False, levels=(1, 2), seed=0, kinds=None):
+    """Single answers of a split -> [Judged, …], from at most n records. The records of a path may be pairs or single
+    answers, or both; all else is as for `load_pairs`."""
     name = str(name)
     if name in TASKS or name in DATASETS:
         records = load_pairs(name, split, n, levels, seed, kinds, skip_bad)
     else:
         check_split(split)
-        records = [Pair(**f) if "chosen" in f else Judged(**f) for f in read_judged(find(name), skip_bad)]
+        records = [Pair(**f) if "chosen" in f else Judged(**f) for f in read_judged(name, skip_bad)]
         records = of_split("answer", records, name, split)[:n]
-    return [judged for record in records for judged in record.judged]
+    return [one for record in records for one in (record.judged if isinstance(record, Pair) else [record])]
 
 
-def load_sentiment(name: str | Path = "sentiment", split: str = "train", skip_bad: bool = False) -> list[Review]:
-    """The labelled texts of a split, "train", "valid" or "test". skip_bad: as for `load_problems`.
-
-    "sentiment"  generated: 8,000 for train, 1,000 for valid and for test
-    "polarity"   sentences from reviews (Pang and Lee, ACL 2005); "reviews", whole ones (ACL 2004); "imdb", from
-                 $ALIGN_DATA or through Hugging Face's `datasets`. They have their own test files; valid and train by
-                 the hash of the text
-    a path       the records that `review_fields` knows; the split by the hash of the text
-    """
+def load_sentiment(name="sentiment", split="train", skip_bad=False):
+    """The labelled texts of a split -> [Review, …], of both labels."""
     name = str(name)
     check_split(split)
     if name == "sentiment":
         return [Review(*review) for review in sentiment_reviews(split, 8_000 if split == "train" else 1_000)]
-    refuse(name, "labelled texts")
-    reviews = [Review(*review) for review in read_reviews(name, part_of(name, split), skip_bad)]
+    reviews = [Review(*review) for review in read_reviews(name, split, skip_bad)]
     reviews = of_split("text", reviews, name, split)
     if len({review.label for review in reviews}) < 2:
         raise DataError(f"{name}: the split {split} needs texts of both labels, it has {len(reviews)} texts")
@@ -360,15 +272,13 @@ def load_sentiment(name: str | Path = "sentiment", split: str = "train", skip_ba
 
 
 @lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, windows: int, offsets: int) -> tuple[int, np.ndarray]:
+def epoch_order(seed, epoch, windows, offsets):
     """Where an epoch's first window begins, 0 to offsets − 1, and the order of its windows, (windows,)."""
     rng = np.random.default_rng([seed, epoch])
     return int(rng.integers(offsets)), rng.permutation(windows)
 
 
-def batch_at(
-    stream: np.ndarray, step: int, batch: int, context: int, seed: int, rank: int = 0, world: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+def batch_at(stream, step, batch, context, seed, rank=0, world=1):
     """The batch of one rank at one step -> inputs, targets: (batch, context) int64, targets one token ahead.
 
     stream (tokens,): all documents, one after another (support/streams.py keeps it on disk).
@@ -376,7 +286,6 @@ def batch_at(
     Each epoch cuts the stream into windows of `context` tokens that do not overlap, from a random offset (so
     the borders fall elsewhere next time), and visits them in random order, each once. A step of all ranks
     together takes the next world * batch of them, so 2 ranks with batch b see what 1 rank with batch 2b sees.
-    No state: a resumed run only needs its step.
     """
     tokens = len(stream)
     if tokens < context + 1:
@@ -393,7 +302,7 @@ def batch_at(
     return block[:, :-1], block[:, 1:]
 
 
-def rows_at(n: int, step: int, batch: int, seed: int) -> list[int]:
+def rows_at(n, step, batch, seed):
     """Which of n examples are in the batch of this step, of all ranks together: epochs without replacement."""
     numbers = np.arange(step * batch, (step + 1) * batch)  # (batch,), counted through all epochs
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in np.unique(numbers // n)}
@@ -404,25 +313,26 @@ def rows_at(n: int, step: int, batch: int, seed: int) -> list[int]:
 # From a record to ids.
 
 
-def chat(problem: Problem) -> list[dict[str, str]]:
+def chat(problem):
     """A problem as a conversation; its last turn is the assistant's."""
     return [*asked(problem), {"role": "assistant", "content": problem.solution}]
 
 
-def encode_prompt(tokenizer, record: Problem | Pair | Judged) -> list[int]:
+def encode_prompt(tokenizer, record):
     """The ids up to where the assistant begins its last turn."""
     return tokenizer.encode_chat(asked(record), add_generation_prompt=True)[0]  # ids, without the mask
 
 
-def encode_answers(tokenizer, pair: Pair | Judged) -> tuple[list[int], list[list[int]]]:
+def encode_answers(tokenizer, pair):
     """-> prompt ids, [chosen ids, rejected ids], each answer with its end, as if it were sampled. A Judged has one."""
-    return encode_prompt(tokenizer, pair), [[*tokenizer.encode(text), tokenizer.im_end_id] for text in pair.answers]
+    texts = [pair.answer] if isinstance(pair, Judged) else [pair.chosen, pair.rejected]
+    return encode_prompt(tokenizer, pair), [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]
 
 
 # -----------------------------------------------------------------------------------------------------------------
 
 
-def demo() -> None:
+def demo():
     """The split of a question, a pair as text and as ids, and what steps read."""
     questions = ["Is 4 odd?", " is 4  ODD?", "Is 3 odd?", "Is 5 odd?"]
     splits = [split_of(split_key(Problem(question, "", ""))) for question in questions]

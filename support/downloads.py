@@ -1,7 +1,7 @@
 """The data sets by name: where each of their files lies, and downloading it if it is missing.
 
 A file is looked for in $ALIGN_DATA (default `downloads/`). If it is not there, it is downloaded to that folder and its
-sha256 is checked. For data.py: `find` gives the file, `refuse` ends it for a data set of another kind.
+sha256 is checked. `find` gives the file, `refuse` ends it for a data set of another kind.
 """
 
 import hashlib
@@ -41,7 +41,9 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 STYLE = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/04_preference-tuning-with-dpo/"
 HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/"
 
-# {} is the split; only a published test file is called test. What has no URL has to be put there by hand.
+# {} is the split; only a published test file is called test. What has no URL has to be put there by hand. polarity:
+# sentences from film reviews (Pang and Lee, ACL 2005); reviews: whole ones (ACL 2004); hh: Anthropic's helpful-base
+# dialogues (arXiv:2204.05862).
 DATASETS = {
     "gsm8k": files("gsm8k/{}.jsonl", GSM8K + "grade_school_math/data/{}.jsonl"),
     "tinyshakespeare": files("tinyshakespeare/input.txt", SHAKESPEARE, splits=("train", "valid")),
@@ -145,6 +147,19 @@ def find(name: str | Path, split: str = "train") -> Path:
 def has_test_file(name: str) -> bool:
     """Whether a data set has a test file of its own. A path has none, nor has a data set of one file."""
     return "test" in DATASETS.get(name, ())
+
+
+def part_of(name: str, split: str) -> str:
+    """Which file of a data set the records of a split come from, "train" or "test"."""
+    return "test" if split == "test" and has_test_file(name) else "train"
+
+
+def none_left(what: str, name: str, split: str, n: int) -> DataError:
+    """The error if none of the n records of a file is in a split. what: what a record is."""
+    if name == "gsm8k":
+        return DataError(f"{find(name)} has {n} {what}s, and the last 500 are valid: none is left for {split}")
+    advice = "" if part_of(name, split) == "test" else ": the split is by hash, add more records"
+    return DataError(f"{name} has no {what} in the split {split}{advice}")
 
 
 def refuse(name: str, what: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import DEFAULT_TASK, Judged, encode_answers, has_verifier, load_judged, load_pairs, load_problems, rows_at
+from data import DEFAULT_TASK, Judged, encode_answers, load_judged, load_pairs, load_problems, rows_at
 from lora import lora_off
 from support.checks import Count, Positive, Range
 from support.content import records_of
@@ -17,6 +17,7 @@ from support.judged import one_by_one, prepare_judged, shift_answers
 from support.pairs import add_reference, batch_of, kept_pairs, pair_logprobs, row_of, sample_pairs, sides_of
 from support.questions import splits_with_room
 from support.records import load_splits
+from support.tasks import has_verifier
 from support.verified import PolicyConfig
 
 

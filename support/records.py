@@ -2,9 +2,9 @@
 
 `read_records` turns a file into plain dictionaries, each with its place in the file. `problem_fields`, `pair_fields`,
 `judged_fields` and `review_fields` know the keys that public data sets use for a problem, a preference pair, a judged
-answer and a review, and return the fields of data.Problem, data.Pair, data.Judged and data.Review. `read_pairs`,
-`read_judged` and `read_reviews` do both. Every error is a DataError of one line that begins with the file and the
-place.
+answer and a review, and return the fields of data.Problem, data.Pair, data.Judged and data.Review. `read_problems`,
+`read_pairs`, `read_judged` and `read_reviews` do both for a data set by name, or a path; `read_documents` reads plain
+text. Every error is a DataError of one line that begins with the file and the place.
 """
 
 import csv
@@ -16,11 +16,12 @@ import os
 import re
 import zlib
 from decimal import Decimal
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
 from support.answers import NUMBER, extract_answer, last_line, same_answer, stated_answer
-from support.downloads import DATASETS, data_folder, find, imdb_reviews
+from support.downloads import DATASETS, data_folder, find, imdb_reviews, part_of, refuse
 from support.errors import ConfigError, DataError
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -423,16 +424,47 @@ def judged_fields(record: dict, where: str) -> dict:
     return dict(prompt=fields["question"], answer=fields["solution"], good=label, history=fields["history"])
 
 
-def read_pairs(path: Path, kind: str, skip_bad: bool) -> list[dict]:
-    """The fields of data.Pair of each pair of a file. skip_bad: as for `read_all`. Pairs that teach nothing (equal
-    answers, or one that is empty) are left out and counted, in one printed line. White space alone is empty, but
-    answers that differ in it differ."""
+def holds_records(name: str) -> bool:
+    """Whether a data set, or the file of this name, holds problems, and not plain text."""
+    known = name in ("gsm8k", "instructions", "ratings")
+    return known or file_kind(name) in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+
+
+def read_documents(name: str, split: str) -> list[str]:
+    """The documents of a split, "train" or "valid", of plain text: tinystories has one per story; any other file is
+    one, of which the first 90 % of the characters is train."""
+    refuse(name, "text for pretraining")
+    path = find(name, split)
+    text = read_text(path)
+    if name == "tinystories":
+        return [story.strip("\n") for story in text.split("<|endoftext|>") if story.strip()]
+    cut = len(text) * 9 // 10
+    part = text[:cut] if split == "train" else text[cut:]
+    if not part:
+        raise DataError(f"{path} is too short to split: {len(text)} characters")
+    return [part]
+
+
+def read_problems(name: str, split: str, skip_bad: bool) -> list[dict]:
+    """The fields of data.Problem of each record of the file that has a split (`part_of`). skip_bad: as for
+    `read_all`."""
+    refuse(name, "problems")
+    parse = partial(problem_fields, story="gsm8k" if name == "gsm8k" else "file")
+    return read_all(find(name, part_of(name, split)), parse, skip_bad)
+
+
+def read_pairs(name: str, split: str, skip_bad: bool) -> list[dict]:
+    """The same of pairs, the fields of data.Pair. Pairs that teach nothing (equal answers, or one that is empty) are
+    left out and counted, in one printed line. White space alone is empty, but answers that differ in it differ."""
+    refuse(name, "preference pairs")
+    path, kind = find(name, part_of(name, split)), name if name in DATASETS else "file"
     records = read_all(path, lambda record, where: (where, pair_fields(record, where, kind)), skip_bad)
     return drop_useless(path, records, "pairs with an empty answer")
 
 
-def read_judged(path: Path, skip_bad: bool) -> list[dict]:
-    """The same of a file of judged answers: the fields of data.Judged, or of data.Pair where a record is a pair."""
+def read_judged(name: str, skip_bad: bool) -> list[dict]:
+    """The same of a path of judged answers: the fields of data.Judged, or of data.Pair where a record is a pair."""
+    path = find(name)
 
     def parse(record, where):
         is_pair = "chosen" in record or "rejected" in record
@@ -468,9 +500,11 @@ def review_fields(record: dict, where: str) -> tuple[str, int]:
     return text_of(record, "text", where).strip(), label
 
 
-def read_reviews(name: str, part: str, skip_bad: bool) -> list[tuple[str, int]]:
-    """The text and the label of each review of a data set's file, "train" or "test", or of a path. skip_bad: as for
-    `read_all`. Where imdb's file is not there, it comes through Hugging Face's `datasets`."""
+def read_reviews(name: str, split: str, skip_bad: bool) -> list[tuple[str, int]]:
+    """The same of reviews, the text and the label of each. Where imdb's file is not there, it comes through Hugging
+    Face's `datasets`."""
+    refuse(name, "labelled texts")
+    part = part_of(name, split)
     if name == "imdb" and not (data_folder() / DATASETS[name][part].path).is_file():
         return imdb_reviews(part, DATASETS[name][part])
     return read_all(find(name, part), review_fields, skip_bad)

@@ -86,6 +86,26 @@ def task_of(name: str | Path) -> Task:
     return TASKS.get(str(name), FILE_DATA)
 
 
+def has_verifier(name: str | Path) -> bool:
+    """Whether every problem of a data set has an answer that can be checked."""
+    return str(name) in TASKS or str(name) == "gsm8k"
+
+
+def refuse_unsound(name: str, problems: list, split: str, n: int) -> None:
+    """DataError if the verifier of a task refuses the solution of one of its problems, or if the task gave none of the
+    n that it was asked for."""
+    task = TASKS[name]
+    for problem in problems:
+        answer = task.answer(problem.solution)
+        if answer is None or not task.same_answer(answer, problem.answer):
+            raise DataError(
+                f"task {name}: its own solution of {problem.question[:60]!r} does not verify: it gives {answer!r}, the "
+                f"answer is {problem.answer!r}"
+            )
+    if n and not problems:
+        raise DataError(f"task {name} has no problem in the split {split}")
+
+
 def corruption_kinds(name: str, kinds: Sequence[str] | None) -> list[str]:
     """The kinds of wrong solution that a task's pairs take in turn; None: all that it has. DataError if it has none, or
     not one of these."""

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from data import has_verifier
 from support.checks import Amount, Positive, Range, listed
 from support.errors import ConfigError
+from support.tasks import has_verifier
 
 
 @dataclass

@@ -155,8 +155,8 @@ def test_a_name_is_one_as_a_path_too(tmp_path, monkeypatch):
     assert load_pairs(word, n=3) == load_pairs("word", n=3)
     assert load_judged(word, n=3) == load_judged("word", n=3)
     assert load_sentiment(Path("sentiment"), "valid") == load_sentiment("sentiment", "valid")
-    assert data.has_verifier(word)
-    assert data.has_verifier(Path("gsm8k"))
+    assert tasks.has_verifier(word)
+    assert tasks.has_verifier(Path("gsm8k"))
     assert tasks.task_of(word) is tasks.TASKS["word"]
 
 

@@ -460,7 +460,10 @@ def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
 
 
 def judged_rows(tokenizer, n=9):
-    texts = [Judged(p.prompt, p.answers[i % 2], i % 2 == 0) for i, p in enumerate(load_pairs("word", "train", n))]
+    texts = [
+        Judged(p.prompt, (p.chosen, p.rejected)[i % 2], i % 2 == 0)
+        for i, p in enumerate(load_pairs("word", "train", n))
+    ]
     return [encode_pair(tokenizer, judged) for judged in texts]
 
 

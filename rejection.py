@@ -62,30 +62,21 @@ Run it:
 """
 
 import itertools
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import rows_at
-from lora import add_lora
-from optim import lr_at, make_optimizers, optimizer_step
-from sft import collate, sft_loss
-from support.checkpoints import open_checkpoint
+from optim import lr_at, optimizer_step
+from sft import sft_loss
 from support.checks import Count
 from support.cli import run_script
-from support.content import records_of, weights_of
-from support.devices import precision, setup
-from support.lora_files import LoraState
 from support.rejection_report import report
-from support.rollouts import Sampler
-from support.rounds import back_to_start, check_rounds, round_figures
-from support.runs import Run
-from support.sft_start import sft_start
+from support.rounds import back_to_start, begin_run, check_rounds, micro_batches, open_start, round_figures
 from support.sharding import averaging
-from support.verified import VerifiedConfig, judged_answers, load_verifiable, look_at_step, measure_end, measure_start
+from support.verified import VerifiedConfig, judged_answers, look_at_step, measure_end, measure_start
 from transformer import token_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -183,34 +174,23 @@ class Config(VerifiedConfig):
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
-    began = time.perf_counter()
-    dist = setup(config.device)
-    per_rank = dist.per_rank("batch", config.batch)  # answers of a step on this rank
-    autocast, scaler = precision(config.dtype, dist)
-    init = config.init or sft_start(config, dist)
-    policy, tokenizer, _ = open_checkpoint(init, dist.device)
-    add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    policy.eval()  # throughout: the policy that is tuned is the one that was sampled
-    problems = load_verifiable(config, tokenizer, policy.config.context, dist)
-    sample = Sampler(policy, tokenizer, problems["train"], config, autocast)
+    start = open_start(config)  # the device, the checkpoint, its problems, and what samples its answers
+    dist, policy, problems = start.dist, start.policy, start.problems
+    autocast, scaler = start.autocast, start.scaler
+    start_weights = [p.detach().clone() for p in policy.parameters()] if config.restart else []
 
     def sample_and_keep(k):
         """Round k: {"kept": [(prompt, answer, weight), …], "right", "solved"}. ConfigError if nothing is right."""
-        groups = judged_answers(sample, k, config, dist)
+        groups = judged_answers(start.sample, k, config, dist)
         kept = keep_round(groups, config.distinct, config.max_per_problem, config.weigh)
         return {"kept": kept} | round_figures(groups, k)
 
     # The first round, before the run opens its directory: if nothing is right, an earlier run stays where it is.
-    round_data = None if config.resume else sample_and_keep(0)
-
-    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
-    start_weights = [p.detach().clone() for p in policy.parameters()] if config.restart else []
-    reads = records_of(config.data, problems) | weights_of(init, policy)
-    state = {"before": None, "start": {}, "sampled": round_data, "parts": {"lora": LoraState(policy, init)}}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, reads=reads, began=began, **state)
+    first = None if config.resume else sample_and_keep(0)
+    run = begin_run(start, sampled=first)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
-    measure_start(run, problems, init)  # the test split; and until something beats it, the start is best/
+    measure_start(run, problems, start.init)  # the test split; and until something beats it, the start is best/
     for step in run.steps():
         k, s = divmod(step, config.round_steps)  # round k, its step s
         record = {}
@@ -219,21 +199,18 @@ def main(config):
             if k > 0:  # round 0 was sampled above
                 run.state.sampled = sample_and_keep(k)
             if config.restart:
-                back_to_start(policy, start_weights, optimizers)
+                back_to_start(policy, start_weights, run.optimizers)
             record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}
         kept = run.state.sampled["kept"]  # (prompt, answer, weight) each
 
         # 3. tune: sft.py's step on the next B of them, in an order that 7_919 * k makes another in each round
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
         n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
-        rank_batch = batch[dist.rank * per_rank : (dist.rank + 1) * per_rank]
-        rank_batch.sort(key=lambda example: len(example[0]))  # answers of like length waste no padding
-        loss_sum = 0.0
-        for i in range(0, per_rank, config.micro_batch):
-            micro = collate(rank_batch[i : i + config.micro_batch], tokenizer.endoftext_id).to(dist.device)  # (b, T)
+        micros, loss_sum = micro_batches(batch, start), 0.0  # this rank's
+        for micro in micros:  # b answers each, padded: tokens, mask (b, T)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
             # The ranks average their gradients in the last backward alone; * world makes the average a sum
-            with averaging(model, now=i + config.micro_batch >= per_rank):
+            with averaging(model, now=micro is micros[-1]):
                 with autocast():
                     logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)  # (b, T − 1)
                 loss, metrics = sft_loss(logprobs, mask, n_tokens)  # ()
@@ -242,7 +219,7 @@ def main(config):
         (loss_sum,) = dist.sum(loss_sum)
         schedule = (s, config.round_steps) if config.restart else (step, config.steps)
         lr = lr_at(*schedule, config.lr, config.warmup)
-        norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
+        norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)
         run.check_finite(lr, norm, loss=loss_sum)
 
         # 4. look
@@ -250,7 +227,7 @@ def main(config):
         look_at_step(run, problems, record, shown=("loss",), round=k + 1, kept=len(kept))
     run.close()
 
-    figures = measure_end(run, problems, init)  # the test split again, with best/, and how far it is from the start
+    figures = measure_end(run, problems, start.init)  # the test split again, of best/; how far that is from the start
     if dist.is_main:
         report(config, run.path, figures)
     return figures

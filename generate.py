@@ -48,20 +48,18 @@ Run it:
 """
 
 import sys
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from support.checkpoints import is_chat_model, open_checkpoint
-from support.checks import Amount, Count, Fraction, Range, Seed, check
 from support.cli import run_script
 from support.devices import answer_autocast, setup, traits
 from support.errors import ConfigError
 from support.fast_decode import Decoder
 from support.finite import check_logprobs
-from support.generate_setup import check_request, prompts_that_fit
+from support.generate_setup import Config, check_request, prompts_that_fit, room_after, seen_in
 from support.output import run_demo
 from support.streaming import StreamedText, chat
 from transformer import Transformer, TransformerConfig
@@ -227,11 +225,9 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
     device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
     logits, decoder = prefill(model, prompts, n, max_new_tokens, static)  # (N·n, V)
     stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    seen = None
+    seen = None  # (N·n, V) the tokens that a row holds already, for the penalty
     if sampling["penalty"] != 1.0:
-        every_id = torch.arange(logits.shape[1])
-        seen = torch.stack([torch.isin(every_id, torch.tensor(list(prompt))) for prompt in prompts])  # (N, V)
-        seen = seen.to(device).repeat_interleave(n, dim=0)  # (N·n, V)
+        seen = seen_in(prompts, logits.shape[1], device).repeat_interleave(n, dim=0)
 
     ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)  # tokens that were sampled
@@ -282,59 +278,11 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
 # The script: continue a prompt, or chat.
 
 
-@dataclass
-class Config:
-    """Continue a prompt with a trained checkpoint, or chat with it."""
-
-    checkpoint: str
-    """Checkpoint directory, a run directory such as runs/sft, a .gguf file, or a name on the Hugging Face hub."""
-    prompt: str | None = None
-    """What to answer (a chat model) or to continue (a base model). Without it: chat."""
-    max_new_tokens: Count = 200
-    """Longest answer in tokens; shorter if the context is full before."""
-    temperature: Amount = 0.0
-    """0 is greedy."""
-    top_k: Count | None = None
-    """Sample only among the k most likely tokens."""
-    top_p: Annotated[float, Range(float, 0, 1, above=True, below=False)] | None = None
-    """Sample only among the most likely tokens that together have this probability."""
-    min_p: Fraction | None = None
-    """Sample only among tokens with at least this share of the most likely token's probability."""
-    repetition_penalty: Annotated[float, Range(float, 1e-5)] = 1.0
-    """Above 1 makes tokens that the prompt or the answer already holds less likely."""
-    stop: list[str] = field(default_factory=list)
-    """Texts that end an answer and are not shown: --stop+ "Q:" --stop+ "A:"."""
-    seed: Seed = 0
-    """Random seed of the sampling."""
-    device: str = "auto"
-    """auto (the best there is), cpu, cuda or mps (Apple)."""
-
-    def __post_init__(self):
-        check(self)
-        if 0 < self.temperature < 1e-5:  # logits over it overflow
-            raise ConfigError(f"--temperature is {self.temperature}; it must be 0 (greedy) or at least 1e-5")
-        if self.temperature == 0 and (self.top_k or self.top_p or self.min_p):
-            raise ConfigError("top_k, top_p and min_p choose what is sampled from: give a --temperature above 0")
-        if "" in self.stop:
-            raise ConfigError("--stop holds an empty text, which would end every answer at once")
-
-
 def answer(model, tokenizer, ids, stop_ids, config, generator):
     """Stream the continuation of `ids` to stdout; returns its text."""
-    room = model.config.context - len(ids)
-    if room < 1:
-        raise ConfigError(
-            f"the prompt has {len(ids)} tokens, the model has a context of {model.config.context}; shorten the prompt"
-        )
-    text = StreamedText(tokenizer, config.stop)
-
-    def show(token, live):
-        is_text = live[0] and token[0].item() not in stop_ids
-        return torch.tensor([text.add(token[0].item())]) if is_text else None
-
-    options = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
-    options |= dict(repetition_penalty=config.repetition_penalty, stop_ids=stop_ids, generator=generator)
-    generate(model, [ids], min(config.max_new_tokens, room), on_tokens=show, **options)
+    text = StreamedText(tokenizer, config.stop, stop_ids)
+    most = min(config.max_new_tokens, room_after(ids, model))
+    generate(model, [ids], most, stop_ids=stop_ids, generator=generator, on_tokens=text.on_tokens, **config.sampling)
     return text.end()
 
 

@@ -1,7 +1,58 @@
-"""Before generate.py reads the first prompt: whether the request can be met, and how many prompts fit into memory."""
+"""What generate.py needs before it reads the first prompt: the flags of its script; whether a request can be met; how
+many prompts fit into memory; and which tokens the prompts hold, for the repetition penalty.
+"""
 
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+
+from support.checks import Amount, Count, Fraction, Range, Seed, check
 from support.devices import free_memory
 from support.errors import ConfigError
+
+
+@dataclass
+class Config:
+    """Continue a prompt with a trained checkpoint, or chat with it."""
+
+    checkpoint: str
+    """Checkpoint directory, a run directory such as runs/sft, a .gguf file, or a name on the Hugging Face hub."""
+    prompt: str | None = None
+    """What to answer (a chat model) or to continue (a base model). Without it: chat."""
+    max_new_tokens: Count = 200
+    """Longest answer in tokens; shorter if the context is full before."""
+    temperature: Amount = 0.0
+    """0 is greedy."""
+    top_k: Count | None = None
+    """Sample only among the k most likely tokens."""
+    top_p: Annotated[float, Range(float, 0, 1, above=True, below=False)] | None = None
+    """Sample only among the most likely tokens that together have this probability."""
+    min_p: Fraction | None = None
+    """Sample only among tokens with at least this share of the most likely token's probability."""
+    repetition_penalty: Annotated[float, Range(float, 1e-5)] = 1.0
+    """Above 1 makes tokens that the prompt or the answer already holds less likely."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer and are not shown: --stop+ "Q:" --stop+ "A:"."""
+    seed: Seed = 0
+    """Random seed of the sampling."""
+    device: str = "auto"
+    """auto (the best there is), cpu, cuda or mps (Apple)."""
+
+    @property
+    def sampling(self):
+        """{name: value} of `generate`'s arguments that say what is sampled from."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names}
+
+    def __post_init__(self):
+        check(self)
+        if 0 < self.temperature < 1e-5:  # logits over it overflow
+            raise ConfigError(f"--temperature is {self.temperature}; it must be 0 (greedy) or at least 1e-5")
+        if self.temperature == 0 and (self.top_k or self.top_p or self.min_p):
+            raise ConfigError("top_k, top_p and min_p choose what is sampled from: give a --temperature above 0")
+        if "" in self.stop:
+            raise ConfigError("--stop holds an empty text, which would end every answer at once")
 
 
 def check_request(model, prompts, max_new_tokens, n, uniforms, *, temperature, top_k, top_p, min_p, penalty):
@@ -35,3 +86,17 @@ def prompts_that_fit(model, prompts, max_new_tokens, n, memory=None):
     c, slots = model.config, max(map(len, prompts)) + max_new_tokens
     row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * slots  # keys and values of a rollout in fp32
     return max(1, int(memory // (row * n)))
+
+
+def room_after(ids, model):
+    """How many tokens the context has left after a prompt. ConfigError if none."""
+    context = model.config.context
+    if len(ids) >= context:
+        raise ConfigError(f"the prompt has {len(ids)} tokens, the model has a context of {context}; shorten the prompt")
+    return context - len(ids)
+
+
+def seen_in(prompts, vocab_size, device):
+    """Lists of ids -> (N, V) bool: which tokens each prompt holds."""
+    every_id = torch.arange(vocab_size)
+    return torch.stack([torch.isin(every_id, torch.tensor(list(prompt))) for prompt in prompts]).to(device)

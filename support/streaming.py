@@ -4,6 +4,8 @@ import codecs
 import io
 import sys
 
+import torch
+
 from support.errors import ConfigError, TokenizerError
 
 
@@ -60,8 +62,8 @@ class StreamedText:
     """Prints tokens as they are generated. An incomplete character (one can span several tokens) is held back, and so
     is text that may be the beginning of a stop text, because stop texts are never printed."""
 
-    def __init__(self, tokenizer, stop_texts=()):
-        self.tokenizer, self.stop_texts = tokenizer, stop_texts
+    def __init__(self, tokenizer, stop_texts=(), stop_ids=()):
+        self.tokenizer, self.stop_texts, self.stop_ids = tokenizer, stop_texts, stop_ids
         self.shown, self.held = [], ""  # what was printed, piece by piece; what may begin a stop text
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -79,6 +81,12 @@ class StreamedText:
         self.held = self.held[safe:]
         print(self.shown[-1], end="", flush=True)
         return bool(ends)
+
+    def on_tokens(self, ids, live):
+        """What `generate` calls with the token of the one row: (1,), (1,) -> (1,) bool, whether a stop text has ended
+        it; None if there is no text in it."""
+        is_text = live[0] and ids[0].item() not in self.stop_ids
+        return torch.tensor([self.add(ids[0].item())]) if is_text else None
 
     def end(self):
         """Print the text that was held back; returns the whole text."""

@@ -23,9 +23,9 @@ R random samples:
     weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710); for large R ∇log p
     weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0
 
-The first is grpo.py --algorithm maxrl --baseline none --format_weight 0, the second --weigh answer, up to the divisor.
-Both need --distinct false and no --max_per_problem: EM counts an answer as often as it was sampled, so what is frequent
-grows. The defaults keep one of the answers with equal ids: each right one of a problem has the same weight.
+The first is also what grpo.py --algorithm maxrl --baseline none --format_weight 0 computes; the second is --weigh
+answer, up to the divisor. Both need --distinct false and no --max_per_problem: EM counts an answer as often as it was
+sampled, so frequent ones grow. The default keeps one of several equal answers: each distinct one weighs the same.
 
 The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. One round, of
 N = --prompts problems with R = --rollouts answers each (main has the same four parts):
@@ -195,7 +195,7 @@ def main(config):
         k, s = divmod(step, config.round_steps)  # round k, its step s
         record = {}
         if s == 0:
-            # 1. sample the round's answers, and 2. keep what the verifier accepts
+            # 1. sample the round's answers, and 2. keep the right ones
             if k > 0:  # round 0 was sampled above
                 run.state.sampled = sample_and_keep(k)
             if config.restart:
@@ -207,7 +207,7 @@ def main(config):
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
         n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
         micros, loss_sum = micro_batches(batch, start), 0.0  # this rank's
-        for micro in micros:  # b answers each, padded: tokens, mask (b, T)
+        for micro in micros:  # b answers each, as sft.collate pads them: tokens, mask (b, T)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
             # The ranks average their gradients in the last backward alone; * world makes the average a sum
             with averaging(model, now=micro is micros[-1]):

@@ -21,9 +21,9 @@ The default model has no mixture (n_expert = 0). With a mixture the defaults are
 every assignment served, and balancing by the Switch loss; shared experts, the bias and a capacity are off.
 
 **Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Those
-also get all the training, so they become better and are picked more often. Left alone, a few take almost everything:
-3.7 of at most 4 times the even share in results/moe.md, where 600 steps show no significant cost of it. Against it,
-`--model.balancing`:
+also get all the training, so they become better and are picked more often. Left alone, a few take almost everything: in
+results/moe.md the busiest gets 3.7 times the even share, of at most E / K = 4; in 600 steps that costs nothing
+significant. Against it, `--model.balancing`:
 
     aux     loss += 0.01 · E Σ_e f_e P_e     arXiv:2101.03961, Eq. 4: f the share of the assignments, P the mean
                                              probability; 1 if even. f is a count, so the gradient goes through P. A
@@ -33,24 +33,24 @@ also get all the training, so they become better and are picked more often. Left
                                              the loss. --bias_rate sets the pace, and the swing that remains
     none
 
-With each of them, `none` too, pretrain.py adds 0.001 (--z_weight) · mean(logsumexp(logits)²), the z-loss (ST-MoE,
-arXiv:2202.08906, Eq. 5): it keeps logits small, so that the softmax does not saturate. Both losses are sums over the
-mixtures: four of them weigh 4 · 0.01. Only pretrain.py balances: later stages train the router by their own loss alone,
-and the biases stay. (DeepSeek-V3, arXiv:2412.19437, §2.1.2, adds b to sigmoid scores and a small loss per sequence;
-here b meets probabilities of about 1/E.)
+With any of the three pretrain.py also adds 0.001 (--z_weight) · mean(logsumexp(logits)²), the z-loss (ST-MoE,
+arXiv:2202.08906, Eq. 5): it keeps logits small, so that the softmax does not saturate. Both losses are summed over the
+model's mixtures: with four of them aux weighs 4 · 0.01. Only pretrain.py balances: later stages train the router by
+their own loss alone, and the biases stay. (DeepSeek-V3, arXiv:2412.19437, §2.1.2, adds b to sigmoid scores and a small
+loss per sequence; here b meets probabilities of about 1/E.)
 
 **Traps.**
 
 * K = 1 with weights that sum to 1: p / p = 1, and the router gets no gradient (pretrain.py refuses it). Switch and
   OLMoE do not divide.
 * The scale s (`routed_scale`; DeepSeek's routed_scaling_factor). A dense feed-forward cut into K parts *adds* them up;
-  weights that sum to 1 take the *mean*, 1/K of that. With the same init and the same steps in the weights, whose size
-  under Adam and Muon does not depend on the gradient's, the branch would start and grow K times smaller. So s is K by
-  default if the weights sum to 1, else 1.
+  weights that sum to 1 take the *mean*, 1/K of that. Steps of Adam and Muon do not grow with the gradient, so with the
+  same init and the same steps the branch would start and stay K times smaller. So s is K by default if the weights
+  sum to 1, else 1.
 * Softmax before or after the top-k? Over the K chosen logits it gives p_e / Σ_S p: the renormalised weights. So
   Mixtral, which writes it after, and Qwen3-MoE with `norm_topk_prob` are one formula.
-* bf16: a probability of 0.3 is off by up to 0.001 there. The router computes in fp32, under autocast too (with --fsdp
-  and bf16 from weights that arrive in bf16).
+* bf16: a probability of 0.3 is off by up to 0.001 there. So the router computes in fp32, under autocast too. (With
+  --fsdp and bf16 its weights come rounded to bf16 all the same.)
 * `capacity_factor`: of a forward's T tokens an expert takes at most ⌈factor · T K / E⌉ assignments, first choices
   first, then in the order of the tokens, so the last rows of a batch lose first. The rest pass by on the residual
   stream alone (a token's served choice keeps its weight) and are counted: load_dropped in the log. Whether a token is
@@ -73,9 +73,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 
 from support.devices import in_float64
+from support.expert_counts import histogram, repeats_a_forward, sum_over_ranks
 from support.expert_products import fast_slices
 from support.output import run_demo
 
@@ -86,12 +87,6 @@ def route(logits, k, normalise=True, bias=None):
     index = (probs if bias is None else probs + bias).topk(k, dim=-1).indices  # (T, K)
     weights = probs.gather(-1, index)  # (T, K)
     return probs, weights / weights.sum(-1, keepdim=True) if normalise else weights, index
-
-
-def histogram(index, n):
-    """How often each of 0 … n−1 stands in index: (n,). bincount would make the CPU wait for the GPU."""
-    index = index.flatten()
-    return torch.zeros(n, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
 
 
 def load_balancing_loss(router_probs, expert_index, n_expert):
@@ -162,10 +157,8 @@ def sparse_experts(x, index, weights, gate, up, down, keep=None, slices=slices_l
 class MoE(nn.Module):
     """Router, experts and shared experts in place of a feed-forward: (..., C) -> (..., C).
 
-    The weights are Mixtral's and Qwen3-MoE's: `router.weight` (E, C) is their gate.weight; `gate[e]`, `up[e]` (inner,
-    C) and `down[e]` (C, inner) are experts.e.gate_proj, up_proj and down_proj (Mixtral: w1, w3, w2). Shared experts
-    stand side by side in one of width n_shared_expert · inner, as DeepSeek's shared_experts. With balancing by bias the
-    buffer `selection_bias` (E,) is DeepSeek's gate.e_score_correction_bias.
+    Shared experts stand side by side in one of width n_shared_expert · inner, as DeepSeek's shared_experts. With
+    balancing by bias the buffer `selection_bias` (E,) is DeepSeek's gate.e_score_correction_bias.
     """
 
     def __init__(self, config):
@@ -220,10 +213,7 @@ class MoE(nn.Module):
     def _record(self, logits, probs, index, keep):
         aux = load_balancing_loss(probs, index, self.n_expert) if self.balancing == "aux" else probs.new_zeros(())
         losses = aux, router_z_loss(logits)
-        # Inside a backward activation checkpointing repeats the forward: it computes the losses again, for it must save
-        # the same tensors as the first, but is not counted. (With use_reentrant=True the first builds no graph, and the
-        # losses have no gradient.)
-        if torch._C._current_graph_task_id() >= 0:
+        if repeats_a_forward():  # activation checkpointing needs the losses computed again, but counted once
             return
         self.losses = losses
         self.counts += histogram(index, self.n_expert)
@@ -245,16 +235,6 @@ def balancing_loss(model, aux_weight, z_weight):
         raise RuntimeError("balancing_loss needs a forward in training mode first: model.train()")
     aux, z = (sum(layer.losses[i] for layer in layers) for i in (0, 1))
     return torch.as_tensor(aux_weight * aux + z_weight * z)
-
-
-def sum_over_ranks(counters):
-    """One tensor per layer -> stacked, and summed over the ranks. All ranks must call."""
-    if not counters:  # a dense model
-        return torch.zeros(0)
-    total = torch.stack(counters)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(total)
-    return total
 
 
 @torch.no_grad()
@@ -296,14 +276,13 @@ def demo():
     assert keep.tolist() == [[True, True], [True, True], [True, True], [True, False]]
     print("  at a capacity factor of 1 an expert takes 3: the second choice of token 3 is dropped")
 
-    def layer(**changes):  # TransformerConfig's fields; this file comes before that one
-        config = dict(width=24, expert_width=32, activation="swiglu", n_expert=8, n_expert_active=2)
-        config |= dict(n_shared_expert=0, norm_topk_prob=True, balancing="none", capacity_factor=None)
-        config |= dict(routed_scale=1.0) | changes
-        return MoE(SimpleNamespace(**config))
+    def layer(balancing):  # TransformerConfig's fields; this file comes before that one
+        sizes = dict(width=24, expert_width=32, n_expert=8, n_expert_active=2, n_shared_expert=0)
+        choices = dict(activation="swiglu", norm_topk_prob=True, routed_scale=1.0, capacity_factor=None)
+        return MoE(SimpleNamespace(**sizes, **choices, balancing=balancing))
 
     torch.manual_seed(0)
-    moe = layer()
+    moe = layer("none")
     x = torch.randn(4, 64, 24) + torch.randn(24)  # tokens that have something in common: the router will lean
     moe.router.weight.data *= 10
     _, weights, index = route(F.linear(x.flatten(0, 1), moe.router.weight), 2)
@@ -315,9 +294,9 @@ def demo():
     print(f"{'load in multiples of the even share':<40}{'least':>7}{'most':>7}")
     titles = {"none": "as it is", "aux": "100 steps down the Switch loss", "bias": "100 steps of the bias by ± 0.01"}
     for balancing, steps in (("none", 0), ("aux", 100), ("bias", 100)):
-        balanced = layer(balancing=balancing)
-        balanced.load_state_dict(moe.state_dict() | ({"selection_bias": torch.zeros(8)} if balancing == "bias" else {}))
-        optimizer = torch.optim.SGD([balanced.router.weight], lr=0.1 if balancing == "aux" else 0.0)
+        balanced = layer(balancing)
+        balanced.load_state_dict(moe.state_dict(), strict=False)  # a selection bias begins at 0
+        optimizer = torch.optim.SGD([balanced.router.weight], lr=0.1)
         for _ in range(steps):
             balanced(x)
             if balancing == "aux":

@@ -1,6 +1,7 @@
 """What a run logs of its experts: the share of the assignments that each one got, and those that a capacity dropped."""
 
-from moe import moe_layers, sum_over_ranks
+from moe import moe_layers
+from support.expert_counts import sum_over_ranks
 
 
 def expert_load(model):

@@ -16,8 +16,8 @@ a product of two thin matrices can hold it. One layer:
               dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (..., in)
     merge     W ← W + s B A,  or m / ‖V‖ ⊙ V       a plain Linear again: no cost in decoding
 
-No product has W's shape: dL/dW = δ xᵀ, a third of the work of a full training step, is never formed, and there are no
-Adam moments for it: 16 bytes per weight become 4.
+dL/dW = δ xᵀ, a third of the work of a full training step, is never formed. Without a gradient W needs no moments in
+Adam either: of 16 bytes per weight (w, g, m, v in fp32) 4 remain.
 
 `rank` is 0 by default: every stage trains all weights. With --lora.rank 8 the defaults run LoRA with α = 16 on all
 Linear layers of attention and feed-forward; DoRA is off.
@@ -39,15 +39,14 @@ G = dL/dW' and v̂ = V_i/‖V_i‖ the exact gradients of row i are
 
     dL/dm_i = G_i · v̂                     dL/dV_i = (m_i/‖V_i‖) (G_i − (G_i · v̂) v̂)
 
-The projection G − (G·v̂)v̂ comes from differentiating ‖V‖. §4.3 of the paper treats ‖V‖ as a constant, which leaves it
-out and saves the graph of an (out, in) matrix at next to no accuracy; so does this file. The price of DoRA: ‖V‖ is
-computed in every forward pass, r·out·in multiplications per layer however short the batch.
+The projection G − (G · v̂) v̂ comes from differentiating ‖V‖. §4.3 of the paper treats ‖V‖ as a constant, and so does
+this file: dL/dV_i = (m_i/‖V_i‖) G_i, without the graph of an (out, in) matrix, at next to no loss of accuracy. The
+price of DoRA: ‖V‖ is computed in every forward pass, r·out·in multiplications per layer however short the batch.
 
 What is saved. `state_dict()` of a model with adapters is that of the merged model, so `save_pretrained` writes plain
-checkpoints that anyone opens. For the same reason `load_state_dict` takes a plain state and puts it under adapters that
-start anew; resuming restores both the adapters and the weights under them (support/lora_files.py, which also reads and
-writes PEFT's files). A layer's `.weight` is the merged one too, so code that reads weights instead of calling layers
-stays right.
+checkpoints that anyone opens (support/frozen_linear.py). support/lora_files.py keeps the adapters themselves: for
+resuming, and in PEFT's files. A layer's `.weight` is the merged one too, so code that reads weights instead of calling
+layers stays right.
 
 Simplified: Linear layers only (no embeddings, no batched experts). No dropout on the adapter's input: it would make
 rollout and training differ in RL, and early stopping does its job. One adapter at a time.
@@ -58,15 +57,15 @@ Run it: `python lora.py`.
 import contextlib
 import math
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from support.checks import Positive, Whole, check
-from support.devices import in_float64
 from support.errors import CheckpointError
+from support.frozen_linear import FrozenLinear
+from support.lora_targets import chosen_linears
 from support.output import run_demo
 from support.sharding import whole
 from transformer import Transformer, TransformerConfig
@@ -91,19 +90,15 @@ class LoraConfig:
             raise CheckpointError("lora.targets is empty; name the layers to adapt, for example wq and wv")
 
 
-class LoRALinear(nn.Module):
-    """A frozen Linear and its adapter: x (..., in) -> (..., out). Takes the Linear's own tensors, not copies."""
+class LoRALinear(FrozenLinear):
+    """A frozen Linear and its adapter: x (..., in) -> (..., out). From outside it looks like a Linear of the merged
+    weight: it saves and loads as one."""
 
     acts_as = nn.Linear  # x weightᵀ + bias: support/fast_decode.py may read the two instead of calling the layer
 
     def __init__(self, linear, rank, alpha, dora=False, generator=None):
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
+        super().__init__(linear)  # base_weight (out, in) and bias: the Linear's own tensors, frozen
         self.rank, self.alpha, self.enabled = rank, alpha, True
-        self.base_weight, self.bias = linear.weight.requires_grad_(False), linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.checksum = in_float64(self.base_weight.detach()).sum().item()  # load_lora_state asks whether they changed
         # Adapters are fp32 even on bf16 weights, which cannot take a small step: it rounds to nothing.
         like = {"dtype": torch.promote_types(linear.weight.dtype, torch.float32), "device": linear.weight.device}
         A = torch.empty(rank, self.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(self.in_features)
@@ -147,32 +142,6 @@ class LoRALinear(nn.Module):
         if self.magnitude is not None:
             self.magnitude.copy_(self.row_norms())
 
-    # From outside it looks like a Linear of the merged weight.
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        with contextlib.nullcontext() if keep_vars else torch.no_grad():
-            tensors = {"weight": self.weight, "bias": self.bias}
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                destination[prefix + name] = tensor if keep_vars else tensor.detach()
-
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name, own in (("weight", self.base_weight), ("bias", self.bias)):
-            if own is None:
-                continue
-            given = state.get(prefix + name)
-            if given is None:
-                missing.append(prefix + name)
-            elif given.shape != own.shape:
-                errors.append(f"{prefix + name} has shape {tuple(given.shape)}, not {tuple(own.shape)}")
-            else:
-                with torch.no_grad():
-                    own.copy_(given)
-        if strict:
-            known = [prefix + "weight"] + ([prefix + "bias"] if self.bias is not None else [])
-            unexpected += [key for key in state if key.startswith(prefix) and key not in known]
-        self.reset()
-
     def extra_repr(self):
         kind = "DoRA" if self.magnitude is not None else "LoRA"
         return f"{self.in_features} -> {self.out_features}, {kind} rank={self.rank}, alpha={self.alpha}"
@@ -187,6 +156,11 @@ def lora_layers(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
+def is_merged(model):
+    """Whether it stands between `merge_lora` and `unmerge_lora`."""
+    return any(hasattr(module, "unmerged") for module in model.modules())
+
+
 def _replace(model, name, layer):
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
@@ -195,27 +169,15 @@ def _replace(model, name, layer):
 def add_lora(model, rank, alpha, targets, dora=False, *, seed=0):
     """Freeze `model` and give each Linear that `targets` names an adapter, in place; returns the model.
 
-    targets: patterns of fnmatch; one counts where it matches a layer's name, or the end of it after a dot. rank 0
-    changes nothing. The start values are those of `seed` on every rank; no random number of the caller's is used.
-    Raises CheckpointError on a pattern that matches no Linear.
+    targets: patterns for the end of a layer's name; CheckpointError on one that matches no Linear. rank 0 changes
+    nothing. The start values are those of `seed` on every rank; no random number of the caller's is used.
     """
     config = LoraConfig(rank, alpha, list(targets), dora)  # checks
     if config.rank == 0:
         return model
-    if lora_layers(model) or any(hasattr(module, "unmerged") for module in model.modules()):
-        raise CheckpointError("this model has adapters already; merge_lora or drop_lora comes first")
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = {}
-    for pattern in config.targets:
-        hits = [n for n in linears if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")]
-        if not hits:
-            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none at all"
-            raise CheckpointError(f"lora target {pattern!r} matches no Linear layer; there are {kinds}")
-        chosen |= {name: linears[name] for name in hits}
-    holders = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    for name, linear in chosen.items():
-        if holders.count(id(linear.weight)) > 1:  # a merge would change one side of the tie alone
-            raise CheckpointError(f"lora target {name} shares its weight with another layer; leave it out")
+    if lora_layers(model) or is_merged(model):
+        raise CheckpointError("this model has adapters already; drop_lora (support/lora_files.py) removes them")
+    chosen = chosen_linears(model, config.targets)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in chosen.items():
@@ -232,10 +194,7 @@ def merge_lora(model):
     merged model, `model.requires_grad_(True)`.
     """
     for name, layer in lora_layers(model).items():
-        bias = layer.bias is not None
-        linear = nn.Linear(layer.in_features, layer.out_features, bias, device="meta").requires_grad_(False)
-        linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-        linear.bias = layer.bias
+        linear = layer.as_linear()
         object.__setattr__(linear, "unmerged", layer)  # unknown to nn.Module: no submodule, no parameter
         _replace(model, name, linear.train(layer.training))
     return model
@@ -246,16 +205,6 @@ def unmerge_lora(model):
     for name, module in list(model.named_modules()):
         if hasattr(module, "unmerged"):
             _replace(model, name, module.unmerged.train(module.training))
-    return model
-
-
-def drop_lora(model):
-    """Put the Linears of the frozen weights back, without the adapters; returns the model, still frozen."""
-    unmerge_lora(model)
-    with lora_off(model):
-        merge_lora(model)
-    for module in model.modules():
-        module.__dict__.pop("unmerged", None)
     return model
 
 
@@ -273,9 +222,9 @@ def merged(model):
 
 @contextlib.contextmanager
 def lora_off(model):
-    """Within: the model without its adapters, a reference policy that costs no memory. Not within `merged`, whose
-    layers hold adapters that nothing can take away: ValueError."""
-    if any(hasattr(module, "unmerged") for module in model.modules()):
+    """Within: the model without its adapters, a reference policy that costs no memory. ValueError within `merged`:
+    there the adapters are part of the weights."""
+    if is_merged(model):
         raise ValueError("the adapters are merged into the weights; unmerge_lora comes first")
     layers = lora_layers(model).values()
     before = [layer.enabled for layer in layers]

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lora import add_lora, drop_lora, lora_layers
+from lora import add_lora, lora_layers, lora_off, merge_lora, unmerge_lora
 from support.checkpoints import open_checkpoint
 from support.devices import in_float64
 from support.errors import CheckpointError
@@ -64,6 +64,16 @@ def load_lora_state(model, state, base=None):
     for name, weight in merged_weights.items():
         if not torch.allclose(restored[name], weight, rtol=1e-4, atol=1e-5):
             raise CheckpointError(f"{name}: base and adapters do not make the saved model: the base has changed since")
+
+
+def drop_lora(model):
+    """Put the Linears of the frozen weights back, without the adapters; returns the model, still frozen."""
+    unmerge_lora(model)
+    with lora_off(model):
+        merge_lora(model)
+    for module in model.modules():
+        module.__dict__.pop("unmerged", None)
+    return model
 
 
 class LoraState:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from generate import generate
-from lora import LoraConfig, LoRALinear, add_lora, drop_lora, lora_layers, lora_off, merge_lora, merged, unmerge_lora
+from lora import LoraConfig, LoRALinear, add_lora, lora_layers, lora_off, merge_lora, merged, unmerge_lora
 from support.errors import CheckpointError
-from support.lora_files import load_lora, load_lora_state, lora_state, save_lora
+from support.lora_files import drop_lora, load_lora, load_lora_state, lora_state, save_lora
 from transformer import Transformer, TransformerConfig, gpt2_config, token_logprobs
 
 pytestmark = [  # PEFT's and transformers' words to each other

@@ -86,27 +86,12 @@ import torch
 from support.devices import in_float64
 from support.errors import ConfigError
 from support.output import run_demo
+from support.per_tensor import PerTensor
 from support.sharding import full_tensor, in_stacks
 
 # ---------------------------------------------------------------------------------------------------------------
-# One weight tensor at a time.
-
-
-class PerTensor(torch.optim.Optimizer):
-    """What the plain optimizers share: `update` for each tensor w of any shape, with its gradient g, its memory `state`
-    (a dict, empty at first) and the settings of its group. It changes w in place."""
-
-    def __init__(self, params, **settings):
-        super().__init__(params, settings)
-        self.names = list(settings)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            settings = {name: group[name] for name in self.names}
-            for w in group["params"]:
-                if w.grad is not None:
-                    self.update(w, w.grad, self.state[w], **settings)
+# One weight tensor w of any shape at a time: `update` changes it in place, given its gradient g, its memory `state` (a
+# dict, empty at first) and the settings. PerTensor.step calls it for each.
 
 
 class SGD(PerTensor):

@@ -292,6 +292,9 @@ class Config(RunConfig):
     n_pairs: Count | None = None
     """Largest number of corrupted training pairs (sampled ones come on top), or of a file's; default: 12,000, or all of
     a file's."""
+    max_tokens: Count | None = None
+    """Longest pair, its prompt and its longer answer, in tokens; longer ones are left out. Default: the model's
+    context."""
     kinds: list[str] | None = None
     """Kinds of errors in the corrupted training pairs; a kind named twice occurs twice as often. Default: all kinds,
     and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
@@ -363,14 +366,15 @@ def main(config):
         check_room(config, judge, policy, tokenizer, policy_tokenizer)
     if all_pairs is None:  # a resumed run reads the pairs of its first part: sampled again, they could be others
         all_pairs = kept_pairs(config) or make_pairs(config, policy, policy_tokenizer, dist, autocast)
-    pairs, groups = fitting_groups(all_pairs, tokenizer, judge.config.context, dist)  # those that fit the context
+    longest = min(judge.config.context, config.max_tokens or judge.config.context)
+    pairs, groups = fitting_groups(all_pairs, tokenizer, longest, dist)  # those of at most so many tokens
 
     optimizers = make_optimizers(judge, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     reads = records_of(config.data, all_pairs) | weights_of(init, judge)
     if policy is not None:
         reads |= weights_of(config.sampler or init, policy)
-    run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads)
+    run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads, before=None)
     if config.data in TASKS and config.pairs != "corrupted":
         keep_pairs(run, all_pairs)
     model = DistributedDataParallel(judge, broadcast_buffers=False) if dist.world > 1 else judge

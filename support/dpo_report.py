@@ -9,26 +9,39 @@ from lora import merged
 from support.checkpoints import open_checkpoint
 from support.held_out import add_figures, before_and_after, logged, metric_panels
 from support.pair_rows import held_out_share, reference_point
-from support.pairs import Means, batch_of, pair_logprobs
+from support.pairs import Means, batch_of, chunks, pair_logprobs, to_floats
 from support.plots import draw_curves
 from support.sampled_kl import sampled_kl
 
 
 @torch.no_grad()
 def validate(policy, pairs, tokenizer, config, dist, autocast, loss_of):
-    """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …}.
-    loss_of: dpo.py's."""
+    """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …};
+    of pairs also `likelier`. loss_of: dpo.py's."""
     policy.eval()
     sums, pad, z0 = Means(), tokenizer.endoftext_id, None
     own_pairs, weight = held_out_share(pairs, dist)
     if "other" in pairs[0]:
         z0 = reference_point(policy, own_pairs, pad, dist, autocast, weight=weight)
-    for i in range(0, len(own_pairs), 64):
-        micro = batch_of(own_pairs[i : i + 64], pad, dist.device)
+    for rows in chunks(own_pairs):
+        micro = batch_of(rows, pad, dist.device)
         with autocast():
             logps = pair_logprobs(policy, micro.packed)  # a tuple of (b,)
-        sums.add(loss_of(config, logps, micro, z0)[1], micro, weight)
+        metrics = loss_of(config, logps, micro, z0)[1]
+        if len(logps) == 2:
+            metrics |= likelier(logps, micro.lengths)
+        sums.add(metrics, micro, weight)
     return sums.over_ranks(dist)
+
+
+def likelier(logps, lengths):
+    """The share of pairs whose chosen answer has the higher log π, and of those where it has per token. Unlike the
+    margin h, which is 0 there, this says something about the start model too. logps: of the chosen, of the rejected,
+    (b,) each."""
+    chosen, rejected = logps
+    per_token = chosen / lengths["chosen_lengths"] > rejected / lengths["rejected_lengths"]
+    shares = {"likelier": chosen > rejected, "likelier_per_token": per_token}
+    return to_floats({name: share.float().mean() for name, share in shares.items()})
 
 
 class Look:
@@ -59,6 +72,8 @@ class Look:
         if run.dist.is_main:
             before, kind = run.state.before, "answers" if self.variant.unpaired else "pairs"
             accuracy = f"; test accuracy before: {before['accuracy']:.1%}" if "accuracy" in before else ""
+            if "likelier" in before["pairs"]:
+                accuracy += f"; the chosen answer is likelier in {before['pairs']['likelier']:.1%} of the test pairs"
             n_pairs = len(self.pairs["train"])
             print(f"{run.model.num_params():,} parameters from {init}; {n_pairs:,} training {kind}{accuracy}")
 
@@ -112,10 +127,16 @@ WORDS = (
 
 def report(config, before, after, n, seconds):
     """The table at the end. n: the number of test pairs."""
-    pair_accuracy = after["pairs"]["accuracy"]
-    low, high = wilson(pair_accuracy * n, n)
     unit, accuracy, chosen, rejected = WORDS[config.variant == "kto"]
-    rows = [[accuracy, "–", f"{pair_accuracy:.1%} [{low:.1%}, {high:.1%}]"]]
+
+    def interval(figures, name):
+        low, high = wilson(figures["pairs"][name] * n, n)
+        return f"{figures['pairs'][name]:.1%} [{low:.1%}, {high:.1%}]"
+
+    rows = [[accuracy, "–", interval(after, "accuracy")]]  # before: h is 0 up to rounding
+    for name, label in (("likelier", "chosen answer likelier"), ("likelier_per_token", "likelier per token")):
+        if name in before["pairs"]:
+            rows.append([label, interval(before, name), interval(after, name)])
     labels = {"loss": f"loss on {unit}", "logp_chosen": f"log π({chosen})", "logp_rejected": f"log π({rejected})"}
     for name, label in labels.items():
         if name in before["pairs"]:  # the test answers of kto may all be bad

@@ -14,7 +14,7 @@ from support.checks import Count, Positive, Range
 from support.content import records_of
 from support.errors import ConfigError
 from support.judged import one_by_one, prepare_judged, shift_answers
-from support.pairs import add_reference, batch_of, kept_pairs, pair_logprobs, row_of, sample_pairs, sides_of
+from support.pairs import add_reference, batch_of, chunks, kept_pairs, pair_logprobs, row_of, sample_pairs, sides_of
 from support.questions import splits_with_room
 from support.records import load_splits
 from support.tasks import has_verifier
@@ -33,6 +33,9 @@ class PairFlags(PolicyConfig):
     default: sampled if --data has a verifier."""
     prompts: Count = 3000
     """Training prompts to sample answers for; with offline pairs, the largest number of pairs."""
+    max_tokens: Count | None = None
+    """Longest offline pair, its prompt and its longer answer, in tokens; longer ones are left out. Default: the model's
+    context."""
     rollouts: Annotated[int, Range(int, 2)] = 8
     """Sampled answers per prompt."""
     temperature: Positive = 1.0
@@ -46,6 +49,8 @@ class PairFlags(PolicyConfig):
         super().__post_init__()
         if self.pairs is None:
             self.pairs = "sampled" if has_verifier(self.data) else "offline"
+        if self.pairs == "sampled" and self.max_tokens is not None:
+            raise ConfigError("--max_tokens is for --pairs offline; the length of sampled answers is --max_new_tokens")
 
     @property
     def sizes(self):
@@ -116,8 +121,9 @@ def encode_splits(encode, texts, config, context, dist):
     def length(pair):
         return len(pair["prompt"]) + max(len(pair[side]) for side in sides_of(pair))
 
+    longest = min(context, config.max_tokens or context)
     label = "answer" if isinstance(next(iter(texts.values()))[0], Judged) else "pair"
-    return load_splits(load, config.sizes, length, context, label, dist)
+    return load_splits(load, config.sizes, length, longest, label, dist)
 
 
 def pair_up(answers, rng, most=None):
@@ -181,8 +187,8 @@ def reference_point(policy, judged, pad, dist, autocast, start=None, weight=1):
     policy.eval()
     start = start and start.to(dist.device)
     total = 0.0
-    for i in range(0, len(judged), 64):
-        batch = batch_of(judged[i : i + 64], pad, dist.device, sides=("other",))
+    for rows in chunks(judged, ("other",)):
+        batch = batch_of(rows, pad, dist.device, sides=("other",))
         (ref,) = batch.ref_logps  # (b,), or None
         with autocast():
             (logps,) = pair_logprobs(policy, batch.packed)  # (b,)

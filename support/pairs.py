@@ -81,6 +81,21 @@ def batch_of(pairs, pad, device, sides=None):
     return PairBatch(packed, lengths, ref_logps, desirable)
 
 
+def chunks(rows, sides=None, most=64, tokens=2**15):
+    """Split rows, sorted by length, for passes without gradient: at most `most` rows each, and at most `tokens` tokens
+    when each answer stands beside its prompt, padded to the longest of both. A single row may have more."""
+    cut, prompt, answer = [], 0, 0
+    for row in rows:
+        names = sides or sides_of(row)
+        prompt = max(prompt, len(row["prompt"]))
+        answer = max(answer, *(len(row[side]) for side in names))
+        if not cut or len(cut[-1]) == most or (len(cut[-1]) + 1) * len(names) * (prompt + answer) > tokens:
+            prompt, answer = len(row["prompt"]), max(len(row[side]) for side in names)
+            cut.append([])
+        cut[-1].append(row)
+    return cut
+
+
 def pair_logprobs(model, packed):
     """log π of the chosen and of the rejected answers, summed over their tokens: (b,), (b,). Of judged answers: (b,)
     alone, in a tuple."""
@@ -131,14 +146,14 @@ def add_reference(reference, pairs, pad, dist, autocast, size=64):
     sides = sides_of(pairs[0]) + (("other",) if "other" in pairs[0] else ())
 
     def work(own_batches):
-        for indices in own_batches:
-            packed = batch_of([pairs[i] for i in indices], pad, dist.device, sides).packed
+        for rows in own_batches:
+            packed = batch_of(rows, pad, dist.device, sides).packed
             with autocast():
                 logprobs = torch.stack(pair_logprobs(reference, packed), dim=1)  # (b, sides)
             yield logprobs.tolist()
 
-    chunks = dist.split_work([order[i : i + size] for i in range(0, len(order), size)], work)
-    logprobs = dict(zip(order, (row for chunk in chunks for row in chunk), strict=True))  # {index of the pair: log π}
+    scored = dist.split_work(chunks([pairs[i] for i in order], sides, size), work)
+    logprobs = dict(zip(order, (row for chunk in scored for row in chunk), strict=True))  # {index of the pair: log π}
     names = [f"ref_{side}" for side in sides]
     return [p | dict(zip(names, logprobs[i], strict=True)) for i, p in enumerate(pairs)]
 

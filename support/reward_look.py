@@ -31,14 +31,21 @@ class Look:
         return rank_pairs(model, self.groups[split], self.pairs[split], pad, run.dist, self.autocast)
 
     def before(self, init):
-        """The line before the first step."""
+        """The test split under the new head, unless an earlier part of the run has read it; and the line before the
+        first step."""
         run, pairs = self.run, self.pairs["train"]
+        if run.state.before is None and run.first == 0:
+            run.state.before = self.rank(run.model, "test")[1]["all"]
         if run.dist.is_main:
+            before = ""
+            if run.state.before:  # None if an older version began the run
+                accuracy, low, high, _ = run.state.before
+                before = f"; test pairs ranked rightly before: {accuracy:.1%} [{low:.1%}, {high:.1%}]"
             kinds = Counter(pair.kind for pair in pairs)
             print(
                 f"{run.model.num_params():,} parameters from {init}; {len(pairs):,} training pairs "
                 f"({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}), {run.config.steps} steps of "
-                f"{run.config.batch} = {run.config.steps * run.config.batch / len(pairs):.1f} epochs"
+                f"{run.config.batch} = {run.config.steps * run.config.batch / len(pairs):.1f} epochs{before}"
             )
 
     def at_step(self, step, record):
@@ -59,7 +66,7 @@ class Look:
         run, config, dist = self.run, self.run.config, self.run.dist
         judge, tokenizer, path = self.open_reward_model(run.path, dist.device)
         scores, by_kind = self.rank(judge, "test")
-        report = {"by_kind": by_kind, "scores": scores.tolist()}
+        report = {"by_kind": by_kind, "before": run.state.before, "scores": scores.tolist()}
         report["calibration"], report["calibration_error"] = calibration(scores[:, 0] - scores[:, 1])
         report |= length_figures(self.groups["test"], scores)
         task = task_of(config.data)

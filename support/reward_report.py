@@ -127,7 +127,8 @@ def write_report(config, run_dir, n_pairs, report, n_params, equal_loss):
     with may_fail(path):
         write_whole(path, to_json(report, indent=1) + "\n")
     print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
-    for kind, (accuracy, low, high, n) in report["by_kind"].items():
+    before = {"all, before": report["before"]} if report.get("before") else {}
+    for kind, (accuracy, low, high, n) in (before | report["by_kind"]).items():
         print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
     print(
         f"calibration error {report['calibration_error']:.3f}; the longer answer is the chosen one in "

@@ -109,8 +109,9 @@ def keep_pairs(run, pairs):
             write_whole(path, to_json({split: list(map(asdict, of_split)) for split, of_split in pairs.items()}))
 
 
-def fitting_groups(pairs, tokenizer, context, dist):
-    """{split: [Pair]} -> the pairs that fit the context, and their ids (see `encode_answers`), {split: list} each."""
+def fitting_groups(pairs, tokenizer, longest, dist):
+    """{split: [Pair]} -> the pairs of at most `longest` tokens, and their ids (see `encode_answers`), {split: list}
+    each."""
     kept, groups = {}, {}
     for split in pairs:
         if not pairs[split]:
@@ -120,7 +121,7 @@ def fitting_groups(pairs, tokenizer, context, dist):
             )
         both = [(pair, encode_answers(tokenizer, pair)) for pair in pairs[split]]
         lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]
-        both = drop_too_long(both, lengths, context, f"{split} pair", dist)
+        both = drop_too_long(both, lengths, longest, f"{split} pair", dist)
         kept[split], groups[split] = map(list, zip(*both, strict=True))
     return kept, groups
 

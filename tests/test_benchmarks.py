@@ -1,7 +1,9 @@
 """benchmarks/: every script can be opened, and the GPU's page is made on a CPU."""
 
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -63,3 +65,23 @@ def test_a_section_that_fails_lets_the_others_go_on(tmp_path, monkeypatch):
     page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "**FAILED**: ZeroDivisionError" in page
     assert "all is well" in page
+
+
+def test_dpo_and_trl_have_the_same_losses_end_to_end(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="trl is not installed")
+    script = load(ROOT / "benchmarks/preferences_end_to_end.py", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    script.main((None, tmp_path))  # ends with an error if they differ
+    page = (tmp_path / "table.md").read_text(encoding="utf-8")
+    start, ours, trl = (line.split("|")[1:-1] for line in page.splitlines() if line[:5] in ("| sta", "| our", "| TRL"))
+    assert ours[1:5] == trl[1:5]  # accuracy and its interval, likelier, margin, held-out loss
+    assert ours[1] != start[1]
+    config, losses = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8")).values()
+    assert losses["ours"][-1] < 0.95 * losses["ours"][0]
+    config = script.dpo.Config(init="start", **script.QUICK)
+    _, tokenizer, _ = script.open_checkpoint("start")
+    rows = script.read_pairs(config, tokenizer, 192)["train"]
+    for wrong in (replace(config, beta=0.101), replace(config, lr=1.01e-3)):  # off by 1 %
+        _, others, _ = script.train_trl(wrong, rows, tokenizer)
+        apart = [abs(a - b) / a for a, b in zip(losses["ours"], others, strict=True)]
+        assert max(apart[: script.CHECKED]) > 3 * script.TOLERANCE

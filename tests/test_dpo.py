@@ -19,6 +19,7 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 import dpo
 from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
 from dpo import VARIANTS, Config, dpo_loss, kto_loss, orpo_loss
+from evaluate import wilson
 from lora import LoraConfig
 from support import devices, dpo_report, pair_rows, runs
 from support import pairs as pairs_room
@@ -853,6 +854,66 @@ def test_bad_input_is_one_line(here):
     for name, value in (("lr", -1.0), ("seed", -1), ("dropout", 1.0), ("weight_decay", -0.1)):
         with pytest.raises(ConfigError, match=f"--{name} is {value}"):
             config(**{name: value})
+
+
+def test_chunks_are_whole_and_fit():
+    rng = random.Random(0)
+    rows = [
+        {"prompt": [0] * rng.randint(1, 90), "chosen": [0] * rng.randint(1, 50), "rejected": [0]} for _ in range(99)
+    ]
+    cut = pairs_room.chunks(rows, most=10, tokens=900)
+    assert [row for chunk in cut for row in chunk] == rows
+
+    def padded(chunk):
+        return 2 * len(chunk) * (max(len(r["prompt"]) for r in chunk) + max(len(r["chosen"]) for r in chunk))
+
+    assert all(len(chunk) <= 10 and padded(chunk) <= 900 for chunk in cut)
+    for chunk, after in pairwise(cut):  # none could take one more
+        assert len(chunk) == 10 or padded([*chunk, after[0]]) > 900
+    assert {len(chunk) for chunk in cut} > {2, 3}
+    short = [{"prompt": [0] * 100, "chosen": [0] * 64, "rejected": [0] * 64}] * 130
+    assert [len(chunk) for chunk in pairs_room.chunks(short)] == [64, 64, 2]
+    assert [len(chunk) for chunk in pairs_room.chunks(short[:2], tokens=9)] == [1, 1]  # each longer than that alone
+
+
+def test_likelier_by_hand():
+    logps = torch.tensor([-4.0, -2.0, -9.0]), torch.tensor([-3.0, -3.0, -8.0])  # per token -1, -2, -3; -1.5, -1, -4
+    lengths = {"chosen_lengths": torch.tensor([4, 1, 3]), "rejected_lengths": torch.tensor([2, 3, 2])}
+    shares = dpo_report.likelier(logps, lengths)
+    assert shares == {"likelier": pytest.approx(1 / 3), "likelier_per_token": pytest.approx(2 / 3)}
+
+
+def test_what_the_start_prefers_is_said_before_and_after(here, capsys):
+    result = dpo.main(config(test_problems=30, lr=1e-2, steps=10))
+    out, (before, after) = capsys.readouterr().out, (result[when]["pairs"] for when in ("before", "after"))
+    start, tokenizer, _ = open_checkpoint("start")
+    gaps = []
+    for pair in load_pairs("word", "test", 30):
+        row, logps = encode_pair(tokenizer, pair), []
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt"] + row[side]])
+            logps.append(token_logprobs(start, ids)[0, len(row["prompt"]) - 1 :].sum().item())
+        gaps.append(logps[0] - logps[1])
+    share = sum(gap > 0 for gap in gaps) / len(gaps)
+    assert before["likelier"] == pytest.approx(share)
+    assert f"the chosen answer is likelier in {share:.1%} of the test pairs" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("chosen answer likelier"))
+    cells = [
+        f"{x:.1%} [{low:.1%}, {high:.1%}]" for x in (share, after["likelier"]) for low, high in [wilson(30 * x, 30)]
+    ]
+    assert line.split("  ", 1)[1].split() == " ".join(cells).split()
+
+
+def test_longer_pairs_are_left_out(here, capsys, tokenizer):
+    longest = 90
+    dpo.main(config(max_tokens=longest, steps=1))
+    pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["train"]
+    encoded = [encode_pair(tokenizer, pair) for pair in load_pairs("word", "train", 40)]
+    lengths = [len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in encoded]
+    assert 0 < len(pairs) == sum(n <= longest for n in lengths) < 40
+    assert f"of 40 train pairs are longer than {longest} tokens: left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--max_tokens is for --pairs offline"):
+        config(max_tokens=longest, pairs="sampled")
 
 
 def test_the_report_says_when_chosen_answers_became_less_probable(capsys):

@@ -707,8 +707,24 @@ def test_equal_and_empty_answers_are_skipped_and_counted(here, capsys):
     rows += [{"prompt": "same?", "chosen": "a", "rejected": "a"}, {"prompt": "none?", "chosen": "a", "rejected": " "}]
     rows += [{"prompt": "long? " * 200, "chosen": "yes", "rejected": "no"} for _ in range(1)]
     (here / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    reward_model.main(config(data="pairs.jsonl", n_pairs=None, steps=1))
+    result = reward_model.main(config(data="pairs.jsonl", n_pairs=None, steps=1))
     out = capsys.readouterr().out
+    accuracy, low, high, n = result["before"]
+    assert f"; test pairs ranked rightly before: {accuracy:.1%} [{low:.1%}, {high:.1%}]" in out
+    (line,) = (line.split() for line in out.splitlines() if line.startswith("all, before"))
+    assert line[2:] == [f"{accuracy:.1%}", f"[{low:.1%},", f"{high:.1%}]", str(n)]
     assert "1 pairs of equal answers" in out
     assert "1 pairs with an empty answer" in out
     assert "longer than 160 tokens: left out" in out
+    reward_model.main(config(data="pairs.jsonl", n_pairs=None, steps=1, max_tokens=100, name="shorter"))
+    assert "longer than 100 tokens: left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_the_accuracy_before_is_that_of_the_new_head(here, kind):
+    changes = dict(pairs="corrupted", steps=1, test_pairs=40, lr=0.0, warmup=0, best_of_problems=0, backbone=kind)
+    result = reward_model.main(config(**changes))  # with lr 0 nothing moves
+    assert tuple(result["before"]) == tuple(result["by_kind"]["all"])
+    changed = reward_model.main(config(**changes | {"lr": 1.0, "steps": 3, "name": "moved"}))
+    assert tuple(changed["before"]) == tuple(result["before"])
+    assert changed["scores"] != result["scores"]

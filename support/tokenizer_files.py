@@ -385,15 +385,17 @@ def write_tokenizer(spec, path, model_max_length=None):
 
 
 def steps_of(spec):
-    """tokenizer.json's pre-tokenizer, decoder and model."""
+    """tokenizer.json's pre-tokenizer, decoder and model. The vocabulary has the special and the added tokens too: to a
+    name that is not there `tokenizers` gives the next free id, whatever id the file's added_tokens say."""
+    names = spec.special_ids | spec.added_ids
     if spec.kind == "char":
         # No token is called <|unknown|>, so `tokenizers` too raises an error on an unknown character.
-        vocab = {character.decode(): i for i, character in spec.vocab.items()} | spec.special_ids
+        vocab = {character.decode(): i for i, character in spec.vocab.items()} | names
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<|unknown|>"}
         return {"pre_tokenizer": ONE_CHARACTER, "decoder": {"type": "Fuse"}, "model": model}
     disabled = dict.fromkeys(["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"])
     disabled |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    vocab = {to_printable(data): i for i, data in spec.vocab.items()}
+    vocab = {to_printable(data): i for i, data in spec.vocab.items()} | names
     merges = [[to_printable(left), to_printable(right)] for left, right in spec.merges]
     split = BYTE_LEVEL
     if spec.pattern is not None:

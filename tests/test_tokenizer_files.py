@@ -105,6 +105,22 @@ def test_what_is_written_is_read(spec, tmp_path):
     assert again.fingerprint == spec.fingerprint
 
 
+@pytest.mark.parametrize("first", [900, 0], ids=["after a gap", "before the words"])  # 0: as SmolLM2 has them
+@pytest.mark.parametrize("number", [1, 2, 3], ids=["byte", "char", "bpe"])
+def test_tokenizers_and_transformers_give_every_name_its_id(number, first, tmp_path):
+    spec = specs()[number]
+    ids = {name: i - 900 + first for name, i in spec.special_ids.items()}
+    added = {name: i - 900 + first for name, i in spec.added_ids.items()}
+    spec = replace(spec, vocab={i + 60: data for i, data in spec.vocab.items()}, special_ids=ids, added_ids=added)
+    write_tokenizer(spec, tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    for name, i in (ids | added).items():
+        assert theirs.token_to_id(name) == auto.convert_tokens_to_ids(name) == i
+        assert theirs.encode(f"a{name}").ids == auto(f"a{name}")["input_ids"] == [theirs.token_to_id("a"), i]
+        assert theirs.decode([i], skip_special_tokens=False) == name
+
+
 @pytest.mark.parametrize("system", [None, "", "Be kind.\nNow!"])
 def test_the_frame_as_text_is_the_frame_in_ids(bpe, system, monkeypatch):  # noqa: F811
     monkeypatch.setattr(bpe, "default_system", system)

@@ -7,8 +7,8 @@
 A decoder sees only the tokens before a position, or predicting the next one would be copying. In an encoder every token
 sees the whole text, so it predicts the tokens that are hidden from it. Of M, 80 % become <|mask|>, 10 % a random token,
 and 10 % stay as they are: a model that predicts only where it sees <|mask|> could neglect the tokens that it sees
-elsewhere, and a text to classify has no <|mask|>. As it is, any token may be a random one, or one that it has to
-predict, so the model must represent each in its context.
+elsewhere, and a text to classify has no <|mask|>. This way any token may be a random one, or one to predict, and the
+model must represent each in its context.
 
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
@@ -73,22 +73,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import batch_at, load_sentiment, rows_at
+from data import batch_at, rows_at
 from norms import LayerNorm
 from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
-from support.bert_parts import BertConfig, BertParts
+from support.bert_parts import BertConfig, BertParts, refuse_unsupported
 from support.checks import Amount, Count, FractionBelow1, Range, Whole
-from support.classification import announce, judge_labels, judge_test, validate_mlm, validation_windows
+from support.classification import validation_windows
 from support.cli import run_script
-from support.content import records_of, weights_of
+from support.content import weights_of
 from support.devices import precision, setup
-from support.encoder_start import make_encoder, open_encoder
-from support.errors import CheckpointError, ConfigError
-from support.hf_bert import load_encoder, save_encoder
+from support.encoder_report import Look
+from support.encoder_start import check_sizes, make_encoder, read_texts
 from support.runs import Run, RunConfig
 from support.streams import make_streams
-from support.text_batches import TextBatch, pad_rows
+from support.text_batches import TextBatch, labelled_rows, pad_rows
 from transformer import Block, Transformer, TransformerConfig, init_weights, make_norm
 
 MASK = "<|mask|>"
@@ -116,19 +115,15 @@ class EncoderConfig(BertConfig):
 
 
 class Encoder(BertParts, nn.Module):
-    """Token ids (B, T) -> states (B, T, C), each of them of the whole text. Two heads read them: the token that was
-    hidden, and the label of the text."""
+    """Token ids (B, T) -> states (B, T, C), each of them of the whole text. Two heads read them: one says which token
+    was hidden, the other what label the text has. `BertParts` adds save_pretrained and from_pretrained."""
 
     config_class = EncoderConfig
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config.resolved()
-        for name in ("window", "rope_scaling", "n_expert"):
-            if getattr(c, name):
-                raise CheckpointError(f"{name} is not supported in the encoder")
-        if not c.tie_embeddings:
-            raise CheckpointError("tie_embeddings is false, but the masked-LM head is the embedding matrix itself")
+        refuse_unsupported(c)
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.learned = LearnedPositions(c.context, c.width) if c.positions == "learned" else None
         self.add_bert_embeddings(c)  # this and add_bert_layers add nothing with the defaults
@@ -178,19 +173,6 @@ class Encoder(BertParts, nn.Module):
             return -F.cross_entropy(self.token_logits(x[chosen]).float(), targets[chosen], reduction="none")
         return self.classifier(self.dropout(mean_pool(x, real))).float()
 
-    def num_params(self):
-        return sum(p.numel() for p in self.parameters())
-
-    def save_pretrained(self, path):
-        """Write config.json and model.safetensors: in BERT's layout if the config is BERT's, else in our own."""
-        save_encoder(self, path)
-
-    @classmethod
-    def from_pretrained(cls, path, dropout=0.0):
-        """Open a directory in BERT's layout, where missing heads start from random weights, or our own; in fp32.
-        CheckpointError."""
-        return load_encoder(cls, path, dropout)
-
     @classmethod
     def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
         """From a decoder (Transformer), whose blocks are the same: only the causal mask goes. Or from another encoder.
@@ -225,17 +207,6 @@ def hide(tokens, mask_id, vocab_size, never, generator, rate=0.15):
     anything = torch.randint(vocab_size, tokens.shape, generator=generator)
     corrupted = torch.where(chosen & (fate < 0.8), mask_id, tokens)
     return torch.where(chosen & (fate >= 0.9), anything, corrupted), chosen
-
-
-def spaced(text):
-    return " " + text.strip()  # " word" is a token, "word" often is not
-
-
-def encode(tokenizer, text, context):
-    """A text's ids after <|endoftext|>, so that an empty text has a row too. Of a text that is too long, the first
-    quarter of the context and the end."""
-    ids = [tokenizer.endoftext_id, *tokenizer.encode(spaced(text))]
-    return ids if len(ids) <= context else ids[: context // 4] + ids[context // 4 - context :]
 
 
 def masked_batch(windows, tokenizer, generator, rate):
@@ -362,40 +333,28 @@ class Config(RunConfig):
     model: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1))
     """The architecture."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.init and self.vocab_size < 258:
-            raise ConfigError(f"--vocab_size is {self.vocab_size}; it counts 256 bytes and 2 special tokens too")
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # The loop.
 
 
 def main(config):
-    """Train; returns {"accuracy", "baseline", "confusion", "path"}, of the test split."""
+    """Train; returns {"accuracy", "baseline", "confusion"} of the test split, and the "path" of the checkpoint."""
     began = time.perf_counter()
     dist = setup(config.device)
-    for name in ("batch", "mlm_batch"):
-        dist.per_rank(name, getattr(config, name))
+    check_sizes(config, dist)
     autocast, scaler = precision(config.dtype, dist)
-    reviews = {split: load_sentiment(config.data, split, config.skip_bad) for split in ("train", "valid", "test")}
-    further = [review for name in config.text for review in load_sentiment(name, "train", config.skip_bad)]
-    read = {"train": reviews["train"] + further, "valid": reviews["valid"]}  # by masked-LM, without the labels
-    texts = {split: [spaced(review.text) for review in part] for split, part in read.items()}
+    reviews, texts, reads = read_texts(config)  # {split: reviews}; {split: their texts and those of --text}
     encoder, tokenizer, config = make_encoder(Encoder, config, dist, texts, MASK)
-    pad, context = tokenizer.endoftext_id, config.model.context
-    examples = {s: [(encode(tokenizer, r.text, context), r.label) for r in part] for s, part in reviews.items()}
-    streams = make_streams(config, dist, tokenizer, context, texts) if config.mlm_steps else None
-    if streams:  # the validation windows have the same holes each time
+    reads |= weights_of(config.init, encoder) if config.init else {}  # a resumed run must read the same
+    context = config.model.context
+    examples = {split: labelled_rows(part, tokenizer, context) for split, part in reviews.items()}  # (ids, label) each
+    streams, held_out = None, None
+    if config.mlm_steps:  # all texts as one array of ids; the validation windows have the same holes each time
+        streams = make_streams(config, dist, tokenizer, context, texts)
         windows, generator = validation_windows(streams["valid"], context), torch.Generator().manual_seed(config.seed)
         held_out = masked_batch(windows, tokenizer, generator, config.mlm_rate)
 
-    reads = records_of(config.data, reviews)
-    if config.text:
-        reads[f"the texts of --text {' '.join(config.text)}"] = further
-    if config.init:
-        reads |= weights_of(config.init, encoder)
     encoder.to(dist.device)
     new_optimizers = partial(make_optimizers, encoder, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
@@ -404,11 +363,11 @@ def main(config):
     model = encoder
     if dist.world > 1:  # each of the two objectives leaves the other's head without a gradient
         model = DistributedDataParallel(encoder, broadcast_buffers=False, find_unused_parameters=True)
-    if dist.is_main:
-        announce(config, encoder, tokenizer, streams, examples["train"])
+    look = Look(run, reviews, examples, streams, held_out)
+    look.before()
 
     for step in run.steps(config.mlm_steps + config.steps):
-        # 1. the batch: first masked-LM, then labels. Batch, holes and n are those of all ranks, however it is cut
+        # 1. the batch of all ranks: first masked-LM, then labels. n is counted before it is cut
         started, pretraining = time.perf_counter(), step < config.mlm_steps
         # from (seed, step): a resumed run hides the same tokens
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
@@ -454,29 +413,10 @@ def main(config):
 
         # 4. look: log, and every so often validate, keep the best classifier
         record = {"lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - started}
-        due = (phase_step + 1) % config.eval_every == 0 or phase_step + 1 == phase_steps
-        if pretraining:
-            record["mlm_loss"] = loss_sum
-            if due:
-                record["mlm_valid_loss"] = validate_mlm(encoder, held_out, dist)
-                run.say(f"step {step + 1}  masked-LM {loss_sum:.3f}  valid {record['mlm_valid_loss']:.3f}")
-        else:
-            record |= {"loss": loss_sum, "train_accuracy": right / n}
-            if due:
-                result = judge_labels(encoder, examples["valid"], pad, dist)
-                record |= {"accuracy": result["accuracy"], "valid_loss": result["loss"]}
-                figures = f"valid {result['loss']:.3f}, {result['accuracy']:.1%}"
-                run.say(f"step {step + 1}  loss {loss_sum:.3f}  {figures}")
-                run.keep_best(result["accuracy"])
-        run.log(step + 1, **record)
-        run.bar.set_postfix(loss=f"{loss_sum:.3f}", lr=f"{lr:.1e}", best=f"{max(run.state.best, 0):.1%}")
+        record |= {"mlm_loss": loss_sum} if pretraining else {"loss": loss_sum, "train_accuracy": right / n}
+        look.at_step(record, (phase_step + 1) % config.eval_every == 0 or phase_step + 1 == phase_steps)
     run.close()
-    seconds = run.seconds
-
-    # The test split, once, with the checkpoint that the validation split chose.
-    encoder, tokenizer, path = open_encoder(Encoder, run.path, dist.device)
-    figures = judge_test(run, encoder, tokenizer, reviews, examples["test"], dist, f"{seconds:.0f} s; {path}")
-    return figures | {"path": str(path)}
+    return look.after(Encoder)  # the test split, once, with the checkpoint that the validation split chose
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import nn
 
 from support.checks import Whole
 from support.errors import CheckpointError
+from support.hf_bert import load_encoder, save_encoder
 from transformer import FeedForward, TransformerConfig, make_norm
 
 
@@ -34,14 +35,26 @@ class BertConfig(TransformerConfig):
             raise CheckpointError(f"exact_gelu is a form of gelu, but activation is {self.activation}")
 
 
+def refuse_unsupported(c):
+    """CheckpointError on a config that asks for what only the decoder has."""
+    for name in ("window", "rope_scaling", "n_expert"):
+        if getattr(c, name):
+            raise CheckpointError(f"{name} is not supported in the encoder")
+    if not c.tie_embeddings:
+        raise CheckpointError("tie_embeddings is false, but the masked-LM head is the embedding matrix itself")
+
+
 class ExactFeedForward(FeedForward):
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
 
 
 class BertParts:
-    """Methods of an nn.Module. Its parameters keep their order, by which an optimizer's state is saved and resumed, and
-    by which the weights are drawn: so one method adds what precedes the blocks, another what follows them."""
+    """Methods of an nn.Module: BERT's parts, and the files.
+
+    The module's parameters keep their order, by which an optimizer's state is saved and resumed, and by which the
+    weights are drawn: so one method adds what precedes the blocks, another what follows them.
+    """
 
     def add_bert_embeddings(self, c):
         """The token types and the norm after the embeddings, where a resolved config asks for them."""
@@ -65,3 +78,16 @@ class BertParts:
     def pooled(self, x):
         """BERT's summary of a text: states (B, T, C) -> (B, C), from the first token alone."""
         return torch.tanh(self.pooler(x[:, 0]))
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def save_pretrained(self, path):
+        """Write config.json and model.safetensors: in BERT's layout if the config is BERT's, else in our own."""
+        save_encoder(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path, dropout=0.0):
+        """Open a directory in BERT's layout, where missing heads start from random weights, or our own; in fp32.
+        CheckpointError."""
+        return load_encoder(cls, path, dropout)

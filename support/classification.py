@@ -1,19 +1,15 @@
-"""Judging the encoder: both validation losses, the confusion table, the most confident mistakes, the curves, and a
-bag-of-words baseline."""
+"""Judging the encoder: both validation losses, the confusion table, the most confident mistakes, and a bag-of-words
+baseline."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate import wilson
 from support.files import may_fail, write_whole
 from support.finite import diverged
-from support.plots import draw_curves
 from support.tables import text_table
 from support.text_batches import pad_rows
 from support.words import words_and_signs
-
-LABELS = ("negative", "positive")
 
 
 @torch.no_grad()
@@ -131,49 +127,3 @@ def bag_of_words(train, valid, test, strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e
             weights = dict(zip(words, w.detach().squeeze(1).tolist(), strict=True))
             best = {"accuracy": accuracy[2], "valid": accuracy[1], "strength": strength, "weights": weights}
     return best
-
-
-def announce(config, encoder, tokenizer, streams, examples):
-    """Print what the run will do, a line for each of its two parts."""
-    print(f"{encoder.num_params():,} parameters, vocabulary {tokenizer.vocab_size}")
-    if streams:
-        seen, n_text = config.mlm_steps * config.mlm_batch * config.model.context, len(streams["train"])
-        print(f"masked-LM: {config.mlm_steps} steps, {seen / n_text:.1f} epochs of {n_text:,} tokens")
-    n, length = len(examples), sum(len(ids) for ids, _ in examples) / len(examples)
-    epochs = config.steps * config.batch / n
-    print(f"labels: {config.steps} steps, {epochs:.1f} epochs of {n:,} texts of {length:.0f} tokens")
-
-
-def report(run, encoder, result, words, where):
-    """Print the confusion table and the accuracy beside that of a bag of words; draw the curves."""
-    config = run.config
-    panels = [
-        ("classification", {"loss": "train", "valid_loss": "validation"}, "nats per text", {}),
-        ("accuracy", {"train_accuracy": "train", "accuracy": "validation"}, "share right", {}),
-    ]
-    if config.mlm_steps:
-        names = {"mlm_loss": "train", "mlm_valid_loss": "validation"}
-        panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
-    title = f"an encoder on {config.data}, seed {config.seed}, {encoder.num_params() / 1e6:.1f} M parameters"
-    draw_curves(run.path, title, panels)
-    print(confusion_table(result["confusion"], LABELS))
-    n = sum(map(sum, result["confusion"]))
-    low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
-    print(
-        f"test accuracy {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {n} texts (validation "
-        f"{run.state.best:.1%}); bag of words {words['accuracy']:.1%} (validation {words['valid']:.1%}, weight decay "
-        f"{words['strength']:g}); {where}, {run.path}/curves.png"
-    )
-
-
-def judge_test(run, encoder, tokenizer, reviews, examples, dist, where):
-    """Judge an opened checkpoint on the test split -> {"accuracy", "baseline", "confusion"}. On rank 0, which alone has
-    the baseline, print it beside a bag of words, write the mistakes and draw the curves. reviews: {split: Reviews};
-    examples [(ids, label)]: those of the test split; where: the end of the printed line."""
-    result, words = judge_labels(encoder, examples, tokenizer.endoftext_id, dist), {"accuracy": None}
-    if dist.is_main:
-        words = bag_of_words(reviews["train"], reviews["valid"], reviews["test"])
-        log_p = predict(encoder, [ids for ids, _ in examples], tokenizer.endoftext_id)  # (N, n_class)
-        write_mistakes(run.path, reviews["test"], log_p.exp(), LABELS)
-        report(run, encoder, result, words, where)
-    return {"accuracy": result["accuracy"], "baseline": words["accuracy"], "confusion": result["confusion"]}

@@ -1,4 +1,4 @@
-"""The encoder that a run of encoder.py begins with: opened from a checkpoint, or new, with a tokenizer of its own.
+"""What a run of encoder.py begins with: its texts; an encoder, opened from a checkpoint, or new, with a tokenizer.
 
 `Encoder` is passed in, because the chapter that defines it imports this file.
 """
@@ -7,14 +7,38 @@ from dataclasses import replace
 
 import torch
 
+from data import load_sentiment
 from support.checkpoints import open_checkpoint, refuse_ignored, resolve_checkpoint
+from support.content import records_of
 from support.errors import CheckpointError, ConfigError
 from support.hf import MIXTURE_ONLY
 from support.hf_bert import is_encoder
 from support.runs import run_path, saved_run
+from support.text_batches import spaced
 from tokenizer_bpe import BPETokenizer, load_tokenizer
 
 UNUSED = (*MIXTURE_ONLY, "capacity_factor", "n_type", "pooler")  # the run would be the same without them
+
+
+def check_sizes(config, dist):
+    """ConfigError on batches that the ranks cannot share, or a vocabulary with no room for the bytes."""
+    for name in ("batch", "mlm_batch"):
+        dist.per_rank(name, getattr(config, name))
+    if not config.init and config.vocab_size < 258:
+        raise ConfigError(f"--vocab_size is {config.vocab_size}; it counts 256 bytes and 2 special tokens too")
+
+
+def read_texts(config):
+    """-> {split: the Reviews of --data}; {split: texts for masked-LM}, without labels, those of --text among the
+    training ones; what was read, {name: records}, for `support.runs.Run`. DataError."""
+    reviews = {split: load_sentiment(config.data, split, config.skip_bad) for split in ("train", "valid", "test")}
+    further = [review for name in config.text for review in load_sentiment(name, "train", config.skip_bad)]
+    texts = {"train": reviews["train"] + further, "valid": reviews["valid"]}
+    texts = {split: [spaced(review.text) for review in part] for split, part in texts.items()}
+    reads = records_of(config.data, reviews)
+    if config.text:
+        reads[f"the texts of --text {' '.join(config.text)}"] = further
+    return reviews, texts, reads
 
 
 def open_encoder(Encoder, path, device="cpu", dropout=0.0):

@@ -1,10 +1,26 @@
-"""Whole texts as rows of tokens, for encoder.py: padded, then cut into micro-batches of like lengths."""
+"""Whole texts as rows of tokens, for encoder.py: encoded, padded, then cut into micro-batches of like lengths."""
 
 from dataclasses import dataclass
 
 import torch
 
 from sft import collate
+
+
+def spaced(text):
+    return " " + text.strip()  # " word" is a token, "word" often is not
+
+
+def encode(tokenizer, text, context):
+    """A text's ids after <|endoftext|>, so that an empty text has a row too. Of a text that is too long, the first
+    quarter of the context and the end."""
+    ids = [tokenizer.endoftext_id, *tokenizer.encode(spaced(text))]
+    return ids if len(ids) <= context else ids[: context // 4] + ids[context // 4 - context :]
+
+
+def labelled_rows(reviews, tokenizer, context):
+    """Reviews -> [(ids, label), …]."""
+    return [(encode(tokenizer, review.text, context), review.label) for review in reviews]
 
 
 def pad_rows(rows, pad):

@@ -21,21 +21,20 @@ from encoder import (
     Encoder,
     EncoderConfig,
     classification_loss,
-    encode,
     hide,
     labelled_batch,
     masked_lm_loss,
     mean_pool,
 )
 from reward_model import RewardEncoder
-from support import classification, runs
+from support import encoder_report, encoder_start, runs
 from support.classification import judge_labels, predict, validate_mlm, validation_windows
 from support.cli import parse_config, run_script
 from support.devices import Dist
 from support.encoder_start import check_new, open_encoder
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.plots import draw_curves
-from support.text_batches import TextBatch, pad_rows
+from support.text_batches import TextBatch, encode, pad_rows
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -315,12 +314,12 @@ def few(monkeypatch):
     def load(name, split, *more):
         return generated(split) if name == "sentiment" else load_sentiment(name, split, *more)[:60]
 
-    monkeypatch.setattr(encoder, "load_sentiment", load)
-    monkeypatch.setattr(classification, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(encoder_start, "load_sentiment", load)
+    monkeypatch.setattr(encoder_report, "draw_curves", lambda *args: None)
 
 
 def test_a_run_leaves_what_it_should(scratch, capsys, monkeypatch):
-    monkeypatch.setattr(classification, "draw_curves", draw_curves)
+    monkeypatch.setattr(encoder_report, "draw_curves", draw_curves)
     result = encoder.main(small())
     said, bar = capsys.readouterr()
     assert "taken for positive" in said
@@ -339,7 +338,7 @@ def test_a_run_leaves_what_it_should(scratch, capsys, monkeypatch):
     best, tokenizer, _ = open_encoder(Encoder, result["path"])
     if accuracy[8] <= accuracy[6]:  # the first of the best is kept
         assert not torch.equal(best.embed.weight, Encoder.from_pretrained(run / "last").embed.weight)
-    test = encoder.load_sentiment("sentiment", "test")
+    test = encoder_start.load_sentiment("sentiment", "test")
     examples = [(encode(tokenizer, r.text, 32), r.label) for r in test]
     assert judge_labels(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
     assert np.sum(result["confusion"]) == len(test)
@@ -564,7 +563,7 @@ def test_bad_input_is_one_line(scratch, monkeypatch, capsys):
 def test_it_learns_what_no_bag_of_words_can(scratch, monkeypatch):
     """Order is all that tells these apart, and there is room for 20 points above chance in seconds."""
     train = [Review(f"{a} not {b}", int(a == "good")) for a, b in (("good", "bad"), ("bad", "good"))] * 40
-    monkeypatch.setattr(encoder, "load_sentiment", lambda name, split, skip_bad: train)
+    monkeypatch.setattr(encoder_start, "load_sentiment", lambda name, split, skip_bad: train)
     model = EncoderConfig(context=16, n_layer=1, n_head=2, n_kv_head=2, width=32)
     result = encoder.main(small(mlm_steps=0, steps=60, batch=16, micro_batch=16, eval_every=20, model=model))
     assert result["baseline"] == 0.5

@@ -47,7 +47,6 @@ Run it:
     python generate.py --demo
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +59,6 @@ from support.errors import ConfigError
 from support.fast_decode import Decoder
 from support.finite import check_logprobs
 from support.generate_setup import Config, check_request, prompts_that_fit, room_after, seen_in
-from support.output import run_demo
 from support.streaming import StreamedText, chat
 from transformer import Transformer, TransformerConfig
 
@@ -343,8 +341,5 @@ def demo():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        run_demo(demo)
-        print("\nto use a checkpoint: python generate.py --checkpoint DIR --prompt TEXT (see --help)")
-    else:
-        run_script(main, Config, __doc__, demo)
+    hint = "to use a checkpoint: python generate.py --checkpoint DIR --prompt TEXT (see --help)"
+    run_script(main, Config, __doc__, demo, without_flags=hint)

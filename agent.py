@@ -59,7 +59,6 @@ Run it:
     python agent.py --config configs/gsm8k_agent_smollm2.yaml          # GSM8K, whose solutions show calls
 """
 
-import copy
 import itertools
 import re
 from collections.abc import Callable
@@ -244,12 +243,11 @@ def main(config):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     tools = load_tools(config.tools, TOOLS)
     start = open_start(config, grpo.REWARDS, partial(calls_start, tools=tools, with_tools=WithTools))
-    dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
+    dist, autocast, scaler = start.dist, start.autocast, start.scaler
+    policy, reference = start.policy, start.reference  # with LoRA π_ref is the policy itself, its adapters off
     n, slots = start.n, start.slots  # this rank asks n of a step's N questions; which of the N they are
     functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
-    # With adapters the reference is the policy without them: no second model in memory
-    reference = policy if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval()
-    add_lora(policy, **asdict(config.lora), seed=config.seed)
+    add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
@@ -259,7 +257,7 @@ def main(config):
     respond = WithTools(tools, start.tokenizer)
     sample = Sampler(policy, start.tokenizer, start.problems["train"], config, autocast, respond=respond)
     reads = code_of_tools(config.tools, respond.tools)
-    run, look, recorder = begin_run(start, sample, reference, signal_of, reads=reads)
+    run, look, recorder = begin_run(start, sample, signal_of, reads=reads)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it

@@ -60,7 +60,7 @@ from typing import Literal
 import torch
 
 import grpo
-from grpo import ALGORITHMS, group_advantages, reward_sums
+from grpo import group_advantages, reward_sums
 from support.cli import run_script
 from support.errors import ConfigError
 from support.family import check_conditioned, refuse_replaced
@@ -145,7 +145,7 @@ class Config(grpo.Config):
 
     def __post_init__(self):
         if self.combine == "gdpo":
-            refuse_replaced(self, ALGORITHMS)
+            refuse_replaced(self)
         super().__post_init__()
         if self.combine == "gdpo":
             self.baseline = self.scale = None

@@ -13,8 +13,8 @@ That is REINFORCE (Williams, 1992). Every later method keeps this sum and answer
 answers:
 
     baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
-                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1. The mean holds r_i too, which scales
-                      the expected gradient by (R − 1) / R (before the division by the std, which is a heuristic).
+                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1. (r_i is in its own baseline: that
+                      scales the expected gradient by (R − 1) / R. The division by the std is a heuristic.)
     ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
                       π_old is the policy that sampled it.
     surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)            (Eq. 3)
@@ -24,9 +24,9 @@ answers:
 GRPO also adds a penalty for moving away from the reference π_ref, the policy before training: β ρ_t k3_t, where
 k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t)                                                (Eq. 4, and ρ_t added).
 
-One step, here for one process and the defaults; `main` has the same five parts. A *batch* is a step's N·R answers, R to
-each of N questions, of up to T tokens. A *minibatch* is the whole groups of one *update* (optimizer step), B answers; a
-*piece* the b of them that fit one forward pass.
+One step, here for one process and the defaults; `main` has the same five parts. A *group* is the R answers to one of
+the N questions, of up to T tokens; a *batch*, all N·R answers of the step. An *update* (optimizer step) takes some of
+the groups, a *minibatch* of B answers; a forward pass some of those, a *piece* of b answers.
 
     batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
     rewards = paid_rewards(batch)                    right or not, well formed or not    (N, R, 2)        2. judge
@@ -41,10 +41,10 @@ each of N questions, of up to T tokens. A *minibatch* is the whole groups of one
         clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
-The family. --algorithm NAME takes a row of `ALGORITHMS`, and each column is a flag of its own. The last column is what
-∇log π(y_t) is multiplied by, without the KL term; "or 0" is where the clip acts. The KL is β, and is paid in the loss
-unless "reward" stands there. L is --max_new_tokens, *tokens* those of the minibatch, Πρ the product of an answer's
-ratios, s its |y|-th root, f' the slope of a soft clip: the functions below say what each choice does.
+The family. --algorithm NAME takes a row of this table (in code: support/family.py), and each choice is a flag of its
+own; the functions below say what it does. The column KL has β, paid in the loss unless "reward" stands there. The last
+column is the factor of ∇log π(y_t), without the KL term; "or 0" is where the clip acts. L is --max_new_tokens, *tokens*
+those of the minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip.
 
     algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
     reinforce             none           none    -         reinforce       dr_grpo    -           A / BL
@@ -58,21 +58,25 @@ ratios, s its |y|-th root, f' the slope of a soft clip: the functions below say 
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3, a reward of 1 if the
-answer is right and 0.1 if it is well formed. A group whose advantages are all 0 is left out, its KL too; its answers
-and tokens still count in v_it (--skip_zero_variance). Off: length penalties (--overlong) and dynamic sampling
-(--refill), both from DAPO's paper; no gradient for answers that were cut off (--mask_truncated: such an answer counts
-in B and in its group's mean and std, its tokens in no v_it); a moving reference; a sampler that is a rounded or older
-copy of the policy (support/off_policy.py); LoRA. Dropout is always off. With one update per batch (--minibatches 1 and
---inner_epochs 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip but GSPO's acts, and all surrogates
-have the same gradient.
+Papers (arXiv): rloo 2402.14740, with the ratio and the KL of TRL's RLOOTrainer; grpo 2402.03300, which has β = 0.04 and
+no ρ_t on the KL; dr_grpo 2503.20783; dapo 2503.14476; gspo 2507.18071; cispo 2506.13585, its cap of 5 from 2510.13786;
+sapo 2511.20347; maxrl 2602.02710; reinforce++ 2501.03262.
 
-What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch its policy term is 0 (for
-the clip with v_it as above), and the gradient is not. Watch each reward, the validation accuracy, the KL, the clip
-fraction, the length, the share of groups without a signal, and `story_kept`: whether an answer still speaks of the
-question's names and things. Whatever is not rewarded may degrade: without the KL a run ended as accurate, but its
-answers swapped names and objects (results/grpo_word.md). At the end pass@k of sampled answers tells sharpening (pass@1
-rises to what pass@k was) from new ability (pass@k rises too).
+The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3; a right answer earns 1, a
+well-formed one 0.1. A group whose advantages are all 0 is left out, its KL too (--skip_zero_variance); its answers and
+tokens still count in v_it. Off: length penalties (--overlong) and dynamic sampling (--refill), both from DAPO's paper;
+no gradient for answers that were cut off (--mask_truncated); a moving reference (--refresh_reference); a sampler that
+is a rounded or older copy of the policy (support/off_policy.py); LoRA. Dropout is always off.
+
+With one update per batch (--minibatches 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip but GSPO's
+acts, and all surrogates have the same gradient.
+
+What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch GRPO's policy term is 0, and
+its gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, the share of
+groups without a signal, and `story_kept`: whether an answer still speaks of the question's names and things. Whatever
+is not rewarded may degrade: without the KL a run ended as accurate, but its answers swapped names and objects
+(results/grpo_word.md). At the end pass@k of sampled answers tells sharpening (pass@1 rises to what pass@k was) from new
+ability (pass@k rises too).
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
@@ -87,7 +91,6 @@ Run it (without --init a short pretraining and SFT on the built-in problems make
     torchrun --nproc_per_node 8 grpo.py --init runs/sft --prompts 128
 """
 
-import copy
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -97,12 +100,11 @@ from torch.nn.parallel import DistributedDataParallel
 from evaluate import is_correct, kl_estimate
 from lora import add_lora
 from optim import lr_at, optimizer_step
-from pretrain import shard
 from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
-from support.checks import Amount, Count, Positive, Whole, choice
+from support.checks import Amount, Count, Positive, choice
 from support.cli import run_script
 from support.errors import ConfigError
-from support.family import FamilyFlags, as_flags, check_choices, fill_in
+from support.family import ALGORITHMS, FamilyFlags, as_flags
 from support.grpo_report import rollout_sums, step_record, tally
 from support.off_policy import RolloutPolicy, off_policy
 from support.policy_run import PolicyRunConfig, begin_run, open_start
@@ -113,8 +115,8 @@ from support.shared_prompt import shared_answer_logprobs
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rewards: functions of (texts, problems, ended), three lists of one length, that return a number for each text.
-# `ended`: the text stopped by itself instead of being cut off.
+# Rewards: functions of (texts, problems, ended), three lists of one length, that return a number for each text. ended:
+# it stopped by itself, instead of being cut off. The other two are in support/rewards.py.
 
 
 def accuracy_reward(texts, problems, ended):
@@ -123,7 +125,7 @@ def accuracy_reward(texts, problems, ended):
     return [float(is_correct(text, problem)) for text, problem in zip(texts, problems, strict=True)]
 
 
-REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevity_reward}  # support/rewards.py
+REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevity_reward}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -150,9 +152,8 @@ def less_baseline(rewards, baseline="mean"):
 
 
 def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
-    """rewards (N, R) -> advantages (N, R): what each answer earned above its baseline, in units of a scale.
+    """rewards (N, R) -> advantages (N, R): what each answer earned above `less_baseline`, divided by a scale:
 
-    baseline: see `less_baseline`. scale, what the difference is divided by:
         group   the group's std (ddof 1, + 1e-4): every group pushes as hard, even if it is very easy, very hard, or
                 differs only in format
         batch   the std of all rewards of the batch
@@ -162,6 +163,7 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
         tokens  subtract the token-weighted mean, divide by the token-weighted std, both of the batch; answers have
                 lengths (N, R). A long one counts for more, and a group of equal rewards has A ≠ 0, unless all groups
                 are such
+
     With a baseline and any scale but tokens, a group whose rewards are all equal gives exactly 0, and so does a group
     of one: never NaN. Raises ConfigError on an unknown name, and on a reward below 0 with "mean".
     """
@@ -248,26 +250,6 @@ def reinforce_surrogate(rho, A, logprobs, clip_low=None, clip_high=None):
 SURROGATES = {"clip": clip_surrogate, "cispo": cispo_surrogate, "sapo": sapo_surrogate}
 SURROGATES |= {"reinforce": reinforce_surrogate}
 
-# The family: name -> its choices. A row says where it differs from GRPO. kl None: k3 in the loss, k1 in the reward.
-GRPO = {"baseline": "mean", "scale": "group", "ratio": "token", "surrogate": "clip", "clip_low": 0.2, "clip_high": 0.2}
-GRPO |= {"loss_type": "grpo", "beta": 0.3, "kl_in": "loss", "kl": None}  # 2402.03300: β = 0.04, and no ρ on the KL
-REINFORCE = {"baseline": "none", "scale": "none", "surrogate": "reinforce", "loss_type": "dr_grpo"}
-RLOO = {"baseline": "leave_one_out", "scale": "none", "ratio": "product", "beta": 0.05, "kl_in": "reward"}
-CISPO = {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "loss_type": "dapo"}
-NO_CLIP, NO_KL = {"clip_low": None, "clip_high": None}, {"beta": 0.0}
-ALGORITHMS = {
-    "reinforce": GRPO | REINFORCE | NO_CLIP | NO_KL,
-    "rloo": GRPO | RLOO,  # arXiv:2402.14740; the ratio and the KL are those of TRL's RLOOTrainer
-    "grpo": GRPO,
-    "dr_grpo": GRPO | NO_KL | {"scale": "none", "loss_type": "dr_grpo"},  # 2503.20783
-    "dapo": GRPO | NO_KL | {"clip_high": 0.28, "loss_type": "dapo"},  # 2503.14476
-    "gspo": GRPO | NO_KL | {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},  # 2507.18071
-    "cispo": GRPO | NO_KL | CISPO,  # 2506.13585; the cap of 5 is that of 2510.13786
-    "sapo": GRPO | NO_KL | NO_CLIP | {"surrogate": "sapo"},  # 2511.20347
-    "maxrl": GRPO | NO_KL | {"scale": "mean", "loss_type": "dr_grpo"},  # 2602.02710
-    "reinforce++-baseline": GRPO | {"scale": "tokens", "loss_type": "dapo", "kl": "k2"},  # 2501.03262
-}
-
 
 def grpo_loss(
     logprobs, old_logprobs, advantages, mask, ref_logprobs=None,
@@ -319,22 +301,6 @@ def grpo_loss(
     metrics["loss"] = loss
     values = torch.stack([m.detach() for m in metrics.values()]).tolist()  # one wait for the device, not one for each
     return loss, dict(zip(metrics, values, strict=True))
-
-
-def loss_with(config):
-    """grpo_loss with what a run's settings fix."""
-    names = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate", "kl", "kl_unbiased")
-    options = {name: getattr(config, name) for name in names} | {"max_length": config.max_new_tokens}
-    return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
-
-
-def advantages_of(rewards, reward_weights, config, lengths=None):
-    """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the rewards up, then compare. gdpo.py has another.
-
-    lengths (N, R): the tokens of each answer that count; None: no scale, which is enough to tell which A are 0.
-    """
-    scale = "none" if lengths is None else config.scale
-    return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -400,7 +366,7 @@ def demo():
 
 # ---------------------------------------------------------------------------------------------------------------
 # The stage. More flags: support/family.py (the columns of the table), support/rewards.py (what is paid),
-# support/off_policy.py (what samples), support/policy_run.py, support/verified.py.
+# support/off_policy.py (what samples), support/policy_run.py (what is off by default), support/verified.py.
 
 
 @dataclass
@@ -416,12 +382,6 @@ class Config(FamilyFlags, PolicyRunConfig):
     """Sampling temperature, also used for the log-probabilities in the loss."""
     skip_zero_variance: bool = True
     """Leave out groups whose advantages are all 0, and their KL; false: they pay the KL, which takes longer."""
-    refill: Whole = 0
-    """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
-    mask_truncated: bool = False
-    """Completions that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
-    refresh_reference: Whole = 0
-    """Every so many steps the policy becomes the reference of the KL; 0: that is --init throughout."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
     minibatches: Count = 2
@@ -429,25 +389,32 @@ class Config(FamilyFlags, PolicyRunConfig):
     lr: Amount = 1.5e-4
     """Peak learning rate; it falls linearly to 0 after the warm-up."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        fill_in(self, ALGORITHMS)
-        check_choices(self)
+
+def loss_with(config):
+    """grpo_loss with what a run's settings fix."""
+    names = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate", "kl", "kl_unbiased")
+    options = {name: getattr(config, name) for name in names} | {"max_length": config.max_new_tokens}
+    return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
+
+
+def advantages_of(rewards, reward_weights, config, lengths=None):
+    """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the rewards up, then compare. gdpo.py has another.
+
+    lengths (N, R): the tokens of each answer that count; None: no scale, which is enough to tell which A are 0.
+    """
+    scale = "none" if lengths is None else config.scale
+    return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
 
 
 def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
-    start = open_start(config, REWARDS, says=as_flags(config, GRPO))
-    dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
+    start = open_start(config, REWARDS, says=as_flags(config))
+    dist, autocast, scaler = start.dist, start.autocast, start.scaler
+    policy, reference = start.policy, start.reference  # with LoRA π_ref is the policy itself, its adapters off
     n, slots = start.n, start.slots  # this rank asks n of a step's N questions; which of the N they are
     functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
-    # With adapters the reference is the policy without them: no second model in memory.
-    adapters_off = config.lora.rank and not config.refresh_reference
-    reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
-    for model in (policy, reference) if config.fsdp else ():
-        shard(model, dist, autocast)  # as in pretrain.py
     rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
-    add_lora(policy, **asdict(config.lora), seed=config.seed)
+    add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
@@ -455,9 +422,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         return advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
     sample = Sampler(rollout_policy.model, start.tokenizer, start.problems["train"], config, autocast)
-    parts = {"reference": reference} if config.refresh_reference else {}  # what a checkpoint has beside the weights
-    parts |= {"sampler": rollout_policy} if config.stale else {}
-    run, look, recorder = begin_run(start, sample, reference, signal_of, parts)
+    run, look, recorder = begin_run(start, sample, signal_of, rollout_policy)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 and not config.fsdp else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
@@ -471,12 +436,13 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         look.begin_step()
         batch = sample(step, slots)
 
-        # 2. judge: {name: (n, R)} in batch.rewards; what is logged is of the policy as it is, before any refill
+        # 2. judge: {name: (n, R)} in batch.rewards
         judge_batch(functions, batch, config)
-        earned = paid_rewards(batch, reward_weights, config)  # (n, R, M)
-        rollout_totals = rollout_sums(batch, earned, reward_weights, signal_of(batch))
+        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M) those of the rewards that have a weight
+        rollout_totals = rollout_sums(batch, paid, reward_weights, signal_of(batch))  # logged: before any refill
         if config.refill:
             refill(batch, sample, step, slots, functions, signal_of, policy, config)
+            paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         look.sampled()
         # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy)
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
@@ -484,8 +450,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         # 3. compare within the group; over all ranks, because a std over the batch needs them all
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
-            counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # (n·R, 1)
-        paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
+            counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # & (n·R, 1); its reward still counts
         lengths = dist.gather(counted.sum(1).view(n, -1).cpu())  # (N, R)
         advantages, more_figures = advantages_of(dist.gather(paid), reward_weights, config, lengths)  # (N, R)
         advantages = advantages[slots]  # (n, R)

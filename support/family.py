@@ -1,4 +1,5 @@
-"""The choices of a policy-gradient run: taken from a row of `grpo.ALGORITHMS`, checked together, and shown as flags.
+"""The family of policy gradients that grpo.py computes: the rows of its table, and the choices of a run, which are
+taken from a row, checked together, and shown as flags.
 
 What others do differently: TRL's default is --loss_type dapo, and it leaves a NaN reward out (here it is an error);
 verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, its CISPO clips at 1 ± 0.2; it bounds
@@ -11,25 +12,34 @@ from typing import Literal
 from support.checks import Amount
 from support.errors import ConfigError
 
+# The table in grpo.py's docstring: name -> its choices. A row says where it differs from GRPO. kl None: k3 in the loss,
+# k1 in the reward.
+GRPO = {"baseline": "mean", "scale": "group", "ratio": "token", "surrogate": "clip", "clip_low": 0.2, "clip_high": 0.2}
+GRPO |= {"loss_type": "grpo", "beta": 0.3, "kl_in": "loss", "kl": None}
+REINFORCE = {"baseline": "none", "scale": "none", "surrogate": "reinforce", "loss_type": "dr_grpo"}
+RLOO = {"baseline": "leave_one_out", "scale": "none", "ratio": "product", "beta": 0.05, "kl_in": "reward"}
+CISPO = {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "loss_type": "dapo"}
+NO_CLIP, NO_KL = {"clip_low": None, "clip_high": None}, {"beta": 0.0}
+ALGORITHMS = {
+    "reinforce": GRPO | REINFORCE | NO_CLIP | NO_KL,
+    "rloo": GRPO | RLOO,
+    "grpo": GRPO,
+    "dr_grpo": GRPO | NO_KL | {"scale": "none", "loss_type": "dr_grpo"},
+    "dapo": GRPO | NO_KL | {"clip_high": 0.28, "loss_type": "dapo"},
+    "gspo": GRPO | NO_KL | {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": GRPO | NO_KL | CISPO,
+    "sapo": GRPO | NO_KL | NO_CLIP | {"surrogate": "sapo"},
+    "maxrl": GRPO | NO_KL | {"scale": "mean", "loss_type": "dr_grpo"},
+    "reinforce++-baseline": GRPO | {"scale": "tokens", "loss_type": "dapo", "kl": "k2"},
+}
 CLIPS = ("clip_low", "clip_high")
 
 
 @dataclass
 class FamilyFlags:
-    """The columns of the family's table."""
+    """The columns of the family's table; the other flags that `check_choices` reads are those of grpo.Config."""
 
-    algorithm: Literal[
-        "reinforce",
-        "rloo",
-        "grpo",
-        "dr_grpo",
-        "dapo",
-        "gspo",
-        "cispo",
-        "sapo",
-        "maxrl",
-        "reinforce++-baseline",
-    ] = "grpo"
+    algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Sets all of the following that are not given, from --baseline to --kl_in."""
     baseline: Literal["mean", "leave_one_out", "none"] | None = None
     """What a reward is compared with: the mean of its group, of the others in it, or nothing."""
@@ -55,14 +65,19 @@ class FamilyFlags:
     """Multiply the KL in the loss by the token's ratio (arXiv:2512.02556, §3.1); default for k1 and k3, which then have
     the KL's gradient."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        fill_in(self)
+        check_choices(self)
 
-def fill_in(config, algorithms):
+
+def fill_in(config):
     """Set, in place, what was not given to what the algorithm's row has, and the KL's kind to the one whose gradient is
     the KL's. ConfigError if something was given that the surrogate has not."""
-    row, clips = algorithms[config.algorithm], [getattr(config, name) for name in CLIPS]
+    row, clips = ALGORITHMS[config.algorithm], [getattr(config, name) for name in CLIPS]
     surrogate = config.surrogate or row["surrogate"]
     if surrogate != row["surrogate"]:  # the clips are the surrogate's, so take those of the row that it comes from
-        row = row | {name: algorithms["grpo" if surrogate == "clip" else surrogate][name] for name in CLIPS}
+        row = row | {name: ALGORITHMS["grpo" if surrogate == "clip" else surrogate][name] for name in CLIPS}
     if surrogate in ("sapo", "reinforce") and clips != [None, None]:
         raise ConfigError(f"--surrogate {surrogate} has no clip: leave --clip_low and --clip_high out")
     if config.kl_in not in (None, row["kl_in"]):  # so is an estimate that of its place
@@ -106,12 +121,12 @@ def check_choices(config):
         )
 
 
-def refuse_replaced(config, algorithms):
+def refuse_replaced(config):
     """ConfigError on a baseline or scale, given or of the algorithm's row, that gdpo.py's comparison would replace."""
     for name in ("baseline", "scale"):
         if getattr(config, name) is not None:
             raise ConfigError(f"--{name} has no meaning with --combine gdpo, which normalises each reward by itself")
-        if algorithms[config.algorithm][name] != algorithms["grpo"][name]:
+        if ALGORITHMS[config.algorithm][name] != GRPO[name]:
             raise ConfigError(
                 f"--algorithm {config.algorithm} has a {name} of its own, which --combine gdpo would replace: use "
                 "--combine sum, or only what you want of it (--ratio, --surrogate, --loss_type)"
@@ -131,10 +146,10 @@ def check_conditioned(names, weights):
             raise ConfigError(f"--conditioned {name}: a wrong answer, which is paid 0, would escape this penalty")
 
 
-def as_flags(config, names):
-    """The line that says which member of the family runs. names: what an algorithm sets."""
+def as_flags(config):
+    """The line that says which member of the family runs."""
     unused = ("ratio",) if config.surrogate == "reinforce" else ()
     unused += () if config.beta else ("kl_in", "kl", "kl_unbiased")
-    values = {name: getattr(config, name) for name in (*names, "kl_unbiased") if name not in unused}
+    values = {name: getattr(config, name) for name in (*GRPO, "kl_unbiased") if name not in unused}
     words = {name: f"{v:g}" if isinstance(v, float) else str(v).lower() for name, v in values.items() if v is not None}
     return f"--algorithm {config.algorithm}: " + " ".join(f"--{name} {word}" for name, word in words.items())

@@ -1,11 +1,13 @@
 """What grpo.py (and with it gdpo.py) and agent.py do before their first step and do not teach.
 
-start                = open_start(config, REWARDS)         the device, the checkpoint, the problems, the rewards
-run, look, recorder  = begin_run(start, sample, reference, signal_of)      the first look, the run directory, what is
-                                                                           measured before training
-Between the two a chapter makes its reference, its adapters and what samples.
+start                = open_start(config, REWARDS)           the device, the checkpoint and its reference, the problems,
+                                                             the rewards
+run, look, recorder  = begin_run(start, sample, signal_of)   the first look, the run directory, what is measured before
+                                                             training
+Between the two a chapter makes its adapters and what samples.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Literal
 import torch
 
 from optim import make_optimizers
+from pretrain import shard
 from support.checkpoints import open_checkpoint
-from support.checks import Count
+from support.checks import Count, Whole
 from support.content import code_of, records_of, weights_of
 from support.devices import Dist, precision, setup
 from support.grpo_report import Look
@@ -41,6 +44,12 @@ class PolicyRunConfig(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
     """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     sample_every: Count = 100
     """Steps between printed rollouts."""
+    refill: Whole = 0
+    """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
+    mask_truncated: bool = False
+    """Completions that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
+    refresh_reference: Whole = 0
+    """Every so many steps the policy becomes the reference of the KL; 0: that is --init throughout."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,6 +73,7 @@ class Start:
     init: str | Path  # the checkpoint,
     path: Path  # where it lies,
     policy: torch.nn.Module  # what is in it
+    reference: torch.nn.Module  # a frozen copy of it, or with adapters the policy itself
     tokenizer: object
     reads: dict  # {name: what the run reads}: a resumed run must read the same
     problems: dict  # {"train", "valid", "test"}
@@ -85,21 +95,29 @@ def open_start(config, rewards, make_start=sft_start, says=""):
     reads = weights_of(init, policy) | code_of(config.reward, functions)
     problems = load_question_splits(config, tokenizer, policy.config.context, dist)
     reads |= records_of(config.data, problems)
+    # With adapters the reference is the policy without them: no second model in memory.
+    adapters_off = config.lora.rank and not config.refresh_reference
+    reference = policy if adapters_off else copy.deepcopy(policy).requires_grad_(False).eval()
+    for model in (policy, reference) if config.fsdp else ():
+        shard(model, dist, autocast)  # as in pretrain.py
     device, judged = (dist, n, slots, autocast, scaler), (rewards, functions, reward_weights)
-    return Start(config, began, *device, *judged, init, path, policy, tokenizer, reads, problems)
+    return Start(config, began, *device, *judged, init, path, policy, reference, tokenizer, reads, problems)
 
 
-def begin_run(start, sample, reference, signal_of, parts=None, reads=None):
-    """-> Run, Look, Recorder. sample: a `Sampler`; signal_of(batch): (n,) bool, which groups have an advantage. parts,
-    reads: of this chapter, beside the adapters and what `start` has read."""
+def begin_run(start, sample, signal_of, rollout_policy=None, reads=None):
+    """-> Run, Look, Recorder. sample: a `Sampler`; signal_of(batch): (n,) bool, which groups have an advantage;
+    rollout_policy: a `RolloutPolicy`; reads: of this chapter, beside what `start` has read."""
     c, dist, policy, problems = start.config, start.dist, start.policy, start.problems
     if not c.resume:
         look_first(sample, start.slots, signal_of, start.functions, start.reward_weights, start.path, c, dist)
     optimizers = make_optimizers(policy, c.optimizer, c.lr, c.weight_decay, betas=(0.9, 0.999))
-    parts, reads = {"lora": LoraState(policy, start.init)} | (parts or {}), start.reads | (reads or {})
+    parts = {"lora": LoraState(policy, start.init)}  # what a checkpoint has beside the weights
+    parts |= {"reference": start.reference} if c.refresh_reference else {}
+    parts |= {"sampler": rollout_policy} if c.stale else {}
+    reads = start.reads | (reads or {})
     state = {"best": -1.0, "before": None, "start": {}, "parts": parts, "reads": reads, "began": start.began}
     run = Run(c, dist, policy, start.tokenizer, optimizers, start.scaler, **state)
     look = Look(run, problems, start.functions, start.reward_weights, start.init, sample.respond)
     look.before()
     seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(start.built_in, some, c)}
-    return run, look, Recorder(run, start.autocast, reference=reference, temperature=c.temperature, **seen)
+    return run, look, Recorder(run, start.autocast, reference=start.reference, temperature=c.temperature, **seen)

@@ -16,7 +16,7 @@ import grpo
 from grpo import ALGORITHMS, Config, group_advantages, grpo_loss, sapo_surrogate
 from support import rollouts
 from support.errors import ConfigError
-from support.family import FamilyFlags, as_flags
+from support.family import NO_CLIP, FamilyFlags, as_flags
 
 NAMES = list(ALGORITHMS)
 CHOICES = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")
@@ -140,7 +140,7 @@ def test_the_table_of_the_docstring():
         kind, *clips = surrogate.split()
         words = kl.replace("-", "0").split()
         written = {"baseline": baseline, "scale": scale, "ratio": ratio.replace("-", "token"), "surrogate": kind}
-        written |= dict(zip(("clip_low", "clip_high"), map(float, clips), strict=True) if clips else grpo.NO_CLIP)
+        written |= dict(zip(("clip_low", "clip_high"), map(float, clips), strict=True) if clips else NO_CLIP)
         written |= {"loss_type": loss_type, "beta": float(words[0])}
         written |= {"kl_in": "reward" if "reward" in words else "loss", "kl": "k2" if "k2" in words else None}
         assert written == row, name
@@ -390,14 +390,14 @@ def test_gdpo_takes_from_a_row_what_it_does_not_replace(name):
 
 
 def test_the_choices_are_shown_as_flags(here, capsys):  # noqa: F811
-    assert as_flags(Config(), grpo.GRPO) == (
+    assert as_flags(Config()) == (
         "--algorithm grpo: --baseline mean --scale group --ratio token --surrogate clip --clip_low 0.2 --clip_high 0.2 "
         "--loss_type grpo --beta 0.3 --kl_in loss --kl k3 --kl_unbiased true"
     )
-    assert as_flags(Config(algorithm="reinforce"), grpo.GRPO) == (
+    assert as_flags(Config(algorithm="reinforce")) == (
         "--algorithm reinforce: --baseline none --scale none --surrogate reinforce --loss_type dr_grpo --beta 0"
     )
-    assert "--baseline" not in as_flags(gdpo.Config(), grpo.GRPO)
+    assert "--baseline" not in as_flags(gdpo.Config())
     grpo.main(config(steps=1, algorithm="gspo"))
     assert "--ratio sequence --surrogate clip --clip_low 0.0003 --clip_high 0.0004" in capsys.readouterr().out
 

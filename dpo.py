@@ -69,32 +69,23 @@ Run it:
     torchrun --nproc_per_node 2 dpo.py --init runs/sft
 """
 
-import contextlib
-import copy
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lora import add_lora
-from optim import lr_at, make_optimizers, optimizer_step
-from support.checkpoints import open_checkpoint
+from optim import lr_at, optimizer_step
 from support.checks import Amount, Count, FractionBelow1, Positive
 from support.cli import run_script
-from support.content import weights_of
-from support.devices import precision, setup
-from support.dpo_report import Look
-from support.lora_files import LoraState
+from support.dpo_run import begin_run, open_start
 from support.pair_rows import PairFlags, next_pairs, pairs_of_run, reference_point
-from support.pairs import Means, batch_of, keep_pairs, pair_logprobs, to_floats
-from support.recorder import Recorder, RecordFlags
-from support.runs import Run
-from support.sft_start import sft_start
+from support.pairs import Means, batch_of, pair_logprobs, to_floats
+from support.recorder import RecordFlags
+from support.sharding import averaging
 from support.variants import VariantFlags, check_config, check_loss
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -367,45 +358,28 @@ def loss_of(config, logps, micro, z0=None, n_pairs=None):
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
-    began = time.perf_counter()
-    dist = setup(config.device)
-    dist.per_rank("batch", config.batch)  # an error now, not after the pairs are sampled
-    autocast, scaler = precision(config.dtype, dist)
-    init = config.init or sft_start(config, dist)
-    policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    # The start model, for the KL and as π_ref of z0; on the CPU while it is not needed. With LoRA None: it is the
-    # policy with its adapters off.
-    start = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
-    add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    variant, context, pad = VARIANTS[config.variant], policy.config.context, tokenizer.endoftext_id
-    # Before the run opens its directory: an error here must not move an earlier run. problems: for greedy accuracy, if
-    # the data has a verifier
-    pairs, problems, reads = pairs_of_run(policy, tokenizer, config, variant, dist, autocast)
-    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    reads |= weights_of(init, policy)  # a resumed run must read the same
-    state = {"parts": {"lora": LoraState(policy, init)}, "reads": reads, "began": began, "before": None}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=math.inf, lower_is_better=True, **state)
-    keep_pairs(run, pairs)
+    variant, start = VARIANTS[config.variant], open_start(config)
+    dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
+    context, pad = policy.config.context, start.tokenizer.endoftext_id
+    # The policy is still the start model, π_ref. problems: for greedy accuracy, if the data has a verifier
+    pairs, problems, reads = pairs_of_run(policy, start.tokenizer, config, variant, dist, autocast)
+    run, look, recorder = begin_run(start, pairs, problems, reads, variant, loss_of)  # and the test split, before
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
-    look = Look(run, pairs, problems, start, autocast, variant, loss_of)
-    look.before(init)  # the test split
-    recorder = Recorder(run, autocast, valid=pairs["valid"], reference=start or policy, loss_of=loss_of)  # for view.py
 
     for step in run.steps():
         # 1. pairs
-        started = time.perf_counter()
+        look.begin_step()
         own_pairs = next_pairs(pairs["train"], step, config, dist, context)  # B / ranks
         z0 = None
         if variant.unpaired:  # one for the whole step, over all ranks; a forward pass more
-            z0 = reference_point(policy, own_pairs, pad, dist, autocast, start)
+            z0 = reference_point(policy, own_pairs, pad, dist, autocast, start.model)
         recorder.pairs(own_pairs, z0)
         model.train()  # dropout; `reference_point` and the evaluations leave the policy in eval mode
         sums = Means()
         for i in range(0, len(own_pairs), config.micro_batch):  # b pairs at a time; their gradients add up
             micro = batch_of(own_pairs[i : i + config.micro_batch], pad, dist.device)
-            last = i + config.micro_batch >= len(own_pairs)  # DDP averages over the ranks in this backward alone
-            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+            last = i + config.micro_batch >= len(own_pairs)
+            with averaging(model, last):  # DDP averages over the ranks in the last backward alone
                 # 2. score: log π_θ of both answers, with gradient
                 with autocast():
                     logps = pair_logprobs(model, micro.packed)  # a tuple: (b,), (b,); kto: (b,) alone
@@ -418,13 +392,12 @@ def main(config):
             sums.add(metrics, micro)
 
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)  # clips the gradient's norm
+        norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)  # clips the gradient's norm
         means = sums.over_ranks(dist)
         run.check_finite(lr, norm, loss=means["loss"])
 
         # 5. look: every so often at held-out pairs and problems, and at the KL
-        means |= {"grad_norm": norm, "lr": lr, "steps_per_second": 1 / (time.perf_counter() - started)}
-        look.at_step(step, means)
+        look.at_step(step, means | {"grad_norm": norm, "lr": lr})
     run.close()
     return look.after()  # the test split again, with the checkpoint of the lowest validation loss
 

@@ -1,6 +1,7 @@
 """What a DPO run measures, and what it prints and draws."""
 
 import math
+import time
 
 import torch
 
@@ -45,12 +46,13 @@ def likelier(logps, lengths):
 
 
 class Look:
-    """What a run shows beside its steps: before(), at_step() each, after(). start: the start model; None: it is the
-    policy without its adapters. variant: a row of dpo.VARIANTS; loss_of: dpo.py's."""
+    """What a run shows beside its steps: before(); begin_step() and at_step() of each; after(). start: the start model;
+    None: it is the policy without its adapters. variant: a row of dpo.VARIANTS; loss_of: dpo.py's."""
 
     def __init__(self, run, pairs, problems, start, autocast, variant, loss_of):
         self.run, self.pairs, self.problems, self.start = run, pairs, problems, start
         self.autocast, self.variant, self.loss_of, self.on_bar = autocast, variant, loss_of, {}
+        self.began = 0.0  # of the step
 
     def measure(self, policy, split):
         """{"pairs": their metrics} and, with a verifier, those of greedy answers: there "accuracy" is exact match."""
@@ -77,9 +79,12 @@ class Look:
             n_pairs = len(self.pairs["train"])
             print(f"{run.model.num_params():,} parameters from {init}; {n_pairs:,} training {kind}{accuracy}")
 
+    def begin_step(self):
+        self.began = time.perf_counter()
+
     def at_step(self, step, means):
         """Log a step, and every --eval_every steps what held-out pairs and problems say, and the KL."""
-        run, means = self.run, dict(means)
+        run, means = self.run, means | {"steps_per_second": 1 / (time.perf_counter() - self.began)}
         pair_accuracy = means.pop("accuracy")  # a record's "accuracy" is exact match, its "valid_accuracy" of pairs
         record = {"pair_accuracy": pair_accuracy} | means
         if run.due(run.config.eval_every):

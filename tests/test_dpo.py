@@ -20,8 +20,8 @@ import dpo
 from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
 from dpo import VARIANTS, Config, dpo_loss, kto_loss, orpo_loss
 from evaluate import wilson
-from lora import LoraConfig
-from support import devices, dpo_report, pair_rows, runs
+from lora import LoraConfig, add_lora
+from support import devices, dpo_report, dpo_run, pair_rows, runs
 from support import pairs as pairs_room
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -417,7 +417,7 @@ def test_reference_is_the_start(tokenizer):
 def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer, monkeypatch):
     raw, dist = tiny(tokenizer), devices.setup("cpu")
     before = copy.deepcopy(raw)
-    dpo.add_lora(raw, **asdict(LoraConfig(rank=2)))
+    add_lora(raw, **asdict(LoraConfig(rank=2)))
     for name, p in raw.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.5)
@@ -429,7 +429,7 @@ def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer
     point = dpo.reference_point(raw, rows, 0, *cpu)
     assert point == pytest.approx(dpo.reference_point(raw, rows, 0, *cpu, before), rel=1e-4)
     assert point > 1e-3
-    monkeypatch.setattr(dpo, "copy", None)  # no second model
+    monkeypatch.setattr(dpo_run, "copy", None)  # no second model
     dpo.main(config(lora=LoraConfig(rank=2), lr=1e-2))
     assert max(metrics("runs/dpo", "kl").values()) > 1e-6
 

@@ -75,9 +75,7 @@ Run it:
     torchrun --nproc_per_node 2 ppo.py --init runs/sft --reward_model runs/reward_model
 """
 
-import contextlib
 import math
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,16 +89,12 @@ from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import score_groups
 from support.checks import Amount, Count, Fraction, Positive, Whole
 from support.cli import run_script
-from support.content import records_of, weights_of
-from support.devices import precision, setup
-from support.lora_files import LoraState
 from support.moments import RunningMoments
-from support.ppo_report import Look, Tokens, tally
-from support.ppo_setup import SizeFlags, check_settings, open_models, open_problems, reward_start
-from support.recorder import Recorder, RecordFlags
+from support.ppo_report import Tokens, tally
+from support.ppo_setup import SizeFlags, begin_run, check_settings, open_start
+from support.recorder import RecordFlags
 from support.rollouts import Sampler, minibatches_of, piece_logprobs, shuffled_groups
-from support.runs import Run
-from support.sft_start import sft_start
+from support.sharding import averaging
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -334,8 +328,6 @@ class Config(RecordFlags, SizeFlags):
     value_lr: Amount = 1e-3
     """Learning rate of the value head after the warm-up, then constant; a separate network uses a tenth of it."""
     warmup: Whole = 5
-    eval_every: Count = 25
-    save_every: Count = 50
 
     def __post_init__(self):
         super().__post_init__()
@@ -357,40 +349,31 @@ def values_at_sampling(actor_critic, pieces, batch, autocast):
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
-    began = time.perf_counter()
-    dist = setup(config.device)
-    n, R = dist.per_rank("prompts", config.prompts), config.rollouts  # this rank asks n of a step's N prompts
-    slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
-    autocast, scaler = precision(config.dtype, dist)
-    init = config.init or sft_start(config, dist)
-    judge_path = config.reward_model or reward_start(config, init, dist)
-    actor_critic, reference, judge, tokenizer = open_models(ActorCritic, config, init, judge_path, dist)
+    start = open_start(ActorCritic, config)
+    dist, autocast, scaler, R = start.dist, start.autocast, start.scaler, config.rollouts
+    n, slots = start.n, start.slots  # this rank asks n of a step's N prompts; which of the N they are
+    actor_critic, reference = start.actor_critic, start.reference  # with LoRA π_ref is the policy, its adapters off
+    policy, tokenizer, pad = actor_critic.policy, start.tokenizer, start.tokenizer.endoftext_id
     actor_critic.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
-    policy, pad = actor_critic.policy, tokenizer.endoftext_id
-    problems = open_problems(config, tokenizer, min(policy.config.context, judge.config.context), dist)
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
     value_model, moments = actor_critic.critic or actor_critic.head, RunningMoments()
     value_parameters = list(value_model.parameters())
     value_optimizer = torch.optim.AdamW(value_parameters, betas=(0.9, 0.999), weight_decay=0.0)  # lr: in part 4
-    saved = {"lora": LoraState(policy, init), "value": value_model, "moments": moments}  # beside the policy's weights
-    reads = records_of(config.data, problems) | weights_of(init, policy) | weights_of(judge_path, judge)
-    state = {"best": -1.0, "before": None, "start": {}, "beta": config.kl_beta, "parts": saved, "began": began}
-    run = Run(config, dist, policy, tokenizer, [*optimizers, value_optimizer], scaler, reads=reads, **state)
-    model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
-    look = Look(run, problems)
-    look.before(init, judge_path)  # the test split; and until something beats it, the start is best/
 
     # An answer that stops in another way counts as cut off: the reward model has seen no other end than im_end.
-    sample = Sampler(policy, tokenizer, problems["train"], config, autocast, stop_ids=(tokenizer.im_end_id,))
+    sample = Sampler(policy, tokenizer, start.problems["train"], config, autocast, stop_ids=(tokenizer.im_end_id,))
 
     def score(batch):
         """What the reward model gives each answer, (n, R) on the CPU."""
         answers = list(zip(batch.prompts, batch.answers, strict=True))  # n pairs of a prompt and its R answers
-        return torch.tensor(score_groups(judge, answers, pad, dist.device, autocast))
+        return torch.tensor(score_groups(start.judge, answers, pad, dist.device, autocast))
 
-    seen = {"valid": problems["valid"], "sample": sample, "score": score, "temperature": config.temperature}
-    recorder = Recorder(run, autocast, reference=reference, **seen)  # for view.py
+    parts = {"value": value_model, "moments": moments}  # what a checkpoint has beside the policy
+    run, look, recorder = begin_run(start, [*optimizers, value_optimizer], parts, sample, score)
+    model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
+    policy_loss = recorder.noted(ppo_policy_loss)
+
     for step in run.steps():
         # 1. ask: the policy answers each prompt R times
         look.begin_step()
@@ -429,18 +412,17 @@ def main(config):
         for minibatch in minibatches * config.inner_epochs:
             sums, n_tokens = {}, minibatch.n_tokens
             for piece in minibatch.pieces:
-                T, last = piece.mask.shape[1], piece is minibatch.pieces[-1]
+                T = piece.mask.shape[1]
                 here = piece.rows, slice(T)  # an index into (n·R, longest) -> (b, T)
                 # DDP averages the gradients over the ranks in the last backward alone
-                with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+                with averaging(model, piece is minibatch.pieces[-1]):
                     with autocast():  # (b, T) each, without the padding to a multiple of 8
                         logprobs, values = (x[:, :T] for x in model(piece.packed, config.temperature))
-                    inputs = logprobs, old_logprobs[here], A[here], piece.mask
                     options = {"clip": config.clip_ratio, "n_tokens": n_tokens}
-                    loss, metrics = ppo_policy_loss(*inputs, **options)
-                    inputs_v = values, old_values[here], returns[here], piece.mask
-                    loss_v, metrics_v = value_loss(*inputs_v, config.clip_value, n_tokens=n_tokens)
-                    recorder.tokens(piece.rows, ppo_policy_loss, inputs, options, clips=("clip",))
+                    loss, metrics = policy_loss(logprobs, old_logprobs[here], A[here], piece.mask, **options)
+                    options = {"clip": config.clip_value, "n_tokens": n_tokens}
+                    loss_v, metrics_v = value_loss(values, old_values[here], returns[here], piece.mask, **options)
+                    recorder.tokens(piece.rows, clips=("clip",))
                     # × world, because DDP averages over the ranks and n_tokens already counts them all
                     scaler.scale((loss + config.value_weight * loss_v) * dist.world).backward()
                 tally(sums, metrics | metrics_v, piece.mask.sum().item() / n_tokens)

@@ -1,9 +1,18 @@
-"""What a PPO run needs before its first step and ppo.py does not teach: the flags of its sizes, which settings go
-together, the reward model if none was given, the models, the problems."""
+"""What ppo.py does before its first step and does not teach: the flags of its sizes, which settings go together, and
+
+start               = open_start(ActorCritic, config)     the device, a reward model if none was given, the models, the
+                                                          problems
+run, look, recorder = begin_run(start, optimizers, …)     the run directory, what is measured before training
+Between the two the chapter makes its optimizers and what samples and scores.
+"""
 
 import copy
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+
+import torch
 
 import reward_model
 from data import DEFAULT_TASK, load_problems
@@ -11,15 +20,21 @@ from lora import add_lora
 from reward_model import RewardModel, open_reward_model
 from support.checkpoints import open_checkpoint
 from support.checks import Count, Positive
+from support.content import records_of, weights_of
+from support.devices import Dist, precision, setup
 from support.errors import ConfigError
+from support.lora_files import LoraState
+from support.ppo_report import Look
 from support.questions import splits_with_room
-from support.runs import make_start_once, start_name
+from support.recorder import Recorder
+from support.runs import Run, make_start_once, start_name
+from support.sft_start import sft_start
 from support.verified import PolicyConfig
 
 
 @dataclass
 class SizeFlags(PolicyConfig):
-    """How many answers, at a time and in all."""
+    """How many answers, at a time and in all, and how often a run looks."""
 
     prompts: Count = 16
     """Prompts N per step, over all ranks."""
@@ -35,6 +50,8 @@ class SizeFlags(PolicyConfig):
     """Test problems of the evaluations before and after training."""
     sample_every: Count = 50
     """Steps between printed rollouts."""
+    eval_every: Count = 25
+    save_every: Count = 50
 
 
 def check_settings(config):
@@ -53,6 +70,56 @@ def check_settings(config):
     if c.init is not None and c.reward_model is None:
         train = f"python reward_model.py --init {c.init}"
         raise ConfigError(f"--init needs a reward model of the same tokenizer: {train}, then --reward_model RUN")
+
+
+@dataclass
+class Start:
+    """What a run has before its first step."""
+
+    config: SizeFlags
+    began: float  # time.perf_counter()
+    dist: Dist
+    n: int  # this rank asks n of a step's N prompts,
+    slots: list  # and these are the places of the n among the N
+    autocast: object
+    scaler: object
+    init: str | Path  # the checkpoint of the policy,
+    judge_path: str | Path  # and of the reward model
+    actor_critic: torch.nn.Module
+    reference: torch.nn.Module
+    judge: torch.nn.Module  # the reward model
+    tokenizer: object
+    problems: dict  # {"train", "valid", "test"}
+
+
+def open_start(kind, config):
+    """-> Start. kind: ppo.ActorCritic."""
+    began, dist = time.perf_counter(), setup(config.device)
+    n = dist.per_rank("prompts", config.prompts)
+    slots = list(range(dist.rank * n, (dist.rank + 1) * n))
+    autocast, scaler = precision(config.dtype, dist)
+    init = config.init or sft_start(config, dist)
+    judge_path = config.reward_model or reward_start(config, init, dist)
+    actor_critic, reference, judge, tokenizer = open_models(kind, config, init, judge_path, dist)
+    context = min(actor_critic.policy.config.context, judge.config.context)
+    problems = open_problems(config, tokenizer, context, dist)
+    device, models = (dist, n, slots, autocast, scaler), (actor_critic, reference, judge, tokenizer)
+    return Start(config, began, *device, init, judge_path, *models, problems)
+
+
+def begin_run(start, optimizers, parts, sample, score):
+    """-> Run, Look, Recorder. parts: what a checkpoint has beside the policy's weights and its adapters; sample: a
+    `Sampler`; score(batch) -> (n, R), by the reward model."""
+    c, policy = start.config, start.actor_critic.policy
+    parts = {"lora": LoraState(policy, start.init)} | parts
+    reads = records_of(c.data, start.problems) | weights_of(start.init, policy)
+    reads |= weights_of(start.judge_path, start.judge)
+    state = {"best": -1.0, "before": None, "start": {}, "beta": c.kl_beta, "parts": parts, "began": start.began}
+    run = Run(c, start.dist, policy, start.tokenizer, optimizers, start.scaler, reads=reads, **state)
+    look = Look(run, start.problems)
+    look.before(start.init, start.judge_path)  # the test split; and until something beats it, the start is best/
+    seen = {"valid": start.problems["valid"], "sample": sample, "score": score, "temperature": c.temperature}
+    return run, look, Recorder(run, start.autocast, reference=start.reference, **seen)
 
 
 def reward_start(config, init, dist):

@@ -407,7 +407,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
 def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
     """One step, from the sampled answers to the gradient of every weight and to the figures of the log: each answer
     alone, unpacked, GAE as its double sum. The reference is another model and the values are not 0."""
-    seen, made = {}, ppo.open_models
+    seen, made = {}, ppo_setup.open_models
 
     class Sampler(ppo.Sampler):
         def __call__(self, *args):
@@ -426,7 +426,7 @@ def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
         seen["gradients"] = {n: p.grad.clone() for n, p in seen["models"][0].named_parameters() if p.grad is not None}
         return [0.0, 0.0]  # no weight moves
 
-    monkeypatch.setattr(ppo, "open_models", open_models)
+    monkeypatch.setattr(ppo_setup, "open_models", open_models)
     monkeypatch.setattr(ppo, "Sampler", Sampler)
     monkeypatch.setattr(ppo, "optimizer_steps", step)
     tau, gamma, lam, beta, fine = 0.8, 0.9, 0.7, 0.3, 0.25

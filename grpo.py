@@ -152,7 +152,7 @@ def less_baseline(rewards, baseline="mean"):
 
 
 def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
-    """rewards (N, R) -> advantages (N, R): what each answer earned above `less_baseline`, divided by a scale:
+    """rewards (N, R) -> advantages (N, R): the rewards less their baseline (`less_baseline`), divided by a scale:
 
         group   the group's std (ddof 1, + 1e-4): every group pushes as hard, even if it is very easy, very hard, or
                 differs only in format
@@ -283,11 +283,6 @@ def grpo_loss(
     A = advantages if advantages.dim() == 2 else advantages[:, None]  # (b, T) or (b, 1)
     objective, limited = surrogate_of(rho, A, logprobs, clip_low, clip_high)  # (b, T) each
     cost = -objective if sampler_weights is None else -objective * sampler_weights
-    metrics = {
-        "clip_fraction": masked_mean(limited.float(), mask),
-        "ratio_spread": masked_mean((rho - 1).abs(), mask),  # 0 on fresh rollouts
-        "ratio_max": rho.max(),
-    }
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
@@ -296,8 +291,15 @@ def grpo_loss(
             # Without ρ (the paper) it is (1 − x) ∇log π: at most 1, however unlikely π_ref finds the token.
             distance = kl_estimate(logprobs, ref_logprobs, kl)
             cost = cost + beta * (log_ratio.exp() * distance if kl_unbiased else distance)
-        metrics["kl"] = masked_mean(kl_estimate(logprobs.detach(), ref_logprobs, "k3"), mask)
     loss = (cost * v).sum()
+
+    metrics = {
+        "clip_fraction": masked_mean(limited.float(), mask),
+        "ratio_spread": masked_mean((rho - 1).abs(), mask),  # 0 on fresh rollouts
+        "ratio_max": rho.max(),
+    }
+    if ref_logprobs is not None:
+        metrics["kl"] = masked_mean(kl_estimate(logprobs.detach(), ref_logprobs, "k3"), mask)
     metrics["loss"] = loss
     values = torch.stack([m.detach() for m in metrics.values()]).tolist()  # one wait for the device, not one for each
     return loss, dict(zip(metrics, values, strict=True))
@@ -450,7 +452,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         # 3. compare within the group; over all ranks, because a std over the batch needs them all
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
-            counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # & (n·R, 1); its reward still counts
+            counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # (n·R, 1); the reward still counts
         lengths = dist.gather(counted.sum(1).view(n, -1).cpu())  # (N, R)
         advantages, more_figures = advantages_of(dist.gather(paid), reward_weights, config, lengths)  # (N, R)
         advantages = advantages[slots]  # (n, R)

@@ -283,8 +283,7 @@ def main(config):
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
-        trained = advantages.ne(0).any(1) & mask.reshape(n, -1).any(1).cpu()  # (n,) groups with a gradient
-        minibatches = minibatches_of(batch, groups, trained, mask, config.micro_batch, pad, dist)
+        minibatches = minibatches_of(batch, groups, mask, config, pad, dist, advantages)  # of groups with an A ≠ 0
         ref_logprobs = None
         if config.beta or step == 0 or run.due(config.eval_every):  # which costs a forward pass
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]

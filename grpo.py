@@ -1,9 +1,9 @@
-"""GRPO and its family: reinforcement learning from verifiable rewards, without a value network (arXiv:2402.03300).
+"""GRPO and its family: reinforcement learning without a value network (arXiv:2402.03300), from verifiable rewards.
 
 Ask a question, let the policy answer it R times, check each answer. An answer that is better than its siblings becomes
 more likely, token by token; one that is worse becomes less likely.
 
-The policy gradient. For a question q, an answer y = y_1 … y_T of the policy π, and its reward r(y):
+The policy gradient. For a question q, an answer y = y_1 … y_|y| of the policy π, and its reward r(y):
 
     J  = E[r(y)]                                            y ~ π(· | q)
     ∇J = E[r(y) ∇log π(y)]                                  because ∇π = π ∇log π
@@ -13,20 +13,26 @@ That is REINFORCE (Williams, 1992). Every later method keeps this sum and answer
 answers:
 
     baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
-                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1. (r_i is in its own baseline: that
-                      scales the expected gradient by (R − 1) / R. The division by the std is a heuristic.)
+                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1.
     ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
                       π_old is the policy that sampled it.
-    surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i)            (Eq. 3)
+    surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i).
     loss_type         What is the sum divided by? v_it = 1 / (B |y_i|): a mean per answer, then over the B answers of an
                       update.
 
-GRPO also adds a penalty for moving away from the reference π_ref, the policy before training: β ρ_t k3_t, where
-k3 = x − 1 − log x and x = π_ref(y_t) / π(y_t)                                                (Eq. 4, and ρ_t added).
+With a penalty for moving away from the reference π_ref, the policy before training, each update takes a step up
+
+    U = Σ_it v_it [min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β ρ_t k3_t]     (Eq. 3, which has k3 without ρ)
+        k3 = x − 1 − log x,  x = π_ref(y_t) / π(y_t)                           (Eq. 4)
+
+∇ρ_t = ρ_t ∇log π(y_t), so a token that is not clipped gets v_it ρ_t A_i ∇log π(y_t), which is REINFORCE where ρ = 1.
+(The mean is not quite a legal baseline, as r_i is in it: that scales the expected gradient by (R − 1) / R. The division
+by the std is a heuristic: a group that differs only in format pushes as hard as one with right and wrong answers.)
 
 One step, here for one process and the defaults; `main` has the same five parts. A *group* is the R answers to one of
 the N questions, of up to T tokens; a *batch*, all N·R answers of the step. An *update* (optimizer step) takes some of
-the groups, a *minibatch* of B answers; a forward pass some of those, a *piece* of b answers.
+the groups, a *minibatch* of B answers; a forward pass some of those, a *piece* of b answers. The mask is 1 on what was
+sampled, the token that ends an answer too.
 
     batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
     rewards = paid_rewards(batch)                    right or not, well formed or not    (N, R, 2)        2. judge
@@ -36,15 +42,13 @@ the groups, a *minibatch* of B answers; a forward pass some of those, a *piece* 
     for minibatch in minibatches:
         for piece in minibatch:
             logprobs = shared_answer_logprobs(model, piece)    log π                     (b, T)
-            loss     = Σ_i,t v_it (−min(ρ A, clip(ρ) A) + β ρ k3)    ρ = 1 in the first minibatch
+            loss     = −U of these answers                     ρ = 1 in the first minibatch
             backward: the pieces' gradients add up
         clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
 The family. --algorithm NAME takes a row of this table (in code: support/family.py), and each choice is a flag of its
-own; the functions below say what it does. The column KL has β, paid in the loss unless "reward" stands there. The last
-column is the factor of ∇log π(y_t), without the KL term; "or 0" is where the clip acts. L is --max_new_tokens, *tokens*
-those of the minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip.
+own; the functions below say what it does.
 
     algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
     reinforce             none           none    -         reinforce       dr_grpo    -           A / BL
@@ -58,25 +62,30 @@ those of the minibatch, Πρ the product of an answer's ratios, s its |y|-th roo
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-Papers (arXiv): rloo 2402.14740, with the ratio and the KL of TRL's RLOOTrainer; grpo 2402.03300, which has β = 0.04 and
-no ρ_t on the KL; dr_grpo 2503.20783; dapo 2503.14476; gspo 2507.18071; cispo 2506.13585, its cap of 5 from 2510.13786;
-sapo 2511.20347; maxrl 2602.02710; reinforce++ 2501.03262.
+After a clip stand ε below and above; KL has β, paid in the loss unless "reward" stands there. The last column is the
+factor of ∇log π(y_t), without the KL's; "or 0" is where the clip acts. L is --max_new_tokens, *tokens* those of the
+minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip.
+
+Papers (arXiv): rloo 2402.14740, with the ratio and the KL of TRL's RLOOTrainer; dr_grpo 2503.20783; dapo 2503.14476,
+which adds --refill 3 --overlong 16; gspo 2507.18071; cispo 2506.13585, its cap of 5 from 2510.13786; sapo 2511.20347;
+maxrl 2602.02710; reinforce++ 2501.03262. GRPO as in its paper, but for the learned reward there: --beta 0.04
+--kl_unbiased false --skip_zero_variance false --minibatches 1 --rollouts 64.
 
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3; a right answer earns 1, a
 well-formed one 0.1. A group whose advantages are all 0 is left out, its KL too (--skip_zero_variance); its answers and
-tokens still count in v_it. Off: length penalties (--overlong) and dynamic sampling (--refill), both from DAPO's paper;
-no gradient for answers that were cut off (--mask_truncated); a moving reference (--refresh_reference); a sampler that
-is a rounded or older copy of the policy (support/off_policy.py); LoRA. Dropout is always off.
+tokens still count in v_it. So the more groups are all right, the less KL is paid, and the logged `kl` is of the others.
+Off: --overlong and --refill; no gradient for answers that were cut off (--mask_truncated); a moving reference
+(--refresh_reference); a sampler that is a rounded or older copy of the policy (support/off_policy.py); LoRA.
 
 With one update per batch (--minibatches 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip but GSPO's
 acts, and all surrogates have the same gradient.
 
 What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch GRPO's policy term is 0, and
 its gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, the share of
-groups without a signal, and `story_kept`: whether an answer still speaks of the question's names and things. Whatever
-is not rewarded may degrade: without the KL a run ended as accurate, but its answers swapped names and objects
-(results/grpo_word.md). At the end pass@k of sampled answers tells sharpening (pass@1 rises to what pass@k was) from new
-ability (pass@k rises too).
+groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
+things. Whatever is not rewarded may degrade: without the KL a run ended as accurate, but its answers swapped names and
+objects (results/grpo_word.md). At the end pass@k of sampled answers tells sharpening (pass@1 rises to what pass@k was)
+from new ability (pass@k rises too).
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
@@ -91,6 +100,7 @@ Run it (without --init a short pretraining and SFT on the built-in problems make
     torchrun --nproc_per_node 8 grpo.py --init runs/sft --prompts 128
 """
 
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -159,7 +169,8 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
         batch   the std of all rewards of the batch
         none    1: the difference itself
         mean    the group's mean reward: the rarer a right answer, the more it counts. With rewards of 0 and 1, and p
-                the chance of 1, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the first terms of ∇log p
+                the chance of 1, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the first terms of ∇log p.
+                (A group with no right answer adds 0, which takes the term k = R away.)
         tokens  subtract the token-weighted mean, divide by the token-weighted std, both of the batch; answers have
                 lengths (N, R). A long one counts for more, and a group of equal rewards has A ≠ 0, unless all groups
                 are such
@@ -199,9 +210,9 @@ def whiten_over_tokens(centred, rewards, lengths):
 # Below, b answers of up to T tokens: a piece of the B answers of a minibatch.
 
 # From log ρ_t (b, T), which is 0 on padding, and |y| (b, 1) to ρ (b, T): each token's own, or one for all of an answer.
-# The product is exact for the answer as a whole, and soon far from 1; it ends at e^80, as exp could overflow, and what
-# the clip stops would get 0 · inf = NaN. The sequence ratio is its |y|-th root: the clip keeps or drops whole answers,
-# and one odd token does not decide.
+# The product is exact for the answer as a whole, and soon far from 1. (Its clamp: exp would overflow, and the backward
+# of the clip's minimum would multiply inf by 0.) The sequence ratio is its |y|-th root: the clip keeps or drops whole
+# answers, and one odd token does not decide.
 RATIOS = {
     "token": lambda log_ratio, length: log_ratio.exp(),
     "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).clamp(max=80).exp().expand_as(log_ratio),
@@ -209,8 +220,8 @@ RATIOS = {
 }
 
 # v_it (b, T) from mask (b, T), |y| (b, 1), the number of answers B and of tokens in the minibatch, and L, the longest
-# possible answer. "grpo" punishes a long wrong answer less per token than a short one; in "dapo" every token counts the
-# same; "dr_grpo" divides by a constant, so lengths play no part. v_it multiplies the KL term too.
+# possible answer. "grpo" punishes a long wrong answer less per token than a short one. In the others all tokens of a
+# minibatch count the same: "dapo" divides by their number, "dr_grpo" by a constant. v_it multiplies the KL term too.
 LOSS_TYPES = {
     "grpo": lambda mask, length, B, tokens, L: mask / length / B,
     "dapo": lambda mask, length, B, tokens, L: mask / tokens,
@@ -269,7 +280,7 @@ def grpo_loss(
     v_of = choice("loss_type", loss_type, LOSS_TYPES)
     ratio_of = choice("ratio", ratio, RATIOS)
     surrogate_of = choice("surrogate", surrogate, SURROGATES)
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bf16 counts to 256
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # a sum of ones in bf16 stops at 256
     logprobs, mask = logprobs.to(dtype), mask.to(dtype)
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (b, 1)
     n_completions = n_completions or len(mask)  # B
@@ -286,11 +297,12 @@ def grpo_loss(
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
-            # The gradient of ρ k3 is ρ log(π / π_ref) ∇log π: given the prefix, in expectation over y_t, that of this
-            # token's KL(π ‖ π_ref). What y_t does to the KL of later tokens is left out; --kl_in reward counts it.
-            # Without ρ (the paper) it is (1 − x) ∇log π: at most 1, however unlikely π_ref finds the token.
-            distance = kl_estimate(logprobs, ref_logprobs, kl)
-            cost = cost + beta * (log_ratio.exp() * distance if kl_unbiased else distance)
+            # ∇k3 = (1 − x) ∇log π, so ∇(ρ k3) = ρ (k3 + 1 − x) ∇log π = ρ log(π / π_ref) ∇log π: given the prefix, in
+            # expectation over y_t, the gradient of this token's KL(π ‖ π_ref). What y_t does to the KL of later tokens
+            # is left out; --kl_in reward counts it. ∇k3 alone (the paper) is in expectation that of KL(π_ref ‖ π), the
+            # other direction; its factor 1 − x is at most 1, however unlikely π_ref finds the token.
+            distance, token_rho = kl_estimate(logprobs, ref_logprobs, kl), log_ratio.exp()  # whatever the --ratio
+            cost = cost + beta * (token_rho * distance if kl_unbiased else distance)
     loss = (cost * v).sum()
 
     metrics = {
@@ -345,16 +357,21 @@ def demo():
 
     ref = old - 0.1  # π_ref finds each of these tokens less likely, by a factor e^−0.1: x = π_ref / π = 0.905
     x = torch.tensor(-0.1).exp()
-    for unbiased, by_hand in ((True, 0.3 * 0.1), (False, 0.3 * (1 - x.item()))):
+    for unbiased, slope in ((True, 0.3 * 0.1), (False, 0.3 * (1 - x.item()))):
         logprobs = old.clone().requires_grad_()
         loss, metrics = grpo_loss(logprobs, old, torch.zeros(4), mask, ref, beta=0.3, kl_unbiased=unbiased)
         loss.backward()
-        assert torch.allclose(logprobs.grad, by_hand * mask / 8)
+        assert torch.allclose(logprobs.grad, slope * mask / 8)
         name, form = ("ρ k3", "β log(π / π_ref) / 8") if unbiased else ("k3", "β (1 − x) / 8")
-        print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient {form:20s} = {by_hand / 8:.5f}")
+        print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient {form:20s} = {slope / 8:.5f}")
 
-    # The family, second minibatch. The second answer has one token here.
+    # The family, second minibatch. The second answer has one token here. By hand: the first token of the fourth answer,
+    # ρ = 1.15, Πρ = 1.0925; A is 1/2 off the mean, √3/2 over the std, 2/3 off the others' mean; 4 answers, 7 tokens.
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
+    a = 3**0.5 / 2
+    fourth = {"reinforce": 1 / 8, "rloo": 1.0925 * 2 / 3 / 4, "grpo": 1.15 * a / 8, "dr_grpo": 1.15 / 2 / 8}
+    fourth |= {"dapo": 1.15 * a / 7, "gspo": 0, "cispo": 1.15 * a / 7, "sapo": 1.15 * a / 8 / math.cosh(0.075) ** 2}
+    fourth |= {"maxrl": 1.15 / 8, "reinforce++-baseline": 1.15 * a / 7}
     print("the family              A of each answer             what each token gets, answer by answer, times 100")
     for name, row in ALGORITHMS.items():
         A = group_advantages(rewards, row["scale"], row["baseline"], lengths)[0]  # (R,)
@@ -362,13 +379,14 @@ def demo():
         options = {key: row[key] for key in ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")}
         grpo_loss(logprobs, old, A, mask, **options)[0].backward()
         gets = 0.0 - 100 * logprobs.grad  # (R, T); 0.0 − 0.0 is 0.0, but −0.0 would print a sign
+        assert abs(gets[3, 0] - 100 * fourth[name]) < 0.01
         shown = [f"{g:6.1f}" if m else " " * 6 for g, m in zip(gets.flatten(), mask.flatten(), strict=True)]
         print(f"{name:<22}", *(f"{a:6.2f}" for a in A), "  ", *shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage. More flags: support/family.py (the columns of the table), support/rewards.py (what is paid),
-# support/off_policy.py (what samples), support/policy_run.py (what is off by default), support/verified.py.
+# The stage. More flags: support/verified.py (--rollouts R, --max_new_tokens L), support/family.py (the columns of the
+# table, with β and ε), support/rewards.py (what is paid), support/off_policy.py (what samples), support/policy_run.py.
 
 
 @dataclass
@@ -428,7 +446,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 and not config.fsdp else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
-    loss_of = recorder.noted(loss_with(config))
+    loss_of = recorder.noted(loss_with(config))  # the recorder keeps what view.py shows, and changes nothing
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
@@ -449,7 +467,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy)
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
 
-        # 3. compare within the group; over all ranks, because a std over the batch needs them all
+        # 3. compare within the group; with the other ranks' groups at hand, for --scale batch and tokens, and gdpo.py
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # (n·R, 1); the reward still counts
@@ -458,16 +476,15 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         advantages = advantages[slots]  # (n, R)
         ref_logprobs = None
         if config.beta and config.kl_in == "reward":
-            # After any division by a std, which may be tiny; where nothing is divided it is the same as off the reward.
+            # Off the reward (rloo), but after the scale: a small std would make β as many times larger.
             KL, ref_logprobs = answers_kl(reference, policy, batch, config, autocast, pad)  # (n, R), (n·R, T)
             advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # gdpo.py has None
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
-        has_gradient = advantages.ne(0).any(1) & counted.reshape(n, -1).any(1).cpu()  # (n,)
-        if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
-            has_gradient = torch.ones(n, dtype=torch.bool)  # every group has a KL
-        minibatches = minibatches_of(batch, groups, has_gradient, counted, config.micro_batch, pad, dist)
+        minibatches = minibatches_of(
+            batch, groups, counted, config, pad, dist, advantages
+        )  # of the groups with an A ≠ 0
         needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
@@ -475,7 +492,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         update_sums, norm = {}, 0.0
-        for minibatch in minibatches * config.inner_epochs:
+        for minibatch in minibatches * config.inner_epochs:  # the list, so many times
             with whole(policy):  # FSDP: all weights on every rank, as the ranks have different numbers of pieces
                 for piece in minibatch.pieces:
                     rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer

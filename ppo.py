@@ -393,7 +393,7 @@ def main(config):
 
         # 3. credit: values, rewards with the KL penalty, and from both the advantages; (n·R, T) each
         groups = shuffled_groups(step, slots, config)  # of each minibatch: which of this rank's n groups are in it
-        minibatches = minibatches_of(batch, groups, None, mask, config.micro_batch, pad, dist)  # None: all groups
+        minibatches = minibatches_of(batch, groups, mask, config, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
         old_values = values_at_sampling(actor_critic, pieces, batch, autocast)
         with lora_off(reference):

@@ -183,23 +183,32 @@ def shuffled_groups(step, slots, config):
     return [[slots.index(slot) for slot in part if slot in slots] for part in parts]
 
 
-def minibatches_of(batch, parts, useful, counted, micro_batch, pad, dist):
-    """parts: for each minibatch the groups of it that this rank has -> [Minibatch].
+def minibatches_of(batch, parts, counted, config, pad, dist, advantages=None):
+    """parts: for each minibatch the groups of it that this rank has -> [Minibatch]. counted (n·R, T): the tokens that
+    count. advantages (n, R): groups that have no gradient are not computed; None: all are.
 
-    useful (n,): the groups that have something to say, None: all; the others are not computed. A minibatch that has
-    nothing to learn from on any rank is left out; a rank with nothing to learn from still takes part in the all-reduce,
-    with a group of weight 0.
+    A minibatch that has nothing to learn from on any rank is left out; a rank with nothing to learn from still takes
+    part in the all-reduce, with a group of weight 0.
     """
     R, minibatches = batch.ended.shape[1], []
+    trained = None if advantages is None else has_gradient(advantages, counted, config)
     for groups in parts:
-        kept = [g for g in groups if useful is None or useful[g]]
+        kept = [g for g in groups if trained is None or trained[g]]
         tokens = counted.reshape(len(batch.prompts), -1)[groups].sum().item()
         n_completions, n_tokens, n_kept = dist.sum(len(groups) * R, tokens, len(kept))
         if n_kept:
             mask = counted if kept else torch.zeros_like(counted)
-            pieces = cut(batch, kept or [0], mask, micro_batch, pad)
+            pieces = cut(batch, kept or [0], mask, config.micro_batch, pad)
             minibatches.append(Minibatch(pieces, n_completions, max(1.0, n_tokens)))
     return minibatches
+
+
+def has_gradient(advantages, counted, config):
+    """(n,) bool: the groups with an A ≠ 0 and a token that counts; without --skip_zero_variance all, where the loss has
+    a KL."""
+    if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
+        return torch.ones(len(advantages), dtype=torch.bool)
+    return advantages.ne(0).any(1) & counted.reshape(len(advantages), -1).any(1).cpu()
 
 
 def show_samples(run, batch, total):

@@ -332,7 +332,7 @@ def test_the_minibatches_of_two_ranks_are_those_of_one():
         ended = torch.ones(share, 2, dtype=torch.bool)
         batch = Batch(None, prompts, Rollout(mask.long(), mask, mask.float()), None, ended)
         groups, dist = shuffled_groups(step, slots, c), Rank(rank, 2, torch.device("cpu"))
-        return minibatches_of(batch, groups, None, mask, c.micro_batch, 0, dist)
+        return minibatches_of(batch, groups, mask, c, 0, dist)
 
     def groups_of(minibatch, first=0):
         rows = [row for piece in minibatch.pieces for row in piece.rows if piece.mask.any()]
@@ -359,7 +359,7 @@ def test_a_rank_without_a_group_takes_part_at_weight_0():
 
     mask = torch.ones(2, 3, dtype=torch.bool)
     batch = Batch(None, [[1, 2]], Rollout(mask.long(), mask, mask.float()), None, torch.ones(1, 2, dtype=torch.bool))
-    full, empty = minibatches_of(batch, [[0], []], None, mask, 64, 0, Rank(0, 2, torch.device("cpu")))
+    full, empty = minibatches_of(batch, [[0], []], mask, Config(micro_batch=64), 0, Rank(0, 2, torch.device("cpu")))
     assert [piece.rows for piece in empty.pieces] == [piece.rows for piece in full.pieces] == [[0, 1]]
     assert full.pieces[0].mask.all()
     assert not empty.pieces[0].mask.any()

@@ -1,33 +1,39 @@
 """Supervised fine-tuning: a chat template, and next-token prediction on the answers alone (arXiv:2203.02155, §3.5).
 
-Pretraining's loss with a mask. The prompt x is given, so the model learns the answer y after it, and when to stop:
+Pretraining's loss with a mask: what the user says is given, so the model learns the answers, and when to stop. For
+tokens x_1 x_2 … of a conversation, and the logits z (V,) that predict x_t:
 
-    L = −(1/n) Σ_t m_t log π(y_t | x, y_<t)       m_t = 1 on the assistant's tokens and their end token, else 0
-                                                  n = Σ m_t of the optimizer step, over micro-batches and ranks
+    L     = −(1/n) Σ_t m_t log π(x_t | x_<t)         m_t = 1 on the assistant's tokens and their end token, else 0
+    dL/dz = m_t (softmax(z) − onehot(x_t)) / n       n = Σ m_t of the optimizer step, over micro-batches and ranks
 
-A conversation becomes one row of ids (ChatML), with a flag for each: 1 on what is underlined, else 0.
+The logits that predict a prompt get no gradient; its states do, from the answer that attends to them. A conversation
+becomes one row of ids (ChatML), with a flag m_t for each: 1 on what is underlined, else 0.
 
     <|im_start|>user⏎Tom has 5 apples. …?<|im_end|>⏎<|im_start|>assistant⏎Tom has 5 + 3 = 8. … #### 8<|im_end|>⏎
                                                                           ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-One step, for B examples (main has the same four parts):
+One step, for B examples, of which b rows of up to T tokens go through the model at once (main has the same parts):
 
     1. batch     batch = the next B of (ids, flags)           shuffled, or in the order of a curriculum; of all ranks
                  n     = Σ flags                              the tokens that count, before the batch is cut
-    2. gradient  for micro in micro_batches:                  of this rank's B / world
-                     tokens, mask = collate(micro)            padded on the right, or packed         (b, T) each
+    2. gradient  for part in micro_batches:                   of this rank's B / world
+                     tokens, mask = collate(part)             padded on the right (or packed)        (b, T) each
                      logprobs = token_logprobs(model, tokens) log π of every token but the first     (b, T − 1)
                      loss = −Σ mask[:, 1:] · logprobs / n     sft_loss                               ()
                      backward(loss · world)                   gradients add up over micro-batches; DDP and FSDP
                                                               average them over the ranks, world makes it a sum
     3. update    clip ‖g‖; lr = lr_at(step); optimizer step
-    4. look      log; every --eval_every steps answer validation problems, keep the best checkpoint; held_out_loss
+    4. look      log; every --eval_every steps answer validation problems, keep the best checkpoint; validation_loss
 
 The defaults run 200 such steps of 64 worked solutions, or stop at 100 % on the validation split: shuffled, padded, all
 weights trained, Muon and AdamW, a learning rate of 2e-3 after 10 steps of warm-up, down a cosine to a tenth. Off:
 packing, curricula, ratings, LoRA, dropout, a sweep of learning rates. A mixture of experts is not balanced here:
-neither pretrain.py's balancing loss nor its move of the biases. The best checkpoint is chosen on the validation split;
-the test split is read once, at the end (evaluate.py).
+neither pretrain.py's balancing loss nor its move of the biases. The test split is read once, at the end (evaluate.py).
+The paper (C.1, up to 6 B parameters): --optimizer adamw --lr 9.65e-6 --warmup 0 --batch 32 --dropout 0.2, 16 epochs.
+
+What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where that turns up while the
+other falls on, the model learns its examples by heart. Its answers may improve all the same (in the paper it turned
+after one epoch of 16), so they choose the checkpoint: there by a reward model's score, here by accuracy or F1.
 
 Traps:
   * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token
@@ -41,10 +47,10 @@ Traps:
 Ratings. Responses rated 1 to 5 train with weight w = (rating − 1) / 4: m_t becomes w m_t, in the sum and in n. Or, with
 --rated threshold, all responses of at least --min_rating train alike, and the others not at all.
 
-Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first g(s) of them,
-g(s) = min(1, g₀ + (1 − g₀) s / (pace · steps)) at step s, linear as in arXiv:1903.09848 (arXiv:1904.03626 has
-exponential steps). `anti` begins with the hardest. The baseline to beat is `shuffled`: epochs without replacement. A
-paced batch is drawn afresh each step, so some examples repeat and others never come.
+Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first share g of
+them, g = min(1, g₀ + (1 − g₀) s / (pace · steps)) at step s, g₀ = --pace_start; linear as in arXiv:1903.09848
+(arXiv:1904.03626 has exponential steps). `anti` begins with the hardest. The baseline to beat is `shuffled`: epochs
+without replacement. A paced batch is drawn afresh each step, so some examples repeat and others never come.
 
 Run it:
     python sft.py                                    # built-in word problems; pretrains its start first
@@ -94,7 +100,7 @@ from transformer import token_logprobs
 
 
 def encode_example(tokenizer, problem, weighted=False):
-    """-> ids, flags: True on the tokens that count, all of the assistant's; weighted: their weight, or 0.0."""
+    """-> ids, flags: True on the tokens that count, all of the assistant's; weighted: w on these, 0.0 on the rest."""
     ids, flags = tokenizer.encode_chat(chat(problem))
     if weighted:
         weight = 1.0 if problem.rating is None else (problem.rating - 1) / 4  # unrated counts in full
@@ -112,8 +118,7 @@ class MicroBatch:
     visible: torch.Tensor | None = None  # (b, 1, T, T) packed: causal, and only within one example
 
     def to(self, device):
-        moved = {name: x if x is None else x.to(device) for name, x in vars(self).items()}
-        return MicroBatch(**moved)
+        return MicroBatch(**{name: x if x is None else x.to(device) for name, x in vars(self).items()})
 
 
 def collate(examples, pad):
@@ -131,12 +136,10 @@ def pack_examples(examples, pad, room):
     """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room."""
     packed = []  # the examples of each row
     for example in sorted(examples, key=lambda e: -len(e[0])):
-        left = room - len(example[0])
-        row_with_room = next((row for row in packed if sum(len(ids) for ids, _ in row) <= left), None)
-        if row_with_room is None:
-            packed.append([example])
-        else:
-            row_with_room.append(example)
+        row = next((row for row in packed if sum(len(ids) for ids, _ in [*row, example]) <= room), None)
+        if row is None:
+            packed.append(row := [])
+        row.append(example)
     joined = [([i for ids, _ in row for i in ids], [f for _, flags in row for f in flags]) for row in packed]
     micro = collate(joined, pad)
     positions = torch.zeros_like(micro.tokens)  # (b, T)
@@ -163,9 +166,8 @@ def sft_loss(logprobs, mask, n_tokens=None):
 
 
 @torch.no_grad()
-def held_out_loss(model, examples, pad, micro_batch, autocast):
-    """The loss on examples that are not trained on, nats per token that counts. Where it turns up while the training
-    loss falls on, the model learns its examples by heart."""
+def validation_loss(model, examples, pad, micro_batch, autocast):
+    """sft_loss of all the examples as one batch: nats per token that counts. Each rank reads them all."""
     model.eval()
     device, total = next(model.parameters()).device, 0.0
     for i in range(0, len(examples), micro_batch):
@@ -173,12 +175,12 @@ def held_out_loss(model, examples, pad, micro_batch, autocast):
         mask = micro.mask[:, 1:]
         with autocast():
             logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)
-        total += sft_loss(logprobs, mask, n_tokens=1)[1]["loss"]
+        total += sft_loss(logprobs, mask, n_tokens=1)[1]["loss"]  # by 1: the sum
     return total / sum(sum(flags) for _, flags in examples)
 
 
 def pacing(step, steps, start, pace):
-    """The share g of the ranked examples that a step may draw from: a line from `start` to 1 at pace · steps."""
+    """The share g of the ranked examples that is open to a step: a line from `start` to 1 at pace · steps."""
     return min(1.0, start + (1 - start) * step / max(1.0, pace * steps))
 
 
@@ -190,10 +192,8 @@ def rank_examples(difficulties, order, seed):
 
 
 def paced_rows(ranked, step, batch, seed, g):
-    """The batch of a step from the first g of the ranked examples, 0 < g ≤ 1: a pure function of step.
-
-    Without replacement within a batch, unless these are fewer than the batch.
-    """
+    """The batch of a step from the first g of the ranked examples, 0 < g ≤ 1: a pure function of step. Without
+    replacement within a batch, unless these are fewer than the batch."""
     n = max(1, round(g * len(ranked)))
     rng = np.random.default_rng((seed, 2, step))
     return [ranked[i] for i in rng.choice(n, batch, replace=n < batch)]
@@ -228,20 +228,20 @@ def demo():
     for i, row in zip(packed.tokens[0].tolist(), packed.visible[0, 0].int().tolist(), strict=True):
         print(f"  {i} sees   " + "".join(f"{'x' if sees else '.':>4}" for sees in row))
 
-    bits = torch.tensor([[1.0, 2, 3, 1]])  # −log₂ π of the tokens 11, 12, 20, 21: π = 1/2, 1/4, 1/8, 1/2
-    two = torch.tensor([[1.0, 2], [1, 9]])  # the same tokens in two rows; the 9 is a pad's
+    one_row = torch.tensor([[1.0, 2, 3, 1]])  # −log₂ π of the tokens 11, 12, 20, 21
+    two_rows = torch.tensor([[1.0, 2], [1, 9]])  # the same, padded: 11, 12; 21 and a pad, whose 9 must not count
     print("loss in bits, where π of the tokens 11, 12, 20, 21 is 1/2, 1/4, 1/8, 1/2")
-    for name, surprise, mask, by_hand, formula in (
-        ("packed", bits, packed.mask[:, 1:], 4 / 3, "(1 + 2 + 1) / 3: token 20 does not count"),
-        ("padded", two, padded.mask[:, 1:], 4 / 3, "the same: a pad does not count either"),
-        ("rated", bits, torch.tensor([[1, 1, 0, 0.5]]), 7 / 5, "(1 + 2 + ½) / (2 + ½): the second example rated 3"),
+    for name, bits, mask, by_hand, formula in (
+        ("packed", one_row, packed.mask[:, 1:], 4 / 3, "(1 + 2 + 1) / 3: token 20 does not count"),
+        ("padded", two_rows, padded.mask[:, 1:], 4 / 3, "the same: a pad does not count either"),
+        ("rated", one_row, torch.tensor([[1, 1, 0, 0.5]]), 7 / 5, "(1 + 2 + ½) / (2 + ½): the second example rated 3"),
     ):
-        loss, _ = sft_loss(-math.log(2) * surprise, mask)
+        loss, _ = sft_loss(-math.log(2) * bits, mask)
         assert abs(loss.item() - by_hand * math.log(2)) < 1e-6
         print(f"  {name:<8} {loss / math.log(2):.4f} = {formula}")
-    print(
-        "  the mean of their means would be ((1 + 2) / 2 + 1) / 2 = 1.25: 21 would weigh as much as 11 and 12 together"
-    )
+    means = [sft_loss(-bits, mask)[0] for bits, mask in zip(two_rows, padded.mask[:, 1:], strict=True)]
+    assert sum(means) / 2 == ((1 + 2) / 2 + 1) / 2 == 1.25
+    print("  the mean of their means is ((1 + 2) / 2 + 1) / 2 = 1.25: 21 weighs as much as 11 and 12 together")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -324,12 +324,12 @@ def main(config, encode=encode_example, responder=None):
     policy, tokenizer, _ = open_checkpoint(init, "cpu" if config.fsdp else dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     context = policy.config.context
-    problems, examples, held_out, difficulties = encode_training(config, problems, tokenizer, context, dist, encode)
+    problems, examples, valid, difficulties = encode_training(config, problems, tokenizer, context, dist, encode)
     ranked = rank_examples(difficulties, config.order, config.seed)
 
     adapters = {"lora": LoraState(policy, init)}
-    reads = records_of(config.data, problems) | weights_of(init, policy)
-    model = policy
+    reads = records_of(config.data, problems) | weights_of(init, policy)  # what a resumed run must find unchanged
+    model = policy  # the loss goes through `model`, which may be wrapped, all else through `policy`
     if config.fsdp:
         pretrain.shard(policy, dist, autocast)
     elif dist.world > 1:
@@ -338,7 +338,8 @@ def main(config, encode=encode_example, responder=None):
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
     recorder = Recorder(run, autocast, valid=problems["valid"])
-    valid_loss = partial(held_out_loss, model, held_out, tokenizer.endoftext_id, config.micro_batch, autocast)
+    pad = tokenizer.endoftext_id
+    valid_loss = partial(validation_loss, model, valid, pad, config.micro_batch, autocast)
     look = Look(run, problems, valid_loss, responder and responder(tokenizer))
     if dist.is_main:
         print(
@@ -350,9 +351,9 @@ def main(config, encode=encode_example, responder=None):
         if run.state.best >= config.stop_at:  # here, so that a run that is resumed stops as well
             break
         # 1. the batch: the next B examples, of all ranks
-        started, g = time.perf_counter(), 1.0
+        started = time.perf_counter()
         if config.order == "shuffled":
-            chosen = rows_at(len(examples), step, config.batch, config.seed)
+            g, chosen = 1.0, rows_at(len(examples), step, config.batch, config.seed)
         else:
             g = pacing(step, config.steps, config.pace_start, config.pace)
             chosen = paced_rows(ranked, step, config.batch, config.seed, g)
@@ -366,8 +367,8 @@ def main(config, encode=encode_example, responder=None):
         model.train()
         loss_sum = 0.0
         for i in range(0, per_rank, config.micro_batch):
-            micro, pad = own[i : i + config.micro_batch], tokenizer.endoftext_id
-            micro = pack_examples(micro, pad, context) if config.packing else collate(micro, pad)
+            part = own[i : i + config.micro_batch]
+            micro = pack_examples(part, pad, context) if config.packing else collate(part, pad)
             micro = micro.to(dist.device)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
             # The ranks average their gradients in the last backward pass alone; * world makes the average a sum.
@@ -377,8 +378,7 @@ def main(config, encode=encode_example, responder=None):
             ddp_waits = dist.world > 1 and not config.fsdp and not last
             with model.no_sync() if ddp_waits else contextlib.nullcontext():
                 with autocast():
-                    # visible: the attention mask, not the loss mask; both None for padded rows
-                    seen = {"positions": micro.positions, "mask": micro.visible}
+                    seen = {"positions": micro.positions, "mask": micro.visible}  # for attention; None if padded
                     logprobs = token_logprobs(model, micro.tokens, counted=mask > 0, **seen)  # (b, T − 1)
                 loss, metrics = sft_loss(logprobs, mask, n)
                 scaler.scale(loss * dist.world).backward()

@@ -513,7 +513,7 @@ def test_the_runs_of_a_sweep_encode_and_answer_as_the_sweep_does(here):
     assert len(answered) == 2
 
 
-def test_the_held_out_loss_is_cross_entropy_over_the_answers_of_the_validation_problems(here):
+def test_the_validation_loss_is_cross_entropy_over_the_answers_of_the_validation_problems(here):
     sft.main(config(steps=2, micro_batch=3, lr=1e-2, dtype="fp32"))
     policy, tokenizer, _ = open_checkpoint("runs/sft/last", "cpu")
     total, count = 0.0, 0

@@ -8,36 +8,36 @@ pairs, then a policy to r under a KL penalty. The best policy of that second pro
          = −β E_π[ log(π(y|x) / (π_ref(y|x) exp(r(x, y) / β))) ]
          = −β KL(π ‖ π*) + β log Z(x),     π*(y|x) = π_ref(y|x) exp(r(x, y) / β) / Z(x)
 
-Z(x) makes π* sum to 1 over all answers; it does not depend on π. A KL is never negative, so the best policy is π*.
-Solve for r, and put it into the Bradley-Terry model of the pairs:
+Z(x) = Σ_y π_ref(y|x) exp(r(x, y) / β) makes π* sum to 1; π is not in it. A KL is never negative, so the best policy
+is π*. Solve for r, and put it into the Bradley-Terry model of the pairs (reward_model.py):
 
     r(x, y)          = β log(π*(y|x) / π_ref(y|x)) + β log Z(x)
     P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l))            β log Z(x) cancels: both answers share the prompt
 
 The reward is gone. Maximum likelihood of the pairs, with the policy π_θ in place of π*, is a loss on π_θ itself:
 
-    u = log π_θ(y_w|x) − log π_ref(y_w|x)         log π(y|x): the sum over y's tokens, with its end token if it ended
-    v = log π_θ(y_l|x) − log π_ref(y_l|x)         βu and βv are the implicit rewards, h is their margin
-    L = −log σ(h),   h = β (u − v)                Eq. 7; ln 2 before the first step, where π_θ = π_ref
+    u  = log π_θ(y_w|x) − log π_ref(y_w|x)        log π(y|x): the sum over y's tokens, with its end token if it ended
+    v  = log π_θ(y_l|x) − log π_ref(y_l|x)        βu and βv are the implicit rewards, h is their margin
+    L  = −log σ(h),   h = β (u − v)               Eq. 7; ln 2 before the first step, where π_θ = π_ref
+    ∇L = −β σ(−h) [∇log π_θ(y_w|x) − ∇log π_θ(y_l|x)]       a pair in the right order by a wide margin hardly counts
 
-Before the first step (--pairs sampled). The start model, from SFT, answers the prompts, and it is π_ref:
+Before the first step (--pairs sampled) the policy is the model from SFT. It answers the prompts, and it is π_ref:
 
-    pairs     = pairs_of_run(policy, problems)            R answers per prompt, judged by the verifier. A right one and
-                                                          a wrong one are a pair. The right one must have ended; the
-                                                          wrong one may be cut off. A held-out prompt gives one pair.
-                                                          And log π_ref of both, if the variant compares with it.
+    pairs = pairs_of_run(policy, …)           R answers per prompt, judged by the verifier. A right one and a wrong one
+                                              are a pair. The right one must have ended; the wrong one may be cut off. A
+                                              held-out prompt gives one pair. And log π_ref of both answers.
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 
-    own_pairs = next_pairs(pairs, step)                   B / ranks of {prompt, chosen, rejected, ref_…}      1. pairs
-    micro     = batch_of(b of own_pairs)                  .packed: b prompts, each with its two answers
-                                                          .ref_logps: log π_ref of y_w, of y_l                (b,), (b,)
-                                                          .lengths: their tokens                              (b,), (b,)
-    logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)    (2b, T), summed over T: (b,), (b,)     2. score
-    u, v      = logp_chosen − ref_chosen, logp_rejected − ref_rejected                         (b,), (b,)     3. loss
-    losses    = −log σ(β (u − v))                         (b,); or another row of VARIANTS
-    losses    = losses − nll · logp_chosen / |y_w|        (b,); plain DPO has no such term
-    (sum(losses) / B).backward(); after the last: clip the gradient's norm, optimizer step                    4. update
+    own_pairs = next_pairs(pairs["train"], step)    B / ranks of {prompt, chosen, rejected, ref_…}            1. pairs
+    for each b of own_pairs:
+        micro  = batch_of(the b pairs)              .packed: b prompts, each with two answers of up to T tokens
+        ref_chosen, ref_rejected = micro.ref_logps                                             (b,), (b,)
+        logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)    Σ over T of (2b, T): (b,), (b,)    2. score
+        u, v   = logp_chosen − ref_chosen, logp_rejected − ref_rejected                        (b,), (b,)     3. loss
+        losses = −log σ(β (u − v)) − nll · logp_chosen / |y_w|      the first: a row of VARIANTS    (b,)
+        (sum(losses) / B).backward()                the gradients add up                                      4. update
+    clip the gradient's norm, optimizer step
     log; every so often held-out pairs and problems, and the KL to the start model: the checkpoint with the   5. look
     lowest validation loss is kept, and that one is tested at the end
 
@@ -45,15 +45,15 @@ A prompt is computed once; both answers read its keys and values (support/shared
 transformer.answer_logprobs).
 
 The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py) plus an SFT loss
-on the chosen answer (--nll 1). **Plain DPO is --nll 0.** The other variants as published want that too, but for orpo,
-and a β and γ of their own: a table and the papers' values stand above VARIANTS. Off: these variants, single answers
-(`kto_loss`), label smoothing, LoRA, dropout.
+on the chosen answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**, as in its paper --nll 0 --beta 0.1
+--batch 64 --optimizer adamw --lr 1e-6 --warmup 150 (there RMSprop, and up to 6B weights). Off: the other variants,
+which stand in the table above VARIANTS with their papers' flags, label smoothing, LoRA, dropout.
 
 Traps:
-* The loss that is logged, and that chooses the checkpoint, is the sum of both terms: ln 2 is the first one's at the
-  start. The pair accuracy of the first step is noise: h is 0 up to rounding, and h > 0 counts.
+* The logged loss, which also chooses the checkpoint, is the sum of both terms; only the first is ln 2 at the start.
+  The pair accuracy of the first step is noise: h is 0 up to rounding, and h > 0 counts.
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
-  to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (arXiv:2404.19733; measured in results/dpo.md).
+  to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (measured in results/dpo.md).
 * Sum or mean? DPO sums, so a long answer has a larger implicit reward in absolute value for its length alone (`demo`).
   The per-token variants take means. The nll term is a mean per answer; TRL's `sft` term, over the batch's tokens.
 * --pairs sampled: the pairs are samples of the start model, and stay so while the policy moves: DPO is off-policy.
@@ -89,12 +89,12 @@ from support.sharding import averaging
 from support.variants import VariantFlags, check_config, check_loss
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions of what a variant compares (`Variant`): u, v (b,), sums over an answer's tokens or
-# means per token, less those of π_ref or not -> the loss of each pair (b,). h = β (u − v); σ'(x) = σ(x) σ(−x).
+# The objective. Pure functions of u and v, (b,) each -> the loss of each pair (b,). u and v are those of the docstring;
+# a variant may take means per token for the sums, or leave π_ref out (`Variant`). h = β (u − v); σ'(x) = σ(x) σ(−x).
 
 
 def sigmoid_loss(u, v, beta, label_smoothing=0.0):
-    """Eq. 7. label_smoothing, ε: the share of pairs whose label is taken to be wrong; then the best h is finite."""
+    """Eq. 7. label_smoothing, ε: the share of pairs whose label is taken to be wrong. The best h: log((1 − ε) / ε)."""
     h = beta * (u - v)
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
@@ -143,7 +143,7 @@ def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
 
 
 def kto_loss(
-    log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, own=0
+    log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, sft=0
 ):
     """Single answers need no pairs (arXiv:2402.01306). log_ratio: u = log π − log π_ref, summed over tokens; desirable:
     whether the answer is good; (b,) each. z0: a number, without gradient. -> (loss, metrics)
@@ -152,14 +152,14 @@ def kto_loss(
         z0 = max(0, mean of log π(y'|x) − log π_ref(y'|x)), an estimate of KL(π ‖ π_ref): y' is another prompt's answer,
              that of the row before; one z0 for all of a step (`reference_point`)
 
-    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. own (b,): added to the loss of
-    the good answers, for nll. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good answers,
-    "rejected" the bad ones. How to choose λ, and what the first gradient is: support/judged.py.
+    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. sft (b,): the nll term, added to
+    the loss of the good answers. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good
+    answers, "rejected" the bad ones. How to choose λ, and what the first gradient is: support/judged.py.
     """
     good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
     h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,); above 0: on the right side
     losses = torch.sigmoid(-h)  # 1 − σ(h)
-    losses = torch.where(good, weight_desirable * losses + own, weight_undesirable * losses)  # (b,)
+    losses = torch.where(good, weight_desirable * losses + sft, weight_undesirable * losses)  # (b,)
     metrics = {"loss": losses.mean(), "accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
     for side, on_side in (("chosen", good), ("rejected", ~good)):  # (b,); NaN if there is none on a side
         metrics[f"reward_{side}"] = beta * log_ratio[on_side].mean()
@@ -173,7 +173,7 @@ class Variant:
     """A preference loss and what it compares. To add one, write its function and a row of VARIANTS; a setting of its
     own is an argument of the function, named in the row, and a field of Config."""
 
-    loss: Callable  # (u, v, beta, the settings by name) -> (b,), but kto_loss
+    loss: Callable  # (u, v, beta, the settings by name) -> (b,); of kto: `kto_loss`
     uses_reference: bool = True  # u, v are log π − log π_ref; else log π alone
     per_token: bool = False  # divided by the answers' lengths
     unpaired: bool = False  # judges single answers: `loss` is kto_loss
@@ -181,9 +181,7 @@ class Variant:
 
 
 # What an option does to the gradient. The last two columns are the derivative of one pair's loss with respect to the
-# log-probability of one token; all tokens of an answer get the same. Prompt tokens are not scored; gradient still
-# reaches their keys and values. u, v are without π_ref for simpo and orpo. d is the difference of the answers' log-odds
-# log(p / (1 − p)), with p_w = exp(u), p_l = exp(v).
+# log-probability of one token; all tokens of an answer get the same.
 #
 # --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
 # sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
@@ -200,13 +198,15 @@ class Variant:
 # kto                sums   `kto_loss`, of one answer        good: −λ_D β σ'(β (u − z0))   bad: +λ_U β σ'(β (u − z0))
 # --nll c            any    adds −c log π_θ(y_w) / |y_w|     adds −c / |y_w|               nothing
 #
-# In sigmoid and length_normalised σ(−h) is a pair's weight: one in the right order by a wide margin hardly counts.
-# sigmoid with ε > 0: cDPO (E. Mitchell, "A note on DPO with noisy preferences", 2023). length_normalised: Tülu 3
-# (arXiv:2411.15124). hinge: SLiC (arXiv:2305.10425) with a reference (arXiv:2309.06657). ipo: Eq. 17 of
-# arXiv:2310.12036, whose τ is β, with sums; ipo_mean: as in TRL, Hugging Face's library. simpo: arXiv:2405.14734,
-# --beta 2 to 2.5 --gamma 0.5 to 1.5. apo: arXiv:2408.06266; zero if the chosen answers are better than the policy's
-# own, down if they are worse. orpo: arXiv:2403.07691, --beta 0.1 (its λ) and --nll 1, which is its other half. kto:
-# arXiv:2402.01306, --beta 0.1.
+# u, v are without π_ref for simpo and orpo. d is the difference of the answers' log-odds log(p / (1 − p)), with p_w =
+# exp(u), p_l = exp(v). ε: --label_smoothing, γ: --gamma, λ_D, λ_U: --weight_desirable, --weight_undesirable.
+#
+# As published, all but orpo want --nll 0. sigmoid with ε > 0: cDPO (E. Mitchell, "A note on DPO with noisy
+# preferences", 2023). length_normalised: Tülu 3 (arXiv:2411.15124), --beta 5. hinge: SLiC (arXiv:2305.10425) with a
+# reference (arXiv:2309.06657). ipo: Eq. 17 of arXiv:2310.12036, whose τ is β, with sums; ipo_mean: as in TRL, Hugging
+# Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5 --gamma 0.5 to 1.5. apo: arXiv:2408.06266; zero if the chosen
+# answers are better than the policy's own, down if they are worse. orpo: arXiv:2403.07691, --beta 0.1 (its λ) and
+# --nll 1, which is its other half. kto: arXiv:2402.01306, --beta 0.1.
 VARIANTS = {
     "sigmoid": Variant(sigmoid_loss, settings=("label_smoothing",)),
     "hinge": Variant(hinge_loss),
@@ -260,7 +260,7 @@ def dpo_loss(
 
 
 def demo():
-    """A pair of two-token answers, by hand; then what summing does to two lengths."""
+    """A pair of two-token answers by hand; what summing does to two lengths; two single answers (kto)."""
     beta, ln2 = 0.5, math.log(2)
 
     def check(policy_logps, ref_logps, loss, gradient, **settings):
@@ -349,8 +349,8 @@ def loss_of(config, logps, micro, z0=None, n_pairs=None):
     settings |= {"beta": config.beta, "n_pairs": n_pairs}
     if VARIANTS[config.variant].unpaired:
         (logp,), (ref,) = logps, micro.ref_logps  # (b,)
-        nll = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
-        return kto_loss(logp - ref, micro.desirable, z0, own=nll, logps=logp, **settings)
+        sft = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
+        return kto_loss(logp - ref, micro.desirable, z0, sft=sft, logps=logp, **settings)
     (logp_chosen, logp_rejected), (ref_chosen, ref_rejected) = logps, micro.ref_logps  # (b,) each; no π_ref: None
     settings |= {"variant": config.variant, "nll": config.nll} | micro.lengths
     return dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, **settings)
@@ -358,12 +358,12 @@ def loss_of(config, logps, micro, z0=None, n_pairs=None):
 
 def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
-    variant, start = VARIANTS[config.variant], open_start(config)
+    kind, start = VARIANTS[config.variant], open_start(config)
     dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
     context, pad = policy.config.context, start.tokenizer.endoftext_id
     # The policy is still the start model, π_ref. problems: for greedy accuracy, if the data has a verifier
-    pairs, problems, reads = pairs_of_run(policy, start.tokenizer, config, variant, dist, autocast)
-    run, look, recorder = begin_run(start, pairs, problems, reads, variant, loss_of)  # and the test split, before
+    pairs, problems, reads = pairs_of_run(policy, start.tokenizer, config, kind, dist, autocast)
+    run, look, recorder = begin_run(start, pairs, problems, reads, kind, loss_of)  # and measure the test split
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     for step in run.steps():
@@ -371,7 +371,7 @@ def main(config):
         look.begin_step()
         own_pairs = next_pairs(pairs["train"], step, config, dist, context)  # B / ranks
         z0 = None
-        if variant.unpaired:  # one for the whole step, over all ranks; a forward pass more
+        if kind.unpaired:  # one for the whole step, over all ranks; a forward pass more
             z0 = reference_point(policy, own_pairs, pad, dist, autocast, start.model)
         recorder.pairs(own_pairs, z0)
         model.train()  # dropout; `reference_point` and the evaluations leave the policy in eval mode

@@ -4,37 +4,43 @@ A reward model says after the last token how good an answer is. Which tokens ear
 every token, what is still to come. A token's advantage is its reward plus the rise of the guess, and the same of every
 later token, discounted by λ.
 
-From the policy gradient on. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. For
-an answer y to a prompt x, a reward r_t at each token and the return G_t = r_t + r_{t+1} + … (written for γ = 1):
+The policy gradient. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. An answer
+y ~ π(· | x) to a prompt x earns a reward r_t at each token. Its return is G_t = r_t + r_{t+1} + … (written for γ = 1):
 
-    ∇J  = E[Σ_t G_t ∇log π(y_t | x, y_<t)]                 a token is credited with its own and all later rewards
-        = E[Σ_t (G_t − V_t) ∇log π(y_t | x, y_<t)]         for any V_t = V(x, y_<t), which does not see y_t
     r_t = −β (log π_old(y_t) − log π_ref(y_t)),            and at the last token also `final`, the answer's worth
+    J   = E[Σ_t r_t] = E[final] − β KL(π ‖ π_ref)          while π = π_old; the J of dpo.py
+    ∇J  = E[(Σ_s r_s) Σ_t ∇log π(y_t | x, y_<t)]           because ∇π = π ∇log π
+        = E[Σ_t G_t ∇log π(y_t | x, y_<t)]                 a token is credited with its own and all later rewards
+        = E[Σ_t (G_t − V_t) ∇log π(y_t | x, y_<t)]         for any V_t = V(x, y_<t), which does not see y_t
     δ_t = r_t + γ V_{t+1} − V_t                            V is 0 after the last token
     A_t = δ_t + γλ A_{t+1} = Σ_l (γλ)^l δ_{t+l}            GAE, arXiv:1506.02438, Eq. 16
 
-The values are fitted to the targets A_t + V_t, the `returns`. With γ = λ = 1 these are G_t, and A_t = G_t − V_t:
-unbiased and noisy; λ = 0 believes the next guess. Several updates from one batch need the ratio
-ρ_t = π(y_t) / π_old(y_t), and an end to what it can gain: beyond 1 ± ε in the direction that A asks for, a token has no
-policy gradient left. A value may likewise gain no more once it is ε_v away from V_old, where it stood at sampling.
+After any prefix E[∇log π(y_t | x, y_<t)] = 0: so r_t needs no gradient of its own, earlier rewards drop out, and V_t
+changes no mean. The values are fitted to the targets A_t + V_t, the `returns`. With γ = λ = 1 these are G_t, and
+A_t = G_t − V_t, as the V in between cancel: unbiased and noisy; λ = 0 believes the next guess.
 
-    policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)        arXiv:1707.06347, Eq. 7
+Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), and an end to what it can gain. ρ_t A_t has the
+gradient ρ_t A_t ∇log π(y_t): at ρ = 1 the one above, with A for G − V. Beyond 1 ± ε in the direction that A asks for,
+the clip leaves a token none. A value may likewise gain no more once it is ε_v away from V_old, its value at sampling.
+
+    policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)                             arXiv:1707.06347, Eq. 7
     value loss   ½ max((V − returns)², (clip(V, V_old ± ε_v) − returns)²)       from the code of OpenAI Baselines
 
 Both are a mean over a minibatch's tokens. One step, for N prompts with R answers of at most T tokens each; `main` has
-the same five parts. The N·R answers are a *batch*; whole prompts of it are a *minibatch*, one optimizer step; the b
-answers of it that fit into one forward pass are a *piece*. The reward model's *score* of an answer becomes what is
-*paid* for it, that its *final* worth, and that the *rewards* of its tokens:
+the same five parts. The N·R answers are a *batch*; an optimizer step takes those to some of the prompts, a *minibatch*;
+a forward pass some of these, a *piece* of b answers. The reward model's *score* of an answer becomes what is *paid* for
+it, that its *final* worth, and that the *rewards* of its tokens:
 
     batch  = sample(step)                              (N·R, T): ids, mask, log π_old                     1. ask
     scores = score(batch)                              (N, R), and into the moments of all scores so far  2. judge
     paid   = scores, normalised (default), less a fine where the end is missing
     final  = paid; or less the mean of the prompt's answers; or win_rates(paid)                 (N, R)
-    minibatches = minibatches_of(batch)                                                                   3. credit
-    old_values, ref_logprobs = V and log π_ref         (N·R, T) each, no gradient
-    rewards = −β (old_logprobs − ref_logprobs)         (N·R, T), plus final at the answers' last tokens
-    advantages, returns = gae(rewards, old_values)     (N·R, T) each
-    A      = whiten(advantages)
+    minibatches  = minibatches_of(batch)                                                                  3. credit
+    old_values   = values_at_sampling(actor_critic)    V, no gradient                           (N·R, T)
+    ref_logprobs = reference_logprobs(reference)       log π_ref, no gradient                   (N·R, T)
+    rewards = token_rewards(old_logprobs − ref_logprobs, final)        the r_t above            (N·R, T)
+    advantages, returns = gae(rewards, old_values)                                              (N·R, T) each
+    A      = whiten(advantages)                        over all tokens of the step: the A of the policy loss
     for minibatch in minibatches, inner_epochs times:                                                     4. update
         for piece in minibatch:
             logprobs, values = model(piece)            (b, T), with gradient; ρ = 1 in the first minibatch
@@ -45,17 +51,16 @@ answers of it that fit into one forward pass are a *piece*. The reward model's *
     β      = adapt_beta(β, KL(π_old ‖ π_ref))          off by default
     log; every so often answer validation problems                                                        5. look
 
-The defaults run 16 prompts × 8 answers, one pass of four minibatches, β = 0.05 (--kl_beta), γ = 1, λ = 0.95 (--lam),
-ε = ε_v = 0.2 (--clip_ratio, --clip_value), c = 0.1 (--value_weight), normalised scores, no baseline but the values (a
-head on the policy's trunk), whitened advantages, a fine of 1 where the end is missing, as the reward model has never
-seen such an answer, and stop_kl = 0.1. Off: --kl_target, --baseline mean or wins, a value network of its own, further
-passes, LoRA. Simplified: no entropy bonus (Eq. 9 of PPO), no pretraining term (PPO-ptx, Eq. 2 of InstructGPT), and
-after a cut answer V is 0 too, as if it had ended.
+The defaults run 16 prompts × 8 answers, one pass of four minibatches, β = 0.05 (--kl_beta); γ = 1, λ = 0.95 (--lam),
+ε = ε_v = 0.2 (--clip_ratio, --clip_value) and c = 0.1 (--value_weight), as the code of arXiv:1909.08593; normalised
+scores, no baseline but the values (a head on the policy's trunk), whitened advantages, a fine of 1 where the end is
+missing, as the reward model has never seen such an answer, and stop_kl = 0.1. Off: --kl_target, --baseline mean or
+wins, a value network of its own, further passes, LoRA. Simplified: no entropy bonus (Eq. 9 of PPO), no pretraining term
+(PPO-ptx, Eq. 2 of InstructGPT), and after a cut answer V is 0 too, as if it had ended.
 
-V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. The advantages are whitened over all
-tokens of the step and all ranks (`whiten` divides by n, torch.std by n − 1). The returns are taken before that: V is in
-units of the reward. Dropout is always off, and the old log-probabilities are the sampler's own: on fresh answers ρ is 1
-(in bf16 near 1, as sampler and loss round differently).
+V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. The returns are taken before the
+whitening: V is in units of the reward. Dropout is always off, and the old log-probabilities are the sampler's own: on
+fresh answers ρ is 1 (in bf16 near 1, as sampler and loss round differently).
 
 --value separate has a network of its own that starts from the reward model's trunk (as InstructGPT); shared reads the
 policy's trunk, which is cheap, but the value loss pulls at the policy. --baseline wins: a reward model only compares
@@ -66,12 +71,10 @@ The reward model is a proxy and PPO finds where it errs. So each step also logs 
 the same answers. No gradient sees it; the validation accuracy only chooses best/, and the table at the end is of last/.
 A score that rises while `correct` falls is over-optimisation.
 
-Without --init and --reward_model the script makes both on the task of --data, under runs/start, and reuses them.
-
-Run it:
+Run it (without --init and --reward_model it makes both on the task of --data, under runs/start, and reuses them):
     python ppo.py --demo                               one answer of three tokens, by hand
     python ppo.py
-    python ppo.py --init runs/sft --reward_model runs/reward_model --value separate --kl_target 3
+    python ppo.py --value separate --prompts 512 --rollouts 1 --minibatches 8 --kl_beta 0.02       as InstructGPT
     torchrun --nproc_per_node 2 ppo.py --init runs/sft --reward_model runs/reward_model
 """
 
@@ -84,7 +87,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from evaluate import is_correct, kl_estimate
-from lora import lora_off
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import score_groups
 from support.checks import Amount, Count, Fraction, Positive, Whole
@@ -93,7 +95,7 @@ from support.moments import RunningMoments
 from support.ppo_report import Tokens, tally
 from support.ppo_setup import SizeFlags, begin_run, check_settings, open_start
 from support.recorder import RecordFlags
-from support.rollouts import Sampler, minibatches_of, piece_logprobs, shuffled_groups
+from support.rollouts import Sampler, minibatches_of, reference_logprobs, shuffled_groups
 from support.sharding import averaging
 from transformer import masked_mean
 
@@ -125,7 +127,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def whiten(x, mask, dist=None, eps=1e-8):
-    """x (B, T) -> (x − mean) / standard deviation, over the masked tokens, with `dist` of all ranks; 0 outside."""
+    """x (B, T) -> (x − mean) / std, over the n masked tokens (ddof 0), with `dist` those of all ranks; 0 outside."""
     x, mask = torch.where(mask.bool(), x, 0.0), mask.to(x.dtype)
     sums = [mask.sum(), (x * mask).sum()]
     n, total = dist.sum(*sums) if dist else sums
@@ -137,7 +139,7 @@ def whiten(x, mask, dist=None, eps=1e-8):
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tokens=None):
     """Eq. 7 of arXiv:1707.06347, to be minimised -> (loss (), metrics). n_tokens: of the whole optimizer step, over
-    pieces and ranks; default: of this piece. Metrics are means over this piece's tokens."""
+    pieces and ranks; default: of this piece. Metrics: the loss; the others are means over this piece's tokens."""
     # Padding may hold any value; exp could overflow, and inf · 0 = NaN: zero it first.
     real = mask.bool()
     logprobs, old_logprobs, advantages = (torch.where(real, x, 0.0) for x in (logprobs, old_logprobs, advantages))
@@ -155,8 +157,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
             "ratio": masked_mean(ratio, mask),
             "ratio_spread": masked_mean((ratio - 1).abs(), mask),  # 0 on fresh rollouts
         }
-        values = torch.stack([v.float() for v in metrics.values()]).tolist()  # one wait for the device, not six
-    return loss, dict(zip(metrics, values, strict=True))
+        numbers = torch.stack([x.float() for x in metrics.values()]).tolist()  # one wait for the device, not six
+    return loss, dict(zip(metrics, numbers, strict=True))
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
@@ -165,10 +167,10 @@ def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
     squares = (values - returns) ** 2
     clipped_fraction = torch.zeros(())
     if clip:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        other = (near - returns) ** 2
-        clipped_fraction = masked_mean((other > squares).float(), mask)
-        squares = torch.maximum(squares, other)
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        clipped_squares = (clipped - returns) ** 2
+        clipped_fraction = masked_mean((clipped_squares > squares).float(), mask)
+        squares = torch.maximum(squares, clipped_squares)  # the pessimistic one of the two
     loss = 0.5 * squares.sum() / (n_tokens or mask.sum().clamp(min=1))
     return loss, {"value_loss": loss.item(), "value_clip_fraction": clipped_fraction.item()}
 
@@ -181,7 +183,7 @@ def win_rates(scores):
 
 
 def adapt_beta(beta, kl, target, n, horizon):
-    """The next weight of the KL penalty: more if the KL (nats per answer) of n answers is above its target."""
+    """The next β (arXiv:1909.08593, §2.2): more if the KL (nats per answer) of n answers is above its target."""
     error = min(0.2, max(-0.2, kl / target - 1))
     return beta * (1 + error * n / horizon)
 
@@ -244,16 +246,15 @@ def demo():
     show("value V", values[0], "the guess before each token")
     delta = [-0.1 + 0.6 - 0.4, 0.05 + 1.2 - 0.6, 1.0 + 0.0 - 1.2]  # r_t + V_{t+1} − V_t, γ = 1
     show("δ = r + V' − V", delta, "by how much reward and guess rise")
-    for lam in (1.0, 0.5, 0.0):
-        A, G = gae(rewards, values, mask, gamma=1.0, lam=lam)
+    for lam in (0.0, 0.5, 1.0):
+        A, returns = gae(rewards, values, mask, gamma=1.0, lam=lam)
         third = delta[2]
         second = delta[1] + lam * third
         first = delta[0] + lam * second
         assert torch.allclose(A, torch.tensor([[first, second, third]]))
-        assert torch.allclose(G, A + values)
+        assert torch.allclose(returns, A + values)
         show(f"A, λ = {lam:g}", A[0], {1.0: "all later rewards less V", 0.0: "δ itself"}.get(lam, ""))
-    A, G = gae(rewards, values, mask, gamma=1.0, lam=1.0)
-    assert torch.allclose(G, rewards.flip(1).cumsum(1).flip(1))  # with λ = 1 the targets are the returns
+    assert torch.allclose(returns, rewards.flip(1).cumsum(1).flip(1))  # with λ = 1, the last, the targets are G
 
     ratio = torch.tensor([[1.3, 0.7, 1.3]])  # after an optimizer step
     logprobs = ratio.log().requires_grad_()
@@ -265,13 +266,13 @@ def demo():
     show("ratio ρ", ratio[0], "first: beyond 1 + ε = 1.2, and A > 0: no gradient; third: A < 0")
     show("∂loss/∂log π", by_hand[0], "−ρ A / 3, or 0 where the clip stops")
 
-    v = torch.tensor([[0.9, 0.6, 1.2]], requires_grad=True)  # the first has moved by 0.5, towards its target 0.95
-    loss, _ = value_loss(v, values, G, mask, clip=0.2)
+    moved = torch.tensor([[0.9, 0.6, 1.2]], requires_grad=True)  # the first by 0.5, towards its target 0.95
+    loss, _ = value_loss(moved, values, returns, mask, clip=0.2)
     loss.backward()
     squares = [max((0.9 - 0.95) ** 2, (0.6 - 0.95) ** 2), (0.6 - 1.05) ** 2, (1.2 - 1.0) ** 2]
     assert math.isclose(loss.item(), sum(squares) / 6, rel_tol=1e-5)
-    assert v.grad[0, 0] == 0  # it moved further than ε_v at once: the clipped square is the larger, and it is constant
-    show("value target G", G[0], f"value loss {loss.item():.4f}; no gradient at the first, which moved beyond ε_v")
+    assert moved.grad[0, 0] == 0  # it moved further than ε_v: the clipped square is the larger, and it is constant
+    show("value target A + V", returns[0], f"value loss {loss.item():.4f}; no gradient at the first: beyond ε_v")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ def main(config):
     parts = {"value": value_model, "moments": moments}  # what a checkpoint has beside the policy
     run, look, recorder = begin_run(start, [*optimizers, value_optimizer], parts, sample, score)
     model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
-    policy_loss = recorder.noted(ppo_policy_loss)
+    policy_loss = recorder.noted(ppo_policy_loss)  # the same function; the recorder keeps what it is given
 
     for step in run.steps():
         # 1. ask: the policy answers each prompt R times
@@ -396,8 +397,7 @@ def main(config):
         minibatches = minibatches_of(batch, groups, mask, config, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
         old_values = values_at_sampling(actor_critic, pieces, batch, autocast)
-        with lora_off(reference):
-            ref_logprobs = piece_logprobs(reference, pieces, batch, config.temperature, autocast)
+        ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
         beta, log_ratio = run.state.beta, (old_logprobs - ref_logprobs) * mask
         rewards = token_rewards(log_ratio, final.flatten().to(dist.device), mask.sum(1), beta)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
@@ -407,7 +407,7 @@ def main(config):
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
-        value_lr = lr_at(step, config.steps, value_lr, config.warmup, schedule="wsd", decay=0)  # constant after that
+        value_lr = lr_at(step, config.steps, value_lr, config.warmup, schedule="wsd", decay=0)  # then constant
         trained = [(list(policy.parameters()), optimizers, lr), (value_parameters, [value_optimizer], value_lr)]
         for minibatch in minibatches * config.inner_epochs:
             sums, n_tokens = {}, minibatch.n_tokens

@@ -16,14 +16,14 @@ standard deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:
 
     (p̂ + z²/2N ± z √(p̂ (1 − p̂) / N + z²/4N²)) / (1 + z²/N)        N = 1000: ± 3.1 points or less, N = 100: ± 9.6
 
-Is B better than A? Ask both the same problems, and look at those on which they differ: b that A alone solves, c that B
-alone does. Two intervals that overlap say nothing: problems that are easy or hard for both move the two accuracies
-alike, and not their difference.
+Is B better than A? Ask both the same problems, and look at the m on which they differ: *lost* are those that A alone
+solves, *gained* those that B alone does, m = lost + gained. Two intervals that overlap say nothing: problems that are
+easy or hard for both move the two accuracies alike, and not their difference.
 
-    McNemar       p = 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c), at most 1: how often b + c fair coins split at least
-                  as unevenly
-    the gain      (c − b) / N; its interval is d ± z √((p_b + p_c − d²) / (N + 2)), where d = p_c − p_b,
-                  p_b = (b + 1) / (N + 2) and p_c = (c + 1) / (N + 2): not centred on the gain, but nearer 0
+    McNemar       p = 2 Σ_{i ≤ min(lost, gained)} C(m, i) / 2^m, at most 1: how often m coins are at least as uneven
+    the gain      d = (gained − lost) / N, a mean of 1, −1 and 0, has the variance (p_gained + p_lost − d²) / N, where
+                  p_gained = gained / N and p_lost = lost / N. Its interval is d ± z √variance, all with gained + 1,
+                  lost + 1 and N + 2 instead: so it is centred not on the gain, but nearer 0, and has a width if m = 0
 
 Wilson's interval and these two are for verdicts of 0 or 1, so pass@k and token F1 have no interval here.
 
@@ -33,18 +33,18 @@ In short:
     verdicts = is_correct(text, problem) of each                        N times 0 or 1
     accuracy = mean(verdicts);  wilson(sum(verdicts), N)                and the mean of each of METRICS
     B vs A   = compare(verdicts of A, verdicts of B)                    gain, interval, p
+    pass@k   = mean(pass_at_k(n, c, k) of each problem)                 c = Σ is_correct of its n samples
 
 Traps:
   * Greedy accuracy and pass@k answer different questions. RL makes likely what a sample would sometimes hit: pass@1
-    rises, while pass@k for a large k may fall (arXiv:2504.13837).
+    rises, while pass@k for a large k may fall (arXiv:2504.13837). The temperature is 1; pass@k's paper tunes it for k.
   * What was chosen on a split looks too good on it. Choose checkpoint, learning rate and prompt on `valid`; look at
     `test` once. And of twenty comparisons of equal models about one is significant at 95 % by chance.
   * An answer that was cut off usually lacks its #### and is wrong; one cut after or inside its number may even count
     as right. Read `cut off` before the accuracy, and a dozen answers before either.
   * These intervals are over problems. Another seed of the training is another model: ablate.py pairs over seeds.
 
-Also here, as every stage uses them: METRICS, the rows that are measured, logged, tabled and drawn; and the KL to a
-reference, by a sampled token.
+Also here, for every stage: METRICS, the figures that are measured, logged and drawn; and the KL of a sampled token.
 
 Run it:
     python evaluate.py --demo                                        # by hand, on numbers small enough for a pencil
@@ -81,15 +81,14 @@ from support.words import words
 
 
 def is_correct(text, problem):
-    """The verifier of the problem's task; the usual one is whether the number after #### is the problem's answer (see
-    `extract_answer`)."""
+    """The verifier of the problem's task; usually whether the number after #### is its answer (`extract_answer`)."""
     task = task_of(problem.task)
     answer = task.answer(text)
     return answer is not None and task.same_answer(answer, problem.answer)
 
 
 def token_f1(text, reference):
-    """Harmonic mean of precision and recall of the words, as bags: 1 if the same, 0 if none is shared. Without case,
+    """2PR / (P + R) for precision P = shared / ours and recall R = shared / theirs, of words as bags. Without case,
     punctuation and articles; in scripts without spaces, of characters and pairs of them (see `support.words`)."""
     ours, theirs = words(text), words(reference)
     if not ours or not theirs:
@@ -103,11 +102,11 @@ def token_f1(text, reference):
 
 
 def pass_at_k(n, correct, k):
-    """Chance that k of the n samples, drawn without replacement, hold a right one; unbiased (arXiv:2107.03374).
-    ValueError if k > n: n samples do not tell."""
+    """Chance that k of the n samples, drawn without replacement, hold a right one. Unbiased, as any k of n independent
+    samples are k independent samples (arXiv:2107.03374). ValueError if k > n: n samples do not tell."""
     if k > n:
         raise ValueError(f"pass@{k} needs {k} samples of a problem or more, and there are {n}")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)  # C(m, k) = 0 where m < k: then one of any k is right
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)  # the first C is 0 where n − correct < k: any k hold one
 
 
 def majority(answers):
@@ -134,25 +133,22 @@ def wilson(successes, n, z=1.96):
 def mcnemar(only_first, only_second):
     """Exact two-sided p-value of two models' accuracies on the same problems (McNemar 1947, in its binomial form).
 
-    only_first, only_second: b and c, how many problems the one alone gets right, and the other alone. Those on which
-    they agree say nothing about which is better. If the two are equally good, each of the b + c problems they differ on
-    falls to either side like a coin: p = P(a split at least as uneven). Exact, and so on the careful side: where it is
-    about 0.05 the paired interval may leave out 0 already.
+    only_first, only_second: how many problems the one alone gets right, and the other alone. If the two are equally
+    good, each of these m problems falls to either side like a coin: p = P(a split at least as uneven). Exact, and so on
+    the careful side: where it is about 0.05 the paired interval may leave out 0 already.
     """
-    b, c = only_first, only_second
-    ways = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
-    return min(1.0, 2 * ways / 2 ** (b + c))  # whole numbers: no rounding before the /
+    m = only_first + only_second
+    ways = sum(math.comb(m, i) for i in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * ways / 2**m)  # whole numbers: no rounding before the /
 
 
 def paired_interval(only_first, only_second, N, z=1.96):
     """95 % interval of accuracy(second) − accuracy(first) on the same N problems: Wald's with a Laplace adjustment
-    (Bonett and Price 2012, J. Educ. Behav. Stat. 37, 479; recommended by Fagerland et al. 2014, Stat. Med. 33, 2850).
-
-    One pair is added to each kind of disagreement, so that the interval has a width even where the two never differ.
-    """
-    p_b, p_c = (only_first + 1) / (N + 2), (only_second + 1) / (N + 2)
-    half = z * math.sqrt((p_b + p_c - (p_c - p_b) ** 2) / (N + 2))
-    return max(-1.0, p_c - p_b - half), min(1.0, p_c - p_b + half)
+    (Bonett and Price 2012, J. Educ. Behav. Stat. 37, 479; see also Fagerland et al. 2014, Stat. Med. 33, 2850)."""
+    p_lost, p_gained = (only_first + 1) / (N + 2), (only_second + 1) / (N + 2)
+    d = p_gained - p_lost
+    half = z * math.sqrt((p_lost + p_gained - d**2) / (N + 2))
+    return max(-1.0, d - half), min(1.0, d + half)
 
 
 def compare(first, second):
@@ -222,10 +218,10 @@ def own_measure(sample):
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None):
     """Greedy answers to N problems, dealt out to the ranks -> on every rank the same, but for its own samples:
 
-        accuracy, correct         the share and the number of right answers, of the C problems that are `checkable`
+        accuracy, correct         the share and the number of right answers, of the problems that are `checkable`
         low, high                 the accuracy's 95 % interval
         by_level                  {level: accuracy}
-        verdicts                  1.0 or 0.0 for each of the C problems, in their order
+        verdicts                  1.0 or 0.0 for each of these, in their order
         each other of METRICS     its mean over the problems that have this figure; left out if none has
         own_measure, n            the mean over all N problems; N
         samples                   this rank's answers: a list of Sample
@@ -245,10 +241,10 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
             verdicts[i] = is_correct(text, problems[i])
             samples.append(Sample(problems[i], text, verdicts[i], length, end, size - length))
     verdicts = dist.sum(*verdicts)  # (N,) each was 0 on every rank but one
-    verdicts = list(itertools.compress(verdicts, is_checkable(problems)))  # (C,)
-    correct, C = int(sum(verdicts)), len(verdicts)
-    low, high = wilson(correct, C)
-    means = means_of(METRICS, samples, problems, dist) | {"accuracy": correct / C}  # of the C problems alone
+    verdicts = list(itertools.compress(verdicts, is_checkable(problems)))  # of the checkable ones alone
+    correct, n_checked = int(sum(verdicts)), len(verdicts)
+    low, high = wilson(correct, n_checked)
+    means = means_of(METRICS, samples, problems, dist) | {"accuracy": correct / n_checked}
     by_level = means_of_levels(verdicts, checkable(problems))
     (measured,) = dist.sum(sum(map(own_measure, samples)))
     figures = {"low": low, "high": high, "n": N, "correct": correct, "by_level": by_level, "own_measure": measured / N}
@@ -284,12 +280,13 @@ def evaluate_samples(
 def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     """What a sampled token says of KL(π ‖ π_ref), elementwise (J. Schulman, "Approximating KL divergence", 2020).
 
-    With r = π_ref(y) / π(y), y ~ π:      value                  gradient, in expectation over y ~ π
-        k1 = −log r                       unbiased, any sign     0: E[∇log π] = 0, so never put it in the loss
-        k2 = (log r)² / 2                 biased, ≥ 0            ∇KL(π ‖ π_ref)
-        k3 = r − 1 − log r                unbiased, ≥ 0          ∇KL(π_ref ‖ π), the same to first order near π_ref
+    With r = π_ref(y) / π(y), y ~ π:  value               gradient         its mean over y ~ π
+        k1 = −log r                   unbiased, any sign  ∇log π           0, so never put it in the loss
+        k2 = (log r)² / 2             biased, ≥ 0         −log r · ∇log π  ∇KL(π ‖ π_ref)
+        k3 = r − 1 − log r            unbiased, ≥ 0       (1 − r) ∇log π   ∇KL(π_ref ‖ π), to first order the same
 
-    So k1 belongs in the reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it, and k3 in the loss (grpo.py).
+    by ∇log r = −∇log π, E[∇log π] = Σ ∇π = 0 and E[r ∇log π] = Σ π_ref ∇log π = −∇KL(π_ref ‖ π). So k1 belongs in the
+    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it, and k3 in the loss (grpo.py).
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":
@@ -329,17 +326,20 @@ def demo():
 
     first, second = [1, 1, 0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 0, 0]
     pair = compare(first, second)
-    assert (pair["only_first"], pair["only_second"]) == (0, 6)
-    assert pair["p"] == 2 / 2**6  # six coins that all fall to one side, or all to the other
+    assert (pair["only_first"], pair["p"]) == (0, 2 / 2**6)  # six coins that all fall to one side, or to the other
+    assert math.isclose(pair["low"] + pair["high"], 2 * (6 + 1 - (0 + 1)) / (10 + 2))  # the centre is 50, not 60
     assert pair["low"] > 0  # significant, though the intervals of the two overlap:
     assert wilson(sum(first), 10)[1] > wilson(sum(second), 10)[0]
     print(f"2, then 8 of 10  6 problems gained, none lost: {gain_of(pair)}")
 
-    pi, ref = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])  # of two tokens
+    z, ref = torch.zeros(2, requires_grad=True), torch.tensor([0.25, 0.75])  # logits of π, π_ref: of two tokens
+    log_pi, pi = z.log_softmax(0), torch.tensor([0.5, 0.5])
     exact = (pi * (pi / ref).log()).sum()
-    k1, k3 = (kl_estimate(pi.log(), ref.log(), kind) for kind in ("k1", "k3"))
-    for estimate in (k1, k3):
+    k1, k3 = (kl_estimate(log_pi, ref.log(), kind) for kind in ("k1", "k3"))
+    for estimate, by_hand in ((k1, 0 * pi), (k3, pi - ref)):  # the gradients; π − π_ref is that of KL(π_ref ‖ π)
         assert torch.isclose((pi * estimate).sum(), exact)
+        gradient = torch.autograd.grad((pi * estimate).sum(), z, retain_graph=True)[0]
+        assert torch.allclose(gradient, by_hand, atol=1e-6)
     samples = f"k1 {k1[0]:.3f} or {k1[1]:.3f}, k3 {k3[0]:.3f} or {k3[1]:.3f}"
     print(f"KL of two tokens {exact:.4f}; a sample says {samples}: both right on average, k3 never below 0")
 

@@ -4,48 +4,52 @@ GRPO's verifier gives one number for a whole answer. A teacher gives a distribut
 no reward, no group, no luck needed. The student meets its own mistakes, and learns what the teacher would do after
 them, which no text of the teacher shows.
 
-At one place of a text, π is the student's and p the teacher's distribution of the next token (no gradient in p):
+At one place of a text, π is the student's distribution of the next token and z its logits (divided by --temperature);
+p is the teacher's, which has no gradient:
 
     β = 0     D = KL(p ‖ π) = Σ_v p(v) log(p(v) / π(v))       forward: say all that the teacher might say
+              ∂D/∂z_v = π(v) − p(v)
     β = 1     D = KL(π ‖ p) = Σ_v π(v) log(π(v) / p(v))       reverse: say nothing that the teacher would not
+              ∂D/∂z_v = π(v) (log(π(v) / p(v)) − D)
     between   D = β KL(p ‖ M) + (1 − β) KL(π ‖ M)             generalised JSD, M = β p + (1 − β) π
                                                               (GKD, arXiv:2306.13649, Eq. 1; the ends as in TRL)
-    L = Σ_t m_t D_t / n_tokens                                m_t = 1 on the answers' tokens, n_tokens their number
+    L = Σ_t m_t D_t / n_tokens                                m_t = 1 on the answers' tokens, n_tokens their number in
+                                                              the step (in the paper a mean per text, then over texts)
 
-Whose texts? The student's for a share λ of the questions (--on_policy; GKD draws it for each batch, here it is even),
-the teacher's for the others. There is no gradient through the sampling: what a token does to later ones is left out.
+Whose texts? The student's for a share λ of a step's questions (--on_policy), the teacher's for the others; GKD draws
+by λ who writes a whole batch. No gradient goes through the sampling: what a token does to later ones is left out.
 
---loss sample needs of both models only the probability of the token y_t that stands in the text (an API often gives no
+--loss sample needs of the teacher only the probability of the token y_t that stands in the text (an API often gives no
 more): L = −Σ_t m_t A_t log π(y_t) / n_tokens. Which divergence it estimates depends on who wrote the text:
 
     y ~ π     A_t = r_t = log p(y_t) − log π(y_t), without a gradient: a policy gradient with a reward per token.
-              E[−r_t ∇log π(y_t)] = ∇KL(π ‖ p) at this place. No group, no mean, no std
-    y ~ p     A_t = 1: SFT on the teacher's texts (arXiv:1606.07947). E[−∇log π(y_t)] = ∇KL(p ‖ π)
+              ∇KL(π ‖ p) = Σ_v ∇π(v) (log(π(v) / p(v)) + 1) = E[−r ∇log π(y)]       as ∇π = π ∇log π and Σ ∇π = 0
+    y ~ p     A_t = 1: SFT on the teacher's texts (arXiv:1606.07947). ∇KL(p ‖ π) = E[−∇log π(y)]
 
-With --gamma 1 the student's texts have A_t = r_t + r_{t+1} + …: the gradient of the whole text's KL, with more noise.
+With --gamma 1 the student's texts have A_t = r_t + r_{t+1} + …: the gradient of the whole text's KL, with more noise
+(MiniLLM, arXiv:2306.08543, without its three refinements).
 
 One step, for N = --prompts questions with R = --rollouts answers each, b answers in a piece (main has the same parts):
 
-    texts    = writers(step)                              N·R answers, λ of them the student's         1. write
+    texts    = writers(step, slots)                       N·R answers, λ of them the student's         1. write
     n_tokens = tokens of all answers                      of all ranks, before the cut into pieces
     for piece in pieces_of(texts):                                                                     2. compare
         logits         = shared_answer_logits(student)    at each token of the answers    (b, T, V)
         teacher_logits = shared_answer_logits(teacher)    the same ids, no gradient       (b, T, V)
-        loss = Σ m D / n_tokens                           by sample: −Σ m A log π(y) / n_tokens
+        loss           = distill_loss(logits, teacher_logits, mask, β)    by sample: sampled_loss, of log π(y), log p(y)
         backward
     clip the gradient's norm, optimizer step                                                           3. update
     log; every so often answer validation questions, keep the best checkpoint                          4. look
 
-The defaults compare whole distributions on the student's texts alone, 200 steps of 96 answers; by the forward KL. Here
-the reverse, the teacher's texts and plain SFT on them did about as well, and the sampled token far worse, as it hears
-less per token (results/distill.md). The teacher is the built-in start taken through grpo.py, the student a model of
-half its width, pretrained and fine-tuned alike; both are made once, under runs/start. Off: the teacher's texts, --loss
-sample, self-distillation, LoRA.
+The defaults compare whole distributions by the forward KL, on the student's texts alone: 200 steps of 96 answers. The
+reverse KL, the teacher's texts and SFT on them did about as well here, the sampled token far worse, as it hears less
+per token (results/distill.md). The teacher is the built-in start taken through grpo.py, the student a model of half its
+width, pretrained and fine-tuned alike; both are made once, under runs/start. Off: the teacher's texts, --loss sample,
+self-distillation, LoRA.
 
-Self-distillation: --teacher self is the student's own weights of the moment, after a longer prompt. --teacher_sees
-example puts a worked example (another training problem, solved) before the question; solution this problem's own
-(arXiv:2601.19897). What the student knows with it, it learns to know without. For a teacher that does not move, give
---teacher the path of --init.
+Self-distillation (arXiv:2601.19897): --teacher self is the student as it is now, with a longer prompt. --teacher_sees
+example puts a worked example before the question (another training problem, solved), solution this problem's own. What
+the student knows with it, it learns to know without. For a teacher that does not move: --teacher with the path of --init.
 
 Traps:
   * The jump at the ends. D goes to 0 as β does, like β KL(p ‖ π), and likewise at 1 (`demo`): at β = 0.01 the gradient
@@ -54,23 +58,21 @@ Traps:
   * The KL on the student's texts is another number than on the teacher's. `kl` is logged of all texts, with --loss
     sample of the student's alone. Between runs compare the report's KL to the teacher: it is of the student's texts.
   * r is a weight, not a loss: log π(y) − log p(y), differentiated, has gradient 0 in the mean (`demo`).
-  * What the student never says, the reverse KL does not teach: its gradient in the logit of v is
-    π(v) (log(π(v) / p(v)) − D), that of the forward KL π(v) − p(v) (at temperature 1).
+  * What the student never says, the reverse KL does not teach: π(v) is a factor of its gradient in z_v.
   * The teacher reads the ids that the student wrote, never the text encoded again: both need the same tokenizer.
 
 Run it:
     python distill.py --demo                                        two tokens by hand: values, gradients, the jump
     python distill.py                                               from nothing, minutes on two CPU cores
     python distill.py --on_policy 0.5 --beta 0.5                    GKD
-    python distill.py --loss sample                                 a reward per token
+    python distill.py --loss sample                                 a reward per token (Thinking Machines, 2025)
     python distill.py --on_policy 0 --loss sample                   SFT on the teacher's answers
     python distill.py --teacher self --teacher_sees solution --init runs/sft
     torchrun --nproc_per_node 2 distill.py --data gsm8k --init runs/sft --teacher runs/grpo --max_new_tokens 200
 """
 
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -79,22 +81,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evaluate import kl_estimate
 from grpo import grpo_loss
-from lora import add_lora
-from optim import lr_at, make_optimizers, optimizer_step
+from optim import lr_at, optimizer_step
 from ppo import gae
-from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count, Fraction, Positive
 from support.cli import run_script
-from support.content import records_of, weights_of
-from support.devices import precision, setup
-from support.distill_report import add_up, measure_both, measure_student, report, step_record
-from support.lora_files import LoraState
-from support.recorder import Recorder, RecordFlags
-from support.runs import Run
+from support.distill_report import add_up, measure_student, report, step_record
+from support.distill_run import begin_run, open_start
+from support.recorder import RecordFlags
 from support.sharding import averaging
 from support.shared_prompt import shared_answer_logits, shared_answer_logprobs
 from support.taught import Writers, pieces_of
-from support.teachers import check_teaching, load_taught, open_teacher, student_start, teacher_start
+from support.teachers import check_teaching
 from support.verified import VerifiedConfig, look_at_step
 from transformer import masked_mean
 
@@ -102,9 +99,9 @@ from transformer import masked_mean
 # The divergences.
 
 
-def kl(log_p, log_q):
-    """KL(p ‖ q) over the last dimension, from log-probabilities (…, V) -> (…)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def kl(log_a, log_b):
+    """KL(a ‖ b) over the last dimension, from log-probabilities (…, V) -> (…)."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 def divergence(log_student, log_teacher, beta):
@@ -127,13 +124,17 @@ def distill_loss(student_logits, teacher_logits, mask, beta, *, temperature=1.0,
     """
     real = mask.bool()
     n_tokens = n_tokens or mask.sum().clamp(min=1)
-    logits = [student_logits[real], teacher_logits.detach()[real]]  # (tokens that count, V) each
-    precise = [x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in logits]
-    log_student, log_teacher = (F.log_softmax(x, dim=-1) for x in precise)
+
+    def logprobs_of(logits):
+        """(B, T, V) -> (tokens that count, V), in fp32 at least."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.log_softmax(logits[real].to(dtype) / temperature, dim=-1)
+
+    log_student, log_teacher = logprobs_of(student_logits), logprobs_of(teacher_logits.detach())
     loss = divergence(log_student, log_teacher, beta).sum() / n_tokens
     with torch.no_grad():
-        both = kl(log_student, log_teacher).sum(), kl(log_teacher, log_student).sum()
-        values = torch.stack([loss, *(x / real.sum().clamp(min=1) for x in both)]).tolist()
+        kls = kl(log_student, log_teacher), kl(log_teacher, log_student)  # (tokens that count,) each
+        values = torch.stack([loss, *(x.sum() / real.sum().clamp(min=1) for x in kls)]).tolist()
     return loss, dict(zip(("loss", "kl", "forward_kl"), values, strict=True))
 
 
@@ -155,11 +156,11 @@ def sampled_loss(logprobs, teacher_logprobs, mask, by_student, gamma=0.0, *, n_t
     of_student = by_student[:, None] & mask  # (B, T) its tokens
     A = torch.where(of_student, token_advantages(logprobs, teacher_logprobs, mask, gamma), 1.0)  # (B, T)
     options = {"loss_type": "dapo", "surrogate": "reinforce", "n_tokens": n_tokens}  # a mean over tokens; no ratio
-    loss, figures = grpo_loss(logprobs, logprobs.detach(), A, mask, **options)
-    ours, theirs = (torch.where(mask, x.detach(), 0.0) for x in (logprobs, teacher_logprobs))
-    reverse = masked_mean(kl_estimate(ours, theirs), of_student)
-    forward = masked_mean(kl_estimate(theirs, ours), mask & ~of_student)
-    return loss, {"loss": figures["loss"], "kl": reverse.item(), "forward_kl": forward.item()}
+    loss, metrics = grpo_loss(logprobs, logprobs.detach(), A, mask, **options)
+    student, teacher = (torch.where(mask, x.detach(), 0.0) for x in (logprobs, teacher_logprobs))
+    reverse = masked_mean(kl_estimate(student, teacher), of_student)
+    forward = masked_mean(kl_estimate(teacher, student), mask & ~of_student)
+    return loss, {"loss": metrics["loss"], "kl": reverse.item(), "forward_kl": forward.item()}
 
 
 def demo():
@@ -191,7 +192,7 @@ def demo():
     print("the jump: D goes to 0 at both ends, D / β to KL(p ‖ π), D / (1 − β) to KL(π ‖ p)")
 
     logits = pi.log().requires_grad_()
-    means = {"y ~ π, A = r": 0.0, "y ~ p, A = 1": 0.0, "y ~ π, log π − log p itself": 0.0}  # gradients in z_0
+    means = {"y ~ π, A = r": 0.0, "y ~ p, A = 1": 0.0, "y ~ π, −r itself as the loss": 0.0}  # gradients in z_0
     for y in (0, 1):  # the sampled token
         logprob, teacher_logprob = logits.log_softmax(0)[y].view(1, 1), p[y].log().view(1, 1)
         by_student, by_teacher = (
@@ -200,10 +201,11 @@ def demo():
         losses = ((pi[y], by_student), (p[y], by_teacher), (pi[y], (logprob - teacher_logprob).sum()))
         for name, (probability, loss) in zip(means, losses, strict=True):
             means[name] += (probability * torch.autograd.grad(loss, logits, retain_graph=True)[0][0]).item()
-    for mean, by_hand in zip(means.values(), (slope, 4 / 5 - 1 / 2, 0.0), strict=True):  # of KL(π ‖ p), of KL(p ‖ π)
-        assert math.isclose(mean, by_hand, abs_tol=1e-12)
     print("by the sampled token, mean gradient in z_0:")
-    print("".join(f"  {name:<28}{mean:+.4f}\n" for name, mean in means.items()), end="")
+    exact = {"= ∂KL(π ‖ p) / ∂z_0": slope, "= ∂KL(p ‖ π) / ∂z_0": 4 / 5 - 1 / 2, "": 0.0}
+    for (name, mean), (meaning, gradient) in zip(means.items(), exact.items(), strict=True):
+        assert math.isclose(mean, gradient, abs_tol=1e-12)
+        print(f"  {name:<29}{mean:+.4f}   {meaning}".rstrip())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -263,41 +265,18 @@ def compare(model, teacher, piece, config, n_tokens):
 def main(config):
     """Train; returns {"before", "after", "teacher"} (test figures), "teacher_kl" and "kl" (to the teacher and to the
     start), "closed", "tokens", "path", and the wall time in seconds, once both models are there."""
-    dist = setup(config.device)
-    n = dist.per_rank("prompts", config.prompts)  # this rank asks n of a step's N questions
-    slots = list(range(dist.rank * n, (dist.rank + 1) * n))  # which of the N they are
-    autocast, scaler = precision(config.dtype, dist)
-    init = config.init or student_start(config, dist)
-    teacher_path = config.teacher or teacher_start(config, dist)
-    began = time.perf_counter()
-    policy, tokenizer, _ = open_checkpoint(init, dist.device)
-    reads = weights_of(init, policy)
-    if config.teacher == "self":
-        teacher = policy
-    else:
-        teacher = open_teacher(teacher_path, init, policy, tokenizer, config.teacher_sees, dist.device)
-        reads |= weights_of(teacher_path, teacher)
-    add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
-    contexts = policy.config.context, teacher.config.context
-    problems, teacher_problems = load_taught(config, tokenizer, *contexts, dist)  # the same, as each of the two sees it
-    writers = Writers(policy, teacher, tokenizer, problems["train"], teacher_problems["train"], config, autocast)
-
-    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
-    state = {"best": -1.0, "before": None, "start": {}, "teacher": None, "tokens": 0.0}
-    state |= {"parts": {"lora": LoraState(policy, init)}, "reads": reads | records_of(config.data, problems)}
-    run = Run(config, dist, policy, tokenizer, optimizers, scaler, began=began, **state)
+    start = open_start(config)  # both models, one and the same with --teacher self; the problems as each sees them
+    dist, autocast, scaler = start.dist, start.autocast, start.scaler
+    policy, teacher = start.policy, start.teacher  # the policy is the student
+    tokenizer, problems = start.tokenizer, start.problems
+    train = problems["train"], start.teacher_problems["train"]
+    writers = Writers(policy, teacher, tokenizer, *train, config, autocast)
+    run, recorder = begin_run(start, writers, loss_of=divergence if config.loss == "vocabulary" else sampled_loss)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
-    policy.eval()  # throughout: no dropout
 
-    recorder = Recorder(
-        run, autocast, valid=problems["valid"], taught=teacher_problems["valid"], sample=writers.student,
-        reference=teacher, temperature=config.temperature,
-        loss_of=divergence if config.loss == "vocabulary" else sampled_loss,
-    )  # fmt: skip
-    measure_both(run, teacher, problems, teacher_problems, init)  # the start is best/ until a step beats it
     for step in run.steps():
         # 1. write: the student answers the questions, or the teacher some of them; n·R answers, lists of ids
-        texts = writers(step, slots)
+        texts = writers(step, start.slots)
         (n_tokens,) = dist.sum(texts.n_tokens)  # of all ranks, before the cut into pieces
         run.state.tokens += n_tokens
         recorder.texts(texts, n_tokens)
@@ -315,7 +294,7 @@ def main(config):
 
         # 3. update
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(policy, optimizers, scaler, autocast, lr, config.clip)
+        norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)
         run.check_finite(lr, norm, loss=record["loss"])
 
         # 4. look
@@ -323,7 +302,7 @@ def main(config):
         look_at_step(run, problems, record, shown=("kl", "forward_kl"))
     run.close()
 
-    figures = measure_student(run, teacher, problems, teacher_problems, init)  # the test split again, with best/
+    figures = measure_student(run, start)  # the test split again, with best/
     if dist.is_main:
         report(config, run.path, figures)
     return figures

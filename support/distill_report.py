@@ -31,32 +31,34 @@ def step_record(sums, dist):
     return {"loss": loss} | {name: total / n for name, (total, n) in pairs.items() if n}
 
 
-def kl_to_teacher(student, teacher, tokenizer, problems, taught, config, dist):
+def kl_to_teacher(student, teacher, start):
     """KL(student ‖ teacher) in nats per token, of one answer of the student to each of 200 test problems."""
-    prompts, ref_prompts = ([encode_prompt(tokenizer, p) for p in some["test"][:200]] for some in (problems, taught))
-    sizes = config.max_new_tokens, dist, config.seed
-    return sampled_kl(student, teacher, tokenizer, prompts, *sizes, ref_prompts=ref_prompts)
+    views = start.problems, start.teacher_problems
+    prompts, ref_prompts = ([encode_prompt(start.tokenizer, p) for p in view["test"][:200]] for view in views)
+    sizes = start.config.max_new_tokens, start.dist, start.config.seed
+    return sampled_kl(student, teacher, start.tokenizer, prompts, *sizes, ref_prompts=ref_prompts)
 
 
-def measure_both(run, teacher, problems, taught, init):
+def measure_both(run, start):
     """Before the first step: what `measure_start` does, and `run.state.teacher`: the teacher's test figures, and the
-    student's "kl" to it. A resumed run knows them."""
-    measure_start(run, problems, init)
+    student's "kl" to it. A resumed run knows them. start: `support.distill_run.Start`."""
+    measure_start(run, start.problems, start.init)
+    teacher = start.teacher
     if run.state.teacher is None:
-        kl = kl_to_teacher(run.model, teacher, run.tokenizer, problems, taught, run.config, run.dist)
-        run.state.teacher = measure_test(teacher, run.tokenizer, taught, run.config, run.dist) | {"kl": kl}
+        kl = kl_to_teacher(run.model, teacher, start)
+        figures = measure_test(teacher, run.tokenizer, start.teacher_problems, run.config, run.dist)
+        run.state.teacher = figures | {"kl": kl}
     if run.dist.is_main:
         print(f"the teacher: {teacher.num_params():,} parameters, test accuracy {run.state.teacher['accuracy']:.1%}")
 
 
-def measure_student(run, teacher, problems, taught, init):
+def measure_student(run, start):
     """After the last step, of best/: what `measure_end` returns, and "teacher" (its test figures), "teacher_kl" and
     "teacher_kl_before" (nats per token), "closed" (the share of the accuracy that the student lacked) and "tokens", how
     many it was trained on."""
-    figures = measure_end(run, problems, init)
-    student, tokenizer, _ = open_checkpoint(run.path, run.dist.device)
-    teacher = student if run.config.teacher == "self" else teacher
-    kl = kl_to_teacher(student, teacher, tokenizer, problems, taught, run.config, run.dist)
+    figures = measure_end(run, start.problems, start.init)
+    student, _, _ = open_checkpoint(run.path, run.dist.device)
+    kl = kl_to_teacher(student, student if run.config.teacher == "self" else start.teacher, start)
     before, after, best = (f["accuracy"] for f in (figures["before"], figures["after"], run.state.teacher))
     closed = (after - before) / (best - before) if best > before else math.nan
     figures |= {"teacher": run.state.teacher, "teacher_kl": kl, "teacher_kl_before": run.state.teacher["kl"]}

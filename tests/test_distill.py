@@ -31,7 +31,7 @@ from generate import generate
 from grpo import grpo_loss
 from lora import LoraConfig
 from sft import sft_loss
-from support import devices, runs, sft_start, taught, teachers, verified
+from support import devices, distill_run, runs, sft_start, taught, teachers, verified
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
 from support.sampled_kl import sampled_kl
@@ -816,8 +816,8 @@ def test_both_starts_are_made_once_and_the_student_is_half_as_wide(scratch, monk
 def test_a_run_with_no_flags_takes_both(scratch, monkeypatch, folder):
     """A task of 300 questions stands in for the built-in one."""
     row = TASKS["word"]
-    monkeypatch.setattr(distill, "student_start", lambda *_: str(folder / "start"))
-    monkeypatch.setattr(distill, "teacher_start", lambda *_: str(folder / "teacher"))
+    monkeypatch.setattr(distill_run, "student_start", lambda *_: str(folder / "start"))
+    monkeypatch.setattr(distill_run, "teacher_start", lambda *_: str(folder / "teacher"))
     few = {k: v for k, v in SMALL.items() if k not in ("init", "teacher", "data", "prompts", "rollouts", "micro_batch")}
     distill.main(Config(**(few | dict(steps=1, max_new_tokens=2))))
     assert Config().micro_batch == row.micro_batch

@@ -1,4 +1,4 @@
-r"""Agents: a policy that calls tools while it answers; several turns, one reward (the mask: ReTool, arXiv:2504.11536).
+"""Agents: a policy that calls tools while it answers; several turns, one reward (the mask: ReTool, arXiv:2504.11536).
 
 The policy writes an expression, a calculator replies inside the same row of tokens, and the policy goes on:
 
@@ -11,9 +11,9 @@ y_t, 0 where a tool wrote it:
     ∇log p(y)    = Σ_t m_t ∇log π(y_t | q, y_<t)                                  because ∇P = 0
     ∇E[r(y)]     = E[(r(y) − c) Σ_t m_t ∇log π(y_t | q, y_<t)]                    any c that does not see y
 
-So this is grpo.py with the mask m: loss, ratio, clip, KL and |y| are those of the policy's tokens. Attention sees all
-tokens, and --max_new_tokens counts them all. A trajectory is one answer, however many turns it has: it earns one
-reward, has one advantage, and counts once in the statistics of its group.
+So this is grpo.py with the mask m: loss, ratio, clip, KL and |y| are those of the policy's tokens. (ReTool has the same
+mask in PPO, and runs code.) Attention sees all tokens, and --max_new_tokens counts them all. A trajectory is one
+answer, however many turns it has: it earns one reward, has one advantage, and counts once in its group's statistics.
 
 One step, for one process (main has the same parts; the loss and the advantages are grpo.py's):
 
@@ -21,41 +21,41 @@ One step, for one process (main has the same parts; the loss and the advantages 
         if queue: token = queue.pop(0)               a tool is replying: mask False
         else:     token = sample(π)                  mask True
                   if the policy's text now ends with a call:
-                      queue = encode(tool(argument) + ">>")      ids, never decoded and encoded again
+                      queue = encode(reply_to(tools, text))      ids, never decoded and encoded again
     batch   = ids, mask, log π_old                   (N·R, T) each, T with the tools' tokens
-              and the rewards of each answer         (N, R, 2)                                               2. judge
+    rewards = paid_rewards(batch)                    (N, R, 2) of whole trajectories                         2. judge
     A       = group_advantages(rewards · weights)    (N, R) one per trajectory                               3. compare
-    for minibatch in minibatches:                                                                            4. update
-        logprobs = shared_answer_logprobs(pieces)    of all tokens of b answers (b, T)
-        loss     = grpo_loss(logprobs, old, A, mask, ref)
-        backward, clip the gradient's norm, optimizer step
+    for minibatch in minibatches_of(batch, mask):                                                            4. update
+        for piece in minibatch:                      b answers
+            logprobs = shared_answer_logprobs(model, piece)      of all tokens, whoever wrote them (b, T)
+            loss     = grpo_loss(logprobs, old, A, mask, ref)    old, ref: log π_old, log π_ref
+            backward
+        clip the gradient's norm, optimizer step
     log; every so often answer validation questions, with the tools                                          5. look
 
-The defaults run it on stories with numbers of up to four digits, in two or three steps (LARGE_TASK). Without
---init the script makes its own start: a short pretraining on such stories, then SFT on 300 demonstrations of calls, in
-which the calculator's tokens have no loss either, until half of the answers are right or 200 steps are over. Some of
-grpo.py's options are refused (support/calls_start.py lists them).
+The defaults: 16 questions × 8 answers, β = 0.1, stories with numbers of up to four digits, in two or three steps; the
+start is pretrained on them, then fine-tuned on 300 demonstrations of calls, the tools' tokens without a loss there too,
+until half of the answers are right (at most 200 steps). support/calls_start.py refuses some of grpo.py's options.
 
 Traps:
   * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). π did not choose them:
     with their ∇log π in the sum the gradient is another one (`demo`, results/tools.md).
-  * Decode, append, encode. A text has many lists of ids, and encoding it gives one of them, perhaps not the sampled
-    one: then ρ compares log-probabilities of different tokens. A merge may reach across a reply's end (`demo`).
+  * Decode, append, encode. Many lists of ids make the same text, and encoding it gives one of them, perhaps not the
+    sampled one: then ρ compares log-probabilities of different tokens. A merge may reach across a reply's end (`demo`).
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.
-  * A call or an answer that the length limit cuts off stays so, and the trajectory is scored as it stands. To leave it
-    out would hide from the policy what its length costs.
-  * A call ends with its last token. Where the tokenizer has one for `=⏎`, say, a call that ends with it is never seen.
+  * What the length limit cuts off, a call too, is scored as it stands: left out, its length would cost nothing.
+  * A call is seen only where a token ends: not at all where its `=` is part of a longer token, such as `=⏎`.
   * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. What it is
-    asked comes from a policy: its function must stand any text, so no `eval`.
+    asked comes from a policy: its function must survive any text, so no `eval`.
 
 Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime let other
-rows go on). Tools of your own, such as `prices` in `demo`: --tools '[own:prices,calculator]' takes `prices` from
-own.py. Where two patterns fit, the first tool replies.
+rows go on). Where two patterns fit, the first tool replies.
 
 Run it:
     python agent.py --demo                                             # masks and gradients by hand
     python agent.py                                                    # from nothing, minutes on two CPU cores
     python agent.py --tools '[]' --name alone                          # the same problems without a tool
+    python agent.py --tools '[own:prices,calculator]'                  # `prices` in own.py, a Tool as in `demo`
     python agent.py --config configs/gsm8k_agent_smollm2.yaml          # GSM8K, whose solutions show calls
 """
 
@@ -129,9 +129,8 @@ class Calls:
         newest = ids.tolist()
         for row in live.nonzero().flatten().tolist():
             if self.forced[row] < 0:  # the newest token was sampled
-                ids = self.since_reply[row]
-                ids.append(newest[row])
-                text = self.tokenizer.decode_answer(ids)  # of all of them: a letter may be spread over two
+                self.since_reply[row].append(newest[row])
+                text = self.tokenizer.decode_answer(self.since_reply[row])  # of all: a letter may be spread over two
                 if (reply := reply_to(self.tools, text)) is not None:
                     self.replies.append(reply)
                     self.queue[row], self.since_reply[row] = self.tokenizer.encode(reply), []
@@ -165,13 +164,13 @@ def demo():
     tokenizer, texts = ByteTokenizer(), ["<<price of kite=A kite: 12.", "<<3*(4=?<<3*4=12."]  # an id is a letter
     calls, live = Calls([prices, TOOLS["calculator"]], tokenizer, 2), torch.tensor([True, True])
     sampled = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]  # what the policy is going to sample
-    rows, masks, given = [[], []], ["", ""], [-1, -1]
+    rows, masks, forced = [[], []], ["", ""], [-1, -1]
     while live.any():  # as `generate` does
         for row in live.nonzero().flatten().tolist():
-            rows[row].append(sampled[row].pop(0) if given[row] < 0 else given[row])
-            masks[row] += "1" if given[row] < 0 else "0"
+            rows[row].append(sampled[row].pop(0) if forced[row] < 0 else forced[row])
+            masks[row] += "1" if forced[row] < 0 else "0"
         newest = torch.tensor([ids[-1] for ids in rows])
-        given, live = calls(newest, live).tolist(), live & (newest != tokenizer.im_end_id)
+        forced, live = calls(newest, live).tolist(), live & (newest != tokenizer.im_end_id)
     shown = ["".join("∎" if i == tokenizer.im_end_id else chr(i) for i in ids) for ids in rows]
     assert shown == ["<<price of kite=12>>A kite: 12.∎", "<<3*(4=error: a ( without its )>>?<<3*4=12>>12.∎"]
     assert masks == ["1" * 16 + "0" * 4 + "1" * 12, "1" * 7 + "0" * 26 + "1" * 7 + "0" * 4 + "1" * 4]
@@ -188,11 +187,12 @@ def demo():
     # if the tool replied 1 and the policy wrote 1.
     P = torch.tensor([[1 / 4, 3 / 4], [3 / 4, 1 / 4]])  # (call, reply)
     logits = [torch.zeros(shape, requires_grad=True) for shape in ((2,), (2, 2), (2, 2, 2))]  # of each token, all π = ½
-    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: what π thinks that the tool will reply
+    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: π of what the tool writes; p has P there
     i, j, k = torch.tensor(list(itertools.product((0, 1), repeat=3))).T  # (8,) each: all trajectories
     logprobs = torch.stack([call[i], guess[i, j], last[i, j, k]], dim=1)  # (8, 3)
     p, r = (call[i] + last[i, j, k]).exp() * P[i, j], (j * k).float()  # (8,) their probabilities, and rewards
     exact = torch.autograd.grad((p * r).sum(), (logits[0], logits[2]), retain_graph=True)
+    assert exact[0].tolist() == [1 / 16, -1 / 16]  # π(a) (E[r | a] − E[r]) = ½ (3/8 − 1/4)
     print("call a or b, a reply, write 0 or 1: the gradient of E[r] = 1/4, and what the loss makes of it")
     print(f"  {'by the logit of':<24}call a   the tool's 1 after a\n  {'exact':<24}{exact[0][0]:+.4f}  {0:+.4f}")
     for name, mask, wrong in (("m = 1 0 1", [1, 0, 1], 0.0), ("all tokens", [1, 1, 1], 1 / 16)):
@@ -202,7 +202,7 @@ def demo():
         of_call, of_guess, of_last = (-g for g in torch.autograd.grad(loss, logits, retain_graph=True))
         torch.testing.assert_close([of_call, of_last], list(exact))
         torch.testing.assert_close(of_guess[0, 1], torch.tensor(wrong))
-        print(f"  {'−∇loss, ' + name:<24}{of_call[0]:+.4f}  {of_guess[0, 1]:+.4f}")
+        print(f"  {'−∇loss, ' + name:<24}{of_call[0]:+.4f}  {of_guess[0, 1] + 0.0:+.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

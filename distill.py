@@ -49,7 +49,7 @@ self-distillation, LoRA.
 
 Self-distillation (arXiv:2601.19897): --teacher self is the student as it is now, with a longer prompt. --teacher_sees
 example puts a worked example before the question (another training problem, solved), solution this problem's own. What
-the student knows with it, it learns to know without. For a teacher that does not move: --teacher with the path of --init.
+the student knows with it, it learns to know without. A teacher that does not move: --teacher with the path of --init.
 
 Traps:
   * The jump at the ends. D goes to 0 as β does, like β KL(p ‖ π), and likewise at 1 (`demo`): at β = 0.01 the gradient

@@ -17,28 +17,28 @@ With exact steps J cannot fall; with samples and a few steps that holds only nea
 A step below divides by the weighted tokens of its own answers and not by N: about the same direction, and the step does
 not shrink when few answers are right.
 
-At the first step of a round, where π = π_k, −∇L is a policy gradient. The expected −∇ of one problem's term, over the
-R random samples:
+At the first step of a round, where π = π_k, −∇L is a policy gradient. ∇p = Σ_right π(y) ∇log π(y), so the ∇log π of a
+right sample is ∇p / p in the mean, and one problem's term gives, in the mean over its R samples:
 
-    weight 1/K_x   ∇p (1 + (1 − p) + … + (1 − p)^(R−1))        MaxRL of order R (arXiv:2602.02710); for large R ∇log p
-    weight 1/R     ∇p                                          REINFORCE, the reward 1 if right, else 0
+    weight 1/K_x   P(K_x > 0) ∇p / p = ∇p (1 + (1 − p) + … + (1 − p)^(R−1))      MaxRL of order R (arXiv:2602.02710)
+    weight 1/R     E[K_x / R] ∇p / p = ∇p                                        REINFORCE, reward 1 if right, else 0
 
-The first is also what grpo.py --algorithm maxrl --baseline none --format_weight 0 computes; the second is --weigh
-answer, up to the divisor. Both need --distinct false and no --max_per_problem: EM counts an answer as often as it was
-sampled, so frequent ones grow. The default keeps one of several equal answers: each distinct one weighs the same.
+The first, ∇log p for large R, is also what grpo.py --algorithm maxrl --baseline none --format_weight 0 computes; the
+second is --weigh answer, up to the divisor. Both need --distinct false and no --max_per_problem: EM counts an answer as
+often as it was sampled, so frequent ones grow. By default each distinct right answer to a problem weighs the same.
 
 The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. One round, of
 N = --prompts problems with R = --rollouts answers each (main has the same four parts):
 
     groups = judged_answers(sample, k)      N times R answers of π_k: ids, right?, ended?                    1. sample
-    kept   = [(prompt, answer, w), …]       right, complete, no copies. w = 1 / K_x (--weigh problem):       2. keep
-                                            a problem with 8 right answers counts as much as one with 1
+    kept   = keep_round(groups)             (prompt, answer, w = 1 / K_x): right, complete, no copies        2. keep
     --round_steps times, for the next B = --batch of kept:        reshuffled each epoch; B counts all ranks  3. tune
-        n = Σ w |y|                         computed before splitting into ranks and micro-batches
-        tokens, mask = collate(micro)       w on the answer's tokens, 0 on the prompt's      (b, T) each
-        logprobs = token_logprobs(model, tokens)                                             (b, T − 1)
-        loss = −Σ mask[:, 1:] · logprobs / n                   sft_loss: L of these B, with n in place of N   ()
-        backward, clip the gradient's norm, optimizer step
+        n_tokens = Σ w |y|                  before the cut into ranks and micro-batches
+        for micro in micro_batches(batch):  tokens, mask: w on the answer's tokens, 0 on the prompt's   (b, T) each
+            logprobs = token_logprobs(model, tokens)                                                    (b, T − 1)
+            loss     = sft_loss(logprobs, mask[:, 1:], n_tokens)     −Σ mask · logprobs / n_tokens      ()
+            backward
+        clip the gradient's norm, optimizer step
     log; every so often answer validation problems, keep the best checkpoint                                 4. look
 
 Traps:
@@ -125,13 +125,13 @@ def demo():
     for R, weight in itertools.product((2, 4), ("1/K", "1/R")):
         mean = torch.zeros(3, dtype=torch.float64)  # of −∇L
         for group in itertools.product(range(3), repeat=R):  # 3^R groups
-            ids = [y for y in group if right[y]]  # K of them
-            w = 1 / max(1, len(ids)) if weight == "1/K" else 1 / R
-            mask = torch.full((len(ids), 1), w)  # (K, 1) tokens
-            logprobs = logits.log_softmax(0)[ids, None]  # (K, 1)
+            answers = [y for y in group if right[y]]  # K of them
+            w = 1 / max(1, len(answers)) if weight == "1/K" else 1 / R
+            mask = torch.full((len(answers), 1), w)  # (K, 1) tokens
+            logprobs = logits.log_softmax(0)[answers, None]  # (K, 1)
             loss, _ = sft_loss(logprobs, mask, n_tokens=1)  # of N = 1 problem
             mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
-        factor = sum((1 - p) ** j for j in range(R)) if weight == "1/K" else 1.0
+        factor = (1 - (1 - p) ** R) / p if weight == "1/K" else 1.0  # P(K > 0) / p, E[K / R] / p
         torch.testing.assert_close(mean, factor * grad_p)
         print(f"  R = {R}, weight {weight}   {factor:.3f} ∇p = {', '.join(f'{g:+.4f}' for g in mean)}")
     q = pi * right / p

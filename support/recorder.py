@@ -172,11 +172,12 @@ class Recorder:
 
     def examples(self, own, n):
         """Some of this rank's examples of an SFT step, (ids, flags) each, n the sum of the step's flags; and the
-        solutions of the watched problems."""
+        solutions of the watched problems, as far as the context holds them."""
         if not self.begin():
             return
-        chosen = [own[i] for i in spread(len(own), self.config.record_groups)]
+        chosen, room = [own[i] for i in spread(len(own), self.config.record_groups)], self.run.model.config.context
         watched = [self.run.tokenizer.encode_chat(chat(problem)) for problem in self.watched]
+        watched = [(ids[:room], flags[:room]) for ids, flags in watched]
         groups, prompts = [], []
         for k, (ids, flags) in enumerate([*chosen, *watched]):
             first = next((i for i, flag in enumerate(flags) if flag and i), len(ids) - 1)  # before it, all is masked

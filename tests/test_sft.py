@@ -527,6 +527,23 @@ def test_the_validation_loss_is_cross_entropy_over_the_answers_of_the_validation
     assert metrics("runs/sft", "valid_loss") == {2: pytest.approx(total / count, abs=1e-5)}
 
 
+@pytest.mark.parametrize("unusable", ["too long", "weight 0"])
+def test_without_a_usable_validation_solution_there_is_no_held_out_loss(here, capsys, unusable):
+    records = []
+    for i in range(100):
+        valid, prompt = split_of(f"{i} + 1?") == "valid", f"{i} + 1?"
+        text = "so " * 200 if valid and unusable == "too long" else ""
+        rating = 1 if valid and unusable == "weight 0" else 5
+        records.append({"prompt": prompt, "response": f"{text}\n#### {i + 1}", "rating": rating})
+    Path("rated.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    sft.main(config(data="rated.jsonl", min_rating=1.0, steps=2))
+    out = capsys.readouterr().out
+    assert "of 4 validation solutions have no held-out loss" in out
+    assert "held out" not in out
+    assert metrics("runs/sft", "valid_loss") == {}
+    assert len(metrics("runs/sft", "accuracy")) == 1
+
+
 def test_a_sweep_goes_on_after_a_rate_that_diverges(here, capsys):
     hot = dict(optimizer="adamw", clip=0.0, steps=3, dtype="fp32")
     result = sft.main(config(sweep=[9e5, 1e-3], **hot))

@@ -23,7 +23,8 @@ One step, for B examples, of which b rows of up to T tokens go through the model
                      backward(loss · world)                   gradients add up over micro-batches; DDP and FSDP
                                                               average them over the ranks, world makes it a sum
     3. update    clip ‖g‖; lr = lr_at(step); optimizer step
-    4. look      log; every --eval_every steps answer validation problems, keep the best checkpoint; validation_loss
+    4. look      log; every --eval_every steps answer validation problems, and take validation_loss on their solutions;
+                 the checkpoint that answers best is kept
 
 The defaults run 200 such steps of 64 worked solutions, or stop at 100 % on the validation split: shuffled, padded, all
 weights trained, Muon and AdamW, a learning rate of 2e-3 after 10 steps of warm-up, down a cosine to a tenth. Off:
@@ -31,8 +32,8 @@ packing, curricula, ratings, LoRA, dropout, a sweep of learning rates. A mixture
 neither pretrain.py's balancing loss nor its move of the biases. The test split is read once, at the end (evaluate.py).
 The paper (C.1, up to 6 B parameters): --optimizer adamw --lr 9.65e-6 --warmup 0 --batch 32 --dropout 0.2, 16 epochs.
 
-What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where that turns up while the
-other falls on, the model learns its examples by heart. Its answers may improve all the same (in the paper it turned
+What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where that rises while the
+other still falls, the model learns its examples by heart. Its answers may improve all the same (in the paper it turned
 after one epoch of 16), so they choose the checkpoint: there by a reward model's score, here by accuracy or F1.
 
 Traps:
@@ -171,10 +172,10 @@ def validation_loss(model, examples, pad, micro_batch, autocast):
     model.eval()
     device, total = next(model.parameters()).device, 0.0
     for i in range(0, len(examples), micro_batch):
-        micro = collate(examples[i : i + micro_batch], pad).to(device)
+        micro = collate(examples[i : i + micro_batch], pad).to(device)  # (b, T)
         mask = micro.mask[:, 1:]
         with autocast():
-            logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)
+            logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)  # (b, T − 1)
         total += sft_loss(logprobs, mask, n_tokens=1)[1]["loss"]  # by 1: the sum
     return total / sum(sum(flags) for _, flags in examples)
 
@@ -340,7 +341,7 @@ def main(config, encode=encode_example, responder=None):
     recorder = Recorder(run, autocast, valid=problems["valid"])
     pad = tokenizer.endoftext_id
     valid_loss = partial(validation_loss, model, valid, pad, config.micro_batch, autocast)
-    look = Look(run, problems, valid_loss, responder and responder(tokenizer))
+    look = Look(run, problems, valid_loss if valid else None, responder and responder(tokenizer))
     if dist.is_main:
         print(
             f"{policy.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} "

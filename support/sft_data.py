@@ -31,8 +31,8 @@ def load_examples(config, dist):
 
 def encode_training(config, problems, tokenizer, context, dist, encode):
     """-> the problems, of "valid" and "test" those whose prompts leave room for an answer; the training examples that
-    fit the context, (ids, flags) each; those of the validation split; the difficulty of the training examples. encode:
-    `sft.encode_example`, or another."""
+    fit the context, (ids, flags) each; those of the validation split that fit and have a weight, perhaps none; the
+    difficulty of the training examples. encode: `sft.encode_example`, or another."""
     fitting, room = dict(problems), context - config.max_new_tokens
     for split in ("valid", "test"):
         lengths = [len(encode_prompt(tokenizer, p)) for p in problems[split]]
@@ -45,5 +45,8 @@ def encode_training(config, problems, tokenizer, context, dist, encode):
         same = f"all examples have {config.difficulty} {difficulties[0]}"
         raise ConfigError(f"--order {config.order}, but {same}; try --difficulty length")
     held_out = [encode(tokenizer, p, weighted) for p in fitting["valid"]]
-    held_out = drop_too_long(held_out, [len(ids) for ids, _ in held_out], context, "validation example", dist)
+    held_out = [(ids, flags) for ids, flags in held_out if len(ids) <= context and any(flags)]
+    if (without := len(fitting["valid"]) - len(held_out)) and dist.is_main:
+        which = f"{without} of {len(fitting['valid'])} validation solutions"
+        print(f"{which} have no held-out loss: longer than {context} tokens, or of weight 0")
     return fitting, [(ids, flags) for ids, flags, _ in examples], held_out, difficulties

@@ -11,8 +11,8 @@ from support.tables import metric_rows, sample_rows, text_table
 
 class Look:
     """What a run shows beside its steps: at_step() each, after(). problems: {"valid", "test"} at least. valid_loss: a
-    function that returns the loss on the validation split's solutions. respond: what answers the problems, as in
-    `evaluate`; None: the policy alone."""
+    function that returns the loss on the validation split's solutions, or None if there is none. respond: what answers
+    the problems, as in `evaluate`; None: the policy alone."""
 
     def __init__(self, run, problems, valid_loss, respond=None):
         self.run, self.problems, self.valid_loss, self.respond = run, problems, valid_loss, respond
@@ -27,10 +27,12 @@ class Look:
             with merged(run.model):  # LoRA's adapters, if any, are merged for the time of the evaluation
                 sizes = config.max_new_tokens, run.dist
                 result = evaluate(run.model, run.tokenizer, self.problems["valid"], *sizes, respond=self.respond)
-            record["valid_loss"] = self.valid_loss()
+            held_out = ""
+            if self.valid_loss:
+                record["valid_loss"] = self.valid_loss()
+                held_out = f", held out {record['valid_loss']:.3f}"
             add_figures(record, logged(result, "f1", "length") | {metric: result[metric]})
-            losses = f"loss {loss}, held out {record['valid_loss']:.3f}"
-            run.say(f"step {step}  {losses}  validation {metric} {result[metric]:.1%}")
+            run.say(f"step {step}  loss {loss}{held_out}  validation {metric} {result[metric]:.1%}")
             write_samples(run.log, step, result["samples"][:3])
             run.keep_best(result[metric])
         run.log(step, **record)

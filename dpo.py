@@ -372,7 +372,7 @@ def main(config):
         own_pairs = next_pairs(pairs["train"], step, config, dist, context)  # B / ranks
         z0 = None
         if kind.unpaired:  # one for the whole step, over all ranks; a forward pass more
-            z0 = reference_point(policy, own_pairs, pad, dist, autocast, start.model)
+            z0 = reference_point(policy, own_pairs, pad, dist, autocast, start.reference)
         recorder.pairs(own_pairs, z0)
         model.train()  # dropout; `reference_point` and the evaluations leave the policy in eval mode
         sums = Means()

@@ -381,7 +381,7 @@ def main(config):
     loss_of = LOSSES[config.loss]
     sampler = (policy, policy_tokenizer) if reports_samples else None
     look = Look(run, pairs, groups, sampler, autocast, loss_of, open_reward_model, best_of_n)
-    look.before(init)
+    look.before(init)  # the test split under the new head
 
     for step in run.steps():
         # 1. the batch: B pairs, of which this rank takes its share
@@ -424,7 +424,7 @@ def main(config):
         speed = config.batch / (time.perf_counter() - started)
         look.at_step(step, sums | {"lr": lr, "grad_norm": norm, "pairs_per_second": speed})
     run.close()
-    return look.after()  # the test split, once, with the checkpoint that the validation split chose
+    return look.after()  # the test split again, with the checkpoint that the validation split chose
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def fail(problem):
 def run_script(main, cls, description=None, demo=None, parse=None, without_flags=None):
     """The entry point of every script: main(config from the flags). Errors that the user can fix are printed as one
     line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main. parse() -> config,
-    instead of `parse_config` on `cls`. without_flags: where main cannot do without, the line that says so, printed
-    after the example."""
+    instead of `parse_config` on `cls`. without_flags: for a main that needs flags: without any, the example runs, and
+    then this line is printed."""
     if without_flags and len(sys.argv) == 1:
         run_demo(demo)
         print(f"\n{without_flags}")

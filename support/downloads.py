@@ -1,7 +1,8 @@
 """The data sets by name: where each of their files lies, and downloading it if it is missing.
 
 A file is looked for in $ALIGN_DATA (default `downloads/`). If it is not there, it is downloaded to that folder and its
-sha256 is checked. `find` gives the file, `refuse` ends it for a data set of another kind.
+sha256 is checked. For data.py and support/records.py: `find` gives the file, `refuse` raises if a data set has no such
+records, `part_of` says which of its files a split is in, and `none_left` is the error if a split is empty.
 """
 
 import hashlib

@@ -101,7 +101,7 @@ class Look:
         run.bar.set_postfix(loss=f"{record['loss']:.3f}", logp=logp, **self.on_bar, refresh=False)
 
     def after(self):
-        """The test split, once, with the checkpoint of the lowest validation loss."""
+        """The test split again, with the checkpoint of the lowest validation loss."""
         run = self.run
         policy, _, path = open_checkpoint(run.path, run.dist.device)
         before, after = run.state.before, self.measure(policy, "test")

@@ -37,9 +37,10 @@ class Start:
     autocast: object
     scaler: object
     init: str | Path  # the checkpoint,
-    policy: torch.nn.Module  # what is in it, with the adapters of --lora.rank,
+    policy: torch.nn.Module  # what is in it, with the adapters of --lora.rank
     tokenizer: object
-    model: torch.nn.Module | None  # and a frozen copy, on the CPU while it is not needed; with LoRA None
+    reference: torch.nn.Module | None  # a frozen copy without, on the CPU while it is not needed; None with LoRA:
+    # then z0 and the KL take the policy with its adapters off
 
 
 def open_start(config):
@@ -49,9 +50,9 @@ def open_start(config):
     autocast, scaler = precision(config.dtype, dist)
     init = config.init or sft_start(config, dist)
     policy, tokenizer, _ = open_checkpoint(init, dist.device, config.dropout)
-    model = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
+    reference = None if config.lora.rank else copy.deepcopy(policy).requires_grad_(False).eval().cpu()
     add_lora(policy, **asdict(config.lora), seed=config.seed)
-    return Start(config, began, dist, autocast, scaler, init, policy, tokenizer, model)
+    return Start(config, began, dist, autocast, scaler, init, policy, tokenizer, reference)
 
 
 def begin_run(start, pairs, problems, reads, variant, loss_of):
@@ -65,7 +66,7 @@ def begin_run(start, pairs, problems, reads, variant, loss_of):
     state |= {"best": math.inf, "lower_is_better": True}
     run = Run(c, dist, policy, start.tokenizer, optimizers, start.scaler, **state)
     keep_pairs(run, pairs)
-    look = Look(run, pairs, problems, start.model, autocast, variant, loss_of)
+    look = Look(run, pairs, problems, start.reference, autocast, variant, loss_of)
     look.before(start.init)
-    seen = {"valid": pairs["valid"], "reference": start.model or policy, "loss_of": loss_of}
+    seen = {"valid": pairs["valid"], "reference": start.reference or policy, "loss_of": loss_of}
     return run, look, Recorder(run, autocast, **seen)

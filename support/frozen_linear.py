@@ -11,9 +11,9 @@ from support.devices import in_float64
 class FrozenLinear(nn.Module):
     """Takes over the tensors of a Linear, not copies, and freezes them: `base_weight` (out, in), `bias` (out,) or None.
 
-    A subclass adds what is trained. Its `weight` is the merged weight, (out, in), and `reset()` lets what is trained do
-    nothing. `state_dict` holds the merged weight and the bias. `load_state_dict` takes such a plain state: it becomes
-    the frozen one, under an adapter that starts anew.
+    A subclass adds what is trained, the adapter. Its `weight` is the merged weight, (out, in), and `reset()` gives the
+    adapter a start that adds nothing. `state_dict` holds the merged weight and the bias. `load_state_dict` takes such a
+    plain state: it becomes the frozen one, and the adapter is reset.
     """
 
     def __init__(self, linear):

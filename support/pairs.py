@@ -82,8 +82,9 @@ def batch_of(pairs, pad, device, sides=None):
 
 
 def chunks(rows, sides=None, most=64, tokens=2**15):
-    """Split rows, sorted by length, for passes without gradient: at most `most` rows each, and at most `tokens` tokens
-    when each answer stands beside its prompt, padded to the longest of both. A single row may have more."""
+    """Rows in parts for passes without gradient, in their order: at most `most` rows each, and at most `tokens` tokens
+    when each answer stands beside its prompt, both padded to the longest. A single row may have more. Rows that are
+    sorted by length make fewer parts."""
     cut, prompt, answer = [], 0, 0
     for row in rows:
         names = sides or sides_of(row)
@@ -118,7 +119,7 @@ def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
     list on every rank), the share of right answers.
     """
     R, T, stop_ids = config.rollouts, config.max_new_tokens, tokenizer.stop_ids
-    chunks = list(enumerate(problems[i : i + 64] for i in range(0, len(problems), 64)))
+    numbered = list(enumerate(problems[i : i + 64] for i in range(0, len(problems), 64)))
 
     def work(own_chunks):
         """For each chunk (number, problems): its pairs, and the number of right answers."""
@@ -134,7 +135,7 @@ def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
             pairs = [(i, pair) for i in range(len(chunk)) for pair in pair_up(judged[i * R : (i + 1) * R], rng)]
             yield [row_of(prompts[i], *pair) for i, pair in pairs], sum(verdicts)
 
-    sampled = dist.split_work(chunks, work)
+    sampled = dist.split_work(numbered, work)
     return [pair for pairs, _ in sampled for pair in pairs], sum(right for _, right in sampled) / (len(problems) * R)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products in fp32 on AMD's CPUs.
+"""Matrix products in fp32 on AMD's CPUs, for every linear layer that a run trains (support/runs.py: `fast_linears`).
 
 torch multiplies fp32 matrices with Intel's MKL, which keeps to AVX2 on other makers' CPUs. oneDNN, which torch brings
 along too, uses what the CPU has: per core of an AMD EPYC with AVX-512, 240 instead of 105 GFLOP/s; where there is AVX2
@@ -14,15 +14,14 @@ from torch import nn
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 FEWEST_ROWS = 64  # below them oneDNN's start costs more than it saves
 
-
 # An AMD CPU, and a torch that has what `linear` needs; none of this has a public name.
-_IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
-_HAS_PRODUCT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
+HAS_PRODUCT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_is_faster():
     """Whether `linear` multiplies by oneDNN on this machine."""
-    return _IS_AMD and _HAS_PRODUCT
+    return IS_AMD and HAS_PRODUCT
 
 
 def onednn_product(x, weight, bias=None):

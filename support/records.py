@@ -446,7 +446,7 @@ def read_documents(name: str, split: str) -> list[str]:
 
 
 def read_problems(name: str, split: str, skip_bad: bool) -> list[dict]:
-    """The fields of data.Problem of each record of the file that has a split (`part_of`). skip_bad: as for
+    """The fields of data.Problem, of each record of the file that a split is in (`part_of`). skip_bad: as for
     `read_all`."""
     refuse(name, "problems")
     parse = partial(problem_fields, story="gsm8k" if name == "gsm8k" else "file")

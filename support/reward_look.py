@@ -62,7 +62,7 @@ class Look:
         run.bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{max(run.state.best, 0):.1%}")
 
     def after(self):
-        """The test split, once, with the checkpoint of the highest validation accuracy; the report."""
+        """The test split again, with the checkpoint of the highest validation accuracy; the report."""
         run, config, dist = self.run, self.run.config, self.run.dist
         judge, tokenizer, path = self.open_reward_model(run.path, dist.device)
         scores, by_kind = self.rank(judge, "test")

@@ -1,5 +1,5 @@
-"""What rejection.py does and does not teach: before its first step (`open_start`, `begin_run`); and of its rounds,
-which settings are refused, what is logged of one, how one begins from the start model, and its micro-batches.
+"""What rejection.py needs beside what it teaches: what comes before its first step (`open_start`, `begin_run`); and of
+its rounds, which settings are refused, what is logged of one, how one begins from the start model, its micro-batches.
 """
 
 import time

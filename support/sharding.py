@@ -122,7 +122,8 @@ def in_stacks(params, ahead, f):
     and treats each by itself. Those of one shape go through f together, at most STACK numbers.
 
     Under FSDP a rank holds some rows of each matrix, but f needs them all: every rank gathers the matrix, computes the
-    same, and keeps its own rows of the result. What `ahead` keeps of p stays cut as p is."""
+    same, and keeps its own rows of the result. What `ahead` stores, such as a momentum, stays
+    sharded as p is."""
     for group in same_shape_groups(params, STACK):
         updates = f(torch.stack([full_tensor(ahead(p)) for p in group]))  # (n, *shape)
         yield from ((p, shard_like(update, p)) for p, update in zip(group, updates, strict=True))

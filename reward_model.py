@@ -4,36 +4,39 @@ A decoder reads the prompt x and one answer y; a linear head turns the state at 
 the score r(x, y). In a pair, y_w was preferred to y_l. The Bradley-Terry model makes a probability of the scores, and
 training makes the pairs as likely as it can:
 
-    p(y_w beats y_l) = σ(r_w − r_l)                              σ(Δ) = 1 / (1 + e^−Δ)
+    p(y_w beats y_l) = e^r_w / (e^r_w + e^r_l) = σ(r_w − r_l)    σ(Δ) = 1 / (1 + e^−Δ)
     L                = −log σ(r_w − r_l)                         nats per pair; ln 2 where the scores are equal
-    dL/dr_w          = −σ(r_l − r_w) = −dL/dr_l                  near 0 once a pair is clear
+    dL/dr_w          = −σ(r_l − r_w) = −dL/dr_l                  = −(1 − p): near 0 once a pair is clear
 
-One step, for B pairs (main has the same four parts):
+One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 
-    1. batch     pairs = the next B of (x, y_w, y_l)             ids; each pair once per epoch
-    2. gradient  for each micro-batch of this rank's B / world:
-                     packed   = pack(pairs)                      x is read once, by both answers         (2b, T)
-                     states   = the decoder's, with --extra_layers new blocks on top                     (2b, T, C)
-                     scores   = head(states at the last token)   in fp32                                 (2b,)
-                     r_w, r_l = scores                                                                   (b,) each
-                     loss     = Σ [−log σ(r_w − r_l − margin) + centre · (r_w + r_l)²] / B               ()
-                     nll      = −Σ mean over y_w of log π(y_w) / B     from the same states              ()
-                     backward(loss + sft_weight · nll)           gradients add up, over micro-batches and ranks
-    3. update    clip ‖g‖; lr = lr_at(step); optimizer step
-    4. look      log; every --eval_every steps rank the validation pairs, keep the best checkpoint
+    batch = the step's B of groups["train"]                ids: (x, [y_w, y_l]), each once per epoch        1. batch
+    for each b of the rank's share:                                                                         2. gradient
+        packed = judge.pack(the b pairs)                   x is read once, by both answers of up to T tokens
+        scores, logprobs = judge.read(model, packed)                                                (2b,), (b,)
+            states   = the decoder's, with --extra_layers new blocks on top                         (2b, T, C)
+            scores   = head(states at the last token)      in fp32                                  (2b,)
+            logprobs = log π(y_w|x) / |y_w|                from the same states                     (b,)
+        r_w, r_l = scores                                                                           (b,) each
+        loss = Σ [−log σ(r_w − r_l − margin) + centre · (r_w + r_l)²] / B                           ()
+        nll  = −Σ logprobs / B                                                                      ()
+        (loss + sft_weight · nll).backward()               gradients add up, over micro-batches and ranks
+    clip the gradient's norm, optimizer step                                                                3. update
+    log; every --eval_every steps rank the validation pairs, keep the best checkpoint                       4. look
 
 The defaults run 600 steps of 64 pairs (Muon, lr 2e-3) with margin 0, centre 0.01, sft_weight 1 and two extra layers.
-The pairs are corrupted solutions, and the SFT model's own samples, judged by the verifier. Off: --loss hinge (max(0,
-margin − (r_w − r_l)), which stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs
-(--data).
+The pairs are corrupted solutions, and the SFT model's own samples, judged by the verifier. The loss alone is --centre 0
+--sft_weight 0 --extra_layers 0; with --optimizer adamw --lr 9e-6, for one epoch, it is the paper's, which takes all
+pairs of K = 4 to 9 ranked answers to a prompt into one batch. Off: --loss hinge (max(0, margin − (r_w − r_l)), which
+stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
 
 Traps:
-  * A score means nothing by itself: adding a constant to all leaves L as it is. centre (arXiv:2312.09244) pulls the
-    scores towards 0, where PPO's values start. This matters for ppo.py --normalise false: its default normalises.
+  * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
+    (arXiv:2312.09244) pulls the scores towards 0, where PPO's values start; ppo.py needs it with --normalise false.
   * A head on the last state learns slowly. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare. The
-    policy knows it (its log π ranks such pairs), but only its last layer, where it predicts the next token, shows it.
-    Hence the extra layers, which can compare, and the SFT loss of the chosen answers, which keeps what the decoder
-    knows (arXiv:2406.10216).
+    policy knows it, but as a prediction: its last state before the 9 says 8, and no layer is left to compare the two.
+    Hence the extra layers, and the SFT loss of the chosen answers, which keeps what the decoder knows
+    (arXiv:2406.10216).
   * PPO needs pairs of the policy's own samples: what a policy writes is wrong in other ways than a corrupted solution.
   * A reward model is a proxy. Best-of-n takes the answer with the highest score of n; where the truth falls while n
     grows, the proxy is over-optimised (arXiv:2210.10760; demo). The report shows this for n = 1 … 64, and beside it
@@ -48,11 +51,10 @@ Run it:
     torchrun --nproc_per_node 2 reward_model.py --init runs/sft --pairs sampled
 """
 
-import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -63,26 +65,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DEFAULT_TASK, TASKS, rows_at
-from optim import lr_at, make_optimizers, optimizer_step
+from data import rows_at
+from optim import lr_at, optimizer_step
 from support.checkpoints import resolve_checkpoint
 from support.checks import Amount, Count, FractionBelow1, Whole
 from support.cli import run_script
-from support.content import records_of, weights_of
-from support.devices import precision, setup
 from support.errors import CheckpointError
 from support.hf import load_decoder, one_label, open_safetensors, save_decoder
 from support.hf_bert import is_encoder
 from support.logprobs import target_logprobs
-from support.pretrained_start import text_start
 from support.reward_encoder import RewardEncoder
-from support.reward_look import Look
 from support.reward_report import ranked_rightly
-from support.reward_samples import fitting_groups, keep_pairs, kept_pairs, make_pairs
 from support.reward_samples import score_groups as score_groups  # offered here: ppo.py scores with it
-from support.reward_setup import check_room, fill_in, open_models
-from support.runs import Run, RunConfig, run_path
-from support.sft_start import sft_start
+from support.reward_setup import RewardPairFlags, begin_run, fill_in
+from support.sharding import averaging
 from support.shared_prompt import pack
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer
@@ -92,9 +88,9 @@ from transformer import Transformer
 
 
 def bradley_terry_loss(chosen, rejected, margin=None, *, centre=0.0, n_pairs=None):
-    """Scores (B,) each -> (loss, metrics): the mean of −log σ(chosen − rejected − margin).
+    """Scores (b,) each -> (loss, metrics): the mean of −log σ(chosen − rejected − margin).
 
-    margin: None, a number or (B,). centre: weight of (chosen + rejected)², which is added to the loss but not to the
+    margin: None, a number or (b,). centre: weight of (chosen + rejected)², which is added to the loss but not to the
     metric "loss", so that runs compare. n_pairs: the pairs of the whole optimizer step; default: of this batch.
     """
     gap = chosen - rejected
@@ -112,7 +108,8 @@ LOSSES = {"bradley_terry": bradley_terry_loss, "hinge": hinge_loss}
 
 
 def with_metrics(per_pair, gap, total, centre, n_pairs):
-    """The loss of each pair, and the difference and the sum of its scores, (B,) each -> (loss, metrics)."""
+    """The loss of each pair, and the difference and the sum of its scores, (b,) each -> (loss, metrics). The metric
+    "margin" is the mean gap, "score" the mean score."""
     n = n_pairs or len(gap)
     loss = per_pair.sum() / n
     metrics = {"loss": loss.item(), "accuracy": ranked_rightly(gap).mean().item()}
@@ -151,23 +148,25 @@ def demo():
         assert abs(r_w.grad.item() - slope) < 1e-6
         assert abs(r_l.grad.item() + slope) < 1e-6
         print(f"  {name:<34} loss {loss.item():.4f}    gradient {r_w.grad.item():+.2f} {r_l.grad.item():+.2f}")
-    r = torch.tensor([3.0, 1.0], requires_grad=True)
-    hinge, _ = hinge_loss(r[:1], r[1:], margin=1.0)  # ahead by 2: clear
-    centred, _ = hinge_loss(r[:1], r[1:], margin=1.0, centre=0.1)
-    (pull,) = torch.autograd.grad(centred, r)
-    assert hinge.item() == 0
-    assert abs(centred.item() - 0.1 * (3 + 1) ** 2) < 1e-6
-    torch.testing.assert_close(pull, torch.tensor([0.8, 0.8]))  # 2 · 0.1 · (3 + 1) in both: down, together
-    print(f"  3 and 1, hinge with margin 1       loss {hinge:.4f}    gradient +0.00 +0.00")
-    print(f"  … and centre 0.1 · (3 + 1)²        loss {centred:.4f}    gradient {pull[0]:+.2f} {pull[1]:+.2f}")
+    r = torch.tensor([3.0, 1.0], requires_grad=True)  # ahead by 2, more than the margin
+    for name, centre, by_hand, slope in (
+        ("3 and 1, hinge with margin 1", 0.0, 0.0, 0.0),
+        ("… and centre 0.1 · (3 + 1)²", 0.1, 1.6, 0.8),  # 2 · 0.1 · (3 + 1) in both: down, together
+    ):
+        loss, _ = hinge_loss(r[:1], r[1:], margin=1.0, centre=centre)
+        (gradient,) = torch.autograd.grad(loss, r)
+        torch.testing.assert_close(loss.item(), by_hand, atol=1e-6, rtol=0)
+        torch.testing.assert_close(gradient, torch.full((2,), slope))
+        print(f"  {name:<34} loss {loss.item():.4f}    gradient {gradient[0]:+.2f} {gradient[1]:+.2f}")
 
     scores, correct = np.array([[0.1, 0.5, 0.7, 0.9]]), np.array([[0.0, 0.0, 1.0, 0.0]])
-    by_score = best_of_n(scores, correct, (1, 2, 3, 4))
+    by_score, by_truth = (best_of_n(judge, correct, (1, 2, 3, 4)) for judge in (scores, correct))
     assert np.allclose(by_score, [1 / 4, 2 / 6, 1 / 4, 0])  # of the 6 choices of two, 2 have the right one on top
+    assert np.allclose(by_truth, [1 / 4, 3 / 6, 3 / 4, 1])  # 3 of the 6 have it
     print("best of n of four answers, the third in score is right, the highest score is wrong: a proxy over-optimised")
     print("  n                     1      2      3      4")
     print("  best by score    " + "".join(f"{x:>7.3f}" for x in by_score))
-    print("  best by truth    " + "".join(f"{x:>7.3f}" for x in (1 / 4, 2 / 4, 3 / 4, 1)))
+    print("  best by truth    " + "".join(f"{x:>7.3f}" for x in by_truth))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,33 +217,34 @@ class RewardModel(Transformer):
 
     @staticmethod
     def pack(groups, pad, device="cpu"):
-        """[(prompt ids, lists of answer ids), …] -> PackedAnswers on the device. Each answer gets one pad more: only
-        tokens that predict another one are packed, and the last token, at which the score is read, must be."""
+        """[(prompt ids, lists of answer ids), …] -> PackedAnswers on the device. Each answer gets one pad more:
+        `pack` leaves out an answer's last token, which predicts nothing, and here the score is read at it."""
         answers = [[[*answer, pad] for answer in group] for _, group in groups]
         return pack([prompt for prompt, _ in groups], answers, pad).to(device)
 
     @staticmethod
     def read(model, packed, with_logprobs=False):
-        """-> the score of each answer, (k,). with_logprobs: also the mean log π over the tokens of the first answer of
-        each of n groups, which must have equally many, (n,). `model` may be wrapped in DDP. Below, b is the number of
-        answers in a part of `packed`, not the b of the pseudo-code."""
+        """-> the score of each answer, (k,). with_logprobs: also the mean log π per token of the first answer of each
+        of n groups, which must have equally many, (n,). `model` may be wrapped in DDP. Below, m is the number of
+        answers in a part of `packed`."""
         n, k = len(packed.tokens), len(packed.lengths)
+        lengths = packed.lengths - 1  # (k,) without the pad that `pack` has added
 
         def first_answers(part):
             place = torch.arange(part.tokens.shape[1], device=part.rows.device)
-            in_answer = place < packed.lengths[part.rows, None] - 1  # (b, T), False at the pad that `pack` has added
-            first = part.rows % (k // n) == 0  # (b,) True for the first answer of each group, the chosen one
-            return {"targets": part.targets, "counted": in_answer & first[:, None]}  # (b, T) each
+            in_answer = place < lengths[part.rows, None]  # (m, T), False at the pad
+            first = part.rows % (k // n) == 0  # (m,) True for the first answer of each group, the chosen one
+            return {"targets": part.targets, "counted": in_answer & first[:, None]}  # (m, T) each
 
-        # Output t stands at the token before answer token t, so output L is at the last of L tokens.
         scores, logprobs = [], []
         options = first_answers if with_logprobs else None
         for part, out in zip(packed.parts, packed.outputs(model, options), strict=True):
-            L = packed.lengths[part.rows, None] - 1  # (b, 1); `pack` has added one pad
+            length = lengths[part.rows, None]  # (m, 1)
             if with_logprobs:
-                out, logs = out  # (b, T, 1), (b, T)
-                logprobs.append(logs.sum(1, keepdim=True) / L)  # (b, 1) mean per token, 0 for all but the first answers
-            scores.append(out.squeeze(-1).gather(1, L))  # (b, 1)
+                out, logs = out  # (m, T, 1), (m, T)
+                logprobs.append(logs.sum(1, keepdim=True) / length)  # (m, 1); 0 for all but the first answers
+            # Output t stands at the token before answer token t, so output |y| stands at the last of |y| tokens.
+            scores.append(out.squeeze(-1).gather(1, length))  # (m, 1)
         scores = packed.in_order(scores).squeeze(1).float()  # (k,)
         return (scores, packed.in_order(logprobs).view(n, -1)[:, 0]) if with_logprobs else scores
 
@@ -274,37 +274,13 @@ def open_reward_model(path, device="cpu", dropout=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The settings.
+# The settings. More flags: support/reward_setup.py (which pairs).
 
 
 @dataclass
-class Config(RunConfig):
-    """Train a reward model on pairs of answers. What every stage shares is in support/runs.py."""
+class Config(RewardPairFlags):
+    """Train a reward model on pairs of answers."""
 
-    data: str = DEFAULT_TASK
-    """The name of a task (default: built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt,
-    chosen, rejected."""
-    pairs: Literal["corrupted", "sampled", "both"] | None = None
-    """Pairs of a task: corrupted solutions, answers sampled from --init and judged by the verifier, or both; default:
-    both, or sampled for a task without corruptions."""
-    levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
-    n_pairs: Count | None = None
-    """Largest number of corrupted training pairs (sampled ones come on top), or of a file's; default: 12,000, or all of
-    a file's."""
-    max_tokens: Count | None = None
-    """Longest pair, its prompt and its longer answer, in tokens; longer ones are left out. Default: the model's
-    context."""
-    kinds: list[str] | None = None
-    """Kinds of errors in the corrupted training pairs; a kind named twice occurs twice as often. Default: all kinds,
-    and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
-    often."""
-    sample_problems: Count = 3000
-    """Training problems to sample pairs from."""
-    samples: Count = 8
-    """Answers sampled per problem."""
-    max_new_tokens: Count = 64
-    """Longest sampled answer, in tokens."""
     init: str | None = None
     """SFT checkpoint that the trunk starts from and that samples answers; default: one trained once into runs/start."""
     backbone: Literal["decoder", "encoder"] = "decoder"
@@ -351,37 +327,12 @@ class Config(RunConfig):
 
 def main(config):
     """Train; returns {"accuracy", "low", "high", "by_kind", "path"} on the test split, and the report's figures."""
-    dist = setup(config.device)
-    share = dist.per_rank("batch", config.batch)  # B / world: the pairs of a step on this rank
-    autocast, scaler = precision(config.dtype, dist)
-    # Bad names and empty splits raise here, before anything is made or sampled.
-    run_path(config)
-    all_pairs = None if config.data in TASKS else make_pairs(config, None, None, dist, autocast)
-    init = config.init or (sft_start if config.data in TASKS else text_start)(config, dist)
-    kind = RewardEncoder if config.backbone == "encoder" else RewardModel
-    judge, tokenizer, policy, policy_tokenizer = open_models(kind, config, init, dist)  # policy: the sampler, or None
-    pad = tokenizer.endoftext_id
-    reports_samples = policy is not None and config.best_of_problems > 0
-    if reports_samples:
-        check_room(config, judge, policy, tokenizer, policy_tokenizer)
-    if all_pairs is None:  # a resumed run reads the pairs of its first part: sampled again, they could be others
-        all_pairs = kept_pairs(config) or make_pairs(config, policy, policy_tokenizer, dist, autocast)
-    longest = min(judge.config.context, config.max_tokens or judge.config.context)
-    pairs, groups = fitting_groups(all_pairs, tokenizer, longest, dist)  # those of at most so many tokens
-
-    optimizers = make_optimizers(judge, config.optimizer, config.lr, config.weight_decay)
-    torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
-    reads = records_of(config.data, all_pairs) | weights_of(init, judge)
-    if policy is not None:
-        reads |= weights_of(config.sampler or init, policy)
-    run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads, before=None)
-    if config.data in TASKS and config.pairs != "corrupted":
-        keep_pairs(run, all_pairs)
+    kind, loss_of = RewardEncoder if config.backbone == "encoder" else RewardModel, LOSSES[config.loss]
+    # Samples and judges pairs, or reads them; puts the new head on the model from SFT; ranks the test pairs with it.
+    run, look, groups, autocast = begin_run(config, kind, loss_of, open_reward_model, best_of_n)
+    judge, dist, scaler, pad = run.model, run.dist, run.scaler, run.tokenizer.endoftext_id
+    share = dist.per_rank("batch", config.batch)  # B / ranks: the pairs of a step on this rank
     model = DistributedDataParallel(judge, broadcast_buffers=False) if dist.world > 1 else judge
-    loss_of = LOSSES[config.loss]
-    sampler = (policy, policy_tokenizer) if reports_samples else None
-    look = Look(run, pairs, groups, sampler, autocast, loss_of, open_reward_model, best_of_n)
-    look.before(init)  # the test split under the new head
 
     for step in run.steps():
         # 1. the batch: B pairs, of which this rank takes its share
@@ -395,9 +346,8 @@ def main(config):
         sums = {}
         for i in range(0, share, config.micro_batch):
             micro = own[i : i + config.micro_batch]
-            # DDP averages the gradients of the ranks in the last backward pass alone; * world makes the average a sum.
             last = i + config.micro_batch >= share
-            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+            with averaging(model, last):  # DDP averages over the ranks in the last backward alone; * world: a sum
                 nll = torch.zeros((), device=dist.device)
                 packed = judge.pack(micro, pad, dist.device)
                 with autocast():
@@ -417,7 +367,7 @@ def main(config):
 
         # 3. the update: clip, then a step of the optimizers
         lr = lr_at(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(judge, optimizers, scaler, autocast, lr, config.clip)
+        norm = optimizer_step(judge, run.optimizers, scaler, autocast, lr, config.clip)
         run.check_finite(lr, norm, loss=sums["loss"], nll_loss=sums["nll_loss"])
 
         # 4. look: log, and every so often rank the validation pairs, keep the best checkpoint

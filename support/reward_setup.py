@@ -1,12 +1,57 @@
-"""What a reward model's run needs before its first step: settings that were left out, the models."""
+"""What reward_model.py does before its first step and does not teach: the flags of its pairs and what was left out of
+the settings, the models, the run.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
 
 from data import DEFAULT_TASK, TASKS, load_problems
 from encoder import Encoder
+from optim import make_optimizers
 from support.checkpoints import open_checkpoint, resolve_checkpoint
+from support.checks import Count
+from support.content import records_of, weights_of
+from support.devices import precision, setup
 from support.encoder_start import check_order, open_encoder
 from support.errors import ConfigError
 from support.hf_bert import is_encoder
-from support.reward_samples import ids_of_answer, ids_of_prompt
+from support.pretrained_start import text_start
+from support.reward_look import Look
+from support.reward_samples import fitting_groups, ids_of_answer, ids_of_prompt, keep_pairs, kept_pairs, make_pairs
+from support.runs import Run, RunConfig, run_path
+from support.sft_start import sft_start
+
+
+@dataclass
+class RewardPairFlags(RunConfig):
+    """Which pairs, and how many."""
+
+    data: str = DEFAULT_TASK
+    """The name of a task (default: built-in problems), ultrafeedback, hh, style, or the path of a .jsonl of prompt,
+    chosen, rejected."""
+    pairs: Literal["corrupted", "sampled", "both"] | None = None
+    """Pairs of a task: corrupted solutions, answers sampled from --init and judged by the verifier, or both; default:
+    both, or sampled for a task without corruptions."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
+    n_pairs: Count | None = None
+    """Largest number of corrupted training pairs (sampled ones come on top), or of a file's; default: 12,000, or all of
+    a file's."""
+    max_tokens: Count | None = None
+    """Longest pair, its prompt and its longer answer, in tokens; longer ones are left out. Default: the model's
+    context."""
+    kinds: list[str] | None = None
+    """Kinds of errors in the corrupted training pairs; a kind named twice occurs twice as often. Default: all kinds,
+    and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
+    often."""
+    sample_problems: Count = 3000
+    """Training problems to sample pairs from."""
+    samples: Count = 8
+    """Answers sampled per problem."""
+    max_new_tokens: Count = 64
+    """Longest sampled answer, in tokens."""
 
 
 def fill_in(config):
@@ -50,6 +95,39 @@ def open_models(kind, config, init, dist):
     judge = kind.from_policy(trunk, config.dropout, config.seed, config.extra_layers).to(dist.device)
     judge.pad_id = tokenizer.endoftext_id
     return judge, tokenizer, policy, policy_tokenizer
+
+
+def begin_run(config, kind, loss_of, open_reward_model, best_of_n):
+    """-> Run, Look, the ids of each split's pairs (`fitting_groups`), autocast. kind: RewardModel or RewardEncoder;
+    loss_of: a row of LOSSES; the last two are functions of reward_model.py."""
+    dist = setup(config.device)
+    dist.per_rank("batch", config.batch)  # an error now, not after the pairs are sampled
+    autocast, scaler = precision(config.dtype, dist)
+    # Bad names and empty splits raise here, before anything is made or sampled.
+    run_path(config)
+    all_pairs = None if config.data in TASKS else make_pairs(config, None, None, dist, autocast)
+    init = config.init or (sft_start if config.data in TASKS else text_start)(config, dist)
+    judge, tokenizer, policy, policy_tokenizer = open_models(kind, config, init, dist)  # policy: the sampler, or None
+    reports_samples = policy is not None and config.best_of_problems > 0
+    if reports_samples:
+        check_room(config, judge, policy, tokenizer, policy_tokenizer)
+    if all_pairs is None:  # a resumed run reads the pairs of its first part: sampled again, they could be others
+        all_pairs = kept_pairs(config) or make_pairs(config, policy, policy_tokenizer, dist, autocast)
+    longest = min(judge.config.context, config.max_tokens or judge.config.context)
+    pairs, groups = fitting_groups(all_pairs, tokenizer, longest, dist)  # those of at most so many tokens
+
+    optimizers = make_optimizers(judge, config.optimizer, config.lr, config.weight_decay)
+    torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
+    reads = records_of(config.data, all_pairs) | weights_of(init, judge)
+    if policy is not None:
+        reads |= weights_of(config.sampler or init, policy)
+    run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads, before=None)
+    if config.data in TASKS and config.pairs != "corrupted":
+        keep_pairs(run, all_pairs)
+    sampler = (policy, policy_tokenizer) if reports_samples else None
+    look = Look(run, pairs, groups, sampler, autocast, loss_of, open_reward_model, best_of_n)
+    look.before(init)  # the test split under the new head
+    return run, look, groups, autocast
 
 
 def check_room(config, judge, policy, tokenizer, policy_tokenizer):

@@ -28,7 +28,7 @@ from reward_model import (
     open_reward_model,
     score_groups,
 )
-from support import devices, pretrained_start, reward_look, reward_report, reward_samples, runs
+from support import devices, pretrained_start, reward_look, reward_report, reward_samples, reward_setup, runs
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.reward_report import calibration, consistency, shaping
@@ -514,7 +514,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, back
         patch.setattr(runs, "Interrupt", StopAt2)
         with pytest.raises(SystemExit):
             reward_model.main(config(name="parts", **changes))
-    monkeypatch.setattr(reward_model, "make_pairs", None)  # the pairs are those of the first part, not sampled again
+    monkeypatch.setattr(reward_setup, "make_pairs", None)  # the pairs are those of the first part, not sampled again
     reward_model.main(config(name="parts", resume=True, **changes))
     for name in ("loss", "valid_loss", "valid_all"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name

@@ -8,7 +8,7 @@ are 0.2483, 0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.48 + 
 
 A query asks "which keys match me?", the softmax turns the scores into weights that sum to 1, and the output is the
 weighted mean of the values. If the numbers of q and k are independent, with mean 0 and variance 1, their dot product
-has variance D: the division by √D brings it back to 1. Without it the softmax saturates and its gradient vanishes.
+has variance D: the division by √D brings it back to 1.
 
 Letters: B rows (one sequence each), T queries, S keys, C width, H query heads, G key/value heads, D head width, W
 window, L layers. n: a token's position among the real tokens of its row (packed: of its document), from 0. Slot: its
@@ -16,18 +16,29 @@ place in the cache; in a KVCache pads take slots too.
 
 One layer, `Attention.forward`, for B rows of T new tokens:
 
-    q = x W_q                  cut into H heads                                 (B, T, C) -> (B, H, T, D)
-    k, v = x W_k, x W_v        cut into G heads                                 (B, T, C) -> (B, G, T, D) each
-    q, k = RMSNorm(q), RMSNorm(k)     each head by itself, if qk_norm
-    q, k = rotate(q), rotate(k)       by the token's position, if rope is given; values are not rotated
-    k, v = what the cache holds, then these; with no cache, these alone         (B, G, S, D) each
-    k, v = each of the G heads repeated for the H / G query heads that share it (B, H, S, D) each
-    scores = q kᵀ / √D,  −∞ where the mask is False                             (B, H, T, S)
-    weights = softmax(scores) over the S keys                                   (B, H, T, S), rows sum to 1
-    y = (weights v, heads side by side) W_o                                     (B, H, T, D) -> (B, T, C)
+    q = wq(x)                              cut into H heads                          (B, T, C) -> (B, H, T, D)
+    k, v = wk(x), wv(x)                    cut into G heads                          (B, T, C) -> (B, G, T, D) each
+    q, k = q_norm(q), k_norm(k)            if qk_norm: RMSNorm of each head by itself
+    q = apply_rope(q, cos, sin), k so too  if rope is given: rotated by the token's position; v is not
+    k, v = cache.update(layer, k, v)       what the cache holds, then these          (B, G, S, D) each; no cache: S = T
+    out = fast_attention(q, k, v, mask)    torch's kernels for naive_attention:      (B, H, T, D)
+        k = repeat_heads(k), v so too      one for each of H / G query heads         (B, H, S, D) each
+        scores = q kᵀ / √D                 −∞ where the mask is False                (B, H, T, S)
+        weights = softmax(scores)          over the S keys: rows sum to 1            (B, H, T, S)
+        out = weights v                                                              (B, H, T, D)
+    y = wo(out)                            the heads side by side                    (B, H, T, D) -> (B, T, C)
 
-`naive_attention` writes this out; the layer calls `fast_attention`, torch's fused kernels for the same. The same lines
-serve every use. Masks are boolean, True = visible; `length` counts what the cache has read before this call, with pads:
+The way back (dx is short for dL/dx; the softmax has ∂w_i/∂s_j = w_i (δ_ij − w_j)):
+
+    dv = weightsᵀ dout                     dv and dk summed over the query heads that share them
+    dweights = dout vᵀ                                                               (B, H, T, S)
+    dscores = weights ⊙ (dweights − Σ_S weights ⊙ dweights)                          (B, H, T, S), rows sum to 0
+    dq = dscores k / √D,  dk = dscoresᵀ q / √D
+
+Above, ∂out/∂score_s = w_s (v_s − out) = −3.12, −0.63, 3.75: a key whose value is above the mean gains. Where one
+weight is near 1, all are near 0: large scores stop learning. That is what √D (and qk_norm) prevents.
+
+The same lines serve every use. Masks are boolean, True = visible; `length`: tokens read before, pads too:
 
     use                  T   S                 mask                            cache
     training             T   T                 causal (T, T)                   none
@@ -44,16 +55,14 @@ serve every use. Masks are boolean, True = visible; `length` counts what the cac
 Any object with KVCache's `update` is a cache: support/shared_prompt.py trains through one.
 
     option          default  model's    what it changes (the model is transformer.py's)
-    n_kv_head, G    H        2 (H = 6)  W_k, W_v and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
+    n_kv_head, G    H        2 (H = 6)  wk, wv and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
                                         (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
     head_dim, D     C / H    32         the width of every head; H · D may differ from C
     qk_norm         False    True       bounds the scores by √D times the norms' gains: stable at high learning rates
                                         (Qwen3, arXiv:2505.09388)
-    bias            False    False      a bias in W_q, W_k, W_v and W_o
+    bias            False    False      a bias in wq, wk, wv and wo
     window, W       None     None       a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
     sinks           0        0          with a window: how many first tokens stay visible to all (arXiv:2309.17453)
-
-The default model runs full causal attention with RoPE. The attention weights have no dropout.
 
 Traps, the ones that bite most first:
 
@@ -77,8 +86,8 @@ A rolling cache stores each key rotated by its position in the text, so the outp
 window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in
 training; the price: every key must be rotated anew in every step.
 
-Simplified: no kernel of our own. FlexAttention, made for masks like a window's, has no backward pass on a CPU.
-benchmarks/attention.py measures all. Run: `python attention.py`.
+Simplified: no dropout on the weights, no kernel of our own (FlexAttention, made for masks like a window's, has no
+backward pass on a CPU). benchmarks/attention.py measures all. Run it: `python attention.py`.
 """
 
 import math
@@ -88,11 +97,12 @@ from torch import nn
 
 from norms import RMSNorm
 from positional import apply_rope
+from support.architecture import check_attention
 from support.attention_maps import attention_entropy, attention_weights
 from support.cache_rows import RowsOfKVCache, RowsOfRollingKVCache
 from support.devices import attention_dtype, cast_once
 from support.output import run_demo
-from support.rolling_cache import roll_rows
+from support.rolling_cache import check_sight, roll_rows
 from support.sdpa import banded_attention, sdpa
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -100,7 +110,7 @@ from support.sdpa import banded_attention, sdpa
 
 
 def naive_attention(q, k, v, mask=None):
-    """The formula. The layer computes the same by `fast_attention`, which is tested against this.
+    """The formula, for reading, for tests of `fast_attention`, and where the weights are wanted.
 
     q (B, H, T, D); k, v (B, G, S, D) with H a multiple of G; mask boolean, broadcastable to (B, H, T, S), True =
     visible. Returns the output (B, H, T, D) and the attention weights (B, H, T, S). The softmax runs in fp32 at least.
@@ -187,14 +197,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = n_head, n_kv_head or n_head
         self.head_dim = head_dim or width // n_head
-        if not head_dim and width % n_head:
-            raise ValueError(f"a width of {width} cannot be cut into {n_head} heads evenly; give head_dim")
-        if n_head % self.n_kv_head:
-            raise ValueError(f"{n_head} query heads cannot share {self.n_kv_head} key/value heads evenly")
-        if window is not None and window < 1:
-            raise ValueError(f"a window of {window} tokens would hide a query from itself; it must be at least 1")
-        if sinks < 0 or (sinks and window is None):
-            raise ValueError(f"sinks is {sinks}; it must be 0 or more, and sinks have no effect without a window")
+        check_attention(width, n_head, self.n_kv_head, head_dim, window, sinks)
         self.window, self.sinks = window, sinks
         self.wq = nn.Linear(width, n_head * self.head_dim, bias=bias)
         self.wk = nn.Linear(width, self.n_kv_head * self.head_dim, bias=bias)
@@ -216,7 +219,7 @@ class Attention(nn.Module):
         last_only: the output of the last token alone, (B, 1, C); the cache still gets the keys and values of all T.
         """
         (B, T, _), H, G, D = x.shape, self.n_head, self.n_kv_head, self.head_dim
-        x = cast_once(x)  # to autocast's dtype, for W_q, W_k and W_v together
+        x = cast_once(x)  # to autocast's dtype, for wq, wk and wv together
         q = self.wq(x[:, -1:] if last_only else x)  # (B, T_q, H·D): T_q is T, with last_only 1
         k, v = self.wk(x), self.wv(x)  # (B, T, G·D) each
         if attention_dtype(x) != x.dtype:  # on a CPU fp32 instead of bf16
@@ -231,7 +234,7 @@ class Attention(nn.Module):
 
         window = self.window
         if isinstance(cache, RollingKVCache):
-            cache.check(window, self.sinks)
+            check_sight(cache, window, self.sinks)
             window = window if cache.length == 0 else None  # later the slots, or roll's mask, leave out what it hides
             k, v, mask = cache.roll(layer, k, v, mask)  # (B, G, S, D) twice
         elif cache is not None:
@@ -253,22 +256,14 @@ class Attention(nn.Module):
 
 
 class KVCache(RowsOfKVCache):
-    """Keys and values of all layers, allocated once. `length` counts the slots in use, pads included. `update`
-    writes after them and returns views, never copies; the caller moves `length` once all layers have written. `repeat`
+    """Keys and values of all layers, allocated once. `length`: tokens read, pads included. `update` writes
+    after them and returns views, never copies; the caller moves `length` once all layers have written. `repeat`
     and `keep` of rows are in support/cache_rows.py."""
 
     def __init__(self, n_layer, batch, n_kv_head, max_len, head_dim, dtype=torch.float32, device=None):
         # keys and values of all layers in one tensor: support/fast_decode.py writes both of a layer at once
         self.store = torch.empty(n_layer, 2, batch, n_kv_head, max_len, head_dim, dtype=dtype, device=device)
         self.length = 0
-
-    @property
-    def keys(self):
-        return [store[0] for store in self.store]  # n_layer times (B, G, max_len, D)
-
-    @property
-    def values(self):
-        return [store[1] for store in self.store]
 
     def update(self, layer, k, v):
         """Append k and v, each (B, G, T, D), to a layer; returns all its keys and values, (B, G, length + T, D)."""
@@ -289,29 +284,22 @@ class RollingKVCache(RowsOfRollingKVCache):
     position."""
 
     def __init__(self, n_layer, batch, n_kv_head, window, head_dim, dtype=torch.float32, device=None, sinks=0):
-        self.window, self.sinks, self.length = window, sinks, 0  # length: columns read, pads included
+        self.window, self.sinks, self.length = window, sinks, 0  # length: tokens read, pads included
         self.pads = None  # (B,) how many tokens of each row are pads; None: none
         shape = (batch, n_kv_head, sinks + window, head_dim)
         # zeros, not empty: where one row has pads, a slot that is not filled yet is masked, and 0 · NaN is NaN
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
 
-    def check(self, window, sinks):
-        """ValueError for a layer with another window or other sinks."""
-        if (self.window, self.sinks) != (window, sinks):
-            raise ValueError(
-                f"the cache keeps {self.sinks} sinks and a window of {self.window}, the layer sees {sinks} and {window}"
-            )
-
     def slot(self, n):
         """Which slot token n goes into."""
         return n if n < self.sinks else self.sinks + (n - self.sinks) % self.window
 
-    def tokens(self, slots, newest):
-        """Which token each of the first `slots` slots holds if `newest` (B, 1) is the last: (B, slots), −1 for none.
+    def tokens(self, held, newest):
+        """Which token each of the first `held` slots holds if `newest` (B, 1) is the last: (B, held), −1 for none.
         Window 3, 1 sink, newest 7: [0, 7, 5, 6]."""
-        slot = torch.arange(slots, device=newest.device)  # (slots,)
-        ring = newest - (newest - slot) % self.window  # (B, slots): the last n ≤ newest with n ≡ slot (mod window)
+        slot = torch.arange(held, device=newest.device)  # (held,)
+        ring = newest - (newest - slot) % self.window  # (B, held): the last n ≤ newest with n ≡ slot (mod window)
         ring = ring.masked_fill(ring < self.sinks, -1)
         return torch.where(slot < self.sinks, slot.where(slot <= newest, -1), ring)
 
@@ -386,8 +374,14 @@ def demo():
     torch.testing.assert_close(out.flatten(), torch.tensor(outputs))
     torch.testing.assert_close(weights[0, 0], by_hand)
     torch.testing.assert_close(fast_attention(q, q, v), out)
+    rises = weights[0, 0, 2] * (v.flatten() - outputs[2])  # ∂output/∂score_s for token 2
+    torch.testing.assert_close(rises, torch.tensor([-3.116, -0.634, 3.750]), atol=1e-3, rtol=0)
+    query, k = q.clone().requires_grad_(), q
+    (dq,) = torch.autograd.grad(naive_attention(query, k, v)[0][0, 0, 2, 0], query)
+    torch.testing.assert_close(dq[0, 0, 2], rises @ k[0, 0] / math.sqrt(2))
     nats = ", ".join(f"{h:.3f}" for h in attention_entropy(weights)[0, 0].tolist())
     print(f"  naive_attention gives the same; entropies of the weights: {nats} nats (at most ln 1, ln 2, ln 3)")
+    print("  ∂output/∂score of token 2: " + ", ".join(f"{rise:.3f}" for rise in rises) + "; so too from autograd")
 
     masks = {
         "causal": causal_mask(8, 8),

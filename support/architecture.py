@@ -1,4 +1,5 @@
-"""Which architectures are possible: the checks of TransformerConfig (transformer.py) and of what builds on it."""
+"""Which architectures are possible: the checks of TransformerConfig (transformer.py), of what builds on it, and of a
+layer of attention.py that is built by itself."""
 
 from positional import rope_attention_factor, rope_frequencies
 from support.checks import check
@@ -31,3 +32,15 @@ def check_architecture(config):
         raise CheckpointError(f"n_expert_active is {c.n_expert_active}, but n_expert is only {c.n_expert}")
     if c.n_expert and c.moe_every > c.n_layer:
         raise CheckpointError(f"moe_every is {c.moe_every}: no block of {c.n_layer} would be a mixture")
+
+
+def check_attention(width, n_head, n_kv_head, head_dim, window, sinks):
+    """ValueError, one line, on what attention.Attention cannot be built from; head_dim None: width / n_head."""
+    if not head_dim and width % n_head:
+        raise ValueError(f"a width of {width} cannot be cut into {n_head} heads evenly; give head_dim")
+    if n_head % n_kv_head:
+        raise ValueError(f"{n_head} query heads cannot share {n_kv_head} key/value heads evenly")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} tokens would hide a query from itself; it must be at least 1")
+    if sinks < 0 or (sinks and window is None):
+        raise ValueError(f"sinks is {sinks}; it must be 0 or more, and sinks have no effect without a window")

@@ -7,6 +7,14 @@ import copy
 class RowsOfKVCache:
     """Of a cache whose `store` is (L, 2, B, G, max_len, D), filled up to `length`."""
 
+    @property
+    def keys(self):
+        return [store[0] for store in self.store]  # L times (B, G, max_len, D)
+
+    @property
+    def values(self):
+        return [store[1] for store in self.store]
+
     def repeat(self, repeats, max_len):
         """A cache with each row `repeats` times, and room for `max_len` tokens."""
         L, _, B, G, _, D = self.store.shape

@@ -64,3 +64,11 @@ def checked_pads(cache, mask, B, T):
             "a rolling cache takes no mask but padding_mask's, with all pads on the left, none after a real token"
         )
     return pads if pads.any() else None
+
+
+def check_sight(cache, window, sinks):
+    """ValueError for a layer with another window or other sinks than the cache keeps."""
+    if (cache.window, cache.sinks) != (window, sinks):
+        raise ValueError(
+            f"the cache keeps {cache.sinks} sinks and a window of {cache.window}, the layer sees {sinks} and {window}"
+        )

@@ -92,6 +92,21 @@ def test_naive_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: naive_attention(*x, causal_mask(3, 3))[0], (q, k, v))
 
 
+@pytest.mark.parametrize(("H", "G"), HEADS)
+def test_the_gradient_is_the_docstrings(H, G):
+    q, k, v = random(B, H, T, D, grad=True), random(B, G, S, D, grad=True), random(B, G, S, 3, grad=True)
+    out, weights = naive_attention(q, k, v, causal_mask(T, S))
+    dout = random(*out.shape)
+    repeated = [x.repeat_interleave(H // G, dim=1) for x in (k, v)]
+    dweights = dout @ repeated[1].mT
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+    dk, dv = dscores.mT @ q / math.sqrt(D), weights.mT @ dout
+    shared = [x.unflatten(1, (G, H // G)).sum(2) for x in (dk, dv)]
+    expected = (dscores @ repeated[0] / math.sqrt(D), *shared)
+    torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), dout), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(dscores.sum(-1), torch.zeros(B, H, T, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
 def test_causal_mask_sits_at_the_bottom_right():
     expected = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
     assert torch.equal(causal_mask(3, 5), expected)

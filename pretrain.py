@@ -5,27 +5,32 @@ makes the text as likely as it can, which is to make the mean of −log π as sm
 position, the token after it, and z (V,) the logits there, V the size of the vocabulary:
 
     L     = −(1/n) Σ log π(y | the window up to it)     nats per token, over all n targets of the optimizer step
-    dL/dz = (softmax(z) − onehot(y)) / n                for each target
+    dL/dz = (softmax(z) − onehot(y)) / n                as log π(y) = z_y − log Σ_v exp z_v, for each target
 
-One step, for B windows of T tokens (main has the same four parts):
+One step, for B windows of T tokens (main has the same four parts). A forward pass takes b of them, a micro-batch:
 
     1. batch     inputs, targets = batch_at(stream, step)   the next windows of a shuffled epoch, and the same
                                                             windows one token later                      (B, T) each
                  n = B · T                                  targets of the whole step, over micro-batches and ranks
-    2. gradient  for x, y in micro_batches:                 --micro_batch of this rank's B / world       (b, T) each
-                     logπ = model(x, targets=y)             ids → states (b, T, C) → log_softmax[y]      (b, T)
-                     nll  = −Σ logπ                         next_token_loss                              ()
+    2. gradient  for x, y in micro_batches:                 of this rank's B / world windows             (b, T) each
+                     nll = next_token_loss(model, x, y)     −Σ log π over ids → states (b, T, C) →
+                                                            log_softmax(z)[y] (b, T)                     ()
                      backward(nll / n · world)              gradients add up over micro-batches; DDP and FSDP
                                                             average them over the ranks, world makes it a sum
-    3. update    g  = g · min(1, clip / ‖g‖)                ‖g‖ over all weights; --clip 0 leaves g alone
-                 lr = lr_at(step)                           a line up, then a cosine down to --floor
-                 optimizer step                             Muon for the blocks' matrices, AdamW for the rest; then the
-                                                            biases of experts, with --model.balancing bias
-    4. look      log; every --eval_every steps validate, write a sample, keep the best checkpoint
+    3. update    lr = lr_at(step)                           a line up, then a cosine down to --floor
+                 optimizer_step(policy, lr, clip)           g ← g · min(1, clip / ‖g‖), ‖g‖ over all weights (--clip 0
+                                                            leaves g alone); Muon for the blocks' matrices, AdamW for
+                                                            the rest
+                 update_biases(policy)                      of experts, with --model.balancing bias
+    4. look      look.at_step(record)                       log; every --eval_every steps validate, write a sample,
+                                                            keep the best checkpoint
 
 The defaults run 400 such steps on built-in stories: B = 16, T = 256, V = 768, 1.7 M parameters, one micro-batch per
 step, one process, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the machine is built for it, else fp32.
-Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py).
+Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py). GPT's paper:
+--optimizer adamw --lr 2.5e-4 --warmup 2000 --floor 0 --weight_decay 0.01 --batch 64 --vocab_size 40478 and, each after
+--model., context 512, n_layer 12, n_head 12, n_kv_head 12, width 768, norm layer, norm_placement post, positions
+learned, activation gelu, bias true, qk_norm false, dropout 0.1.
 
 Which option changes what:
 
@@ -43,11 +48,11 @@ Traps:
     wherever one micro-batch is smaller than the others (demo).
   * Inputs and targets are shifted once, in batch_at. A second shift trains the model to predict two tokens ahead.
   * A window begins anywhere and may hold several stories. A target sees its own window alone, other stories in it
-    included (sft.py's packing masks these). Validation reads each story from its beginning where all fit, so its loss
-    is not the training loss on other text.
-  * The loss starts near log V. On fresh text it cannot, on average, get below the entropy, which is known for the
-    built-in stories (the dashed line in curves.png). L / log 2 / (bytes per token) is bits per byte: only that
-    compares tokenizers.
+    included (sft.py's packing masks these). Validation reads each story by itself, from its beginning, if every story
+    fits into T tokens: its loss is not the training loss on other text.
+  * The loss starts near log V, as the logits of random weights are all near 0. On fresh text it cannot, on average, get
+    below the entropy, which is known for the built-in stories (the dashed line in curves.png). L / log 2 / (bytes per
+    token) is bits per byte: only that compares tokenizers.
   * --optimizer adamw wants a lower learning rate than Muon (optim.py).
   * A loss or gradient that is not finite never reaches the weights or the experts' biases: the run stops, or, with
     --skip_nonfinite true, counts the step and goes on. (In fp16 an infinite gradient is the scaler's business, which
@@ -76,7 +81,6 @@ Run it:
     torchrun --nproc_per_node 8 --max-restarts 3 pretrain.py ...        # continues from last/ if a process dies
 """
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -99,7 +103,7 @@ from support.errors import ConfigError
 from support.expert_load import load_record
 from support.pretrain_report import Look
 from support.runs import Run, RunConfig, run_path
-from support.sharding import refuse_fsdp
+from support.sharding import averaging, refuse_fsdp
 from support.streams import make_streams
 from transformer import TransformerConfig
 
@@ -278,26 +282,21 @@ def main(config):
     for step in run.steps():
         # 1. the batch: B windows of T tokens, of which this rank reads its part
         started = time.perf_counter()
-        windows = batch_at(streams["train"], step, per_rank, context, config.seed, dist.rank, dist.world)
-        inputs, targets = (torch.from_numpy(ids).to(dist.device) for ids in windows)  # (B / world, T) each
+        batch = batch_at(streams["train"], step, per_rank, context, config.seed, dist.rank, dist.world)
+        inputs, targets = (torch.from_numpy(ids).to(dist.device) for ids in batch)  # (B / world, T) each
         n = config.batch * context  # targets of the whole step, over micro-batches and ranks
 
         # 2. the gradient: parts of it add up, over micro-batches and ranks
         nll_mean, balancing_mean = 0.0, 0.0  # over the n targets
         for i in range(0, per_rank, config.micro_batch):
             x, y = inputs[i : i + config.micro_batch], targets[i : i + config.micro_batch]  # (b, T) each
-            # The ranks exchange their gradients in the last backward pass alone.
             last = i + config.micro_batch >= per_rank
-            if config.fsdp:
-                policy.set_requires_gradient_sync(last)
-            ddp_waits = dist.world > 1 and not config.fsdp and not last
-            with model.no_sync() if ddp_waits else contextlib.nullcontext():
+            with averaging(model, last):  # DDP and FSDP average over the ranks in the last backward pass alone
                 with autocast():
                     nll = next_token_loss(model, x, y)  # (): a sum over this micro-batch
                     # The experts' balancing loss, a mean over this micro-batch, times its targets; 0 without.
                     balancing = y.numel() * balancing_loss(policy, config.aux_weight, config.z_weight)
-                # DDP and FSDP average over the ranks; * world makes the average a sum.
-                scaler.scale((nll + balancing) / n * dist.world).backward()
+                scaler.scale((nll + balancing) / n * dist.world).backward()  # * world makes the average a sum
             nll_mean += nll.detach() / n
             balancing_mean += balancing.detach() / n
         nll_mean, balancing_mean = dist.sum(nll_mean, balancing_mean)

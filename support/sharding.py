@@ -1,7 +1,7 @@
 """FSDP's sharded tensors, of which each rank holds some rows: from shards to full tensors and back.
 
     whole(model)                       within, all weights on every rank                        lora.py, rollouts.py
-    averaging(model, now)              within, whether a backward pass averages gradients      grpo.py, agent.py
+    averaging(model, now)              within, whether a backward pass averages gradients      pretrain.py, grpo.py
     unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py

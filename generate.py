@@ -4,13 +4,13 @@
 
 `generate`, for N prompts and n rollouts of each; B = N·n rows, fewer as rows end:
 
-    logits, cache = model(prompts)                prefill: each prompt is read once, all in one pass      (N, V)
-    logits, cache = repeat(n)                     the n rollouts of a prompt start from one cache         (N·n, V)
+    logits, decoder = prefill(prompts, n)         each prompt is read once, all in one pass; the n rollouts
+                                                  of a prompt start from one cache                        (N·n, V)
     for t in range(max_new_tokens):               decode: one token per row and step
         token, logprob = sample(logits, u[:, t])  u (N·n, max_new_tokens) is drawn beforehand             (B,)
         live = live and token is no stop          a row keeps its stop token
-        keep(the live rows)                       rows that have ended leave the batch, once that pays
-        logits = model(token, cache)                                                                      (B, V)
+        decoder.keep(the live rows)               rows that have ended leave the batch, once that pays
+        logits = decoder(token)                                                                           (B, V)
     -> ids, mask, logprobs                        completions only, padded on the right                   (N·n, T)
 
 `generate` samples at temperature 1 from the full softmax unless told otherwise; the script is greedy (temperature 0).
@@ -111,26 +111,27 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
     """One token per row: logits (B, V), u (B,) uniform in [0, 1) -> ids (B,), log-probabilities (B,) in fp32.
 
     Temperature 0 is greedy. penalty divides the positive logits, and multiplies the negative ones, of the tokens that
-    `seen` (B, V) marks. The log-probabilities are those of the model's own softmax at the temperature (at 1 if
-    greedy), never of the truncated or penalised one; NaN for a row whose logits are no distribution, because one is
-    NaN or +inf, or all are −inf: its token means nothing.
+    `seen` (B, V) marks. (CTRL's paper divides both, which makes a token of negative logit likelier.) The
+    log-probabilities are those of the model's own softmax at the temperature (at 1 if greedy), never of the truncated
+    or penalised one; NaN for a row whose logits are no distribution, because one is NaN or +inf, or all are −inf: its
+    token means nothing.
     """
 
     def scale(logits):  # dividing by 1 would be one more pass over (B, V)
         return logits.float() if temperature in (0, 1) else logits.float() / temperature
 
-    chosen = scaled = scale(logits)  # (B, V)
+    penalised = scaled = scale(logits)  # (B, V)
     if penalty != 1.0:
-        chosen = scale(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
+        penalised = scale(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
     if temperature == 0:
-        ids = chosen.argmax(-1, keepdim=True)  # (B, 1)
+        ids = penalised.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        probs = chosen.softmax(-1)
+        probs = penalised.softmax(-1)
         cdf = truncate(probs, top_k, top_p, min_p).cumsum(-1)  # (B, V)
         # right=True: the first token whose cumulative mass exceeds u, so one of probability 0 is never drawn. The clamp
         # is for rows of NaN.
         ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-        if chosen is scaled:  # what was drawn from is the model's own softmax
+        if penalty == 1.0:  # probs is the model's own softmax
             return ids.squeeze(-1), probs.gather(-1, ids).log().squeeze(-1)
     return ids.squeeze(-1), scaled.log_softmax(-1).gather(-1, ids).squeeze(-1)
 
@@ -231,7 +232,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)  # tokens that were sampled
     real = torch.zeros_like(mask)  # those, and the tokens that `write` gave
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    row = slice(None)  # which output row each row of the shrinking batch is: all, until some have left
+    row = slice(None)  # which output row each row of the shrinking batch is: all, until one leaves
     live = torch.ones(rows, dtype=torch.bool, device=device)
     given = None  # what `write` returned: (N·n,) the id that a row must take next, or −1
     for t in range(max_new_tokens):
@@ -251,16 +252,16 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
                 live = live & ~end.to(device)[row]
         if write is not None:
             given = write(ids[:, t], real[:, t]).to(device)
-        left = int(live.sum()) if stop_ids or on_tokens is not None else rows
-        if left == 0 or t + 1 == max_new_tokens:
+        n_live = int(live.sum()) if stop_ids or on_tokens is not None else rows
+        if n_live == 0 or t + 1 == max_new_tokens:
             break
         if seen is not None:
             seen[torch.arange(len(token), device=device), token] = True
         # Finished rows fill the batch up to a multiple of 4, because every new number of rows costs something: see
         # round_up_to_8 in support/shared_prompt.py.
-        few = -(-left // 4) * 4
-        if few <= decoder.shrink_below * len(live):
-            stay = live.argsort(descending=True, stable=True)[:few]
+        n_stay = -(-n_live // 4) * 4
+        if n_stay <= decoder.shrink_below * len(live):
+            stay = live.argsort(descending=True, stable=True)[:n_stay]  # the live ones first
             decoder.keep(stay)
             row = stay if isinstance(row, slice) else row[stay]
             live, token, seen = live[stay], token[stay], None if seen is None else seen[stay]
@@ -330,13 +331,16 @@ def demo():
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
     uniforms = torch.rand(6, 20)
     batch = generate(model, prompts, 20, n=2, stop_ids=(7,), uniforms=uniforms)
-    print("\n3 prompts of 3, 7 and 1 tokens, 2 rollouts each, stop token 7: every row alone says the same")
+    print("\n3 prompts of 3, 7 and 1 tokens, 2 rollouts each, stop token 7: row by row the same; a loss scores it so")
     for i, prompt in enumerate(prompts):
         for r in (2 * i, 2 * i + 1):
             alone = generate(model, [prompt], 20, stop_ids=(7,), uniforms=uniforms[r : r + 1])
             length = alone.mask.sum().item()
             assert batch.ids[r, :length].tolist() == alone.ids[0].tolist()
             assert batch.mask[r].sum() == length
+            text = torch.tensor([prompt + alone.ids[0].tolist()])
+            scored = model(text[:, :-1], targets=text[:, 1:])[0, -length:]  # (length,) log π, as in a loss
+            torch.testing.assert_close(batch.logprobs[r, :length], scored, rtol=0, atol=1e-4)
             print(f"  prompt {i} rollout {r % 2}: {length:2d} tokens, log π {batch.logprobs[r].sum().item():7.2f}")
 
 

@@ -16,7 +16,7 @@ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.9
 
 One step of training, `optimizer_step`:
 
-    loss · scale        backward       fp16 only: it rounds gradients below 3e-8 to 0, so they are made larger,
+    (loss · scale).backward()          fp16 only: it rounds gradients below 3e-8 to 0, so they are made larger,
     g ← g / scale                      and unscaled before anything looks at them
     g ← g min(1, clip / ‖g‖)           ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
     η = lr_at(step, …)                 a line up to the peak, then down: cosine, linear or wsd
@@ -37,9 +37,10 @@ Gradient descent. Near a minimum the loss is a bowl, along an axis of curvature 
 With κ = h_max / h_min, the best η is 2 / (h_max + h_min): a step leaves (κ − 1)/(κ + 1) of the error, κ steps about
 e⁻² of it.
 
-Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign from step to step cancels. On the bowl
-w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), and the roots of z² − (1 + μ − η h) z + μ have size √μ as long as
-(1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis in that window shrinks at one pace. To fit all in,
+Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign from step to step cancels. As
+−η m = w(t) − w(t−1), on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), so w(t) is a sum of powers zᵗ of the roots of
+z² − (1 + μ − η h) z + μ. Both roots have size √μ as long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis in that window
+shrinks at one pace. To fit all in,
 
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
@@ -63,8 +64,9 @@ has the largest ⟨G, D⟩ = Σ G_ij D_ij? That depends on what size means (arXi
     max |D_ij|                     D = sign(G)                        Adam with β₁ = β₂ = 0
     the largest singular value     D = U Vᵀ where G = U S Vᵀ          Muon
 
-The last bounds by how much the output of a layer y = W x changes, ‖D x‖ ≤ ‖x‖ for every x. A momentum M = U S Vᵀ is
-dominated by a few directions; along U Vᵀ all of them move at one pace. It comes without an SVD: an odd polynomial of a
+The last bounds by how much the output of a layer y = W x changes: ‖D x‖ ≤ ‖x‖ for every x. With u_k, v_k the columns of
+U and V, ⟨G, D⟩ = Σ s_k u_kᵀ D v_k ≤ Σ s_k, and U Vᵀ has all of it, as each u_kᵀ U Vᵀ v_k is 1. A momentum is dominated
+by a few of these directions; U Vᵀ moves along all of them alike. It comes without an SVD: an odd polynomial of a
 matrix acts on its singular values alone, (X Xᵀ) X = U S³ Vᵀ, and the five rounds bring all that begin above 0.002 to
 between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the small ones quickly, was worth more than that.
 The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2 √max(rows, columns) U Vᵀ moves a weight by
@@ -160,13 +162,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, decay, ahead = group["lr"], group["weight_decay"], partial(self.ahead, mu=group["momentum"])
-            for w, update in in_stacks(group["params"], ahead, orthogonalise):  # (..., rows, columns) each
+            lr, decay, nesterov = group["lr"], group["weight_decay"], partial(self.nesterov, mu=group["momentum"])
+            for w, update in in_stacks(group["params"], nesterov, orthogonalise):  # (..., rows, columns) each
                 w.mul_(1 - lr * decay)
                 w.add_(update, alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)
 
-    def ahead(self, w, mu):
-        """Nesterov: (1 − μ) g + μ m."""
+    def nesterov(self, w, mu):
+        """X = (1 − μ) g + μ m, after m has taken g in."""
         state = self.state[w]
         if not state:
             state["momentum"] = torch.zeros_like(w.grad)
@@ -346,6 +348,7 @@ def demo():
     for schedule in ("cosine", "linear", "wsd"):
         rates = [lr_at(step, 10, 1.0, 2, schedule=schedule, decay=0.4) for step in range(10)]
         print(f"  {schedule:<7}" + "".join(f"{rate:>6.2f}" for rate in rates))
+        assert abs(rates[8 if schedule == "wsd" else 6] - 0.55) < 1e-12  # half of the way from 1 at step 6 or 2 to 0.1
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ One step, for B windows of T tokens (main has the same four parts). A forward pa
 
 The defaults run 400 such steps on built-in stories: B = 16, T = 256, V = 768, 1.7 M parameters, one micro-batch per
 step, one process, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the machine is built for it, else fp32.
-Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py). GPT's paper:
---optimizer adamw --lr 2.5e-4 --warmup 2000 --floor 0 --weight_decay 0.01 --batch 64 --vocab_size 40478 and, each after
---model., context 512, n_layer 12, n_head 12, n_kv_head 12, width 768, norm layer, norm_placement post, positions
-learned, activation gelu, bias true, qk_norm false, dropout 0.1.
+Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py). In GPT's
+paper: --optimizer adamw --lr 2.5e-4 --warmup 2000 --floor 0 --weight_decay 0.01 --batch 64 --vocab_size 40478 and,
+each after --model., context 512, n_layer 12, n_head 12, n_kv_head 12, width 768, norm layer, norm_placement post,
+positions learned, activation gelu, bias true, qk_norm false, dropout 0.1.
 
 Which option changes what:
 

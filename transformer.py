@@ -4,15 +4,20 @@
 
 One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.09388):
 
-    x = E[tokens]                              (B, T) -> (B, T, C)
-    cos, sin = RoPE at the positions           (T, D) each, the same for all layers
-    for each of n_layer blocks:
-        a = Attention(Norm1(x))                (B, T, C)      tokens read those before them; fills the cache
+    x = embed(tokens)                          (B, T) -> (B, T, C)    the rows of E (V, C)
+    rope = cos, sin at the positions           (T, D) each, the same for all layers
+    for layer, block in enumerate(blocks):
+        a = attn(norm1(x), rope, mask, cache, layer)    (B, T, C)     tokens read those before them; fills the cache
         x = x + a
-        f = FeedForward(Norm2(x))              (B, T, C)      each token by itself. With h = Norm2(x):
-            down(silu(gate h) ⊙ up h)          (B, T, C) -> (B, T, inner) -> (B, T, C)
+        f = ffn(norm2(x))                      (B, T, C)              each token by itself. With h = norm2(x):
+            down(silu(gate(h)) ⊙ up(h))        (B, T, C) -> (B, T, inner) -> (B, T, C)
         x = x + f
-    logits = Norm(x) Eᵀ                        (B, T, V)      or, with targets, log π(targets) (B, T)
+    cache.length += T                          once, after all layers
+    logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
+
+Every stage's loss comes back through log π(y) = logits_y − log Σ_v exp(logits_v), with the gradient
+∂ log π(y) / ∂ logits_v = (1 if v = y else 0) − π(v), over the temperature: the logit of y is pushed up by what π(y)
+lacks to 1, each other one down by its own π(v).
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
 biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropout. All that a recipe varies is a field
@@ -25,22 +30,23 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
     activation       swiglu (arXiv:2002.05202): three matrices where gelu has two, so at equal parameters the inner
                      width is 2/3 of the usual 4 C
     tie_embeddings   whether the output matrix is E
-    window, sinks    what a token sees (attention.py);  rope_scaling: positions past the trained length (positional.py)
+    window, sinks    what a token sees (attention.py)
+    rope_scaling     positions past the trained length (positional.py)
     n_expert         every `moe_every`-th feed-forward is a mixture of experts (moe.py)
 
 At the start the matrices that write into the residual stream (`wo`, `down`) are smaller by √(2 n_layer), so that the
 sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-`forward` with targets is the one place where log π(token) is computed, for pretraining, SFT and every RL stage. It
-returns the log-probabilities of given tokens instead of logits: no (B, T, V) tensor in fp32 is ever held, and a
-DDP-wrapped model still sees a plain forward. `token_logprobs` shifts for it: entry t belongs to token t + 1, so a mask
-over tokens meets it as mask[:, 1:].
+`forward` with targets is the one place where log π(token) is computed, for pretraining, SFT and every RL stage: no
+(B, T, V) tensor in fp32 is ever held, and a DDP-wrapped model still sees a plain forward. `token_logprobs` shifts for
+it: entry t belongs to token t + 1, so a mask over tokens meets it as mask[:, 1:].
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
 Qwen3-MoE open here as published, also by hub name, and `transformers` opens what is saved here as whichever of them
-computes the same. llama.cpp's files open too (support/gguf.py).
+computes the same: Qwen3 above; Llama without QK-norm; Qwen2 like Llama with qkv_bias, Mistral with a window, Mixtral
+with experts; Qwen3-MoE as Qwen3 with experts. llama.cpp's files open too (support/gguf.py).
 
-Letters: B batch, T time, S key time, C width, H heads, G key/value heads, D head width, V vocabulary.
+Letters: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head width, V vocabulary.
 Run it: `python transformer.py`.
 """
 
@@ -63,7 +69,7 @@ from positional import (
     sinusoidal_positions,
     table_rows,
 )
-from support.architecture import check_architecture
+from support.architecture import check_architecture, derived_defaults
 from support.checks import Count, FractionBelow1, Positive, Whole
 from support.devices import attention_dtype, cast_once
 from support.hf import load_decoder, save_decoder
@@ -146,19 +152,7 @@ class TransformerConfig:
     def resolved(self):
         """The same with the defaults that follow from other fields filled in. Not done in place: a default taken
         from one width must not survive a change of width."""
-        ffn_width, expert_width, scale = self.ffn_width, self.expert_width, self.routed_scale
-        if ffn_width is None:
-            wanted = self.width * 8 / 3 if self.activation == "swiglu" else self.width * 4
-            ffn_width = 32 * max(1, round(wanted / 32))
-        if expert_width is None and self.n_expert:
-            expert_width = max(1, ffn_width // (self.n_expert_active + self.n_shared_expert))
-            expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see fast_slices
-        if scale is None and self.n_expert:
-            scale = float(self.n_expert_active if self.norm_topk_prob else 1)
-        filled = dict(ffn_width=ffn_width, expert_width=expert_width, routed_scale=scale)
-        filled["head_dim"] = self.head_dim or self.width // self.n_head
-        filled["qkv_bias"] = self.bias if self.qkv_bias is None else self.qkv_bias
-        return replace(self, **filled)
+        return replace(self, **derived_defaults(self))
 
 
 def gpt2_config(**changes):
@@ -197,8 +191,8 @@ class Block(nn.Module):
     def __init__(self, config, mixture=False):
         super().__init__()
         c, self.placement = config, config.norm_placement
-        extras = dict(qk_norm=c.qk_norm, eps=c.norm_eps, window=c.window, sinks=c.sinks)
-        self.attn = Attention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, **extras)
+        options = dict(qk_norm=c.qk_norm, eps=c.norm_eps, window=c.window, sinks=c.sinks)
+        self.attn = Attention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, **options)
         if c.bias != c.qkv_bias:
             self.attn.wo = nn.Linear(c.n_head * c.head_dim, c.width, bias=c.bias)
         self.ffn = MoE(c) if mixture else FeedForward(c)
@@ -364,7 +358,8 @@ def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, co
 
 def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     """log π of every token of an answer, given its prompt of at least one token. prompts and answers: B lists of ids
-    each, T the longest answer's length -> (B, T) in fp32, 0 after its end, and the mask (B, T), True on its tokens.
+    each -> (B, T) in fp32, 0 after an answer's end, and the mask (B, T), True on its tokens. T: the longest answer's
+    length; below, S: the longest row's.
 
     The plain form: prompt and answer in one row, padded on the right, where causality hides the pads. Each answer reads
     the prompt again; support/shared_prompt.py, equal in value and gradient, reads it once for all its answers.
@@ -375,7 +370,7 @@ def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     tokens = torch.tensor([row + [pad] * (S - len(row)) for row in rows], device=device)  # (B, S)
     start, length = (torch.tensor([*map(len, ids)], device=device)[:, None] for ids in (prompts, answers))  # (B, 1)
 
-    place = torch.arange(1, S, device=device)  # (S−1,) entry j scores the token at place j + 1
+    place = torch.arange(1, S, device=device)  # (S−1,) of the token that each entry scores
     in_answer = (start <= place) & (place < start + length)  # (B, S−1)
     logprobs = token_logprobs(model, tokens, temperature, counted=in_answer)  # (B, S−1), 0 outside the answers
     t = torch.arange(T, device=device)
@@ -403,6 +398,8 @@ def demo():
     torch.testing.assert_close(logits[0, :2], torch.tensor([[2.0, 0.0, 0.0, -2.0]] * 2), atol=1e-5, rtol=0)  # (1, 1) Eᵀ
     total = math.log(math.exp(2) + 2 + math.exp(-2))  # 2.2539
     torch.testing.assert_close(logprobs, torch.tensor([[2 - total, 0 - total]]), atol=1e-5, rtol=0)
+    gradient = torch.func.grad(lambda z: z.log_softmax(-1)[0])(logits[0, 0])  # ∂ log π(0) / ∂ logits
+    torch.testing.assert_close(gradient, torch.tensor([0.2242, -0.1050, -0.1050, -0.0142]), atol=1e-4, rtol=0)
     print("  both branches 0, tokens 0 0 1: logits after token 0 are 2, 0, 0, −2 and ln Σ exp = 2.2539,")
     print(f"  so log π(0 | 0) = {logprobs[0, 0]:.4f}, log π(1 | 0 0) = {logprobs[0, 1]:.4f}; ", end="")
     mean = masked_mean(logprobs, torch.tensor([[False, True]]))

@@ -1,5 +1,5 @@
 """Which architectures are possible: the checks of TransformerConfig (transformer.py), of what builds on it, and of a
-layer of attention.py that is built by itself."""
+layer of attention.py that is built by itself; and the defaults that follow from other fields."""
 
 from positional import rope_attention_factor, rope_frequencies
 from support.checks import check
@@ -32,6 +32,23 @@ def check_architecture(config):
         raise CheckpointError(f"n_expert_active is {c.n_expert_active}, but n_expert is only {c.n_expert}")
     if c.n_expert and c.moe_every > c.n_layer:
         raise CheckpointError(f"moe_every is {c.moe_every}: no block of {c.n_layer} would be a mixture")
+
+
+def derived_defaults(config):
+    """The fields of a TransformerConfig whose defaults follow from others, filled in: a dict."""
+    c, ffn_width, expert_width, scale = config, config.ffn_width, config.expert_width, config.routed_scale
+    if ffn_width is None:
+        wanted = c.width * 8 / 3 if c.activation == "swiglu" else c.width * 4
+        ffn_width = 32 * max(1, round(wanted / 32))
+    if expert_width is None and c.n_expert:
+        expert_width = max(1, ffn_width // (c.n_expert_active + c.n_shared_expert))
+        expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see fast_slices
+    if scale is None and c.n_expert:
+        scale = float(c.n_expert_active if c.norm_topk_prob else 1)
+    filled = dict(ffn_width=ffn_width, expert_width=expert_width, routed_scale=scale)
+    filled["head_dim"] = c.head_dim or c.width // c.n_head
+    filled["qkv_bias"] = c.bias if c.qkv_bias is None else c.qkv_bias
+    return filled
 
 
 def check_attention(width, n_head, n_kv_head, head_dim, window, sinks):

@@ -63,7 +63,6 @@ Run it:
     torchrun --nproc_per_node 2 sft.py --init runs/pretrain
 """
 
-import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -91,7 +90,7 @@ from support.recorder import Recorder, RecordFlags
 from support.runs import Run, RunConfig
 from support.sft_data import encode_training, load_examples
 from support.sft_report import Look
-from support.sharding import refuse_fsdp
+from support.sharding import averaging, refuse_fsdp
 from support.sweeps import sweep
 from tokenizer_bpe import CharTokenizer
 from transformer import token_logprobs
@@ -372,17 +371,13 @@ def main(config, encode=encode_example, responder=None):
             micro = pack_examples(part, pad, context) if config.packing else collate(part, pad)
             micro = micro.to(dist.device)
             mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
-            # The ranks average their gradients in the last backward pass alone; * world makes the average a sum.
             last = i + config.micro_batch >= per_rank
-            if config.fsdp:
-                policy.set_requires_gradient_sync(last)
-            ddp_waits = dist.world > 1 and not config.fsdp and not last
-            with model.no_sync() if ddp_waits else contextlib.nullcontext():
+            with averaging(model, last):  # DDP and FSDP average over the ranks in the last backward pass alone
                 with autocast():
                     seen = {"positions": micro.positions, "mask": micro.visible}  # for attention; None if padded
                     logprobs = token_logprobs(model, micro.tokens, counted=mask > 0, **seen)  # (b, T − 1)
                 loss, metrics = sft_loss(logprobs, mask, n)
-                scaler.scale(loss * dist.world).backward()
+                scaler.scale(loss * dist.world).backward()  # * world makes the average a sum
             loss_sum += metrics["loss"]
         (loss_sum,) = dist.sum(loss_sum)
 

@@ -61,7 +61,6 @@ Run it:
     torchrun --nproc_per_node 2 encoder.py --data imdb
 """
 
-import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -86,6 +85,7 @@ from support.devices import precision, setup
 from support.encoder_report import Look
 from support.encoder_start import check_sizes, make_encoder, read_texts
 from support.runs import Run, RunConfig
+from support.sharding import averaging
 from support.streams import make_streams
 from support.text_batches import TextBatch, labelled_rows, pad_rows
 from transformer import Block, Transformer, TransformerConfig, init_weights, make_norm
@@ -390,9 +390,7 @@ def main(config):
         loss_sum, right = 0.0, 0
         micro_batches = batch.micro_batches(config.micro_batch, dist)
         for x in micro_batches:
-            # DDP averages the gradients of the ranks in the last backward pass alone; * world makes the average a sum.
-            last = x is micro_batches[-1]
-            with contextlib.nullcontext() if last or dist.world == 1 else model.no_sync():
+            with averaging(model, x is micro_batches[-1]):  # DDP averages in the last backward; * world makes it a sum
                 if pretraining:
                     with autocast():
                         logprobs = model(x.tokens, x.real, targets=x.targets, chosen=x.chosen)  # (its holes,)

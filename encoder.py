@@ -1,60 +1,61 @@
-"""The encoder: the decoder's blocks without the causal mask. BERT's masked-LM, then one label per text (1810.04805).
+"""The encoder: the decoder's blocks without the causal mask. Masked-LM, then a label per text (BERT, arXiv:1810.04805).
 
-    masked-LM          L = −(1/|M|) Σ_{t ∈ M} log p(x_t | x̃)             M: a random 15 % of the tokens, hidden in x̃
-    classification     h = mean of the last states over the real tokens,  p(label | x) = softmax(W h + bias)
+    masked-LM          p(x_t | x̃) = softmax(E norm(gelu(A h_t + a)) + c)[x_t]     h_t (C,): the last state of token t
+                       L = −(1/|M|) Σ_{t ∈ M} log p(x_t | x̃)                     M: each token with probability 0.15
+    classification     h = mean of h_t over the real tokens,  p(label | x) = softmax(W h + bias)
                        L = −(1/B) Σ log p(label | x)
 
-A decoder sees only the tokens before a position, or predicting the next one would be copying. In an encoder every token
-sees the whole text, so it predicts the tokens that are hidden from it. Of M, 80 % become <|mask|>, 10 % a random token,
-and 10 % stay as they are: a model that predicts only where it sees <|mask|> could neglect the tokens that it sees
-elsewhere, and a text to classify has no <|mask|>. This way any token may be a random one, or one to predict, and the
-model must represent each in its context.
+E (V, C) are the embeddings. A decoder predicts a token from those before it; if it saw the token itself, it could copy
+it. In an encoder every token sees the whole text, so it reads x̃, in which the tokens of M are masked, and predicts what
+they are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model that predicts only where it
+sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no <|mask|> at test time. This
+way any token may be a random one, or one to predict, and the model must represent each in its context.
 
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
-    1. batch     masked-LM   x = batch_at(stream, step)           windows of a shuffled epoch            (B, T)
-                             x̃, chosen = masked_batch(x)          chosen is True on M                    (B, T) each
+    1. batch     masked-LM   windows = batch_at(stream, step)     windows of a shuffled epoch            (B, T)
+                             batch = masked_batch(windows)        .tokens x̃, .targets x, .masked: M      (B, T) each
                              n = |M|                              counted over the whole batch, all ranks
-                 labels      x̃, real = labelled_batch(rows)       padded, and 10 % of the tokens hidden  (B, T) each
-                             n = B
+                 labels      batch = labelled_batch(rows)         .tokens x̃, .real: not a pad            (B, T) each
+                             n = B                                here x̃ has 10 % of all tokens masked, as noise
     2. gradient  for each micro-batch of this rank:
                              states = hidden(x̃, real)             no causal mask; nobody sees a pad      (b, T, C)
-                 masked-LM   log p  = log softmax(token_logits(states[chosen]))[x[chosen]]               (holes,)
+                 masked-LM   log p  = log softmax(token_logits(states[masked]))[x[masked]]               (masked,)
                  labels      log p  = log softmax(W mean_pool(states, real) + bias)[label]               (b,)
                              backward(−Σ log p / n)               gradients add up, over micro-batches and ranks
     3. update    clip ‖g‖; lr = lr_at(step of this objective); optimizer step
     4. look      log; every --eval_every steps validate, keep the best classifier
 
-B rows in a step, over all ranks, b of them in a micro-batch; T tokens in a row, C width; the holes are the tokens of M.
+B rows in a step, over all ranks, b of them in a micro-batch; T tokens in a row, C width; (masked,): one per token of M.
 
 The defaults run 300 steps of 32 windows of 128 generated tokens, then, with new optimizers, 400 steps of 64 reviews:
 0.8 M parameters and the embeddings of 555 tokens (the generated reviews have no more pairs to merge), dropout 0.1, Muon
-and AdamW. Off: a start from a checkpoint, further text (--text), and BERT's layout: post-norm, learned positions, and
-the switches of support/bert_parts.py. `Encoder.from_pretrained` opens BERT's checkpoints (support/hf_bert.py); --init
-does not, for it needs the tokenizer too, and WordPiece does not open here.
+and AdamW. Off: a start from a checkpoint (--init), further text (--text), and BERT's layout (support/bert_parts.py).
+`Encoder.from_pretrained` opens BERT's own checkpoints (support/hf_bert.py); --init cannot, for lack of their tokenizer.
 
 Traps:
-  * No mask at all means causal in this code. `real` (B, 1, 1, T) lets every token see every real one.
+  * No mask at all means causal in this code. `real[:, None, None]`, (B, 1, 1, T), lets every token see every real one.
   * Pads must not count: `real` hides them as keys in every layer and leaves them out of the mean, so a text's label
     does not depend on the other texts of its batch. It is made where the rows are made, never from ids != pad.
   * A decoder without positions knows the order from its causal mask. An encoder does not, and is refused.
   * The loss is read at M alone, kept tokens included. A loss at all tokens would mostly reward copying.
   * The best checkpoint is chosen on validation accuracy, and the test split is judged once, at the end. A bag of words
     (logistic regression on which words occur), trained and chosen in the same way, is reported beside it. It knows
-    nothing of order, so "not good" is good.
+    nothing of order: "good, not bad" and "bad, not good" are one text to it.
 
 BERT reads a text's summary from its first token, trained by a second objective (does the second text follow the first?)
 that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
 decoder: its blocks are the same, and it learns to do without the causal mask while it learns the labels. LLM2Vec
-(arXiv:2404.05961) first trains it on masked tokens, each predicted at the position before it; here that would be
-masked-LM, for which the tokenizer must have <|mask|> (SmolLM2's has none: --mlm_steps 0 --token_dropout 0). A text
-longer than the context keeps a quarter of the context from its start, the rest from its end (arXiv:1905.05583).
+(arXiv:2404.05961) first trains it on masked tokens, each predicted at the position before it. Here masked-LM takes that
+place, each predicted at its own position, for which the tokenizer must have <|mask|> (SmolLM2's has none: --mlm_steps 0
+--token_dropout 0). Of a text longer than the context, a quarter of the context is its start, the rest its end
+(arXiv:1905.05583).
 
 Simplified: windows of the pretraining text may hold several documents, which see each other.
 
 Run it:
     python encoder.py                                                   # generated reviews, 2 minutes on 2 cores
-    python encoder.py --demo                                            # ten tokens hidden, both losses by hand
+    python encoder.py --demo                                            # ten tokens, some masked; both losses by hand
     python encoder.py --data polarity --config configs/encoder_polarity.yaml
     python encoder.py --data reviews.csv                                # columns text and label
     python encoder.py --config configs/encoder_polarity_smollm2.yaml    # starts from a trained decoder
@@ -115,8 +116,8 @@ class EncoderConfig(BertConfig):
 
 
 class Encoder(BertParts, nn.Module):
-    """Token ids (B, T) -> states (B, T, C), each of them of the whole text. Two heads read them: one says which token
-    was hidden, the other what label the text has. `BertParts` adds save_pretrained and from_pretrained."""
+    """Token ids (B, T) -> states (B, T, C), each of which depends on the whole text. Two heads read them: one says
+    which token was masked, the other what label the text has. `BertParts` adds save_pretrained and from_pretrained."""
 
     config_class = EncoderConfig
 
@@ -132,7 +133,8 @@ class Encoder(BertParts, nn.Module):
         self.norm = nn.Identity() if c.norm_placement == "post" else make_norm(c)
         self.add_bert_layers(c)
         # The two heads. Masked-LM is BERT's: one more layer, then the embedding matrix and a bias per token.
-        self.transform, self.transform_norm = nn.Linear(c.width, c.width), LayerNorm(c.width, c.norm_eps)
+        self.transform = nn.Linear(c.width, c.width)
+        self.transform_norm = LayerNorm(c.width, c.norm_eps)
         self.token_bias = nn.Parameter(torch.zeros(c.vocab_size))
         self.classifier = nn.Linear(c.width, c.n_class)
         if c.positions == "rope":
@@ -143,7 +145,7 @@ class Encoder(BertParts, nn.Module):
 
     def hidden(self, tokens, real=None, types=None):
         """tokens (B, T), real (B, T) False on padding, types (B, T) -> last states (B, T, C)."""
-        c, (_, T) = self.config, tokens.shape
+        c, T = self.config, tokens.shape[1]
         if c.context < T:
             raise ValueError(f"{T} tokens do not fit the encoder's context of {c.context}")
         positions = torch.arange(T, device=tokens.device)
@@ -165,12 +167,12 @@ class Encoder(BertParts, nn.Module):
         """States (..., C) -> logits over the vocabulary (..., V): which token is, or was, here."""
         return F.linear(self.transform_norm(F.gelu(self.transform(x))), self.embed.weight, self.token_bias)
 
-    def forward(self, tokens, real=None, types=None, *, targets=None, chosen=None):
-        """-> logits of the labels (B, n_class); or, with targets (B, T) and chosen (B, T) boolean, log p of the targets
-        where chosen is True, (number of chosen,) in fp32."""
+    def forward(self, tokens, real=None, types=None, *, targets=None, masked=None):
+        """-> logits of the labels (B, n_class); or, with targets (B, T) and masked (B, T) boolean, log p of the targets
+        where masked is True, (masked,) in fp32. One forward for both: DDP sums the gradients of its calls alone."""
         x = self.hidden(tokens, real, types)  # (B, T, C)
         if targets is not None:
-            return -F.cross_entropy(self.token_logits(x[chosen]).float(), targets[chosen], reduction="none")
+            return -F.cross_entropy(self.token_logits(x[masked]).float(), targets[masked], reduction="none")
         return self.classifier(self.dropout(mean_pool(x, real))).float()
 
     @classmethod
@@ -194,42 +196,42 @@ def mean_pool(x, real=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The holes, the batches, the losses.
+# The masked tokens, the batches, the losses.
 
 
-def hide(tokens, mask_id, vocab_size, never, generator, rate=0.15):
-    """Masked-LM's holes: tokens (B, T), and never (B, T) True where none may be -> (x̃ (B, T), chosen (B, T)).
+def mask_tokens(tokens, mask_id, vocab_size, never, generator, rate=0.15):
+    """tokens x (B, T), and never (B, T), True where none may be masked -> x̃ (B, T), masked (B, T), which is True on M.
 
-    Of the chosen tokens, 80 % become mask_id, 10 % a random token, 10 % stay.
+    Of M, 80 % become mask_id, 10 % a random token, 10 % stay.
     """
-    chosen = (torch.rand(tokens.shape, generator=generator) < rate) & ~never
-    fate = torch.rand(tokens.shape, generator=generator)
-    anything = torch.randint(vocab_size, tokens.shape, generator=generator)
-    corrupted = torch.where(chosen & (fate < 0.8), mask_id, tokens)
-    return torch.where(chosen & (fate >= 0.9), anything, corrupted), chosen
+    masked = (torch.rand(tokens.shape, generator=generator) < rate) & ~never
+    u = torch.rand(tokens.shape, generator=generator)
+    random_tokens = torch.randint(vocab_size, tokens.shape, generator=generator)
+    corrupted = torch.where(masked & (u < 0.8), mask_id, tokens)
+    return torch.where(masked & (u >= 0.9), random_tokens, corrupted), masked
 
 
 def masked_batch(windows, tokenizer, generator, rate):
-    """windows (B, T) of a text, int64 -> a TextBatch with holes, anywhere but at <|endoftext|>."""
+    """windows (B, T) of a text, int64 -> a TextBatch with masked tokens, any but <|endoftext|>."""
     tokens = torch.from_numpy(windows)
     start = tokens == tokenizer.endoftext_id  # of a document
     mask_id = tokenizer.special_ids[MASK]
-    corrupted, chosen = hide(tokens, mask_id, tokenizer.vocab_size, start, generator, rate)
-    return TextBatch(corrupted, torch.ones_like(chosen), tokens, chosen)
+    corrupted, masked = mask_tokens(tokens, mask_id, tokenizer.vocab_size, start, generator, rate)
+    return TextBatch(corrupted, torch.ones_like(masked), tokens, masked)
 
 
 def labelled_batch(rows, tokenizer, generator, token_dropout):
-    """[(ids, label), …] -> a TextBatch with labels; a share of its tokens is hidden, as noise and without targets."""
+    """[(ids, label), …] -> a TextBatch with labels; a share of its tokens is masked, as noise and without targets."""
     tokens, real = pad_rows([ids for ids, _ in rows], tokenizer.endoftext_id)  # (B, T)
     if token_dropout:
-        hole = torch.rand(tokens.shape, generator=generator) < token_dropout
-        start = tokens == tokenizer.endoftext_id  # the opening token is never hidden
-        tokens = torch.where(hole & real & ~start, tokenizer.special_ids[MASK], tokens)
+        dropped = torch.rand(tokens.shape, generator=generator) < token_dropout
+        start = tokens == tokenizer.endoftext_id  # the opening token is never masked
+        tokens = torch.where(dropped & real & ~start, tokenizer.special_ids[MASK], tokens)
     return TextBatch(tokens, real, labels=torch.tensor([label for _, label in rows]))
 
 
 def masked_lm_loss(logprobs, n=None):
-    """logprobs (k,), log p(x_t | x̃) at the holes -> their −Σ log p / n; n is by default their number."""
+    """logprobs (masked,), log p(x_t | x̃) of the tokens in M -> their −Σ log p / n; n is by default their number."""
     loss = -logprobs.sum() / (max(1, len(logprobs)) if n is None else n)
     return loss, {"loss": loss.item()}
 
@@ -241,7 +243,7 @@ def classification_loss(logits, labels, n=None):
 
 
 def demo():
-    """Who sees whom, ten tokens and their holes, the masked-LM loss at the holes, and the labels' loss, by hand."""
+    """Who sees whom, ten tokens of which some are masked, the masked-LM loss and the labels' loss, by hand."""
     x = torch.arange(10, 20)[None]  # (1, 10)
     other = torch.where(x == 19, 50, x)  # another last token
     sizes = dict(vocab_size=100, context=10, n_layer=2, n_head=2, n_kv_head=2, width=16)
@@ -257,24 +259,25 @@ def demo():
 
     mask_id, ln2 = 0, math.log(2)
     never = x == 10  # the row begins with <|endoftext|>
-    corrupted, chosen = hide(x, mask_id, 100, never, torch.Generator().manual_seed(97), rate=0.5)
-    print("the same tokens, hidden at a rate of 1/2 so that there is something to see (the first is never hidden)")
-    for name, numbers in (("x", x), ("x̃", corrupted), ("in M", chosen.int())):
+    corrupted, masked = mask_tokens(x, mask_id, 100, never, torch.Generator().manual_seed(97), rate=0.5)
+    print("the same tokens, masked at a rate of 1/2 so that there is something to see (the first is never masked)")
+    for name, numbers in (("x", x), ("x̃", corrupted), ("in M", masked.int())):
         print(f"  {name:<5}" + "".join(f"{i or '<mask>' if name == 'x̃' else i:>8}" for i in numbers[0].tolist()))
-    assert (corrupted == x)[~chosen].all()
-    assert not chosen[0, 0]
+    assert (corrupted == x)[~masked].all()
+    assert not masked[0, 0]
     many = torch.full((1, 1_000_000), 7)
-    corrupted, holes = hide(many, mask_id, 100, many != 7, torch.Generator().manual_seed(0))
-    shares = [holes.double().mean(), *((corrupted == i)[holes].double().mean() for i in (mask_id, 7))]
+    anywhere = torch.zeros_like(many, dtype=torch.bool)
+    corrupted, in_M = mask_tokens(many, mask_id, 100, anywhere, torch.Generator().manual_seed(0))
+    shares = [in_M.double().mean(), *((corrupted == i)[in_M].double().mean() for i in (mask_id, 7))]
     by_hand = (0.15, 0.8 + 0.1 / 100, 0.1 + 0.1 / 100)  # a random token may be any of the 100
     assert all(abs(share - wanted) < 0.003 for share, wanted in zip(shares, by_hand, strict=True))
     print("of a million tokens {:.1%} are in M; of those {:.1%} are <mask> and {:.1%} as they were".format(*shares))
 
-    k = int(chosen.sum())
-    logprobs = -ln2 * torch.arange(1.0, k + 1)  # the hidden tokens have p = 1/2, 1/4, 1/8 …
+    k = int(masked.sum())
+    logprobs = -ln2 * torch.arange(1.0, k + 1)  # the masked tokens have p = 1/2, 1/4, 1/8 …
     loss, _ = masked_lm_loss(logprobs)
     assert abs(loss.item() - ln2 * (k + 1) / 2) < 1e-6
-    print(f"masked-LM, where p at the {k} holes is 1/2, 1/4 … 1/{2**k}: loss = ln 2 · {(k + 1) / 2:g} = {loss:.4f}")
+    print(f"masked-LM, p of {k} masked tokens 1/2, 1/4 … 1/{2**k}: loss = ln 2 · {(k + 1) / 2:g} = {loss:.4f}")
 
     states = torch.tensor([[[1.0, 0.0], [3.0, 2.0], [2.0, 4.0], [99.0, 99.0]]])  # (1, 4, C = 2), the last one a pad
     h = mean_pool(states, torch.tensor([[True, True, True, False]]))  # (1, 2)
@@ -314,7 +317,7 @@ class Config(RunConfig):
     mlm_lr: Amount = 4e-3
     """Peak learning rate of masked-LM."""
     mlm_rate: Annotated[float, Range(float, 0, 1, above=True)] = 0.15
-    """Share of the tokens that are masked."""
+    """Share of the tokens that are predicted: 80 % of them masked, 10 % replaced by a random token, 10 % kept."""
     steps: Count = 400
     """Optimizer steps of the classification."""
     batch: Count = 64
@@ -350,7 +353,7 @@ def main(config):
     context = config.model.context
     examples = {split: labelled_rows(part, tokenizer, context) for split, part in reviews.items()}  # (ids, label) each
     streams, held_out = None, None
-    if config.mlm_steps:  # all texts as one array of ids; the validation windows have the same holes each time
+    if config.mlm_steps:  # all texts as one array of ids; the validation windows are masked alike each time
         streams = make_streams(config, dist, tokenizer, context, texts)
         windows, generator = validation_windows(streams["valid"], context), torch.Generator().manual_seed(config.seed)
         held_out = masked_batch(windows, tokenizer, generator, config.mlm_rate)
@@ -367,16 +370,15 @@ def main(config):
     look.before()
 
     for step in run.steps(config.mlm_steps + config.steps):
-        # 1. the batch of all ranks: first masked-LM, then labels. n is counted before it is cut
+        # 1. the batch: first masked-LM, then labels. Every rank makes all of it and so knows n; then it takes its rows
         started, pretraining = time.perf_counter(), step < config.mlm_steps
-        # from (seed, step): a resumed run hides the same tokens
+        # from (seed, step): a resumed run masks the same tokens
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
         if pretraining:
             phase_step, phase_steps, peak = step, config.mlm_steps, config.mlm_lr
-            # (B, T), and next-token targets, not needed
-            windows, _ = batch_at(streams["train"], phase_step, config.mlm_batch, context, config.seed)
+            windows, _ = batch_at(streams["train"], phase_step, config.mlm_batch, context, config.seed)  # (B, T)
             batch = masked_batch(windows, tokenizer, generator, config.mlm_rate)
-            n = max(1, batch.chosen.sum().item())  # |M|
+            n = max(1, batch.masked.sum().item())  # |M|
         else:
             phase_step, phase_steps, peak = step - config.mlm_steps, config.steps, config.lr
             indices = rows_at(len(examples["train"]), phase_step, config.batch, config.seed)
@@ -388,17 +390,20 @@ def main(config):
         # 2. the gradient: parts of it add up, over micro-batches and ranks
         model.train()
         loss_sum, right = 0.0, 0
-        micro_batches = batch.micro_batches(config.micro_batch, dist)
-        for x in micro_batches:
-            with averaging(model, x is micro_batches[-1]):  # DDP averages in the last backward; * world makes it a sum
+        micro_batches = batch.micro_batches(config.micro_batch, dist)  # this rank's rows, cut
+        for micro in micro_batches:
+            last = micro is micro_batches[-1]
+            with averaging(model, last):  # DDP averages in the last backward; * world makes it a sum
                 if pretraining:
                     with autocast():
-                        logprobs = model(x.tokens, x.real, targets=x.targets, chosen=x.chosen)  # (its holes,)
+                        logprobs = model(
+                            micro.tokens, micro.real, targets=micro.targets, masked=micro.masked
+                        )  # (masked,)
                     loss, metrics = masked_lm_loss(logprobs, n)
                 else:
                     with autocast():
-                        logits = model(x.tokens, x.real)  # (b, n_class)
-                    loss, metrics = classification_loss(logits, x.labels, n)
+                        logits = model(micro.tokens, micro.real)  # (b, n_class)
+                    loss, metrics = classification_loss(logits, micro.labels, n)
                 scaler.scale(loss * dist.world).backward()
             loss_sum += metrics["loss"]
             right += metrics.get("right", 0)

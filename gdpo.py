@@ -12,16 +12,17 @@ An answer earns M rewards (right, well formed, brief …) with weights w_k. Of a
 One step is grpo.main's, with another `paid_rewards` in "judge" and another "compare":
 
     batch   = sample(step)                              N·R answers                                          1. ask
-    rewards = paid_rewards(batch)                       (N, R, M); --conditioned: 0 in wrong answers         2. judge
-    z_k     = group_advantages(rewards[..., k])         M of (N, R), mean 0 in each group                    3. compare
-    s       = Σ_k w_k z_k                               (N, R), mean 0 in each group
-    A       = s / (s.std() + 1e-4)                      (N, R); std over all groups of the step, of all ranks
+    rewards = conditioned_rewards(batch)                (N, R, M); --conditioned: 0 in wrong answers         2. judge
+    A       = gdpo_advantages(rewards, w):              of all ranks' groups at once                         3. compare
+      z_k   = group_advantages(rewards[..., k])         M of (N, R), mean 0 in each group
+      s     = Σ_k w_k z_k                               (N, R), mean 0 in each group, so in the batch
+      A     = s / (s.std() + 1e-4)                      (N, R); std over all groups of the step
     for minibatch in minibatches: grpo_loss(…, A, …)    A_i weighs every token of answer i, as in GRPO       4. update
     log; every so often answer held-out questions                                                            5. look
 
-Why: a sum forgets which rewards it was made of; dividing by the group's std forgets how much there was to gain. Either
-can give different rewards the same advantage. Four groups of four answers in one batch, two rewards of weight 1
-(right, tidy); `demo` computes them again:
+Why: a sum forgets which rewards it was made of; dividing it by its std, group by group, forgets how many there were to
+win. Either can give different rewards the same advantage. (How large a reward's difference was, both methods forget.)
+Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
 
     rewards                                  GRPO                           GDPO
     (1, 0) (0, 1) (0, 1) (0, 0)          0.50  0.50  0.50 -1.50         0.51  0.29  0.29 -1.09
@@ -39,13 +40,18 @@ gspo, cispo or sapo, which have GRPO's baseline and scale. Off by default: the r
 Traps:
 * A weight w_k now weighs standard deviations, not rewards: a reward that hardly differs within a group counts as much
   as one that differs a lot.
+* The batch's std counts the groups without a signal. With one reward, and a share p of groups that differ, it is about
+  √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them. p
+  falls as training succeeds.
 * An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). Without it two of six seeds learned, one of them in part, to stop
   after the first of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
 * --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
 This is the authors' TRL code (NVlabs/GDPO; in TRL multi_objective_aggregation="normalize_then_sum") but for three
-details (test_gdpo.py). Their verl code is another method: its last step whitens over *tokens*.
+details: the batch's mean is not subtracted (it is 0, as each group's is), so a group without a signal gets exactly 0; a
+NaN is an error, there it counts as 0; a single reward takes the last step too, there it falls back to GRPO. Their verl
+code is another method: its last step whitens over *tokens*.
 
 Run it:
     python gdpo.py --demo                                                # the table by hand, and what a condition does
@@ -69,7 +75,7 @@ from support.rewards import reward_functions
 
 
 def gdpo_advantages(rewards, weights=None):
-    """rewards (N, R, M), weights (M,), default 1 -> advantages (N, R). Raises ValueError on a NaN.
+    """rewards (N, R, M), weights (M,), default 1 -> advantages (N, R). ValueError on a reward that is not finite.
 
     Both stds have ddof 1. A reward that is the same for a whole group adds exactly 0 there.
     """
@@ -82,13 +88,13 @@ def gdpo_advantages(rewards, weights=None):
     return s / (s.std() + 1e-4) if s.numel() > 1 else s  # (N, R)
 
 
-def condition(rewards, reward, needs, threshold=1.0):
-    """rewards (N, R, M) -> a copy, with reward number `reward` 0 where number `needs` is below the threshold (§3.2).
-    Raises ConfigError if it is a penalty."""
-    if (lowest := rewards[..., reward].min()) < 0:
+def condition(rewards, k, needed):
+    """rewards (N, R, M) -> a copy, with reward number k 0 where number `needed` is below 1, the threshold (§3.2).
+    ConfigError if it is a penalty."""
+    if (lowest := rewards[..., k].min()) < 0:
         raise ConfigError(f"a --conditioned reward is {lowest:g}: a wrong answer, which is paid 0, would escape it")
     rewards = rewards.clone()
-    rewards[..., reward] *= rewards[..., needs] >= threshold
+    rewards[..., k] *= rewards[..., needed] >= 1
     return rewards
 
 
@@ -121,6 +127,12 @@ def demo():
     same(by_gdpo[0], ((right + tidy) / 1.251).tolist())  # 1.251: the std of all 16 sums
     print(f"the first group by hand: z of right {numbers(right)}, of tidy {numbers(tidy)}; their sum / 1.251")
 
+    alone = torch.zeros(4, 4, 1)
+    alone[0, 0] = 1.0  # one right answer among 16: the std of all sums is √(3 / 15) = 0.447
+    same(gdpo_advantages(alone)[0], [3.35, -1.12, -1.12, -1.12])
+    of_16 = numbers(gdpo_advantages(alone)[0])
+    print(f"one right answer in four groups, (1) (0) (0) (0): {of_16}; GRPO: {numbers(right)}")
+
     rewards = torch.tensor([[(1.0, 0.0), (0.0, 1.0), (0.0, 1.0), (1.0, 1.0)]])  # (right, brief), (1, 4, 2)
     free, paid_if_right = gdpo_advantages(rewards)[0], gdpo_advantages(condition(rewards, 1, 0))[0]
     same(free, [-0.69, -0.4, -0.4, 1.49])  # z of brief, 0 1 1 1, is −1.5 0.5 0.5 0.5
@@ -145,21 +157,23 @@ class Config(grpo.Config):
 
     def __post_init__(self):
         if self.combine == "gdpo":
-            refuse_replaced(self)
+            refuse_replaced(self)  # before the algorithm's row fills them in
         super().__post_init__()
         if self.combine == "gdpo":
-            self.baseline = self.scale = None
+            self.baseline = self.scale = None  # not used
         check_conditioned(self.conditioned, reward_functions(self, grpo.REWARDS)[1])
 
 
 def gdpo_advantages_of(rewards, reward_weights, config, lengths=None):
     """Replaces grpo.advantages_of: rewards (N, R, M), {name: weight} -> advantages (N, R), {metric: number}."""
-    by_gdpo = gdpo_advantages(rewards, reward_weights.values())
+    by_gdpo = gdpo_advantages(rewards, reward_weights.values())  # (N, R)
     if config.combine == "sum":
-        by_sum, _ = grpo.advantages_of(rewards, reward_weights, config, lengths)
+        by_sum, _ = grpo.advantages_of(rewards, reward_weights, config, lengths)  # (N, R)
     else:
-        by_sum = group_advantages(reward_sums(rewards, reward_weights))
-    figures = {} if lengths is None else collapse({"grpo": by_sum, "gdpo": by_gdpo}, rewards)
+        by_sum = group_advantages(reward_sums(rewards, reward_weights))  # (N, R), for the figures alone
+    figures = {}
+    if lengths is not None:  # grpo.main leaves them out where it asks only which groups have a signal
+        figures = collapse({"grpo": by_sum, "gdpo": by_gdpo}, rewards)
     return by_sum if config.combine == "sum" else by_gdpo, figures
 
 

@@ -4,23 +4,25 @@
     DoRA   y = m ⊙ (V / ‖V‖) x          V = W + s B A, ‖·‖ of each row, m (out,)                 Eq. 5, arXiv:2402.09353
 
 Full fine-tuning learns W + ΔW with a ΔW of W's size. LoRA's claim is that the ΔW of an adaptation has low rank, so that
-a product of two thin matrices can hold it. One layer:
+a product of two thin matrices can hold it: r (in + out) numbers instead of in · out, 1.6 % of 1,024 x 1,024 at r = 8.
+One layer:
 
     start     A = random, B = 0, m = ‖W‖           so W' = W: training starts at the given model, exactly
     forward   low = A x                            (..., in) -> (..., r)
               y = W x + s B low                    (..., out)
-              y = m / ‖W + s B A‖ ⊙ y              DoRA only
-    backward, with δ = dL/dy, summed over the tokens:
+              y = m / ‖W + s B A‖ ⊙ y              DoRA only; a bias is frozen, and added after it
+    backward, with δ = dL/dy (out,), for DoRA m / ‖V‖ ⊙ dL/dy; of A, B and m summed over the tokens:
               dL/dB = s δ (A x)ᵀ                   (out, r)
               dL/dA = s (Bᵀ δ) xᵀ                  (r, in)
               dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (..., in)
+              dL/dm = dL/dy ⊙ V x / ‖V‖            (out,)
     merge     W ← W + s B A,  or m / ‖V‖ ⊙ V       a plain Linear again: no cost in decoding
 
 dL/dW = δ xᵀ, a third of the work of a full training step, is never formed. Without a gradient W needs no moments in
-Adam either: of 16 bytes per weight (w, g, m, v in fp32) 4 remain.
+Adam either: of 16 bytes per weight (w, g, m, v in fp32) 4 remain. Activations stay: dL/dA needs x.
 
 `rank` is 0 by default: every stage trains all weights. With --lora.rank 8 the defaults run LoRA with α = 16 on all
-Linear layers of attention and feed-forward; DoRA is off.
+Linear layers of attention and feed-forward (of a mixture: the router and the shared experts); DoRA is off.
 
 In a training stage (sft, dpo, ppo, grpo), whose Config has `lora: LoraConfig`:
 
@@ -30,8 +32,11 @@ In a training stage (sft, dpo, ppo, grpo), whose Config has `lora: LoraConfig`:
     with lora_off(policy): ...                                   # the model as it came: the reference policy of DPO,
                                                                  # PPO and GRPO, with no second copy in memory
 
-Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A does not move in the first
-step. A is Kaiming-uniform, here U(−1/√in, 1/√in). s = α/r lets the learning rate survive a change of r.
+Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A's is 0 in the first step. A is
+drawn from U(−1/√in, 1/√in), as nn.Linear's and PEFT's (in the paper Gaussian). s = α/r is for Adam. Its first step
+moves each B_ij by lr, with the sign of δ_i (A x)_j, so r terms of one sign add up in B A x; 1/r undoes that, and the
+learning rate survives a change of r. Muon's step grows as √r only, so there a larger r learns more slowly. Weight decay
+pulls A and B towards 0, so W' towards the given model.
 
 Why DoRA: plain LoRA couples length and direction, a longer ΔW changes both. DoRA learns them apart, as weight
 normalisation does. (The paper takes columns; its authors' code and PEFT take output rows, and so does this file.) With
@@ -40,8 +45,9 @@ G = dL/dW' and v̂ = V_i/‖V_i‖ the exact gradients of row i are
     dL/dm_i = G_i · v̂                     dL/dV_i = (m_i/‖V_i‖) (G_i − (G_i · v̂) v̂)
 
 The projection G − (G · v̂) v̂ comes from differentiating ‖V‖. §4.3 of the paper treats ‖V‖ as a constant, and so does
-this file: dL/dV_i = (m_i/‖V_i‖) G_i, without the graph of an (out, in) matrix, at next to no loss of accuracy. The
-price of DoRA: ‖V‖ is computed in every forward pass, r·out·in multiplications per layer however short the batch.
+this file: dL/dV_i = (m_i/‖V_i‖) G_i, without the graph of an (out, in) matrix; the paper measures next to no loss of
+accuracy. The price of DoRA: ‖V‖ is computed in every forward pass, r·out·in multiplications and an (out, in) matrix per
+layer, however short the batch.
 
 What is saved. `state_dict()` of a model with adapters is that of the merged model, so `save_pretrained` writes plain
 checkpoints that anyone opens (support/frozen_linear.py). support/lora_files.py keeps the adapters themselves: for
@@ -98,7 +104,7 @@ class LoRALinear(FrozenLinear):
 
     def __init__(self, linear, rank, alpha, dora=False, generator=None):
         super().__init__(linear)  # base_weight (out, in) and bias: the Linear's own tensors, frozen
-        self.rank, self.alpha, self.enabled = rank, alpha, True
+        self.rank, self.alpha, self.s, self.enabled = rank, alpha, alpha / rank, True
         # Adapters are fp32 even on bf16 weights, which cannot take a small step: it rounds to nothing.
         like = {"dtype": torch.promote_types(linear.weight.dtype, torch.float32), "device": linear.weight.device}
         A = torch.empty(rank, self.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(self.in_features)
@@ -109,7 +115,7 @@ class LoRALinear(FrozenLinear):
     def direction(self):
         """V = W + s B A, (out, in), in the adapter's dtype, whatever autocast says."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.base_weight.to(self.lora_A.dtype) + self.alpha / self.rank * (self.lora_B @ self.lora_A)
+            return self.base_weight.to(self.lora_A.dtype) + self.s * (self.lora_B @ self.lora_A)
 
     @torch.no_grad()  # §4.3 of DoRA: a constant for the gradient
     def row_norms(self):
@@ -130,7 +136,7 @@ class LoRALinear(FrozenLinear):
         y = F.linear(x, self.base_weight)  # (..., out)
         if self.enabled:
             low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r)
-            y = y + self.alpha / self.rank * F.linear(low, self.lora_B).to(y.dtype)
+            y = y + self.s * F.linear(low, self.lora_B).to(y.dtype)
             if self.magnitude is not None:
                 y = (self.magnitude / self.row_norms() * y).to(y.dtype)  # bf16 would round a factor of 1.003 to 1
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -141,10 +147,6 @@ class LoRALinear(FrozenLinear):
         self.lora_B.zero_()
         if self.magnitude is not None:
             self.magnitude.copy_(self.row_norms())
-
-    def extra_repr(self):
-        kind = "DoRA" if self.magnitude is not None else "LoRA"
-        return f"{self.in_features} -> {self.out_features}, {kind} rank={self.rank}, alpha={self.alpha}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,8 +212,8 @@ def unmerge_lora(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Within: the merged model, which decodes as fast as one that never had adapters. Do not train within. Under FSDP,
-    where there are none, each rank holds all weights within."""
+    """Within: the merged model, which decodes as fast as one that never had adapters. Do not train within. (A run with
+    --fsdp has no adapters; then this only gives each rank all the weights within.)"""
     with whole(model):
         merge_lora(model)
         try:
@@ -240,7 +242,7 @@ def lora_off(model):
 def demo():
     """A 2 x 2 layer by hand, forward and backward; then a whole model: the start, a merge, the way back."""
     W, x = torch.tensor([[1.0, 2.0], [1.0, 8.0]]), torch.ones(1, 2, requires_grad=True)
-    up = torch.tensor([[1.0, 0.0]])  # δ
+    delta = torch.tensor([[1.0, 0.0]])  # dL/dy
     by_hand = {  # V = W + 2 B A = [[3, 4], [5, 12]], whose rows have the lengths 5 and 13
         "LoRA": ([7, 17], {"B": [[4], [0]], "A": [[2, 2]], "x": [[3, 4]]}),
         "DoRA": ([14, 17], {"B": [[8], [0]], "A": [[4, 4]], "x": [[6, 8]], "m": [1.4, 0]}),  # row 1 twice as long
@@ -251,13 +253,16 @@ def demo():
         linear.weight.data = W.clone()
         layer = LoRALinear(linear, rank=1, alpha=2, dora=title == "DoRA")
         torch.testing.assert_close(layer(x), x @ W.t())  # B = 0 and m = ‖W‖: the given layer
+        of_A, of_B = torch.autograd.grad(layer(x), [layer.lora_A, layer.lora_B], delta)
+        assert of_A.eq(0).all()  # in the first step B moves alone
+        assert of_B.ne(0).any()
         layer.lora_A.data, layer.lora_B.data = torch.ones(1, 2), torch.tensor([[1.0], [2.0]])
         if layer.magnitude is not None:
             layer.magnitude.data = torch.tensor([10.0, 13.0])
         torch.testing.assert_close(layer(x)[0], torch.tensor(y).float())
         torch.testing.assert_close(x @ layer.weight.t(), layer(x))  # merged
         tensors = {"B": layer.lora_B, "A": layer.lora_A, "x": x, "m": layer.magnitude}
-        computed = torch.autograd.grad(layer(x), [tensors[name] for name in gradients], up)
+        computed = torch.autograd.grad(layer(x), [tensors[name] for name in gradients], delta)
         for gradient, expected in zip(computed, gradients.values(), strict=True):
             torch.testing.assert_close(gradient, torch.tensor(expected).float())
         print(f"  {title}  y = {y}   " + "   ".join(f"dL/d{name} = {value}" for name, value in gradients.items()))

@@ -1,10 +1,11 @@
 """Mixture of experts: many feed-forwards, of which each token passes through a few.
 
     p = softmax(W_r x)                                 router probabilities over E experts
-    y = s Σ_{e ∈ S} w_e expert_e(x)                    S the K likeliest experts; Switch, arXiv:2101.03961,
-    expert_e(x) = down_e(silu(gate_e x) ⊙ up_e x)      Mixtral, arXiv:2401.04088, Qwen3-MoE, arXiv:2505.09388
+    y = s Σ_{e ∈ S} w_e expert_e(x)                    S the K likeliest, w_e = p_e / Σ_S p (or p_e), s a constant
+    expert_e(x) = down_e(silu(gate_e x) ⊙ up_e x)      a SwiGLU feed-forward; with GELU: down_e gelu(up_e x)
 
-Parameters grow with E, the work per token only with K. One layer, T tokens (batch and time flattened):
+Switch, arXiv:2101.03961, Eq. 1 and 2 (K = 1); Mixtral, arXiv:2401.04088; Qwen3-MoE, arXiv:2505.09388. Parameters grow
+with E, the work per token only with K. One layer, T tokens (batch and time flattened):
 
     logits = x W_rᵀ, in fp32                           (T, C) -> (T, E)
     probs  = softmax(logits)                           (T, E)
@@ -18,7 +19,8 @@ Parameters grow with E, the work per token only with K. One layer, T tokens (bat
     in training, for balancing: losses from logits, probs and index; counts += how often each expert was chosen
 
 The default model has no mixture (n_expert = 0). With a mixture the defaults are K = 2, weights that sum to 1, s = K,
-every assignment served, and balancing by the Switch loss; shared experts, the bias and a capacity are off.
+every assignment served, and balancing by the Switch loss; shared experts, the bias and a capacity are off. An expert is
+ffn_width / (K + shared) wide, so a token costs what a dense feed-forward costs, and the router's E · C.
 
 **Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Those
 also get all the training, so they become better and are picked more often. Left alone, a few take almost everything: in
@@ -26,34 +28,41 @@ results/moe.md the busiest gets 3.7 times the even share, of at most E / K = 4; 
 significant. Against it, `--model.balancing`:
 
     aux     loss += 0.01 · E Σ_e f_e P_e     arXiv:2101.03961, Eq. 4: f the share of the assignments, P the mean
-                                             probability; 1 if even. f is a count, so the gradient goes through P. A
-                                             large weight (--aux_weight) costs loss, a small one does not balance
+                                             probability; 1 if f or P is even, which is not its minimum: watch the
+                                             load. f is a count, so the gradient goes through P. A large weight
+                                             (--aux_weight) costs loss, a small one does not balance
     bias    b_e ← b_e ± 0.001, each step     arXiv:2408.15664: + if expert e had less than its share, − if it had more.
-                                             b decides who is chosen, never with what weight: no gradient, no cost in
+                                             b decides who is chosen, never with what weight: no gradient, no term in
                                              the loss. --bias_rate sets the pace, and the swing that remains
     none
+
+At the router's logits l, with g_e = s dL/dy · expert_e(x) of one token, and of T tokens:
+
+    weights that sum to 1   dL/dl_e = w_e (g_e − Σ_S w_j g_j) in S, else 0: an expert better than the mix gains
+    Switch loss             d/dl_te = (E / T) p_te (f_e − Σ_j p_tj f_j): falls where f_e is above the token's own mean
+    z-loss                  d/dl_te = (2 / T) logsumexp(l_t) p_te
 
 With any of the three pretrain.py also adds 0.001 (--z_weight) · mean(logsumexp(logits)²), the z-loss (ST-MoE,
 arXiv:2202.08906, Eq. 5): it keeps logits small, so that the softmax does not saturate. Both losses are summed over the
 model's mixtures: with four of them aux weighs 4 · 0.01. Only pretrain.py balances: later stages train the router by
 their own loss alone, and the biases stay. (DeepSeek-V3, arXiv:2412.19437, §2.1.2, adds b to sigmoid scores and a small
-loss per sequence; here b meets probabilities of about 1/E.)
+loss per sequence; here b meets probabilities of about 1/E, so lower --bias_rate as E grows.)
 
 **Traps.**
 
-* K = 1 with weights that sum to 1: p / p = 1, and the router gets no gradient (pretrain.py refuses it). Switch and
+* K = 1 with weights that sum to 1: w = p / p = 1, and the router gets no gradient (pretrain.py refuses it). Switch and
   OLMoE do not divide.
 * The scale s (`routed_scale`; DeepSeek's routed_scaling_factor). A dense feed-forward cut into K parts *adds* them up;
   weights that sum to 1 take the *mean*, 1/K of that. Steps of Adam and Muon do not grow with the gradient, so with the
   same init and the same steps the branch would start and stay K times smaller. So s is K by default if the weights
-  sum to 1, else 1.
+  sum to 1, else 1 as published. (Opened checkpoints of Mixtral and Qwen3-MoE have s = 1.)
 * Softmax before or after the top-k? Over the K chosen logits it gives p_e / Σ_S p: the renormalised weights. So
   Mixtral, which writes it after, and Qwen3-MoE with `norm_topk_prob` are one formula.
 * bf16: a probability of 0.3 is off by up to 0.001 there. So the router computes in fp32, under autocast too. (With
   --fsdp and bf16 its weights come rounded to bf16 all the same.)
 * `capacity_factor`: of a forward's T tokens an expert takes at most ⌈factor · T K / E⌉ assignments, first choices
-  first, then in the order of the tokens, so the last rows of a batch lose first. The rest pass by on the residual
-  stream alone (a token's served choice keeps its weight) and are counted: load_dropped in the log. Whether a token is
+  first, then in the order of the tokens, so the last rows of a batch lose first. The rest are dropped: that expert adds
+  nothing to that token, whose other weights stay. They are counted: load_dropped in the log. Whether a token is
   dropped depends on the others in the micro-batch, with K > 1 on later ones too: their first choices go before its
   second. So training is not causal then, decoding would differ from one pass, and a rollout from its scoring. Hence a
   capacity acts in training mode only, and an opened checkpoint has none.
@@ -77,7 +86,7 @@ from torch import nn
 
 from support.devices import in_float64
 from support.expert_counts import histogram, repeats_a_forward, sum_over_ranks
-from support.expert_products import fast_slices
+from support.expert_products import fast_experts
 from support.output import run_demo
 
 
@@ -86,11 +95,13 @@ def route(logits, k, normalise=True, bias=None):
     probs = logits.softmax(-1)
     index = (probs if bias is None else probs + bias).topk(k, dim=-1).indices  # (T, K)
     weights = probs.gather(-1, index)  # (T, K)
-    return probs, weights / weights.sum(-1, keepdim=True) if normalise else weights, index
+    if normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return probs, weights, index
 
 
 def load_balancing_loss(router_probs, expert_index, n_expert):
-    """Switch loss E Σ f_e P_e, arXiv:2101.03961, Eq. 4-6: probs (..., E), index (..., K) -> a scalar, 1 when even.
+    """Switch loss E Σ f_e P_e, arXiv:2101.03961, Eq. 4-6: probs (..., E), index (..., K) -> (); 1 if f or P is even.
 
     f is the share of all assignments and sums to 1. transformers' load_balancing_loss_func divides by the tokens
     instead and is K times as large; it also averages f and P over the layers before it multiplies them.
@@ -109,10 +120,8 @@ def within_capacity(index, n_expert, factor):
     T, K = index.shape
     capacity = math.ceil(round(factor * T * K / n_expert, 6))  # 1.1 · 50 is 55.00000000000001: no reason for a 56th
     queue = index.t().flatten()  # (K·T,): all first choices, then all second choices
-    order = queue.argsort(stable=True)
-    n_rows = histogram(queue, n_expert)  # (E,)
-    place = torch.empty_like(queue)  # in the queue of its expert
-    place[order] = torch.arange(T * K, device=index.device) - (n_rows.cumsum(0) - n_rows)[queue[order]]
+    asked = F.one_hot(queue, n_expert).cumsum(0)  # (K·T, E): how many have asked for each expert so far, with this one
+    place = asked.gather(1, queue[:, None])[:, 0] - 1  # (K·T,) in the queue of its expert
     return (place < capacity).view(K, T).t()
 
 
@@ -131,7 +140,7 @@ def dense_experts(x, index, weights, gate, up, down):
     return sum(mix[:, e, None] * expert(x, gates[e], up[e], down[e]) for e in range(len(up)))
 
 
-def slices_loop(x, tokens, n_rows, gate, up, down):
+def experts_loop(x, tokens, n_rows, gate, up, down):
     """A loop over the experts. x (T, C), tokens (rows,) sorted by their expert, of which n_rows (E,) go to each -> the
     experts' outputs for these rows of x, (rows, C)."""
     # unbind, not gate[e]: the gradient of an index is a whole (E, inner, C) of zeros, and there would be E of them.
@@ -141,15 +150,16 @@ def slices_loop(x, tokens, n_rows, gate, up, down):
     return torch.cat(out) if out else x[:0]
 
 
-def sparse_experts(x, index, weights, gate, up, down, keep=None, slices=slices_loop):
-    """The same as dense_experts: each token through its K experts only, and not where keep (T, K) is False."""
+def sparse_experts(x, index, weights, gate, up, down, keep=None, experts=experts_loop):
+    """The same as dense_experts: each token through its K experts only, and not where keep (T, K) is False. experts
+    computes the products: `experts_loop`, or a faster equal of it (support/expert_products.py)."""
     T, K = index.shape
-    queue = index.flatten()  # (T·K,), entry t·K + k is token t's k-th choice
-    order = queue.argsort(stable=True)
+    chosen = index.flatten()  # (T·K,), entry t·K + k is token t's k-th choice
+    order = chosen.argsort(stable=True)  # the assignments sorted by expert; order // K are their tokens
     if keep is not None:
         order = order[keep.flatten()[order]]
-    n_rows = histogram(queue[order], len(up))  # (E,)
-    rows = slices(x, order // K, n_rows, gate, up, down)  # (T·K or fewer, C)
+    n_rows = histogram(chosen[order], len(up))  # (E,)
+    rows = experts(x, order // K, n_rows, gate, up, down)  # (T·K or fewer, C)
     rows = rows.new_zeros(T * K, x.shape[1]).index_copy(0, order, rows)  # back in the tokens' order
     return (rows.unflatten(0, (T, K)) * weights[..., None]).sum(1)  # (T, C)
 
@@ -195,16 +205,17 @@ class MoE(nn.Module):
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, -2)  # (T, C)
         with torch.autocast(x.device.type, enabled=False):
-            exact = torch.promote_types(x.dtype, torch.float32)  # fp32, or float64
-            logits = F.linear(x.to(exact), self.router.weight.to(exact))  # (T, E)
+            dtype = torch.promote_types(x.dtype, torch.float32)  # fp32, or float64
+            logits = F.linear(x.to(dtype), self.router.weight.to(dtype))  # (T, E)
+        # probs (T, E), weights and index (T, K)
         probs, weights, index = route(logits, self.n_active, self.normalise, self.selection_bias)
         keep = None
         if self.training and self.capacity_factor is not None:
             keep = within_capacity(index, self.n_expert, self.capacity_factor)  # (T, K)
         if self.training:
             self._record(logits, probs, index, keep)
-        slices = fast_slices(x, self.up, slices_loop)
-        y = sparse_experts(x, index, self.scale * weights, self.gate, self.up, self.down, keep, slices)  # (T, C)
+        experts = fast_experts(x, self.up, experts_loop)
+        y = sparse_experts(x, index, self.scale * weights, self.gate, self.up, self.down, keep, experts)  # (T, C)
         if self.shared is not None:
             gate = self.shared["gate"].weight if "gate" in self.shared else None
             y = y + expert(x, gate, self.shared["up"].weight, self.shared["down"].weight)
@@ -267,6 +278,11 @@ def demo():
     switch = load_balancing_loss(probs, index, 3)  # f = (3, 4, 1) / 8, P = (0.45, 0.3, 0.25)
     assert abs(switch - 3 * (3 / 8 * 0.45 + 4 / 8 * 0.3 + 1 / 8 * 0.25)) < 1e-6
     print(f"  assignments {counts.tolist()}: Switch loss 3 (3/8 · 0.45 + 4/8 · 0.3 + 1/8 · 0.25) = {switch:.2f}")
+    logits, f = probs.log().requires_grad_(), counts / 8
+    (slope,) = torch.autograd.grad(load_balancing_loss(logits.softmax(-1), index, 3), logits)
+    torch.testing.assert_close(slope, 3 / 4 * probs * (f - (probs @ f)[:, None]))
+    print("  its gradient at the logits of token 0: " + "  ".join(f"{v:+.3f}" for v in slope[0].tolist()), end="")
+    print(": expert 1, the busiest, goes down")
     bias = 0.06 * torch.sign(counts.double().mean() - counts).float()  # the even share is 8/3
     _, moved, chosen = route(probs.log(), 2, bias=bias)
     assert histogram(chosen, 3).tolist() == [3, 2, 3]

@@ -6,7 +6,7 @@
 Both give every token's vector the same length, √C before the gain, so a block sees inputs of one scale however large
 the residual stream has grown. RMSNorm, forward and backward, each token by itself:
 
-    r     = √(mean(x²) + ε)                          x (..., C) -> (..., 1), in fp32
+    r     = √(mean(x²) + ε)                          x (..., C) -> (..., 1), in fp32 at least
     x̂     = x / r                                    (..., C)
     y     = g ⊙ x̂                                    (..., C), in the dtype of x
 
@@ -19,6 +19,8 @@ LayerNorm is RMSNorm of x − μ, plus b; on the way back the gradient loses its
     x̂     = (x − μ) / √(σ² + ε)                      (..., C)
     dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε),   dL/db = Σ_tokens dL/dy
 
+because x − μ = P x with P = I − 11ᵀ/C, which is symmetric: dL/dx is P times RMSNorm's, and P x̂ = x̂.
+
 Where it stands, x the residual stream and f a branch (attention or feed-forward), `place` below:
 
     post       x ← Norm(x + f(x))          Vaswani et al. 2017: each norm rescales the stream itself
@@ -29,40 +31,46 @@ Where it stands, x the residual stream and f a branch (attention or feed-forward
 The default model runs RMSNorm before each branch (pre) with ε = 1e-6, and on each query and key head (attention.py).
 
 The trap is precision. In fp16 squares above 65,504 are infinite, so an activation of 256 is enough to make the
-statistics inf. They are taken in fp32 whatever comes in, and the result returns in the input's dtype.
+statistics inf. They are taken in fp32 at least, and the result returns in the input's dtype.
 
 The gradient. From r² = mean(x²) + ε follows ∂r/∂x_j = x_j / (C r) = x̂_j / C, so ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) / r;
-multiplied by u_i and summed over i that is the line above. In words: the part of u along x̂ is removed, because
-stretching x changes nothing, and the rest is divided by r: large inputs learn slowly.
+multiplied by u_i and summed over i that is the line above. In words: the part of u along x̂ is removed (up to ε), as
+stretching x changes nothing; the rest is divided by r, so the larger x, the smaller the gradient that goes back.
 
 What the missing mean changes. RMSNorm saves a reduction and a bias and trains as well (results/norm-kind.md). But it
 notices a constant that is added to x: it divides by √(σ² + μ²), LayerNorm by σ, so what differs between the features
-shrinks to 1 / √(1 + μ²/σ²). For C independent features μ is about σ/√C, and nothing is lost. And as the two are equal
-on centred vectors, a trained pre-norm LayerNorm model becomes an RMSNorm one by centring the matrices that write into
-the stream (arXiv:2305.14858).
+shrinks to 1 / √(1 + μ²/σ²). For C independent features of mean 0, μ is about σ/√C, and nothing is lost. And as the two
+are equal on centred vectors, a trained pre-norm LayerNorm model becomes an RMSNorm one by centring what writes into the
+stream: matrices, their biases, the embeddings; a norm's b goes into the matrices that read it (arXiv:2305.14858).
 
 What the placement changes, if at the start of training each branch puts out as much variance as comes in:
 
-* post: each norm divides x + f(x) by √2, which just undoes the doubling. Every block's weights get a gradient of the
-  same size, and one small step of all L blocks moves the output by √L times what one block would (arXiv:2004.08249):
-  the reason for post-norm's warm-up. Here it trains without one at 12 layers (results/norm-placement.md) and fails
-  even with one at 48 (results/norm-depth.md).
-* pre: after l blocks the stream's variance is 1 + l, so the final norm divides what block l added, and its gradient, by
-  √(1 + l): the deeper the block, the gentler. A step moves the output by √ln L. The weakness: late branches add
-  little, and one branch with large weights drowns all the others.
+* post: each norm divides x + f(x) by √2. On the way back the two paths double the gradient's square, and the norm
+  halves it: all blocks' weights get gradients of one size. If each branch changes by a share δ in an independent
+  direction, the output moves by δ √(depth / 2) (arXiv:2004.08249): the reason for post-norm's warm-up. Here it trains
+  without one at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
+* pre: after l blocks the stream's variance is 1 + l. On the way back the final norm divides by √(1 + depth), and every
+  later block k, which reads a variance of k, multiplies by √(1 + 1/k): block l's weights get 1 / √(1 + l), the deeper
+  the gentler. The same δ moves the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late
+  branches add little, and one branch with large weights drowns all the others.
 * sandwich: all branches weigh the same at the start, whatever their weights; their gains learn the rest.
 
-Simplified: no kernel of our own. The modules call torch's fused one where it is the fastest, and say where not.
+The default model divides the matrices that write into the stream by √(2 n_layer) at the start (transformer.py), which
+makes its gradients level: block 1's over the last one's is 1.1 in pre, 0.98 in post, 3.4 in sandwich, whose second norm
+undoes the division (results/norm-placement.md).
 
-Letters: C width; everything before the last dimension is left alone. Run it: `python norms.py`.
+The modules call torch's fused kernels; for RMSNorm on a CPU, where there is none, support/fast_norms.py.
+
+Letters: C width, l the number of a block, L the loss; everything before the last dimension is left alone.
+Run it: `python norms.py`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from support.devices import traits
+from support.fast_norms import RMSNormByHand
 from support.output import run_demo
 
 
@@ -115,32 +123,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps).to(x.dtype)
 
 
-class RMSNormByHand(torch.autograd.Function):
-    """rms_norm with the gradient above, for CPUs: there F.rms_norm is a chain of small operations, each a pass over
-    (..., C), and its backward pass a longer one. Here the sums over the features and over the tokens are products of a
-    matrix and a vector."""
-
-    @staticmethod
-    def forward(ctx, x, gain, eps):
-        wide = torch.promote_types(gain.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        r_inverse = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # (..., 1), fp32 at least
-        ctx.save_for_backward(x, gain, r_inverse)
-        return (x * r_inverse).mul_(gain).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        x, gain, r_inverse = ctx.saved_tensors
-        upstream, C = upstream.to(r_inverse.dtype), x.shape[-1]
-        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside it
-            both = (x * upstream).reshape(-1, C)  # (N, C)
-            dgain = r_inverse.view(1, -1) @ both  # (1, C): Σ_tokens x̂ ⊙ upstream
-            along = (both @ gain.to(both.dtype)).view_as(r_inverse)  # (..., 1): Σ_C u ⊙ x
-        dx = (x * (along * r_inverse.square() / -C)).addcmul_(upstream, gain).mul_(r_inverse)  # x = r x̂
-        return dx.to(x.dtype), dgain[0].to(gain.dtype), None
-
-
 class RMSNorm(nn.Module):
     """rms_norm with a learned gain: x (..., C) -> (..., C)."""
 
@@ -160,27 +142,28 @@ class RMSNorm(nn.Module):
 
 
 def place(x, branch, placement, norm):
-    """One residual step by the table above: x (..., C) -> (..., C); norm is a function without parameters here."""
+    """One residual step by the table above: x (..., C) -> (..., C); norm is a function without parameters here.
+    transformer.Block writes the same out, with norms that have gains."""
     if placement == "post":
         return norm(x + branch(x))
     added = branch(norm(x))
     return x + (norm(added) if placement == "sandwich" else added)
 
 
-def deep_stack(placement, depth=32, first=1.0, width=128, tokens=256, seed=0):
+def deep_stack(placement, depth, first=1.0):
     """`depth` untrained blocks -> the gradient norm of each block's matrix, the RMS of the final stream, and how far
     the output moves, relative to its length, if every matrix moves by 1 % of its norm in a random direction.
 
     Block l adds W_l relu(input), W_l drawn so that as much variance comes out as goes in; the first is multiplied by
     `first`. The loss is a random linear function of the normalised stream.
     """
-    rng = torch.Generator().manual_seed(seed)
-    x, up = torch.randn(2, tokens, width, generator=rng)
-    W = torch.randn(depth, width, width, generator=rng) * (2 / width) ** 0.5  # relu halves the mean square
+    C, rng = 128, torch.Generator().manual_seed(0)
+    x, up = torch.randn(2, 256, C, generator=rng)  # (tokens, C) each: what comes in, dL/d(output)
+    W = torch.randn(depth, C, C, generator=rng) * (2 / C) ** 0.5  # relu halves the mean square
     W[0] *= first
-    move = torch.randn(depth, width, width, generator=rng)
+    move = torch.randn(depth, C, C, generator=rng)
     move *= 0.01 * W.norm(dim=(1, 2), keepdim=True) / move.norm(dim=(1, 2), keepdim=True)
-    one = torch.ones(width)
+    one = torch.ones(C)
 
     def forward(W):
         z = x
@@ -190,7 +173,7 @@ def deep_stack(placement, depth=32, first=1.0, width=128, tokens=256, seed=0):
 
     W.requires_grad_()
     stream, y = forward(W)
-    (gradient,) = torch.autograd.grad((y * up).sum() / tokens, W)
+    (gradient,) = torch.autograd.grad((y * up).sum() / len(x), W)
     with torch.no_grad():
         moved = ((forward(W + move)[1] - y).norm() / y.norm()).item()
     return gradient.norm(dim=(1, 2)).tolist(), stream.pow(2).mean().sqrt().item(), moved
@@ -218,7 +201,9 @@ def demo():
     torch.testing.assert_close(rms_norm(x - 4, one, eps=0.0), layer_norm(x, one, eps=0.0))
     left = (rms_norm(x, one).std() / layer_norm(x, one).std()).item()
     assert abs(left - (1 + (4 / 3) ** 2) ** -0.5) < 1e-5
-    print(f"  RMSNorm(x − μ) = LayerNorm(x); uncentred, {left:.1f} = 1 / √(1 + μ²/σ²) of the differences are left")
+    print(
+        f"  RMSNorm(x − μ) = LayerNorm(x); not centred, x's differences come out {left:.1f} = 1 / √(1 + μ²/σ²) as large"
+    )
 
     big = torch.full((1, 4), 300.0, dtype=torch.float16)
     square = big.pow(2).mean(-1, keepdim=True)
@@ -242,6 +227,12 @@ def demo():
             print(f"  {name:<24}" + "".join(f"{norms[n - 1]:>8.2f}" for n in shown), end="")
             print(f"{length:>15.1f}{move:>7.1%}{deep_stack(placement, 2, first)[2]:>19.1%}")
             last[placement, first] = norms[-1]
+            if first == 1 and placement != "sandwich":  # the laws above, for δ = 0.01
+                share = depth / 2 if placement == "post" else sum(1 / n for n in range(2, depth + 2))
+                assert abs(move / (0.01 * share**0.5) - 1) < 0.1
+                level = [g * (1 if placement == "post" else (1 + l) ** 0.5) for l, g in enumerate(norms, 1)]
+                assert max(level) / min(level) < 1.5
+                assert abs(length / (1 if placement == "post" else 1 + depth) ** 0.5 - 1) < 0.1
     assert last["post", 1.0] > 2 * last["pre", 1.0]
     assert last["sandwich", 30.0] > 3 * last["pre", 30.0]
 

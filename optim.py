@@ -222,7 +222,7 @@ def make_optimizers(unwrapped, kind, lr, weight_decay, betas=(0.9, 0.95)):
             continue
         if p.dim() < 2 or "learned" in name:  # learned positions are a table of vectors
             undecayed.append(p)
-        elif kind == "muon" and name.startswith("blocks.") and not name.endswith("router.weight"):
+        elif kind == "muon" and name.startswith("blocks.") and ".router." not in name:
             inner.append(p)
         else:
             decayed.append(p)

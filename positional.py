@@ -1,7 +1,8 @@
 """Positions: attention by itself sees a set of tokens, not a sequence. Three ways to tell it the order.
 
     learned      x_p ← x_p + a row of a table                          GPT-2: simple; knows nothing past its last row
-    sinusoidal   x_p ← x_p + PE[p],  PE[p, 2i] = sin(p ω_i),  PE[p, 2i + 1] = cos(p ω_i)   Vaswani et al. 2017, §3.5
+    sinusoidal   x_p ← √C x_p + PE[p]                                  Vaswani et al. 2017, §3.4 and 3.5
+                 PE[p, 2i] = sin(p ω_i),  PE[p, 2i + 1] = cos(p ω_i)
     rotary       (a, b) ← (a cos pω_i − b sin pω_i,  a sin pω_i + b cos pω_i)              RoPE, arXiv:2104.09864,
                  for each pair i of features of a query or key at position p               Eq. 13 to 15, 34
 
@@ -10,15 +11,17 @@ neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, t
 
     ω        = rope_frequencies(D, θ, scaling)              (D/2,)
     angles   = positions · ω, for both features of a pair   (..., T) -> (..., T, D)
-    cos, sin = cos(angles), sin(angles)                     (..., T, D) each, once for all layers
-    q, k     = rotate(q), rotate(k)                         (B, H, T, D), (B, G, T, D): in each layer; not the values
+    cos, sin = a cos(angles), a sin(angles)                 (..., T, D) each, once for all layers; a = 1 but for yarn
+    q, k     = rotate(q, cos, sin), rotate(k, cos, sin)     (B, H, T, D), (B, G, T, D): in each layer; not the values
     score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           rotations compose, R(m)ᵀ R(n) = R(n − m)
 
-So a score depends on the distance n − m alone: attention is relative without a parameter, and lengths stay what they
-were. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.)
+So a score depends on the distance n − m alone: attention is relative without a parameter, and a rotated vector keeps
+its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.) Here RoPE
+ends 0.36 nats per character below learned positions (results/positions.md).
 
-Past the trained length L a pair meets angles that it never saw. A pair that is slowed down stays among those it knows;
-`scaling`, a dict in Hugging Face's form, says which are. s = new length / L, r_i = L ω_i / 2π the turns of pair i in L:
+Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast one knows every angle; a slow one,
+r_i < 1, has seen part of the circle and now leaves it. Slowed down by s = new length / L it stays on that part, but
+nearby tokens come closer together. `scaling`, a dict in Hugging Face's form, says which pairs are slowed:
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
@@ -39,14 +42,12 @@ Traps:
   given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives its context, so in it dynamic does nothing.
 * YaRN's keep_i goes by i between the two ends, as in its authors' code; the paper (§3.2) goes by turns.
 
-Why slowing down only some pairs is better: a fast pair goes round many times within L and knows every angle; only slow
-ones (r_i < 1) have seen just a part of the circle. A small model trained on L = 64 bytes reads 4 L (nats per byte, one
-seed; results/benchmarks.md):
+A small model trained on L = 64 bytes reads 4 L (nats per byte, one seed; results/benchmarks.md):
 
               first L   2nd L   4th L   after 40 steps on 4 L: first, 4th
     as is        0.56    1.02    2.95   0.62, 0.98
     linear       3.43    3.71    3.68   1.34, 1.29
-    dynamic      0.61    0.60    2.94   0.61, 1.04      the best to 2 L
+    dynamic      0.61    0.60    2.94   0.61, 1.04      the best to 2 L (tables made for 4 L)
     llama3       1.15    1.59    1.65   0.65, 0.61
     yarn         0.90    1.05    1.13   0.59, 0.54      usable to 4 L, but worse on short texts until it is trained
 
@@ -56,12 +57,11 @@ Letters: B batch, T time, C width, H heads, D head width. Run it: `python positi
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from support.devices import traits
+from support.look_up import look_up
 from support.output import run_demo
-from support.rope_settings import read_scaling
+from support.rope_settings import given_attention_factor, read_scaling
 from support.rotation import fast_rotate
 
 
@@ -73,18 +73,7 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_len, dim).normal_(std=0.02))
 
     def forward(self, positions):
-        return table_rows(self.weight, positions)  # (..., T, C)
-
-
-def table_rows(table, positions):
-    """Rows of a table (n, C) by position: (..., T) -> (..., T, C). table[positions] would quietly read the last row at
-    position −1. ValueError outside 0 … n − 1; on CUDA, where the check would make the CPU wait for the GPU in every
-    step, F.embedding itself stops there, if less politely."""
-    if positions.numel() and not (traits(positions).stops_at_bad_index or torch.compiler.is_compiling()):
-        for position in (positions.min().item(), positions.max().item()):
-            if not 0 <= position < len(table):
-                raise ValueError(f"position {position} asked for, the table has {len(table)}")
-    return F.embedding(positions, table)
+        return look_up(self.weight, positions)  # (..., T, C)
 
 
 def sinusoidal_positions(positions, dim):
@@ -104,24 +93,24 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
     """
     if head_dim % 2:
         raise ValueError(f"sines and cosines come in pairs: a width of {head_dim} is odd")
-    kind, s, trained, theta = read_scaling(scaling, context, theta)
-    i = torch.arange(head_dim // 2, dtype=torch.float32)
-    if kind == "dynamic" and head_dim > 2:
-        stretch = s * max(length or trained, trained) / trained - (s - 1)
-        theta = theta * stretch ** (head_dim / (head_dim - 2))
+    kind, factor, L, theta = read_scaling(scaling, context, theta)  # L: the trained length
+    s, i = factor, torch.arange(head_dim // 2, dtype=torch.float32)
+    if kind == "dynamic" and head_dim > 2:  # a single pair turns at ω_0 = 1 whatever θ
+        s = factor * max(length or L, L) / L - (factor - 1)
+        theta = theta * s ** (head_dim / (head_dim - 2))
     frequencies = 1.0 / theta ** (2 * i / head_dim)  # transformers' order of operations: equal to the last bit
     if kind in ("default", "dynamic"):
         return frequencies
     if kind == "linear":
         keep = torch.zeros_like(i)
     elif kind == "llama3":
-        turns = trained * frequencies / (2 * math.pi)  # that a pair makes within the trained length
+        turns = L * frequencies / (2 * math.pi)  # r_i
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
     elif kind == "yarn":
         first, last = (
-            head_dim * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(theta))  # the i that makes `turns`
-            for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+            head_dim * math.log(L / (2 * math.pi * r)) / (2 * math.log(theta))  # the i whose r_i is r
+            for r in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
         )
         if scaling.get("truncate", True):
             first, last = math.floor(first), math.ceil(last)
@@ -131,22 +120,12 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
 
 
 def rope_attention_factor(scaling=None, context=None):
-    """What YaRN multiplies cosines and sines by, so that scores grow by its square; 1 for every other scaling.
-
-    0.1 ln s + 1 (§3.4). DeepSeek's `mscale` and `mscale_all_dim` split that factor, an `attention_factor` replaces it.
-    """
+    """What YaRN multiplies cosines and sines by (§3.4): scores grow by its square. 1 for every other scaling."""
     kind, s, *_ = read_scaling(scaling, context)
     if kind != "yarn":
         return 1.0
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-
-    def factor(mscale):
-        return 0.1 * mscale * math.log(s) + 1.0
-
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return factor(scaling["mscale"]) / factor(scaling["mscale_all_dim"])
-    return factor(1)
+    given = given_attention_factor(scaling, s)
+    return 0.1 * math.log(s) + 1 if given is None else given
 
 
 def rope_cos_sin(positions, frequencies, attention_factor=1.0):
@@ -160,7 +139,8 @@ def rope_cos_sin(positions, frequencies, attention_factor=1.0):
 
 
 def rotate(x, cos, sin):
-    """(a, b) -> (a cos − b sin, b cos + a sin), a and b the halves of x (..., D): each pair by its own angle."""
+    """(a, b) -> (a cos − b sin, b cos + a sin), a and b the halves of x (..., D): each pair by its own angle. cos and
+    sin broadcast to x; their two halves are equal."""
     a, b = x.chunk(2, dim=-1)  # (..., D/2) each
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
@@ -182,9 +162,11 @@ def apply_rope_interleaved(x, positions, theta=10000.0):
 
 
 def interleaved_to_half(weight, n_head):
-    """Rows of a W_q or W_k (H·D, C) trained with neighbouring pairs, reordered for halves."""
+    """Rows of a W_q or W_k (H·D, C) trained with neighbouring pairs -> (H·D, C) for halves: in each head, feature
+    2i + h goes to h·D/2 + i. (Biases, and gains of norms on heads, permute likewise.)"""
     out, inner = weight.shape
-    return weight.view(n_head, out // n_head // 2, 2, inner).transpose(1, 2).reshape(out, inner)
+    pairs = weight.view(n_head, out // n_head // 2, 2, inner)  # (H, D/2, 2, C)
+    return pairs.transpose(1, 2).reshape(out, inner)  # (H, 2, D/2, C) -> (H·D, C)
 
 
 def demo():
@@ -200,7 +182,7 @@ def demo():
     for position, by_hand in enumerate([(1, 2), (-2, 1), (-1, -2), (2, -1)]):
         torch.testing.assert_close(at(k, position), torch.tensor(by_hand).float(), atol=1e-6, rtol=0)
     print("  k at 0, 1, 2, 3: (1, 2), (-2, 1), (-1, -2), (2, -1)")
-    for (m, n), by_hand in {(0, 0): 1, (0, 1): -2, (1, 2): -2, (2, 3): -2, (0, 2): -1, (5, 7): -1, (1, 0): 2}.items():
+    for (m, n), by_hand in {(0, 0): 1, (1, 0): 2, (2, 1): 2, (3, 2): 2, (2, 0): -1, (7, 5): -1, (0, 1): -2}.items():
         score = at(q, m) @ at(k, n)
         assert abs(score - by_hand) < 1e-5
         print(f"  query at {m}, key at {n}: n − m = {n - m:2d}, score {round(score.item()):2d}")
@@ -218,8 +200,8 @@ def demo():
     print(f"\nneighbouring pairs = halves with permuted weights: largest difference in a score {worst:.1e}")
 
     step, pe = 3, sinusoidal_positions(torch.arange(50), D)  # (50, D)
-    turns = [torch.tensor([[w.cos(), w.sin()], [-w.sin(), w.cos()]]) for w in step * frequencies]
-    M = torch.block_diag(*turns)  # (D, D): rotates (sin, cos) of pair i by 3 ω_i; knows 3, not p
+    rotations = [torch.tensor([[w.cos(), w.sin()], [-w.sin(), w.cos()]]) for w in step * frequencies]
+    M = torch.block_diag(*rotations)  # (D, D): rotates (sin, cos) of pair i by 3 ω_i; knows 3, not p
     worst = (pe[:-step] @ M.t() - pe[step:]).abs().max().item()
     assert worst < 1e-4
     print(f"sinusoidal: one matrix takes PE[p] to PE[p + {step}] for every p: largest difference {worst:.1e}")

@@ -67,13 +67,13 @@ from positional import (
     rope_cos_sin,
     rope_frequencies,
     sinusoidal_positions,
-    table_rows,
 )
 from support.architecture import check_architecture, derived_defaults
 from support.checks import Count, FractionBelow1, Positive, Whole
 from support.devices import attention_dtype, cast_once
 from support.hf import load_decoder, save_decoder
 from support.logprobs import target_logprobs
+from support.look_up import look_up
 from support.output import run_demo
 
 
@@ -268,7 +268,7 @@ class Transformer(nn.Module):
         rope = None
         if c.positions == "rope":
             tables = self.rope_cos, self.rope_sin  # (context, D) each -> (T, D) or (B, T, D) each
-            rope = self.rope_at(positions) if beyond else [table_rows(table, positions) for table in tables]
+            rope = self.rope_at(positions) if beyond else [look_up(table, positions) for table in tables]
         elif c.positions == "learned":
             x = x + self.learned(positions)
         elif c.positions == "sinusoidal":  # §3.4 and 3.5 of Vaswani et al.: scale, then add

@@ -42,7 +42,7 @@ def derived_defaults(config):
         ffn_width = 32 * max(1, round(wanted / 32))
     if expert_width is None and c.n_expert:
         expert_width = max(1, ffn_width // (c.n_expert_active + c.n_shared_expert))
-        expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see fast_slices
+        expert_width -= expert_width % 8 if expert_width > 8 else 0  # whole 16 bytes of bf16: see fast_experts
     if scale is None and c.n_expert:
         scale = float(c.n_expert_active if c.norm_topk_prob else 1)
     filled = dict(ffn_width=ffn_width, expert_width=expert_width, routed_scale=scale)

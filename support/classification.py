@@ -58,9 +58,9 @@ def validate_mlm(encoder, batch, dist):
         if len(rows) == 0:  # fewer windows than ranks
             continue
         x = batch.take(rows, dist.device)
-        total -= encoder(x.tokens, targets=x.targets, chosen=x.chosen).sum().item()
+        total -= encoder(x.tokens, targets=x.targets, masked=x.masked).sum().item()
     encoder.train(was_training)
-    return dist.sum(total)[0] / max(1, batch.chosen.sum().item())
+    return dist.sum(total)[0] / max(1, batch.masked.sum().item())
 
 
 def confusion_table(confusion, names):

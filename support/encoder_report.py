@@ -19,7 +19,7 @@ class Look:
     """What a run shows beside its steps: before(), at_step() each, after().
 
     reviews: {split: Reviews}; examples: {split: [(ids, label)]} of them; streams {split: ids} and held_out, a TextBatch
-    with holes: the texts of masked-LM, None without it.
+    with masked tokens: the texts of masked-LM, None without it.
     """
 
     def __init__(self, run, reviews, examples, streams, held_out):

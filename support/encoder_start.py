@@ -74,11 +74,11 @@ def check_new(model):
     check_order(model, "--model.positions none")
 
 
-def check_opened(init, model, tokenizer, mask, hides):
-    """ConfigError on a start that cannot be trained here. hides: whether the run hides tokens."""
+def check_opened(init, model, tokenizer, mask, masks):
+    """ConfigError on a start that cannot be trained here. masks: whether the run masks tokens."""
     if model.n_class < 2:
         raise ConfigError(f"{init} gives a text one number, as a reward model does; labels need two")
-    if hides and mask not in tokenizer.special_ids:
+    if masks and mask not in tokenizer.special_ids:
         raise ConfigError(
             f"the tokenizer of {init} has no {mask}, so nothing can be hidden: --mlm_steps 0 --token_dropout 0 trains "
             "on the labels alone"
@@ -95,7 +95,7 @@ def check_order(model, source):
 
 def make_encoder(Encoder, config, dist, texts, mask):
     """-> (encoder in CPU memory, tokenizer, config with the encoder's architecture): those of --init, or random weights
-    and a tokenizer trained on {split: texts}. mask: the special token that hides others."""
+    and a tokenizer trained on {split: texts}. mask: the special token that replaces others."""
     run_path(config)  # raises on a bad --name or --resume first
     if config.init:
         encoder, tokenizer = open_start(Encoder, config.init, config.model)

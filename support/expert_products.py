@@ -1,6 +1,6 @@
-"""The experts' products where moe.slices_loop is not the fastest form: a kernel on a GPU, few numbers of rows on a CPU.
+"""The experts' products where moe.experts_loop is not the fastest: a kernel on a GPU, few numbers of rows on a CPU.
 
-Each form takes and returns what slices_loop does: x (T, C), tokens (rows,), n_rows (E,), gate, up, down -> (rows, C).
+Each form takes and returns what experts_loop does: x (T, C), tokens (rows,), n_rows (E,), gate, up, down -> (rows, C).
 """
 
 import torch
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from support.devices import product_dtype, traits
 
 
-def fast_slices(x, up, slices_loop):
-    """-> the form for rows like x and experts like up (E, inner, C): slices_loop itself, but for bf16."""
+def fast_experts(x, up, experts_loop):
+    """-> the form for rows like x and experts like up (E, inner, C): experts_loop itself, but for bf16."""
     if product_dtype(x) != torch.bfloat16:
-        return slices_loop
+        return experts_loop
     if traits(x).grouped_products and x.shape[1] % 8 == 0 and up.shape[1] % 8 == 0:  # it takes whole 16 bytes
-        return slices_grouped
+        return experts_grouped
     # On a CPU oneDNN compiles new bf16 kernels for each number of rows that it has not seen: let them be few.
-    return padded(slices_loop, traits(x).expert_rows)
+    return padded(experts_loop, traits(x).expert_rows)
 
 
-def slices_grouped(x, tokens, n_rows, gate, up, down):
+def experts_grouped(x, tokens, n_rows, gate, up, down):
     """One kernel per matrix, and no transfer of n_rows to the host."""
     dtype = product_dtype(x)
     ends = n_rows.cumsum(0).to(torch.int32)  # (E,)

@@ -45,3 +45,15 @@ def read_scaling(scaling, context, theta=10000.0):
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ValueError("RoPE scaling 'llama3' needs low_freq_factor below high_freq_factor")
     return kind, factor, trained, theta
+
+
+def given_attention_factor(scaling, s):
+    """The factor of a YaRN dict that gives one, or None. DeepSeek's `mscale` and `mscale_all_dim` are its numerator and
+    denominator."""
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    parts = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if not all(parts):
+        return None
+    above, below = (0.1 * mscale * math.log(s) + 1 for mscale in parts)
+    return above / below

@@ -31,12 +31,12 @@ def pad_rows(rows, pad):
 
 @dataclass
 class TextBatch:
-    """Rows of tokens; with them the tokens that were hidden (masked-LM), or each row's label."""
+    """Rows of tokens; with them the tokens that were masked (masked-LM), or each row's label."""
 
     tokens: torch.Tensor  # (B, T) x̃
     real: torch.Tensor  # (B, T) False on padding
     targets: torch.Tensor | None = None  # (B, T) x
-    chosen: torch.Tensor | None = None  # (B, T) True on M
+    masked: torch.Tensor | None = None  # (B, T) True on M
     labels: torch.Tensor | None = None  # (B,)
 
     def take(self, rows, device):
@@ -47,7 +47,7 @@ class TextBatch:
             return None if x is None else x[rows][:, :T].to(device)
 
         labels = None if self.labels is None else self.labels[rows].to(device)  # (b,)
-        return TextBatch(cut(self.tokens), cut(self.real), cut(self.targets), cut(self.chosen), labels)
+        return TextBatch(cut(self.tokens), cut(self.real), cut(self.targets), cut(self.masked), labels)
 
     def micro_batches(self, size, dist):
         """This rank's share of the rows, in pieces of at most `size`, sorted by length to waste no padding."""

@@ -1,4 +1,4 @@
-"""encoder.py: what may see what, the holes, and the guarantees of a run. BERT's own numbers are in test_hf_bert.py."""
+"""encoder.py: what may see what, what is masked, and the guarantees of a run. BERT's numbers are in test_hf_bert.py."""
 
 import json
 import re
@@ -21,8 +21,8 @@ from encoder import (
     Encoder,
     EncoderConfig,
     classification_loss,
-    hide,
     labelled_batch,
+    mask_tokens,
     masked_lm_loss,
     mean_pool,
 )
@@ -97,11 +97,11 @@ def test_masked_lm_scores_the_chosen_places_alone():
     model, (tokens, real, _) = tiny(), example_texts()
     chosen = torch.zeros_like(real)
     chosen[0, 3] = chosen[0, 9] = chosen[1, 0] = True
-    logprobs = model(tokens, real, targets=tokens.roll(1, 1), chosen=chosen)
+    logprobs = model(tokens, real, targets=tokens.roll(1, 1), masked=chosen)
     full = model.token_logits(model.hidden(tokens, real)).log_softmax(-1)
     expected = [full[b, t, tokens.roll(1, 1)[b, t]] for b, t in ((0, 3), (0, 9), (1, 0))]
     torch.testing.assert_close(logprobs, torch.stack(expected))
-    assert model(tokens, real, targets=tokens, chosen=torch.zeros_like(real)).shape == (0,)
+    assert model(tokens, real, targets=tokens, masked=torch.zeros_like(real)).shape == (0,)
 
 
 def test_exact_gelu_is_not_the_tanh_form():
@@ -117,7 +117,7 @@ def test_every_parameter_of_the_objective_gets_a_gradient():
     silent = {n.partition(".")[0] for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert silent == {"transform", "transform_norm", "token_bias"}
     model.zero_grad()
-    model(tokens, real, targets=tokens, chosen=real).sum().backward()
+    model(tokens, real, targets=tokens, masked=real).sum().backward()
     silent = {n.partition(".")[0] for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert silent == {"classifier"}
 
@@ -156,11 +156,11 @@ def test_saved_and_opened_it_is_the_same(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the rows
 
 
-def test_holes_are_fifteen_percent_of_which_eighty_ten_ten():
+def test_masked_tokens_are_fifteen_percent_of_which_eighty_ten_ten():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(10, 1000, (400, 500), generator=generator)
     keep = tokens % 7 == 0
-    hidden, chosen = hide(tokens, 3, 1000, keep, torch.Generator().manual_seed(1))
+    hidden, chosen = mask_tokens(tokens, 3, 1000, keep, torch.Generator().manual_seed(1))
     assert not (chosen & keep).any()
     assert torch.equal(hidden[~chosen], tokens[~chosen])
     assert chosen[~keep].float().mean().item() == pytest.approx(0.15, abs=0.005)
@@ -170,7 +170,7 @@ def test_holes_are_fifteen_percent_of_which_eighty_ten_ten():
     assert same.float().mean().item() == pytest.approx(0.1, abs=0.01)
     other = hidden[chosen][~masked & ~same]
     assert other.float().mean().item() == pytest.approx(500, abs=20)  # any token, evenly
-    again, _ = hide(tokens, 3, 1000, keep, torch.Generator().manual_seed(1))
+    again, _ = mask_tokens(tokens, 3, 1000, keep, torch.Generator().manual_seed(1))
     assert torch.equal(again, hidden)
 
 
@@ -278,7 +278,7 @@ def test_micro_batches_hold_every_row_once_and_no_more_padding_than_they_need():
             own = lengths[rank * 8 // world : (rank + 1) * 8 // world]
             assert [n for x in pieces for n in x.labels.tolist()] == sorted(own)
             for x in pieces:
-                assert x.tokens.shape == x.chosen.shape == (len(x.labels), x.labels.max())
+                assert x.tokens.shape == x.masked.shape == (len(x.labels), x.labels.max())
                 assert x.real.sum(1).tolist() == x.labels.tolist()
                 assert torch.equal(x.targets, x.tokens + 1)
                 for row, n in zip(x.tokens, x.labels.tolist(), strict=True):
@@ -348,14 +348,14 @@ def test_a_run_leaves_what_it_should(scratch, capsys, monkeypatch):
     assert (run / "samples.md").read_text(encoding="utf-8") == mistakes  # once, however often the end is resumed
 
 
-def test_a_batch_without_holes_costs_nothing(scratch):
+def test_a_batch_without_masked_tokens_costs_nothing(scratch):
     encoder.main(small(mlm_rate=1e-9))
     assert set(metrics("runs/encoder", "mlm_loss").values()) == {0.0}
 
 
-def test_every_step_has_its_own_holes(scratch, monkeypatch):
-    made, whole = [], encoder.hide
-    monkeypatch.setattr(encoder, "hide", lambda *args: made.append(whole(*args)) or made[-1])
+def test_every_step_masks_its_own_tokens(scratch, monkeypatch):
+    made, whole = [], encoder.mask_tokens
+    monkeypatch.setattr(encoder, "mask_tokens", lambda *args: made.append(whole(*args)) or made[-1])
     encoder.main(small(eval_every=100))
     holes = [chosen.numpy().tobytes() for _, chosen in made]
     assert len(set(holes)) == len(holes) == 5  # four steps and one validation

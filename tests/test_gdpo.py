@@ -117,7 +117,6 @@ def test_a_conditioned_reward_counts_only_with_the_other():
     rewards = torch.tensor([[[1.0, 0.4], [0.0, 0.9], [0.5, 0.8]]])
     assert condition(rewards, 1, 0)[0, :, 1].tolist() == pytest.approx([0.4, 0.0, 0.0])
     assert condition(rewards, 1, 0)[0, :, 0].tolist() == [1.0, 0.0, 0.5]
-    assert condition(rewards, 1, 0, threshold=0.5)[0, :, 1].tolist() == pytest.approx([0.4, 0.0, 0.8])
     assert rewards[0, 1, 1] == pytest.approx(0.9)  # the given ones stay
     rewards[0, 0, 1] = -0.5  # 0 would be better
     with pytest.raises(ConfigError, match=r"reward is -0\.5: a wrong answer, which is paid 0, would escape it"):

@@ -26,16 +26,16 @@ from moe import (
     balancing_loss,
     dense_experts,
     expert,
+    experts_loop,
     load_balancing_loss,
     route,
     router_z_loss,
-    slices_loop,
     sparse_experts,
     update_biases,
     within_capacity,
 )
 from support.expert_load import dropped_assignments, expert_load, load_record
-from support.expert_products import padded, slices_grouped
+from support.expert_products import experts_grouped, padded
 from transformer import Transformer, TransformerConfig
 
 C, INNER, E, K = 8, 5, 7, 3
@@ -179,10 +179,10 @@ def test_layer_equals_the_formula(activation, balancing, n_shared):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("slices", [slices_loop, slices_grouped])
+@pytest.mark.parametrize("slices", [experts_loop, experts_grouped])
 @pytest.mark.parametrize("whole", [1, 8])
 def test_fast_equals_dense_forward_and_backward(slices, gated, whole):
-    exact, slices = slices is slices_loop, padded(slices, whole)
+    exact, slices = slices is experts_loop, padded(slices, whole)
     dtype = torch.float64 if exact else torch.float32  # the kernel takes no float64
     built = layer(0.4, dtype, activation="swiglu" if gated else "gelu", width=16, expert_width=8)
     x, up = torch.randn(31, 16, dtype=dtype, requires_grad=True), torch.randn(31, 16, dtype=dtype)
@@ -456,7 +456,7 @@ def test_the_router_decides_in_fp32_under_autocast():
     code = """
 import torch
 from moe import *
-from support.expert_products import slices_grouped
+from support.expert_products import experts_grouped
 from transformer import TransformerConfig
 torch.manual_seed(0)
 config = TransformerConfig(width=32, expert_width=16, n_head=2, n_expert=16, n_expert_active=2, balancing="aux")
@@ -474,7 +474,7 @@ assert torch.equal(torch.stack(built.losses), torch.stack(losses))
 rough.sum().backward()
 with torch.autocast("cpu", torch.bfloat16):
     probs, weights, index = route(x @ built.router.weight.t(), 2)
-    grouped = sparse_experts(x, index, weights, built.gate, built.up, built.down, slices=slices_grouped)
+    grouped = sparse_experts(x, index, weights, built.gate, built.up, built.down, experts=experts_grouped)
     looped = sparse_experts(x, index, weights, built.gate, built.up, built.down)
 assert (grouped - looped).abs().max() < 0.02 * exact.abs().max()
 """

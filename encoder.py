@@ -7,9 +7,9 @@
 
 E (V, C) are the embeddings. A decoder predicts a token from those before it; if it saw the token itself, it could copy
 it. In an encoder every token sees the whole text, so it reads x̃, in which the tokens of M are masked, and predicts what
-they are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model that predicts only where it
-sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no <|mask|> at test time. This
-way any token may be a random one, or one to predict, and the model must represent each in its context.
+they are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model that predicts only
+where it sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no <|mask|> at test
+time. This way any token may be a random one, or one to predict, and the model must represent each in its context.
 
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 

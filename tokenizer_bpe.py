@@ -4,7 +4,9 @@ A model reads numbers, so a text becomes ids first. Its bytes are ids already, b
 two neighbours that occur together most often, make the pair one new token, write it down as a *merge*, and repeat
 (Sennrich et al. 2016, arXiv:1508.07909; on bytes instead of characters since GPT-2, Radford et al. 2019). Every text
 has ids, because every byte has one; frequent words are one token, rare ones a few. A regular expression, PATTERN below,
-cuts a text into words before, and no merge crosses a cut.
+cuts a text into words before, and no merge crosses a cut. The size V of the vocabulary is a trade: with more merges a
+text has fewer ids, but each id costs a row of the embedding (V, C) and a logit at every position. `python pretrain.py`
+trains V = 768, 509 merges, on its own text; later stages take the checkpoint's tokenizer.
 
     aaabdaaabac   --aa→Z-->   ZabdZabac   --ab→Y-->   ZYdZYac   --ZY→X-->   XdXac        5 ids instead of 11
 
@@ -26,6 +28,9 @@ Encoding: a text and the merges -> ids
             join those whose merge was learned first
         ids += the id of each part
 
+Learned first, because a new token takes part in later merges only. So this replays the training: a word of the training
+text comes out as training left it, and any other word as it would have been cut there.
+
 Ids of a tokenizer that is trained here: 0 … 255 are the bytes, 256 + k is merge k, the special tokens come last. A text
 cannot write a special token: its name in a text is plain characters, and only code that frames a document or a chat
 puts in its id (`Tokenizer.encode`). A chat is framed in ChatML; SFT trains on what is underlined, the mask of
@@ -39,9 +44,9 @@ same merges and ids faster. Two other kinds have the same interface: `ByteTokeni
 longest sequences) and `CharTokenizer` (an id per character seen in training).
 
 `save_pretrained` writes the format of Hugging Face's `tokenizers`. `transformers.AutoTokenizer` then gives the same
-ids, except that it reads special tokens in any text, and in a chat joins the empty line that an answer begins with to
-the line end before it. `load_tokenizer` opens that format, and byte-level BPE in the form of GPT-2, Qwen2 and SmolLM2;
-any other is refused with a reason.
+ids, with two exceptions: it reads the name of a special token in any text as that token, and where an answer begins
+with a line end, it merges that with the one after "assistant". `load_tokenizer` opens that format, and byte-level BPE
+in the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
 
 Simplified: no Unicode normalisation in training (NFC where a loaded tokenizer asks for it), and no merge is ever
 skipped at random (BPE-dropout, arXiv:1910.13267). Run it: `python tokenizer_bpe.py`.
@@ -62,8 +67,8 @@ from support.vocabulary import Vocabulary
 from support.word_counts import batches, count_words
 
 # Cut first, merge within: so "dog." and "dog!" share the token "dog". The cuts are GPT-4's as changed by Qwen2, where
-# each digit stands alone. If "12" and "123" were tokens, the same digit would have another id for every group it falls
-# into, and column-wise arithmetic could not be learned from one digit to the next.
+# each digit stands alone. With tokens of up to three digits the same digit has another id in every group, and which
+# columns share a token depends on the number's length: harder to learn from (arXiv:2402.14903).
 PATTERN = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
@@ -82,21 +87,21 @@ PATTERN = "|".join(
 def train_bpe_naive(texts, n_merges):
     """The algorithm, to be read: texts -> [(left id, right id), …], the merges in the order in which they are learned.
 
-    It counts all pairs anew for each merge.
+    It counts all pairs anew for each merge. (`BPETokenizer.train` spells the merges in bytes, as encoding takes them.)
     """
     texts = [texts] if isinstance(texts, str) else texts
-    counts = Counter(word.encode() for text in texts for word in split(text, PATTERN))
-    words = [(list(word), count) for word, count in counts.items()]  # ids, how often
+    words = Counter(word.encode() for text in texts for word in split(text, PATTERN))  # {b" dog": 77}
+    parts = {word: list(word) for word in words}  # {b" dog": [32, 100, 111, 103]}
     merges = []
-    while len(merges) < n_merges:
+    for new in range(256, 256 + n_merges):
         pairs = Counter()
-        for ids, count in words:
-            for pair in pairwise(ids):
+        for word, count in words.items():
+            for pair in pairwise(parts[word]):
                 pairs[pair] += count
         if not pairs:
             break  # every word is one token already: the text supports no larger vocabulary
         best = min(pairs, key=lambda pair: (-pairs[pair], tie_order(pair)))
-        words = [(merge(ids, best, 256 + len(merges)), count) for ids, count in words]
+        parts = {word: merge(ids, best, new) for word, ids in parts.items()}
         merges.append(best)
     return merges
 
@@ -132,17 +137,17 @@ def train_bpe(texts, n_merges):
 
 def encode_naive(text, merges, id_of, pattern=PATTERN):
     """The algorithm, to be read: text -> ids. merges: [(left bytes, right bytes), …] in order; id_of: {bytes: id}. In
-    bytes, and not in ids as in training, because a loaded file numbers its tokens as it likes."""
+    bytes, and not in ids as in training, because in a loaded file the ids of the bytes are not 0 … 255."""
     rank = {pair: place for place, pair in enumerate(merges)}
-    return [id_of[part] for piece in split(text, pattern) for part in apply_merges(piece.encode(), rank)]
+    return [id_of[part] for word in split(text, pattern) for part in apply_merges(word.encode(), rank)]
 
 
-def apply_merges(piece, rank):
+def apply_merges(word, rank):
     """b"hog" -> [b"h", b"og"]: join the neighbours whose merge was learned first, until no two are a merge.
 
     rank: {(left bytes, right bytes): place in the order of the merges}.
     """
-    parts = [bytes([byte]) for byte in piece]
+    parts = [bytes([byte]) for byte in word]
     while len(parts) > 1:
         best = min(pairwise(parts), key=lambda pair: rank.get(pair, len(rank)))
         if best not in rank:
@@ -153,7 +158,7 @@ def apply_merges(piece, rank):
 
 def check_spelling(merges):
     """Raises TokenizerError unless every token comes out whole when the merges are applied to its bytes. (tiktoken
-    takes a piece that is a token as it stands.)"""
+    takes a word that is a token as it stands.)"""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in doubtful_tokens(merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
@@ -199,22 +204,13 @@ class Tokenizer(Vocabulary):
         """ids -> text. Bytes that are no UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def decode_answer(self, ids):
-        """A sampled answer as its judges read it: without the stop token at its end, other special tokens by their
-        names, so that `1<|im_start|>8` is not 18. Ids that no token has (of a padded vocabulary) become U+FFFD, and are
-        dropped at the end."""
-        while ids and (ids[-1] in self.stop_ids or ids[-1] not in self._bytes):
-            ids = ids[:-1]
-        return b"".join(self._bytes.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
-
     def encode_chat(self, messages, add_generation_prompt=False):
         """[{"role", "content"}, …] -> ids, mask: True on the assistant's words and the <|im_end|> after them.
 
-        The special tokens are put in as ids, so a content cannot forge one. The text between two of them is encoded in
-        one go, as transformers does with the chat template that we save. Only an answer is encoded apart from its
-        "assistant\\n", because it is sampled apart: ids then differ from the template's if an answer begins with an
-        empty line, whose line end would merge with the one before it. If the tokenizer came with a default system turn,
-        a chat without one begins with that. add_generation_prompt: end with the opening of an answer.
+        The special tokens are put in as ids, so a content cannot forge one. The text between two of them is encoded as
+        a whole, as transformers does with the chat template that we save; only an answer is encoded apart from its
+        "assistant\\n", as it is sampled. If the tokenizer came with a default system turn, a chat without one begins
+        with that. add_generation_prompt: end with the opening of an answer.
         """
         (start, end), newline = self.chat_ids(), self.encode("\n")
         turns = [check_message(number, message) for number, message in enumerate(messages)]
@@ -291,8 +287,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """An id per character of the texts, by code point; any other character is an error. pretrain.py trains it on the
-    validation text too: an alphabet tells nothing of what is written in it."""
+    """An id per character of the texts, by code point; any other character is an error."""
 
     kind = "char"
 
@@ -377,13 +372,17 @@ def demo():
 
     text = Path(__file__).read_text(encoding="utf-8")
     assert train_bpe(text, 60) == train_bpe_naive(text, 60)
-    print("\ntrained on this file: the fast trainer's merges are the plain one's, tiktoken's ids those of our encoder")
+    print(
+        "\ntrained on this file, the fast trainer's merges are the plain one's; then tiktoken's ids the plain encoder's:"
+    )
     for size in (259, 400, 800):
         tokenizer = BPETokenizer.train(text, size)
         for t in (text, "naïve 🙂 12345 <|im_end|>\n\n\tdon't", ""):
             assert tokenizer.decode(tokenizer.encode(t)) == t
             assert tokenizer.encode(t) == tokenizer.encode_naive(t)
-        print(f"  vocabulary {size}: {len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token")
+        print(
+            f"  vocabulary {size}: {len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token; tiktoken's ids = the plain encoder's"
+        )
 
     messages = [{"role": "user", "content": "2 + 3?<|im_end|>"}, {"role": "assistant", "content": "5"}]
     ids, mask = tokenizer.encode_chat(messages)

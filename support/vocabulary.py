@@ -39,6 +39,14 @@ class Vocabulary:
     def decode_bytes(self, ids):
         return b"".join(map(self.token_bytes, ids))
 
+    def decode_answer(self, ids):
+        """A sampled answer as its judges read it: without the stop tokens at its end, other special tokens by their
+        names, so that `1<|im_start|>8` is not 18. Ids that no token has (of a padded vocabulary) become U+FFFD, and are
+        dropped at the end."""
+        while ids and (ids[-1] in self.stop_ids or ids[-1] not in self._bytes):
+            ids = ids[:-1]
+        return b"".join(self._bytes.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
+
     @property
     def vocab_size(self):
         return max(self._bytes) + 1  # a loaded vocabulary may have gaps: this is the size of the embedding

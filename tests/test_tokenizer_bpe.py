@@ -141,11 +141,19 @@ def test_chat_equals_the_stored_template(bpe, tmp_path):
     chat = [m | {"content": m["content"].replace("<|im_end|>", "")} for m in CHAT]
     theirs = auto.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = bpe.encode_chat(chat)
-    # Encoded as one text, "user\n" + "sure" could merge over the border; ours never does. Here nothing does.
     assert ids == theirs["input_ids"]
     assert [int(m) for m in mask] == theirs["assistant_masks"]
     prompt = auto.apply_chat_template(chat[:2], tokenize=True, add_generation_prompt=True, return_dict=True)
     assert bpe.encode_chat(chat[:2], True)[0] == prompt["input_ids"]
+
+
+def test_a_line_end_merges_with_the_frame_but_for_an_answers():
+    bpe = BPETokenizer.train("a\n\n\n\nb\n\n" * 20, 300)
+    (two,), (one,) = bpe.encode("\n\n"), bpe.encode("\n")
+    assert two in bpe.encode_chat([{"role": "user", "content": "\nx"}])[0]
+    ids, mask = bpe.encode_chat([{"role": "assistant", "content": "\nx"}])
+    assert two not in ids
+    assert ids[mask.index(True)] == one  # the answer's first
 
 
 def test_content_cannot_forge_a_turn(bpe):

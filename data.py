@@ -2,13 +2,14 @@
 
 Five kinds of record, and who reads them:
 
-    text      a string                            pretrain.py, encoder.py              next word, missing word
+    text      a string                            pretrain.py                          next token
     Problem   question, worked solution, answer   sft.py                               imitate
                                                   evaluate.py, grpo.py, dpo.py and     answer and be judged
                                                   all others that sample answers
-    Pair      prompt, better and worse answer     reward_model.py; dpo.py of a file    prefer
-    Judged    prompt, an answer, good or bad      dpo.py --variant kto of a file       like or not
-    Review    text, 1 or 0                        encoder.py                           classify
+    Pair      prompt, better and worse answer     reward_model.py; dpo.py              prefer
+                                                  --pairs offline
+    Judged    prompt, an answer, good or bad      dpo.py --pairs offline --variant kto like or not
+    Review    text, 1 or 0                        encoder.py                           masked token, then classify
 
 Every data set by name, its records, and how they are split. Each Pair can also be read as two Judged:
 
@@ -24,29 +25,32 @@ Every data set by name, its records, and how they are split. Each Pair can also 
     a path                   any one kind          by the hash; JSONL, JSON, CSV, TSV (support/records.py: their keys)
                              text                  plain text: one document, as tinyshakespeare
 
-"word", the default, needs no download: a story of GSM8K's kind, one worked line per arithmetic step, "#### 8".
-"word_large" is the same with numbers of up to four digits. Both have a verifier, a function that reads an answer and
-checks it. Without `n` they give 20,000 problems for train, 1,000 for valid and 1,000 for test (SIZES); most stages ask
-for fewer. The files of the others lie below $ALIGN_DATA (default downloads/); what is missing there is downloaded if
-support/downloads.py has an address for it.
+"word", the default, needs no download: a story of GSM8K's kind, one worked line per arithmetic step, and a last line
+such as "#### 8". "word_large" is the same with numbers of up to four digits. They and gsm8k have a verifier, a function
+that reads an answer and checks it. Without `n` the two give 20,000 problems for train, 1,000 for valid and 1,000 for
+test (SIZES); most stages ask for fewer. The files of the others lie below $ALIGN_DATA (default downloads/); what is
+missing there is downloaded if support/downloads.py has an address for it.
 
 From a name to the batch of a step:
 
-    records = load_text | load_problems | load_pairs | load_judged | load_sentiment (name, split)
+    records = load_text | load_problems | load_pairs | load_judged | load_reviews (name, split)
     text:     stream = ids of all documents, one after another                             (tokens,)
               inputs, targets = batch_at(stream, step, batch, context, seed, rank, world)  (batch, context) each
-    examples: numbers = rows_at(len(records), step, batch, seed)                           `batch` of them
-              prompt = encode_prompt(tokenizer, records[i])                                ids until generate.py decodes
-              prompt, answers = encode_answers(tokenizer, pair)
+    examples: for i in rows_at(len(records), step, batch, seed):                           `batch` of them
+                  ids, mask = tokenizer.encode_chat(conversation(records[i]))              True on what sft.py trains on
+                  prompt = encode_prompt(tokenizer, records[i])                            ids; an answer follows
+                  prompt, answers = encode_answers(tokenizer, records[i])                  a Pair's two, a Judged's one
 
-In `batch_at`, `batch` is that of one rank; in `rows_at` that of all ranks, of which each takes its slice.
+In `batch_at`, `batch` is that of one rank (without rank and world, of all); in `rows_at` that of all ranks, of which
+each takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
-window once; it leaves out fewer than two windows' tokens, others each time.
+window once. It leaves out fewer than two windows' tokens: others each time, but always the last tokens mod context.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
-answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. The
+answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. (Of
+gsm8k's train file alone the place decides.) The
 built-in stories are split by what happens in them, so that no test story is in train with another question or as the
 beginning of a longer one (support/word_problems.py).
 
@@ -85,7 +89,7 @@ SIZES = {"train": 20_000, "valid": 1_000, "test": 1_000}  # how many problems or
 class Problem:
     """A question and how it is answered.
 
-    `answer` is canonical (see `extract_answer`), and the last line of `solution` is `#### answer`, or what the task has
+    `answer` is canonical (support/answers.py), and the last line of `solution` is `#### answer`, or what the task has
     instead; "" if no answer can be checked, and `solution` is free text. `level` is the number of arithmetic steps;
     `story` the theme, or "gsm8k", or "file". In a longer conversation `history` holds what was said before the
     question, as (role, content). `rating` is that of a rated solution, 1 to 5. `task` is the row of TASKS whose
@@ -139,7 +143,7 @@ class Review(NamedTuple):
     label: int  # 1 positive, 0 negative
 
 
-def asked(record):
+def turns_before_answer(record):
     """All that was said before the answer of a Problem, Pair or Judged: turns, {"role", "content"} each, the last one
     the question."""
     question = record.question if isinstance(record, Problem) else record.prompt
@@ -154,7 +158,7 @@ def split_key(record):
     """The text whose hash decides the split: all that was said before the answer; of a review its text."""
     if isinstance(record, Review):
         return record.text
-    return " ".join(turn["content"] for turn in asked(record))
+    return " ".join(turn["content"] for turn in turns_before_answer(record))
 
 
 def of_split(what, records, name, split):
@@ -162,17 +166,13 @@ def of_split(what, records, name, split):
     test, and what the hash calls test in the train file is train. DataError if there are none; what: a record's name in
     that message."""
     own_test = has_test_file(name)
-
-    def place(record):
-        hashed = split_of(split_key(record))
-        return "train" if own_test and hashed == "test" else hashed
-
     if own_test and split == "test":
         kept = records  # of the test file
     elif name == "gsm8k":
         kept = records[:-500] if split == "train" else records[-500:]
     else:
-        kept = [record for record in records if place(record) == split]
+        hashed = {"train", "test"} if own_test and split == "train" else {split}
+        kept = [record for record in records if split_of(split_key(record)) in hashed]
     if not kept:
         raise none_left(what, name, split, len(records))
     return kept
@@ -209,7 +209,7 @@ def load_text(name=DEFAULT_TASK, split="train", skip_bad=False):
         return task_of(name).text(split, SIZES[split])
     if name in TASKS or holds_records(name):
         problems = load_problems(name, split, skip_bad=skip_bad)
-        return ["\n".join([*(turn["content"] for turn in asked(p)), p.solution]) for p in problems]
+        return ["\n".join([*(turn["content"] for turn in turns_before_answer(p)), p.solution]) for p in problems]
     return read_documents(name, split)
 
 
@@ -241,7 +241,7 @@ def load_pairs(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), seed=0, 
     return of_split("pair", pairs, name, split)[:n]
 
 
-def load_judged(name, split="train", n=None, skip_bad=False, levels=(1, 2), seed=0, kinds=None):
+def load_judged(name, split="train", n=None, levels=(1, 2), seed=0, kinds=None, skip_bad=False):
     """Single answers of a split -> [Judged, …], from at most n records. The records of a path may be pairs or single
     answers, or both; all else is as for `load_pairs`."""
     name = str(name)
@@ -254,7 +254,7 @@ def load_judged(name, split="train", n=None, skip_bad=False, levels=(1, 2), seed
     return [one for record in records for one in (record.judged if isinstance(record, Pair) else [record])]
 
 
-def load_sentiment(name="sentiment", split="train", skip_bad=False):
+def load_reviews(name="sentiment", split="train", skip_bad=False):
     """The labelled texts of a split -> [Review, …], of both labels."""
     name = str(name)
     check_split(split)
@@ -272,7 +272,7 @@ def load_sentiment(name="sentiment", split="train", skip_bad=False):
 
 
 @lru_cache(maxsize=4)
-def epoch_order(seed, epoch, windows, offsets):
+def epoch_windows(seed, epoch, windows, offsets):
     """Where an epoch's first window begins, 0 to offsets − 1, and the order of its windows, (windows,)."""
     rng = np.random.default_rng([seed, epoch])
     return int(rng.integers(offsets)), rng.permutation(windows)
@@ -295,32 +295,37 @@ def batch_at(stream, step, batch, context, seed, rank=0, world=1):
     rows = []
     first = (step * world + rank) * batch
     for number in range(first, first + batch):  # windows are numbered through all epochs
-        offset, order = epoch_order(seed, number // windows, windows, offsets)
+        offset, order = epoch_windows(seed, number // windows, windows, offsets)
         start = offset + int(order[number % windows]) * context
         rows.append(stream[start : start + context + 1])
     block = np.stack(rows).astype(np.int64)  # (batch, context + 1)
     return block[:, :-1], block[:, 1:]
 
 
+@lru_cache(maxsize=4)
+def epoch_rows(seed, epoch, n):
+    """The order in which an epoch reads n examples, (n,)."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def rows_at(n, step, batch, seed):
     """Which of n examples are in the batch of this step, of all ranks together: epochs without replacement."""
-    numbers = np.arange(step * batch, (step + 1) * batch)  # (batch,), counted through all epochs
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in np.unique(numbers // n)}
-    return [int(orders[i // n][i % n]) for i in numbers]
+    numbers = range(step * batch, (step + 1) * batch)  # counted through all epochs
+    return [int(epoch_rows(seed, i // n, n)[i % n]) for i in numbers]
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # From a record to ids.
 
 
-def chat(problem):
-    """A problem as a conversation; its last turn is the assistant's."""
-    return [*asked(problem), {"role": "assistant", "content": problem.solution}]
+def conversation(problem):
+    """The turns of a problem and its solution; the last one is the assistant's."""
+    return [*turns_before_answer(problem), {"role": "assistant", "content": problem.solution}]
 
 
 def encode_prompt(tokenizer, record):
     """The ids up to where the assistant begins its last turn."""
-    return tokenizer.encode_chat(asked(record), add_generation_prompt=True)[0]  # ids, without the mask
+    return tokenizer.encode_chat(turns_before_answer(record), add_generation_prompt=True)[0]  # ids, without the mask
 
 
 def encode_answers(tokenizer, pair):

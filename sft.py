@@ -76,7 +76,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from attention import document_mask
-from data import DEFAULT_TASK, Problem, chat, rows_at
+from data import DEFAULT_TASK, Problem, conversation, rows_at
 from lora import LoraConfig, add_lora
 from optim import lr_at, make_optimizers, optimizer_step
 from support.checkpoints import open_checkpoint
@@ -101,7 +101,7 @@ from transformer import token_logprobs
 
 def encode_example(tokenizer, problem, weighted=False):
     """-> ids, flags: True on the tokens that count, all of the assistant's; weighted: w on these, 0.0 on the rest."""
-    ids, flags = tokenizer.encode_chat(chat(problem))
+    ids, flags = tokenizer.encode_chat(conversation(problem))
     if weighted:
         weight = 1.0 if problem.rating is None else (problem.rating - 1) / 4  # unrated counts in full
         flags = [weight * flag for flag in flags]

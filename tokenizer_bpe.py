@@ -372,17 +372,13 @@ def demo():
 
     text = Path(__file__).read_text(encoding="utf-8")
     assert train_bpe(text, 60) == train_bpe_naive(text, 60)
-    print(
-        "\ntrained on this file, the fast trainer's merges are the plain one's; then tiktoken's ids the plain encoder's:"
-    )
+    print("\ntrained on this file; the merges and ids are those of the plain forms:")
     for size in (259, 400, 800):
         tokenizer = BPETokenizer.train(text, size)
         for t in (text, "naïve 🙂 12345 <|im_end|>\n\n\tdon't", ""):
             assert tokenizer.decode(tokenizer.encode(t)) == t
             assert tokenizer.encode(t) == tokenizer.encode_naive(t)
-        print(
-            f"  vocabulary {size}: {len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token; tiktoken's ids = the plain encoder's"
-        )
+        print(f"  vocabulary {size}: {len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token")
 
     messages = [{"role": "user", "content": "2 + 3?<|im_end|>"}, {"role": "assistant", "content": "5"}]
     ids, mask = tokenizer.encode_chat(messages)

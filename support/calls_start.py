@@ -4,7 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import sft
-from data import chat, load_problems, task_of
+from data import conversation, load_problems, task_of
 from support.errors import ConfigError
 from support.runs import make_start_once, run_path, start_name
 from support.sft_start import SFT_START, sft_start
@@ -35,7 +35,7 @@ def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
     """-> ids, flags, as sft.encode_example, whose place it takes: True on what the policy is to learn, False on what a
     tool writes. Each turn is encoded by itself, as it is written by itself. A reply is the one that the data records
     (GSM8K's may be rounded otherwise than the calculator's). weighted: sft.main passes it; calls have no ratings."""
-    ids, flags = tokenizer.encode_chat(chat(problem)[:-1], add_generation_prompt=True)  # without the solution
+    ids, flags = tokenizer.encode_chat(conversation(problem)[:-1], add_generation_prompt=True)  # without the solution
     for text, by_policy in turns(problem.calls or problem.solution, tools):  # calls: the solution with <<…>>
         part = tokenizer.encode(text)
         ids, flags = ids + part, flags + [by_policy] * len(part)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from data import load_sentiment
+from data import load_reviews
 from support.checkpoints import open_checkpoint, refuse_ignored, resolve_checkpoint
 from support.content import records_of
 from support.errors import CheckpointError, ConfigError
@@ -31,8 +31,8 @@ def check_sizes(config, dist):
 def read_texts(config):
     """-> {split: the Reviews of --data}; {split: texts for masked-LM}, without labels, those of --text among the
     training ones; what was read, {name: records}, for `support.runs.Run`. DataError."""
-    reviews = {split: load_sentiment(config.data, split, config.skip_bad) for split in ("train", "valid", "test")}
-    further = [review for name in config.text for review in load_sentiment(name, "train", config.skip_bad)]
+    reviews = {split: load_reviews(config.data, split, config.skip_bad) for split in ("train", "valid", "test")}
+    further = [review for name in config.text for review in load_reviews(name, "train", config.skip_bad)]
     texts = {"train": reviews["train"] + further, "valid": reviews["valid"]}
     texts = {split: [spaced(review.text) for review in part] for split, part in texts.items()}
     reads = records_of(config.data, reviews)

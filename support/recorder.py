@@ -31,7 +31,7 @@ from types import SimpleNamespace
 
 import torch
 
-from data import chat, encode_prompt
+from data import conversation, encode_prompt
 from evaluate import is_correct
 from lora import lora_off
 from support.checks import Count, Whole
@@ -176,7 +176,7 @@ class Recorder:
         if not self.begin():
             return
         chosen, room = [own[i] for i in spread(len(own), self.config.record_groups)], self.run.model.config.context
-        watched = [self.run.tokenizer.encode_chat(chat(problem)) for problem in self.watched]
+        watched = [self.run.tokenizer.encode_chat(conversation(problem)) for problem in self.watched]
         watched = [(ids[:room], flags[:room]) for ids, flags in watched]
         groups, prompts = [], []
         for k, (ids, flags) in enumerate([*chosen, *watched]):

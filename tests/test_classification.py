@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import Review, load_sentiment
+from data import Review, load_reviews
 from support.classification import bag_of_words, confusion_table, write_mistakes
 
 
 def test_bag_of_words_is_the_minimum_of_its_objective():
-    train, valid, test = (load_sentiment("sentiment", split)[:200] for split in ("train", "valid", "test"))
+    train, valid, test = (load_reviews("sentiment", split)[:200] for split in ("train", "valid", "test"))
     found = bag_of_words(train, valid, test, strengths=(1e-2,))
     words = sorted(found["weights"])
     X = np.array([[word in r.text.split() for word in words] for r in train], dtype=float)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import data
-from data import load_judged, load_pairs, load_problems, load_sentiment, load_text, make_problems
+from data import load_judged, load_pairs, load_problems, load_reviews, load_text, make_problems
 from support import downloads, splits, tasks
 from support import word_problems as built_in
 from support.answers import extract_answer, same_answer
@@ -148,13 +148,13 @@ def test_a_name_is_one_as_a_path_too(tmp_path, monkeypatch):
     for split in ("train", "test"):
         lines = "".join(f"{split} {i}\t{i % 2}\n" for i in range(60))
         (tmp_path / f"sentiment/sentence_polarity_{split}.tsv").write_text(f"text\tlabel\n{lines}", encoding="utf-8")
-    assert [r.text for r in load_sentiment(Path("polarity"), "test")] == [f"test {i}" for i in range(60)]
+    assert [r.text for r in load_reviews(Path("polarity"), "test")] == [f"test {i}" for i in range(60)]
     word = Path("word")
     assert load_problems(word, n=3) == load_problems("word", n=3)
     assert load_text(word, "valid") == load_text("word", "valid")
     assert load_pairs(word, n=3) == load_pairs("word", n=3)
     assert load_judged(word, n=3) == load_judged("word", n=3)
-    assert load_sentiment(Path("sentiment"), "valid") == load_sentiment("sentiment", "valid")
+    assert load_reviews(Path("sentiment"), "valid") == load_reviews("sentiment", "valid")
     assert tasks.has_verifier(word)
     assert tasks.has_verifier(Path("gsm8k"))
     assert tasks.task_of(word) is tasks.TASKS["word"]
@@ -190,7 +190,7 @@ def test_a_data_set_without_labelled_texts_is_refused_before_it_is_read(tmp_path
         for split in splits.SPLITS:
             message = f"{name} has no labelled texts: choose sentiment, polarity, reviews, imdb, or the path of a file"
             with pytest.raises(DataError, match=message):
-                load_sentiment(name, split)
+                load_reviews(name, split)
 
 
 @pytest.mark.skipif(not (REAL / "ratings").is_dir(), reason="no ratings/ in $ALIGN_DATA")
@@ -254,7 +254,7 @@ def test_real_pairs(name, total):
 @pytest.mark.skipif(not (REAL / "sentiment").is_dir(), reason="no sentiment/ in $ALIGN_DATA")
 @pytest.mark.parametrize(("name", "train", "test"), [("polarity", 9596, 1066), ("reviews", 1800, 200)])
 def test_real_sentiment(name, train, test):
-    parts = {split: load_sentiment(name, split) for split in splits.SPLITS}
+    parts = {split: load_reviews(name, split) for split in splits.SPLITS}
     assert len(parts["train"]) + len(parts["valid"]) == train
     assert 0.09 * train < len(parts["valid"]) < 0.12 * train
     assert len(parts["test"]) == test
@@ -299,7 +299,7 @@ def test_ranks_share_the_batch_of_one(world):
 def test_batch_is_a_function_of_the_step():
     stream = np.arange(300, dtype=np.uint32)
     steps = [data.batch_at(stream, step, 3, 8, seed=2) for step in range(30)]
-    data.epoch_order.cache_clear()
+    data.epoch_windows.cache_clear()
     for step in reversed(range(30)):
         assert np.array_equal(data.batch_at(stream, step, 3, 8, seed=2), steps[step])
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_encoder import TINY, TINY_BERT, example_texts, perturbed
 
 import encoder
-from data import Review, load_sentiment
+from data import Review, load_reviews
 from encoder import (
     MASK,
     Config,
@@ -43,7 +43,7 @@ ALONE = Dist(0, 1, torch.device("cpu"))
 
 @cache
 def generated(split):
-    return load_sentiment("sentiment", split)[:60]
+    return load_reviews("sentiment", split)[:60]
 
 
 def tiny(**changes):
@@ -312,9 +312,9 @@ def few(monkeypatch):
     """Runs in this process read less, what is generated is so once, and draw no picture."""
 
     def load(name, split, *more):
-        return generated(split) if name == "sentiment" else load_sentiment(name, split, *more)[:60]
+        return generated(split) if name == "sentiment" else load_reviews(name, split, *more)[:60]
 
-    monkeypatch.setattr(encoder_start, "load_sentiment", load)
+    monkeypatch.setattr(encoder_start, "load_reviews", load)
     monkeypatch.setattr(encoder_report, "draw_curves", lambda *args: None)
 
 
@@ -338,7 +338,7 @@ def test_a_run_leaves_what_it_should(scratch, capsys, monkeypatch):
     best, tokenizer, _ = open_encoder(Encoder, result["path"])
     if accuracy[8] <= accuracy[6]:  # the first of the best is kept
         assert not torch.equal(best.embed.weight, Encoder.from_pretrained(run / "last").embed.weight)
-    test = encoder_start.load_sentiment("sentiment", "test")
+    test = encoder_start.load_reviews("sentiment", "test")
     examples = [(encode(tokenizer, r.text, 32), r.label) for r in test]
     assert judge_labels(best, examples, tokenizer.endoftext_id, ALONE)["confusion"] == result["confusion"]
     assert np.sum(result["confusion"]) == len(test)
@@ -563,7 +563,7 @@ def test_bad_input_is_one_line(scratch, monkeypatch, capsys):
 def test_it_learns_what_no_bag_of_words_can(scratch, monkeypatch):
     """Order is all that tells these apart, and there is room for 20 points above chance in seconds."""
     train = [Review(f"{a} not {b}", int(a == "good")) for a, b in (("good", "bad"), ("bad", "good"))] * 40
-    monkeypatch.setattr(encoder_start, "load_sentiment", lambda name, split, skip_bad: train)
+    monkeypatch.setattr(encoder_start, "load_reviews", lambda name, split, skip_bad: train)
     model = EncoderConfig(context=16, n_layer=1, n_head=2, n_kv_head=2, width=32)
     result = encoder.main(small(mlm_steps=0, steps=60, batch=16, micro_batch=16, eval_every=20, model=model))
     assert result["baseline"] == 0.5

@@ -75,10 +75,10 @@ LAYOUTS = {
 SHORTER = """
 import agent, pathlib
 from support import encoder_start, reward_look
-texts, consistency = encoder_start.load_sentiment, reward_look.consistency
+texts, consistency = encoder_start.load_reviews, reward_look.consistency
 patch.setattr("support.pairs.is_correct", lambda text, problem: len(text) % 2 == 0)
 patch.setattr("generate.Rollout.ended", lambda rollout, stop_ids: rollout.mask.any(1))
-patch.setattr(encoder_start, "load_sentiment", lambda name, split, *more: texts(name, split, *more)[:20])
+patch.setattr(encoder_start, "load_reviews", lambda name, split, *more: texts(name, split, *more)[:20])
 patch.setattr(reward_look, "consistency", lambda score, n, *more: consistency(score, 4, *more))
 patch.setitem(agent.TOOLS, "calculator", agent.Tool("calculator", "(#)", lambda text: "1"))
 patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: pathlib.Path(path).touch())

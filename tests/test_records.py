@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from data import Judged, Pair, Problem, load_judged, load_pairs, load_problems, load_sentiment, load_text, split_key
+from data import Judged, Pair, Problem, load_judged, load_pairs, load_problems, load_reviews, load_text, split_key
 from support import downloads, records, splits
 from support.content import content_of
 from support.errors import DataError
@@ -410,7 +410,7 @@ def test_a_line_that_cannot_be_read_is_counted_and_left_out(tmp_path, capsys, na
     lines[at:at] = [bad]
     content, path = b"\n".join(lines), tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    for load in (load_pairs, load_sentiment):
+    for load in (load_pairs, load_reviews):
         with pytest.raises(DataError, match=re.escape(f"{name} line {at + 1}")) as caught:
             load(path)
         assert why in str(caught.value)
@@ -665,7 +665,7 @@ def test_reviews_of_a_file(tmp_path, name):
         text = "\n".join(rows) if kind == "jsonl" else f"[{','.join(rows)}]"
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    parts = {split: load_sentiment(path, split) for split in splits.SPLITS}
+    parts = {split: load_reviews(path, split) for split in splits.SPLITS}
     assert sorted(r for part in parts.values() for r in part) == sorted(reviews)
     assert all(splits.split_of(r.text) == split for split, part in parts.items() for r in part)
 
@@ -681,18 +681,18 @@ def test_bad_reviews_name_their_record(tmp_path):
     ]:
         path.write_text(good + json.dumps(line), encoding="utf-8")
         with pytest.raises(DataError, match=message):
-            load_sentiment(path)
+            load_reviews(path)
     path.write_text(good.replace('"label": 0', '"label": 1'), encoding="utf-8")
     with pytest.raises(DataError, match="the split train needs texts of both labels"):
-        load_sentiment(path)
+        load_reviews(path)
     (tmp_path / "b.tsv.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"cannot read .*Not a gzipped file"):
-        load_sentiment(tmp_path / "b.tsv.gz")
+        load_reviews(tmp_path / "b.tsv.gz")
     (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(good.encode())[:60])
     with pytest.raises(DataError, match=r"cannot read .*ended before"):
-        load_sentiment(tmp_path / "b.tsv.gz")
+        load_reviews(tmp_path / "b.tsv.gz")
     with pytest.raises(DataError, match="unknown split"):
-        load_sentiment("sentiment", "dev")
+        load_reviews("sentiment", "dev")
 
 
 def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch):
@@ -705,7 +705,7 @@ def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch
         return rows
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    parts = {split: load_sentiment("imdb", split) for split in splits.SPLITS}
+    parts = {split: load_reviews("imdb", split) for split in splits.SPLITS}
     assert asked == [("stanfordnlp/imdb", part) for part in ("train", "train", "test")]
     assert len(parts["train"]) + len(parts["valid"]) == len(parts["test"]) == 50
     assert not set(parts["train"]) & set(parts["valid"])
@@ -716,16 +716,16 @@ def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
     with pytest.raises(DataError, match=r"the download failed \(ConnectionError: no network here\)"):
-        load_sentiment("imdb")
+        load_reviews("imdb")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="no package to download it: pip install"):
-        load_sentiment("imdb")
+        load_reviews("imdb")
     (tmp_path / "sentiment").mkdir()
     lines = "".join(json.dumps({"text": f"mine {i}", "label": i % 2}) + "\n" for i in range(9))
     (tmp_path / "sentiment/imdb_test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    assert len(load_sentiment("imdb", "test")) == 9
+    assert len(load_reviews("imdb", "test")) == 9
     with pytest.raises(DataError, match=r"polarity: no .*this dataset has no automatic download"):
-        load_sentiment("polarity")
+        load_reviews("polarity")
 
 
 # ------------------------------------------------------------------------------------------------ judged answers

@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 
-from data import load_sentiment
+from data import load_reviews
 from support import sentiment, splits
 
 
 def test_generated_reviews():
-    parts = {split: load_sentiment("sentiment", split) for split in splits.SPLITS}
+    parts = {split: load_reviews("sentiment", split) for split in splits.SPLITS}
     assert [len(part) for part in parts.values()] == [8000, 1000, 1000]
     for split, part in parts.items():
         assert all(splits.split_of(r.text) == split for r in part)
@@ -39,7 +39,7 @@ def test_the_label_of_a_generated_review_is_what_its_verdicts_say():
         (r"the \w+ is (\w+) \.", 1, True),
     ]
     kinds = collections.Counter()
-    for review in load_sentiment("sentiment", "valid"):
+    for review in load_reviews("sentiment", "valid"):
         text, found = review.text, []
         for pattern, group, straight in readings:
             for match in re.finditer(pattern, text):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import data
 import sft
-from data import Pair, Problem, chat, encode_answers, load_problems, rows_at
+from data import Pair, Problem, conversation, encode_answers, load_problems, rows_at
 from evaluate import METRICS
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
@@ -52,7 +52,7 @@ def here(scratch, tokenizer):
 
 def test_exactly_the_answer_and_its_end_are_trained(tokenizer):
     problem = load_problems("word", "train", 1)[0]
-    ids, mask = tokenizer.encode_chat(chat(problem))
+    ids, mask = tokenizer.encode_chat(conversation(problem))
     trained = [i for i, flag in zip(ids, mask, strict=True) if flag]
     assert trained == [*tokenizer.encode(problem.solution), tokenizer.special_ids["<|im_end|>"]]
     prompt = data.encode_prompt(tokenizer, problem)
@@ -129,7 +129,7 @@ def test_the_loss_on_a_prompt_alone_has_no_gradient():
 def test_a_pad_changes_nothing(tokenizer):
     torch.manual_seed(0)
     raw = Transformer(TransformerConfig(tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, width=16)).double()
-    examples = [tokenizer.encode_chat(chat(p)) for p in load_problems("word", "train", 3)]
+    examples = [tokenizer.encode_chat(conversation(p)) for p in load_problems("word", "train", 3)]
 
     def gradient(batches):
         raw.zero_grad()
@@ -518,7 +518,7 @@ def test_the_validation_loss_is_cross_entropy_over_the_answers_of_the_validation
     policy, tokenizer, _ = open_checkpoint("runs/sft/last", "cpu")
     total, count = 0.0, 0
     for problem in load_problems("word", "valid", SMALL["eval_problems"], (1, 2)):
-        ids, flags = tokenizer.encode_chat(chat(problem))
+        ids, flags = tokenizer.encode_chat(conversation(problem))
         with torch.no_grad():
             logits = policy(torch.tensor([ids]))[0]
         targets = torch.tensor([i if flag else -100 for i, flag in zip(ids, flags, strict=True)])

@@ -8,8 +8,11 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
     difference      the same of the n *paired* differences a_i − b_i, i the seed
     p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees of freedom: how often two equal
                     variants would differ at least as much
-    Holm            of m comparisons sorted by p, the k-th smallest becomes (m − k + 1) p, and none falls below the one
-                    before it: then at most 5 % of the columns with no real difference call any significant
+    Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
+                    the one before it: then, whichever differences are real, in at most 5 % of such experiments a column
+                    calls one significant that is not
+    power           (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
+                    call significant, before Holm's correction
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
@@ -31,11 +34,14 @@ A variant is a stage and its flags, so every run can be repeated by hand with th
 start as it is, without training). Where an experiment names a probe, a function of support/probes.py, it measures what
 the stage does not. In pseudo-code, as in `main`:
 
-    chosen      = {variant: of a small grid, the value with the best validation accuracy}           0. tune, if asked
-    todo        = (variant, seed) without a result made by these settings                           1. what is missing
-    results     = {(variant, seed): {metric: number}}      each the stage's main, then the probe    2. run
+    tuned       = {variant: of a small grid, the value with the best validation accuracy in the     0. tune, if asked
+                   second half of a short run with the first seed}
+    runs        = {(variant, seed): (settings, folder)}                                             1. what is missing,
+    run_missing(runs)                   each the stage's main, then the probe                       2. run
+    results     = {(variant, seed): {metric: number}}
     means       = {variant: {metric: student_interval(its n numbers)}}                              3. compare
-    differences = {(a, b): {metric: paired_difference(n numbers of a, n of b)}}
+    differences = {(a, b): {metric: paired_difference(n numbers of a, n of b)}}, p by Holm
+    least       = smallest_difference(the first metric's differences, n)
     results/NAME.md, NAME.png, and NAME.json, the figures of every run                              4. report
 
 Without a name it works the example and lists the experiments. The defaults run five seeds, two runs at a time, each in
@@ -49,7 +55,10 @@ Traps:
   corrected for that; the intervals are not.
 * The interval is of the seeds' spread, not of the test problems', which stay the same.
 * Choosing a variant by the test split would flatter it. Tuning uses the validation split; accuracies are those of the
-  held-out test problems, so a page that compares settings by them is no recommendation of the best.
+  held-out test problems, so a page that compares settings by them is no recommendation of the best. A tuned value is
+  chosen once, on one seed: the intervals do not contain the spread of that choice.
+* A changed formula is not a changed setting: results of older code are kept, and the page lists their commits. Move
+  runs/ablate/NAME aside to measure new code.
 
 A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit and all settings, defaults included. While the
 settings stay the same it is not repeated. An interrupted run starts over; one that diverged has that as its result.
@@ -61,40 +70,30 @@ Run it:
     python ablate.py --verify true           # does a run of a page give its figures again?
 """
 
-import contextlib
-import json
 import math
 import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
-import agent
-import distill
-import dpo
-import gdpo
-import grpo
-import ppo
-import pretrain
-import rejection
-import sft
-from support import probes
 from support.ablation_report import mean_curves, seeds_on, write_report
-from support.checkpoints import open_checkpoint
+from support.ablation_runs import (
+    TRIAL,
+    curves_of,
+    flags_of_stage,
+    folder_name,
+    read_result,
+    run_one,
+    settings_of,
+    validation_score,
+)
 from support.checks import Count, Seed, check
 from support.cli import run_script
-from support.content import content_of_data
-from support.devices import return_freed_memory
-from support.errors import ConfigError, DivergedError
+from support.errors import ConfigError
 from support.experiments import EXPERIMENTS
-from support.files import to_json, with_nan, write_whole
-from support.log import commit, read_metrics
-from support.output import log_file
 from support.repeated import compare, draw_run
 from support.runs import RUNS
 from support.students_law import student_p, student_t
@@ -105,7 +104,7 @@ from support.workers import run_all, threads_each
 
 
 class Interval(NamedTuple):
-    """mean ± half, and the two-sided p of the mean against 0. NaN where there is none."""
+    """mean ± half; p, of a difference alone: two-sided against 0, corrected in `differences_of`. NaN: there is none."""
 
     mean: float
     half: float
@@ -118,7 +117,7 @@ class Interval(NamedTuple):
 
 def student_interval(values):
     """Student's 95 % interval for the mean of n numbers. One number has no spread and so no interval; if one of them is
-    not finite (a run that diverged), there is no mean either."""
+    not finite (a run that diverged), there is no mean either: without that run the variant would look better."""
     n = len(values)
     if not all(map(math.isfinite, values)):
         return Interval(math.nan, math.nan)
@@ -201,96 +200,6 @@ three comparisons, p = 0.01, 0.04, 0.03; by Holm {", ".join(f"{p:.2f}" for p in 
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One run: a variant with a seed.
-
-STAGES = {
-    "pretrain": (pretrain.Config, pretrain.main),
-    "sft": (sft.Config, sft.main),
-    "dpo": (dpo.Config, dpo.main),
-    "ppo": (ppo.Config, ppo.main),
-    "grpo": (grpo.Config, grpo.main),
-    "gdpo": (gdpo.Config, gdpo.main),
-    "rejection": (rejection.Config, rejection.main),
-    "distill": (distill.Config, distill.main),
-    "student_grpo": (grpo.Config, probes.grpo_of_student),
-    "agent": (agent.Config, agent.main),
-    "measure": (probes.Start, probes.measure_start),
-}
-# Of a smoke run, and of a run for tuning, if the stage has these settings.
-QUICK = {"steps": 4, "round_steps": 2, "test_problems": 20, "eval_problems": 10}
-TRIAL = {"test_problems": 1, "pass_problems": 1, "pass_samples": 1}
-
-
-def build(stage, settings):
-    """The Config of a stage; a nested dataclass comes as a dictionary."""
-    cls, _ = STAGES[stage]
-    nested = {f.name: f.default_factory for f in fields(cls) if is_dataclass(f.default_factory)}
-    return cls(**{k: nested[k](**v) if k in nested else v for k, v in settings.items()})
-
-
-def known(stage, flags):
-    """Those of the flags that a stage has."""
-    return {k: v for k, v in flags.items() if k in {f.name for f in fields(STAGES[stage][0])}}
-
-
-def settings_of(experiment, variant, seed, quick=False):
-    """What determines a run's outcome, as JSON: equal settings are the same run. "reads" is the content of the data.
-    Left out are the code, the number of threads, and the machine with the dtype that `auto` takes there."""
-    stage, flags = experiment.variants[variant]
-    flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the corpus is looked up now
-    if quick:
-        flags |= known(stage, QUICK)
-    built = asdict(build(stage, flags))
-    data = content_of_data(built["data"]) if "data" in built else None
-    settings = {"stage": stage, "config": built, "probe": experiment.probe, "reads": data}
-    return json.loads(to_json(settings))
-
-
-def run_one(settings, folder, threads):
-    """Run a variant with a seed -> its figures, also written to folder/result.json; {"diverged": …} if it did. Called
-    in a worker process."""
-    torch.set_num_threads(threads)
-    return_freed_memory()  # that of the run before
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            figures = figures_of(settings, folder)
-    except DivergedError as error:
-        figures = {"diverged": str(error)}
-    result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
-    write_whole(folder / "result.json", to_json(result))
-    return figures
-
-
-def log_of(run_dir):
-    """{name: (steps, values)}; of a start, which is only measured, {}."""
-    return read_metrics(run_dir) if run_dir.exists() else {}
-
-
-def figures_of(settings, folder):
-    """{metric: number}: the stage's held-out evaluation after training, accuracies in per cent; the last values of what
-    is logged at validations only; size; minutes, with those of a start or a reward model that the stage trains for
-    itself; and what the experiment's probe measures."""
-    started = time.perf_counter()
-    _, stage_main = STAGES[settings["stage"]]
-    run_dir = folder / "run"
-    name = str(run_dir.relative_to(RUNS))
-    returned = stage_main(build(settings["stage"], settings["config"] | {"name": name}))
-    figures = {k: v for k, v in (returned.get("after", {}) | returned).items() if isinstance(v, int | float | str)}
-    figures |= {k: 100 * figures[k] for k in ("accuracy", "story_kept") if k in figures}
-    figures["minutes"] = (time.perf_counter() - started) / 60
-    logged = log_of(run_dir)
-    figures |= {k: logged[k][1][-1] for k in ("valid_loss", "load_min", "load_max") if k in logged}
-    model, _, _ = open_checkpoint(figures["path"])
-    c = model.config
-    figures |= {"parameters": model.num_params(), "cache": 2 * c.n_layer * c.n_kv_head * c.head_dim}
-    if settings["probe"]:
-        figures |= getattr(probes, settings["probe"])(run_dir, figures, settings)
-    return figures
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # All of them.
 
 
@@ -309,7 +218,7 @@ class Config:
     """Repeat one run of a page, both drawn at random if no experiment is named, and compare its figures. They are the
     same on the same machine, with the same number of --jobs."""
     again: bool = False
-    """Repeat runs whose results were made by other settings (other defaults, another text)."""
+    """Repeat runs whose results were made by other settings (other defaults, another text; not other code)."""
     jobs: Count = 2
     """Runs at a time; they share the cores."""
 
@@ -341,35 +250,22 @@ def run_missing(runs, config, name, varied):
         raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
 
 
-def label(*parts):
-    """The name of a folder."""
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(map(str, parts)))
-
-
-def validation_score(folder):
-    """The mean validation accuracy over the second half of a run: steadier than the last alone; −inf if it diverged."""
-    if "diverged" in read_result(folder)["figures"]:
-        return -math.inf
-    steps, values = read_metrics(folder / "run")["accuracy"]
-    return statistics.mean(value for step, value in zip(steps, values, strict=True) if step > steps[-1] / 2)
-
-
 def trial(experiment, variant, value):
     """The experiment in which a variant has this value of the tuned flag, in short runs with a test of one problem."""
-    flags = known(experiment.variants[variant][0], TRIAL | {"steps": experiment.tune_steps})
+    flags = flags_of_stage(experiment.variants[variant][0], TRIAL | {"steps": experiment.tune_steps})
     return replace(experiment.with_flags({variant: flags | {experiment.tune: value}}), probe=None)
 
 
 def tune(experiment, seed, top, config):
     """{variant: the value of experiment.tune, of its grid, that the validation split prefers on this seed}."""
-    own = {v: settings_of(experiment, v, seed)["config"].get(experiment.tune) for v in experiment.variants}
+    defaults = {v: settings_of(experiment, v, seed)["config"].get(experiment.tune) for v in experiment.variants}
     values = {  # a start that is only measured has no such flag
         v: [float(f"{x * default:.4g}") if experiment.times_own else x for x in experiment.grid]
-        for v, default in own.items()
+        for v, default in defaults.items()
         if default is not None
     }
     runs = {
-        (v, value): (settings_of(trial(experiment, v, value), v, seed), top / "tuning" / label(v, value))
+        (v, value): (settings_of(trial(experiment, v, value), v, seed), top / "tuning" / folder_name(v, value))
         for v in values
         for value in values[v]
     }
@@ -383,19 +279,10 @@ def verify(config):
     times. ConfigError if there is no such page."""
     name, experiment, variant, seed, figures = draw_run(Path(__file__).parent / "results", config.experiment)
     print(f"{name}: {variant}, seed {seed}")
-    folder = RUNS / "ablate" / "verify" / label(name, variant, f"seed{seed}")
-    again = run_one(settings_of(experiment, variant, seed), folder, threads_each(config.jobs))
-    if compare(figures, again):
+    folder = RUNS / "ablate" / "verify" / folder_name(name, variant, f"seed{seed}")
+    repeated = run_one(settings_of(experiment, variant, seed), folder, threads_each(config.jobs))
+    if compare(figures, repeated):
         sys.exit(1)
-
-
-def read_result(folder):
-    """What run_one wrote to the folder, or None."""
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result | {"figures": with_nan(result["figures"])}
 
 
 def main(config):
@@ -416,13 +303,13 @@ def main(config):
         raise ConfigError(f"{target} also has the seeds {', '.join(lost)}: move it aside, or run them too")
 
     # 0. tune
-    chosen = tune(experiment, seeds[0], top, config) if experiment.tune and not config.quick else {}
-    experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in chosen.items()})
+    tuned = tune(experiment, seeds[0], top, config) if experiment.tune and not config.quick else {}
+    experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in tuned.items()})
 
     # 1. what is missing, and 2. run. Neighbours in the queue have different seeds, so that none waits for another to
     # train its start.
     runs = {
-        (v, seed): (settings_of(experiment, v, seed, config.quick), top / label(v, f"seed{seed}"))
+        (v, seed): (settings_of(experiment, v, seed, config.quick), top / folder_name(v, f"seed{seed}"))
         for v in experiment.variants
         for seed in seeds
     }
@@ -431,8 +318,9 @@ def main(config):
     # 3. compare
     saved = {key: read_result(folder) for key, (_, folder) in runs.items()}
     results = {key: result["figures"] for key, result in saved.items()}
-    means, differences = means_of(experiment, results, seeds), differences_of(experiment, results, seeds)
-    logs = {key: log_of(folder / "run") for key, (_, folder) in runs.items()} if experiment.curves else {}
+    means = means_of(experiment, results, seeds)
+    differences = differences_of(experiment, results, seeds)  # paired by seed, p corrected
+    logs = {key: curves_of(folder / "run") for key, (_, folder) in runs.items()} if experiment.curves else {}
     curves = {m: mean_curves(logs, experiment.variants, seeds, m, student_interval) for m in experiment.curves}
 
     # 4. report
@@ -440,7 +328,7 @@ def main(config):
     command += f" --seeds '{seeds}'" if seeds != Config().seeds and not config.quick else ""
     commits = {result["commit"] for result in saved.values()}
     least = smallest_difference([row[experiment.columns[0]] for row in differences.values()], len(seeds))
-    write_report(target, experiment, results, means, differences, curves, seeds, command, commits, chosen, least)
+    write_report(target, experiment, results, means, differences, curves, seeds, command, commits, tuned, least)
     return results
 
 

@@ -20,7 +20,7 @@ from conftest import ROOT, assert_one_line_error, script
 
 import ablate
 import sft
-from support import probes, repeated, workers
+from support import ablation_runs, probes, repeated, workers
 from support.ablation_report import CURVES, HEADINGS, mean_curves, seeds_on
 from support.cli import parse_config
 from support.errors import ConfigError
@@ -141,11 +141,11 @@ def test_every_variant_has_flags_that_its_stage_knows(name, scratch, monkeypatch
     for variant in experiment.variants:
         for quick in (False, True):
             settings = ablate.settings_of(experiment, variant, 3, quick)
-            config = ablate.build(settings["stage"], settings["config"])
+            config = ablation_runs.config_of(settings["stage"], settings["config"])
             assert config.seed == 3
             assert settings["stage"] == "measure" or config.steps <= 4 or not quick
             assert settings["config"].get("test_problems", 20) == 20 or not quick
-            assert config.name == ablate.STAGES[settings["stage"]][0]().name
+            assert config.name == ablation_runs.STAGES[settings["stage"]][0]().name
             assert (
                 json.loads(json.dumps(asdict(config))) == settings["config"]
             )  # comparable with what result.json holds
@@ -248,7 +248,7 @@ class Here:
 def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scratch, monkeypatch, capsys):
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
     config = ablate.Config(experiment="width", quick=True, seeds=[0])
-    monkeypatch.setattr(ablate, "QUICK", {"steps": 1})
+    monkeypatch.setattr(ablation_runs, "QUICK", {"steps": 1})
     results = ablate.main(config)
     assert set(results) == {("narrow", 0), ("wide", 0)}
     target = scratch / "runs/ablate/width-quick/width.md"
@@ -271,7 +271,8 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     assert json.loads(stale.read_text(encoding="utf-8"))["settings"]["config"]["clip"] == 1.0
     assert seeds_on(target) == [0]
     assert seeds_on(scratch / "none.md") == []
-    monkeypatch.setattr(ablate, "RUNS", scratch / "runs")
+    for module in (ablate, ablation_runs):
+        monkeypatch.setattr(module, "RUNS", scratch / "runs")
     for folder in (scratch / "runs/ablate").glob("width-quick/*"):
         if folder.is_dir():
             shutil.copytree(folder, scratch / "runs/ablate/width" / folder.name)
@@ -326,8 +327,8 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
 def test_figures_that_are_not_finite_and_a_full_disk(experiment, scratch, monkeypatch):
     """null in result.json is a dash on the page; a page that does not fit is one line, and the earlier one is kept."""
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(ablate, "QUICK", {"steps": 1})
-    monkeypatch.setattr(ablate, "figures_of", lambda *_: {"valid_loss": math.nan, "text": "a", "minutes": 1.0})
+    monkeypatch.setattr(ablation_runs, "QUICK", {"steps": 1})
+    monkeypatch.setattr(ablation_runs, "figures_of", lambda *_: {"valid_loss": math.nan, "text": "a", "minutes": 1.0})
     config = ablate.Config(experiment="width", quick=True, seeds=[0])
     monkeypatch.setattr(ablate, "EXPERIMENTS", {"width": replace(ablate.EXPERIMENTS["width"], curves=())})
     results = ablate.main(config)

@@ -1,0 +1,144 @@
+"""One run of an experiment of ablate.py: a variant with a seed, from its settings to its figures, in a folder.
+
+settings = settings_of(experiment, variant, seed)    what determines the outcome, as JSON: equal is the same run
+figures  = run_one(settings, folder, threads)        the stage's main, then the probe; folder/result.json
+result   = read_result(folder)                       {"settings", "commit", "figures"}, or None
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import torch
+
+import agent
+import distill
+import dpo
+import gdpo
+import grpo
+import ppo
+import pretrain
+import rejection
+import sft
+from support import probes
+from support.checkpoints import open_checkpoint
+from support.content import content_of_data
+from support.devices import return_freed_memory
+from support.errors import DivergedError
+from support.files import to_json, with_nan, write_whole
+from support.log import commit, read_metrics
+from support.output import log_file
+from support.runs import RUNS
+
+STAGES = {
+    "pretrain": (pretrain.Config, pretrain.main),
+    "sft": (sft.Config, sft.main),
+    "dpo": (dpo.Config, dpo.main),
+    "ppo": (ppo.Config, ppo.main),
+    "grpo": (grpo.Config, grpo.main),
+    "gdpo": (gdpo.Config, gdpo.main),
+    "rejection": (rejection.Config, rejection.main),
+    "distill": (distill.Config, distill.main),
+    "student_grpo": (grpo.Config, probes.grpo_of_student),
+    "agent": (agent.Config, agent.main),
+    "measure": (probes.Start, probes.measure_start),
+}
+# Of a smoke run, and of a run for tuning, if the stage has these settings.
+QUICK = {"steps": 4, "round_steps": 2, "test_problems": 20, "eval_problems": 10}
+TRIAL = {"test_problems": 1, "pass_problems": 1, "pass_samples": 1}
+
+
+def config_of(stage, settings):
+    """The Config of a stage; a nested dataclass comes as a dictionary."""
+    cls, _ = STAGES[stage]
+    nested = {f.name: f.default_factory for f in fields(cls) if is_dataclass(f.default_factory)}
+    return cls(**{k: nested[k](**v) if k in nested else v for k, v in settings.items()})
+
+
+def flags_of_stage(stage, flags):
+    """Those of the flags that a stage has."""
+    return {k: v for k, v in flags.items() if k in {f.name for f in fields(STAGES[stage][0])}}
+
+
+def settings_of(experiment, variant, seed, quick=False):
+    """What determines a run's outcome, as JSON: equal settings are the same run. "reads" is the content of the data.
+    Left out are the code, the number of threads, and the machine with the dtype that `auto` takes there."""
+    stage, flags = experiment.variants[variant]
+    flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the corpus is looked up now
+    if quick:
+        flags |= flags_of_stage(stage, QUICK)
+    built = asdict(config_of(stage, flags))
+    data = content_of_data(built["data"]) if "data" in built else None
+    settings = {"stage": stage, "config": built, "probe": experiment.probe, "reads": data}
+    return json.loads(to_json(settings))
+
+
+def run_one(settings, folder, threads):
+    """Run a variant with a seed -> its figures, also written to folder/result.json; {"diverged": …} if it did. Called
+    in a worker process."""
+    torch.set_num_threads(threads)
+    return_freed_memory()  # that of the run before
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            figures = figures_of(settings, folder)
+    except DivergedError as error:
+        figures = {"diverged": str(error)}
+    result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
+    write_whole(folder / "result.json", to_json(result))
+    return figures
+
+
+def curves_of(run_dir):
+    """{name: (steps, values)}; of a start, which is only measured, {}."""
+    return read_metrics(run_dir) if run_dir.exists() else {}
+
+
+def figures_of(settings, folder):
+    """{name: number or text, of a probe also a list}: the stage's held-out evaluation after training, accuracies in per
+    cent; the last values of what is logged at validations only; size; minutes, with those of a start or a reward model
+    that the stage trains for itself; and what the experiment's probe measures."""
+    started = time.perf_counter()
+    _, stage_main = STAGES[settings["stage"]]
+    run_dir = folder / "run"
+    name = str(run_dir.relative_to(RUNS))
+    returned = stage_main(config_of(settings["stage"], settings["config"] | {"name": name}))
+    returned = returned.get("after", {}) | returned
+    figures = {k: v for k, v in returned.items() if isinstance(v, int | float | str)}
+    figures |= {k: 100 * figures[k] for k in ("accuracy", "story_kept") if k in figures}
+    figures["minutes"] = (time.perf_counter() - started) / 60
+    logged = curves_of(run_dir)
+    figures |= {k: logged[k][1][-1] for k in ("valid_loss", "load_min", "load_max") if k in logged}
+    model, _, _ = open_checkpoint(figures["path"])
+    c = model.config
+    figures |= {"parameters": model.num_params(), "cache": 2 * c.n_layer * c.n_kv_head * c.head_dim}
+    if settings["probe"]:
+        figures |= getattr(probes, settings["probe"])(run_dir, figures, settings)
+    return figures
+
+
+def read_result(folder):
+    """What run_one wrote to the folder, or None."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result | {"figures": with_nan(result["figures"])}
+
+
+def folder_name(*parts):
+    """The name of a folder."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(map(str, parts)))
+
+
+def validation_score(folder):
+    """The mean validation accuracy over the second half of a run: steadier than the last alone; −inf if it diverged."""
+    if "diverged" in read_result(folder)["figures"]:
+        return -math.inf
+    steps, values = read_metrics(folder / "run")["accuracy"]
+    return statistics.mean(value for step, value in zip(steps, values, strict=True) if step > steps[-1] / 2)

@@ -130,14 +130,14 @@ EXPERIMENTS = {
     "ladder": Experiment(
         "What does each method add to SFT, from the same start and in the same time?",
         "the pretrained and the SFT checkpoint of a seed; after it, for each method, as many steps as should take as "
-        "long (how long they took is in the table; PPO's minutes hold its reward model, the first ones of a seed its "
-        "start), all else as the stage has it; the 1,000 test problems, greedy decoding",
+        "long (how long they took is in the table; without the starts and PPO's reward model, where runs/start had them), "
+        "all else as the stage has it; the 1,000 test problems, greedy decoding",
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
             "rejection": ("rejection", _BRIEF | {"steps": 150}),
             "DPO": ("dpo", {"steps": 300}),
-            "PPO": ("ppo", {"steps": 180}),
+            "PPO": ("ppo", {"steps": 60}),
             "GRPO": ("grpo", _BRIEF | {"steps": 500}),
             "GDPO": ("gdpo", _BRIEF | {"steps": 500, "brevity_weight": 0.2}),
         },

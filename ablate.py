@@ -9,8 +9,8 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
     p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees of freedom: how often two equal
                     variants would differ at least as much
     Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
-                    the one before it: then, whichever differences are real, in at most 5 % of such experiments a column
-                    calls one significant that is not
+                    the one before it: then, whichever differences are real, a column calls any other one significant
+                    in at most 5 % of such experiments
     power           (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
                     call significant, before Holm's correction
 
@@ -104,7 +104,7 @@ from support.workers import run_all, threads_each
 
 
 class Interval(NamedTuple):
-    """mean ± half; p, of a difference alone: two-sided against 0, corrected in `differences_of`. NaN: there is none."""
+    """mean ± half; p: of the mean against 0, two-sided, for differences; `differences_of` corrects it. NaN: none."""
 
     mean: float
     half: float

@@ -27,9 +27,9 @@ Every data set by name, its records, and how they are split. Each Pair can also 
 
 "word", the default, needs no download: a story of GSM8K's kind, one worked line per arithmetic step, and a last line
 such as "#### 8". "word_large" is the same with numbers of up to four digits. They and gsm8k have a verifier, a function
-that reads an answer and checks it. Without `n` the two give 20,000 problems for train, 1,000 for valid and 1,000 for
-test (SIZES); most stages ask for fewer. The files of the others lie below $ALIGN_DATA (default downloads/); what is
-missing there is downloaded if support/downloads.py has an address for it.
+that reads an answer and checks it. Without `n` word and word_large give 20,000 problems for train, 1,000 for valid and
+1,000 for test (SIZES); most stages ask for fewer. The files of the others lie below $ALIGN_DATA (default downloads/);
+what is missing there is downloaded if support/downloads.py has an address for it.
 
 From a name to the batch of a step:
 
@@ -46,11 +46,11 @@ each takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
-window once. It leaves out fewer than two windows' tokens: others each time, but always the last tokens mod context.
+window once. It leaves out fewer than two windows' tokens, others in each epoch, but always the last ones mod context.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
-answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. (Of
-gsm8k's train file alone the place decides.) The
+answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. (But of
+gsm8k's train file the last 500 problems are valid.) The
 built-in stories are split by what happens in them, so that no test story is in train with another question or as the
 beginning of a longer one (support/word_problems.py).
 

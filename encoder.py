@@ -46,8 +46,8 @@ Traps:
 BERT reads a text's summary from its first token, trained by a second objective (does the second text follow the first?)
 that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
 decoder: its blocks are the same, and it learns to do without the causal mask while it learns the labels. LLM2Vec
-(arXiv:2404.05961) first trains it on masked tokens, each predicted at the position before it. Here masked-LM takes that
-place, each predicted at its own position, for which the tokenizer must have <|mask|> (SmolLM2's has none: --mlm_steps 0
+(arXiv:2404.05961) first trains it on masked tokens, each predicted at the position before it. Here masked-LM does
+that, each at its own position; for it the tokenizer must have <|mask|> (SmolLM2's has none: --mlm_steps 0
 --token_dropout 0). Of a text longer than the context, a quarter of the context is its start, the rest its end
 (arXiv:1905.05583).
 
@@ -169,7 +169,7 @@ class Encoder(BertParts, nn.Module):
 
     def forward(self, tokens, real=None, types=None, *, targets=None, masked=None):
         """-> logits of the labels (B, n_class); or, with targets (B, T) and masked (B, T) boolean, log p of the targets
-        where masked is True, (masked,) in fp32. One forward for both: DDP sums the gradients of its calls alone."""
+        where masked is True, (masked,) in fp32. One forward for both: DDP exchanges gradients for its calls only."""
         x = self.hidden(tokens, real, types)  # (B, T, C)
         if targets is not None:
             return -F.cross_entropy(self.token_logits(x[masked]).float(), targets[masked], reduction="none")

@@ -21,7 +21,7 @@ One step is grpo.main's, with another `paid_rewards` in "judge" and another "com
     log; every so often answer held-out questions                                                            5. look
 
 Why: a sum forgets which rewards it was made of; dividing it by its std, group by group, forgets how many there were to
-win. Either can give different rewards the same advantage. (How large a reward's difference was, both methods forget.)
+win. Either can give different rewards the same advantage. (Neither keeps the scale of a single reward.)
 Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
 
     rewards                                  GRPO                           GDPO
@@ -42,16 +42,16 @@ Traps:
   as one that differs a lot.
 * The batch's std counts the groups without a signal. With one reward, and a share p of groups that differ, it is about
   √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them. p
-  falls as training succeeds.
+  rises and falls again while the policy goes from never right to always right.
 * An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). Without it two of six seeds learned, one of them in part, to stop
   after the first of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
 * --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
-This is the authors' TRL code (NVlabs/GDPO; in TRL multi_objective_aggregation="normalize_then_sum") but for three
-details: the batch's mean is not subtracted (it is 0, as each group's is), so a group without a signal gets exactly 0; a
-NaN is an error, there it counts as 0; a single reward takes the last step too, there it falls back to GRPO. Their verl
-code is another method: its last step whitens over *tokens*.
+This is the authors' fork of TRL (NVlabs/GDPO) but for three details: the batch's mean is not subtracted (it is 0, as
+each group's is), so a group without a signal gets exactly 0; a NaN is an error, there it counts as 0; a single reward
+takes the last step too, there it falls back to GRPO. (TRL's own multi_objective_aggregation="normalize_then_sum" has no
+such fallback, and leaves a NaN out.) Their verl code is another method: its last step whitens over *tokens*.
 
 Run it:
     python gdpo.py --demo                                                # the table by hand, and what a condition does

@@ -34,9 +34,9 @@ In a training stage (sft, dpo, ppo, grpo), whose Config has `lora: LoraConfig`:
 
 Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A's is 0 in the first step. A is
 drawn from U(−1/√in, 1/√in), as nn.Linear's and PEFT's (in the paper Gaussian). s = α/r is for Adam. Its first step
-moves each B_ij by lr, with the sign of δ_i (A x)_j, so r terms of one sign add up in B A x; 1/r undoes that, and the
-learning rate survives a change of r. Muon's step grows as √r only, so there a larger r learns more slowly. Weight decay
-pulls A and B towards 0, so W' towards the given model.
+moves each B_ij by lr against the sign of δ_i (A x)_j, so the r terms of (B A x)_i have one sign and add up; 1/r undoes
+that, and the learning rate survives a change of r. Under Muon B A x grows only as √r, so there a larger r learns more
+slowly. Weight decay pulls A and B towards 0, so W' towards the given model.
 
 Why DoRA: plain LoRA couples length and direction, a longer ΔW changes both. DoRA learns them apart, as weight
 normalisation does. (The paper takes columns; its authors' code and PEFT take output rows, and so does this file.) With
@@ -254,7 +254,7 @@ def demo():
         layer = LoRALinear(linear, rank=1, alpha=2, dora=title == "DoRA")
         torch.testing.assert_close(layer(x), x @ W.t())  # B = 0 and m = ‖W‖: the given layer
         of_A, of_B = torch.autograd.grad(layer(x), [layer.lora_A, layer.lora_B], delta)
-        assert of_A.eq(0).all()  # in the first step B moves alone
+        assert of_A.eq(0).all()  # at the start A has none; B, and DoRA's m, have
         assert of_B.ne(0).any()
         layer.lora_A.data, layer.lora_B.data = torch.ones(1, 2), torch.tensor([[1.0], [2.0]])
         if layer.magnitude is not None:

@@ -20,7 +20,7 @@ with E, the work per token only with K. One layer, T tokens (batch and time flat
 
 The default model has no mixture (n_expert = 0). With a mixture the defaults are K = 2, weights that sum to 1, s = K,
 every assignment served, and balancing by the Switch loss; shared experts, the bias and a capacity are off. An expert is
-ffn_width / (K + shared) wide, so a token costs what a dense feed-forward costs, and the router's E · C.
+ffn_width / (K + shared) wide, so a token costs what a dense feed-forward costs, plus E · C for the router.
 
 **Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Those
 also get all the training, so they become better and are picked more often. Left alone, a few take almost everything: in
@@ -36,10 +36,13 @@ significant. Against it, `--model.balancing`:
                                              the loss. --bias_rate sets the pace, and the swing that remains
     none
 
-At the router's logits l, with g_e = s dL/dy · expert_e(x) of one token, and of T tokens:
+The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one token; the losses are means over T:
 
-    weights that sum to 1   dL/dl_e = w_e (g_e − Σ_S w_j g_j) in S, else 0: an expert better than the mix gains
-    Switch loss             d/dl_te = (E / T) p_te (f_e − Σ_j p_tj f_j): falls where f_e is above the token's own mean
+    weights that sum to 1   dL/dl_e = w_e (g_e − Σ_S w_j g_j) in S, else 0
+    w_e = p_e               dL/dl_e = p_e ([e ∈ S] g_e − Σ_S p_j g_j)
+                            In both a step raises the logit of an expert that lowers L more than the mix does.
+    Switch loss             d/dl_te = (E / T) p_te (f_e − Σ_j p_tj f_j): a step lowers l_te if f_e is above the token's
+                            mean of f
     z-loss                  d/dl_te = (2 / T) logsumexp(l_t) p_te
 
 With any of the three pretrain.py also adds 0.001 (--z_weight) · mean(logsumexp(logits)²), the z-loss (ST-MoE,
@@ -55,7 +58,7 @@ loss per sequence; here b meets probabilities of about 1/E, so lower --bias_rate
 * The scale s (`routed_scale`; DeepSeek's routed_scaling_factor). A dense feed-forward cut into K parts *adds* them up;
   weights that sum to 1 take the *mean*, 1/K of that. Steps of Adam and Muon do not grow with the gradient, so with the
   same init and the same steps the branch would start and stay K times smaller. So s is K by default if the weights
-  sum to 1, else 1 as published. (Opened checkpoints of Mixtral and Qwen3-MoE have s = 1.)
+  sum to 1, else 1, as in Switch and OLMoE. (Opened checkpoints of Mixtral and Qwen3-MoE have s = 1.)
 * Softmax before or after the top-k? Over the K chosen logits it gives p_e / Σ_S p: the renormalised weights. So
   Mixtral, which writes it after, and Qwen3-MoE with `norm_topk_prob` are one formula.
 * bf16: a probability of 0.3 is off by up to 0.001 there. So the router computes in fp32, under autocast too. (With
@@ -120,7 +123,7 @@ def within_capacity(index, n_expert, factor):
     T, K = index.shape
     capacity = math.ceil(round(factor * T * K / n_expert, 6))  # 1.1 · 50 is 55.00000000000001: no reason for a 56th
     queue = index.t().flatten()  # (K·T,): all first choices, then all second choices
-    asked = F.one_hot(queue, n_expert).cumsum(0)  # (K·T, E): how many have asked for each expert so far, with this one
+    asked = F.one_hot(queue, n_expert).cumsum(0, dtype=torch.int32)  # (K·T, E): asked for each so far, with this one
     place = asked.gather(1, queue[:, None])[:, 0] - 1  # (K·T,) in the queue of its expert
     return (place < capacity).view(K, T).t()
 

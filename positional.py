@@ -11,16 +11,16 @@ neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, t
 
     ω        = rope_frequencies(D, θ, scaling)              (D/2,)
     angles   = positions · ω, for both features of a pair   (..., T) -> (..., T, D)
-    cos, sin = a cos(angles), a sin(angles)                 (..., T, D) each, once for all layers; a = 1 but for yarn
+    cos, sin = κ cos(angles), κ sin(angles)                 (..., T, D) each, once for all layers; κ = 1 but for yarn
     q, k     = rotate(q, cos, sin), rotate(k, cos, sin)     (B, H, T, D), (B, G, T, D): in each layer; not the values
     score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           rotations compose, R(m)ᵀ R(n) = R(n − m)
 
 So a score depends on the distance n − m alone: attention is relative without a parameter, and a rotated vector keeps
 its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.) Here RoPE
-ends 0.36 nats per character below learned positions (results/positions.md).
+ends 0.36 nats per character below learned positions in validation loss (results/positions.md).
 
 Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast one knows every angle; a slow one,
-r_i < 1, has seen part of the circle and now leaves it. Slowed down by s = new length / L it stays on that part, but
+r_i < 1, has seen only part of the circle, and past L leaves that part. Slowed down by s = new length / L it stays, but
 nearby tokens come closer together. `scaling`, a dict in Hugging Face's form, says which pairs are slowed:
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer

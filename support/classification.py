@@ -50,7 +50,7 @@ def validation_windows(stream, context, most=256):
 
 @torch.no_grad()
 def validate_mlm(encoder, batch, dist):
-    """Mean masked-LM loss of a TextBatch, in nats per hidden token."""
+    """Mean masked-LM loss of a TextBatch, in nats per masked token."""
     was_training = encoder.training
     encoder.eval()
     total = 0.0

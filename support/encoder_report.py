@@ -77,7 +77,7 @@ def report(run, encoder, result, words, where):
     ]
     if config.mlm_steps:
         names = {"mlm_loss": "train", "mlm_valid_loss": "validation"}
-        panels.insert(0, ("masked-LM", names, "nats per hidden token", {}))
+        panels.insert(0, ("masked-LM", names, "nats per masked token", {}))
     title = f"an encoder on {config.data}, seed {config.seed}, {encoder.num_params() / 1e6:.1f} M parameters"
     draw_curves(run.path, title, panels)
     print(confusion_table(result["confusion"], LABELS))

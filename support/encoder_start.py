@@ -80,7 +80,7 @@ def check_opened(init, model, tokenizer, mask, masks):
         raise ConfigError(f"{init} gives a text one number, as a reward model does; labels need two")
     if masks and mask not in tokenizer.special_ids:
         raise ConfigError(
-            f"the tokenizer of {init} has no {mask}, so nothing can be hidden: --mlm_steps 0 --token_dropout 0 trains "
+            f"the tokenizer of {init} has no {mask}, so nothing can be masked: --mlm_steps 0 --token_dropout 0 trains "
             "on the labels alone"
         )
     check_order(model, init)

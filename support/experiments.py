@@ -130,7 +130,7 @@ EXPERIMENTS = {
     "ladder": Experiment(
         "What does each method add to SFT, from the same start and in the same time?",
         "the pretrained and the SFT checkpoint of a seed; after it, for each method, as many steps as should take as "
-        "long (how long they took is in the table; without the starts and PPO's reward model, where runs/start had them), "
+        "long (the minutes in the table leave out the starts and PPO's reward model where runs/start had them), "
         "all else as the stage has it; the 1,000 test problems, greedy decoding",
         {
             "base": ("measure", {"start": "pretrain"}),

@@ -33,14 +33,14 @@ def experts_grouped(x, tokens, n_rows, gate, up, down):
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
-def padded(slices, multiple):
-    """`slices` with more rows, until each expert has a multiple of so many: token 0's, whose results are left out."""
+def padded(experts, multiple):
+    """`experts` with more rows, until each expert has a multiple of so many: token 0's, whose results are left out."""
 
     def with_more(x, tokens, n_rows, *matrices):
         more = -n_rows % multiple  # (E,)
         shift = (more.cumsum(0) - more).repeat_interleave(n_rows)  # (rows,)
         places = torch.arange(len(tokens), device=x.device) + shift
         tokens = tokens.new_zeros(len(tokens) + int(more.sum())).index_copy(0, places, tokens)
-        return slices(x, tokens, n_rows + more, *matrices).index_select(0, places)
+        return experts(x, tokens, n_rows + more, *matrices).index_select(0, places)
 
-    return with_more if multiple > 1 else slices
+    return with_more if multiple > 1 else experts

@@ -1,4 +1,4 @@
-"""RMSNorm in training on a CPU, where torch has no kernel for it: norms.rms_norm with the gradient of norms.py."""
+"""RMSNorm in training on a CPU or an Apple GPU, where torch has no kernel for it: with the gradient of norms.py."""
 
 import torch
 from torch.autograd.function import once_differentiable

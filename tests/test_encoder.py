@@ -357,8 +357,8 @@ def test_every_step_masks_its_own_tokens(scratch, monkeypatch):
     made, whole = [], encoder.mask_tokens
     monkeypatch.setattr(encoder, "mask_tokens", lambda *args: made.append(whole(*args)) or made[-1])
     encoder.main(small(eval_every=100))
-    holes = [chosen.numpy().tobytes() for _, chosen in made]
-    assert len(set(holes)) == len(holes) == 5  # four steps and one validation
+    masks = [masked.numpy().tobytes() for _, masked in made]
+    assert len(set(masks)) == len(masks) == 5  # four steps and one validation
 
 
 def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):

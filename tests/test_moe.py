@@ -179,10 +179,10 @@ def test_layer_equals_the_formula(activation, balancing, n_shared):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("slices", [experts_loop, experts_grouped])
+@pytest.mark.parametrize("experts", [experts_loop, experts_grouped])
 @pytest.mark.parametrize("whole", [1, 8])
-def test_fast_equals_dense_forward_and_backward(slices, gated, whole):
-    exact, slices = slices is experts_loop, padded(slices, whole)
+def test_fast_equals_dense_forward_and_backward(experts, gated, whole):
+    exact, experts = experts is experts_loop, padded(experts, whole)
     dtype = torch.float64 if exact else torch.float32  # the kernel takes no float64
     built = layer(0.4, dtype, activation="swiglu" if gated else "gelu", width=16, expert_width=8)
     x, up = torch.randn(31, 16, dtype=dtype, requires_grad=True), torch.randn(31, 16, dtype=dtype)
@@ -193,7 +193,7 @@ def test_fast_equals_dense_forward_and_backward(slices, gated, whole):
         one_hot = torch.zeros(31, E, dtype=dtype)
         one_hot = one_hot.scatter_add(1, index, kept)  # an expert may be chosen twice here
         dense = dense_experts(x, torch.arange(E).expand(31, E), one_hot, built.gate, built.up, built.down)
-        fast = sparse_experts(x, index, weights, built.gate, built.up, built.down, keep, slices)
+        fast = sparse_experts(x, index, weights, built.gate, built.up, built.down, keep, experts)
         tolerance = dict(atol=1e-10, rtol=1e-10) if exact else dict(atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(fast, dense, **tolerance)
         leaves = [x, weights, *(p for p in (built.gate, built.up, built.down) if p is not None)]

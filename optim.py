@@ -24,9 +24,9 @@ One step of training, `optimizer_step`:
                                        in a row it is doubled
 
 The defaults run Muon on the matrices inside the blocks (attention, feed-forward, experts, their LoRA A and B) and AdamW
-on the rest (embeddings, output, routers, gains, biases), both at the same η, and clip at 1; PPO runs AdamW alone. η falls
-along a cosine to a tenth of the peak, in GRPO, PPO and agent.py along a line to 0. Only matrices decay: λ is 0.1 in
-pretraining, SFT and the encoder, 0.01 for reward models, elsewhere 0. β₂ is 0.999 in DPO, PPO, GRPO and agent.py.
+on the rest (embeddings, output, routers, gains, biases), both at the same η, and clip at 1; PPO runs AdamW alone. η
+falls along a cosine to a tenth of the peak, in GRPO, PPO and agent.py along a line to 0. Only matrices decay: λ is 0.1
+in pretraining, SFT and the encoder, 0.01 for reward models, elsewhere 0. β₂ is 0.999 in DPO, PPO, GRPO and agent.py.
 
 Why: five answers, each a repair of the one before.
 

@@ -22,7 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import generate
-from support.devices import auto_dtype, keep_freed_memory
+from support.devices import auto_dtype
+from support.heap import keep_freed_memory
 from transformer import Transformer, TransformerConfig
 
 SIZES = (  # 1.9 and 9.6 M parameters

@@ -27,9 +27,9 @@ import sft
 from support import probes
 from support.checkpoints import open_checkpoint
 from support.content import content_of_data
-from support.devices import return_freed_memory
 from support.errors import DivergedError
 from support.files import to_json, with_nan, write_whole
+from support.heap import return_freed_memory
 from support.log import commit, read_metrics
 from support.output import log_file
 from support.runs import RUNS

@@ -15,8 +15,6 @@ All that depends on the kind of device is here. A chapter asks by name, and comp
 """
 
 import contextlib
-import ctypes
-import gc
 import math
 import os
 import re
@@ -28,6 +26,7 @@ import torch
 from torch import distributed
 
 from support.errors import ConfigError
+from support.heap import keep_freed_memory
 from support.nodes import MESH, WAIT, card, compare, connect, first_line, launched, meet
 
 
@@ -300,19 +299,3 @@ def free_memory(device):
             return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
     except (OSError, StopIteration):
         return None
-
-
-def keep_freed_memory():
-    """Tell glibc to keep freed memory for the next tensor. By default it returns the memory of large tensors to the
-    kernel, which must clear each page before it gives it out again: thousands of pages per step on a CPU."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: return only blocks above 32 MiB, the highest value allowed
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never return the free end of the heap
-
-
-def return_freed_memory():
-    """Give glibc's freed memory back to the kernel after all, once: between two stages in one process."""
-    gc.collect()  # a run and its hooks hold each other
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from support.checks import Amount, Count, Seed, Whole, check
 from support.content import content_of, content_of_checkpoint, content_of_data
-from support.devices import random_state, return_freed_memory, set_random_state
+from support.devices import random_state, set_random_state
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
+from support.heap import return_freed_memory
 from support.locks import file_lock, lock_run
 from support.log import Log
 from support.nodes import launch_id, one_store

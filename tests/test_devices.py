@@ -62,6 +62,32 @@ print(faults())
     assert kept < 1000 < 10_000 < lost
 
 
+def large_pages_on_request():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[madvise]" in setting.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not large_pages_on_request(), reason="this kernel gives large pages to nobody, or to all")
+def test_tensors_lie_in_large_pages(scratch):
+    """100 MiB of tensors, before a stage is set up and after: only then in pages of 2 MiB."""
+    code = """
+import torch, pretrain
+def large():
+    tensors = [torch.ones(2**18) for _ in range(100)]  # 1 MiB each
+    lines = open("/proc/self/smaps").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages")) // 1024
+print(large())
+pretrain.setup("cpu")
+print(large())
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(pretrain.__file__).parent)}
+    environment = {k: v for k, v in environment.items() if not k.startswith(("MALLOC_", "THP_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < 30
+    assert after > 70
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc: what a process holds is read there")
 def test_what_a_start_needed_is_given_back(scratch):
     """400 tensors of 1 MiB, all dropped but the last, which stands at the heap's end: kept, until a start is made."""

@@ -137,7 +137,7 @@ EXPERIMENTS = {
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
             "rejection": ("rejection", _BRIEF | {"steps": 150}),
             "DPO": ("dpo", {"steps": 300}),
-            "PPO": ("ppo", {"steps": 60}),
+            "PPO": ("ppo", {"steps": 180}),
             "GRPO": ("grpo", _BRIEF | {"steps": 500}),
             "GDPO": ("gdpo", _BRIEF | {"steps": 500, "brevity_weight": 0.2}),
         },

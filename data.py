@@ -46,7 +46,8 @@ each takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
-window once. It leaves out fewer than two windows' tokens, others in each epoch, but always the last ones mod context.
+window once. The windows begin elsewhere in each epoch, so the tokens left out, fewer than two windows, change too; but
+the last ones (tokens mod context) are never read.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
 answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. (But of

@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 import moe
 import optim
 import pretrain
+from lora import add_lora, lora_layers
 from moe import (
     MoE,
     balancing_loss,
@@ -679,6 +680,14 @@ def test_muon_treats_experts_as_matrices_of_their_own():
     for optimizer in (second, adamw):
         assert routers <= {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.1 for p in g["params"]}
     assert experts <= {id(p) for g in adamw.param_groups if g["weight_decay"] == 0.1 for p in g["params"]}
+
+
+def test_adapters_of_a_router_are_not_muons_either():
+    model = add_lora(Transformer(TransformerConfig(**MODEL, vocab_size=20)), 2, 4, ["router", "wq"])
+    adamw, muon = optim.make_optimizers(model, "muon", 1e-3, 0.1)
+    of = {name: {id(p) for p in layer.parameters() if p.requires_grad} for name, layer in lora_layers(model).items()}
+    for ids, optimizer in ((of["blocks.0.ffn.router"], adamw), (of["blocks.0.attn.wq"], muon)):
+        assert ids <= {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def test_muon_drives_an_expert_without_tokens_on_and_adamw_does_not():

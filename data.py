@@ -51,9 +51,8 @@ the last ones (tokens mod context) are never read.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
 answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. (But of
-gsm8k's train file the last 500 problems are valid.) The
-built-in stories are split by what happens in them, so that no test story is in train with another question or as the
-beginning of a longer one (support/word_problems.py).
+gsm8k's train file the last 500 problems are valid.) The built-in stories are split by what happens in them, so that no
+test story is in train with another question or as the beginning of a longer one (support/word_problems.py).
 
 **A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name, pretrains
 and fine-tunes what it starts from on it, and judges answers by its verifier (tests/test_tasks.py has one):

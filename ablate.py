@@ -82,6 +82,7 @@ from tqdm import tqdm
 from support.ablation_report import mean_curves, seeds_on, write_report
 from support.ablation_runs import (
     TRIAL,
+    TRIAL_OF_PAIRS,
     curves_of,
     flags_of_stage,
     folder_name,
@@ -251,8 +252,11 @@ def run_missing(runs, config, name, varied):
 
 
 def trial(experiment, variant, value):
-    """The experiment in which a variant has this value of the tuned flag, in short runs with a test of one problem."""
-    flags = flags_of_stage(experiment.variants[variant][0], TRIAL | {"steps": experiment.tune_steps})
+    """The experiment in which a variant has this value of the tuned flag, in short runs with a test of one problem, for DPO
+    of fifty."""
+    stage, _ = experiment.variants[variant]
+    short = TRIAL_OF_PAIRS if stage == "dpo" else TRIAL
+    flags = flags_of_stage(stage, short | {"steps": experiment.tune_steps})
     return replace(experiment.with_flags({variant: flags | {experiment.tune: value}}), probe=None)
 
 

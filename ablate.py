@@ -252,8 +252,7 @@ def run_missing(runs, config, name, varied):
 
 
 def trial(experiment, variant, value):
-    """The experiment in which a variant has this value of the tuned flag, in short runs with a test of one problem, of 50 for
-    DPO."""
+    """The experiment in which a variant has this value of the tuned flag, in short runs with next to no test."""
     stage, _ = experiment.variants[variant]
     short = TRIAL_OF_PAIRS if stage == "dpo" else TRIAL
     flags = flags_of_stage(stage, short | {"steps": experiment.tune_steps})

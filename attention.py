@@ -36,7 +36,7 @@ The way back (dx is short for dL/dx; the softmax has ∂w_i/∂s_j = w_i (δ_ij 
     dq = dscores k / √D,  dk = dscoresᵀ q / √D
 
 Above, ∂out/∂score_s = w_s (v_s − out) = −3.12, −0.63, 3.75: a key whose value is above the mean gains. Where one
-weight is near 1, all are near 0: large scores stop learning. That is what √D (and qk_norm) prevents.
+weight is near 1, all these derivatives are near 0: large scores stop learning. That is what √D (and qk_norm) prevents.
 
 The same lines serve every use. Masks are boolean, True = visible; `length`: tokens read before, pads too:
 
@@ -222,20 +222,20 @@ class Attention(nn.Module):
         x = cast_once(x)  # to autocast's dtype, for wq, wk and wv together
         q = self.wq(x[:, -1:] if last_only else x)  # (B, T_q, H·D): T_q is T, with last_only 1
         k, v = self.wk(x), self.wv(x)  # (B, T, G·D) each
-        if attention_dtype(x) != x.dtype:  # on a CPU fp32 instead of bf16
+        if attention_dtype(x) != x.dtype:  # on a CPU fp32: there torch's backward pass in bf16 is slow
             q, k, v = q.float(), k.float(), v.float()
         q, k, v = q.view(B, -1, H, D), k.view(B, T, G, D), v.view(B, T, G, D)
         if self.q_norm is not None:  # before the rotation, which keeps lengths: the bound survives
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T_q, D), (B, G, T, D) twice
         if rope is not None:
-            q = apply_rope(q, *(table[..., -q.shape[2] :, :] for table in rope))
+            q = apply_rope(q, *(table[..., -q.shape[2] :, :] for table in rope))  # those of the last T_q positions
             k = apply_rope(k, *rope)
 
         window = self.window
         if isinstance(cache, RollingKVCache):
             check_sight(cache, window, self.sinks)
-            window = window if cache.length == 0 else None  # later the slots, or roll's mask, leave out what it hides
+            window = window if cache.length == 0 else None  # later the slots are the window, or roll's mask cuts it
             k, v, mask = cache.roll(layer, k, v, mask)  # (B, G, S, D) twice
         elif cache is not None:
             k, v = cache.update(layer, k, v)  # (B, G, S, D) twice

@@ -25,7 +25,8 @@ Before the first step (--pairs sampled) the policy is the model from SFT. It ans
 
     pairs = pairs_of_run(policy, …)           R answers per prompt, judged by the verifier. A right one and a wrong one
                                               are a pair. The right one must have ended; the wrong one may be cut off. A
-                                              held-out prompt gives one pair. And log π_ref of both answers.
+                                              held-out prompt gives one pair at most. log π_ref of both answers is
+                                              computed now, once.
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 

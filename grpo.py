@@ -20,7 +20,7 @@ answers:
     loss_type         What is the sum divided by? v_it = 1 / (B |y_i|): a mean per answer, then over the B answers of an
                       update.
 
-With a penalty for moving away from the reference π_ref, the policy before training, each update takes a step up
+With a penalty for moving away from the reference π_ref, the policy before training, each update is a step of ascent on
 
     U = Σ_it v_it [min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β ρ_t k3_t]     (Eq. 3, which has k3 without ρ)
         k3 = x − 1 − log x,  x = π_ref(y_t) / π(y_t)                           (Eq. 4)
@@ -77,15 +77,16 @@ tokens still count in v_it. So the more groups are all right, the less KL is pai
 Off: --overlong and --refill; no gradient for answers that were cut off (--mask_truncated); a moving reference
 (--refresh_reference); a sampler that is a rounded or older copy of the policy (support/off_policy.py); LoRA.
 
-With one update per batch (--minibatches 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip but GSPO's
-acts, and all surrogates have the same gradient.
+With one update per batch (--minibatches 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip acts (but
+GSPO's is so narrow that rounding can trip it), and all surrogates have the same gradient.
 
 What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch GRPO's policy term is 0, and
 its gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, the share of
 groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
 things. Whatever is not rewarded may degrade: without the KL a run ended as accurate, but its answers swapped names and
-objects (results/grpo_word.md). At the end pass@k of sampled answers tells sharpening (pass@1 rises to what pass@k was)
-from new ability (pass@k rises too).
+objects (results/grpo_word.md). The table at the end is of last/; the validation accuracy only chooses best/. It has
+pass@k: making likelier what the model could already do raises every pass@k, that of a small k most. New ability would
+be problems that the start does not solve however often it tries (arXiv:2504.13837), which 16 samples cannot show.
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
@@ -385,8 +386,9 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage. More flags: support/verified.py (--rollouts R, --max_new_tokens L), support/family.py (the columns of the
-# table, with β and ε), support/rewards.py (what is paid), support/off_policy.py (what samples), support/policy_run.py.
+# The stage. More flags: support/verified.py (--rollouts, R = 8, and --max_new_tokens, L = 64), support/family.py (the
+# columns of the table, with β and ε), support/rewards.py (what is paid: 1 for right, 0.1 for well formed),
+# support/off_policy.py (what samples), support/policy_run.py.
 
 
 @dataclass
@@ -464,7 +466,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             refill(batch, sample, step, slots, functions, signal_of, policy, config)
             paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         look.sampled()
-        # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy)
+        # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy);
+        # {metric: number}: how far sampler and policy differ
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
 
         # 3. compare within the group; with the other ranks' groups at hand, for --scale batch and tokens, and gdpo.py
@@ -482,9 +485,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
-        minibatches = minibatches_of(
-            batch, groups, counted, config, pad, dist, advantages
-        )  # of the groups with an A ≠ 0
+        # of the groups with an A ≠ 0
+        minibatches = minibatches_of(batch, groups, counted, config, pad, dist, advantages)
         needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]

@@ -2,7 +2,7 @@
 
 A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, before
 every token, what is still to come. A token's advantage is its reward plus the rise of the guess, and the same of every
-later token, discounted by λ.
+later token, λ times less for each token between.
 
 The policy gradient. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. An answer
 y ~ π(· | x) to a prompt x earns a reward r_t at each token. Its return is G_t = r_t + r_{t+1} + … (written for γ = 1):
@@ -19,21 +19,24 @@ After any prefix E[∇log π(y_t | x, y_<t)] = 0: so r_t needs no gradient of it
 changes no mean. The values are fitted to the targets A_t + V_t, the `returns`. With γ = λ = 1 these are G_t, and
 A_t = G_t − V_t, as the V in between cancel: unbiased and noisy; λ = 0 believes the next guess.
 
-Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), and an end to what it can gain. ρ_t A_t has the
-gradient ρ_t A_t ∇log π(y_t): at ρ = 1 the one above, with A for G − V. Beyond 1 ± ε in the direction that A asks for,
-the clip leaves a token none. A value may likewise gain no more once it is ε_v away from V_old, its value at sampling.
+Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), and a bound beyond which moving it gains
+nothing. ρ_t A_t has the gradient ρ_t A_t ∇log π(y_t): at ρ = 1 the one above, with A for G − V. Beyond 1 ± ε in the
+direction that A asks for, the clip leaves a token none. A value may likewise gain no more once it is ε_v away from
+V_old, its value at sampling.
 
     policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)                             arXiv:1707.06347, Eq. 7
     value loss   ½ max((V − returns)², (clip(V, V_old ± ε_v) − returns)²)       from the code of OpenAI Baselines
 
 Both are a mean over a minibatch's tokens. One step, for N prompts with R answers of at most T tokens each; `main` has
 the same five parts. The N·R answers are a *batch*; an optimizer step takes those to some of the prompts, a *minibatch*;
-a forward pass some of these, a *piece* of b answers. The reward model's *score* of an answer becomes what is *paid* for
-it, that its *final* worth, and that the *rewards* of its tokens:
+a forward pass some of these, a *piece* of b answers. Four names say what an answer earns: *score* is the reward model's
+output; *paid* the score, normalised, less a fine; *final* what is paid, less a baseline; *rewards* are those of its
+tokens, the KL penalty each, and `final` at the last:
 
     batch  = sample(step)                              (N·R, T): ids, mask, log π_old                     1. ask
-    scores = score(batch)                              (N, R), and into the moments of all scores so far  2. judge
-    paid   = scores, normalised (default), less a fine where the end is missing
+    scores = score(batch)                                                                       (N, R)    2. judge
+    moments.add(scores)                                mean and std of all scores so far
+    paid   = scores, normalised by these (default), less a fine where the end is missing        (N, R)
     final  = paid; or less the mean of the prompt's answers; or win_rates(paid)                 (N, R)
     minibatches  = minibatches_of(batch)                                                                  3. credit
     old_values   = values_at_sampling(actor_critic)    V, no gradient                           (N·R, T)
@@ -62,10 +65,10 @@ V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. 
 whitening: V is in units of the reward. Dropout is always off, and the old log-probabilities are the sampler's own: on
 fresh answers ρ is 1 (in bf16 near 1, as sampler and loss round differently).
 
---value separate has a network of its own that starts from the reward model's trunk (as InstructGPT); shared reads the
-policy's trunk, which is cheap, but the value loss pulls at the policy. --baseline wins: a reward model only compares
-answers to one prompt, and its level differs between prompts. So an answer is worth its chance to beat the prompt's
-other answers, less ½ (close to arXiv:2502.18770); V then predicts how far an answer will be from the others.
+--value separate has a network of its own that starts from the reward model (as InstructGPT), but for its head; shared
+reads the policy's trunk, which is cheap, but the value loss pulls at the policy. --baseline wins: a reward model only
+compares answers to one prompt, and its level differs between prompts. So an answer is worth its chance to beat the
+prompt's other answers, less ½ (close to arXiv:2502.18770); V then predicts how far an answer will be from the others.
 
 The reward model is a proxy and PPO finds where it errs. So each step also logs `correct`, the verifier's judgement of
 the same answers. No gradient sees it; the validation accuracy only chooses best/, and the table at the end is of last/.
@@ -150,6 +153,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
     with torch.no_grad():
         metrics = {
             "policy_loss": loss,
+            # of the tokens that the clip leaves no gradient; CleanRL counts every |ρ − 1| > ε
             "clip_fraction": masked_mean((clipped < plain).float(), mask),
             # two estimates of KL(π_old ‖ π), of tokens sampled by π_old: k2 = ½ (log ρ)², k3 = ρ − 1 − log ρ
             "approx_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k2"), mask),
@@ -183,7 +187,8 @@ def win_rates(scores):
 
 
 def adapt_beta(beta, kl, target, n, horizon):
-    """The next β (arXiv:1909.08593, §2.2): more if the KL (nats per answer) of n answers is above its target."""
+    """The next β: more if the KL (nats per answer) of n answers is above its target. From arXiv:1909.08593, §2.2, and
+    its code, which has n / horizon where the paper has 0.1."""
     error = min(0.2, max(-0.2, kl / target - 1))
     return beta * (1 + error * n / horizon)
 
@@ -204,7 +209,7 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.head.weight)  # V starts at 0, not at noise that the first advantages would carry
             nn.init.zeros_(self.head.bias)
         else:
-            nn.init.zeros_(critic.head.weight)
+            nn.init.zeros_(critic.head.weight)  # its scores are in other units than the returns
 
     def forward(self, packed, temperature=1.0):
         """packed (support/shared_prompt.py: each prompt once, with its R answers) -> log π and V, (b, T) each, 0 after

@@ -49,7 +49,7 @@ Traps:
   * Inputs and targets are shifted once, in batch_at. A second shift trains the model to predict two tokens ahead.
   * A window begins anywhere and may hold several stories. A target sees its own window alone, other stories in it
     included (sft.py's packing masks these). Validation reads each story by itself, from its beginning, if every story
-    fits into T tokens: its loss is not the training loss on other text.
+    fits into T tokens: `loss` and `valid_loss` differ for that reason too, not by overfitting alone.
   * The loss starts near log V, as the logits of random weights are all near 0. On fresh text it cannot, on average, get
     below the entropy, which is known for the built-in stories (the dashed line in curves.png). L / log 2 / (bytes per
     token) is bits per byte: only that compares tokenizers.
@@ -114,8 +114,8 @@ from transformer import TransformerConfig
 def next_token_loss(model, x, y):
     """x (b, T) ids, y (b, T) the id after each -> −Σ log π(y) in nats, a scalar in fp32. `model` may be wrapped.
 
-    With targets the model returns log_softmax(logits)[y], (b, T), computed for some tokens at a time: the logits,
-    (b, T, V), would be the largest tensor of the step.
+    With targets the model returns log_softmax(logits)[y], (b, T). With a large vocabulary the logits, (b, T, V), would
+    be the largest tensor of the step: above 64 MiB they are computed some tokens at a time.
     """
     return -model(x, targets=y).sum()
 
@@ -269,7 +269,7 @@ def main(config):
     policy, tokenizer, config = make_decoder(config, dist, texts)
     context = config.model.context  # T
     streams = make_streams(config, dist, tokenizer, context, texts)  # all documents as one array of ids, on disk
-    reads = weights_of(config.init, policy) if config.init else {}
+    reads = weights_of(config.init, policy) if config.init else {}  # what a resumed run must find unchanged
     # `model` wraps `policy`: forward passes of the loss go through it, everything else through `policy`.
     model = distribute(policy, config, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
@@ -279,7 +279,7 @@ def main(config):
     look = Look(run, texts["valid"], streams, autocast)
     look.before()
 
-    for step in run.steps():
+    for step in run.steps():  # which also writes last/ every --save_every steps, at the end and on Ctrl-C
         # 1. the batch: B windows of T tokens, of which this rank reads its part
         started = time.perf_counter()
         batch = batch_at(streams["train"], step, per_rank, context, config.seed, dist.rank, dist.world)

@@ -8,7 +8,8 @@ training makes the pairs as likely as it can:
     L                = −log σ(r_w − r_l)                         nats per pair; ln 2 where the scores are equal
     dL/dr_w          = −σ(r_l − r_w) = −dL/dr_l                  = −(1 − p): near 0 once a pair is clear
 
-One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
+One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time. `judge` is the model that is trained,
+`model` the same, perhaps wrapped in DDP:
 
     batch = the step's B of groups["train"]                ids: (x, [y_w, y_l]), each once per epoch        1. batch
     for each b of the rank's share:                                                                         2. gradient
@@ -32,7 +33,8 @@ stops at the margin), dropout, the bidirectional form (--backbone encoder), real
 
 Traps:
   * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
-    (arXiv:2312.09244) pulls the scores towards 0, where PPO's values start; ppo.py needs it with --normalise false.
+    (arXiv:2312.09244) pulls each pair's mean score towards 0, where PPO's values start; ppo.py needs it with
+    --normalise false.
   * A head on the last state learns slowly. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare. The
     policy knows it, but as a prediction: its last state before the 9 says 8, and no layer is left to compare the two.
     Hence the extra layers, and the SFT loss of the chosen answers, which keeps what the decoder knows
@@ -209,7 +211,7 @@ class RewardModel(Transformer):
             model = cls(replace(policy.config, dropout=dropout, n_layer=policy.config.n_layer + extra))
         for name, parameter in model.blocks[policy.config.n_layer :].named_parameters():
             # The last matrix of each residual branch: a new block adds 0.
-            if name.endswith(("attn.wo.weight", "down.weight", "ffn.down")):
+            if name.endswith(("attn.wo.weight", "down.weight", "ffn.down")):  # the last: moe.py's, one tensor
                 nn.init.zeros_(parameter)
         state = {k: v for k, v in policy.state_dict().items() if not k.startswith("head.")}
         model.load_state_dict(model.state_dict() | state)
@@ -240,11 +242,12 @@ class RewardModel(Transformer):
         options = first_answers if with_logprobs else None
         for part, out in zip(packed.parts, packed.outputs(model, options), strict=True):
             length = lengths[part.rows, None]  # (m, 1)
+            score = out  # (m, T, 1)
             if with_logprobs:
-                out, logs = out  # (m, T, 1), (m, T)
+                score, logs = out  # (m, T, 1), (m, T)
                 logprobs.append(logs.sum(1, keepdim=True) / length)  # (m, 1); 0 for all but the first answers
             # Output t stands at the token before answer token t, so output |y| stands at the last of |y| tokens.
-            scores.append(out.squeeze(-1).gather(1, length))  # (m, 1)
+            scores.append(score.squeeze(-1).gather(1, length))  # (m, 1)
         scores = packed.in_order(scores).squeeze(1).float()  # (k,)
         return (scores, packed.in_order(logprobs).view(n, -1)[:, 0]) if with_logprobs else scores
 
@@ -300,7 +303,7 @@ class Config(RewardPairFlags):
     margin: Amount | None = None
     """Margin by which the chosen answer should win; default: 0, or 1 for the hinge."""
     centre: Amount = 0.01
-    """Weight of the squared sum of a pair's scores, which pulls them towards 0."""
+    """Weight of the squared sum of a pair's scores, which pulls their mean towards 0."""
     sft_weight: Amount | None = None
     """Weight of the SFT loss per token on the chosen answers; default: 1, or 0 for an encoder, which has no such
     loss."""

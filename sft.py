@@ -34,7 +34,8 @@ The paper (C.1, up to 6 B parameters): --optimizer adamw --lr 9.65e-6 --warmup 0
 
 What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where that rises while the
 other still falls, the model learns its examples by heart. Its answers may improve all the same (in the paper it turned
-after one epoch of 16), so they choose the checkpoint: there by a reward model's score, here by accuracy or F1.
+after one epoch of 16). So the answers, not `valid_loss`, choose the checkpoint: there by a reward model's score, here
+by accuracy or F1.
 
 Traps:
   * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token

@@ -16,8 +16,8 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
 
 Every stage's loss comes back through log π(y) = logits_y − log Σ_v exp(logits_v), with the gradient
-∂ log π(y) / ∂ logits_v = (1 if v = y else 0) − π(v), over the temperature: the logit of y is pushed up by what π(y)
-lacks to 1, each other one down by its own π(v).
+∂ log π(y) / ∂ logits_v = (1 if v = y else 0) − π(v), divided by the temperature: the logit of y is pushed up by what
+π(y) lacks to 1, each other one down by its own π(v).
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
 biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropout. All that a recipe varies is a field
@@ -37,9 +37,10 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
 At the start the matrices that write into the residual stream (`wo`, `down`) are smaller by √(2 n_layer), so that the
 sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-`forward` with targets is the one place where log π(token) is computed, for pretraining, SFT and every RL stage: no
-(B, T, V) tensor in fp32 is ever held, and a DDP-wrapped model still sees a plain forward. `token_logprobs` shifts for
-it: entry t belongs to token t + 1, so a mask over tokens meets it as mask[:, 1:].
+`forward` with targets is the one place where log π(token) is computed, for pretraining, SFT and every RL stage, so a
+DDP-wrapped model still sees a plain forward. More than 64 MiB of logits in fp32 are never held: they are computed some
+tokens at a time, and again in the backward pass. `token_logprobs` shifts for it: entry t belongs to token t + 1, so a
+mask over tokens meets it as mask[:, 1:].
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
 Qwen3-MoE open here as published, also by hub name, and `transformers` opens what is saved here as whichever of them
@@ -193,7 +194,7 @@ class Block(nn.Module):
         c, self.placement = config, config.norm_placement
         options = dict(qk_norm=c.qk_norm, eps=c.norm_eps, window=c.window, sinks=c.sinks)
         self.attn = Attention(c.width, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, **options)
-        if c.bias != c.qkv_bias:
+        if c.bias != c.qkv_bias:  # Qwen2 has biases on wq, wk and wv alone
             self.attn.wo = nn.Linear(c.n_head * c.head_dim, c.width, bias=c.bias)
         self.ffn = MoE(c) if mixture else FeedForward(c)
         self.norm1, self.norm2 = make_norm(c), make_norm(c)
@@ -315,7 +316,7 @@ class Transformer(nn.Module):
         x = self.hidden(tokens, positions, mask, cache, last_only)  # (B, T, C)
         if targets is None:
             out = F.linear(x, self.output)  # (B, T, V)
-        else:  # in chunks: (logits.float() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        else:  # (logits.float() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0], in less memory
             out = target_logprobs(x, self.output, targets, temperature, counted=counted)  # (B, T)
         return (out, x) if with_states else out
 

@@ -212,7 +212,7 @@ CLAIMS = [
         "RL sharpens more than it adds",
         "[2504.13837]",
         "evaluate.pass_at_k",
-        "yes, pass@1 +36.6, pass@16 +7.3 ([grpo_word](grpo_word.md))",
+        "pass@1 +36.6, pass@16 +7.3 of 5 to 13 possible: 16 samples cannot tell ([grpo_word](grpo_word.md))",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""log π of given targets, computed in chunks: the logits of all tokens never exist at the same time."""
+"""log π of given targets: where all logits would take more than 64 MiB, they never exist at the same time."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ def target_logprobs(x, output, targets, temperature=1.0, chunk_numbers=2**24, *,
     """log softmax(x outputᵀ / temperature)[targets] in fp32 or wider: x (B, T, C), output (V, C), targets (B, T)
     -> (B, T).
 
-    The tokens are processed in chunks. The logits of a chunk (at most 64 MiB) are freed after it and computed again in
-    the backward pass. For a vocabulary of 50,000 and 32 x 1,024 tokens that is 64 MiB instead of 6 GiB.
+    Where there are more than `chunk_numbers` logits, the tokens are processed in chunks. The logits of a chunk (at most
+    64 MiB) are freed after it and computed again in the backward pass. For a vocabulary of 50,000 and 32 x 1,024 tokens
+    that is 64 MiB instead of 6 GiB.
 
     counted: boolean (B, T); the result is computed where it is True and is 0 elsewhere.
     """

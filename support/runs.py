@@ -98,7 +98,8 @@ class Run:
 
     `state` holds what resuming needs besides weights, optimizers, scaler and random generators: the best value so far,
     and whatever the stage passes by name (numbers, lists, dicts). `parts` holds further objects by name, each with a
-    state_dict. `model` is the unwrapped model.
+    state_dict. `model` is the unwrapped model; on a CPU where that is faster its
+    matrix products go through support/products.py from now on (`fast_linears`).
     """
 
     open_log = None  # of this process; an error that a sweep survives, a DivergedError, may leave it open

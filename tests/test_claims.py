@@ -86,13 +86,25 @@ def test_parts():
     ("values", "compared", "words"),
     [
         # RMSNorm − LayerNorm, seed by seed
-        ([0.1, 0.1, 0.1], ("RMSNorm", "LayerNorm", "+"), "yes: RMSNorm against LayerNorm +0.100 "),
-        ([-0.1, -0.11, -0.1], ("RMSNorm", "LayerNorm", "+"), "no, the reverse: RMSNorm against LayerNorm -0.103 "),
-        ([-0.1, -0.11, -0.1], ("RMSNorm", "LayerNorm", "-"), "yes: RMSNorm against LayerNorm -0.103 "),
-        ([-0.1, -0.11, -0.1], ("LayerNorm", "RMSNorm", "+"), "yes: RMSNorm against LayerNorm -0.103 "),
-        ([0.1, 0.11, 0.1], ("RMSNorm", "LayerNorm", "0"), "it differs: "),
-        ([0.1, -0.1, 0.0], ("RMSNorm", "LayerNorm", "0"), "not significantly different: "),
-        ([0.1, -0.1, 0.1], ("RMSNorm", "LayerNorm", "+"), "not significant: "),
+        ([0.1, 0.1, 0.1], ("RMSNorm", "LayerNorm", "+"), "yes (validation loss): RMSNorm against LayerNorm +0.100 "),
+        (
+            [-0.1, -0.11, -0.1],
+            ("RMSNorm", "LayerNorm", "+"),
+            "no, the reverse (validation loss): RMSNorm against LayerNorm -0.103 ",
+        ),
+        (
+            [-0.1, -0.11, -0.1],
+            ("RMSNorm", "LayerNorm", "-"),
+            "yes (validation loss): RMSNorm against LayerNorm -0.103 ",
+        ),
+        (
+            [-0.1, -0.11, -0.1],
+            ("LayerNorm", "RMSNorm", "+"),
+            "yes (validation loss): RMSNorm against LayerNorm -0.103 ",
+        ),
+        ([0.1, 0.11, 0.1], ("RMSNorm", "LayerNorm", "0"), "it differs (validation loss): "),
+        ([0.1, -0.1, 0.0], ("RMSNorm", "LayerNorm", "0"), "not significantly different (validation loss): "),
+        ([0.1, -0.1, 0.1], ("RMSNorm", "LayerNorm", "+"), "not significant (validation loss): "),
     ],
 )
 def test_what_the_figures_say(tmp_path, values, compared, words):

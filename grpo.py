@@ -29,10 +29,10 @@ With a penalty for moving away from the reference π_ref, the policy before trai
 (The mean is not quite a legal baseline, as r_i is in it: that scales the expected gradient by (R − 1) / R. The division
 by the std is a heuristic: a group that differs only in format pushes as hard as one with right and wrong answers.)
 
-One step, here for one process and the defaults; `main` has the same five parts. A *group* is the R answers to one of
-the N questions, of up to T tokens; a *batch*, all N·R answers of the step. An *update* (optimizer step) takes some of
-the groups, a *minibatch* of B answers; a forward pass some of those, a *piece* of b answers. The mask is 1 on what was
-sampled, the token that ends an answer too.
+One step (grpo_plain.py has it without this file's additions); `main` has the same five parts. A *group* is the R
+answers to one of the N questions, of up to T tokens; a *batch*, all N·R answers of the step. An *update* (optimizer
+step) takes some of the groups, a *minibatch* of B answers; a forward pass some of those, a *piece* of b answers. The
+mask is 1 on what was sampled, the token that ends an answer too.
 
     batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
     rewards = paid_rewards(batch)                    right or not, well formed or not    (N, R, 2)        2. judge

@@ -27,6 +27,7 @@ CHAPTERS = [
     "reward_model",
     "dpo",
     "ppo",
+    "grpo_plain",
     "grpo",
     "gdpo",
     "rejection",

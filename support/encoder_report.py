@@ -12,7 +12,7 @@ from support.classification import (
 from support.encoder_start import open_encoder
 from support.plots import draw_curves
 
-LABELS = ("negative", "positive")
+SENTIMENTS = ("negative", "positive")
 
 
 class Look:
@@ -62,7 +62,7 @@ class Look:
         if run.dist.is_main:
             words = bag_of_words(self.reviews["train"], self.reviews["valid"], self.reviews["test"])
             log_p = predict(encoder, [ids for ids, _ in test], tokenizer.endoftext_id)  # (N, n_class)
-            write_mistakes(run.path, self.reviews["test"], log_p.exp(), LABELS)
+            write_mistakes(run.path, self.reviews["test"], log_p.exp(), SENTIMENTS)
             report(run, encoder, result, words, f"{seconds:.0f} s; {path}")
         figures = {"accuracy": result["accuracy"], "baseline": words["accuracy"], "confusion": result["confusion"]}
         return figures | {"path": str(path)}
@@ -80,7 +80,7 @@ def report(run, encoder, result, words, where):
         panels.insert(0, ("masked-LM", names, "nats per masked token", {}))
     title = f"an encoder on {config.data}, seed {config.seed}, {encoder.num_params() / 1e6:.1f} M parameters"
     draw_curves(run.path, title, panels)
-    print(confusion_table(result["confusion"], LABELS))
+    print(confusion_table(result["confusion"], SENTIMENTS))
     n = sum(map(sum, result["confusion"]))
     low, high = wilson(sum(row[i] for i, row in enumerate(result["confusion"])), n)
     print(

@@ -270,6 +270,8 @@ def draw(experiment, results, means, differences, curves, seeds, target):
     size = (4.6 * columns, (4.6 if crowd else 3.4) * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     panel = iter(axes.flat)
+    if experiment.gains:
+        figure.suptitle("a point per seed, the mean and its 95 % interval; black: significant", fontsize=10)
     for metric in metrics:
         if experiment.gains:
             draw_gains(next(panel), metric, differences, results, seeds, looks)
@@ -334,11 +336,11 @@ def draw_gains(axis, metric, differences, results, seeds, looks):
         shade = "black" if of_metric[metric].significant else "0.55"
         axis.errorbar(mean, i, xerr=None if math.isnan(half) else half, fmt="|", markersize=14, color=shade, capsize=4)
     bases = dict.fromkeys(b for _, b in differences)
-    names = [a if len(bases) == 1 else f"{a} against {b}" for a, b in differences]
+    names = [a if len(bases) == 1 else f"{a} − {b}" for a, b in differences]
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set(yticks=range(len(names)), yticklabels=names)
-    axis.set_xlabel(HEADINGS[metric] + (f", less that of {next(iter(bases))}" if len(bases) == 1 else ", a − b"))
-    axis.set_title("a point per seed; mean, 95 % interval (black: significant)", fontsize=9)
+    label = HEADINGS[metric].replace("(%)", "(points)")
+    axis.set_xlabel(f"{label}, less that of {next(iter(bases))}" if len(bases) == 1 else label)
     axis.invert_yaxis()
     axis.grid(alpha=0.25)
 

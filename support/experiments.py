@@ -156,7 +156,10 @@ EXPERIMENTS = {
         (),
         probe="carried_over",
         gains=("accuracy", "sampled", "pass_at_8", "story_kept", "more_steps", "by_hand"),
-        against="SFT",
+        pairs=(
+            *((method, "SFT") for method in ("rejection", "DPO", "PPO", "GRPO", "GDPO")),
+            *((method, "GRPO") for method in ("rejection", "DPO", "PPO", "GDPO")),
+        ),
         tune="lr",
         grid=(0.5, 1, 2),
         times_own=True,

@@ -9,16 +9,17 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
     p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees of freedom: how often two equal
                     variants would differ at least as much
     Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
-                    the one before it: then, whichever differences are real, a column calls any other one significant
-                    in at most 5 % of such experiments
+                    the one before it: then, whichever differences are real, at most 5 % of such experiments call
+                    even one of the others in a column significant
     power           (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
                     call significant, before Holm's correction
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
 numbers. The same seed gives both variants the same data order and, where their shapes agree, the same start: what they
-share cancels, which two separate intervals would hide (`demo`). A difference is *significant* if its p, corrected over
-the comparisons of its column, is below 0.05. With a single comparison that is an interval that leaves out 0.
+share cancels in a_i − b_i, but widens both of two separate intervals (`demo`). A difference is *significant* if its p,
+corrected over the comparisons of its column, is below 0.05. With a single comparison that is an interval that leaves
+out 0.
 
 An experiment is a row of EXPERIMENTS (support/experiments.py):
 

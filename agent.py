@@ -43,7 +43,8 @@ Traps:
   * Decode, append, encode. Many lists of ids make the same text, and encoding it gives one of them, perhaps not the
     sampled one: then ρ compares log-probabilities of different tokens. A merge may reach across a reply's end (`demo`).
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.
-  * What the length limit cuts off, a call too, is scored as it stands: left out, its length would cost nothing.
+  * An answer that the length limit cuts off, even inside a call, is scored and trained on as it stands: left out of the
+    loss, too long an answer would cost nothing.
   * A call is seen only where a token ends: not at all where its `=` is part of a longer token, such as `=⏎`.
   * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. What it is
     asked comes from a policy: its function must survive any text, so no `eval`.
@@ -115,7 +116,7 @@ def reply_to(tools, text):
 
 
 class Calls:
-    """The calls in N·n rows while they are written: `generate` shows it the newest tokens, and asks for the next."""
+    """The calls in N·R rows while they are written: `generate` shows it the newest tokens, and asks for the next."""
 
     def __init__(self, tools, tokenizer, rows):
         self.tools, self.tokenizer = tools, tokenizer
@@ -125,7 +126,7 @@ class Calls:
         self.replies = []  # to all calls, for the record
 
     def __call__(self, ids, live):
-        """The newest tokens, and which rows wrote one -> the next ids, −1 where a row samples; (N·n,) each."""
+        """The newest tokens, and which rows wrote one -> the next ids, −1 where a row samples; (N·R,) each."""
         newest = ids.tolist()
         for row in live.nonzero().flatten().tolist():
             if self.forced[row] < 0:  # the newest token was sampled

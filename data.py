@@ -47,7 +47,7 @@ each takes its slice.
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
 window once. The windows begin elsewhere in each epoch, so the tokens left out, fewer than two windows, change too; but
-the last ones (tokens mod context) are never read.
+of a stream of two windows or more the last ones (tokens mod context) are never read.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
 answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. (But of
@@ -328,10 +328,11 @@ def encode_prompt(tokenizer, record):
     return tokenizer.encode_chat(turns_before_answer(record), add_generation_prompt=True)[0]  # ids, without the mask
 
 
-def encode_answers(tokenizer, pair):
-    """-> prompt ids, [chosen ids, rejected ids], each answer with its end, as if it were sampled. A Judged has one."""
-    texts = [pair.answer] if isinstance(pair, Judged) else [pair.chosen, pair.rejected]
-    return encode_prompt(tokenizer, pair), [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]
+def encode_answers(tokenizer, record):
+    """A Pair or a Judged -> prompt ids, [chosen ids, rejected ids] or [the answer's ids], each answer with its end, as
+    if it were sampled."""
+    texts = [record.answer] if isinstance(record, Judged) else [record.chosen, record.rejected]
+    return encode_prompt(tokenizer, record), [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]
 
 
 # -----------------------------------------------------------------------------------------------------------------

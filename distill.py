@@ -20,7 +20,8 @@ Whose texts? The student's for a share λ of a step's questions (--on_policy), t
 by λ who writes a whole batch. No gradient goes through the sampling: what a token does to later ones is left out.
 
 --loss sample needs of the teacher only the probability of the token y_t that stands in the text (an API often gives no
-more): L = −Σ_t m_t A_t log π(y_t) / n_tokens. Which divergence it estimates depends on who wrote the text:
+more): L = −Σ_t m_t A_t log π(y_t) / n_tokens. Its value means nothing. Which divergence's
+gradient it has in the mean depends on who wrote the text:
 
     y ~ π     A_t = r_t = log p(y_t) − log π(y_t), without a gradient: a policy gradient with a reward per token.
               ∇KL(π ‖ p) = Σ_v ∇π(v) (log(π(v) / p(v)) + 1) = E[−r ∇log π(y)]       as ∇π = π ∇log π and Σ ∇π = 0
@@ -41,11 +42,11 @@ One step, for N = --prompts questions with R = --rollouts answers each, b answer
     clip the gradient's norm, optimizer step                                                           3. update
     log; every so often answer validation questions, keep the best checkpoint                          4. look
 
-The defaults compare whole distributions by the forward KL, on the student's texts alone: 200 steps of 96 answers. The
-reverse KL, the teacher's texts and SFT on them did about as well here, the sampled token far worse, as it hears less
-per token (results/distill.md). The teacher is the built-in start taken through grpo.py, the student a model of half its
-width, pretrained and fine-tuned alike; both are made once, under runs/start. Off: the teacher's texts, --loss sample,
-self-distillation, LoRA.
+The defaults compare whole distributions by the forward KL, on the student's texts alone: 200 steps of 96 answers. Here
+the teacher's texts, SFT on them and the reverse KL differed from that by nothing significant, and the sampled token
+ended far worse, as it hears less per token (results/distill.md). The teacher is the built-in start taken through
+grpo.py, the student a model of half its width, pretrained and fine-tuned alike; both are made once, under runs/start.
+Off: the teacher's texts, --loss sample, self-distillation, LoRA.
 
 Self-distillation (arXiv:2601.19897): --teacher self is the student as it is now, with a longer prompt. --teacher_sees
 example puts a worked example before the question (another training problem, solved), solution this problem's own. What
@@ -142,7 +143,7 @@ def token_advantages(logprobs, teacher_logprobs, mask, gamma=0.0):
     """log π and log p of the student's own tokens, (B, T) each -> A (B, T), without a gradient, 0 outside the mask:
     A_t = Σ_{s ≥ t} γ^(s − t) r_s, so with gamma 0 this token's r_t alone."""
     rewards = torch.where(mask.bool(), teacher_logprobs - logprobs, 0.0).detach()
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]  # with V = 0 and λ = 1: that sum
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]  # with V = 0 and GAE's λ = 1: that sum
 
 
 def sampled_loss(logprobs, teacher_logprobs, mask, by_student, gamma=0.0, *, n_tokens=None):
@@ -263,8 +264,8 @@ def compare(model, teacher, piece, config, n_tokens):
 
 
 def main(config):
-    """Train; returns {"before", "after", "teacher"} (test figures), "teacher_kl" and "kl" (to the teacher and to the
-    start), "closed", "tokens", "path", and the wall time in seconds, once both models are there."""
+    """Train; returns {"before", "after", "teacher"} (test figures), "teacher_kl" and "teacher_kl_before", "kl" (to
+    the start), "closed" (the share of the accuracy that it lacked), "tokens", "path", and the wall time in seconds."""
     start = open_start(config)  # both models, one and the same with --teacher self; the problems as each sees them
     dist, autocast, scaler = start.dist, start.autocast, start.scaler
     policy, teacher = start.policy, start.teacher  # the policy is the student

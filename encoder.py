@@ -40,15 +40,15 @@ Traps:
   * A decoder without positions knows the order from its causal mask. An encoder does not, and is refused.
   * The loss is read at M alone, kept tokens included. A loss at all tokens would mostly reward copying.
   * The best checkpoint is chosen on validation accuracy, and the test split is judged once, at the end. A bag of words
-    (logistic regression on which words occur), trained and chosen in the same way, is reported beside it. It knows
-    nothing of order: "good, not bad" and "bad, not good" are one text to it.
+    (logistic regression on which words occur), fitted to the same texts, its weight decay chosen on the same validation
+    split, is reported beside it. It knows nothing of order: "good, not bad" and "bad, not good" are one text to it.
 
 BERT reads a text's summary from its first token, trained by a second objective (does the second text follow the first?)
 that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
-decoder: its blocks are the same, and it learns to do without the causal mask while it learns the labels. LLM2Vec
-(arXiv:2404.05961) first trains it on masked tokens, each predicted at the position before it. Here masked-LM does
-that, each at its own position; for it the tokenizer must have <|mask|> (SmolLM2's has none: --mlm_steps 0
---token_dropout 0). Of a text longer than the context, a quarter of the context is its start, the rest its end
+decoder: its blocks are the same, and it learns to do without the causal mask in masked-LM, or with --mlm_steps 0 while
+it learns the labels. LLM2Vec (arXiv:2404.05961) predicts a masked token at the position before it; here it is predicted
+at its own. Masked-LM and --token_dropout need a tokenizer with <|mask|>; SmolLM2's has none: --mlm_steps 0
+--token_dropout 0. Of a text longer than the context, a quarter of the context is its start, the rest its end
 (arXiv:1905.05583).
 
 Simplified: windows of the pretraining text may hold several documents, which see each other.
@@ -178,7 +178,8 @@ class Encoder(BertParts, nn.Module):
     @classmethod
     def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
         """From a decoder (Transformer), whose blocks are the same: only the causal mask goes. Or from another encoder.
-        What `trunk` does not have, heads or the layers that `changes` add, starts from random weights."""
+        What `trunk` does not have, heads or the layers that `changes` add, starts from random weights, and
+        so does the classifier in any case: its labels may be others."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(EncoderConfig(**asdict(trunk.config) | {"dropout": dropout} | changes))

@@ -21,7 +21,8 @@ One step is grpo.main's, with another `paid_rewards` in "judge" and another "com
     log; every so often answer held-out questions                                                            5. look
 
 Why: a sum forgets which rewards it was made of; dividing it by its std, group by group, forgets how many there were to
-win. Either can give different rewards the same advantage. (Neither keeps the scale of a single reward.)
+win. Either can give different rewards the same advantage. (Neither GRPO nor GDPO keeps the scale of a single reward:
+each divides it away.)
 Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
 
     rewards                                  GRPO                           GDPO
@@ -38,8 +39,8 @@ The defaults run GDPO on grpo.py's two rewards (right 1, format 0.1), all else a
 gspo, cispo or sapo, which have GRPO's baseline and scale. Off by default: the reward for brevity, --conditioned.
 
 Traps:
-* A weight w_k now weighs standard deviations, not rewards: a reward that hardly differs within a group counts as much
-  as one that differs a lot.
+* A weight w_k now multiplies z_k, a reward in units of its group's std: a reward that hardly differs within a group
+  counts as much as one that differs a lot.
 * The batch's std counts the groups without a signal. With one reward, and a share p of groups that differ, it is about
   √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them. p
   rises and falls again while the policy goes from never right to always right.
@@ -124,8 +125,8 @@ def demo():
     right, tidy = group_advantages(rewards[..., 0])[0], group_advantages(rewards[..., 1])[0]  # (4,) each
     same(right, [1.5, -0.5, -0.5, -0.5])  # 1 0 0 0: mean 1/4, std 1/2
     same(tidy, [-0.87, 0.87, 0.87, -0.87])  # 0 1 1 0: mean 1/2, std 1/√3
-    same(by_gdpo[0], ((right + tidy) / 1.251).tolist())  # 1.251: the std of all 16 sums
-    print(f"the first group by hand: z of right {numbers(right)}, of tidy {numbers(tidy)}; their sum / 1.251")
+    same(by_gdpo[0], ((right + tidy) / 1.252).tolist())  # 1.252: the std of all 16 sums
+    print(f"the first group by hand: z of right {numbers(right)}, of tidy {numbers(tidy)}; their sum / 1.252")
 
     alone = torch.zeros(4, 4, 1)
     alone[0, 0] = 1.0  # one right answer among 16: the std of all sums is √(3 / 15) = 0.447

@@ -29,7 +29,8 @@ What makes it fast:
 
 * the prompts of a batch are padded on the *left*, so that all rows write their next token into the same cache slot; a
   mask hides the pads, and each row counts its own positions;
-* rows that have met a stop token leave the batch as soon as a quarter of it is done (half, on a GPU), in fours;
+* rows that have met a stop token leave the batch as soon as a quarter of it is done (half, with a CUDA graph); what
+  stays is a multiple of four rows, filled up with ended ones;
 * with one token per row a step is mostly the cost of starting operations: for the usual layouts `Decoder`
   (support/fast_decode.py) computes the same logits with fewer, larger operations, and on a GPU starts them all at once,
   as a CUDA graph. Every other model decodes with its own forward.
@@ -69,7 +70,9 @@ class Rollout:
 
     ids: torch.Tensor  # (N·n, T) int64, 0 after a row's end
     mask: torch.Tensor  # (N·n, T) bool, True on sampled tokens, the stop token included
-    logprobs: torch.Tensor  # (N·n, T) fp32, log π of each sampled token at the sampling temperature, 0 elsewhere
+    logprobs: (
+        torch.Tensor
+    )  # (N·n, T) fp32, log π of each sampled token at the sampling temperature (greedy: 1), 0 elsewhere
     written: torch.Tensor | None = None  # (N·n, T) bool, True on tokens that `write` gave; None: there are none
 
     @property
@@ -93,13 +96,15 @@ class Rollout:
 
 def truncate(probs, top_k=None, top_p=None, min_p=None):
     """Zero the tail of each row of probs (B, V): all below the k-th largest (ties stay); all but the smallest set that
-    holds probability p; all less than min_p times as likely as the likeliest. Rows need not sum to 1 afterwards."""
+    holds the share p of what top_k left; all less than min_p times as likely as the likeliest. Rows need
+    not sum to 1 afterwards."""
     if top_k is not None and top_k < probs.shape[-1]:
         kth = probs.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         probs = probs.masked_fill(probs < kth, 0.0)
     if top_p is not None and top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability before each token: the first one always stays
+        # a share of the sum: after top_k the row no longer sums to 1
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     if min_p is not None:
@@ -232,7 +237,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)  # tokens that were sampled
     real = torch.zeros_like(mask)  # those, and the tokens that `write` gave
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    row = slice(None)  # which output row each row of the shrinking batch is: all, until one leaves
+    row = slice(None)  # (B,) which output row each row of the shrinking batch is: all, until one leaves
     live = torch.ones(rows, dtype=torch.bool, device=device)
     given = None  # what `write` returned: (N·n,) the id that a row must take next, or −1
     for t in range(max_new_tokens):

@@ -1,17 +1,18 @@
-"""GRPO on one page: what `python grpo.py` computes, and nothing around it.
+"""GRPO on one page: what `python grpo.py --dtype fp32` computes, and nothing around it.
 
 Ask N questions, let the policy π answer each R times, check the answers, compare each with its siblings, and make the
 better ones more likely. With π_old the policy when it sampled, π_ref the policy before training, and B the answers of
-an update (arXiv:2402.03300, Eq. 3 and 4; grpo.py derives it):
+an update (arXiv:2402.03300, Eq. 4, and Eq. 3, which has k3 without ρ; grpo.py derives it):
 
-    A_i  = (r_i − mean(r)) / (std(r) + 1e-4)            over the R answers of a group: better or worse than the others
+    A_i  = (r_i − mean(r)) / (std(r) + 1e-4)            over the R answers of a group, the std with R − 1
     ρ_it = π(y_it) / π_old(y_it)                        1 until the first update
     k3   = x − 1 − log x,  x = π_ref(y_it) / π(y_it)    how far from the start
     loss = −1/B Σ_i 1/|y_i| Σ_t [min(ρ_it A_i, clip(ρ_it, 1 − ε, 1 + ε) A_i) − β ρ_it k3_it]
 
-One process, fp32, no resuming, no log but what it prints; the policy ends in runs/grpo_plain/last. grpo.py has those,
-reads a prompt once for its R answers, measures more, and has the rest of the family. It computes the same:
-tests/test_grpo_plain.py trains both and compares the weights. Try an idea in this file first.
+One process, fp32, no resuming, no log but what it prints; the policy ends in runs/grpo_plain/last. grpo.py can use
+several processes and bf16 (its default where the hardware has it), resumes, keeps logs, reads a prompt once for its R
+answers, and has the rest of the family. In fp32 it computes the same: tests/test_grpo_plain.py trains both and compares
+the weights. Try an idea in this file first.
 
 Run it (without --init it makes its start, as grpo.py does, or takes the one that is there):
     python grpo_plain.py --demo                 a group of four answers, by hand
@@ -43,7 +44,7 @@ from transformer import answer_logprobs
 N, R, L = 12, 8, 64  # questions a step, answers to each, the longest answer in tokens
 UPDATES = 2  # optimizer steps for each batch of answers: question g is in number g % UPDATES
 EPSILON, BETA = 0.2, 0.3  # of the clip of ρ; of the KL
-CLIP = 1.0  # of the gradient's norm
+MAX_NORM = 1.0  # of the gradient: a longer one is clipped to it
 
 
 def group_advantages(rewards):
@@ -57,7 +58,7 @@ def grpo_loss(logprobs, old, ref, A, mask, B):
     """log π, log π_old, log π_ref (b, T), each 0 on padding; A (b,); mask (b, T) -> the loss, a scalar."""
     rho, A = (logprobs - old).exp(), A[:, None]  # (b, T), (b, 1)
     gain = torch.minimum(rho * A, rho.clamp(1 - EPSILON, 1 + EPSILON) * A)
-    k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)
+    k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)  # (b, T); ∇(ρ k3) is in the mean ∇KL(π ‖ π_ref)
     per_answer = ((gain - BETA * rho * k3) * mask).sum(1) / mask.sum(1)  # (b,) a mean over its tokens
     return -per_answer.sum() / B
 
@@ -108,6 +109,7 @@ def main(config):
         load_problems(split="valid", n=200),
         load_problems(split="test", n=1000),
     )
+    # Muon for the blocks' matrices, AdamW for the rest, both at the same rate (optim.py)
     optimizers = make_optimizers(policy, "muon", config.lr, weight_decay=0.0, betas=(0.9, 0.999))
     before = evaluate(policy, tokenizer, test, L, dist)["accuracy"]
 
@@ -115,11 +117,12 @@ def main(config):
         # 1. ask: every question R times, from the distribution that the loss scores
         problems = [train[i] for i in rows_at(len(train), step, N, config.seed)]  # N
         prompts = [encode_prompt(tokenizer, problem) for problem in problems]  # N lists of ids
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # numbers of its own, as in grpo.py
         rollout = generate(policy, prompts, L, n=R, stop_ids=tokenizer.stop_ids, generator=generator)
-        answers, ended = rollout.rows, rollout.ended(tokenizer.stop_ids).tolist()  # N·R lists of ids; of bools
+        answers, ended = rollout.rows, rollout.ended(tokenizer.stop_ids).tolist()  # N·R lists of ids; N·R bools
 
-        # 2. judge: 1 for the right number, 0.1 for the form
+        # 2. judge: 1 if the number after #### is right; 0.1 if the answer ended by itself and its last line, and no
+        # other, is `#### number`
         texts, asked = rollout.texts(tokenizer), [problem for problem in problems for _ in range(R)]  # N·R each
         right = torch.tensor([float(is_correct(text, problem)) for text, problem in zip(texts, asked, strict=True)])
         rewards = right + 0.1 * torch.tensor(format_reward(texts, asked, ended))  # (N·R,)
@@ -132,23 +135,24 @@ def main(config):
         for u in range(UPDATES):
             groups = [g for g in range(u, N, UPDATES) if A[g].any()]
             rows = [g * R + r for g in groups for r in range(R)]  # b of the N·R
-            if not rows:
+            if not rows:  # no step: the optimizers' momentum would move the weights without a signal
                 continue
-            pairs = [prompts[row // R] for row in rows], [answers[row] for row in rows]
-            logprobs, mask = answer_logprobs(policy, *pairs)  # (b, T) each
+            B = len(range(u, N, UPDATES)) * R  # the groups that are left out count too
+            scored = [prompts[row // R] for row in rows], [answers[row] for row in rows]  # two lists of b lists of ids
+            logprobs, mask = answer_logprobs(policy, *scored)  # (b, T) each, T the longest of these answers
             with torch.no_grad():
-                ref, _ = answer_logprobs(reference, *pairs)
-            old = rollout.logprobs[rows, : mask.shape[1]]  # as they were sampled
-            loss = grpo_loss(logprobs, old, ref, A.flatten()[rows].to(mask.device), mask, B=N * R // UPDATES)
+                ref, _ = answer_logprobs(reference, *scored)
+            old = rollout.logprobs[rows, : mask.shape[1]]  # (b, T) as sampled; the batch's longest may be longer
+            loss = grpo_loss(logprobs, old, ref, A.flatten()[rows].to(mask.device), mask, B)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_NORM)
             for optimizer in optimizers:
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad()
 
-        # 5. look: the loss says nothing, as the A of a group sum to 0
+        # 5. look. The loss says nothing: where ρ = 1 its policy term is 0, as the A of a group sum to 0
         bar.set_postfix(right=f"{right.mean():.2f}", length=f"{sum(map(len, answers)) / len(answers):.0f}")
         if (step + 1) % 50 == 0 or step + 1 == config.steps:
             accuracy = evaluate(policy, tokenizer, valid, L, dist)["accuracy"]

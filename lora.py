@@ -7,14 +7,14 @@ Full fine-tuning learns W + ΔW with a ΔW of W's size. LoRA's claim is that the
 a product of two thin matrices can hold it: r (in + out) numbers instead of in · out, 1.6 % of 1,024 x 1,024 at r = 8.
 One layer:
 
-    start     A = random, B = 0, m = ‖W‖           so W' = W: training starts at the given model, exactly
+    start     A = random, B = 0, m = ‖W‖           the layer applies W' = W at first: exactly the given model
     forward   low = A x                            (..., in) -> (..., r)
               y = W x + s B low                    (..., out)
               y = m / ‖W + s B A‖ ⊙ y              DoRA only; a bias is frozen, and added after it
-    backward, with δ = dL/dy (out,), for DoRA m / ‖V‖ ⊙ dL/dy; of A, B and m summed over the tokens:
+    backward, one token; δ = dL/dy (out,), for DoRA m / ‖V‖ ⊙ dL/dy. Over tokens those of A, B and m add up:
               dL/dB = s δ (A x)ᵀ                   (out, r)
               dL/dA = s (Bᵀ δ) xᵀ                  (r, in)
-              dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (..., in)
+              dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (in,)
               dL/dm = dL/dy ⊙ V x / ‖V‖            (out,)
     merge     W ← W + s B A,  or m / ‖V‖ ⊙ V       a plain Linear again: no cost in decoding
 
@@ -24,7 +24,7 @@ Adam either: of 16 bytes per weight (w, g, m, v in fp32) 4 remain. Activations s
 `rank` is 0 by default: every stage trains all weights. With --lora.rank 8 the defaults run LoRA with α = 16 on all
 Linear layers of attention and feed-forward (of a mixture: the router and the shared experts); DoRA is off.
 
-In a training stage (sft, dpo, ppo, grpo), whose Config has `lora: LoraConfig`:
+In a training stage whose Config has `lora: LoraConfig` (all from sft.py on but encoder, reward_model, grpo_plain):
 
     add_lora(policy, **asdict(config.lora), seed=config.seed)    # rank 0 adds none. Freezes all but the adapters
     optimizers = make_optimizers(policy, ...)                    # as without: a frozen weight has no gradient, no step
@@ -108,12 +108,12 @@ class LoRALinear(FrozenLinear):
         # Adapters are fp32 even on bf16 weights, which cannot take a small step: it rounds to nothing.
         like = {"dtype": torch.promote_types(linear.weight.dtype, torch.float32), "device": linear.weight.device}
         A = torch.empty(rank, self.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(self.in_features)
-        self.lora_A = nn.Parameter(A.to(**like))
+        self.lora_A = nn.Parameter(A.to(**like))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
-        self.magnitude = nn.Parameter(self.row_norms()) if dora else None
+        self.magnitude = nn.Parameter(self.row_norms()) if dora else None  # m (out,)
 
     def direction(self):
-        """V = W + s B A, (out, in), in the adapter's dtype, whatever autocast says."""
+        """V = W + s B A (out, in), rows of any length, in the adapter's dtype, whatever autocast says."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return self.base_weight.to(self.lora_A.dtype) + self.s * (self.lora_B @ self.lora_A)
 

@@ -40,7 +40,8 @@ The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one
 
     weights that sum to 1   dL/dl_e = w_e (g_e − Σ_S w_j g_j) in S, else 0
     w_e = p_e               dL/dl_e = p_e ([e ∈ S] g_e − Σ_S p_j g_j)
-                            In both a step raises the logit of an expert that lowers L more than the mix does.
+                            A step raises the logit of an expert that lowers L more than the mix does. In the second
+                            an expert outside S counts as one that adds 0: its logit rises where the mix raises L.
     Switch loss             d/dl_te = (E / T) p_te (f_e − Σ_j p_tj f_j): a step lowers l_te if f_e is above the token's
                             mean of f
     z-loss                  d/dl_te = (2 / T) logsumexp(l_t) p_te
@@ -53,8 +54,8 @@ loss per sequence; here b meets probabilities of about 1/E, so lower --bias_rate
 
 **Traps.**
 
-* K = 1 with weights that sum to 1: w = p / p = 1, and the router gets no gradient (pretrain.py refuses it). Switch and
-  OLMoE do not divide.
+* K = 1 with weights that sum to 1: w = p / p = 1, and the router gets no gradient but the balancing losses'
+  (pretrain.py refuses it). Switch and OLMoE do not divide.
 * The scale s (`routed_scale`; DeepSeek's routed_scaling_factor). A dense feed-forward cut into K parts *adds* them up;
   weights that sum to 1 take the *mean*, 1/K of that. Steps of Adam and Muon do not grow with the gradient, so with the
   same init and the same steps the branch would start and stay K times smaller. So s is K by default if the weights
@@ -176,7 +177,7 @@ class MoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        config = config.resolved() if hasattr(config, "resolved") else config
+        config = config.resolved() if hasattr(config, "resolved") else config  # else a plain namespace (demo)
         C, E, inner = config.width, config.n_expert, config.expert_width or config.ffn_width
         if not 1 <= config.n_expert_active <= E:
             raise ValueError(f"n_expert_active is {config.n_expert_active}; it must be between 1 and n_expert, {E}")
@@ -285,7 +286,7 @@ def demo():
     (slope,) = torch.autograd.grad(load_balancing_loss(logits.softmax(-1), index, 3), logits)
     torch.testing.assert_close(slope, 3 / 4 * probs * (f - (probs @ f)[:, None]))
     print("  its gradient at the logits of token 0: " + "  ".join(f"{v:+.3f}" for v in slope[0].tolist()), end="")
-    print(": expert 1, the busiest, goes down")
+    print(": expert 1, the busiest, goes down most, expert 2 up")
     bias = 0.06 * torch.sign(counts.double().mean() - counts).float()  # the even share is 8/3
     _, moved, chosen = route(probs.log(), 2, bias=bias)
     assert histogram(chosen, 3).tolist() == [3, 2, 3]

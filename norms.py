@@ -19,7 +19,7 @@ LayerNorm is RMSNorm of x − μ, plus b; on the way back the gradient loses its
     x̂     = (x − μ) / √(σ² + ε)                      (..., C)
     dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε),   dL/db = Σ_tokens dL/dy
 
-because x − μ = P x with P = I − 11ᵀ/C, which is symmetric: dL/dx is P times RMSNorm's, and P x̂ = x̂.
+because x − μ = P x, where P, symmetric, takes the mean of a vector away: dL/dx is P times RMSNorm's, and P x̂ = x̂.
 
 Where it stands, x the residual stream and f a branch (attention or feed-forward), `place` below:
 
@@ -33,15 +33,16 @@ The default model runs RMSNorm before each branch (pre) with ε = 1e-6, and on e
 The trap is precision. In fp16 squares above 65,504 are infinite, so an activation of 256 is enough to make the
 statistics inf. They are taken in fp32 at least, and the result returns in the input's dtype.
 
-The gradient. From r² = mean(x²) + ε follows ∂r/∂x_j = x_j / (C r) = x̂_j / C, so ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) / r;
-multiplied by u_i and summed over i that is the line above. In words: the part of u along x̂ is removed (up to ε), as
-stretching x changes nothing; the rest is divided by r, so the larger x, the smaller the gradient that goes back.
+The gradient. From r² = mean(x²) + ε follows ∂r/∂x_j = x_j / (C r) = x̂_j / C, so ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) /
+r; multiplied by u_i and summed over i that is RMSNorm's dL/dx above. In words: the part of u along x̂ is removed (up to
+ε), as stretching x changes nothing; the rest is divided by r, so the larger x, the smaller the gradient that goes back.
 
 What the missing mean changes. RMSNorm saves a reduction and a bias and trains as well (results/norm-kind.md). But it
-notices a constant that is added to x: it divides by √(σ² + μ²), LayerNorm by σ, so what differs between the features
-shrinks to 1 / √(1 + μ²/σ²). For C independent features of mean 0, μ is about σ/√C, and nothing is lost. And as the two
-are equal on centred vectors, a trained pre-norm LayerNorm model becomes an RMSNorm one by centring what writes into the
-stream: matrices, their biases, the embeddings; a norm's b goes into the matrices that read it (arXiv:2305.14858).
+notices a constant that is added to x: it divides by √(σ² + μ²), LayerNorm by σ, so the differences between the features
+come out 1 / √(1 + μ²/σ²) times as large as LayerNorm's. For C independent features of mean 0, μ is about σ/√C, and
+nothing is lost. And as the two are equal on centred vectors, a trained pre-norm LayerNorm model becomes an RMSNorm one
+by centring what writes into the stream: matrices, their biases, the embeddings; a norm's b goes into the matrices that
+read it (arXiv:2305.14858).
 
 What the placement changes, if at the start of training each branch puts out as much variance as comes in:
 
@@ -50,10 +51,11 @@ What the placement changes, if at the start of training each branch puts out as 
   direction, the output moves by δ √(depth / 2) (arXiv:2004.08249): the reason for post-norm's warm-up. Here it trains
   without one at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
 * pre: after l blocks the stream's variance is 1 + l. On the way back the final norm divides by √(1 + depth), and every
-  later block k, which reads a variance of k, multiplies by √(1 + 1/k): block l's weights get 1 / √(1 + l), the deeper
-  the gentler. The same δ moves the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late
-  branches add little, and one branch with large weights drowns all the others.
-* sandwich: all branches weigh the same at the start, whatever their weights; their gains learn the rest.
+  later block k by √k, as it reads a variance of k: the two paths multiply by √(1 + 1/k). Their product over k = l + 1 …
+  depth is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l), the deeper the gentler. The same δ moves the
+  output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and one
+  branch with large weights drowns all the others. * sandwich: all branches weigh the same at the start, whatever their
+  weights; their gains learn the rest.
 
 The default model divides the matrices that write into the stream by √(2 n_layer) at the start (transformer.py). That
 levels the gradients: in 12 blocks the first one's over the last one's is 1.1 in pre and 0.98 in post; in sandwich,
@@ -79,7 +81,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = z - z.mean(-1, keepdim=True)
     variance = centred.pow(2).mean(-1, keepdim=True)  # (..., 1); over C, not C − 1
-    y = (centred * torch.rsqrt(variance + eps)).to(x.dtype) * weight
+    y = centred * torch.rsqrt(variance + eps) * weight
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -87,7 +89,7 @@ def rms_norm(x, weight, eps=1e-6):
     """The formula: x (..., C), weight (C,) -> (..., C) in x's dtype. Statistics in fp32 at least."""
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     y = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + eps)
-    return (y.to(x.dtype) * weight).to(x.dtype)
+    return (y * weight).to(x.dtype)
 
 
 def rms_norm_gradient(x, weight, upstream, eps=1e-6):

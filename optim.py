@@ -25,8 +25,9 @@ One step of training, `optimizer_step`:
 
 The defaults run Muon on the matrices inside the blocks (attention, feed-forward, experts, their LoRA A and B) and AdamW
 on the rest (embeddings, output, routers, gains, biases), both at the same η, and clip at 1; PPO runs AdamW alone. η
-falls along a cosine to a tenth of the peak, in GRPO, PPO and agent.py along a line to 0. Only matrices decay: λ is 0.1
-in pretraining, SFT and the encoder, 0.01 for reward models, elsewhere 0. β₂ is 0.999 in DPO, PPO, GRPO and agent.py.
+falls along a cosine to a tenth of the peak, in GRPO, PPO and agent.py along a line to 0 (PPO's value head: not at all).
+Only matrices decay: λ is 0.1 in pretraining, SFT and the encoder, 0.01 for reward models, elsewhere 0. β₂ is 0.999 in
+DPO, PPO, GRPO and agent.py.
 
 Why: five answers, each a repair of the one before.
 
@@ -45,12 +46,12 @@ shrinks at one pace. To fit all in,
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
 Nesterov's variant steps along g + μ m: the momentum as it will be if the next gradient is like this one.
-
-Adam gives every weight a rate of its own, from the size of its own gradients. m and v begin at 0, so their weights sum
-to 1 − βᵗ only, and m̂ and v̂ correct for that. The scale of g cancels: ten times the loss makes the same step. If the
-gradients agree, |m̂| = √v̂ and w moves by η; if they are noise, m keeps (1 − β₁)/(1 + β₁) of their variance, and w moves
-by 0.23 η (β₁ = 0.9), to and fro. At t = 1 the step is η sign(g), noise and all: one reason for the warm-up. The price
-of a rate for each number: it depends on the axes that the weights happen to lie on. A bowl along them is round to Adam,
+ Adam gives every weight a rate of its own, from the size of its own gradients. m and v begin at 0, so the shares of
+past gradients in them sum to 1 − βᵗ only, and m̂ and v̂ correct for that. The scale of g cancels: ten times the loss
+makes the same step. If the gradients agree, |m̂| = √v̂ and w moves by η; if they are noise, m keeps (1 − β₁)/(1 + β₁)
+of their variance, and w moves by 0.23 η (β₁ = 0.9), to and fro. At t = 1 the step is η sign(g), noise and all: one
+reason for the warm-up. The price of a rate for each number: it depends on the axes that the weights happen to lie on. A
+bowl along them is round to Adam,
 the same bowl turned by 45° is not (demo).
 
 AdamW shrinks all weights by the same share. L2, g ← g + λ w, does not under Adam: its λ w is divided by √v̂ too, so
@@ -209,7 +210,8 @@ def clip_by_global_norm(gradients, clip):
 
 
 def make_optimizers(unwrapped, kind, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for the rest. Returns a list.
+    """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for the rest. Returns a list. unwrapped:
+    the model itself, not DDP's wrapper, which changes the names.
 
     Decay pulls matrices towards zero; gains, biases and positions have no business there. A router's rows are the
     experts' labels, as an embedding's are the words': AdamW, like the embedding (results/moe_word.md).
@@ -348,7 +350,7 @@ def demo():
     for schedule in ("cosine", "linear", "wsd"):
         rates = [lr_at(step, 10, 1.0, 2, schedule=schedule, decay=0.4) for step in range(10)]
         print(f"  {schedule:<7}" + "".join(f"{rate:>6.2f}" for rate in rates))
-        assert abs(rates[8 if schedule == "wsd" else 6] - 0.55) < 1e-12  # half of the way from 1 at step 6 or 2 to 0.1
+        assert abs(rates[8 if schedule == "wsd" else 6] - 0.55) < 1e-12  # halfway from 1 (step 6 or 2) to 0.1
 
 
 if __name__ == "__main__":

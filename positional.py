@@ -19,9 +19,10 @@ So a score depends on the distance n − m alone: attention is relative without 
 its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.) Here RoPE
 ends 0.36 nats per character below learned positions in validation loss (results/positions.md).
 
-Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast one knows every angle; a slow one,
-r_i < 1, has seen only part of the circle, and past L leaves that part. Slowed down by s = new length / L it stays, but
-nearby tokens come closer together. `scaling`, a dict in Hugging Face's form, says which pairs are slowed:
+Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast one knows every angle; a slow one, r_i <
+1, has seen only part of the circle, and past L leaves that part. Slowed down by s, the dict's `factor`, it stays up to
+length s L, but nearby tokens come closer together. (Llama 3.1 takes s = 8 for 16 L.) `scaling`, a dict in Hugging
+Face's form, says which pairs are slowed:
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
@@ -83,11 +84,12 @@ def sinusoidal_positions(positions, dim):
 
 
 def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length=None):
-    """ω_i = θ^(−2i/D) for i = 0 … D/2 − 1, in radians per position, stretched as `scaling` says: (D/2,) fp32.
+    """ω_i = θ^(−2i/D) for i = 0 … D/2 − 1, in radians per position, slowed down as `scaling` says: (D/2,) fp32.
 
     scaling: Hugging Face's `rope_scaling` (or `rope_parameters`) dict: its `rope_type` is default, linear, dynamic,
         yarn or llama3. A `rope_theta` inside it, as transformers 5 writes it, overrides `theta`.
-    context: the model's max_position_embeddings. Needed where the dict does not say what it was trained with.
+    context: the model's max_position_embeddings. dynamic always needs it, yarn and llama3 where the dict does not say
+        what it was trained with.
     length: the longest sequence to come, default `context`; only "dynamic" looks at it.
     YaRN also turns the scores up: `rope_attention_factor` says by how much. Raises ValueError on a dict it cannot use.
     """
@@ -102,7 +104,7 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
     if kind in ("default", "dynamic"):
         return frequencies
     if kind == "linear":
-        keep = torch.zeros_like(i)
+        keep = torch.zeros_like(i)  # (D/2,): 1 left alone, 0 divided by s
     elif kind == "llama3":
         turns = L * frequencies / (2 * math.pi)  # r_i
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -114,8 +116,8 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
         )
         if scaling.get("truncate", True):
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, head_dim - 1)
-        keep = 1 - ((i - first) / (last - first or 0.001)).clamp(0, 1)
+        first, last = max(first, 0), min(last, head_dim - 1)  # the authors' bounds, though i ends at D/2 − 1
+        keep = 1 - ((i - first) / (last - first or 0.001)).clamp(0, 1)  # 0.001: not 0/0 where the ends meet
     return frequencies * keep + frequencies / s * (1 - keep)
 
 

@@ -23,9 +23,10 @@ right sample is ∇p / p in the mean, and one problem's term gives, in the mean 
     weight 1/K_x   P(K_x > 0) ∇p / p = ∇p (1 + (1 − p) + … + (1 − p)^(R−1))      MaxRL of order R (arXiv:2602.02710)
     weight 1/R     E[K_x / R] ∇p / p = ∇p                                        REINFORCE, reward 1 if right, else 0
 
-The first, ∇log p for large R, is also what grpo.py --algorithm maxrl --baseline none --format_weight 0 computes; the
-second is --weigh answer, up to the divisor. Both need --distinct false and no --max_per_problem: EM counts an answer as
-often as it was sampled, so frequent ones grow. By default each distinct right answer to a problem weighs the same.
+The first, ∇log p for large R, is also what grpo.py --algorithm maxrl --baseline none --format_weight 0 computes (which
+pays right answers that were cut off too); the second is --weigh answer, up to the divisor. Both need --distinct false
+and no --max_per_problem: EM counts an answer as often as it was sampled, so all right ones grow by the same factor 1/p.
+By default each distinct right answer to a problem weighs the same, so a rare one, once sampled, grows more.
 
 The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. One round, of
 N = --prompts problems with R = --rollouts answers each (main has the same four parts):

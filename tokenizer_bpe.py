@@ -45,8 +45,8 @@ longest sequences) and `CharTokenizer` (an id per character seen in training).
 
 `save_pretrained` writes the format of Hugging Face's `tokenizers`. `transformers.AutoTokenizer` then gives the same
 ids, with two exceptions: it reads the name of a special token in any text as that token, and where an answer begins
-with a line end, it merges that with the one after "assistant". `load_tokenizer` opens that format, and byte-level BPE
-in the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
+with a line end, that one and the one after "assistant" can become one token. `load_tokenizer` opens that format, and
+byte-level BPE in the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
 
 Simplified: no Unicode normalisation in training (NFC where a loaded tokenizer asks for it), and no merge is ever
 skipped at random (BPE-dropout, arXiv:1910.13267). Run it: `python tokenizer_bpe.py`.
@@ -76,7 +76,7 @@ PATTERN = "|".join(
         r"\p{N}",  # a digit
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
         r"\s*[\r\n]+",  # line ends
-        r"\s+(?!\S)|\s+",  # other spaces, except the last before a word
+        r"\s+(?!\S)|\s+",  # other spaces; the last one is left to the word or sign after it
     ]
 )
 
@@ -96,7 +96,7 @@ def train_bpe_naive(texts, n_merges):
     for new in range(256, 256 + n_merges):
         pairs = Counter()
         for word, count in words.items():
-            for pair in pairwise(parts[word]):
+            for pair in pairwise(parts[word]):  # "aaa" counts (a, a) twice, though it is merged once; as in tokenizers
                 pairs[pair] += count
         if not pairs:
             break  # every word is one token already: the text supports no larger vocabulary
@@ -158,7 +158,7 @@ def apply_merges(word, rank):
 
 def check_spelling(merges):
     """Raises TokenizerError unless every token comes out whole when the merges are applied to its bytes. (tiktoken
-    takes a word that is a token as it stands.)"""
+    takes a word that is a token as it stands: otherwise one id there, several by the merges.)"""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in doubtful_tokens(merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
@@ -372,7 +372,7 @@ def demo():
 
     text = Path(__file__).read_text(encoding="utf-8")
     assert train_bpe(text, 60) == train_bpe_naive(text, 60)
-    print("\ntrained on this file; the merges and ids are those of the plain forms:")
+    print("\ntrained on this file; the first 60 merges, and all ids, are those of the plain forms:")
     for size in (259, 400, 800):
         tokenizer = BPETokenizer.train(text, size)
         for t in (text, "naïve 🙂 12345 <|im_end|>\n\n\tdon't", ""):

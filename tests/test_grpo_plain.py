@@ -29,7 +29,7 @@ def here(scratch, monkeypatch):
     monkeypatch.setattr(questions, "load_problems", lambda name, split, n, *more: FEW[split][:n])
     monkeypatch.setattr(grpo_plain, "load_problems", lambda split, n=None: FEW[split][:n])
     monkeypatch.setattr(grpo_report, "draw_curves", lambda *_: None)
-    for name, value in (("N", 5), ("R", 4), ("L", 8), ("MAX_NORM", 0.6)):
+    for name, value in (("N", 7), ("R", 4), ("L", 8), ("MAX_NORM", 0.6)):
         monkeypatch.setattr(grpo_plain, name, value)
 
     def with_th(texts, problems, ended):
@@ -55,7 +55,7 @@ def test_it_ends_with_the_weights_of_grpo(here, monkeypatch, optimizer, lr, atol
                 module, "make_optimizers", lambda model, *_, **__: [torch.optim.SGD(model.parameters())]
             )
     same = dict(init="start", steps=5, lr=lr)
-    small = dict(prompts=5, rollouts=4, max_new_tokens=8, clip=0.6, micro_batch=8, device="cpu", dtype="fp32")
+    small = dict(prompts=7, rollouts=4, max_new_tokens=8, clip=0.6, micro_batch=8, device="cpu", dtype="fp32")
     few = dict(eval_problems=3, test_problems=4, pass_problems=2, pass_samples=2)
     grpo.main(grpo.Config(**same, **small, **few))
     grpo_plain.main(grpo_plain.Config(**same))

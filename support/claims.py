@@ -125,7 +125,7 @@ CLAIMS = [
         "a policy is its own reward model",
         "[2305.18290] Eq. 7",
         "dpo.dpo_loss",
-        "with the NLL term +21.7 points ([ladder](ladder.md)); without, not significant in 150 steps ([dpo](dpo.md))",
+        "with the NLL term +23.5 points ([ladder](ladder.md)); without, not significant in 150 steps ([dpo](dpo.md))",
     ),
     Claim(
         "learned rewards get over-optimised",

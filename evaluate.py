@@ -22,8 +22,8 @@ easy or hard for both move the two accuracies alike, and not their difference.
 
     McNemar       p = 2 Σ_{i ≤ min(lost, gained)} C(m, i) / 2^m, at most 1: how often m coins are at least as uneven
     the gain      d = (gained − lost) / N, a mean of 1, −1 and 0, has the variance (p_gained + p_lost − d²) / N, where
-                  p_gained = gained / N and p_lost = lost / N. Its interval is d ± z √variance with gained + 1, lost
-                  + 1 and N + 2 in their places: its centre is nearer 0 than the gain, and it has a width if m = 0
+                  p_gained = gained / N and p_lost = lost / N. Its interval is d ± z √variance with gained + 1,
+                  lost + 1, N + 2 in their places: its centre is nearer 0 than the gain, and it has a width if m = 0
 
 Wilson's interval and these two are for verdicts of 0 or 1, so pass@k and token F1 have no interval here.
 

@@ -43,7 +43,7 @@ def copy(tmp_path):
     "line",
     [
         "| a | gains 44.4 points ([kv](results/kv-heads.md)) |",
-        "The gain is 0.006 to\n44.4 points ([kv](results/kv-heads.md)).",
+        "The gain is 0.003 to\n44.4 points ([kv](results/kv-heads.md)).",
         "* It gains 44.4 points ([kv](results/kv-heads.md)).",
         "As follows ([kv](results/kv-heads.md)):\n\n```\naccuracy    44.4%\n```",
     ],

@@ -50,9 +50,7 @@ STAGES = {
 # Of a smoke run, and of a run for tuning, if the stage has these settings.
 QUICK = {"steps": 4, "round_steps": 2, "test_problems": 20, "eval_problems": 10}
 TRIAL = {"test_problems": 1, "pass_problems": 1, "pass_samples": 1}
-TRIAL_OF_PAIRS = TRIAL | {
-    "test_problems": 50
-}  # of one problem alone there may be no pair of a right and a wrong answer
+TRIAL_OF_PAIRS = TRIAL | {"test_problems": 50}  # one problem alone may give no pair
 
 
 def config_of(stage, settings):

@@ -128,10 +128,10 @@ _OFF_POLICY = {
 
 EXPERIMENTS = {
     "ladder": Experiment(
-        "What does each method add to SFT, from the same start and in the same time?",
-        "the pretrained and the SFT checkpoint of a seed; after it, for each method, as many steps as should take as "
-        "long (the minutes in the table leave out the starts and PPO's reward model where runs/start had them), "
-        "all else as the stage has it; the 1,000 test problems, greedy decoding",
+        "What does each method add to SFT, from the same start?",
+        "the pretrained and the SFT checkpoint of a seed; after it each method's own number of steps, all else as the "
+        "stage has it; the 1,000 test problems, greedy decoding (the minutes leave out what runs/start had already: "
+        "the starts, PPO's reward model)",
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start

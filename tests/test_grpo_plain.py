@@ -69,10 +69,10 @@ def test_it_ends_with_the_weights_of_grpo(here, monkeypatch, optimizer, lr, atol
 
 
 def test_the_advantages_are_those_of_grpo():
-    rewards = (
-        torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0.1, 1e-2, 1e-3, 0])[:, None]
+    rewards = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1], [0.1], [1e-2], [1e-3], [0]]
     )
-    rewards[4] = 0.1  # whose mean is not 0.1 in fp32
+    rewards[4] = 0.3  # the mean of seven is not 0.3 in fp32
     ours = grpo_plain.group_advantages(rewards)
     torch.testing.assert_close(ours, grpo.group_advantages(rewards), atol=0, rtol=1e-6)
     assert not ours[4].any()

@@ -47,7 +47,7 @@ the stage does not. In pseudo-code, as in `main`:
 
 Without a name it works the example and lists the experiments. The defaults run five seeds, two runs at a time, each in
 a process of its own, and only what is missing. Off by default: --quick, a smoke run; --again, which repeats runs whose
-settings have changed; --verify, which repeats one run of a page.
+settings or code have changed; --old_code, which keeps the latter; --verify, which repeats one run of a page.
 
 Traps:
 
@@ -58,11 +58,11 @@ Traps:
 * Choosing a variant by the test split would flatter it. Tuning uses the validation split; accuracies are those of the
   held-out test problems, so a page that compares settings by them is no recommendation of the best. A tuned value is
   chosen once, on one seed: the intervals do not contain the spread of that choice.
-* A changed formula is not a changed setting: results of older code are kept, and the page lists their commits. Move
-  runs/ablate/NAME aside to measure new code.
+* A changed formula changes results and no flag. A run notes the files that its stage imports (support/code_used.py);
+  runs of code that has changed are made anew with --again, or kept with --old_code: the page lists their commits.
 
-A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit and all settings, defaults included. While the
-settings stay the same it is not repeated. An interrupted run starts over; one that diverged has that as its result.
+A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit, the code and all settings, defaults included.
+While these stay the same it is not repeated. An interrupted run starts over; one that diverged has that as its result.
 
 Run it:
     python ablate.py                         # the example by hand, and the list of experiments
@@ -84,6 +84,7 @@ from support.ablation_report import mean_curves, seeds_on, write_report
 from support.ablation_runs import (
     TRIAL,
     TRIAL_OF_PAIRS,
+    code_of_run,
     curves_of,
     flags_of_stage,
     folder_name,
@@ -94,6 +95,7 @@ from support.ablation_runs import (
 )
 from support.checks import Count, Seed, check
 from support.cli import run_script
+from support.code_used import files_that_differ
 from support.errors import ConfigError
 from support.experiments import EXPERIMENTS
 from support.repeated import compare, draw_run
@@ -220,7 +222,9 @@ class Config:
     """Repeat one run of a page, both drawn at random if no experiment is named, and compare its figures. They are the
     same on the same machine, with the same number of --jobs."""
     again: bool = False
-    """Repeat runs whose results were made by other settings (other defaults, another text; not other code)."""
+    """Repeat runs whose results were made by other settings (other defaults, another text) or by other code."""
+    old_code: bool = False
+    """Keep runs that were made by other code; the page names its commits."""
     jobs: Count = 2
     """Runs at a time; they share the cores."""
 
@@ -232,18 +236,26 @@ class Config:
             raise ConfigError(f"--seeds is {self.seeds}; it must be a list of different numbers")
 
 
+def refuse_stale(stale, made, runs, advice):
+    """ConfigError if some of the runs cannot be taken as they are."""
+    if stale:
+        raise ConfigError(f"{len(stale)} of the runs were made {made}, {runs[stale[0]][1]} first; {advice}")
+
+
 def run_missing(runs, config, name, varied):
     """runs: {(variant, value): (settings, folder)}; varied: what the values are of, "seed" or the flag that is tuned.
-    Make the runs that have no result made by these settings. ConfigError if one has a result made by others, unless
-    --again."""
-    saved = {key: read_result(folder) for key, (_, folder) in runs.items()}
-    todo = {key: run for key, run in runs.items() if saved[key] is None or saved[key]["settings"] != run[0]}
-    stale = [folder for key, (_, folder) in todo.items() if saved[key] is not None]
-    if stale and not (config.again or config.quick):
-        raise ConfigError(
-            f"{len(stale)} of the runs were made by other settings or on another text, {stale[0]} first; "
-            "--again true makes them anew"
-        )
+    Make the runs that have no result made by these settings and this code. ConfigError if one has a result made by
+    others, unless --again or, for code, --old_code."""
+    saved = {key: result for key, (_, folder) in runs.items() if (result := read_result(folder))}
+    other_settings = [key for key in saved if saved[key]["settings"] != runs[key][0]]
+    changed = {key: files_that_differ(saved[key].get("code", {}), code_of_run(runs[key][0])) for key in saved}
+    other_code = [key for key in saved if changed[key] and key not in other_settings and not config.old_code]
+    if not (config.again or config.quick):
+        refuse_stale(other_settings, "by other settings or on another text", runs, "--again true makes them anew")
+        files = sorted(set().union(*(changed[key] for key in other_code)))
+        some = f"by other code ({', '.join(files[:3])}{f' and {len(files) - 3} more files' if files[3:] else ''})"
+        refuse_stale(other_code, some, runs, "--again true makes them anew, --old_code true keeps them")
+    todo = {key: run for key, run in runs.items() if key not in saved or key in other_settings + other_code}
     with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc=name) as bar:
         arguments = {key: (*run, threads_each(config.jobs)) for key, run in todo.items()}
         errors = run_all(run_one, arguments, config.jobs, bar)

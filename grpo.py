@@ -484,8 +484,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # gdpo.py has None
         recorder.answers(batch, advantages)
 
-        # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
-        # of the groups with an A ≠ 0
+        # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1. Groups whose A are all 0 are left
+        # out; a minibatch that has no other is none
         minibatches = minibatches_of(batch, groups, counted, config, pad, dist, advantages)
         needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:

@@ -2,7 +2,7 @@
 
 settings = settings_of(experiment, variant, seed)    what determines the outcome, as JSON: equal is the same run
 figures  = run_one(settings, folder, threads)        the stage's main, then the probe; folder/result.json
-result   = read_result(folder)                       {"settings", "commit", "figures"}, or None
+result   = read_result(folder)                       {"settings", "commit", "code", "figures"}, or None
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import rejection
 import sft
 from support import probes
 from support.checkpoints import open_checkpoint
+from support.code_used import code_used
 from support.content import content_of_data
 from support.errors import DivergedError
 from support.files import to_json, with_nan, write_whole
@@ -67,7 +68,7 @@ def flags_of_stage(stage, flags):
 
 def settings_of(experiment, variant, seed, quick=False):
     """What determines a run's outcome, as JSON: equal settings are the same run. "reads" is the content of the data.
-    Left out are the code, the number of threads, and the machine with the dtype that `auto` takes there."""
+    Left out are the code (`code_of_run`), the number of threads, and the machine with the dtype that `auto` takes."""
     stage, flags = experiment.variants[variant]
     flags = {k: v() if callable(v) else v for k, v in flags.items()} | {"seed": seed}  # the corpus is looked up now
     if quick:
@@ -76,6 +77,12 @@ def settings_of(experiment, variant, seed, quick=False):
     data = content_of_data(built["data"]) if "data" in built else None
     settings = {"stage": stage, "config": built, "probe": experiment.probe, "reads": data}
     return json.loads(to_json(settings))
+
+
+def code_of_run(settings):
+    """{file: digest} of the code that a run's figures depend on: that of its stage, and of its probe if it has one."""
+    config, stage_main = STAGES[settings["stage"]]
+    return code_used([config.__module__, stage_main.__module__, *(["support.probes"] if settings["probe"] else [])])
 
 
 def run_one(settings, folder, threads):
@@ -90,7 +97,7 @@ def run_one(settings, folder, threads):
             figures = figures_of(settings, folder)
     except DivergedError as error:
         figures = {"diverged": str(error)}
-    result = {"settings": settings, "commit": commit() or "unknown", "figures": figures}
+    result = {"settings": settings, "commit": commit() or "unknown", "code": code_of_run(settings), "figures": figures}
     write_whole(folder / "result.json", to_json(result))
     return figures
 

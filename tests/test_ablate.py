@@ -23,6 +23,7 @@ import sft
 from support import ablation_runs, probes, repeated, workers
 from support.ablation_report import CURVES, HEADINGS, mean_curves, seeds_on
 from support.cli import parse_config
+from support.code_used import code_used
 from support.errors import ConfigError
 from support.experiments import Experiment
 from tokenizer_bpe import BPETokenizer
@@ -287,6 +288,30 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     experiment.variants["narrow"] = stage, flags | {"data": "gone.txt"}
     with pytest.raises(ConfigError, match=r"1 of the runs failed, the others are kept: narrow, seed 0: gone.txt"):
         ablate.main(config)
+
+
+def test_a_run_of_other_code_is_neither_taken_in_silence_nor_lost(experiment, scratch, monkeypatch):
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(ablate, "__file__", str(scratch / "ablate.py"))
+    (scratch / "results").mkdir()
+    config = ablate.Config(experiment="width", seeds=[0])
+    results = ablate.main(config)
+    wide = next(scratch.rglob("width/wide-seed0/result.json"))
+    saved = json.loads(wide.read_text(encoding="utf-8"))
+    assert saved["code"]["transformer.py"] == code_used(["pretrain"])["transformer.py"]
+    assert "agent.py" not in saved["code"]
+    saved["code"]["optim.py"] = "another"
+    wide.write_text(json.dumps(saved), encoding="utf-8")
+    written = wide.stat().st_mtime_ns
+    with pytest.raises(ConfigError, match=r"^1 of the runs were made by other code \(optim.py\), \S*wide-seed0 "):
+        ablate.main(config)
+    assert ablate.main(replace(config, old_code=True)) == results
+    assert wide.stat().st_mtime_ns == written  # neither has run anything
+    again = ablate.main(replace(config, again=True))
+    assert wide.stat().st_mtime_ns > written
+    assert again["wide", 0]["valid_loss"] == results["wide", 0]["valid_loss"]
+    assert again["narrow", 0] == results["narrow", 0]  # its minutes too: it has not run
+    assert ablate.main(config) == again
 
 
 def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypatch, capsys):

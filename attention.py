@@ -1,7 +1,8 @@
-"""Attention: each token reads the tokens before it. One head, many heads, shared heads; masks; the KV cache.
+"""Attention: each token reads itself and those before it. One head, many heads, shared heads; masks; the KV cache.
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       mask: −∞ where hidden, else 0. arXiv:1706.03762, §3.2
 
+Three learned matrices turn the vector of each token into a query, a key and a value: the rows of Q, K and V.
 Three tokens by hand, one head: q₂ = (1, 1) meets k₀ = (1, 0), k₁ = (0, 1), k₂ = (1, 1). The dot products are 1, 1, 2;
 divided by √2 they are 0.7071, 0.7071, 1.4142; their exponentials 2.0281, 2.0281, 4.1133 sum to 8.1695. So the weights
 are 0.2483, 0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.48 + 4.97 + 15.10 = 22.55.
@@ -38,7 +39,10 @@ The way back (dx is short for dL/dx; the softmax has ∂w_i/∂s_j = w_i (δ_ij 
 Above, ∂out/∂score_s = w_s (v_s − out) = −3.12, −0.63, 3.75: a key whose value is above the mean gains. Where one
 weight is near 1, all these derivatives are near 0: large scores stop learning. That is what √D (and qk_norm) prevents.
 
-The same lines serve every use. Masks are boolean, True = visible; `length`: tokens read before, pads too:
+The same lines serve every use. Masks are boolean, True = visible. *Decoding*: a text is written token by token, and
+each needs the keys and values of all earlier ones, so a *cache* holds them; its `length` counts the tokens read so far,
+pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a later *chunk* adds several tokens at once.
+*Left pads* fill up the shorter prompts of a batch. *Packed*: several documents in a row, which must not see each other.
 
     use                  T   S                 mask                            cache
     training             T   T                 causal (T, T)                   none

@@ -54,8 +54,9 @@ answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows,
 gsm8k's train file the last 500 problems are valid.) The built-in stories are split by what happens in them, so that no
 test story is in train with another question or as the beginning of a longer one (support/word_problems.py).
 
-**A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name, pretrains
-and fine-tunes what it starts from on it, and judges answers by its verifier (tests/test_tasks.py has one):
+**A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name. A start
+that the stage needs is pretrained and fine-tuned on it, and its verifier judges the answers (tests/test_tasks.py has an
+example):
 
     def sums(split, n, levels, seed): ...          in support/sums.py: at most n tuples ("2 + 3?", "#### 5", "5"), no
                                                    question in two splits (support.splits.split_of says which)

@@ -2,7 +2,8 @@
 
     token_t ~ softmax(logits_{t−1} / temperature)            drawn by token = CDF⁻¹(u), u uniform in [0, 1)
 
-`generate`, for N prompts and n rollouts of each; B = N·n rows, fewer as rows end:
+`generate`, for N prompts and n rollouts of each (a rollout is one sampled continuation); B = N·n rows, fewer as rows
+end:
 
     logits, decoder = prefill(prompts, n)         each prompt is read once, all in one pass; the n rollouts
                                                   of a prompt start from one cache                        (N·n, V)
@@ -70,9 +71,8 @@ class Rollout:
 
     ids: torch.Tensor  # (N·n, T) int64, 0 after a row's end
     mask: torch.Tensor  # (N·n, T) bool, True on sampled tokens, the stop token included
-    logprobs: (
-        torch.Tensor
-    )  # (N·n, T) fp32, log π of each sampled token at the sampling temperature (greedy: 1), 0 elsewhere
+    # (N·n, T) fp32: log π of each sampled token at the sampling temperature (greedy: at 1), 0 elsewhere
+    logprobs: torch.Tensor
     written: torch.Tensor | None = None  # (N·n, T) bool, True on tokens that `write` gave; None: there are none
 
     @property

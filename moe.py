@@ -28,13 +28,17 @@ results/moe.md the busiest gets 3.7 times the even share, of at most E / K = 4; 
 significant. Against it, `--model.balancing`:
 
     aux     loss += 0.01 · E Σ_e f_e P_e     arXiv:2101.03961, Eq. 4: f the share of the assignments, P the mean
-                                             probability; 1 if f or P is even, which is not its minimum: watch the
-                                             load. f is a count, so the gradient goes through P. A large weight
-                                             (--aux_weight) costs loss, a small one does not balance
+                                             probability. It is 1 if f or P is even, and can be below 1 while the
+                                             load is uneven: so watch the load, not this loss. f is a count, so the
+                                             gradient goes through P. A large weight (--aux_weight) costs loss, a
+                                             small one does not balance
     bias    b_e ← b_e ± 0.001, each step     arXiv:2408.15664: + if expert e had less than its share, − if it had more.
                                              b decides who is chosen, never with what weight: no gradient, no term in
                                              the loss. --bias_rate sets the pace, and the swing that remains
     none
+
+With each of these pretrain.py also adds the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), 0.001 (--z_weight) ·
+mean(logsumexp(logits)²): it keeps the logits small, so that the softmax does not saturate.
 
 The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one token; the losses are means over T:
 
@@ -46,11 +50,10 @@ The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one
                             mean of f
     z-loss                  d/dl_te = (2 / T) logsumexp(l_t) p_te
 
-With any of the three pretrain.py also adds 0.001 (--z_weight) · mean(logsumexp(logits)²), the z-loss (ST-MoE,
-arXiv:2202.08906, Eq. 5): it keeps logits small, so that the softmax does not saturate. Both losses are summed over the
-model's mixtures: with four of them aux weighs 4 · 0.01. Only pretrain.py balances: later stages train the router by
-their own loss alone, and the biases stay. (DeepSeek-V3, arXiv:2412.19437, §2.1.2, adds b to sigmoid scores and a small
-loss per sequence; here b meets probabilities of about 1/E, so lower --bias_rate as E grows.)
+Both losses are summed over the model's mixtures: with four of them aux weighs 4 · 0.01. Only pretrain.py balances:
+later stages train the router by their own loss alone, and the biases stay. (DeepSeek-V3, arXiv:2412.19437, §2.1.2, adds
+b to sigmoid scores and a small loss per sequence; here b meets probabilities of about 1/E, so lower --bias_rate as E
+grows.)
 
 **Traps.**
 
@@ -67,9 +70,9 @@ loss per sequence; here b meets probabilities of about 1/E, so lower --bias_rate
 * `capacity_factor`: of a forward's T tokens an expert takes at most ⌈factor · T K / E⌉ assignments, first choices
   first, then in the order of the tokens, so the last rows of a batch lose first. The rest are dropped: that expert adds
   nothing to that token, whose other weights stay. They are counted: load_dropped in the log. Whether a token is
-  dropped depends on the others in the micro-batch, with K > 1 on later ones too: their first choices go before its
-  second. So training is not causal then, decoding would differ from one pass, and a rollout from its scoring. Hence a
-  capacity acts in training mode only, and an opened checkpoint has none.
+  dropped depends on the other tokens of the micro-batch. With K > 1 even later tokens count, because their first
+  choices are served before its second. So with a capacity the model is not causal: decoding token by token would not
+  give what one pass gives. Hence a capacity acts in training mode only, and an opened checkpoint has none.
 * A step in micro-batches. Counts add up over them and the DDP ranks, so the bias does not depend on the cut, nor does
   the z-loss, a mean over tokens. A capacity does, and so does the Switch loss: a mean of products f P is not the
   product of the means. It asks each micro-batch of each rank to be even, a little more than asking it of the whole.

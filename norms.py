@@ -3,8 +3,9 @@
     LayerNorm   y = (x − μ) / √(σ² + ε) ⊙ g + b      μ, σ² over the C features of one token    arXiv:1607.06450
     RMSNorm     y = x / √(mean(x²) + ε) ⊙ g                                                     arXiv:1910.07467
 
-Both give every token's vector the same length, √C before the gain, so a block sees inputs of one scale however large
-the residual stream has grown. RMSNorm, forward and backward, each token by itself:
+Both give every token's vector the same length, √C before the gain. A transformer is a stack of blocks, and each adds
+its output to one running vector per token, the *residual stream*. A norm before a branch gives it inputs of one scale,
+however large the stream has grown. RMSNorm, forward and backward, each token by itself:
 
     r     = √(mean(x²) + ε)                          x (..., C) -> (..., 1), in fp32 at least
     x̂     = x / r                                    (..., C)
@@ -19,7 +20,8 @@ LayerNorm is RMSNorm of x − μ, plus b; on the way back the gradient loses its
     x̂     = (x − μ) / √(σ² + ε)                      (..., C)
     dL/dx = (u − mean(u) − x̂ · mean(u ⊙ x̂)) / √(σ² + ε),   dL/db = Σ_tokens dL/dy
 
-because x − μ = P x, where P, symmetric, takes the mean of a vector away: dL/dx is P times RMSNorm's, and P x̂ = x̂.
+because x − μ = P x with the symmetric matrix P = I − 1 1ᵀ / C, which subtracts the mean. So dL/dx is P times RMSNorm's
+gradient at x − μ; and P x̂ = x̂, because x̂ has mean 0 already.
 
 Where it stands, x the residual stream and f a branch (attention or feed-forward), `place` below:
 
@@ -54,12 +56,12 @@ What the placement changes, if at the start of training each branch puts out as 
   later block k by √k, as it reads a variance of k: the two paths multiply by √(1 + 1/k). Their product over k = l + 1 …
   depth is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l), the deeper the gentler. The same δ moves the
   output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and one
-  branch with large weights drowns all the others. * sandwich: all branches weigh the same at the start, whatever their
-  weights; their gains learn the rest.
+  branch with large weights drowns all the others.
+* sandwich: all branches weigh the same at the start, whatever the size of their weights; their gains learn the rest.
 
-The default model divides the matrices that write into the stream by √(2 n_layer) at the start (transformer.py). That
-levels the gradients: in 12 blocks the first one's over the last one's is 1.1 in pre and 0.98 in post; in sandwich,
-whose second norm undoes the division, 3.4 (results/norm-placement.md).
+transformer.py divides the matrices that write into the stream by √(2 n_layer) at the start. That levels the gradients.
+In a character model of 12 blocks the gradient of the first block, divided by that of the last, is 1.1 in pre and 0.98
+in post. In sandwich, whose second norm undoes the division, it is 3.4 (results/norm-placement.md).
 
 The modules call torch's fused kernels; where RMSNorm has none for training (CPU, Apple GPU), support/fast_norms.py.
 

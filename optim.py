@@ -14,7 +14,7 @@ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.9
                        X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X            five times; a, b, c = 3.4445, −4.7750, 2.0315
                        w ← (1 − η λ) w − 0.2 √max(rows, columns) η X     decay and factor: arXiv:2502.16982
 
-One step of training, `optimizer_step`:
+One step of training. The caller does the backward pass and computes η; `optimizer_step` does the rest:
 
     (loss · scale).backward()          fp16 only: it rounds gradients below 3e-8 to 0, so they are made larger,
     g ← g / scale                      and unscaled before anything looks at them
@@ -46,12 +46,12 @@ shrinks at one pace. To fit all in,
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
 Nesterov's variant steps along g + μ m: the momentum as it will be if the next gradient is like this one.
- Adam gives every weight a rate of its own, from the size of its own gradients. m and v begin at 0, so the shares of
-past gradients in them sum to 1 − βᵗ only, and m̂ and v̂ correct for that. The scale of g cancels: ten times the loss
-makes the same step. If the gradients agree, |m̂| = √v̂ and w moves by η; if they are noise, m keeps (1 − β₁)/(1 + β₁)
-of their variance, and w moves by 0.23 η (β₁ = 0.9), to and fro. At t = 1 the step is η sign(g), noise and all: one
-reason for the warm-up. The price of a rate for each number: it depends on the axes that the weights happen to lie on. A
-bowl along them is round to Adam,
+
+Adam gives every weight a rate of its own, from the size of its own gradients. m and v begin at 0, so the shares of past
+gradients in them sum to 1 − βᵗ only, and m̂ and v̂ correct for that. The scale of g cancels: ten times the loss makes
+the same step. If the gradients agree, |m̂| = √v̂ and w moves by η; if they are noise, m keeps (1 − β₁)/(1 + β₁) of their
+variance, and w moves by 0.23 η (β₁ = 0.9), to and fro. At t = 1 the step is η sign(g), noise and all: one reason for
+the warm-up. The price: Adam depends on the axes that the weights happen to lie on. A bowl along them is round to Adam,
 the same bowl turned by 45° is not (demo).
 
 AdamW shrinks all weights by the same share. L2, g ← g + λ w, does not under Adam: its λ w is divided by √v̂ too, so
@@ -135,7 +135,7 @@ class AdamW(Adam):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Muon: one matrix at a time, in stacks.
+# Muon: matrices of one shape are stacked and go through the rounds together.
 
 
 def orthogonalise(m, rounds=5):

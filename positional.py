@@ -19,10 +19,10 @@ So a score depends on the distance n − m alone: attention is relative without 
 its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.) Here RoPE
 ends 0.36 nats per character below learned positions in validation loss (results/positions.md).
 
-Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast one knows every angle; a slow one, r_i <
-1, has seen only part of the circle, and past L leaves that part. Slowed down by s, the dict's `factor`, it stays up to
-length s L, but nearby tokens come closer together. (Llama 3.1 takes s = 8 for 16 L.) `scaling`, a dict in Hugging
-Face's form, says which pairs are slowed:
+Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast pair has met every angle. A slow pair,
+r_i < 1, has met only part of the circle, and past L it reaches angles that it never met. If its ω_i is divided by s, it
+stays within the known part up to length s L; but nearby tokens then differ by smaller angles. `scaling`, a dict in
+Hugging Face's form, says which pairs are slowed, and its `factor` is s. (Llama 3.1 takes s = 8 for 16 L.)
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
@@ -37,8 +37,9 @@ Traps:
 
 * Which features make a pair? The paper, GPT-J and Meta's Llama code pair neighbours (2i, 2i + 1); GPT-NeoX and Hugging
   Face's Llama and Qwen pair (i, i + D/2), because halves are cheaper to slice. The two differ by a permutation of the
-  rows of W_q and W_k, so neither learns better. But weights trained with one and run with the other give a model that
-  is wrong, yet not garbage. This repository uses halves; `interleaved_to_half` converts weights of the other kind.
+  rows of W_q and W_k, so neither learns better. But weights trained with one and run with the other raise no error: the
+  model is wrong, and may be nearly as bad as without positions. This repository uses halves; `interleaved_to_half`
+  converts weights of the other kind.
 * "dynamic" changes ω as a sequence grows, but the keys in the cache were rotated by the old ω. So the longest length is
   given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives its context, so in it dynamic does nothing.
 * YaRN's keep_i goes by i between the two ends, as in its authors' code; the paper (§3.2) goes by turns.

@@ -3,10 +3,11 @@ r"""Byte-pair encoding: from text to ids and back, trained here, opened anywhere
 A model reads numbers, so a text becomes ids first. Its bytes are ids already, but four or five per word. So find the
 two neighbours that occur together most often, make the pair one new token, write it down as a *merge*, and repeat
 (Sennrich et al. 2016, arXiv:1508.07909; on bytes instead of characters since GPT-2, Radford et al. 2019). Every text
-has ids, because every byte has one; frequent words are one token, rare ones a few. A regular expression, PATTERN below,
-cuts a text into words before, and no merge crosses a cut. The size V of the vocabulary is a trade: with more merges a
-text has fewer ids, but each id costs a row of the embedding (V, C) and a logit at every position. `python pretrain.py`
-trains V = 768, 509 merges, on its own text; later stages take the checkpoint's tokenizer.
+has ids, because every byte has one; frequent words are one token, rare ones a few. Before all this a regular
+expression, PATTERN below, cuts the text into words, and no merge crosses a cut. The size V of the vocabulary is a
+trade: with more merges a text has fewer ids, but each id costs a row of the embedding (V, C) and a logit at every
+position. `python pretrain.py` trains V = 768, 509 merges, on its own text; later stages take the checkpoint's
+tokenizer.
 
     aaabdaaabac   --aa→Z-->   ZabdZabac   --ab→Y-->   ZYdZYac   --ZY→X-->   XdXac        5 ids instead of 11
 

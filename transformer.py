@@ -7,7 +7,7 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     x = embed(tokens)                          (B, T) -> (B, T, C)    the rows of E (V, C)
     rope = cos, sin at the positions           (T, D) each, the same for all layers
     for layer, block in enumerate(blocks):
-        a = attn(norm1(x), rope, mask, cache, layer)    (B, T, C)     tokens read those before them; fills the cache
+        a = attn(norm1(x), rope, mask, cache, layer)    (B, T, C)     tokens read themselves and those before
         x = x + a
         f = ffn(norm2(x))                      (B, T, C)              each token by itself. With h = norm2(x):
             down(silu(gate(h)) ⊙ up(h))        (B, T, C) -> (B, T, inner) -> (B, T, C)
@@ -15,8 +15,8 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     cache.length += T                          once, after all layers
     logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
 
-Every stage's loss comes back through log π(y) = logits_y − log Σ_v exp(logits_v), with the gradient
-∂ log π(y) / ∂ logits_v = (1 if v = y else 0) − π(v), divided by the temperature: the logit of y is pushed up by what
+Every stage's loss comes back through log π(y) = z_y − log Σ_v exp(z_v), z = logits / temperature (1 unless given). The
+gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y is pushed up by what
 π(y) lacks to 1, each other one down by its own π(v).
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
@@ -24,9 +24,7 @@ biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropo
 of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned positions, GELU, biases).
 
     field            what it changes
-    norm_placement   pre: above. post: x = Norm(x + f(x)), Vaswani et al. 2017. It is said to need a warm-up: here it
-                     does not at 12 layers (results/norm-placement.md), and at 48 fails even with one (norm-depth.md).
-                     sandwich: x = x + Norm(f(Norm(x))), arXiv:2105.13290, bounds what a branch adds
+    norm_placement   pre: above. post: x = Norm(x + f(x)). sandwich: x = x + Norm(f(Norm(x))). Compared in norms.py
     activation       swiglu (arXiv:2002.05202): three matrices where gelu has two, so at equal parameters the inner
                      width is 2/3 of the usual 4 C
     tie_embeddings   whether the output matrix is E
@@ -34,13 +32,14 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
     rope_scaling     positions past the trained length (positional.py)
     n_expert         every `moe_every`-th feed-forward is a mixture of experts (moe.py)
 
-At the start the matrices that write into the residual stream (`wo`, `down`) are smaller by √(2 n_layer), so that the
-sum of all 2 n_layer branches has the variance of one (GPT-2).
+At the start the std of the matrices that write into the residual stream (`wo`, `down`) is divided by √(2 n_layer), so
+that the sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-`forward` with targets is the one place where log π(token) is computed, for pretraining, SFT and every RL stage, so a
-DDP-wrapped model still sees a plain forward. More than 64 MiB of logits in fp32 are never held: they are computed some
-tokens at a time, and again in the backward pass. `token_logprobs` shifts for it: entry t belongs to token t + 1, so a
-mask over tokens meets it as mask[:, 1:].
+The losses of pretraining, SFT and every RL stage get log π(token) from `forward` with targets. That is an argument of
+forward and not a method of its own, because DDP wraps forward alone. (Sampling takes its log π from the logits:
+generate.py.) With targets at most 64 MiB of fp32 logits exist at a time: they are computed some tokens at a time, and
+again in the backward pass. `token_logprobs` shifts for it: entry t belongs to token t + 1, so a mask over tokens meets
+it as mask[:, 1:].
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
 Qwen3-MoE open here as published, also by hub name, and `transformers` opens what is saved here as whichever of them
@@ -80,8 +79,7 @@ from support.output import run_demo
 
 @dataclass
 class TransformerConfig:
-    """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores. (To add a field, here or
-    in a subclass, see EXTENSIONS_OFF in support/hf.py.)"""
+    """The architecture. The defaults are a 1.7 M-parameter model that trains on two CPU cores."""
 
     vocab_size: Count = 512  # V; the training scripts take it from the tokenizer
     context: Count = 256

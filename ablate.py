@@ -9,8 +9,8 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
     p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees of freedom: how often two equal
                     variants would differ at least as much
     Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
-                    the one before it: then, whichever differences are real, at most 5 % of such experiments call
-                    even one of the others in a column significant
+                    the one before it: then in at most 5 % of such experiments is any difference of a column called
+                    significant that is not real
     power           (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
                     call significant, before Holm's correction
 
@@ -31,9 +31,9 @@ An experiment is a row of EXPERIMENTS (support/experiments.py):
         ("loss", "grad_norm"),                                                              the curves of the picture
     )
 
-A variant is a stage and its flags, so every run can be repeated by hand with the stage's own script (or `measure`: a
-start as it is, without training). Where an experiment names a probe, a function of support/probes.py, it measures what
-the stage does not. In pseudo-code, as in `main`:
+A variant is a stage and its flags, so every run can be repeated by hand with the stage's own script (or `measure`: the
+checkpoint that later stages start from, as it is). Where an experiment names a probe, a function of support/probes.py,
+it measures what the stage does not. In pseudo-code, as in `main`:
 
     tuned       = {variant: of a small grid, the value with the best validation accuracy in the     0. tune, if asked
                    second half of a short run with the first seed}
@@ -46,8 +46,9 @@ the stage does not. In pseudo-code, as in `main`:
     results/NAME.md, NAME.png, and NAME.json, the figures of every run                              4. report
 
 Without a name it works the example and lists the experiments. The defaults run five seeds, two runs at a time, each in
-a process of its own, and only what is missing. Off by default: --quick, a smoke run; --again, which repeats runs whose
-settings or code have changed; --old_code, which keeps the latter; --verify, which repeats one run of a page.
+a process of its own, and only what is missing. If a saved run was made by other settings or other code, an error says
+so and nothing runs: --again true then repeats such runs, --old_code true keeps those of other code. Also off: --quick,
+a smoke run; --verify, which repeats one run of a page.
 
 Traps:
 
@@ -58,11 +59,11 @@ Traps:
 * Choosing a variant by the test split would flatter it. Tuning uses the validation split; accuracies are those of the
   held-out test problems, so a page that compares settings by them is no recommendation of the best. A tuned value is
   chosen once, on one seed: the intervals do not contain the spread of that choice.
-* A changed formula changes results and no flag. A run notes the files that its stage imports (support/code_used.py);
-  runs of code that has changed are made anew with --again, or kept with --old_code: the page lists their commits.
+* A changed formula changes results and no flag, so a run notes the files that its stage imports (support/code_used.py).
 
-A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit, the code and all settings, defaults included.
-While these stay the same it is not repeated. An interrupted run starts over; one that diverged has that as its result.
+A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit, a digest of each of these files and all
+settings, defaults included. While these stay the same it is not repeated. An interrupted run starts over; one that
+diverged has that as its result.
 
 Run it:
     python ablate.py                         # the example by hand, and the list of experiments

@@ -20,8 +20,8 @@ Whose texts? The student's for a share λ of a step's questions (--on_policy), t
 by λ who writes a whole batch. No gradient goes through the sampling: what a token does to later ones is left out.
 
 --loss sample needs of the teacher only the probability of the token y_t that stands in the text (an API often gives no
-more): L = −Σ_t m_t A_t log π(y_t) / n_tokens. Its value means nothing. Which divergence's
-gradient it has in the mean depends on who wrote the text:
+more): L = −Σ_t m_t A_t log π(y_t) / n_tokens. Its value means nothing. Which divergence's gradient it has in the mean
+depends on who wrote the text:
 
     y ~ π     A_t = r_t = log p(y_t) − log π(y_t), without a gradient: a policy gradient with a reward per token.
               ∇KL(π ‖ p) = Σ_v ∇π(v) (log(π(v) / p(v)) + 1) = E[−r ∇log π(y)]       as ∇π = π ∇log π and Σ ∇π = 0

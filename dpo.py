@@ -36,7 +36,7 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
         ref_chosen, ref_rejected = micro.ref_logps                                             (b,), (b,)
         logp_chosen, logp_rejected = pair_logprobs(model, micro.packed)    Σ over T of (2b, T): (b,), (b,)    2. score
         u, v   = logp_chosen − ref_chosen, logp_rejected − ref_rejected                        (b,), (b,)     3. loss
-        losses = −log σ(β (u − v)) − nll · logp_chosen / |y_w|      the first: a row of VARIANTS    (b,)
+        losses = −log σ(β (u − v)) − nll · logp_chosen / |y_w|      the first term: --variant's      (b,)
         (sum(losses) / B).backward()                the gradients add up                                      4. update
     clip the gradient's norm, optimizer step
     log; every so often held-out pairs and problems, and the KL to the start model: the checkpoint with the   5. look
@@ -46,9 +46,9 @@ A prompt is computed once; both answers read its keys and values (support/shared
 transformer.answer_logprobs).
 
 The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py) plus an SFT loss
-on the chosen answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**, as in its paper --nll 0 --beta 0.1
---batch 64 --optimizer adamw --lr 1e-6 --warmup 150 (there RMSprop, and up to 6B weights). Off: the other variants,
-which stand in the table above VARIANTS with their papers' flags, label smoothing, LoRA, dropout.
+on the chosen answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**; with its paper's settings --nll 0
+--beta 0.1 --batch 64 --optimizer adamw --lr 1e-6 --warmup 150 (there RMSprop, and up to 6B weights). Off: the other
+variants, which stand in the table above VARIANTS with their papers' flags, label smoothing, LoRA, dropout.
 
 Traps:
 * The logged loss, which also chooses the checkpoint, is the sum of both terms; only the first is ln 2 at the start.
@@ -186,9 +186,8 @@ class Variant:
 #
 # --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
 # sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
-#   with ε           sums   −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε)                +β (σ(−h) − ε)
+#   with ε           any    −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε)                +β (σ(−h) − ε)
 # length_normalised  means  −log σ(h)                        −β σ(−h) / |y_w|              +β σ(−h) / |y_l|
-#   with ε           means  −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε) / |y_w|        +β (σ(−h) − ε) / |y_l|
 # hinge              sums   max(0, 1 − h)                    −β, or 0 if h > 1             +β, or 0 if h > 1
 # ipo                sums   (u − v − 1/(2β))²                2 (u − v − 1/(2β))            −2 (u − v − 1/(2β))
 # ipo_mean           means  (u − v − 1/(2β))²                2 (u − v − 1/(2β)) / |y_w|    −2 (u − v − 1/(2β)) / |y_l|
@@ -335,7 +334,7 @@ class Config(VariantFlags, RecordFlags, PairFlags):
     beta: Positive = 0.3
     """Weight of the KL in the problem that DPO solves. Larger: closer to the reference. orpo: of the odds ratio."""
     nll: Amount = 1.0
-    """Weight of the chosen answers' own loss, a mean per token as in SFT; 0 is plain DPO."""
+    """Weight of the chosen answers' own loss, −log π(y_w) / |y_w|: each answer's mean per token. 0 is plain DPO."""
     dropout: FractionBelow1 = 0.0
     """Dropout while training."""
 
@@ -372,7 +371,7 @@ def main(config):
         look.begin_step()
         own_pairs = next_pairs(pairs["train"], step, config, dist, context)  # B / ranks
         z0 = None
-        if kind.unpaired:  # one for the whole step, over all ranks; a forward pass more
+        if kind.unpaired:  # one for the whole step, over all ranks; two forward passes more: of the policy and of π_ref
             z0 = reference_point(policy, own_pairs, pad, dist, autocast, start.reference)
         recorder.pairs(own_pairs, z0)
         model.train()  # dropout; `reference_point` and the evaluations leave the policy in eval mode

@@ -5,11 +5,13 @@
     classification     h = mean of h_t over the real tokens,  p(label | x) = softmax(W h + bias)
                        L = −(1/B) Σ log p(label | x)
 
-E (V, C) are the embeddings. A decoder predicts a token from those before it; if it saw the token itself, it could copy
-it. In an encoder every token sees the whole text, so it reads x̃, in which the tokens of M are masked, and predicts what
-they are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model that predicts only
-where it sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no <|mask|> at test
-time. This way any token may be a random one, or one to predict, and the model must represent each in its context.
+x are the tokens of a text, x̃ the same with those of M masked; E (V, C) are the embeddings; A, a, c and the norm belong
+to the one head, W and bias to the other. A decoder predicts a token from those before it; if it saw the token itself,
+it could copy it. In an encoder every token sees the whole text, so it reads x̃, in which the tokens of M are masked,
+and predicts what they are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model
+that predicts only where it sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no
+<|mask|> at test time. This way any token may be a random one, or one to predict, and the model must represent each in
+its context.
 
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
@@ -47,8 +49,7 @@ BERT reads a text's summary from its first token, trained by a second objective 
 that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
 decoder: its blocks are the same, and it learns to do without the causal mask in masked-LM, or with --mlm_steps 0 while
 it learns the labels. LLM2Vec (arXiv:2404.05961) predicts a masked token at the position before it; here it is predicted
-at its own. Masked-LM and --token_dropout need a tokenizer with <|mask|>; SmolLM2's has none: --mlm_steps 0
---token_dropout 0. Of a text longer than the context, a quarter of the context is its start, the rest its end
+at its own. Of a text longer than the context, a quarter of the context is its start, the rest its end
 (arXiv:1905.05583).
 
 Simplified: windows of the pretraining text may hold several documents, which see each other.
@@ -56,7 +57,7 @@ Simplified: windows of the pretraining text may hold several documents, which se
 Run it:
     python encoder.py                                                   # generated reviews, 2 minutes on 2 cores
     python encoder.py --demo                                            # ten tokens, some masked; both losses by hand
-    python encoder.py --data polarity --config configs/encoder_polarity.yaml
+    python encoder.py --config configs/encoder_polarity.yaml            # real film reviews (needs the data)
     python encoder.py --data reviews.csv                                # columns text and label
     python encoder.py --config configs/encoder_polarity_smollm2.yaml    # starts from a trained decoder
     torchrun --nproc_per_node 2 encoder.py --data imdb

@@ -17,8 +17,8 @@ standard deviations, |p̂ − p| ≤ z √(p (1 − p) / N). Solved for p:
     (p̂ + z²/2N ± z √(p̂ (1 − p̂) / N + z²/4N²)) / (1 + z²/N)        N = 1000: ± 3.1 points or less, N = 100: ± 9.6
 
 Is B better than A? Ask both the same problems, and look at the m on which they differ: *lost* are those that A alone
-solves, *gained* those that B alone does, m = lost + gained. Two intervals that overlap say nothing: problems that are
-easy or hard for both move the two accuracies alike, and not their difference.
+solves, *gained* those that B alone does, m = lost + gained. That their two intervals overlap does not make A and B
+equal: problems that are easy or hard for both move the two accuracies alike, and not their difference.
 
     McNemar       p = 2 Σ_{i ≤ min(lost, gained)} C(m, i) / 2^m, at most 1: how often m coins are at least as uneven
     the gain      d = (gained − lost) / N, a mean of 1, −1 and 0, has the variance (p_gained + p_lost − d²) / N, where
@@ -283,7 +283,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     With r = π_ref(y) / π(y), y ~ π:  value               gradient         its mean over y ~ π
         k1 = −log r                   unbiased, any sign  ∇log π           0, so never put it in the loss
         k2 = (log r)² / 2             biased, ≥ 0         −log r · ∇log π  ∇KL(π ‖ π_ref)
-        k3 = r − 1 − log r            unbiased, ≥ 0       (1 − r) ∇log π   ∇KL(π_ref ‖ π), to first order the same
+        k3 = r − 1 − log r            unbiased, ≥ 0       (1 − r) ∇log π   ∇KL(π_ref ‖ π), close to k2's near π_ref
 
     by ∇log r = −∇log π, E[∇log π] = Σ ∇π = 0 and E[r ∇log π] = Σ π_ref ∇log π = −∇KL(π_ref ‖ π). So k1 belongs in the
     reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it, and k3 in the loss (grpo.py).

@@ -23,6 +23,7 @@ One step is grpo.main's, with another `paid_rewards` in "judge" and another "com
 Why: a sum forgets which rewards it was made of; dividing it by its std, group by group, forgets how many there were to
 win. Either can give different rewards the same advantage. (Neither GRPO nor GDPO keeps the scale of a single reward:
 each divides it away.)
+
 Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
 
     rewards                                  GRPO                           GDPO

@@ -33,10 +33,10 @@ In a training stage whose Config has `lora: LoraConfig` (all from sft.py on but 
                                                                  # PPO and GRPO, with no second copy in memory
 
 Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A's is 0 in the first step. A is
-drawn from U(−1/√in, 1/√in), as nn.Linear's and PEFT's (in the paper Gaussian). s = α/r is for Adam. Its first step
-moves each B_ij by lr against the sign of δ_i (A x)_j, so the r terms of (B A x)_i have one sign and add up; 1/r undoes
-that, and the learning rate survives a change of r. Under Muon B A x grows only as √r, so there a larger r learns more
-slowly. Weight decay pulls A and B towards 0, so W' towards the given model.
+drawn from U(−1/√in, 1/√in), as nn.Linear's and PEFT's (in the paper Gaussian). s = α/r is for Adam. Take one token x:
+Adam's first step moves each B_ij by lr against the sign of δ_i (A x)_j, so the r terms of (B A x)_i have one sign and
+add up; 1/r undoes that, and the learning rate survives a change of r. Under Muon B A x grows only as √r, so there a
+larger r learns more slowly. Weight decay pulls A and B towards 0, so W' towards the given model.
 
 Why DoRA: plain LoRA couples length and direction, a longer ΔW changes both. DoRA learns them apart, as weight
 normalisation does. (The paper takes columns; its authors' code and PEFT take output rows, and so does this file.) With
@@ -55,7 +55,8 @@ resuming, and in PEFT's files. A layer's `.weight` is the merged one too, so cod
 layers stays right.
 
 Simplified: Linear layers only (no embeddings, no batched experts). No dropout on the adapter's input: it would make
-rollout and training differ in RL, and early stopping does its job. One adapter at a time.
+rollout and training differ in RL. (Against overfitting the stages keep the checkpoint that validates best.) One adapter
+at a time.
 
 Run it: `python lora.py`.
 """
@@ -267,7 +268,7 @@ def demo():
             torch.testing.assert_close(gradient, torch.tensor(expected).float())
         print(f"  {title}  y = {y}   " + "   ".join(f"dL/d{name} = {value}" for name, value in gradients.items()))
 
-    print("\na whole model; the columns are largest differences of logits")
+    print("\na whole model; start − base and merged − apart are the largest differences of logits")
     torch.manual_seed(0)
     config = TransformerConfig()
     tokens = torch.randint(0, config.vocab_size, (4, 32))

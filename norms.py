@@ -66,6 +66,7 @@ in post. In sandwich, whose second norm undoes the division, it is 3.4 (results/
 The modules call torch's fused kernels; where RMSNorm has none for training (CPU, Apple GPU), support/fast_norms.py.
 
 Letters: C width, l the number of a block, L the loss; everything before the last dimension is left alone.
+
 Run it: `python norms.py`.
 """
 

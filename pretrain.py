@@ -7,7 +7,8 @@ position, the token after it, and z (V,) the logits there, V the size of the voc
     L     = −(1/n) Σ log π(y | the window up to it)     nats per token, over all n targets of the optimizer step
     dL/dz = (softmax(z) − onehot(y)) / n                as log π(y) = z_y − log Σ_v exp z_v, for each target
 
-One step, for B windows of T tokens (main has the same four parts). A forward pass takes b of them, a micro-batch:
+One step, for B windows of T tokens (main has the same four parts). A forward pass takes b of them, a micro-batch. With
+torchrun there are `world` processes, the ranks: each takes B / world of the windows, and their gradients are averaged:
 
     1. batch     inputs, targets = batch_at(stream, step)   the next windows of a shuffled epoch, and the same
                                                             windows one token later                      (B, T) each
@@ -34,14 +35,15 @@ positions learned, activation gelu, bias true, qk_norm false, dropout 0.1.
 
 Which option changes what:
 
-    the gradient     --data, --tokenizer, --batch, --model.context and --seed (which tokens are in it), --init and
-                     --model.* (the function), --clip (its length). With experts --aux_weight and --z_weight, which
-                     add a balancing loss
+    the gradient     --data, --tokenizer, --vocab_size, --batch, --model.context and --seed (which tokens are in it),
+                     --init and --model.* (the function), --clip (its length). With experts --aux_weight and
+                     --z_weight, which add a balancing loss
     the update       --optimizer, --lr, --warmup, --steps, --schedule, --floor, --weight_decay, --skip_nonfinite; with
                      experts --bias_rate
     only rounding    --micro_batch, the number of ranks, --fsdp, --recompute, --compile, --dtype: they change memory and
-                     time. (Dropout draws other numbers in another cut and under --compile, and the balancing loss
-                     is that of each micro-batch.)
+                     time. (But dropout draws other numbers in another cut and under --compile; the balancing loss
+                     and --model.capacity_factor are those of each micro-batch; fp16 skips a step whose gradient
+                     overflows.)
 
 Traps:
   * n is counted before the batch is cut. Averaging each micro-batch by itself, and then the means, is another loss
@@ -68,9 +70,10 @@ moments are 16 bytes per parameter (12 for a matrix that Muon trains: one moment
 
     DDP     the default       every rank holds the whole model, 16 bytes per parameter, and 4 more: the buckets that it
                               sends hold the gradients a second time
-    FSDP    --fsdp true       every rank holds 16 / world bytes per parameter, and gathers a block's weights only while
-                              that block computes (ZeRO-3, arXiv:1910.02054; arXiv:2304.11277); while it accumulates,
-                              the gradients whole as well
+    FSDP    --fsdp true       every rank holds 16 / world bytes per parameter. It gathers a block's weights only while
+                              that block computes, and embedding and output from the forward pass to the end of the
+                              backward pass (ZeRO-3, arXiv:1910.02054; arXiv:2304.11277). While gradients add up over
+                              micro-batches it also holds them whole
 
 Run it:
     python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores

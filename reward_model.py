@@ -44,7 +44,8 @@ Traps:
     grows, the proxy is over-optimised (arXiv:2210.10760; demo). The report shows this for n = 1 … 64, and beside it
     accuracy by kind of error, calibration, and what else moves the score: names, length, format.
 
-The checkpoint is a directory that transformers opens as Qwen3ForSequenceClassification with one label.
+transformers opens the checkpoint of a decoder as its layout's …ForSequenceClassification with one label, by default
+Qwen3's. That of --backbone encoder opens here alone.
 
 Run it:
     python reward_model.py                                                  # makes its SFT start if there is none

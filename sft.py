@@ -32,10 +32,10 @@ packing, curricula, ratings, LoRA, dropout, a sweep of learning rates. A mixture
 neither pretrain.py's balancing loss nor its move of the biases. The test split is read once, at the end (evaluate.py).
 The paper (C.1, up to 6 B parameters): --optimizer adamw --lr 9.65e-6 --warmup 0 --batch 32 --dropout 0.2, 16 epochs.
 
-What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where that rises while the
-other still falls, the model learns its examples by heart. Its answers may improve all the same (in the paper it turned
-after one epoch of 16). So the answers, not `valid_loss`, choose the checkpoint: there by a reward model's score, here
-by accuracy or F1.
+What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where `valid_loss` rises while
+`loss` still falls, the model learns its examples by heart. Its answers may improve all the same, so they choose the
+checkpoint, by accuracy or F1. (In the paper the validation loss rises after one epoch of 16, and a reward model's score
+chooses.)
 
 Traps:
   * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token

@@ -47,6 +47,7 @@ computes the same: Qwen3 above; Llama without QK-norm; Qwen2 like Llama with qkv
 with experts; Qwen3-MoE as Qwen3 with experts. llama.cpp's files open too (support/gguf.py).
 
 Letters: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head width, V vocabulary.
+
 Run it: `python transformer.py`.
 """
 

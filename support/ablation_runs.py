@@ -92,13 +92,14 @@ def run_one(settings, folder, threads):
     return_freed_memory()  # that of the run before
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Noted before the run: a file that is edited while it trains is not the code that this process has imported.
+    made_by = {"commit": commit() or "unknown", "code": code_of_run(settings)}
     try:
         with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             figures = figures_of(settings, folder)
     except DivergedError as error:
         figures = {"diverged": str(error)}
-    result = {"settings": settings, "commit": commit() or "unknown", "code": code_of_run(settings), "figures": figures}
-    write_whole(folder / "result.json", to_json(result))
+    write_whole(folder / "result.json", to_json({"settings": settings, **made_by, "figures": figures}))
     return figures
 
 

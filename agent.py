@@ -71,7 +71,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grpo
 from generate import generate
-from grpo import group_advantages, grpo_loss, paid_rewards, reward_sums
+from grpo import grpo_loss, paid_rewards, reward_sums
 from lora import add_lora
 from optim import lr_at, optimizer_step
 from support.calculator import calculator
@@ -278,9 +278,9 @@ def main(config):
             old_logprobs = piece_logprobs(policy, pieces, batch, config.temperature, autocast)
 
         # 3. compare within the group, over all ranks; a trajectory counts once, however many turns it has
-        rewards = dist.gather(reward_sums(paid, reward_weights))  # (N, R)
         lengths = dist.gather(mask.sum(1).view(n, -1).cpu())  # (N, R)
-        advantages = group_advantages(rewards, config.scale, config.baseline, lengths)[slots]  # (N, R) -> (n, R)
+        advantages, _ = grpo.advantages_of(dist.gather(paid), reward_weights, config, lengths)  # (N, R)
+        advantages = advantages[slots]  # (n, R)
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal

@@ -11,7 +11,7 @@ p is the teacher's, which has no gradient:
               ∂D/∂z_v = π(v) − p(v)
     β = 1     D = KL(π ‖ p) = Σ_v π(v) log(π(v) / p(v))       reverse: say nothing that the teacher would not
               ∂D/∂z_v = π(v) (log(π(v) / p(v)) − D)
-    between   D = β KL(p ‖ M) + (1 − β) KL(π ‖ M)             generalised JSD, M = β p + (1 − β) π
+    between   D = β KL(p ‖ M) + (1 − β) KL(π ‖ M)             generalised Jensen-Shannon, M = β p + (1 − β) π
                                                               (GKD, arXiv:2306.13649, Eq. 1; the ends as in TRL)
     L = Σ_t m_t D_t / n_tokens                                m_t = 1 on the answers' tokens, n_tokens their number in
                                                               the step (in the paper a mean per text, then over texts)

@@ -50,10 +50,8 @@ Traps:
   after the first of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
 * --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
-This is the authors' fork of TRL (NVlabs/GDPO) but for three details: the batch's mean is not subtracted (it is 0, as
-each group's is), so a group without a signal gets exactly 0; a NaN is an error, there it counts as 0; a single reward
-takes the last step too, there it falls back to GRPO. (TRL's own multi_objective_aggregation="normalize_then_sum" has no
-such fallback, and leaves a NaN out.) Their verl code is another method: its last step whitens over *tokens*.
+The authors' fork of TRL (NVlabs/GDPO) also subtracts the batch's mean, which is 0 up to rounding, and falls back to
+GRPO for a single reward. Their verl code is another method: its last step whitens over *tokens*.
 
 Run it:
     python gdpo.py --demo                                                # the table by hand, and what a condition does

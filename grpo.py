@@ -15,10 +15,11 @@ answers:
     baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
                       A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1.
     ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
-                      π_old is the policy that sampled it.
+                      π_old is the policy that sampled it. Exact would be the product of an answer's ratios (--ratio
+                      product): ρ_t leaves out that the tokens before y_t, too, have become more or less likely.
     surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i).
-    loss_type         What is the sum divided by? v_it = 1 / (B |y_i|): a mean per answer, then over the B answers of an
-                      update.
+    loss_type         What does a token weigh? v_it = 1 / (B |y_i|): a mean over an answer's tokens, then over the B
+                      answers of an update.
 
 With a penalty for moving away from the reference π_ref, the policy before training, each update is a step of ascent on
 
@@ -62,9 +63,10 @@ own; the functions below say what it does.
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-After a clip stand ε below and above; KL has β, paid in the loss unless "reward" stands there. The last column is the
-factor of ∇log π(y_t), without the KL's; "or 0" is where the clip acts. L is --max_new_tokens, *tokens* those of the
-minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip.
+After a clip stand ε below and above. KL has β: of k3 in the loss, of k2 = (log x)² / 2 where that stands; "reward" is
+−log x, summed over an answer, off its reward. The last column is the factor of ∇log π(y_t), without the KL's; "or 0" is
+where the clip acts. L is --max_new_tokens, *tokens* those of the minibatch, Πρ the product of an answer's ratios, s its
+|y|-th root, f' the slope of a soft clip.
 
 Papers (arXiv): rloo 2402.14740, with the ratio and the KL of TRL's RLOOTrainer; dr_grpo 2503.20783; dapo 2503.14476,
 which adds --refill 3 --overlong 16; gspo 2507.18071; cispo 2506.13585, its cap of 5 from 2510.13786; sapo 2511.20347;
@@ -85,8 +87,9 @@ its gradient is not. Watch each reward, the validation accuracy, the KL, the cli
 groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
 things. Whatever is not rewarded may degrade: without the KL a run ended as accurate, but its answers swapped names and
 objects (results/grpo_word.md). The table at the end is of last/; the validation accuracy only chooses best/. It has
-pass@k: making likelier what the model could already do raises every pass@k, that of a small k most. New ability would
-be problems that the start does not solve however often it tries (arXiv:2504.13837), which 16 samples cannot show.
+pass@k: where the model learns to say at once what it could already say, pass@1 moves towards the start's pass@k. New
+ability would be problems that the start does not solve however often it tries (arXiv:2504.13837), which 16 samples
+cannot show.
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
@@ -235,7 +238,7 @@ LOSS_TYPES = {
 
 
 def clip_surrogate(rho, A, logprobs, clip_low, clip_high):
-    """PPO (Eq. 3): min(ρ A, clip(ρ) A), the pessimistic one of the two, for either sign of A. No gradient where
+    """PPO (1707.06347, Eq. 7): min(ρ A, clip(ρ) A), the lower of the two, for either sign of A. No gradient where
     ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0. A higher clip_high lets unlikely tokens grow further."""
     plain, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     return torch.minimum(plain, clipped), clipped < plain
@@ -266,15 +269,15 @@ SURROGATES |= {"reinforce": reinforce_surrogate}
 def grpo_loss(
     logprobs, old_logprobs, advantages, mask, ref_logprobs=None,
     beta=0.0, clip_low=0.2, clip_high=0.2, loss_type="grpo", *, ratio="token", surrogate="clip", kl="k3",
-    kl_unbiased=False, sampler_weights=None, n_completions=None, n_tokens=None, max_length=None,
+    kl_unbiased=False, sampler_weights=None, n_answers=None, n_tokens=None, max_length=None,
 ):  # fmt: skip
     """Log-probabilities and mask (b, T), advantages (b,), or (b, T) with one for each token -> (loss, metrics).
 
     Computed in fp32, or in float64 if the log-probabilities are.
     sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
-    n_completions, n_tokens: B and *tokens*, of the whole minibatch, over pieces and ranks; default: of these b answers.
+    n_answers, n_tokens: B and *tokens*, of the whole minibatch, over pieces and ranks; default: of these b answers.
     max_length: dr_grpo's constant L, default T.
-    Metrics: the loss; ratio_max, the largest ρ, padding included; the others are means over these answers' tokens.
+    Metrics: the loss; ratio_max, the largest ρ, 1 on padding; the others are means over these answers' tokens.
     "kl" is always k3 without ρ: the tokens are π_old's, so it is an estimate only while ρ is near 1.
     The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
     """
@@ -284,9 +287,9 @@ def grpo_loss(
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # a sum of ones in bf16 stops at 256
     logprobs, mask = logprobs.to(dtype), mask.to(dtype)
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (b, 1)
-    n_completions = n_completions or len(mask)  # B
+    n_answers = n_answers or len(mask)  # B
     n_tokens = n_tokens or mask.sum().clamp(min=1)
-    v = v_of(mask, length, n_completions, n_tokens, max_length or mask.shape[1])  # (b, T)
+    v = v_of(mask, length, n_answers, n_tokens, max_length or mask.shape[1])  # (b, T)
 
     # Padding may hold any value; exp could overflow, and inf · 0 = NaN, so zero it first.
     logprobs = torch.where(mask > 0, logprobs, 0.0)
@@ -466,7 +469,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             refill(batch, sample, step, slots, functions, signal_of, policy, config)
             paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         look.sampled()
-        # (n·R, T) each: the denominator of ρ, and a correction weight per token (1 if the sampler is the policy);
+        # (n·R, T) each: the denominator of ρ, and a correction weight per token (all 1 without --correction);
         # {metric: number}: how far sampler and policy differ
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
 
@@ -479,13 +482,14 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         advantages = advantages[slots]  # (n, R)
         ref_logprobs = None
         if config.beta and config.kl_in == "reward":
-            # Off the reward (rloo), but after the scale: a small std would make β as many times larger.
+            # Off the advantages, after their scale: divided by a small std it would weigh more. Without a scale (rloo)
+            # that is off the reward.
             KL, ref_logprobs = answers_kl(reference, policy, batch, config, autocast, pad)  # (n, R), (n·R, T)
             advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # gdpo.py has None
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1. Groups whose A are all 0 are left
-        # out; a minibatch that has no other is none
+        # out; a minibatch of no others makes no step
         minibatches = minibatches_of(batch, groups, counted, config, pad, dist, advantages)
         needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:

@@ -2,7 +2,7 @@
 
 Ask N questions, let the policy π answer each R times, check the answers, compare each with its siblings, and make the
 better ones more likely. With π_old the policy when it sampled, π_ref the policy before training, and B the answers of
-an update (arXiv:2402.03300, Eq. 4, and Eq. 3, which has k3 without ρ; grpo.py derives it):
+an update (arXiv:2402.03300: Eq. 3, there without the ρ before k3, and Eq. 4; grpo.py derives them):
 
     A_i  = (r_i − mean(r)) / (std(r) + 1e-4)            over the R answers of a group, the std with R − 1
     ρ_it = π(y_it) / π_old(y_it)                        1 until the first update
@@ -11,8 +11,9 @@ an update (arXiv:2402.03300, Eq. 4, and Eq. 3, which has k3 without ρ; grpo.py 
 
 One process, fp32, no resuming, no log but what it prints; the policy ends in runs/grpo_plain/last. grpo.py can use
 several processes and bf16 (its default where the hardware has it), resumes, keeps logs, reads a prompt once for its R
-answers, and has the rest of the family. In fp32 it computes the same: tests/test_grpo_plain.py trains both and compares
-the weights. Try an idea in this file first.
+answers, and has the rest of the family. In fp32 it computes the same from the same start (which, made here, is
+trained in the hardware's default dtype): tests/test_grpo_plain.py trains both and compares the weights. Try an idea in
+this file first.
 
 Run it (without --init it makes its start, as grpo.py does, or takes the one that is there):
     python grpo_plain.py --demo                 a group of four answers, by hand

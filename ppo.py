@@ -1,8 +1,8 @@
 """PPO for language: a learned reward, a value for every token, a clip and a KL penalty (arXiv:1707.06347, 2203.02155).
 
 A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, before
-every token, what is still to come. A token's advantage is its reward plus the rise of the guess, and the same of every
-later token, λ times less for each token between.
+every token, what is still to come. Call a token's reward plus the rise of the guess its δ. A token's advantage is its
+own δ, plus λ times that of the next token, plus λ² times that of the one after, and so on.
 
 The policy gradient. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. An answer
 y ~ π(· | x) to a prompt x earns a reward r_t at each token. Its return is G_t = r_t + r_{t+1} + … (written for γ = 1):
@@ -19,10 +19,11 @@ After any prefix E[∇log π(y_t | x, y_<t)] = 0: so r_t needs no gradient of it
 changes no mean. The values are fitted to the targets A_t + V_t, the `returns`. With γ = λ = 1 these are G_t, and
 A_t = G_t − V_t, as the V in between cancel: unbiased and noisy; λ = 0 believes the next guess.
 
-Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), and a bound beyond which moving it gains
-nothing. ρ_t A_t has the gradient ρ_t A_t ∇log π(y_t): at ρ = 1 the one above, with A for G − V. Beyond 1 ± ε in the
-direction that A asks for, the clip leaves a token none. A value may likewise gain no more once it is ε_v away from
-V_old, its value at sampling.
+Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), which corrects for y_t and not for the tokens
+before it, so it holds near π_old; and a bound beyond which moving it gains nothing. ρ_t A_t has the gradient
+ρ_t A_t ∇log π(y_t): at ρ = 1 the one above, with A for G − V. Once ρ is beyond 1 ± ε in the direction that A asks for,
+the clip sets the token's gradient to 0. A value may likewise gain no more once it is ε_v away from V_old, its value at
+sampling.
 
     policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)                             arXiv:1707.06347, Eq. 7
     value loss   ½ max((V − returns)², (clip(V, V_old ± ε_v) − returns)²)       from the code of OpenAI Baselines
@@ -43,7 +44,7 @@ tokens, the KL penalty each, and `final` at the last:
     ref_logprobs = reference_logprobs(reference)       log π_ref, no gradient                   (N·R, T)
     rewards = token_rewards(old_logprobs − ref_logprobs, final)        the r_t above            (N·R, T)
     advantages, returns = gae(rewards, old_values)                                              (N·R, T) each
-    A      = whiten(advantages)                        over all tokens of the step: the A of the policy loss
+    A      = whiten(advantages)                        to mean 0, std 1 over the step's tokens: the policy loss's A
     for minibatch in minibatches, inner_epochs times:                                                     4. update
         for piece in minibatch:
             logprobs, values = model(piece)            (b, T), with gradient; ρ = 1 in the first minibatch

@@ -204,7 +204,7 @@ def main(config):
             record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}
         kept = run.state.sampled["kept"]  # (prompt, answer, weight) each
 
-        # 3. tune: sft.py's step on the next B of them, in an order that 7_919 * k makes another in each round
+        # 3. tune: sft.py's step on the next B of them; 7_919 * k gives each round an order of its own
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
         n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
         micros, loss_sum = micro_batches(batch, start), 0.0  # this rank's

@@ -76,11 +76,11 @@ def fill_in(config):
     the KL's. ConfigError if something was given that the surrogate has not."""
     row, clips = ALGORITHMS[config.algorithm], [getattr(config, name) for name in CLIPS]
     surrogate = config.surrogate or row["surrogate"]
-    if surrogate != row["surrogate"]:  # the clips are the surrogate's, so take those of the row that it comes from
+    if surrogate != row["surrogate"]:  # the row's clips belong to its own surrogate: take those of a row with this one
         row = row | {name: ALGORITHMS["grpo" if surrogate == "clip" else surrogate][name] for name in CLIPS}
     if surrogate in ("sapo", "reinforce") and clips != [None, None]:
         raise ConfigError(f"--surrogate {surrogate} has no clip: leave --clip_low and --clip_high out")
-    if config.kl_in not in (None, row["kl_in"]):  # so is an estimate that of its place
+    if config.kl_in not in (None, row["kl_in"]):  # the row's estimate belongs to its own place: the default then
         row = row | {"kl": None}
     for name, value in row.items():
         if getattr(config, name) is None:

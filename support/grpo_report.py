@@ -21,8 +21,8 @@ SAMPLER = {
 
 
 def rollout_sums(batch, paid, weights, has_signal):
-    """Sums over this rank's completions, of the policy as it is: {metric: number}; a further row is logged as a mean
-    over the completions. paid (n, R, M): of `paid_rewards`; has_signal (n,) bool: groups whose rewards differ."""
+    """Sums over this rank's answers, before any refill: {metric: number}. `step_record` divides each by the number of
+    answers. paid (n, R, M): of `paid_rewards`; has_signal (n,) bool: groups with an advantage that is not 0."""
     mask, logprobs = batch.rollout.mask, batch.rollout.logprobs  # (n·R, T)
     return {
         "reward": sum(w * paid[..., m].sum() for m, w in enumerate(weights.values())),

@@ -2,23 +2,24 @@
 
 A fast system samples with a copy μ of the policy. Its weights are rounded to bf16 or int8, and older than the policy by
 the time its answers are trained on: a mean over its answers is one over μ, not over the policy π_old of this step.
-Importance weights turn one into the other, for any f:
+Importance weights turn one into the other, for any f. (grpo.py's
+π_old is both μ and π_old: there they are one.)
 
-    E_μ[k f(y)] = E_π_old[f(y)]        k = π_old(y) / μ(y), of one token or as the product over an answer
+    E_μ[k f(y)] = E_π_old[f(y)]        k = π_old(y) / μ(y), of a whole answer, or of a token after a given prefix
     k_t = sg[π_old(y_t) / μ(y_t)]      of each token: cheap and steady; biased, as it forgets how the prefix was reached
     k_i = sg[Π_t k_t]                  of the whole answer: unbiased, and its spread grows with the length
     g_i = (Π_t k_t)^(1/|y|)            its geometric mean: no product that runs away, and biased
 
     truncate    min(k, C)                       TIS (Yao et al., 2025, "Your efficient RL framework secretly brings you
                                                 off-policy RL training")
-    mask        k inside [1/C, C], 0 outside    MIS, IcePop (arXiv:2510.18855); such a token still counts in v_t
+    mask        k inside [1/C, C], 0 outside    MIS, IcePop (arXiv:2510.18855); such a token counts in v_it (grpo.py)
 
 The weights multiply the surrogate, not the KL.
 
 The trap. What does the ratio ρ divide by? With log-probabilities that the trainer computes itself (--old_logprobs
 trainer) ρ = π / π_old measures the updates of this batch alone, and k is missing: weigh. With those that the sampler
-gave back (--old_logprobs sampler, the default) ρ = π / μ holds k already: a weight would count it twice, so only
-`keep` is allowed, 1 inside [1/C, C] and 0 outside.
+gave back (--old_logprobs sampler, the default) ρ = π / μ holds k already: a weight would count it twice. So then
+--correction truncate is refused, and --correction mask only drops: 1 inside [1/C, C], 0 outside (`keep` in the code).
 """
 
 import copy

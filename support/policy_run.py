@@ -47,7 +47,7 @@ class PolicyRunConfig(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
     refill: Whole = 0
     """Dynamic sampling: how many times groups without a signal are replaced by fresh questions."""
     mask_truncated: bool = False
-    """Completions that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
+    """Answers that were cut off get no gradient; they count in a mean over answers, not in one over tokens."""
     refresh_reference: Whole = 0
     """Every so many steps the policy becomes the reference of the KL; 0: that is --init throughout."""
 

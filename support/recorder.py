@@ -156,6 +156,8 @@ class Recorder:
             return
         if loss_of is None:
             (loss_of, tensors, options), self.call = self.call, None
+        if not tensors[3].any():  # of a rank that has nothing to learn from in this minibatch: a group of weight 0
+            return
         tensors = [None if x is None else x.detach()[here] for x in tensors]
         options = {name: x[here] if torch.is_tensor(x) else x for name, x in options.items()}
         gets = pull(loss_of, tensors[:4], options)

@@ -21,7 +21,7 @@ from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
 @dataclass
 class Batch:
-    """One rank's groups of a step: n prompts, R completions each; row g·R + r is rollout r of prompt g."""
+    """One rank's groups of a step: n prompts, R answers each; row g·R + r is answer r to prompt g."""
 
     problems: list  # n
     prompts: list  # n lists of ids
@@ -105,11 +105,11 @@ def refill(batch, sample, step, slots, functions, signal_of, policy, config):
 
 @dataclass
 class Piece:
-    """A micro-batch of b completions, ready for every inner epoch."""
+    """A micro-batch of b answers, ready for every inner epoch."""
 
     rows: list  # b, which rows of the batch
     packed: PackedAnswers
-    mask: torch.Tensor  # (b, T) the tokens that count, T their longest
+    mask: torch.Tensor  # (b, T) True on the tokens that count; T: the longest answer's length
 
 
 @dataclass
@@ -118,12 +118,12 @@ class Minibatch:
     cut into pieces never changes the gradient."""
 
     pieces: list  # this rank's
-    n_completions: float
+    n_answers: float
     n_tokens: float
 
     @property
     def counts(self):
-        return {"n_completions": self.n_completions, "n_tokens": self.n_tokens}
+        return {"n_answers": self.n_answers, "n_tokens": self.n_tokens}
 
 
 def cut(batch, groups, counted, micro_batch, pad):
@@ -195,11 +195,11 @@ def minibatches_of(batch, parts, counted, config, pad, dist, advantages=None):
     for groups in parts:
         kept = [g for g in groups if trained is None or trained[g]]
         tokens = counted.reshape(len(batch.prompts), -1)[groups].sum().item()
-        n_completions, n_tokens, n_kept = dist.sum(len(groups) * R, tokens, len(kept))
+        n_answers, n_tokens, n_kept = dist.sum(len(groups) * R, tokens, len(kept))
         if n_kept:
             mask = counted if kept else torch.zeros_like(counted)
             pieces = cut(batch, kept or [0], mask, config.micro_batch, pad)
-            minibatches.append(Minibatch(pieces, n_completions, max(1.0, n_tokens)))
+            minibatches.append(Minibatch(pieces, n_answers, max(1.0, n_tokens)))
     return minibatches
 
 

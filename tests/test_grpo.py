@@ -370,7 +370,7 @@ def test_a_product_of_ratios_never_overflows(sign, value):
 @pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
 def test_any_cut_gives_the_same_gradient(loss_type):
     new, old, ref, A, mask = batch()
-    step = dict(n_completions=5, n_tokens=int(mask.sum()), max_length=7, ratio="sequence")
+    step = dict(n_answers=5, n_tokens=int(mask.sum()), max_length=7, ratio="sequence")
     (whole,) = torch.autograd.grad(grpo_loss(new, old, A, mask, ref, 0.3, loss_type=loss_type, **step)[0], new)
     parts = 0.0
     for rows in ([0, 3], [1], [2, 4]):

@@ -351,6 +351,9 @@ def test_a_clip_that_lets_through_is_a_clip():
     close(answer["gets"], torch.tensor([2.0, 0.9, 1.5]) * 2 / 3)
     assert answer["clipped"] == [1, 0, 0]
     assert "ref" not in answer
+    nothing = *rows[:3], torch.zeros(2, 3), None  # the group of weight 0 of a rank that has nothing to learn from
+    recorder.tokens([5, 6], grpo.grpo_loss, nothing, options | {"n_tokens": 3})
+    close(answer["gets"], torch.tensor([2.0, 0.9, 1.5]) * 2 / 3)
 
 
 def test_only_the_steps_asked_for(here):

@@ -167,16 +167,20 @@ def sft_loss(logprobs, mask, n_tokens=None):
 
 
 @torch.no_grad()
-def validation_loss(model, examples, pad, micro_batch, autocast):
-    """sft_loss of all the examples as one batch: nats per token that counts. Each rank reads them all."""
+def validation_loss(model, examples, pad, micro_batch, autocast, dist):
+    """sft_loss of all the examples as one batch: nats per token that counts. The ranks share them. One that has none
+    left reads an example at weight 0: under FSDP every forward pass needs all ranks."""
     model.eval()
-    device, total = next(model.parameters()).device, 0.0
-    for i in range(0, len(examples), micro_batch):
-        micro = collate(examples[i : i + micro_batch], pad).to(device)  # (b, T)
+    total, by_length = 0.0, sorted(examples, key=lambda example: len(example[0]))  # less padding
+    nothing = [(ids, [0] * len(ids)) for ids, _ in by_length[:1]]
+    for i in range(0, len(examples), micro_batch * dist.world):
+        own = by_length[i + dist.rank * micro_batch :][:micro_batch] or nothing
+        micro = collate(own, pad).to(dist.device)  # (b, T)
         mask = micro.mask[:, 1:]
         with autocast():
             logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)  # (b, T − 1)
         total += sft_loss(logprobs, mask, n_tokens=1)[1]["loss"]  # by 1: the sum
+    (total,) = dist.sum(total)
     return total / sum(sum(flags) for _, flags in examples)
 
 
@@ -340,7 +344,7 @@ def main(config, encode=encode_example, responder=None):
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
     recorder = Recorder(run, autocast, valid=problems["valid"])
     pad = tokenizer.endoftext_id
-    valid_loss = partial(validation_loss, model, valid, pad, config.micro_batch, autocast)
+    valid_loss = partial(validation_loss, model, valid, pad, config.micro_batch, autocast, dist)
     look = Look(run, problems, valid_loss if valid else None, responder and responder(tokenizer))
     if dist.is_main:
         print(

@@ -1,5 +1,7 @@
 """Shared by the tests: a scratch directory to run in, and the scripts started as a user starts them."""
 
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -115,6 +117,17 @@ def metrics(run_dir, name):
     """{step: value} of a metric."""
     records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {r["step"]: r[name] for r in records if name in r}
+
+
+@contextlib.contextmanager
+def stopped_after(steps):
+    """The run in this block is stopped after so many steps, as by Ctrl-C: its loop asks at the top of each."""
+    asked = itertools.count()
+    stop = type("Stop", (), {"__init__": lambda self, dist: None, "__bool__": lambda self: next(asked) == steps})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "Interrupt", stop)
+        with pytest.raises(SystemExit):
+            yield
 
 
 def assert_the_start_is_kept(stage, config, run_dir, monkeypatch):

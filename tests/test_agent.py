@@ -23,6 +23,7 @@ from conftest import (
     cpu_without_bf16,
     metrics,
     script,
+    stopped_after,
 )
 
 import agent
@@ -34,7 +35,7 @@ from evaluate import evaluate
 from generate import generate
 from grpo import group_advantages, grpo_loss
 from lora import LoraConfig
-from support import calls_start, devices, questions, runs
+from support import calls_start, devices, questions
 from support.calls_start import encode_demonstration
 from support.checkpoints import open_checkpoint
 from support.cli import parse_config, run_script
@@ -709,21 +710,10 @@ def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monk
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": LoraConfig(2), "lr": 1e-2}, {"train_on_tools": True}])
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
+def test_resumed_equals_uninterrupted_bit_for_bit(here, options):
     whole = agent.main(config(name="whole", **options))
-
-    class StopAt2:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt2)
-        with pytest.raises(SystemExit):
-            agent.main(config(name="parts", **options))
+    with stopped_after(2):
+        agent.main(config(name="parts", **options))
     parts = agent.main(config(name="parts", resume=True, **options))
     for name in ("reward", "loss", "kl", "accuracy", "calls"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name

@@ -19,6 +19,7 @@ from conftest import (
     cpu_without_bf16,
     metrics,
     script,
+    stopped_after,
 )
 
 import distill
@@ -31,7 +32,7 @@ from generate import generate
 from grpo import grpo_loss
 from lora import LoraConfig
 from sft import sft_loss
-from support import devices, distill_run, runs, sft_start, taught, teachers, verified
+from support import devices, distill_run, sft_start, taught, teachers, verified
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
 from support.sampled_kl import sampled_kl
@@ -650,21 +651,10 @@ def test_the_cut_into_micro_batches_changes_nothing(here, changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"on_policy": 0.5, "loss": "sample", "lora": LoraConfig(rank=2)}, SELF])
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, changes):
+def test_resumed_equals_uninterrupted_bit_for_bit(here, changes):
     whole = distill.main(config(name="whole", **changes))
-
-    class Stop:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", Stop)
-        with pytest.raises(SystemExit):
-            distill.main(config(name="parts", **changes))
+    with stopped_after(2):
+        distill.main(config(name="parts", **changes))
     parts = distill.main(config(name="parts", resume=True, **changes))
     for name in ("loss", "kl", "accuracy"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name

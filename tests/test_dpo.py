@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after
 
 import dpo
 from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
 from dpo import VARIANTS, Config, dpo_loss, kto_loss, orpo_loss
 from evaluate import wilson
 from lora import LoraConfig, add_lora
-from support import devices, dpo_report, dpo_run, pair_rows, runs
+from support import devices, dpo_report, dpo_run, pair_rows
 from support import pairs as pairs_room
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -757,19 +757,8 @@ def test_a_typo_moves_no_earlier_run(here, changes, message):
 def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, variant):
     changes = dict(dropout=0.1, variant=variant)
     dpo.main(config(name="whole", **changes))
-
-    class StopAt2:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt2)
-        with pytest.raises(SystemExit):
-            dpo.main(config(name="parts", **changes))
+    with stopped_after(2):
+        dpo.main(config(name="parts", **changes))
     with monkeypatch.context() as patch:
         patch.setattr(pair_rows, "make_pairs", None)  # pairs and reference are read again, not made again
         file = here / "runs/parts/pairs.pt"
@@ -786,24 +775,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", ["sigmoid", "kto"])
-def test_lora_trains_and_resumes(here, monkeypatch, variant):
+def test_lora_trains_and_resumes(here, variant):
     changes = dict(lora=LoraConfig(rank=2), lr=1e-2, nll=0.1, variant=variant)
     result = dpo.main(config(name="whole", **changes))
     assert result["after"]["pairs"]["loss"] < result["before"]["pairs"]["loss"]
     assert open_checkpoint("runs/whole/last")[0].state_dict().keys() == open_checkpoint("start")[0].state_dict().keys()
-
-    class StopAt2:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt2)
-        with pytest.raises(SystemExit):
-            dpo.main(config(name="parts", **changes))
+    with stopped_after(2):
+        dpo.main(config(name="parts", **changes))
     dpo.main(config(name="parts", resume=True, **changes))
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
     assert_same_weights("runs/whole/last", "runs/parts/last")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after
 from safetensors.torch import load_file
 from tiny_encoder import TINY, TINY_BERT, example_texts, perturbed
 
@@ -27,7 +27,7 @@ from encoder import (
     mean_pool,
 )
 from reward_model import RewardEncoder
-from support import encoder_report, encoder_start, runs
+from support import encoder_report, encoder_start
 from support.classification import judge_labels, predict, validate_mlm, validation_windows
 from support.cli import parse_config, run_script
 from support.devices import Dist
@@ -373,18 +373,8 @@ def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):
 @pytest.mark.parametrize("stop", [3, 4, 6], ids=["while pretraining", "between", "while classifying"])
 def test_resume_is_the_uninterrupted_run_bit_for_bit(scratch, stop):
     encoder.main(small(name="whole"))
-
-    class Stop(runs.Interrupt):
-        asked_at = 0
-
-        def __bool__(self):
-            Stop.asked_at += 1
-            return Stop.asked_at == stop + 1
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "Interrupt", Stop)
-        with pytest.raises(SystemExit):
-            encoder.main(small(name="parts"))
+    with stopped_after(stop):
+        encoder.main(small(name="parts"))
     encoder.main(small(name="parts", resume=True))
     assert_same_weights("runs/whole/last", "runs/parts/last")
     assert metrics("runs/whole", "accuracy") == metrics("runs/parts", "accuracy")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, assert_the_start_is_kept, metrics, script, weights
+from conftest import ROOT, assert_same_weights, assert_the_start_is_kept, metrics, script, stopped_after, weights
 
 import data
 import grpo
@@ -20,7 +20,7 @@ from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss, less_baseline
 from lora import LoraConfig
-from support import devices, grpo_report, off_policy, policy_run, questions, rollouts, runs
+from support import devices, grpo_report, off_policy, policy_run, questions, rollouts
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DivergedError
@@ -691,22 +691,11 @@ WITH_LORA = {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}
 @pytest.mark.parametrize(
     "options", [{}, EVERYTHING, WITH_LORA, WHITENED, AS_RLOO, {"algorithm": "cispo"}, OLD_INT8, OLD_INT8 | WITH_LORA]
 )
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, options):
+def test_resumed_equals_uninterrupted_bit_for_bit(here, options):
     options = dict(steps=4, eval_every=2) | options
     whole = grpo.main(config(name="whole", **options))
-
-    class StopAt3:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 4
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt3)
-        with pytest.raises(SystemExit):
-            grpo.main(config(name="parts", **options))
+    with stopped_after(3):
+        grpo.main(config(name="parts", **options))
     first = torch.load("runs/parts/last/trainer_state.pt", weights_only=True)["seconds"]
     parts = grpo.main(config(name="parts", resume=True, **options))
     for name in ("reward", "loss", "kl", "accuracy", "zero_variance"):

@@ -7,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, assert_the_start_is_kept, metrics, script
+from conftest import (
+    assert_one_line_error,
+    assert_same_weights,
+    assert_the_start_is_kept,
+    metrics,
+    script,
+    stopped_after,
+)
 
 import optim
 import ppo
@@ -26,7 +33,7 @@ from ppo import (
     win_rates,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
-from support import devices, ppo_setup, runs
+from support import devices, ppo_setup
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
 from support.moments import RunningMoments
@@ -381,22 +388,11 @@ def test_micro_batches_change_nothing(here, value):
 
 
 @pytest.mark.parametrize("more", [{"value": "shared"}, {"value": "separate"}, {"lora": LoraConfig(2), "lr": 1e-2}])
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, more):
+def test_resumed_equals_uninterrupted_bit_for_bit(here, more):
     changes = dict(**more, kl_target=0.5, kl_horizon=50.0, normalise=True, baseline="none", steps=4)
     ppo.main(config(name="whole", **changes))
-
-    class StopAt2:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt2)
-        with pytest.raises(SystemExit):
-            ppo.main(config(name="parts", **changes))
+    with stopped_after(2):
+        ppo.main(config(name="parts", **changes))
     ppo.main(config(name="parts", resume=True, **changes))
     for name in ("score", "paid", "policy_loss", "value_loss", "kl_beta", "accuracy", "correct"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name

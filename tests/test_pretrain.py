@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script, weights
+from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after, weights
 from tiny import MODEL, TEXT, config, flags
 
 import pretrain
@@ -209,22 +209,11 @@ def test_two_processes_equal_one(here):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer, monkeypatch):
+def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer):
     changes = dict(optimizer=optimizer, save_every=3, model=TransformerConfig(**MODEL, dropout=0.2))
     pretrain.main(config(name="whole", **changes))
-
-    class StopAt3:  # what Ctrl-C does: the loop asks at its top
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 4
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt3)
-        with pytest.raises(SystemExit):
-            pretrain.main(config(name="parts", **changes))
+    with stopped_after(3):
+        pretrain.main(config(name="parts", **changes))
     assert set(metrics("runs/parts", "loss")) == {1, 2, 3}
     pretrain.main(config(name="parts", resume=True, **changes))
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")

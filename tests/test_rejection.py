@@ -15,6 +15,7 @@ from conftest import (
     cpu_without_bf16,
     metrics,
     script,
+    stopped_after,
 )
 
 import rejection
@@ -24,7 +25,7 @@ from grpo import group_advantages
 from lora import LoraConfig, add_lora
 from rejection import Config, encode_kept, keep_right, keep_round
 from sft import collate, encode_example, sft_loss
-from support import devices, runs, verified
+from support import devices, verified
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError
 from support.rollouts import Sampler
@@ -322,21 +323,10 @@ def test_the_cut_into_micro_batches_changes_nothing(here):
 
 @pytest.mark.parametrize("stop", [2, 3])  # within a round, and between two
 @pytest.mark.parametrize("changes", [{}, {"restart": True, "lora": LoraConfig(rank=2)}])
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, stop, changes):
+def test_resumed_equals_uninterrupted_bit_for_bit(here, stop, changes):
     rejection.main(config(name="whole", **changes))
-
-    class Stop:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == stop + 1
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", Stop)
-        with pytest.raises(SystemExit):
-            rejection.main(config(name="parts", **changes))
+    with stopped_after(stop):
+        rejection.main(config(name="parts", **changes))
     rejection.main(config(name="parts", resume=True, **changes))
     for name in ("loss", "kept", "right", "accuracy"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after
 from safetensors.torch import load_file, save_file
 
 import reward_model
@@ -28,7 +28,7 @@ from reward_model import (
     open_reward_model,
     score_groups,
 )
-from support import devices, pretrained_start, reward_look, reward_report, reward_samples, reward_setup, runs
+from support import devices, pretrained_start, reward_look, reward_report, reward_samples, reward_setup
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.reward_report import calibration, consistency, shaping
@@ -501,19 +501,8 @@ def test_micro_batches_change_nothing(here, lucky, loss):
 def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, backbone):
     changes = dict(dropout=0.1, backbone=backbone, best_of_problems=0)
     reward_model.main(config(name="whole", **changes))
-
-    class StopAt2:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt2)
-        with pytest.raises(SystemExit):
-            reward_model.main(config(name="parts", **changes))
+    with stopped_after(2):
+        reward_model.main(config(name="parts", **changes))
     monkeypatch.setattr(reward_setup, "make_pairs", None)  # the pairs are those of the first part, not sampled again
     reward_model.main(config(name="parts", resume=True, **changes))
     for name in ("loss", "valid_loss", "valid_all"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -362,22 +362,11 @@ def test_two_processes_equal_one(here):
         assert_same_weights("runs/one/last", f"runs/{other}/last", atol=1e-5, rtol=1e-4)
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch):
+def test_resumed_equals_uninterrupted_bit_for_bit(here):
     changes = dict(dropout=0.1)
     sft.main(config(name="whole", **changes))
-
-    class StopAt2:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt2)
-        with pytest.raises(SystemExit):
-            sft.main(config(name="parts", **changes))
+    with stopped_after(2):
+        sft.main(config(name="parts", **changes))
     sft.main(config(name="parts", resume=True, **changes))
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
     assert_same_weights("runs/whole/last", "runs/parts/last")
@@ -447,7 +436,7 @@ def test_the_test_split_has_a_measure_of_its_own(here, capsys):
     assert "\naccuracy, greedy" not in out
 
 
-def test_lora_trains_and_resumes(here, monkeypatch):
+def test_lora_trains_and_resumes(here):
     changes = dict(lora=sft.LoraConfig(rank=2), lr=1e-2)
     start = open_checkpoint("start")[0].state_dict()
     sft.main(config(name="whole", **changes))
@@ -457,19 +446,8 @@ def test_lora_trains_and_resumes(here, monkeypatch):
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     assert moved
     assert all(".wq" in name or ".wk" in name or ".wv" in name or ".wo" in name or ".ffn." in name for name in moved)
-
-    class StopAt2:
-        def __init__(self, dist):
-            self.asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", StopAt2)
-        with pytest.raises(SystemExit):
-            sft.main(config(name="parts", **changes))
+    with stopped_after(2):
+        sft.main(config(name="parts", **changes))
     sft.main(config(name="parts", resume=True, **changes))
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
     assert_same_weights("runs/whole/last", "runs/parts/last")

@@ -344,6 +344,8 @@ def main(config):
     command = f"python ablate.py {name}" + (" --quick true" if config.quick else "")
     command += f" --seeds '{seeds}'" if seeds != Config().seeds and not config.quick else ""
     commits = {result["commit"] for result in saved.values()}
+    older = {commit for result in saved.values() for commit in result.get("starts", {}).values()} - commits
+    commits |= {f"starts of {commit}" for commit in older}
     least = smallest_difference([row[experiment.columns[0]] for row in differences.values()], len(seeds))
     write_report(target, experiment, results, means, differences, curves, seeds, command, commits, tuned, least)
     return results

@@ -2,7 +2,7 @@
 
 settings = settings_of(experiment, variant, seed)    what determines the outcome, as JSON: equal is the same run
 figures  = run_one(settings, folder, threads)        the stage's main, then the probe; folder/result.json
-result   = read_result(folder)                       {"settings", "commit", "code", "figures"}, or None
+result   = read_result(folder)                       {"settings", "commit", "code", "starts", "figures"}, or None
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from support.files import to_json, with_nan, write_whole
 from support.heap import return_freed_memory
 from support.log import commit, read_metrics
 from support.output import log_file
-from support.runs import RUNS
+from support.runs import RUNS, STARTS, Run
 
 STAGES = {
     "pretrain": (pretrain.Config, pretrain.main),
@@ -48,9 +48,10 @@ STAGES = {
     "agent": (agent.Config, agent.main),
     "measure": (probes.Start, probes.measure_start),
 }
+code_used([*{part.__module__ for pair in STAGES.values() for part in pair}, "support.probes"])  # now, as imported
 # Of a smoke run, and of a run for tuning, if the stage has these settings.
 QUICK = {"steps": 4, "round_steps": 2, "test_problems": 20, "eval_problems": 10}
-TRIAL = {"test_problems": 1, "pass_problems": 1, "pass_samples": 1}
+TRIAL = {"eval_every": 10, "test_problems": 1, "pass_problems": 1, "pass_samples": 1}
 TRIAL_OF_PAIRS = TRIAL | {"test_problems": 50}  # one problem alone may give no pair
 
 
@@ -92,14 +93,19 @@ def run_one(settings, folder, threads):
     return_freed_memory()  # that of the run before
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)  # this run takes the place of what it tells of
     # Noted before the run: a file that is edited while it trains is not the code that this process has imported.
     made_by = {"commit": commit() or "unknown", "code": code_of_run(settings)}
+    STARTS.clear()
     try:
         with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             figures = figures_of(settings, folder)
     except DivergedError as error:
         figures = {"diverged": str(error)}
-    write_whole(folder / "result.json", to_json({"settings": settings, **made_by, "figures": figures}))
+    Run.close_log()  # of this worker, which may wait for the other runs
+    write_whole(
+        folder / "result.json", to_json({"settings": settings, **made_by, "starts": STARTS, "figures": figures})
+    )
     return figures
 
 

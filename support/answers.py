@@ -19,12 +19,14 @@ NUMBER = re.compile(
 LATEX = (
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\{,\}|,\\!"), ","),  # the two ways of writing thousands
     (re.compile(r"\^\{?\\circ\}?"), "°"),
     (re.compile(r"\\[,;: ]|~"), " "),
 )
 BOX = "\ufdd0"  # stands for a box; never assigned to a character
 # What makes words hold a second number: the digits 0 to 9, also wide or of a mathematical font, and fractions.
+# What changes the number in a box that comes right after it, or right before it.
+CHANGES_AFTER, CHANGES_BEFORE = re.compile(r"(?:[^\W_]|[-−/]|[0-9][.,])\Z"), re.compile(r"[^\W_]|/|[.,][0-9]")
 DIGIT = re.compile("[0-9０-９𝟎-𝟿¼-¾⅐-⅟↉⁄]")
 
 
@@ -70,12 +72,12 @@ def extract_answer(text: str) -> str | None:
 
 def split_boxes(text):
     r"""-> what stands in each `\boxed{…}`, without LaTeX's spelling, and the text with BOX in its place. (None, "") if
-    one has no braces, does not end, or stands next to a letter or digit."""
+    one has no braces, does not end, or touches what would change its number: -\boxed{5}, \boxed{3}.5, 1/\boxed{2}."""
     before, *rest = text.split("\\boxed")
     boxes = []
     for piece in rest:
         end = matching_brace(piece)
-        if end is None or before[-1:].isalnum() or piece[end + 1 : end + 2].isalnum():
+        if end is None or CHANGES_AFTER.search(before) or CHANGES_BEFORE.match(piece, end + 1):
             return None, ""
         box = piece[1:end]
         for written, meant in LATEX:

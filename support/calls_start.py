@@ -62,6 +62,6 @@ def calls_start(config, dist, tools, with_tools):
         return sft.main(settings, partial(encode_demonstration, tools=tools), partial(with_tools, tools))
 
     what = "no --init given: fine-tuning on demonstrations of calls"
-    name = start_name(config.data, config.seed, "-".join(["calls", *(tool.name for tool in tools)]))
+    name = start_name(config.data, config.seed, "-".join(["calls", *(tool.name for tool in tools)]), config.levels)
     stage = SimpleNamespace(Config=sft.Config, main=main)
     return make_start_once(name, what, stage, START | task_of(config.data).sft | settings, dist)

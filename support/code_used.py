@@ -49,8 +49,16 @@ def _read(file):
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         if isinstance(body := getattr(node, "body", None), list):  # a lambda's body is an expression
             node.body = [statement for statement in body if not _is_text(statement)]
-    digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:12]
     return digest, [file for name in names if (file := _file_of(name))]
+
+
+def _plain(node):
+    """The same for every version of Python: ast.dump shows empty fields in some, and fields that others lack."""
+    if isinstance(node, ast.AST):
+        filled = [(name, _plain(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return type(node).__name__, filled
+    return [_plain(part) for part in node] if isinstance(node, list) else repr(node)
 
 
 def _is_text(statement):

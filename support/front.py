@@ -92,7 +92,8 @@ def read_run(run_dir, metric):
 
 def began_from(config, stage):
     """The run that a run with these settings began from; by default its own start, made by `stage`."""
-    path = Path(config.get("init") or RUNS / start_name(config["data"], config["seed"], stage))
+    levels = () if stage == "pretrain" else (config["levels"],)
+    path = Path(config.get("init") or RUNS / start_name(config["data"], config["seed"], stage, *levels))
     return path.parent if path.name in ("best", "last") else path
 
 

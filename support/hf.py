@@ -441,6 +441,8 @@ def from_hf_config(hf, kind):
         hf["rope_scaling"]["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     if kind.startswith("qwen"):
         hf["sliding_window"] = _qwen_window(hf, kind)
+    if kind == "mistral" and hf.get("layer_types"):  # Ministral
+        hf["sliding_window"] = _window_of_all(hf["layer_types"], hf["sliding_window"], "sliding_window")
     values = layout.implied | {field: hf[key] for field, key in layout.keys.items()}
     if values.get("n_kv_head") is None:
         values["n_kv_head"] = values["n_head"]
@@ -456,6 +458,11 @@ def _qwen_window(hf, kind):
     n_layer = hf["num_hidden_layers"]
     full = 0 if kind == "qwen3_moe" else min(n_layer, hf.get("max_window_layers", 28))
     kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    return _window_of_all(kinds, hf["sliding_window"], "use_sliding_window")
+
+
+def _window_of_all(kinds, window, name):
+    """kinds: of each block's attention -> the window that all have, or None."""
     if len(set(kinds)) > 1:
-        raise CheckpointError("use_sliding_window is not supported in some blocks only")
-    return hf["sliding_window"] if "sliding_attention" in kinds else None
+        raise CheckpointError(f"{name} is not supported in some blocks only")
+    return window if "sliding_attention" in kinds else None

@@ -40,6 +40,9 @@ def lock_run(path):
         raise ConfigError(f"{path} is being written by another process; give this run another --name") from None
     except OSError:  # a file system without locks
         pass
+    if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):  # another process has moved it
+        os.close(descriptor)
+        raise ConfigError(f"{path} is being written by another process; give this run another --name")
     LOCKED[path] = descriptor
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 
 from support.files import UNWRITTEN, append_whole, may_fail, must_write, to_json, write_whole
-from support.locks import unlock_run
 from support.output import lose_output
 from support.trackers import TensorBoard, WandB
 
@@ -90,11 +89,10 @@ class Log:
             tracker.show(step, pictures, histograms)
 
     def close(self):
-        """Close the trackers and unlock the run directory, which `open_run` locked."""
-        if self.active:
-            for tracker in self.trackers:
-                tracker.close()
-            unlock_run(self.run_dir)
+        """Close the trackers."""
+        for tracker in self.trackers if self.active else ():
+            tracker.close()
+        self.trackers = []
 
 
 def read_metrics(run_dir):

@@ -128,7 +128,7 @@ def reward_start(config, init, dist):
     settings |= {"device": config.device, "dtype": config.dtype}
     if config.data != DEFAULT_TASK:
         settings["data"] = config.data
-    name = start_name(config.data, config.seed, "reward")
+    name = start_name(config.data, config.seed, "reward", config.levels)
     return make_start_once(name, "no --reward_model given: training one", reward_model, settings, dist)
 
 

@@ -215,6 +215,9 @@ class Recorder:
             ]
         groups = self.record["groups"]
         self.look_inside(groups, [row["prompt"] for row in rows])
+        if not finite_answers(groups):  # nor is the loss, and the stage says so
+            self.record = None
+            return
         micro = batch_of(rows, self.pad, self.run.dist.device)
         sums = [torch.tensor([sum(g["answers"][i]["logp"]) for g in groups]) for i in range(len(sides))]  # (b,) each
         sums = [x.to(self.run.dist.device).requires_grad_() for x in sums]
@@ -248,7 +251,7 @@ class Recorder:
                 prompts.append(asked.prompts[g])
                 taught.append(encode_prompt(self.run.tokenizer, self.taught[place]))
         self.look_inside(self.record["groups"], prompts, taught)
-        if self.config.loss == "sample":
+        if self.config.loss == "sample" and finite_answers(self.record["groups"]):
             for group, student in zip(self.record["groups"], by_student, strict=False):  # the watched ones come last
                 for answer in group["answers"]:
                     logp, ref = (torch.tensor(answer[name])[None] for name in ("logp", "ref"))  # (1, T)
@@ -415,6 +418,12 @@ def portions(groups, room):
 def short(x):
     """Five digits, which a page can do with; None if it is not a number."""
     return float(f"{x:.5g}") if math.isfinite(x) else None
+
+
+def finite_answers(groups):
+    """Whether log π and log π_ref of all tokens of the answers are numbers."""
+    answers = [answer for group in groups for answer in group["answers"]]
+    return not any(None in answer.get("logp", []) + answer.get("ref", []) for answer in answers)
 
 
 def numbers(x):

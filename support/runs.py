@@ -30,13 +30,14 @@ from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
 from support.heap import return_freed_memory
-from support.locks import file_lock, lock_run
-from support.log import Log
+from support.locks import file_lock, lock_run, unlock_run
+from support.log import Log, commit
 from support.nodes import launch_id, one_store
 from support.products import fast_linears
 from support.sharding import gathered, shard_like, unsharded
 
 RUNS = Path("runs")
+STARTS = {}  # {run directory: the commit that made it} of the starts that this process has taken
 OPENED = set()  # the run directories that this process has begun or resumed
 
 
@@ -216,18 +217,20 @@ class Run:
 
     def close(self):
         """After the last step: write last/, close the log, restore the usual Ctrl-C. ConfigError if the disk never had
-        room for a checkpoint."""
+        room for a checkpoint. The directory stays locked, as it is still read and drawn in, until this process begins
+        another run or ends."""
         self.save("last")
         self.interrupt.release()
-        self.close_log()
+        self.log.close()
         if self.dist.is_main and not any((self.path / name / "config.json").is_file() for name in ("best", "last")):
             raise ConfigError(f"{self.path} holds no checkpoint, for none could be written: make room and train again")
 
     @staticmethod
     def close_log():
-        """Close the log that is open in this process, if any."""
+        """Close the log that is open in this process, if any, and unlock its directory."""
         if Run.open_log is not None:
             Run.open_log.close()
+            unlock_run(Run.open_log.run_dir)
             Run.open_log = None
 
 
@@ -258,6 +261,7 @@ def open_run(config, dist):
         if path.exists():
             lock_run(path)
             if not config.resume:
+                lock_inner(path)
                 n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
                 with must_write(f"{path}.{n}"):
                     path.rename(f"{path}.{n}")
@@ -270,6 +274,20 @@ def open_run(config, dist):
     if dist.world > 1:
         distributed.barrier()
     return path
+
+
+def lock_inner(path):
+    """ConfigError if a process is writing a run inside this one's directory: NAME/lr0.001 of a sweep."""
+    inner = [file.parent for file in path.glob("*/**/launcher")]
+    try:
+        for run in inner:
+            lock_run(run)
+    except ConfigError:
+        unlock_run(path)
+        raise
+    finally:
+        for run in inner:
+            unlock_run(run)
 
 
 def restarted(config, dist):
@@ -327,6 +345,7 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
                 shutil.rmtree(old, ignore_errors=True)
                 final.rename(old)
             new.rename(final)
+            UNWRITTEN.discard(str(final))  # if it cannot be written once more, that is news
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the disk's error
             written = False
             why = str(error).splitlines()[0] + (": is the disk full?" if isinstance(error, RuntimeError) else "")
@@ -465,21 +484,24 @@ def exit_stopped(name, step, written, dist):
     raise SystemExit(130)
 
 
-def start_name(data, seed, stage):
-    """The run name under which a stage without --init keeps its start."""
+def start_name(data, seed, stage, levels=(1, 2)):
+    """The run name under which a stage without --init keeps its start. Other levels are another start: one that a run
+    still reads must not be moved aside for it."""
     label = data
     if not data.isidentifier():  # a path: two files of the same name are two starts
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
         label = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
-    return f"start/{label}-seed{seed}-{stage}"
+    some = "" if list(levels) == [1, 2] else "-levels" + "".join(map(str, levels))
+    return f"start/{label}-seed{seed}-{stage}{some}"
 
 
 def make_start_once(name, message, stage, settings, dist):
     """Train a start: run `stage` into runs/NAME unless it was already run with these settings; -> runs/NAME.
 
-    When the stage ends, its settings and the content of its data and --init are written to the file `finished`. A run
-    without that file is incomplete, and one whose file differs was made from something else; the new run renames it. If
-    several processes need the same start, one trains it and the others wait."""
+    When the stage ends, its settings and the content of its data and --init are written to the file `finished`, beside
+    it the commit. A run without `finished` is incomplete, and one where it differs was made from something else; the
+    new run renames it. If several processes need the same start, one trains it and the others wait. Other code makes no
+    other start: the commit is printed, noted in STARTS, and on the pages of ablate.py."""
     finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
     if dist.is_main:
@@ -494,7 +516,9 @@ def make_start_once(name, message, stage, settings, dist):
         exists = dist.is_main and finished.exists() and finished.read_text(encoding="utf-8") == made_by
         if dist.sum(exists)[0]:  # the other ranks wait here for rank 0
             if dist.is_main:
-                print(f"starting from {RUNS / name} (made earlier; delete it to train it again)")
+                print(
+                    f"starting from {RUNS / name} (made earlier, commit {commit_of(name)}; delete it to train it again)"
+                )
         else:
             if dist.is_main:
                 print(f"{message} -> {RUNS / name}")
@@ -505,5 +529,13 @@ def make_start_once(name, message, stage, settings, dist):
             if dist.is_main:
                 with may_fail(finished):
                     if not {str(RUNS / name / part) for part in ("last", "best")} & UNWRITTEN:
+                        write_whole(finished.with_name("commit"), commit() or "unknown")
                         write_whole(finished, made_by)  # else the next stage trains it again
+        STARTS[str(RUNS / name)] = commit_of(name)
     return str(RUNS / name)
+
+
+def commit_of(name):
+    """The commit at which the start runs/NAME was made."""
+    file = RUNS / name / "commit"
+    return file.read_text(encoding="utf-8") if file.is_file() else "unknown"

@@ -33,10 +33,15 @@ def chat(tokenizer, context, reply):
                 del history[:2]
                 print("(the context is full: the oldest exchange was forgotten)")
                 ids, _ = tokenizer.encode_chat(history, True)
-            history.append({"role": "assistant", "content": reply(ids)})
+            history.append({"role": "assistant", "content": without_thoughts(reply(ids))})
         except (KeyboardInterrupt, ConfigError, TokenizerError) as error:  # such a message does not count
             print("(stopped)" if isinstance(error, KeyboardInterrupt) else f"({error})")
             history.pop()
+
+
+def without_thoughts(text):
+    """A turn as later turns read it: Qwen3's template leaves out what stands before </think>."""
+    return text.rpartition("</think>")[2].lstrip("\n") if "</think>" in text else text
 
 
 def read_line(prompt):

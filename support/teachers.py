@@ -52,7 +52,8 @@ def teacher_start(config, dist):
     settings = shared_settings(config) | TEACHER | {"levels": config.levels, "init": sft_start(config, dist)}
     longest = task_of(config.data).sft.get("max_new_tokens")  # of an answer, where a task has a limit of its own
     settings |= {"max_new_tokens": longest} if longest else {}
-    name, why = start_name(config.data, config.seed, "teacher"), "no --teacher given: training one with GRPO"
+    name = start_name(config.data, config.seed, "teacher", config.levels)
+    why = "no --teacher given: training one with GRPO"
     return make_start_once(name, why, grpo, settings, dist)
 
 
@@ -66,7 +67,7 @@ def student_start(config, dist):
     settings = task.pretrain | shared_settings(config) | half
     base = make_start_once(name, why.format("pretraining"), pretrain, settings, dist)
     settings = SFT_START | task.sft | shared_settings(config) | {"levels": config.levels, "init": base}
-    name = start_name(config.data, config.seed, "student")
+    name = start_name(config.data, config.seed, "student", config.levels)
     return make_start_once(name, why.format("fine-tuning"), sft, settings, dist)
 
 

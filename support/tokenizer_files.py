@@ -287,7 +287,8 @@ def chat_template_of(folder, config):
 def follow_chat_template(spec, template):
     """Set up `spec` to format chats as a file's Jinja template does. The template must be ChatML, with or without a
     default system turn. For any other, `no_chat` records the reason: a model answers badly in a format that it was not
-    trained on."""
+    trained on. Compared are turns without thoughts, up to where an answer begins: Qwen3's template, which rewrites
+    thoughts, passes."""
     spec.chat_template = template
     if template == CHAT_TEMPLATE:
         return
@@ -314,8 +315,8 @@ def follow_chat_template(spec, template):
                 raise TokenizerError("its chat template is not ChatML, the only one that is known here")
     except TokenizerError as error:
         spec.no_chat, spec.default_system = str(error), None
-    except (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        spec.no_chat, spec.default_system = f"its chat template does not work: {error}", None
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as e:
+        spec.no_chat, spec.default_system = f"its chat template does not work: {e}", None
 
 
 def check_message(number, message):

@@ -27,7 +27,7 @@ def ask(tool, argument):
         try:
             reply = tool.function(argument)
             replies.append(reply if isinstance(reply, str) else f"error: {type(reply).__name__} instead of text")
-        except Exception as error:  # any error of the user's function
+        except (Exception, SystemExit) as error:  # any error of the user's function
             replies.append(f"error: {type(error).__name__}")
 
     if tool.seconds is None:
@@ -37,7 +37,8 @@ def ask(tool, argument):
         thread.start()
         thread.join(tool.seconds)
     reply = replies[0] if replies else f"error: no answer within {tool.seconds:g} s"
-    return " ".join(reply[:LONGEST_REPLY].split())
+    reply = reply[:LONGEST_REPLY].encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
+    return " ".join(reply.split())
 
 
 def load_tools(names, built_in):

@@ -24,6 +24,7 @@ def listen():
 
 def guarded(call, *arguments):
     """A run in a worker process: call(*arguments), unless the process has been stopped."""
+    usual = signal.getsignal(signal.SIGINT)
     try:
         STATE["running"] = True
         if STATE["stopped"]:
@@ -34,6 +35,7 @@ def guarded(call, *arguments):
         raise
     finally:
         STATE["running"] = False
+        signal.signal(signal.SIGINT, usual)  # a run's own handlers leave Python's
 
 
 def pass_on(number, _):

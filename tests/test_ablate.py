@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, assert_one_line_error, script
 
 import ablate
+import pretrain
 import sft
 from support import ablation_runs, probes, repeated, workers
 from support.ablation_report import CURVES, HEADINGS, mean_curves, seeds_on
@@ -239,6 +240,9 @@ class Here:
     def __exit__(self, *error):
         pass
 
+    def shutdown(self, **_):
+        pass
+
     def submit(self, call, *args):
         job = Future()
         try:
@@ -312,6 +316,18 @@ def test_a_run_of_other_code_is_neither_taken_in_silence_nor_lost(experiment, sc
     assert again["wide", 0]["valid_loss"] == results["wide", 0]["valid_loss"]
     assert again["narrow", 0] == results["narrow", 0]  # its minutes too: it has not run
     assert ablate.main(config) == again
+
+    def interrupted(config):
+        (scratch / "runs" / config.name).mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(workers.STATE, "stopped", False)  # and restored, for this process is no worker of its own
+    monkeypatch.setitem(ablation_runs.STAGES, "pretrain", (pretrain.Config, interrupted))
+    wide.write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        ablate.main(replace(config, again=True))
+    assert not wide.exists()  # its figures are not those of the run that has begun in their place
+    assert next(scratch.rglob("width/narrow-seed0/result.json")).exists()
 
 
 def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypatch, capsys):
@@ -434,6 +450,8 @@ def test_a_trial_has_a_small_test_and_only_flags_of_its_stage():
     assert tried["GRPO"]["test_problems"] == tried["GRPO"]["pass_samples"] == 1
     assert tried["DPO"]["test_problems"] == 50  # of one problem, `dpo.main` may find no pair
     assert "pass_samples" not in tried["DPO"]
+    counted = [step for step in range(1, 101) if step % tried["GRPO"]["eval_every"] == 0 and step > 50]
+    assert len(counted) == 5  # evaluations in the second half, over which `validation_score` takes the mean
 
 
 def test_a_start_that_is_only_measured_is_not_tuned(experiment, scratch, monkeypatch):

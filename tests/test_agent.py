@@ -183,6 +183,8 @@ def raises(question):
     [
         (lambda question: f"{question}!", "3*4!"),
         (raises, "error: RuntimeError"),
+        (lambda question: sys.exit(1), "error: SystemExit"),
+        (lambda question: "a\udc80b", "a?b"),
         (lambda question: 12, "error: int instead of text"),
         (lambda question: "a\n b", "a b"),  # one line
         (lambda question: "x" * 10**6, "x" * 1000),

@@ -357,6 +357,14 @@ def test_a_full_context_forgets_whole_exchanges(monkeypatch, capsys):
         assert "the oldest exchange was forgotten" in capsys.readouterr().out
 
 
+def test_later_turns_do_not_read_thoughts(monkeypatch):
+    lines, asked = iter(["a", "b", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    encode = SimpleNamespace(encode_chat=lambda turns, _: (asked.append([t["content"] for t in turns]), ([0], None))[1])
+    chat(encode, 100, lambda ids: "<think>\nfive?\n</think>\n\n5")
+    assert asked == [["a"], ["a", "5", "b"]]
+
+
 def test_bytes_that_are_no_text_get_one_line_and_the_next_prompt(checkpoint):
     """A half-erased character, a NUL, a carriage return, and an end in the middle of a line."""
     (checkpoint / "run/best/generation_config.json").write_text('{"eos_token_id": [268, 269]}', encoding="utf-8")

@@ -161,6 +161,7 @@ def test_the_tokenizer_in_a_gguf_file(tmp_path):
         (dict(template="{% for m in messages %}"), "its chat template does not work"),
         (dict(template="{{ messages[0].content + none }}"), "its chat template does not work"),
         (dict(template="{{ 1 / 0 }}"), "its chat template does not work"),
+        (dict(template="{% set a, b = 'a'.split('|') %}"), "its chat template does not work"),
         (dict(pre="llama-bpe"), "the split 'llama-bpe' is not known here; known: gpt2 with a split of gpt-2, smollm"),
         (dict(template=plain), None),
     ]:

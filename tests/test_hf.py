@@ -337,6 +337,10 @@ def damage_tensors(change):
         (damage_config("rope_parameters", {"rope_type": "linear"}), "'linear' lacks factor"),
         (damage_config("rope_parameters", {"rope_type": "yarn", "factor": "wide"}), "rope_scaling is .*wide"),
         (damage_config("use_sliding_window", 1, max_window_layers=1), "use_sliding_window is not supported in some"),
+        (
+            damage_config("layer_types", ["full_attention", "sliding_attention"], model_type="mistral"),
+            "sliding_window is not supported in some blocks",
+        ),
         (damage_config("use_sliding_window", True, max_window_layers=0, sliding_window=0), "window is 0"),
         (damage_config("rope_parameters", [1]), "config.json: "),
         (damage_config("rope_scaling", YARN, rope_parameters={"rope_type": "default"}), "say different things"),

@@ -22,7 +22,7 @@ from tiny import MODEL, SMALL, config, flags
 
 import pretrain
 from pretrain import Config
-from support import devices, log, runs
+from support import devices, locks, log, runs
 from support.errors import CheckpointError, ConfigError
 from support.runs import Run
 from transformer import TransformerConfig
@@ -197,9 +197,12 @@ def test_an_earlier_run_is_moved_aside(here):
 def test_a_run_under_way_is_left_alone(here):
     """Another process's run is not moved from under its feet, nor written into; once that has ended, it is as any."""
     pretrain.main(config(steps=1))
+    with pytest.raises(BlockingIOError):  # our own run is still read and drawn in: in a script, to the process's end
+        fcntl.flock(os.open("runs/pretrain", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    runs.Run.close_log()
     before = (here / "runs/pretrain/metrics.jsonl").read_bytes()
     other = os.open("runs/pretrain", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # our own run let go of it when it ended, or this would raise
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     for changes in ({}, {"resume": True, "steps": 2}):
         with pytest.raises(ConfigError, match=r"runs/pretrain is being written by another process; give .* --name"):
             pretrain.main(config(steps=1) if not changes else config(**changes))
@@ -221,6 +224,35 @@ def test_a_run_under_way_is_left_alone(here):
     assert (here / "runs/pretrain.1/metrics.jsonl").read_bytes() == before
 
 
+def test_a_sweep_under_way_is_left_alone(here):
+    pretrain.main(config(steps=1))
+    pretrain.main(config(steps=1, name="pretrain/lr0.1"))
+    runs.Run.close_log()
+    other = os.open("runs/pretrain/lr0.1", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(ConfigError, match=r"runs/pretrain/lr0.1 is being written by another process; give .* --name"):
+        pretrain.main(config(steps=1))
+    assert not (here / "runs/pretrain.1").exists()
+    os.close(other)
+    assert not locks.LOCKED
+    pretrain.main(config(steps=1))
+    assert (here / "runs/pretrain.1/lr0.1/last").is_dir()
+
+
+def test_a_lock_on_what_another_process_has_moved_aside_is_none(here, monkeypatch):
+    pretrain.main(config(steps=1))
+    runs.Run.close_log()
+
+    def flock(_, how):
+        if how & fcntl.LOCK_NB:  # of a run's directory
+            (here / "runs/pretrain").rename(here / "runs/pretrain.1")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match="runs/pretrain is being written by another process"):
+        pretrain.main(config(steps=1))
+    assert (here / "runs/pretrain.1/metrics.jsonl").is_file()
+
+
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
 def test_without_locks_everything_goes_on(here, monkeypatch, error):
     """As on some network file systems, where flock answers one of these."""
@@ -233,6 +265,7 @@ def test_without_locks_everything_goes_on(here, monkeypatch, error):
     settings = SMALL | {"data": "text.txt", "model": TransformerConfig(**MODEL), "steps": 1}
     runs.make_start_once("start/one", "making", pretrain, settings, devices.setup("cpu"))
     assert (here / "runs/start/one/finished").is_file()
+    assert runs.STARTS["runs/start/one"] == (here / "runs/start/one/commit").read_text(encoding="utf-8") != ""
 
 
 def test_resume_refuses_another_recipe_and_a_corrupt_state(here):

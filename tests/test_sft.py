@@ -253,7 +253,8 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     assert "made earlier" in capsys.readouterr().out
     sft_start.sft_start(config(init=None, levels=[3]), dist)  # another start
     sft_start.sft_start(config(init=None, levels=[3], device="auto"), dist)  # the same
-    assert len(calls) == 3
+    assert calls[2:] == ["start/word-seed0-sft-levels3"]  # beside the other, which a run may be reading
+    assert Path("runs/start/word-seed0-sft/finished").is_file()
     assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", runs.start_name("my chats.jsonl", 0, "sft"))
     names = {runs.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
     assert len(names) == 3

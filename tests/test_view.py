@@ -356,6 +356,18 @@ def test_a_clip_that_lets_through_is_a_clip():
     close(answer["gets"], torch.tensor([2.0, 0.9, 1.5]) * 2 / 3)
 
 
+def test_a_step_whose_log_probabilities_are_not_finite_is_left_to_the_stage(here, monkeypatch):
+    look_inside = Recorder.look_inside
+
+    def nan(self, groups, *rest, **options):
+        look_inside(self, groups, *rest, **options)
+        groups[0]["answers"][0]["logp"][0] = None
+
+    monkeypatch.setattr(Recorder, "look_inside", nan)
+    assert train("dpo", steps=1) == []
+    assert "gets" not in train("distill", steps=1, loss="sample")[0]["groups"][0]["answers"][0]
+
+
 def test_only_the_steps_asked_for(here):
     records = train("grpo", steps=5, record_every=3, record_groups=1, watch=0)
     assert [record["step"] for record in records] == [1, 3, 5]

@@ -1,7 +1,7 @@
 """What glibc's malloc does with the memory of tensors, on Linux: it keeps what is freed, in large pages.
 
 keep_freed_memory()      at the start of every stage
-return_freed_memory()    between two stages in one process
+return_freed_memory()    between two stages in one process, and whenever a run saves last/
 
 By default glibc returns the memory of large tensors to the kernel, which must clear each page before it gives it out
 again: thousands of pages per step on a CPU. And the pages have 4 KiB, so that each pass over a tensor looks up

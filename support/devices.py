@@ -287,7 +287,7 @@ def peak_flops(dist):
 
 
 def free_memory(device):
-    """Free memory of `device` in bytes; None where the system does not report it."""
+    """Free memory of `device` in bytes, on a CPU this process's share; None where the system does not report it."""
     if device.type == "cuda":  # plus the blocks that torch has reserved but does not use
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
@@ -295,7 +295,8 @@ def free_memory(device):
         return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
-            # MemAvailable includes the page cache, which can be freed.
-            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+            # MemAvailable includes the page cache, which can be freed. torchrun's processes share it.
+            kilobytes = int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+            return 1024 * kilobytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (OSError, StopIteration):
         return None

@@ -41,6 +41,7 @@ from torchgen.gen import parse_native_yaml
 from torchgen.model import DispatchKey
 
 from support.cli import parse_config
+from support.runs import Run
 
 aten = torch.ops.aten
 MPS = torch.device("mps:0")
@@ -332,6 +333,7 @@ def run_all(runs):
             error = ""
         except BaseException:  # SystemExit too: the next run goes on
             error = traceback.format_exc()
+        Run.close_log()  # another process may take over its directory
         results[name] = [error, sum(counts.values())]
     return results
 

@@ -776,7 +776,7 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     monkeypatch.setattr(calls_start, "sft_start", lambda *_: "plain")
     dist, tools = devices.setup("cpu"), CALCULATOR
     path = calls_start.calls_start(Config(), dist, tools, WithTools)
-    assert path == f"runs/start/{LARGE_TASK}-seed0-calls-calculator"
+    assert path == f"runs/start/{LARGE_TASK}-seed0-calls-calculator-levels23"
     [settings] = asked
     assert (settings.data, settings.levels, settings.init) == (LARGE_TASK, [2, 3], None)
     assert settings.demonstrations == Config().demonstrations < 2000

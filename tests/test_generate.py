@@ -309,10 +309,12 @@ def test_what_generate_is_given_must_fit(model):
             generate(model, [[1, 2]], **{"max_new_tokens": 4} | bad)
 
 
-def test_free_memory_is_what_the_system_says():
+def test_free_memory_is_what_the_system_says(monkeypatch):
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(line for line in lines if line.startswith("MemAvailable"))
     assert free_memory(torch.device("cpu")) == pytest.approx(1024 * int(available.split()[1]), rel=0.2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == pytest.approx(1024 * int(available.split()[1]) / 4, rel=0.2)
 
 
 def test_a_chat_survives_what_goes_wrong(checkpoint, monkeypatch, capsys):

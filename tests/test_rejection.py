@@ -30,6 +30,7 @@ from support.checkpoints import open_checkpoint
 from support.errors import ConfigError
 from support.rollouts import Sampler
 from support.rounds import round_figures
+from support.runs import Run
 from support.verified import judged_answers
 from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs, token_logprobs
@@ -65,6 +66,7 @@ def folder(tmp_path_factory):
         tokenizer.save_pretrained("random")
         few = dict(batch=16, micro_batch=16, max_new_tokens=8, eval_problems=4, test_problems=4, device="cpu")
         sft.main(sft.Config(init="random", data="coin.jsonl", steps=120, lr=1e-2, eval_every=120, **few))
+        Run.close_log()  # tests/test_mps.py has a run of this name in another process
         shutil.copytree("runs/sft/last", "start")
     return folder
 

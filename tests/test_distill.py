@@ -787,15 +787,15 @@ def test_both_starts_are_made_once_and_the_student_is_half_as_wide(scratch, monk
     for module in (teachers, sft_start):
         monkeypatch.setattr(module, "make_start_once", make)
     settings, dist = Config(seed=3, levels=[1]), devices.setup("cpu")
-    assert student_start(settings, dist) == "runs/start/word-seed3-student"
-    assert teacher_start(settings, dist) == "runs/start/word-seed3-teacher"
+    assert student_start(settings, dist) == "runs/start/word-seed3-student-levels1"
+    assert teacher_start(settings, dist) == "runs/start/word-seed3-teacher-levels1"
     (_, a, first), (_, b, second), (name, c, third), (_, d, fourth) = asked
     assert (a, b, c, d) == (pretrain, sft, sft, grpo)
     assert first["model"].width == TransformerConfig().width // 2
     assert first["model"].resolved().head_dim == TransformerConfig().resolved().head_dim // 2
     assert second["init"] == "runs/start/word-seed3-student-pretrain"
-    assert name == "start/word-seed3-sft"  # the other stages' start
-    assert fourth["init"] == "runs/start/word-seed3-sft"
+    assert name == "start/word-seed3-sft-levels1"  # the other stages' start
+    assert fourth["init"] == "runs/start/word-seed3-sft-levels1"
     alike = [{k: v for k, v in s.items() if k not in ("init", "data")} for s in (second, third)]
     assert alike[0] == alike[1]  # fine-tuned as the teacher's start was
     for stage, s in ((pretrain, first), (sft, second), (grpo, fourth)):

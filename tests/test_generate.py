@@ -353,7 +353,9 @@ def test_a_full_context_forgets_whole_exchanges(monkeypatch, capsys):
             asked.append(turns[0]["role"])
             return [0] * 10 * len(turns), None
 
-        chat(SimpleNamespace(encode_chat=encode_chat), context, lambda ids, read=read: read.append(len(ids) // 10))
+        chat(
+            SimpleNamespace(encode_chat=encode_chat), context, lambda ids, read=read: read.append(len(ids) // 10) or ""
+        )
         assert read == lengths
         assert set(asked) == {"user"}  # never an answer without its question
         assert "the oldest exchange was forgotten" in capsys.readouterr().out

@@ -149,7 +149,7 @@ class Run:
                 exit_stopped(self.config.name, step, written, self.dist)
             if step != self.first and step % self.config.save_every == 0:
                 self.save("last")
-                return_freed_memory()  # batches of many lengths leave holes: in hours gigabytes of them
+                return_freed_memory()  # batches of many lengths leave holes in the heap
             yield step
             self.done = step + 1
 

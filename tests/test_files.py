@@ -102,6 +102,16 @@ def test_a_disk_that_fills_up_during_a_run(here):
         assert len(list(EventFileLoader(str(path)).Load())) > 3
 
 
+def test_a_checkpoint_that_could_be_written_after_all_is_news_when_it_next_cannot(here, monkeypatch):
+    def unsharded(model, dist):  # in the middle of the run, which begins with a clean slate
+        files.UNWRITTEN.add("runs/pretrain/last")
+        return model
+
+    monkeypatch.setattr(runs, "unsharded", unsharded)
+    pretrain.main(config(steps=1))
+    assert "runs/pretrain/last" not in files.UNWRITTEN
+
+
 def test_a_disk_that_is_full_at_the_start(here):
     pretrain.main(config(steps=3, dtype="fp32"))
     runs.Run.close_log()  # another process is to take the directory

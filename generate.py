@@ -58,7 +58,7 @@ from support.checkpoints import is_chat_model, open_checkpoint
 from support.cli import run_script
 from support.devices import answer_autocast, setup, traits
 from support.errors import ConfigError
-from support.fast_decode import Decoder
+from support.fast_decode import Decoder, decoding_dtype
 from support.finite import check_logprobs
 from support.generate_setup import Config, check_request, prompts_that_fit, room_after, seen_in
 from support.streaming import StreamedText, chat
@@ -122,23 +122,24 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, penal
     token means nothing.
     """
 
-    def scale(logits):  # dividing by 1 would be one more pass over (B, V)
-        return logits.float() if temperature in (0, 1) else logits.float() / temperature
+    def scale(logits):  # dividing by 1 would be one more pass over (B, V), and so would .float()
+        return logits if temperature in (0, 1) else logits.float() / temperature
 
     penalised = scaled = scale(logits)  # (B, V)
     if penalty != 1.0:
+        logits = logits.float()
         penalised = scale(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
     if temperature == 0:
         ids = penalised.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        probs = penalised.softmax(-1)
+        probs = penalised.softmax(-1, dtype=torch.float32)
         cdf = truncate(probs, top_k, top_p, min_p).cumsum(-1)  # (B, V)
         # right=True: the first token whose cumulative mass exceeds u, so one of probability 0 is never drawn. The clamp
         # is for rows of NaN.
         ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
         if penalty == 1.0:  # probs is the model's own softmax
             return ids.squeeze(-1), probs.gather(-1, ids).log().squeeze(-1)
-    return ids.squeeze(-1), scaled.log_softmax(-1).gather(-1, ids).squeeze(-1)
+    return ids.squeeze(-1), scaled.log_softmax(-1, dtype=torch.float32).gather(-1, ids).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,7 +216,8 @@ def prefill(model, prompts, n, max_new_tokens, static):
 
     cache = model.make_cache(len(prompts), longest)
     logits = model(tokens, positions, real if padded else None, cache, last_only=True)[:, -1]  # (N, V)
-    logits, cache = logits.repeat_interleave(n, dim=0), cache.repeat(n, longest + max_new_tokens)  # N·n rows of each
+    dtype = decoding_dtype(model, cache)  # on a CPU bf16 under autocast, half as much to read in each step
+    logits, cache = logits.repeat_interleave(n, dim=0), cache.repeat(n, longest + max_new_tokens, dtype)  # N·n rows
     position, visible = positions[:1, -1], None  # (1,) of the last token read, for all; None: all slots are seen
     if padded:
         position, visible = (x.repeat_interleave(n, dim=0) for x in (positions[:, -1], real))  # (N·n,), (N·n, S)

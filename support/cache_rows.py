@@ -15,10 +15,10 @@ class RowsOfKVCache:
     def values(self):
         return [store[1] for store in self.store]
 
-    def repeat(self, repeats, max_len):
-        """A cache with each row `repeats` times, and room for `max_len` tokens."""
+    def repeat(self, repeats, max_len, dtype=None):
+        """A cache with each row `repeats` times, room for `max_len` tokens, and another dtype if one is given."""
         L, _, B, G, _, D = self.store.shape
-        out = type(self)(L, B * repeats, G, max_len, D, self.store.dtype, self.store.device)
+        out = type(self)(L, B * repeats, G, max_len, D, dtype or self.store.dtype, self.store.device)
         out.length = self.length
         copies = out.store.view(L, 2, B, repeats, G, max_len, D)[..., : self.length, :]
         copies.copy_(self.store[:, :, :, None, :, : self.length])  # (L, 2, B, 1, G, S, D) to all repeats
@@ -34,8 +34,8 @@ class RowsOfKVCache:
 class RowsOfRollingKVCache:
     """Of a cache whose `keys` and `values` are lists of (B, G, slots, D), and whose `pads` are (B,) or None."""
 
-    def repeat(self, repeats, max_len):
-        """A cache with each row `repeats` times; `max_len`, which KVCache needs, has no effect here."""
+    def repeat(self, repeats, max_len, dtype=None):
+        """A cache with each row `repeats` times; `max_len` and `dtype`, which KVCache has, have no effect here."""
         out = copy.copy(self)
         out.keys = [x.repeat_interleave(repeats, dim=0) for x in self.keys]
         out.values = [x.repeat_interleave(repeats, dim=0) for x in self.values]

@@ -42,11 +42,12 @@ class Traits:
     expert_rows: int = 1  # in bf16 every expert gets a multiple of so many rows: for each new number oneDNN compiles
     stops_at_bad_index: bool = False  # F.embedding raises on an index outside the table
     decode_step: bool = True  # support/fast_decode.py has been compared with the model there
+    decodes_by_sdpa: bool = False  # from a bf16 cache SDPA decodes faster than two batched products
     cuda_graphs: bool = False
 
 
 TRAITS = {
-    "cpu": Traits(bf16_attention=False, expert_rows=32),
+    "cpu": Traits(bf16_attention=False, expert_rows=32, decodes_by_sdpa=True),
     "cuda": Traits(repeats_shared_heads=True, fused_rms_norm=True, grouped_products=True, stops_at_bad_index=True,
                    cuda_graphs=True),
     # Apple's GPU has no float64, and torch no process group for it. Its kernels have been wrong without an error on

@@ -9,7 +9,7 @@ from torch import nn
 from attention import Attention, KVCache
 from norms import RMSNorm
 from support.checks import only_declared
-from support.devices import product_dtype, traits
+from support.devices import attention_dtype, product_dtype, traits
 from support.hf import EXTENSIONS_OFF, MIXTURE_ONLY, TRAINING_ONLY
 from support.products import own_attributes
 from transformer import Block, FeedForward, Transformer
@@ -52,6 +52,13 @@ def add_product(x, h, weight):
         x.addmm_(h, weight)
     else:
         x.add_(h @ weight)
+
+
+def decoding_dtype(model, cache):
+    """The dtype in which a Decoder should hold its cache, None = as it is. The step reads all keys and values for one
+    token per sequence, so their size is its time: it takes them in the dtype of the products. A model that runs its own
+    forward needs them in that of attention."""
+    return product_dtype(model.embed.weight) if DecodeStep.fits(model, cache) else None
 
 
 class Decoder:
@@ -102,13 +109,13 @@ class DecodeStep:
     - one matrix product for q, k and v, and one for gate and up;
     - the norms' gains, √C and 1/√D are multiplied into the matrices that follow; those of q and k into RoPE's tables;
     - keys and values are written together;
-    - one batched product per key head for all queries that share it.
+    - one batched product per key head for all queries that share it, or on a CPU in bf16 SDPA.
 
     In fp32 the output matrix, and from 4 sequences on every matrix, is stored transposed, (in, out): for 4 to 32
     sequences x @ W then takes two thirds to four fifths of the time of x @ weight.T (MKL, 2 cores). In bf16 (oneDNN) it
     would take up to a fifth longer. Each `generate` builds this step again, because the weights may have changed; that
     takes about as long as a few steps and holds a second copy of the weights, in autocast's dtype where it is on.
-    Attention computes in the dtype of the cache.
+    Attention multiplies in the dtype of the cache; queries and keys are rotated in that of the model's attention.
     """
 
     @staticmethod
@@ -122,7 +129,7 @@ class DecodeStep:
     def __init__(self, model, cache):
         c = model.config
         self.config, self.cache, device = c, cache, model.embed.weight.device
-        dtype, H, G, D = cache.store.dtype, c.n_head, c.n_kv_head, c.head_dim
+        dtype, H, G, D = attention_dtype(model.embed.weight), c.n_head, c.n_kv_head, c.head_dim
         matrices = product_dtype(model.embed.weight)
         self.eps = {n: torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (c.width, D)}
         self.embed, self.layers, gains, root = model.embed.weight, [], [], c.width**0.5
@@ -189,24 +196,30 @@ class DecodeStep:
         kv = store.view(c.n_layer, 2, B * G, -1, D)[:, :, :, :S]
         keys, values = kv[:, 0].mT.unbind(), kv[:, 1].unbind()  # of each layer (B·G, D, S), (B·G, S, D)
         new = (store if static else store[:, :, :, :, slot]).unbind()  # of each layer (2, B, G, D)
+        by_sdpa, hidden = store.dtype == torch.bfloat16 and traits(x).decodes_by_sdpa, None
         if visible is not None:
-            hidden = self.cos.new_zeros(B, S).masked_fill(~visible, -torch.inf)
-            hidden = hidden[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
+            hidden = store.new_zeros(B, 1, 1, S).masked_fill(~visible[:, None, None], -torch.inf)
+            hidden = hidden if by_sdpa else hidden.expand(B, G, 1, S).reshape(B * G, 1, S)
         for i, (qkv, wo, gate_up, down, bias) in enumerate(self.layers):
             h = self.unit(x).to(qkv.dtype) @ qkv  # (B, (H + 2G)·D)
-            h = (h if bias is None else h + bias).to(store.dtype).view(B, H + 2 * G, D)
+            h = (h if bias is None else h + bias).to(self.cos.dtype).view(B, H + 2 * G, D)
             qk, k_v = h[:, : H + G], h[:, H:].view(B, 2, G, D).transpose(0, 1)  # k and v: (2, B, G, D)
             n = self.unit(qk) if c.qk_norm else qk
             torch.addcmul(n * cos[i], n.roll(D // 2, -1), sin[i], out=qk)
             if static:
-                new[i].index_copy_(3, slot, k_v.unsqueeze(3))
+                new[i].index_copy_(3, slot, k_v.unsqueeze(3).to(store.dtype))
             else:
                 new[i].copy_(k_v)
-            scores = torch.bmm(h[:, :H].reshape(B * G, H // G, D), keys[i])  # (B·G, H/G, S)
-            if visible is not None:
-                scores += hidden
-            heads = torch.bmm(torch.softmax(scores, -1, out=scores), values[i])  # (B·G, H/G, D)
-            add_product(x, heads.view(B, H * D).to(wo.dtype), wo)
+            q = h[:, :H].to(store.dtype)  # (B, H, D)
+            if by_sdpa:
+                k, v = store[i, :, :, :, :S]  # (B, G, S, D) each
+                heads = F.scaled_dot_product_attention(q[:, :, None], k, v, hidden, scale=1.0, enable_gqa=H > G)
+            else:
+                scores = torch.bmm(q.reshape(B * G, H // G, D), keys[i])  # (B·G, H/G, S)
+                if visible is not None:
+                    scores += hidden
+                heads = torch.bmm(torch.softmax(scores, -1, out=scores), values[i])  # (B·G, H/G, D)
+            add_product(x, heads.reshape(B, H * D).to(wo.dtype), wo)
             gate, up = (self.unit(x).to(gate_up.dtype) @ gate_up).chunk(2, -1)  # (B, inner) each
             add_product(x, F.silu(gate).mul_(up), down)
         return self.unit(x).to(self.output.dtype) @ self.output  # (B, V)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from evaluate import kl_estimate
 from generate import generate
 from lora import lora_off
 from support.shared_prompt import pack, shared_answer_logprobs
@@ -32,10 +33,9 @@ def sampled_kl(
         with lora_off(policy):
             ref_packed = pack(seen, answers, tokenizer.endoftext_id).to(dist.device) if seen else packed
             ref_logprobs = shared_answer_logprobs(reference, ref_packed)  # (b, T), 0 after an answer's end
-        log_r = ref_logprobs - shared_answer_logprobs(policy, packed)
+        k3 = kl_estimate(shared_answer_logprobs(policy, packed), ref_logprobs)  # (b, T)
         # Of the policy's own tokens: (b, T) of the packed answers is rounded up to 8, the rollout's is its longest row.
-        log_r = log_r * F.pad(rollout.mask, (0, log_r.shape[1] - rollout.mask.shape[1]))
-        total += (log_r.exp() - log_r - 1).sum().item()  # k3, see evaluate.kl_estimate
+        total += (k3 * F.pad(rollout.mask, (0, k3.shape[1] - rollout.mask.shape[1]))).sum().item()
         n_tokens += rollout.mask.sum().item()
     total, n_tokens = dist.sum(total, n_tokens)
     return total / n_tokens

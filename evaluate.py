@@ -261,7 +261,8 @@ def evaluate_samples(
     """
     problems, respond = checkable(problems), respond or generate
     uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))  # (N, n, T)
-    own, solved, voted = list(range(dist.rank, len(problems), dist.world)), [0] * len(problems), 0
+    own = sorted(range(dist.rank, len(problems), dist.world), key=lambda i: len(problems[i].question))
+    solved, voted = [0] * len(problems), 0
     for chunk in batches(own, batch, progress, dist):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)

@@ -70,10 +70,14 @@ class Sampler:
     stop_ids: tuple | None = None  # what ends an answer by itself; default: the tokenizer's
     respond: object = None  # what answers the prompts, with the arguments of `generate`, which is the default
 
+    def asked(self, step, attempt=0):
+        """The problems of a step, N in the order of the slots."""
+        c = self.config
+        return [self.problems[i] for i in rows_at(len(self.problems), step, c.prompts, c.seed + 7_919 * attempt)]
+
     def __call__(self, step, slots, attempt=0):
-        c, R = self.config, self.config.rollouts
-        order = rows_at(len(self.problems), step, c.prompts, c.seed + 7_919 * attempt)
-        chosen = [self.problems[order[slot]] for slot in slots]
+        c, R, asked = self.config, self.config.rollouts, self.asked(step, attempt)
+        chosen = [asked[slot] for slot in slots]
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step + 2**40 * attempt)
         uniforms = torch.rand(c.prompts, R, c.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, T)
         prompts = [encode_prompt(self.tokenizer, p) for p in chosen]

@@ -6,6 +6,7 @@ figures  = measure_start(run, problems, init), measure_valid(run, problems), mea
 look_at_step(run, problems, record)                              what a step logs, validation, best/
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -108,9 +109,11 @@ def judged_answers(sample, step, config, dist, chunk=64):
                 for g, (prompt, answers, ended) in enumerate(groups)
             ]
 
-    slots = list(range(config.prompts))
+    sizes = [len(problem.question) for problem in sample.asked(step)]
+    slots = sorted(range(config.prompts), key=sizes.__getitem__)  # by length: less padding
     results = dist.split_work([slots[i : i + chunk] for i in range(0, len(slots), chunk)], work)
-    return [group for groups in results for group in groups]
+    by_slot = dict(zip(slots, itertools.chain(*results), strict=True))
+    return [by_slot[slot] for slot in range(config.prompts)]
 
 
 def measure_valid(run, problems, step=None):

@@ -261,6 +261,7 @@ def test_sampled_answers_are_judged_alike_however_they_are_cut(here, monkeypatch
     sample = Sampler(policy, tokenizer, problems, settings, autocast)
     whole = judged_answers(sample, 1, settings, dist)
     assert whole == judged_answers(sample, 1, settings, dist, chunk=3)
+    assert [prompt for prompt, _ in whole] == [rejection_prompt(tokenizer, p) for p in sample.asked(1)]
     assert [len(answers) for _, answers in whole] == [4] * 7
     assert [prompt for prompt, _ in whole] != [prompt for prompt, _ in judged_answers(sample, 0, settings, dist)]
     by_prompt = {tuple(rejection_prompt(tokenizer, p)): p for p in problems}

@@ -203,6 +203,20 @@ def test_a_run_that_diverged_is_a_result(experiment, scratch):
     assert saved["settings"]["config"]["weight_decay"] == 0.1  # the defaults too
 
 
+def test_a_run_that_was_stopped_leaves_no_figures_of_the_one_before(experiment, scratch, monkeypatch):
+    settings, folder = ablate.settings_of(experiment, "narrow", 0), scratch / "runs/ablate/a"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}", encoding="utf-8")
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation_runs, "figures_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run_one(settings, folder, 1)
+    assert not (folder / "result.json").exists()
+
+
 def test_a_variant_may_be_a_start_that_is_measured_and_not_trained(scratch, monkeypatch):
     tokenizer = BPETokenizer.train(["the cat sat on the mat"], 300)
     sizes = dict(context=200, n_layer=1, n_head=2, n_kv_head=1, width=16)

@@ -215,7 +215,7 @@ def own_measure(sample):
     return sample.correct if sample.problem.answer else token_f1(sample.text, sample.problem.solution)
 
 
-def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None):
+def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None, dtype="fp32"):
     """Greedy answers to N problems, dealt out to the ranks -> on every rank the same, but for its own samples:
 
         accuracy, correct         the share and the number of right answers, of the problems that are `checkable`
@@ -227,14 +227,15 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         samples                   this rank's answers: a list of Sample
 
     progress: the name of a bar. respond: what answers the prompts, with the arguments of `generate`, which is the
-    default; agent.py has one with tools.
+    default; agent.py has one with tools. dtype: the precision of the answers, as --dtype.
     """
-    N, respond = len(problems), respond or generate
+    N, respond, (autocast, _) = len(problems), respond or generate, precision(dtype, dist)
     own = sorted(range(dist.rank, N, dist.world), key=lambda i: len(problems[i].question))  # by length: less padding
     samples, verdicts = [], [0.0] * N
     for chunk in batches(own, batch, progress, dist):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
-        rollout = respond(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
+        with autocast():
+            rollout = respond(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
         all_tokens = map(len, rollout.rows)
         for i, text, length, end, size in zip(chunk, texts, lengths.tolist(), ended.tolist(), all_tokens, strict=True):
@@ -252,21 +253,24 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
 
 
 def evaluate_samples(
-    policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None, respond=None
-):
+    policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None,
+    respond=None, dtype="fp32",
+):  # fmt: skip
     """n sampled answers to each of the N problems that are `checkable` -> {"pass@1", "pass@2", …, "pass@n",
-    "majority@n"}, k in powers of two, and "solved", how many of each problem's answers are right.
+    "majority@n"}, k in powers of two, and "solved", how many of each problem's answers are right. The rest as in
+    `evaluate`.
 
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
-    problems, respond = checkable(problems), respond or generate
+    problems, respond, (autocast, _) = checkable(problems), respond or generate, precision(dtype, dist)
     uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))  # (N, n, T)
     own = sorted(range(dist.rank, len(problems), dist.world), key=lambda i: len(problems[i].question))
     solved, voted = [0] * len(problems), 0
     for chunk in batches(own, batch, progress, dist):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
-        texts = respond(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
+        with autocast():
+            texts = respond(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
         for row, i in enumerate(chunk):
             task, answers = task_of(problems[i].task), texts[row * n : (row + 1) * n]
             solved[i] = sum(is_correct(text, problems[i]) for text in answers)
@@ -381,8 +385,8 @@ class Config:
     """Random seed of the sampling."""
     device: str = "auto"
     """auto (the best there is), cpu, cuda or mps (Apple)."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """As in the evaluations of the stages; bf16 is faster on most GPUs."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the answers, as in the stages; auto is the fastest that the hardware multiplies."""
 
     def __post_init__(self):
         check(self)
@@ -391,16 +395,14 @@ class Config:
 def main(config):
     """Measure, print, write; returns what result.json holds."""
     dist = setup(config.device)
-    autocast, _ = precision(config.dtype, dist)
     problems, models, folder = open_all(config, dist)  # the problems that fit every model
     results, T, n = [], config.max_new_tokens, config.samples
     for name, policy, tokenizer in models:
         policy.to(dist.device)
-        with autocast():
-            result = evaluate(policy, tokenizer, problems, T, dist, batch=64, progress=name)
-            if n:
-                sampling = {"seed": config.seed, "batch": max(1, 64 // n), "progress": f"{name}, {n} samples each"}
-                result |= evaluate_samples(policy, tokenizer, problems, n, T, dist, **sampling)
+        result = evaluate(policy, tokenizer, problems, T, dist, batch=64, progress=name, dtype=config.dtype)
+        if n:
+            sampling = {"seed": config.seed, "batch": max(1, 64 // n), "progress": f"{name}, {n} samples each"}
+            result |= evaluate_samples(policy, tokenizer, problems, n, T, dist, **sampling, dtype=config.dtype)
         policy.to("cpu")
         results.append({key: value for key, value in result.items() if key != "samples"})
 

@@ -62,7 +62,8 @@ class Look:
             figures = {"pairs": validate(policy, self.pairs[split], *shared)}
             if self.problems:
                 longest = run.config.max_new_tokens
-                result = evaluate(policy, run.tokenizer, self.problems[split], longest, run.dist)
+                answering = run.tokenizer, self.problems[split], longest, run.dist
+                result = evaluate(policy, *answering, dtype=run.config.dtype)
                 figures |= {name: value for name, value in result.items() if name != "samples"}
         return figures
 

@@ -84,7 +84,8 @@ class Look:
         """The figures of greedy answers to the problems of a split."""
         run = self.run
         with merged(run.model):
-            result = evaluate(run.model, run.tokenizer, self.problems[split], run.config.max_new_tokens, run.dist)
+            answering = run.tokenizer, self.problems[split], run.config.max_new_tokens, run.dist
+            result = evaluate(run.model, *answering, dtype=run.config.dtype)
         return {name: value for name, value in result.items() if name != "samples"}
 
     def before(self, init, judge):

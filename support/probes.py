@@ -205,7 +205,7 @@ def measure_start(config):
     policy, tokenizer, path = open_checkpoint(init, dist.device)
     problems = load_problems(data, "test", config.test_problems, levels)
     respond = agent.WithTools(tools, tokenizer) if tools else None
-    return evaluate(policy, tokenizer, problems, longest, dist, respond=respond) | {"path": str(path)}
+    return evaluate(policy, tokenizer, problems, longest, dist, respond=respond, dtype="auto") | {"path": str(path)}
 
 
 def make_start(seed, kind="sft"):
@@ -227,9 +227,9 @@ def held_out(folder, figures, settings):
     problems, dist = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup()
     policy, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
     start = open_checkpoint(make_start(settings["config"]["seed"]), dist.device)[0]
-    greedy = evaluate(policy, tokenizer, problems, NEW_TOKENS, dist)
+    greedy = evaluate(policy, tokenizer, problems, NEW_TOKENS, dist, dtype="auto")
     texts, ended = zip(*((s.text, s.ended) for s in greedy["samples"]), strict=True)
-    sampled = evaluate_samples(policy, tokenizer, problems, 8, NEW_TOKENS, dist)
+    sampled = evaluate_samples(policy, tokenizer, problems, 8, NEW_TOKENS, dist, dtype="auto")
     prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     return {
         "pass_at_8": 100 * sampled["pass@8"],
@@ -246,7 +246,7 @@ def carried_over(folder, figures, settings):
     policy, tokenizer, _ = open_checkpoint(figures["path"], setup().device)
     results = held_out(folder, figures, settings)
     for name in SHIFTS:
-        result = evaluate(policy, tokenizer, shifted_problems(name, 500), NEW_TOKENS, setup())
+        result = evaluate(policy, tokenizer, shifted_problems(name, 500), NEW_TOKENS, setup(), dtype="auto")
         results[name.replace(" ", "_")] = 100 * result["accuracy"]
     return results
 
@@ -281,7 +281,7 @@ def taught(folder, figures, settings):
     problems, dist, c = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup(), settings["config"]
     policy, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
     teacher = open_checkpoint(make_start(c["seed"], "teacher"), dist.device)[0]
-    sampled = evaluate_samples(policy, tokenizer, problems, 8, NEW_TOKENS, dist)
+    sampled = evaluate_samples(policy, tokenizer, problems, 8, NEW_TOKENS, dist, dtype="auto")
     prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     results = {
         "pass_at_8": 100 * sampled["pass@8"],

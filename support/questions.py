@@ -54,7 +54,8 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist, resp
     """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if most problems have none to
     check, what the greedy answers earn, {"valid_reward"} then too."""
     with merged(policy):
-        result = evaluate(policy, tokenizer, problems["valid"], config.max_new_tokens, dist, respond=respond)
+        sizes = config.max_new_tokens, dist
+        result = evaluate(policy, tokenizer, problems["valid"], *sizes, respond=respond, dtype=config.dtype)
     record = logged(result)
     if verifiable(problems["valid"]):
         return record, result["accuracy"]
@@ -68,10 +69,10 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist, resp
 def test_figures(policy, tokenizer, problems, config, dist, respond):
     """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
     with merged(policy):
-        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, respond=respond)
+        how = {"respond": respond, "dtype": config.dtype}
+        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, **how)
         some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
-        sampling = {"temperature": config.temperature, "seed": config.seed, "batch": config.prompts}
-        sampling |= {"respond": respond}
+        sampling = {"temperature": config.temperature, "seed": config.seed, "batch": config.prompts} | how
         sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
     figures = {name: value for name, value in result.items() if name != "samples"}
     return figures | {"solved": sampled["solved"]}

@@ -15,7 +15,9 @@ class Look:
     the problems, as in `evaluate`; None: the policy alone."""
 
     def __init__(self, run, problems, valid_loss, respond=None):
-        self.run, self.problems, self.valid_loss, self.respond = run, problems, valid_loss, respond
+        self.run, self.problems, self.valid_loss = run, problems, valid_loss
+        self.sizes = run.config.max_new_tokens, run.dist
+        self.answering = {"respond": respond, "dtype": run.config.dtype}
         self.metric = measure_of(problems["valid"])  # accuracy; f1 where no problem has an answer to verify
 
     def at_step(self, record):
@@ -25,8 +27,7 @@ class Look:
         step, loss = run.done + 1, f"{record['loss']:.3f}"
         if run.due(config.eval_every):
             with merged(run.model):  # LoRA's adapters, if any, are merged for the time of the evaluation
-                sizes = config.max_new_tokens, run.dist
-                result = evaluate(run.model, run.tokenizer, self.problems["valid"], *sizes, respond=self.respond)
+                result = evaluate(run.model, run.tokenizer, self.problems["valid"], *self.sizes, **self.answering)
             held_out = ""
             if self.valid_loss:
                 record["valid_loss"] = self.valid_loss()
@@ -42,11 +43,10 @@ class Look:
         """The test split, with the checkpoint that the validation split chose -> what sft.main returns."""
         run, config, test = self.run, self.run.config, self.problems["test"]
         policy, tokenizer, path = open_checkpoint(run.path, run.dist.device)
-        sizes, sampled = (config.max_new_tokens, run.dist), {}
-        result = evaluate(policy, tokenizer, test, *sizes, respond=self.respond)
+        sampled, result = {}, evaluate(policy, tokenizer, test, *self.sizes, **self.answering)
         if config.samples:
-            asked = {"seed": config.seed, "respond": self.respond}
-            sampled = evaluate_samples(policy, tokenizer, test, config.samples, *sizes, **asked)
+            asked = self.answering | {"seed": config.seed}
+            sampled = evaluate_samples(policy, tokenizer, test, config.samples, *self.sizes, **asked)
         test_metric = measure_of(test)
         if run.dist.is_main:
             report(config, run.path, result, sampled, (self.metric, test_metric), policy.num_params(), path)

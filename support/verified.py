@@ -120,16 +120,17 @@ def measure_valid(run, problems, step=None):
     """Greedy answers to the validation problems -> {metric: value}, what is logged of them; three go to samples.md.
     step: default the current one."""
     with merged(run.model):
-        result = evaluate(run.model, run.tokenizer, problems["valid"], run.config.max_new_tokens, run.dist)
+        sizes = run.config.max_new_tokens, run.dist
+        result = evaluate(run.model, run.tokenizer, problems["valid"], *sizes, dtype=run.config.dtype)
     write_samples(run.log, run.done + 1 if step is None else step, result["samples"][:3])
     return logged(result)
 
 
 def measure_test(policy, tokenizer, problems, config, dist):
     """The test split: greedy answers; pass@k, and how often each problem was solved, of samples at temperature 1."""
-    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist)
+    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, dtype=config.dtype)
     some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
-    sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, seed=config.seed)
+    sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, seed=config.seed, dtype=config.dtype)
     return {name: value for name, value in (result | sampled).items() if name != "samples"}
 
 

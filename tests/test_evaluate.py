@@ -1,5 +1,6 @@
 """evaluate.py: every figure by hand or against an enumeration, what two ranks find, the tables, and the script."""
 
+import ast
 import copy
 import itertools
 import json
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import script
+from conftest import ROOT, script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ from evaluate import (
     wilson,
     words,
 )
-from generate import Rollout
+from generate import Rollout, generate
 from lora import LoraConfig, add_lora
 from support import devices, held_out, sft_report
 from support import sampled_kl as kl_module
@@ -65,6 +66,34 @@ class Rank(devices.Dist):
 
     def sum(self, *values):
         return [float(v) for v in values]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_answers_are_given_in_the_precision_asked_for(tokenizer, dtype):
+    seen = []
+
+    def respond(*args, **kwargs):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return generate(*args, **kwargs)
+
+    problems, dist = load_problems("word", "valid", 2), devices.setup("cpu")
+    evaluate(tiny(tokenizer), tokenizer, problems, 2, dist, respond=respond, dtype=dtype)
+    evaluate_samples(tiny(tokenizer), tokenizer, problems, 2, 2, dist, respond=respond, dtype=dtype)
+    assert seen == 2 * [{"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]]
+
+
+def test_every_stage_says_in_which_precision_it_is_evaluated():
+    """Without a word it is fp32, which only grpo_plain.py and the picture of support/front.py are in."""
+    silent = []
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            called = isinstance(node, ast.Call) and getattr(node.func, "id", None)
+            if called in ("evaluate", "evaluate_samples"):
+                source = ast.unparse(node)
+                if "dtype" not in source and not ("**" in source and '"dtype": ' in text):
+                    silent.append(path.name)
+    assert set(silent) == {"grpo_plain.py", "front.py"}
 
 
 def test_token_f1_by_hand():

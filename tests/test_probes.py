@@ -43,7 +43,7 @@ def test_what_carries_over_is_counted_by_kind(monkeypatch):
     """A policy that knows all answers but those of two kinds."""
     asked = []
 
-    def evaluate(policy, tokenizer, problems, new_tokens, dist):
+    def evaluate(policy, tokenizer, problems, new_tokens, dist, dtype):
         asked.append(len(problems))
         return {"accuracy": 0.25 if len(problems) == 50 or problems[0].level == 3 else 1.0}
 

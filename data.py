@@ -180,7 +180,7 @@ def of_split(what, records, name, split):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# The records of a split. What all loaders take:
+# The records of a split. What the loaders take (load_text and load_reviews without n and levels):
 #
 #   name      a row of the table above, or a path; str or Path
 #   split     "train", "valid" or "test"

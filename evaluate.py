@@ -371,7 +371,7 @@ class Config:
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     problems: Count | None = None
-    """Number of problems; default: all, or 1,000 of the built-in ones."""
+    """Number of problems; default: all, or of the built-in ones 1,000 (20,000 of train)."""
     instruction: str = ""
     """Text after each question that says how to answer, for a model that was not fine-tuned to end with #### and a
     number."""

@@ -280,6 +280,7 @@ def walk(optimizer, start, gradient, steps):
 
 
 def demo():
+    """Two steps of each optimizer by hand; a bowl; decay; which step Muon takes; clipping; the schedules."""
     torch.manual_seed(0)
     print("by hand: w = 1, η = 0.1, gradients 2 and then 1; μ, β₁, β₂ and λ are 0.5 each")
     optimizers = {

@@ -302,7 +302,7 @@ class Config(RecordFlags, RunConfig):
     test_problems: Count = 1000
     """Test problems of the last evaluation."""
     samples: Whole = 0
-    """Sampled answers per test problem for pass@k and majority@k; 0 turns them off."""
+    """Sampled answers per test problem for pass@k and majority@n; 0 turns them off."""
     save_every: Count = 200
     dropout: FractionBelow1 = 0.0
     """Dropout during training."""

@@ -353,6 +353,7 @@ def from_spec(spec):
 
 
 def demo():
+    """Three merges by hand; a rank order; the cuts; a trained vocabulary against the plain forms; a chat's mask."""
     print("aaabdaaabac, three merges:")
     tokens, ids = {byte: bytes([byte]) for byte in range(256)}, list(b"aaabdaaabac")
     for new, (left, right) in enumerate(train_bpe_naive("aaabdaaabac", 3), 256):

@@ -15,9 +15,9 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     cache.length += T                          once, after all layers
     logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
 
-Every stage's loss comes back through log π(y) = z_y − log Σ_v exp(z_v), z = logits / temperature (1 unless given). The
-gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y is pushed up by what
-π(y) lacks to 1, each other one down by its own π(v).
+The losses of pretraining, SFT, DPO and RL come back through log π(y) = z_y − log Σ_v exp(z_v), z = logits / temperature
+(1 unless given). The gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y
+is pushed up by what π(y) lacks to 1, each other one down by its own π(v).
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
 biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropout. All that a recipe varies is a field

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import encode_prompt, rows_at
+from data import encode_prompt
 from support.rollouts import Sampler
 from support.shared_prompt import PackedAnswers, pack
 
@@ -44,23 +44,21 @@ class Writers:
 
     def __init__(self, policy, teacher, tokenizer, problems, teacher_problems, config, autocast):
         """teacher_problems: the same problems as the teacher sees them, in the same order."""
-        self.tokenizer, self.config = tokenizer, config
-        self.problems, self.teacher_problems = problems, teacher_problems
+        self.tokenizer, self.config, self.seen_alike = tokenizer, config, teacher_problems is problems
         self.student = Sampler(policy, tokenizer, problems, config, autocast)
         self.teacher = Sampler(teacher, tokenizer, teacher_problems, config, autocast)
 
     def __call__(self, step, slots):
-        c = self.config
-        order = rows_at(len(self.problems), step, c.prompts, c.seed)
-        by_student = [written_by_student(slot, c.on_policy) for slot in slots]
+        by_student = [written_by_student(slot, self.config.on_policy) for slot in slots]
         answers = {}  # of each slot
         for sample, is_student in ((self.student, True), (self.teacher, False)):
             own = [slot for slot, student in zip(slots, by_student, strict=True) if student == is_student]
             if own:
                 answers |= zip(own, sample(step, own).answers, strict=True)
-        prompts = teacher_prompts = [encode_prompt(self.tokenizer, self.problems[order[slot]]) for slot in slots]
-        if self.teacher_problems is not self.problems:
-            teacher_prompts = [encode_prompt(self.tokenizer, self.teacher_problems[order[slot]]) for slot in slots]
+        asked, shown = self.student.asked(step), self.teacher.asked(step)  # the same, as the teacher sees them
+        prompts = teacher_prompts = [encode_prompt(self.tokenizer, asked[slot]) for slot in slots]
+        if not self.seen_alike:
+            teacher_prompts = [encode_prompt(self.tokenizer, shown[slot]) for slot in slots]
         return Texts(prompts, teacher_prompts, [answers[slot] for slot in slots], by_student)
 
 

@@ -68,7 +68,7 @@ class VerifiedConfig(PolicyConfig):
     pass_samples: Count = 16
     """Samples per problem, and the largest k."""
     micro_batch: Count | None = None
-    """Answers per forward pass of one rank, whole groups; default 128 for the built-in problems (short), else 32."""
+    """Answers per forward pass of one rank, whole groups; default 128 for `word` (short rows), else 32."""
 
     def __post_init__(self):
         super().__post_init__()

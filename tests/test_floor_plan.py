@@ -96,7 +96,7 @@ generate: generate
 reward_model: bradley_terry_loss
 dpo: dpo_loss kto_loss orpo_loss
 ppo: gae ppo_policy_loss value_loss
-grpo: group_advantages grpo_loss extract_answer
+grpo: group_advantages grpo_loss ALGORITHMS extract_answer
 gdpo: gdpo_advantages
 distill: distill_loss
 agent: calculator

@@ -156,7 +156,7 @@ def by_seed(experiment, results, seeds):
     }
 
 
-def means_of(experiment, results, seeds):
+def intervals_of(experiment, results, seeds):
     """{(variant, seed): figures} -> {variant: {metric: the interval of its mean}}."""
     values = by_seed(experiment, results, seeds)
     return {v: {metric: student_interval(x) for metric, x in of_metric.items()} for v, of_metric in values.items()}
@@ -335,7 +335,7 @@ def main(config):
     # 3. compare
     saved = {key: read_result(folder) for key, (_, folder) in runs.items()}
     results = {key: result["figures"] for key, result in saved.items()}
-    means = means_of(experiment, results, seeds)
+    means = intervals_of(experiment, results, seeds)
     differences = differences_of(experiment, results, seeds)  # paired by seed, p corrected
     logs = {key: curves_of(folder / "run") for key, (_, folder) in runs.items()} if experiment.curves else {}
     curves = {m: mean_curves(logs, experiment.variants, seeds, m, student_interval) for m in experiment.curves}

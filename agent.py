@@ -270,7 +270,7 @@ def main(config):
         # 2. judge: {name: (n, R)} in batch.rewards
         judge_batch(functions, batch, config)
         paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
-        totals = rollout_sums(batch, paid, reward_weights, signal_of(batch)) | respond.sums()
+        rollout_totals = rollout_sums(batch, paid, reward_weights, signal_of(batch)) | respond.sums()
         mask, old_logprobs = batch.rollout.mask, batch.rollout.logprobs  # (n·R, T) each: m, and log π_old where m = 1
         if config.train_on_tools:
             mask = mask | batch.rollout.written  # (n·R, T) True on what a tool wrote, which has no sampled log π_old
@@ -310,7 +310,7 @@ def main(config):
             run.check_finite(lr, norm)
 
         # 5. look: log the step; every so often answer validation questions, with the tools
-        record = step_record(totals, update_sums, len(minibatches) * config.inner_epochs, config, dist)
+        record = step_record(rollout_totals, update_sums, len(minibatches) * config.inner_epochs, config, dist)
         look.at_step(record, batch, reward_sums(paid, reward_weights), norm, lr)
     run.close()
     return look.after()

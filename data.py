@@ -329,11 +329,15 @@ def encode_prompt(tokenizer, record):
     return tokenizer.encode_chat(turns_before_answer(record), add_generation_prompt=True)[0]  # ids, without the mask
 
 
+def encode_answer(tokenizer, text):
+    """The ids of an answer and its end, as if it were sampled."""
+    return [*tokenizer.encode(text), tokenizer.im_end_id]
+
+
 def encode_answers(tokenizer, record):
-    """A Pair or a Judged -> prompt ids, [chosen ids, rejected ids] or [the answer's ids], each answer with its end, as
-    if it were sampled."""
+    """A Pair or a Judged -> prompt ids, [chosen ids, rejected ids] or [the answer's ids]."""
     texts = [record.answer] if isinstance(record, Judged) else [record.chosen, record.rejected]
-    return encode_prompt(tokenizer, record), [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]
+    return encode_prompt(tokenizer, record), [encode_answer(tokenizer, text) for text in texts]
 
 
 # -----------------------------------------------------------------------------------------------------------------

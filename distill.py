@@ -249,7 +249,7 @@ class Config(RecordFlags, VerifiedConfig):
             self.beta = 0.0
 
 
-def compare(model, teacher, piece, config, n_tokens):
+def piece_loss(model, teacher, piece, config, n_tokens):
     """The loss of a piece, (), and its metrics."""
     mask, temperature = piece.mask, config.temperature
     if config.loss == "sample":
@@ -288,7 +288,7 @@ def main(config):
             # The ranks average their gradients in the last backward alone; * world makes the average a sum
             with averaging(model, piece is pieces[-1]):
                 with autocast():
-                    loss, metrics = compare(model, teacher, piece, config, n_tokens)
+                    loss, metrics = piece_loss(model, teacher, piece, config, n_tokens)
                 scaler.scale(loss * dist.world).backward()
             add_up(sums, metrics, piece, config)
         record = step_record(sums, dist)

@@ -144,7 +144,7 @@ def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
 
 
 def kto_loss(
-    log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, sft=0
+    log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, nll=0
 ):
     """Single answers need no pairs (arXiv:2402.01306). log_ratio: u = log π − log π_ref, summed over tokens; desirable:
     whether the answer is good; (b,) each. z0: a number, without gradient. -> (loss, metrics)
@@ -153,14 +153,14 @@ def kto_loss(
         z0 = max(0, mean of log π(y'|x) − log π_ref(y'|x)), an estimate of KL(π ‖ π_ref): y' is another prompt's answer,
              that of the row before; one z0 for all of a step (`reference_point`)
 
-    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. sft (b,): the nll term, added to
+    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. nll (b,): that term, added to
     the loss of the good answers. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good
     answers, "rejected" the bad ones. How to choose λ, and what the first gradient is: support/judged.py.
     """
     good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
     h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,); above 0: on the right side
     losses = torch.sigmoid(-h)  # 1 − σ(h)
-    losses = torch.where(good, weight_desirable * losses + sft, weight_undesirable * losses)  # (b,)
+    losses = torch.where(good, weight_desirable * losses + nll, weight_undesirable * losses)  # (b,)
     metrics = {"loss": losses.mean(), "accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
     for side, on_side in (("chosen", good), ("rejected", ~good)):  # (b,); NaN if there is none on a side
         metrics[f"reward_{side}"] = beta * log_ratio[on_side].mean()
@@ -349,8 +349,8 @@ def loss_of(config, logps, micro, z0=None, n_pairs=None):
     settings |= {"beta": config.beta, "n_pairs": n_pairs}
     if VARIANTS[config.variant].unpaired:
         (logp,), (ref,) = logps, micro.ref_logps  # (b,)
-        sft = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
-        return kto_loss(logp - ref, micro.desirable, z0, sft=sft, logps=logp, **settings)
+        nll = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
+        return kto_loss(logp - ref, micro.desirable, z0, nll=nll, logps=logp, **settings)
     (logp_chosen, logp_rejected), (ref_chosen, ref_rejected) = logps, micro.ref_logps  # (b,) each; no π_ref: None
     settings |= {"variant": config.variant, "nll": config.nll} | micro.lengths
     return dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, **settings)

@@ -55,8 +55,8 @@ def group_advantages(rewards):
     return (centred / (rewards.std(1, keepdim=True) + 1e-4)).masked_fill(same, 0.0)
 
 
-def grpo_loss(logprobs, old, ref, A, mask, B):
-    """log π, log π_old, log π_ref (b, T), each 0 on padding; A (b,); mask (b, T) -> the loss, a scalar."""
+def grpo_loss(logprobs, old, A, mask, ref, B):
+    """log π, log π_old (b, T), each 0 on padding; A (b,); mask, log π_ref (b, T) -> the loss, a scalar."""
     rho, A = (logprobs - old).exp(), A[:, None]  # (b, T), (b, 1)
     gain = torch.minimum(rho * A, rho.clamp(1 - EPSILON, 1 + EPSILON) * A)
     k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)  # (b, T); ∇(ρ k3) is in the mean ∇KL(π ‖ π_ref)
@@ -70,7 +70,7 @@ def demo():
     old = torch.tensor([[0.5, 0.8], [0.5, 0.9], [0.2, 0.9], [0.5, 0.8]]).log()
     rho = torch.tensor([[1.30, 1.05], [1.10, 0.70], [0.75, 1.10], [1.15, 0.95]])
     logprobs = (old + rho.log()).requires_grad_()
-    grpo_loss(logprobs, old, logprobs.detach(), A, torch.ones(4, 2), B=4).backward()  # π_ref = π: no KL
+    grpo_loss(logprobs, old, A, torch.ones(4, 2), logprobs.detach(), B=4).backward()  # π_ref = π: no KL
     gets = 0.0 - 100 * logprobs.grad  # (R, T); 0.0 − 0.0 is 0.0, but −0.0 would print a sign
     print("answer   A      ρ of its tokens   −100 ∂loss/∂log π = 100 ρ A / (4 answers · 2 tokens), or 0 where clipped")
     for i, word in enumerate(("right", "wrong", "wrong", "right")):
@@ -144,7 +144,7 @@ def main(config):
             with torch.no_grad():
                 ref, _ = answer_logprobs(reference, *scored)
             old = rollout.logprobs[rows, : mask.shape[1]]  # (b, T) as sampled; the batch's longest may be longer
-            loss = grpo_loss(logprobs, old, ref, A.flatten()[rows].to(mask.device), mask, B)
+            loss = grpo_loss(logprobs, old, A.flatten()[rows].to(mask.device), mask, ref, B)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_NORM)
             for optimizer in optimizers:

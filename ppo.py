@@ -55,7 +55,7 @@ tokens, the KL penalty each, and `final` at the last:
     β      = adapt_beta(β, KL(π_old ‖ π_ref))          off by default
     log; every so often answer validation problems                                                        5. look
 
-The defaults run 16 prompts × 8 answers, one pass of four minibatches, β = 0.05 (--kl_beta); γ = 1, λ = 0.95 (--lam),
+The defaults run 16 prompts × 8 answers, one pass of four minibatches, β = 0.05 (--beta); γ = 1, λ = 0.95 (--lam),
 ε = ε_v = 0.2 (--clip_ratio, --clip_value) and c = 0.1 (--value_weight), as the code of arXiv:1909.08593; normalised
 scores, no baseline but the values (a head on the policy's trunk), whitened advantages, a fine of 1 where the end is
 missing, as the reward model has never seen such an answer, and stop_kl = 0.1. Off: --kl_target, --baseline mean or
@@ -78,7 +78,7 @@ A score that rises while `correct` falls is over-optimisation.
 Run it (without --init and --reward_model it makes both on the task of --data, under runs/start, and reuses them):
     python ppo.py --demo                               one answer of three tokens, by hand
     python ppo.py
-    python ppo.py --value separate --prompts 512 --rollouts 1 --minibatches 8 --kl_beta 0.02       as InstructGPT
+    python ppo.py --value separate --prompts 512 --rollouts 1 --minibatches 8 --beta 0.02       as InstructGPT
     torchrun --nproc_per_node 2 ppo.py --init runs/sft --reward_model runs/reward_model
 """
 
@@ -296,7 +296,7 @@ class Config(RecordFlags, SizeFlags):
     name: str = "ppo"
     steps: Count = 250
     """Batches of rollouts."""
-    kl_beta: Amount = 0.05
+    beta: Amount = 0.05
     """Weight of the KL penalty in the rewards; with --kl_target its first value."""
     kl_target: Positive | None = None
     """Adapt the weight of the KL penalty so that the KL stays near this many nats per answer."""

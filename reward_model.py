@@ -20,14 +20,14 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
             logprobs = log π(y_w|x) / |y_w|                from the same states                     (b,)
         r_w, r_l = scores                                                                           (b,) each
         loss = Σ [−log σ(r_w − r_l − margin) + centre · (r_w + r_l)²] / B                           ()
-        nll  = −Σ logprobs / B                                                                      ()
-        (loss + sft_weight · nll).backward()               gradients add up, over micro-batches and ranks
+        nll_loss = −Σ logprobs / B                                                                  ()
+        (loss + nll · nll_loss).backward()          gradients add up, over micro-batches and ranks
     clip the gradient's norm, optimizer step                                                                3. update
     log; every --eval_every steps rank the validation pairs, keep the best checkpoint                       4. look
 
-The defaults run 600 steps of 64 pairs (Muon, lr 2e-3) with margin 0, centre 0.01, sft_weight 1 and two extra layers.
+The defaults run 600 steps of 64 pairs (Muon, lr 2e-3) with margin 0, centre 0.01, nll 1 and two extra layers.
 The pairs are corrupted solutions, and the SFT model's own samples, judged by the verifier. The loss alone is --centre 0
---sft_weight 0 --extra_layers 0; with --optimizer adamw --lr 9e-6, for one epoch, it is the paper's, which takes all
+--nll 0 --extra_layers 0; with --optimizer adamw --lr 9e-6, for one epoch, it is the paper's, which takes all
 pairs of K = 4 to 9 ranked answers to a prompt into one batch. Off: --loss hinge (max(0, margin − (r_w − r_l)), which
 stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
 
@@ -305,7 +305,7 @@ class Config(RewardPairFlags):
     """Margin by which the chosen answer should win; default: 0, or 1 for the hinge."""
     centre: Amount = 0.01
     """Weight of the squared sum of a pair's scores, which pulls their mean towards 0."""
-    sft_weight: Amount | None = None
+    nll: Amount | None = None
     """Weight of the SFT loss per token on the chosen answers; default: 1, or 0 for an encoder, which has no such
     loss."""
     weight_decay: Amount = 0.01
@@ -352,18 +352,18 @@ def main(config):
             micro = own[i : i + config.micro_batch]
             last = i + config.micro_batch >= share
             with averaging(model, last):  # DDP averages over the ranks in the last backward alone; * world: a sum
-                nll = torch.zeros((), device=dist.device)
+                nll_loss = torch.zeros((), device=dist.device)
                 packed = judge.pack(micro, pad, dist.device)
                 with autocast():
-                    if config.sft_weight:
+                    if config.nll:
                         scores, logprobs = judge.read(model, packed, with_logprobs=True)  # (2b,), (b,)
-                        nll = -logprobs.sum() / config.batch  # of the chosen answers, a mean per token of each
+                        nll_loss = -logprobs.sum() / config.batch  # of the chosen answers, a mean per token of each
                     else:
                         scores = judge.read(model, packed)
                 r_w, r_l = scores.view(-1, 2).unbind(1)  # (b,) each; chosen first in each group
                 loss, metrics = loss_of(r_w, r_l, config.margin, centre=config.centre, n_pairs=config.batch)
-                metrics["nll_loss"] = nll.item()
-                scaler.scale((loss + config.sft_weight * nll) * dist.world).backward()
+                metrics["nll_loss"] = nll_loss.item()
+                scaler.scale((loss + config.nll * nll_loss) * dist.world).backward()
             for name, value in metrics.items():  # a loss is already a part of the sum, the others are means
                 weight = 1 if name.endswith("loss") else len(micro) / config.batch
                 sums[name] = sums.get(name, 0.0) + value * weight

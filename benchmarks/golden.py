@@ -59,7 +59,7 @@ RUNS = [
         "reward_model_2": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 0 "
         "--pairs corrupted",
         "reward_hinge": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 0 "
-        "--pairs corrupted --loss hinge --margin 1 --centre 0.01 --sft_weight 0",
+        "--pairs corrupted --loss hinge --margin 1 --centre 0.01 --nll 0",
         "dpo": f"dpo.py {SFT} {SHORT} --prompts 60 --steps 6 --eval_every 3 --batch 8 --max_new_tokens 40",
         "dpo_2": f"dpo.py {SFT} {SHORT} --prompts 60 --steps 6 --eval_every 3 --batch 8 --max_new_tokens 40",
         "dpo_ipo": f"dpo.py {SFT} {SHORT} --prompts 60 --steps 6 --eval_every 3 --batch 8 --pairs offline "

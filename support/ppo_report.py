@@ -174,7 +174,7 @@ def step_record(totals, n_answers, beta, dist):
         "reward_kl": -beta * totals["kl"] / n_answers,
         "kl": per_token["kl3"],
         "kl_per_answer": per_answer["kl"],  # what β is adapted to; may be negative by chance
-        "kl_beta": beta,
+        "beta": beta,
         "entropy": per_token["entropy"],
         "length": per_answer["tokens"],
         "value": per_token["value"],

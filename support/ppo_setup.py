@@ -59,8 +59,8 @@ def check_settings(config):
     c = config
     if c.baseline != "none" and c.rollouts < 2:
         raise ConfigError(f"--baseline {c.baseline} needs --rollouts of at least 2: there is no other answer")
-    if c.kl_target is not None and c.kl_beta == 0:
-        raise ConfigError("--kl_beta 0 stays 0, as --kl_target multiplies it; start from more")
+    if c.kl_target is not None and c.beta == 0:
+        raise ConfigError("--beta 0 stays 0, as --kl_target multiplies it; start from more")
     least = 0.2 * c.prompts * c.rollouts  # one step multiplies β by at least 1 − 0.2 N·R / horizon
     if c.kl_target is not None and not c.kl_horizon > least:
         bound = f"above {least:g}, or one step can end the KL penalty"
@@ -114,7 +114,7 @@ def begin_run(start, optimizers, parts, sample, score):
     parts = {"lora": LoraState(policy, start.init)} | parts
     reads = records_of(c.data, start.problems) | weights_of(start.init, policy)
     reads |= weights_of(start.judge_path, start.judge)
-    state = {"best": -1.0, "before": None, "start": {}, "beta": c.kl_beta, "parts": parts, "began": start.began}
+    state = {"best": -1.0, "before": None, "start": {}, "beta": c.beta, "parts": parts, "began": start.began}
     run = Run(c, start.dist, policy, start.tokenizer, optimizers, start.scaler, reads=reads, **state)
     look = Look(run, start.problems)
     look.before(start.init, start.judge_path)  # the test split; and until something beats it, the start is best/

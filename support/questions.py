@@ -72,7 +72,7 @@ def test_figures(policy, tokenizer, problems, config, dist, respond):
         how = {"respond": respond, "dtype": config.dtype}
         result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, **how)
         some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
-        sampling = {"temperature": config.temperature, "seed": config.seed, "batch": config.prompts} | how
+        sampling = {"seed": config.seed, "batch": config.prompts} | how  # at temperature 1
         sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
     figures = {name: value for name, value in result.items() if name != "samples"}
     return figures | {"solved": sampled["solved"]}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TASKS, Pair, encode_answers, load_pairs, load_problems
+from data import TASKS, Pair, Problem, encode_answer, encode_answers, encode_prompt, load_pairs, load_problems
 from evaluate import is_correct, wilson
 from generate import generate
 from support.errors import CheckpointError, ConfigError
@@ -17,16 +17,6 @@ from support.finite import diverged
 from support.records import drop_too_long
 from support.reward_report import ranked_rightly, sample_figures
 from support.runs import run_path
-
-
-def ids_of_prompt(tokenizer, prompt):
-    """The ids of a question, up to where its answer begins."""
-    return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
-
-
-def ids_of_answer(tokenizer, answer):
-    """The ids of an answer and its end, as a policy would have sampled them."""
-    return [*tokenizer.encode(answer), tokenizer.im_end_id]
 
 
 def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast, batch=32):
@@ -43,7 +33,7 @@ def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast
             own, desc=f"sampling {split} answers", unit="batch", leave=False, disable=not dist.is_main
         ):
             generator = torch.Generator().manual_seed((config.seed * 3 + salt) * 1_000_003 + i)
-            prompts = [ids_of_prompt(tokenizer, p.question) for p in chunk]
+            prompts = [encode_prompt(tokenizer, p) for p in chunk]
             with autocast():
                 rollout = generate(
                     policy, prompts, config.max_new_tokens, n, stop_ids=tokenizer.stop_ids, generator=generator
@@ -178,7 +168,10 @@ def score_fitting(model, groups, pad, dist, autocast):
 
 def score_texts(model, tokenizer, groups, dist, autocast):
     """[(prompt, [answers]), …] as text -> lists of scores, NaN where they do not fit the context."""
-    encoded = [(ids_of_prompt(tokenizer, p), [ids_of_answer(tokenizer, a) for a in answers]) for p, answers in groups]
+    encoded = [
+        (encode_prompt(tokenizer, Problem(p, "", "")), [encode_answer(tokenizer, a) for a in answers])
+        for p, answers in groups
+    ]
     return score_fitting(model, encoded, tokenizer.endoftext_id, dist, autocast)
 
 
@@ -193,8 +186,8 @@ def probe_samples(model, policy, policy_tokenizer, tokenizer, config, sizes, dis
     same_tokens = same_tokens and policy.config.vocab_size <= model.config.vocab_size
     encoded, n_cut = [], 0
     for problem, group in zip(problems, groups, strict=True):
-        prompt = ids_of_prompt(tokenizer, problem.question)
-        answers = [ids if same_tokens else ids_of_answer(tokenizer, text) for text, _, _, ids in group]
+        prompt = encode_prompt(tokenizer, problem)
+        answers = [ids if same_tokens else encode_answer(tokenizer, text) for text, _, _, ids in group]
         room = model.config.context - len(prompt)
         n_cut += sum(len(answer) > room for answer in answers)
         encoded.append((prompt, [answer[:room] for answer in answers]))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from data import DEFAULT_TASK, TASKS, load_problems
+from data import DEFAULT_TASK, TASKS, encode_answer, encode_prompt, load_problems
 from encoder import Encoder
 from optim import make_optimizers
 from support.checkpoints import open_checkpoint, resolve_checkpoint
@@ -19,7 +19,7 @@ from support.errors import ConfigError
 from support.hf_bert import is_encoder
 from support.pretrained_start import text_start
 from support.reward_look import Look
-from support.reward_samples import fitting_groups, ids_of_answer, ids_of_prompt, keep_pairs, kept_pairs, make_pairs
+from support.reward_samples import fitting_groups, keep_pairs, kept_pairs, make_pairs
 from support.runs import Run, RunConfig, run_path
 from support.sft_start import sft_start
 
@@ -67,10 +67,10 @@ def fill_in(config):
         raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {config.data}")
     if config.margin is None:
         config.margin = 1.0 if config.loss == "hinge" else 0.0
-    if config.sft_weight is None:
-        config.sft_weight = 1.0 if config.backbone == "decoder" else 0.0
-    if config.sft_weight and config.backbone == "encoder":
-        raise ConfigError("--sft_weight needs a decoder: an encoder sees the tokens that it would have to predict")
+    if config.nll is None:
+        config.nll = 1.0 if config.backbone == "decoder" else 0.0
+    if config.nll and config.backbone == "encoder":
+        raise ConfigError("--nll needs a decoder: an encoder sees the tokens that it would have to predict")
     if config.n_pairs is None and config.data in TASKS:
         config.n_pairs = 12_000
 
@@ -86,8 +86,8 @@ def open_models(kind, config, init, dist):
             raise ConfigError(f"{path} is an encoder and writes no answers: --sampler RUN, or --pairs corrupted")
     else:
         trunk, tokenizer, _ = open_checkpoint(path)
-        if config.sft_weight and not trunk.config.tie_embeddings:
-            raise ConfigError(f"{path} has an output matrix of its own, which a reward model drops: --sft_weight 0")
+        if config.nll and not trunk.config.tie_embeddings:
+            raise ConfigError(f"{path} has an output matrix of its own, which a reward model drops: --nll 0")
     if config.backbone == "encoder":
         check_order(trunk.config, path)
     if config.data in TASKS and (config.sampler is not None or not is_encoder(path)):
@@ -133,9 +133,9 @@ def begin_run(config, kind, loss_of, open_reward_model, best_of_n):
 def check_room(config, judge, policy, tokenizer, policy_tokenizer):
     """ConfigError, before the training, if the report on samples, after it, would not fit the context."""
     problems = load_problems(config.data, "test", max(200, config.best_of_problems), tuple(config.levels))
-    answers = [max(config.max_new_tokens, len(ids_of_answer(tokenizer, p.solution))) for p in problems]
-    scored = max(len(ids_of_prompt(tokenizer, p.question)) + n for p, n in zip(problems, answers, strict=True))
-    sampled = max(len(ids_of_prompt(policy_tokenizer, p.question)) for p in problems) + config.max_new_tokens
+    answers = [max(config.max_new_tokens, len(encode_answer(tokenizer, p.solution))) for p in problems]
+    scored = max(len(encode_prompt(tokenizer, p)) + n for p, n in zip(problems, answers, strict=True))
+    sampled = max(len(encode_prompt(policy_tokenizer, p)) for p in problems) + config.max_new_tokens
     for n, room in ((scored, judge.config.context), (sampled, policy.config.context)):
         if n > room:
             raise ConfigError(

@@ -80,14 +80,14 @@ def verdict(look, max_new_tokens, masked=False):
     return f"nothing can be learned: {why}\nwhat to change: {change}"
 
 
-def look_first(sample, slots, has_signal, functions, weights, init, config, dist):
+def look_first(sample, slots, signal_of, functions, weights, init, config, dist):
     """Answer the questions of the first steps as the start does, print what there is to learn, and if nothing is, why.
     ConfigError then with --if_hopeless stop. The run's own random numbers stay as they are."""
     c, counts = config, [0.0] * 8
     for step in range(min(math.ceil(QUESTIONS / c.prompts), c.steps)):
         batch = sample(step, slots)
         judge_batch(functions, batch, c)
-        useful = has_signal(batch)  # (n,)
+        useful = signal_of(batch)  # (n,)
         if c.mask_truncated:
             useful = useful & batch.ended.any(1)
         texts = [set(batch.texts[i : i + c.rollouts]) for i in range(0, len(batch.texts), c.rollouts)]

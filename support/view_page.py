@@ -120,7 +120,6 @@ def settings_of(config):
         "variant",
         "loss",
         "beta",
-        "kl_beta",
         "lr",
         "prompts",
         "rollouts",

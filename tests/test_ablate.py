@@ -98,7 +98,7 @@ def test_the_smallest_difference_is_seen_in_four_of_five_experiments():
 def test_what_is_compared_with_what():
     results = {(v, s): {"a": i + s, "b": 1.0} for i, v in enumerate("xyz") for s in (0, 1)} | {("z", 1): {"b": 1.0}}
     plain = Experiment("?", "", dict.fromkeys("xyz"), ("a", "b"), ())
-    means = ablate.means_of(plain, results, [0, 1])
+    means = ablate.intervals_of(plain, results, [0, 1])
     assert means["x"]["a"].mean == 0.5
     assert math.isnan(means["z"]["a"].mean)  # one of its seeds has no such figure
     differences = ablate.differences_of(plain, results, [0, 1])

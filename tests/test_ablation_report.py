@@ -33,7 +33,7 @@ def fake(experiment, values):
 
 
 def page(experiment, results, commits=()):
-    means, differences = (f(experiment, results, [0, 1, 2]) for f in (ablate.means_of, ablate.differences_of))
+    means, differences = (f(experiment, results, [0, 1, 2]) for f in (ablate.intervals_of, ablate.differences_of))
     return ablation_report.page(experiment, results, means, differences, [0, 1, 2], "x", commits, "width.png")
 
 
@@ -81,7 +81,7 @@ def test_a_run_that_diverged_stands_on_the_page(tmp_path):
     assert "Diverged: hot, seed 0: at step 3" in text
     assert "| hot | – |" in text
     assert "commit abc." in text
-    means = ablate.means_of(three, results, [0, 1, 2])
+    means = ablate.intervals_of(three, results, [0, 1, 2])
     differences = ablate.differences_of(three, results, [0, 1, 2])
     ablation_report.draw(three, results, means, differences, {"loss": {}}, [0, 1, 2], tmp_path / "width.png")
     assert (tmp_path / "width.png").stat().st_size > 5000
@@ -94,7 +94,7 @@ def test_the_gains_of_each_seed_are_drawn(tmp_path, monkeypatch):
         EXPERIMENT, variants=dict.fromkeys(["narrow", "wide", "noisy"], ()), curves=(), gains=("valid_loss",)
     )
     results = fake(three, [[1, 2, 3], [1.5, 2.51, 3.49], [3, 1, 2]])
-    means, differences = (f(three, results, [0, 1, 2]) for f in (ablate.means_of, ablate.differences_of))
+    means, differences = (f(three, results, [0, 1, 2]) for f in (ablate.intervals_of, ablate.differences_of))
     ablation_report.draw(three, results, means, differences, {}, [0, 1, 2], tmp_path / "width.png")
     [axis] = kept[-1].axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["wide", "noisy"]
@@ -140,7 +140,7 @@ def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_p
             metric: ablation_report.mean_curves(logs, variants, [0, 1, 2], metric, student_interval)
             for metric in experiment.curves
         }
-        means = ablate.means_of(experiment, results, [0, 1, 2])
+        means = ablate.intervals_of(experiment, results, [0, 1, 2])
         ablation_report.draw(experiment, results, means, {}, curves, [0, 1, 2], tmp_path / "picture.png")
         return kept[-1].axes
 

@@ -386,7 +386,7 @@ def test_a_batch_against_the_plain_form_however_it_is_cut(size, choices):
     pieces = pieces_of(texts, size, 0, torch.device("cpu"))
     assert sum(piece.mask.sum() for piece in pieces) == n == texts.n_tokens
     assert [len(piece.by_student) for piece in pieces] == {2: [2, 2, 2], 4: [4, 2], 64: [6]}[size]
-    loss = sum(distill.compare(student, teacher, piece, settings, n)[0] for piece in pieces)
+    loss = sum(distill.piece_loss(student, teacher, piece, settings, n)[0] for piece in pieces)
     expected = 0.0
     for prompt, longer, answers, own in zip(*vars(texts).values(), strict=True):
         for answer in answers:
@@ -440,7 +440,7 @@ def test_a_teacher_with_a_padded_vocabulary_is_cut_to_the_students(here, tied):
                     expected = expected - (A * picked[0]).sum() / 23
                 else:
                     expected = expected + by_torch(ours, theirs, torch.ones(len(answer)), 0) * len(answer) / 23
-        loss, _ = distill.compare(student, teacher, piece, settings, 23)
+        loss, _ = distill.piece_loss(student, teacher, piece, settings, 23)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     written = [generate(model, [[5, 6]], 60, 8, uniforms=UNIFORMS).ids for model in (padded, teacher)]
     assert (written[0] >= V).any()
@@ -460,10 +460,10 @@ def test_in_bf16_a_teacher_that_is_the_student_takes_no_gradient_away(choices):
     gradients = []
     for teacher in (model, copy.deepcopy(model)):
         with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = distill.compare(model, teacher, piece, config(**choices), 23)
+            loss, _ = distill.piece_loss(model, teacher, piece, config(**choices), 23)
         gradients.append(gradient_of(model, loss))
     assert torch.equal(*gradients)
-    exact, _ = distill.compare(model, model, piece, config(**choices), 23)
+    exact, _ = distill.piece_loss(model, model, piece, config(**choices), 23)
     torch.testing.assert_close(
         gradients[0], gradient_of(model, exact), rtol=0.1, atol=0.02 * gradients[0].norm().item()
     )
@@ -537,7 +537,7 @@ def test_without_more_context_a_model_agrees_with_itself():
         setattr(texts, name, value)
     (piece,) = pieces_of(texts, 64, 0, torch.device("cpu"))
     for choices in (dict(beta=0.0), dict(beta=0.3), dict(beta=1.0)):
-        loss, figures = distill.compare(model, model, piece, config(**choices), 23)
+        loss, figures = distill.piece_loss(model, model, piece, config(**choices), 23)
         assert abs(loss.item()) < 1e-12
         assert gradient_of(model, loss).abs().max() < 1e-12
         assert figures["kl"] == pytest.approx(0, abs=1e-12)
@@ -596,7 +596,7 @@ def test_a_step_of_a_run_is_the_gradient_of_its_texts(here, monkeypatch, changes
     teacher = student if settings.teacher == "self" else open_checkpoint("teacher")[0]
     assert sum(texts.by_student) == 6 * settings.on_policy
     (piece,) = pieces_of(texts, 64, 0, torch.device("cpu"))
-    loss, _ = distill.compare(student, teacher, piece, settings, texts.n_tokens)
+    loss, _ = distill.piece_loss(student, teacher, piece, settings, texts.n_tokens)
     assert metrics("runs/distill", "loss")[1] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     norm = gradient_of(student, loss).norm().item()
     assert metrics("runs/distill", "grad_norm")[1] == pytest.approx(norm, rel=1e-3)

@@ -394,9 +394,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, more):
     with stopped_after(2):
         ppo.main(config(name="parts", **changes))
     ppo.main(config(name="parts", resume=True, **changes))
-    for name in ("score", "paid", "policy_loss", "value_loss", "kl_beta", "accuracy", "correct"):
+    for name in ("score", "paid", "policy_loss", "value_loss", "beta", "accuracy", "correct"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name
-    assert len(set(metrics("runs/whole", "kl_beta").values())) > 1
+    assert len(set(metrics("runs/whole", "beta").values())) > 1
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
@@ -426,7 +426,7 @@ def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
     monkeypatch.setattr(ppo, "Sampler", Sampler)
     monkeypatch.setattr(ppo, "optimizer_steps", step)
     tau, gamma, lam, beta, fine = 0.8, 0.9, 0.7, 0.3, 0.25
-    changes = dict(temperature=tau, gamma=gamma, lam=lam, kl_beta=beta, missing_end=fine, value_weight=0.5)
+    changes = dict(temperature=tau, gamma=gamma, lam=lam, beta=beta, missing_end=fine, value_weight=0.5)
     ppo.main(
         config(steps=1, minibatches=1, baseline="none", whiten=False, dtype="fp32", stop_kl=0.0, watch=0, **changes)
     )
@@ -550,7 +550,7 @@ def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):
         return [[tokenizer.decode(answer).count("e") / 3 for answer in answers] for _, answers in groups]
 
     monkeypatch.setattr(ppo, "score_groups", letters)
-    settings = dict(steps=40, lr=2e-2, prompts=16, rollouts=4, kl_beta=0.0, eval_every=40, test_problems=1, stop_kl=0.0)
+    settings = dict(steps=40, lr=2e-2, prompts=16, rollouts=4, beta=0.0, eval_every=40, test_problems=1, stop_kl=0.0)
     ppo.main(config(**settings))
     earned = list(metrics("runs/ppo", "score").values())
     assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.2
@@ -567,7 +567,7 @@ def test_wins_by_hand():
 def test_the_defaults_run_the_textbook_form(here):
     """Several steps a batch, the values as the only baseline, normalised scores, GAE; and the ratio leaves 1."""
     assert (Config().baseline, Config().normalise, Config(baseline="wins").normalise) == ("none", True, False)
-    defaults = {name: getattr(Config(), name) for name in ("minibatches", "baseline", "normalise", "lam", "kl_beta")}
+    defaults = {name: getattr(Config(), name) for name in ("minibatches", "baseline", "normalise", "lam", "beta")}
     ppo.main(config(lr=3e-2, warmup=0, steps=2, **defaults))
     assert min(metrics("runs/ppo", "updates").values()) > 1
     assert min(metrics("runs/ppo", "ratio_spread").values()) > 0.01
@@ -592,7 +592,7 @@ def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
 @pytest.mark.parametrize("baseline", ["wins", "mean", "none"])
 def test_the_kl_penalty_is_in_the_rewards(here, baseline):
     """Nats per answer times the coefficient, and the score: nothing else is paid."""
-    ppo.main(config(kl_beta=0.7, steps=3, missing_end=0.0, baseline=baseline))
+    ppo.main(config(beta=0.7, steps=3, missing_end=0.0, baseline=baseline))
     at = {name: metrics("runs/ppo", name) for name in ("reward", "paid", "kl_per_answer", "reward_kl")}
     for step in (1, 2, 3):
         assert at["reward_kl"][step] == pytest.approx(-0.7 * at["kl_per_answer"][step], abs=1e-6)
@@ -739,7 +739,7 @@ def test_settings_that_cannot_be_used():
         {"kl_target": 0.5, "kl_horizon": 0.2 * 4 * 4, "prompts": 4, "rollouts": 4},
         {"lam": 1.5},
         {"kl_target": 0.0},
-        {"kl_target": 3.0, "kl_beta": 0.0},
+        {"kl_target": 3.0, "beta": 0.0},
         {"minibatches": 7},
         {"value_lr": -1.0},
         {"stop_kl": -1.0},

@@ -16,7 +16,7 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 from safetensors.torch import load_file, save_file
 
 import reward_model
-from data import TASKS, Problem, load_problems
+from data import TASKS, Problem, encode_answer, encode_prompt, load_problems
 from encoder import Encoder, EncoderConfig
 from reward_model import (
     Config,
@@ -241,12 +241,12 @@ def test_the_chosen_answers_loss_is_added(here):
     """With the words' loss the chosen answers of the training pairs become more probable, without it they do not."""
     after = {}
     for weight in (0.0, 1.0):
-        reward_model.main(config(pairs="corrupted", steps=8, sft_weight=weight, name=f"w{weight}", lr=3e-3))
+        reward_model.main(config(pairs="corrupted", steps=8, nll=weight, name=f"w{weight}", lr=3e-3))
         after[weight] = list(metrics(f"runs/w{weight}", "nll_loss").values())
     assert after[0.0] == [0.0] * 8
     assert after[1.0][-1] < after[1.0][0] - 0.1
     with pytest.raises(ConfigError, match="decoder"):
-        config(backbone="encoder", sft_weight=1.0)
+        config(backbone="encoder", nll=1.0)
 
 
 @pytest.mark.parametrize("layout", ["qwen3", "gpt2", "mixture"])
@@ -544,7 +544,7 @@ def test_an_encoder_from_a_decoder_without_positions_is_refused(here, tokenizer)
         reward_model.main(config(init="unordered", backbone="encoder", pairs="corrupted"))
 
 
-@pytest.mark.parametrize("flag", ["centre", "sft_weight", "margin"])
+@pytest.mark.parametrize("flag", ["centre", "nll", "margin"])
 def test_a_negative_weight_is_refused(flag):
     with pytest.raises(ConfigError, match=f"--{flag} is -1"):
         config(**{flag: -1.0})
@@ -578,7 +578,7 @@ def test_bad_input_is_one_line(here):
             config(**changes)
     sizes = dict(vocab_size=open_checkpoint("start")[1].vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1)
     Transformer(TransformerConfig(**sizes, width=16, tie_embeddings=False)).save_pretrained("start")
-    with pytest.raises(ConfigError, match="--sft_weight 0"):
+    with pytest.raises(ConfigError, match="--nll 0"):
         reward_model.main(config(pairs="corrupted"))
     assert not (here / "runs").exists()
 
@@ -596,8 +596,8 @@ def test_a_report_whose_prompts_just_fit_the_context(here, tokenizer, capsys, mo
     monkeypatch.setitem(TASKS, "word", longer)
     lengths = []
     for p in load_problems("word", "test", 200, tuple(config().levels)):
-        answer = max(48, len(reward_samples.ids_of_answer(tokenizer, p.solution)))
-        lengths.append(len(reward_samples.ids_of_prompt(tokenizer, p.question)) + answer)
+        answer = max(48, len(encode_answer(tokenizer, p.solution)))
+        lengths.append(len(encode_prompt(tokenizer, p)) + answer)
     sizes = dict(n_layer=1, n_head=2, n_kv_head=1, width=16)
     Transformer(TransformerConfig(tokenizer.vocab_size, context=max(lengths), **sizes)).save_pretrained("start")
     result = reward_model.main(config(pairs="corrupted", max_new_tokens=48))
@@ -618,7 +618,7 @@ def test_samples_of_broken_bytes_are_scored(here, tokenizer, monkeypatch, capsys
     reads = ByteTokenizer() if own else tokenizer
     c, dist = config(max_new_tokens=20, best_of=8), devices.setup("cpu")
     problems = load_problems("word", "test", c.best_of_problems)
-    prompts = [reward_samples.ids_of_prompt(reads, p.question) for p in problems]
+    prompts = [encode_prompt(reads, p) for p in problems]
     sizes = TransformerConfig(reads.vocab_size, max(map(len, prompts)) + 20, 1, 2, 1, 16)
     model, seen = RewardModel.from_policy(Transformer(sizes)), []
 

@@ -205,7 +205,7 @@ def test_a_watched_question_is_answered_with_the_same_dice(here, checkpoints):
 
 
 def test_ppo_records_values_rewards_and_advantages(here, checkpoints):
-    records = train("ppo", name="ppo", whiten=False, lam=0.5, kl_beta=0.5)
+    records = train("ppo", name="ppo", whiten=False, lam=0.5, beta=0.5)
     start = Transformer.from_pretrained("start").eval()
     tokenizer = load_tokenizer("start")
     asked = {p.question: encode_prompt(tokenizer, p) for p in load_problems("word", "train", 60)}

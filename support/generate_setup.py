@@ -7,9 +7,11 @@ from typing import Annotated
 
 import torch
 
+from attention import KVCache
 from support.checks import Amount, Count, Fraction, Range, Seed, check
 from support.devices import free_memory
 from support.errors import ConfigError
+from support.fast_decode import decoding_dtype
 
 
 @dataclass
@@ -83,9 +85,12 @@ def prompts_that_fit(model, prompts, max_new_tokens, n, memory=None):
     if memory is None:
         free = free_memory(model.embed.weight.device)
         memory = (1 << 40 if free is None else free) // 2
-    c, slots = model.config, max(map(len, prompts)) + max_new_tokens
-    row = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim * slots  # keys and values of a rollout in fp32
-    return max(1, int(memory // (row * n)))
+    c, longest = model.config, max(map(len, prompts))
+    numbers = 2 * c.n_layer * c.n_kv_head * c.head_dim  # of the keys and values of a token
+    dtype = decoding_dtype(model, KVCache(1, 1, 1, 1, 1)) or torch.float32
+    # a prompt's in the prefill, at most fp32; then those of its n rollouts, in the dtype that decoding holds them in
+    prompt = numbers * (4 * longest + dtype.itemsize * n * (longest + max_new_tokens))
+    return max(1, int(memory // prompt))
 
 
 def room_after(ids, model):

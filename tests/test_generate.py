@@ -496,13 +496,18 @@ def test_little_memory_means_more_batches_and_the_same_rows(model, monkeypatch):
     assert calls == [3, 1, 1, 1]
     assert torch.equal(whole.ids, parts.ids)
     assert torch.equal(whole.mask, parts.mask)
-    two = 2 * 2 * (7 + 9) * 8 * 2 * 2 * 4  # 2 prompts · 2 rollouts · slots · head width · layers · (k, v) · fp32
+    # 2 prompts · (prefill, 2 rollouts of all slots) · head width · layers · (k, v) · fp32
+    two = 2 * (7 + 2 * (7 + 9)) * 8 * 2 * 2 * 4
     for limit, batches in ((two, [2, 1]), (two - 1, [1, 1, 1])):
         calls.clear()
         generate(model, PROMPTS, 9, n=2, uniforms=table, memory=limit)
         monkeypatch.setattr(generate_setup, "free_memory", lambda device, limit=limit: 2 * limit)  # half of it
         generate(model, PROMPTS, 9, n=2, uniforms=table)
         assert calls == batches * 2
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):  # the rollouts' in bf16, half the size
+        generate(model, PROMPTS, 9, n=2, uniforms=table, memory=2 * (7 + 7 + 9) * 8 * 2 * 2 * 4)
+    assert calls == [2, 1]
     torch.testing.assert_close(whole.logprobs, parts.logprobs, atol=1e-4, rtol=1e-4)
 
 

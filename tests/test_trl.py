@@ -429,7 +429,7 @@ def test_distill_loss_and_gradient(start, tmp_path, kind, beta):
     (piece,) = taught.pieces_of(texts, 64, 0, torch.device("cpu"))
     temperature = 0.7 if kind == "Distillation" else 1.0
     settings = distill.Config(beta=beta, temperature=temperature)
-    ours, _ = distill.compare(student, teacher.double(), piece, settings, texts.n_tokens)
+    ours, _ = distill.piece_loss(student, teacher.double(), piece, settings, texts.n_tokens)
     ours.backward()
     assert ours > 0.01
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-5)

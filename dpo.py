@@ -153,7 +153,7 @@ def kto_loss(
         z0 = max(0, mean of log π(y'|x) − log π_ref(y'|x)), an estimate of KL(π ‖ π_ref): y' is another prompt's answer,
              that of the row before; one z0 for all of a step (`reference_point`)
 
-    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. nll (b,): that term, added to
+    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. nll (b,): the NLL term, added to
     the loss of the good answers. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good
     answers, "rejected" the bad ones. How to choose λ, and what the first gradient is: support/judged.py.
     """

@@ -224,7 +224,7 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         verdicts                  1.0 or 0.0 for each of these, in their order
         each other of METRICS     its mean over the problems that have this figure; left out if none has
         own_measure, n            the mean over all N problems; N
-        samples                   this rank's answers: a list of Sample
+        samples                   this rank's answers, those to short questions first: a list of Sample
 
     progress: the name of a bar. respond: what answers the prompts, with the arguments of `generate`, which is the
     default; agent.py has one with tools. dtype: the precision of the answers, as --dtype.
@@ -253,12 +253,11 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
 
 
 def evaluate_samples(
-    policy, tokenizer, problems, n, max_new_tokens, dist, temperature=1.0, seed=0, batch=32, progress=None,
-    respond=None, dtype="fp32",
-):  # fmt: skip
-    """n sampled answers to each of the N problems that are `checkable` -> {"pass@1", "pass@2", …, "pass@n",
-    "majority@n"}, k in powers of two, and "solved", how many of each problem's answers are right. The rest as in
-    `evaluate`.
+    policy, tokenizer, problems, n, max_new_tokens, dist, seed=0, batch=32, progress=None, respond=None, dtype="fp32"
+):
+    """n answers, sampled at temperature 1, to each of the N problems that are `checkable` -> {"pass@1", "pass@2", …,
+    "pass@n", "majority@n"}, k in powers of two, and "solved", how many of each problem's answers are right. The rest as
+    in `evaluate`.
 
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
@@ -270,7 +269,7 @@ def evaluate_samples(
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         sampling = {"stop_ids": tokenizer.stop_ids, "uniforms": uniforms[chunk].flatten(0, 1)}  # (b·n, T)
         with autocast():
-            texts = respond(policy, prompts, max_new_tokens, n, temperature, **sampling).texts(tokenizer)
+            texts = respond(policy, prompts, max_new_tokens, n, **sampling).texts(tokenizer)
         for row, i in enumerate(chunk):
             task, answers = task_of(problems[i].task), texts[row * n : (row + 1) * n]
             solved[i] = sum(is_correct(text, problems[i]) for text in answers)

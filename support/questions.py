@@ -69,10 +69,10 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist, resp
 def test_figures(policy, tokenizer, problems, config, dist, respond):
     """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
     with merged(policy):
-        how = {"respond": respond, "dtype": config.dtype}
-        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, **how)
+        answering = {"respond": respond, "dtype": config.dtype}
+        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, **answering)
         some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
-        sampling = {"seed": config.seed, "batch": config.prompts} | how  # at temperature 1
+        sampling = {"seed": config.seed, "batch": config.prompts} | answering
         sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
     figures = {name: value for name, value in result.items() if name != "samples"}
     return figures | {"solved": sampled["solved"]}

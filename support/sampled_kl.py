@@ -33,9 +33,11 @@ def sampled_kl(
         with lora_off(policy):
             ref_packed = pack(seen, answers, tokenizer.endoftext_id).to(dist.device) if seen else packed
             ref_logprobs = shared_answer_logprobs(reference, ref_packed)  # (b, T), 0 after an answer's end
-        k3 = kl_estimate(shared_answer_logprobs(policy, packed), ref_logprobs)  # (b, T)
+        logprobs = shared_answer_logprobs(policy, packed)
         # Of the policy's own tokens: (b, T) of the packed answers is rounded up to 8, the rollout's is its longest row.
-        total += (k3 * F.pad(rollout.mask, (0, k3.shape[1] - rollout.mask.shape[1]))).sum().item()
+        # The others are zeroed first: a tool's token may be so unlikely that k3 overflows, and inf · 0 = NaN.
+        own_tokens = F.pad(rollout.mask, (0, logprobs.shape[1] - rollout.mask.shape[1]))
+        total += kl_estimate(*(x.masked_fill(~own_tokens, 0.0) for x in (logprobs, ref_logprobs))).sum().item()
         n_tokens += rollout.mask.sum().item()
     total, n_tokens = dist.sum(total, n_tokens)
     return total / n_tokens

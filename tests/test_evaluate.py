@@ -488,6 +488,16 @@ def test_kl_estimators_against_exact_sums():
     torch.testing.assert_close(torch.autograd.grad(in_reward, theta)[0], gradients["k2"])
 
 
+def test_what_others_wrote_does_not_count_in_the_sampled_kl_however_unlikely(tokenizer, monkeypatch):
+    policy, dist = tiny(tokenizer), devices.setup("cpu")
+    ids, own = torch.tensor([[5, 6, 7]]), torch.tensor([[True, False, True]])
+    rollout = Rollout(ids, own, torch.zeros(1, 3), ~own)
+    scores = iter([[[-1.0, 0.0, -1.0] + 5 * [0.0]], [[-2.0, -1000.0, -1.0] + 5 * [0.0]]])  # of π_ref, of π
+    monkeypatch.setattr(kl_module, "shared_answer_logprobs", lambda *_: torch.tensor(next(scores)))
+    kl = sampled_kl(policy, policy, tokenizer, [[1, 2]], 3, dist, respond=lambda *a, **k: rollout)
+    assert kl == pytest.approx((math.e - 1 - 1) / 2)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_sampled_kl_by_hand(tokenizer, monkeypatch, rank):
     """Of a policy to its reference, on its own samples, in batches; with LoRA without a second model."""

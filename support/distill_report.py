@@ -7,9 +7,10 @@ from evaluate import METRICS, compare
 from support.checkpoints import open_checkpoint
 from support.held_out import metric_panels
 from support.plots import draw_curves
+from support.questions import measure_test
 from support.sampled_kl import sampled_kl
 from support.tables import gain_of, metric_rows, sample_rows, text_table
-from support.verified import measure_end, measure_start, measure_test
+from support.verified import measure_end, measure_start
 
 
 def add_up(sums, metrics, piece, config):

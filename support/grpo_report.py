@@ -5,14 +5,14 @@ import time
 import torch
 
 from data import encode_prompt
-from evaluate import pass_at_k
 from support.checkpoints import open_checkpoint
 from support.held_out import add_figures, before_and_after, metric_panels
 from support.plots import draw_curves
-from support.questions import test_figures, validate
+from support.questions import measure_test, validate
 from support.rollouts import show_samples
 from support.sampled_kl import sampled_kl
 from support.sharding import whole
+from support.tables import sample_rows
 
 SAMPLER = {
     "sampler_kl": "KL(sampler ‖ trainer)",
@@ -92,7 +92,7 @@ class Look:
 
     def test(self):
         run = self.run
-        return test_figures(run.model, run.tokenizer, self.problems, run.config, run.dist, self.respond)
+        return measure_test(run.model, run.tokenizer, self.problems, run.config, run.dist, self.respond)
 
     def before(self):
         """The test split, `run.state.before`; the validation split, `run.state.start`, logged as step 0; and best/, the
@@ -175,9 +175,7 @@ def report(config, run, after, kl, weights, record):
     """The table of before and after, and the curves. record: of the last step."""
     n, before = config.pass_samples, run.state.before
     rows = [["KL to the start, nats per token", f"{0:.4f}", f"{kl:.4f}"]]
-    for k in sorted({1, round(n**0.5), n}):
-        means = [sum(pass_at_k(n, c, k) for c in r["solved"]) / len(r["solved"]) for r in (before, after)]
-        rows.append([f"pass@{k}", *(f"{mean:.1%}" for mean in means)])
+    rows += sample_rows([before, after])
     pairs = list(zip(before["solved"], after["solved"], strict=True))
     note = (
         f"pass@k: {n} samples of each of {len(pairs)} problems, of which "

@@ -66,13 +66,13 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist, resp
     return record, record["valid_reward"]
 
 
-def test_figures(policy, tokenizer, problems, config, dist, respond):
-    """The test split: greedy accuracy, and how many of `pass_samples` samples of each problem are right ("solved")."""
+def measure_test(policy, tokenizer, problems, config, dist, respond=None):
+    """The test split -> the figures of `evaluate`, greedy, and of `evaluate_samples`, --pass_samples answers to each of
+    the first --pass_problems problems."""
+    some, n, T = problems["test"][: config.pass_problems], config.pass_samples, config.max_new_tokens
+    answering = {"respond": respond, "dtype": config.dtype}
     with merged(policy):
-        answering = {"respond": respond, "dtype": config.dtype}
-        result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, **answering)
-        some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
-        sampling = {"seed": config.seed, "batch": config.prompts} | answering
-        sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, **sampling)
-    figures = {name: value for name, value in result.items() if name != "samples"}
-    return figures | {"solved": sampled["solved"]}
+        result = evaluate(policy, tokenizer, problems["test"], T, dist, **answering)
+        sampling = {"seed": config.seed, "batch": max(1, 256 // n)} | answering
+        result |= evaluate_samples(policy, tokenizer, some, n, T, dist, **sampling)
+    return {name: value for name, value in result.items() if name != "samples"}

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
-from evaluate import evaluate, evaluate_samples, is_correct
+from evaluate import evaluate, is_correct
 from lora import LoraConfig, merged
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count
 from support.errors import ConfigError
 from support.held_out import add_figures, logged
-from support.questions import instructed, refuse_unanswered, splits_with_room
+from support.questions import instructed, measure_test, refuse_unanswered, splits_with_room
 from support.runs import RunConfig
 from support.sampled_kl import sampled_kl
 from support.sft_report import write_samples
@@ -126,20 +126,11 @@ def measure_valid(run, problems, step=None):
     return logged(result)
 
 
-def measure_test(policy, tokenizer, problems, config, dist):
-    """The test split: greedy answers; pass@k, and how often each problem was solved, of samples at temperature 1."""
-    result = evaluate(policy, tokenizer, problems["test"], config.max_new_tokens, dist, dtype=config.dtype)
-    some, sizes = problems["test"][: config.pass_problems], (config.pass_samples, config.max_new_tokens)
-    sampled = evaluate_samples(policy, tokenizer, some, *sizes, dist, seed=config.seed, dtype=config.dtype)
-    return {name: value for name, value in (result | sampled).items() if name != "samples"}
-
-
 def measure_start(run, problems, init):
     """Before the first step: `run.state.before`, the test split; `run.state.start`, the validation split, which is
     logged as step 0; and best/, the start itself. A resumed run knows all three."""
     if run.state.before is None:
-        with merged(run.model):
-            run.state.before = measure_test(run.model, run.tokenizer, problems, run.config, run.dist)
+        run.state.before = measure_test(run.model, run.tokenizer, problems, run.config, run.dist)
         run.state.start = measure_valid(run, problems, step=0)
         run.keep_best(run.state.start["accuracy"])
     if run.first == 0:  # a run that was stopped before its first step has not kept it

@@ -24,9 +24,9 @@ The reward is gone. Maximum likelihood of the pairs, with the policy π_θ in pl
 Before the first step (--pairs sampled) the policy is the model from SFT. It answers the prompts, and it is π_ref:
 
     pairs = pairs_of_run(policy, …)           R answers per prompt, judged by the verifier. A right one and a wrong one
-                                              are a pair. The right one must have ended; the wrong one may be cut off. A
-                                              held-out prompt gives one pair at most. log π_ref of both answers is
-                                              computed now, once.
+                                              are a pair. The right one must have ended; the wrong one may be cut off.
+                                              An answer is in one pair at most, and a held-out prompt gives one. log
+                                              π_ref of both answers is computed now, once.
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 
@@ -39,16 +39,16 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
         losses = −log σ(β (u − v)) − nll · logp_chosen / |y_w|      the first term: --variant's      (b,)
         (sum(losses) / B).backward()                the gradients add up                                      4. update
     clip the gradient's norm, optimizer step
-    log; every so often held-out pairs and problems, and the KL to the start model: the checkpoint with the   5. look
-    lowest validation loss is kept, and that one is tested at the end
+    log; every so often held-out pairs and problems, and the KL to the start model; keep the checkpoint       5. look
+    of the lowest validation loss, and test it at the end
 
-A prompt is computed once; both answers read its keys and values (support/shared_prompt.py, the fast form of
-transformer.answer_logprobs).
+`pair_logprobs` computes a prompt once; both answers read its keys and values (support/shared_prompt.py, the fast form
+of transformer.answer_logprobs).
 
-The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, the Muon optimizer of optim.py) plus an SFT loss
-on the chosen answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**; with its paper's settings --nll 0
---beta 0.1 --batch 64 --optimizer adamw --lr 1e-6 --warmup 150 (there RMSprop, and up to 6B weights). Off: the other
-variants, which stand in the table above VARIANTS with their papers' flags, label smoothing, LoRA, dropout.
+The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, Muon at 2e-4) plus an SFT loss on the chosen
+answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**; with its paper's settings --nll 0 --beta 0.1 --batch
+64 --optimizer adamw --lr 1e-6 --warmup 150 (there RMSprop, and up to 6B weights). Off: the other variants, which stand
+in the table above VARIANTS with their papers' flags, label smoothing, LoRA, dropout.
 
 Traps:
 * The logged loss, which also chooses the checkpoint, is the sum of both terms; only the first is ln 2 at the start.
@@ -56,7 +56,7 @@ Traps:
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
   to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (measured in results/dpo.md).
 * Sum or mean? DPO sums, so a long answer has a larger implicit reward in absolute value for its length alone (`demo`).
-  The per-token variants take means. The nll term is a mean per answer; TRL's `sft` term, over the batch's tokens.
+  The per-token variants take means, and so does the nll term.
 * --pairs sampled: the pairs are samples of the start model, and stay so while the policy moves: DPO is off-policy.
 
 Run it:
@@ -64,7 +64,7 @@ Run it:
     python dpo.py                                                         # pairs sampled from the start model
     python dpo.py --nll 0 --name plain                                    # plain DPO
     python dpo.py --pairs offline                                         # corrupted solutions
-    python dpo.py --variant kto --nll 5 --beta 0.1 --lr 1e-4              # single answers, right or wrong
+    python dpo.py --variant kto --nll 5 --beta 0.1 --lr 1e-4              # single answers; at nll 1 the good ones fell
     python dpo.py --variant orpo --beta 0.1                               # no reference
     python dpo.py --data style --init runs/sft --variant simpo --beta 2 --gamma 1 --nll 0
     torchrun --nproc_per_node 2 dpo.py --init runs/sft
@@ -144,8 +144,9 @@ def orpo_loss(mean_chosen, mean_rejected, weight=0.1):
 
 
 def kto_loss(
-    log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *, n_pairs=None, logps=None, nll=0
-):
+    log_ratio, desirable, z0, beta=0.1, weight_desirable=1.0, weight_undesirable=1.0, *,
+    n_pairs=None, logps=None, nll_losses=0,
+):  # fmt: skip
     """Single answers need no pairs (arXiv:2402.01306). log_ratio: u = log π − log π_ref, summed over tokens; desirable:
     whether the answer is good; (b,) each. z0: a number, without gradient. -> (loss, metrics)
 
@@ -153,14 +154,14 @@ def kto_loss(
         z0 = max(0, mean of log π(y'|x) − log π_ref(y'|x)), an estimate of KL(π ‖ π_ref): y' is another prompt's answer,
              that of the row before; one z0 for all of a step (`reference_point`)
 
-    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. nll (b,): the NLL term, added to
-    the loss of the good answers. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good
+    n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. nll_losses (b,): added to
+    the losses of the good answers. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good
     answers, "rejected" the bad ones. How to choose λ, and what the first gradient is: support/judged.py.
     """
     good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
     h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,); above 0: on the right side
     losses = torch.sigmoid(-h)  # 1 − σ(h)
-    losses = torch.where(good, weight_desirable * losses + nll, weight_undesirable * losses)  # (b,)
+    losses = torch.where(good, weight_desirable * losses + nll_losses, weight_undesirable * losses)  # (b,)
     metrics = {"loss": losses.mean(), "accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
     for side, on_side in (("chosen", good), ("rejected", ~good)):  # (b,); NaN if there is none on a side
         metrics[f"reward_{side}"] = beta * log_ratio[on_side].mean()
@@ -174,10 +175,10 @@ class Variant:
     """A preference loss and what it compares. To add one, write its function and a row of VARIANTS; a setting of its
     own is an argument of the function, named in the row, and a field of Config."""
 
-    loss: Callable  # (u, v, beta, the settings by name) -> (b,); of kto: `kto_loss`
+    loss: Callable  # (u, v, beta, the settings by name) -> (b,); kto's has other arguments, and `loss_of` calls it
     uses_reference: bool = True  # u, v are log π − log π_ref; else log π alone
     per_token: bool = False  # divided by the answers' lengths
-    unpaired: bool = False  # judges single answers: `loss` is kto_loss
+    unpaired: bool = False  # judges single answers
     settings: tuple[str, ...] = ()  # what it takes besides beta; with other variants these flags are refused
 
 
@@ -230,9 +231,9 @@ def dpo_loss(
     ref_chosen, ref_rejected: None if the variant uses no reference. chosen_lengths, rejected_lengths (b,): tokens, for
     the per-token variants and nll. nll: weight of the chosen answers' own loss, −log π(y_w) / |y_w|. n_pairs: of the
     whole optimizer step, over micro-batches and ranks; default b. settings: the variant's own, such as simpo's gamma.
-    The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_of`). With them orpo
-    is its second term alone; nll=1 adds the first. Metrics are means over these b pairs; "margin" is h and "accuracy"
-    the share with h > 0, for orpo too, whose loss has d. ConfigError on what does not belong together.
+    The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_of`). With nll=0
+    orpo is its second term alone; nll=1 adds the first. Metrics are means over these b pairs; "margin" is h and
+    "accuracy" the share with h > 0, for orpo too, whose loss has d. ConfigError on what does not belong together.
     """
     settings = {"label_smoothing": label_smoothing} | settings
     lengths, refs = (chosen_lengths, rejected_lengths), (ref_chosen, ref_rejected)
@@ -283,7 +284,7 @@ def demo():
     by_hand = {"reward_chosen": -beta * ln2, "reward_rejected": -beta * 3 * ln2, "margin": ln2}  # βu, βv, h
     assert all(math.isclose(metrics[name], value, rel_tol=1e-6) for name, value in by_hand.items())
     print(
-        f"""β = 1/2                     before step 1   later
+        f"""β = 1/2                     before step 1   later            the whole answer
 π(y_w), by tokens            1/2 · 1/4      1/4 · 1/4        1/8 -> 1/16
 π(y_l), by tokens            1/2 · 1/2      1/8 · 1/4        1/4 -> 1/32
 u, v                            0, 0        −ln 2, −3 ln 2   both answers became less likely,
@@ -316,7 +317,8 @@ mean, --variant length_normalised        0.1   0.1       0             −{1 / 8
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage. More flags: support/pair_rows.py (which pairs), support/variants.py (the settings of single variants).
+# The stage. More flags: support/pair_rows.py (which pairs), support/variants.py (the settings of single variants),
+# support/verified.py (--lr), support/runs.py (every stage's).
 
 
 @dataclass
@@ -349,8 +351,8 @@ def loss_of(config, logps, micro, z0=None, n_pairs=None):
     settings |= {"beta": config.beta, "n_pairs": n_pairs}
     if VARIANTS[config.variant].unpaired:
         (logp,), (ref,) = logps, micro.ref_logps  # (b,)
-        nll = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
-        return kto_loss(logp - ref, micro.desirable, z0, nll=nll, logps=logp, **settings)
+        nll_losses = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
+        return kto_loss(logp - ref, micro.desirable, z0, nll_losses=nll_losses, logps=logp, **settings)
     (logp_chosen, logp_rejected), (ref_chosen, ref_rejected) = logps, micro.ref_logps  # (b,) each; no π_ref: None
     settings |= {"variant": config.variant, "nll": config.nll} | micro.lengths
     return dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, **settings)
@@ -361,7 +363,8 @@ def main(config):
     kind, start = VARIANTS[config.variant], open_start(config)
     dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
     context, pad = policy.config.context, start.tokenizer.endoftext_id
-    # The policy is still the start model, π_ref. problems: for greedy accuracy, if the data has a verifier
+    # The policy is still the start model, π_ref. problems: for greedy accuracy, if the data has a verifier. reads: what
+    # a resumed run must find unchanged
     pairs, problems, reads = pairs_of_run(policy, start.tokenizer, config, kind, dist, autocast)
     run, look, recorder = begin_run(start, pairs, problems, reads, kind, loss_of)  # and measure the test split
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy

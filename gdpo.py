@@ -18,7 +18,7 @@ One step is grpo.main's, with another `paid_rewards` in "judge" and another "com
       s     = Σ_k w_k z_k                               (N, R), mean 0 in each group, so in the batch
       A     = s / (s.std() + 1e-4)                      (N, R); std over all groups of the step
     for minibatch in minibatches: grpo_loss(…, A, …)    A_i weighs every token of answer i, as in GRPO       4. update
-    log; every so often answer held-out questions                                                            5. look
+    log; every so often answer validation questions                                                          5. look
 
 Why: a sum forgets which rewards it was made of; dividing it by its std, group by group, forgets how many there were to
 win. Either can give different rewards the same advantage. (Neither GRPO nor GDPO keeps the scale of a single reward:
@@ -43,19 +43,19 @@ Traps:
 * A weight w_k now multiplies z_k, a reward in units of its group's std: a reward that hardly differs within a group
   counts as much as one that differs a lot.
 * The batch's std counts the groups without a signal. With one reward, and a share p of groups that differ, it is about
-  √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them. p
-  rises and falls again while the policy goes from never right to always right.
+  √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them.
 * An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). Without it two of six seeds learned, one of them in part, to stop
   after the first of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
 * --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
-The authors' fork of TRL (NVlabs/GDPO) also subtracts the batch's mean, which is 0 up to rounding, and falls back to
-GRPO for a single reward. Their verl code is another method: its last step whitens over *tokens*.
+The log has, of both methods, how many different advantages a batch gets (`values_…`) and the share of groups in which
+answers with different rewards get the same one (`collapsed_…`). The authors' verl code (NVlabs/GDPO) is another method:
+its last step whitens over *tokens*.
 
 Run it:
     python gdpo.py --demo                                                # the table by hand, and what a condition does
-    python gdpo.py --brevity_weight 0.5 --format_weight 0.5 --steps 500
+    python gdpo.py --brevity_weight 0.5 --format_weight 0.5
     python gdpo.py --brevity_weight 0.5 --conditioned '[brevity]'        # brevity counts only in right answers
     python gdpo.py --brevity_weight 0.5 --format_weight 0.5 --combine sum --name sum       # GRPO, same measurements
 """
@@ -134,7 +134,7 @@ def demo():
     print(f"one right answer in four groups, (1) (0) (0) (0): {of_16}; GRPO: {numbers(right)}")
 
     rewards = torch.tensor([[(1.0, 0.0), (0.0, 1.0), (0.0, 1.0), (1.0, 1.0)]])  # (right, brief), (1, 4, 2)
-    free, paid_if_right = gdpo_advantages(rewards)[0], gdpo_advantages(condition(rewards, 1, 0))[0]
+    free, paid_if_right = gdpo_advantages(rewards)[0], gdpo_advantages(condition(rewards, k=1, needed=0))[0]
     same(free, [-0.69, -0.4, -0.4, 1.49])  # z of brief, 0 1 1 1, is −1.5 0.5 0.5 0.5
     same(paid_if_right, [0.21, -0.77, -0.77, 1.33])  # 0 0 0 1: −0.5 −0.5 −0.5 1.5
     print(
@@ -170,7 +170,7 @@ def gdpo_advantages_of(rewards, reward_weights, config, lengths=None):
     if config.combine == "sum":
         by_sum, _ = grpo.advantages_of(rewards, reward_weights, config, lengths)  # (N, R)
     else:
-        by_sum = group_advantages(reward_sums(rewards, reward_weights))  # (N, R), for the figures alone
+        by_sum = group_advantages(reward_sums(rewards, reward_weights))  # (N, R), for the log alone
     figures = {}
     if lengths is not None:  # grpo.main leaves them out where it asks only which groups have a signal
         figures = collapse({"grpo": by_sum, "gdpo": by_gdpo}, rewards)

@@ -9,14 +9,13 @@ The policy gradient. For a question q, an answer y = y_1 … y_|y| of the policy
     ∇J = E[r(y) ∇log π(y)]                                  because ∇π = π ∇log π
        = E[Σ_t (r(y) − c) ∇log π(y_t | q, y_<t)]            for any baseline c that does not see y: E[∇log π(y)] = 0
 
-That is REINFORCE (Williams, 1992). Every later method keeps this sum and answers four questions differently. GRPO's
-answers:
+That is REINFORCE (Williams, 1992). Every later method keeps this sum and makes four choices differently. GRPO's:
 
     baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
                       A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1.
     ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
                       π_old is the policy that sampled it. Exact would be the product of an answer's ratios (--ratio
-                      product): ρ_t leaves out that the tokens before y_t, too, have become more or less likely.
+                      product): ρ_t leaves out the ratios of the answer's other tokens.
     surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i).
     loss_type         What does a token weigh? v_it = 1 / (B |y_i|): a mean over an answer's tokens, then over the B
                       answers of an update.
@@ -26,7 +25,9 @@ With a penalty for moving away from the reference π_ref, the policy before trai
     U = Σ_it v_it [min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β ρ_t k3_t]     (Eq. 3, which has k3 without ρ)
         k3 = x − 1 − log x,  x = π_ref(y_t) / π(y_t)                           (Eq. 4)
 
-∇ρ_t = ρ_t ∇log π(y_t), so a token that is not clipped gets v_it ρ_t A_i ∇log π(y_t), which is REINFORCE where ρ = 1.
+The ρ before k3 makes its gradient that of KL(π ‖ π_ref) (arXiv:2512.02556, §3.1).
+
+As ∇ρ_t = ρ_t ∇log π(y_t), a token that is not clipped gets v_it ρ_t A_i ∇log π(y_t), which is REINFORCE where ρ = 1.
 (The mean is not quite a legal baseline, as r_i is in it: that scales the expected gradient by (R − 1) / R. The division
 by the std is a heuristic: a group that differs only in format pushes as hard as one with right and wrong answers.)
 
@@ -48,6 +49,8 @@ mask is 1 on what was sampled, the token that ends an answer too.
         clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
+With several ranks each has n = N / ranks of the questions, and the groups of all are compared together.
+
 The family. --algorithm NAME takes a row of this table (in code: support/family.py), and each choice is a flag of its
 own; the functions below say what it does.
 
@@ -63,20 +66,17 @@ own; the functions below say what it does.
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-After a clip stand ε below and above. KL has β: of k3 in the loss, of k2 = (log x)² / 2 where that stands; "reward" is
-−log x, summed over an answer, off its reward. The last column is the factor of ∇log π(y_t), without the KL's; "or 0" is
-where the clip acts. L is --max_new_tokens, *tokens* those of the minibatch, Πρ the product of an answer's ratios, s its
-|y|-th root, f' the slope of a soft clip.
+After a clip stand ε below and above. KL has β: of ρ k3 in the loss, or of k2 = (log x)² / 2 where that stands; "reward"
+is −log x, summed over an answer and taken off its advantage. The last column is the factor of ∇log π(y_t), without the
+KL's; "or 0" is where the clip acts. L is --max_new_tokens, *tokens* those of the minibatch, Πρ the product of an
+answer's ratios, s its |y|-th root, f' the slope of a soft clip.
 
-Papers (arXiv): rloo 2402.14740, with the ratio and the KL of TRL's RLOOTrainer; dr_grpo 2503.20783; dapo 2503.14476,
-which adds --refill 3 --overlong 16; gspo 2507.18071; cispo 2506.13585, its cap of 5 from 2510.13786; sapo 2511.20347;
-maxrl 2602.02710; reinforce++ 2501.03262. GRPO as in its paper, but for the learned reward there: --beta 0.04
---kl_unbiased false --skip_zero_variance false --minibatches 1 --rollouts 64.
+The papers, and what a paper has beside its row: support/family.py.
 
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3; a right answer earns 1, a
 well-formed one 0.1. A group whose advantages are all 0 is left out, its KL too (--skip_zero_variance); its answers and
-tokens still count in v_it. So the more groups are all right, the less KL is paid, and the logged `kl` is of the others.
-Off: --overlong and --refill; no gradient for answers that were cut off (--mask_truncated); a moving reference
+tokens still count in v_it. So the more groups are all correct, the less KL is paid, and the logged `kl` is of the
+others. Off: --overlong and --refill; no gradient for answers that were cut off (--mask_truncated); a moving reference
 (--refresh_reference); a sampler that is a rounded or older copy of the policy (support/off_policy.py); LoRA.
 
 With one update per batch (--minibatches 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip acts (but
@@ -114,7 +114,7 @@ from torch.nn.parallel import DistributedDataParallel
 from evaluate import is_correct, kl_estimate
 from lora import add_lora
 from optim import lr_at, optimizer_step
-from support.answers import extract_answer  # noqa: F401  the usual verifier, offered here
+from support.answers import extract_answer  # noqa: F401  what the usual verifier reads, offered here
 from support.checks import Amount, Count, Positive, choice
 from support.cli import run_script
 from support.errors import ConfigError
@@ -130,7 +130,7 @@ from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rewards: functions of (texts, problems, ended), three lists of one length, that return a number for each text. ended:
-# it stopped by itself, instead of being cut off. The other two are in support/rewards.py.
+# it stopped by itself, instead of being cut off. The rewards for format and brevity are in support/rewards.py.
 
 
 def accuracy_reward(texts, problems, ended):
@@ -149,8 +149,8 @@ REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevi
 def less_baseline(rewards, baseline="mean"):
     """rewards (N, R) -> (N, R), less a baseline of each question's own answers.
 
-    mean: their mean (GRPO); leave_one_out: the mean of the other answers (RLOO, arXiv:2402.14740), R / (R − 1) times
-    the difference; none. With a baseline, answers that all earn the same, or one alone, get exactly 0. Raises
+    mean: their mean (GRPO); leave_one_out: the others' mean (RLOO, arXiv:2402.14740), R / (R − 1) times as far off;
+    none. With a baseline, answers that all earn the same, or one alone, get exactly 0. Raises
     ConfigError on an unknown name.
     """
     if baseline == "none":
@@ -213,10 +213,10 @@ def whiten_over_tokens(centred, rewards, lengths):
 
 # Below, b answers of up to T tokens: a piece of the B answers of a minibatch.
 
-# From log ρ_t (b, T), which is 0 on padding, and |y| (b, 1) to ρ (b, T): each token's own, or one for all of an answer.
-# The product is exact for the answer as a whole, and soon far from 1. (Its clamp: exp would overflow, and the backward
-# of the clip's minimum would multiply inf by 0.) The sequence ratio is its |y|-th root: the clip keeps or drops whole
-# answers, and one odd token does not decide.
+# log ρ_t (b, T), which is 0 on padding, and |y| (b, 1) -> ρ (b, T).
+# token: each its own. product: Πρ for all of an answer's tokens, exact, and soon far from 1; clamped, as exp would
+# overflow and the backward of the clip's minimum would multiply inf by 0. sequence: (Πρ)^(1/|y|), so the clip keeps or
+# drops whole answers, and one odd token does not decide.
 RATIOS = {
     "token": lambda log_ratio, length: log_ratio.exp(),
     "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).clamp(max=80).exp().expand_as(log_ratio),
@@ -271,15 +271,16 @@ def grpo_loss(
     beta=0.0, clip_low=0.2, clip_high=0.2, loss_type="grpo", *, ratio="token", surrogate="clip", kl="k3",
     kl_unbiased=False, sampler_weights=None, n_answers=None, n_tokens=None, max_length=None,
 ):  # fmt: skip
-    """Log-probabilities and mask (b, T), advantages (b,), or (b, T) with one for each token -> (loss, metrics).
+    """Log-probabilities and mask (b, T), advantages (b,), or (b, T) as in distill.py -> (loss, metrics).
 
     Computed in fp32, or in float64 if the log-probabilities are.
     sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
     n_answers, n_tokens: B and *tokens*, of the whole minibatch, over pieces and ranks; default: of these b answers.
     max_length: dr_grpo's constant L, default T.
-    Metrics: the loss; ratio_max, the largest ρ, 1 on padding; the others are means over these answers' tokens.
+    Metrics: the loss; ratio_max, the largest ρ; the others are means over these answers' tokens.
     "kl" is always k3 without ρ: the tokens are π_old's, so it is an estimate only while ρ is near 1.
-    The defaults here have no KL; those of a run are in Config. Raises ConfigError on an unknown name.
+    The defaults here are the paper's form without a KL; a run's are those of its --algorithm. Raises ConfigError on an
+    unknown name.
     """
     v_of = choice("loss_type", loss_type, LOSS_TYPES)
     ratio_of = choice("ratio", ratio, RATIOS)
@@ -301,10 +302,9 @@ def grpo_loss(
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
-            # ∇k3 = (1 − x) ∇log π, so ∇(ρ k3) = ρ (k3 + 1 − x) ∇log π = ρ log(π / π_ref) ∇log π: given the prefix, in
-            # expectation over y_t, the gradient of this token's KL(π ‖ π_ref). What y_t does to the KL of later tokens
-            # is left out; --kl_in reward counts it. ∇k3 alone (the paper) is in expectation that of KL(π_ref ‖ π), the
-            # other direction; its factor 1 − x is at most 1, however unlikely π_ref finds the token.
+            # ∇(ρ k3) = ρ log(π / π_ref) ∇log π: in the mean over y_t this token's ∇KL(π ‖ π_ref). ∇k3 alone, the
+            # paper's, is ∇KL(π_ref ‖ π) (evaluate.kl_estimate). What y_t does to the KL of later tokens, --kl_in reward
+            # counts.
             distance, token_rho = kl_estimate(logprobs, ref_logprobs, kl), log_ratio.exp()  # whatever the --ratio
             cost = cost + beta * (token_rho * distance if kl_unbiased else distance)
     loss = (cost * v).sum()
@@ -370,7 +370,8 @@ def demo():
         print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient {form:20s} = {slope / 8:.5f}")
 
     # The family, second minibatch. The second answer has one token here. By hand: the first token of the fourth answer,
-    # ρ = 1.15, Πρ = 1.0925; A is 1/2 off the mean, √3/2 over the std, 2/3 off the others' mean; 4 answers, 7 tokens.
+    # ρ = 1.15, Πρ = 1.0925; A is 1/2 off the mean, √3/2 over the std (here over the tokens' too), 2/3 off the others'
+    # mean; 4 answers, 7 tokens.
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
     a = 3**0.5 / 2
     fourth = {"reinforce": 1 / 8, "rloo": 1.0925 * 2 / 3 / 4, "grpo": 1.15 * a / 8, "dr_grpo": 1.15 / 2 / 8}
@@ -482,14 +483,14 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         advantages = advantages[slots]  # (n, R)
         ref_logprobs = None
         if config.beta and config.kl_in == "reward":
-            # Off the advantages, after their scale: divided by a small std it would weigh more. Without a scale (rloo)
-            # that is off the reward.
+            # After the scale: before it, a small std would inflate the KL. Without a scale (rloo) this is the same as
+            # taking it off the reward.
             KL, ref_logprobs = answers_kl(reference, policy, batch, config, autocast, pad)  # (n, R), (n·R, T)
             advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # gdpo.py has None
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1. Groups whose A are all 0 are left
-        # out; a minibatch of no others makes no step
+        # out; a minibatch with no group left makes no step
         minibatches = minibatches_of(batch, groups, counted, config, pad, dist, advantages)
         needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:

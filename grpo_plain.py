@@ -2,7 +2,7 @@
 
 Ask N questions, let the policy π answer each R times, check the answers, compare each with its siblings, and make the
 better ones more likely. With π_old the policy when it sampled, π_ref the policy before training, and B the answers of
-an update (arXiv:2402.03300: Eq. 3, there without the ρ before k3, and Eq. 4; grpo.py derives them):
+an update (arXiv:2402.03300, Eq. 3 and 4; the paper has no ρ before k3; grpo.py derives them):
 
     A_i  = (r_i − mean(r)) / (std(r) + 1e-4)            over the R answers of a group, the std with R − 1
     ρ_it = π(y_it) / π_old(y_it)                        1 until the first update
@@ -11,8 +11,8 @@ an update (arXiv:2402.03300: Eq. 3, there without the ρ before k3, and Eq. 4; g
 
 One process, fp32, no resuming, no log but what it prints; the policy ends in runs/grpo_plain/last. grpo.py can use
 several processes and bf16 (its default where the hardware has it), resumes, keeps logs, reads a prompt once for its R
-answers, and has the rest of the family. In fp32 it computes the same from the same start (which, made here, is
-trained in the hardware's default dtype): tests/test_grpo_plain.py trains both and compares the weights. Try an idea in
+answers, and has the rest of the family. In fp32 it computes the same from the same start: tests/test_grpo_plain.py
+trains both and compares the weights. (A start made here is trained in the hardware's default dtype.) Try an idea in
 this file first.
 
 Run it (without --init it makes its start, as grpo.py does, or takes the one that is there):
@@ -56,7 +56,8 @@ def group_advantages(rewards):
 
 
 def grpo_loss(logprobs, old, A, mask, ref, B):
-    """log π, log π_old (b, T), each 0 on padding; A (b,); mask, log π_ref (b, T) -> the loss, a scalar."""
+    """log π, log π_old (b, T), each 0 on padding; A (b,); mask, log π_ref (b, T) -> the loss, a scalar. b: the answers
+    that are scored; B: those of the update, left-out groups included."""
     rho, A = (logprobs - old).exp(), A[:, None]  # (b, T), (b, 1)
     gain = torch.minimum(rho * A, rho.clamp(1 - EPSILON, 1 + EPSILON) * A)
     k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)  # (b, T); ∇(ρ k3) is in the mean ∇KL(π ‖ π_ref)
@@ -65,7 +66,7 @@ def grpo_loss(logprobs, old, A, mask, ref, B):
 
 
 def demo():
-    """Four answers of two tokens, right, wrong, wrong, right: what each token's log π gets, in hundredths."""
+    """Four answers of two tokens, right, wrong, wrong, right: −100 ∂loss/∂log π of each token."""
     A = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))[0]  # (R,)
     old = torch.tensor([[0.5, 0.8], [0.5, 0.9], [0.2, 0.9], [0.5, 0.8]]).log()
     rho = torch.tensor([[1.30, 1.05], [1.10, 0.70], [0.75, 1.10], [1.15, 0.95]])
@@ -101,7 +102,7 @@ def main(config):
     dist = setup()
     if dist.world > 1:
         raise ConfigError("grpo_plain.py runs in one process: leave torchrun out, or use grpo.py")
-    init = config.init or sft_start(PolicyConfig(name="grpo_plain", seed=config.seed), dist)
+    init = config.init or sft_start(PolicyConfig(name="grpo_plain", seed=config.seed), dist)  # a stage's flags
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     policy.eval()  # without dropout, which would make ρ differ from 1 on fresh answers
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -118,7 +119,7 @@ def main(config):
         # 1. ask: every question R times, from the distribution that the loss scores
         problems = [train[i] for i in rows_at(len(train), step, N, config.seed)]  # N
         prompts = [encode_prompt(tokenizer, problem) for problem in problems]  # N lists of ids
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # numbers of its own, as in grpo.py
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # each step its own
         rollout = generate(policy, prompts, L, n=R, stop_ids=tokenizer.stop_ids, generator=generator)
         answers, ended = rollout.rows, rollout.ended(tokenizer.stop_ids).tolist()  # N·R lists of ids; N·R bools
 
@@ -143,7 +144,7 @@ def main(config):
             logprobs, mask = answer_logprobs(policy, *scored)  # (b, T) each, T the longest of these answers
             with torch.no_grad():
                 ref, _ = answer_logprobs(reference, *scored)
-            old = rollout.logprobs[rows, : mask.shape[1]]  # (b, T) as sampled; the batch's longest may be longer
+            old = rollout.logprobs[rows, : mask.shape[1]]  # (b, T) as sampled, without the whole batch's padding
             loss = grpo_loss(logprobs, old, A.flatten()[rows].to(mask.device), mask, ref, B)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_NORM)

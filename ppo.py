@@ -1,8 +1,8 @@
 """PPO for language: a learned reward, a value for every token, a clip and a KL penalty (arXiv:1707.06347, 2203.02155).
 
 A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, before
-every token, what is still to come. Call a token's reward plus the rise of the guess its δ. A token's advantage is its
-own δ, plus λ times that of the next token, plus λ² times that of the one after, and so on.
+every token, what is still to come. A token's δ is its reward plus the rise of the guess. Its advantage is its own δ,
+plus λ times that of the next token, plus λ² times that of the one after, and so on.
 
 The policy gradient. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. An answer
 y ~ π(· | x) to a prompt x earns a reward r_t at each token. Its return is G_t = r_t + r_{t+1} + … (written for γ = 1):
@@ -19,8 +19,8 @@ After any prefix E[∇log π(y_t | x, y_<t)] = 0: so r_t needs no gradient of it
 changes no mean. The values are fitted to the targets A_t + V_t, the `returns`. With γ = λ = 1 these are G_t, and
 A_t = G_t − V_t, as the V in between cancel: unbiased and noisy; λ = 0 believes the next guess.
 
-Several updates from one batch need the ratio ρ_t = π(y_t) / π_old(y_t), which corrects for y_t and not for the tokens
-before it, so it holds near π_old; and a bound beyond which moving it gains nothing. ρ_t A_t has the gradient
+Later updates from the same batch need two things. The ratio ρ_t = π(y_t) / π_old(y_t) corrects for y_t, but not for the
+tokens before it, so π must stay near π_old; the clip removes the gain from going further. ρ_t A_t has the gradient
 ρ_t A_t ∇log π(y_t): at ρ = 1 the one above, with A for G − V. Once ρ is beyond 1 ± ε in the direction that A asks for,
 the clip sets the token's gradient to 0. A value may likewise gain no more once it is ε_v away from V_old, its value at
 sampling.
@@ -29,10 +29,10 @@ sampling.
     value loss   ½ max((V − returns)², (clip(V, V_old ± ε_v) − returns)²)       from the code of OpenAI Baselines
 
 Both are a mean over a minibatch's tokens. One step, for N prompts with R answers of at most T tokens each; `main` has
-the same five parts. The N·R answers are a *batch*; an optimizer step takes those to some of the prompts, a *minibatch*;
-a forward pass some of these, a *piece* of b answers. Four names say what an answer earns: *score* is the reward model's
-output; *paid* the score, normalised, less a fine; *final* what is paid, less a baseline; *rewards* are those of its
-tokens, the KL penalty each, and `final` at the last:
+the same five parts. The N·R answers are a *batch*, the R answers to one prompt a *group*; an optimizer step takes all
+answers to some of the prompts, a *minibatch*; a forward pass some of these, a *piece* of b answers. Four names say what
+an answer earns: *score* is the reward model's output; *paid* the score, normalised, less a fine; *final* what is paid,
+as it is or compared with --baseline's; *rewards* are per token: the KL penalty, plus `final` at the last:
 
     batch  = sample(step)                              (N·R, T): ids, mask, log π_old                     1. ask
     scores = score(batch)                                                                       (N, R)    2. judge
@@ -55,12 +55,13 @@ tokens, the KL penalty each, and `final` at the last:
     β      = adapt_beta(β, KL(π_old ‖ π_ref))          off by default
     log; every so often answer validation problems                                                        5. look
 
-The defaults run 16 prompts × 8 answers, one pass of four minibatches, β = 0.05 (--beta); γ = 1, λ = 0.95 (--lam),
-ε = ε_v = 0.2 (--clip_ratio, --clip_value) and c = 0.1 (--value_weight), as the code of arXiv:1909.08593; normalised
-scores, no baseline but the values (a head on the policy's trunk), whitened advantages, a fine of 1 where the end is
-missing, as the reward model has never seen such an answer, and stop_kl = 0.1. Off: --kl_target, --baseline mean or
-wins, a value network of its own, further passes, LoRA. Simplified: no entropy bonus (Eq. 9 of PPO), no pretraining term
-(PPO-ptx, Eq. 2 of InstructGPT), and after a cut answer V is 0 too, as if it had ended.
+The defaults run 250 steps of 16 prompts × 8 answers, one pass of four minibatches, AdamW at 5e-5 (the values' at 1e-3),
+β = 0.05 (--beta); γ = 1, λ = 0.95 (--lam), ε = ε_v = 0.2 (--clip_ratio, --clip_value) and c = 0.1 (--value_weight), as
+the code of arXiv:1909.08593; normalised scores, no baseline but the values (a head on the policy's trunk), whitened
+advantages, a fine of 1 where the end is missing, as the reward model has never seen such an answer, and stop_kl = 0.1.
+Off: --kl_target, --baseline mean or wins, a value network of its own, further passes, LoRA. Simplified: no entropy
+bonus (Eq. 9 of PPO), no pretraining term (PPO-ptx, Eq. 2 of InstructGPT), and after a cut answer V is 0 too, as if it
+had ended.
 
 V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. The returns are taken before the
 whitening: V is in units of the reward. Dropout is always off, and the old log-probabilities are the sampler's own: on
@@ -104,13 +105,14 @@ from support.sharding import averaging
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions. All tensors (B, T); mask is True on an answer's tokens, which stand at the front.
+# The objective, as pure functions of B answers of up to T tokens. Tensors are (B, T) unless it is said; mask is True on
+# an answer's tokens, which stand at the front.
 
 
-def token_rewards(log_ratio, final, lengths, beta):
-    """log_ratio (B, T): log π_old − log π_ref, 0 after the end. final (B,): what the whole answer is worth. lengths
+def token_rewards(log_ref_ratio, final, lengths, beta):
+    """log_ref_ratio (B, T): log π_old − log π_ref, 0 after the end. final (B,): what the whole answer is worth. lengths
     (B,), at least 1. -> (B, T)"""
-    rewards = -beta * log_ratio
+    rewards = -beta * log_ref_ratio
     rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += final
     return rewards
 
@@ -226,7 +228,7 @@ class ActorCritic(nn.Module):
             values = list(packed.outputs(self.critic))  # of each part (b', T', 1): the critic's score at every token
         else:
             states = list(packed.outputs(self.policy.hidden)) if states is None else states
-            with torch.autocast(states[0].device.type, enabled=False):  # in bf16 neighbouring V would be equal, δ 0
+            with torch.autocast(states[0].device.type, enabled=False):  # bf16 would round V' − V away
                 values = [self.head(x.to(self.head.weight.dtype)) for x in states]  # (b', T', 1)
         return packed.in_order([x.squeeze(-1) for x in values]).float()
 
@@ -236,19 +238,19 @@ class ActorCritic(nn.Module):
 
 
 def demo():
-    """One answer of three tokens, from its score to the advantages and the losses."""
+    """One answer of three tokens, from what it is worth to the advantages and the losses."""
     mask = torch.ones(1, 3, dtype=torch.bool)  # (B, T) = (1, 3)
-    log_ratio = torch.tensor([[0.2, -0.1, 0.0]])  # log π_old − log π_ref of each token
-    rewards = token_rewards(log_ratio, torch.tensor([1.0]), mask.sum(1), beta=0.5)
-    assert torch.allclose(rewards, torch.tensor([[-0.1, 0.05, 1.0]]))  # −β log ratio; the score 1 at the last token
+    log_ref_ratio = torch.tensor([[0.2, -0.1, 0.0]])  # log π_old − log π_ref of each token
+    rewards = token_rewards(log_ref_ratio, torch.tensor([1.0]), mask.sum(1), beta=0.5)
+    assert torch.allclose(rewards, torch.tensor([[-0.1, 0.05, 1.0]]))  # −β log ratio; `final` = 1 at the last token
     values = torch.tensor([[0.4, 0.6, 1.2]])
-    print("an answer of three tokens, score 1, β = 0.5")
+    print("an answer of three tokens, final 1, β = 0.5")
 
     def show(label, row, note=""):
         print(f"{label:26s}" + "".join(f"{x:+8.3f}" for x in row) + f"   {note}")
 
-    show("log π_old − log π_ref", log_ratio[0])
-    show("reward r", rewards[0], "the KL penalty, and the score at the end")
+    show("log π_old − log π_ref", log_ref_ratio[0])
+    show("reward r", rewards[0], "the KL penalty, and `final` at the end")
     show("value V", values[0], "the guess before each token")
     delta = [-0.1 + 0.6 - 0.4, 0.05 + 1.2 - 0.6, 1.0 + 0.0 - 1.2]  # r_t + V_{t+1} − V_t, γ = 1
     show("δ = r + V' − V", delta, "by how much reward and guess rise")
@@ -282,7 +284,7 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The stage. More flags: support/ppo_setup.py (--prompts, N, --rollouts, R, and --micro_batch, b), support/verified.py.
 
 
 @dataclass
@@ -312,7 +314,7 @@ class Config(RecordFlags, SizeFlags):
     """Clip of the value: how far it may move from its value at sampling and still lower the loss; 0: no clip."""
     value_weight: Amount = 0.1
     """Weight of the value loss against the policy's at a shared trunk. The head and a separate network have an AdamW of
-    their own, for which a factor matters only through --clip."""
+    their own, which cancels a constant factor, but for --clip."""
     baseline: Literal["wins", "mean", "none"] = "none"
     """What a score is compared with: wins (its probability of beating the prompt's other answers; bounded), mean (the
     mean score of the prompt's answers) or none (the values alone)."""
@@ -364,7 +366,8 @@ def main(config):
     actor_critic.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay, betas=(0.9, 0.999))
-    value_model, moments = actor_critic.critic or actor_critic.head, RunningMoments()
+    value_model = actor_critic.critic or actor_critic.head
+    moments = RunningMoments()  # of the scores
     value_parameters = list(value_model.parameters())
     value_optimizer = torch.optim.AdamW(value_parameters, betas=(0.9, 0.999), weight_decay=0.0)  # lr: in part 4
 
@@ -404,8 +407,8 @@ def main(config):
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
         old_values = values_at_sampling(actor_critic, pieces, batch, autocast)
         ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
-        beta, log_ratio = run.state.beta, (old_logprobs - ref_logprobs) * mask
-        rewards = token_rewards(log_ratio, final.flatten().to(dist.device), mask.sum(1), beta)
+        beta, log_ref_ratio = run.state.beta, (old_logprobs - ref_logprobs) * mask  # (n·R, T)
+        rewards = token_rewards(log_ref_ratio, final.flatten().to(dist.device), mask.sum(1), beta)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
         A = whiten(advantages, mask, dist) if config.whiten else advantages
         recorder.answers(batch, final, judged, ref=ref_logprobs, value=old_values, target=returns, reward=rewards, A=A)
@@ -441,7 +444,7 @@ def main(config):
             look.updated(norm, value_norm)
         if config.kl_target is not None:
             n_answers = config.prompts * R
-            kl = dist.sum(log_ratio.sum())[0] / n_answers
+            kl = dist.sum(log_ref_ratio.sum())[0] / n_answers
             run.state.beta = adapt_beta(beta, kl, config.kl_target, n_answers, config.kl_horizon)
 
         # 5. look: log the step; every so often answer validation problems

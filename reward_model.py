@@ -13,11 +13,11 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
 
     batch = the step's B of groups["train"]                ids: (x, [y_w, y_l]), each once per epoch        1. batch
     for each b of the rank's share:                                                                         2. gradient
-        packed = judge.pack(the b pairs)                   x is read once, by both answers of up to T tokens
-        scores, logprobs = judge.read(model, packed)                                                (2b,), (b,)
+        packed = judge.pack(the b pairs)                   x is computed once; both answers (≤ T tokens) read its keys
+        scores, logprobs = judge.read(model, packed, with_logprobs)                                 (2b,), (b,)
             states   = the decoder's, with --extra_layers new blocks on top                         (2b, T, C)
             scores   = head(states at the last token)      in fp32                                  (2b,)
-            logprobs = log π(y_w|x) / |y_w|                from the same states                     (b,)
+            logprobs = log π(y_w|x) / |y_w|                π: these states, as a language model     (b,)
         r_w, r_l = scores                                                                           (b,) each
         loss = Σ [−log σ(r_w − r_l − margin) + centre · (r_w + r_l)²] / B                           ()
         nll_loss = −Σ logprobs / B                                                                  ()
@@ -25,11 +25,11 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
     clip the gradient's norm, optimizer step                                                                3. update
     log; every --eval_every steps rank the validation pairs, keep the best checkpoint                       4. look
 
-The defaults run 600 steps of 64 pairs (Muon, lr 2e-3) with margin 0, centre 0.01, nll 1 and two extra layers.
-The pairs are corrupted solutions, and the SFT model's own samples, judged by the verifier. The loss alone is --centre 0
---nll 0 --extra_layers 0; with --optimizer adamw --lr 9e-6, for one epoch, it is the paper's, which takes all
-pairs of K = 4 to 9 ranked answers to a prompt into one batch. Off: --loss hinge (max(0, margin − (r_w − r_l)), which
-stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
+The defaults run 600 steps of 64 pairs (Muon, lr 2e-3) with margin 0, centre 0.01, nll 1 and two extra layers. The pairs
+are corrupted solutions, and the SFT model's own samples, judged by the verifier. Plain Bradley-Terry on the SFT model
+is --centre 0 --nll 0 --extra_layers 0; with --optimizer adamw --lr 9e-6, for one epoch, it is InstructGPT's, which
+takes all pairs of K = 4 to 9 ranked answers to a prompt into one batch. Off: --loss hinge (max(0, margin − (r_w −
+r_l)), which stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
 
 Traps:
   * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
@@ -39,7 +39,8 @@ Traps:
     policy knows it, but as a prediction: its last state before the 9 says 8, and no layer is left to compare the two.
     Hence the extra layers, and the SFT loss of the chosen answers, which keeps what the decoder knows
     (arXiv:2406.10216).
-  * PPO needs pairs of the policy's own samples: what a policy writes is wrong in other ways than a corrupted solution.
+  * For PPO take pairs of the policy's own samples too (--pairs both, the default): what a policy writes is wrong in
+    other ways than a corrupted solution.
   * A reward model is a proxy. Best-of-n takes the answer with the highest score of n; where the truth falls while n
     grows, the proxy is over-optimised (arXiv:2210.10760; demo). The report shows this for n = 1 … 64, and beside it
     accuracy by kind of error, calibration, and what else moves the score: names, length, format.
@@ -163,10 +164,10 @@ def demo():
         print(f"  {name:<34} loss {loss.item():.4f}    gradient {gradient[0]:+.2f} {gradient[1]:+.2f}")
 
     scores, correct = np.array([[0.1, 0.5, 0.7, 0.9]]), np.array([[0.0, 0.0, 1.0, 0.0]])
-    by_score, by_truth = (best_of_n(judge, correct, (1, 2, 3, 4)) for judge in (scores, correct))
+    by_score, by_truth = (best_of_n(proxy, correct, (1, 2, 3, 4)) for proxy in (scores, correct))
     assert np.allclose(by_score, [1 / 4, 2 / 6, 1 / 4, 0])  # of the 6 choices of two, 2 have the right one on top
     assert np.allclose(by_truth, [1 / 4, 3 / 6, 3 / 4, 1])  # 3 of the 6 have it
-    print("best of n of four answers, the third in score is right, the highest score is wrong: a proxy over-optimised")
+    print("best of n of four answers; the second-highest score is right, the highest wrong: a proxy over-optimised")
     print("  n                     1      2      3      4")
     print("  best by score    " + "".join(f"{x:>7.3f}" for x in by_score))
     print("  best by truth    " + "".join(f"{x:>7.3f}" for x in by_truth))
@@ -188,7 +189,7 @@ class RewardModel(Transformer):
         # Tied, so that no V × C output matrix is made; the head replaces it.
         super().__init__(replace(config, tie_embeddings=True))
         self.head = nn.Linear(self.config.width, 1, bias=False)
-        # The states have mean square 1, so scores start with spread 1.
+        # The states have mean square 1 or so, so scores start with a spread of about 1.
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width))
 
     def forward(self, tokens, positions=None, mask=None, cache=None, *, last_only=False, targets=None, counted=None):
@@ -211,9 +212,10 @@ class RewardModel(Transformer):
             torch.manual_seed(seed)
             model = cls(replace(policy.config, dropout=dropout, n_layer=policy.config.n_layer + extra))
         for name, parameter in model.blocks[policy.config.n_layer :].named_parameters():
-            # The last matrix of each residual branch: a new block adds 0.
-            if name.endswith(("attn.wo.weight", "down.weight", "ffn.down")):  # the last: moe.py's, one tensor
+            # The last matrix of each residual branch: a new block adds 0. ffn.down is moe.py's, one tensor.
+            if name.endswith(("attn.wo.weight", "down.weight", "ffn.down")):
                 nn.init.zeros_(parameter)
+        # Without the policy's output matrix, if it has one of its own: that is named head too.
         state = {k: v for k, v in policy.state_dict().items() if not k.startswith("head.")}
         model.load_state_dict(model.state_dict() | state)
         return model
@@ -221,17 +223,17 @@ class RewardModel(Transformer):
     @staticmethod
     def pack(groups, pad, device="cpu"):
         """[(prompt ids, lists of answer ids), …] -> PackedAnswers on the device. Each answer gets one pad more:
-        `pack` leaves out an answer's last token, which predicts nothing, and here the score is read at it."""
+        `shared_prompt.pack` leaves out an answer's last token, which predicts nothing; here the score is read at it."""
         answers = [[[*answer, pad] for answer in group] for _, group in groups]
         return pack([prompt for prompt, _ in groups], answers, pad).to(device)
 
     @staticmethod
     def read(model, packed, with_logprobs=False):
         """-> the score of each answer, (k,). with_logprobs: also the mean log π per token of the first answer of each
-        of n groups, which must have equally many, (n,). `model` may be wrapped in DDP. Below, m is the number of
-        answers in a part of `packed`."""
+        of n groups of equally many answers, (n,). `model` may be wrapped in DDP. Below, m is the number of answers in a
+        part of `packed`."""
         n, k = len(packed.tokens), len(packed.lengths)
-        lengths = packed.lengths - 1  # (k,) without the pad that `pack` has added
+        lengths = packed.lengths - 1  # (k,) without the pad that `RewardModel.pack` has added
 
         def first_answers(part):
             place = torch.arange(part.tokens.shape[1], device=part.rows.device)
@@ -249,7 +251,7 @@ class RewardModel(Transformer):
                 logprobs.append(logs.sum(1, keepdim=True) / length)  # (m, 1); 0 for all but the first answers
             # Output t stands at the token before answer token t, so output |y| stands at the last of |y| tokens.
             scores.append(score.squeeze(-1).gather(1, length))  # (m, 1)
-        scores = packed.in_order(scores).squeeze(1).float()  # (k,)
+        scores = packed.in_order(scores).squeeze(1).float()  # (m, 1) of each part -> (k,)
         return (scores, packed.in_order(logprobs).view(n, -1)[:, 0]) if with_logprobs else scores
 
     def save_pretrained(self, path):
@@ -278,7 +280,7 @@ def open_reward_model(path, device="cpu", dropout=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The settings. More flags: support/reward_setup.py (which pairs).
+# The settings. More flags: support/reward_setup.py (which pairs), support/runs.py (every stage's).
 
 
 @dataclass
@@ -331,8 +333,10 @@ class Config(RewardPairFlags):
 
 def main(config):
     """Train; returns {"accuracy", "low", "high", "by_kind", "path"} on the test split, and the report's figures."""
-    kind, loss_of = RewardEncoder if config.backbone == "encoder" else RewardModel, LOSSES[config.loss]
+    kind = RewardEncoder if config.backbone == "encoder" else RewardModel
+    loss_of = LOSSES[config.loss]
     # Samples and judges pairs, or reads them; puts the new head on the model from SFT; ranks the test pairs with it.
+    # groups: {"train", "valid", "test"} of (x, [y_w, y_l]). The functions go in because support/ imports no chapter.
     run, look, groups, autocast = begin_run(config, kind, loss_of, open_reward_model, best_of_n)
     judge, dist, scaler, pad = run.model, run.dist, run.scaler, run.tokenizer.endoftext_id
     share = dist.per_rank("batch", config.batch)  # B / ranks: the pairs of a step on this rank

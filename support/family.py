@@ -1,6 +1,12 @@
 """The family of policy gradients that grpo.py computes: the rows of its table, and the choices of a run, which are
 taken from a row, checked together, and shown as flags.
 
+Papers (arXiv): rloo 2402.14740, with the ratio and the KL of TRL's RLOOTrainer; dr_grpo 2503.20783; dapo 2503.14476;
+gspo 2507.18071; cispo 2506.13585, its cap of 5 from 2510.13786; sapo 2511.20347; maxrl 2602.02710; reinforce++
+2501.03262. DAPO's dynamic sampling and its penalty for length are flags of their own: --refill 3 --overlong 16. GRPO as
+in its paper, but for the learned reward there: --beta 0.04 --kl_unbiased false --skip_zero_variance false --minibatches
+1 --rollouts 64.
+
 What others do differently: TRL's default is --loss_type dapo, and it leaves a NaN reward out (here it is an error);
 verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, its CISPO clips at 1 ± 0.2; it bounds
 log ρ to ±20 and, where A < 0, the loss at 3 |A| (dual clip, arXiv:1912.09729).

@@ -12,7 +12,7 @@ weighted mean of the values. If the numbers of q and k are independent, with mea
 has variance D: the division by √D brings it back to 1.
 
 Letters: B rows (one sequence each), T queries, S keys, C width, H query heads, G key/value heads, D head width, W
-window, L layers. n: a token's position among the real tokens of its row (packed: of its document), from 0. Slot: its
+window. n: a token's position among the real tokens of its row (packed: of its document), from 0. Slot: its
 place in the cache; in a KVCache pads take slots too.
 
 One layer, `Attention.forward`, for B rows of T new tokens:
@@ -36,8 +36,9 @@ The way back (dx is short for dL/dx; the softmax has ∂w_i/∂s_j = w_i (δ_ij 
     dscores = weights ⊙ (dweights − Σ_S weights ⊙ dweights)                          (B, H, T, S), rows sum to 0
     dq = dscores k / √D,  dk = dscoresᵀ q / √D
 
-Above, ∂out/∂score_s = w_s (v_s − out) = −3.12, −0.63, 3.75: a key whose value is above the mean gains. Where one
-weight is near 1, all these derivatives are near 0: large scores stop learning. That is what √D (and qk_norm) prevents.
+In the example at the top ∂out/∂score_s = w_s (v_s − out) = −3.12, −0.63, 3.75: raising the score of a key whose value
+is above out raises out. Where one weight is near 1, all these derivatives are near 0: large scores stop learning. That
+is what √D (and qk_norm) prevents.
 
 The same lines serve every use. Masks are boolean, True = visible. *Decoding*: a text is written token by token, and
 each needs the keys and values of all earlier ones, so a *cache* holds them; its `length` counts the tokens read so far,
@@ -55,8 +56,6 @@ pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a la
     all above, window W  T   as above          window_mask(…, mask as above)   as above
     prefill, window W    T   T                 window_mask (T, T)              RollingKVCache: keeps the sinks, last W
     decoding, token n    1   ≤ sinks + W       none: the slots are the window  RollingKVCache: fills one slot
-
-Any object with KVCache's `update` is a cache: support/shared_prompt.py trains through one.
 
     option          default  model's    what it changes (the model is transformer.py's)
     n_kv_head, G    H        2 (H = 6)  wk, wv and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
@@ -81,10 +80,10 @@ Traps, the ones that bite most first:
 * A window added to a model that was trained without one breaks it. Attention weights must sum to 1, and a head that
   finds nothing to look at has learned to put them on the first tokens. Keep those visible, as sinks, and it works.
 
-What it costs. A head's scores are T · S dot products; a KVCache holds 2 (K and V) · L · B · G · S · D numbers. With a
-window and no other mask about 2 · T · W of the products are computed (W ≥ 64, T ≥ 2 W), band by band; packed rows, left
-pads and chunks pay for all T · S and hold their mask. A RollingKVCache keeps sinks + W slots. Yet through L windowed
-layers an output depends on the L (W − 1) tokens before it.
+What it costs. A head's scores are T · S dot products; a KVCache holds 2 (K and V) · n_layer · B · G · S · D numbers.
+With a window and no other mask about 2 · T · W of the products are computed (W ≥ 64, T ≥ 2 W), band by band; packed
+rows, left pads and shorter chunks pay for all T · S and hold their mask. A RollingKVCache keeps sinks + W slots. Yet
+through n windowed layers an output depends on the n (W − 1) tokens before it.
 
 A rolling cache stores each key rotated by its position in the text, so the outputs are those of one full pass with
 window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in
@@ -209,7 +208,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(n_head * self.head_dim, width, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
-        self.record = None  # a list, while attention_weights collects them
+        self.record = None  # a list, while support/attention_maps.py collects the weights
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0, last_only=False):
         """x (B, T, C) -> (B, T, C).
@@ -226,10 +225,10 @@ class Attention(nn.Module):
         x = cast_once(x)  # to autocast's dtype, for wq, wk and wv together
         q = self.wq(x[:, -1:] if last_only else x)  # (B, T_q, H·D): T_q is T, with last_only 1
         k, v = self.wk(x), self.wv(x)  # (B, T, G·D) each
-        if attention_dtype(x) != x.dtype:  # on a CPU fp32: there torch's backward pass in bf16 is slow
+        if attention_dtype(x) != x.dtype:  # fp32 on a CPU, where torch's backward pass in bf16 is slow
             q, k, v = q.float(), k.float(), v.float()
         q, k, v = q.view(B, -1, H, D), k.view(B, T, G, D), v.view(B, T, G, D)
-        if self.q_norm is not None:  # before the rotation, which keeps lengths: the bound survives
+        if self.q_norm is not None:  # before RoPE, which keeps lengths: the bound on the scores still holds
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T_q, D), (B, G, T, D) twice
         if rope is not None:
@@ -239,7 +238,7 @@ class Attention(nn.Module):
         window = self.window
         if isinstance(cache, RollingKVCache):
             check_sight(cache, window, self.sinks)
-            window = window if cache.length == 0 else None  # later the slots are the window, or roll's mask cuts it
+            window = window if cache.length == 0 else None  # then the slots, or roll's mask, are the window
             k, v, mask = cache.roll(layer, k, v, mask)  # (B, G, S, D) twice
         elif cache is not None:
             k, v = cache.update(layer, k, v)  # (B, G, S, D) twice
@@ -311,8 +310,8 @@ class RollingKVCache(RowsOfRollingKVCache):
         """Store k and v, each (B, G, T, D), and return the keys, the values and the mask for these T queries:
 
         T = 1    the filled slots, with the new token in its own, and no mask: all are visible
-        prefill  k, v and no mask; the layer adds the window
-        else     with pads or in a later chunk: what support/rolling_cache.py makes of it, the window in the mask
+        prefill  k, v and the mask as given; the layer adds the window
+        else     T > 1 or pads, later: what support/rolling_cache.py makes of it, the window in the mask
 
         mask: None or padding_mask's, over all the tokens so far, (B, 1, T, length + T); only pads on the left.
         ValueError on another one, or on None after pads.

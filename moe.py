@@ -73,8 +73,8 @@ grows.)
   dropped depends on the other tokens of the micro-batch. With K > 1 even later tokens count, because their first
   choices are served before its second. So with a capacity the model is not causal: decoding token by token would not
   give what one pass gives. Hence a capacity acts in training mode only, and an opened checkpoint has none.
-* A step in micro-batches. Counts add up over them and the DDP ranks, so the bias does not depend on the cut, nor does
-  the z-loss, a mean over tokens. A capacity does, and so does the Switch loss: a mean of products f P is not the
+* A step in micro-batches. Independent of the cut are the bias, whose counts add up over micro-batches and DDP ranks,
+  and the z-loss, a mean over tokens. Dependent are a capacity and the Switch loss: a mean of products f P is not the
   product of the means. It asks each micro-batch of each rank to be even, a little more than asking it of the whole.
 * An expert without tokens has a gradient of 0, not None. AdamW lets it come to rest in tens of steps; Muon, which
   normalises the momentum, drives it on in its last direction for hundreds.

@@ -46,7 +46,8 @@ nothing is lost. And as the two are equal on centred vectors, a trained pre-norm
 by centring what writes into the stream: matrices, their biases, the embeddings; a norm's b goes into the matrices that
 read it (arXiv:2305.14858).
 
-What the placement changes, if at the start of training each branch puts out as much variance as comes in:
+What the placement changes, if each branch puts out as much variance as comes in, as it does at the start of training.
+(A block is one branch here; a transformer's has two, so its depth counts double.)
 
 * post: each norm divides x + f(x) by √2. On the way back the two paths double the gradient's square, and the norm
   halves it: all blocks' weights get gradients of one size. If each branch changes by a share δ in an independent
@@ -54,16 +55,17 @@ What the placement changes, if at the start of training each branch puts out as 
   without one at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
 * pre: after l blocks the stream's variance is 1 + l. On the way back the final norm divides by √(1 + depth), and every
   later block k by √k, as it reads a variance of k: the two paths multiply by √(1 + 1/k). Their product over k = l + 1 …
-  depth is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l), the deeper the gentler. The same δ moves the
-  output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and one
-  branch with large weights drowns all the others.
+  depth is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l): deeper ones get smaller gradients. The same δ
+  moves the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and
+  one branch with large weights drowns all the others.
 * sandwich: all branches weigh the same at the start, whatever the size of their weights; their gains learn the rest.
 
 transformer.py divides the matrices that write into the stream by √(2 n_layer) at the start. That levels the gradients.
 In a character model of 12 blocks the gradient of the first block, divided by that of the last, is 1.1 in pre and 0.98
 in post. In sandwich, whose second norm undoes the division, it is 3.4 (results/norm-placement.md).
 
-The modules call torch's fused kernels; where RMSNorm has none for training (CPU, Apple GPU), support/fast_norms.py.
+The modules call torch's fused kernels; where RMSNorm has none for training (CPU, Apple GPU), support/fast_norms.py
+supplies one.
 
 Letters: C width, l the number of a block, L the loss; everything before the last dimension is left alone.
 
@@ -238,6 +240,7 @@ def demo():
                 level = [g * (1 if placement == "post" else (1 + l) ** 0.5) for l, g in enumerate(norms, 1)]
                 assert max(level) / min(level) < 2
                 assert abs(length / (1 if placement == "post" else 1 + depth) ** 0.5 - 1) < 0.2
+    # of the last block's gradient: pre's is the smallest, and only sandwich's is not drowned by a large first block
     assert last["post", 1.0] > 2 * last["pre", 1.0]
     assert last["sandwich", 30.0] > 3 * last["pre", 30.0]
 

@@ -11,8 +11,9 @@ neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, t
 
     ω        = rope_frequencies(D, θ, scaling)              (D/2,)
     angles   = positions · ω, for both features of a pair   (..., T) -> (..., T, D)
-    cos, sin = κ cos(angles), κ sin(angles)                 (..., T, D) each, once for all layers; κ = 1 but for yarn
-    q, k     = rotate(q, cos, sin), rotate(k, cos, sin)     (B, H, T, D), (B, G, T, D): in each layer; not the values
+    cos, sin = κ cos(angles), κ sin(angles)                 (..., T, D) each, once for all layers; κ, the attention
+                                                            factor, is 1 but for yarn
+    q, k     = apply_rope(q, cos, sin), and k so too        (B, H, T, D), (B, G, T, D): in each layer; not the values
     score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           rotations compose, R(m)ᵀ R(n) = R(n − m)
 
 So a score depends on the distance n − m alone: attention is relative without a parameter, and a rotated vector keeps
@@ -22,7 +23,7 @@ ends 0.36 nats per character below learned positions in validation loss (results
 Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast pair has met every angle. A slow pair,
 r_i < 1, has met only part of the circle, and past L it reaches angles that it never met. If its ω_i is divided by s, it
 stays within the known part up to length s L; but nearby tokens then differ by smaller angles. `scaling`, a dict in
-Hugging Face's form, says which pairs are slowed, and its `factor` is s. (Llama 3.1 takes s = 8 for 16 L.)
+Hugging Face's form, says which pairs are slowed; its `factor` is s, but for dynamic. (Llama 3.1 takes s = 8 for 16 L.)
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
@@ -68,7 +69,8 @@ from support.rotation import fast_rotate
 
 
 class LearnedPositions(nn.Module):
-    """positions (..., T) -> (..., T, C): a row of a table of `max_len`. ValueError on a position outside it."""
+    """positions (..., T) -> (..., T, C): a row of a table of `max_len`. ValueError on a position outside it, but on a
+    GPU, where torch's own check stops the process."""
 
     def __init__(self, max_len, dim):
         super().__init__()
@@ -175,7 +177,7 @@ def interleaved_to_half(weight, n_head):
 def demo():
     """RoPE on one pair: a quarter turn per position. Then the two conventions, and the scalings pair by pair."""
     torch.manual_seed(0)
-    quarter = torch.tensor([math.pi / 2])  # ω of a head of width 2
+    quarter = torch.tensor([math.pi / 2])  # (1,) an ω chosen for the example
     q, k = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])
 
     def at(x, position):

@@ -14,14 +14,13 @@ torchrun there are `world` processes, the ranks: each takes B / world of the win
                                                             windows one token later                      (B, T) each
                  n = B · T                                  targets of the whole step, over micro-batches and ranks
     2. gradient  for x, y in micro_batches:                 of this rank's B / world windows             (b, T) each
-                     nll = next_token_loss(model, x, y)     −Σ log π over ids → states (b, T, C) →
-                                                            log_softmax(z)[y] (b, T)                     ()
+                     nll = next_token_loss(model, x, y)     −Σ log π(y)                           (b, T) -> ()
                      backward(nll / n · world)              gradients add up over micro-batches; DDP and FSDP
                                                             average them over the ranks, world makes it a sum
     3. update    lr = lr_at(step)                           a line up, then a cosine down to --floor
                  optimizer_step(policy, lr, clip)           g ← g · min(1, clip / ‖g‖), ‖g‖ over all weights (--clip 0
-                                                            leaves g alone); Muon for the blocks' matrices, AdamW for
-                                                            the rest
+                                                            leaves g alone); Muon for the blocks' matrices but a
+                                                            router, AdamW for the rest
                  update_biases(policy)                      of experts, with --model.balancing bias
     4. look      look.at_step(record)                       log; every --eval_every steps validate, write a sample,
                                                             keep the best checkpoint
@@ -37,7 +36,7 @@ Which option changes what:
 
     the gradient     --data, --tokenizer, --vocab_size, --batch, --model.context and --seed (which tokens are in it),
                      --init and --model.* (the function), --clip (its length). With experts --aux_weight and
-                     --z_weight, which add a balancing loss
+                     --z_weight, which add two losses of the routers
     the update       --optimizer, --lr, --warmup, --steps, --schedule, --floor, --weight_decay, --skip_nonfinite; with
                      experts --bias_rate
     only rounding    --micro_batch, the number of ranks, --fsdp, --recompute, --compile, --dtype: they change memory and
@@ -48,7 +47,6 @@ Which option changes what:
 Traps:
   * n is counted before the batch is cut. Averaging each micro-batch by itself, and then the means, is another loss
     wherever one micro-batch is smaller than the others (demo).
-  * Inputs and targets are shifted once, in batch_at. A second shift trains the model to predict two tokens ahead.
   * A window begins anywhere and may hold several stories. A target sees its own window alone, other stories in it
     included (sft.py's packing masks these). Validation reads each story by itself, from its beginning, if every story
     fits into T tokens: `loss` and `valid_loss` differ for that reason too, not by overfitting alone.
@@ -282,6 +280,7 @@ def main(config):
     look = Look(run, texts["valid"], streams, autocast)
     look.before()
 
+    # `policy` is in training mode, as it was built: dropout acts. An evaluation switches it off and on again.
     for step in run.steps():  # which also writes last/ every --save_every steps, at the end and on Ctrl-C
         # 1. the batch: B windows of T tokens, of which this rank reads its part
         started = time.perf_counter()

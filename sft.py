@@ -30,7 +30,6 @@ The defaults run 200 such steps of 64 worked solutions, or stop at 100 % on the 
 weights trained, Muon and AdamW, a learning rate of 2e-3 after 10 steps of warm-up, down a cosine to a tenth. Off:
 packing, curricula, ratings, LoRA, dropout, a sweep of learning rates. A mixture of experts is not balanced here:
 neither pretrain.py's balancing loss nor its move of the biases. The test split is read once, at the end (evaluate.py).
-The paper (C.1, up to 6 B parameters): --optimizer adamw --lr 9.65e-6 --warmup 0 --batch 32 --dropout 0.2, 16 epochs.
 
 What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where `valid_loss` rises while
 `loss` still falls, the model learns its examples by heart. Its answers may improve all the same, so they choose the
@@ -42,7 +41,7 @@ Traps:
     where pad = eos, and the model never learns to stop.
   * The mask selects targets, so it meets the log-probabilities, which are one token shorter, as mask[:, 1:].
   * n is counted before the batch is cut. If each micro-batch is averaged by its own count (as many trainers did until
-    2024), the gradient depends on the cut: short answers in a micro-batch of their own weigh more.
+    2024), short answers in a micro-batch of their own weigh more.
   * Packing puts several conversations in one row. Each must see only itself, and its positions must begin at 0; then
     loss and gradient are those of padding. No loss crosses a border: the first token of a conversation has flag 0.
 
@@ -126,7 +125,8 @@ def collate(examples, pad):
     """[(ids, flags), …] -> MicroBatch: a row each, padded on the right, which a causal model never sees."""
     T = max(len(ids) for ids, _ in examples)
     tokens = torch.full((len(examples), T), pad, dtype=torch.long)
-    mask = torch.zeros(len(examples), T, dtype=torch.tensor(examples[0][1][:1]).dtype)  # bool flags, or fp32 weights
+    weighted = any(isinstance(flag, float) for flag in examples[0][1])
+    mask = torch.zeros(len(examples), T, dtype=torch.float32 if weighted else torch.bool)
     for row, (ids, flags) in enumerate(examples):
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = torch.tensor(flags)
@@ -134,7 +134,8 @@ def collate(examples, pad):
 
 
 def pack_examples(examples, pad, room):
-    """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room."""
+    """Several examples in a row of at most `room` tokens: the longest first, each into the first row that has room
+    (first-fit decreasing)."""
     packed = []  # the examples of each row
     for example in sorted(examples, key=lambda e: -len(e[0])):
         row = next((row for row in packed if sum(len(ids) for ids, _ in [*row, example]) <= room), None)
@@ -168,8 +169,8 @@ def sft_loss(logprobs, mask, n_tokens=None):
 
 @torch.no_grad()
 def validation_loss(model, examples, pad, micro_batch, autocast, dist):
-    """sft_loss of all the examples as one batch: nats per token that counts. The ranks share them. One that has none
-    left reads an example at weight 0: under FSDP every forward pass needs all ranks."""
+    """sft_loss of all the examples as one batch: nats per token that counts. The ranks share them. A rank with no
+    examples left reads one with a mask of 0: under FSDP every forward pass needs all ranks."""
     model.eval()
     total, by_length = 0.0, sorted(examples, key=lambda example: len(example[0]))  # less padding
     nothing = [(ids, [0] * len(ids)) for ids, _ in by_length[:1]]
@@ -255,7 +256,8 @@ def demo():
 
 @dataclass
 class Config(RecordFlags, RunConfig):
-    """Fine-tune a pretrained decoder on worked solutions. What every stage shares is in support/runs.py."""
+    """Fine-tune a pretrained decoder on worked solutions. What every stage shares (--steps, --lr, --warmup …) is in
+    support/runs.py."""
 
     data: str = DEFAULT_TASK
     """The name of a task (default: built-in problems), gsm8k, instructions, ratings, or the path of a .jsonl, .json or
@@ -317,7 +319,7 @@ class Config(RecordFlags, RunConfig):
 def main(config, encode=encode_example, responder=None):
     """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test" (accuracy,
     or F1 for free text, each problem by its own measure), "valid" (the best of the same on the validation split) and
-    "path". agent.py has another encode, and a responder(tokenizer) -> `respond` of `evaluate`."""
+    "path". agent.py has another encode, and a responder: with the tokenizer it makes what answers in an evaluation."""
     if config.sweep:
         return sweep(partial(main, encode=encode, responder=responder), config)
     dist = setup(config.device)
@@ -379,8 +381,10 @@ def main(config, encode=encode_example, responder=None):
             last = i + config.micro_batch >= per_rank
             with averaging(model, last):  # DDP and FSDP average over the ranks in the last backward pass alone
                 with autocast():
-                    seen = {"positions": micro.positions, "mask": micro.visible}  # for attention; None if padded
-                    logprobs = token_logprobs(model, micro.tokens, counted=mask > 0, **seen)  # (b, T − 1)
+                    visible, positions = micro.visible, micro.positions  # for attention; None if padded
+                    logprobs = token_logprobs(  # (b, T − 1)
+                        model, micro.tokens, counted=mask > 0, positions=positions, mask=visible
+                    )
                 loss, metrics = sft_loss(logprobs, mask, n)
                 scaler.scale(loss * dist.world).backward()  # * world makes the average a sum
             loss_sum += metrics["loss"]

@@ -29,8 +29,8 @@ Encoding: a text and the merges -> ids
             join those whose merge was learned first
         ids += the id of each part
 
-Learned first, because a new token takes part in later merges only. So this replays the training: a word of the training
-text comes out as training left it, and any other word as it would have been cut there.
+Merges apply in the order in which they were learned, because a new token takes part in later merges only. So encoding
+replays the training: a word of the training text comes out as training left it.
 
 Ids of a tokenizer that is trained here: 0 … 255 are the bytes, 256 + k is merge k, the special tokens come last. A text
 cannot write a special token: its name in a text is plain characters, and only code that frames a document or a chat
@@ -159,7 +159,7 @@ def apply_merges(word, rank):
 
 def check_spelling(merges):
     """Raises TokenizerError unless every token comes out whole when the merges are applied to its bytes. (tiktoken
-    takes a word that is a token as it stands: otherwise one id there, several by the merges.)"""
+    gives a word that equals a token that id at once, which is right only if the merges build it too.)"""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in doubtful_tokens(merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
@@ -183,8 +183,10 @@ class Tokenizer(Vocabulary):
         By default none: their names are plain characters. Otherwise whoever writes a prompt, or a page of the
         training data, could type <|im_end|><|im_start|>system and speak as the system.
         """
-        names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
-        allowed = set(self.special_ids) if allowed_special == "all" else set(names)
+        if allowed_special == "all":
+            allowed = set(self.special_ids)
+        else:
+            allowed = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
         if unknown := sorted(allowed - set(self.special_ids)):
             raise TokenizerError(f"{unknown[0]!r} is not a special token here; they are {[*self.special_ids]}")
         whole = {name: self.special_ids[name] for name in allowed} | self.added_ids
@@ -240,8 +242,8 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, merges, vocab, special_ids, pattern=PATTERN, eos_token=None, nfc=False):
-        """merges: [(left bytes, right bytes), …] in order. nfc: compose characters (é from e and ´) before encoding.
-        Raises TokenizerError if tiktoken would give other ids (support/pieces.py)."""
+        """merges: [(left bytes, right bytes), …] in order. nfc: compose characters (é from e and U+0301) before
+        encoding. Raises TokenizerError if tiktoken would give other ids (support/pieces.py)."""
         super().__init__(vocab, special_ids, eos_token)
         self.merges, self.pattern, self.nfc = merges, pattern, nfc
         self._ids = {token: i for i, token in vocab.items()}

@@ -9,8 +9,8 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     for layer, block in enumerate(blocks):
         a = attn(norm1(x), rope, mask, cache, layer)    (B, T, C)     tokens read themselves and those before
         x = x + a
-        f = ffn(norm2(x))                      (B, T, C)              each token by itself. With h = norm2(x):
-            down(silu(gate(h)) ⊙ up(h))        (B, T, C) -> (B, T, inner) -> (B, T, C)
+        h = norm2(x)                           (B, T, C)
+        f = down(silu(gate(h)) ⊙ up(h))        (B, T, C) -> (B, T, inner) -> (B, T, C)    `ffn`: each token by itself
         x = x + f
     cache.length += T                          once, after all layers
     logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
@@ -35,16 +35,14 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
 At the start the std of the matrices that write into the residual stream (`wo`, `down`) is divided by √(2 n_layer), so
 that the sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-The losses of pretraining, SFT and every RL stage get log π(token) from `forward` with targets. That is an argument of
-forward and not a method of its own, because DDP wraps forward alone. (Sampling takes its log π from the logits:
-generate.py.) With targets at most 64 MiB of fp32 logits exist at a time: they are computed some tokens at a time, and
-again in the backward pass. `token_logprobs` shifts for it: entry t belongs to token t + 1, so a mask over tokens meets
-it as mask[:, 1:].
+The losses of all stages get log π(token) from `forward` with targets. That is an argument of forward and not a method
+of its own, because DDP wraps forward alone. (Sampling takes its log π from the logits: generate.py.) With targets at
+most 64 MiB of fp32 logits exist at a time: they are computed some tokens at a time, and again in the backward pass.
+`token_logprobs` shifts for it: entry t belongs to token t + 1, so a mask over tokens meets it as mask[:, 1:].
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
-Qwen3-MoE open here as published, also by hub name, and `transformers` opens what is saved here as whichever of them
-computes the same: Qwen3 above; Llama without QK-norm; Qwen2 like Llama with qkv_bias, Mistral with a window, Mixtral
-with experts; Qwen3-MoE as Qwen3 with experts. llama.cpp's files open too (support/gguf.py).
+Qwen3-MoE open here as published, and `transformers` opens what is saved here as whichever of them computes the same.
+llama.cpp's files open too (support/gguf.py).
 
 Letters: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head width, V vocabulary.
 
@@ -111,7 +109,7 @@ class TransformerConfig:
     """Base of the rotary wavelengths."""
     rope_scaling: dict | None = None
     """RoPE beyond the trained length, as Hugging Face writes it: {rope_type: yarn, factor: 4.0, ...}. The type dynamic
-    opens their checkpoints but changes nothing within `context`; to stretch a model take yarn or llama3."""
+    opens Hugging Face's checkpoints but changes nothing within `context`; to stretch a model take yarn or llama3."""
     window: Count | None = None
     """Sliding window: a query sees itself and the window - 1 tokens before it; none is all of them."""
     sinks: Whole = 0
@@ -227,7 +225,7 @@ def init_weights(model):
 class Transformer(nn.Module):
     """A decoder: token ids (B, T) -> logits (B, T, V), or log-probabilities of given targets; see `forward`."""
 
-    config_class = TransformerConfig  # what from_pretrained reads; a subclass with fields of its own names its own
+    config_class = TransformerConfig  # what from_pretrained reads; a subclass with more fields overrides it
 
     def __init__(self, config):
         super().__init__()

@@ -35,9 +35,9 @@ N = --prompts problems with R = --rollouts answers each (main has the same four 
     kept   = keep_round(groups)             (prompt, answer, w = 1 / K_x): right, complete, no copies        2. keep
     --round_steps times, for the next B = --batch of kept:        reshuffled each epoch; B counts all ranks  3. tune
         n_tokens = Σ w |y|                  before the cut into ranks and micro-batches
-        for micro in micro_batches(batch):  tokens, mask: w on the answer's tokens, 0 on the prompt's   (b, T) each
+        for micro in micro_batches(batch):  tokens, loss_mask: w on an answer's tokens, 0 on a prompt's (b, T) each
             logprobs = token_logprobs(model, tokens)                                                    (b, T − 1)
-            loss     = sft_loss(logprobs, mask[:, 1:], n_tokens)     −Σ mask · logprobs / n_tokens      ()
+            loss     = sft_loss(logprobs, loss_mask[:, 1:], n_tokens)    −Σ loss_mask · logprobs / n_tokens   ()
             backward
         clip the gradient's norm, optimizer step
     log; every so often answer validation problems, keep the best checkpoint                                 4. look
@@ -208,13 +208,13 @@ def main(config):
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
         n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
         micros, loss_sum = micro_batches(batch, start), 0.0  # this rank's
-        for micro in micros:  # b answers each, as sft.collate pads them: tokens, mask (b, T)
-            mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
+        for micro in micros:  # b answers each, as sft.collate pads them: tokens, loss_mask (b, T)
+            loss_mask = micro.loss_mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
             # The ranks average their gradients in the last backward alone; * world makes the average a sum
             with averaging(model, now=micro is micros[-1]):
                 with autocast():
-                    logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)  # (b, T − 1)
-                loss, metrics = sft_loss(logprobs, mask, n_tokens)  # ()
+                    logprobs = token_logprobs(model, micro.tokens, counted=loss_mask > 0)  # (b, T − 1)
+                loss, metrics = sft_loss(logprobs, loss_mask, n_tokens)  # ()
                 scaler.scale(loss * dist.world).backward()
             loss_sum += metrics["loss"]
         (loss_sum,) = dist.sum(loss_sum)

@@ -17,9 +17,9 @@ One step, for B examples, of which b rows of up to T tokens go through the model
     1. batch     batch = the next B of (ids, flags)           shuffled, or in the order of a curriculum; of all ranks
                  n     = Σ flags                              the tokens that count, before the batch is cut
     2. gradient  for part in micro_batches:                   of this rank's B / world
-                     tokens, mask = collate(part)             padded on the right (or packed)        (b, T) each
+                     tokens, loss_mask = collate(part)        padded on the right (or packed)        (b, T) each
                      logprobs = token_logprobs(model, tokens) log π of every token but the first     (b, T − 1)
-                     loss = −Σ mask[:, 1:] · logprobs / n     sft_loss                               ()
+                     loss = −Σ loss_mask[:, 1:] · logprobs / n    sft_loss                           ()
                      backward(loss · world)                   gradients add up over micro-batches; DDP and FSDP
                                                               average them over the ranks, world makes it a sum
     3. update    clip ‖g‖; lr = lr_at(step); optimizer step
@@ -39,7 +39,7 @@ chooses.)
 Traps:
   * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token
     where pad = eos, and the model never learns to stop.
-  * The mask selects targets, so it meets the log-probabilities, which are one token shorter, as mask[:, 1:].
+  * The mask selects targets, so it meets the log-probabilities, which are one token shorter, as loss_mask[:, 1:].
   * n is counted before the batch is cut. If each micro-batch is averaged by its own count (as many trainers did until
     2024), short answers in a micro-batch of their own weigh more.
   * Packing puts several conversations in one row. Each must see only itself, and its positions must begin at 0; then
@@ -113,7 +113,7 @@ class MicroBatch:
     """Examples in rows, padded or packed."""
 
     tokens: torch.Tensor  # (b, T) int64
-    mask: torch.Tensor  # (b, T) True on the tokens that count, or their weight in fp32
+    loss_mask: torch.Tensor  # (b, T) True on the tokens that count, or their weight in fp32
     positions: torch.Tensor | None = None  # (b, T) packed: from 0 in each example
     visible: torch.Tensor | None = None  # (b, 1, T, T) packed: causal, and only within one example
 
@@ -126,11 +126,11 @@ def collate(examples, pad):
     T = max(len(ids) for ids, _ in examples)
     tokens = torch.full((len(examples), T), pad, dtype=torch.long)
     weighted = any(isinstance(flag, float) for flag in examples[0][1])
-    mask = torch.zeros(len(examples), T, dtype=torch.float32 if weighted else torch.bool)
+    loss_mask = torch.zeros(len(examples), T, dtype=torch.float32 if weighted else torch.bool)
     for row, (ids, flags) in enumerate(examples):
         tokens[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = torch.tensor(flags)
-    return MicroBatch(tokens, mask)
+        loss_mask[row, : len(ids)] = torch.tensor(flags)
+    return MicroBatch(tokens, loss_mask)
 
 
 def pack_examples(examples, pad, room):
@@ -177,10 +177,10 @@ def validation_loss(model, examples, pad, micro_batch, autocast, dist):
     for i in range(0, len(examples), micro_batch * dist.world):
         own = by_length[i + dist.rank * micro_batch :][:micro_batch] or nothing
         micro = collate(own, pad).to(dist.device)  # (b, T)
-        mask = micro.mask[:, 1:]
+        loss_mask = micro.loss_mask[:, 1:]
         with autocast():
-            logprobs = token_logprobs(model, micro.tokens, counted=mask > 0)  # (b, T − 1)
-        total += sft_loss(logprobs, mask, n_tokens=1)[1]["loss"]  # by 1: the sum
+            logprobs = token_logprobs(model, micro.tokens, counted=loss_mask > 0)  # (b, T − 1)
+        total += sft_loss(logprobs, loss_mask, n_tokens=1)[1]["loss"]  # by 1: the sum
     (total,) = dist.sum(total)
     return total / sum(sum(flags) for _, flags in examples)
 
@@ -219,7 +219,7 @@ def demo():
     examples = [([10, 11, 12], [False, True, True]), ([20, 21], [False, True])]
     padded, packed = collate(examples, pad=0), pack_examples(examples, pad=0, room=6)
     assert packed.tokens.tolist() == [[10, 11, 12, 20, 21]]
-    assert packed.mask.int().tolist() == [[0, 1, 1, 0, 1]]
+    assert packed.loss_mask.int().tolist() == [[0, 1, 1, 0, 1]]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1]]  # each example begins at 0
     assert packed.visible.int().squeeze().tolist() == [
         [1, 0, 0, 0, 0],
@@ -229,7 +229,7 @@ def demo():
         [0, 0, 0, 1, 1],
     ]
     print("two examples in one row: tokens, mask, positions, and who sees whom")
-    for name, numbers in (("token", packed.tokens), ("mask", packed.mask.int()), ("position", packed.positions)):
+    for name, numbers in (("token", packed.tokens), ("mask", packed.loss_mask.int()), ("position", packed.positions)):
         print(f"  {name:<10}" + "".join(f"{i:>4}" for i in numbers[0].tolist()))
     for i, row in zip(packed.tokens[0].tolist(), packed.visible[0, 0].int().tolist(), strict=True):
         print(f"  {i} sees   " + "".join(f"{'x' if sees else '.':>4}" for sees in row))
@@ -238,14 +238,14 @@ def demo():
     two_rows = torch.tensor([[1.0, 2], [1, 9]])  # the same, padded: 11, 12; 21 and a pad, whose 9 must not count
     print("loss in bits, where π of the tokens 11, 12, 20, 21 is 1/2, 1/4, 1/8, 1/2")
     for name, bits, mask, by_hand, formula in (
-        ("packed", one_row, packed.mask[:, 1:], 4 / 3, "(1 + 2 + 1) / 3: token 20 does not count"),
-        ("padded", two_rows, padded.mask[:, 1:], 4 / 3, "the same: a pad does not count either"),
+        ("packed", one_row, packed.loss_mask[:, 1:], 4 / 3, "(1 + 2 + 1) / 3: token 20 does not count"),
+        ("padded", two_rows, padded.loss_mask[:, 1:], 4 / 3, "the same: a pad does not count either"),
         ("rated", one_row, torch.tensor([[1, 1, 0, 0.5]]), 7 / 5, "(1 + 2 + ½) / (2 + ½): the second example rated 3"),
     ):
         loss, _ = sft_loss(-math.log(2) * bits, mask)
         assert abs(loss.item() - by_hand * math.log(2)) < 1e-6
         print(f"  {name:<8} {loss / math.log(2):.4f} = {formula}")
-    means = [sft_loss(-bits, mask)[0] for bits, mask in zip(two_rows, padded.mask[:, 1:], strict=True)]
+    means = [sft_loss(-bits, mask)[0] for bits, mask in zip(two_rows, padded.loss_mask[:, 1:], strict=True)]
     assert sum(means) / 2 == ((1 + 2) / 2 + 1) / 2 == 1.25
     print("  the mean of their means is ((1 + 2) / 2 + 1) / 2 = 1.25: 21 weighs as much as 11 and 12 together")
 
@@ -377,15 +377,13 @@ def main(config, encode=encode_example, responder=None):
             part = own[i : i + config.micro_batch]
             micro = pack_examples(part, pad, context) if config.packing else collate(part, pad)
             micro = micro.to(dist.device)
-            mask = micro.mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
+            loss_mask = micro.loss_mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to
             last = i + config.micro_batch >= per_rank
             with averaging(model, last):  # DDP and FSDP average over the ranks in the last backward pass alone
                 with autocast():
-                    visible, positions = micro.visible, micro.positions  # for attention; None if padded
-                    logprobs = token_logprobs(  # (b, T − 1)
-                        model, micro.tokens, counted=mask > 0, positions=positions, mask=visible
-                    )
-                loss, metrics = sft_loss(logprobs, mask, n)
+                    attends = {"positions": micro.positions, "mask": micro.visible}  # None if the rows are padded
+                    logprobs = token_logprobs(model, micro.tokens, counted=loss_mask > 0, **attends)  # (b, T − 1)
+                loss, metrics = sft_loss(logprobs, loss_mask, n)
                 scaler.scale(loss * dist.world).backward()  # * world makes the average a sum
             loss_sum += metrics["loss"]
         (loss_sum,) = dist.sum(loss_sum)

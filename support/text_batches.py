@@ -26,7 +26,7 @@ def labelled_rows(reviews, tokenizer, context):
 def pad_rows(rows, pad):
     """Lists of ids -> tokens (B, T), real (B, T) False on padding: padded on the right."""
     padded = collate([(ids, [True] * len(ids)) for ids in rows], pad)
-    return padded.tokens, padded.mask
+    return padded.tokens, padded.loss_mask
 
 
 @dataclass

@@ -143,7 +143,7 @@ def gradient_of(model, loss):
 def loss_on(model, kept, n=None):
     """The loss of the kept answers, as a step of main computes it."""
     micro = collate([encode_kept(*x) for x in kept], 0)
-    return sft_loss(token_logprobs(model, micro.tokens), micro.mask[:, 1:], n)[0]
+    return sft_loss(token_logprobs(model, micro.tokens), micro.loss_mask[:, 1:], n)[0]
 
 
 def test_loss_and_gradient_are_those_of_sft_on_what_is_kept(here):
@@ -151,7 +151,7 @@ def test_loss_and_gradient_are_those_of_sft_on_what_is_kept(here):
     model, problems = tiny(tokenizer.vocab_size), load_problems("twos.jsonl", "train", 4)
     examples = [encode_example(tokenizer, problem) for problem in problems]
     micro = collate(examples, 0)
-    expected, _ = sft_loss(token_logprobs(model, micro.tokens), micro.mask[:, 1:])
+    expected, _ = sft_loss(token_logprobs(model, micro.tokens), micro.loss_mask[:, 1:])
     groups = []
     for problem in problems:  # its solution among other answers
         prompt, answer = (

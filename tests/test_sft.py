@@ -85,7 +85,7 @@ def test_a_pair_is_encoded_after_all_that_was_said(tokenizer):
 def test_a_rating_weighs_its_tokens(tokenizer):
     rated = [Problem("Q?", "An answer.", "", 1, "file", rating=r) for r in (2, 4, 5, None)]
     examples = [encode_example(tokenizer, p, weighted=True) for p in rated]
-    mask = collate(examples, 0).mask
+    mask = collate(examples, 0).loss_mask
     assert mask.dtype == torch.float32
     assert [row.unique().tolist() for row in mask] == [[0, 0.25], [0, 0.75], [0, 1.0], [0, 1.0]]
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def test_a_rating_weighs_its_tokens(tokenizer):
 
 def test_collate_pads_on_the_right_with_mask_false():
     rows = collate([([5, 6, 7], [False, True, True]), ([8], [True])], pad=3)
-    tokens, mask = rows.tokens, rows.mask
+    tokens, mask = rows.tokens, rows.loss_mask
     assert tokens.tolist() == [[5, 6, 7], [8, 3, 3]]
     assert mask.tolist() == [[False, True, True], [True, False, False]]
 
@@ -136,7 +136,7 @@ def test_a_pad_changes_nothing(tokenizer):
         n = sum(sum(flags) for _, flags in examples)
         for batch in batches:
             rows = collate(batch, tokenizer.endoftext_id)
-            tokens, mask = rows.tokens, rows.mask
+            tokens, mask = rows.tokens, rows.loss_mask
             sft_loss(token_logprobs(raw, tokens), mask[:, 1:], n)[0].backward()
         return torch.cat([p.grad.flatten() for p in raw.parameters()])
 
@@ -157,10 +157,10 @@ def test_packing_changes_neither_loss_nor_gradient(tokenizer, positions):
     examples = [encode_example(tokenizer, p) for p in problems]
     room = 256
 
-    def gradient(tokens, mask, positions=None, visible=None):
+    def gradient(tokens, loss_mask, positions=None, visible=None):
         raw.zero_grad()
         logprobs = token_logprobs(raw, tokens, positions=positions, mask=visible)
-        loss, _ = sft_loss(logprobs, mask[:, 1:])
+        loss, _ = sft_loss(logprobs, loss_mask[:, 1:])
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten() for p in raw.parameters()])
 
@@ -168,23 +168,23 @@ def test_packing_changes_neither_loss_nor_gradient(tokenizer, positions):
     packed = pack_examples(examples, tokenizer.endoftext_id, room)
     assert len(packed.tokens) < len(examples)
     assert packed.tokens.shape[1] <= room
-    assert packed.mask.sum() == padded.mask.sum()
+    assert packed.loss_mask.sum() == padded.loss_mask.sum()
     loss, theirs = gradient(**vars(padded))
     again, ours = gradient(**vars(packed))
     assert again == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-5)
     assert theirs.norm() > 1e-3
-    leaking, _ = gradient(packed.tokens, packed.mask, packed.positions)  # without the document mask it is another loss
+    leaking, _ = gradient(packed.tokens, packed.loss_mask, packed.positions)  # no document mask: another loss
     assert abs(leaking - loss) > 1e-3
     if positions == "learned":
-        shifted, _ = gradient(packed.tokens, packed.mask, None, packed.visible)  # nor without positions that start anew
+        shifted, _ = gradient(packed.tokens, packed.loss_mask, None, packed.visible)  # no positions that start anew
         assert abs(shifted - loss) > 1e-3
 
 
 def test_packing_by_hand():
     examples = [([5, 6, 7], [False, True, True]), ([8, 9, 4, 3], [False, False, True, True]), ([1, 2], [False, True])]
     rows = pack_examples(examples, 0, 6)
-    tokens, mask, positions, visible = rows.tokens, rows.mask, rows.positions, rows.visible
+    tokens, mask, positions, visible = rows.tokens, rows.loss_mask, rows.positions, rows.visible
     assert tokens.tolist() == [[8, 9, 4, 3, 1, 2], [5, 6, 7, 0, 0, 0]]
     assert mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
     assert positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]

@@ -9,10 +9,9 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
     p               P(|T| > |mean| √n / s), T of Student's law with n − 1 degrees of freedom: how often two equal
                     variants would differ at least as much
     Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
-                    the one before it: then in at most 5 % of such experiments is any difference of a column called
-                    significant that is not real
-    power           (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
-                    call significant, before Holm's correction
+                    the one before it: so the chance of any false positive in a column is at most 5 %
+    detectable      (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
+                    call significant (80 % power), before Holm's correction; at its first step 1 − 0.025 / m for 0.975
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
@@ -31,9 +30,9 @@ An experiment is a row of EXPERIMENTS (support/experiments.py):
         ("loss", "grad_norm"),                                                              the curves of the picture
     )
 
-A variant is a stage and its flags, so every run can be repeated by hand with the stage's own script (or `measure`: the
-checkpoint that later stages start from, as it is). Where an experiment names a probe, a function of support/probes.py,
-it measures what the stage does not. In pseudo-code, as in `main`:
+A variant is a stage and its flags, so a run can be repeated by hand with the stage's own script (but for `measure`, the
+checkpoint that later stages start from, as it is, and `student_grpo`). Where an experiment names a probe, a function of
+support/probes.py, it measures what the stage does not. In pseudo-code, as in `main`:
 
     tuned       = {variant: of a small grid, the value with the best validation accuracy in the     0. tune, if asked
                    second half of a short run with the first seed}
@@ -42,11 +41,11 @@ it measures what the stage does not. In pseudo-code, as in `main`:
     results     = {(variant, seed): {metric: number}}
     means       = {variant: {metric: student_interval(its n numbers)}}                              3. compare
     differences = {(a, b): {metric: paired_difference(n numbers of a, n of b)}}, p by Holm
-    least       = smallest_difference(the first metric's differences, n)
+    least       = smallest_difference(the first metric's differences, n), before and after Holm's first step
     results/NAME.md, NAME.png, and NAME.json, the figures of every run                              4. report
 
-Without a name it works the example and lists the experiments. The defaults run five seeds, two runs at a time, each in
-a process of its own, and only what is missing. If a saved run was made by other settings or other code, an error says
+Without a name it works the example and lists the experiments. The defaults run five seeds, in two worker processes,
+and only what is missing. If a saved run was made by other settings or other code, an error says
 so and nothing runs: --again true then repeats such runs, --old_code true keeps those of other code. Also off: --quick,
 a smoke run; --verify, which repeats one run of a page.
 
@@ -56,20 +55,20 @@ Traps:
 * Each interval is for its difference alone: of twenty that are all 0, one is expected to leave out 0. The p are
   corrected for that; the intervals are not.
 * The interval is of the seeds' spread, not of the test problems', which stay the same.
-* Choosing a variant by the test split would flatter it. Tuning uses the validation split; accuracies are those of the
-  held-out test problems, so a page that compares settings by them is no recommendation of the best. A tuned value is
-  chosen once, on one seed: the intervals do not contain the spread of that choice.
+* Choosing a variant by the test split would flatter it. Tuning uses the validation split; a page's accuracies are of
+  the test problems, so do not pick the best setting from a page. A tuned value is chosen once, on one seed: the
+  intervals do not contain the spread of that choice.
 * A changed formula changes results and no flag, so a run notes the files that its stage imports (support/code_used.py).
 
 A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit, a digest of each of these files and all
-settings, defaults included. While these stay the same it is not repeated. An interrupted run starts over; one that
-diverged has that as its result.
+settings, defaults included. While settings and digests stay the same it is not repeated. An interrupted run starts
+over; one that diverged has that as its result.
 
 Run it:
     python ablate.py                         # the example by hand, and the list of experiments
     python ablate.py norm-kind               # results/norm-kind.md and .png
     python ablate.py ladder --quick true     # a smoke run: few steps, nothing is written to results/
-    python ablate.py --verify true           # does a run of a page give its figures again?
+    python ablate.py --verify true           # repeat one run of a page: do its figures come out again?
 """
 
 import math
@@ -109,7 +108,8 @@ from support.workers import run_all, threads_each
 
 
 class Interval(NamedTuple):
-    """mean ± half; p: of the mean against 0, two-sided, for differences; `differences_of` corrects it. NaN: none."""
+    """mean ± half; p: two-sided, the mean against 0, read of differences alone, after `differences_of` has corrected
+    it. NaN: none."""
 
     mean: float
     half: float
@@ -174,13 +174,15 @@ def differences_of(experiment, results, seeds):
     return differences
 
 
-def smallest_difference(intervals, n):
-    """(t(0.975) + t(0.8)) · s / √n: the difference that about 4 in 5 experiments with n seeds would show (80 % power),
-    without Holm's correction, at the median spread of these differences; NaN for one seed."""
+def smallest_difference(intervals, n, comparisons=1):
+    """(t(1 − 0.025 / m) + t(0.8)) · s / √n: the difference that about 4 in 5 experiments with n seeds would show (80 %
+    power), at the median spread of these differences; NaN for one seed. comparisons, m: 1, without Holm's correction;
+    all of the column: what its first and strictest step asks for."""
     if n < 2:
         return math.nan
     errors = [x.half / student_t(0.975, n - 1) for x in intervals if x.half > 0]  # s / √n
-    return (student_t(0.975, n - 1) + student_t(0.8, n - 1)) * statistics.median(errors) if errors else math.nan
+    t = student_t(1 - 0.025 / comparisons, n - 1) + student_t(0.8, n - 1)
+    return t * statistics.median(errors) if errors else math.nan
 
 
 def demo():
@@ -346,7 +348,8 @@ def main(config):
     commits = {result["commit"] for result in saved.values()}
     older = {commit for result in saved.values() for commit in result.get("starts", {}).values()} - commits
     commits |= {f"starts of {commit}" for commit in older}
-    least = smallest_difference([row[experiment.columns[0]] for row in differences.values()], len(seeds))
+    of_first = [row[experiment.columns[0]] for row in differences.values()]
+    least = [smallest_difference(of_first, len(seeds), m) for m in (1, max(1, len(of_first)))]
     write_report(target, experiment, results, means, differences, curves, seeds, command, commits, tuned, least)
     return results
 

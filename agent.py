@@ -38,8 +38,9 @@ start is pretrained on them, then fine-tuned on 300 demonstrations of calls, the
 until half of the answers are right (at most 200 steps). support/calls_start.py refuses some of grpo.py's options.
 
 Traps:
-  * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). π did not choose them:
-    with their ∇log π in the sum the gradient is another one (`demo`, results/tools.md).
+  * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). π did not choose them: their
+    ∇log π pulls at logits that have no part in E[r] (`demo`), and weights are shared, so at the policy's tokens too. It
+    cost 4.7 points, not significant, and made the logged KL meaningless (results/tools.md).
   * Decode, append, encode. Many lists of ids make the same text, and encoding it gives one of them, perhaps not the
     sampled one: then ρ compares log-probabilities of different tokens. A merge may reach across a reply's end (`demo`).
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.
@@ -131,7 +132,7 @@ class Calls:
         for row in live.nonzero().flatten().tolist():
             if self.forced[row] < 0:  # the newest token was sampled
                 self.since_reply[row].append(newest[row])
-                text = self.tokenizer.decode_answer(self.since_reply[row])  # of all: a letter may be spread over two
+                text = self.tokenizer.decode_answer(self.since_reply[row])  # whole: a letter may span two tokens
                 if (reply := reply_to(self.tools, text)) is not None:
                     self.replies.append(reply)
                     self.queue[row], self.since_reply[row] = self.tokenizer.encode(reply), []
@@ -188,13 +189,13 @@ def demo():
     # if the tool replied 1 and the policy wrote 1.
     P = torch.tensor([[1 / 4, 3 / 4], [3 / 4, 1 / 4]])  # (call, reply)
     logits = [torch.zeros(shape, requires_grad=True) for shape in ((2,), (2, 2), (2, 2, 2))]  # of each token, all π = ½
-    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: π of what the tool writes; p has P there
+    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: π of the tool's token, which has P
     i, j, k = torch.tensor(list(itertools.product((0, 1), repeat=3))).T  # (8,) each: all trajectories
     logprobs = torch.stack([call[i], guess[i, j], last[i, j, k]], dim=1)  # (8, 3)
     p, r = (call[i] + last[i, j, k]).exp() * P[i, j], (j * k).float()  # (8,) their probabilities, and rewards
     exact = torch.autograd.grad((p * r).sum(), (logits[0], logits[2]), retain_graph=True)
     assert exact[0].tolist() == [1 / 16, -1 / 16]  # π(a) (E[r | a] − E[r]) = ½ (3/8 − 1/4)
-    print("call a or b, a reply, write 0 or 1: the gradient of E[r] = 1/4, and what the loss makes of it")
+    print("call a or b, a reply, write 0 or 1, E[r] = 1/4: the gradient of E[r], and what the loss makes of it")
     print(f"  {'by the logit of':<24}call a   the tool's 1 after a\n  {'exact':<24}{exact[0][0]:+.4f}  {0:+.4f}")
     for name, mask, wrong in (("m = 1 0 1", [1, 0, 1], 0.0), ("all tokens", [1, 1, 1], 1 / 16)):
         A = 8 * p.detach() * (r - 1 / 4)  # the loss is a plain mean over 8 rows: 8 p weighs each by its probability
@@ -246,7 +247,7 @@ def main(config):
     start = open_start(config, grpo.REWARDS, partial(calls_start, tools=tools, with_tools=WithTools))
     dist, autocast, scaler = start.dist, start.autocast, start.scaler
     policy, reference = start.policy, start.reference  # with LoRA π_ref is the policy itself, its adapters off
-    n, slots = start.n, start.slots  # this rank asks n of a step's N questions; which of the N they are
+    n, slots = start.n, start.slots  # this rank asks n of a step's N questions; their numbers among the N
     functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
@@ -286,7 +287,7 @@ def main(config):
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1; none where no group has a signal
         minibatches = minibatches_of(batch, groups, mask, config, pad, dist, advantages)  # of groups with an A ≠ 0
         ref_logprobs = None
-        if config.beta or step == 0 or run.due(config.eval_every):  # which costs a forward pass
+        if config.beta or step == 0 or run.due(config.eval_every):  # to pay the KL, or to log it now and then
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
         A = advantages.flatten().to(dist.device)  # (n·R,)

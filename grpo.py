@@ -437,7 +437,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     start = open_start(config, REWARDS, says=as_flags(config))
     dist, autocast, scaler = start.dist, start.autocast, start.scaler
     policy, reference = start.policy, start.reference  # with LoRA π_ref is the policy itself, its adapters off
-    n, slots = start.n, start.slots  # this rank asks n of a step's N questions; which of the N they are
+    n, slots = start.n, start.slots  # this rank asks n of a step's N questions; their numbers among the N
     functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
     rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing

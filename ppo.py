@@ -360,7 +360,7 @@ def main(config):
     """Train; returns {"before", "after"} (test figures), "path" and the wall time in seconds."""
     start = open_start(ActorCritic, config)
     dist, autocast, scaler, R = start.dist, start.autocast, start.scaler, config.rollouts
-    n, slots = start.n, start.slots  # this rank asks n of a step's N prompts; which of the N they are
+    n, slots = start.n, start.slots  # this rank asks n of a step's N prompts; their numbers among the N
     actor_critic, reference = start.actor_critic, start.reference  # with LoRA π_ref is the policy, its adapters off
     policy, tokenizer, pad = actor_critic.policy, start.tokenizer, start.tokenizer.endoftext_id
     actor_critic.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1

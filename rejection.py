@@ -17,16 +17,17 @@ With exact steps J cannot fall; with samples and a few steps that holds only nea
 A step below divides by the weighted tokens of its own answers and not by N: about the same direction, and the step does
 not shrink when few answers are right.
 
-At the first step of a round, where π = π_k, −∇L is a policy gradient. ∇p = Σ_right π(y) ∇log π(y), so the ∇log π of a
-right sample is ∇p / p in the mean, and one problem's term gives, in the mean over its R samples:
+At the first step of a round, where π = π_k, −∇L is a policy gradient. ∇p = Σ_right π(y) ∇log π(y), so over right
+samples E[∇log π(y)] = ∇p / p, and one problem's expected step is:
 
     weight 1/K_x   P(K_x > 0) ∇p / p = ∇p (1 + (1 − p) + … + (1 − p)^(R−1))      MaxRL of order R (arXiv:2602.02710)
     weight 1/R     E[K_x / R] ∇p / p = ∇p                                        REINFORCE, reward 1 if right, else 0
 
 The first, ∇log p for large R, is also what grpo.py --algorithm maxrl --baseline none --format_weight 0 computes (which
-pays right answers that were cut off too); the second is --weigh answer, up to the divisor. Both need --distinct false
-and no --max_per_problem: EM counts an answer as often as it was sampled, so all right ones grow by the same factor 1/p.
-By default each distinct right answer to a problem weighs the same, so a rare one, once sampled, grows more.
+pays right answers that were cut off too); the second is --weigh answer, up to the divisor. Here both hold with
+--distinct false and no --max_per_problem: EM counts an answer as often as it was sampled, so all right ones grow by the
+same factor 1/p. By default each distinct right answer to a problem weighs the same, so a rare one, once sampled, grows
+more.
 
 The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from where the last ended. One round, of
 N = --prompts problems with R = --rollouts answers each (main has the same four parts):
@@ -130,7 +131,7 @@ def demo():
             w = 1 / max(1, len(answers)) if weight == "1/K" else 1 / R
             mask = torch.full((len(answers), 1), w)  # (K, 1) tokens
             logprobs = logits.log_softmax(0)[answers, None]  # (K, 1)
-            loss, _ = sft_loss(logprobs, mask, n_tokens=1)  # of N = 1 problem
+            loss, _ = sft_loss(logprobs, mask, n_tokens=1)  # divided by N = 1 problem, as L
             mean -= pi[list(group)].prod() * torch.autograd.grad(loss, logits)[0]
         factor = (1 - (1 - p) ** R) / p if weight == "1/K" else 1.0  # P(K > 0) / p, E[K / R] / p
         torch.testing.assert_close(mean, factor * grad_p)
@@ -186,9 +187,9 @@ def main(config):
         kept = keep_round(groups, config.distinct, config.max_per_problem, config.weigh)
         return {"kept": kept} | round_figures(groups, k)
 
-    # The first round, before the run opens its directory: if nothing is right, an earlier run stays where it is.
+    # The first round, before the run opens its directory: one that ends here moves no earlier run aside.
     first = None if config.resume else sample_and_keep(0)
-    run = begin_run(start, sampled=first)
+    run = begin_run(start, sampled=first)  # which is saved with last/: a resumed run goes on with its round
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     measure_start(run, problems, start.init)  # the test split; and until something beats it, the start is best/
@@ -201,7 +202,7 @@ def main(config):
                 run.state.sampled = sample_and_keep(k)
             if config.restart:
                 back_to_start(policy, start_weights, run.optimizers)
-            record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}
+            record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}  # logged as a number
         kept = run.state.sampled["kept"]  # (prompt, answer, weight) each
 
         # 3. tune: sft.py's step on the next B of them; 7_919 * k gives each round an order of its own

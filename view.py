@@ -8,8 +8,8 @@ A run of grpo.py, gdpo.py, agent.py, ppo.py, dpo.py, sft.py or distill.py record
 examples) as it trains (--record_groups, --record_every, --watch; support/recorder.py). The page shows a step's groups
 side by side. Each token is tinted by what the loss did to it, or by its log-probability, ratio, KL or entropy; hover
 over a token or move to it with the arrow keys to read the numbers. The slider goes through the steps. Watched questions
-are answered with the same random numbers at each (of sft.py and dpo.py: watched solutions and pairs are scored again),
-so what changes is the policy.
+are answered with the same random numbers at each recorded step (of sft.py and dpo.py: watched solutions and pairs are
+scored again), so what changes is the policy.
 """
 
 import argparse

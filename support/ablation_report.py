@@ -110,10 +110,20 @@ def write_report(
     print(written)
 
 
+def power_lines(least, n):
+    """What n seeds can show. least: two of `ablate.smallest_difference`, for one comparison and for all; or None."""
+    if not least or math.isnan(least[0]):
+        return []
+    corrected = (
+        f" before the correction, one of {number(least[1])} at its strictest step" if least[1] > least[0] else ""
+    )
+    seen = f"With {n} seeds a difference of {number(least[0])} in the first column would be seen in 4 of 5 such "
+    return [f"{seen}experiments (80 % power){corrected}.", ""]
+
+
 def page(experiment, results, means, differences, seeds, command, commits, picture, text=None, chosen=None, least=None):
     """-> the text of results/NAME.md. commits: those of the runs; picture: the name of its file, in the page's folder;
-    text: the name of the corpus, if there is one; chosen: {variant: its tuned value}; least: the smallest difference in
-    the first column that so many seeds would show."""
+    text: the name of the corpus, if there is one; chosen: {variant: its tuned value}; least: see `power_lines`."""
     name = Path(picture).stem
     held = experiment.held + (f"; text: {text}" if text else "")
     where = f"{machine()}, commit {', '.join(sorted(set(commits))) or 'unknown'}"
@@ -143,12 +153,7 @@ def page(experiment, results, means, differences, seeds, command, commits, pictu
     if differences and len(seeds) > 1:
         columns = [m for m in columns if m not in ("minutes", "seconds")]  # those depend on what else the machine does
         lines += [*difference_table(experiment, columns, means, differences), ""]
-        if least and not math.isnan(least):
-            lines += [
-                f"With {len(seeds)} seeds a difference of {number(least)} in the first column would be seen in 4 of 5 "
-                "such experiments (80 % power, before the correction).",
-                "",
-            ]
+        lines += power_lines(least, len(seeds))
     texts = {v: results[v, seeds[0]]["text"] for v in means if "text" in results[v, seeds[0]]}
     if texts:
         lines += [f"What they write after a line's end, at temperature 1, seed {seeds[0]}:", ""]

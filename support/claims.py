@@ -64,7 +64,7 @@ CLAIMS = [
         "post-norm needs a warm-up",
         "[2002.04745]",
         "norms.place",
-        "not at 12 layers ([norm-placement](norm-placement.md)); fails deeper even so ([norm-depth](norm-depth.md))",
+        "not significantly, at 12 layers ([page](norm-placement.md)); fails deeper even so ([page](norm-depth.md))",
         Compared("norm-placement", "post, no warm-up", "post, warm-up", "valid_loss", "+"),
     ),
     Claim(
@@ -77,7 +77,7 @@ CLAIMS = [
         "YaRN reads past the trained length",
         "[2309.00071]",
         "positional.rope_frequencies",
-        "to 4 times, one seed ([page](benchmarks.md))",
+        "after 40 steps at 4 times the length; one seed ([page](benchmarks.md))",
     ),
     Claim(
         "grouped queries cost little",
@@ -125,7 +125,7 @@ CLAIMS = [
         "a policy is its own reward model",
         "[2305.18290] Eq. 7",
         "dpo.dpo_loss",
-        "in 150 steps with the NLL term +16.1 points [8.2, 24.0], without it not significant ([dpo](dpo.md)) ‡",
+        "not seen: 150 steps without the NLL term gain nothing significant ([dpo](dpo.md)) ‡",
     ),
     Claim(
         "learned rewards get over-optimised",
@@ -212,7 +212,7 @@ CLAIMS = [
         "RL sharpens more than it adds",
         "[2504.13837]",
         "evaluate.pass_at_k",
-        "pass@1 +36.6, pass@16 +7.3 of 5 to 13 possible: 16 samples cannot tell ([grpo_word](grpo_word.md))",
+        "pass@1 +36.6, pass@16 +7.3 ± 9.4 of 5 to 13 possible: 16 samples cannot tell ([grpo_word](grpo_word.md))",
     ),
 ]
 
@@ -251,10 +251,11 @@ def page(results=ROOT / "results"):
         "",
         "`python -m support.claims` writes this page from the figures of the experiments. *Yes*: seen here, and "
         "significant where there are several seeds. A row of grpo.ALGORITHMS differs from grpo in several choices, the "
-        "KL penalty among them, and is compared as a whole. Accuracy is of greedy answers. A verdict is after Holm's "
-        "correction over a page's comparisons where the page has a .json, on the older pages uncorrected; an interval "
-        "never is: one that leaves out 0 may be not significant. Small models on small problems: a claim that is not "
-        "seen here may hold elsewhere. † and ‡: see [results](README.md).",
+        "KL penalty among them, and is compared as a whole. Accuracy is of greedy answers: in single samples some rows "
+        "differ that do not in these. A verdict is after Holm's correction over a column's comparisons where the page "
+        "has a .json, on the older pages uncorrected; an interval never is: one that leaves out 0 may be not "
+        "significant. Small models on small problems: a claim that is not seen here may hold elsewhere. † and ‡: see "
+        "[results](README.md).",
         "",
         "| claim | paper | code | here |",
         "|---|---|---|---|",

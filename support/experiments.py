@@ -15,7 +15,7 @@ from support.copy_lines import MOST_DOTS, copy_file
 @dataclass
 class Experiment:
     """One question. `variants`: {label: (stage, {flag: value})}; `columns`: the metrics of the table; `curves`: the
-    logged ones in the picture. Their labels are in support/ablation_report.py."""
+    logged ones in the picture."""
 
     question: str
     held: str
@@ -24,9 +24,9 @@ class Experiment:
     curves: tuple
     probe: str | None = None  # the function of support/probes.py that measures more
     against: str | None = None  # the variant that the others are compared with; default: the first
-    pairs: tuple = ()  # or, named one by one: (variant, the one it is compared with)
+    pairs: tuple = ()  # (variant, the one it is compared with), …: replaces `against`
     bars: tuple = ()  # columns drawn beside the first
-    gains: tuple = ()  # or, instead of means: columns whose differences are drawn, a point per seed
+    gains: tuple = ()  # columns whose differences are drawn, a point per seed, in the place of means
     dashed: str = ""  # variants with this in their name are drawn dashed, as some coincide with their twins
     front: tuple = ()  # two columns to draw against each other, a point per run
     tune: str = ""  # the flag whose value the validation split chooses for each variant
@@ -85,7 +85,7 @@ def _chars(size="4 layers, width 128", steps=600):
     return f"a character model of {size}, context 128; AdamW, {steps} steps of 16 windows, the data order"
 
 
-_PROMPTS = (
+_HELD_POLICY = (
     "the SFT checkpoint that the stage itself makes for the seed, 16 prompts x 8 rollouts and one optimizer step per "
     "batch, no KL penalty, lr 3e-4 (but for the variant's own settings), the prompts' order"
 )
@@ -129,9 +129,9 @@ _OFF_POLICY = {
 EXPERIMENTS = {
     "ladder": Experiment(
         "What does each method add to SFT, from the same start?",
-        "the pretrained and the SFT checkpoint of a seed; after it each method's own number of steps, all else as the "
-        "stage has it; the 1,000 test problems, greedy decoding (the minutes leave out what runs/start had already: "
-        "the starts, PPO's reward model)",
+        "the pretrained and the SFT checkpoint of a seed; after it each method's own number of steps, all else but the "
+        "tuned lr as the stage has it; the 1,000 test problems, greedy decoding (the minutes leave out what runs/start "
+        "had already: the starts, PPO's reward model)",
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
@@ -289,7 +289,7 @@ EXPERIMENTS = {
     ),
     "grpo": Experiment(
         "Which of GRPO's settings matter, in 150 steps?",
-        _PROMPTS,
+        _HELD_POLICY,
         _GRPO,
         _POLICY,
         ("reward_correct", "kl"),
@@ -297,7 +297,7 @@ EXPERIMENTS = {
     ),
     "gdpo": Experiment(
         "Three rewards: GRPO on the answer alone, GRPO on the sum, GDPO, and brevity paid for right answers alone.",
-        _PROMPTS,
+        _HELD_POLICY,
         {
             "GRPO, answer alone": _grpo(format_weight=0.0),
             "GRPO, sum": _grpo("gdpo", combine="sum", format_weight=0.5, brevity_weight=0.5),
@@ -315,9 +315,9 @@ EXPERIMENTS = {
         probe="earned",
     ),
     "policy-gradients": Experiment(
-        "Ten policy gradients, with as many rollouts and optimizer steps: which learn, and at what price?",
+        "Ten policy gradients, with equally many rollouts and optimizer steps: which learn, and at what price?",
         "the SFT checkpoint that the stage itself makes for the seed, 500 steps of 12 prompts x 8 rollouts in two "
-        "minibatches, the prompts' order, all else as `grpo.py --algorithm` sets it",
+        "minibatches, the prompts' order, all else but the tuned lr as `grpo.py --algorithm` sets it",
         {name: ("grpo", _BRIEF | {"algorithm": name}) for name in ALGORITHMS},
         ("accuracy", "sampled", "pass_at_8", "story_kept", "kl", "length", "clipped", "seconds"),
         ("reward_correct", "kl"),
@@ -329,7 +329,7 @@ EXPERIMENTS = {
     ),
     "off-policy": Experiment(
         "How far may the sampler be from the policy, and what saves a run from it?",
-        _PROMPTS,
+        _HELD_POLICY,
         {"on policy": _grpo()} | _OFF_POLICY,
         (
             "accuracy",
@@ -353,7 +353,7 @@ EXPERIMENTS = {
         "What is a teacher's word at every token worth, against its answers and against a reward, at equal student "
         "tokens?",
         "the student and the teacher that `distill.py` makes for the seed, 200 steps of 96 answers (GRPO: 12 questions "
-        "x 8), all else as the stage's defaults",
+        "x 8), all else but the tuned lr as the stage's defaults",
         {
             "student": ("measure", {"start": "student", "test_problems": 500}),
             "teacher": ("measure", {"start": "teacher", "test_problems": 500}),
@@ -395,7 +395,7 @@ EXPERIMENTS = {
     ),
     "dpo": Experiment(
         "Beta and variant, offline against sampled pairs.",
-        "the SFT checkpoint of a seed, 150 steps of 32 pairs, prompts and their order",
+        "the SFT checkpoint of a seed, 150 steps of 32 pairs, prompts and their order (kto: NLL 5, lr 1e-4)",
         {
             "sampled pairs": _dpo(),
             "without the NLL term": _dpo(nll=0.0),

@@ -10,7 +10,8 @@ including the checkpoint's "path"; settings: what ablate.py ran the stage with. 
     held_out   pass@8, format, length, and the KL to the SFT checkpoint
     training   the same, and the means of what the run logged
     earned     how often each of several rewards was earned, and the share of collapsed groups
-    taught     pass@8, the story, the KL to the teacher, how many tokens the student was trained on
+    taught     pass@8, the KL to the teacher, how many tokens the student was trained on
+    carried_over   held_out, and the accuracy on problems of kinds that training lacks
 """
 
 import math

@@ -58,8 +58,8 @@ class Batch:
 class Sampler:
     """sample(step, slots) -> Batch: the answers to the prompts in `slots` (0 … prompts − 1) of a step.
 
-    The prompts of a step are one row of a table, its randomness is one table of uniforms, both made from (seed, step,
-    attempt) alone; slots are rows of them. Attempts after the first draw from an order of their own.
+    A step has a list of `prompts` prompts and a table of uniforms, both made from (seed, step, attempt) alone; slot s
+    takes number s of each. Attempts after the first draw from an order of their own.
     """
 
     policy: torch.nn.Module
@@ -67,7 +67,7 @@ class Sampler:
     problems: list
     config: object  # prompts, rollouts, max_new_tokens, temperature, seed
     autocast: object
-    stop_ids: tuple | None = None  # what ends an answer by itself; default: the tokenizer's
+    stop_ids: tuple | None = None  # an answer with one of these at its end counts as ended; default: the tokenizer's
     respond: object = None  # what answers the prompts, with the arguments of `generate`, which is the default
 
     def asked(self, step, attempt=0):
@@ -79,7 +79,7 @@ class Sampler:
         c, R, asked = self.config, self.config.rollouts, self.asked(step, attempt)
         chosen = [asked[slot] for slot in slots]
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step + 2**40 * attempt)
-        uniforms = torch.rand(c.prompts, R, c.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, T)
+        uniforms = torch.rand(c.prompts, R, c.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, L)
         prompts = [encode_prompt(self.tokenizer, p) for p in chosen]
         with self.autocast(), merged(self.policy):
             rollout = (self.respond or generate)(
@@ -174,7 +174,7 @@ def answers_kl(reference, policy, batch, config, autocast, pad):
 
 
 def groups_in_turn(slots, minibatches):
-    """For each of a step's minibatches, dealt out in turn, this rank's groups of it, as `shuffled_groups`."""
+    """[[group, …] per minibatch], this rank's groups: the one in slot s is in minibatch s % minibatches."""
     return [[g for g, slot in enumerate(slots) if slot % minibatches == m] for m in range(minibatches)]
 
 

@@ -34,7 +34,7 @@ what is missing there is downloaded if support/downloads.py has an address for i
 From a name to the batch of a step:
 
     records = load_text | load_problems | load_pairs | load_judged | load_reviews (name, split)
-    text:     stream = ids of all documents, one after another                             (tokens,)
+    text:     stream = ids of all documents, <|endoftext|> after each of several           (tokens,)
               inputs, targets = batch_at(stream, step, batch, context, seed, rank, world)  (batch, context) each
     examples: for i in rows_at(len(records), step, batch, seed):                           `batch` of them
                   ids, mask = tokenizer.encode_chat(conversation(records[i]))              True on what sft.py trains on
@@ -46,7 +46,7 @@ each takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
-window once. The windows begin elsewhere in each epoch, so the tokens left out, fewer than two windows, change too; but
+window once. An epoch leaves out fewer than two windows of tokens, others each time, as its windows begin elsewhere; but
 of a stream of two windows or more the last ones (tokens mod context) are never read.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
@@ -164,8 +164,8 @@ def split_key(record):
 
 def of_split(what, records, name, split):
     """The records of a file that are in a split, by the hash. But if the data set has its own test file, all of that is
-    test, and what the hash calls test in the train file is train. DataError if there are none; what: a record's name in
-    that message."""
+    test, and what the hash calls test in the train file is train. DataError if there are none. what: the noun for
+    messages."""
     own_test = has_test_file(name)
     if own_test and split == "test":
         kept = records  # of the test file
@@ -202,8 +202,8 @@ def make_problems(name, split, n, levels=(1, 2), seed=0):
 
 
 def load_text(name=DEFAULT_TASK, split="train", skip_bad=False):
-    """The documents of a split, "train" or "valid", for pretraining -> [str, …]. Of a data set of problems, a document
-    is a question and its solution, in a conversation after what was said before."""
+    """The documents of a split, "train" or "valid", for pretraining -> [str, …]: a task's `text`, if it has one; else
+    of problems each question and its solution, in a conversation after what was said before."""
     name = str(name)
     check_split(split, ("train", "valid"))
     if task_of(name).text:
@@ -225,12 +225,12 @@ def load_problems(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), skip_
 
 
 def load_pairs(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), seed=0, kinds=None, skip_bad=False):
-    """The preference pairs of a split -> [Pair, …], without those that teach nothing, which are counted: both answers
-    the same, or one empty.
+    """The preference pairs of a split -> [Pair, …], without those that teach nothing: both answers the same, or one
+    empty (a printed line says how many).
 
     A task makes them: the solution of a problem against a corrupted one, drawn by `seed`. The `kinds` of corruption
     (default: all that the task has) come in turn, so one that is named twice comes twice as often; a problem that can
-    have none of them takes another, in one printed line.
+    have none of them takes another kind, and one printed line counts these.
     """
     name = str(name)
     check_split(split)

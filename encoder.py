@@ -5,13 +5,12 @@
     classification     h = mean of h_t over the real tokens,  p(label | x) = softmax(W h + bias)
                        L = −(1/B) Σ log p(label | x)
 
-x are the tokens of a text, x̃ the same with those of M masked; E (V, C) are the embeddings; A, a, c and the norm belong
-to the one head, W and bias to the other. A decoder predicts a token from those before it; if it saw the token itself,
-it could copy it. In an encoder every token sees the whole text, so it reads x̃, in which the tokens of M are masked,
-and predicts what they are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model
-that predicts only where it sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no
-<|mask|> at test time. This way any token may be a random one, or one to predict, and the model must represent each in
-its context.
+x are the tokens of a text, x̃ the same with those of M corrupted; E (V, C) are the embeddings; A, a, c and the norm
+belong to the one head, W and bias to the other. A decoder predicts a token from those before it; if it saw the token
+itself, it could copy it. In an encoder every token sees the whole text, so it reads x̃ and predicts what the tokens of
+M are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model that predicts only where
+it sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no <|mask|> at test time.
+This way any token may be a random one, or one to predict, and the model must represent each in its context.
 
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
@@ -40,7 +39,7 @@ Traps:
   * Pads must not count: `real` hides them as keys in every layer and leaves them out of the mean, so a text's label
     does not depend on the other texts of its batch. It is made where the rows are made, never from ids != pad.
   * A decoder without positions knows the order from its causal mask. An encoder does not, and is refused.
-  * The loss is read at M alone, kept tokens included. A loss at all tokens would mostly reward copying.
+  * The loss is read at M alone, its 10 % unchanged tokens included. A loss at all tokens would mostly reward copying.
   * The best checkpoint is chosen on validation accuracy, and the test split is judged once, at the end. A bag of words
     (logistic regression on which words occur), fitted to the same texts, its weight decay chosen on the same validation
     split, is reported beside it. It knows nothing of order: "good, not bad" and "bad, not good" are one text to it.
@@ -48,8 +47,7 @@ Traps:
 BERT reads a text's summary from its first token, trained by a second objective (does the second text follow the first?)
 that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
 decoder: its blocks are the same, and it learns to do without the causal mask in masked-LM, or with --mlm_steps 0 while
-it learns the labels. LLM2Vec (arXiv:2404.05961) predicts a masked token at the position before it; here it is predicted
-at its own. Of a text longer than the context, a quarter of the context is its start, the rest its end
+it learns the labels. Of a text longer than the context, a quarter of the context is its start, the rest its end
 (arXiv:1905.05583).
 
 Simplified: windows of the pretraining text may hold several documents, which see each other.
@@ -216,9 +214,9 @@ def mask_tokens(tokens, mask_id, vocab_size, never, generator, rate=0.15):
 def masked_batch(windows, tokenizer, generator, rate):
     """windows (B, T) of a text, int64 -> a TextBatch with masked tokens, any but <|endoftext|>."""
     tokens = torch.from_numpy(windows)
-    start = tokens == tokenizer.endoftext_id  # of a document
+    never = tokens == tokenizer.endoftext_id  # what stands between documents
     mask_id = tokenizer.special_ids[MASK]
-    corrupted, masked = mask_tokens(tokens, mask_id, tokenizer.vocab_size, start, generator, rate)
+    corrupted, masked = mask_tokens(tokens, mask_id, tokenizer.vocab_size, never, generator, rate)
     return TextBatch(corrupted, torch.ones_like(masked), tokens, masked)
 
 
@@ -349,7 +347,8 @@ def main(config):
     dist = setup(config.device)
     check_sizes(config, dist)
     autocast, scaler = precision(config.dtype, dist)
-    reviews, texts, reads = read_texts(config)  # {split: reviews}; {split: their texts and those of --text}
+    # {split: reviews}; {split: their texts and those of --text}; what a resumed run must find unchanged
+    reviews, texts, reads = read_texts(config)
     encoder, tokenizer, config = make_encoder(Encoder, config, dist, texts, MASK)
     reads |= weights_of(config.init, encoder) if config.init else {}  # a resumed run must read the same
     context = config.model.context

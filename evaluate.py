@@ -134,8 +134,7 @@ def mcnemar(only_first, only_second):
     """Exact two-sided p-value of two models' accuracies on the same problems (McNemar 1947, in its binomial form).
 
     only_first, only_second: how many problems the one alone gets right, and the other alone. If the two are equally
-    good, each of these m problems falls to either side like a coin: p = P(a split at least as uneven). Exact, and so on
-    the careful side: where it is about 0.05 the paired interval may leave out 0 already.
+    good, each of these m problems falls to either side like a coin: p = P(a split at least as uneven).
     """
     m = only_first + only_second
     ways = sum(math.comb(m, i) for i in range(min(only_first, only_second) + 1))
@@ -221,7 +220,7 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         accuracy, correct         the share and the number of right answers, of the problems that are `checkable`
         low, high                 the accuracy's 95 % interval
         by_level                  {level: accuracy}
-        verdicts                  1.0 or 0.0 for each of these, in their order
+        verdicts                  1.0 or 0.0 for each checkable problem, in their order
         each other of METRICS     its mean over the problems that have this figure; left out if none has
         own_measure, n            the mean over all N problems; N
         samples                   this rank's answers, those to short questions first: a list of Sample
@@ -245,7 +244,7 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
     verdicts = list(itertools.compress(verdicts, is_checkable(problems)))  # of the checkable ones alone
     correct, n_checked = int(sum(verdicts)), len(verdicts)
     low, high = wilson(correct, n_checked)
-    means = means_of(METRICS, samples, problems, dist) | {"accuracy": correct / n_checked}
+    means = means_of(METRICS, samples, problems, dist) | {"accuracy": correct / n_checked}  # of the checkable alone
     by_level = means_of_levels(verdicts, checkable(problems))
     (measured,) = dist.sum(sum(map(own_measure, samples)))
     figures = {"low": low, "high": high, "n": N, "correct": correct, "by_level": by_level, "own_measure": measured / N}
@@ -290,7 +289,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
         k3 = r − 1 − log r            unbiased, ≥ 0       (1 − r) ∇log π   ∇KL(π_ref ‖ π), close to k2's near π_ref
 
     by ∇log r = −∇log π, E[∇log π] = Σ ∇π = 0 and E[r ∇log π] = Σ π_ref ∇log π = −∇KL(π_ref ‖ π). So k1 belongs in the
-    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it, and k3 in the loss (grpo.py).
+    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it. In the loss k2 has that gradient, and so has ρ k3;
+    GRPO's paper has k3 alone, whose gradient is the other KL's, close to it near π_ref (grpo.py).
     """
     log_r = ref_logprobs - logprobs
     if kind == "k1":

@@ -33,8 +33,8 @@ What makes it fast:
 * rows that have met a stop token leave the batch as soon as a quarter of it is done (half, with a CUDA graph); what
   stays is a multiple of four rows, filled up with ended ones;
 * with one token per row a step is mostly the cost of starting operations: for the usual layouts `Decoder`
-  (support/fast_decode.py) computes the same logits with fewer, larger operations, and on a GPU starts them all at once,
-  as a CUDA graph. Every other model decodes with its own forward.
+  (support/fast_decode.py) computes the same logits with fewer, larger operations, and on a GPU is to start them all
+  at once, as a CUDA graph (not run on a GPU yet). Every other model decodes with its own forward.
 
 What a row says does not depend on the rows beside it, on when they leave, or on how a batch is spread over GPUs: the
 table u fixes all randomness beforehand. That holds up to rounding. In fp32 the rows agree; in bf16 a batch of another
@@ -249,7 +249,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
             sampled = live & (given[row] < 0)
             token = torch.where(given[row] < 0, token, given[row])
         ids[row, t], real[row, t], mask[row, t], logprobs[row, t] = token, live, sampled, logprob
-        if t == 0 or on_tokens is not None:  # before anything is shown; the rest below, where nothing waits for it
+        if t == 0 or on_tokens is not None:  # before a token is shown; all others once, after the loop
             check_logprobs(logprob, live)
         if stop_ids:
             live = live & ~torch.isin(token, stop)
@@ -264,8 +264,8 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
             break
         if seen is not None:
             seen[torch.arange(len(token), device=device), token] = True
-        # Finished rows fill the batch up to a multiple of 4, because every new number of rows costs something: see
-        # round_up_to_8 in support/shared_prompt.py.
+        # Finished rows fill the batch up to a multiple of 4: for each new number of rows a CPU's bf16 kernels are
+        # compiled anew.
         n_stay = -(-n_live // 4) * 4
         if n_stay <= decoder.shrink_below * len(live):
             stay = live.argsort(descending=True, stable=True)[:n_stay]  # the live ones first

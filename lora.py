@@ -11,7 +11,7 @@ One layer:
     forward   low = A x                            (..., in) -> (..., r)
               y = W x + s B low                    (..., out)
               y = m / ‖W + s B A‖ ⊙ y              DoRA only; a bias is frozen, and added after it
-    backward, one token; δ = dL/dy (out,), for DoRA m / ‖V‖ ⊙ dL/dy. Over tokens those of A, B and m add up:
+    backward, one token (those of A, B and m add up over tokens); δ = dL/dy (out,), for DoRA δ = m / ‖V‖ ⊙ dL/dy:
               dL/dB = s δ (A x)ᵀ                   (out, r)
               dL/dA = s (Bᵀ δ) xᵀ                  (r, in)
               dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (in,)
@@ -44,10 +44,9 @@ G = dL/dW' and v̂ = V_i/‖V_i‖ the exact gradients of row i are
 
     dL/dm_i = G_i · v̂                     dL/dV_i = (m_i/‖V_i‖) (G_i − (G_i · v̂) v̂)
 
-The projection G − (G · v̂) v̂ comes from differentiating ‖V‖. §4.3 of the paper treats ‖V‖ as a constant, and so does
-this file: dL/dV_i = (m_i/‖V_i‖) G_i, without the graph of an (out, in) matrix; the paper measures next to no loss of
-accuracy. The price of DoRA: ‖V‖ is computed in every forward pass, r·out·in multiplications and an (out, in) matrix per
-layer, however short the batch.
+§4.3 of the paper treats ‖V‖ as a constant, and so does this file: dL/dV_i = (m_i/‖V_i‖) G_i, without the graph of an
+(out, in) matrix; the paper measures next to no loss of accuracy. The price of DoRA: ‖V‖ is computed in every forward
+pass, r·out·in multiplications and an (out, in) matrix per layer, however short the batch.
 
 What is saved. `state_dict()` of a model with adapters is that of the merged model, so `save_pretrained` writes plain
 checkpoints that anyone opens (support/frozen_linear.py). support/lora_files.py keeps the adapters themselves: for
@@ -101,7 +100,7 @@ class LoRALinear(FrozenLinear):
     """A frozen Linear and its adapter: x (..., in) -> (..., out). From outside it looks like a Linear of the merged
     weight: it saves and loads as one."""
 
-    acts_as = nn.Linear  # x weightᵀ + bias: support/fast_decode.py may read the two instead of calling the layer
+    acts_as = nn.Linear  # support/fast_decode.py may read .weight and .bias instead of calling the layer
 
     def __init__(self, linear, rank, alpha, dora=False, generator=None):
         super().__init__(linear)  # base_weight (out, in) and bias: the Linear's own tensors, frozen
@@ -160,7 +159,7 @@ def lora_layers(model):
 
 
 def is_merged(model):
-    """Whether it stands between `merge_lora` and `unmerge_lora`."""
+    """Whether merge_lora was called and not undone."""
     return any(hasattr(module, "unmerged") for module in model.modules())
 
 
@@ -255,7 +254,7 @@ def demo():
         layer = LoRALinear(linear, rank=1, alpha=2, dora=title == "DoRA")
         torch.testing.assert_close(layer(x), x @ W.t())  # B = 0 and m = ‖W‖: the given layer
         of_A, of_B = torch.autograd.grad(layer(x), [layer.lora_A, layer.lora_B], delta)
-        assert of_A.eq(0).all()  # at the start A has none; B, and DoRA's m, have
+        assert of_A.eq(0).all()  # at the start A has none, B has
         assert of_B.ne(0).any()
         layer.lora_A.data, layer.lora_B.data = torch.ones(1, 2), torch.tensor([[1.0], [2.0]])
         if layer.magnitude is not None:
@@ -268,11 +267,11 @@ def demo():
             torch.testing.assert_close(gradient, torch.tensor(expected).float())
         print(f"  {title}  y = {y}   " + "   ".join(f"dL/d{name} = {value}" for name, value in gradients.items()))
 
-    print("\na whole model; start − base and merged − apart are the largest differences of logits")
+    print("\na whole model: the largest difference of a logit by adding the adapters, and by merging them")
     torch.manual_seed(0)
     config = TransformerConfig()
     tokens = torch.randint(0, config.vocab_size, (4, 32))
-    print(f"{'':<14}{'trained':>9}{'share':>8}{'start − base':>14}{'merged − apart':>16}{'unmerged':>10}{'off':>7}")
+    print(f"{'':<14}{'trained':>9}{'share':>8}{'added':>14}{'merged':>16}{'unmerged':>10}{'off':>7}")
     for title, rank, dora in (("LoRA, r = 1", 1, False), ("LoRA, r = 8", 8, False), ("DoRA, r = 8", 8, True)):
         model = Transformer(config).eval()
         with torch.no_grad():

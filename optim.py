@@ -14,22 +14,24 @@ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.9
                        X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X            five times; a, b, c = 3.4445, −4.7750, 2.0315
                        w ← (1 − η λ) w − 0.2 √max(rows, columns) η X     decay and factor: arXiv:2502.16982
 
-One step of training. The caller does the backward pass and computes η; `optimizer_step` does the rest:
+One step of training:
 
-    (loss · scale).backward()          fp16 only: it rounds gradients below 3e-8 to 0, so they are made larger,
-    g ← g / scale                      and unscaled before anything looks at them
-    g ← g min(1, clip / ‖g‖)           ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
-    η = lr_at(step, …)                 a line up to the peak, then down: cosine, linear or wsd
-    w ← by Muon or AdamW               nothing moves if ‖g‖ is inf or nan: the scale is halved. After 2,000 good steps
-                                       in a row it is doubled
+    (loss · scale).backward()          the caller; the scale is fp16's alone: gradients below 3e-8 would round to 0
+    η = lr_at(step, …)                 the caller: a line up to the peak, then down: cosine, linear or wsd (warm-up,
+                                       stable, decay)
+    optimizer_step(…):
+        g ← g / scale                  before anything looks at the gradients
+        g ← g min(1, clip / ‖g‖)       ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
+        w ← by Muon or AdamW           nothing moves if ‖g‖ is inf or nan: in fp16 the scale is then halved (and doubled
+                                       after 2,000 good steps in a row), otherwise the run stops
 
 The defaults run Muon on the matrices inside the blocks (attention, feed-forward, experts, their LoRA A and B) and AdamW
 on the rest (embeddings, output, routers, gains, biases), both at the same η, and clip at 1; PPO runs AdamW alone. η
-falls along a cosine to a tenth of the peak, in GRPO, PPO and agent.py along a line to 0 (PPO's value head: not at all).
-Only matrices decay: λ is 0.1 in pretraining, SFT and the encoder, 0.01 for reward models, elsewhere 0. β₂ is 0.999 in
-DPO, PPO, GRPO and agent.py.
+falls along a cosine to a tenth of the peak, in GRPO, GDPO, PPO and agent.py along a line to 0 (PPO's value head: not at
+all). Matrices and embeddings decay, gains, biases and learned positions do not: λ is 0.1 in pretraining, SFT and the
+encoder, 0.01 for reward models, elsewhere 0. β₂ is 0.999 in DPO, PPO, GRPO, GDPO and agent.py.
 
-Why: five answers, each a repair of the one before.
+Why:
 
 Gradient descent. Near a minimum the loss is a bowl, along an axis of curvature h it is ½ h w², so g = h w and
 
@@ -40,8 +42,8 @@ e⁻² of it.
 
 Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign from step to step cancels. As
 −η m = w(t) − w(t−1), on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), so w(t) is a sum of powers zᵗ of the roots of
-z² − (1 + μ − η h) z + μ. Both roots have size √μ as long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis in that window
-shrinks at one pace. To fit all in,
+z² − (1 + μ − η h) z + μ. Both roots have size √μ as long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis whose η h lies
+between these bounds shrinks by √μ a step. To fit all in,
 
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
@@ -55,8 +57,7 @@ the warm-up. The price: Adam depends on the axes that the weights happen to lie 
 the same bowl turned by 45° is not (demo).
 
 AdamW shrinks all weights by the same share. L2, g ← g + λ w, does not under Adam: its λ w is divided by √v̂ too, so
-weights with large gradients hardly decay. (In the paper the share is λ times the schedule without its peak; the η λ
-here is torch's.)
+weights with large gradients hardly decay.
 
 Muon sees a matrix, where Adam sees numbers. Of all D of size 1, which step w ← w − η D lowers the loss most, that is,
 has the largest ⟨G, D⟩ = Σ G_ij D_ij? That depends on what size means (arXiv:2409.20325):
@@ -74,7 +75,7 @@ The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2
 0.2 η, about what AdamW does when the gradients are noise.
 
 Which one, at which rate. Muon is the default by choice, not by a finding: no page here separates the two. AdamW, whose
-step may be five times Muon's, wants a lower rate: about a sixth in GRPO's first trials, one run each. Clipping made no
+step may be five times Muon's, wants a lower rate. Clipping made no
 difference that three seeds show, under AdamW (results/grad-clip.md): dividing by √v̂ limits the step already.
 
 SGD, Adam and AdamW below are the plain form, to read and to test against; training runs torch's fused AdamW, which
@@ -146,7 +147,7 @@ def orthogonalise(m, rounds=5):
     wide = m.shape[-2] <= m.shape[-1]
     x = x if wide else x.mT.contiguous()  # so that X Xᵀ is the smaller product
     for _ in range(rounds):
-        gram = x @ x.mT  # (n, rows, rows)
+        gram = x @ x.mT  # (n, r, r), r the smaller of rows and columns
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # b gram + c gram @ gram
         x = torch.baddbmm(x, factor, x, beta=3.4445)  # a x + factor @ x
     return (x if wide else x.mT).reshape(m.shape)
@@ -186,8 +187,8 @@ def lr_at(step, steps, peak, warmup, floor=0.1, schedule="cosine", decay=0.2):
     step `steps` would have. ConfigError on a schedule that is not known.
 
     cosine (arXiv:1608.03983, one half-wave) and linear fall at once; wsd (arXiv:2404.06395, whose fall is exponential)
-    falls in a line over the last `decay` share of the steps, or what the warm-up leaves of it. Until then it stays at
-    the peak: a run can be continued from any checkpoint before the fall.
+    falls in a line over the last `decay` share of the steps, or from the end of the warm-up if that is later. Until
+    then it stays at the peak: a run can be continued from any checkpoint before the fall.
     """
     if schedule not in ("cosine", "linear", "wsd"):
         raise ConfigError(f"--schedule {schedule!r} is not known; use cosine, linear or wsd")
@@ -213,7 +214,7 @@ def make_optimizers(unwrapped, kind, lr, weight_decay, betas=(0.9, 0.95)):
     """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for the rest. Returns a list. unwrapped:
     the model itself, not DDP's wrapper, which changes the names.
 
-    Decay pulls matrices towards zero; gains, biases and positions have no business there. A router's rows are the
+    Decay pulls towards zero; gains, biases and learned positions have no business there. A router's rows are the
     experts' labels, as an embedding's are the words': AdamW, like the embedding (results/moe_word.md).
     """
     if kind not in ("adamw", "muon"):
@@ -222,7 +223,7 @@ def make_optimizers(unwrapped, kind, lr, weight_decay, betas=(0.9, 0.95)):
     for name, p in unwrapped.named_parameters():
         if not p.requires_grad:
             continue
-        if p.dim() < 2 or "learned" in name:  # learned positions are a table of vectors
+        if p.dim() < 2 or "learned" in name:  # "learned": positions
             undecayed.append(p)
         elif kind == "muon" and name.startswith("blocks.") and ".router." not in name:
             inner.append(p)

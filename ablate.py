@@ -98,6 +98,8 @@ from support.cli import run_script
 from support.code_used import files_that_differ
 from support.errors import ConfigError
 from support.experiments import EXPERIMENTS
+from support.files import must_write
+from support.locks import lock_run
 from support.repeated import compare, draw_run
 from support.runs import RUNS
 from support.students_law import student_p, student_t
@@ -320,6 +322,10 @@ def main(config):
     target = (top if config.quick else Path(__file__).parent / "results") / f"{name}.md"
     if not config.quick and (lost := [str(seed) for seed in seeds_on(target) if seed not in seeds]):
         raise ConfigError(f"{target} also has the seeds {', '.join(lost)}: move it aside, or run them too")
+
+    with must_write(top):
+        top.mkdir(parents=True, exist_ok=True)
+        lock_run(top, "wait until it has ended")  # two would delete each other's results
 
     # 0. tune
     tuned = tune(experiment, seeds[0], top, config) if experiment.tune and not config.quick else {}

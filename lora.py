@@ -215,9 +215,8 @@ def merged(model):
     """Within: the merged model, which decodes as fast as one that never had adapters. Do not train within. (A run with
     --fsdp has no adapters; then this only gives each rank all the weights within.)"""
     with whole(model):
-        merge_lora(model)
         try:
-            yield model
+            yield merge_lora(model)
         finally:
             unmerge_lora(model)
 

@@ -46,6 +46,7 @@ from optim import lr_at
 from support.checkpoints import open_checkpoint
 from support.cli import parse_config, run_script
 from support.devices import auto_dtype, setup
+from support.downloads import data_folder
 from support.errors import ConfigError
 from support.files import must_write
 from support.pair_rows import encode_pair
@@ -76,6 +77,8 @@ def check_comparable(config):
     for name, value in same.items():
         if getattr(config, name) != value:
             raise ConfigError(f"--{name} {getattr(config, name)}: this comparison needs {value}")
+    if config.init is None:
+        raise ConfigError("this comparison needs a start: --init with a checkpoint")
     if config.lora.rank or config.pairs != "offline" or config.batch % config.micro_batch:
         raise ConfigError("this comparison needs all weights, offline pairs, and a --batch of whole --micro_batch")
 
@@ -218,6 +221,7 @@ def open_start(config, out):
         data = str(Path(config.data).resolve()) if Path(config.data).is_file() else config.data
         device = setup(config.device).device
         dtype = auto_dtype(device) if config.dtype == "auto" else config.dtype
+        os.environ["ALIGN_DATA"] = str(data_folder().resolve())  # found from the directory that is left below
         config = replace(config, init=START, name="ours", data=data, device=device.type, dtype=dtype)
     with must_write(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 model.
 
     python benchmarks/sinks.py --checkpoint PATH.gguf --windows 256       # 8 minutes on a busy core, 135 M parameters
-    python benchmarks/sinks.py --checkpoint runs/NAME --windows 32 --length 128 python benchmarks/sinks.py --checkpoint
-    PATH.gguf --data FILE.txt       # a text file instead of the built-in stories
+    python benchmarks/sinks.py --checkpoint runs/NAME --windows 32 --length 128
+    python benchmarks/sinks.py --checkpoint PATH.gguf --data FILE.txt     # a text file instead of the built-in stories
 
 The model was trained with full attention. It is evaluated on rows of one text three times: with full attention, with a
 window of W tokens, and with W tokens of which a few are the first tokens of the row, the sinks. Nothing is trained.

@@ -18,7 +18,8 @@ def resolve_checkpoint(path):
     path = Path(path) if str(path).startswith("runs/") else local_directory(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
-    for candidate in (path, path / "best", path / "last", path / "last.old"):
+    names = ("best", "best.old", "last", "last.old")  # .old: a process was killed between the two renames of a save
+    for candidate in (path, *(path / name for name in names)):
         if (candidate / "config.json").is_file():
             return candidate
     problem = "holds no checkpoint" if path.is_dir() else "is no checkpoint" if path.exists() else "is not there"

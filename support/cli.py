@@ -5,7 +5,7 @@ import locale
 import os
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import jsonargparse
@@ -72,7 +72,11 @@ def parse_config(cls, args=None, description=None, demo=None):
         if re.search("[\udc80-\udcff]", value) and not os.path.exists(value):  # bytes that Python could not decode
             encoding = sys.getfilesystemencoding()
             parser.error(f"{arg} is not {encoding} text, the encoding of this locale; a UTF-8 locale, or PYTHONUTF8=1")
-    settings = parser.instantiate(parser.parse_args(args))
+    parsed = parser.parse_args(args)
+    for f in fields(cls):
+        if is_dataclass(f.default_factory) and parsed.get(f.name) is None:
+            parser.error(f"{f.name} is empty in the --config file: give it settings, or leave the line out")
+    settings = parser.instantiate(parsed)
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
 

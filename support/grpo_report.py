@@ -1,11 +1,13 @@
 """What a GRPO step logs, and what its run measures, prints and draws before, between and after its steps."""
 
 import time
+from contextlib import nullcontext
 
 import torch
 
 from data import encode_prompt
 from support.checkpoints import open_checkpoint
+from support.devices import precision
 from support.held_out import add_figures, before_and_after, metric_panels
 from support.plots import draw_curves
 from support.questions import measure_test, validate
@@ -151,7 +153,9 @@ class Look:
         start = policy if config.lora.rank else open_checkpoint(self.init, dist.device)[0].eval()
         prompts = [encode_prompt(run.tokenizer, p) for p in self.problems["test"][:200]]
         sizes = config.max_new_tokens, dist, config.seed, config.micro_batch
-        with whole(policy):
+        # FSDP gathers the blocks in the run's precision; any other run measures its KL in fp32.
+        autocast = precision(config.dtype, dist)[0] if config.fsdp else nullcontext
+        with whole(policy), autocast():
             kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes, respond=self.respond)
         if dist.is_main:
             report(config, run, after, kl, self.reward_weights, self.record)

@@ -2,7 +2,7 @@
 file system without locks (some network file systems) everything goes on without them.
 
 with file_lock(path): ...   wait for the lock: a file or a start that several processes want is made only once
-lock_run(run_dir)           lock a run directory, or ConfigError: two runs must not write into one directory
+lock_run(run_dir)           lock a directory, or ConfigError: two runs must not write into one
 unlock_run(run_dir)         release it; the end of the process releases it too
 """
 
@@ -29,20 +29,21 @@ def file_lock(path: Path):
 LOCKED = {}  # {run directory: the descriptor that holds its lock}
 
 
-def lock_run(path):
-    """Lock a run directory. ConfigError if another process has locked it."""
+def lock_run(path, advice="give this run another --name"):
+    """Lock a directory. ConfigError if another process has locked it."""
     unlock_run(path)
+    taken = f"{path} is being written by another process; {advice}"
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigError(f"{path} is being written by another process; give this run another --name") from None
+        raise ConfigError(taken) from None
     except OSError:  # a file system without locks
         pass
     if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):  # another process has moved it
         os.close(descriptor)
-        raise ConfigError(f"{path} is being written by another process; give this run another --name")
+        raise ConfigError(taken)
     LOCKED[path] = descriptor
 
 

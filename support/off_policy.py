@@ -80,15 +80,17 @@ class RolloutPolicy:
         self.differs = dtype != "same" or stale > 0
         self.model = copy.deepcopy(policy).requires_grad_(False).eval() if self.differs else policy
         self.parameters = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
-        self.load(policy.state_dict())
+        if self.differs:
+            self.load(policy.state_dict())
 
     def load(self, weights):
-        if self.differs:
-            weights = {k: rounded(w, self.dtype) if k in self.parameters else w for k, w in weights.items()}
-            self.model.load_state_dict(weights)
+        weights = {k: rounded(w, self.dtype) if k in self.parameters else w for k, w in weights.items()}
+        self.model.load_state_dict(weights)
 
     def refresh(self, policy):
         """Take over the policy's weights of `stale` steps ago; before that many steps, those of the first step."""
+        if not self.differs:
+            return
         weights = policy.state_dict()
         if self.stale:
             self.past.append({name: w.detach().to("cpu", copy=True) for name, w in weights.items()})

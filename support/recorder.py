@@ -271,7 +271,8 @@ class Recorder:
 
     def learns(self, group):
         """Whether the update computes log π_ref of a group of this batch: it has a gradient, and there is a KL."""
-        return bool(getattr(self.config, "beta", None)) and any(answer["advantage"] for answer in group["answers"])
+        counted = not getattr(self.config, "mask_truncated", False) or any(a["ended"] for a in group["answers"])
+        return bool(getattr(self.config, "beta", None)) and counted and any(a["advantage"] for a in group["answers"])
 
     def question_of(self, prompt):
         """A prompt's ids as text, without the marks of the chat template; of a longer one with the speakers."""

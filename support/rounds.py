@@ -14,7 +14,7 @@ from sft import collate
 from support.checkpoints import open_checkpoint
 from support.content import records_of, weights_of
 from support.devices import Dist, precision, setup
-from support.errors import ConfigError
+from support.errors import ConfigError, DivergedError
 from support.lora_files import LoraState
 from support.rollouts import Sampler
 from support.runs import Run
@@ -84,12 +84,13 @@ def check_rounds(config):
 
 def round_figures(groups, k):
     """The answers of round k, N of (prompt, R of (ids, right, ended)) -> {"right": the share of the answers that are
-    right and complete, "solved": the share of the problems that have one}. ConfigError if there is none."""
+    right and complete, "solved": the share of the problems that have one}. ConfigError if there is none; in a later
+    round DivergedError, which an experiment takes as the run's result."""
     usable = torch.tensor([[right and ended for _, right, ended in answers] for _, answers in groups])  # (N, R)
     if not usable.any():
         advice = "give another --init, more --prompts or --rollouts, or a larger --max_new_tokens"
         collapsed = "the policy has collapsed: best/ keeps the best one; try a smaller --lr or fewer --round_steps"
-        raise ConfigError(
+        raise (DivergedError if k else ConfigError)(
             f"none of {usable.numel():,} sampled answers{f' of round {k + 1}' if k else ''} is right and complete, so "
             f"there is nothing to fine-tune on: {collapsed if k else advice}"
         )

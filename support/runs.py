@@ -239,9 +239,11 @@ def run_path(config):
     """runs/NAME. Raises ConfigError if NAME is not a valid run name, if it holds nothing to resume, or if the run would
     read a checkpoint from the earlier run that it renames."""
     path = RUNS / config.name
-    part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # excludes ".", ".." and absolute paths
+    part = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"  # excludes ".", "..", absolute paths, and what no disk can name
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate", "evaluate"):
-        raise ConfigError(f"--name {config.name!r} cannot be a run's directory; use letters, digits, . _ and -")
+        raise ConfigError(
+            f"--name {config.name!r} cannot be a run's directory; use at most 200 letters, digits, . _ and -"
+        )
     if file := next((parent for parent in path.parents if parent.is_file()), None):
         raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")
     if config.resume and not saved_run(path):
@@ -259,15 +261,14 @@ def open_run(config, dist):
     overwritten. ConfigError if a process is still writing it."""
     path = run_path(config)
     if dist.is_main:
-        if path.exists():
-            lock_run(path)
-            if not config.resume:
-                lock_inner(path)
-                n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
-                with must_write(f"{path}.{n}"):
-                    path.rename(f"{path}.{n}")
-                print(f"{path} held an earlier run: moved to {path}.{n}")
         with must_write(path):
+            if path.exists():
+                lock_run(path)
+                if not config.resume:
+                    lock_inner(path)
+                    n = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
+                    path.rename(f"{path}.{n}")
+                    print(f"{path} held an earlier run: moved to {path}.{n}")
             path.mkdir(parents=True, exist_ok=True)
             lock_run(path)
             write_whole(path / "launcher", launch_id())

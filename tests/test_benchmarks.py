@@ -3,10 +3,14 @@
 import importlib.util
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
+
+from support.runs import Run
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
@@ -65,6 +69,38 @@ def test_a_section_that_fails_lets_the_others_go_on(tmp_path, monkeypatch):
     page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "**FAILED**: ZeroDivisionError" in page
     assert "all is well" in page
+
+
+def test_a_profile_is_of_the_stage_and_not_of_the_start_that_it_makes(monkeypatch, capsys):
+    script = load(ROOT / "benchmarks/profile_steps.py", monkeypatch)
+    done = []
+
+    def main(config):
+        for name, steps in (("start/word-seed0-sft", 9), (config.name, 99)):
+            for step in Run.steps(SimpleNamespace(config=SimpleNamespace(name=name)), steps):
+                done.append((name, step))
+                torch.ones(8, 8) @ torch.ones(8, 8)
+
+    @dataclass
+    class Config:
+        name: str
+        steps: int
+        eval_every: int
+        save_every: int
+        dtype: str
+
+    monkeypatch.setattr(Run, "steps", lambda run, total=None: iter(range(total)))
+    monkeypatch.setattr(script, "import_module", lambda stage: SimpleNamespace(Config=Config, main=main))
+    script.profile("stage", "fp32", steps=2, threads=torch.get_num_threads())
+    assert [name for name, _ in done] == ["start/word-seed0-sft"] * 9 + ["profile-stage"] * 5
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stage"] == "stage"
+
+
+def test_a_comparison_with_trl_needs_a_start(monkeypatch):
+    script = load(ROOT / "benchmarks/preferences_end_to_end.py", monkeypatch)
+    config = script.dpo.Config(pairs="offline", nll=0.0, optimizer="adamw")
+    with pytest.raises(script.ConfigError, match="needs a start: --init"):
+        script.check_comparable(config)
 
 
 def test_dpo_and_trl_have_the_same_losses_end_to_end(tmp_path, monkeypatch):

@@ -245,3 +245,16 @@ def test_arguments_that_are_no_text(here):
     assert_one_line_error(script("pretrain.py", "--data", name + "x", cwd=here), "\\udce9")
     (here / "bad.yaml").write_bytes(b"name: \xff\n")
     assert_one_line_error(script("pretrain.py", "--config", "bad.yaml", cwd=here), "bad.yaml is not UTF-8 text")
+
+
+def test_a_group_of_settings_without_any(here):
+    (here / "empty.yaml").write_text("steps: 5\nmodel:\n#  n_layer: 2\n", encoding="utf-8")
+    process = script("pretrain.py", "--config", "empty.yaml", cwd=here)
+    assert_one_line_error(process, "model is empty in the --config file")
+
+
+def test_a_name_that_no_disk_can_hold(here):
+    (here / "runs").mkdir()
+    for resume in ("true", "false"):
+        process = script("pretrain.py", "--name", "n" * 300, "--resume", resume, cwd=here)
+        assert_one_line_error(process, "cannot be a run's directory; use at most 200 letters")

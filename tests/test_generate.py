@@ -635,6 +635,9 @@ def checkpoint(scratch, model):
 
 def test_checkpoints(checkpoint):
     assert resolve_checkpoint("run").name == "best"
+    Path("run/best").rename("run/best.old")  # a process was killed between the two renames of a save
+    assert resolve_checkpoint("run").name == "best.old"
+    Path("run/best.old").rename("run/best")
     assert resolve_checkpoint("run/last").name == "last"
     for path, message in [("nowhere", "is not there"), ("empty", "holds no checkpoint"), ("other", "do not belong")]:
         with pytest.raises(CheckpointError, match=message) as error:

@@ -706,6 +706,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, options):
     assert {k: whole[k] for k in ("before", "after", "kl")} == {k: parts[k] for k in ("before", "after", "kl")}
 
 
+def test_a_sharded_run_in_bf16_ends_with_its_table(here, own):
+    """FSDP gathers bf16 weights there, and the report's KL meets them too."""
+    flags = SMALL | dict(steps=1, name="sharded", fsdp=True, dtype="bf16", beta=0.05)
+    process = script("grpo.py", *(x for k, v in flags.items() for x in (f"--{k}", v)), cwd=here, processes=2)
+    assert process.returncode == 0, process.stderr
+    assert "KL to the start" in process.stdout
+
+
 STALE_BY_TOKEN = STALE | {"stale": 1, "correction_level": "token", "correction_bound": 1.1}
 
 

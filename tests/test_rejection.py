@@ -27,7 +27,7 @@ from rejection import Config, encode_kept, keep_right, keep_round
 from sft import collate, encode_example, sft_loss
 from support import devices, verified
 from support.checkpoints import open_checkpoint
-from support.errors import ConfigError
+from support.errors import ConfigError, DivergedError
 from support.rollouts import Sampler
 from support.rounds import round_figures
 from support.runs import Run
@@ -116,6 +116,8 @@ def test_what_a_round_keeps_by_hand():
     never = [([4, 1], False, True)] * 5
     groups = [([2, 3], ANSWERS), ([2], hard), ([3], never)]
     assert keep_round(groups) == [([2, 3], [5, 1], 1 / 2), ([2, 3], [7, 1], 1 / 2), ([2], [9, 1], 1.0)]
+    with pytest.raises(DivergedError, match="none of 5 sampled answers of round 2 is right and complete"):
+        round_figures([([3], never)], 1)  # an experiment takes it as the run's result
     figures = round_figures(groups, 0)
     assert figures["right"] == pytest.approx(4 / 15)  # the one that was cut off is none of them
     assert figures["solved"] == pytest.approx(2 / 3)

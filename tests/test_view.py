@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +203,13 @@ def test_a_watched_question_is_answered_with_the_same_dice(here, checkpoints):
             assert all("advantage" not in a and "gets" not in a for a in group["answers"])
         first_ids.append([a["ids"] for group in groups for a in group["answers"]])
     assert first_ids[0] != first_ids[-1]  # the policy moved
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_an_update_that_masks_what_was_cut_off_tells_nothing_of_it(ended):
+    watcher = SimpleNamespace(config=SimpleNamespace(beta=0.1, mask_truncated=True))
+    group = {"answers": [{"advantage": 1.0, "ended": ended}, {"advantage": -1.0, "ended": False}]}
+    assert Recorder.learns(watcher, group) == ended
 
 
 def test_ppo_records_values_rewards_and_advantages(here, checkpoints):

@@ -15,9 +15,9 @@ import json
 import textwrap
 from difflib import SequenceMatcher
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
+from data import load_problems
 from evaluate import evaluate, is_correct
 from generate import generate
 from support.answers import extract_answer
@@ -28,7 +28,7 @@ from support.errors import DataError
 from support.files import must_write, replacing
 from support.log import read_metrics
 from support.plots import pyplot
-from support.questions import load_questions
+from support.questions import instructed
 from support.recorder import read_records
 from support.runs import RUNS, start_name
 from support.view_page import visible
@@ -112,7 +112,8 @@ def stages_of(run_dir):
     _, losses = read_run(base, "valid_loss")
 
     dist, T = setup("cpu"), config["max_new_tokens"]
-    problems = load_questions(SimpleNamespace(**config), "valid", config["eval_problems"])
+    problems = load_problems(config["data"], "valid", config["eval_problems"], tuple(config["levels"]))
+    problems = instructed(problems, config["instruction"])
     answers = []  # of both chat models, {question: text}
     for path in (tuned, Path(run_dir) / "last"):
         policy, tokenizer, _ = open_checkpoint(path)

@@ -24,7 +24,7 @@ from support.devices import Dist, precision, setup
 from support.grpo_report import Look
 from support.lora_files import LoraState
 from support.off_policy import SamplerFlags, check_sampler
-from support.questions import load_question_splits
+from support.questions import open_problems
 from support.recorder import Recorder, RecordFlags
 from support.rewards import RewardFlags, judge_batch, reward_functions
 from support.runs import Run
@@ -93,7 +93,9 @@ def open_start(config, rewards, make_start=sft_start, says=""):
     init = config.init or make_start(config, dist)
     policy, tokenizer, path = open_checkpoint(init, "cpu" if config.fsdp else dist.device)
     reads = weights_of(init, policy) | code_of(config.reward, functions)
-    problems = load_question_splits(config, tokenizer, policy.config.context, dist)
+    advice = ", or give another --reward and --correct_weight 0"
+    context, checked = policy.config.context, config.correct_weight != 0
+    problems = open_problems(config, tokenizer, context, dist, checked, advice)
     reads |= records_of(config.data, problems)
     # With adapters the reference is the policy without them: no second model in memory.
     adapters_off = config.lora.rank and not config.refresh_reference

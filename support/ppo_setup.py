@@ -9,13 +9,12 @@ Between the two the chapter makes its optimizers and what samples and scores.
 import copy
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import reward_model
-from data import DEFAULT_TASK, load_problems
+from data import DEFAULT_TASK
 from lora import add_lora
 from reward_model import RewardModel, open_reward_model
 from support.checkpoints import open_checkpoint
@@ -25,7 +24,7 @@ from support.devices import Dist, precision, setup
 from support.errors import ConfigError
 from support.lora_files import LoraState
 from support.ppo_report import Look
-from support.questions import splits_with_room
+from support.questions import open_problems
 from support.recorder import Recorder
 from support.runs import Run, make_start_once, start_name
 from support.sft_start import sft_start
@@ -102,7 +101,7 @@ def open_start(kind, config):
     judge_path = config.reward_model or reward_start(config, init, dist)
     actor_critic, reference, judge, tokenizer = open_models(kind, config, init, judge_path, dist)
     context = min(actor_critic.policy.config.context, judge.config.context)
-    problems = open_problems(config, tokenizer, context, dist)
+    problems = open_problems(config, tokenizer, context, dist, checked=False)
     device, models = (dist, n, slots, autocast, scaler), (actor_critic, reference, judge, tokenizer)
     return Start(config, began, *device, init, judge_path, *models, problems)
 
@@ -155,10 +154,3 @@ def open_models(kind, config, init, judge_path, dist):
     else:
         reference = open_checkpoint(init, dist.device)[0].requires_grad_(False).eval()
     return actor_critic, reference, judge.requires_grad_(False).eval(), tokenizer
-
-
-def open_problems(config, tokenizer, context, dist):
-    """{"train", "valid", "test"}: problems whose prompts leave room for an answer. ConfigError if a split has none."""
-    load = partial(load_problems, config.data, levels=tuple(config.levels), skip_bad=config.skip_bad)
-    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    return splits_with_room(load, sizes, config, tokenizer, context, dist)

@@ -1,7 +1,6 @@
 """Questions whose answers are checked: loading a split of them, and how well a policy answers held-out ones."""
 
 from dataclasses import replace
-from functools import partial
 
 from data import encode_prompt, load_problems
 from evaluate import evaluate, evaluate_samples
@@ -13,25 +12,23 @@ from support.records import load_splits
 from support.rewards import judge
 
 
-def load_questions(config, split, n):
-    """At most n problems of a split, with --instruction. ConfigError if a right answer is paid for that is unknown."""
-    problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
-    if config.correct_weight:
-        refuse_unanswered(problems, split, config.data, ", or give another --reward and --correct_weight 0")
-    return instructed(problems, config)
+def instructed(problems, instruction):
+    """The problems with an --instruction after each question."""
+    return [replace(p, question=f"{p.question}\n{instruction}") for p in problems] if instruction else problems
 
 
-def instructed(problems, config):
-    """The problems with --instruction after each question."""
-    if not config.instruction:
-        return problems
-    return [replace(p, question=f"{p.question}\n{config.instruction}") for p in problems]
+def open_problems(config, tokenizer, context, dist, checked, advice=""):
+    """{"train", "valid", "test"}: problems, with --instruction, whose prompts leave room for an answer. ConfigError if
+    a split has none; or, if `checked`, where one has no answer to check. advice: what else can be done then."""
 
+    def load(split, n):
+        problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
+        if checked:
+            refuse_unanswered(problems, split, config.data, advice)
+        return instructed(problems, getattr(config, "instruction", ""))
 
-def load_question_splits(config, tokenizer, context, dist):
-    """{"train", "valid", "test"}: problems whose prompts leave room for an answer. ConfigError if a split has none."""
     sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    return splits_with_room(partial(load_questions, config), sizes, config, tokenizer, context, dist)
+    return splits_with_room(load, sizes, config, tokenizer, context, dist)
 
 
 def splits_with_room(load, sizes, config, tokenizer, context, dist):

@@ -16,10 +16,11 @@ from support.content import records_of, weights_of
 from support.devices import Dist, precision, setup
 from support.errors import ConfigError, DivergedError
 from support.lora_files import LoraState
+from support.questions import open_problems
 from support.rollouts import Sampler
 from support.runs import Run
 from support.sft_start import sft_start
-from support.verified import VerifiedConfig, load_verifiable
+from support.verified import VerifiedConfig
 
 
 @dataclass
@@ -48,7 +49,7 @@ def open_start(config):
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     policy.eval()  # throughout: the policy that is tuned is the one that was sampled
-    problems = load_verifiable(config, tokenizer, policy.config.context, dist)
+    problems = open_problems(config, tokenizer, policy.config.context, dist, checked=True)
     sample = Sampler(policy, tokenizer, problems["train"], config, autocast)
     return Start(config, began, dist, per_rank, autocast, scaler, init, policy, tokenizer, problems, sample)
 

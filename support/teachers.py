@@ -17,10 +17,10 @@ import sft
 from data import TASKS, encode_prompt, task_of
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError
+from support.questions import open_problems
 from support.records import drop_too_long
 from support.runs import make_start_once, run_path, start_name
 from support.sft_start import SFT_START, sft_start
-from support.verified import load_verifiable
 from transformer import TransformerConfig
 
 TEACHER = {"test_problems": 500, "pass_problems": 20, "pass_samples": 4}  # of grpo.py, beside its defaults
@@ -121,8 +121,8 @@ def with_context(problems, sees, examples):
 
 def load_taught(config, tokenizer, context, teacher_context, dist):
     """-> {"train", "valid", "test"}: problems with --instruction, which leave room for an answer in both contexts; the
-    same as the teacher sees them. ConfigError as `load_verifiable`, or if none has room."""
-    problems, taught = load_verifiable(config, tokenizer, context, dist), {}
+    same as the teacher sees them. ConfigError as `open_problems`, or if none has room."""
+    problems, taught = open_problems(config, tokenizer, context, dist, checked=True), {}
     examples = problems["train"]
     for split, some in problems.items():
         pairs = list(zip(some, with_context(some, config.teacher_sees, examples), strict=True))

@@ -1,6 +1,5 @@
-"""A stage on problems whose answers can be checked: its flags, its problems, judged samples, its figures.
+"""A stage on problems whose answers can be checked: its flags, judged samples, its figures.
 
-problems = load_verifiable(config, tokenizer, context, dist)     {"train", "valid", "test"}
 groups   = judged_answers(sample, step, config, dist)            N of (prompt, R of (ids, right, ended))
 figures  = measure_start(run, problems, init), measure_valid(run, problems), measure_end(run, problems, init)
 look_at_step(run, problems, record)                              what a step logs, validation, best/
@@ -11,14 +10,14 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from data import DEFAULT_TASK, TASKS, encode_prompt, load_problems, task_of
+from data import DEFAULT_TASK, TASKS, encode_prompt, task_of
 from evaluate import evaluate, is_correct
 from lora import LoraConfig, merged
 from support.checkpoints import open_checkpoint
 from support.checks import Amount, Count
 from support.errors import ConfigError
 from support.held_out import add_figures, logged
-from support.questions import instructed, measure_test, refuse_unanswered, splits_with_room
+from support.questions import measure_test
 from support.runs import RunConfig
 from support.sampled_kl import sampled_kl
 from support.sft_report import write_samples
@@ -76,19 +75,6 @@ class VerifiedConfig(PolicyConfig):
             self.micro_batch = task_of(self.data).micro_batch
         if self.temperature == 0 and self.rollouts > 1:
             raise ConfigError(f"--temperature 0 samples the same answer {self.rollouts} times; use --rollouts 1")
-
-
-def load_verifiable(config, tokenizer, context, dist):
-    """{"train", "valid", "test"}: problems with --instruction that fit the context with their answers. ConfigError if
-    one has no answer to check, or if a split has none."""
-
-    def load(split, n):
-        problems = load_problems(config.data, split, n, tuple(config.levels), config.skip_bad)
-        refuse_unanswered(problems, split, config.data)
-        return instructed(problems, config)
-
-    sizes = {"train": None, "valid": config.eval_problems, "test": config.test_problems}
-    return splits_with_room(load, sizes, config, tokenizer, context, dist)
 
 
 def judged_answers(sample, step, config, dist, chunk=64):

@@ -33,7 +33,7 @@ from ppo import (
     win_rates,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
-from support import devices, ppo_setup
+from support import devices, ppo_setup, questions
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
 from support.moments import RunningMoments
@@ -685,7 +685,7 @@ def test_without_answers_the_best_is_the_latest(here, monkeypatch, answered):
     few = load_problems("word", "train", 60)
     few[answered:] = [replace(p, answer="") for p in few[answered:]]
     monkeypatch.setattr(
-        ppo_setup, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else []
+        questions, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else []
     )
     ppo.main(config(skip_bad=True))
     assert_same_weights("runs/ppo/best", "runs/ppo/last")

@@ -25,7 +25,7 @@ from grpo import group_advantages
 from lora import LoraConfig, add_lora
 from rejection import Config, encode_kept, keep_right, keep_round
 from sft import collate, encode_example, sft_loss
-from support import devices, verified
+from support import devices, questions, verified
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
 from support.rollouts import Sampler
@@ -258,7 +258,7 @@ def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
 def test_sampled_answers_are_judged_alike_however_they_are_cut(here, monkeypatch):
     dist, settings = devices.setup("cpu"), config(prompts=7, rollouts=4)
     policy, tokenizer, _ = open_checkpoint("start")
-    problems = verified.load_verifiable(settings, tokenizer, policy.config.context, dist)["train"]
+    problems = questions.open_problems(settings, tokenizer, policy.config.context, dist, checked=True)["train"]
     autocast, _ = devices.precision("fp32", dist)
     sample = Sampler(policy, tokenizer, problems, settings, autocast)
     whole = judged_answers(sample, 1, settings, dist)

@@ -1,7 +1,8 @@
 """What glibc's malloc does with the memory of tensors, on Linux: it keeps what is freed, in large pages.
 
 keep_freed_memory()      at the start of every stage
-return_freed_memory()    between two stages in one process, and whenever a run saves last/
+return_freed_memory()    between two stages in one process, whenever a run saves last/, and after each of its steps
+                         while memory_is_short()
 
 By default glibc returns the memory of large tensors to the kernel, which must clear each page before it gives it out
 again: thousands of pages per step on a CPU. And the pages have 4 KiB, so that each pass over a tensor looks up
@@ -40,6 +41,15 @@ def reserve_heap(libc):
     for start, end in heap:  # an error, of a kernel without large pages, changes nothing
         start, end = int(start, 16), int(end, 16)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), HUGE_PAGE)
+
+
+def memory_is_short(path="/proc/meminfo"):
+    """Whether less than a quarter of the machine's memory is left; False where it does not say."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(path, encoding="utf-8") as file:
+            sizes = dict(line.split()[:2] for line in file)  # {"MemTotal:": kB, …}
+        return int(sizes["MemAvailable:"]) < int(sizes["MemTotal:"]) / 4
+    return False
 
 
 def return_freed_memory():

@@ -29,7 +29,7 @@ from support.devices import random_state, set_random_state
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
-from support.heap import return_freed_memory
+from support.heap import memory_is_short, return_freed_memory
 from support.locks import file_lock, lock_run, unlock_run
 from support.log import Log, commit
 from support.nodes import launch_id, one_store
@@ -152,6 +152,8 @@ class Run:
                 return_freed_memory()  # batches of many lengths leave holes in the heap
             yield step
             self.done = step + 1
+            if memory_is_short():
+                return_freed_memory()
 
     def save(self, name):
         """Write the checkpoint best/, or last/ with everything that resuming needs. Returns whether it was written."""

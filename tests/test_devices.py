@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import assert_one_line_error, script
 from tiny import flags
 
 import pretrain
-from support import devices
+from support import devices, heap, runs
 from support.cli import run_script
 from support.errors import ConfigError
 
@@ -115,6 +116,22 @@ print(before, held())
     assert in_use > before + 390
     assert kept > before + 390
     assert after < before + 60
+
+
+def test_where_memory_is_short_each_step_gives_back_what_it_freed(tmp_path, monkeypatch):
+    file = tmp_path / "meminfo"
+    for left, is_short in ((26, False), (24, True)):
+        text = f"MemTotal:       100 kB\nMemFree:   1 kB\nMemAvailable:   {left} kB\nHugePages_Total:       0\n"
+        file.write_text(text, encoding="utf-8")
+        assert heap.memory_is_short(file) == is_short
+    assert not heap.memory_is_short(tmp_path / "none")
+    given_back = []
+    monkeypatch.setattr(runs, "return_freed_memory", lambda: given_back.append(True))
+    monkeypatch.setattr(runs, "memory_is_short", lambda: len(given_back) < 2)
+    run = SimpleNamespace(config=SimpleNamespace(steps=5, save_every=9), first=0, interrupt=None, done=0)
+    run.dist = SimpleNamespace(is_main=False)
+    assert list(runs.Run.steps(run)) == [0, 1, 2, 3, 4]
+    assert len(given_back) == 2
 
 
 @pytest.mark.parametrize("unit", ["amx_tile", "avx512_bf16", "other"])

@@ -99,7 +99,7 @@ from support.code_used import files_that_differ
 from support.errors import ConfigError
 from support.experiments import EXPERIMENTS
 from support.files import must_write
-from support.locks import lock_run
+from support.locks import lock_run, unlock_run
 from support.repeated import compare, draw_run
 from support.runs import RUNS
 from support.students_law import student_p, student_t
@@ -357,6 +357,7 @@ def main(config):
     of_first = [row[experiment.columns[0]] for row in differences.values()]
     least = [smallest_difference(of_first, len(seeds), m) for m in (1, max(1, len(of_first)))]
     write_report(target, experiment, results, means, differences, curves, seeds, command, commits, tuned, least)
+    unlock_run(top)
     return results
 
 

@@ -64,7 +64,8 @@ CLAIMS = [
         "post-norm needs a warm-up",
         "[2002.04745]",
         "norms.place",
-        "not significantly, at 12 layers ([page](norm-placement.md)); fails deeper even so ([page](norm-depth.md))",
+        "not significantly at 12 layers ([norm-placement](norm-placement.md)); deeper it fails even so "
+        "([norm-depth](norm-depth.md))",
         Compared("norm-placement", "post, no warm-up", "post, warm-up", "valid_loss", "+"),
     ),
     Claim(

@@ -26,7 +26,7 @@ import sft
 from data import encode_prompt, load_problems
 from lora import LoraConfig
 from reward_model import RewardModel
-from support import grpo_report, log, ppo_setup, questions, recorder, runs, verified, view_page
+from support import grpo_report, log, questions, recorder, runs, view_page
 from support.errors import DataError
 from support.recorder import FILE, Recorder, lines_of, packed_line, portions, read_records, spread
 from support.view_page import page_of, visible
@@ -68,8 +68,7 @@ def here(scratch, folder, monkeypatch):
     for path in folder.iterdir():
         (scratch / path.name).symlink_to(path)
     few = {split: load_problems("word", split, 60) for split in ("train", "valid", "test")}
-    for module in (questions, verified, ppo_setup):
-        monkeypatch.setattr(module, "load_problems", lambda name, split, n, *more, **options: few[split][:n])
+    monkeypatch.setattr(questions, "load_problems", lambda name, split, n, *more, **options: few[split][:n])
     monkeypatch.setattr(grpo_report, "draw_curves", lambda *_: None)
     monkeypatch.setitem(grpo.REWARDS, "correct", vowels)
     return scratch

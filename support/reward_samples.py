@@ -70,12 +70,12 @@ def make_pairs(config, policy, tokenizer, dist, autocast):
             kinds = config.kinds if split == "train" else None  # all kinds equally often
             pairs[split] += load_pairs(config.data, split, n, levels, config.seed, kinds, config.skip_bad)
         if config.data in TASKS and config.pairs != "corrupted":
-            problems = load_problems(config.data, split, config.sample_problems if split == "train" else n, levels)
-            groups = sample_answers(policy, tokenizer, problems, config.samples, config, split, dist, autocast)
+            problems = load_problems(config.data, split, config.prompts if split == "train" else n, levels)
+            groups = sample_answers(policy, tokenizer, problems, config.rollouts, config, split, dist, autocast)
             groups = [[answer[:3] for answer in group] for group in groups]
             # One pair per held-out problem, because the intervals assume independent pairs. With --pairs both a problem
             # has a corrupted and a sampled pair, so the interval of "all" is a little too narrow.
-            pairs[split] += judged_pairs(problems, groups, config.samples if split == "train" else 1)
+            pairs[split] += judged_pairs(problems, groups, config.rollouts if split == "train" else 1)
     return pairs
 
 
@@ -107,7 +107,7 @@ def fitting_groups(pairs, tokenizer, longest, dist):
         if not pairs[split]:
             raise ConfigError(
                 f"no {split} problem got both a right and a wrong answer that ended: use another --init, more "
-                "--samples, or --pairs both"
+                "--rollouts, or --pairs both"
             )
         both = [(pair, encode_answers(tokenizer, pair)) for pair in pairs[split]]
         lengths = [len(prompt) + max(map(len, answers)) for _, (prompt, answers) in both]

@@ -46,9 +46,9 @@ class RewardPairFlags(RunConfig):
     """Kinds of errors in the corrupted training pairs; a kind named twice occurs twice as often. Default: all kinds,
     and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
     often."""
-    sample_problems: Count = 3000
+    prompts: Count = 3000
     """Training problems to sample pairs from."""
-    samples: Count = 8
+    rollouts: Count = 8
     """Answers sampled per problem."""
     max_new_tokens: Count = 64
     """Longest sampled answer, in tokens."""

@@ -38,7 +38,7 @@ from support.word_problems import CORRUPTIONS, MEN, THEMES, WOMEN, rename
 from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import Transformer, TransformerConfig, gpt2_config
 
-SMALL = dict(init="start", pairs="both", n_pairs=30, sample_problems=6, samples=3, max_new_tokens=8, steps=4, batch=6)
+SMALL = dict(init="start", pairs="both", n_pairs=30, prompts=6, rollouts=3, max_new_tokens=8, steps=4, batch=6)
 SMALL |= dict(micro_batch=6, warmup=1, eval_every=2, eval_pairs=5, test_pairs=5, best_of=4, best_of_problems=2)
 SMALL |= dict(device="cpu", lr=1e-3)
 
@@ -423,7 +423,7 @@ def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, loss, margin,
 
 def test_a_training_problem_gives_as_many_sampled_pairs_as_it_can_and_a_held_out_one_a_single_pair(here, lucky):
     policy, tokenizer, _ = open_checkpoint("start")
-    settings = config(samples=8, sample_problems=20, eval_pairs=20, test_pairs=20, pairs="sampled", max_new_tokens=20)
+    settings = config(rollouts=8, prompts=20, eval_pairs=20, test_pairs=20, pairs="sampled", max_new_tokens=20)
     autocast, dist = devices.precision("fp32", devices.setup("cpu"))[0], devices.setup("cpu")
     problems = load_problems("word", "valid", 3, (1, 2))
     train, valid = (

@@ -11,7 +11,8 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
     Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
                     the one before it: so the chance of any false positive in a column is at most 5 %
     detectable      (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
-                    call significant (80 % power), before Holm's correction; at its first step 1 − 0.025 / m for 0.975
+                    call significant (80 % power), before Holm's correction; with 1 − 0.025 / m in the place of 0.975,
+                    after its strictest step
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
@@ -44,10 +45,10 @@ support/probes.py, it measures what the stage does not. In pseudo-code, as in `m
     least       = smallest_difference(the first metric's differences, n), before and after Holm's first step
     results/NAME.md, NAME.png, and NAME.json, the figures of every run                              4. report
 
-Without a name it works the example and lists the experiments. The defaults run five seeds, in two worker processes,
-and only what is missing. If a saved run was made by other settings or other code, an error says
-so and nothing runs: --again true then repeats such runs, --old_code true keeps those of other code. Also off: --quick,
-a smoke run; --verify, which repeats one run of a page.
+Without a name it works the example and lists the experiments. The defaults run five seeds, in two worker processes, and
+only what is missing. If a saved run was made by other settings or other code, an error says so and nothing runs:
+--again true then repeats such runs, --old_code true keeps those of other code. Also off: --quick, a smoke run;
+--verify, which repeats one run of a page.
 
 Traps:
 

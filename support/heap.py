@@ -43,12 +43,16 @@ def reserve_heap(libc):
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), HUGE_PAGE)
 
 
-def memory_is_short(path="/proc/meminfo"):
-    """Whether less than a quarter of the machine's memory is left; False where it does not say."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        with open(path, encoding="utf-8") as file:
+def memory_is_short(info="/proc/meminfo", own="/proc/self/statm"):
+    """Whether less than a quarter of the machine's memory is left, and this process holds an eighth of it or more: a
+    small one would gain nothing by giving back. False where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+        with open(info, encoding="utf-8") as file:
             sizes = dict(line.split()[:2] for line in file)  # {"MemTotal:": kB, …}
-        return int(sizes["MemAvailable:"]) < int(sizes["MemTotal:"]) / 4
+        with open(own, encoding="utf-8") as file:
+            held = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024  # kB
+        total, left = int(sizes["MemTotal:"]), int(sizes["MemAvailable:"])
+        return left < total / 4 and held >= total / 8
     return False
 
 

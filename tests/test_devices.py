@@ -119,12 +119,13 @@ print(before, held())
 
 
 def test_where_memory_is_short_each_step_gives_back_what_it_freed(tmp_path, monkeypatch):
-    file = tmp_path / "meminfo"
-    for left, is_short in ((26, False), (24, True)):
-        text = f"MemTotal:       100 kB\nMemFree:   1 kB\nMemAvailable:   {left} kB\nHugePages_Total:       0\n"
-        file.write_text(text, encoding="utf-8")
-        assert heap.memory_is_short(file) == is_short
-    assert not heap.memory_is_short(tmp_path / "none")
+    info, own, page = tmp_path / "meminfo", tmp_path / "statm", os.sysconf("SC_PAGE_SIZE") // 1024  # kB
+    for left, held, is_short in ((260, 130, False), (240, 130, True), (240, 120, False)):  # thousandths
+        text = f"MemTotal: {1000 * page} kB\nMemFree: 1 kB\nMemAvailable: {left * page} kB\nHugePages_Total: 0\n"
+        info.write_text(text, encoding="utf-8")
+        own.write_text(f"9000 {held} 50 1 0 300 0\n", encoding="utf-8")
+        assert heap.memory_is_short(info, own) == is_short
+    assert not heap.memory_is_short(tmp_path / "none", own)
     given_back = []
     monkeypatch.setattr(runs, "return_freed_memory", lambda: given_back.append(True))
     monkeypatch.setattr(runs, "memory_is_short", lambda: len(given_back) < 2)

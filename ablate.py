@@ -101,7 +101,7 @@ from support.errors import ConfigError
 from support.experiments import EXPERIMENTS
 from support.files import must_write
 from support.locks import lock_run, unlock_run
-from support.repeated import compare, draw_run
+from support.repeated import draw_run, print_differences
 from support.runs import RUNS
 from support.students_law import student_p, student_t
 from support.workers import run_all, threads_each
@@ -303,7 +303,7 @@ def verify(config):
     print(f"{name}: {variant}, seed {seed}")
     folder = RUNS / "ablate" / "verify" / folder_name(name, variant, f"seed{seed}")
     repeated = run_one(settings_of(experiment, variant, seed), folder, threads_each(config.jobs))
-    if compare(figures, repeated):
+    if print_differences(figures, repeated):
         sys.exit(1)
 
 

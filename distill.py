@@ -57,8 +57,8 @@ Traps:
   * The jump at the ends. D goes to 0 as β does, like β KL(p ‖ π), and likewise at 1 (`demo`): at β = 0.01 the gradient
     is nearly that of β = 0, a hundred times smaller. SGD steps a hundred times less, and the norm's clip no longer
     acts; Adam and Muon rescale the gradient and hardly notice.
-  * The KL on the student's texts is another number than on the teacher's. `kl` is logged of all texts, with --loss
-    sample of the student's alone. Between runs compare the report's KL to the teacher: it is of the student's texts.
+  * The KL on the student's texts is another number than on the teacher's. `reverse_kl` is logged of all texts, with
+    --loss sample of the student's alone. Between runs compare the report's KL to the teacher, of the student's texts.
   * r is a weight, not a loss: log π(y) − log p(y), differentiated, has gradient 0 in the mean (`demo`).
   * What the student never says, the reverse KL does not teach: π(v) is a factor of its gradient in z_v.
   * The teacher reads the ids that the student wrote, never the text encoded again: both need the same tokenizer.
@@ -122,7 +122,7 @@ def distill_loss(student_logits, teacher_logits, mask, beta, *, temperature=1.0,
     beta: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher), between them the generalised JSD. temperature: divides
     the logits of both; no factor T² makes up for it, as Hinton's does. n_tokens: of the whole optimizer step, over
     pieces and ranks; default: of this piece. Values outside the mask are ignored, NaN too. Metrics: "loss", and means
-    over this piece's tokens: "kl", the reverse one, and "forward_kl".
+    over this piece's tokens: "reverse_kl" and "forward_kl".
     """
     real = mask.bool()
     n_tokens = n_tokens or mask.sum().clamp(min=1)
@@ -137,7 +137,7 @@ def distill_loss(student_logits, teacher_logits, mask, beta, *, temperature=1.0,
     with torch.no_grad():
         kls = kl(log_student, log_teacher), kl(log_teacher, log_student)  # (tokens that count,) each
         values = torch.stack([loss, *(x.sum() / real.sum().clamp(min=1) for x in kls)]).tolist()
-    return loss, dict(zip(("loss", "kl", "forward_kl"), values, strict=True))
+    return loss, dict(zip(("loss", "reverse_kl", "forward_kl"), values, strict=True))
 
 
 def token_advantages(logprobs, teacher_logprobs, mask, gamma=0.0):
@@ -151,8 +151,8 @@ def sampled_loss(logprobs, teacher_logprobs, mask, by_student, gamma=0.0, *, n_t
     """log π and log p of the texts' tokens and the mask, (B, T) each; by_student (B,) bool -> (loss, metrics).
 
     grpo.py's loss, with an advantage for each token: A on the student's texts, 1 on the teacher's. Metrics: "loss",
-    whose value means nothing, and what the sampled tokens say of the divergences (k3): "kl" on the student's texts,
-    "forward_kl" on the teacher's, 0 where there are none.
+    whose value means nothing, and what the sampled tokens say of the divergences (k3): "reverse_kl" on the student's
+    texts, "forward_kl" on the teacher's, 0 where there are none.
     """
     mask = mask.bool()
     of_student = by_student[:, None] & mask  # (B, T) its tokens
@@ -162,7 +162,7 @@ def sampled_loss(logprobs, teacher_logprobs, mask, by_student, gamma=0.0, *, n_t
     student, teacher = (torch.where(mask, x.detach(), 0.0) for x in (logprobs, teacher_logprobs))
     reverse = masked_mean(kl_estimate(student, teacher), of_student)
     forward = masked_mean(kl_estimate(teacher, student), mask & ~of_student)
-    return loss, {"loss": metrics["loss"], "kl": reverse.item(), "forward_kl": forward.item()}
+    return loss, {"loss": metrics["loss"], "reverse_kl": reverse.item(), "forward_kl": forward.item()}
 
 
 def demo():
@@ -301,7 +301,7 @@ def main(config):
 
         # 4. look
         record |= {"lr": lr, "grad_norm": norm, "length": n_tokens / (config.prompts * config.rollouts)}
-        look_at_step(run, problems, record, shown=("kl", "forward_kl"))
+        look_at_step(run, problems, record, shown=("reverse_kl", "forward_kl"))
     run.close()
 
     figures = measure_student(run, start)  # the test split again, with best/

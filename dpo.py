@@ -155,14 +155,14 @@ def kto_loss(
              that of the row before; one z0 for all of a step (`reference_point`)
 
     n_pairs: answers in the whole step; default b. logps (b,): log π, for the metrics. nll_losses (b,): added to
-    the losses of the good answers. Metrics: "accuracy" is the share on the right side of z0; "chosen" are the good
+    the losses of the good answers. Metrics: "pair_accuracy" is the share on the right side of z0; "chosen" are the good
     answers, "rejected" the bad ones. How to choose λ, and what the first gradient is: support/judged.py.
     """
     good, z0 = desirable.bool(), torch.as_tensor(z0, dtype=log_ratio.dtype, device=log_ratio.device).detach()
     h = torch.where(good, log_ratio - z0, z0 - log_ratio) * beta  # (b,); above 0: on the right side
     losses = torch.sigmoid(-h)  # 1 − σ(h)
     losses = torch.where(good, weight_desirable * losses + nll_losses, weight_undesirable * losses)  # (b,)
-    metrics = {"loss": losses.mean(), "accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
+    metrics = {"loss": losses.mean(), "pair_accuracy": (h > 0).float().mean(), "margin": h.mean(), "z0": z0}
     for side, on_side in (("chosen", good), ("rejected", ~good)):  # (b,); NaN if there is none on a side
         metrics[f"reward_{side}"] = beta * log_ratio[on_side].mean()
         if logps is not None:
@@ -233,7 +233,7 @@ def dpo_loss(
     whole optimizer step, over micro-batches and ranks; default b. settings: the variant's own, such as simpo's gamma.
     The defaults here are plain DPO with the paper's β; a run passes Config's values instead (`loss_of`). With nll=0
     orpo is its second term alone; nll=1 adds the first. Metrics are means over these b pairs; "margin" is h and
-    "accuracy" the share with h > 0, for orpo too, whose loss has d. ConfigError on what does not belong together.
+    "pair_accuracy" the share with h > 0, for orpo too, whose loss has d. ConfigError on what does not belong together.
     """
     settings = {"label_smoothing": label_smoothing} | settings
     lengths, refs = (chosen_lengths, rejected_lengths), (ref_chosen, ref_rejected)
@@ -250,7 +250,7 @@ def dpo_loss(
     h = beta * (u - v)  # (b,)
     metrics = {
         "loss": losses.mean(),
-        "accuracy": (h > 0).float().mean(),
+        "pair_accuracy": (h > 0).float().mean(),
         "margin": h.mean(),
         "reward_chosen": beta * u.mean(),
         "reward_rejected": beta * v.mean(),

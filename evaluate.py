@@ -165,7 +165,7 @@ def compare(first, second):
 # A model.
 
 
-class Sample(NamedTuple):
+class GreedyAnswer(NamedTuple):
     """A greedy answer to a problem."""
 
     problem: Problem
@@ -176,16 +176,16 @@ class Sample(NamedTuple):
     written: int = 0  # further tokens, of tools
 
 
-def keeps_story(sample):
+def keeps_story(answer):
     """Whether the answer tells the question's story: its names, its things, words of the task's language."""
-    question, solution = sample.problem.question, sample.problem.solution
-    return task_of(sample.problem.task).keeps_story(question, solution, sample.text)
+    question, solution = answer.problem.question, answer.problem.solution
+    return task_of(answer.problem.task).keeps_story(question, solution, answer.text)
 
 
 class Metric(NamedTuple):
     """A figure that every stage measures: its mean over the held-out problems, in the log, the table and the curves."""
 
-    of: Callable[[Sample], float]
+    of: Callable[[GreedyAnswer], float]
     label: str  # in tables, and over the curve
     unit: str  # beside the curve
     form: str = ".1%"
@@ -196,22 +196,22 @@ class Metric(NamedTuple):
 # A new metric is a row here, and no more: evaluated, logged, tabled and drawn by each stage under its name, which must
 # be none that a stage's log has already.
 METRICS = {
-    "accuracy": Metric(lambda s: s.correct, "accuracy, greedy", "share correct"),
+    "accuracy": Metric(lambda a: a.correct, "accuracy, greedy", "share correct"),
     "story_kept": Metric(
         keeps_story,
         "story kept, greedy",
         "share of answers",
         of_problem=lambda problem: task_of(problem.task).keeps_story is not None,
     ),
-    "f1": Metric(lambda s: token_f1(s.text, s.problem.solution), "token F1, greedy", "F1", in_every_log=False),
-    "length": Metric(lambda s: s.length, "answer length", "tokens", ".1f", in_every_log=False),
-    "truncated": Metric(lambda s: not s.ended, "cut off", "share of answers", in_every_log=False),
+    "f1": Metric(lambda a: token_f1(a.text, a.problem.solution), "token F1, greedy", "F1", in_every_log=False),
+    "length": Metric(lambda a: a.length, "answer length", "tokens", ".1f", in_every_log=False),
+    "truncated": Metric(lambda a: not a.ended, "cut off", "share of answers", in_every_log=False),
 }
 
 
-def own_measure(sample):
+def own_measure(answer):
     """Whether the answer is right where it can be checked, else its token F1."""
-    return sample.correct if sample.problem.answer else token_f1(sample.text, sample.problem.solution)
+    return answer.correct if answer.problem.answer else token_f1(answer.text, answer.problem.solution)
 
 
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None, dtype="fp32"):
@@ -223,14 +223,14 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         verdicts                  1.0 or 0.0 for each checkable problem, in their order
         each other of METRICS     its mean over the problems that have this figure; left out if none has
         own_measure, n            the mean over all N problems; N
-        samples                   this rank's answers, those to short questions first: a list of Sample
+        answers                   this rank's, those to short questions first: a list of GreedyAnswer
 
     progress: the name of a bar. respond: what answers the prompts, with the arguments of `generate`, which is the
     default; agent.py has one with tools. dtype: the precision of the answers, as --dtype.
     """
     N, respond, (autocast, _) = len(problems), respond or generate, precision(dtype, dist)
     own = sorted(range(dist.rank, N, dist.world), key=lambda i: len(problems[i].question))  # by length: less padding
-    samples, verdicts = [], [0.0] * N
+    answers, verdicts = [], [0.0] * N
     for chunk in batches(own, batch, progress, dist):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
         with autocast():
@@ -239,16 +239,16 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         all_tokens = map(len, rollout.rows)
         for i, text, length, end, size in zip(chunk, texts, lengths.tolist(), ended.tolist(), all_tokens, strict=True):
             verdicts[i] = is_correct(text, problems[i])
-            samples.append(Sample(problems[i], text, verdicts[i], length, end, size - length))
+            answers.append(GreedyAnswer(problems[i], text, verdicts[i], length, end, size - length))
     verdicts = dist.sum(*verdicts)  # (N,) each was 0 on every rank but one
     verdicts = list(itertools.compress(verdicts, is_checkable(problems)))  # of the checkable ones alone
     correct, n_checked = int(sum(verdicts)), len(verdicts)
     low, high = wilson(correct, n_checked)
-    means = means_of(METRICS, samples, problems, dist) | {"accuracy": correct / n_checked}  # of the checkable alone
+    means = means_of(METRICS, answers, problems, dist) | {"accuracy": correct / n_checked}  # of the checkable alone
     by_level = means_of_levels(verdicts, checkable(problems))
-    (measured,) = dist.sum(sum(map(own_measure, samples)))
+    (measured,) = dist.sum(sum(map(own_measure, answers)))
     figures = {"low": low, "high": high, "n": N, "correct": correct, "by_level": by_level, "own_measure": measured / N}
-    return means | figures | {"verdicts": verdicts, "samples": samples}
+    return means | figures | {"verdicts": verdicts, "answers": answers}
 
 
 def evaluate_samples(
@@ -403,7 +403,7 @@ def main(config):
             sampling = {"seed": config.seed, "batch": max(1, 64 // n), "progress": f"{name}, {n} samples each"}
             result |= evaluate_samples(policy, tokenizer, problems, n, T, dist, **sampling, dtype=config.dtype)
         policy.to("cpu")
-        results.append({key: value for key, value in result.items() if key != "samples"})
+        results.append({key: value for key, value in result.items() if key != "answers"})
 
     record = {"settings": asdict(config), "commit": commit(), "results": results}
     checked = measure_of(problems) != "f1"  # else free text: token F1 alone says something

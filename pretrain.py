@@ -319,7 +319,7 @@ def main(config):
 
         # 4. look: log, and every so often validate, write a sample, keep the best checkpoint
         speed = n / (time.perf_counter() - started)
-        record = {"loss": nll_mean, "lr": lr, "grad_norm": norm, "clipped": float(0 < config.clip < norm)}
+        record = {"loss": nll_mean, "lr": lr, "grad_norm": norm, "grad_clipped": float(0 < config.clip < norm)}
         look.at_step(record | {"tokens_per_second": speed} | balance)
     run.close()
     return look.after()

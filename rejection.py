@@ -182,7 +182,7 @@ def main(config):
     start_weights = [p.detach().clone() for p in policy.parameters()] if config.restart else []
 
     def sample_and_keep(k):
-        """Round k: {"kept": [(prompt, answer, weight), …], "right", "solved"}. ConfigError if nothing is right."""
+        """Round k: {"kept": [(prompt, answer, weight), …]} and `round_figures`. ConfigError if nothing is right."""
         groups = judged_answers(start.sample, k, config, dist)
         kept = keep_round(groups, config.distinct, config.max_per_problem, config.weigh)
         return {"kept": kept} | round_figures(groups, k)

@@ -116,7 +116,7 @@ def with_metrics(per_pair, gap, total, centre, n_pairs):
     "margin" is the mean gap, "score" the mean score."""
     n = n_pairs or len(gap)
     loss = per_pair.sum() / n
-    metrics = {"loss": loss.item(), "accuracy": ranked_rightly(gap).mean().item()}
+    metrics = {"loss": loss.item(), "pair_accuracy": ranked_rightly(gap).mean().item()}
     if centre:
         loss = loss + centre * total.square().sum() / n
     return loss, metrics | {"margin": gap.mean().item(), "score": total.mean().item() / 2}

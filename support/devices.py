@@ -27,7 +27,7 @@ from torch import distributed
 
 from support.errors import ConfigError
 from support.heap import keep_freed_memory
-from support.nodes import MESH, WAIT, card, compare, connect, first_line, launched, meet
+from support.nodes import MESH, WAIT, card, connect, first_line, launched, meet, what_differs
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Dist:
         if self.world > 1:
             by_rank = [None] * self.world
             distributed.all_gather_object(by_rank, card(contents))
-            if problem := compare(by_rank):
+            if problem := what_differs(by_rank):
                 raise ConfigError(problem)
 
     def per_rank(self, flag, n):

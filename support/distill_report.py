@@ -17,7 +17,7 @@ def add_up(sums, metrics, piece, config):
     """Add a piece's metrics to `sums`, {name: (sum, weight)}, in place. The loss is a sum over pieces; a KL is a mean
     over all tokens of a piece, or with --loss sample over those of one writer."""
     by_student = piece.mask & piece.by_student[:, None]
-    counted = {"kl": by_student, "forward_kl": piece.mask & ~by_student} if config.loss == "sample" else {}
+    counted = {"reverse_kl": by_student, "forward_kl": piece.mask & ~by_student} if config.loss == "sample" else {}
     for name, value in metrics.items():
         weight = counted.get(name, piece.mask).sum().item()
         total, n = sums.get(name, (0.0, 0))
@@ -92,7 +92,7 @@ def report(config, run_path, figures):
             *panels,
             (
                 "divergence on the training texts",
-                {"kl": "KL(student ‖ teacher)", "forward_kl": "KL(teacher ‖ student)"},
+                {"reverse_kl": "KL(student ‖ teacher)", "forward_kl": "KL(teacher ‖ student)"},
                 "nats per token",
                 {},
             ),

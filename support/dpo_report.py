@@ -17,7 +17,7 @@ from support.sampled_kl import sampled_kl
 
 @torch.no_grad()
 def validate(policy, pairs, tokenizer, config, dist, autocast, loss_of):
-    """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "accuracy" (of pairs), …};
+    """The means of the loss and its metrics over pairs, split between the ranks: {"loss", "pair_accuracy", …};
     of pairs also `likelier`. loss_of: dpo.py's."""
     policy.eval()
     sums, pad, z0 = Means(), tokenizer.endoftext_id, None
@@ -64,7 +64,7 @@ class Look:
                 longest = run.config.max_new_tokens
                 answering = run.tokenizer, self.problems[split], longest, run.dist
                 result = evaluate(policy, *answering, dtype=run.config.dtype)
-                figures |= {name: value for name, value in result.items() if name != "samples"}
+                figures |= {name: value for name, value in result.items() if name != "answers"}
         return figures
 
     def before(self, init):
@@ -86,8 +86,7 @@ class Look:
     def at_step(self, step, means):
         """Log a step, and every --eval_every steps what held-out pairs and problems say, and the KL."""
         run, means = self.run, means | {"steps_per_second": 1 / (time.perf_counter() - self.began)}
-        pair_accuracy = means.pop("accuracy")  # a record's "accuracy" is exact match, its "valid_accuracy" of pairs
-        record = {"pair_accuracy": pair_accuracy} | means
+        record = dict(means)
         if run.due(run.config.eval_every):
             result = self.measure(run.model, "valid")
             record |= {f"valid_{name}": value for name, value in result["pairs"].items()}
@@ -139,7 +138,7 @@ def report(config, before, after, n, seconds):
         low, high = wilson(figures["pairs"][name] * n, n)
         return f"{figures['pairs'][name]:.1%} [{low:.1%}, {high:.1%}]"
 
-    rows = [[accuracy, "–", interval(after, "accuracy")]]  # before: h is 0 up to rounding
+    rows = [[accuracy, "–", interval(after, "pair_accuracy")]]  # before: h is 0 up to rounding
     for name, label in (("likelier", "chosen answer likelier"), ("likelier_per_token", "likelier per token")):
         if name in before["pairs"]:
             rows.append([label, interval(before, name), interval(after, name)])
@@ -168,7 +167,7 @@ def draw(config, run_path, variant, verified):
         [
             *(metric_panels() if verified else ()),
             (f"loss on {unit}", {"loss": "train", "valid_loss": "validation"}, "loss", {}),
-            (accuracy, {"pair_accuracy": "train", "valid_accuracy": "validation"}, "share", {}),
+            (accuracy, {"pair_accuracy": "train", "valid_pair_accuracy": "validation"}, "share", {}),
             ("implicit rewards, validation", rewards, reward, {}),
             ("log π of the answers, validation", logps, "nats", {}),
             *point,

@@ -21,7 +21,7 @@ from support.devices import Dist, precision, setup
 from support.dpo_report import Look
 from support.lora_files import LoraState
 from support.pair_rows import PairFlags
-from support.pairs import keep_pairs
+from support.pairs import save_pairs
 from support.recorder import Recorder
 from support.runs import Run
 from support.sft_start import sft_start
@@ -65,7 +65,7 @@ def begin_run(start, pairs, problems, reads, variant, loss_of):
     state = {"parts": {"lora": LoraState(policy, start.init)}, "reads": reads, "began": start.began, "before": None}
     state |= {"best": math.inf, "lower_is_better": True}
     run = Run(c, dist, policy, start.tokenizer, optimizers, start.scaler, **state)
-    keep_pairs(run, pairs)
+    save_pairs(run, pairs)
     look = Look(run, pairs, problems, start.reference, autocast, variant, loss_of)
     look.before(start.init)
     seen = {"valid": pairs["valid"], "reference": start.reference or policy, "loss_of": loss_of}

@@ -29,7 +29,7 @@ from support.files import must_write, replacing
 from support.log import read_metrics
 from support.plots import pyplot
 from support.questions import instructed
-from support.recorder import read_records
+from support.recorder import read_recording
 from support.runs import RUNS, start_name
 from support.view_page import visible
 
@@ -62,7 +62,7 @@ class Frame(NamedTuple):
 
 def recording_of(run_dir):
     """-> settings, records of a run of grpo.py. DataError if another stage made it, or if it recorded too little."""
-    header, records = read_records(run_dir)
+    header, records = read_recording(run_dir)
     config = header["config"]
     if "algorithm" not in config or {"combine", "tools"} & config.keys():  # gdpo.py and agent.py have these too
         raise DataError(f"{run_dir} is no run of grpo.py: {visible(str(header.get('about')))}")
@@ -117,7 +117,7 @@ def stages_of(run_dir):
     answers = []  # of both chat models, {question: text}
     for path in (tuned, Path(run_dir) / "last"):
         policy, tokenizer, _ = open_checkpoint(path)
-        samples = evaluate(policy.eval(), tokenizer, problems, T, dist, progress=str(path))["samples"]
+        samples = evaluate(policy.eval(), tokenizer, problems, T, dist, progress=str(path))["answers"]
         answers.append({s.problem.question: s.text for s in samples})
 
     problem = max(problems, key=lambda p: shows_most(p, *(texts[p.question] for texts in answers)))

@@ -1,12 +1,12 @@
 """The means of an evaluation's figures, for evaluate.py: those of METRICS over all ranks, and the accuracy by level."""
 
 
-def means_of(metrics, samples, problems, dist):
-    """METRICS, a rank's samples, and the problems of all ranks -> {name: the mean over the problems that have this
+def means_of(metrics, answers, problems, dist):
+    """METRICS, a rank's answers, and the problems of all ranks -> {name: the mean over the problems that have this
     figure}, without the metrics that none of them has."""
     counts = {name: sum(map(metric.of_problem, problems)) for name, metric in metrics.items()}
     measured = {name: metrics[name] for name, count in counts.items() if count}
-    sums = [sum(m.of(s) for s in samples if m.of_problem(s.problem)) for m in measured.values()]
+    sums = [sum(m.of(a) for a in answers if m.of_problem(a.problem)) for m in measured.values()]
     return {name: total / counts[name] for name, total in zip(measured, dist.sum(*sums), strict=True)}
 
 

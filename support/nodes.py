@@ -159,7 +159,7 @@ def _receive(store, rank, world, card, folder):
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
         cards += [_welcome(store, token, other, end) for other in range(1, world)]
-        verdict = compare(cards, folder)
+        verdict = what_differs(cards, folder)
     except OSError as error:
         verdict = f"{error.filename} cannot be written: {error.strerror}"
     except ConfigError as error:
@@ -192,7 +192,7 @@ def _welcome(store, token, other, end):
     raise ConfigError(f"process {other} did not come within {minutes(ARRIVE)}; process 0 waited for it")
 
 
-def compare(cards, folder=None):
+def what_differs(cards, folder=None):
     """The cards of all processes, in rank order -> what is wrong, in one line, or None."""
     for rank, card in enumerate(cards):
         if card["problem"]:

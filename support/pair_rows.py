@@ -14,7 +14,7 @@ from support.checks import Count, Positive, Range
 from support.content import records_of
 from support.errors import ConfigError
 from support.judged import one_by_one, prepare_judged, shift_answers
-from support.pairs import add_reference, batch_of, chunks, kept_pairs, pair_logprobs, row_of, sample_pairs, sides_of
+from support.pairs import add_reference, batch_of, chunks, pair_logprobs, row_of, sample_pairs, saved_pairs, sides_of
 from support.questions import splits_with_room
 from support.records import load_splits
 from support.tasks import has_verifier
@@ -64,7 +64,7 @@ def pairs_of_run(policy, tokenizer, config, variant, dist, autocast):
     context = policy.config.context
     problems = load_verified(config, tokenizer, context, dist)
     texts = load_texts(config, variant.unpaired)
-    pairs = kept_pairs(config)
+    pairs = saved_pairs(config)
     if pairs is None:
         with lora_off(policy):
             pairs = make_pairs(policy, tokenizer, problems, texts, config, variant, dist, autocast)

@@ -159,7 +159,7 @@ def add_reference(reference, pairs, pad, dist, autocast, size=64):
     return [p | dict(zip(names, logprobs[i], strict=True)) for i, p in enumerate(pairs)]
 
 
-def kept_pairs(config):
+def saved_pairs(config):
     """The saved pairs of the run that --resume continues, or None."""
     path = run_path(config) / "pairs.pt"
     if not (config.resume and path.is_file()):
@@ -175,7 +175,7 @@ def kept_pairs(config):
     return pairs
 
 
-def keep_pairs(run, pairs):
+def save_pairs(run, pairs):
     """Save the pairs, once, in the run directory: a resumed run reads them instead of sampling new ones."""
     path = run.path / "pairs.pt"
     if run.dist.is_main and not path.is_file():

@@ -54,7 +54,7 @@ def as_tiktoken_sees(text):
         return text
     characters = set(text)
     if new := characters.difference(seen_as):
-        compare(new)
+        find_stand_ins(new)
     stand_ins = {character: seen_as[character] for character in characters if seen_as[character] != character}
     return text.translate(str.maketrans(stand_ins)) if stand_ins else text
 
@@ -62,7 +62,7 @@ def as_tiktoken_sees(text):
 seen_as = {}  # {character: its stand-in, or itself where both packages agree}, for the characters met so far
 
 
-def compare(characters):
+def find_stand_ins(characters):
     """Find the stand-ins of some characters."""
     text = "".join(characters)
     seen, differing = {}, set()

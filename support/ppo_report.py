@@ -86,7 +86,7 @@ class Look:
         with merged(run.model):
             answering = run.tokenizer, self.problems[split], run.config.max_new_tokens, run.dist
             result = evaluate(run.model, *answering, dtype=run.config.dtype)
-        return {name: value for name, value in result.items() if name != "samples"}
+        return {name: value for name, value in result.items() if name != "answers"}
 
     def before(self, init, judge):
         """The test split, the validation split as step 0, and best/, unless an earlier part of the run has done it; and

@@ -163,7 +163,7 @@ def draw(config, n_params, entropy):
                 "nats per token",
                 {"entropy of the text": entropy} if entropy else {},
             ),
-            ("gradient norm", {"grad_norm": "before clipping", "clipped": "share of clipped steps"}, "norm", {}),
+            ("gradient norm", {"grad_norm": "before clipping", "grad_clipped": "share of clipped steps"}, "norm", {}),
             ("learning rate", {"lr": "lr"}, "learning rate", {}),
         ],
     )

@@ -163,7 +163,7 @@ def clipping(folder, figures, settings):
     return {
         "norm_median": norms[len(norms) // 2],
         "norm_p99": norms[int(0.99 * (len(norms) - 1))],
-        "clipped_share": 100 * statistics.mean(series["clipped"][1]),
+        "clipped_share": 100 * statistics.mean(series["grad_clipped"][1]),
         "spikes": spikes,
     }
 
@@ -229,7 +229,7 @@ def held_out(folder, figures, settings):
     policy, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
     start = open_checkpoint(make_start(settings["config"]["seed"]), dist.device)[0]
     greedy = evaluate(policy, tokenizer, problems, NEW_TOKENS, dist, dtype="auto")
-    texts, ended = zip(*((s.text, s.ended) for s in greedy["samples"]), strict=True)
+    texts, ended = zip(*((s.text, s.ended) for s in greedy["answers"]), strict=True)
     sampled = evaluate_samples(policy, tokenizer, problems, 8, NEW_TOKENS, dist, dtype="auto")
     prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     return {

@@ -56,7 +56,7 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist, resp
     record = logged(result)
     if verifiable(problems["valid"]):
         return record, result["accuracy"]
-    rows = [(s.text, s.problem, s.ended, s.length + s.written) for s in result["samples"]]  # this rank's
+    rows = [(s.text, s.problem, s.ended, s.length + s.written) for s in result["answers"]]  # this rank's
     rewards = judge(functions, *(list(part) for part in zip(*rows, strict=True)), config) if rows else {}
     (total,) = dist.sum(sum(weights[name] * values.sum() for name, values in rewards.items() if name in weights))
     record["valid_reward"] = total / result["n"]
@@ -72,4 +72,4 @@ def measure_test(policy, tokenizer, problems, config, dist, respond=None):
         result = evaluate(policy, tokenizer, problems["test"], T, dist, **answering)
         sampling = {"seed": config.seed, "batch": max(1, 256 // n)} | answering
         result |= evaluate_samples(policy, tokenizer, some, n, T, dist, **sampling)
-    return {name: value for name, value in result.items() if name != "samples"}
+    return {name: value for name, value in result.items() if name != "answers"}

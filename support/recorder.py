@@ -12,7 +12,7 @@ Nothing in it is trained on, and it touches no random generator: a run trains th
     recorder.examples(own, n)                         SFT
     recorder.pairs(own_pairs, z0)                     DPO and KTO
     recorder.texts(texts, n_tokens)                   distillation
-    header, records = read_records(run_dir)
+    header, records = read_recording(run_dir)
 
 A record is {"step", "vocab": {id: text}, "groups": [group, …]}, a group {"question", "answer" (the right one),
 "watched", "answers": [answer, …]}, an answer {"ids", "label", "ended", "rewards": {name: number}, "advantage"} and
@@ -466,7 +466,7 @@ def lines_of(path):
         rest = reader.unused_data
 
 
-def read_records(run_dir):
+def read_recording(run_dir):
     """-> header, [record, …] in order of the steps. DataError if there is nothing to read."""
     path = Path(run_dir) / FILE
     if not Path(run_dir).is_dir():

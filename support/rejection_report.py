@@ -17,7 +17,7 @@ def report(config, run_path, figures):
         f"rejection sampling on {config.data}, seed {config.seed}: {gain}",
         [
             *metric_panels(),
-            ("training answers", {"right": "right", "solved": "problems solved"}, "share", {}),
+            ("training answers", {"usable": "right", "problems_solved": "problems solved"}, "share", {}),
             ("answers kept", {"kept": "of a round"}, "answers", {}),
             ("loss on the kept answers", {"loss": "train"}, "nats per token", {}),
             ("gradient norm", {"grad_norm": "before clipping"}, "norm", {}),

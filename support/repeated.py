@@ -26,7 +26,7 @@ def draw_run(results, name=None):
     return path.stem, experiment, variant, seed, figures
 
 
-def compare(saved, again):
+def print_differences(saved, again):
     """Print the figures of both -> how many differ, the times aside."""
     differ = 0
     for name, value in saved.items():

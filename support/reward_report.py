@@ -154,7 +154,7 @@ def write_report(config, run_dir, n_pairs, report, n_params, equal_loss):
         f"reward model on {config.data}, seed {config.seed}, {n_params / 1e6:.1f} M parameters",
         [
             ("loss", {"loss": "train", "valid_loss": "validation"}, unit, {"equal scores": equal_loss}),
-            ("pairs ranked rightly", {"accuracy": "train", **kinds}, "share", {}),
+            ("pairs ranked rightly", {"pair_accuracy": "train", **kinds}, "share", {}),
             ("scores", {"margin": "chosen − rejected", "score": "mean"}, "score", {}),
         ],
     )

@@ -79,7 +79,7 @@ def make_pairs(config, policy, tokenizer, dist, autocast):
     return pairs
 
 
-def kept_pairs(config):
+def saved_pairs(config):
     """The pairs that the run which --resume continues has kept, {"train", "valid", "test": [Pair]}, or None."""
     path = run_path(config) / "pairs.json"
     if not (config.resume and path.is_file()):
@@ -91,7 +91,7 @@ def kept_pairs(config):
         raise CheckpointError(f"{path} is corrupt: {error}") from None
 
 
-def keep_pairs(run, pairs):
+def save_pairs(run, pairs):
     """Save the pairs in the directory of a new run."""
     path = run.path / "pairs.json"
     if run.dist.is_main and not run.config.resume:

@@ -19,7 +19,7 @@ from support.errors import ConfigError
 from support.hf_bert import is_encoder
 from support.pretrained_start import text_start
 from support.reward_look import Look
-from support.reward_samples import fitting_groups, keep_pairs, kept_pairs, make_pairs
+from support.reward_samples import fitting_groups, make_pairs, save_pairs, saved_pairs
 from support.runs import Run, RunConfig, run_path
 from support.sft_start import sft_start
 
@@ -112,7 +112,7 @@ def begin_run(config, kind, loss_of, open_reward_model, best_of_n):
     if reports_samples:
         check_room(config, judge, policy, tokenizer, policy_tokenizer)
     if all_pairs is None:  # a resumed run reads the pairs of its first part: sampled again, they could be others
-        all_pairs = kept_pairs(config) or make_pairs(config, policy, policy_tokenizer, dist, autocast)
+        all_pairs = saved_pairs(config) or make_pairs(config, policy, policy_tokenizer, dist, autocast)
     longest = min(judge.config.context, config.max_tokens or judge.config.context)
     pairs, groups = fitting_groups(all_pairs, tokenizer, longest, dist)  # those of at most so many tokens
 
@@ -123,7 +123,7 @@ def begin_run(config, kind, loss_of, open_reward_model, best_of_n):
         reads |= weights_of(config.sampler or init, policy)
     run = Run(config, dist, judge, tokenizer, optimizers, scaler, best=-1.0, reads=reads, before=None)
     if config.data in TASKS and config.pairs != "corrupted":
-        keep_pairs(run, all_pairs)
+        save_pairs(run, all_pairs)
     sampler = (policy, policy_tokenizer) if reports_samples else None
     look = Look(run, pairs, groups, sampler, autocast, loss_of, open_reward_model, best_of_n)
     look.before(init)  # the test split under the new head

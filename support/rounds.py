@@ -84,9 +84,9 @@ def check_rounds(config):
 
 
 def round_figures(groups, k):
-    """The answers of round k, N of (prompt, R of (ids, right, ended)) -> {"right": the share of the answers that are
-    right and complete, "solved": the share of the problems that have one}. ConfigError if there is none; in a later
-    round DivergedError, which an experiment takes as the run's result."""
+    """The answers of round k, N of (prompt, R of (ids, right, ended)) -> {"usable": the share of the answers that are
+    right and complete, "problems_solved": the share of the problems that have one}. ConfigError if there is none; in a
+    later round DivergedError, which an experiment takes as the run's result."""
     usable = torch.tensor([[right and ended for _, right, ended in answers] for _, answers in groups])  # (N, R)
     if not usable.any():
         advice = "give another --init, more --prompts or --rollouts, or a larger --max_new_tokens"
@@ -95,7 +95,7 @@ def round_figures(groups, k):
             f"none of {usable.numel():,} sampled answers{f' of round {k + 1}' if k else ''} is right and complete, so "
             f"there is nothing to fine-tune on: {collapsed if k else advice}"
         )
-    return {"right": usable.double().mean().item(), "solved": usable.any(1).double().mean().item()}
+    return {"usable": usable.double().mean().item(), "problems_solved": usable.any(1).double().mean().item()}
 
 
 def back_to_start(policy, start_weights, optimizers):

@@ -34,7 +34,7 @@ class Look:
                 held_out = f", held out {record['valid_loss']:.3f}"
             add_figures(record, logged(result, "f1", "length") | {metric: result[metric]})
             run.say(f"step {step}  loss {loss}{held_out}  validation {metric} {result[metric]:.1%}")
-            write_samples(run.log, step, result["samples"][:3])
+            write_samples(run.log, step, result["answers"][:3])
             run.keep_best(result[metric])
         run.log(step, **record)
         run.bar.set_postfix(loss=loss, lr=f"{record['lr']:.1e}", **{metric: f"{max(run.state.best, 0):.1%}"})

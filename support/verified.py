@@ -108,7 +108,7 @@ def measure_valid(run, problems, step=None):
     with merged(run.model):
         sizes = run.config.max_new_tokens, run.dist
         result = evaluate(run.model, run.tokenizer, problems["valid"], *sizes, dtype=run.config.dtype)
-    write_samples(run.log, run.done + 1 if step is None else step, result["samples"][:3])
+    write_samples(run.log, run.done + 1 if step is None else step, result["answers"][:3])
     return logged(result)
 
 

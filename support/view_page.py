@@ -15,7 +15,7 @@ from pathlib import Path
 from support.errors import DataError
 from support.files import to_json
 from support.log import read_metrics
-from support.recorder import read_records
+from support.recorder import read_recording
 
 MOST = 4_800_000  # bytes of a page
 POINTS = 300  # of a curve
@@ -46,9 +46,9 @@ CURVES = [
     ("right, training answers", ("reward_correct", "correct")),
     ("reward model's score", ("score",)),
     ("loss", ("loss", "valid_loss")),
-    ("pairs in the right order", ("pair_accuracy", "valid_accuracy")),
+    ("pairs in the right order", ("pair_accuracy", "valid_pair_accuracy", "valid_accuracy")),
     ("log π of the answers", ("logp_chosen", "logp_rejected")),
-    ("KL, nats per token", ("kl", "forward_kl")),
+    ("KL, nats per token", ("kl", "reverse_kl", "forward_kl")),
     ("entropy, nats", ("entropy",)),
     ("share clipped", ("clip_fraction",)),
     ("groups without a signal", ("zero_variance",)),
@@ -60,7 +60,7 @@ CURVES = [
 def page_of(run_dir):
     """-> the page's text, the number of steps in it, and of those that had to be left out. DataError if the run has
     recorded nothing."""
-    header, records = read_records(run_dir)
+    header, records = read_recording(run_dir)
     if not records:
         raise DataError(f"{run_dir} has recorded no step yet: wait for the first one")
     template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ from support.calls_start import encode_demonstration
 from support.checkpoints import open_checkpoint
 from support.cli import parse_config, run_script
 from support.errors import ConfigError
-from support.recorder import read_records
+from support.recorder import read_recording
 from support.rewards import brevity_reward
 from support.rollouts import Sampler
 from support.sampled_kl import sampled_kl
@@ -688,9 +688,9 @@ def test_answers_are_evaluated_with_the_tools(here):
     spy = Tool("calculator", TOOLS["calculator"].pattern, lambda text: asked.append(text) or "2")
     result = evaluate(policy, tokenizer, problems, 14, dist, respond=WithTools([spy], tokenizer))
     assert len(asked) == 8
-    assert all("=2>>" in sample.text for sample in result["samples"])  # whatever is asked, the tool says 2
-    own = [sample.length for sample in result["samples"]]
-    assert all(length < len(tokenizer.encode(s.text)) for length, s in zip(own, result["samples"], strict=True))
+    assert all("=2>>" in sample.text for sample in result["answers"])  # whatever is asked, the tool says 2
+    own = [sample.length for sample in result["answers"]]
+    assert all(length < len(tokenizer.encode(s.text)) for length, s in zip(own, result["answers"], strict=True))
 
 
 def test_the_kl_is_that_of_the_policys_tokens(here):
@@ -855,7 +855,7 @@ def test_a_record_tells_whose_tokens_are_whose_and_changes_nothing(here, train_o
     assert_same_weights("runs/seen/last", "runs/unseen/last")
     for name in ("loss", "reward", "grad_norm", "calls", "accuracy"):
         assert metrics("runs/seen", name) == metrics("runs/unseen", name), name
-    _, records = read_records("runs/seen")
+    _, records = read_recording("runs/seen")
     pulled = by_tool = 0
     for record, group in ((r, group) for r in records for group in r["groups"]):
         for a in group["answers"]:

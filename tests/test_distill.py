@@ -133,7 +133,7 @@ def test_value_and_gradient_are_those_of_torchs_kl_div(beta, temperature):
     assert not loss.requires_grad or torch.autograd.grad(
         distill_loss(student, teacher, mask, beta)[0], teacher, allow_unused=True
     ) == (None,)
-    for name, at in (("kl", 1), ("forward_kl", 0)):
+    for name, at in (("reverse_kl", 1), ("forward_kl", 0)):
         there = by_torch(student / temperature, teacher / temperature, mask, at).item()
         assert figures[name] == pytest.approx(there)
     assert figures["loss"] == pytest.approx(loss.item())
@@ -206,7 +206,7 @@ def test_outside_the_mask_anything_may_stand_and_pieces_add_up(beta):
     assert all(map(math.isfinite, figures.values()))
     nothing, figures = distill_loss(student, teacher, torch.zeros(4, 5), beta)
     assert nothing == 0
-    assert figures == {"loss": 0, "kl": 0, "forward_kl": 0}
+    assert figures == {"loss": 0, "reverse_kl": 0, "forward_kl": 0}
 
 
 def test_bf16_logits_are_compared_in_fp32():
@@ -311,7 +311,7 @@ def test_sampled_loss_by_hand():
     torch.testing.assert_close(loss, -(A * logprobs * mask).sum() / 5)
     torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], -A * mask / 5)
     k3 = [math.exp(r) - 1 - r for r in (-0.4, 1.0, 0.8)]  # r = log T − log π
-    assert figures["kl"] == pytest.approx(sum(k3) / 3)
+    assert figures["reverse_kl"] == pytest.approx(sum(k3) / 3)
     k3 = [math.exp(r) - 1 - r for r in (-0.6, 0.6)]  # r = log π − log T
     assert figures["forward_kl"] == pytest.approx(sum(k3) / 2)
     alone, _ = sampled_loss(logprobs[2:], theirs[2:], mask[2:], by_student[2:])
@@ -540,7 +540,7 @@ def test_without_more_context_a_model_agrees_with_itself():
         loss, figures = distill.piece_loss(model, model, piece, config(**choices), 23)
         assert abs(loss.item()) < 1e-12
         assert gradient_of(model, loss).abs().max() < 1e-12
-        assert figures["kl"] == pytest.approx(0, abs=1e-12)
+        assert figures["reverse_kl"] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_kl_to_a_teacher_that_sees_more(here):
@@ -574,7 +574,7 @@ def test_a_student_learns_what_its_teacher_knows(here, capsys, loss):
     assert result["closed"] > 0.5
     assert result["teacher_kl"] < 0.3 * result["teacher_kl_before"]
     assert result["tokens"] == pytest.approx(32 * sum(metrics("runs/distill", "length").values()))
-    kl = list(metrics("runs/distill", "kl").values())
+    kl = list(metrics("runs/distill", "reverse_kl").values())
     assert kl[-1] < 0.5 * kl[0]
     for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "samples.md"):
         assert (here / "runs" / "distill" / name).exists(), name
@@ -606,9 +606,9 @@ def test_a_step_of_a_run_is_the_gradient_of_its_texts(here, monkeypatch, changes
 def test_by_sample_each_kl_is_logged_of_its_own_texts(here):
     distill.main(config(steps=2, loss="sample", on_policy=0.0, name="taught"))
     distill.main(config(steps=2, loss="sample", name="own"))
-    assert not metrics("runs/taught", "kl")
+    assert not metrics("runs/taught", "reverse_kl")
     assert list(metrics("runs/taught", "forward_kl")) == [1, 2]
-    assert list(metrics("runs/own", "kl")) == [1, 2]
+    assert list(metrics("runs/own", "reverse_kl")) == [1, 2]
     assert not metrics("runs/own", "forward_kl")
 
 
@@ -645,7 +645,7 @@ def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monk
 def test_the_cut_into_micro_batches_changes_nothing(here, changes):
     distill.main(config(name="whole", micro_batch=64, **changes))
     distill.main(config(name="cut", micro_batch=2, **changes))
-    for name in ("loss", "grad_norm", "kl", "accuracy"):
+    for name in ("loss", "grad_norm", "reverse_kl", "accuracy"):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-3, abs=1e-5), name
 
@@ -656,7 +656,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, changes):
     with stopped_after(2):
         distill.main(config(name="parts", **changes))
     parts = distill.main(config(name="parts", resume=True, **changes))
-    for name in ("loss", "kl", "accuracy"):
+    for name in ("loss", "reverse_kl", "accuracy"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name
     assert_same_weights("runs/whole/last", "runs/parts/last")
     assert parts["tokens"] == whole["tokens"]
@@ -679,7 +679,7 @@ def test_two_processes_equal_one(here, changes):
     distill.main(config(name="one", **changes))
     two = script("distill.py", *as_flags(name="two", **changes), cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
-    for name in ("loss", "grad_norm", "kl", "length", "accuracy"):
+    for name in ("loss", "grad_norm", "reverse_kl", "length", "accuracy"):
         a, b = metrics("runs/one", name), metrics("runs/two", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-5), name
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-3)

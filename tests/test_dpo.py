@@ -193,7 +193,9 @@ def test_worked_numbers():
     # u = −10 − (−12) = 2, v = −9 − (−8) = −1, h = 0.1 · 3 = 0.3, −log σ(0.3) = log(1 + e^−0.3) = 0.554355
     loss, figures = dpo_loss(*torch.tensor([[-10.0], [-9.0], [-12.0], [-8.0]]))
     assert loss.item() == pytest.approx(0.554355, abs=1e-6)
-    expected = dict(accuracy=1, margin=0.3, reward_chosen=0.2, reward_rejected=-0.1, logp_chosen=-10, logp_rejected=-9)
+    expected = dict(
+        pair_accuracy=1, margin=0.3, reward_chosen=0.2, reward_rejected=-0.1, logp_chosen=-10, logp_rejected=-9
+    )
     assert figures == pytest.approx(expected | {"loss": 0.554355}, abs=1e-6)
 
 
@@ -201,7 +203,7 @@ def test_properties():
     logps, _ = numbers()
     at_start, figures = dpo_loss(logps[2], logps[3], logps[2], logps[3])
     assert at_start.item() == pytest.approx(math.log(2))
-    assert figures["accuracy"] == figures["margin"] == 0
+    assert figures["pair_accuracy"] == figures["margin"] == 0
     pc, pr, rc, rr = logps
     with_smoothing = dpo_loss(*logps, 0.3, label_smoothing=0.2)[0]
     swapped = dpo_loss(pr, pc, rr, rc, 0.3)[0]
@@ -326,7 +328,7 @@ def test_kto_and_its_gradient_against_a_loop(weights):
     torch.testing.assert_close(ours, by_table, atol=1e-7, rtol=1e-6)
     expected = dict(loss=loss.item(), z0=0.6, reward_chosen=0.3 * ratios[good].mean().item())
     expected |= dict(reward_rejected=0.3 * ratios[~good].mean().item())
-    expected |= dict(accuracy=((ratios > 0.6) == good).double().mean().item())
+    expected |= dict(pair_accuracy=((ratios > 0.6) == good).double().mean().item())
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
@@ -564,8 +566,8 @@ def test_a_run_with_judged_answers_of_a_file(here, capsys):
     result = dpo.main(config(data="judged.jsonl", variant="kto", steps=12, lr=1e-2, prompts=500, beta=0.5))
     before, after = (result[when]["pairs"] for when in ("before", "after"))
     assert before["loss"] == pytest.approx(0.5)
-    assert (before["z0"], before["accuracy"]) == (0, 0)
-    assert after["accuracy"] > 0.9
+    assert (before["z0"], before["pair_accuracy"]) == (0, 0)
+    assert after["pair_accuracy"] > 0.9
     assert after["reward_chosen"] > after["reward_rejected"] + 0.5
     assert max(metrics("runs/dpo", "z0").values()) > 0
     assert metrics("runs/dpo", "z0")[1] == 0
@@ -673,7 +675,7 @@ def test_a_separable_set_is_separated(here, variant):
     write_pairs(here / "toy.jsonl")
     settings = dict(data="toy.jsonl", variant=variant, steps=30, lr=1e-2, batch=16, micro_batch=16, eval_every=15)
     result = dpo.main(config(**settings, beta=1.0))
-    assert result["after"]["pairs"]["accuracy"] > 0.95
+    assert result["after"]["pairs"]["pair_accuracy"] > 0.95
     assert result["after"]["pairs"]["loss"] < 0.8 * result["before"]["pairs"]["loss"]
     assert set(metrics("runs/dpo", "valid_loss")) == {15, 30}
     for name in ("kl", "logp_chosen", "reward_chosen", "valid_margin", "pair_accuracy"):
@@ -896,7 +898,7 @@ def test_longer_pairs_are_left_out(here, capsys, tokenizer):
 
 def test_the_report_says_when_chosen_answers_became_less_probable(capsys):
     def last_line(nll, chosen, variant="sigmoid"):
-        pairs = {"loss": 0.6, "logp_chosen": -5.0, "logp_rejected": -8.0, "accuracy": 0.75}
+        pairs = {"loss": 0.6, "logp_chosen": -5.0, "logp_rejected": -8.0, "pair_accuracy": 0.75}
         dpo_report.report(
             Config(nll=nll, variant=variant), {"pairs": pairs}, {"pairs": pairs | {"logp_chosen": chosen}}, 100, 60.0
         )

@@ -323,7 +323,7 @@ def test_two_ranks_find_the_figures_of_one(tokenizer):
     parts = [evaluate(policy, tokenizer, problems, 8, Rank(r, 2, torch.device("cpu")), batch=2) for r in (0, 1)]
     for name in METRICS:
         assert sum(part[name] for part in parts) == pytest.approx(whole[name]), name
-    assert sorted(s.text for part in parts for s in part["samples"]) == sorted(s.text for s in whole["samples"])
+    assert sorted(s.text for part in parts for s in part["answers"]) == sorted(s.text for s in whole["answers"])
 
 
 def test_the_verdicts_stand_in_the_order_of_the_problems(tokenizer, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_new_metric_is_a_row(tokenizer, monkeypatch):
     monkeypatch.setitem(METRICS, "letters", Metric(lambda s: len(s.text), "letters", "per answer", ".2f"))
     problems, policy = load_problems("word", "test", 3), tiny(tokenizer)
     result = evaluate(policy, tokenizer, problems, 8, devices.setup("cpu"))
-    mean = sum(len(s.text) for s in result["samples"]) / 3
+    mean = sum(len(s.text) for s in result["answers"]) / 3
     assert result["letters"] == pytest.approx(mean)
     assert logged(result).items() >= {"accuracy": result["accuracy"], "letters": result["letters"]}.items()
     assert ("letters", {"letters": "validation"}, "per answer", {}) in metric_panels()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageSequence  # matplotlib's own dependency
 
 from data import encode_prompt, load_problems
-from evaluate import Sample
+from evaluate import GreedyAnswer
 from support import front
 from support.cli import run_script
 from support.recorder import FILE, packed_line
@@ -107,7 +107,7 @@ def test_the_problem_is_one_that_was_put_right_with_the_least_change(runs, monke
     monkeypatch.setattr(
         front,
         "evaluate",
-        lambda *_, **__: {"samples": [Sample(p, t, 0, 0, 1) for p, t in zip(problems, next(given), strict=True)]},
+        lambda *_, **__: {"answers": [GreedyAnswer(p, t, 0, 0, 1) for p, t in zip(problems, next(given), strict=True)]},
     )
     stages, problem = front.stages_of("runs/grpo")
     assert problem == problems[1]

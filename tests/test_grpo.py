@@ -824,7 +824,7 @@ def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
     def fake(*_, **__):
         a = next(figures)
         asked.append(a)
-        return dict.fromkeys(METRICS, a) | {"low": a, "high": a, "n": 4, "by_level": {1: a}, "samples": []}
+        return dict.fromkeys(METRICS, a) | {"low": a, "high": a, "n": 4, "by_level": {1: a}, "answers": []}
 
     monkeypatch.setattr(questions, "evaluate", fake)
     grpo.main(config(eval_every=1))

@@ -104,7 +104,7 @@ def test_recomputed_activations_change_nothing(here):
 def test_what_is_logged(here):
     limit = 0.9
     pretrain.main(config(clip=limit, steps=20, lr=1e-2, schedule="wsd", floor=0.0))
-    norms, clipped = metrics("runs/pretrain", "grad_norm"), metrics("runs/pretrain", "clipped")
+    norms, clipped = metrics("runs/pretrain", "grad_norm"), metrics("runs/pretrain", "grad_clipped")
     assert clipped == {step: float(norm > limit) for step, norm in norms.items()}
     assert 0 < sum(clipped.values()) < 20
     nats, bits = (metrics("runs/pretrain", f"valid_{x}")[20] for x in ("loss", "bits_per_byte"))

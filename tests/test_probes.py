@@ -87,7 +87,7 @@ def test_what_a_sampler_did_is_read_from_the_log(tmp_path, monkeypatch):
 def test_clipping_by_hand(tmp_path):
     """200 steps: norms 1 … 200, a quarter of them clipped, and three rises of the loss, of which two are spikes."""
     losses = [3.0] * 50 + [3.6] * 50 + [3.0] * 50 + [3.4] + [2.0] * 24 + [2.501] * 25
-    figures = [{"grad_norm": 200.0 - i, "loss": x, "clipped": float(i % 4 == 0)} for i, x in enumerate(losses)]
+    figures = [{"grad_norm": 200.0 - i, "loss": x, "grad_clipped": float(i % 4 == 0)} for i, x in enumerate(losses)]
     lines = [{"step": i} | of_step for i, of_step in enumerate(figures, 1)]
     text = "".join(json.dumps(line) + "\n" for line in [{"config": {}}, *lines])
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")

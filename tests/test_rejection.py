@@ -119,8 +119,8 @@ def test_what_a_round_keeps_by_hand():
     with pytest.raises(DivergedError, match="none of 5 sampled answers of round 2 is right and complete"):
         round_figures([([3], never)], 1)  # an experiment takes it as the run's result
     figures = round_figures(groups, 0)
-    assert figures["right"] == pytest.approx(4 / 15)  # the one that was cut off is none of them
-    assert figures["solved"] == pytest.approx(2 / 3)
+    assert figures["usable"] == pytest.approx(4 / 15)  # the one that was cut off is none of them
+    assert figures["problems_solved"] == pytest.approx(2 / 3)
     assert [w for *_, w in keep_round(groups, distinct=False)] == [1 / 3, 1 / 3, 1 / 3, 1.0]
     assert [w for *_, w in keep_round(groups, weigh="answer")] == [1.0, 1.0, 1.0]
     assert [w for *_, w in keep_round(groups, limit=1)] == [1.0, 1.0]
@@ -296,7 +296,7 @@ def test_a_run_learns_and_leaves_everything(here, capsys):
     assert result["before"]["accuracy"] < 0.8
     assert result["after"]["accuracy"] > 0.9
     assert result["kl"] > 0
-    right = metrics("runs/rejection", "right")
+    right = metrics("runs/rejection", "usable")
     assert list(right) == [1, 11, 21, 31]  # each round samples from what the last one left
     assert right[31] > right[1] + 0.2
     for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "samples.md"):
@@ -333,7 +333,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, stop, changes):
     with stopped_after(stop):
         rejection.main(config(name="parts", **changes))
     rejection.main(config(name="parts", resume=True, **changes))
-    for name in ("loss", "kept", "right", "accuracy"):
+    for name in ("loss", "kept", "usable", "accuracy"):
         assert metrics("runs/whole", name) == metrics("runs/parts", name), name
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
@@ -361,7 +361,7 @@ def test_two_processes_equal_one(here):
     two = script("rejection.py", *flags, cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
     assert metrics("runs/one", "kept") == metrics("runs/two", "kept")
-    for name in ("loss", "grad_norm", "right", "accuracy"):
+    for name in ("loss", "grad_norm", "usable", "accuracy"):
         a, b = metrics("runs/one", name), metrics("runs/two", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
@@ -473,5 +473,5 @@ def test_the_instruction_stands_after_each_question(here, monkeypatch):
 def test_star_is_one_greedy_answer(here):
     rejection.main(config(rollouts=1, temperature=0.0, restart=True, prompts=20))
     assert all(count <= 20 for count in metrics("runs/rejection", "kept").values())
-    right, solved = metrics("runs/rejection", "right"), metrics("runs/rejection", "solved")
+    right, solved = metrics("runs/rejection", "usable"), metrics("runs/rejection", "problems_solved")
     assert right == solved

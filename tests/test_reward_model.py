@@ -93,7 +93,7 @@ def test_bradley_terry_and_its_gradient_by_hand(margin):
     up, down = torch.autograd.grad(loss, (chosen, rejected))
     assert up.tolist() == pytest.approx([-(1 - s) / 7 for s in sigma])  # −σ(−Δ)
     torch.testing.assert_close(down, -up)
-    assert figures["accuracy"] == pytest.approx(sum(g > 0 for g in gap) / 7)
+    assert figures["pair_accuracy"] == pytest.approx(sum(g > 0 for g in gap) / 7)
     assert figures["margin"] == pytest.approx(sum(gap) / 7)
 
 
@@ -113,7 +113,7 @@ def test_swap_symmetry_and_ln_2_at_a_tie():
     torch.testing.assert_close(ahead - behind, -(chosen - rejected).mean())  # L(Δ) − L(−Δ) = −Δ
     tie, figures = bradley_terry_loss(chosen, chosen)
     assert tie.item() == pytest.approx(math.log(2))
-    assert figures["accuracy"] == 0.5
+    assert figures["pair_accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("objective", [bradley_terry_loss, hinge_loss])
@@ -491,7 +491,7 @@ def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
 def test_micro_batches_change_nothing(here, lucky, loss):
     for name, size in (("whole", 6), ("cut", 2)):
         reward_model.main(config(name=name, micro_batch=size, loss=loss))
-    for name in ("loss", "grad_norm", "accuracy", "margin", "valid_loss"):
+    for name in ("loss", "grad_norm", "pair_accuracy", "margin", "valid_loss"):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
     assert_same_weights("runs/whole/last", "runs/cut/last", atol=1e-4, rtol=1e-3)

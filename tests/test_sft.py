@@ -222,7 +222,7 @@ def test_every_epoch_sees_each_example_once(n, batch, seed):
 
 def test_a_run_ends_at_the_accuracy_asked_for(here, monkeypatch):
     reached = iter([0.2, 0.7, 0.9])
-    said = dict.fromkeys(METRICS, 0) | {"samples": [], "low": 0, "high": 1, "n": 4, "by_level": {}}
+    said = dict.fromkeys(METRICS, 0) | {"answers": [], "low": 0, "high": 1, "n": 4, "by_level": {}}
     monkeypatch.setattr(sft_report, "evaluate", lambda *a, **k: said | {"accuracy": next(reached, 0.1)})
     sft.main(config(steps=9, eval_every=2, stop_at=0.5, name="early"))
     assert list(metrics("runs/early", "accuracy")) == [2, 4]

@@ -69,7 +69,7 @@ def test_sharded_equals_one_process(here, monkeypatch):
         for name in ("loss", "grad_norm", "valid_loss"):
             one, two = (list(metrics(f"runs/{case}/{x}", name).values()) for x in ("one", "two"))
             assert one == pytest.approx(two, rel=near), (case, name)
-        assert set(metrics(f"runs/{case}/two", "clipped").values()) == {1.0}
+        assert set(metrics(f"runs/{case}/two", "grad_clipped").values()) == {1.0}
         for step in (2, 4, 6):
             assert_same_checkpoint(*(f"runs/{case}/{x}/step_000000{step}" for x in ("one", "two")), near)
         assert all(w.dtype == torch.float32 for w in weights(f"runs/{case}/two/last").values())

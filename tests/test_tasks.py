@@ -90,7 +90,7 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
     )
     dpo.main(dpo.Config(name="c", batch=2, prompts=8, eval_every=2, **rl))
     rejection.main(rejection.Config(name="d", batch=2, round_steps=1, prompts=8, pass_problems=2, pass_samples=2, **rl))
-    assert max(metrics("runs/d", "right").values()) > 0
+    assert max(metrics("runs/d", "usable").values()) > 0
     for name, value in dict(steps=1, prompts=2, eval_problems=3, test_problems=3, pass_problems=2).items():
         monkeypatch.setitem(teachers.TEACHER, name, value)
     distill.main(distill.Config(name="e", prompts=2, pass_problems=2, pass_samples=2, eval_every=2, **rl))

@@ -28,7 +28,7 @@ from lora import LoraConfig
 from reward_model import RewardModel
 from support import grpo_report, log, questions, recorder, runs, view_page
 from support.errors import DataError
-from support.recorder import FILE, Recorder, lines_of, packed_line, portions, read_records, spread
+from support.recorder import FILE, Recorder, lines_of, packed_line, portions, read_recording, spread
 from support.view_page import page_of, visible
 from tokenizer_bpe import BPETokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs
@@ -91,7 +91,7 @@ def train(stage, **changes):
     module, options = STAGES[stage]
     config = module.Config(**(SMALL | options | changes))
     module.main(config)
-    return read_records(Path("runs") / config.name)[1] if config.record_groups + config.watch else None
+    return read_recording(Path("runs") / config.name)[1] if config.record_groups + config.watch else None
 
 
 @pytest.fixture
@@ -392,10 +392,10 @@ def test_a_resumed_run_drops_later_records_and_goes_on(here, monkeypatch):
         with pytest.raises(SystemExit):
             train("grpo", steps=4, name="parts")
     path = Path("runs/parts", FILE)
-    assert [r["step"] for r in read_records("runs/parts")[1]] == [1, 2]
+    assert [r["step"] for r in read_recording("runs/parts")[1]] == [1, 2]
     with path.open("ab") as file:  # a step after the checkpoint, then half of one
         file.write(packed_line({"step": 3, "vocab": {}, "groups": []}) + packed_line({"step": 4, "groups": []})[:20])
-    assert [r["step"] for r in read_records("runs/parts")[1]] == [1, 2, 3]
+    assert [r["step"] for r in read_recording("runs/parts")[1]] == [1, 2, 3]
     parts = train("grpo", steps=4, name="parts", resume=True)
     assert parts == whole
     assert len(gzip.decompress(path.read_bytes()).splitlines()) == 5
@@ -430,7 +430,7 @@ def test_a_file_that_breaks_off_is_read_as_far_as_it_goes(scratch):
     assert read == lines
     (scratch / FILE).write_bytes(b"no gzip")
     with pytest.raises(DataError, match="cannot be read"):
-        read_records(scratch)
+        read_recording(scratch)
 
 
 def test_groups_are_spread_and_fit_the_room():

@@ -153,6 +153,14 @@ def test_records_of_every_form_are_records_in_pretraining_too(tmp_path):
         assert load_text(tmp_path / name, "train") == expected
 
 
+def test_a_file_where_the_folder_of_data_is_to_be(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path / "file"))
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda *_, **__: pytest.fail("a download had begun"))
+    with pytest.raises(DataError, match=r"gsm8k: cannot download .*put the file at .* by hand, or set ALIGN_DATA"):
+        downloads.find("gsm8k")
+
+
 def test_damaged_files_and_other_datasets_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
     (tmp_path / "a.csv").write_text('question,answer\n"1 + 1? 2"x,2\n', encoding="utf-8")

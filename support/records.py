@@ -280,7 +280,7 @@ def worked_fields(record: dict, where: str, story: str) -> dict:
     texts = {}
     for key in ("question", "answer", *(["solution"] if "solution" in record else [])):
         value = record[key]
-        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if key == "answer" and (type(value) is int or (isinstance(value, float) and math.isfinite(value))):
             value = format(Decimal(str(value)), "f")  # extract_answer does not read 1e-05
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {key!r} must be text that is not empty")

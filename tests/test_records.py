@@ -57,10 +57,11 @@ def test_user_file(tmp_path):
     apart = problem_from({"question": "F?", "solution": "1+1=<<1+1=2>>2", "answer": 2}, "", "")
     assert (apart.solution, apart.calls) == ("1+1=2\n#### 2", "1+1=<<1+1=2>>2\n#### 2")
     assert by["B?"].calls == by["D?"].calls == by["E?"].calls == ""
-    assert [problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5)] == [
+    assert [problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5, 10**400)] == [
         "0.00001",
         "100000000000000000000",
         "2.5",
+        "1" + "0" * 400,
     ]
 
 

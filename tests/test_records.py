@@ -407,6 +407,7 @@ BAD_LINES = [
     (b'{"question": "x", "answer": NaN}', "'answer' holds nan"),
     (b'{"question": "x", "answer": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
     (b"[" * 100_000, "cannot be read as JSON"),
+    (b'{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}', "the key 'chosen' stands twice"),
 ]
 
 
@@ -462,12 +463,16 @@ def test_what_no_skipping_saves(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())[:-20])
     (tmp_path / "none.jsonl").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "heading.csv").write_bytes(b"question,answer,caf\xe9\n1,2,3\n")
+    (tmp_path / "twice.csv").write_text("question,answer,,answer,\n1,2,,3,\n", encoding="utf-8")
+    (tmp_path / "twice.json").write_text('[{"question": "q", "answer": "1", "answer": "2"}]', encoding="utf-8")
     for name, message in [
         ("cut.json", "cut.json line 240: not JSON"),
         ("latin.json", "latin.json is not UTF-8 (byte "),
         ("cut.jsonl.gz", "cannot read"),
         ("none.jsonl", "none.jsonl: none of the 2 records can be used (first: line 1: not JSON"),
         ("heading.csv", "heading.csv line 1 is not UTF-8"),
+        ("twice.csv", "twice.csv line 1: the column 'answer' stands twice"),
+        ("twice.json", "twice.json: cannot be read as JSON (the key 'answer' stands twice in an object)"),
     ]:
         with pytest.raises(DataError, match=re.escape(message)) as caught:
             load_problems(tmp_path / name, skip_bad=True)

@@ -56,6 +56,11 @@ def test_what_does_not_fit_is_not_begun(tmp_path):
         files.append_whole(log, "again room\n")
     assert log.read_text(encoding="utf-8") == "é\n" * 100 + "12345\nagain room\n"
     assert page.read_text(encoding="utf-8") == "old\n"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder"):
+        files.write_together({tmp_path / "folder": "new", page: "new"})
+    (tmp_path / "folder").rmdir()
+    assert page.read_text(encoding="utf-8") == "old\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "page.md"]
 
 

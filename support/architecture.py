@@ -2,14 +2,24 @@
 layer of attention.py that is built by itself; and the defaults that follow from other fields."""
 
 from positional import rope_attention_factor, rope_frequencies
-from support.checks import check
+from support.checks import check, declared
 from support.errors import CheckpointError
+
+# Beyond any model: a damaged config that asks for more would take all memory, or hours. MOST is for the fields that are
+# not in MOST_OF; no memory depends on its last two.
+MOST = 2**24
+MOST_OF = dict(n_layer=2**10, n_expert=2**12, head_dim=2**16, window=2**62, rope_theta=2**62)
 
 
 def check_architecture(config):
-    """CheckpointError, one line, on the first field that its type does not allow, or that contradicts another."""
+    """CheckpointError, one line, on the first field that its type does not allow, that is beyond any model, or that
+    contradicts another."""
     c = config
     check(c, CheckpointError, dashes="")
+    for name in declared(type(c)):
+        value, most = getattr(c, name), MOST_OF.get(name, MOST)
+        if isinstance(value, int) and value > most:
+            raise CheckpointError(f"{name} is {value}, more than any model has; at most {most}")
     if c.n_head % c.n_kv_head:
         raise CheckpointError(f"n_head {c.n_head} is not a multiple of n_kv_head {c.n_kv_head}")
     if c.head_dim is None and c.width % c.n_head:

@@ -1,6 +1,7 @@
 """A Config dataclass from flags and YAML; errors that the user can fix are one line, with exit status 2."""
 
 import argparse
+import errno
 import locale
 import os
 import re
@@ -18,6 +19,9 @@ from support.files import reason
 from support.launch import join
 from support.nodes import first_on_node, tell_others, why_it_broke
 from support.output import FULL_DISK, lose_output, prepare_output, run_demo
+
+# What is wrong with a path, not with the program: permissions, a file for a folder or the reverse, links in a circle.
+OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -113,10 +117,13 @@ def run_script(main, cls, description=None, demo=None, parse=None, without_flags
         lose_output()
         status = 141  # what a shell reports of a program that SIGPIPE has ended
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno in FULL_DISK:
+            lose_output()
+            fail(f"{error.filename or 'the output'} cannot be written: {reason(error)}")
+        elif error.errno in OUT_OF_REACH and error.filename:
+            fail(f"{error.filename}: {reason(error)}")
+        else:
             raise
-        lose_output()
-        fail(f"{error.filename or 'the output'} cannot be written: {reason(error)}")
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -5,6 +5,7 @@ sha256 is checked. For data.py and support/records.py: `find` gives the file, `r
 records, `part_of` says which of its files a split is in, and `none_left` is the error if a split is empty.
 """
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -106,7 +107,8 @@ def fetch(name: str, source: Source) -> Path:
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise DataError(f"{name}: cannot download {source.url} ({error}): {by_hand}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return path
 
 

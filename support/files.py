@@ -12,6 +12,7 @@ Text is UTF-8, whatever the locale. A lone surrogate, which UTF-8 cannot hold, b
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -34,6 +35,8 @@ def write_together(contents):
     """{path: text or bytes}: write all of these files, or none of them."""
     with contextlib.ExitStack() as stack:
         for path, content in contents.items():
+            if Path(path).is_dir():  # renaming would fail, after that of others
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             stack.enter_context(replacing(path)).write_bytes(as_bytes(content))
 
 

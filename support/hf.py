@@ -19,6 +19,7 @@ from support.checks import only_declared
 from support.errors import CheckpointError
 from support.files import as_bytes, replacing, to_json
 from support.finite import check_finite, is_finite
+from support.nodes import first_line
 
 # A layout is a table: the names that Hugging Face gives to this project's tensors and config fields, and what all
 # models of the family have in common. In a tensor's name the first {} is the block; a second {} is the expert (here all
@@ -253,10 +254,15 @@ class EmptyOnMeta(TorchFunctionMode):
         return function(*args, **kwargs | {"device": "meta"} if function is torch.empty else kwargs)
 
 
-def meta_model(model_class, config):
-    """The model with its weights on the meta device."""
-    with NoInit(), EmptyOnMeta():
-        return model_class(config)
+def meta_model(model_class, config, where):
+    """The model with its weights on the meta device. CheckpointError if its sizes are beyond any memory."""
+    try:
+        with NoInit(), EmptyOnMeta():
+            return model_class(config)
+    except RuntimeError as error:
+        if not re.search("allocate|overflow", str(error)):
+            raise
+        raise CheckpointError(f"{where}: no memory holds a model of its config: {first_line(error)}") from None
 
 
 def _by_file_name(keys, names):
@@ -313,9 +319,9 @@ class NoInit(TorchFunctionMode):
 
 def load_weights(model_class, config, names, shapes, get, where, dtype=torch.float32):
     """A `model_class` of `config` with the weights of a file. shapes: {name in the file: shape}; get(name in the file)
-    -> tensor. Names and shapes are checked before memory is allocated. Raises CheckpointError, also on a weight that
-    is not finite in `dtype`."""
-    empty = meta_model(model_class, config).state_dict()
+    -> tensor. Names and shapes are checked before the weights take memory. Raises CheckpointError, also on a weight
+    that is not finite in `dtype`."""
+    empty = meta_model(model_class, config, where).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in to_layout(empty, names).items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if name not in shapes:
@@ -347,7 +353,7 @@ def open_safetensors(path):
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = [path / name for name in sorted(set(weight_map.values()))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise CheckpointError(f"{index} is corrupt: no JSON with a weight_map") from None
     shapes, handles = {}, {}
     for file in files:
@@ -403,7 +409,7 @@ def read_hf_config(path, config_class):
     except FileNotFoundError:
         problem = "has no config.json" if Path(path).is_dir() else "is not there"
         raise CheckpointError(f"{path} {problem}; a checkpoint is a directory that save_pretrained wrote") from None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # the last: thousands of brackets
         raise CheckpointError(f"{file} is not a model's config.json: no JSON with a model_type") from None
     if kind not in list(LAYOUTS):  # a list, because kind may be any JSON value, even an unhashable one
         raise CheckpointError(f"{file}: model_type {kind!r} is not known here; known: {', '.join(LAYOUTS)}")
@@ -416,7 +422,7 @@ def read_hf_config(path, config_class):
         return kind, config_class(**settings)
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {missing}") from None
-    except (TypeError, AttributeError, ValueError) as error:  # wrong types, and the CheckpointErrors raised above
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:  # wrong types; a CheckpointError from above
         raise CheckpointError(f"{file}: {error}") from None
 
 

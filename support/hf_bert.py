@@ -16,6 +16,7 @@ from support.hf import (
     MIXTURE_ONLY,
     TRAINING_ONLY,
     Layout,
+    meta_model,
     open_safetensors,
     to_layout,
     write_checkpoint,
@@ -65,7 +66,7 @@ def is_encoder(path):
     """Whether a directory holds an encoder checkpoint, in the own layout or in BERT's."""
     try:
         return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"] in (OWN, "bert")
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False  # opening the checkpoint will report the error
 
 
@@ -97,10 +98,8 @@ def load_encoder(model_class, path, dropout=0.0):
     path = Path(path)
     layout, config = read_config(path, model_class.config_class)
     shapes, get = open_safetensors(path)
-    with torch.random.fork_rng(devices=[]):  # opening a file must not change the caller's random state
-        torch.manual_seed(0)  # new heads are the same on every rank
-        model = model_class(replace(config, dropout=dropout))
-    state, tensors = model.state_dict(), {name: get(name).float() for name in shapes}
+    config = replace(config, dropout=dropout)
+    state, tensors = meta_model(model_class, config, path).state_dict(), {name: get(name).float() for name in shapes}
     check_finite(tensors, path)
     if layout == "bert":
         tensors = from_bert(tensors, state)
@@ -113,7 +112,10 @@ def load_encoder(model_class, path, dropout=0.0):
         elif state[name].shape != tensors[name].shape:
             expected, shape = tuple(state[name].shape), tuple(tensors[name].shape)
             raise CheckpointError(f"{path}: {name} has shape {shape}, its config.json asks for {expected}")
-    model.load_state_dict(state | tensors)
+    with torch.random.fork_rng(devices=[]):  # opening a file must not change the caller's random state
+        torch.manual_seed(0)  # new heads are the same on every rank
+        model = model_class(config)
+    model.load_state_dict(model.state_dict() | tensors)
     return model
 
 
@@ -160,5 +162,5 @@ def read_config(path, config_class):
         raise CheckpointError(f"{path} has no config.json; a checkpoint is a directory that holds one") from None
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {missing}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # wrong types, and CheckpointErrors from above
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:  # and from above
         raise CheckpointError(f"{file}: {error}") from None

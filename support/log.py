@@ -98,8 +98,7 @@ class Log:
 def read_metrics(run_dir):
     """metrics.jsonl -> {name: (steps, values)}, without the values that are not finite."""
     series = {}
-    for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in records_of(Path(run_dir) / "metrics.jsonl"):
         for name, value in record.items():
             if "step" in record and name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))
@@ -112,9 +111,12 @@ def lines_up_to(path, step):
     """The lines of metrics.jsonl that a run resumed at `step` keeps, header first; an empty list for a new run."""
     if not step or not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half a line
-    return [to_json(record) for record in records if record.get("step", -1) <= step]
+    return [to_json(record) for record in records_of(path) if record.get("step", -1) <= step]
+
+
+def records_of(path):
+    """The lines of metrics.jsonl as dicts, header first, without the half of one that a killed process may leave."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def cut_samples(path, step):

@@ -18,7 +18,7 @@ from evaluate import is_correct
 from generate import generate
 from support.errors import CheckpointError
 from support.files import must_write, write_whole
-from support.runs import run_path
+from support.runs import load_saved, run_path
 from support.shared_prompt import PackedAnswers, pack, shared_answer_logprobs
 
 
@@ -164,13 +164,10 @@ def saved_pairs(config):
     path = run_path(config) / "pairs.pt"
     if not (config.resume and path.is_file()):
         return None
-    try:
-        pairs = torch.load(path, weights_only=True)
-    except Exception as error:  # torch passes on any error of the unpickler
-        raise CheckpointError(f"{path} is corrupt: {str(error).splitlines()[0]}") from None
+    pairs = load_saved(path)
     for split, of_split in pairs.items():
         for i, pair in enumerate(of_split):
-            if not all(math.isfinite(pair.get(name, 0.0)) for name in ("ref_chosen", "ref_rejected")):
+            if not all(math.isfinite(value) for name, value in pair.items() if name.startswith("ref_")):
                 raise CheckpointError(f"{path} is corrupt: the reference's log π of {split} pair {i + 1} is not finite")
     return pairs
 

@@ -458,9 +458,9 @@ def lines_of(path):
         reader = zlib.decompressobj(wbits=31)  # gzip
         try:
             line = loads(reader.decompress(rest))
-        except (zlib.error, ValueError):
+        except (zlib.error, ValueError, RecursionError):
             return
-        if not reader.eof:
+        if not reader.eof or not isinstance(line, dict):
             return
         yield line
         rest = reader.unused_data
@@ -474,6 +474,6 @@ def read_recording(run_dir):
     if not path.is_file():
         raise DataError(f"{run_dir} holds no {FILE}: grpo, gdpo, agent, ppo, dpo, sft and distill write one")
     lines = list(lines_of(path))
-    if not lines or "config" not in lines[0]:
+    if not lines or "about" not in lines[0] or not isinstance(lines[0].get("config"), dict):
         raise DataError(f"{path} cannot be read: it does not begin as a record does")
-    return lines[0], [line for line in lines[1:] if "groups" in line]
+    return lines[0], [line for line in lines[1:] if line.keys() >= {"step", "vocab", "groups"}]

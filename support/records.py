@@ -141,16 +141,28 @@ def json_lines(text: str, path: Path):
 def json_of(line: str, where: str):
     """The value of a line of JSON, or a DataError."""
     try:
-        return json.loads(line)
+        return from_json(line)
     except json.JSONDecodeError as error:
         return DataError(f"{where}: not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         return DataError(f"{where}: cannot be read as JSON ({error})")
 
 
+def without_repeats(pairs: list) -> dict:
+    """An object of JSON; ValueError if a key stands in it twice, where it is not clear which is meant."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return record
+
+
+from_json = json.JSONDecoder(object_pairs_hook=without_repeats).decode
+
+
 def json_array(text: str, path: Path):
     try:
-        records = json.loads(text)
+        records = from_json(text)
     except (ValueError, RecursionError) as error:
         first_lines = islice((line for line in text.split("\n") if line.strip()), 2)
         if any(isinstance(json_of(line, ""), dict) for line in first_lines):  # JSON lines: of two one may be broken
@@ -173,11 +185,13 @@ def table_rows(text: str, path: Path):
     dialect = {"strict": True} if file_kind(path) == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     rows = csv.DictReader(io.StringIO(text), **dialect)
     try:
-        heading = "".join(rows.fieldnames or ())
+        names = rows.fieldnames or ()
     except csv.Error as error:
         raise DataError(f"{path} line {rows.reader.line_num}: not CSV ({error})") from error
-    if error := broken_byte(heading, f"{path} line 1"):
+    if error := broken_byte("".join(names), f"{path} line 1"):
         raise error
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise DataError(f"{path} line 1: the column {twice[0]!r} stands twice: rename or remove one of them")
     for number in count(1):
         place, first = f"record {number}", rows.reader.line_num + 1
         try:
@@ -280,7 +294,7 @@ def worked_fields(record: dict, where: str, story: str) -> dict:
     texts = {}
     for key in ("question", "answer", *(["solution"] if "solution" in record else [])):
         value = record[key]
-        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if key == "answer" and (type(value) is int or (isinstance(value, float) and math.isfinite(value))):
             value = format(Decimal(str(value)), "f")  # extract_answer does not read 1e-05
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {key!r} must be text that is not empty")

@@ -392,14 +392,23 @@ REMOVED_OPTIONS = {
 }
 
 
+def load_saved(path):
+    """The dict that torch.save has written, on the CPU. Raises CheckpointError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch passes on any error of the unpickler
+        why = str(error).partition("\n")[0] or "it ends too early"
+        raise CheckpointError(f"{path} is corrupt: {why}") from None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path} is corrupt: it holds a {type(saved).__name__}, not a dict")
+    return saved
+
+
 def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
     """Restore a saved run: weights, optimizers, scaler, random generators. Returns its state; `step` counts the steps
     done. reads: {name: content} of what this process has read."""
     path = saved_run(run_dir)
-    try:
-        state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch passes on any error of the unpickler
-        raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: {str(error).splitlines()[0]}") from None
+    state = load_saved(path / "trainer_state.pt")
     check_state(state, path / "trainer_state.pt")
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")

@@ -765,11 +765,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, variant):
         patch.setattr(pair_rows, "make_pairs", None)  # pairs and reference are read again, not made again
         file = here / "runs/parts/pairs.pt"
         saved = torch.load(file, weights_only=True)
-        saved["valid"][1] |= {"ref_rejected": math.nan}
+        saved["valid"][1] |= {"ref_answer" if variant == "kto" else "ref_rejected": math.nan}
         shutil.move(file, f"{file}.good")
-        torch.save(saved, file)
-        with pytest.raises(CheckpointError, match=r"pairs\.pt is corrupt: .* of valid pair 2 is not finite"):
-            dpo.main(config(name="parts", resume=True, **changes))
+        for bad, why in ((saved, ".* of valid pair 2 is not finite"), ([], "it holds a list"), (None, "it ends")):
+            torch.save(bad, file)
+            if bad is None:
+                file.write_bytes(b"")
+            with pytest.raises(CheckpointError, match=rf"pairs\.pt is corrupt: {why}"):
+                dpo.main(config(name="parts", resume=True, **changes))
         shutil.move(f"{file}.good", file)
         dpo.main(config(name="parts", resume=True, **changes))
     assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")

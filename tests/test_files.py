@@ -3,11 +3,13 @@
 The disk is made full by a limit on the size of files: a write that crosses it is cut in the middle and then refused."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_one_line_error, metrics, script
@@ -15,6 +17,7 @@ from tiny import config, flags
 
 import pretrain
 from support import files, pretrain_report, runs, trackers
+from support.cli import run_script
 from support.errors import ConfigError
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "", "PYTHONUNBUFFERED": ""}
@@ -52,6 +55,11 @@ def test_what_does_not_fit_is_not_begun(tmp_path):
                 write(path, "x" * 400)
         files.append_whole(log, "again room\n")
     assert log.read_text(encoding="utf-8") == "é\n" * 100 + "12345\nagain room\n"
+    assert page.read_text(encoding="utf-8") == "old\n"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder"):
+        files.write_together({tmp_path / "folder": "new", page: "new"})
+    (tmp_path / "folder").rmdir()
     assert page.read_text(encoding="utf-8") == "old\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "page.md"]
 
@@ -251,6 +259,35 @@ def test_a_group_of_settings_without_any(here):
     (here / "empty.yaml").write_text("steps: 5\nmodel:\n#  n_layer: 2\n", encoding="utf-8")
     process = script("pretrain.py", "--config", "empty.yaml", cwd=here)
     assert_one_line_error(process, "model is empty in the --config file")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("folder", "Is a directory"), ("file/x", "Not a directory"), ("loop", "Too many levels"), ("n" * 300, "too long")],
+)
+def test_a_path_that_cannot_be_reached_is_one_line(scratch, monkeypatch, capsys, name, problem):
+    (scratch / "folder").mkdir()
+    (scratch / "file").touch()
+    (scratch / "loop").symlink_to("loop")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda config: Path(name).read_bytes(), pretrain.Config)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2
+    assert line.startswith(f"error: {name}: ")
+    assert problem in line
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EIO])
+def test_no_permission_is_one_line_and_a_broken_disk_a_traceback(monkeypatch, capsys, code):
+    def stage(config):
+        raise OSError(code, os.strerror(code), "there/x")
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(OSError if code == errno.EIO else SystemExit):
+        run_script(stage, pretrain.Config)
+    line = "" if code == errno.EIO else f"error: there/x: {os.strerror(code)}\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_name_that_no_disk_can_hold(here):

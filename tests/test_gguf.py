@@ -37,7 +37,7 @@ def write_gguf(path, theirs, kind, quantise=(), tokenizer=None, leave_out=(), **
     arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[kind]
     c, names = theirs.config, gguf.get_tensor_name_map(arch, theirs.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, metadata.get("architecture", kind))
-    writer.add_context_length(c.max_position_embeddings)
+    writer.add_context_length(metadata.get("context", c.max_position_embeddings))
     writer.add_block_count(c.num_hidden_layers)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
@@ -185,6 +185,7 @@ def test_bad_gguf(tmp_path, monkeypatch):
         (lambda: write_gguf(path, theirs, "llama", leave_out=["embed"]), "lacks 'token_embd.weight'"),
         (lambda: write_gguf(path, theirs, "llama", leave_out=["1.mlp.up"]), "lack 'blk.1.ffn_up.weight'"),
         (lambda: write_gguf(path, theirs, "llama", architecture="qwen2"), "lacks 'qwen2.context_length'|lack '.*bias"),
+        (lambda: write_gguf(path, theirs, "llama", context=2**32 - 1), "context is 4294967295, more than any"),
         (lambda: write_gguf(path, theirs, "llama", rotated=8), "RoPE over 8 of 16 features is not supported"),
         (lambda: write_gguf(path, theirs, "llama", rope_scaling=True), "RoPE scaling in a GGUF file is not supported"),
         (lambda: write_gguf(path, theirs, "llama", rope_factor=4.0), "RoPE scaling in a GGUF file is not supported"),

@@ -313,6 +313,11 @@ def damage_tensors(change):
     return do
 
 
+def deep_index(path):
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text("[" * 10**5, encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -326,6 +331,8 @@ def damage_tensors(change):
         (damage_config("vocab_size", 50), r"embed_tokens.weight has shape \(37, 16\), .* \(50, 16\)"),
         (lambda p: (p / "config.json").write_bytes(b"\xff{}"), "not a model's config.json"),
         (lambda p: (p / "config.json").write_text("[1]", encoding="utf-8"), "not a model's config.json"),
+        (lambda p: (p / "config.json").write_text("[" * 10**5, encoding="utf-8"), "not a model's config.json"),
+        (deep_index, "index.json is corrupt"),
         (lambda p: (p / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8"), "lacks 'vocab_size'"),
         (lambda p: (p / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8"), "lacks 'vocab_size'"),
         (lambda p: (p / "model.safetensors").write_bytes(b""), "corrupt"),
@@ -358,6 +365,15 @@ def damage_tensors(change):
         (damage_config("head_dim", 3), "must be even"),
         (damage_config("head_dim", -2), "head_dim is -2"),
         (damage_config("intermediate_size", "wide"), "ffn_width is 'wide'"),
+        (damage_config("vocab_size", 10**20), f"config.json: vocab_size is {10**20}, more than any model has; at most"),
+        (damage_config("max_position_embeddings", 10**13), f"context is {10**13}, more than any model has"),
+        (damage_config("num_hidden_layers", 10**6), "n_layer is 1000000, more than any model has; at most 1024"),
+        (damage_config("rope_theta", 10**400), "config.json: int too large to convert to float"),
+        (damage_config("rms_norm_eps", 10**400), "norm_eps is 1000"),
+        (
+            damage_config("hidden_size", 2**24, num_attention_heads=2**24, head_dim=2**16),
+            "no memory holds a model of its config",
+        ),
         (damage_tensors(lambda t: t.update({"model.norm.weight": torch.ones(())})), "shape"),
         (damage_tensors(lambda t: t.pop("model.norm.weight")), "lack 'model.norm.weight'"),
         (damage_tensors(lambda t: t.update(extra=torch.ones(1))), "hold 'extra'"),

@@ -12,7 +12,7 @@ from tiny_encoder import TINY_BERT, example_texts, perturbed
 from encoder import Encoder, EncoderConfig
 from support.errors import CheckpointError
 from support.hf import to_layout
-from support.hf_bert import BERT, OWN, is_bert
+from support.hf_bert import BERT, OWN, is_bert, is_encoder
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,9 @@ def test_bad_checkpoints_are_one_line(bert, tmp_path):
         ("lack 'blocks.1.attn.wq.weight'", ({}, (query,))),
         (r"embed.weight has shape \(61, 24\), its config.json asks for \(62, 24\)", ({"vocab_size": 62},)),
         ("width 24 is not a multiple of n_head 5", ({"num_attention_heads": 5},)),
+        ("vocab_size is 1000000000000000000, more than any", ({"vocab_size": 10**18},)),
+        ("n_type is 1000000000000000000, more than any", ({"type_vocab_size": 10**18},)),
+        ("its config.json asks for .*16008", ({"vocab_size": 10**7, "hidden_size": 16008},)),  # 640 GB
     ]:
         with pytest.raises(CheckpointError, match=word):
             opened(*arguments)
@@ -167,4 +170,8 @@ def test_bad_checkpoints_are_one_line(bert, tmp_path):
         Encoder.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="corrupt or unreadable"):
+        Encoder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 10**5, encoding="utf-8")
+    assert not is_encoder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json: maximum recursion depth exceeded"):
         Encoder.from_pretrained(tmp_path)

@@ -125,6 +125,7 @@ def test_numbers_that_are_not_finite(here, capsys):
     assert read_metrics(here) == {"grad_norm": ([1, 4], [0.5, 0.25]), "loss": ([1, 2, 3, 4], [1.0] * 4)}
     with (here / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 5, "loss": NaN}\n')  # as an older version wrote it
+        file.write('{"step": 6, "lo')  # the process was killed
     assert read_metrics(here)["loss"] == ([1, 2, 3, 4], [1.0] * 4)
     draw_curves(here, "a run", [("norm", {"grad_norm": "norm", "all": "none"}, "norm", {})])
     board = EventAccumulator(str(here / "tensorboard")).Reload()

@@ -57,10 +57,11 @@ def test_user_file(tmp_path):
     apart = problem_from({"question": "F?", "solution": "1+1=<<1+1=2>>2", "answer": 2}, "", "")
     assert (apart.solution, apart.calls) == ("1+1=2\n#### 2", "1+1=<<1+1=2>>2\n#### 2")
     assert by["B?"].calls == by["D?"].calls == by["E?"].calls == ""
-    assert [problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5)] == [
+    assert [problem_from({"question": "F?", "answer": x}, "", "").answer for x in (1e-05, 1e20, 2.5, 10**400)] == [
         "0.00001",
         "100000000000000000000",
         "2.5",
+        "1" + "0" * 400,
     ]
 
 
@@ -151,6 +152,14 @@ def test_records_of_every_form_are_records_in_pretraining_too(tmp_path):
     )
     for name in ("b.jsonl.gz", "c.tsv", "d.csv"):
         assert load_text(tmp_path / name, "train") == expected
+
+
+def test_a_file_where_the_folder_of_data_is_to_be(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path / "file"))
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda *_, **__: pytest.fail("a download had begun"))
+    with pytest.raises(DataError, match=r"gsm8k: cannot download .*put the file at .* by hand, or set ALIGN_DATA"):
+        downloads.find("gsm8k")
 
 
 def test_damaged_files_and_other_datasets_are_one_line(tmp_path, monkeypatch):
@@ -398,6 +407,7 @@ BAD_LINES = [
     (b'{"question": "x", "answer": NaN}', "'answer' holds nan"),
     (b'{"question": "x", "answer": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
     (b"[" * 100_000, "cannot be read as JSON"),
+    (b'{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}', "the key 'chosen' stands twice"),
 ]
 
 
@@ -453,12 +463,16 @@ def test_what_no_skipping_saves(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())[:-20])
     (tmp_path / "none.jsonl").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "heading.csv").write_bytes(b"question,answer,caf\xe9\n1,2,3\n")
+    (tmp_path / "twice.csv").write_text("question,answer,,answer,\n1,2,,3,\n", encoding="utf-8")
+    (tmp_path / "twice.json").write_text('[{"question": "q", "answer": "1", "answer": "2"}]', encoding="utf-8")
     for name, message in [
         ("cut.json", "cut.json line 240: not JSON"),
         ("latin.json", "latin.json is not UTF-8 (byte "),
         ("cut.jsonl.gz", "cannot read"),
         ("none.jsonl", "none.jsonl: none of the 2 records can be used (first: line 1: not JSON"),
         ("heading.csv", "heading.csv line 1 is not UTF-8"),
+        ("twice.csv", "twice.csv line 1: the column 'answer' stands twice"),
+        ("twice.json", "twice.json: cannot be read as JSON (the key 'answer' stands twice in an object)"),
     ]:
         with pytest.raises(DataError, match=re.escape(message)) as caught:
             load_problems(tmp_path / name, skip_bad=True)

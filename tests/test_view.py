@@ -428,9 +428,13 @@ def test_a_file_that_breaks_off_is_read_as_far_as_it_goes(scratch):
         read = list(lines_of(scratch / FILE))
         assert read == lines[: sum(size >= end for end in ends)]
     assert read == lines
-    (scratch / FILE).write_bytes(b"no gzip")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_recording(scratch)
+    assert read_recording(scratch) == (lines[0], lines[1:])
+    for line in ("no gzip", "[" * 10**5, "5", '{"config": {}}', '{"config": 5, "about": "x"}'):
+        (scratch / FILE).write_bytes(line.encode() if line == "no gzip" else gzip.compress(line.encode()))
+        with pytest.raises(DataError, match="cannot be read"):
+            read_recording(scratch)
+    (scratch / FILE).write_bytes(packed_line(lines[0]) + packed_line({"groups": []}) + packed_line(5))
+    assert read_recording(scratch) == (lines[0], [])
 
 
 def test_groups_are_spread_and_fit_the_room():

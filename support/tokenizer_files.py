@@ -25,7 +25,17 @@ SPLITS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 }
-REST = r"[\s\S])+"  # the end of a pattern that `match_everything` has completed
+
+# The syntax of other patterns: what `tokenizers` (Oniguruma), tiktoken (Rust) and `regex` read in the same way. They
+# differ on ^ and $ (the ends of a line, or of the text), \w and [[:alpha:]] (are ² and é in them?), {1,3}+ (a repeated
+# group, or a possessive one), {,3}, {3}?, sets within sets, and (?i:...), where ss may match ß, though not if it holds
+# only the ends of English contractions.
+ESCAPE = r"\\(?:[pP]\{[A-Z][a-z]?\}|[dDsSnrt]|[^\w\s<>])"
+CLASS = rf"\[\^?(?:{ESCAPE}|(?!&&|--|~~|\|\|)[^\\\[\]])+\]"
+CONTRACTION = r"'?(?:[dmst]|ll|re|ve|\[[dmst]+\])"
+OPENING = rf"\((?:(?!\?)|\?(?::|<?[=!]|i:(?={CONTRACTION}(?:\|{CONTRACTION})*\))))"
+COUNT = r"\{\d+(?:\}(?![+?])|,\d*\}(?!\+))"
+SYNTAX = rf"(?:{ESCAPE}|{CLASS}|{OPENING}|{COUNT}|[^\\\[({{^$])*+"
 
 # ChatML as a Jinja template. From the generation markers transformers computes the mask of the assistant's tokens, the
 # same mask that Tokenizer.encode_chat returns.
@@ -229,12 +239,26 @@ def read_pattern(steps):
 
 def match_everything(pattern):
     """Extend a pattern so that text it does not match becomes a word too; tiktoken would drop that text. The patterns
-    of SPLITS already match everything."""
-    if pattern in SPLITS.values() or pattern.endswith(REST):
+    of SPLITS already match everything. TokenizerError on a pattern that may cut a text in another way here."""
+    if pattern in SPLITS.values():
         return pattern
-    if regex.search(r"\{\d*,?\d*\}\+", pattern):  # a repeated group in tokenizers, possessive elsewhere
-        raise TokenizerError(f"its split {pattern!r} repeats {{m,n}}+, which means two things: not supported")
-    return rf"{pattern}|(?:(?!{pattern}){REST}"
+    known = regex.match(SYNTAX, pattern).end()
+    if known < len(pattern):
+        rest = pattern[known : known + 10]
+        raise TokenizerError(f"its split {pattern!r} has {rest!r}, which means two things: not supported")
+    without_lookaround = regex.sub(r"\(\?<?[=!]", "(?:|", pattern)  # each may match nothing
+    try:
+        matches_nothing = regex.fullmatch(without_lookaround, "")
+    except regex.error as error:
+        raise TokenizerError(f"its split {pattern!r} cannot be read: {error}") from None
+    if matches_nothing:
+        raise TokenizerError(f"its split {pattern!r} matches between two characters: not supported here")
+    inner = pattern[: (len(pattern) - len(completed(""))) // 2]
+    return pattern if pattern == completed(inner) else completed(pattern)
+
+
+def completed(pattern):
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
 def spec_of_gguf(metadata, path):

@@ -71,6 +71,8 @@ def is_chat_model(path, tokenizer):
     file = file if file.exists() else path / "config.json"
     try:
         stop = read_json(file).get("eos_token_id")
+    except FileNotFoundError:
+        return False
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be read: {reason(error)}") from None
     return tokenizer.special_ids.get("<|im_end|>", -1) in (stop if isinstance(stop, list) else [stop])

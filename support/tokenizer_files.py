@@ -283,7 +283,7 @@ def match_everything(pattern):
     known = regex.match(SYNTAX, pattern).end()
     if known < len(pattern):
         rest = pattern[known : known + 10]
-        raise TokenizerError(f"its split {pattern!r} has {rest!r}, which means two things: not supported")
+        raise TokenizerError(f"its split {pattern!r} has {rest!r}, which can mean two things: not supported")
     without_lookaround = regex.sub(r"\(\?<?[=!]", "(?:|", pattern)  # each may match nothing
     try:
         matches_nothing = regex.fullmatch(without_lookaround, "")

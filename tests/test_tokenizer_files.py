@@ -46,7 +46,7 @@ def test_a_pattern_that_means_two_things_is_refused(pattern, text, tmp_path):
     ours = bytes(class_encoder(pattern).encode_ordinary(text)).decode()
     assert theirs != split(text, pattern) or "".join(theirs) != ours
     trained_by_tokenizers(split_by(pattern), TEXT, 320).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="which means two things"):
+    with pytest.raises(TokenizerError, match="which can mean two things"):
         load_tokenizer(tmp_path)
 
 
@@ -64,7 +64,7 @@ def test_a_split_that_matches_nothing_at_all(pattern, tmp_path):
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [(r"[\x{61}-\x{7a}]+", "which means two things"), (r"\p{L}{2}{3}", "cannot be read: multiple")],
+    [(r"[\x{61}-\x{7a}]+", "which can mean two things"), (r"\p{L}{2}{3}", "cannot be read: multiple")],
 )
 def test_a_split_that_python_cannot_read(pattern, words, tmp_path):
     trained_by_tokenizers(split_by(pattern), TEXT, 320).save(str(tmp_path / "tokenizer.json"))

@@ -1,10 +1,10 @@
 """Opening a checkpoint in any format: the model, its tokenizer, its path."""
 
-import json
 from dataclasses import fields
 from pathlib import Path
 
 from support.errors import CheckpointError, ConfigError
+from support.files import read_json, reason
 from support.gguf import gguf_tokenizer, open_gguf
 from support.hf import local_directory
 from support.products import fast_linears
@@ -62,14 +62,19 @@ def refuse_ignored(config, opened, tokenizer):
 
 
 def is_chat_model(path, tokenizer):
-    """Whether the checkpoint was trained to chat: its generation_config.json stops at <|im_end|>, or its GGUF file has
-    a chat template."""
-    if Path(path).suffix.lower() == ".gguf":
+    """Whether the checkpoint was trained to chat: its generation_config.json stops at <|im_end|> (where there is none,
+    its config.json, as in transformers), or its GGUF file has a chat template. Raises CheckpointError."""
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
         return tokenizer.chat_template is not None
+    file = path / "generation_config.json"
+    file = file if file.exists() else path / "config.json"
     try:
-        stop = json.loads((Path(path) / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):
+        stop = read_json(file).get("eos_token_id")
+    except FileNotFoundError:
         return False
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {reason(error)}") from None
     return tokenizer.special_ids.get("<|im_end|>", -1) in (stop if isinstance(stop, list) else [stop])
 
 

@@ -7,6 +7,7 @@
                                                 the file is all that a script makes
     with may_fail(path): ...                    an OSError of the block is one printed line: while a run goes on
     to_json(x)                                  JSON has no NaN and no infinity: they become null
+    read_json(path)                             the content of a JSON file
 
 Text is UTF-8, whatever the locale. A lone surrogate, which UTF-8 cannot hold, becomes its escape, such as \\ud800.
 """
@@ -107,6 +108,14 @@ def reason(error):
 def to_json(x, **options):
     """json.dumps with null for numbers that are not finite, at any depth."""
     return json.dumps(finite(x), allow_nan=False, **options)
+
+
+def read_json(path):
+    """The content of a JSON file. OSError if it cannot be read, ValueError if it is no JSON or too deeply nested."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None
 
 
 def finite(x):

@@ -40,6 +40,7 @@ MODULES = {  # each with a weight and a bias
     "classifier": "mean_classifier",  # not BERT's "classifier", which reads the pooler
 }
 WORDS = "bert.embeddings.word_embeddings.weight"
+BIAS = "cls.predictions.bias"
 BERT = Layout(
     architecture="BertForMaskedLM",
     names={f"{name}.{part}": f"{hf_name}.{part}" for name, hf_name in MODULES.items() for part in ("weight", "bias")}
@@ -47,7 +48,7 @@ BERT = Layout(
         "embed.weight": WORDS,
         "learned.weight": "bert.embeddings.position_embeddings.weight",
         "types.weight": "bert.embeddings.token_type_embeddings.weight",
-        "token_bias": "cls.predictions.bias",
+        "token_bias": BIAS,
     },
     keys=dict(vocab_size="vocab_size", context="max_position_embeddings", n_layer="num_hidden_layers")
     | dict(n_head="num_attention_heads", width="hidden_size", ffn_width="intermediate_size")
@@ -132,9 +133,13 @@ def from_bert(tensors, like):
             name = f"bert.{name}"
         if name.endswith("decoder.weight") and (embedding is None or not torch.equal(tensor, embedding)):
             raise CheckpointError(f"{name} is not the embedding, though here the two are tied")
+        if name == "cls.predictions.decoder.bias":  # the same bias
+            if not torch.equal(tensor, tensors.get(BIAS, tensor)):
+                raise CheckpointError(f"{name} is not {BIAS}, though the two are tied")
+            name = BIAS
         # Not used here: a tied copy, a buffer of positions, the next-sentence head, a classifier that reads the pooler
         unused = name.startswith(("bert.classifier.", "classifier.")) or "seq_relationship" in name
-        if not unused and not name.endswith(("decoder.weight", "decoder.bias", "position_ids")):
+        if not unused and not name.endswith(("decoder.weight", "position_ids")):
             state[names.get(name, name)] = tensor
     return state
 

@@ -6,7 +6,6 @@ with the layer names of `transformers`. `PeftModel.from_pretrained(AutoModelForC
 DoRA on a mixture's router, which the targets ffn.* include).
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from lora import add_lora, lora_layers, lora_off, merge_lora, unmerge_lora
 from support.checkpoints import open_checkpoint
 from support.devices import in_float64
 from support.errors import CheckpointError
-from support.files import as_bytes, replacing, to_json
+from support.files import as_bytes, read_json, replacing, to_json
 from support.finite import check_finite
 from support.hf import LAYOUTS, layout_of
 from transformer import Transformer
@@ -149,7 +148,7 @@ def load_lora(model, path):
     """Add the adapters in a directory of save_lora or PEFT to a plain model; returns it. Raises CheckpointError."""
     path = Path(path)
     try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(path / SETTINGS)
         tensors = load_file(path / WEIGHTS)
         rank, alpha, dora = int(settings["r"]), float(settings["lora_alpha"]), settings.get("use_dora", False)
     except FileNotFoundError as error:
@@ -159,7 +158,8 @@ def load_lora(model, path):
     check_finite({name: tensor.float() for name, tensor in tensors.items()}, path)  # as the model will hold them
     expected = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "modules_to_save": None}
     expected |= {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
-    expected |= {"alora_invocation_tokens": None}
+    variants = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_qalora", "use_bdlora")
+    expected |= dict.fromkeys([*variants, "kasa_config", "monteclora_config"])
     for name, value in expected.items():  # settings that change the result and are not implemented here
         if (settings.get(name, value) or None) != (value or None):
             raise CheckpointError(f"{path / SETTINGS}: {name} = {settings[name]!r} is not supported, only {value!r}")

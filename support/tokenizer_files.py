@@ -14,7 +14,7 @@ from pathlib import Path
 import regex
 
 from support.errors import TokenizerError
-from support.files import to_json, write_together
+from support.files import read_json, reason, to_json, write_together
 
 # The supported patterns that split a text before merging, under GGUF's names. tokenizer_bpe.PATTERN is Qwen2's. The
 # tokenizer.json of GPT-2 and of SmolLM2 refers to the pattern by name. SmolLM2 first splits off the digits and then
@@ -25,7 +25,17 @@ SPLITS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 }
-REST = r"[\s\S])+"  # the end of a pattern that `match_everything` has completed
+
+# The syntax of other patterns: what `tokenizers` (Oniguruma), tiktoken (Rust) and `regex` read in the same way. They
+# differ on ^ and $ (the ends of a line, or of the text), \w and [[:alpha:]] (are ² and é in them?), {1,3}+ (a repeated
+# group, or a possessive one), {,3}, {3}?, sets within sets, and (?i:...), where ss may match ß, though not if it holds
+# only the ends of English contractions.
+ESCAPE = r"\\(?:[pP]\{[A-Z][a-z]?\}|[dDsSnrt]|[^\w\s<>])"
+CLASS = rf"\[\^?(?:{ESCAPE}|(?!&&|--|~~|\|\|)[^\\\[\]])+\]"
+CONTRACTION = r"'?(?:[dmst]|ll|re|ve|\[[dmst]+\])"
+OPENING = rf"\((?:(?!\?)|\?(?::|<?[=!]|i:(?={CONTRACTION}(?:\|{CONTRACTION})*\))))"
+COUNT = r"\{\d+(?:\}(?![+?])|,\d*\}(?!\+))"
+SYNTAX = rf"(?:{ESCAPE}|{CLASS}|{OPENING}|{COUNT}|[^\\\[({{^$])*+"
 
 # ChatML as a Jinja template. From the generation markers transformers computes the mask of the assistant's tokens, the
 # same mask that Tokenizer.encode_chat returns.
@@ -118,12 +128,14 @@ def read_tokenizer(path):
         file = path / "encoder.json"
     if not file.exists():
         raise TokenizerError(f"{file} is not there; a tokenizer is bpe, char, byte, or a directory that holds one")
-    content, config_file = read_json(file), file.with_name("tokenizer_config.json")
-    config = read_json(config_file) if config_file.exists() else {}
+    content, config_file = read_object(file), file.with_name("tokenizer_config.json")
+    config = read_object(config_file) if config_file.exists() else {}
     with errors_of(file):
         spec = spec_of(from_openai(content, path / "vocab.bpe") if openai else content, config)
-        if template := chat_template_of(file.parent, config):
-            follow_chat_template(spec, template)
+    with errors_of(config_file):
+        refuse_other_ids(spec, config)
+    if template := chat_template_of(file.parent, config):
+        follow_chat_template(spec, template)
     return spec, file
 
 
@@ -135,12 +147,12 @@ def errors_of(file):
     except TokenizerError as error:
         raise TokenizerError(f"{file}: {error}") from None
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError, regex.error):
-        raise TokenizerError(f"{file} is corrupt: not in the format of the tokenizers package") from None
+        raise TokenizerError(f"{file} is corrupt: not in the format of tokenizers and transformers") from None
 
 
-def read_json(file):
+def read_object(file):
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
@@ -161,13 +173,16 @@ def spec_of(content, config):
     """The contents of tokenizer.json and tokenizer_config.json -> TokenizerSpec. Raises TokenizerError, or an error
     that `errors_of` turns into one."""
     model, steps = content["model"], content["pre_tokenizer"] or {}
+    algorithm = model.get("type", "BPE")
+    if algorithm not in ("BPE", "WordLevel"):
+        raise TokenizerError(f"a {algorithm} model is not supported here")
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos  # older files spell the token out as an object
-    special, added = added_tokens(content["added_tokens"], eos)
+    eos = eos if isinstance(eos, str) else None
+    special, added = added_tokens(content["added_tokens"], eos, model["vocab"])
     plain = {token: i for token, i in model["vocab"].items() if token not in special | added}
     nfc = refuse_unknown_steps(content, model)
-    algorithm = model.get("type", "BPE")
     if algorithm == "WordLevel" and steps == [ONE_CHARACTER]:
         kind, merges, pattern = "char", [], None
         vocab = {i: token.encode() for token, i in plain.items()}
@@ -175,29 +190,62 @@ def spec_of(content, config):
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merges = [(from_printable(left), from_printable(right)) for left, right in pairs]
         pattern = read_pattern(steps)
-        kind = "byte" if pattern is None and not merges else "bpe"
+        if pattern is None and merges:
+            raise TokenizerError("a BPE that does not split a text first is not supported here")
+        kind = "byte" if pattern is None else "bpe"
         vocab = {i: from_printable(token) for token, i in plain.items()}
     else:
         raise TokenizerError(f"a {algorithm} model with this pre-tokenizer is not supported here")
-    if len(vocab) < len(plain):  # two tokens share an id
-        raise TokenizerError(f"these are not the ids of a {kind} tokenizer")
+    ids = [*plain.values(), *special.values(), *added.values()]
+    if len(set(ids)) < len(ids):
+        raise TokenizerError("two of its tokens have the same id")
     return TokenizerSpec(kind, vocab, special, eos, added, merges, pattern, nfc)
 
 
-def added_tokens(tokens, eos):
+def added_tokens(tokens, eos, vocab):
     """tokenizer.json's added_tokens -> {name: id} of the special tokens, and of the others. Tokens that end a document
-    or delimit chat turns are special even if the file says otherwise."""
-    special, added = {}, {}
+    or delimit chat turns are special even if the file says otherwise. `tokenizers` does not believe their ids: a name
+    has its id in the vocabulary, or else the next free one."""
+    special, added, free = {}, {}, len(vocab)
     for token in tokens:
         name = token["content"]
         if type(token["id"]) is not int:
             raise TokenizerError(f"the id of its token {name!r} is {token['id']!r}, no whole number")
+        if name in special or name in added:
+            raise TokenizerError(f"{name!r} is among its added_tokens twice")
+        number = vocab.get(name, free) if name else None
+        if token["id"] != number:
+            raise TokenizerError(f"its token {name!r} has the id {token['id']}, but `tokenizers` gives it {number}")
+        free = max(free, number + 1)
         ends = name in (eos, ENDOFTEXT, *CHATML)
-        (special if ends or token.get("special", True) else added)[name] = token["id"]
-        options = [option for option in ("single_word", "lstrip", "rstrip") if token.get(option)]
-        if options and name in added:
-            raise TokenizerError(f"its token {name!r} is {options[0]}: not supported here")
+        (special if ends or token.get("special", True) else added)[name] = number
+        refuse_options(token)
     return special, added
+
+
+def refuse_options(token):
+    for option in ("single_word", "lstrip", "rstrip"):
+        if token.get(option):
+            raise TokenizerError(f"its token {token['content']!r} is {option}: not supported here")
+
+
+def refuse_other_ids(spec, config):
+    """TokenizerError if tokenizer_config.json changes the ids that `spec` gives: by another token, by an option of a
+    token, or by a space before a text, which the two plain classes do not add."""
+    tokens = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    tokens += [*extra.values()] if isinstance(extra, dict) else extra
+    decoder = (config.get("added_tokens_decoder") or {}).values()
+    for token in decoder:
+        refuse_options(token)
+    known = [None, *spec.special_ids, *spec.added_ids]
+    for token in [*tokens, *decoder]:
+        name = token["content"] if isinstance(token, dict) else token
+        if name not in known:
+            raise TokenizerError(f"it names the token {name!r}, which tokenizer.json does not have: not supported here")
+    plain = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    if config.get("add_prefix_space") and config.get("tokenizer_class") not in plain:
+        raise TokenizerError("its add_prefix_space puts a space before a text: not supported here")
 
 
 def refuse_unknown_steps(content, model):
@@ -222,19 +270,33 @@ def read_pattern(steps):
         if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and gpt2_split:
             return SPLITS["smollm"]
         isolates = [steps[0].get(key) for key in ("behavior", "invert")] == ["Isolated", False]
-        if kinds == ["Split", "ByteLevel"] and isolates and not gpt2_split:
+        if kinds == ["Split", "ByteLevel"] and isolates and not gpt2_split and "Regex" in steps[0]["pattern"]:
             return match_everything(steps[0]["pattern"]["Regex"])
     raise TokenizerError(f"the pre-tokenizer {' + '.join(map(str, kinds))} is not supported with these settings")
 
 
 def match_everything(pattern):
     """Extend a pattern so that text it does not match becomes a word too; tiktoken would drop that text. The patterns
-    of SPLITS already match everything."""
-    if pattern in SPLITS.values() or pattern.endswith(REST):
+    of SPLITS already match everything. TokenizerError on a pattern that may cut a text in another way here."""
+    if pattern in SPLITS.values():
         return pattern
-    if regex.search(r"\{\d*,?\d*\}\+", pattern):  # a repeated group in tokenizers, possessive elsewhere
-        raise TokenizerError(f"its split {pattern!r} repeats {{m,n}}+, which means two things: not supported")
-    return rf"{pattern}|(?:(?!{pattern}){REST}"
+    known = regex.match(SYNTAX, pattern).end()
+    if known < len(pattern):
+        rest = pattern[known : known + 10]
+        raise TokenizerError(f"its split {pattern!r} has {rest!r}, which can mean two things: not supported")
+    without_lookaround = regex.sub(r"\(\?<?[=!]", "(?:|", pattern)  # each may match nothing
+    try:
+        matches_nothing = regex.fullmatch(without_lookaround, "")
+    except regex.error as error:
+        raise TokenizerError(f"its split {pattern!r} cannot be read: {error}") from None
+    if matches_nothing:
+        raise TokenizerError(f"its split {pattern!r} matches between two characters: not supported here")
+    inner = pattern[: (len(pattern) - len(completed(""))) // 2]
+    return pattern if pattern == completed(inner) else completed(pattern)
+
+
+def completed(pattern):
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
 def spec_of_gguf(metadata, path):
@@ -278,9 +340,13 @@ def chat_template_of(folder, config):
     """The chat template of a directory, from chat_template.jinja or tokenizer_config.json; None if there is none."""
     file, template = folder / "chat_template.jinja", config.get("chat_template")
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file} cannot be read: {reason(error)}") from None
     if isinstance(template, list):  # several named templates
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        with errors_of(folder / "tokenizer_config.json"):
+            return next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template
 
 
@@ -293,7 +359,6 @@ def follow_chat_template(spec, template):
     if template == CHAT_TEMPLATE:
         return
     try:
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         spec.no_chat = "to read its chat template: pip install jinja2"
@@ -315,8 +380,8 @@ def follow_chat_template(spec, template):
                 raise TokenizerError("its chat template is not ChatML, the only one that is known here")
     except TokenizerError as error:
         spec.no_chat, spec.default_system = str(error), None
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as e:
-        spec.no_chat, spec.default_system = f"its chat template does not work: {e}", None
+    except Exception as error:  # the template may do anything
+        spec.no_chat, spec.default_system = f"its chat template does not work: {reason(error)}", None
 
 
 def check_message(number, message):

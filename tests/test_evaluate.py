@@ -40,14 +40,14 @@ from lora import LoraConfig, add_lora
 from support import devices, held_out, sft_report
 from support import sampled_kl as kl_module
 from support.answers import measure_of, verifiable
-from support.checkpoints import open_checkpoint
+from support.checkpoints import is_chat_model, open_checkpoint
 from support.cli import run_script
-from support.errors import ConfigError, DataError
+from support.errors import CheckpointError, ConfigError, DataError
 from support.held_out import before_and_after, logged, metric_panels
 from support.sampled_kl import sampled_kl
 from support.splits import split_of
 from support.tables import file_name, markdown_table, metric_rows, show_results, text_table, write_tables
-from tokenizer_bpe import BPETokenizer
+from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 
@@ -656,6 +656,31 @@ def test_two_processes_equal_one(here):
     assert both["results"] == json.loads(json.dumps(record["results"]))
     assert done.stdout.count("accuracy, greedy") == 1
     assert len(record["results"][0]["verdicts"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("generation", "in_config"),
+    [(None, 257), (None, [256, 257]), (None, 256), (None, None), ({}, 257), ({"eos_token_id": [257]}, 256)],
+)
+def test_a_chat_model_is_one_that_transformers_stops_at_the_end_of_a_turn(generation, in_config, scratch):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = ByteTokenizer(("<|endoftext|>", "<|im_end|>"))
+    Transformer(TransformerConfig(258, context=8, n_layer=1, n_head=2, n_kv_head=1, width=16)).save_pretrained("it")
+    config = json.loads((scratch / "it/config.json").read_text(encoding="utf-8")) | {"eos_token_id": in_config}
+    (scratch / "it/config.json").write_text(json.dumps(config), encoding="utf-8")
+    if generation is not None:
+        (scratch / "it/generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    stop = AutoModelForCausalLM.from_pretrained("it").generation_config.eos_token_id
+    assert is_chat_model(scratch / "it", tokenizer) == (257 in (stop if isinstance(stop, list) else [stop]))
+
+
+@pytest.mark.parametrize("broken", ["[" * 100_000, "{", "[]"])
+def test_a_broken_generation_config_makes_no_base_model(here, tokenizer, broken):
+    (here / "one/generation_config.json").write_text(broken, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"^one/generation_config\.json cannot be read: ") as error:
+        evaluation.main(Config("one", data="sums.jsonl", device="cpu"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("form", ["directory", "gguf"])

@@ -80,6 +80,26 @@ def test_an_output_matrix_of_its_own_is_not_dropped(bert, tmp_path):
         Encoder.from_pretrained(tmp_path / "untied")
 
 
+def test_the_output_bias_under_its_other_name(bert, tmp_path):
+    import transformers
+
+    shutil.copytree(bert[1], tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(file)
+    bias = tensors["cls.predictions.bias"]
+    other = {"cls.predictions.decoder.bias": bias.clone()}
+    save_file(tensors | other, file, {"format": "pt"})
+    assert torch.equal(Encoder.from_pretrained(tmp_path / "other").token_bias, bias)
+    save_file(tensors | {"cls.predictions.decoder.bias": bias + 1}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"decoder\.bias is not cls\.predictions\.bias"):
+        Encoder.from_pretrained(tmp_path / "other")
+    del tensors["cls.predictions.bias"]
+    save_file(tensors | other, file, {"format": "pt"})
+    theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path / "other")
+    assert torch.equal(theirs.cls.predictions.bias, bias)
+    assert torch.equal(Encoder.from_pretrained(tmp_path / "other").token_bias, bias)
+
+
 def test_the_bare_model_and_the_old_names_open_with_new_heads(bert, tmp_path):
     theirs, path = bert
     theirs.bert.save_pretrained(tmp_path / "bare")

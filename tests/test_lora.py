@@ -520,6 +520,12 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"target_parameters": ["experts.up"]}, "target_parameters"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+        ({"monteclora_config": {"n": 1}}, "monteclora_config"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base too"),
         ({"lora_alpha": math.nan}, r"lora\.alpha is nan"),
     ]:
@@ -529,9 +535,10 @@ def test_bad_files_are_one_line_and_leave_the_model_plain(tmp_path):
             load_lora(model, tmp_path)
         assert not lora_layers(model)
         assert all(p.requires_grad for p in model.parameters())
-    file.write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_lora(tiny(), tmp_path)
+    for broken in ("{", "[" * 100_000):
+        file.write_text(broken, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_lora(tiny(), tmp_path)
     file.write_text(json.dumps(good), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"'model\.layers.*matches no Linear"):
         load_lora(nn.Sequential(nn.Linear(3, 3)), tmp_path)

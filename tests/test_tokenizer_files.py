@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from support.errors import TokenizerError
 from support.gguf import gguf_tokenizer
+from support.pieces import class_encoder, split
 from support.tokenizer_files import (
     BYTE_TO_CHAR,
     CHAT_TEMPLATE,
@@ -25,40 +26,68 @@ from support.tokenizer_files import (
 )
 from tokenizer_bpe import PATTERN, SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
+# Patterns that `tokenizers` reads in one way, and tiktoken or the `regex` package in another; a text that shows it
+TWO_READINGS = [
+    (r"\p{N}{1,3}+|\p{L}+", "20123"),  # a repeated group, or a possessive one
+    (r"\p{N}{1,3}(?=(?:\p{N}{3})*$)|\D", "12345\n1234"),  # the end of a line, or of the text
+    (r"^#+ |\p{L}|\s", "a\n## b"),
+    (r"[[:alpha:]]+", "thé"),
+    (r"\w+", "a²b"),
+    (r"\p{L}{,2}|\s+|\p{N}", "abc"),
+    (r"(?i:ss)", "ß"),
+    (r"\s{2}?\p{L}", "a"),
+]
 
-def test_a_pattern_that_means_two_things_is_refused(tmp_path):
-    """\\p{N}{1,3}+ repeats a group in the tokenizers package, 20|123 being one piece; to tiktoken it is possessive."""
-    theirs = trained_by_tokenizers(split_by(r"\p{N}{1,3}+|\p{L}+"), TEXT, 320)
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="means two things"):
+
+@pytest.mark.parametrize(("pattern", "text"), TWO_READINGS)
+def test_a_pattern_that_means_two_things_is_refused(pattern, text, tmp_path):
+    matches = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "removed", invert=True)
+    theirs = [piece for piece, _ in matches.pre_tokenize_str(text)]
+    ours = bytes(class_encoder(pattern).encode_ordinary(text)).decode()
+    assert theirs != split(text, pattern) or "".join(theirs) != ours
+    trained_by_tokenizers(split_by(pattern), TEXT, 320).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="which can mean two things"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("pattern", ["", r"\s*", r"(?=\d)|\p{L}+"])
+@pytest.mark.parametrize("pattern", ["", r"\s*", r"(?=\d)|\p{L}+", r" ?\p{L}*|\s", r"(?<=(?:\d)*[)])|\p{L}+"])
 def test_a_split_that_matches_nothing_at_all(pattern, tmp_path):
-    """tiktoken panics on an empty piece."""
+    """There tiktoken drops a character, or panics."""
     trained_by_tokenizers(split_by(r"\p{L}+"), TEXT, 320).save(str(tmp_path / "tokenizer.json"))
     content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    opened = load_tokenizer(tmp_path)
-    for call in (lambda: opened.encode("ab 12"), lambda: opened.encode_batch(["ab 12"])):
-        with pytest.raises(TokenizerError, match="matches between two characters") as error:
-            call()
-        assert "\n" not in str(error.value)
+    with pytest.raises(TokenizerError, match="matches between two characters") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
 
 
-def test_a_split_that_python_cannot_read(tmp_path):
-    """tiktoken can; a text that tiktoken cannot split is then refused."""
-    theirs = trained_by_tokenizers(split_by(r"[\x{61}-\x{7a}]+"), TEXT, 320)
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    opened = load_tokenizer(tmp_path)
-    assert opened.encode(TEXT) == theirs.encode(TEXT).ids
-    with pytest.raises(TokenizerError, match="cannot be used on this text: incomplete escape"):
-        opened.encode(" " * 200_000)
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [(r"[\x{61}-\x{7a}]+", "which can mean two things"), (r"\p{L}{2}{3}", "cannot be read: multiple")],
+)
+def test_a_split_that_python_cannot_read(pattern, words, tmp_path):
+    trained_by_tokenizers(split_by(pattern), TEXT, 320).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=words):
+        load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("pattern", [r"\d", r"\p{L}+| ?\p{N}+", r"\s+(?=\d)|\p{L}{2}", r"(\p{L}+)|\p{N}"])
+# Those of Llama 3, GPT-4o and Qwen3.5
+PUBLISHED = [
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+[\p{L}\p{M}]++|\p{N}| ?[^\s\p{L}\p{M}\p{N}]++[\r\n]*+|\s*[\r\n]"
+    r"|\s+(?!\S)|\s",
+]
+
+
+FOREIGN = [r"\d", r"\p{L}+| ?\p{N}+", r"\s+(?=\d)|\p{L}{2}", r"(\p{L}+)|\p{N}", r"\p{L}+|(?:(?!\p{N})[\s\S])+"]
+
+
+@pytest.mark.parametrize("pattern", FOREIGN + PUBLISHED)
 def test_what_a_foreign_split_does_not_match_is_kept(pattern, tmp_path):
     theirs = trained_by_tokenizers(split_by(pattern), TEXT, 320)
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -178,15 +207,22 @@ def test_a_default_system_turn_is_kept(bpe, where, tmp_path):  # noqa: F811
     assert opened.fingerprint == load_tokenizer(tmp_path / "again").fingerprint != bpe.fingerprint
 
 
-def test_a_strange_frame_is_refused_when_it_is_asked_for(bpe, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "its chat template is not ChatML"),
+        ('{{ "a" * 10**15 }}', "its chat template does not work: MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "its chat template does not work: maximum recursion"),
+    ],
+)
+def test_a_strange_frame_is_refused_when_it_is_asked_for(bpe, template, why, tmp_path):  # noqa: F811
     bpe.save_pretrained(tmp_path)
-    template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")) | {"chat_template": template}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     for _ in range(2):  # saved it is the same
         opened = load_tokenizer(tmp_path)
         assert opened.encode("plain text") == bpe.encode("plain text")
-        with pytest.raises(TokenizerError, match="its chat template is not ChatML"):
+        with pytest.raises(TokenizerError, match=why):
             opened.encode_chat([{"role": "user", "content": "Hi"}])
         opened.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
@@ -283,6 +319,98 @@ def test_words_that_are_tokens_but_not_special(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(TokenizerError, match="'</think>' is lstrip"):
         load_tokenizer(tmp_path)
+    content["added_tokens"][names.index("</think>")]["lstrip"] = False
+    content["added_tokens"][names.index(end)] |= {"special": True, "rstrip": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(tmp_path)(f"a{end}\n")["input_ids"] == ours.encode(f"a{end}", "all")
+    with pytest.raises(TokenizerError, match=r"'<\|im_end\|>' is rstrip"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda tokens: tokens[0].update(id=5), "has the id 5, but `tokenizers` gives it 597"),
+        (lambda tokens: tokens[0].update(id=-1), "has the id -1,"),
+        (lambda tokens: tokens[0].update(id=10**30), "has the id 10{30},"),
+        (lambda tokens: tokens[0].update(id=tokens[1]["id"]), "has the id 598,"),
+        (lambda tokens: tokens.append(tokens[0] | {"id": 600}), "is among its added_tokens twice"),
+        (lambda tokens: tokens.append(tokens[0] | {"id": 600, "content": ""}), "'' has the id 600,"),
+        (lambda tokens: tokens.append(tokens[0] | {"id": 610, "content": "<a>"}), "has the id 610, .* gives it 600"),
+    ],
+)
+def test_ids_that_tokenizers_would_not_give(bpe, change, why, tmp_path):  # noqa: F811
+    bpe.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content["added_tokens"])
+    file.write_text(json.dumps(content), encoding="utf-8")
+    if all(0 <= token["id"] < 2**32 for token in content["added_tokens"]):
+        theirs = tokenizers.Tokenizer.from_file(str(file))
+        assert any(theirs.token_to_id(token["content"]) != token["id"] for token in content["added_tokens"])
+    with pytest.raises(TokenizerError, match=why):
+        load_tokenizer(tmp_path)
+
+
+def test_an_id_that_a_gap_in_the_vocabulary_gives_twice(bpe, tmp_path):  # noqa: F811
+    """`tokenizers` counts on from the number of words, also where a word has that id."""
+    bpe.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    last = max(bpe.vocab)
+    vocab[to_printable(bpe.vocab[last])] = len(vocab)
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": len(vocab), "content": "<a>"})
+    file.write_text(json.dumps(content), encoding="utf-8")
+    theirs = tokenizers.Tokenizer.from_file(str(file))
+    assert theirs.token_to_id("<a>") == theirs.token_to_id(to_printable(bpe.vocab[last]))
+    with pytest.raises(TokenizerError, match="two of its tokens have the same id"):
+        load_tokenizer(tmp_path)
+
+
+SMOLLM2 = {
+    "add_prefix_space": False,
+    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "tokenizer_class": "GPT2Tokenizer",
+    "unk_token": "<|endoftext|>",
+}
+FRAME = {"content": "<|im_start|>", "special": True, "single_word": False, "lstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "why"),
+    [
+        ({"bos_token": "<a>"}, "x<a>y", "names the token '<a>'"),
+        ({"pad_token": {"__type": "AddedToken", "content": "<a>"}}, "x<a>y", "names the token '<a>'"),
+        ({"additional_special_tokens": ["<|im_end|>", "<a>"]}, "x<a>y", "names the token '<a>'"),
+        ({"extra_special_tokens": {"image_token": "<a>"}}, "x<a>y", "names the token '<a>'"),
+        ({"added_tokens_decoder": {"600": FRAME | {"content": "<a>"}}}, "x<a>y", "names the token '<a>'"),
+        ({"added_tokens_decoder": {"598": FRAME | {"rstrip": True}}}, "x<|im_start|>\ny", "'<|im_start|>' is rstrip"),
+        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "the cat", "add_prefix_space"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True}, "the cat", None),
+        (
+            {"additional_special_tokens": ["<|im_end|>"], "unk_token": None, "add_bos_token": False},
+            "x<|im_end|>y",
+            None,
+        ),
+        ({"added_tokens_decoder": {"598": FRAME}, "extra_special_tokens": {}}, "x<|im_start|>\ny", None),
+    ],
+)
+def test_what_tokenizer_config_says_of_the_ids(bpe, config, text, why, tmp_path):  # noqa: F811
+    bpe.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(written | config), encoding="utf-8")
+    same = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == bpe.encode(text, allowed_special="all")
+    assert same == (why is None)
+    if why is None:
+        assert load_tokenizer(tmp_path).fingerprint == bpe.fingerprint
+        return
+    with pytest.raises(TokenizerError, match=why.replace("|", r"\|")):
+        load_tokenizer(tmp_path)
 
 
 def test_what_gpt2_and_smollm2_lack(tmp_path):
@@ -307,6 +435,55 @@ def test_what_gpt2_and_smollm2_lack(tmp_path):
 def test_the_byte_alphabet_is_gpt2s():
     assert sorted(BYTE_TO_CHAR.values()) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert BYTE_TO_CHAR[32] == "Ġ"
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BY_STRING = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"model": UNIGRAM}, "a Unigram model is not supported here"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BY_STRING, BYTES]}},
+            r"Split \+ ByteLevel is not",
+        ),
+        ({"pre_tokenizer": BYTES}, "a BPE that does not split a text first is not supported here"),
+    ],
+)
+def test_what_is_valid_but_not_supported(bpe, change, why, tmp_path):  # noqa: F811
+    bpe.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    tokenizers.Tokenizer.from_file(str(file))
+    with pytest.raises(TokenizerError, match=why):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("tokenizer.json", b"[" * 100_000, "tokenizer.json is corrupt: no JSON object"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is corrupt: no JSON object"),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "tokenizer_config.json is corrupt"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": 5}', "tokenizer_config.json is corrupt"),
+        ("tokenizer_config.json", b'{"eos_token": ["a"]}', r"tokenizer_config.json: it names the token \['a'\]"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja cannot be read: 'utf-8' codec can't decode"),
+        ("chat_template.jinja", None, "chat_template.jinja cannot be read: Is a directory"),
+    ],
+)
+def test_the_broken_file_is_named(bpe, name, content, why, tmp_path):  # noqa: F811
+    bpe.save_pretrained(tmp_path)
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=why) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    assert name == "tokenizer.json" or "tokenizer.json is corrupt" not in str(error.value)
 
 
 def test_errors(bpe, tmp_path):  # noqa: F811

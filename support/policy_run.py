@@ -107,7 +107,7 @@ def open_start(config, rewards, make_start=sft_start, says=""):
 
 
 def begin_run(start, sample, signal_of, rollout_policy=None, reads=None):
-    """-> Run, Look, Recorder. sample: a `Sampler`; signal_of(batch): (n,) bool, which groups have an advantage;
+    """-> Run, Look, Recorder. sample: a `Sampler`; signal_of(batch): (n,) bool, which groups have a signal;
     rollout_policy: a `RolloutPolicy`; reads: of this chapter, beside what `start` has read."""
     c, dist, policy, problems = start.config, start.dist, start.policy, start.problems
     if not c.resume:

@@ -546,12 +546,12 @@ def test_minibatches_share_out_the_groups(here, spied):
 
 
 def test_truncated_completions_push_nothing_if_masked(here, spied):
-    options = dict(steps=1, max_new_tokens=6, loss_type="dapo")
-    grpo.main(config(**options, mask_truncated=True))
-    (rolled,) = spied["batches"]
-    assert not rolled.ended.any()  # a random model does not stop in 6 of 400 tokens
-    assert spied["gradients"] == []
-    assert metrics("runs/grpo", "truncated")[1] == 1.0
+    options = dict(steps=1, max_new_tokens=6, loss_type="dapo", beta=0.1)
+    grpo.main(config(**options, mask_truncated=True, refill=2, skip_zero_variance=False))
+    assert [len(rolled.problems) for rolled in spied["batches"]] == [4, 4, 4]  # no group has a gradient
+    assert not any(rolled.ended.any() for rolled in spied["batches"])  # a random model does not stop in 6 of 400 tokens
+    assert spied["gradients"] == []  # not even a step on a gradient of 0
+    assert metrics("runs/grpo", "truncated")[1] == metrics("runs/grpo", "zero_variance")[1] == 1.0
     grpo.main(config(**options))
     assert max(g.abs().max() for g in spied["gradients"][0].values()) > 0
 

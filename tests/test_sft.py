@@ -194,8 +194,8 @@ def test_packing_by_hand():
 
 def test_pacing_opens_the_easy_first():
     assert [sft.pacing(s, 100, 0.2, 0.5) for s in (0, 25, 50, 99)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
-    assert sft.pacing(0, 100, 0.2, 0.0) == 0.2
-    assert sft.pacing(1, 100, 0.2, 0.0) == 1.0
+    assert sft.pacing(0, 100, 0.2, 0.0) == 1.0  # after no step at all
+    assert [sft.pacing(s, 10, 0.2, 0.05) for s in (0, 1)] == [0.2, 1.0]
     levels = [random.Random(i).randrange(1, 4) for i in range(60)]
     easy, hard = (sft.rank_examples(levels, order, 0) for order in ("curriculum", "anti"))
     assert sorted(easy) == sorted(hard) == list(range(60))

@@ -571,6 +571,10 @@ def test_bad_input_is_one_line(here):
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"best_of_problems": -1}, "--best_of_problems is -1; it must be at least 0"),
         ({"kinds": ["wrong_sum", "typo"]}, "--kinds holds 'typo'; choose some of wrong_sum"),
+        ({"kinds": ["missing_answer"], "pairs": "sampled"}, "--kinds has no use here: no pair is corrupted"),
+        ({"kinds": ["missing_answer"], "data": "hh"}, "--kinds has no use here: no pair is corrupted"),
+        ({"pairs": "corrupted", "data": "hh"}, "--pairs corrupted has no use here: hh has pairs of its own"),
+        ({"pairs": "sampled", "data": "hh"}, "--pairs sampled has no use here: hh has pairs of its own"),
         ({"n_pairs": -5}, "--n_pairs is -5; it must be at least 1"),
         ({"data": "style", "n_pairs": 0}, "--n_pairs is 0; it must be at least 1"),
     ]:

@@ -413,10 +413,14 @@ def test_every_kind_of_pair_is_reported(here, lucky):
         ("hinge", 1.5, 1.5, "per pair"),
     ],
 )
-def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, loss, margin, coin, unit):
+def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, capsys, loss, margin, coin, unit):
+    """And only where differences of scores are log-odds are they compared with how often they are right."""
     drawn = []
     monkeypatch.setattr(reward_report, "draw_curves", lambda folder, title, panels: drawn.append(panels[0]))
-    reward_model.main(config(loss=loss, margin=margin, steps=1, pairs="corrupted", best_of_problems=0))
+    result = reward_model.main(config(loss=loss, margin=margin, steps=1, pairs="corrupted", best_of_problems=0))
+    log_odds = (loss, margin) == ("bradley_terry", None)
+    assert ("calibration" in result) == ("calibration_error" in result) == log_odds
+    assert ("calibration error" in capsys.readouterr().out) == log_odds
     assert drawn[0][2] == unit
     assert drawn[0][3] == {"equal scores": pytest.approx(coin, rel=1e-6)}
 

@@ -567,6 +567,10 @@ def test_bad_input_is_one_line(here):
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "bad.jsonl", cwd=here), "bad.jsonl", "2")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "gsm9k", cwd=here), "gsm9k", "gsm8k")
     assert_one_line_error(script("sft.py", "--init", "nowhere", cwd=here), "nowhere")
+    rows = [{"prompt": f"name {i}", "response": "some text", "rating": 5} for i in range(99)]
+    (here / "free.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="--samples needs answers to check"):
+        sft.main(config(data="free.jsonl", samples=2, steps=1))
     assert not (here / "runs").exists()
     with pytest.raises(ConfigError, match="batch"):
         config(batch=0)

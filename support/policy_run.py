@@ -119,7 +119,8 @@ def begin_run(start, sample, signal_of, rollout_policy=None, reads=None):
     reads = start.reads | (reads or {})
     state = {"best": -1.0, "before": None, "start": {}, "parts": parts, "reads": reads, "began": start.began}
     run = Run(c, dist, policy, start.tokenizer, optimizers, start.scaler, **state)
-    look = Look(run, problems, start.functions, start.reward_weights, start.init, sample.respond)
+    began_from = start.init, sample.respond, start.reference
+    look = Look(run, problems, start.functions, start.reward_weights, *began_from)
     look.before()
     seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(start.built_in, some, c)}
     return run, look, Recorder(run, start.autocast, reference=start.reference, temperature=c.temperature, **seen)

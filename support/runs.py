@@ -491,14 +491,15 @@ def exit_stopped(name, step, written, dist):
     raise SystemExit(130)
 
 
-def start_name(data, seed, stage, levels=(1, 2)):
-    """The run name under which a stage without --init keeps its start. Other levels are another start: one that a run
-    still reads must not be moved aside for it."""
+def start_name(data, seed, stage, levels=(1, 2), **others):
+    """The run name under which a stage without --init keeps its start. Other levels are another start, and so are
+    `others`, further settings that are not the default: one that a run still reads must not be moved aside for it."""
     label = data
     if not data.isidentifier():  # a path: two files of the same name are two starts
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
         label = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
     some = "" if list(levels) == [1, 2] else "-levels" + "".join(map(str, levels))
+    some += "-" + hashlib.sha256(to_json(others, sort_keys=True).encode()).hexdigest()[:6] if others else ""
     return f"start/{label}-seed{seed}-{stage}{some}"
 
 

@@ -799,6 +799,10 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     ByteTokenizer().save_pretrained("taught")
     calls_start.calls_start(Config(teach="taught", optimizer="adamw", lr=1e-5), dist, tools, WithTools)
     assert (asked[1].init, asked[1].optimizer, asked[1].lr) == ("taught", "adamw", 1e-5)
+    others = [dict(demonstrations=100), dict(max_new_tokens=100), dict(teach="taught"), dict(teach="taught", lr=1e-5)]
+    paths = {calls_start.calls_start(Config(**other), dist, tools, WithTools) for other in others}
+    assert len(paths | {path}) == 5  # other settings, another start: a run may still be reading the first
+    assert calls_start.calls_start(Config(skip_bad=True), dist, tools, WithTools) == path  # there is nothing to skip
     (scratch / "plain.jsonl").write_text('{"question": "2?", "answer": "2"}\n' * 9, encoding="utf-8")
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
     with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):

@@ -261,16 +261,18 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
 
 
 def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
+    """In a start beside the one that skips none, which a run may be reading. A task has no bad records."""
     for module in (pretrained_start, sft_start):
         monkeypatch.setattr(
             module, "make_start_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings)
         )
-    dist = devices.setup("cpu")
-    for name in ("word", "mine.jsonl"):
-        for skip_bad in (False, True):
-            start = pretrained_start.pretrained_start(sft.Config(data=name, skip_bad=skip_bad), dist)
-            assert (start.data, start.skip_bad) == (name, skip_bad)
-    assert sft_start.sft_start(importlib.import_module("grpo").Config(skip_bad=True), dist).skip_bad
+    dist, grpo = devices.setup("cpu"), importlib.import_module("grpo")
+    for source in ("word", "mine.jsonl"):
+        starts = [pretrained_start.pretrained_start(sft.Config(data=source, skip_bad=s), dist) for s in (False, True)]
+        assert [(start.data, start.skip_bad) for start in starts] == [(source, False), (source, source != "word")]
+        assert (starts[0].name == starts[1].name) == (source == "word")
+        assert starts[0].name == runs.start_name(source, 0, "pretrain")
+    assert sft_start.sft_start(grpo.Config(skip_bad=True), dist) == sft_start.sft_start(grpo.Config(), dist)
 
 
 @pytest.mark.parametrize(

@@ -444,8 +444,9 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
-        """(n,) bool: which of this rank's groups have an advantage, before any scale."""
-        return advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
+        """(n,) bool: which of this rank's groups have an advantage, before any scale, and a token that counts."""
+        A, _ = advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)
+        return A.ne(0).any(1) & (batch.ended.any(1) if config.mask_truncated else True)
 
     sample = Sampler(rollout_policy.model, start.tokenizer, start.problems["train"], config, autocast)
     run, look, recorder = begin_run(start, sample, signal_of, rollout_policy)

@@ -187,7 +187,7 @@ def validation_loss(model, examples, pad, micro_batch, autocast, dist):
 
 def pacing(step, steps, start, pace):
     """The share g of the ranked examples that is open to a step: a line from `start` to 1 at pace · steps."""
-    return min(1.0, start + (1 - start) * step / max(1.0, pace * steps))
+    return 1.0 if step >= pace * steps else start + (1 - start) * step / (pace * steps)
 
 
 def rank_examples(difficulties, order, seed):

@@ -8,6 +8,7 @@ from data import conversation, load_problems, task_of
 from support.errors import ConfigError
 from support.runs import make_start_once, run_path, start_name
 from support.sft_start import SFT_START, sft_start
+from support.tasks import skipping
 from support.tools import turns
 
 # of grpo.py's options those that agent.py does not have, with the value that turns them off
@@ -51,17 +52,21 @@ def calls_start(config, dist, tools, with_tools):
     shown = load_problems(config.data, "train", config.demonstrations, tuple(config.levels), config.skip_bad)
     if not any(problem.calls for problem in shown):
         raise ConfigError(f"--data {config.data} shows no calls, such as <<3*4=12>>, in its solutions: give an --init")
-    settings = {"data": config.data, "levels": config.levels, "seed": config.seed, "skip_bad": config.skip_bad}
-    settings |= {"device": config.device, "dtype": config.dtype, "max_new_tokens": config.max_new_tokens}
-    settings |= {"demonstrations": config.demonstrations}
+    settings = {"data": config.data, "levels": config.levels, "seed": config.seed}
+    settings |= {"device": config.device, "dtype": config.dtype}
+    sizes = {"max_new_tokens": config.max_new_tokens, "demonstrations": config.demonstrations}
+    skip, others = skipping(config.data, config.skip_bad), {}
     if config.teach:  # a model with a past: as gently as the run itself
-        settings |= {"init": config.teach, "optimizer": config.optimizer, "lr": config.lr}
-        settings |= {"micro_batch": config.micro_batch}
+        others = {"init": config.teach, "optimizer": config.optimizer, "lr": config.lr}
+        others |= {"micro_batch": config.micro_batch}
+    settings |= sizes | {"skip_bad": bool(skip)} | others
+    others |= skip | {size: value for size, value in sizes.items() if value != getattr(type(config), size)}
 
     def main(settings):
         return sft.main(settings, partial(encode_demonstration, tools=tools), partial(with_tools, tools))
 
     what = "no --init given: fine-tuning on demonstrations of calls"
-    name = start_name(config.data, config.seed, "-".join(["calls", *(tool.name for tool in tools)]), config.levels)
+    kind = "-".join(["calls", *(tool.name for tool in tools)])
+    name = start_name(config.data, config.seed, kind, config.levels, **others)
     stage = SimpleNamespace(Config=sft.Config, main=main)
     return make_start_once(name, what, stage, START | task_of(config.data).sft | settings, dist)

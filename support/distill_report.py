@@ -5,7 +5,7 @@ import math
 from data import encode_prompt
 from evaluate import METRICS, compare
 from support.checkpoints import open_checkpoint
-from support.held_out import metric_panels
+from support.held_out import BEST_IS_WORSE, metric_panels
 from support.plots import draw_curves
 from support.questions import measure_test
 from support.sampled_kl import sampled_kl
@@ -81,7 +81,7 @@ def report(config, run_path, figures):
     spent = f"{config.steps} steps, {figures['tokens']:,} tokens, {figures['seconds'] / 60:.1f} minutes"
     print(f"{len(after['verdicts'])} problems, {gain}, {lacked}, in {spent}")
     if after["accuracy"] < before["accuracy"]:
-        print("WARNING: the student ended worse than it began; best/ holds the best on the validation split")
+        print(BEST_IS_WORSE)
     level = {"the teacher, test": teacher["accuracy"]}
     panels = [(*panel[:3], level if "accuracy" in panel[1] else {}) for panel in metric_panels()]
     gained = f"accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}"

@@ -8,7 +8,7 @@ import torch
 from evaluate import evaluate, wilson
 from lora import merged
 from support.checkpoints import open_checkpoint
-from support.held_out import add_figures, before_and_after, logged, metric_panels
+from support.held_out import BEST_IS_WORSE, add_figures, before_and_after, logged, metric_panels
 from support.pair_rows import held_out_share, reference_point
 from support.pairs import Means, batch_of, chunks, pair_logprobs, to_floats
 from support.plots import draw_curves
@@ -146,7 +146,7 @@ def report(config, before, after, n, seconds):
     for name, label in labels.items():
         if name in before["pairs"]:  # the test answers of kto may all be bad
             rows.append([label, *(f"{figures['pairs'][name]:.3f}" for figures in (before, after))])
-    before_and_after(before, after, config.steps, seconds, rows)
+    before_and_after(before, after, config.steps, seconds, rows, warning=BEST_IS_WORSE)
     name = "logp_chosen"
     if config.variant != "apo_down" and after["pairs"].get(name, 0.0) < before["pairs"].get(name, 0.0):
         despite = f", in spite of --nll {config.nll:g}" if config.nll else ""

@@ -108,7 +108,7 @@ def check_choices(config):
             "--scale none, mean or tokens, or another --baseline"
         )
     if c.surrogate == "reinforce" and c.ratio != "token":
-        raise ConfigError(f"--surrogate reinforce has no ratio: leave --ratio {c.ratio} out")
+        raise ConfigError(f"--surrogate reinforce has no ratio, --ratio is {c.ratio}: add --ratio token")
     if c.scale == "tokens" and c.ratio != "token":
         raise ConfigError(
             f"--scale tokens whitens over tokens, but --ratio {c.ratio} weighs whole answers: use --scale batch"

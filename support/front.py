@@ -31,6 +31,7 @@ from support.plots import pyplot
 from support.questions import instructed
 from support.recorder import read_recording
 from support.runs import RUNS, start_name
+from support.tasks import skipping
 from support.view_page import visible
 
 FRAMES, ROWS = 8, 8  # of answers.gif: frames, and answers in each
@@ -93,7 +94,10 @@ def read_run(run_dir, metric):
 def began_from(config, stage):
     """The run that a run with these settings began from; by default its own start, made by `stage`."""
     levels = () if stage == "pretrain" else (config["levels"],)
-    path = Path(config.get("init") or RUNS / start_name(config["data"], config["seed"], stage, *levels))
+    if not (path := config.get("init")):
+        skip = skipping(config["data"], config.get("skip_bad")) if stage == "pretrain" else {}
+        path = RUNS / start_name(config["data"], config["seed"], stage, *levels, **skip)
+    path = Path(path)
     return path.parent if path.name in ("best", "last") else path
 
 

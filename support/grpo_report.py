@@ -79,10 +79,11 @@ def collapse(methods, rewards):
 class Look:
     """What a run shows beside its steps: before(), at_step() each, after(). begin_step() and sampled(), where they are
     called, time a step. init: the checkpoint that it began from. respond: what answers the prompts, as in `Sampler`.
+    reference: the model that the KL is paid to, at first that of `init`.
     """
 
-    def __init__(self, run, problems, functions, reward_weights, init, respond=None):
-        self.run, self.problems, self.init, self.respond = run, problems, init, respond
+    def __init__(self, run, problems, functions, reward_weights, init, respond, reference):
+        self.run, self.problems, self.init, self.respond, self.reference = run, problems, init, respond, reference
         self.functions, self.reward_weights = functions, reward_weights
         self.record, self.kl, self.warned = {}, 0.0, False  # the last record, and the last KL that was measured
         self.began = self.answered = None  # time.perf_counter() of the current step
@@ -149,13 +150,14 @@ class Look:
         """The test split again, and the KL to the start: {"before", "after", "kl", "seconds", "path"}."""
         run, config, dist = self.run, self.run.config, self.run.dist
         after, policy = self.test(), run.model
-        # With LoRA the start is the policy: sampled_kl turns its adapters off. The reference may have moved.
-        start = policy if config.lora.rank else open_checkpoint(self.init, dist.device)[0].eval()
+        start = policy if config.lora.rank else self.reference  # the policy: sampled_kl turns its adapters off
+        if config.refresh_reference and not config.lora.rank:  # the reference has moved
+            start = open_checkpoint(self.init, dist.device)[0].eval()
         prompts = [encode_prompt(run.tokenizer, p) for p in self.problems["test"][:200]]
         sizes = config.max_new_tokens, dist, config.seed, config.micro_batch
         # FSDP gathers the blocks in the run's precision; any other run measures its KL in fp32.
         autocast = precision(config.dtype, dist)[0] if config.fsdp else nullcontext
-        with whole(policy), autocast():
+        with whole(policy), whole(start), autocast():
             kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes, respond=self.respond)
         if dist.is_main:
             report(config, run, after, kl, self.reward_weights, self.record)

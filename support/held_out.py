@@ -4,6 +4,9 @@ from evaluate import METRICS, compare
 from support.errors import ConfigError
 from support.tables import gain_of, metric_rows, text_table
 
+LAST_IS_WORSE = "WARNING: the policy ended worse than it began; best/ holds the best on the validation split"
+BEST_IS_WORSE = "WARNING: best/, chosen on the validation split, is worse than the start on the test split"
+
 
 def selected(also, without):
     """The metrics that all stages log, and those that a stage asks for."""
@@ -27,9 +30,10 @@ def metric_panels(*also, without=()):
     return [(m.label, {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
 
 
-def before_and_after(before, after, steps, seconds, rows=(), notes=()):
+def before_and_after(before, after, steps, seconds, rows=(), notes=(), warning=LAST_IS_WORSE):
     """Print the table at the end of a stage: results of `evaluate` on the test split, the stage's own rows, [label,
-    before, after], its notes, and what was gained."""
+    before, after], its notes, and what was gained; if that is below 0 the warning, whose words depend on whether
+    `after` is of last/ or of best/."""
     print("\n" + text_table([["held-out test", "before", "after"], *metric_rows([before, after], METRICS), *rows]))
     for note in notes:
         print(note)
@@ -41,4 +45,4 @@ def before_and_after(before, after, steps, seconds, rows=(), notes=()):
         spent = f"{len(after['verdicts']) if paired else after['n']} problems, {points} in {spent}"
     print(spent)
     if gain < 0:
-        print("WARNING: the policy ended worse than it began; best/ holds the best on the validation split")
+        print(warning)

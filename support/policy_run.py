@@ -107,7 +107,7 @@ def open_start(config, rewards, make_start=sft_start, says=""):
 
 
 def begin_run(start, sample, signal_of, rollout_policy=None, reads=None):
-    """-> Run, Look, Recorder. sample: a `Sampler`; signal_of(batch): (n,) bool, which groups have an advantage;
+    """-> Run, Look, Recorder. sample: a `Sampler`; signal_of(batch): (n,) bool, which groups have a signal;
     rollout_policy: a `RolloutPolicy`; reads: of this chapter, beside what `start` has read."""
     c, dist, policy, problems = start.config, start.dist, start.policy, start.problems
     if not c.resume:
@@ -119,7 +119,8 @@ def begin_run(start, sample, signal_of, rollout_policy=None, reads=None):
     reads = start.reads | (reads or {})
     state = {"best": -1.0, "before": None, "start": {}, "parts": parts, "reads": reads, "began": start.began}
     run = Run(c, dist, policy, start.tokenizer, optimizers, start.scaler, **state)
-    look = Look(run, problems, start.functions, start.reward_weights, start.init, sample.respond)
+    began_from = start.init, sample.respond, start.reference
+    look = Look(run, problems, start.functions, start.reward_weights, *began_from)
     look.before()
     seen = {"valid": problems["valid"], "sample": sample, "judge": lambda some: judge_batch(start.built_in, some, c)}
     return run, look, Recorder(run, start.autocast, reference=start.reference, temperature=c.temperature, **seen)

@@ -10,6 +10,7 @@ import pretrain
 from data import load_pairs, task_of
 from support.files import must_write, write_whole
 from support.runs import RUNS, make_start_once, run_path, start_name
+from support.tasks import skipping
 from transformer import TransformerConfig
 
 
@@ -20,17 +21,16 @@ def pretrained_start(config, dist):
     settings |= task_of(config.data).pretrain
     if "model" in settings:
         settings["model"] = TransformerConfig(**settings["model"])
-    if config.skip_bad:
-        settings["skip_bad"] = True
-    name = start_name(config.data, config.seed, "pretrain")
+    skip = skipping(config.data, config.skip_bad)
+    name = start_name(config.data, config.seed, "pretrain", **skip)
     what = f"no --init given: pretraining a start on the text of {config.data} first"
-    return make_start_once(name, what, pretrain, settings, dist)
+    return make_start_once(name, what, pretrain, settings | skip, dist)
 
 
 def text_start(config, dist):
     """Pretraining on the texts of the training pairs of config.data; made once, and reused -> its path."""
     run_path(config)  # as above
-    name = start_name(config.data, config.seed, "pretrain")
+    name = start_name(config.data, config.seed, "pretrain", **skipping(config.data, config.skip_bad))
     text = RUNS / f"{name}.txt"
     if dist.is_main:
         pairs = load_pairs(config.data, "train", None, skip_bad=config.skip_bad)

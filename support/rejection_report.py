@@ -1,6 +1,6 @@
 """What a run of rejection sampling prints and draws at the end."""
 
-from support.held_out import before_and_after, metric_panels
+from support.held_out import BEST_IS_WORSE, before_and_after, metric_panels
 from support.plots import draw_curves
 from support.tables import sample_rows
 
@@ -10,7 +10,7 @@ def report(config, run_path, figures):
     before, after = figures["before"], figures["after"]
     rows = [["KL to the start, nats per token", f"{0:.4f}", f"{figures['kl']:.4f}"], *sample_rows([before, after])]
     note = f"pass@k: {config.pass_samples} samples of each of {len(before['solved'])} problems"
-    before_and_after(before, after, config.steps, figures["seconds"], rows, [note])
+    before_and_after(before, after, config.steps, figures["seconds"], rows, [note], BEST_IS_WORSE)
     gain = f"accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}"
     draw_curves(
         run_path,

@@ -67,7 +67,8 @@ class Look:
         judge, tokenizer, path = self.open_reward_model(run.path, dist.device)
         scores, by_kind = self.rank(judge, "test")
         report = {"by_kind": by_kind, "before": run.state.before, "scores": scores.tolist()}
-        report["calibration"], report["calibration_error"] = calibration(scores[:, 0] - scores[:, 1])
+        if config.loss == "bradley_terry" and config.margin == 0:  # then differences of scores are log-odds
+            report["calibration"], report["calibration_error"] = calibration(scores[:, 0] - scores[:, 1])
         report |= length_figures(self.groups["test"], scores)
         task = task_of(config.data)
         if task.rename and task.corruptions:  # scores under new names can be compared

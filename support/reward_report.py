@@ -25,7 +25,7 @@ def calibration(gaps, bins=8):
     """Score differences (n,) -> [(mean predicted, share right, n), …] and the expected calibration error.
 
     σ(|Δ|) is the model's probability that the answer with the higher score is the better one. It is calibrated if it
-    is right in that share of the pairs.
+    is right in that share of the pairs. Of no meaning but for the Bradley-Terry loss without a margin.
     """
     sure, right = 1 / (1 + np.exp(-np.abs(gaps))), ranked_rightly(gaps)
     place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -130,11 +130,9 @@ def write_report(config, run_dir, n_pairs, report, n_params, equal_loss):
     before = {"all, before": report["before"]} if report.get("before") else {}
     for kind, (accuracy, low, high, n) in (before | report["by_kind"]).items():
         print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
-    print(
-        f"calibration error {report['calibration_error']:.3f}; the longer answer is the chosen one in "
-        f"{report['longer_is_chosen']:.1%}"
-    )
     r = report
+    calibrated = f"calibration error {r['calibration_error']:.3f}; " if "calibration" in r else ""
+    print(f"{calibrated}the longer answer is the chosen one in {r['longer_is_chosen']:.1%}")
     if "renamed_same_order" in report:
         print(
             f"new names and items: order kept in {r['renamed_same_order']:.1%}; right above one error "
@@ -178,11 +176,14 @@ def draw_report(config, run_dir, n_pairs, report):
     axis.set(title="scores", xlabel="score", ylabel="answers")
     axis.legend()
     axis = axes[1, 0]
-    predicted, right, n = zip(*report["calibration"], strict=True)
-    axis.plot([0.5, 1], [0.5, 1], color="0.4", linestyle="--", linewidth=1)
-    axis.scatter(predicted, right, s=np.clip(np.array(n), 10, 200))
-    error = report["calibration_error"]
-    axis.set(title=f"calibration, error {error:.3f}", xlabel="predicted", ylabel="share right")
+    if "calibration" in report:
+        predicted, right, n = zip(*report["calibration"], strict=True)
+        axis.plot([0.5, 1], [0.5, 1], color="0.4", linestyle="--", linewidth=1)
+        axis.scatter(predicted, right, s=np.clip(np.array(n), 10, 200))
+        error = report["calibration_error"]
+        axis.set(title=f"calibration, error {error:.3f}", xlabel="predicted", ylabel="share right")
+    else:
+        axis.axis("off")
     axis = axes[1, 1]
     if "best_of" in report:
         sizes = [int(n) for n in report["best_of"]]

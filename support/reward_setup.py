@@ -57,10 +57,13 @@ class RewardPairFlags(RunConfig):
 def fill_in(config):
     """Set, in place, what was not given. ConfigError on flags that do not go together."""
     corruptions = list(TASKS.get(config.data, TASKS[DEFAULT_TASK]).corruptions)
-    if config.pairs is None:
-        config.pairs = "both" if corruptions else "sampled"
-    if config.kinds is None:
-        config.kinds = corruptions[:1] * 3 + corruptions
+    pairs, kinds = "both" if corruptions else "sampled", corruptions[:1] * 3 + corruptions  # where none are given
+    if config.data not in TASKS and config.pairs not in (None, pairs):
+        raise ConfigError(f"--pairs {config.pairs} has no use here: {config.data} has pairs of its own; leave it out")
+    config.pairs = pairs if config.pairs is None else config.pairs
+    if config.kinds not in (None, kinds) and (config.data not in TASKS or config.pairs == "sampled"):
+        raise ConfigError("--kinds has no use here: no pair is corrupted; leave it out")
+    config.kinds = kinds if config.kinds is None else config.kinds
     if unknown := set(config.kinds) - set(corruptions):
         raise ConfigError(f"--kinds holds {min(unknown)!r}; choose some of {', '.join(corruptions)}")
     if config.sampler is not None and config.data not in TASKS:

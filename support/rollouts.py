@@ -208,11 +208,12 @@ def minibatches_of(batch, parts, counted, config, pad, dist, advantages=None):
 
 
 def has_gradient(advantages, counted, config):
-    """(n,) bool: the groups with an A ≠ 0 and a token that counts; without --skip_zero_variance all, where the loss has
-    a KL."""
+    """(n,) bool: the groups with an A ≠ 0 and a token that counts; without --skip_zero_variance, where the loss has a
+    KL, those with such a token."""
+    has_tokens = counted.reshape(len(advantages), -1).any(1).cpu()
     if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
-        return torch.ones(len(advantages), dtype=torch.bool)
-    return advantages.ne(0).any(1) & counted.reshape(len(advantages), -1).any(1).cpu()
+        return has_tokens
+    return advantages.ne(0).any(1) & has_tokens
 
 
 def show_samples(run, batch, total):

@@ -239,7 +239,7 @@ class Run:
 
 def run_path(config):
     """runs/NAME. Raises ConfigError if NAME is not a valid run name, if it holds nothing to resume, or if the run would
-    read a checkpoint from the earlier run that it renames."""
+    read something in the earlier run that it renames."""
     path = RUNS / config.name
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"  # excludes ".", "..", absolute paths, and what no disk can name
     if not re.fullmatch(rf"{part}(/{part})*", config.name) or config.name in ("start", "streams", "ablate", "evaluate"):
@@ -250,11 +250,14 @@ def run_path(config):
         raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")
     if config.resume and not saved_run(path):
         raise ConfigError(f"--resume: {path / 'last'} holds no saved run to continue")
-    for flag in ("init", "tokenizer", "reward_model", "sampler", "teacher"):
-        read = getattr(config, flag, None)
-        if read and not config.resume and Path(read).resolve().is_relative_to(path.resolve()):
-            conflict = f"is the run that --name {config.name} would move aside"
-            raise ConfigError(f"--{flag} {read} {conflict}: give another --name")
+    read_from = ("init", "tokenizer", "reward_model", "sampler", "teacher", "teach", "data", "text")  # they name a path
+    given = [] if config.resume else [(flag, getattr(config, flag, None)) for flag in read_from]
+    for flag, paths in given:
+        for read in filter(None, paths if isinstance(paths, list) else [paths]):
+            inner, outer = Path(read).resolve(), path.resolve()
+            if inner.is_relative_to(outer):
+                conflict = f"is {'in ' * (inner != outer)}the run that --name {config.name} would move aside"
+                raise ConfigError(f"--{flag} {read} {conflict}: give another --name")
     return path
 
 
@@ -497,14 +500,15 @@ def exit_stopped(name, step, written, dist):
     raise SystemExit(130)
 
 
-def start_name(data, seed, stage, levels=(1, 2)):
-    """The run name under which a stage without --init keeps its start. Other levels are another start: one that a run
-    still reads must not be moved aside for it."""
+def start_name(data, seed, stage, levels=(1, 2), **others):
+    """The run name under which a stage without --init keeps its start. Other levels are another start, and so are
+    `others`, further settings that are not the default: one that a run still reads must not be moved aside for it."""
     label = data
     if not data.isidentifier():  # a path: two files of the same name are two starts
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
         label = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
     some = "" if list(levels) == [1, 2] else "-levels" + "".join(map(str, levels))
+    some += "-" + hashlib.sha256(to_json(others, sort_keys=True).encode()).hexdigest()[:6] if others else ""
     return f"start/{label}-seed{seed}-{stage}{some}"
 
 

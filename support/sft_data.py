@@ -2,6 +2,7 @@
 ids."""
 
 from data import encode_prompt, load_problems
+from support.answers import measure_of
 from support.errors import ConfigError
 from support.records import drop_too_long
 
@@ -9,7 +10,8 @@ from support.records import drop_too_long
 def load_examples(config, dist):
     """{"train", "valid", "test"}: problems; without ratings, all there are. Of rated responses "train" keeps those with
     a weight above 0, or with --rated threshold those of at least --min_rating; "valid" and "test", whose responses are
-    references, those of at least --min_rating either way. ConfigError if a split keeps none."""
+    references, those of at least --min_rating either way. ConfigError if a split keeps none, and on --samples of
+    free text."""
     most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
     problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
     least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
@@ -26,6 +28,9 @@ def load_examples(config, dist):
         problems[split] = [p for p in problems[split] if p.rating is None or p.rating >= config.min_rating]
         if not problems[split]:
             raise ConfigError(f"no {split} response of {config.data} is rated {config.min_rating:g} or more")
+    if config.samples and measure_of(problems["test"]) == "f1":
+        needs = "--samples needs answers to check"
+        raise ConfigError(f"{needs}, and no test problem of {config.data} has a number after ####")
     return problems
 
 

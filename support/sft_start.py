@@ -17,8 +17,6 @@ def sft_start(config, dist):
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     if config.data != DEFAULT_TASK:
         settings["data"] = config.data
-    if config.skip_bad:
-        settings["skip_bad"] = True
     name = start_name(config.data, config.seed, "sft", config.levels)
     what = "no --init given: making an SFT checkpoint to start from"
     return make_start_once(name, what, sft, SFT_START | task_of(config.data).sft | settings, dist)

@@ -91,6 +91,11 @@ def has_verifier(name: str | Path) -> bool:
     return str(name) in TASKS or str(name) == "gsm8k"
 
 
+def skipping(name: str | Path, skip_bad: bool) -> dict:
+    """{"skip_bad": True} where that makes a difference, else {}: a task is generated and has no bad records."""
+    return {"skip_bad": True} if skip_bad and str(name) not in TASKS else {}
+
+
 def refuse_unsound(name: str, problems: list, split: str, n: int) -> None:
     """DataError if the verifier of a task refuses the solution of one of its problems, or if the task gave none of the
     n that it was asked for."""

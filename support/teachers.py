@@ -43,8 +43,7 @@ def check_teaching(config):
 
 def shared_settings(config):
     """What a start takes from the run that needs it."""
-    settings = {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
-    return settings | ({"skip_bad": True} if config.skip_bad else {})
+    return {"data": config.data, "seed": config.seed, "device": config.device, "dtype": config.dtype}
 
 
 def teacher_start(config, dist):

@@ -56,11 +56,17 @@ def load_tools(names, built_in):
             sys.path.append(os.getcwd())  # permanently: the function may import modules when it is called
         try:
             tool = getattr(importlib.import_module(module), attribute)
-            pattern = re.compile(tool.pattern)
+            texts, fits = (tool.name, tool.pattern), callable(tool.function)
+            fits = fits and isinstance(tool.seconds, (int, float, type(None)))
+            groups = re.compile(rf"(?:{tool.pattern})\Z").groups  # as agent.reply_to has it
+        except re.error as error:
+            what = f"pattern {tool.pattern!r}, which is put into a longer one: {error}; write flags as (?i:…)"
+            raise ConfigError(f"--tools {name}: {what}") from None
         except Exception as error:  # any error of the user's module
             raise ConfigError(f"--tools {name}: {type(error).__name__}: {error}") from None
-        if pattern.groups != 1 or not callable(tool.function):
-            raise ConfigError(f"--tools {name}: needs a pattern with one group, the argument, and a function of it")
+        if not fits or groups != 1 or not all(isinstance(text, str) for text in texts):
+            needs = "a name, a pattern with one group, the argument, a function of it, and seconds, a number or None"
+            raise ConfigError(f"--tools {name}: needs {needs}")
         tools.append(tool)
     if len({tool.name for tool in tools}) < len(tools):
         raise ConfigError(f"--tools {', '.join(names)}: two tools have the same name")
@@ -80,8 +86,10 @@ def code_of_tools(names, tools):
 def turns(text, tools):
     """A solution with its calls -> [(text, whether it is the policy's), …]: the policy's, a tool's, the policy's, …
     "a <<3*4=12>>12" -> [("a <<3*4=", True), ("12>>", False), ("12", True)]."""
-    patterns, parts, start = "|".join(tool.pattern for tool in tools), [], 0
-    for call in re.finditer(rf"(?:{patterns})(?P<reply>[^<>]*{END})", text) if tools else ():
-        parts += [(text[start : call.start("reply")], True), (call["reply"], False)]
+    patterns = [re.compile(rf"(?:{tool.pattern})([^<>]*{END})") for tool in tools]  # apart: each may name its group
+    parts, start = [], 0
+    while calls := [call for pattern in patterns if (call := pattern.search(text, start))]:
+        call = min(calls, key=re.Match.start)  # the next call, of the first tool whose pattern fits
+        parts += [(text[start : call.start(2)], True), (call[2], False)]
         start = call.end()
     return [*parts, (text[start:], True)]

@@ -88,8 +88,6 @@ def look_first(sample, slots, signal_of, functions, weights, init, config, dist)
         batch = sample(step, slots)
         judge_batch(functions, batch, c)
         useful = signal_of(batch)  # (n,)
-        if c.mask_truncated:
-            useful = useful & batch.ended.any(1)
         texts = [set(batch.texts[i : i + c.rollouts]) for i in range(0, len(batch.texts), c.rollouts)]
         right, formatted = ((batch.rewards[name] > 0).sum() for name in ("correct", "format"))
         problems = [p for p in batch.problems for _ in range(c.rollouts)]

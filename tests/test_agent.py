@@ -202,11 +202,17 @@ def test_a_slow_tool_is_not_waited_for():
 
 
 OWN = """
+from types import SimpleNamespace
 from agent import Tool
 prices = Tool("prices", r"<<price of ([a-z]+)=", {"kite": "12"}.get)
 no_group = Tool("x", "<<[a-z]+=", str)
 same = Tool("calculator", "<<([a-z]+)=", str)
 bad = Tool("x", "<<([a-z]+=", str)
+flags = Tool("x", "(?i)<<([a-z]+)=", str)
+compiled = Tool("x", __import__("re").compile("<<([a-z]+)="), str)
+no_name = SimpleNamespace(pattern="<<([a-z]+)=", function=str, seconds=None)
+no_seconds = SimpleNamespace(name="x", pattern="<<([a-z]+)=", function=str)
+worded = Tool("x", "<<([a-z]+)=", str, "5")
 """
 
 
@@ -223,7 +229,12 @@ def test_a_tool_of_your_own(scratch, monkeypatch):
         (["own_tools:nothing"], "AttributeError"),
         (["own_nowhere:x"], "ModuleNotFoundError"),
         (["own_tools:no_group"], "one group"),
-        (["own_tools:bad"], "PatternError|error"),
+        (["own_tools:bad"], "unterminated subpattern"),
+        (["own_tools:flags"], r"write flags as \(\?i:…\)"),
+        (["own_tools:compiled"], "pattern with one group"),
+        (["own_tools:no_name"], "no attribute 'name'"),
+        (["own_tools:no_seconds"], "no attribute 'seconds'"),
+        (["own_tools:worded"], "seconds"),
         (["calculator", "own_tools:same"], "same name"),
     ]:
         with pytest.raises(ConfigError, match=words) as caught:
@@ -239,6 +250,9 @@ def test_a_solution_is_cut_into_turns():
     assert turns("no call", CALCULATOR) == [("no call", True)]
     assert turns("<<3*4=12>>", []) == [("<<3*4=12>>", True)]
     assert [by for _, by in turns("<<1+1=2>><<2+2=4>>", CALCULATOR)] == [True, False, True, False, True]
+    same_names = [Tool("a", r"<<a (?P<reply>\w+)=", str), Tool("b", r"<<b (?P<reply>\w) \1=", str)]
+    text = "<<b 1 1=2>> <<b 1 2=3>> <<a 1=4>>"  # the second is no call: its two letters differ
+    assert [part for part, by in turns(text, same_names) if not by] == ["2>>", "4>>"]
 
 
 def test_the_mask_of_every_token_of_a_demonstration_by_hand():
@@ -785,6 +799,10 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     ByteTokenizer().save_pretrained("taught")
     calls_start.calls_start(Config(teach="taught", optimizer="adamw", lr=1e-5), dist, tools, WithTools)
     assert (asked[1].init, asked[1].optimizer, asked[1].lr) == ("taught", "adamw", 1e-5)
+    others = [dict(demonstrations=100), dict(max_new_tokens=100), dict(teach="taught"), dict(teach="taught", lr=1e-5)]
+    paths = {calls_start.calls_start(Config(**other), dist, tools, WithTools) for other in others}
+    assert len(paths | {path}) == 5  # other settings, another start: a run may still be reading the first
+    assert calls_start.calls_start(Config(skip_bad=True), dist, tools, WithTools) == path  # there is nothing to skip
     (scratch / "plain.jsonl").write_text('{"question": "2?", "answer": "2"}\n' * 9, encoding="utf-8")
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
     with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):

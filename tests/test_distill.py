@@ -736,7 +736,7 @@ def test_what_cannot_run_leaves_nothing(here, changes, message):
 
 def test_a_teacher_that_would_be_moved_aside_is_refused(here):
     shutil.copytree(here / "teacher", "runs/distill/best")
-    with pytest.raises(ConfigError, match="--teacher runs/distill/best is the run that --name distill would move"):
+    with pytest.raises(ConfigError, match="--teacher runs/distill/best is in the run that --name distill would move"):
         distill.main(config(teacher="runs/distill/best"))
     assert (here / "runs/distill/best").exists()
 

@@ -17,7 +17,12 @@ from conftest import ROOT, script
 from hypothesis import given
 from hypothesis import strategies as st
 
+import distill
+import dpo
 import evaluate as evaluation
+import grpo
+import ppo
+import rejection
 from data import Problem, encode_prompt, load_problems
 from evaluate import (
     METRICS,
@@ -37,7 +42,7 @@ from evaluate import (
 )
 from generate import Rollout, generate
 from lora import LoraConfig, add_lora
-from support import devices, held_out, sft_report
+from support import devices, distill_report, dpo_report, grpo_report, held_out, ppo_report, rejection_report, sft_report
 from support import sampled_kl as kl_module
 from support.answers import measure_of, verifiable
 from support.checkpoints import is_chat_model, open_checkpoint
@@ -428,8 +433,6 @@ def test_the_table_of_before_and_after(capsys):
         f"4 problems, +50.0 points (95 % interval [{low:+.1f}, {high:+.1f}], McNemar's p = 0.5) in 300 steps, "
         "1.5 minutes"
     )
-    before_and_after(after, before, 300, 90.0)
-    assert "WARNING: the policy ended worse than it began" in capsys.readouterr().out
     old = {name: value for name, value in before.items() if name not in ("verdicts", "truncated")}
     before_and_after(old, after, 300, 90.0)  # a run that an older version began
     out = capsys.readouterr().out
@@ -437,6 +440,27 @@ def test_the_table_of_before_and_after(capsys):
     assert out.splitlines()[-1] == "4 problems, +50.0 points in 300 steps, 1.5 minutes"
     before_and_after({}, {}, 2, 60.0, [["loss", "0.693", "0.5"]])  # pairs of texts that no verifier reads
     assert capsys.readouterr().out.splitlines()[-2:] == ["loss            0.693    0.5", "2 steps, 1.0 minutes"]
+
+
+REPORTS = {grpo: grpo_report, ppo: ppo_report, rejection: rejection_report, dpo: dpo_report, distill: distill_report}
+
+
+@pytest.mark.parametrize("stage", REPORTS, ids=lambda stage: stage.__name__)
+def test_a_gain_below_0_is_said_of_the_checkpoint_that_was_tested(stage, monkeypatch, capsys):
+    """GRPO and PPO test last/, the others best/."""
+    before, after = (figures([a, 0.0]) | {"solved": [0], "pairs": {"pair_accuracy": 0.5, "loss": 0.7}} for a in (1, 0))
+    config = stage.Config(init="start", **({"reward_model": "judge"} if stage is ppo else {}))
+    monkeypatch.setattr(REPORTS[stage], "draw_curves", lambda *_: None)
+    run = SimpleNamespace(path="run", seconds=60.0, state=SimpleNamespace(before=before))
+    end = {"before": before, "after": after, "kl": 0.1, "seconds": 60.0, "path": "run/best", "tokens": 9}
+    end |= {"teacher": before, "teacher_kl": 0.1, "teacher_kl_before": 0.1, "closed": 0.5}
+    arguments = {grpo: (run, after, 0.1, {}, {}), ppo: (run, after), dpo: (before, after, 2, 60.0)}
+    REPORTS[stage].report(config, *arguments.get(stage, ("run", end)))
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    if stage in (grpo, ppo):
+        assert said == "WARNING: the policy ended worse than it began; best/ holds the best on the validation split"
+    else:
+        assert said == "WARNING: best/, chosen on the validation split, is worse than the start on the test split"
 
 
 def test_tables_of_cells():

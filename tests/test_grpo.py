@@ -546,12 +546,12 @@ def test_minibatches_share_out_the_groups(here, spied):
 
 
 def test_truncated_completions_push_nothing_if_masked(here, spied):
-    options = dict(steps=1, max_new_tokens=6, loss_type="dapo")
-    grpo.main(config(**options, mask_truncated=True))
-    (rolled,) = spied["batches"]
-    assert not rolled.ended.any()  # a random model does not stop in 6 of 400 tokens
-    assert spied["gradients"] == []
-    assert metrics("runs/grpo", "truncated")[1] == 1.0
+    options = dict(steps=1, max_new_tokens=6, loss_type="dapo", beta=0.1)
+    grpo.main(config(**options, mask_truncated=True, refill=2, skip_zero_variance=False))
+    assert [len(rolled.problems) for rolled in spied["batches"]] == [4, 4, 4]  # no group has a gradient
+    assert not any(rolled.ended.any() for rolled in spied["batches"])  # a random model does not stop in 6 of 400 tokens
+    assert spied["gradients"] == []  # not even a step on a gradient of 0
+    assert metrics("runs/grpo", "truncated")[1] == metrics("runs/grpo", "zero_variance")[1] == 1.0
     grpo.main(config(**options))
     assert max(g.abs().max() for g in spied["gradients"][0].values()) > 0
 
@@ -793,16 +793,17 @@ def test_lora_trains_the_adapters_alone(here, spied):
     assert moved == {"blocks.0.attn.wq.weight", "blocks.0.ffn.down.weight"}  # merged, in a plain checkpoint
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_the_kl_to_the_start(here, monkeypatch, rank):
-    """Of the trained policy to --init, wherever the reference has moved; with LoRA without a second model."""
+@pytest.mark.parametrize(("rank", "refresh"), [(0, 0), (0, 1), (2, 1)])
+def test_the_kl_to_the_start(here, monkeypatch, rank, refresh):
+    """Of the trained policy to --init, wherever the reference has moved; only then is --init opened again, which a run
+    of other settings may have moved; with LoRA without a second model."""
     opened, opens = open_checkpoint, []
     for module in (policy_run, grpo_report):
         monkeypatch.setattr(module, "open_checkpoint", lambda *args: opens.append(args) or opened(*args))
     asked, measure = [], grpo_report.sampled_kl
     monkeypatch.setattr(grpo_report, "sampled_kl", lambda *args, **more: asked.append(args) or measure(*args, **more))
-    result = grpo.main(config(lora=LoraConfig(rank), refresh_reference=1, lr=0.1, steps=2, dtype="fp32"))
-    assert len(opens) == (1 if rank else 2)
+    result = grpo.main(config(lora=LoraConfig(rank), refresh_reference=refresh, lr=0.1, steps=2, dtype="fp32"))
+    assert len(opens) == (2 if refresh and not rank else 1)
     policy, origin, *_ = asked[0]
     if rank:
         assert origin is policy

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -485,11 +486,14 @@ def test_bad_settings_are_one_line():
         ({"rank": -1}, "rank is -1"),
         ({"alpha": 0}, "alpha is 0"),
         ({"targets": []}, "targets is empty"),
+        ({"alpha": 32.0}, "rank is 0"),  # the adapters' settings without adapters
+        ({"targets": ["wq"]}, "rank is 0"),
+        ({"dora": True}, "rank is 0"),
     ]:
         with pytest.raises(CheckpointError, match=word):
             LoraConfig(**bad)
     model = tiny()
-    assert add_lora(model, 0, 16, ["nothing"]) is model  # off
+    assert add_lora(model, **asdict(LoraConfig())) is model  # off
     assert all(p.requires_grad for p in model.parameters())
     add_lora(model, 2, 2, ["wq"])
     with pytest.raises(CheckpointError, match="has adapters already"):

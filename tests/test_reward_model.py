@@ -413,10 +413,14 @@ def test_every_kind_of_pair_is_reported(here, lucky):
         ("hinge", 1.5, 1.5, "per pair"),
     ],
 )
-def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, loss, margin, coin, unit):
+def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, capsys, loss, margin, coin, unit):
+    """And only where differences of scores are log-odds are they compared with how often they are right."""
     drawn = []
     monkeypatch.setattr(reward_report, "draw_curves", lambda folder, title, panels: drawn.append(panels[0]))
-    reward_model.main(config(loss=loss, margin=margin, steps=1, pairs="corrupted", best_of_problems=0))
+    result = reward_model.main(config(loss=loss, margin=margin, steps=1, pairs="corrupted", best_of_problems=0))
+    log_odds = (loss, margin) == ("bradley_terry", None)
+    assert ("calibration" in result) == ("calibration_error" in result) == log_odds
+    assert ("calibration error" in capsys.readouterr().out) == log_odds
     assert drawn[0][2] == unit
     assert drawn[0][3] == {"equal scores": pytest.approx(coin, rel=1e-6)}
 
@@ -571,6 +575,10 @@ def test_bad_input_is_one_line(here):
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"best_of_problems": -1}, "--best_of_problems is -1; it must be at least 0"),
         ({"kinds": ["wrong_sum", "typo"]}, "--kinds holds 'typo'; choose some of wrong_sum"),
+        ({"kinds": ["missing_answer"], "pairs": "sampled"}, "--kinds has no use here: no pair is corrupted"),
+        ({"kinds": ["missing_answer"], "data": "hh"}, "--kinds has no use here: no pair is corrupted"),
+        ({"pairs": "corrupted", "data": "hh"}, "--pairs corrupted has no use here: hh has pairs of its own"),
+        ({"pairs": "sampled", "data": "hh"}, "--pairs sampled has no use here: hh has pairs of its own"),
         ({"n_pairs": -5}, "--n_pairs is -5; it must be at least 1"),
         ({"data": "style", "n_pairs": 0}, "--n_pairs is 0; it must be at least 1"),
     ]:

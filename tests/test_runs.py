@@ -187,8 +187,11 @@ def test_an_earlier_run_is_moved_aside(here):
     pretrain.main(config(steps=1))
     with pytest.raises(ConfigError, match="the run that --name pretrain would move aside"):
         pretrain.main(config(steps=2, init="runs/pretrain"))
-    with pytest.raises(ConfigError, match="--tokenizer runs/pretrain/best is the run that --name pretrain would"):
+    with pytest.raises(ConfigError, match="--tokenizer runs/pretrain/best is in the run that --name pretrain would"):
         pretrain.main(config(steps=2, tokenizer="runs/pretrain/best"))
+    for flag, path in [("teach", "runs/one"), ("data", "runs/one/a.jsonl"), ("text", ["reviews", "runs/one/a.txt"])]:
+        with pytest.raises(ConfigError, match=f"--{flag} runs/one.* is (in )?the run that --name one would move"):
+            runs.run_path(SimpleNamespace(**{"name": "one", "resume": False, flag: path}))
     pretrain.main(config(steps=2))
     assert set(metrics("runs/pretrain.1", "loss")) == {1}
     assert set(metrics("runs/pretrain", "loss")) == {1, 2}

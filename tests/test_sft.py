@@ -194,8 +194,8 @@ def test_packing_by_hand():
 
 def test_pacing_opens_the_easy_first():
     assert [sft.pacing(s, 100, 0.2, 0.5) for s in (0, 25, 50, 99)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
-    assert sft.pacing(0, 100, 0.2, 0.0) == 0.2
-    assert sft.pacing(1, 100, 0.2, 0.0) == 1.0
+    assert sft.pacing(0, 100, 0.2, 0.0) == 1.0  # after no step at all
+    assert [sft.pacing(s, 10, 0.2, 0.05) for s in (0, 1)] == [0.2, 1.0]
     levels = [random.Random(i).randrange(1, 4) for i in range(60)]
     easy, hard = (sft.rank_examples(levels, order, 0) for order in ("curriculum", "anti"))
     assert sorted(easy) == sorted(hard) == list(range(60))
@@ -261,16 +261,18 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
 
 
 def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
+    """In a start beside the one that skips none, which a run may be reading. A task has no bad records."""
     for module in (pretrained_start, sft_start):
         monkeypatch.setattr(
             module, "make_start_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings)
         )
-    dist = devices.setup("cpu")
-    for name in ("word", "mine.jsonl"):
-        for skip_bad in (False, True):
-            start = pretrained_start.pretrained_start(sft.Config(data=name, skip_bad=skip_bad), dist)
-            assert (start.data, start.skip_bad) == (name, skip_bad)
-    assert sft_start.sft_start(importlib.import_module("grpo").Config(skip_bad=True), dist).skip_bad
+    dist, grpo = devices.setup("cpu"), importlib.import_module("grpo")
+    for source in ("word", "mine.jsonl"):
+        starts = [pretrained_start.pretrained_start(sft.Config(data=source, skip_bad=s), dist) for s in (False, True)]
+        assert [(start.data, start.skip_bad) for start in starts] == [(source, False), (source, source != "word")]
+        assert (starts[0].name == starts[1].name) == (source == "word")
+        assert starts[0].name == runs.start_name(source, 0, "pretrain")
+    assert sft_start.sft_start(grpo.Config(skip_bad=True), dist) == sft_start.sft_start(grpo.Config(), dist)
 
 
 @pytest.mark.parametrize(
@@ -567,6 +569,10 @@ def test_bad_input_is_one_line(here):
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "bad.jsonl", cwd=here), "bad.jsonl", "2")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "gsm9k", cwd=here), "gsm9k", "gsm8k")
     assert_one_line_error(script("sft.py", "--init", "nowhere", cwd=here), "nowhere")
+    rows = [{"prompt": f"name {i}", "response": "some text", "rating": 5} for i in range(99)]
+    (here / "free.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="--samples needs answers to check"):
+        sft.main(config(data="free.jsonl", samples=2, steps=1))
     assert not (here / "runs").exists()
     with pytest.raises(ConfigError, match="batch"):
         config(batch=0)

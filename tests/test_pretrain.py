@@ -177,6 +177,7 @@ def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch)
     whole = config(name="whole", dtype="fp16", save_every=1, keep=6)
     pretrain.main(whole)
     assert metrics("runs/whole", "grad_norm")[2] is None  # not finite
+    assert metrics("runs/whole", "skipped") == {1: 0, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1}
     assert_same_weights("runs/whole/step_0000001", "runs/whole/step_0000002")
     scaler = torch.load("runs/whole/last/trainer_state.pt")["scaler"]
     assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**15, 4)  # from 2¹⁶, then four good steps
@@ -186,6 +187,19 @@ def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch)
     assert_same_weights("runs/whole/last", "runs/parts/last")
     pretrain.main(config(name="plain", steps=1))
     assert metrics("runs/plain", "loss")[1] == pytest.approx(metrics("runs/whole", "loss")[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("fp32", 0), ("fp16", 16)])  # a scale of 2¹⁶, halved 17 times
+def test_a_gradient_that_is_never_finite_stops_the_run(here, monkeypatch, dtype, step):
+    def loss(*args):
+        loss = plain(*args)
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    plain = pretrain.next_token_loss
+    monkeypatch.setattr(pretrain, "next_token_loss", loss)
+    with pytest.raises(DivergedError, match=rf"the loss is \d.*, the gradient norm is nan at step {step} "):
+        pretrain.main(config(steps=20, eval_every=20, dtype=dtype))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -201,7 +201,7 @@ class Config(RunConfig):
     keep: Whole = 0
     """Also keep this many of the newest checkpoints, as step_STEP; 0 keeps none."""
     compile: bool = False
-    """Use torch.compile: a minute at the start, faster steps after that."""
+    """Use torch.compile: a minute at the start, often faster steps after that."""
     fsdp: bool = False
     """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     recompute: bool = False

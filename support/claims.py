@@ -5,8 +5,8 @@ experiment is computed from results/NAME.json, which `ablate.py NAME` writes bes
 sentence what a test, a demo or a page shows.
 
 `unsupported` reads README.md, results/README.md and results/claims.md: wherever a paragraph, a list item or a row of a
-table links to pages of results/, its figures must stand on one of them, with sign and interval, as they are or with more digits; those of a
-fenced block on the pages of the paragraph before it. A test runs it.
+table links to pages of results/, its figures must stand on one of them, with their signs and intervals, as they are or
+with more digits; those of a fenced block on the pages of the paragraph before it. A test runs it.
 """
 
 import re

@@ -10,9 +10,9 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
                     variants would differ at least as much
     Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
                     the one before it: so the chance of any false positive in a column is at most 5 %
-    detectable      (t(0.975, n − 1) + t(0.8, n − 1)) · s / √n: a difference that about 4 in 5 such experiments would
-                    call significant (80 % power), before Holm's correction; with 1 − 0.025 / m in the place of 0.975,
-                    after its strictest step
+    detectable      δ · s / √n, where T with a true mean of δ standard errors exceeds t(0.975, n − 1) in 4 of 5 cases:
+                    the difference that 4 in 5 such experiments would call significant (80 % power), before Holm's
+                    correction; with 1 − 0.025 / m in the place of 0.975, after its strictest step
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
@@ -103,7 +103,7 @@ from support.files import must_write
 from support.locks import lock_run, unlock_run
 from support.repeated import draw_run, print_differences
 from support.runs import RUNS
-from support.students_law import student_p, student_t
+from support.students_law import detectable, student_p, student_t
 from support.workers import run_all, threads_each
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,14 +178,14 @@ def differences_of(experiment, results, seeds):
 
 
 def smallest_difference(intervals, n, comparisons=1):
-    """(t(1 − 0.025 / m) + t(0.8)) · s / √n: the difference that about 4 in 5 experiments with n seeds would show (80 %
-    power), at the median spread of these differences; NaN for one seed. comparisons, m: 1, without Holm's correction;
-    all of the column: what its first and strictest step asks for."""
+    """The difference that 4 in 5 experiments with n seeds would show (80 % power), at the median spread of these
+    differences; NaN for one seed. comparisons, m: 1, without Holm's correction; all of the column: what its first and
+    strictest step asks for."""
     if n < 2:
         return math.nan
     errors = [x.half / student_t(0.975, n - 1) for x in intervals if x.half > 0]  # s / √n
-    t = student_t(1 - 0.025 / comparisons, n - 1) + student_t(0.8, n - 1)
-    return t * statistics.median(errors) if errors else math.nan
+    shift = detectable(student_t(1 - 0.025 / comparisons, n - 1), n - 1)  # in standard errors
+    return shift * statistics.median(errors) if errors else math.nan
 
 
 def demo():

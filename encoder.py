@@ -46,9 +46,9 @@ Traps:
 
 BERT reads a text's summary from its first token, trained by a second objective (does the second text follow the first?)
 that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
-decoder: its blocks are the same, and it learns to do without the causal mask in masked-LM, or with --mlm_steps 0 while
-it learns the labels. Of a text longer than the context, a quarter of the context is its start, the rest its end
-(arXiv:1905.05583).
+decoder: its blocks are the same. Its tokenizer seldom has the <|mask|> that masked-LM needs; then, with --mlm_steps 0
+--token_dropout 0, it learns to do without the causal mask while it learns the labels. Of a text longer than the
+context, a quarter of the context is its start, the rest its end (arXiv:1905.05583).
 
 Simplified: windows of the pretraining text may hold several documents, which see each other.
 

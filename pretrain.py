@@ -55,8 +55,8 @@ Traps:
     token) is bits per byte: only that compares tokenizers.
   * --optimizer adamw wants a lower learning rate than Muon (optim.py).
   * A loss or gradient that is not finite never reaches the weights or the experts' biases: the run stops, or, with
-    --skip_nonfinite true, counts the step and goes on. (In fp16 an infinite gradient is the scaler's business, which
-    skips that update.)
+    --skip_nonfinite true, counts the step and goes on. (In fp16 a gradient may overflow: the scaler skips that update
+    and halves its scale, and the run stops only if the scale falls below 1.)
 
 Mixed precision (arXiv:1710.03740): weights, their gradients and sums stay fp32; autocast runs the matrix products in
 bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and 6e-8, so there the scaler multiplies the loss, which
@@ -201,7 +201,7 @@ class Config(RunConfig):
     keep: Whole = 0
     """Also keep this many of the newest checkpoints, as step_STEP; 0 keeps none."""
     compile: bool = False
-    """Use torch.compile: a minute at the start, faster steps after that."""
+    """Use torch.compile: a minute at the start, often faster steps after that."""
     fsdp: bool = False
     """With torchrun: shard weights, gradients and optimizer state over the ranks, for a model too large for one GPU."""
     recompute: bool = False

@@ -1,4 +1,4 @@
-"""One GPU, in at most 8 minutes: is it right, and how fast is it? Checks first, then times, then a page.
+"""One GPU: is it right, and how fast is it? Checks first, then times, then a page. No section begins after 8 minutes.
 
     python benchmarks/gpu.py --out DIR                        # DIR/gpu.md, written again after each section
     python benchmarks/gpu.py --out DIR --nanogpt ../nanoGPT   # its model too, in turn with ours
@@ -41,7 +41,7 @@ from attention import causal_mask
 from generate import generate
 from optim import make_optimizers, optimizer_step
 from support.devices import Dist, peak_flops, precision
-from support.fast_decode import Decoder, DecodeStep
+from support.fast_decode import Decoder, DecodeStep, decoding_dtype
 from support.pretrain_report import flops_per_token
 from transformer import Transformer, TransformerConfig, target_logprobs, token_logprobs
 
@@ -326,7 +326,8 @@ def pretraining(bench):
     for _ in range(2):  # in turn
         for name, step in steps.items():
             times[name].append(bench.seconds(step, 3 if bench.quick else 15, 2 if bench.quick else 5))
-    peak = peak_flops(bench.dist)
+    with precision(dtype, bench.dist)[0]():
+        peak = peak_flops(bench.dist)
     rows = []
     for name, seconds in times.items():
         speed = batch * T / min(seconds)
@@ -344,6 +345,14 @@ def copy_rate(bench):
     return 2 * x.numel() * 4 / bench.seconds(lambda: y.copy_(x))
 
 
+def bytes_read(model, rows, length):
+    """What decoding a token of each row must read: the weights once, and a cache of so many tokens; in bf16."""
+    with torch.autocast(model.embed.weight.device.type, torch.bfloat16):
+        width = (decoding_dtype(model, model.make_cache(1, 1)) or torch.float32).itemsize
+    c = model.config
+    return 2 * model.num_params() + rows * c.n_layer * 2 * c.n_kv_head * c.head_dim * length * width
+
+
 def generation(bench):
     new, rate = (8 if bench.quick else 128), copy_rate(bench)
     shapes = {"small": SMALL} if bench.quick else {"10 M": TEN, "135 M": SMOLLM2}
@@ -358,16 +367,14 @@ def generation(bench):
                 from transformers import AutoModelForCausalLM
 
                 theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(bench.device).eval()
-        c, n_params = model.config, model.num_params()
         for B in (1, 4) if bench.quick else (1, 64, 256):
-            ids = torch.randint(c.vocab_size, (B, 32), device=bench.device)
+            ids = torch.randint(model.config.vocab_size, (B, 32), device=bench.device)
             prompts = ids.tolist()
             with torch.autocast(bench.device.type, torch.bfloat16):
                 seconds = bench.seconds(lambda: generate(model, prompts, new), 3, 1)  # noqa: B023
             cells = [name, str(B), f"{B * new / seconds:,.0f}"]
-            # bf16 weights once per token; the cache, as long as it is on average, in the dtype of its keys
-            cache = B * c.n_layer * 2 * c.n_kv_head * c.head_dim * (32 + new / 2) * 4
-            cells.append(f"{(2 * n_params + cache) * new / seconds / rate:.0%}")
+            read = bytes_read(model, B, 32 + new / 2)  # the cache as long as it is on average
+            cells.append(f"{read * new / seconds / rate:.0%}")
             if library:
                 options = dict(max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0)
                 options |= {"attention_mask": torch.ones_like(ids)}
@@ -417,7 +424,7 @@ def whole_grpo(bench):
     yield f"`python grpo.py {' '.join(map(str, flags))}`: {minutes:.1f} minutes. {' '.join(last)}\n"
 
 
-def memory(bench):
+def optimizer_rows(bench):
     shape = SMALL if bench.quick else GPT2
     policy, rows = Transformer(TransformerConfig(**shape)).to(bench.device), []
     autocast, scaler = precision("bf16", bench.dist)
@@ -431,6 +438,11 @@ def memory(bench):
 
         peak = bench.peak_gb(step)
         rows.append([f"a step of {kind}, {policy.num_params() / 1e6:.0f} M", f"{bench.seconds(step):.4f}", peak])
+    return rows
+
+
+def loss_rows(bench):
+    autocast, rows = precision("bf16", bench.dist)[0], []
     B, T, C, V = (2, 64, 64, 1000) if bench.quick else (16, 1024, 768, 50_304)
     x = torch.randn(B, T, C, device=bench.device, requires_grad=True)
     output = (torch.randn(V, C, device=bench.device) * 0.02).requires_grad_()
@@ -449,6 +461,12 @@ def memory(bench):
 
         peak = bench.peak_gb(both)
         rows.append([f"{name}, {B} x {T} tokens, vocabulary {V:,}", f"{bench.seconds(both):.4f}", peak])
+    return rows
+
+
+def memory(bench):
+    rows = optimizer_rows(bench)  # when it returns, its model and optimizers are gone
+    rows += loss_rows(bench)
     yield from table(["", "s", "peak GB"], [[*r[:2], "" if r[2] is None else f"{r[2]:.2f}"] for r in rows])
 
 

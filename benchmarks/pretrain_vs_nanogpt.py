@@ -5,8 +5,8 @@
 
 1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW;
    pretrain.py uses the tanh form of GELU), eager against eager and compiled against compiled. The figure is the median
-   over `--speed_steps` steps, the best of `--repeats` runs; the two take turns. pretrain.py runs in fp32, and on a CPU
-   that multiplies bf16 in bf16 too; nanoGPT's script has no mixed precision on a CPU.
+   over `--speed_steps` steps, each with its log, the best of `--repeats` runs; the two take turns. pretrain.py runs in
+   fp32, and on a CPU that multiplies bf16 in bf16 too; nanoGPT's script has no mixed precision on a CPU.
 2. Recipes: nanoGPT's CPU recipe from its README, then configs/shakespeare_cpu.yaml, then the latter with as many steps
    as fit into nanoGPT's wall time. Wall times are those of the whole process, from import to exit. Both models are
    evaluated over the whole validation split, cut into windows of the same context.
@@ -15,6 +15,7 @@ Every run is started as a user would start it. Needs no package beyond those of 
 """
 
 import argparse
+import itertools
 import json
 import os
 import pickle
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from support.devices import auto_dtype
 
@@ -110,8 +112,9 @@ def metrics(scratch, name):
 def our_speed(scratch, compiled, dtype, steps):
     flags = [*SAME.split(), "--steps", steps, "--name", "speed", "--dtype", dtype]
     our_run(scratch, [*flags, "--compile", str(compiled).lower()])
-    speeds = [record["tokens_per_second"] for record in metrics(scratch, "speed")]
-    return statistics.median(speeds[len(speeds) // 4 :])
+    board = EventAccumulator(str(Path(scratch) / "runs" / "speed" / "tensorboard")).Reload()
+    times = [b.wall_time - a.wall_time for a, b in itertools.pairwise(board.Scalars("loss"))]
+    return CONTEXT * BATCH / statistics.median(times[len(times) // 4 :])
 
 
 def speed(nanogpt, scratch, compiled, args):

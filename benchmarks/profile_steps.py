@@ -6,7 +6,8 @@
 Two ceilings: a product of large matrices (by MKL and by oneDNN, support/products.py), and a copy of a large tensor. The
 *floor* of the products is their operations at the first, that of the passes their bytes at the second: what is read and
 written once each, at the width of --dtype. Times are torch.profiler's, per step, over --steps steps after three; it
-slows a step by a few per cent. Each stage runs in a process of its own, whose largest memory in the
+slows a step by a few per cent. "attention" is fused attention and softmax; the products (bmm) of attention where it is
+not fused, as in decoding, are among "products". Each stage runs in a process of its own, whose largest memory in the
 first three steps, first evaluation included, is in the table.
 """
 
@@ -28,6 +29,7 @@ import torch
 
 STAGES = ("pretrain", "sft", "reward_model", "dpo", "ppo", "grpo")
 KINDS = {  # the first whose words an operation's name holds
+    "loss": ("log_softmax", "nll_loss", "cross_entropy"),
     "attention": ("scaled_dot_product", "softmax"),
     "products": ("::mm", "addmm", "bmm", "linear_pointwise", "addmv"),
     "passes": (
@@ -156,7 +158,7 @@ def page(records, rates, dtype, threads):
     product, width = max(rates.get("oneDNN", 0), rates["torch"]) * 1e9, 4 if dtype == "fp32" else 2
     words = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items() if name != "copy")
     yield f"{dtype}, {threads} threads; a product of 1,024³: {words} GFLOP/s; a copy: {rates['copy']:.1f} GB/s\n"
-    kinds = ("products", "attention", "passes", "copies", "optimizer", "other")
+    kinds = ("products", "attention", "loss", "passes", "copies", "optimizer", "other")
     yield "| stage | s a step | peak GB | " + " | ".join(kinds) + " | floor: products | floor: passes |"
     yield "|---|" + "---:|" * (len(kinds) + 4)
     for r in records:

@@ -114,11 +114,12 @@ def power_lines(least, n):
     """What n seeds can show. least: two of `ablate.smallest_difference`, for one comparison and for all; or None."""
     if not least or math.isnan(least[0]):
         return []
-    corrected = (
-        f" before the correction, one of {number(least[1])} at its strictest step" if least[1] > least[0] else ""
-    )
-    seen = f"With {n} seeds a difference of {number(least[0])} in the first column would be seen in 4 of 5 such "
-    return [f"{seen}experiments (80 % power){corrected}.", ""]
+    spread, corrected = "", ""
+    if least[1] > least[0]:  # several comparisons
+        spread = ", at the median spread of its differences,"
+        corrected = f" before the correction, one of {number(least[1])} at its strictest step"
+    difference = f"a difference of {number(least[0])} in the first column{spread}"
+    return [f"With {n} seeds {difference} would be seen in 4 of 5 such experiments (80 % power){corrected}.", ""]
 
 
 def page(experiment, results, means, differences, seeds, command, commits, picture, text=None, chosen=None, least=None):

@@ -5,12 +5,13 @@ experiment is computed from results/NAME.json, which `ablate.py NAME` writes bes
 sentence what a test, a demo or a page shows.
 
 `unsupported` reads README.md, results/README.md and results/claims.md: wherever a paragraph, a list item or a row of a
-table links to pages of results/, its figures must stand on one of them, as they are or with more digits; those of a
-fenced block on the pages of the paragraph before it. A test runs it.
+table links to pages of results/, its figures must stand on one of them, with their signs and intervals, as they are or
+with more digits; those of a fenced block on the pages of the paragraph before it. A test runs it.
 """
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,7 +186,7 @@ CLAIMS = [
         "pay the easy reward where the hard is won",
         "[2601.05242] §3.2",
         "gdpo.condition",
-        "+6.1 points, not significant ([gdpo](gdpo.md))",
+        "6.1 points higher [-5.1, +17.2], not significant ([gdpo](gdpo.md))",
         Compared("gdpo", "GDPO, brevity if right", "GDPO", "accuracy", "+"),
     ),
     Claim(
@@ -273,7 +274,10 @@ def page(results=ROOT / "results"):
 # ---------------------------------------------------------------------------------------------------------------
 # Does each figure stand on the page that it is taken from?
 
-NUMBER = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?![\w]|[.,]\d)")
+NUMBER = r"(?<![\w.,])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)"
+UNIT = r"(?: ?%)?(?: [A-Za-z]+){0,4}"  # also "points higher"
+MEAN = rf"({NUMBER}){UNIT}"
+FIGURE = re.compile(rf"{MEAN} ± ({NUMBER})|(?:{MEAN} ?\(? ?)?\[({NUMBER})%?, ({NUMBER})%?\]|({NUMBER})")
 LINK = re.compile(r"\]\(((?:results/)?[\w.-]+\.md)\)")
 NO_FIGURE = re.compile(
     r"`[^`]*`|\]\([^)]*\)|\[(?:\d{4}\.\d{5}|\w+ \d{4})\]|§[\d.]+|Eq\. \d+|pass@\d+|[Ll]evel \d|[Ss]eeds? \d+"
@@ -308,15 +312,48 @@ def parts_of(text):
 
 
 def figures_in(text):
-    """The numbers of a text, as they stand, without signs and commas."""
-    plain = NO_FIGURE.sub(" ", text.replace("−", "-").replace("‑", "-"))
-    return [match.lstrip("+-").replace(",", "") for match in NUMBER.findall(plain)]
+    """The figures of a text, each written plainly: "x", "[low, high]", "mean [low, high]" or "mean ± x". Signs stay."""
+    text = text.replace("−", "-").replace("‑", "-").replace("*", "").replace("95 % interval", "")
+    text = re.sub(r"\n {0,2}(?=\S)", " ", text).replace(" | [", " [")  # over a line's end, and of two cells
+    figures = []
+    for numbers in FIGURE.findall(text):
+        center, half, mean, low, high, x = (number.replace(",", "") for number in numbers)
+        figures.append(x or (f"{center} ± {half}" if half else f"{mean} [{low}, {high}]".strip()))
+    return figures
+
+
+def figures_and_parts(text):
+    """The figures of a text, the intervals without their means, and each number by itself."""
+    figures = set(figures_in(text))
+    intervals = {figure[figure.index("[") :] for figure in figures if "[" in figure}
+    return figures | intervals | {x for figure in figures for x in parsed(figure)[1]}
+
+
+@cache
+def parsed(figure):
+    """-> its form, such as "x [x, x]", and its numbers."""
+    return re.sub(NUMBER, "x", figure), re.findall(NUMBER, figure)
 
 
 def stands(figure, on):
-    """Whether a figure is one of those numbers, or one of them rounded."""
-    decimals = len(figure.partition(".")[2])
-    return any(x == figure or f"{float(x):.{decimals}f}" == figure for x in on)
+    """Whether a figure is one of those, or one of them rounded. A sign in it must stand there. One that begins without
+    a sign may be the opposite: 0.12 [0.11, 0.13] lower is -0.12 [-0.13, -0.11]."""
+
+    def near(x, other, sign=1):
+        decimals = len(x.partition(".")[2])
+        return float(f"{sign * float(other):.{decimals}f}") == float(x)
+
+    def same(x, other):
+        return near(x, other) and (x[0] not in "+-" or x[0] == other[0])
+
+    def opposite(numbers, others):
+        turned = (*others[:-2], *reversed(others[-2:]))  # (mean, high, low)
+        return all(near(x, other, -1) for x, other in zip(numbers, turned, strict=True))
+
+    form, numbers = parsed(figure)
+    may_turn = figure[0] not in "+-" and "±" not in form
+    same_form = [others for kind, others in map(parsed, on) if kind == form]
+    return any(all(map(same, numbers, others)) or (may_turn and opposite(numbers, others)) for others in same_form)
 
 
 def unsupported(root=ROOT, pages=PAGES):
@@ -327,8 +364,8 @@ def unsupported(root=ROOT, pages=PAGES):
             links = [link for link in LINK.findall(part.text) if (root / name).parent.joinpath(link).exists()]
             links = [link for link in links if Path(link).name not in ("README.md", "claims.md")]
             texts = [(root / name).parent.joinpath(link).read_text(encoding="utf-8") for link in links]
-            known = {x.lstrip("+-").replace(",", "") for text in texts for x in NUMBER.findall(text.replace("−", "-"))}
-            for figure in figures_in(f"{part.text}\n{part.block}") if links else ():
+            known = set().union(*map(figures_and_parts, texts))
+            for figure in figures_in(NO_FIGURE.sub(" ", f"{part.text}\n{part.block}")) if links else ():
                 if not stands(figure, known):
                     missing.append((name, part.line, figure, links))
     return missing

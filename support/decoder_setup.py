@@ -6,13 +6,15 @@ import torch
 
 from support.checkpoints import open_checkpoint, refuse_ignored
 from support.errors import ConfigError
+from support.hf import MIXTURE_ONLY
 from support.runs import run_path, saved_run
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig
 
 
 def check_architecture(config):
-    """ConfigError on a --model that cannot be trained or sampled from."""
+    """ConfigError on a --model that cannot be trained or sampled from, or on a flag that would be ignored. With --init
+    the checkpoint decides: see `make_decoder`."""
     if config.model.context < 2:
         context = config.model.context
         raise ConfigError(f"--model.context is {context}; it must be at least 2 to sample a token after another")
@@ -21,6 +23,26 @@ def check_architecture(config):
             "one active expert, whose weight p / p is 1, leaves the router without a gradient: "
             "add --model.norm_topk_prob false"
         )
+    if config.model.n_expert and config.compile and config.recompute:
+        raise ConfigError("with experts --compile and --recompute together would compile almost nothing: leave out one")
+    if config.init:
+        return
+    if config.tokenizer != "bpe" and config.vocab_size != type(config).vocab_size:
+        raise ConfigError(f"--vocab_size has no effect with --tokenizer {config.tokenizer}: leave it out")
+    for name in () if config.model.n_expert else (*MIXTURE_ONLY, "capacity_factor"):
+        if getattr(config.model, name) != getattr(TransformerConfig, name):
+            raise ConfigError(f"--model.{name} has no effect without experts: add --model.n_expert, or leave it out")
+    check_balancing(config, config.model, "without")
+
+
+def check_balancing(config, model, source):
+    """ConfigError if the run would be the same without a weight of the experts' losses or the rate of their biases.
+    source: the beginning of what to say of the model."""
+    for name, balancing in (("aux_weight", "aux"), ("z_weight", None), ("bias_rate", "bias")):
+        needed = f"--model.balancing {balancing}" if model.n_expert else "--model.n_expert"
+        unused = not model.n_expert or balancing not in (None, model.balancing)
+        if unused and getattr(config, name) != getattr(type(config), name):
+            raise ConfigError(f"--{name} has no effect {source} {needed}: leave it out")
 
 
 def make_tokenizer(kind, texts, vocab_size):
@@ -40,6 +62,7 @@ def make_decoder(config, dist, texts):
     if config.init:
         policy, tokenizer, _ = open_checkpoint(config.init, dropout=config.model.dropout)
         refuse_ignored(config, policy.config, tokenizer)
+        check_balancing(config, policy.config, f"on {config.init}, which was made without")
         return policy, tokenizer, replace(config, model=policy.config)
     if config.model.vocab_size != TransformerConfig.vocab_size:
         raise ConfigError("--model.vocab_size is the tokenizer's; for another size of its vocabulary use --vocab_size")

@@ -267,19 +267,21 @@ def set_random_state(state, device):
 
 
 # Dense bf16 floating-point operations per second, from the data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
+PEAK_FLOPS = {"H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12}
+PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 
 
 def peak_flops(dist):
-    """Peak floating-point operations per second of the device, for model FLOPs utilisation: from its data sheet, or
-    measured on a matrix product in autocast's dtype if the sheet is not listed."""
+    """Peak floating-point operations per second of the device, for model FLOPs utilisation: from its data sheet in bf16
+    and fp16, which have the same peak; measured on a matrix product in autocast's dtype if that is fp32, or if the
+    sheet is not listed."""
     name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "CPU"
+    dtype = product_dtype(torch.empty(0, device=dist.device))
     for known, flops in PEAK_FLOPS.items():
-        if re.search(rf"\bG?{known}\b", name):
+        if dtype != torch.float32 and re.search(rf"\bG?{known}\b", name):
             return flops
-    n, best = 2048 if dist.device.type == "mps" else 768, math.inf  # on a GPU a small product is over too soon
-    a = torch.ones(n, n, device=dist.device)
-    a = a.to(product_dtype(a))
+    n, best = {"cuda": 4096, "mps": 2048}.get(dist.device.type, 768), math.inf  # on a GPU a small one is over too soon
+    a = torch.ones(n, n, device=dist.device, dtype=dtype)
     for _ in range(5):
         started = time.perf_counter()
         (a @ a)[0, 0].item()

@@ -14,6 +14,8 @@ def repeats_a_forward():
     """Whether this forward runs inside a backward: then activation checkpointing repeats one that was counted. It still
     has to compute the layer's losses, for it must save the same tensors as the first. (With use_reentrant=True the
     first builds no graph, and the losses have no gradient.)"""
+    if torch.compiler.is_compiling():  # pretrain.py refuses checkpointing there, and the question would cut the graph
+        return False
     return torch._C._current_graph_task_id() >= 0
 
 

@@ -193,9 +193,9 @@ class Run:
             self.bar.write(text)
 
     def is_finite(self, norm, losses):
-        """Whether {name: loss} and the gradient norm are finite. An fp16 scaler handles an infinite norm itself: it
-        skips the step and lowers its scale. norm None: not computed yet."""
-        norm_ok = norm is None or math.isfinite(norm) or self.scaler.is_enabled()
+        """Whether {name: loss} and the gradient norm are finite. An fp16 scaler handles an overflow itself: it skips
+        the step and halves its scale. Below a scale of 1 it is no overflow. norm None: not computed yet."""
+        norm_ok = norm is None or math.isfinite(norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
         return norm_ok and all(map(math.isfinite, losses.values()))
 
     def check_finite(self, lr, norm=None, advice="try a smaller --lr", **losses):
@@ -210,13 +210,13 @@ class Run:
         raise DivergedError(f"{problem} at step {self.done} (learning rate {lr:.1e}); {advice}")
 
     def stop_or_skip(self, lr, norm, skip, **losses):
-        """`check_finite`; but with `skip`, count the step in state.skipped and go on."""
-        if not self.is_finite(norm, losses):
-            self.state.skipped += 1
-            if not skip:
-                good = saved_run(self.path) or "none yet"
-                advice = f"last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true"
-                self.check_finite(lr, norm, advice, **losses)
+        """`check_finite`; but with `skip`, go on. Counts in state.skipped the steps without an update, the scaler's
+        too."""
+        self.state.skipped += not all(map(math.isfinite, (norm, *losses.values())))
+        if not skip and not self.is_finite(norm, losses):
+            good = saved_run(self.path) or "none yet"
+            advice = f"last good checkpoint: {good}; try a smaller --lr or --skip_nonfinite true"
+            self.check_finite(lr, norm, advice, **losses)
 
     def close(self):
         """After the last step: write last/, close the log, restore the usual Ctrl-C. ConfigError if the disk never had

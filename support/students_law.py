@@ -1,4 +1,4 @@
-"""Student's law, for ablate.student_interval: its two-sided p and its quantiles, without SciPy."""
+"""Student's law, for ablate.py: its two-sided p, its quantiles, and what is significant with a power, without SciPy."""
 
 import math
 
@@ -22,3 +22,20 @@ def student_t(q, degrees):
         inside = student_p(math.sqrt(degrees) * math.tan(middle), degrees) > 2 * (1 - q)
         low, high = (middle, high) if inside else (low, middle)
     return math.sqrt(degrees) * math.tan(low)
+
+
+def detectable(t, degrees, power=0.8):
+    """The δ with P((Z + δ) / C > t) = power, Z standard normal, C = √(χ²/ν): the noncentral law, which T follows where
+    the true mean is δ standard errors. The mean of P(Z > t C − δ) over the density of C is taken as a sum. δ is 3.761
+    for 5 numbers and t = 2.776."""
+    step = (8 + math.sqrt(degrees)) / 4000  # of χ, whose density is 2^(1 − ν/2) / Γ(ν/2) · χ^(ν − 1) exp(−χ²/2)
+    chis = [step * (i + 0.5) for i in range(4000)]
+    log_constant = (1 - degrees / 2) * math.log(2) - math.lgamma(degrees / 2) + math.log(step)
+    weights = [math.exp(log_constant + (degrees - 1) * math.log(chi) - chi * chi / 2) for chi in chis]
+    low, high = 0.0, 2 * t + 10
+    for _ in range(40):
+        middle = (low + high) / 2
+        tails = (math.erfc((t * chi / math.sqrt(degrees) - middle) / math.sqrt(2)) / 2 for chi in chis)
+        seen = sum(w * tail for w, tail in zip(weights, tails, strict=True))
+        low, high = (middle, high) if seen < power else (low, middle)
+    return low

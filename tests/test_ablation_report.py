@@ -118,6 +118,18 @@ def test_many_comparisons_are_corrected_and_the_page_says_so():
     assert "| wide | +1.000 [" in text
 
 
+@pytest.mark.parametrize(
+    ("least", "words"),
+    [
+        ([1.5, 1.5], ["of 1.500 in the first column would be seen in 4 of 5 such experiments (80 % power)."]),
+        ([1.5, 2.5], ["in the first column, at the median spread of its differences, would", ", one of 2.500 at its"]),
+    ],
+)
+def test_what_the_page_says_of_its_power(least, words):
+    line, _ = ablation_report.power_lines(least, 5)
+    assert all(part in line for part in words)
+
+
 def test_the_picture_marks_what_is_cut_what_is_hidden_and_what_was_trained(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(ablation_report.pyplot(), "close", kept.append)

@@ -3,14 +3,18 @@
 import importlib.util
 import json
 import sys
+import weakref
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils.tensorboard import SummaryWriter
 
+from generate import prefill
 from support.runs import Run
+from transformer import Transformer, TransformerConfig
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
@@ -69,6 +73,75 @@ def test_a_section_that_fails_lets_the_others_go_on(tmp_path, monkeypatch):
     page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "**FAILED**: ZeroDivisionError" in page
     assert "all is well" in page
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("layout", ["Qwen3", "window and sinks"])  # the second does not fit the fast step
+def test_what_a_decoded_token_reads(monkeypatch, rows, layout):
+    """Against the cache that generate.py makes."""
+    gpu = load(ROOT / "benchmarks/gpu.py", monkeypatch)
+    model = Transformer(TransformerConfig(**gpu.SMALL | gpu.LAYOUTS[layout])).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        store = prefill(model, [[1, 2, 3]], rows, 5, static=False)[1].cache.store  # 8 slots
+    assert store.dtype == (torch.bfloat16 if layout == "Qwen3" else torch.float32)
+    assert gpu.bytes_read(model, rows, 8) == 2 * sum(p.numel() for p in model.parameters()) + store.nbytes
+
+
+def test_the_memory_of_the_losses_is_theirs_alone(monkeypatch):
+    gpu = load(ROOT / "benchmarks/gpu.py", monkeypatch)
+    alive, seen = weakref.WeakSet(), []
+
+    def living(*args):
+        alive.add(model := Transformer(*args))
+        return model
+
+    def peak_gb(bench, call):
+        call()
+        seen.append(len(alive))
+
+    monkeypatch.setattr(gpu, "Transformer", living)
+    monkeypatch.setattr(gpu.Bench, "peak_gb", peak_gb)
+    list(gpu.memory(gpu.Bench(SimpleNamespace(device="cpu", quick=True))))
+    assert seen == [1, 1, 0, 0]  # AdamW, Muon; full logits, in chunks
+
+
+def test_the_kinds_of_operations(monkeypatch):
+    kind_of = load(ROOT / "benchmarks/profile_steps.py", monkeypatch).kind_of
+    names = {"aten::_log_softmax": "loss", "aten::_log_softmax_backward_data": "loss", "aten::_softmax": "attention"}
+    names |= {"aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::bmm": "products"}
+    assert {name: kind_of(SimpleNamespace(name=name, cpu_parent=None)) for name in names} == names
+
+
+def test_our_speed_is_from_step_to_step(tmp_path, monkeypatch):
+    script = load(ROOT / "benchmarks/pretrain_vs_nanogpt.py", monkeypatch)
+
+    def run(scratch, flags):  # each step 2 s, the last one, with its validation, 60 s
+        with SummaryWriter(scratch / "runs/speed/tensorboard") as writer:
+            for step in range(1, 10):
+                writer.add_scalar("loss", 1.0, step, walltime=1000 + 2 * step + 58 * (step == 9))
+        lines = [{"config": {}}, *({"step": step, "tokens_per_second": 1e6} for step in range(1, 10))]
+        (scratch / "runs/speed/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    monkeypatch.setattr(script, "our_run", run)
+    assert script.our_speed(tmp_path, False, "fp32", 9) == 64 * 12 / 2
+
+
+def test_importing_a_peer_is_not_timed(tmp_path, monkeypatch, capsys):
+    script = load(ROOT / "benchmarks/tokenizer.py", monkeypatch)
+    monkeypatch.setitem(sys.modules, "clock", clock := SimpleNamespace(now=0.0))
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    (tmp_path / "minbpe.py").write_text("import clock\nclock.now += 5\nRegexTokenizer = None\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train_minbpe(file, vocab_size):
+        from minbpe import RegexTokenizer  # noqa: F401
+
+        clock.now += 1
+        return []
+
+    monkeypatch.setattr(script, "train_minbpe", train_minbpe)
+    script.train("minbpe", "a file", 300)
+    assert json.loads(capsys.readouterr().out)["seconds"] == 1
 
 
 def test_a_profile_is_of_the_stage_and_not_of_the_start_that_it_makes(monkeypatch, capsys):

@@ -7,7 +7,18 @@ import pytest
 
 from support import claims
 from support.ablation_report import HEADINGS
-from support.claims import CLAIMS, Compared, figures_in, page, parts_of, seen_in, stands, unsupported
+from support.claims import (
+    CLAIMS,
+    NO_FIGURE,
+    Compared,
+    figures_and_parts,
+    figures_in,
+    page,
+    parts_of,
+    seen_in,
+    stands,
+    unsupported,
+)
 from support.experiments import EXPERIMENTS
 
 
@@ -57,6 +68,29 @@ def test_a_figure_that_is_on_no_page(copy, line):
     assert number == before.count("\n") + 3
 
 
+@pytest.mark.parametrize(
+    ("quoted", "wrong", "figure"),
+    [
+        ("story -2.7 ± 9.8", "story +2.7 ± 9.8", "+2.7 ± 9.8"),
+        ("story -2.7 ± 9.8", "story -2.7 ± 6.6", "-2.7 ± 6.6"),
+        ("story -2.7 ± 9.8", "story 2.7 ± 9.8", "2.7 ± 9.8"),
+        (": +10.2 to +21.4 points", ": -10.2 to +21.4 points", "-10.2"),
+        (": +10.2 to +21.4 points", ": +10.2 to -21.4 points", "-21.4"),
+        ("GRPO +33.4 points [29.3, 37.6]", "GRPO +22.4 points [26.8, 31.2]", "+22.4 [26.8, 31.2]"),
+        ("GRPO +33.4 points [29.3, 37.6]", "GRPO +33.4 points [-37.6, -29.3]", "+33.4 [-37.6, -29.3]"),
+        ("GRPO +33.4 points [29.3, 37.6]", "GRPO 29.3 points\n[+33.4, +37.6]", "29.3 [+33.4, +37.6]"),
+        ("(95 % interval [+27.1, +32.9]", "(95 % interval [-32.9, -27.1]", "+30.1 [-32.9, -27.1]"),
+        ("[56.8%, 62.9%]  [88.0%", "[88.0%, 62.9%]  [88.0%", "[88.0, 62.9]"),
+    ],
+)
+def test_a_figure_with_another_sign_or_interval(copy, quoted, wrong, figure):
+    readme = copy / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    assert before.count(quoted) == 1
+    readme.write_text(before.replace(quoted, wrong), encoding="utf-8")
+    assert [missing[2] for missing in unsupported(copy)] == [figure]
+
+
 def test_a_page_that_changes_is_noticed(copy):
     """Each of its numbers becomes another one: README and the table of the results no longer stand."""
     result = copy / "results/grpo_word.md"
@@ -68,11 +102,35 @@ def test_a_page_that_changes_is_noticed(copy):
 
 def test_figures():
     text = "-1,234.5 points [−0.1, +0.2] at level 2, seeds 0, pass@8, `lr 3e-4`, [7](results/8.md), [1706.03762], 5 %."
-    assert figures_in(text) == ["1234.5", "0.1", "0.2", "7", "5"]
-    assert stands("0.1", ["0.12"])
-    assert stands("12", ["12"])
-    assert not stands("0.12", ["0.1"])
-    assert not stands("0.1", ["0.16"])
+    assert figures_in(NO_FIGURE.sub(" ", text)) == ["-1234.5 [-0.1, +0.2]", "7", "5"]
+    cells = "| **+0.12** | [0.11, 0.13] | 8 ± 2 % | by 3 nats at the\n  end (95 % interval [-1, +7])"
+    assert figures_in(cells) == ["+0.12 [0.11, 0.13]", "8 ± 2", "3 [-1, +7]"]
+
+
+@pytest.mark.parametrize(
+    ("quoted", "on_page", "right"),
+    [
+        ("0.1", "0.12", True),
+        ("12", "12", True),
+        ("12", "-12", True),
+        ("-12", "12", False),
+        ("+12", "12", False),
+        ("0.12", "0.1", False),
+        ("0.1", "0.16", False),
+        ("5 ± 1", "+5.2 ± 1.3", True),
+        ("5 ± 1", "-5.2 ± 1.3", False),
+        ("[5, 6]", "+5.5 [+5, +6]", True),
+        ("[5, 6]", "5 and 6", False),
+        ("5 and 6", "6 [5, 7]", True),
+        ("5 lower [-1, 6]", "-5.1 [-6.2, +0.9]", True),
+        ("5 lower [-6, 1]", "-5.1 [-6.2, +0.9]", False),
+        ("-5 [-6, 1]", "-5.1 [-6.2, +0.9]", True),
+        ("+5 [-1, 6]", "-5.1 [-6.2, +0.9]", False),
+    ],
+)
+def test_what_stands(quoted, on_page, right):
+    on = figures_and_parts(on_page)
+    assert all(stands(figure, on) for figure in figures_in(quoted)) == right
 
 
 def test_parts():

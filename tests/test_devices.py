@@ -203,6 +203,37 @@ def test_no_apple_gpu_is_one_line(here):
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H100 NVL", torch.float16, 835e12),
+        ("NVIDIA H200", torch.float16, 989e12),
+        ("NVIDIA H200 NVL", torch.bfloat16, 836e12),
+        ("NVIDIA GH200 480GB", torch.bfloat16, 989e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A10", torch.bfloat16, 125e12),
+        ("NVIDIA H100 PCIe", torch.float32, None),
+        ("NVIDIA L4", torch.bfloat16, None),
+    ],
+)
+def test_the_peak_is_that_of_the_data_sheet_in_16_bits(monkeypatch, name, dtype, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(devices, "product_dtype", lambda x: dtype)
+    empty, ones, multiplied = torch.empty, torch.ones, []
+
+    def few(*sizes, device, dtype=None):
+        multiplied.append(dtype)
+        return ones(8, 8, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: empty(*sizes))
+    monkeypatch.setattr(torch, "ones", few)
+    got = devices.peak_flops(devices.Dist(0, 1, torch.device("cuda", 0)))
+    assert got == peak or peak is None
+    assert multiplied == ([] if peak else [dtype])  # else it is measured
+
+
 def test_recompute_on_an_apple_gpu_wants_no_dropout():
     apple, cpu = (devices.Dist(0, 1, torch.device(kind)) for kind in ("mps", "cpu"))
     devices.refuse_recompute(0.0, apple)

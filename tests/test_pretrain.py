@@ -177,6 +177,7 @@ def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch)
     whole = config(name="whole", dtype="fp16", save_every=1, keep=6)
     pretrain.main(whole)
     assert metrics("runs/whole", "grad_norm")[2] is None  # not finite
+    assert metrics("runs/whole", "skipped") == {1: 0, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1}
     assert_same_weights("runs/whole/step_0000001", "runs/whole/step_0000002")
     scaler = torch.load("runs/whole/last/trainer_state.pt")["scaler"]
     assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**15, 4)  # from 2¹⁶, then four good steps
@@ -186,6 +187,19 @@ def test_fp16_run_skips_what_overflowed_and_resumes_its_scale(here, monkeypatch)
     assert_same_weights("runs/whole/last", "runs/parts/last")
     pretrain.main(config(name="plain", steps=1))
     assert metrics("runs/plain", "loss")[1] == pytest.approx(metrics("runs/whole", "loss")[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("fp32", 0), ("fp16", 16)])  # a scale of 2¹⁶, halved 17 times
+def test_a_gradient_that_is_never_finite_stops_the_run(here, monkeypatch, dtype, step):
+    def loss(*args):
+        loss = plain(*args)
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    plain = pretrain.next_token_loss
+    monkeypatch.setattr(pretrain, "next_token_loss", loss)
+    with pytest.raises(DivergedError, match=rf"the loss is \d.*, the gradient norm is nan at step {step} "):
+        pretrain.main(config(steps=20, eval_every=20, dtype=dtype))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -239,9 +253,12 @@ def test_continuing_from_a_checkpoint_takes_its_architecture(here):
         ("model.qk_norm", False, {"model": no_norm}),
         ("tokenizer", "byte", {"tokenizer": "byte"}),
         ("vocab_size", 500, {"vocab_size": 500}),
+        ("model.n_expert_active", 3, {"model": TransformerConfig(n_expert_active=3)}),
     ]:
         with pytest.raises(ConfigError, match=f"--{flag} {value} has no effect with --init runs/first"):
             pretrain.main(config(name="fourth", init="runs/first", steps=1, **changes))
+    with pytest.raises(ConfigError, match="--z_weight has no effect on runs/first"):
+        pretrain.main(config(name="fourth", init="runs/first", steps=1, z_weight=0.5))
     assert not (here / "runs/fourth").exists()
 
 
@@ -257,6 +274,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
     for extra, word in cases:
         assert_one_line_error(script("pretrain.py", *flags(), *extra, cwd=here), word)
     assert not (here / "runs").exists()
+
+
+MIXTURE = dict(n_expert_active=1, expert_width=8, n_shared_expert=1, moe_every=2, norm_topk_prob=False)
+MIXTURE |= dict(routed_scale=2.0, balancing="bias", capacity_factor=1.5)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +303,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(here):
         ({"model": TransformerConfig(context=1)}, "model.context is 1"),
         ({"model": TransformerConfig(vocab_size=5000)}, "use --vocab_size"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size 100 is too small"),
+        (
+            {"compile": True, "recompute": True, "model": TransformerConfig(n_expert=2)},
+            "with experts --compile and --recompute",
+        ),
+        ({"vocab_size": 100}, "--vocab_size has no effect .*--tokenizer char"),
+        *[
+            ({"model": TransformerConfig(**{name: value})}, f"--model.{name} has no effect .*--model.n_expert")
+            for name, value in MIXTURE.items()
+        ],
+        *[
+            ({name: 0.5, "model": TransformerConfig(**model)}, f"--{name} has no effect .*--model.{needed}")
+            for name, model, needed in (
+                ("aux_weight", {}, "n_expert"),
+                ("z_weight", {}, "n_expert"),
+                ("bias_rate", {}, "n_expert"),
+                ("aux_weight", {"n_expert": 2, "balancing": "bias"}, "balancing aux"),
+                ("bias_rate", {"n_expert": 2}, "balancing bias"),
+            )
+        ],
     ],
 )
 def test_bad_settings(here, changes, message, monkeypatch):

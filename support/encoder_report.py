@@ -51,7 +51,7 @@ class Look:
             run.say(f"step {step}  loss {loss:.3f}  valid {result['loss']:.3f}, {result['accuracy']:.1%}")
             run.keep_best(result["accuracy"])
         run.log(step, **record)
-        run.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{record['lr']:.1e}", best=f"{max(run.state.best, 0):.1%}")
+        run.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{record['lr']:.1e}", **run.best_so_far())
 
     def after(self, Encoder):
         """Judge the best checkpoint, an `Encoder`, on the test split -> what encoder.main returns. On rank 0, which

@@ -59,7 +59,7 @@ class Look:
             run.say(f"step {step + 1}  loss {record['loss']:.3f}  validation accuracy: {shown}")
             run.keep_best(by_kind["all"][0])
         run.log(step + 1, **record)
-        run.bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{max(run.state.best, 0):.1%}")
+        run.bar.set_postfix(loss=f"{record['loss']:.3f}", **run.best_so_far())
 
     def after(self):
         """The test split again, with the checkpoint of the highest validation accuracy; the report."""

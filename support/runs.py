@@ -178,6 +178,10 @@ class Run:
         if better and self.save("best"):
             self.state.best = value
 
+    def best_so_far(self):
+        """For the bar of a stage that keeps the best accuracy: {"best": "50.0%"}, or {} if none has been measured."""
+        return {"best": f"{self.state.best:.1%}"} if self.state.best >= 0 else {}
+
     def due(self, every):
         """Whether the current step is a multiple of `every`, or the last step."""
         return (self.done + 1) % every == 0 or self.done + 1 == self.config.steps

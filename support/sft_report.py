@@ -37,7 +37,7 @@ class Look:
             write_samples(run.log, step, result["answers"][:3])
             run.keep_best(result[metric])
         run.log(step, **record)
-        run.bar.set_postfix(loss=loss, lr=f"{record['lr']:.1e}", **{metric: f"{max(run.state.best, 0):.1%}"})
+        run.bar.set_postfix(loss=loss, lr=f"{record['lr']:.1e}", **run.best_so_far())
 
     def after(self):
         """The test split, with the checkpoint that the validation split chose -> what sft.main returns."""

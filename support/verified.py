@@ -134,7 +134,7 @@ def look_at_step(run, problems, record, shown=(), **more):
         run.keep_best(record["accuracy"])
     run.log(run.done + 1, **record)
     brief = {name: f"{record[name]:.3f}" for name in shown if name in record}
-    run.bar.set_postfix(brief | more, best=f"{run.state.best:.1%}")
+    run.bar.set_postfix(brief | more | run.best_so_far())
 
 
 def measure_end(run, problems, init):

@@ -325,6 +325,7 @@ def test_a_run_leaves_what_it_should(scratch, capsys, monkeypatch):
     assert "taken for positive" in said
     assert "bag of words" in said
     assert "best=" in bar
+    assert "best=0.0%" not in bar  # while none is measured
     state = torch.load(scratch / "runs/encoder/last/trainer_state.pt", weights_only=True)
     assert state["reads"].keys() == {f"the {split} split of --data sentiment" for split in ("train", "valid", "test")}
     run = scratch / "runs" / "encoder"

@@ -36,8 +36,6 @@ def write_together(contents):
     """{path: text or bytes}: write all of these files, or none of them."""
     with contextlib.ExitStack() as stack:
         for path, content in contents.items():
-            if Path(path).is_dir():  # renaming would fail, after that of others
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             stack.enter_context(replacing(path)).write_bytes(as_bytes(content))
 
 
@@ -59,6 +57,8 @@ def replacing(path):
     """The temporary path of a file, with the same ending. It is renamed to `path` after the block, and removed if the
     block raises an error."""
     path = Path(path)
+    if path.is_dir():  # renaming would fail, after that of other files
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")  # processes must not write into the same
     try:
         yield temporary

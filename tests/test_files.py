@@ -59,6 +59,8 @@ def test_what_does_not_fit_is_not_begun(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
         files.write_together({tmp_path / "folder": "new", page: "new"})
+    with pytest.raises(IsADirectoryError, match="folder"):  # before it is written, as another file may be renamed first
+        files.replacing(tmp_path / "folder").__enter__()
     (tmp_path / "folder").rmdir()
     assert page.read_text(encoding="utf-8") == "old\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "page.md"]

@@ -95,7 +95,7 @@ class LoraConfig:
         if not self.targets:
             raise CheckpointError("lora.targets is empty; name the layers to adapt, for example wq and wv")
         if not self.rank and (self.alpha, self.targets, self.dora) != (16.0, ["attn.*", "ffn.*"], False):
-            raise CheckpointError("lora.rank is 0: lora.alpha, targets and dora change nothing; give it, or drop them")
+            raise CheckpointError("lora.rank is 0: alpha, targets and dora do nothing; give a rank or leave them out")
 
 
 class LoRALinear(FrozenLinear):

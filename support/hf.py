@@ -4,7 +4,6 @@ save_decoder(model, path)                   -> config.json, model.safetensors
 load_decoder(model_class, path)             -> a model, from a directory or a hub name
 """
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from support.checks import only_declared
 from support.errors import CheckpointError
-from support.files import as_bytes, replacing, to_json
+from support.files import as_bytes, read_json, replacing, to_json
 from support.finite import check_finite, is_finite
 from support.nodes import first_line
 
@@ -351,9 +350,9 @@ def open_safetensors(path):
     files = [file]
     if not file.exists() and index.exists():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(index)["weight_map"]
             files = [path / name for name in sorted(set(weight_map.values()))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(f"{index} is corrupt: no JSON with a weight_map") from None
     shapes, handles = {}, {}
     for file in files:
@@ -404,12 +403,12 @@ def read_hf_config(path, config_class):
     """The config.json of a checkpoint directory -> (layout, a `config_class`). Raises CheckpointError."""
     file = Path(path) / "config.json"
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_json(file)
         kind = hf["model_type"]
     except FileNotFoundError:
         problem = "has no config.json" if Path(path).is_dir() else "is not there"
         raise CheckpointError(f"{path} {problem}; a checkpoint is a directory that save_pretrained wrote") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # the last: thousands of brackets
+    except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(f"{file} is not a model's config.json: no JSON with a model_type") from None
     if kind not in list(LAYOUTS):  # a list, because kind may be any JSON value, even an unhashable one
         raise CheckpointError(f"{file}: model_type {kind!r} is not known here; known: {', '.join(LAYOUTS)}")

@@ -1,6 +1,5 @@
 """BERT's checkpoint format, in and out: Hugging Face's names for an encoder, and the own format."""
 
-import json
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from support.checks import only_declared
 from support.errors import CheckpointError
+from support.files import read_json
 from support.finite import check_finite
 from support.hf import (
     EXTENSIONS_OFF,
@@ -66,8 +66,8 @@ HEADS = ("classifier.", "pooler.", "transform", "token_bias")  # may be missing 
 def is_encoder(path):
     """Whether a directory holds an encoder checkpoint, in the own layout or in BERT's."""
     try:
-        return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"] in (OWN, "bert")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return read_json(Path(path) / "config.json")["model_type"] in (OWN, "bert")
+    except (OSError, ValueError, TypeError, KeyError):
         return False  # opening the checkpoint will report the error
 
 
@@ -148,7 +148,7 @@ def read_config(path, config_class):
     """The config.json of a directory -> (its model_type, a `config_class`). Raises CheckpointError."""
     file = Path(path) / "config.json"
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_json(file)
         kind = hf["model_type"]
         if kind == OWN:
             settings = {key: value for key, value in hf.items() if key not in EXTRA_KEYS}
@@ -167,5 +167,5 @@ def read_config(path, config_class):
         raise CheckpointError(f"{path} has no config.json; a checkpoint is a directory that holds one") from None
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {missing}") from None
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:  # and from above
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # wrong types, and from above
         raise CheckpointError(f"{file}: {error}") from None

@@ -193,5 +193,5 @@ def test_bad_checkpoints_are_one_line(bert, tmp_path):
         Encoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[" * 10**5, encoding="utf-8")
     assert not is_encoder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"config\.json: maximum recursion depth exceeded"):
+    with pytest.raises(CheckpointError, match=r"config\.json: too many brackets"):
         Encoder.from_pretrained(tmp_path)

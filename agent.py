@@ -27,7 +27,7 @@ One step, for one process (main has the same parts; the loss and the advantages 
     A       = group_advantages(rewards · weights)    (N, R) one per trajectory                               3. compare
     for minibatch in minibatches_of(batch, mask):                                                            4. update
         for piece in minibatch:                      b answers
-            logprobs = shared_answer_logprobs(model, piece)      of all tokens, whoever wrote them (b, T)
+            logprobs = shared_answer_logprobs(model, piece)      entry t: log π of token t, whoever wrote it   (b, T)
             loss     = grpo_loss(logprobs, old, A, mask, ref)    old, ref: log π_old, log π_ref
             backward
         clip the gradient's norm, optimizer step
@@ -242,7 +242,9 @@ class Config(grpo.Config):
 
 
 def main(config):
-    """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
+    """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds.
+
+    grpo.main again: `respond` gives the tools' replies, the mask leaves them out. No refills, stale samplers, FSDP."""
     tools = load_tools(config.tools, TOOLS)
     start = open_start(config, grpo.REWARDS, partial(calls_start, tools=tools, with_tools=WithTools))
     dist, autocast, scaler = start.dist, start.autocast, start.scaler
@@ -253,7 +255,7 @@ def main(config):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
-        """(n,) bool: which of this rank's groups have an advantage, before any scale."""
+        """(n,) bool: which of this rank's groups have rewards that differ."""
         return grpo.advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
     respond = WithTools(tools, start.tokenizer)

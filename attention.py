@@ -11,6 +11,9 @@ A query asks "which keys match me?", the softmax turns the scores into weights t
 weighted mean of the values. If the numbers of q and k are independent, with mean 0 and variance 1, their dot product
 has variance D: the division by √D brings it back to 1.
 
+A *head* is one such attention over its own D numbers of each query, key and value. H of them run side by side, so one
+token can look at H places at once, each for another reason; a last matrix, `wo`, mixes their H · D outputs back to C.
+
 Letters: B rows (one sequence each), T queries, S keys, C width, H query heads, G key/value heads, D head width, W
 window. n: a token's position among the real tokens of its row (packed: of its document), from 0. Slot: its
 place in the cache; in a KVCache pads take slots too.
@@ -61,8 +64,8 @@ pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a la
     n_kv_head, G    H        2 (H = 6)  wk, wv and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
                                         (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
     head_dim, D     C / H    32         the width of every head; H · D may differ from C
-    qk_norm         False    True       bounds the scores by √D times the norms' gains: stable at high learning rates
-                                        (Qwen3, arXiv:2505.09388)
+    qk_norm         False    True       bounds a score by √D · max |gain of q| · max |gain of k|: stable at high
+                                        learning rates (Qwen3, arXiv:2505.09388)
     bias            False    False      a bias in wq, wk, wv and wo
     window, W       None     None       a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
     sinks           0        0          with a window: how many first tokens stay visible to all (arXiv:2309.17453)
@@ -70,7 +73,8 @@ pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a la
 Traps, the ones that bite most first:
 
 * With a cache S > T, and the causal triangle must sit at the *bottom right*: query t stands at key slot S − T + t.
-  SDPA's `is_causal=True` puts it at the top left: in decoding, T = 1, the newest query would see only the oldest key.
+  torch's F.scaled_dot_product_attention (SDPA: the whole formula in one kernel) puts it at the top left with
+  `is_causal=True`: in decoding, T = 1, the newest query would see only the oldest key.
 * Every query must see at least itself. One that sees nothing is a softmax over −∞ alone: NaN in the formula (SDPA
   returns 0), and 0 · NaN = NaN carries it into every later layer. So a pad sees itself.
 * Left pads shift the slots, not the positions: besides the padding mask, give `rope` each row's own positions. RoPE
@@ -80,10 +84,11 @@ Traps, the ones that bite most first:
 * A window added to a model that was trained without one breaks it. Attention weights must sum to 1, and a head that
   finds nothing to look at has learned to put them on the first tokens. Keep those visible, as sinks, and it works.
 
-What it costs. A head's scores are T · S dot products; a KVCache holds 2 (K and V) · n_layer · B · G · S · D numbers.
+What it costs. A head's scores are T · S dot products; a KVCache takes 2 (K and V) · n_layer · B · G · max_len · D
+numbers.
 With a window and no other mask about 2 · T · W of the products are computed (W ≥ 64, T ≥ 2 W), band by band; packed
 rows, left pads and shorter chunks pay for all T · S and hold their mask. A RollingKVCache keeps sinks + W slots. Yet
-through n windowed layers an output depends on the n (W − 1) tokens before it.
+with each windowed layer an output depends on W − 1 more of the tokens before it.
 
 A rolling cache stores each key rotated by its position in the text, so the outputs are those of one full pass with
 window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in
@@ -238,7 +243,8 @@ class Attention(nn.Module):
         window = self.window
         if isinstance(cache, RollingKVCache):
             check_sight(cache, window, self.sinks)
-            window = window if cache.length == 0 else None  # then the slots, or roll's mask, are the window
+            # Only the first call needs the window: later the slots, or the mask of `roll`, leave out what it hides
+            window = window if cache.length == 0 else None
             k, v, mask = cache.roll(layer, k, v, mask)  # (B, G, S, D) twice
         elif cache is not None:
             k, v = cache.update(layer, k, v)  # (B, G, S, D) twice

@@ -7,6 +7,9 @@ them, which no text of the teacher shows.
 At one place of a text, π is the student's distribution of the next token and z its logits (divided by --temperature);
 p is the teacher's, which has no gradient:
 
+β (--beta, from 0 to 1) says which way round they are compared; it is not the weight of a KL that --beta is in dpo.py,
+ppo.py and grpo.py:
+
     β = 0     D = KL(p ‖ π) = Σ_v p(v) log(p(v) / π(v))       forward: say all that the teacher might say
               ∂D/∂z_v = π(v) − p(v)
     β = 1     D = KL(π ‖ p) = Σ_v π(v) log(π(v) / p(v))       reverse: say nothing that the teacher would not
@@ -35,19 +38,20 @@ One step, for N = --prompts questions with R = --rollouts answers each, b answer
     texts    = writers(step, slots)                       N·R answers, λ of them the student's         1. write
     n_tokens = tokens of all answers                      of all ranks, before the cut into pieces
     for piece in pieces_of(texts):                                                                     2. compare
-        logits         = shared_answer_logits(student)    at each token of the answers    (b, T, V)
+        logits         = shared_answer_logits(student)    entry t predicts answer token t (b, T, V)
         teacher_logits = shared_answer_logits(teacher)    the same ids, no gradient       (b, T, V)
         loss           = distill_loss(logits, teacher_logits, mask, β, n_tokens)    with --loss sample: sampled_loss
         backward
     clip the gradient's norm, optimizer step                                                           3. update
     log; every so often answer validation questions, keep the best checkpoint                          4. look
 
-The defaults compare whole distributions by the forward KL, on the student's texts alone: 200 steps of 96 answers. Each
-at its tuned learning rate, the teacher's texts, SFT on them and the reverse KL end at no significantly different
-accuracy; the sampled token ends far lower: its gradient is noisier, and its rate was the lowest of the grid
-(results/distill.md). The teacher is the built-in start taken through
-grpo.py, the student a model of half its width, pretrained and fine-tuned alike; both are made once, under runs/start.
-Off: the teacher's texts, --loss sample, self-distillation, LoRA.
+The defaults compare whole distributions by the forward KL, on the student's texts alone: 200 steps of 96 answers. The
+teacher is the built-in start taken through grpo.py, the student a model of half its width, pretrained and fine-tuned
+alike; both are made once, under runs/start. Off: the teacher's texts, --loss sample, self-distillation, LoRA.
+
+Compared in results/distill.md, each at the best of four learning rates (for most of them the highest or the lowest of
+the four, so not an optimum): the teacher's texts, SFT on them and the reverse KL end at no significantly different
+accuracy. The sampled token ends far lower; its gradient is noisier and its rate lower, and the two are not separated.
 
 Self-distillation (arXiv:2601.19897): --teacher self is the student as it is now, with a longer prompt. --teacher_sees
 example puts a worked example before the question (another training problem, solved), solution this problem's own. What
@@ -82,9 +86,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from evaluate import kl_estimate
-from grpo import grpo_loss
 from optim import lr_at, optimizer_step
-from ppo import gae
 from support.checks import Amount, Count, Fraction, Positive
 from support.cli import run_script
 from support.distill_report import add_up, measure_student, report, step_record
@@ -144,25 +146,27 @@ def token_advantages(logprobs, teacher_logprobs, mask, gamma=0.0):
     """log π and log p of the student's own tokens, (B, T) each -> A (B, T), without a gradient, 0 outside the mask:
     A_t = Σ_{s ≥ t} γ^(s − t) r_s, so with gamma 0 this token's r_t alone."""
     rewards = torch.where(mask.bool(), teacher_logprobs - logprobs, 0.0).detach()
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]  # with V = 0 and GAE's λ = 1: that sum
+    advantages, later = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(rewards.shape[1])):
+        advantages[:, t] = later = rewards[:, t] + gamma * later  # (B,)
+    return advantages
 
 
 def sampled_loss(logprobs, teacher_logprobs, mask, by_student, gamma=0.0, *, n_tokens=None):
     """log π and log p of the texts' tokens and the mask, (B, T) each; by_student (B,) bool -> (loss, metrics).
 
-    grpo.py's loss, with an advantage for each token: A on the student's texts, 1 on the teacher's. Metrics: "loss",
-    whose value means nothing, and what the sampled tokens say of the divergences (k3): "reverse_kl" on the student's
-    texts, "forward_kl" on the teacher's, 0 where there are none.
+    REINFORCE with an advantage for each token: A on the student's texts, 1 on the teacher's. Metrics: "loss", whose
+    value means nothing, and what the sampled tokens say of the divergences (k3): "reverse_kl" on the student's texts,
+    "forward_kl" on the teacher's, 0 where there are none.
     """
     mask = mask.bool()
     of_student = by_student[:, None] & mask  # (B, T) its tokens
     A = torch.where(of_student, token_advantages(logprobs, teacher_logprobs, mask, gamma), 1.0)  # (B, T)
-    options = {"loss_type": "dapo", "surrogate": "reinforce", "n_tokens": n_tokens}  # a mean over tokens; no ratio
-    loss, metrics = grpo_loss(logprobs, logprobs.detach(), A, mask, **options)
+    loss = -torch.where(mask, A * logprobs, 0.0).sum() / (n_tokens or mask.sum().clamp(min=1))
     student, teacher = (torch.where(mask, x.detach(), 0.0) for x in (logprobs, teacher_logprobs))
     reverse = masked_mean(kl_estimate(student, teacher), of_student)
     forward = masked_mean(kl_estimate(teacher, student), mask & ~of_student)
-    return loss, {"loss": metrics["loss"], "reverse_kl": reverse.item(), "forward_kl": forward.item()}
+    return loss, {"loss": loss.item(), "reverse_kl": reverse.item(), "forward_kl": forward.item()}
 
 
 def demo():

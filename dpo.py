@@ -178,7 +178,7 @@ class Variant:
     loss: Callable  # (u, v, beta, the settings by name) -> (b,); kto's has other arguments, and `loss_of` calls it
     uses_reference: bool = True  # u, v are log π − log π_ref; else log π alone
     per_token: bool = False  # divided by the answers' lengths
-    unpaired: bool = False  # judges single answers
+    unpaired: bool = False  # of single answers, each with a label: good or bad
     settings: tuple[str, ...] = ()  # what it takes besides beta; with other variants these flags are refused
 
 
@@ -187,8 +187,8 @@ class Variant:
 #
 # --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
 # sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
-#   with ε           any    −(1 − ε) log σ(h) − ε log σ(−h)  −β (σ(−h) − ε)                +β (σ(−h) − ε)
 # length_normalised  means  −log σ(h)                        −β σ(−h) / |y_w|              +β σ(−h) / |y_l|
+#   both with ε             −(1 − ε) log σ(h) − ε log σ(−h)  σ(−h) − ε for σ(−h)           σ(−h) − ε for σ(−h)
 # hinge              sums   max(0, 1 − h)                    −β, or 0 if h > 1             +β, or 0 if h > 1
 # ipo                sums   (u − v − 1/(2β))²                2 (u − v − 1/(2β))            −2 (u − v − 1/(2β))
 # ipo_mean           means  (u − v − 1/(2β))²                2 (u − v − 1/(2β)) / |y_w|    −2 (u − v − 1/(2β)) / |y_l|
@@ -363,8 +363,8 @@ def main(config):
     kind, start = VARIANTS[config.variant], open_start(config)
     dist, autocast, scaler, policy = start.dist, start.autocast, start.scaler, start.policy
     context, pad = policy.config.context, start.tokenizer.endoftext_id
-    # The policy is still the start model, π_ref. problems: for greedy accuracy, if the data has a verifier. reads: what
-    # a resumed run must find unchanged
+    # The policy is still the start model, π_ref. problems: for greedy accuracy, None without a verifier. reads: the
+    # content that a resumed run must find unchanged
     pairs, problems, reads = pairs_of_run(policy, start.tokenizer, config, kind, dist, autocast)
     run, look, recorder = begin_run(start, pairs, problems, reads, kind, loss_of)  # and measure the test split
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy

@@ -15,7 +15,7 @@ This way any token may be a random one, or one to predict, and the model must re
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
     1. batch     masked-LM   windows = batch_at(stream, step)     windows of a shuffled epoch            (B, T)
-                             batch = masked_batch(windows)        .tokens x̃, .targets x, .masked: M      (B, T) each
+                             batch = masked_batch(windows)        .tokens x̃, .targets x, .masked: in M?  (B, T) each
                              n = |M|                              counted over the whole batch, all ranks
                  labels      batch = labelled_batch(rows)         .tokens x̃, .real: not a pad            (B, T) each
                              n = B                                here x̃ has 10 % of all tokens masked, as noise
@@ -200,10 +200,8 @@ def mean_pool(x, real=None):
 
 
 def mask_tokens(tokens, mask_id, vocab_size, never, generator, rate=0.15):
-    """tokens x (B, T), and never (B, T), True where none may be masked -> x̃ (B, T), masked (B, T), which is True on M.
-
-    Of M, 80 % become mask_id, 10 % a random token, 10 % stay.
-    """
+    """tokens x (B, T), and never (B, T), True where none may be masked -> x̃ (B, T), masked (B, T), which is True on M,
+    whatever stands there now: 80 % become mask_id, 10 % a random token, 10 % stay."""
     masked = (torch.rand(tokens.shape, generator=generator) < rate) & ~never
     u = torch.rand(tokens.shape, generator=generator)
     random_tokens = torch.randint(vocab_size, tokens.shape, generator=generator)
@@ -221,7 +219,7 @@ def masked_batch(windows, tokenizer, generator, rate):
 
 
 def labelled_batch(rows, tokenizer, generator, token_dropout):
-    """[(ids, label), …] -> a TextBatch with labels; a share of its tokens is masked, as noise and without targets."""
+    """[(ids, label), …] -> a TextBatch with labels; a share of its tokens becomes <|mask|>, as noise: not in M."""
     tokens, real = pad_rows([ids for ids, _ in rows], tokenizer.endoftext_id)  # (B, T)
     if token_dropout:
         dropped = torch.rand(tokens.shape, generator=generator) < token_dropout
@@ -373,7 +371,7 @@ def main(config):
     for step in run.steps(config.mlm_steps + config.steps):
         # 1. the batch: first masked-LM, then labels. Every rank makes all of it and so knows n; then it takes its rows
         started, pretraining = time.perf_counter(), step < config.mlm_steps
-        # from (seed, step): a resumed run masks the same tokens
+        # It depends on (seed, step) alone: a resumed run masks the same tokens
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
         if pretraining:
             phase_step, phase_steps, peak = step, config.mlm_steps, config.mlm_lr

@@ -130,35 +130,34 @@ def wilson(successes, n, z=1.96):
     return max(0.0, centre - half), min(1.0, centre + half)  # against rounding
 
 
-def mcnemar(only_first, only_second):
+def mcnemar(lost, gained):
     """Exact two-sided p-value of two models' accuracies on the same problems (McNemar 1947, in its binomial form).
 
-    only_first, only_second: how many problems the one alone gets right, and the other alone. If the two are equally
-    good, each of these m problems falls to either side like a coin: p = P(a split at least as uneven).
+    lost, gained: how many problems A alone gets right, and B alone. If the two are equally good, each of these m
+    problems falls to either side like a coin: p = P(a split at least as uneven).
     """
-    m = only_first + only_second
-    ways = sum(math.comb(m, i) for i in range(min(only_first, only_second) + 1))
+    m = lost + gained
+    ways = sum(math.comb(m, i) for i in range(min(lost, gained) + 1))
     return min(1.0, 2 * ways / 2**m)  # whole numbers: no rounding before the /
 
 
-def paired_interval(only_first, only_second, N, z=1.96):
-    """95 % interval of accuracy(second) − accuracy(first) on the same N problems: Wald's with a Laplace adjustment
-    (Bonett and Price 2012, J. Educ. Behav. Stat. 37, 479; see also Fagerland et al. 2014, Stat. Med. 33, 2850)."""
-    p_lost, p_gained = (only_first + 1) / (N + 2), (only_second + 1) / (N + 2)
+def paired_interval(lost, gained, N, z=1.96):
+    """95 % interval of accuracy(B) − accuracy(A) on the same N problems: Wald's with a Laplace adjustment (Bonett and
+    Price 2012, J. Educ. Behav. Stat. 37, 479; see also Fagerland et al. 2014, Stat. Med. 33, 2850)."""
+    p_lost, p_gained = (lost + 1) / (N + 2), (gained + 1) / (N + 2)
     d = p_gained - p_lost
     half = z * math.sqrt((p_lost + p_gained - d**2) / (N + 2))
     return max(-1.0, d - half), min(1.0, d + half)
 
 
 def compare(first, second):
-    """Two lists of verdicts on the same problems -> {"difference": of the accuracies, "low", "high", "p", and how often
-    "only_first" and "only_second" is right}."""
-    only_first = sum(a > b for a, b in zip(first, second, strict=True))
-    only_second = sum(b > a for a, b in zip(first, second, strict=True))
-    low, high = paired_interval(only_first, only_second, len(first))
-    counts = {"only_first": only_first, "only_second": only_second}
-    difference = (only_second - only_first) / len(first)
-    return {"difference": difference, "low": low, "high": high, "p": mcnemar(only_first, only_second)} | counts
+    """Two lists of verdicts on the same N problems, of A and of B -> {"difference": of the accuracies, "low", "high",
+    "p", and how often "only_first", A, and "only_second", B, is right}."""
+    lost = sum(a > b for a, b in zip(first, second, strict=True))
+    gained = sum(b > a for a, b in zip(first, second, strict=True))
+    low, high = paired_interval(lost, gained, len(first))
+    figures = {"difference": (gained - lost) / len(first), "low": low, "high": high, "p": mcnemar(lost, gained)}
+    return figures | {"only_first": lost, "only_second": gained}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ def own_measure(answer):
 
 
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None, dtype="fp32"):
-    """Greedy answers to N problems, dealt out to the ranks -> on every rank the same, but for its own samples:
+    """Greedy answers to N problems, dealt out to the ranks -> the same on every rank, but for `answers`:
 
         accuracy, correct         the share and the number of right answers, of the problems that are `checkable`
         low, high                 the accuracy's 95 % interval
@@ -283,22 +282,22 @@ def evaluate_samples(
 def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     """What a sampled token says of KL(π ‖ π_ref), elementwise (J. Schulman, "Approximating KL divergence", 2020).
 
-    With r = π_ref(y) / π(y), y ~ π:  value               gradient         its mean over y ~ π
-        k1 = −log r                   unbiased, any sign  ∇log π           0, so never put it in the loss
-        k2 = (log r)² / 2             biased, ≥ 0         −log r · ∇log π  ∇KL(π ‖ π_ref)
-        k3 = r − 1 − log r            unbiased, ≥ 0       (1 − r) ∇log π   ∇KL(π_ref ‖ π), close to k2's near π_ref
+    With x = π_ref(y) / π(y), y ~ π:  estimate            its gradient     that gradient's mean over y ~ π
+        k1 = −log x                   unbiased, any sign  ∇log π           0, so never put it in the loss
+        k2 = (log x)² / 2             biased, ≥ 0         −log x · ∇log π  ∇KL(π ‖ π_ref)
+        k3 = x − 1 − log x            unbiased, ≥ 0       (1 − x) ∇log π   ∇KL(π_ref ‖ π), close to k2's near π_ref
 
-    by ∇log r = −∇log π, E[∇log π] = Σ ∇π = 0 and E[r ∇log π] = Σ π_ref ∇log π = −∇KL(π_ref ‖ π). So k1 belongs in the
-    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it. In the loss k2 has that gradient, and so has ρ k3;
-    GRPO's paper has k3 alone, whose gradient is the other KL's, close to it near π_ref (grpo.py).
+    by ∇log x = −∇log π, E[∇log π] = Σ ∇π = 0 and E[x ∇log π] = Σ π_ref ∇log π = −∇KL(π_ref ‖ π). So k1 belongs in the
+    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it. In the loss k2 has that gradient, and so has ρ k3,
+    with ρ = π / π_old: 1 on fresh samples, but with a gradient. GRPO's paper has k3 alone: the other KL's (grpo.py).
     """
-    log_r = ref_logprobs - logprobs
+    log_x = ref_logprobs - logprobs
     if kind == "k1":
-        return -log_r
+        return -log_x
     if kind == "k2":
-        return log_r.square() / 2
+        return log_x.square() / 2
     if kind == "k3":
-        return log_r.exp() - 1 - log_r
+        return log_x.exp() - 1 - log_x
     raise ConfigError(f"--kl {kind!r} is not known; use k1, k2 or k3")
 
 

@@ -20,9 +20,8 @@ One step is grpo.main's, with another `paid_rewards` in "judge" and another "com
     for minibatch in minibatches: grpo_loss(…, A, …)    A_i weighs every token of answer i, as in GRPO       4. update
     log; every so often answer validation questions                                                          5. look
 
-Why: a sum forgets which rewards it was made of; dividing it by its std, group by group, forgets how many there were to
-win. Either can give different rewards the same advantage. (Neither GRPO nor GDPO keeps the scale of a single reward:
-each divides it away.)
+Why: in a sum (1, 0) and (0, 1) are the same number; and dividing each group by its own std makes a winner of one reward
+and a winner of two the same number. (Neither GRPO nor GDPO keeps the scale of a single reward: each divides it away.)
 
 Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
 
@@ -46,7 +45,7 @@ Traps:
   √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them.
 * An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). Without it two of six seeds learned, one of them in part, to stop
-  after the first of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
+  halfway through a problem of two steps: brief, tidy and wrong. With it none did (results/gdpo.md, no KL penalty).
 * --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
 The log has, of both methods, how many different advantages a batch gets (`values_…`) and the share of groups in which
@@ -89,7 +88,7 @@ def gdpo_advantages(rewards, weights=None):
 
 
 def condition(rewards, k, needed):
-    """rewards (N, R, M) -> a copy, with reward number k 0 where number `needed` is below 1, the threshold (§3.2).
+    """rewards (N, R, M) -> a copy in which reward k is 0 wherever reward `needed` is below the threshold 1 (§3.2).
     ConfigError if it is a penalty."""
     if (lowest := rewards[..., k].min()) < 0:
         raise ConfigError(f"a --conditioned reward is {lowest:g}: a wrong answer, which is paid 0, would escape it")
@@ -160,7 +159,7 @@ class Config(grpo.Config):
             refuse_replaced(self)  # before the algorithm's row fills them in
         super().__post_init__()
         if self.combine == "gdpo":
-            self.baseline = self.scale = None  # not used
+            self.baseline = self.scale = None  # gdpo_advantages has its own; grpo.main's KL in the reward reads mean
         check_conditioned(self.conditioned, reward_functions(self, grpo.REWARDS)[1])
 
 

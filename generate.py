@@ -195,8 +195,8 @@ def generate(
     try:
         batches = []
         for i in range(0, len(prompts), size):
-            table = uniforms[i * n : (i + size) * n]
-            batch = roll_out(model, prompts[i : i + size], table, n, stop_ids, on_tokens, write, sampling, static)
+            u = uniforms[i * n : (i + size) * n]
+            batch = roll_out(model, prompts[i : i + size], u, n, stop_ids, on_tokens, write, sampling, static)
             batches.append(batch)
     finally:
         model.train(was_training)
@@ -239,7 +239,7 @@ def roll_out(model, prompts, uniforms, n, stop_ids, on_tokens, write, sampling, 
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)  # tokens that were sampled
     real = torch.zeros_like(mask)  # those, and the tokens that `write` gave
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    row = slice(None)  # (B,) which output row each row of the shrinking batch is: all, until one leaves
+    row = slice(None)  # which output row each batch row is: all, in order; once rows have left, their indices (B,)
     live = torch.ones(rows, dtype=torch.bool, device=device)
     given = None  # what `write` returned: (N·n,) the id that a row must take next, or −1
     for t in range(max_new_tokens):

@@ -25,11 +25,13 @@ With a penalty for moving away from the reference π_ref, the policy before trai
     U = Σ_it v_it [min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β ρ_t k3_t]     (Eq. 3, which has k3 without ρ)
         k3 = x − 1 − log x,  x = π_ref(y_t) / π(y_t)                           (Eq. 4)
 
-The ρ before k3 makes its gradient that of KL(π ‖ π_ref) (arXiv:2512.02556, §3.1).
+The ρ before k3 makes its gradient, in the mean over y_t ~ π_old, that of the next token's KL(π ‖ π_ref)
+(arXiv:2512.02556, §3.1).
 
-As ∇ρ_t = ρ_t ∇log π(y_t), a token that is not clipped gets v_it ρ_t A_i ∇log π(y_t), which is REINFORCE where ρ = 1.
-(The mean is not quite a legal baseline, as r_i is in it: that scales the expected gradient by (R − 1) / R. The division
-by the std is a heuristic: a group that differs only in format pushes as hard as one with right and wrong answers.)
+As ∇ρ_t = ρ_t ∇log π(y_t), a token that is not clipped gets v_it ρ_t A_i ∇log π(y_t). Where ρ = 1 that is REINFORCE, but
+for three things. The mean has r_i in it, which scales the expected gradient by (R − 1) / R, no more. The division by
+the std is a heuristic: a group that differs only in format pushes as hard as one with right and wrong answers. And
+REINFORCE weighs every token by 1 / B, v_it also by 1 / |y_i|: each token of a long wrong answer is punished less.
 
 One step (grpo_plain.py has it without this file's additions); `main` has the same five parts. A *group* is the R
 answers to one of the N questions, of up to T tokens; a *batch*, all N·R answers of the step. An *update* (optimizer
@@ -37,7 +39,7 @@ step) takes some of the groups, a *minibatch* of B answers; a forward pass some 
 mask is 1 on what was sampled, the token that ends an answer too.
 
     batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
-    rewards = paid_rewards(batch)                    right or not, well formed or not    (N, R, 2)        2. judge
+    rewards = paid_rewards(batch)                    right? well formed? or M others     (N, R, M)        2. judge
     A       = group_advantages(rewards · weights)    mean 0 in each group                (N, R)           3. compare
     minibatches = minibatches_of(batch, A)           groups with A = 0 left out                           4. update
     ref     = reference_logprobs(minibatches)        log π_ref, no gradient              (N·R, T)
@@ -55,21 +57,21 @@ The family. --algorithm NAME takes a row of this table (in code: support/family.
 own; the functions below say what it does.
 
     algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
-    reinforce             none           none    -         reinforce       dr_grpo    -           A / BL
+    reinforce             none           none    -         reinforce       dr_grpo    -           A / (BL)
     rloo                  leave_one_out  none    product   clip 0.2 0.2    grpo       0.05 reward Πρ A / B, or 0
-    grpo                  mean           group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / B|y|, or 0
-    dr_grpo               mean           none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
+    grpo                  mean           group   token     clip 0.2 0.2    grpo       0.3         ρ_t A / (B|y|), or 0
+    dr_grpo               mean           none    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / (BL), or 0
     dapo                  mean           group   token     clip 0.2 0.28   dapo       -           ρ_t A / tokens, or 0
-    gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           s A / B|y|, or 0
+    gspo                  mean           group   sequence  clip 3e-4 4e-4  grpo       -           s A / (B|y|), or 0
     cispo                 mean           group   token     cispo 1 4       dapo       -           min(ρ_t, 5) A / tokens
-    sapo                  mean           group   token     sapo            grpo       -           ρ_t f'(ρ_t) A / B|y|
-    maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / BL, or 0
+    sapo                  mean           group   token     sapo            grpo       -           ρ_t f'(ρ_t) A / (B|y|)
+    maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / (BL), or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
 After a clip stand ε below and above. KL has β: of ρ k3 in the loss, or of k2 = (log x)² / 2 where that stands; "reward"
-is −log x, summed over an answer and taken off its advantage. The last column is the factor of ∇log π(y_t), without the
-KL's; "or 0" is where the clip acts. L is --max_new_tokens, *tokens* those of the minibatch, Πρ the product of an
-answer's ratios, s its |y|-th root, f' the slope of a soft clip.
+is −log x, summed over an answer; β times what that is above the group's baseline is taken off the advantage. The last
+column is the factor of ∇log π(y_t), without the KL's; "or 0" is where the clip acts. L is --max_new_tokens, *tokens*
+those of the minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip.
 
 The papers, and what a paper has beside its row: support/family.py.
 
@@ -86,10 +88,10 @@ What to watch. Not the loss: the advantages of a group sum to 0, so in the first
 its gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, the share of
 groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
 things. Whatever is not rewarded may degrade: without the KL a run ended as accurate, but its answers swapped names and
-objects (results/grpo_word.md). The table at the end is of last/; the validation accuracy only chooses best/. It has
-pass@k: where the model learns to say at once what it could already say, pass@1 moves towards the start's pass@k. New
-ability would be problems that the start does not solve however often it tries (arXiv:2504.13837), which 16 samples
-cannot show.
+objects (results/grpo_word.md). The validation accuracy chooses best/; the table at the end is of last/. It has pass@k:
+if training only makes the model say at once what it could already say in k tries, pass@1 rises towards the start's
+pass@k, which stays. New ability would be problems that the start does not solve however often it tries
+(arXiv:2504.13837), which 16 samples cannot show.
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
@@ -271,7 +273,7 @@ def grpo_loss(
     beta=0.0, clip_low=0.2, clip_high=0.2, loss_type="grpo", *, ratio="token", surrogate="clip", kl="k3",
     kl_unbiased=False, sampler_weights=None, n_answers=None, n_tokens=None, max_length=None,
 ):  # fmt: skip
-    """Log-probabilities and mask (b, T), advantages (b,), or (b, T) as in distill.py -> (loss, metrics).
+    """Log-probabilities and mask (b, T), advantages (b,) -> (loss, metrics).
 
     Computed in fp32, or in float64 if the log-probabilities are.
     sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
@@ -296,15 +298,15 @@ def grpo_loss(
     logprobs = torch.where(mask > 0, logprobs, 0.0)
     log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
     rho = ratio_of(log_ratio, length)  # (b, T)
-    A = advantages if advantages.dim() == 2 else advantages[:, None]  # (b, T) or (b, 1)
+    A = advantages[:, None]  # (b, 1)
     objective, limited = surrogate_of(rho, A, logprobs, clip_low, clip_high)  # (b, T) each
     cost = -objective if sampler_weights is None else -objective * sampler_weights
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
-            # ∇(ρ k3) = ρ log(π / π_ref) ∇log π: in the mean over y_t this token's ∇KL(π ‖ π_ref). ∇k3 alone, the
-            # paper's, is ∇KL(π_ref ‖ π) (evaluate.kl_estimate). What y_t does to the KL of later tokens, --kl_in reward
-            # counts.
+            # ∇(ρ k3) = ρ log(π / π_ref) ∇log π: in the mean over y_t ~ π_old the gradient of this token's KL(π ‖ π_ref)
+            # after its prefix. ∇k3 alone, the paper's, is that of KL(π_ref ‖ π), while ρ = 1 (evaluate.kl_estimate).
+            # Neither counts what y_t does to the KL of later tokens; --kl_in reward does.
             distance, token_rho = kl_estimate(logprobs, ref_logprobs, kl), log_ratio.exp()  # whatever the --ratio
             cost = cost + beta * (token_rho * distance if kl_unbiased else distance)
     loss = (cost * v).sum()
@@ -312,7 +314,7 @@ def grpo_loss(
     metrics = {
         "clip_fraction": masked_mean(limited.float(), mask),
         "ratio_spread": masked_mean((rho - 1).abs(), mask),  # 0 on fresh rollouts
-        "ratio_max": rho.max(),
+        "ratio_max": rho.masked_fill(mask == 0, 0.0).max(),
     }
     if ref_logprobs is not None:
         metrics["kl"] = masked_mean(kl_estimate(logprobs.detach(), ref_logprobs, "k3"), mask)
@@ -401,7 +403,7 @@ class Config(FamilyFlags, PolicyRunConfig):
 
     name: str = "grpo"
     steps: Count = 500
-    """Batches of rollouts."""
+    """Batches of answers ("rollouts")."""
     prompts: Count = 12
     """Questions N per step, over all ranks."""
     temperature: Positive = 1.0
@@ -413,7 +415,8 @@ class Config(FamilyFlags, PolicyRunConfig):
     minibatches: Count = 2
     """Optimizer steps in a pass; from the second on ρ differs from 1."""
     lr: Amount = 1.5e-4
-    """Peak learning rate; it falls linearly to 0 after the warm-up."""
+    """Peak learning rate, for Muon, the default; --optimizer adamw wants about a sixth. It falls linearly to 0 after
+    the warm-up."""
 
 
 def loss_with(config):
@@ -426,7 +429,7 @@ def loss_with(config):
 def advantages_of(rewards, reward_weights, config, lengths=None):
     """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the rewards up, then compare. gdpo.py has another.
 
-    lengths (N, R): the tokens of each answer that count; None: no scale, which is enough to tell which A are 0.
+    lengths (N, R): the tokens of each answer that count; None: no scale, where only is asked which A are 0 before it.
     """
     scale = "none" if lengths is None else config.scale
     return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
@@ -444,16 +447,18 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
-        """(n,) bool: which of this rank's groups have an advantage, before any scale, and a token that counts."""
+        """(n,) bool: which of this rank's groups have rewards that differ, and a token that counts."""
         A, _ = advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)
         return A.ne(0).any(1) & (batch.ended.any(1) if config.mask_truncated else True)
 
     sample = Sampler(rollout_policy.model, start.tokenizer, start.problems["train"], config, autocast)
+    # run: the steps, the optimizers, the checkpoints. look: what is logged, validated and drawn. recorder: what view.py
+    # shows. look and recorder change nothing in the training
     run, look, recorder = begin_run(start, sample, signal_of, rollout_policy)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 and not config.fsdp else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
-    loss_of = recorder.noted(loss_with(config))  # the recorder keeps what view.py shows, and changes nothing
+    loss_of = recorder.noted(loss_with(config))  # the same function; the recorder keeps what it is given
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())

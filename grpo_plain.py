@@ -2,18 +2,19 @@
 
 Ask N questions, let the policy π answer each R times, check the answers, compare each with its siblings, and make the
 better ones more likely. With π_old the policy when it sampled, π_ref the policy before training, and B the answers of
-an update (arXiv:2402.03300, Eq. 3 and 4; the paper has no ρ before k3; grpo.py derives them):
+an update (arXiv:2402.03300, Eq. 3 and 4, with two changes: ρ before k3; and a group whose A are all 0 adds nothing, not
+even its KL, though B counts it):
 
     A_i  = (r_i − mean(r)) / (std(r) + 1e-4)            over the R answers of a group, the std with R − 1
-    ρ_it = π(y_it) / π_old(y_it)                        1 until the first update
+    ρ_it = π(y_it) / π_old(y_it)                        1 in a batch's first update, near 1 in the second
     k3   = x − 1 − log x,  x = π_ref(y_it) / π(y_it)    how far from the start
     loss = −1/B Σ_i 1/|y_i| Σ_t [min(ρ_it A_i, clip(ρ_it, 1 − ε, 1 + ε) A_i) − β ρ_it k3_it]
 
 One process, fp32, no resuming, no log but what it prints; the policy ends in runs/grpo_plain/last. grpo.py can use
 several processes and bf16 (its default where the hardware has it), resumes, keeps logs, reads a prompt once for its R
-answers, and has the rest of the family. In fp32 it computes the same from the same start: tests/test_grpo_plain.py
-trains both and compares the weights. (A start made here is trained in the hardware's default dtype.) Try an idea in
-this file first.
+answers, and has the derivation and the rest of the family. In fp32 it computes the same from the same start:
+tests/test_grpo_plain.py trains both and compares the weights. (A start that has to be made first, by pretraining and
+SFT, is made in the hardware's default dtype, as by grpo.py.) Try an idea in this file first.
 
 Run it (without --init it makes its start, as grpo.py does, or takes the one that is there):
     python grpo_plain.py --demo                 a group of four answers, by hand
@@ -42,10 +43,11 @@ from support.sft_start import sft_start
 from support.verified import PolicyConfig
 from transformer import answer_logprobs
 
-N, R, L = 12, 8, 64  # questions a step, answers to each, the longest answer in tokens
-UPDATES = 2  # optimizer steps for each batch of answers: question g is in number g % UPDATES
-EPSILON, BETA = 0.2, 0.3  # of the clip of ρ; of the KL
-MAX_NORM = 1.0  # of the gradient: a longer one is clipped to it
+# The flags of grpo.py that these are, with the same defaults:
+N, R, L = 12, 8, 64  # --prompts, questions a step; --rollouts, answers to each; --max_new_tokens of an answer
+UPDATES = 2  # --minibatches, optimizer steps for each batch of answers; question g belongs to update g % UPDATES
+EPSILON, BETA = 0.2, 0.3  # --clip_low and --clip_high of ρ; --beta of the KL
+MAX_NORM = 1.0  # --clip: a longer gradient is scaled down to this norm
 
 
 def group_advantages(rewards):
@@ -60,7 +62,7 @@ def grpo_loss(logprobs, old, A, mask, ref, B):
     that are scored; B: those of the update, left-out groups included."""
     rho, A = (logprobs - old).exp(), A[:, None]  # (b, T), (b, 1)
     gain = torch.minimum(rho * A, rho.clamp(1 - EPSILON, 1 + EPSILON) * A)
-    k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)  # (b, T); ∇(ρ k3) is in the mean ∇KL(π ‖ π_ref)
+    k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)  # (b, T); ∇(ρ k3): in the mean ∇KL(π ‖ π_ref) of the next token
     per_answer = ((gain - BETA * rho * k3) * mask).sum(1) / mask.sum(1)  # (b,) a mean over its tokens
     return -per_answer.sum() / B
 
@@ -117,14 +119,15 @@ def main(config):
 
     for step in (bar := trange(config.steps)):
         # 1. ask: every question R times, from the distribution that the loss scores
-        problems = [train[i] for i in rows_at(len(train), step, N, config.seed)]  # N
+        problems = [train[i] for i in rows_at(len(train), step, N, config.seed)]  # N, none twice in an epoch
         prompts = [encode_prompt(tokenizer, problem) for problem in problems]  # N lists of ids
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # each step its own
         rollout = generate(policy, prompts, L, n=R, stop_ids=tokenizer.stop_ids, generator=generator)
-        answers, ended = rollout.rows, rollout.ended(tokenizer.stop_ids).tolist()  # N·R lists of ids; N·R bools
+        # N·R lists of ids, with the token that ends an answer, so |y| counts it; N·R bools
+        answers, ended = rollout.rows, rollout.ended(tokenizer.stop_ids).tolist()
 
-        # 2. judge: 1 if the number after #### is right; 0.1 if the answer ended by itself and its last line, and no
-        # other, is `#### number`
+        # 2. judge: 1 if the number after #### is right, plus 0.1 if the answer ended by itself and its last line, and
+        # no other, is `#### number`
         texts, asked = rollout.texts(tokenizer), [problem for problem in problems for _ in range(R)]  # N·R each
         right = torch.tensor([float(is_correct(text, problem)) for text, problem in zip(texts, asked, strict=True)])
         rewards = right + 0.1 * torch.tensor(format_reward(texts, asked, ended))  # (N·R,)

@@ -11,15 +11,16 @@ One layer:
     forward   low = A x                            (..., in) -> (..., r)
               y = W x + s B low                    (..., out)
               y = m / ‖W + s B A‖ ⊙ y              DoRA only; a bias is frozen, and added after it
-    backward, one token (those of A, B and m add up over tokens); δ = dL/dy (out,), for DoRA δ = m / ‖V‖ ⊙ dL/dy:
+    backward, one token (those of A, B and m add up over tokens); g = dL/dy (out,); δ = g, for DoRA δ = m / ‖V‖ ⊙ g:
               dL/dB = s δ (A x)ᵀ                   (out, r)
               dL/dA = s (Bᵀ δ) xᵀ                  (r, in)
               dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (in,)
-              dL/dm = dL/dy ⊙ V x / ‖V‖            (out,)
+              dL/dm = g ⊙ V x / ‖V‖                (out,)
     merge     W ← W + s B A,  or m / ‖V‖ ⊙ V       a plain Linear again: no cost in decoding
 
 dL/dW = δ xᵀ, a third of the work of a full training step, is never formed. Without a gradient W needs no moments in
-Adam either: of 16 bytes per weight (w, g, m, v in fp32) 4 remain. Activations stay: dL/dA needs x.
+Adam either: of 16 bytes per weight (itself, its gradient, two moments, in fp32) 4 remain, under Muon, which has one
+moment, of 12. Activations stay: dL/dA needs x.
 
 `rank` is 0 by default: every stage trains all weights. With --lora.rank 8 the defaults run LoRA with α = 16 on all
 Linear layers of attention and feed-forward (of a mixture: the router and the shared experts); DoRA is off.
@@ -36,7 +37,8 @@ Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With
 drawn from U(−1/√in, 1/√in), as nn.Linear's and PEFT's (in the paper Gaussian). s = α/r is for Adam. Take one token x:
 Adam's first step moves each B_ij by lr against the sign of δ_i (A x)_j, so the r terms of (B A x)_i have one sign and
 add up; 1/r undoes that, and the learning rate survives a change of r. Under Muon B A x grows only as √r, so there a
-larger r learns more slowly. Weight decay pulls A and B towards 0, so W' towards the given model.
+larger r learns more slowly. Weight decay pulls A and B towards 0, so LoRA's W' towards the given model; DoRA's m, a
+vector, does not decay, so there the directions alone go back.
 
 Why DoRA: plain LoRA couples length and direction, a longer ΔW changes both. DoRA learns them apart, as weight
 normalisation does. (The paper takes columns; its authors' code and PEFT take output rows, and so does this file.) With
@@ -243,7 +245,7 @@ def lora_off(model):
 def demo():
     """A 2 x 2 layer by hand, forward and backward; then a whole model: the start, a merge, the way back."""
     W, x = torch.tensor([[1.0, 2.0], [1.0, 8.0]]), torch.ones(1, 2, requires_grad=True)
-    delta = torch.tensor([[1.0, 0.0]])  # dL/dy
+    g = torch.tensor([[1.0, 0.0]])  # dL/dy
     by_hand = {  # V = W + 2 B A = [[3, 4], [5, 12]], whose rows have the lengths 5 and 13
         "LoRA": ([7, 17], {"B": [[4], [0]], "A": [[2, 2]], "x": [[3, 4]]}),
         "DoRA": ([14, 17], {"B": [[8], [0]], "A": [[4, 4]], "x": [[6, 8]], "m": [1.4, 0]}),  # row 1 twice as long
@@ -254,7 +256,7 @@ def demo():
         linear.weight.data = W.clone()
         layer = LoRALinear(linear, rank=1, alpha=2, dora=title == "DoRA")
         torch.testing.assert_close(layer(x), x @ W.t())  # B = 0 and m = ‖W‖: the given layer
-        of_A, of_B = torch.autograd.grad(layer(x), [layer.lora_A, layer.lora_B], delta)
+        of_A, of_B = torch.autograd.grad(layer(x), [layer.lora_A, layer.lora_B], g)
         assert of_A.eq(0).all()  # at the start A has none, B has
         assert of_B.ne(0).any()
         layer.lora_A.data, layer.lora_B.data = torch.ones(1, 2), torch.tensor([[1.0], [2.0]])
@@ -263,7 +265,7 @@ def demo():
         torch.testing.assert_close(layer(x)[0], torch.tensor(y).float())
         torch.testing.assert_close(x @ layer.weight.t(), layer(x))  # merged
         tensors = {"B": layer.lora_B, "A": layer.lora_A, "x": x, "m": layer.magnitude}
-        computed = torch.autograd.grad(layer(x), [tensors[name] for name in gradients], delta)
+        computed = torch.autograd.grad(layer(x), [tensors[name] for name in gradients], g)
         for gradient, expected in zip(computed, gradients.values(), strict=True):
             torch.testing.assert_close(gradient, torch.tensor(expected).float())
         print(f"  {title}  y = {y}   " + "   ".join(f"dL/d{name} = {value}" for name, value in gradients.items()))

@@ -37,8 +37,8 @@ significant. Against it, `--model.balancing`:
                                              the loss. --bias_rate sets the pace, and the swing that remains
     none
 
-With each of these pretrain.py also adds the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), 0.001 (--z_weight) ·
-mean(logsumexp(logits)²): it keeps the logits small, so that the softmax does not saturate.
+aux is the Switch loss. With each of the three pretrain.py also adds the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), 0.001
+(--z_weight) · mean(logsumexp(logits)²): it keeps the logits small, so that the softmax does not saturate.
 
 The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one token; the losses are means over T:
 

@@ -30,7 +30,8 @@ Where it stands, x the residual stream and f a branch (attention or feed-forward
     sandwich   x ← x + Norm(f(Norm(x)))    arXiv:2105.13290, Gemma 2 (arXiv:2408.00118): every branch adds a vector of
                                            one length, whatever the size of its weights
 
-The default model runs RMSNorm before each branch (pre) with ε = 1e-6, and on each query and key head (attention.py).
+The default model runs RMSNorm before each branch (pre) with ε = 1e-6, and on the query and key of every attention head
+(attention.py explains heads).
 
 The trap is precision. In fp16 squares above 65,504 are infinite, so an activation of 256 is enough to make the
 statistics inf. They are taken in fp32 at least, and the result returns in the input's dtype.
@@ -46,26 +47,28 @@ nothing is lost. And as the two are equal on centred vectors, a trained pre-norm
 by centring what writes into the stream: matrices, their biases, the embeddings; a norm's b goes into the matrices that
 read it (arXiv:2305.14858).
 
-What the placement changes, if each branch puts out as much variance as comes in, as it does at the start of training.
-(A block is one branch here; a transformer's has two, so its depth counts double.)
+What the placement changes in a stack whose branches each put out as much variance as comes in (`deep_stack` below).
+(A block is one branch here; a transformer's has two, so its depth counts double. transformer.py's begin smaller, see
+the end.)
 
 * post: each norm divides x + f(x) by √2. On the way back the two paths double the gradient's square, and the norm
   halves it: all blocks' weights get gradients of one size. If each branch changes by a share δ in an independent
   direction, the output moves by δ √(depth / 2) (arXiv:2004.08249): the reason for post-norm's warm-up. Here it trains
   without one at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
-* pre: after l blocks the stream's variance is 1 + l. On the way back the final norm divides by √(1 + depth), and every
-  later block k by √k, as it reads a variance of k: the two paths multiply by √(1 + 1/k). Their product over k = l + 1 …
-  depth is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l): deeper ones get smaller gradients. The same δ
-  moves the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and
-  one branch with large weights drowns all the others.
+* pre: after l blocks the stream's variance is 1 + l, as each adds 1. On the way back the final norm divides the
+  gradient by √(1 + depth). At each block k two gradients add up: the one past the branch, and the one through it, which
+  its norm divides by √k, the std that it reads: the sum is √(1 + 1/k) times as long. The product over k = l + 1 … depth
+  is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l): deeper ones get smaller gradients. The same δ moves
+  the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and one
+  branch with large weights drowns all the others.
 * sandwich: all branches weigh the same at the start, whatever the size of their weights; their gains learn the rest.
 
 transformer.py divides the matrices that write into the stream by √(2 n_layer) at the start. That levels the gradients.
 In a character model of 12 blocks the gradient of the first block, divided by that of the last, is 1.1 in pre and 0.98
 in post. In sandwich, whose second norm undoes the division, it is 3.4 (results/norm-placement.md).
 
-The modules call torch's fused kernels; where RMSNorm has none for training (CPU, Apple GPU), support/fast_norms.py
-supplies one.
+The modules call torch's fused kernels (all of the formula in one pass over memory); where RMSNorm has none for training
+(CPU, Apple GPU), support/fast_norms.py supplies one.
 
 Letters: C width, l the number of a block, L the loss; everything before the last dimension is left alone.
 
@@ -76,8 +79,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.devices import traits
-from support.fast_norms import RMSNormByHand
+from support.fast_norms import fast_rms_norm
 from support.output import run_demo
 
 
@@ -139,13 +141,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.dtype == self.weight.dtype and not torch.is_grad_enabled():  # decoding: the fewest calls win
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, self.weight.dtype)  # as in LayerNorm
-        gain = self.weight.to(wide)
-        if traits(x).fused_rms_norm or torch.compiler.is_compiling():  # one kernel forward, one backward
-            return F.rms_norm(x.to(wide), gain.shape, gain, self.eps).to(x.dtype)
-        return RMSNormByHand.apply(x, gain, self.eps)
+        return fast_rms_norm(x, self.weight, self.eps)  # rms_norm, by the fastest kernel for it
 
 
 def place(x, branch, placement, norm):

@@ -8,7 +8,8 @@ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.9
     Adam               m ← β₁ m + (1 − β₁) g                         arXiv:1412.6980, Algorithm 1
                        v ← β₂ v + (1 − β₂) g²
                        w ← w − η m̂ / (√v̂ + ε)                        m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ)
-    AdamW              w ← (1 − η λ) w, then Adam's step             arXiv:1711.05101, Algorithm 2
+    AdamW              w ← (1 − η λ) w, then Adam's step             arXiv:1711.05101, Algorithm 2, where λ meets the
+                                                                     schedule alone; here, as in torch, all of η
     Muon               m ← μ m + (1 − μ) g,  X = (1 − μ) g + μ m     K. Jordan et al. 2024; m, X and w are matrices
                        X ← X / ‖X‖_F                                 (rows, columns), ‖X‖_F = √Σ X_ij²
                        X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X            five times; a, b, c = 3.4445, −4.7750, 2.0315
@@ -16,7 +17,8 @@ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.9
 
 One step of training:
 
-    (loss · scale).backward()          the caller; the scale is fp16's alone: gradients below 3e-8 would round to 0
+    (loss · scale).backward()          the caller; the scale is fp16's alone, whose least number is 6e-8: gradients
+                                       below half of it would round to 0
     η = lr_at(step, …)                 the caller: a line up to the peak, then down: cosine, linear or wsd (warm-up,
                                        stable, decay)
     optimizer_step(…):
@@ -40,10 +42,10 @@ Gradient descent. Near a minimum the loss is a bowl, along an axis of curvature 
 With κ = h_max / h_min, the best η is 2 / (h_max + h_min): a step leaves (κ − 1)/(κ + 1) of the error, κ steps about
 e⁻² of it.
 
-Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign from step to step cancels. As
-−η m = w(t) − w(t−1), on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), so w(t) is a sum of powers zᵗ of the roots of
-z² − (1 + μ − η h) z + μ. Both roots have size √μ as long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis whose η h lies
-between these bounds shrinks by √μ a step. To fit all in,
+Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign at every step stays at g/(1 + μ), with μ
+= 0.9 a nineteenth. As −η m = w(t) − w(t−1), on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), so w(t) is a sum of
+powers zᵗ of the roots of z² − (1 + μ − η h) z + μ (where they coincide, of zᵗ and t zᵗ). Both roots have size √μ as
+long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis whose η h lies between these bounds shrinks by √μ a step. To fit all in,
 
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
@@ -125,7 +127,7 @@ class Adam(PerTensor):
 
 
 class AdamW(Adam):
-    """arXiv:1711.05101, Algorithm 2: the decay is decoupled from the gradient."""
+    """arXiv:1711.05101, Algorithm 2: the decay is decoupled from the gradient. As in torch λ is multiplied by lr."""
 
     def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -164,8 +166,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, decay, nesterov = group["lr"], group["weight_decay"], partial(self.nesterov, mu=group["momentum"])
-            for w, update in in_stacks(group["params"], nesterov, orthogonalise):  # (..., rows, columns) each
+            lr, decay, ahead = group["lr"], group["weight_decay"], partial(self.nesterov, mu=group["momentum"])
+            # as: for w in group["params"]: update = orthogonalise(ahead(w)); (..., rows, columns) each
+            for w, update in in_stacks(group["params"], ahead, orthogonalise):
                 w.mul_(1 - lr * decay)
                 w.add_(update, alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)
 

@@ -14,11 +14,11 @@ neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, t
     cos, sin = κ cos(angles), κ sin(angles)                 (..., T, D) each, once for all layers; κ, the attention
                                                             factor, is 1 but for yarn
     q, k     = apply_rope(q, cos, sin), and k so too        (B, H, T, D), (B, G, T, D): in each layer; not the values
-    score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           rotations compose, R(m)ᵀ R(n) = R(n − m)
+    q · k    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           query at position m, key at n; R(m)ᵀ R(n) = R(n − m)
 
-So a score depends on the distance n − m alone: attention is relative without a parameter, and a rotated vector keeps
-its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn to use it.) Here RoPE
-ends 0.36 nats per character below learned positions in validation loss (results/positions.md).
+So for given q and k the score depends on the distance n − m alone: attention is relative without a parameter, and a
+rotated vector keeps its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn
+to use it.) Here RoPE ends 0.36 nats per character below learned positions in validation loss (results/positions.md).
 
 Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast pair has met every angle. A slow pair,
 r_i < 1, has met only part of the circle, and past L it reaches angles that it never met. If its ω_i is divided by s, it
@@ -29,8 +29,8 @@ Hugging Face's form, says which pairs are slowed; its `factor` is s, but for dyn
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
                                                     between. s = f ℓ/L − (f − 1) for ℓ > L tokens, f the dict's factor
     llama3    keep_i ω_i + (1 − keep_i) ω_i / s     keep_i rises from 0 at r_i = 1 to 1 at r_i = 4 (Llama 3.1's code)
-    yarn      the same, keep_i from 0 at r_i = 1    arXiv:2309.00071; and scores times (0.1 ln s + 1)², because more
-              to 1 at r_i = 32                      keys flatten the softmax
+    yarn      the same, keep_i from 0 at r_i = 1    arXiv:2309.00071; and scores times (0.1 ln s + 1)², a fit by its
+              to 1 at r_i = 32                      authors
 
 The default model runs RoPE with θ = 10,000 and no scaling.
 
@@ -50,7 +50,7 @@ A small model trained on L = 64 bytes reads 4 L (nats per byte, one seed; result
               first L   2nd L   4th L   after 40 steps on 4 L: first, 4th
     as is        0.56    1.02    2.95   0.62, 0.98
     linear       3.43    3.71    3.68   1.34, 1.29
-    dynamic      0.61    0.60    2.94   0.61, 1.04      the best to 2 L (tables made for 4 L)
+    dynamic      0.61    0.60    2.94   0.61, 1.04      the best on the 2nd L (tables for 4 L)
     llama3       1.15    1.59    1.65   0.65, 0.61
     yarn         0.90    1.05    1.13   0.59, 0.54      usable to 4 L, but worse on short texts until it is trained
 
@@ -168,7 +168,7 @@ def apply_rope_interleaved(x, positions, theta=10000.0):
 
 def interleaved_to_half(weight, n_head):
     """Rows of a W_q or W_k (H·D, C) trained with neighbouring pairs -> (H·D, C) for halves: in each head, feature
-    2i + h goes to h·D/2 + i. (Biases, and gains of norms on heads, permute likewise.)"""
+    2i + j goes to j·D/2 + i (j = 0 or 1). Biases, and gains of norms on heads, permute likewise."""
     out, inner = weight.shape
     pairs = weight.view(n_head, out // n_head // 2, 2, inner)  # (H, D/2, 2, C)
     return pairs.transpose(1, 2).reshape(out, inner)  # (H, 2, D/2, C) -> (H·D, C)

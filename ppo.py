@@ -2,22 +2,24 @@
 
 A reward model says after the last token how good an answer is. Which tokens earned it? A value head guesses, before
 every token, what is still to come. A token's δ is its reward plus the rise of the guess. Its advantage is its own δ,
-plus λ times that of the next token, plus λ² times that of the one after, and so on.
+plus λ times the next token's δ, plus λ² times the δ after that, and so on.
 
 The policy gradient. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. An answer
-y ~ π(· | x) to a prompt x earns a reward r_t at each token. Its return is G_t = r_t + r_{t+1} + … (written for γ = 1):
+y ~ π(· | x) to a prompt x earns a reward r_t at each token. The return of token t is G_t = r_t + r_{t+1} + … (written
+for γ = 1):
 
-    r_t = −β (log π_old(y_t) − log π_ref(y_t)),            and at the last token also `final`, the answer's worth
-    J   = E[Σ_t r_t] = E[final] − β KL(π ‖ π_ref)          while π = π_old; the J of dpo.py
+    r_t = −β (log π(y_t) − log π_ref(y_t)),                and at the last token also `final`: what the answer is worth
+    J   = E[Σ_t r_t] = E[final] − β KL(π ‖ π_ref)          the KL of whole answers; the J of dpo.py
     ∇J  = E[(Σ_s r_s) Σ_t ∇log π(y_t | x, y_<t)]           because ∇π = π ∇log π
         = E[Σ_t G_t ∇log π(y_t | x, y_<t)]                 a token is credited with its own and all later rewards
         = E[Σ_t (G_t − V_t) ∇log π(y_t | x, y_<t)]         for any V_t = V(x, y_<t), which does not see y_t
     δ_t = r_t + γ V_{t+1} − V_t                            V is 0 after the last token
     A_t = δ_t + γλ A_{t+1} = Σ_l (γλ)^l δ_{t+l}            GAE, arXiv:1506.02438, Eq. 16
 
-After any prefix E[∇log π(y_t | x, y_<t)] = 0: so r_t needs no gradient of its own, earlier rewards drop out, and V_t
-changes no mean. The values are fitted to the targets A_t + V_t, the `returns`. With γ = λ = 1 these are G_t, and
-A_t = G_t − V_t, as the V in between cancel: unbiased and noisy; λ = 0 believes the next guess.
+After any prefix E[∇log π(y_t | x, y_<t)] = 0. So the gradient through r_t, −β ∇log π(y_t), has mean 0, and the code
+takes r_t at π_old, as a number; earlier rewards drop out; and V_t changes no mean. The values are fitted to the targets
+A_t + V_t. With γ = λ = 1 these are the returns G_t, and A_t = G_t − V_t, as the V in between cancel: unbiased and
+noisy. With λ = 0, A_t = δ_t: quiet, and wrong by as much as V_{t+1} is.
 
 Later updates from the same batch need two things. The ratio ρ_t = π(y_t) / π_old(y_t) corrects for y_t, but not for the
 tokens before it, so π must stay near π_old; the clip removes the gain from going further. ρ_t A_t has the gradient
@@ -26,44 +28,45 @@ the clip sets the token's gradient to 0. A value may likewise gain no more once 
 sampling.
 
     policy loss  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)                             arXiv:1707.06347, Eq. 7
-    value loss   ½ max((V − returns)², (clip(V, V_old ± ε_v) − returns)²)       from the code of OpenAI Baselines
+    value loss   ½ max((V − target)², (clip(V, V_old ± ε_v) − target)²)         from the code of OpenAI Baselines
 
 Both are a mean over a minibatch's tokens. One step, for N prompts with R answers of at most T tokens each; `main` has
 the same five parts. The N·R answers are a *batch*, the R answers to one prompt a *group*; an optimizer step takes all
 answers to some of the prompts, a *minibatch*; a forward pass some of these, a *piece* of b answers. Four names say what
-an answer earns: *score* is the reward model's output; *paid* the score, normalised, less a fine; *final* what is paid,
-as it is or compared with --baseline's; *rewards* are per token: the KL penalty, plus `final` at the last:
+an answer earns: *score* is the reward model's output; *paid* the score, normalised, less --missing_end where the answer
+was cut off; *final* what is paid, as it is or compared with --baseline's; *rewards* are per token: the KL penalty, plus
+`final` at the last:
 
     batch  = sample(step)                              (N·R, T): ids, mask, log π_old                     1. ask
     scores = score(batch)                                                                       (N, R)    2. judge
     moments.add(scores)                                mean and std of all scores so far
-    paid   = scores, normalised by these (default), less a fine where the end is missing        (N, R)
+    paid   = scores, normalised by these (default), less missing_end where cut off              (N, R)
     final  = paid; or less the mean of the prompt's answers; or win_rates(paid)                 (N, R)
     minibatches  = minibatches_of(batch)                                                                  3. credit
     old_values   = values_at_sampling(actor_critic)    V, no gradient                           (N·R, T)
     ref_logprobs = reference_logprobs(reference)       log π_ref, no gradient                   (N·R, T)
     rewards = token_rewards(old_logprobs − ref_logprobs, final)        the r_t above            (N·R, T)
-    advantages, returns = gae(rewards, old_values)                                              (N·R, T) each
-    A      = whiten(advantages)                        to mean 0, std 1 over the step's tokens: the policy loss's A
+    advantages, targets = gae(rewards, old_values)                                              (N·R, T) each
+    whitened = whiten(advantages)                      mean 0, std 1 over the step's tokens; for the policy loss alone
     for minibatch in minibatches, inner_epochs times:                                                     4. update
         for piece in minibatch:
             logprobs, values = model(piece)            (b, T), with gradient; ρ = 1 in the first minibatch
-            loss = ppo_policy_loss(logprobs, old_logprobs, A) + c · value_loss(values, old_values, returns)
+            loss = ppo_policy_loss(logprobs, old_logprobs, whitened) + c · value_loss(values, old_values, targets)
             backward: the pieces' gradients add up
-        if KL(π_old ‖ π) is above stop_kl: drop this minibatch and the rest of the step
+        if KL(π_old ‖ π), nats per token, is above stop_kl: drop this minibatch and the rest of the step
         clip the policy's and the values' gradients, optimizer step
-    β      = adapt_beta(β, KL(π_old ‖ π_ref))          off by default
+    β      = adapt_beta(β, KL(π_old ‖ π_ref))          nats per answer; off by default
     log; every so often answer validation problems                                                        5. look
 
 The defaults run 250 steps of 16 prompts × 8 answers, one pass of four minibatches, AdamW at 5e-5 (the values' at 1e-3),
 β = 0.05 (--beta); γ = 1, λ = 0.95 (--lam), ε = ε_v = 0.2 (--clip_ratio, --clip_value) and c = 0.1 (--value_weight), as
 the code of arXiv:1909.08593; normalised scores, no baseline but the values (a head on the policy's trunk), whitened
-advantages, a fine of 1 where the end is missing, as the reward model has never seen such an answer, and stop_kl = 0.1.
+advantages, missing_end = 1, as the reward model has never seen an answer that was cut off, and stop_kl = 0.1.
 Off: --kl_target, --baseline mean or wins, a value network of its own, further passes, LoRA. Simplified: no entropy
 bonus (Eq. 9 of PPO), no pretraining term (PPO-ptx, Eq. 2 of InstructGPT), and after a cut answer V is 0 too, as if it
 had ended.
 
-V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. The returns are taken before the
+V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. The targets are taken before the
 whitening: V is in units of the reward. Dropout is always off, and the old log-probabilities are the sampler's own: on
 fresh answers ρ is 1 (in bf16 near 1, as sampler and loss round differently).
 
@@ -105,27 +108,27 @@ from support.sharding import averaging
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions of B answers of up to T tokens. Tensors are (B, T) unless it is said; mask is True on
-# an answer's tokens, which stand at the front.
+# The objective, as pure functions of b answers of up to T tokens: a piece's in the losses, else all of a batch. Tensors
+# are (b, T) unless it is said; mask is True on an answer's tokens, which stand at the front.
 
 
-def token_rewards(log_ref_ratio, final, lengths, beta):
-    """log_ref_ratio (B, T): log π_old − log π_ref, 0 after the end. final (B,): what the whole answer is worth. lengths
-    (B,), at least 1. -> (B, T)"""
-    rewards = -beta * log_ref_ratio
+def token_rewards(log_old_over_ref, final, lengths, beta):
+    """log_old_over_ref (b, T): log π_old − log π_ref, 0 after the end. final (b,): what the whole answer is worth.
+    lengths (b,), at least 1. -> (b, T)"""
+    rewards = -beta * log_old_over_ref
     rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += final
     return rewards
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Eq. 16 of arXiv:1506.02438 -> advantages (B, T), and the values' targets (B, T) ("returns": they are the returns
-    if γ = λ = 1), both 0 outside the mask. rewards, values (B, T), any value outside the mask; values[:, t] is V before
-    token t is known. mask (B, T): True at the front of a row only; credit would pass through a hole."""
+    """Eq. 16 of arXiv:1506.02438 -> advantages (b, T), and the values' targets A_t + V_t (b, T): with λ = 1 the
+    returns, discounted by γ. Both 0 outside the mask. rewards, values (b, T), any value outside the mask; values[:, t]
+    is V before token t is known. mask (b, T): True at the front of a row only; credit would pass through a hole."""
     rewards, values = (torch.where(mask.bool(), x, 0.0) for x in (rewards, values))
     advantages = torch.zeros_like(values)
-    next_advantage = next_value = torch.zeros_like(values[:, 0])  # (B,) A_{t+1} and V_{t+1}, 0 after the last token
+    next_advantage = next_value = torch.zeros_like(values[:, 0])  # (b,) A_{t+1} and V_{t+1}, 0 after the last token
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (b,)
         next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
         advantages[:, t] = next_advantage
@@ -133,7 +136,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def whiten(x, mask, dist=None, eps=1e-8):
-    """x (B, T) -> (x − mean) / std, over the n masked tokens (ddof 0), with `dist` those of all ranks; 0 outside."""
+    """x (b, T) -> (x − mean) / std, over the n masked tokens (ddof 0), with `dist` those of all ranks; 0 outside."""
     x, mask = torch.where(mask.bool(), x, 0.0), mask.to(x.dtype)
     sums = [mask.sum(), (x * mask).sum()]
     n, total = dist.sum(*sums) if dist else sums
@@ -168,25 +171,25 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
     return loss, dict(zip(metrics, numbers, strict=True))
 
 
-def value_loss(values, old_values, returns, mask, clip=0.2, *, n_tokens=None):
-    """All (B, T) -> (loss (), metrics). clip None or 0: not clipped. Padding may hold any value."""
-    values, old_values, returns = (torch.where(mask.bool(), x, 0.0) for x in (values, old_values, returns))
-    squares = (values - returns) ** 2
+def value_loss(values, old_values, targets, mask, clip=0.2, *, n_tokens=None):
+    """All (b, T) -> (loss (), metrics). clip: ε_v; None or 0: not clipped. Padding may hold any value."""
+    values, old_values, targets = (torch.where(mask.bool(), x, 0.0) for x in (values, old_values, targets))
+    squares = (values - targets) ** 2
     clipped_fraction = torch.zeros(())
     if clip:
         clipped = old_values + (values - old_values).clamp(-clip, clip)
-        clipped_squares = (clipped - returns) ** 2
+        clipped_squares = (clipped - targets) ** 2
         clipped_fraction = masked_mean((clipped_squares > squares).float(), mask)
         squares = torch.maximum(squares, clipped_squares)  # the pessimistic one of the two
     loss = 0.5 * squares.sum() / (n_tokens or mask.sum().clamp(min=1))
     return loss, {"value_loss": loss.item(), "value_clip_fraction": clipped_fraction.item()}
 
 
-def win_rates(scores):
-    """scores (N, R), R at least 2 -> (N, R), between −½ and ½: the mean of σ(s_i − s_j) over the prompt's other answers
+def win_rates(paid):
+    """paid (N, R), R at least 2 -> (N, R), between −½ and ½: the mean of σ(p_i − p_j) over the prompt's other answers
     j, which is the chance to be better as the Bradley-Terry model has it, less one half."""
-    beats = torch.sigmoid(scores[:, :, None] - scores[:, None])  # (N, R, R), ½ against itself
-    return (beats - 0.5).sum(2) / (scores.shape[1] - 1)
+    beats = torch.sigmoid(paid[:, :, None] - paid[:, None])  # (N, R, R), ½ against itself
+    return (beats - 0.5).sum(2) / (paid.shape[1] - 1)
 
 
 def adapt_beta(beta, kl, target, n, horizon):
@@ -212,7 +215,7 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.head.weight)  # V starts at 0, not at noise that the first advantages would carry
             nn.init.zeros_(self.head.bias)
         else:
-            nn.init.zeros_(critic.head.weight)  # its scores are in other units than the returns
+            nn.init.zeros_(critic.head.weight)  # its scores are in other units than the targets
 
     def forward(self, packed, temperature=1.0):
         """packed (support/shared_prompt.py: each prompt once, with its R answers) -> log π and V, (b, T) each, 0 after
@@ -239,9 +242,9 @@ class ActorCritic(nn.Module):
 
 def demo():
     """One answer of three tokens, from what it is worth to the advantages and the losses."""
-    mask = torch.ones(1, 3, dtype=torch.bool)  # (B, T) = (1, 3)
-    log_ref_ratio = torch.tensor([[0.2, -0.1, 0.0]])  # log π_old − log π_ref of each token
-    rewards = token_rewards(log_ref_ratio, torch.tensor([1.0]), mask.sum(1), beta=0.5)
+    mask = torch.ones(1, 3, dtype=torch.bool)  # (b, T) = (1, 3)
+    log_old_over_ref = torch.tensor([[0.2, -0.1, 0.0]])  # log π_old − log π_ref of each token
+    rewards = token_rewards(log_old_over_ref, torch.tensor([1.0]), mask.sum(1), beta=0.5)
     assert torch.allclose(rewards, torch.tensor([[-0.1, 0.05, 1.0]]))  # −β log ratio; `final` = 1 at the last token
     values = torch.tensor([[0.4, 0.6, 1.2]])
     print("an answer of three tokens, final 1, β = 0.5")
@@ -249,20 +252,20 @@ def demo():
     def show(label, row, note=""):
         print(f"{label:26s}" + "".join(f"{x:+8.3f}" for x in row) + f"   {note}")
 
-    show("log π_old − log π_ref", log_ref_ratio[0])
+    show("log π_old − log π_ref", log_old_over_ref[0])
     show("reward r", rewards[0], "the KL penalty, and `final` at the end")
     show("value V", values[0], "the guess before each token")
     delta = [-0.1 + 0.6 - 0.4, 0.05 + 1.2 - 0.6, 1.0 + 0.0 - 1.2]  # r_t + V_{t+1} − V_t, γ = 1
     show("δ = r + V' − V", delta, "by how much reward and guess rise")
     for lam in (0.0, 0.5, 1.0):
-        A, returns = gae(rewards, values, mask, gamma=1.0, lam=lam)
+        A, targets = gae(rewards, values, mask, gamma=1.0, lam=lam)
         third = delta[2]
         second = delta[1] + lam * third
         first = delta[0] + lam * second
         assert torch.allclose(A, torch.tensor([[first, second, third]]))
-        assert torch.allclose(returns, A + values)
+        assert torch.allclose(targets, A + values)
         show(f"A, λ = {lam:g}", A[0], {1.0: "all later rewards less V", 0.0: "δ itself"}.get(lam, ""))
-    assert torch.allclose(returns, rewards.flip(1).cumsum(1).flip(1))  # with λ = 1, the last, the targets are G
+    assert torch.allclose(targets, rewards.flip(1).cumsum(1).flip(1))  # with λ = 1, the last, the targets are G
 
     ratio = torch.tensor([[1.3, 0.7, 1.3]])  # after an optimizer step
     logprobs = ratio.log().requires_grad_()
@@ -275,12 +278,12 @@ def demo():
     show("∂loss/∂log π", by_hand[0], "−ρ A / 3, or 0 where the clip stops")
 
     moved = torch.tensor([[0.9, 0.6, 1.2]], requires_grad=True)  # the first by 0.5, towards its target 0.95
-    loss, _ = value_loss(moved, values, returns, mask, clip=0.2)
+    loss, _ = value_loss(moved, values, targets, mask, clip=0.2)
     loss.backward()
     squares = [max((0.9 - 0.95) ** 2, (0.6 - 0.95) ** 2), (0.6 - 1.05) ** 2, (1.2 - 1.0) ** 2]
     assert math.isclose(loss.item(), sum(squares) / 6, rel_tol=1e-5)
     assert moved.grad[0, 0] == 0  # it moved further than ε_v: the clipped square is the larger, and it is constant
-    show("value target A + V", returns[0], f"value loss {loss.item():.4f}; no gradient at the first: beyond ε_v")
+    show("value target A + V", targets[0], f"value loss {loss.item():.4f}; no gradient at the first: beyond ε_v")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -297,9 +300,10 @@ class Config(RecordFlags, SizeFlags):
     """Trunk of the value network: shared with the policy, or separate (starts from the reward model's trunk)."""
     name: str = "ppo"
     steps: Count = 250
-    """Batches of rollouts."""
+    """Batches of answers ("rollouts")."""
     beta: Amount = 0.05
-    """Weight of the KL penalty in the rewards; with --kl_target its first value."""
+    """Weight of the KL penalty in the rewards; with --kl_target its first value. Per answer: not to be compared with
+    grpo.py's, which weighs a KL per token."""
     kl_target: Positive | None = None
     """Adapt the weight of the KL penalty so that the KL stays near this many nats per answer."""
     kl_horizon: Positive = 5000.0
@@ -313,8 +317,8 @@ class Config(RecordFlags, SizeFlags):
     clip_value: Amount = 0.2
     """Clip of the value: how far it may move from its value at sampling and still lower the loss; 0: no clip."""
     value_weight: Amount = 0.1
-    """Weight of the value loss against the policy's at a shared trunk. The head and a separate network have an AdamW of
-    their own, which cancels a constant factor, but for --clip."""
+    """Weight c of the value loss; it matters where the trunk is shared. The head or the separate network has its own
+    AdamW, which ignores a constant factor on its gradient, unless --clip bounds it."""
     baseline: Literal["wins", "mean", "none"] = "none"
     """What a score is compared with: wins (its probability of beating the prompt's other answers; bounded), mean (the
     mean score of the prompt's answers) or none (the values alone)."""
@@ -322,9 +326,9 @@ class Config(RecordFlags, SizeFlags):
     """Normalise the advantages of a step to mean 0 and standard deviation 1."""
     normalise: bool | None = None
     """Normalise the scores by the mean and standard deviation of all scores so far; default: true, but false with
-    --baseline wins, whose σ needs the reward model's own scale. The penalty for a missing end is subtracted after."""
+    --baseline wins, whose σ needs the reward model's own scale. --missing_end is subtracted after it."""
     missing_end: Amount = 1.0
-    """Penalty for an answer that was cut off, in units of the (normalised) score."""
+    """What an answer that was cut off is paid less, in units of the (normalised) score."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts, with the same minibatches in the same order."""
     minibatches: Count = 4
@@ -380,6 +384,8 @@ def main(config):
         return torch.tensor(score_groups(start.judge, answers, pad, dist.device, autocast))
 
     parts = {"value": value_model, "moments": moments}  # what a checkpoint has beside the policy
+    # run: the steps and the checkpoints. look: what is logged, validated and drawn. recorder: what view.py shows. look
+    # and recorder change nothing in the training
     run, look, recorder = begin_run(start, [*optimizers, value_optimizer], parts, sample, score)
     model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
     policy_loss = recorder.noted(ppo_policy_loss)  # the same function; the recorder keeps what it is given
@@ -398,25 +404,28 @@ def main(config):
         if config.baseline == "mean":
             final = paid - paid.mean(1, keepdim=True)
         right = [is_correct(text, batch.problems[k // R]) for k, text in enumerate(batch.texts)]  # logged, never paid
-        judged = {"correct": torch.tensor(right).float().view(n, R), "score": scores, "paid": paid}
+        judged = {"correct": torch.tensor(right).float().view(n, R), "score": scores, "paid": paid}  # for log and view
         look.sampled()
 
         # 3. credit: values, rewards with the KL penalty, and from both the advantages; (n·R, T) each
-        groups = shuffled_groups(step, slots, config)  # of each minibatch: which of this rank's n groups are in it
+        # Of each minibatch: which of this rank's n groups are in it; drawn anew each step, where grpo.py deals in turn
+        groups = shuffled_groups(step, slots, config)
         minibatches = minibatches_of(batch, groups, mask, config, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
         old_values = values_at_sampling(actor_critic, pieces, batch, autocast)
         ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
-        beta, log_ref_ratio = run.state.beta, (old_logprobs - ref_logprobs) * mask  # (n·R, T)
-        rewards = token_rewards(log_ref_ratio, final.flatten().to(dist.device), mask.sum(1), beta)
-        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        A = whiten(advantages, mask, dist) if config.whiten else advantages
-        recorder.answers(batch, final, judged, ref=ref_logprobs, value=old_values, target=returns, reward=rewards, A=A)
+        beta, log_old_over_ref = run.state.beta, (old_logprobs - ref_logprobs) * mask  # (n·R, T)
+        rewards = token_rewards(log_old_over_ref, final.flatten().to(dist.device), mask.sum(1), beta)
+        advantages, targets = gae(rewards, old_values, mask, config.gamma, config.lam)
+        whitened = whiten(advantages, mask, dist) if config.whiten else advantages  # for the policy loss alone
+        shown = {"ref": ref_logprobs, "value": old_values, "target": targets, "reward": rewards, "A": whitened}
+        recorder.answers(batch, final, judged, **shown)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         value_lr = config.value_lr * (0.1 if config.value == "separate" else 1.0)
         value_lr = lr_at(step, config.steps, value_lr, config.warmup, schedule="wsd", decay=0)  # then constant
+        # (parameters, their optimizers, their learning rate) of both parts, each clipped by itself
         trained = [(list(policy.parameters()), optimizers, lr), (value_parameters, [value_optimizer], value_lr)]
         for minibatch in minibatches * config.inner_epochs:
             sums, n_tokens = {}, minibatch.n_tokens
@@ -428,9 +437,9 @@ def main(config):
                     with autocast():  # (b, T) each, without the padding to a multiple of 8
                         logprobs, values = (x[:, :T] for x in model(piece.packed, config.temperature))
                     options = {"clip": config.clip_ratio, "n_tokens": n_tokens}
-                    loss, metrics = policy_loss(logprobs, old_logprobs[here], A[here], piece.mask, **options)
+                    loss, metrics = policy_loss(logprobs, old_logprobs[here], whitened[here], piece.mask, **options)
                     options = {"clip": config.clip_value, "n_tokens": n_tokens}
-                    loss_v, metrics_v = value_loss(values, old_values[here], returns[here], piece.mask, **options)
+                    loss_v, metrics_v = value_loss(values, old_values[here], targets[here], piece.mask, **options)
                     recorder.tokens(piece.rows, clips=("clip",))
                     # × world, because DDP averages over the ranks and n_tokens already counts them all
                     scaler.scale((loss + config.value_weight * loss_v) * dist.world).backward()
@@ -439,16 +448,16 @@ def main(config):
             if config.stop_kl and figures["approx_kl3"] > config.stop_kl:
                 actor_critic.zero_grad()
                 break
-            norm, value_norm = optimizer_steps(trained, scaler, autocast, config.clip)  # each clipped by itself
+            norm, value_norm = optimizer_steps(trained, scaler, autocast, config.clip)
             run.check_finite(lr, math.hypot(norm, value_norm))
             look.updated(norm, value_norm)
         if config.kl_target is not None:
             n_answers = config.prompts * R
-            kl = dist.sum(log_ref_ratio.sum())[0] / n_answers
+            kl = dist.sum(log_old_over_ref.sum())[0] / n_answers
             run.state.beta = adapt_beta(beta, kl, config.kl_target, n_answers, config.kl_horizon)
 
         # 5. look: log the step; every so often answer validation problems
-        tokens = Tokens(mask, old_logprobs, ref_logprobs, old_values, returns, rewards, advantages)
+        tokens = Tokens(mask, old_logprobs, ref_logprobs, old_values, targets, rewards, advantages)
         look.at_step(batch, judged, final, tokens, beta, lr)
     run.close()
     return look.after()

@@ -4,19 +4,21 @@ By the chain rule of probability a text x_1 x_2 … has the probability Π_t π(
 makes the text as likely as it can, which is to make the mean of −log π as small as it can. With y the target of a
 position, the token after it, and z (V,) the logits there, V the size of the vocabulary:
 
-    L     = −(1/n) Σ log π(y | the window up to it)     nats per token, over all n targets of the optimizer step
+    L     = −(1/n) Σ log π(y | the window up to it)     nats per token (natural logarithms; 1 nat = 1.44 bits), over
+                                                        all n targets of the optimizer step
     dL/dz = (softmax(z) − onehot(y)) / n                as log π(y) = z_y − log Σ_v exp z_v, for each target
 
 One step, for B windows of T tokens (main has the same four parts). A forward pass takes b of them, a micro-batch. With
 torchrun there are `world` processes, the ranks: each takes B / world of the windows, and their gradients are averaged:
 
     1. batch     inputs, targets = batch_at(stream, step)   the next windows of a shuffled epoch, and the same
-                                                            windows one token later                      (B, T) each
+                                                            windows one token later              (B / world, T) each
                  n = B · T                                  targets of the whole step, over micro-batches and ranks
     2. gradient  for x, y in micro_batches:                 of this rank's B / world windows             (b, T) each
                      nll = next_token_loss(model, x, y)     −Σ log π(y)                           (b, T) -> ()
-                     backward(nll / n · world)              gradients add up over micro-batches; DDP and FSDP
-                                                            average them over the ranks, world makes it a sum
+                     backward((nll + routers) / n · world)  routers: the losses of the experts' routers, 0 without.
+                                                            Gradients add up over micro-batches; DDP and FSDP average
+                                                            them over the ranks, world makes it a sum
     3. update    lr = lr_at(step)                           a line up, then a cosine down to --floor
                  optimizer_step(policy, lr, clip)           g ← g · min(1, clip / ‖g‖), ‖g‖ over all weights (--clip 0
                                                             leaves g alone); Muon for the blocks' matrices but a
@@ -26,11 +28,11 @@ torchrun there are `world` processes, the ranks: each takes B / world of the win
                                                             keep the best checkpoint
 
 The defaults run 400 such steps on built-in stories: B = 16, T = 256, V = 768, 1.7 M parameters, one micro-batch per
-step, one process, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the machine is built for it, else fp32.
-Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert 8; moe.py). In GPT's
-paper: --optimizer adamw --lr 2.5e-4 --warmup 2000 --floor 0 --weight_decay 0.01 --batch 64 --vocab_size 40478 and,
-each after --model., context 512, n_layer 12, n_head 12, n_kv_head 12, width 768, norm layer, norm_placement post,
-positions learned, activation gelu, bias true, qk_norm false, dropout 0.1.
+step, one process, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the machine multiplies it, fp16 on older
+NVIDIA GPUs, else fp32. Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert
+8; moe.py). In GPT's paper: --optimizer adamw --lr 2.5e-4 --warmup 2000 --floor 0 --weight_decay 0.01 --batch 64
+--vocab_size 40478 and, each after --model., context 512, n_layer 12, n_head 12, n_kv_head 12, width 768, norm layer,
+norm_placement post, positions learned, activation gelu, bias true, qk_norm false, dropout 0.1.
 
 Which option changes what:
 
@@ -58,9 +60,10 @@ Traps:
     --skip_nonfinite true, counts the step and goes on. (In fp16 a gradient may overflow: the scaler skips that update
     and halves its scale, and the run stops only if the scale falls below 1.)
 
-Mixed precision (arXiv:1710.03740): weights, their gradients and sums stay fp32; autocast runs the matrix products in
-bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and 6e-8, so there the scaler multiplies the loss, which
-keeps small gradients alive through the backward pass, and divides the gradients after it (optim.py).
+Mixed precision (arXiv:1710.03740): weights, their gradients and what is summed over many numbers (softmax, norms, the
+loss) stay fp32; autocast runs the matrix products in bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and
+6e-8, so there the scaler multiplies the loss, which keeps small gradients alive through the backward pass, and divides
+the gradients after it (optim.py).
 
 Many GPUs: torchrun starts one process, a rank, per GPU. Which windows a step reads depends on (seed, step) alone, so
 two ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two
@@ -186,7 +189,7 @@ class Config(RunConfig):
     """Final learning rate as a share of the peak."""
     weight_decay: Amount = 0.1
     aux_weight: Amount = 0.01
-    """Mixture of experts with balancing aux: weight of the load-balancing loss of Switch."""
+    """Mixture of experts with balancing aux: weight of the Switch loss (moe.py)."""
     z_weight: Amount = 0.001
     """Mixture of experts: weight of the routers' z-loss."""
     bias_rate: Amount = 0.001
@@ -296,7 +299,7 @@ def main(config):
             with averaging(model, last):  # DDP and FSDP average over the ranks in the last backward pass alone
                 with autocast():
                     nll = next_token_loss(model, x, y)  # (): a sum over this micro-batch
-                    # The experts' balancing loss, a mean over this micro-batch, times its targets; 0 without.
+                    # The routers' losses, a mean over this micro-batch, times its targets; 0 without experts
                     balancing = y.numel() * balancing_loss(policy, config.aux_weight, config.z_weight)
                 scaler.scale((nll + balancing) / n * dist.world).backward()  # * world makes the average a sum
             nll_mean += nll.detach() / n

@@ -14,8 +14,8 @@ With exact steps J cannot fall; with samples and a few steps that holds only nea
     M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]     fine-tune on them: minimize
              L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
 
-A step below divides by the weighted tokens of its own answers and not by N: about the same direction, and the step does
-not shrink when few answers are right.
+A step below divides its sum by Σ w |y| of its own B answers, not by N: a step is as long when few answers are right.
+That changes its length and not its direction; only what one step counts against another differs from L.
 
 At the first step of a round, where π = π_k, −∇L is a policy gradient. ∇p = Σ_right π(y) ∇log π(y), so over right
 samples E[∇log π(y)] = ∇p / p, and one problem's expected step is:
@@ -33,7 +33,8 @@ The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from w
 N = --prompts problems with R = --rollouts answers each (main has the same four parts):
 
     groups = judged_answers(sample, k)      N times R answers of π_k: ids, right?, ended?                    1. sample
-    kept   = keep_round(groups)             (prompt, answer, w = 1 / K_x): right, complete, no copies        2. keep
+    kept   = keep_round(groups)             (prompt, answer, w): right, complete, no copies; w = 1 / how     2. keep
+                                            many of this problem are kept
     --round_steps times, for the next B = --batch of kept:        reshuffled each epoch; B counts all ranks  3. tune
         n_tokens = Σ w |y|                  before the cut into ranks and micro-batches
         for micro in micro_batches(batch):  tokens, loss_mask: w on an answer's tokens, 0 on a prompt's (b, T) each
@@ -95,7 +96,7 @@ def keep_right(answers, distinct=True, limit=None):
 
 
 def encode_kept(prompt, answer, weight):
-    """-> ids, token_weights, as sft.encode_example: the weight on each token of the answer, 0.0 on the prompt's."""
+    """-> ids, flags, as sft.encode_example with weights: `weight` on each token of the answer, 0.0 on the prompt's."""
     return prompt + answer, [0.0] * len(prompt) + [weight] * len(answer)
 
 
@@ -103,7 +104,7 @@ def keep_round(groups, distinct=True, limit=None, weigh="problem"):
     """N pairs: prompt ids, R answers (ids, right, ended) -> [(prompt, answer, weight), …]."""
     kept = []
     for prompt, answers in groups:
-        kept_here = keep_right(answers, distinct, limit)  # the K_x answers
+        kept_here = keep_right(answers, distinct, limit)
         kept += [(prompt, ids, 1 / len(kept_here) if weigh == "problem" else 1.0) for ids in kept_here]
     return kept
 
@@ -202,12 +203,12 @@ def main(config):
                 run.state.sampled = sample_and_keep(k)
             if config.restart:
                 back_to_start(policy, start_weights, run.optimizers)
-            record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}  # logged as a number
+            record = run.state.sampled | {"kept": len(run.state.sampled["kept"])}  # logged: how many
         kept = run.state.sampled["kept"]  # (prompt, answer, weight) each
 
-        # 3. tune: sft.py's step on the next B of them; 7_919 * k gives each round an order of its own
+        # 3. tune: sft.py's step on the next B of them; 7_919 * k, any large number, so that no two rounds shuffle alike
         batch = [encode_kept(*kept[i]) for i in rows_at(len(kept), s, config.batch, config.seed + 7_919 * k)]
-        n_tokens = sum(sum(token_weights) for _, token_weights in batch)  # weighted, of all ranks and micro-batches
+        n_tokens = sum(sum(flags) for _, flags in batch)  # weighted, of all ranks and micro-batches
         micros, loss_sum = micro_batches(batch, start), 0.0  # this rank's
         for micro in micros:  # b answers each, as sft.collate pads them: tokens, loss_mask (b, T)
             loss_mask = micro.loss_mask[:, 1:]  # (b, T − 1): of the tokens that the log-probabilities belong to

@@ -8,28 +8,29 @@ training makes the pairs as likely as it can:
     L                = −log σ(r_w − r_l)                         nats per pair; ln 2 where the scores are equal
     dL/dr_w          = −σ(r_l − r_w) = −dL/dr_l                  = −(1 − p): near 0 once a pair is clear
 
-One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time. `judge` is the model that is trained,
+One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time. `judge` is the reward model itself,
 `model` the same, perhaps wrapped in DDP:
 
     batch = the step's B of groups["train"]                ids: (x, [y_w, y_l]), each once per epoch        1. batch
     for each b of the rank's share:                                                                         2. gradient
-        packed = judge.pack(the b pairs)                   x is computed once; both answers (≤ T tokens) read its keys
-        scores, logprobs = judge.read(model, packed, with_logprobs)                                 (2b,), (b,)
+        packed = judge.pack(the b pairs)                   x is computed once; both answers (≤ T tokens) read its keys,
+                                                           each in a row of its own (unlike sft.py's --packing)
+        scores, mean_logprobs = judge.read(model, packed, with_logprobs)                            (2b,), (b,)
             states   = the decoder's, with --extra_layers new blocks on top                         (2b, T, C)
             scores   = head(states at the last token)      in fp32                                  (2b,)
-            logprobs = log π(y_w|x) / |y_w|                π: these states, as a language model     (b,)
-        r_w, r_l = scores                                                                           (b,) each
+            mean_logprobs = log π(y_w|x) / |y_w|           π: these states, as a language model     (b,)
+        r_w, r_l = scores.view(b, 2).unbind(1)             y_w and y_l take turns                   (b,) each
         loss = Σ [−log σ(r_w − r_l − margin) + centre · (r_w + r_l)²] / B                           ()
-        nll_loss = −Σ logprobs / B                                                                  ()
+        nll_loss = −Σ mean_logprobs / B                                                             ()
         (loss + nll · nll_loss).backward()          gradients add up, over micro-batches and ranks
     clip the gradient's norm, optimizer step                                                                3. update
     log; every --eval_every steps rank the validation pairs, keep the best checkpoint                       4. look
 
 The defaults run 600 steps of 64 pairs (Muon, lr 2e-3) with margin 0, centre 0.01, nll 1 and two extra layers. The pairs
 are corrupted solutions, and the SFT model's own samples, judged by the verifier. Plain Bradley-Terry on the SFT model
-is --centre 0 --nll 0 --extra_layers 0; with --optimizer adamw --lr 9e-6, for one epoch, it is InstructGPT's, which
-takes all pairs of K = 4 to 9 ranked answers to a prompt into one batch. Off: --loss hinge (max(0, margin − (r_w −
-r_l)), which stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
+is --centre 0 --nll 0 --extra_layers 0; with --optimizer adamw --lr 9e-6, for one epoch, it is InstructGPT's, whose
+batch element is a prompt: all pairs of its K = 4 to 9 ranked answers, averaged. Off: --loss hinge (max(0, margin − (r_w
+− r_l)), which stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
 
 Traps:
   * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
@@ -229,9 +230,12 @@ class RewardModel(Transformer):
 
     @staticmethod
     def read(model, packed, with_logprobs=False):
-        """-> the score of each answer, (k,). with_logprobs: also the mean log π per token of the first answer of each
-        of n groups of equally many answers, (n,). `model` may be wrapped in DDP. Below, m is the number of answers in a
-        part of `packed`."""
+        """-> the score of each answer, (k,); in training k = 2b: y_w, y_l, y_w, y_l, … of n = b groups. with_logprobs:
+        also, of the first answer of each of n groups of equally many, log π per token, a mean (n,): of y_w.
+
+        `model` may be wrapped in DDP. It reads the answers in parts, of m each. Entry t of what comes back stands at
+        the token before answer token t: so log π of token t is entry t, but the score, read at the last of |y| tokens,
+        is entry |y|, which exists because `pack` has added a pad."""
         n, k = len(packed.tokens), len(packed.lengths)
         lengths = packed.lengths - 1  # (k,) without the pad that `RewardModel.pack` has added
 
@@ -241,18 +245,17 @@ class RewardModel(Transformer):
             first = part.rows % (k // n) == 0  # (m,) True for the first answer of each group, the chosen one
             return {"targets": part.targets, "counted": in_answer & first[:, None]}  # (m, T) each
 
-        scores, logprobs = [], []
+        scores, mean_logprobs = [], []
         options = first_answers if with_logprobs else None
         for part, out in zip(packed.parts, packed.outputs(model, options), strict=True):
             length = lengths[part.rows, None]  # (m, 1)
             score = out  # (m, T, 1)
             if with_logprobs:
                 score, logs = out  # (m, T, 1), (m, T)
-                logprobs.append(logs.sum(1, keepdim=True) / length)  # (m, 1); 0 for all but the first answers
-            # Output t stands at the token before answer token t, so output |y| stands at the last of |y| tokens.
+                mean_logprobs.append(logs.sum(1, keepdim=True) / length)  # (m, 1); 0 for all but the first answers
             scores.append(score.squeeze(-1).gather(1, length))  # (m, 1)
         scores = packed.in_order(scores).squeeze(1).float()  # (m, 1) of each part -> (k,)
-        return (scores, packed.in_order(logprobs).view(n, -1)[:, 0]) if with_logprobs else scores
+        return (scores, packed.in_order(mean_logprobs).view(n, -1)[:, 0]) if with_logprobs else scores
 
     def save_pretrained(self, path):
         """As transformers' …ForSequenceClassification with num_labels 1 saves it: the trunk, and `score.weight`."""
@@ -336,7 +339,7 @@ def main(config):
     kind = RewardEncoder if config.backbone == "encoder" else RewardModel
     loss_of = LOSSES[config.loss]
     # Samples and judges pairs, or reads them; puts the new head on the model from SFT; ranks the test pairs with it.
-    # groups: {"train", "valid", "test"} of (x, [y_w, y_l]). The functions go in because support/ imports no chapter.
+    # groups: {"train", "valid", "test"} of (x, [y_w, y_l]). The functions go in: support/ cannot import this file.
     run, look, groups, autocast = begin_run(config, kind, loss_of, open_reward_model, best_of_n)
     judge, dist, scaler, pad = run.model, run.dist, run.scaler, run.tokenizer.endoftext_id
     share = dist.per_rank("batch", config.batch)  # B / ranks: the pairs of a step on this rank
@@ -360,8 +363,8 @@ def main(config):
                 packed = judge.pack(micro, pad, dist.device)
                 with autocast():
                     if config.nll:
-                        scores, logprobs = judge.read(model, packed, with_logprobs=True)  # (2b,), (b,)
-                        nll_loss = -logprobs.sum() / config.batch  # of the chosen answers, a mean per token of each
+                        scores, mean_logprobs = judge.read(model, packed, with_logprobs=True)  # (2b,), (b,)
+                        nll_loss = -mean_logprobs.sum() / config.batch  # of the chosen answers
                     else:
                         scores = judge.read(model, packed)
                 r_w, r_l = scores.view(-1, 2).unbind(1)  # (b,) each; chosen first in each group

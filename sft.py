@@ -18,7 +18,7 @@ One step, for B examples, of which b rows of up to T tokens go through the model
                  n     = Σ flags                              the tokens that count, before the batch is cut
     2. gradient  for part in micro_batches:                   of this rank's B / world
                      tokens, loss_mask = collate(part)        padded on the right (or packed)        (b, T) each
-                     logprobs = token_logprobs(model, tokens) log π of every token but the first     (b, T − 1)
+                     logprobs = token_logprobs(model, tokens) entry t: log π of token t + 1          (b, T − 1)
                      loss = −Σ loss_mask[:, 1:] · logprobs / n    sft_loss                           ()
                      backward(loss · world)                   gradients add up over micro-batches; DDP and FSDP
                                                               average them over the ranks, world makes it a sum
@@ -48,8 +48,8 @@ Traps:
 Ratings. Responses rated 1 to 5 train with weight w = (rating − 1) / 4: m_t becomes w m_t, in the sum and in n. Or, with
 --rated threshold, all responses of at least --min_rating train alike, and the others not at all.
 
-Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first share g of
-them, g = min(1, g₀ + (1 − g₀) s / (pace · steps)) at step s, g₀ = --pace_start; linear as in arXiv:1903.09848
+Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first `share` of
+them, min(1, a + (1 − a) s / (pace · steps)) at step s, with a = --pace_start; linear as in arXiv:1903.09848
 (arXiv:1904.03626 has exponential steps). `anti` begins with the hardest. The baseline to beat is `shuffled`: epochs
 without replacement. A paced batch is drawn afresh each step, so some examples repeat and others never come.
 
@@ -155,15 +155,15 @@ def pack_examples(examples, pad, room):
     return replace(micro, positions=positions, visible=document_mask(documents))
 
 
-def sft_loss(logprobs, mask, n_tokens=None):
-    """logprobs, mask (b, T − 1), boolean or weights -> −Σ mask · logprobs / n_tokens.
+def sft_loss(logprobs, loss_mask, n_tokens=None):
+    """logprobs, loss_mask (b, T − 1), boolean or weights -> −Σ loss_mask · logprobs / n_tokens.
 
-    n_tokens: the step's Σ mask, a sum of weights where the mask holds weights; default: this mask's own. Where it is 0,
+    n_tokens: the step's Σ loss_mask, a sum of weights where it holds weights; default: this one's own. Where it is 0,
     no token counts and the loss is 0.
     """
-    n = mask.sum() if n_tokens is None else n_tokens
+    n = loss_mask.sum() if n_tokens is None else n_tokens
     n = n if n > 0 else 1
-    loss = -(logprobs * mask).sum() / n
+    loss = -(logprobs * loss_mask).sum() / n
     return loss, {"loss": loss.item()}
 
 
@@ -180,13 +180,13 @@ def validation_loss(model, examples, pad, micro_batch, autocast, dist):
         loss_mask = micro.loss_mask[:, 1:]
         with autocast():
             logprobs = token_logprobs(model, micro.tokens, counted=loss_mask > 0)  # (b, T − 1)
-        total += sft_loss(logprobs, loss_mask, n_tokens=1)[1]["loss"]  # by 1: the sum
+        total += sft_loss(logprobs, loss_mask, n_tokens=1)[1]["loss"]  # divided by 1: the sum
     (total,) = dist.sum(total)
     return total / sum(sum(flags) for _, flags in examples)
 
 
 def pacing(step, steps, start, pace):
-    """The share g of the ranked examples that is open to a step: a line from `start` to 1 at pace · steps."""
+    """The share of the ranked examples that is open to a step: a line from `start` to 1 at pace · steps."""
     return 1.0 if step >= pace * steps else start + (1 - start) * step / (pace * steps)
 
 
@@ -197,10 +197,10 @@ def rank_examples(difficulties, order, seed):
     return sorted(shuffled.tolist(), key=lambda i: sign * difficulties[i])
 
 
-def paced_rows(ranked, step, batch, seed, g):
-    """The batch of a step from the first g of the ranked examples, 0 < g ≤ 1: a pure function of step. Without
-    replacement within a batch, unless these are fewer than the batch."""
-    n = max(1, round(g * len(ranked)))
+def paced_rows(ranked, step, batch, seed, share):
+    """The batch of a step from the first `share` of the ranked examples, above 0, at most 1: a pure function of step.
+    Without replacement within a batch, unless these are fewer than the batch."""
+    n = max(1, round(share * len(ranked)))
     rng = np.random.default_rng((seed, 2, step))
     return [ranked[i] for i in rng.choice(n, batch, replace=n < batch)]
 
@@ -360,10 +360,10 @@ def main(config, encode=encode_example, responder=None):
         # 1. the batch: the next B examples, of all ranks
         started = time.perf_counter()
         if config.order == "shuffled":
-            g, chosen = 1.0, rows_at(len(examples), step, config.batch, config.seed)
+            share, chosen = 1.0, rows_at(len(examples), step, config.batch, config.seed)
         else:
-            g = pacing(step, config.steps, config.pace_start, config.pace)
-            chosen = paced_rows(ranked, step, config.batch, config.seed, g)
+            share = pacing(step, config.steps, config.pace_start, config.pace)
+            chosen = paced_rows(ranked, step, config.batch, config.seed, share)
         batch = [examples[i] for i in chosen]
         n = sum(sum(flags) for _, flags in batch)  # the tokens that count (or their weights), before the batch is cut
         own = batch[dist.rank * per_rank : (dist.rank + 1) * per_rank]
@@ -381,7 +381,8 @@ def main(config, encode=encode_example, responder=None):
             last = i + config.micro_batch >= per_rank
             with averaging(model, last):  # DDP and FSDP average over the ranks in the last backward pass alone
                 with autocast():
-                    attends = {"positions": micro.positions, "mask": micro.visible}  # None if the rows are padded
+                    # None if the rows are padded. This mask says who sees whom; loss_mask, what counts
+                    attends = {"positions": micro.positions, "mask": micro.visible}
                     logprobs = token_logprobs(model, micro.tokens, counted=loss_mask > 0, **attends)  # (b, T − 1)
                 loss, metrics = sft_loss(logprobs, loss_mask, n)
                 scaler.scale(loss * dist.world).backward()  # * world makes the average a sum
@@ -396,7 +397,7 @@ def main(config, encode=encode_example, responder=None):
         # 4. look: log, and every so often answer validation problems, keep the best checkpoint
         trained = sum(flag > 0 for _, flags in batch for flag in flags)  # tokens of answers; pretrain.py counts all
         speed = trained / (time.perf_counter() - started)
-        record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "open": g}
+        record = {"loss": loss_sum, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "open": share}
         look.at_step(record)
     run.close()
     return look.after()  # the test split, once, with the checkpoint that the validation split chose

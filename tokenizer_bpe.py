@@ -33,9 +33,9 @@ Merges apply in the order in which they were learned, because a new token takes 
 replays the training: a word of the training text comes out as training left it.
 
 Ids of a tokenizer that is trained here: 0 … 255 are the bytes, 256 + k is merge k, the special tokens come last. A text
-cannot write a special token: its name in a text is plain characters, and only code that frames a document or a chat
-puts in its id (`Tokenizer.encode`). A chat is framed in ChatML; SFT trains on what is underlined, the mask of
-`encode_chat`:
+cannot write a special token: unless it is told otherwise, `Tokenizer.encode` reads its name as plain characters;
+`encode_chat`, and the code that joins documents, put its id in. (Qwen3's `<think>` and its like are no special tokens:
+each is one id in any text.) A chat is framed in ChatML; SFT trains on what is underlined, the mask of `encode_chat`:
 
     <|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n
                                                                ~~~~~~~~~~~

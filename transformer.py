@@ -15,8 +15,9 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     cache.length += T                          once, after all layers
     logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
 
-The losses of pretraining, SFT, DPO and RL come back through log π(y) = z_y − log Σ_v exp(z_v), z = logits / temperature
-(1 unless given). The gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y
+π is the distribution that the model gives. RL calls the model the *policy*, and so do the training scripts. The losses
+of pretraining, SFT, DPO and RL come back through log π(y) = z_y − log Σ_v exp(z_v), z = logits / temperature (1 unless
+given). The gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y
 is pushed up by what π(y) lacks to 1, each other one down by its own π(v).
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
@@ -35,10 +36,10 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
 At the start the std of the matrices that write into the residual stream (`wo`, `down`) is divided by √(2 n_layer), so
 that the sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-The losses of all stages get log π(token) from `forward` with targets. That is an argument of forward and not a method
-of its own, because DDP wraps forward alone. (Sampling takes its log π from the logits: generate.py.) With targets at
-most 64 MiB of fp32 logits exist at a time: they are computed some tokens at a time, and again in the backward pass.
-`token_logprobs` shifts for it: entry t belongs to token t + 1, so a mask over tokens meets it as mask[:, 1:].
+With `targets` forward returns log π(targets) in the place of logits; the losses of all stages use that. (It is an
+argument because DDP wraps forward alone. Above 64 MiB of fp32 logits they are computed some tokens at a time, and again
+in the backward pass. Sampling takes its log π from the logits: generate.py.) `token_logprobs` shifts: its entry t
+scores token t + 1, so a mask over tokens must be cut to mask[:, 1:] to fit.
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
 Qwen3-MoE open here as published, and `transformers` opens what is saved here as whichever of them computes the same.
@@ -109,7 +110,7 @@ class TransformerConfig:
     """Base of the rotary wavelengths."""
     rope_scaling: dict | None = None
     """RoPE beyond the trained length, as Hugging Face writes it: {rope_type: yarn, factor: 4.0, ...}. The type dynamic
-    opens Hugging Face's checkpoints but changes nothing within `context`; to stretch a model take yarn or llama3."""
+    is read so that Hugging Face's checkpoints open, and changes nothing; to stretch a model take yarn or llama3."""
     window: Count | None = None
     """Sliding window: a query sees itself and the window - 1 tokens before it; none is all of them."""
     sinks: Whole = 0
@@ -125,9 +126,9 @@ class TransformerConfig:
     dropout: FractionBelow1 = 0.0
     """Dropout on the embeddings and on each branch."""
     n_expert: Whole = 0
-    """Experts E of a mixture-of-experts feed-forward; 0 is dense."""
+    """Experts of a mixture-of-experts feed-forward (E in moe.py); 0 is dense."""
     n_expert_active: Count = 2
-    """Experts K that each token is sent to."""
+    """Experts that each token is sent to (K in moe.py)."""
     expert_width: Count | None = None
     """Inner width of one expert; default such that the K and the shared ones together are as wide as ffn_width."""
     n_shared_expert: Whole = 0
@@ -356,8 +357,8 @@ def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, co
 
 def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     """log π of every token of an answer, given its prompt of at least one token. prompts and answers: B lists of ids
-    each -> (B, T) in fp32, 0 after an answer's end, and the mask (B, T), True on its tokens. T: the longest answer's
-    length; below, S: the longest row's.
+    each -> (B, T) in fp32, 0 after an answer's end, and `counted` (B, T), True on its tokens. Here T is the longest
+    answer's length, S the longest row's.
 
     The plain form: prompt and answer in one row, padded on the right, where causality hides the pads. Each answer reads
     the prompt again; support/shared_prompt.py, equal in value and gradient, reads it once for all its answers.
@@ -372,9 +373,9 @@ def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     in_answer = (start <= place) & (place < start + length)  # (B, S−1)
     logprobs = token_logprobs(model, tokens, temperature, counted=in_answer)  # (B, S−1), 0 outside the answers
     t = torch.arange(T, device=device)
-    mask = t < length  # (B, T)
+    counted = t < length  # (B, T)
     entry = (start - 1 + t).clamp(max=S - 2)  # (B, T) token t of an answer stands at place start + t
-    return logprobs.gather(1, entry) * mask, mask
+    return logprobs.gather(1, entry) * counted, counted
 
 
 def masked_mean(x, mask):

@@ -4,6 +4,7 @@ import math
 import time
 
 import torch
+from tqdm import tqdm
 
 from evaluate import evaluate, wilson
 from lora import merged
@@ -24,7 +25,8 @@ def validate(policy, pairs, tokenizer, config, dist, autocast, loss_of):
     own_pairs, weight = held_out_share(pairs, dist)
     if "other" in pairs[0]:
         z0 = reference_point(policy, own_pairs, pad, dist, autocast, weight=weight)
-    for rows in chunks(own_pairs):
+    hidden = None if dist.is_main else True  # None: shown on a terminal alone
+    for rows in tqdm(chunks(own_pairs), desc="held-out pairs", unit="chunk", leave=False, disable=hidden):
         micro = batch_of(rows, pad, dist.device)
         with autocast():
             logps = pair_logprobs(policy, micro.packed)  # a tuple of (b,)

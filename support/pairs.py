@@ -147,7 +147,7 @@ def add_reference(reference, pairs, pad, dist, autocast, size=64):
     sides = sides_of(pairs[0]) + (("other",) if "other" in pairs[0] else ())
 
     def work(own_batches):
-        for rows in own_batches:
+        for rows in tqdm(own_batches, desc="the reference reads", unit="chunk", leave=False, disable=not dist.is_main):
             packed = batch_of(rows, pad, dist.device, sides).packed
             with autocast():
                 logprobs = torch.stack(pair_logprobs(reference, packed), dim=1)  # (b, sides)

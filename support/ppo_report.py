@@ -21,14 +21,14 @@ class Tokens:
     logprobs: torch.Tensor  # log π_old
     ref_logprobs: torch.Tensor
     values: torch.Tensor
-    returns: torch.Tensor
+    targets: torch.Tensor  # of the values
     rewards: torch.Tensor
     advantages: torch.Tensor  # before they are whitened
 
     def sums(self):
         """Over this rank's tokens."""
         mask, logprobs, ref = self.mask, self.logprobs, self.ref_logprobs
-        error, goal = (in_float64(x * mask) for x in (self.returns - self.values, self.returns))
+        error, goal = (in_float64(x * mask) for x in (self.targets - self.values, self.targets))
         return {
             "tokens": mask.sum(),
             "kl": (kl_estimate(logprobs, ref, "k1") * mask).sum(),

@@ -117,15 +117,16 @@ def fitting_groups(pairs, tokenizer, longest, dist):
 
 
 @torch.no_grad()
-def score_groups(model, groups, pad, device, autocast, tokens=16_384):
+def score_groups(model, groups, pad, device, autocast, tokens=16_384, shown=False):
     """[(prompt ids, lists of answer ids), …] -> a list of scores for each group, of any lengths and numbers.
-    DivergedError if one is not finite."""
+    shown: a bar on a terminal. DivergedError if one is not finite."""
     model.eval()
     pieces = [(g, k) for g, (_, answers) in enumerate(groups) for k in range(0, len(answers), 64)]
     pieces.sort(key=lambda piece: len(groups[piece[0]][0]))  # prompts of like length waste no padding
     group_of = {(g, k): (groups[g][0], groups[g][1][k : k + 64]) for g, k in pieces}
     size = {piece: len(prompt) + sum(map(len, answers)) for piece, (prompt, answers) in group_of.items()}
     scores = [[0.0] * len(answers) for _, answers in groups]
+    bar = tqdm(total=len(pieces), desc="scoring", unit="group", leave=False, disable=None if shown else True)
     while pieces:
         batch, room = [pieces.pop()], tokens
         while pieces and (room := room - size[batch[-1]]) >= size[pieces[-1]]:
@@ -137,13 +138,15 @@ def score_groups(model, groups, pad, device, autocast, tokens=16_384):
         for g, k in batch:
             n = len(group_of[g, k][1])
             scores[g][k : k + n], values = values[:n], values[n:]
+        bar.update(len(batch))
+    bar.close()
     return scores
 
 
 def rank_pairs(model, groups, pairs, pad, dist, autocast):
     """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
     scores = np.array(
-        dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast))
+        dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast, shown=dist.is_main))
     )  # (n, 2)
     right = ranked_rightly(scores[:, 0] - scores[:, 1])
     by_kind = {}
@@ -162,7 +165,9 @@ def score_fitting(model, groups, pad, dist, autocast):
     if len(kept) < len(groups) and dist.is_main:
         n = f"{len(groups) - len(kept)} of {len(groups)}"
         print(f"{n} prompts of the report are, with their answers, longer than {context} tokens: left out")
-    scores = iter(dist.split_work(kept, lambda own: score_groups(model, own, pad, dist.device, autocast)))
+    scores = iter(
+        dist.split_work(kept, lambda own: score_groups(model, own, pad, dist.device, autocast, shown=dist.is_main))
+    )
     return [next(scores) if fit else [math.nan] * len(group[1]) for group, fit in zip(groups, fits, strict=True)]
 
 
@@ -195,7 +200,7 @@ def probe_samples(model, policy, policy_tokenizer, tokenizer, config, sizes, dis
         print(f"{n_cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
     pad = tokenizer.endoftext_id
     scores = np.array(
-        dist.split_work(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast))
+        dist.split_work(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast, shown=dist.is_main))
     )  # (N, M)
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
     return scores, correct, sample_figures(scores, groups, [answers for _, answers in encoded], sizes)

@@ -29,7 +29,6 @@ import sft
 from data import TASKS, Problem, encode_prompt, load_problems
 from distill import Config, distill_loss, sampled_loss, token_advantages
 from generate import generate
-from grpo import grpo_loss
 from lora import LoraConfig
 from sft import sft_loss
 from support import devices, distill_run, sft_start, taught, teachers, verified
@@ -316,25 +315,6 @@ def test_sampled_loss_by_hand():
     assert figures["forward_kl"] == pytest.approx(sum(k3) / 2)
     alone, _ = sampled_loss(logprobs[2:], theirs[2:], mask[2:], by_student[2:])
     torch.testing.assert_close(alone, sft_loss(logprobs[2:], mask[2:])[0])  # SFT on the teacher's text
-
-
-def test_grpos_loss_takes_an_advantage_for_each_token():
-    torch.manual_seed(0)
-    new, old = -torch.rand(4, 5, dtype=torch.float64).requires_grad_(), -torch.rand(4, 5, dtype=torch.float64)
-    A, mask = torch.randn(4, 5, dtype=torch.float64), torch.arange(5) < torch.tensor([[5], [2], [3], [4]])
-    for surrogate in grpo.SURROGATES:
-        choice = {"surrogate": surrogate, "loss_type": "dapo"}
-        loss, _ = grpo_loss(new, old, A, mask, **choice)
-        one_by_one = sum(
-            grpo_loss(
-                new[i : i + 1, t : t + 1], old[i : i + 1, t : t + 1], A[i, t : t + 1], torch.ones(1, 1), **choice
-            )[0]
-            for i, t in mask.nonzero().tolist()
-        )
-        torch.testing.assert_close(loss, one_by_one / mask.sum())
-        per_answer = A[:, :1].expand(4, 5)
-        same = [grpo_loss(new, old, a, mask, **choice)[0] for a in (per_answer, per_answer[:, 0])]
-        assert torch.equal(*same)
 
 
 # ------------------------------------------------------------------------------------------------ who reads what

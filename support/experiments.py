@@ -81,8 +81,8 @@ def _dpo(**flags):
     return "dpo", {"steps": 150, "prompts": 1500, "eval_every": 50, "test_problems": 500} | flags
 
 
-def _chars(size="4 layers, width 128", steps=600):
-    return f"a character model of {size}, context 128; AdamW, {steps} steps of 16 windows, the data order"
+def _chars(size="4 layers, width 128", steps=600, rate="AdamW at 2e-3"):
+    return f"a character model of {size}, context 128; {rate}, {steps} steps of 16 windows, the data order"
 
 
 _HELD_POLICY = (
@@ -212,8 +212,8 @@ EXPERIMENTS = {
     ),
     "copying": Experiment(
         "How far can a letter be carried, with each kind of positions, inside and beyond the distances of training?",
-        "a character model of 2 layers, width 64, context 128; AdamW, 2,000 steps of 16 windows, the data order; lines "
-        f"of a letter, 0 to {MOST_DOTS} dots, the same letter",
+        "a character model of 2 layers, width 64, context 128; AdamW at 1e-3, 2,000 steps of 16 windows, the data "
+        f"order; lines of a letter, 0 to {MOST_DOTS} dots, the same letter",
         {
             kind: _pretrain(positions=kind, data=copy_file, n_layer=2, width=64, lr=1e-3, steps=2000)
             for kind in ("none", "learned", "sinusoidal", "rope")
@@ -224,7 +224,7 @@ EXPERIMENTS = {
     ),
     "grad-clip": Experiment(
         "What does clipping the gradient's norm change, at a good and at a high learning rate?",
-        _chars(),
+        _chars(rate="AdamW"),
         {f"clip {clip or 'off'}, lr {lr:g}": _pretrain(clip=clip, lr=lr) for lr in (2e-3, 2e-2) for clip in (1.0, 0.0)},
         ("valid_loss", "norm_median", "norm_p99", "clipped_share", "spikes"),
         ("loss", "grad_norm"),

@@ -170,8 +170,20 @@ def test_what_the_figures_say(tmp_path, values, compared, words):
     runs += [["LayerNorm", seed, {"valid_loss": 1.5}] for seed in range(3)]
     (tmp_path / "norm-kind.json").write_text(json.dumps({"tuned": {}, "runs": runs}), encoding="utf-8")
     a, b, expects = compared
-    seen = seen_in(Compared("norm-kind", a, b, "valid_loss", expects), tmp_path)
+    seen = seen_in(Compared("norm-kind", a, b, ("valid_loss",), expects), tmp_path)
     assert seen.startswith(words)
     assert seen.endswith(" nats ([norm-kind](norm-kind.md))")
     assert seen in page(tmp_path) or (a, b, expects) != ("RMSNorm", "LayerNorm", "0")
-    assert seen_in(Compared("ffn", "SwiGLU", "GELU", "valid_loss", "-"), tmp_path) is None
+    assert seen_in(Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-"), tmp_path) is None
+
+
+def test_what_the_figures_of_two_metrics_say_of_a_claim_that_is_not_tested_alone(tmp_path):
+    runs = [["LayerNorm", seed, {"valid_loss": 1.5, "minutes": 2.0}] for seed in range(3)]
+    runs += [["RMSNorm", seed, {"valid_loss": 1.4 + seed / 1000, "minutes": 3 + seed / 1000}] for seed in range(3)]
+    (tmp_path / "norm-kind.json").write_text(json.dumps({"tuned": {}, "runs": runs}), encoding="utf-8")
+    compared = Compared("norm-kind", "RMSNorm", "LayerNorm", ("valid_loss", "minutes"), "-", alone=False)
+    seen = seen_in(compared, tmp_path)
+    assert seen.startswith(
+        "not tested alone; significant, as claimed (validation loss): RMSNorm against LayerNorm -0.09"
+    )
+    assert "; significant, the reverse (minutes): RMSNorm against LayerNorm +1.0" in seen

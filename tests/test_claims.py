@@ -35,8 +35,8 @@ def test_what_is_compared_is_in_its_experiment(compared):
     experiment = EXPERIMENTS[compared.experiment]
     pairs = set(experiment.compared())
     assert (compared.a, compared.b) in pairs or (compared.b, compared.a) in pairs
-    assert compared.metric in experiment.columns
-    assert compared.metric in HEADINGS
+    assert compared.metrics
+    assert set(compared.metrics) <= set(experiment.columns) & set(HEADINGS)
     assert compared.expects in ("+", "-", "0")
 
 

@@ -41,6 +41,7 @@ def draw_curves(run_dir, title, panels):
         for label, level in lines.items():
             axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=label)
         axis.set(title=heading, xlabel="step", ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         drawn = [y for line in axis.lines for y in line.get_ydata()]
         if heading == "loss" and drawn and 0 < 5 * min(drawn) < max(drawn):

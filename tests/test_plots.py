@@ -47,3 +47,13 @@ def test_a_spike_does_not_flatten_the_curve(here, monkeypatch):
     plots.draw_curves(here, "a run", [("KL", {"kl": "to the start"}, "nats", {})])
     assert drawn[0].get_ylim()[1] < 1
     assert [text.get_text() for text in drawn[0].get_legend().get_texts()] == ["to the start (up to 70)"]
+
+
+def test_steps_are_whole_numbers_on_the_axis(here, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "read_metrics", lambda run_dir: {"kl": ([1, 2], [0.1, 0.2])})
+    monkeypatch.setattr(plots.pyplot(), "close", kept.append)
+    plots.draw_curves(here, "a run", [("KL", {"kl": "to the start"}, "nats", {})])
+    ticks = kept[0].axes[0].get_xticks()
+    assert len(ticks) > 1
+    assert all(tick == round(tick) for tick in ticks)

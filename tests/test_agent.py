@@ -590,13 +590,13 @@ def spied(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_first_step_by_a_loop_over_the_policys_tokens(here, spied, wrong):
-    agent.main(config(steps=1, minibatches=1, beta=0.0, train_on_tools=wrong))
+    agent.main(config(steps=1, minibatches=1, beta=0.0, train_on_tools=wrong, temperature=1.2))
     [batch] = spied["batches"]
     model, total, rewards = open_checkpoint("start")[0].eval(), 0.0, batch.rewards
     A = group_advantages(rewards["correct"] + 0.1 * rewards["format"])
     for row, ids in enumerate(batch.rollout.rows):
         prompt = batch.prompts[row // 4]
-        logprobs = token_logprobs(model, torch.tensor([prompt + ids]))[0, len(prompt) - 1 :]
+        logprobs = token_logprobs(model, torch.tensor([prompt + ids]), 1.2)[0, len(prompt) - 1 :]
         mask = batch.rollout.mask[row, : len(ids)]
         assert mask.sum() < len(ids)  # there is a call in each
         own = logprobs if wrong else logprobs[mask]

@@ -357,7 +357,9 @@ def gradient_of(model, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
-@pytest.mark.parametrize("choices", [dict(beta=0.0), dict(beta=0.3), dict(beta=1.0), dict(loss="sample")])
+@pytest.mark.parametrize(
+    "choices", [dict(beta=0.0), dict(beta=0.3), dict(beta=1.0), dict(loss="sample"), dict(loss="sample", gamma=0.5)]
+)
 @pytest.mark.parametrize("size", [2, 4, 64])
 def test_a_batch_against_the_plain_form_however_it_is_cut(size, choices):
     """Each answer in a row of its own, after the student's prompt and after the teacher's; values and gradients."""
@@ -373,7 +375,9 @@ def test_a_batch_against_the_plain_form_however_it_is_cut(size, choices):
             ours, theirs = plain_logits(student, prompt, answer) / 0.8, plain_logits(teacher, longer, answer) / 0.8
             if settings.loss == "sample":
                 picked = [x.log_softmax(-1)[range(len(answer)), answer] for x in (ours, theirs)]
-                A = (picked[1] - picked[0]).detach() if own else torch.ones(len(answer))
+                r = (picked[1] - picked[0]).detach()
+                later = [sum(settings.gamma ** (s - t) * r[s] for s in range(t, len(r))) for t in range(len(r))]
+                A = torch.stack(later) if own else torch.ones(len(answer))
                 expected = expected - (A * picked[0]).sum() / n
             else:
                 mask = torch.ones(len(answer))

@@ -332,6 +332,18 @@ def test_kto_and_its_gradient_against_a_loop(weights):
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
+def test_kto_adds_the_own_loss_of_the_good_answers_alone_per_token():
+    ratios, good = judged_numbers()
+    lengths, ref = torch.arange(1, 8), torch.full((7,), -9.0, dtype=torch.float64)
+    batch = pairs_room.PairBatch(None, {"answer_lengths": lengths}, (ref,), good)
+    logp = (ratios.detach() + ref).requires_grad_()
+    losses = [dpo.loss_of(config(variant="kto", nll=nll), (logp,), batch, 0.6)[0] for nll in (0.4, 0.0)]
+    own = losses[0] - losses[1]
+    torch.testing.assert_close(own, -0.4 * (logp / lengths)[good].sum() / 7)
+    (slope,) = torch.autograd.grad(own, logp)
+    torch.testing.assert_close(slope, torch.where(good, -0.4 / lengths / 7, 0.0).double(), atol=1e-7, rtol=1e-5)
+
+
 def test_kto_at_the_start_and_with_z0_at_zero():
     ratios, _ = judged_numbers()
     u = torch.zeros(2, dtype=torch.float64, requires_grad=True)

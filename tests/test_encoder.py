@@ -179,6 +179,16 @@ def tokenizer():
     return BPETokenizer.train([r.text for r in generated("train")], 400, ("<|endoftext|>", MASK))
 
 
+def test_what_stands_between_documents_is_never_masked(tokenizer):
+    windows = np.full((8, 60), tokenizer.endoftext_id, dtype=np.int64)
+    windows[:, ::2] = 300
+    batch = encoder.masked_batch(windows, tokenizer, torch.Generator().manual_seed(0), 0.5)
+    border = batch.targets == tokenizer.endoftext_id
+    assert torch.equal(batch.tokens[border], batch.targets[border])
+    assert not batch.masked[border].any()
+    assert batch.masked[~border].any()
+
+
 def test_a_text_keeps_its_beginning_and_its_end(tokenizer):
     text = "the cast is warm ."
     ids = encode(tokenizer, text, 50)

@@ -250,6 +250,14 @@ def test_loss_and_gradient_against_a_loop(loss_type, ratio, beta):
     assert figures["kl"] == pytest.approx((d.exp() - d - 1).mean().item())
 
 
+@pytest.mark.parametrize("kl", ["k1", "k2"])
+def test_the_logged_kl_is_k3_whatever_is_paid(kl):
+    new, old, ref, A, mask = batch()
+    figures = grpo_loss(new, old, A, mask, ref, 0.3, kl=kl, kl_unbiased=kl == "k1")[1]
+    d = (ref - new)[mask]
+    assert figures["kl"] == pytest.approx((d.exp() - d - 1).mean().item())
+
+
 @pytest.mark.parametrize(
     ("A", "ratio", "value", "moves"),
     [
@@ -556,6 +564,30 @@ def test_truncated_completions_push_nothing_if_masked(here, spied):
     assert max(g.abs().max() for g in spied["gradients"][0].values()) > 0
 
 
+def test_only_answers_that_were_cut_off_are_masked(here, spied, monkeypatch):
+    """They still count among the answers, but not among the tokens, and have length 0."""
+    ended, seen, lengths = torch.arange(16).view(4, 4) % 5 > 1, [], []
+
+    def some_end(self, *args, ask=grpo.Sampler.__call__):
+        rolled = ask(self, *args)
+        rolled.ended = ended.clone()
+        return rolled
+
+    def compare(rewards, weights, config, n=None):
+        lengths.append(n)
+        return grpo.advantages_of(rewards, weights, config, n)
+
+    monkeypatch.setattr(grpo.Sampler, "__call__", some_end)
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: seen.append((a[3], k)) or grpo_loss(*a, **k))
+    options = dict(loss_type="dapo", beta=0.1, skip_zero_variance=False, record_groups=0, watch=0)
+    grpo.main(config(steps=1, mask_truncated=True, **options), compare)
+    expected = spied["batches"][0].rollout.mask.sum(1).view(4, 4) * ended
+    ((mask, counts),) = seen
+    assert sorted(mask.any(1).view(4, 4).tolist()) == sorted(ended.tolist())  # a piece has its groups in another order
+    assert (counts["n_answers"], counts["n_tokens"]) == (16, expected.sum())
+    assert torch.equal(lengths[-1], expected)
+
+
 def test_overlong_answers_are_punished_softly(here, spied):
     grpo.main(config(steps=1, overlong=4))
     (rolled,) = spied["batches"]
@@ -567,12 +599,14 @@ def test_overlong_answers_are_punished_softly(here, spied):
     )
 
 
-def test_refilled_groups_are_fresh_and_bounded(here, spied, monkeypatch):
+def test_refilled_groups_are_fresh_bounded_and_trained(here, spied, monkeypatch):
     def first_letter(texts, problems, ended):  # the same for a whole group, unless its prompt is a long one
         return [float("e" in t) * (len(p.question) > 80) for t, p in zip(texts, problems, strict=True)]
 
     monkeypatch.setitem(grpo.REWARDS, "correct", first_letter)
-    grpo.main(config(steps=1, prompts=8, rollouts=8, refill=3, format_weight=0.0))
+    trained = []  # how many answers each forward pass has
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: trained.append(len(a[2])) or grpo_loss(*a, **k))
+    grpo.main(config(steps=1, prompts=8, rollouts=8, refill=3, format_weight=0.0, record_groups=0))
     first, *others = spied["batches"]
     assert 1 <= len(others) <= 3
     sizes = [len(b.problems) for b in others]
@@ -581,6 +615,7 @@ def test_refilled_groups_are_fresh_and_bounded(here, spied, monkeypatch):
     alive = first.rewards["correct"].std(1) > 0  # `first` was filled up in place
     assert alive.sum() > 8 - sizes[0]
     assert all(len(first.problems[g].question) > 80 for g in alive.nonzero().squeeze(1).tolist())
+    assert sum(trained) == 8 * alive.sum()  # a fresh group is trained too
 
 
 def test_a_batch_takes_over_a_group_whole(here, spied):

@@ -244,6 +244,21 @@ def test_the_figures_by_hand_over_all_ranks(monkeypatch):
     assert figures == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("level", "bound", "weight"), [("sequence", 9.0, 1.5), ("geometric", 9.0, 1.5**0.5), ("sequence", 1.2, 1.2)]
+)
+def test_the_level_and_the_bound_of_a_run_reach_the_weights(monkeypatch, level, bound, weight):
+    sampled, own = torch.tensor([[0.5, 0.2]]).log(), torch.tensor([[0.25, 0.6]]).log()  # k = 0.5 and 3
+    monkeypatch.setattr(off_policy, "cut", lambda *_: [])
+    monkeypatch.setattr(off_policy, "piece_logprobs", lambda *_: own)
+    dist = SimpleNamespace(gather=lambda x: x, sum=lambda *values: [float(v) for v in values])
+    c = settings(correction="truncate", correction_level=level, correction_bound=bound, old_logprobs="trainer")
+    c.sampler_dtype, c.stale, c.micro_batch, c.temperature = "int8", 0, 2, 1.0
+    rollout = SimpleNamespace(logprobs=sampled, mask=torch.ones(1, 2, dtype=torch.bool))
+    _, weights, _ = off_policy.off_policy(SimpleNamespace(prompts=[0], rollout=rollout), None, c, None, 0, dist)
+    assert weights[0].tolist() == pytest.approx([weight] * 2)
+
+
 def settings(**changes):
     plain = dict(correction="none", correction_level=None, correction_bound=None, old_logprobs="sampler")
     return SimpleNamespace(**(plain | changes))

@@ -287,6 +287,24 @@ def test_a_scaled_step_is_a_plain_step_or_none(optimizer):
         assert all(p.grad is None for p in raw.parameters())
 
 
+def test_parts_are_clipped_apart_and_step_together_or_not_at_all():
+    parts = [[torch.nn.Parameter(torch.zeros(2))] for _ in range(2)]
+    steps = [(p, [SGD(p, 1.0)], 1.0) for p in parts]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def step(*gradients):
+        for (p,), gradient in zip(parts, gradients, strict=True):
+            p.grad = torch.tensor(gradient)
+        return optim.optimizer_steps(steps, scaler, contextlib.nullcontext, 1.0)
+
+    assert step([3.0, 4.0], [0.3, 0.4]) == pytest.approx([5.0, 0.5])
+    after = [pytest.approx([-0.6, -0.8]), pytest.approx([-0.3, -0.4])]
+    assert [p.tolist() for (p,) in parts] == after
+    for bad in (([math.inf, 0.0], [0.3, 0.4]), ([0.3, 0.4], [math.nan, 0.0])):
+        step(*bad)
+        assert [p.tolist() for (p,) in parts] == after
+
+
 def test_decay_only_where_it_belongs():
     raw = Transformer(TransformerConfig(vocab_size=20, positions="learned", bias=True, norm="layer", **MODEL))
     (adamw,) = make_optimizers(raw, "adamw", 1e-3, 0.1)

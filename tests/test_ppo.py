@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,6 +263,17 @@ def test_running_moments_are_those_of_everything_seen():
     assert moments.state_dict() == [moments.n, moments.mean, moments.squares]  # as all versions keep them
 
 
+def test_running_moments_add_up_over_ranks():
+    own, other = torch.arange(5.0), 4 + 3 * torch.arange(5.0) ** 2
+    both = torch.cat([own, other]).double()
+    theirs = iter([(5, other.sum().item()), (((other.double() - both.mean()) ** 2).sum().item(),)])
+    rank = SimpleNamespace(sum=lambda *values: [a + b for a, b in zip(values, next(theirs), strict=True)])
+    moments = RunningMoments()
+    moments.add(own, rank)
+    assert (moments.n, moments.mean) == (10, pytest.approx(both.mean().item()))
+    assert moments.squares / 10 == pytest.approx(both.var(correction=0).item())
+
+
 # ------------------------------------------------------------------------------------------------ the model
 
 
@@ -476,6 +488,46 @@ def score(judge, prompt, answer):
     return value
 
 
+def test_what_a_run_gives_its_two_losses(here, monkeypatch):
+    """Whitened advantages, and to each loss its own clip."""
+    seen, clips, policy_loss, value_loss = [], [], ppo.ppo_policy_loss, ppo.value_loss
+    monkeypatch.setattr(ppo, "value_loss", lambda *a, **k: clips.append(k["clip"]) or value_loss(*a, **k))
+    monkeypatch.setattr(
+        ppo, "ppo_policy_loss", lambda *a, **k: seen.append((a[2][a[3]], k["clip"])) or policy_loss(*a, **k)
+    )
+    ppo.main(config(steps=1, minibatches=1, clip_ratio=0.1, clip_value=0.3, stop_kl=0.0, record_groups=0, watch=0))
+    ((A, clip),) = seen
+    assert (clip, clips) == (0.1, [0.3])
+    assert A.mean().item() == pytest.approx(0, abs=1e-5)
+    assert A.std(correction=0).item() == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(("value", "share"), [("shared", 1.0), ("separate", 0.1)])
+def test_the_policys_rate_falls_and_that_of_the_values_stays(here, monkeypatch, value, share):
+    rates, steps = [], ppo.optimizer_steps
+
+    def step(parts, *more):
+        rates.append([rate for *_, rate in parts])
+        return steps(parts, *more)
+
+    monkeypatch.setattr(ppo, "optimizer_steps", step)
+    ppo.main(config(steps=4, minibatches=1, value=value, value_lr=0.01, stop_kl=0.0))
+    policy, values = zip(*rates, strict=True)
+    assert policy == pytest.approx([1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert values == pytest.approx([0.01 * share] * 4)
+
+
+def test_beta_adapts_to_the_kl_per_answer_of_the_log(here, monkeypatch):
+    seen, adapt = [], ppo.adapt_beta
+    monkeypatch.setattr(ppo, "adapt_beta", lambda *a: seen.append(a) or adapt(*a))
+    ppo.main(config(lr=1e-2, kl_target=0.5, kl_horizon=50.0))
+    kl, beta = metrics("runs/ppo", "kl_per_answer"), metrics("runs/ppo", "beta")
+    assert [a[1] for a in seen] == pytest.approx(list(kl.values()), rel=1e-4, abs=1e-6)
+    assert abs(kl[3]) > 1e-3
+    assert {a[2:] for a in seen} == {(0.5, 12, 50.0)}
+    assert [beta[2], beta[3]] == pytest.approx([adapt(*a) for a in seen[:2]])
+
+
 def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypatch):
     assert_the_start_is_kept(ppo, config, "runs/ppo", monkeypatch)
 
@@ -564,8 +616,7 @@ def test_wins_by_hand():
     torch.testing.assert_close(wins, torch.tensor(expected))
 
 
-def test_the_defaults_run_the_textbook_form(here):
-    """Several steps a batch, the values as the only baseline, normalised scores, GAE; and the ratio leaves 1."""
+def test_with_the_defaults_the_ratio_leaves_1_and_the_clip_acts(here):
     assert (Config().baseline, Config().normalise, Config(baseline="wins").normalise) == ("none", True, False)
     defaults = {name: getattr(Config(), name) for name in ("minibatches", "baseline", "normalise", "lam", "beta")}
     ppo.main(config(lr=3e-2, warmup=0, steps=2, **defaults))
@@ -594,8 +645,8 @@ def test_the_kl_penalty_is_in_the_rewards(here, baseline):
     """Nats per answer times the coefficient, and the score: nothing else is paid."""
     ppo.main(config(beta=0.7, steps=3, missing_end=0.0, baseline=baseline))
     at = {name: metrics("runs/ppo", name) for name in ("reward", "paid", "kl_per_answer", "reward_kl")}
-    for step in (1, 2, 3):
-        assert at["reward_kl"][step] == pytest.approx(-0.7 * at["kl_per_answer"][step], abs=1e-6)
+    for step in (1, 2, 3):  # reward is of the tokens' rewards
+        assert at["reward"][step] == pytest.approx(at["paid"][step] - 0.7 * at["kl_per_answer"][step], abs=1e-5)
         assert at["reward"][step] == pytest.approx(at["paid"][step] + at["reward_kl"][step], abs=1e-5)
     assert abs(at["kl_per_answer"][1]) < 1e-4  # the policy is the reference still
     assert abs(at["kl_per_answer"][3]) > 1e-4
@@ -629,13 +680,20 @@ def test_the_minibatch_that_stops_a_step_is_in_the_log(here, monkeypatch, capsys
     assert "step 2 trained nothing: before any update the KL to the sampling policy is 0.2 nats" in text.out + text.err
 
 
-def test_a_step_that_its_first_minibatch_ends_moves_no_weight(here, monkeypatch):
-    loss = ppo.ppo_policy_loss
+def test_a_step_that_its_first_minibatch_ends_moves_no_weight_and_leaves_no_gradient(here, monkeypatch):
+    loss, ask, clean = ppo.ppo_policy_loss, ppo.Sampler.__call__, []
+
+    def sample(self, *args):
+        clean.append(all(p.grad is None or not p.grad.any() for p in self.policy.parameters()))
+        return ask(self, *args)
+
     monkeypatch.setattr(
         ppo, "ppo_policy_loss", lambda *a, **b: (lambda x, m: (x, m | {"approx_kl3": 1.0}))(*loss(*a, **b))
     )
-    ppo.main(config(steps=1, record_groups=0, watch=0))
+    monkeypatch.setattr(ppo.Sampler, "__call__", sample)
+    ppo.main(config(steps=2, record_groups=0, watch=0))
     assert_same_weights("start", "runs/ppo/last")
+    assert clean == [True, True]
 
 
 def test_an_answer_without_an_end_is_fined(here):
@@ -645,6 +703,24 @@ def test_an_answer_without_an_end_is_fined(here):
     assert metrics("runs/a", "missing_end")[1] > 0
     assert a - b == pytest.approx(2 * metrics("runs/a", "missing_end")[1], abs=1e-5)
     assert metrics("runs/a", "score") == metrics("runs/b", "score")
+
+
+def test_the_fine_is_subtracted_after_the_normalisation(here):
+    ppo.main(config(steps=1, baseline="none", normalise=True, missing_end=2.0))
+    score, paid, cut = (metrics("runs/ppo", name)[1] for name in ("score", "paid", "missing_end"))
+    assert abs(score) > 1e-3
+    assert cut > 0
+    assert paid == pytest.approx(-2 * cut, abs=1e-5)  # the first step's normalised scores have mean 0
+
+
+def test_an_answer_with_another_end_counts_as_cut_off(here, tokenizer, monkeypatch):
+    def ends(policy, prompts, *sizes, **more):
+        ids = torch.tensor([[5, tokenizer.endoftext_id], [5, tokenizer.im_end_id]] * len(prompts))
+        return Rollout(ids, torch.ones_like(ids, dtype=torch.bool), torch.full(ids.shape, -1.0))
+
+    monkeypatch.setattr("support.rollouts.generate", ends)
+    ppo.main(config(steps=1, stop_kl=0.0, watch=0))
+    assert metrics("runs/ppo", "missing_end")[1] == 0.5
 
 
 def test_an_encoder_may_judge(here):

@@ -252,6 +252,15 @@ def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
     assert metrics("runs/rejection", "kept") == {1: len(kept)}
 
 
+def test_a_run_keeps_and_weighs_as_asked(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(rejection, "keep_round", lambda *a: seen.append(keep_round(*a)) or seen[-1])
+    rejection.main(config(steps=1, round_steps=1, distinct=False, max_per_problem=2, weigh="answer"))
+    prompts = [prompt for prompt, *_ in seen[0]]
+    assert max(prompts.count(prompt) for prompt in prompts) == 2
+    assert {w for *_, w in seen[0]} == {1.0}
+
+
 # ------------------------------------------------------------------------------------------------ sampling
 
 

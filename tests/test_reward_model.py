@@ -1,6 +1,7 @@
 """reward_model.py: the losses and their gradients, where a score is read, what the report computes, and the guarantees
 of a run."""
 
+import copy
 import json
 import math
 import shutil
@@ -247,6 +248,31 @@ def test_the_chosen_answers_loss_is_added(here):
     assert after[1.0][-1] < after[1.0][0] - 0.1
     with pytest.raises(ConfigError, match="decoder"):
         config(backbone="encoder", nll=1.0)
+
+
+def test_a_step_of_a_run_is_the_gradient_of_its_pairs(here, monkeypatch):
+    """With a margin, the centring and the words' loss: against each answer alone."""
+    seen, packs, step, pack = [], [], reward_model.optimizer_step, RewardModel.pack
+
+    def spy(judge, *args):
+        gradients = {name: p.grad.clone() for name, p in judge.named_parameters()}
+        seen.append((copy.deepcopy(judge), gradients, packs[-1]))
+        return step(judge, *args)
+
+    monkeypatch.setattr(RewardModel, "pack", staticmethod(lambda groups, *a: packs.append(groups) or pack(groups, *a)))
+    monkeypatch.setattr(reward_model, "optimizer_step", spy)
+    reward_model.main(config(pairs="corrupted", steps=1, margin=0.7, centre=0.3, nll=0.4, best_of_problems=0))
+    ((judge, gradients, groups),) = seen
+    total = 0.0
+    for prompt, answers in groups:
+        rows = [torch.tensor([prompt + answer]) for answer in answers]
+        r_w, r_l = (judge(row)[0, -1, 0] for row in rows)
+        logprobs = judge(rows[0][:, :-1], targets=rows[0][:, 1:])[1][0, len(prompt) - 1 :]
+        total = total + torch.log(1 + torch.exp(0.7 - r_w + r_l)) + 0.3 * (r_w + r_l) ** 2 - 0.4 * logprobs.mean()
+    judge.zero_grad()
+    (total / 6).backward()
+    for name, p in judge.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["qwen3", "gpt2", "mixture"])

@@ -383,8 +383,10 @@ def write_ratings(path, n=120):
 
 @pytest.mark.parametrize("rated", ["weights", "threshold"])
 def test_a_run_on_rated_responses(here, capsys, rated):
+    """The first step's loss by a loop over the batch; what is learned and what is said."""
     write_ratings(here / "rated.jsonl")
-    result = sft.main(config(data="rated.jsonl", rated=rated, steps=30, lr=1e-2, demonstrations=None, eval_every=30))
+    changes = dict(steps=30, lr=1e-2, demonstrations=None, eval_every=30, micro_batch=2)
+    result = sft.main(config(data="rated.jsonl", rated=rated, **changes))
     said = capsys.readouterr().out
     losses = list(metrics("runs/sft", "loss").values())
     assert losses[-1] < 0.8 * losses[0]
@@ -392,6 +394,15 @@ def test_a_run_on_rated_responses(here, capsys, rated):
     assert "\ntoken F1, greedy" in said
     assert "accuracy" not in said  # there is no answer to check
     assert 0 <= result["f1"] <= 1
+    policy, tokenizer, _ = open_checkpoint("start")
+    least, total, n = 2 if rated == "weights" else 4, 0.0, 0.0
+    kept = [p for p in load_problems("rated.jsonl", "train") if p.rating is None or p.rating >= least]
+    for problem in (kept[i] for i in rows_at(len(kept), 0, 6, 0)):
+        weight = 1.0 if rated == "threshold" or problem.rating is None else (problem.rating - 1) / 4
+        ids, flags = tokenizer.encode_chat(conversation(problem))
+        logprobs = token_logprobs(policy, torch.tensor([ids]))[0][torch.tensor(flags[1:])]
+        total, n = total - weight * logprobs.sum().item(), n + weight * len(logprobs)
+    assert losses[0] == pytest.approx(total / n, rel=1e-5)
 
 
 def test_a_run_on_conversations(here):

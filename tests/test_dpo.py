@@ -741,7 +741,8 @@ def test_a_rank_without_a_pair_adds_nothing(here):
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"][:1]
     autocast, sent = devices.precision("fp32", devices.setup("cpu"))[0], []
     for rank in (0, 1):
-        dist = SimpleNamespace(rank=rank, world=2, device="cpu", sum=lambda *values: sent.append(values) or values)
+        dist = SimpleNamespace(rank=rank, is_main=rank == 0, world=2, device="cpu")
+        dist.sum = lambda *values: sent.append(values) or values
         validate(raw, pairs, tokenizer, config(), dist, autocast)
     assert len(sent[0]) == len(sent[1]) > 0
     assert any(sent[0])

@@ -144,7 +144,7 @@ def test_the_table_of_the_docstring():
         written |= {"loss_type": loss_type, "beta": float(words[0])}
         written |= {"kl_in": "reward" if "reward" in words else "loss", "kl": "k2" if "k2" in words else None}
         assert written == row, name
-        end = {"grpo": "B|y|", "dapo": "tokens", "dr_grpo": "BL"}[loss_type] if ratio != "product" else "B"
+        end = {"grpo": "(B|y|)", "dapo": "tokens", "dr_grpo": "(BL)"}[loss_type] if ratio != "product" else "B"
         assert gets.removesuffix(", or 0").endswith(f"A / {end}")
         assert gets.endswith("or 0") == (kind == "clip")
 

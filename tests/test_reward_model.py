@@ -656,9 +656,9 @@ def test_samples_of_broken_bytes_are_scored(here, tokenizer, monkeypatch, capsys
     sizes = TransformerConfig(reads.vocab_size, max(map(len, prompts)) + 20, 1, 2, 1, 16)
     model, seen = RewardModel.from_policy(Transformer(sizes)), []
 
-    def see(model, groups, *more, true=reward_samples.score_groups):
+    def see(model, groups, *more, true=reward_samples.score_groups, **options):
         seen.extend(groups)
-        return true(model, groups, *more)
+        return true(model, groups, *more, **options)
 
     monkeypatch.setattr(reward_samples, "score_groups", see)
     autocast, _ = devices.precision("fp32", dist)

@@ -705,7 +705,7 @@ def test_an_answer_without_an_end_is_fined(here):
     assert metrics("runs/a", "score") == metrics("runs/b", "score")
 
 
-def test_the_fine_is_subtracted_after_the_normalisation(here):
+def test_missing_end_is_subtracted_after_the_normalisation(here):
     ppo.main(config(steps=1, baseline="none", normalise=True, missing_end=2.0))
     score, paid, cut = (metrics("runs/ppo", name)[1] for name in ("score", "paid", "missing_end"))
     assert abs(score) > 1e-3

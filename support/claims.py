@@ -181,14 +181,14 @@ CLAIMS = [
         "a sum of rewards collapses advantages",
         "[2601.05242] §2",
         "gdpo.collapse",
-        "yes, but rarely; accuracy not significant ([gdpo](gdpo.md))",
+        "compared by `python ablate.py gdpo`",
         Compared("gdpo", "GRPO, sum", "GDPO", ("collapsed",), "+"),
     ),
     Claim(
         "pay the easy reward where the hard is won",
         "[2601.05242] §3.2",
         "gdpo.condition",
-        "6.1 points higher [-5.1, +17.2], not significant ([gdpo](gdpo.md))",
+        "compared by `python ablate.py gdpo`",
         Compared("gdpo", "GDPO, brevity if right", "GDPO", ("accuracy",), "+"),
     ),
     Claim(

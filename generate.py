@@ -183,8 +183,9 @@ def generate(
     """
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, penalty=repetition_penalty)
     check_request(model, prompts, max_new_tokens, n, uniforms, **sampling)
-    if uniforms is None:
-        uniforms = torch.rand(len(prompts) * n, max_new_tokens, generator=generator)
+    if uniforms is None:  # greedy decoding draws nothing: an evaluation leaves the random numbers of dropout alone
+        shape = len(prompts) * n, max_new_tokens
+        uniforms = torch.rand(shape, generator=generator) if temperature else torch.zeros(shape)
     uniforms = uniforms.to(model.embed.weight.device)
     static = traits(uniforms).cuda_graphs if static is None else static
     size = len(prompts)  # prompts per batch; on_tokens and write address rows by number: one batch

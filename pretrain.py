@@ -199,7 +199,7 @@ class Config(RunConfig):
     eval_every: Count = 100
     """Steps between validations (and text samples)."""
     eval_tokens: Count = 30_000
-    """Validation tokens per evaluation; the last one uses all of them."""
+    """Validation tokens per evaluation; the last one uses all of them (of one long text all whole windows)."""
     save_every: Count = 200
     keep: Whole = 0
     """Also keep this many of the newest checkpoints, as step_STEP; 0 keeps none."""
@@ -260,8 +260,8 @@ def shard(policy, dist, autocast):
 
 
 def main(config):
-    """Train; returns {"valid_loss" (after the last step, over all of the validation text; best/ is chosen by the loss
-    on --eval_tokens of it), "path" (of best/)}."""
+    """Train; returns {"valid_loss" (after the last step, over the whole validation text, of one long text all whole
+    windows; best/ is chosen by the loss on --eval_tokens of it), "path" (of best/)}."""
     dist = setup(config.device)
     per_rank = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)

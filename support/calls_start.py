@@ -1,5 +1,6 @@
 """What agent.py starts from where --init names nothing: a checkpoint that was shown how tools are called."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -66,7 +67,9 @@ def calls_start(config, dist, tools, with_tools):
         return sft.main(settings, partial(encode_demonstration, tools=tools), partial(with_tools, tools))
 
     what = "no --init given: fine-tuning on demonstrations of calls"
-    kind = "-".join(["calls", *(tool.name for tool in tools)])
+    own = {name: tool.pattern for name, tool in zip(config.tools, tools, strict=True) if ":" in name}
+    others |= {"tools": own} if own else {}  # another pattern, other demonstrations
+    kind = "-".join(["calls", *(re.sub(r"[^A-Za-z0-9_-]+", "_", tool.name) for tool in tools)])
     name = start_name(config.data, config.seed, kind, config.levels, **others)
     stage = SimpleNamespace(Config=sft.Config, main=main)
     return make_start_once(name, what, stage, START | task_of(config.data).sft | settings, dist)

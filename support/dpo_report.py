@@ -116,8 +116,10 @@ class Look:
 
 def kl_to_start(policy, start, pairs, tokenizer, config, dist):
     """KL(π ‖ start model) in nats per token, of sampled answers to the prompts of 64 validation pairs."""
-    prompts = [pair["prompt"] for pair in pairs["valid"][:64]]
-    room = policy.config.context - max(map(len, prompts))
+    context, prompts = policy.config.context, [pair["prompt"] for pair in pairs["valid"]]
+    fitting = [prompt for prompt in prompts if len(prompt) + config.max_new_tokens <= context]
+    prompts = (fitting or prompts)[:64]  # one long prompt must not shorten the answers to all
+    room = context - max(map(len, prompts))
     reference = policy if start is None else start.to(dist.device)  # the policy: sampled_kl turns the adapters off
     kl = sampled_kl(policy, reference, tokenizer, prompts, min(config.max_new_tokens, room), dist, config.seed)
     if start is not None:

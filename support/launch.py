@@ -4,6 +4,7 @@ on.
     config = join(config)       with one process: the config itself
 """
 
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 
 from support.checkpoints import resolve_checkpoint
 from support.content import WEIGHTS, content_of, content_of_data, sha256
-from support.devices import auto_dtype, setup
+from support.devices import Dist, auto_dtype, setup
 from support.downloads import DATASETS, data_folder
 from support.errors import CheckpointError
 from support.files import to_json
@@ -25,7 +26,11 @@ from support.tasks import TASKS
 def join(config):
     """Make the process group of several processes -> config, with resume if torchrun has started a run again.
     ConfigError on all processes if they differ in what they train with, or have no common runs/."""
-    if launched()[1] == 1 or not hasattr(config, "device"):
+    if not hasattr(config, "device"):
+        return config
+    if launched()[1] == 1:
+        if hasattr(config, "resume") and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            config.resume = config.resume or restarted(config, Dist(0, 1, torch.device("cpu")))
         return config
     trains = hasattr(config, "resume")
     facts = partial(facts_of, config) if several_nodes() else None  # on one node all is the same

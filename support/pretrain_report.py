@@ -93,7 +93,8 @@ def flops_per_token(model, T):
 def validation_sequences(documents, stream, context, separator, most_tokens=None):
     """The sequences of ids that validation reads: a list of int arrays of at most context + 1.
 
-    If all documents fit, each is read whole, from its beginning; otherwise the stream is cut into windows.
+    If all documents fit, each is read whole, from its beginning; otherwise the stream is cut into windows, and what is
+    left at its end, less than a window, is not read.
     `most_tokens` picks some of them, spread evenly.
     """
     if len(documents) > 1 and max(map(len, documents)) < context:

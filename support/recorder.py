@@ -52,7 +52,7 @@ class RecordFlags:
     record_groups: Whole = 3
     """How many groups (pairs, examples) of a step are recorded token by token, for view.py."""
     record_every: Count = 30
-    """Steps between recordings; the first and the last step are recorded too."""
+    """Steps between recordings; the first step and step --steps are recorded too."""
     watch: Whole = 2
     """How many validation questions are recorded too, each time with the same random numbers; with --record_groups 0
     and --watch 0 nothing is recorded."""
@@ -441,12 +441,10 @@ def packed_line(x):
 
 
 def start_file(path, run):
-    """A new file, or of a run that is resumed its file without the records of later steps."""
+    """A new file, or of a run that is resumed its file with the settings of now, without the records of later steps."""
     about = (type(run.config).__doc__ or "").partition("\n")[0].partition(". ")[0].rstrip(".")
     header = {"about": about, "config": asdict(run.config)}
     lines = list(lines_of(path)) if run.first and path.is_file() else []
-    if lines and "config" in lines[0]:
-        header = lines[0]
     kept = [line for line in lines if "groups" in line and line["step"] <= run.first]
     write_whole(path, b"".join(map(packed_line, [header, *kept])))
 

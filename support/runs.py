@@ -463,7 +463,8 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
         for i, moments in saved["state"].items():
             saved["state"][i] = {name: shard_like(x, params[i]) for name, x in moments.items()}
         optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty if the run was in another precision: --dtype auto on another device
+        scaler.load_state_dict(state["scaler"])
     set_random_state(state["rng"][dist.rank], dist.device)
     return state
 

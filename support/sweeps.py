@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from support.devices import setup
 from support.errors import ConfigError, DivergedError
-from support.runs import RUNS, saved_run
+from support.runs import RUNS, restarted, saved_run
 
 
 def sweep(run, config):
@@ -16,8 +16,12 @@ def sweep(run, config):
     names = {lr: f"{config.name}/lr{lr:g}" for lr in config.sweep}
     if config.resume and not any(saved_run(RUNS / name) for name in names.values()):
         raise ConfigError(f"--resume: {RUNS / config.name} holds no saved run of this sweep to continue")
+    dist = setup(config.device)
     for lr, name in names.items():
-        resume = config.resume and saved_run(RUNS / name) is not None  # runs after the one that stopped are new
+        again = restarted(replace(config, sweep=[], name=name), dist)  # by torchrun
+        resume = again or (
+            config.resume and saved_run(RUNS / name) is not None
+        )  # runs after the one that stopped are new
         try:
             results[lr] = run(replace(config, lr=lr, sweep=[], name=name, resume=resume))
         except DivergedError as error:  # a rate that is too high is a result too
@@ -25,7 +29,7 @@ def sweep(run, config):
     if all(result["valid"] == -math.inf for result in results.values()):
         raise diverged
     best = max(results, key=lambda lr: results[lr]["valid"])
-    if setup(config.device).is_main:
+    if dist.is_main:
         print(f"\n{'learning rate':>14}{'validation':>12}{'test':>8}")
         for lr, result in results.items():
             figures = f"{result['valid']:>12.1%}{result['test']:>8.1%}"

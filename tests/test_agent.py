@@ -803,6 +803,12 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     paths = {calls_start.calls_start(Config(**other), dist, tools, WithTools) for other in others}
     assert len(paths | {path}) == 5  # other settings, another start: a run may still be reading the first
     assert calls_start.calls_start(Config(skip_bad=True), dist, tools, WithTools) == path  # there is nothing to skip
+    own = [Tool("calculator", pattern, str) for pattern in (r"\(([^()]*)\)=", r"<([^<>]*)>")]
+    monkeypatch.setattr(calls_start.sft, "main", lambda settings, *_: None)
+    of_own = {calls_start.calls_start(Config(tools=["own:mine"]), dist, [tool], WithTools) for tool in own}
+    assert len(of_own | {path}) == 3  # another pattern, other demonstrations
+    named = calls_start.calls_start(Config(tools=["own:it"]), dist, [Tool("unit price", r"\[(.*)\]", str)], WithTools)
+    assert "calls-unit_price" in named
     (scratch / "plain.jsonl").write_text('{"question": "2?", "answer": "2"}\n' * 9, encoding="utf-8")
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
     with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):

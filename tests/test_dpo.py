@@ -428,6 +428,17 @@ def test_reference_is_the_start(tokenizer):
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_one_long_prompt_does_not_shorten_the_answers_of_the_kl(tokenizer, monkeypatch):
+    asked, raw = [], tiny(tokenizer)
+    monkeypatch.setattr(dpo_report, "sampled_kl", lambda *a: asked.append(a[3:5]))
+    long, short = [7] * (raw.config.context - 2), [7] * 4
+    valid = [{"prompt": prompt} for prompt in (short, long, short)]
+    settings, dist = config(max_new_tokens=5), devices.setup("cpu")
+    for rows in (valid, valid[1:2]):
+        dpo_report.kl_to_start(raw, None, {"valid": rows}, tokenizer, settings, dist)
+    assert asked == [([short, short], 5), ([long], 2)]
+
+
 def test_the_reference_of_lora_is_the_model_without_its_adapters(here, tokenizer, monkeypatch):
     raw, dist = tiny(tokenizer), devices.setup("cpu")
     before = copy.deepcopy(raw)

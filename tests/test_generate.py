@@ -71,6 +71,14 @@ def test_greedy_sampling_ignores_the_uniforms_and_scores_at_temperature_one():
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[:, 2])
 
 
+def test_greedy_decoding_draws_nothing(model):
+    before = torch.get_rng_state()
+    generate(model, PROMPTS, 3, temperature=0)
+    assert torch.equal(torch.get_rng_state(), before)  # an evaluation does not change what dropout draws
+    generate(model, PROMPTS, 3)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
     ids, _ = sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]))

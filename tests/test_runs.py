@@ -24,6 +24,7 @@ import pretrain
 from pretrain import Config
 from support import devices, locks, log, runs
 from support.errors import CheckpointError, ConfigError
+from support.launch import join
 from support.runs import Run
 from transformer import TransformerConfig
 
@@ -168,9 +169,11 @@ def test_what_is_said_when_it_stops(capsys):
 def test_a_restart_adopts_only_a_run_of_its_own_launch(here, monkeypatch, capsys):
     first = pretrain.main(config(steps=4, save_every=2))
     assert pretrain.main(config(steps=4, save_every=2, resume=True)) == first  # nothing left to do: the same figures
+    assert not join(config()).resume
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     dist = devices.setup("cpu")
     assert runs.restarted(config(), dist)
+    assert join(config()).resume  # with one process too
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert not runs.restarted(config(), dist)
     (here / "runs/pretrain/launcher").write_text(
@@ -181,6 +184,13 @@ def test_a_restart_adopts_only_a_run_of_its_own_launch(here, monkeypatch, capsys
     assert not runs.restarted(config(), dist)
     monkeypatch.setattr(devices.Dist, "sum", lambda self, *values: [v + (i == 0) for i, v in enumerate(values)])
     assert runs.restarted(config(), dist)  # another node counted a restart
+
+
+def test_a_run_goes_on_where_dtype_auto_is_fp16(here, monkeypatch):
+    pretrain.main(config(steps=2, dtype="auto"))
+    monkeypatch.setattr(devices, "auto_dtype", lambda device: "fp16")
+    pretrain.main(config(steps=3, dtype="auto", resume=True))  # the scaler, of which nothing was saved, begins anew
+    assert list(metrics("runs/pretrain", "loss")) == [1, 2, 3]
 
 
 def test_an_earlier_run_is_moved_aside(here):

@@ -20,7 +20,7 @@ from data import Pair, Problem, conversation, encode_answers, load_problems, row
 from evaluate import METRICS
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
-from support import devices, pretrained_start, runs, sft_report, sft_start
+from support import devices, pretrained_start, runs, sft_report, sft_start, sweeps
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.locks import LOCKED
@@ -488,6 +488,14 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)
     [best] = [line for line in capsys.readouterr().out.splitlines() if "<- best" in line]
     assert best.split()[:3] == ["0.003", "60.0%", "40.0%"]
+
+
+def test_a_sweep_that_torchrun_starts_again_goes_on(here, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sweeps, "restarted", lambda settings, dist: settings.name == "sft/lr0.001")
+    run = lambda settings: seen.update({settings.lr: settings.resume}) or {"valid": settings.lr, "test": 0}  # noqa: E731
+    sweeps.sweep(run, config(sweep=[1e-3, 3e-3]))
+    assert seen == {1e-3: True, 3e-3: False}
 
 
 def test_the_runs_of_a_sweep_encode_and_answer_as_the_sweep_does(here):

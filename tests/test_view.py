@@ -399,6 +399,8 @@ def test_a_resumed_run_drops_later_records_and_goes_on(here, monkeypatch):
     parts = train("grpo", steps=4, name="parts", resume=True)
     assert parts == whole
     assert len(gzip.decompress(path.read_bytes()).splitlines()) == 5
+    train("grpo", steps=5, name="parts", resume=True)
+    assert read_recording("runs/parts")[0]["config"]["steps"] == 5  # the settings of now: step 5 is not "step 5 of 4"
 
 
 def test_a_full_disk_ends_no_run(here, monkeypatch, capsys):

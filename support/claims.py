@@ -249,7 +249,6 @@ def seen_in(compared, results=ROOT / "results"):
         unit = "nats" if "nats" in HEADINGS[metric] else "points"
         of_what = HEADINGS[metric].partition(" (")[0]
         seen.append(f"{verdict} ({of_what}): {first} against {second} {signed(difference, of).strip('*')} {unit}")
-
     return f"{'' if alone else 'not tested alone; '}{'; '.join(seen)} ([{name}]({name}.md))"
 
 

@@ -101,8 +101,6 @@ _GRPO = {
     "beta 0.05": _grpo(beta=0.05),
     "2 inner epochs": _grpo(inner_epochs=2),
     "clip higher": _grpo(clip_high=0.28, inner_epochs=2),
-    "dapo": _grpo(algorithm="dapo"),
-    "dr_grpo": _grpo(algorithm="dr_grpo"),
 }
 
 # What a sampler that is not the policy is corrected by.
@@ -129,17 +127,17 @@ _OFF_POLICY = {
 EXPERIMENTS = {
     "ladder": Experiment(
         "What does each method add to SFT, from the same start?",
-        "the pretrained and the SFT checkpoint of a seed; after it each method's own number of steps, all else but the "
-        "tuned lr as the stage has it; the 1,000 test problems, greedy decoding (the minutes leave out what runs/start "
-        "had already: the starts, PPO's reward model)",
+        "the pretrained and the SFT checkpoint of a seed; after it as many steps as take each method as long as GRPO's "
+        "500, all else but the tuned lr as the stage has it; the 1,000 test problems, greedy decoding (the minutes "
+        "leave out what runs/start had already: the starts, PPO's reward model)",
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start
-            "rejection": ("rejection", _BRIEF | {"steps": 150}),
-            "DPO": ("dpo", {"steps": 300}),
-            "PPO": ("ppo", {"steps": 180}),
+            "rejection": ("rejection", _BRIEF | {"steps": 400}),
+            "DPO": ("dpo", {"steps": 630}),
+            "PPO": ("ppo", {"steps": 205}),
             "GRPO": ("grpo", _BRIEF | {"steps": 500}),
-            "GDPO": ("gdpo", _BRIEF | {"steps": 500, "brevity_weight": 0.2}),
+            "GDPO": ("gdpo", _BRIEF | {"steps": 450, "brevity_weight": 0.2}),
         },
         (
             "accuracy",
@@ -161,7 +159,7 @@ EXPERIMENTS = {
             *((method, "GRPO") for method in ("rejection", "DPO", "PPO", "GDPO")),
         ),
         tune="lr",
-        grid=(0.5, 1, 2),
+        grid=(0.5, 1, 2, 4),
         times_own=True,
         tune_steps=100,
     ),

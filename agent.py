@@ -255,7 +255,7 @@ def main(config):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
-        """(n,) bool: which of this rank's groups have rewards that differ."""
+        """(n,) bool: which of this rank's groups have an A ≠ 0, before its scale."""
         return grpo.advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
 
     respond = WithTools(tools, start.tokenizer)

@@ -85,10 +85,9 @@ Traps, the ones that bite most first:
   finds nothing to look at has learned to put them on the first tokens. Keep those visible, as sinks, and it works.
 
 What it costs. A head's scores are T · S dot products; a KVCache takes 2 (K and V) · n_layer · B · G · max_len · D
-numbers.
-With a window and no other mask about 2 · T · W of the products are computed (W ≥ 64, T ≥ 2 W), band by band; packed
-rows, left pads and shorter chunks pay for all T · S and hold their mask. A RollingKVCache keeps sinks + W slots. Yet
-with each windowed layer an output depends on W − 1 more of the tokens before it.
+numbers. With a window and no other mask about 2 · T · W of the products are computed (W ≥ 64, T ≥ 2 W), band by band;
+packed rows, left pads and shorter chunks pay for all T · S and hold their mask. A RollingKVCache keeps sinks + W slots.
+Yet with each windowed layer an output depends on W − 1 more of the tokens before it.
 
 A rolling cache stores each key rotated by its position in the text, so the outputs are those of one full pass with
 window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in

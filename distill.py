@@ -5,10 +5,8 @@ no reward, no group, no luck needed. The student meets its own mistakes, and lea
 them, which no text of the teacher shows.
 
 At one place of a text, π is the student's distribution of the next token and z its logits (divided by --temperature);
-p is the teacher's, which has no gradient:
-
-β (--beta, from 0 to 1) says which way round they are compared; it is not the weight of a KL that --beta is in dpo.py,
-ppo.py and grpo.py:
+p is the teacher's, which has no gradient. β (--beta, from 0 to 1) says which way round they are compared; it is not the
+weight of a KL that --beta is in dpo.py, ppo.py and grpo.py:
 
     β = 0     D = KL(p ‖ π) = Σ_v p(v) log(p(v) / π(v))       forward: say all that the teacher might say
               ∂D/∂z_v = π(v) − p(v)

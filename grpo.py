@@ -447,7 +447,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     def signal_of(batch):
-        """(n,) bool: which of this rank's groups have rewards that differ, and a token that counts."""
+        """(n,) bool: which of this rank's groups have an A ≠ 0, before its scale, and a token that counts."""
         A, _ = advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)
         return A.ne(0).any(1) & (batch.ended.any(1) if config.mask_truncated else True)
 

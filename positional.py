@@ -14,7 +14,8 @@ neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, t
     cos, sin = κ cos(angles), κ sin(angles)                 (..., T, D) each, once for all layers; κ, the attention
                                                             factor, is 1 but for yarn
     q, k     = apply_rope(q, cos, sin), and k so too        (B, H, T, D), (B, G, T, D): in each layer; not the values
-    q · k    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           query at position m, key at n; R(m)ᵀ R(n) = R(n − m)
+    score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           q at position m, k at n, not yet rotated;
+                                                            R(m)ᵀ R(n) = R(n − m)
 
 So for given q and k the score depends on the distance n − m alone: attention is relative without a parameter, and a
 rotated vector keeps its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn

@@ -199,7 +199,7 @@ class Config(RunConfig):
     eval_every: Count = 100
     """Steps between validations (and text samples)."""
     eval_tokens: Count = 30_000
-    """Validation tokens per evaluation; the last one uses all of them (of one long text all whole windows)."""
+    """Validation tokens per evaluation; the last one uses all (all whole windows, if a text is longer than one)."""
     save_every: Count = 200
     keep: Whole = 0
     """Also keep this many of the newest checkpoints, as step_STEP; 0 keeps none."""

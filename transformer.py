@@ -17,8 +17,8 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
 
 π is the distribution that the model gives. RL calls the model the *policy*, and so do the training scripts. The losses
 of pretraining, SFT, DPO and RL come back through log π(y) = z_y − log Σ_v exp(z_v), z = logits / temperature (1 unless
-given). The gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y
-is pushed up by what π(y) lacks to 1, each other one down by its own π(v).
+given). The gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y is pushed
+up by what π(y) lacks to 1, each other one down by its own π(v).
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
 biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropout. All that a recipe varies is a field
@@ -36,7 +36,7 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
 At the start the std of the matrices that write into the residual stream (`wo`, `down`) is divided by √(2 n_layer), so
 that the sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-With `targets` forward returns log π(targets) in the place of logits; the losses of all stages use that. (It is an
+With `targets` forward returns log π(targets) in the place of logits; those losses use that. (It is an
 argument because DDP wraps forward alone. Above 64 MiB of fp32 logits they are computed some tokens at a time, and again
 in the backward pass. Sampling takes its log π from the logits: generate.py.) `token_logprobs` shifts: its entry t
 scores token t + 1, so a mask over tokens must be cut to mask[:, 1:] to fit.

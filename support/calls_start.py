@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from hashlib import sha256
 from types import SimpleNamespace
 
 import sft
@@ -10,7 +11,7 @@ from support.errors import ConfigError
 from support.runs import make_start_once, run_path, start_name
 from support.sft_start import SFT_START, sft_start
 from support.tasks import skipping
-from support.tools import turns
+from support.tools import code_of_tools, turns
 
 # of grpo.py's options those that agent.py does not have, with the value that turns them off
 NOT_HERE = {"refill": 0, "stale": 0, "sampler_dtype": "same", "old_logprobs": "sampler", "correction": "none"}
@@ -67,8 +68,10 @@ def calls_start(config, dist, tools, with_tools):
         return sft.main(settings, partial(encode_demonstration, tools=tools), partial(with_tools, tools))
 
     what = "no --init given: fine-tuning on demonstrations of calls"
-    own = {name: tool.pattern for name, tool in zip(config.tools, tools, strict=True) if ":" in name}
-    others |= {"tools": own} if own else {}  # another pattern, other demonstrations
+    # Another pattern makes other demonstrations; another function, other answers in SFT's validation.
+    files = {name: sha256(text).hexdigest() for name, text in code_of_tools(config.tools, tools).items()}
+    patterns = [tool.pattern for name, tool in zip(config.tools, tools, strict=True) if ":" in name]
+    others |= {"tools": [patterns, files]} if patterns else {}
     kind = "-".join(["calls", *(re.sub(r"[^A-Za-z0-9_-]+", "_", tool.name) for tool in tools)])
     name = start_name(config.data, config.seed, kind, config.levels, **others)
     stage = SimpleNamespace(Config=sft.Config, main=main)

@@ -246,8 +246,8 @@ def seen_in(compared, results=ROOT / "results"):
         else:
             verdict = words[rises != (expects == "+")]
         of = means[first][metric].mean or means[second][metric].mean
-        unit = "nats" if "nats" in HEADINGS[metric] else "points"
-        of_what = HEADINGS[metric].partition(" (")[0]
+        of_what, _, unit = HEADINGS[metric].rstrip(")").partition(" (")
+        unit = {"%": "points", "": of_what}.get(unit, unit)
         seen.append(f"{verdict} ({of_what}): {first} against {second} {signed(difference, of).strip('*')} {unit}")
     return f"{'' if alone else 'not tested alone; '}{'; '.join(seen)} ([{name}]({name}.md))"
 

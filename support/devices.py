@@ -16,7 +16,6 @@ All that depends on the kind of device is here. A chapter asks by name, and comp
 
 import contextlib
 import math
-import os
 import re
 import time
 import warnings
@@ -27,7 +26,7 @@ from torch import distributed
 
 from support.errors import ConfigError
 from support.heap import keep_freed_memory
-from support.nodes import MESH, WAIT, card, connect, first_line, launched, meet, what_differs
+from support.nodes import MESH, WAIT, card, connect, first_line, launched, meet, what_differs, whole_from
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def setup(device="auto", facts=None, folder=None):
 
     facts(device) -> {name: value}, and the folder that all processes must share: support/launch.py gives them."""
     keep_freed_memory()
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    (rank, world), local = launched(), whole_from("LOCAL_RANK", 0)
     if device == "auto":
         device = best_device(world)
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -161,7 +160,7 @@ def setup(device="auto", facts=None, folder=None):
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
-        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus, processes = torch.cuda.device_count(), whole_from("LOCAL_WORLD_SIZE", 1)
         too_few = int(device[5:]) >= gpus if ":" in device else processes > gpus
         if too_few:
             raise ConfigError(f"--device {device} for {processes} processes, but torch sees {gpus} GPUs here")
@@ -175,7 +174,7 @@ def setup(device="auto", facts=None, folder=None):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views: nothing writes into them
         backend = "nccl" if device.startswith("cuda") else "gloo"
         join_group(backend, store)
-    return Dist(int(os.environ.get("RANK", 0)), world, torch.device(device))
+    return Dist(rank, world, torch.device(device))
 
 
 def best_device(world=1):
@@ -300,6 +299,6 @@ def free_memory(device):
         with open("/proc/meminfo", encoding="utf-8") as file:
             # MemAvailable includes the page cache, which can be freed. torchrun's processes share it.
             kilobytes = int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-            return 1024 * kilobytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            return 1024 * kilobytes // whole_from("LOCAL_WORLD_SIZE", 1)
     except (OSError, StopIteration):
         return None

@@ -115,7 +115,8 @@ class Look:
 
 
 def kl_to_start(policy, start, pairs, tokenizer, config, dist):
-    """KL(π ‖ start model) in nats per token, of sampled answers to the prompts of 64 validation pairs."""
+    """KL(π ‖ start model) in nats per token, of sampled answers to up to 64 validation prompts: those that leave
+    room for --max_new_tokens, or, with shorter answers, the first ones if none does."""
     context, prompts = policy.config.context, [pair["prompt"] for pair in pairs["valid"]]
     fitting = [prompt for prompt in prompts if len(prompt) + config.max_new_tokens <= context]
     prompts = (fitting or prompts)[:64]  # one long prompt must not shorten the answers to all

@@ -45,8 +45,8 @@ def tally(sums, metrics, n_tokens):
 
 
 def step_record(figures, sums, n_updates, config, dist):
-    """The record of a step, means over all ranks, but ratio_max: this rank's. figures: what `rollout_sums` counted;
-    sums: over the tokens trained on."""
+    """The record of a step, means over all ranks; of ratio_max the largest. figures: what `rollout_sums` counted; sums:
+    over the tokens trained on."""
     means = [name for name in ("kl", "clip_fraction", "ratio_spread") if name in sums]
     values = [*figures.values(), *(sums[k] for k in means), sums.get("n_trained", 0), sums.get("loss", 0.0)]
     *values, n_trained, loss = dist.sum(*values)
@@ -55,7 +55,8 @@ def step_record(figures, sums, n_updates, config, dist):
     record["entropy"] = total["entropy"] / total["length"]  # per token, not per completion
     record["zero_variance"] = total["zero_variance"] / config.prompts
     if n_trained:
-        record |= {name: total[name] / n_trained for name in means} | {"ratio_max": sums["ratio_max"]}
+        record |= {name: total[name] / n_trained for name in means}
+        record["ratio_max"] = dist.gather(torch.tensor([sums["ratio_max"]])).max().item()
     return record | {"loss": loss / max(1, n_updates)}
 
 

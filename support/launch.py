@@ -1,7 +1,7 @@
 """Before a script's main: its processes agree on flags, files and versions, and a run that torchrun started again goes
 on.
 
-    config = join(config)       with one process: the config itself
+    config = join(config)       with one process: the config itself, with resume if torchrun has started it again
 """
 
 import os

@@ -43,7 +43,16 @@ MEETING = {"began": False, "store": None, "launch": None}  # of this process
 
 def launched():
     """(rank, world) that torchrun gave this process; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return whole_from("RANK", 0), whole_from("WORLD_SIZE", 1)
+
+
+def whole_from(name, default):
+    """A whole number from an environment variable; default: where it is not set, or empty. ConfigError on another
+    text."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"the environment has {name}={text!r}, which is no number: start this with torchrun")
+    return int(text)
 
 
 def several_nodes():
@@ -54,7 +63,7 @@ def several_nodes():
 
 def first_on_node():
     """Whether this is the process that prints for its node."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return os.environ.get("LOCAL_RANK", "0") in ("", "0")
 
 
 def launch_id():
@@ -77,11 +86,11 @@ def connect():
     if not (host and port):
         raise ConfigError(f"WORLD_SIZE is {world}, but MASTER_ADDR or MASTER_PORT is not set: start this with torchrun")
     hosts_it = rank == 0 and not torchrun_keeps_the_store()
-    problem = None if hosts_it else cannot_reach(host, int(port))
+    problem = None if hosts_it else cannot_reach(host, whole_from("MASTER_PORT", 0))
     try:
         if not problem:
             return next(distributed.rendezvous("env://", timeout=REACH))[0]
-    except distributed.DistError as error:
+    except (distributed.DistError, ValueError) as error:  # ValueError: of the variables of the environment
         problem = first_line(error)
     if hosts_it:
         raise ConfigError(f"not all of the {world} processes came to {host}:{port} in {REACH.seconds} s ({problem})")
@@ -130,15 +139,17 @@ def meet(store, rank, world, facts=None, folder=None, problem=None):
 
 def card(facts=None, problem=None):
     """What a process says of itself."""
+    problem = None if problem is None else str(problem)
     return {"id": uuid.uuid4().hex, "host": socket.gethostname(), "facts": facts or {}, "problem": problem}
 
 
 def _visit(store, rank, world, card, folder):
     """What every process but 0 does -> (token, verdict)."""
     store.set(f"hello/{rank}", to_json(card))
-    if not _comes(store, f"welcome/{card['id']}", LEAVE if card["problem"] else ARRIVE):
+    span = LEAVE if card["problem"] else ARRIVE
+    if not _comes(store, f"welcome/{card['id']}", span):
         store.delete_key(f"hello/{rank}")
-        raise ConfigError(f"process 0 did not come within {minutes(ARRIVE)}; process {rank} waited for it")
+        raise ConfigError(f"process 0 did not come within {minutes(span)}; process {rank} waited for it")
     token = store.get(f"welcome/{card['id']}").decode()
     sees = folder is None or _there_soon(folder / f".meeting-{token}")
     store.set(f"{token}/came/{rank}", to_json({"id": card["id"], "sees": sees}))
@@ -150,7 +161,8 @@ def _visit(store, rank, world, card, folder):
 def _receive(store, rank, world, card, folder):
     """What process 0 does -> (token, verdict)."""
     token, verdict, cards = card["id"], None, [card]
-    end = time.monotonic() + (LEAVE if card["problem"] else ARRIVE).total_seconds()
+    span = LEAVE if card["problem"] else ARRIVE
+    end = time.monotonic() + span.total_seconds()
     if torchrun_keeps_the_store():
         MEETING["launch"] = store.compare_set("launch", "", token).decode()
     mark = None if folder is None else folder / f".meeting-{token}"
@@ -158,12 +170,13 @@ def _receive(store, rank, world, card, folder):
         if mark and not card["problem"]:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        cards += [_welcome(store, token, other, end) for other in range(1, world)]
+        for other in range(1, world):
+            cards.append(_welcome(store, token, other, end, span))
         verdict = what_differs(cards, folder)
     except OSError as error:
         verdict = f"{error.filename} cannot be written: {error.strerror}"
-    except ConfigError as error:
-        verdict = str(error)
+    except ConfigError as error:  # one did not come; what the others have to say comes first
+        verdict = what_differs(cards, folder) or str(error)
     finally:
         if mark:
             with contextlib.suppress(OSError):
@@ -172,8 +185,8 @@ def _receive(store, rank, world, card, folder):
     return token, verdict
 
 
-def _welcome(store, token, other, end):
-    """Wait for one process, give it the token -> its card, with "sees"."""
+def _welcome(store, token, other, end, span):
+    """Wait for one process until `end`, `span` after process 0 came; give it the token -> its card, with "sees"."""
     hellos, came, late = {}, f"{token}/came/{other}", time.monotonic() + 10  # {id: card}
     while time.monotonic() < end:
         if store.check([f"hello/{other}"]):
@@ -186,10 +199,10 @@ def _welcome(store, token, other, end):
             store.delete_key(f"hello/{other}")
             return hellos[answer["id"]] | answer
         if late and time.monotonic() > late:
-            print(f"waiting for process {other}, up to {minutes(ARRIVE)}", flush=True)
+            print(f"waiting for process {other}, up to {minutes(span)}", flush=True)
             late = None
         time.sleep(0.005)
-    raise ConfigError(f"process {other} did not come within {minutes(ARRIVE)}; process 0 waited for it")
+    raise ConfigError(f"process {other} did not come within {minutes(span)}; process 0 waited for it")
 
 
 def what_differs(cards, folder=None):
@@ -224,10 +237,10 @@ def shown(value):
 
 def tell_others(problem):
     """Let the other processes know why this one ends. Does nothing if they know, or if there are none."""
-    rank, world = launched()
-    if world == 1:
-        return
     with contextlib.suppress(RuntimeError, ConfigError):
+        rank, world = launched()
+        if world == 1:
+            return
         if MEETING["store"]:
             MEETING["store"].set("ended", f"process {rank} on {socket.gethostname()} stopped: {problem}")
         elif not MEETING["began"]:
@@ -239,8 +252,8 @@ BROKEN = r"closed by peer|reset by peer|Broken pipe|Timed out waiting|remote pro
 
 
 def why_it_broke(error):
-    """A RuntimeError of an exchange between processes -> (the line to print, whether it is a process's own words);
-    None if it is another error."""
+    """A RuntimeError of an exchange between processes -> the line to print, that of the process that ended if it left
+    one; None if it is another error."""
     if not (isinstance(error, distributed.DistError) or re.search(BROKEN, str(error))):
         return None
     with contextlib.suppress(RuntimeError):

@@ -207,7 +207,7 @@ def report(config, run, after):
         [
             ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
             *metric_panels(without=("accuracy",)),
-            ("the reward model", {"score": "score", "reward": "less fines and KL"}, "per answer", {}),
+            ("the reward model", {"score": "score", "reward": "less missing_end, KL"}, "per answer", {}),
             ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),
             ("value", {"explained_variance": "explained variance", "value_loss": "loss"}, "share; loss", {}),
             ("ratio ρ", {"ratio_spread": "mean |ρ − 1|", "clip_fraction": "share clipped"}, "", {}),

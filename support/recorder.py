@@ -1,6 +1,6 @@
 """What a run records of its answers, token by token: runs/NAME/rollouts.jsonl.gz, which view.py makes a page of.
 
-At step 1, every --record_every steps and at the last one, rank 0 records some of the step's groups, with the numbers
+At step 1, every --record_every steps and at step --steps, rank 0 records some of the step's groups, with the numbers
 that the loss used, and how the policy answers a few validation questions. Those are sampled with the same random
 numbers at every recording, so what changes in their answers is the policy. A record is made before the step's update.
 Nothing in it is trained on, and it touches no random generator: a run trains the same without it.

@@ -14,6 +14,7 @@ import torch
 from support.answers import extract_answer
 from support.checks import Whole
 from support.errors import ConfigError
+from support.nodes import first_on_node
 
 ANSWER_LINE = re.compile(r"#### -?\$?[0-9,]*\.?[0-9]+")
 
@@ -72,7 +73,7 @@ def score(functions, texts, problems, ended):
     number for each text."""
 
     def reward_error(message):
-        if int(os.environ.get("LOCAL_RANK", 0)):  # run_script prints on rank 0 only, but this rank's texts failed
+        if not first_on_node():  # run_script prints on rank 0 only, but this rank's texts failed
             print(f"error: {message}", file=sys.stderr, flush=True)
         return ConfigError(message)
 

@@ -19,9 +19,8 @@ def sweep(run, config):
     dist = setup(config.device)
     for lr, name in names.items():
         again = restarted(replace(config, sweep=[], name=name), dist)  # by torchrun
-        resume = again or (
-            config.resume and saved_run(RUNS / name) is not None
-        )  # runs after the one that stopped are new
+        goes_on = config.resume and saved_run(RUNS / name) is not None  # runs after the one that stopped are new
+        resume = again or goes_on
         try:
             results[lr] = run(replace(config, lr=lr, sweep=[], name=name, resume=resume))
         except DivergedError as error:  # a rate that is too high is a result too

@@ -807,6 +807,13 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     monkeypatch.setattr(calls_start.sft, "main", lambda settings, *_: None)
     of_own = {calls_start.calls_start(Config(tools=["own:mine"]), dist, [tool], WithTools) for tool in own}
     assert len(of_own | {path}) == 3  # another pattern, other demonstrations
+    mended = set()
+    for reply in "12":  # another function, other answers in SFT's validation
+        (scratch / "own.py").write_text(text := f"def reply(call):\n    return '{reply}'\n", encoding="utf-8")
+        exec(compile(text, str(scratch / "own.py"), "exec"), space := {})
+        tool = Tool("calculator", own[0].pattern, space["reply"])
+        mended.add(calls_start.calls_start(Config(tools=["own:mine"]), dist, [tool], WithTools))
+    assert len(mended | of_own) == 4
     named = calls_start.calls_start(Config(tools=["own:it"]), dist, [Tool("unit price", r"\[(.*)\]", str)], WithTools)
     assert "calls-unit_price" in named
     (scratch / "plain.jsonl").write_text('{"question": "2?", "answer": "2"}\n' * 9, encoding="utf-8")

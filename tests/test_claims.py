@@ -172,7 +172,7 @@ def test_what_the_figures_say(tmp_path, values, compared, words):
     a, b, expects = compared
     seen = seen_in(Compared("norm-kind", a, b, ("valid_loss",), expects), tmp_path)
     assert seen.startswith(words)
-    assert seen.endswith(" nats ([norm-kind](norm-kind.md))")
+    assert seen.endswith(" nats per character ([norm-kind](norm-kind.md))")
     assert seen in page(tmp_path) or (a, b, expects) != ("RMSNorm", "LayerNorm", "0")
     assert seen_in(Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-"), tmp_path) is None
 

@@ -23,7 +23,7 @@ from torch import distributed
 import grpo
 import pretrain
 from data import load_problems
-from support import devices, launch, nodes, runs
+from support import cli, devices, launch, nodes, runs
 from support.errors import ConfigError
 from tokenizer_bpe import BPETokenizer, CharTokenizer
 from transformer import Transformer, TransformerConfig
@@ -277,7 +277,7 @@ def unmet(monkeypatch):
 
 
 def meeting(store, *processes):
-    """Each process in a thread, {the arguments of meet} -> its store, or the error."""
+    """Each process in a thread, {the arguments of meet}, or None: it never comes -> its store, or the error."""
     ends = [None] * len(processes)
 
     def come(rank):
@@ -286,7 +286,7 @@ def meeting(store, *processes):
         except ConfigError as error:
             ends[rank] = str(error)
 
-    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(len(processes))]
+    threads = [threading.Thread(target=come, args=(i,)) for i, options in enumerate(processes) if options is not None]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -346,9 +346,46 @@ def test_nobody_waits_for_ever(monkeypatch, rank, missing, problem):
     """Nor as long as for others, with a problem of one's own to tell."""
     monkeypatch.setattr(nodes, "LEAVE" if problem else "ARRIVE", timedelta(seconds=0.3))
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=f"process {missing} did not come within .* minutes; process {rank} waited"):
+    words = f"process {missing} did not come within 0.005 minutes; process {rank} waited"
+    if problem and rank == 0:
+        words = f"process 0 on {socket.gethostname()} stopped: no GPU"
+    with pytest.raises(ConfigError, match=words):
         nodes.meet(distributed.HashStore(), rank, 2, problem=problem)
     assert time.monotonic() - began < 15
+
+
+def test_a_problem_of_process_0_is_told_though_another_process_is_late(monkeypatch):
+    monkeypatch.setattr(nodes, "LEAVE", timedelta(seconds=0.5))
+    store, told = distributed.HashStore(), f"process 0 on {socket.gethostname()} stopped: no GPU"
+    assert meeting(store, {"problem": "no GPU"}, {}, None)[:2] == [told, told]
+
+
+def test_an_error_of_the_user_on_one_process_reaches_the_others(monkeypatch, capsys):
+    """A problem is an exception where run_script tells of it."""
+    store = distributed.HashStore()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(nodes, "connect", lambda: store)
+    other = threading.Thread(target=cli.fail, args=(ConfigError("--steps is 0"),))
+    other.start()
+    with pytest.raises(ConfigError, match=f"process 1 on {socket.gethostname()} stopped: --steps is 0"):
+        nodes.meet(store, 0, 2)
+    other.join(30)
+    assert capsys.readouterr().err == ""  # one line per node, and process 0 has it
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_number_of_the_environment_that_is_none(monkeypatch, name):
+    monkeypatch.setattr(nodes, "REACH", timedelta(seconds=0.2))
+    good = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for variable, value in (good | {name: "abc"}).items():
+        monkeypatch.setenv(variable, value)
+    nodes.tell_others("no GPU")  # raises nothing
+    with pytest.raises(ConfigError, match=f"the environment has {name}='abc', which is no number"):
+        nodes.connect() if name == "MASTER_PORT" else devices.setup("cpu")
+    monkeypatch.setenv(name, "")
+    nodes.tell_others("no GPU")
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ from support.ablation_runs import (
     TRIAL_OF_PAIRS,
     code_of_run,
     curves_of,
+    digest_of,
     flags_of_stage,
     folder_name,
     read_result,
@@ -97,7 +98,7 @@ from support.ablation_runs import (
 from support.checks import Count, Seed, check
 from support.cli import run_script
 from support.code_used import files_that_differ
-from support.errors import ConfigError
+from support.errors import FOR_THE_USER, ConfigError
 from support.experiments import EXPERIMENTS
 from support.files import must_write
 from support.locks import lock_run, unlock_run
@@ -266,7 +267,8 @@ def run_missing(runs, config, name, varied):
         arguments = {key: (*run, threads_each(config.jobs)) for key, run in todo.items()}
         errors = run_all(run_one, arguments, config.jobs, bar)
     if errors:
-        failed = [f"{v}, {varied} {x}: {error} (see {todo[v, x][1]}/log.txt)" for (v, x), error in errors.items()]
+        said = {key: str(e) if isinstance(e, FOR_THE_USER) else f"{type(e).__name__}: {e}" for key, e in errors.items()}
+        failed = [f"{v}, {varied} {x}: {line} (see {todo[v, x][1]}/log.txt)" for (v, x), line in said.items()]
         raise ConfigError(f"{len(failed)} of the runs failed, the others are kept: " + "; ".join(failed))
 
 
@@ -356,8 +358,10 @@ def main(config):
     older = {commit for result in saved.values() for commit in result.get("starts", {}).values()} - commits
     commits |= {f"starts of {commit}" for commit in older}
     of_first = [row[experiment.columns[0]] for row in differences.values()]
-    least = [smallest_difference(of_first, len(seeds), m) for m in (1, max(1, len(of_first)))]
-    write_report(target, experiment, results, means, differences, curves, seeds, command, commits, tuned, least)
+    compared = sum(not math.isnan(x.p) for x in of_first)  # not with a run that diverged
+    least = [smallest_difference(of_first, len(seeds), m) for m in (1, max(1, compared))]
+    made = {v: digest_of(settings) for (v, _), (settings, _) in runs.items()}
+    write_report(target, experiment, results, means, differences, curves, seeds, command, commits, tuned, least, made)
     unlock_run(top)
     return results
 

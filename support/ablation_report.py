@@ -22,7 +22,7 @@ import torch
 
 from support.copy_lines import DISTANCES, MOST_DOTS
 from support.devices import auto_dtype, best_device
-from support.files import must_write, replacing, to_json, with_nan, write_whole
+from support.files import must_write, replacing, to_json, with_nan, write_together
 from support.plots import pyplot
 
 # Column headings: figures of a finished run.
@@ -98,15 +98,17 @@ PROFILES = {
 
 
 def write_report(
-    target, experiment, results, means, differences, curves, seeds, command, commits, chosen=None, least=None
+    target, experiment, results, means, differences, curves, seeds, command, commits, chosen=None, least=None, made=None
 ):
-    """Write the page to target, which is also printed, the picture and the figures beside it. See `page` and `draw`.
-    Raises ConfigError."""
+    """Write the page to target, which is also printed, the picture and the figures beside it, the picture first. See
+    `page`, `draw` and `figures_of_page`. Raises ConfigError."""
     picture, text = target.with_suffix(".png"), experiment.text
     written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text, chosen, least)
-    write_page(target, written)
-    write_figures(target.with_suffix(".json"), results, chosen)
-    draw(experiment, results, means, differences, curves, seeds, picture)
+    with must_write(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(experiment, results, means, differences, curves, seeds, picture)
+        figures = figures_of_page(results, chosen, made)
+        write_together({target: with_reading(written, target), target.with_suffix(".json"): figures})
     print(written)
 
 
@@ -176,7 +178,8 @@ def difference_table(experiment, columns, means, differences):
     base = "" if experiment.pairs else f" to *{next(b for _, b in differences)}*"
     heading = f"Paired differences{base}, with their 95 % intervals; bold: significant"
     if len(differences) > 1:
-        heading += f", p < 0.05 after Holm's correction over the {len(differences)} comparisons of a column"
+        up_to = "up to " * any(math.isnan(row[m].p) for row in differences.values() for m in columns)
+        heading += f", p < 0.05 after Holm's correction over the {up_to}{len(differences)} comparisons of a column"
     heading += "."
     lines = [heading, "", *header(columns)]
     for (a, b), row in cells.items():
@@ -231,26 +234,25 @@ def seeds_on(path):
     return [int(seed) for seed in match[1].split(", ")] if match else []
 
 
-def write_page(path, text):
-    """Write the page, and keep what a person wrote below "Reading" on the earlier one. Raises ConfigError."""
+def with_reading(text, path):
+    """The text of a page, with what a person wrote below "Reading" on the earlier one at that path."""
     kept = path.read_text(encoding="utf-8").split("\n## Reading\n", 1)[1:] if path.exists() else []
-    with must_write(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text + "".join("\n## Reading\n" + words for words in kept))
+    return text + "".join("\n## Reading\n" + words for words in kept)
 
 
-def write_figures(path, results, tuned):
-    """results/NAME.json: the numbers of every run, {(variant, seed): {metric: number}}, and the tuned values."""
-    runs = [
-        [variant, seed, {k: v for k, v in figures.items() if isinstance(v, int | float)}]
-        for (variant, seed), figures in results.items()
-    ]
-    with must_write(path):
-        write_whole(path, to_json({"tuned": tuned, "runs": runs}))
+def figures_of_page(results, tuned, made):
+    """The text of results/NAME.json. results: {(variant, seed): figures}, of which the numbers are kept, or "diverged";
+    tuned: {variant: value}; made: {variant: `digest_of` its settings}."""
+    runs = []
+    for (variant, seed), figures in results.items():
+        numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        runs.append([variant, seed, {"diverged": True} if "diverged" in figures else numbers])
+    return to_json({"tuned": tuned, "made": made, "runs": runs})
 
 
 def read_figures(path):
-    """-> {"tuned": {variant: value}, "runs": [[variant, seed, {metric: number}], …]}."""
+    """-> {"tuned": …, "made": …, "runs": [[variant, seed, {metric: number}], …]}, as `figures_of_page` writes it; the
+    pages of before 2026-11-30 have no "made", and {} for a run that diverged."""
     return with_nan(json.loads(path.read_text(encoding="utf-8")))
 
 

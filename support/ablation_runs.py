@@ -1,15 +1,18 @@
 """One run of an experiment of ablate.py: a variant with a seed, from its settings to its figures, in a folder.
 
 settings = settings_of(experiment, variant, seed)    what determines the outcome, as JSON: equal is the same run
+made     = digest_of(settings)                       the same for all seeds of a variant
 figures  = run_one(settings, folder, threads)        the stage's main, then the probe; folder/result.json
 result   = read_result(folder)                       {"settings", "commit", "code", "starts", "figures"}, or None
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import statistics
 import time
+import traceback
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -26,9 +29,9 @@ import rejection
 import sft
 from support import probes
 from support.checkpoints import open_checkpoint
-from support.code_used import code_used
-from support.content import content_of_data
-from support.errors import DivergedError
+from support.code_used import ROOT, code_used
+from support.content import content_of_data, sha256
+from support.errors import FOR_THE_USER, DivergedError
 from support.files import to_json, with_nan, write_whole
 from support.heap import return_freed_memory
 from support.log import commit, read_metrics
@@ -80,10 +83,18 @@ def settings_of(experiment, variant, seed, quick=False):
     return json.loads(to_json(settings))
 
 
+def digest_of(settings):
+    """A short text that is the same for runs that differ in the seed alone."""
+    config = {k: v for k, v in settings["config"].items() if k != "seed"}
+    return hashlib.sha256(to_json(settings | {"config": config}, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def code_of_run(settings):
-    """{file: digest} of the code that a run's figures depend on: that of its stage, and of its probe if it has one."""
-    config, stage_main = STAGES[settings["stage"]]
-    return code_used([config.__module__, stage_main.__module__, *(["support.probes"] if settings["probe"] else [])])
+    """{file: digest} of what a run's figures depend on: the code of its stage, and of its probe if it has one, with the
+    files that this reads."""
+    (config, stage_main), probe = STAGES[settings["stage"]], settings["probe"]
+    code = code_used([config.__module__, stage_main.__module__, *(["support.probes"] if probe else [])])
+    return code | {str(path.relative_to(ROOT)): sha256(path)[:12] for path in probes.READS.get(probe, ())}
 
 
 def run_one(settings, folder, threads):
@@ -99,7 +110,12 @@ def run_one(settings, folder, threads):
     STARTS.clear()
     try:
         with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            figures = figures_of(settings, folder)
+            try:
+                figures = figures_of(settings, folder)
+            except Exception as error:
+                if not isinstance(error, FOR_THE_USER):
+                    traceback.print_exc()
+                raise
     except DivergedError as error:
         figures = {"diverged": str(error)}
     Run.close_log()  # of this worker, which may wait for the other runs

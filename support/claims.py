@@ -231,6 +231,8 @@ def seen_in(compared, results=ROOT / "results"):
         return None
     runs = {(variant, seed): figures for variant, seed, figures in read_figures(path)["runs"]}
     seeds, experiment = sorted({seed for _, seed in runs}), EXPERIMENTS[name]
+    if missing := [v for v in experiment.variants if (v, seeds[0]) not in runs]:
+        raise ConfigError(f"{path} has no {missing[0]!r}, which the experiment has: python ablate.py {name}")
     differences = differences_of(experiment, runs, seeds)
     turned = (a, b) not in differences  # the page may have it the other way round
     first, second = (b, a) if turned else (a, b)
@@ -238,15 +240,22 @@ def seen_in(compared, results=ROOT / "results"):
     seen, words = [], ("yes", "no, the reverse") if alone else ("significant, as claimed", "significant, the reverse")
     for metric in metrics:
         difference = differences[first, second][metric]
+        of_what, _, unit = HEADINGS[metric].rstrip(")").partition(" (")
+        lost = {v: sum("diverged" in runs[v, seed] for seed in seeds) for v in (first, second)}
+        if any(lost.values()):
+            said = " and ".join(f"{v} on {n} of {len(seeds)} seeds" for v, n in lost.items() if n)
+            seen.append(f"no means to compare ({of_what}): diverged: {said}")
+            continue
         rises = (difference.mean > 0) != turned
-        if not difference.significant:
+        if len(seeds) == 1:
+            verdict = "one seed, not tested"
+        elif not difference.significant:
             verdict = "not significantly different" if expects == "0" else "not significant"
         elif expects == "0":
             verdict = "it differs"
         else:
             verdict = words[rises != (expects == "+")]
         of = means[first][metric].mean or means[second][metric].mean
-        of_what, _, unit = HEADINGS[metric].rstrip(")").partition(" (")
         unit = {"%": "points", "": of_what}.get(unit, unit)
         seen.append(f"{verdict} ({of_what}): {first} against {second} {signed(difference, of).strip('*')} {unit}")
     return f"{'' if alone else 'not tested alone; '}{'; '.join(seen)} ([{name}]({name}.md))"
@@ -284,7 +293,7 @@ NUMBER = r"(?<![\w.,])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)"
 UNIT = r"(?: ?%)?(?: [A-Za-z]+){0,4}"  # also "points higher"
 MEAN = rf"({NUMBER}){UNIT}"
 FIGURE = re.compile(rf"{MEAN} ± ({NUMBER})|(?:{MEAN} ?\(? ?)?\[({NUMBER})%?, ({NUMBER})%?\]|({NUMBER})")
-LINK = re.compile(r"\]\(((?:results/)?[\w.-]+\.md)\)")
+LINK = re.compile(r"\]\(((?:results/)?[\w.-]+\.md)(?:#[\w-]+)?\)")
 NO_FIGURE = re.compile(
     r"`[^`]*`|\]\([^)]*\)|\[(?:\d{4}\.\d{5}|\w+ \d{4})\]|§[\d.]+|Eq\. \d+|pass@\d+|[Ll]evel \d|[Ss]eeds? \d+"
 )
@@ -305,6 +314,7 @@ def parts_of(text):
     for number, line in enumerate(text.split("\n"), start=1):
         if line.startswith("```"):
             fenced, goes_on = not fenced, False
+            parts = parts or [Part(number, "")]  # the page begins with it
         elif fenced:
             parts[-1].block += line + "\n"  # also after an empty line
         elif not line.strip():
@@ -363,13 +373,16 @@ def stands(figure, on):
 
 
 def unsupported(root=ROOT, pages=PAGES):
-    """[(page, line, figure, the pages that it links to), …]: figures that do not stand on a linked page."""
+    """[(page, line, figure, the pages that it links to), …]: figures that do not stand on a linked page. ConfigError if
+    such a page is not there."""
     missing = []
     for name in pages:
+        folder = (root / name).parent
         for part in parts_of((root / name).read_text(encoding="utf-8")):
-            links = [link for link in LINK.findall(part.text) if (root / name).parent.joinpath(link).exists()]
-            links = [link for link in links if Path(link).name not in ("README.md", "claims.md")]
-            texts = [(root / name).parent.joinpath(link).read_text(encoding="utf-8") for link in links]
+            links = [link for link in LINK.findall(part.text) if Path(link).name not in ("README.md", "claims.md")]
+            if lost := [link for link in links if not (folder / link).exists()]:
+                raise ConfigError(f"{name}:{part.line} links to {lost[0]}, which is not there")
+            texts = [(folder / link).read_text(encoding="utf-8") for link in links]
             known = set().union(*map(figures_and_parts, texts))
             for figure in figures_in(NO_FIGURE.sub(" ", f"{part.text}\n{part.block}")) if links else ():
                 if not stands(figure, known):

@@ -14,7 +14,7 @@ from torch import distributed
 
 from support.checks import listed
 from support.devices import lacking_on_mps
-from support.errors import CheckpointError, ConfigError, DataError, TokenizerError
+from support.errors import FOR_THE_USER
 from support.files import reason
 from support.launch import join
 from support.nodes import first_on_node, tell_others, why_it_broke
@@ -105,7 +105,7 @@ def run_script(main, cls, description=None, demo=None, parse=None, without_flags
         main(parse() if parse else join(parse_config(cls, description=description, demo=demo)))
         sys.stdout.flush()
         status = 0
-    except (ConfigError, CheckpointError, TokenizerError, DataError) as error:
+    except FOR_THE_USER as error:
         fail(error)
         status = 2
     except RuntimeError as error:

@@ -19,3 +19,6 @@ class ConfigError(ValueError):
 
 class DivergedError(ConfigError):
     """The loss, the gradient or the logits are no longer finite."""
+
+
+FOR_THE_USER = (ConfigError, CheckpointError, TokenizerError, DataError)

@@ -17,7 +17,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-from data import load_problems
+from data import encode_prompt, load_problems
 from evaluate import evaluate, is_correct
 from generate import generate
 from support.answers import extract_answer
@@ -92,13 +92,14 @@ def read_run(run_dir, metric):
 
 
 def began_from(config, stage):
-    """The run that a run with these settings began from; by default its own start, made by `stage`."""
+    """-> the run that a run with these settings began from, by default its own start, made by `stage`; and the
+    checkpoint of it."""
     levels = () if stage == "pretrain" else (config["levels"],)
     if not (path := config.get("init")):
         skip = skipping(config["data"], config.get("skip_bad")) if stage == "pretrain" else {}
         path = RUNS / start_name(config["data"], config["seed"], stage, *levels, **skip)
     path = Path(path)
-    return path.parent if path.name in ("best", "last") else path
+    return path.parent if path.name in ("best", "last") else path, path
 
 
 def shows_most(problem, first, last):
@@ -111,21 +112,26 @@ def stages_of(run_dir):
     """-> [Stage, …] of pretraining, SFT and this run, and the problem that all are asked."""
     config, _ = recording_of(run_dir)
     _, accuracies = read_run(run_dir, "accuracy")  # the first is that of the start
-    tuned = began_from(config, "sft")
-    base = began_from(read_run(tuned, "accuracy")[0], "pretrain")
+    tuned, tuned_at = began_from(config, "sft")
+    base, base_at = began_from(read_run(tuned, "accuracy")[0], "pretrain")
     _, losses = read_run(base, "valid_loss")
+    loss = losses[-1] if base_at.name == "last" else min(losses)
 
     dist, T = setup("cpu"), config["max_new_tokens"]
-    problems = load_problems(config["data"], "valid", config["eval_problems"], tuple(config["levels"]))
-    problems = instructed(problems, config["instruction"])
+    of_split = config["eval_problems"], tuple(config["levels"]), config["skip_bad"]
+    problems = instructed(load_problems(config["data"], "valid", *of_split), config["instruction"])
     answers = []  # of both chat models, {question: text}
-    for path in (tuned, Path(run_dir) / "last"):
+    for path in (tuned_at, Path(run_dir) / "last"):
         policy, tokenizer, _ = open_checkpoint(path)
+        room = policy.config.context - T  # as in training
+        problems = [p for p in problems if len(encode_prompt(tokenizer, p)) <= room]
         samples = evaluate(policy.eval(), tokenizer, problems, T, dist, progress=str(path))["answers"]
         answers.append({s.problem.question: s.text for s in samples})
 
     problem = max(problems, key=lambda p: shows_most(p, *(texts[p.question] for texts in answers)))
-    policy, tokenizer, _ = open_checkpoint(base)
+    if not shows_most(problem, *(texts[problem.question] for texts in answers))[0]:
+        raise DataError(f"{run_dir} has put none of the {len(problems)} validation problems right: train for longer")
+    policy, tokenizer, _ = open_checkpoint(base_at)
     ids, end = tokenizer.encode(problem.question), (tokenizer.endoftext_id,)  # it continues text: it knows no turns
     (continued,) = generate(policy.eval(), [ids], T, temperature=0, stop_ids=end).texts(tokenizer)
 
@@ -135,7 +141,7 @@ def stages_of(run_dir):
 
     name, of = config["algorithm"].replace("_", " ").upper(), f"of {len(problems)} validation problems right"
     return [
-        stage("Pretraining", "pretrain.py", "to predict the next token", continued, f"{min(losses):.2f}",
+        stage("Pretraining", "pretrain.py", "to predict the next token", continued, f"{loss:.2f}",
               "nats per token, validation loss"),
         stage("SFT", "sft.py", "from worked solutions", answers[0][problem.question],
               f"{accuracies[0]:.1%}", of),

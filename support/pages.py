@@ -180,19 +180,24 @@ class Result:
         return by_name or by_command or f"results/{self.name}.md" in chapter.text
 
 
-def claims_of(chapters, of_papers):
-    """The table of results/README.md -> [(source, name, claim, paper, what is seen here)]; the last three Markdown."""
-    claims = []
+def claims_of(sources, of_papers):
+    """The table of results/claims.md -> [(source, name, claim, paper, what is seen here)], the last three Markdown: of
+    a row the chapter that it names, and the file where its formula stands, if that is another. ConfigError if there is
+    no such formula."""
+    claims, chapters = [], [source for source in sources.values() if "/" not in source.path]
     table = of_papers.partition("# What the papers claim")[2]
     for claim, paper, code, seen in re.findall(r"^\| (.+?) \| (.+?) \| `(.+?)` \| (.+?) \|$", table, re.M):
-        head, _, rest = code.partition(".")
-        chapter = next((chapter for chapter in chapters if chapter.name == head), None)
-        if chapter:
-            target = (chapter, "") if rest == "py" else chapter.resolve(rest)
-        else:
-            target = next(((chapter, code) for chapter in chapters if code in chapter.defined), None)
-        if target:
-            claims.append((*target, claim, paper, seen))
+        module = next((name for name in sorted(sources, key=len, reverse=True) if code.startswith(f"{name}.")), None)
+        if module:
+            named, rest = sources[module], code.removeprefix(f"{module}.")
+            target = (named, "") if rest == "py" else named.resolve(rest)
+        else:  # without its file
+            named = next((chapter for chapter in chapters if code in chapter.defined), None)
+            target = named and (named, code)
+        if not target:
+            raise ConfigError(f"results/claims.md: {code} is not defined")
+        places = [target] if target[0] is named else [target, (named, "")]
+        claims += [(*place, claim, paper, seen) for place in places]
     return claims
 
 
@@ -258,7 +263,7 @@ def pages(root, demo_of):
     results = [Result(path.stem, path.read_text(encoding="utf-8")) for path in files]
     of_papers = next((result.text for result in results if result.name == "claims"), "")
     papers = "\n".join(re.findall(r"^\[.+?\]: \S+$", of_papers, re.M))
-    claims = claims_of(chapters, of_papers)
+    claims = claims_of(sources, of_papers)
     tests, through = tests_of(sources)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         demos = dict(zip(chapters, pool.map(demo_of, chapters), strict=True))
@@ -296,7 +301,10 @@ def pages(root, demo_of):
     for result in results:
         page = Page(result.href, sources, results)
         put(page, result.title, body=page.markdown(result.text))
-        site |= {f"results/{file}": (root / "results" / file).read_bytes() for _, file in result.pictures}
+        for _, file in result.pictures:
+            if not (root / "results" / file).is_file():
+                raise ConfigError(f"results/{result.name}.md shows {file}, which is not there")
+            site[f"results/{file}"] = (root / "results" / file).read_bytes()
     put(Page("index.html", sources, results), "attention-to-alignment", sources=sources, results=results, index=True)
     return site
 

@@ -42,13 +42,14 @@ from support.log import read_metrics
 from support.pretrained_start import pretrained_start
 from support.sampled_kl import sampled_kl
 from support.sft_start import sft_start
-from support.shifted import SHIFTS, shifted_problems
+from support.shifted import BY_HAND, SHIFTS, shifted_problems
 from support.teachers import student_start, teacher_start
 from support.tools import load_tools
 from tokenizer_bpe import SPECIAL_TOKENS
 from transformer import Transformer, TransformerConfig
 
 NEW_TOKENS = 64  # longest answer to a built-in problem, as in the stages after SFT
+READS = {"carried_over": (BY_HAND,)}  # the files that a probe reads, beside the data of the run
 
 # ---------------------------------------------------------------------------------------------------------------
 # Character models.

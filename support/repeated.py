@@ -3,6 +3,7 @@
 import random
 
 from support.ablation_report import TIMES, read_figures
+from support.ablation_runs import digest_of, settings_of
 from support.errors import ConfigError
 from support.experiments import EXPERIMENTS
 from support.files import to_json
@@ -10,19 +11,23 @@ from support.files import to_json
 
 def draw_run(results, name=None):
     """results: the folder of the pages; name: that of an experiment, or None for any -> (name, the experiment as it was
-    tuned, variant, seed, figures). ConfigError if there is no such page, or no run to repeat on it."""
+    tuned, variant, seed, figures). ConfigError if there is no such page, or no run to repeat on it, or if the settings
+    or the text are no longer the page's."""
     pages = [path for path in sorted(results.glob(f"{name or '*'}.json")) if path.stem in EXPERIMENTS]
     if not pages:
         raise ConfigError(f"no page of {name or 'any experiment'} has its figures beside it in results/")
     path = random.choice(pages)
     saved, experiment = read_figures(path), EXPERIMENTS[path.stem]
     experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in saved["tuned"].items()})
-    runs = [run for run in saved["runs"] if run[2]]  # one that diverged has no figures
+    runs = [run for run in saved["runs"] if run[2] and "diverged" not in run[2]]
     if not runs:
         raise ConfigError(f"{path}: no run of the page has figures, all diverged")
     variant, seed, figures = random.choice(runs)
     if variant not in experiment.variants:
         raise ConfigError(f"{path}: the variant {variant!r} is no longer in the experiment; make the page again")
+    made = saved.get("made", {}).get(variant)
+    if made and made != digest_of(settings_of(experiment, variant, seed)):
+        raise ConfigError(f"{path}: {variant!r} has other settings now, or another text; make the page again")
     return path.stem, experiment, variant, seed, figures
 
 

@@ -22,6 +22,7 @@ NEW_THINGS = (
     *("saddle", "magnet", "whistle", "bottle", "lantern", "waffle", "pretzel", "donut", "biscuit"),
     *("lily", "orchid", "poppy", "violet", "drum", "robot", "doll", "scarf", "hammer", "mirror", "blanket", "candle"),
 )
+BY_HAND = Path(__file__).resolve().parent.parent / "tests/handwritten.jsonl"
 SHIFTS = ("more steps", "larger numbers", "new words", "by hand")
 
 
@@ -50,8 +51,7 @@ def with_new_words(text):
 def shifted_problems(name, n):
     """n problems of the test split, or all of the fifty. Raises KeyError on an unknown name."""
     if name == "by hand":
-        path = Path(__file__).resolve().parent.parent / "tests/handwritten.jsonl"
-        return [p for split in ("train", "valid", "test") for p in load_problems(path, split)][:n]
+        return [p for split in ("train", "valid", "test") for p in load_problems(BY_HAND, split)][:n]
     if name == "new words":
         known = load_problems(DEFAULT_TASK, "test", 2 * n, (1, 2))
         problems = [replace(p, **{k: with_new_words(getattr(p, k)) for k in ("question", "solution")}) for p in known]

@@ -25,7 +25,7 @@ import sft
 from support import ablation_runs, probes, repeated, workers
 from support.ablation_report import CURVES, HEADINGS, mean_curves, seeds_on
 from support.cli import parse_config
-from support.code_used import code_used
+from support.code_used import code_used, files_that_differ
 from support.errors import ConfigError
 from support.experiments import Experiment
 from tokenizer_bpe import BPETokenizer
@@ -382,9 +382,34 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
     with pytest.raises(SystemExit, match=r"^1$"):
         ablate.main(ablate.Config(experiment="width", verify=True))
     assert drawn[-1] == saved["runs"]  # one that diverged has no figures to compare
-    page.write_text(json.dumps(saved | {"runs": [["narrow", 7, {}]]}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="no run of the page has figures, all diverged"):
+    for none in ({}, {"diverged": True}):
+        page.write_text(json.dumps(saved | {"runs": [["narrow", 7, none]]}), encoding="utf-8")
+        with pytest.raises(ConfigError, match="no run of the page has figures, all diverged"):
+            ablate.main(ablate.Config(experiment="width", verify=True))
+    page.write_text(json.dumps(saved), encoding="utf-8")
+    experiment.variants["narrow"] = ("pretrain", experiment.variants["narrow"][1] | {"clip": 0.5})
+    with pytest.raises(ConfigError, match=r"width.json: 'narrow' has other settings now, or another text; make the pa"):
         ablate.main(ablate.Config(experiment="width", verify=True))
+
+
+def test_a_crash_of_a_run_leaves_its_traceback(experiment, scratch, monkeypatch):
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(ablation_runs, "figures_of", lambda *_: {}["accuracy"])
+    with pytest.raises(ConfigError, match=r"narrow, seed 0: KeyError: 'accuracy' \(see .*narrow-seed0/log.txt\)"):
+        ablate.main(ablate.Config(experiment="width", quick=True, seeds=[0]))
+    assert "Traceback" in next(scratch.rglob("narrow-seed0/log.txt")).read_text(encoding="utf-8")
+
+
+def test_a_run_depends_on_the_files_that_its_probe_reads(tmp_path, monkeypatch):
+    settings = {"stage": "measure", "config": {}, "probe": "carried_over"}
+    before = ablation_runs.code_of_run(settings)
+    assert "tests/handwritten.jsonl" in before
+    assert "tests/handwritten.jsonl" not in ablation_runs.code_of_run(settings | {"probe": None})
+    monkeypatch.setattr(ablation_runs, "ROOT", tmp_path)
+    (changed := tmp_path / "tests/handwritten.jsonl").parent.mkdir()
+    changed.write_text(probes.BY_HAND.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    monkeypatch.setitem(probes.READS, "carried_over", (changed,))
+    assert files_that_differ(before, ablation_runs.code_of_run(settings)) == ["tests/handwritten.jsonl"]
 
 
 def test_figures_that_are_not_finite_and_a_full_disk(experiment, scratch, monkeypatch):

@@ -53,6 +53,21 @@ def test_numbers_and_intervals_in_words():
     assert difference([1.0, math.nan], [1.0, 2.0]) == "–"
 
 
+def test_the_figures_of_a_page_and_which_comparisons_were_corrected():
+    results = {("narrow", 0): {"valid_loss": 1.5, "text": "a"}, ("wide", 0): {"diverged": "at step 1"}}
+    figures = json.loads(ablation_report.figures_of_page(results, {}, {"narrow": "1a"}))
+    assert figures == {
+        "tuned": {},
+        "made": {"narrow": "1a"},
+        "runs": [["narrow", 0, {"valid_loss": 1.5}], ["wide", 0, {"diverged": True}]],
+    }
+    three = replace(EXPERIMENT, variants=EXPERIMENT.variants | {"huge": ("pretrain", {})})
+    text = page(three, fake(three, [[1, 2, 3], [1.5, 2.51, 3.49], [2, 3, 4]]))
+    assert "Holm's correction over the 2 comparisons of a column" in text
+    text = page(three, fake(three, [[1, 2, 3], [1.5, 2.51, 3.49], [2, math.nan, 4]]))
+    assert "Holm's correction over the up to 2 comparisons of a column" in text
+
+
 def test_the_page_calls_significant_only_what_the_paired_difference_does():
     # Far apart seeds, but the difference is the same in each: pairing shows what two separate intervals would hide.
     paired = page(EXPERIMENT, fake(EXPERIMENT, [[1, 2, 3], [1.5, 2.51, 3.49]]))

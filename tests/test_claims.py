@@ -19,6 +19,7 @@ from support.claims import (
     stands,
     unsupported,
 )
+from support.errors import ConfigError
 from support.experiments import EXPERIMENTS
 
 
@@ -91,6 +92,16 @@ def test_a_figure_with_another_sign_or_interval(copy, quoted, wrong, figure):
     assert [missing[2] for missing in unsupported(copy)] == [figure]
 
 
+def test_a_link_to_a_place_of_a_page_and_one_that_leads_nowhere(copy):
+    page = copy / "README.md"
+    before = page.read_text(encoding="utf-8")
+    page.write_text(before + "\ngains 44.4 points ([kv](results/kv-heads.md#reading))\n", encoding="utf-8")
+    assert [figure for _, _, figure, _ in unsupported(copy)] == ["44.4"]
+    page.write_text(before + "\ngains 44.4 points ([kv](results/kv-headz.md))\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"README.md:\d+ links to results/kv-headz.md, which is not there"):
+        unsupported(copy)
+
+
 def test_a_page_that_changes_is_noticed(copy):
     """Each of its numbers becomes another one: README and the table of the results no longer stand."""
     result = copy / "results/grpo_word.md"
@@ -138,6 +149,7 @@ def test_parts():
     parts = [(part.line, part.text, part.block) for part in parts_of(text)]
     four = (5, "* four\n  five", "six\n\nseven\n")
     assert parts == [(1, "one\ntwo", ""), (4, "* three", ""), four, (13, "| eight |", ""), (14, "| nine |", "")]
+    assert [(part.line, part.block) for part in parts_of("```\na\n```\nb")] == [(1, "a\n"), (4, "")]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +187,19 @@ def test_what_the_figures_say(tmp_path, values, compared, words):
     assert seen.endswith(" nats per character ([norm-kind](norm-kind.md))")
     assert seen in page(tmp_path) or (a, b, expects) != ("RMSNorm", "LayerNorm", "0")
     assert seen_in(Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-"), tmp_path) is None
+
+
+def test_what_diverged_or_was_not_tested_is_said(tmp_path):
+    def seen(runs):
+        (tmp_path / "norm-kind.json").write_text(json.dumps({"tuned": {}, "runs": runs}), encoding="utf-8")
+        return seen_in(Compared("norm-kind", "RMSNorm", "LayerNorm", ("valid_loss",), "0"), tmp_path)
+
+    both = [[v, seed, {"valid_loss": 1.5 + seed}] for v in ("RMSNorm", "LayerNorm") for seed in range(3)]
+    both[1][2] = {"diverged": True}
+    assert seen(both).startswith("no means to compare (validation loss): diverged: RMSNorm on 1 of 3 seeds (")
+    assert seen([both[0], both[3]]).startswith("one seed, not tested (validation loss): ")
+    with pytest.raises(ConfigError, match=r"norm-kind.json has no 'LayerNorm', .*: python ablate.py norm-kind"):
+        seen(both[:3])
 
 
 def test_what_the_figures_of_two_metrics_say_of_a_claim_that_is_not_tested_alone(tmp_path):

@@ -12,12 +12,14 @@ from data import encode_prompt, load_problems
 from evaluate import GreedyAnswer
 from support import front
 from support.cli import run_script
+from support.errors import DataError
 from support.recorder import FILE, packed_line
 from tokenizer_bpe import BPETokenizer, load_tokenizer
 from transformer import Transformer, TransformerConfig
 
 SETTINGS = {"init": "runs/sft", "data": "word", "levels": [1, 2], "seed": 0, "steps": 60, "eval_problems": 6}
 SETTINGS |= {"max_new_tokens": 12, "algorithm": "grpo", "instruction": "", "correct_weight": 1.0, "skip_bad": False}
+SHOWS_MOST = front.shows_most
 VOCAB = {"0": "In all, 2 + 2 = ", "1": "4", "2": "5", "3": ".\n#### ", "4": "<|im_end|>", "5": "\u202e$x$\x07"}
 RIGHT, WRONG, CUT = [0, 1, 3, 1, 4], [0, 2, 3, 2, 4], [5, 0, 1, 3] * 40
 # Right answers of four to two watched questions, by step: the second gains more.
@@ -52,8 +54,10 @@ def write_metrics(path, config, *records):
 
 
 @pytest.fixture
-def runs(scratch):
-    """runs/grpo, and what it began from: runs/sft, and its own start of pretraining."""
+def runs(scratch, monkeypatch):
+    """runs/grpo, and what it began from: runs/sft, and its own start of pretraining. The models are random: any answer
+    is taken for one that was put right."""
+    monkeypatch.setattr(front, "shows_most", lambda *asked: (True, SHOWS_MOST(*asked)[1]))
     tokenizer = BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
     layout = TransformerConfig(tokenizer.vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
     for seed, name in enumerate(("start/word-seed7-pretrain/best", "sft/best", "grpo/best", "grpo/last")):
@@ -97,7 +101,35 @@ def test_the_stages_are_asked_the_same_problem_and_have_the_figures_of_the_files
     assert [(stage.title, stage.file) for stage in stages[1:]] == [("SFT", "sft.py"), ("GRPO", "grpo.py")]
 
 
+def test_of_last_the_figures_and_the_answers_are_those_of_last(runs):
+    Transformer.from_pretrained(runs / "grpo/best").save_pretrained(runs / "sft/last")
+    load_tokenizer(runs / "sft/best").save_pretrained(runs / "sft/last")
+    write_recording(runs / "grpo", [record_of(*row) for row in COUNTS.items()], init="runs/sft/last")
+    base, sft = runs / "start/word-seed7-pretrain", {"data": "word", "seed": 7}
+    (base / "best").rename(base / "last")
+    write_metrics(runs / "sft", sft | {"init": str(base / "last")}, {"step": 10, "accuracy": 0.5})
+    stages, problem = front.stages_of("runs/grpo")
+    tokenizer = load_tokenizer(runs / "sft/last")
+    prompt = encode_prompt(tokenizer, problem)
+    assert stages[1].text == decoded(runs / "sft/last", prompt, 12, tokenizer.stop_ids)
+    assert stages[0].number == "0.81"
+
+
+def test_only_problems_that_the_run_could_read_are_counted(runs):
+    lines = [json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) for n in range(400)]
+    lines[5] = '{"question": "cut'
+    lines += [json.dumps({"question": "1 + 1? " * 60, "answer": "#### 2"})] * 400  # no room for an answer
+    (runs.parent / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    records = [record_of(*row) for row in COUNTS.items()]
+    write_recording(runs / "grpo", records, data="own.jsonl", skip_bad=True, eval_problems=400)
+    stages, _ = front.stages_of("runs/grpo")
+    kept = [p for p in load_problems("own.jsonl", "valid", 400, (1, 2), True) if len(p.question) < 20]
+    assert 0 < len(kept) < 60
+    assert stages[1].meaning == f"of {len(kept)} validation problems right"
+
+
 def test_the_problem_is_one_that_was_put_right_with_the_least_change(runs, monkeypatch):
+    monkeypatch.setattr(front, "shows_most", SHOWS_MOST)
     problems = load_problems("word", "valid", 6)
     first = ["so 7\n#### 7"] * 6
     last = [f"{text}\n#### {p.answer}" for text, p in zip(("a b c d", "so 1", "so", "x"), problems, strict=False)]
@@ -113,6 +145,9 @@ def test_the_problem_is_one_that_was_put_right_with_the_least_change(runs, monke
     assert problem == problems[1]
     assert [stage.text for stage in stages[1:]] == [first[1], last[1]]
     assert [stage.verdict for stage in stages] == [None, False, True]
+    given = iter([first, first])
+    with pytest.raises(DataError, match="runs/grpo has put none of the 6 validation problems right: train for longer"):
+        front.stages_of("runs/grpo")
 
 
 def test_the_frames_are_those_of_the_question_that_gained_most(runs):

@@ -150,6 +150,10 @@ def test_a_formula_shows_its_tests_and_its_claim_and_a_chapter_its_results(site)
     place = re.search(row("place"), site["norms.html"], re.S)[0]
     assert "post-norm needs a warm-up" in place
     assert links_of(place, ".*")["norm-depth"] == "results/norm-depth.html"
+    masked = "mask the tokens on which sampler and trainer disagree"
+    assert masked in re.search(row("sampler_weights"), site["support/off_policy.html"], re.S)[0]
+    assert "a ratio of the whole sequence is the better one" in site["grpo.html"]  # the table is in support/family.py
+    assert "a ratio of the whole sequence is the better one" in site["support/family.html"]
     end = site["norms.html"].partition('<h2 id="the-results">')[2]
     assert 'src="results/norm-kind.png"' in end
     assert 'src="results/kv-heads.png"' in site["attention.html"]  # a claim's, not named in the file
@@ -219,6 +223,12 @@ def test_what_goes_wrong_is_one_line_and_nothing_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(module, "HERE", tmp_path / "empty/support")
     with pytest.raises(ConfigError, match=r"README\.md cannot be read"):
         main(module.Config(out=str(tmp_path / "site")))
+    with pytest.raises(ConfigError, match=r"results/claims.md: one.g is not defined"):
+        module.claims_of({"one": source}, "# What the papers claim\n| a | b | `one.f` | c |\n| a | b | `one.g` | c |\n")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/one.md").write_text("# One\n\n![one](one.png)\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"results/one.md shows one.png, which is not there"):
+        module.pages(tmp_path, lambda source: "")
     (tmp_path / "one.py").write_text("def\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"one.py, line 1, is no Python"):
         load(tmp_path)

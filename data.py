@@ -156,10 +156,13 @@ def turns_before_answer(record):
 
 
 def split_key(record):
-    """The text whose hash decides the split: all that was said before the answer; of a review its text."""
+    """The text whose hash decides the split: what was said up to the first question, which a conversation has in common
+    with each longer one that begins with it (SFT trains on all its answers); of a review its text."""
     if isinstance(record, Review):
         return record.text
-    return " ".join(turn["content"] for turn in turns_before_answer(record))
+    turns = turns_before_answer(record)
+    first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")  # before it: a system turn
+    return " ".join(turn["content"] for turn in turns[: first + 1])
 
 
 def of_split(what, records, name, split):

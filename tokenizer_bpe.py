@@ -45,8 +45,9 @@ same merges and ids faster. Two other kinds have the same interface: `ByteTokeni
 longest sequences) and `CharTokenizer` (an id per character seen in training).
 
 `save_pretrained` writes the format of Hugging Face's `tokenizers`. `transformers.AutoTokenizer` then gives the same
-ids, with two exceptions: it reads the name of a special token in any text as that token, and where an answer begins
-with a line end, that one and the one after "assistant" can become one token. `load_tokenizer` opens that format, and
+ids, with three exceptions: it reads the name of a special token in any text as that token; where an answer begins with
+white space, that and the line end after "assistant" can become one token; and in a checkpoint whose config.json says
+"qwen2" it splits every text as Qwen2 does, whatever tokenizer.json says. `load_tokenizer` opens that format, and
 byte-level BPE in the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
 
 Simplified: no Unicode normalisation in training (NFC where a loaded tokenizer asks for it), and no merge is ever

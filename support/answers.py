@@ -26,7 +26,9 @@ LATEX = (
 BOX = "\ufdd0"  # stands for a box; never assigned to a character
 # What makes words hold a second number: the digits 0 to 9, also wide or of a mathematical font, and fractions.
 # What changes the number in a box that comes right after it, or right before it.
-CHANGES_AFTER, CHANGES_BEFORE = re.compile(r"(?:[^\W_]|[-−/]|[0-9][.,])\Z"), re.compile(r"[^\W_]|/|[.,][0-9]")
+SIGN = r"\\(?:times|cdot|div|pm)"
+CHANGES_AFTER = re.compile(rf"(?:[^\W_]|[-−/^]|[0-9][.,]|[0-9)]\s*\*\s*|{SIGN}\s*|(?:\A|[=(])\s*[-−]\s*)\Z")
+CHANGES_BEFORE = re.compile(rf"[^\W_]|/|[.,][0-9]|\s*(?:\^(?!\{{?\\circ)|\*\s*[0-9(]|{SIGN})")
 DIGIT = re.compile("[0-9０-９𝟎-𝟿¼-¾⅐-⅟↉⁄]")
 
 

@@ -96,11 +96,13 @@ def content_of_data(name):
 def content_of_checkpoint(path):
     """Of the weights and the tokenizer of a run, of a checkpoint directory or of a .gguf file."""
     path = resolve_checkpoint(path)
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in WEIGHTS)
-    return content_of([(file.name, sha256(file)) for file in files])
+    return content_of([(file.name, sha256(file)) for file in files_of_checkpoint(path)])
 
 
-WEIGHTS = (".safetensors", ".json")
+def files_of_checkpoint(path):
+    """Those that `content_of_checkpoint` reads: of a directory weights, settings, merges and chat template."""
+    suffixes = (".safetensors", ".json", ".bpe", ".jinja")
+    return [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in suffixes)
 
 
 def sha256(path):

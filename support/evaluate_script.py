@@ -14,7 +14,7 @@ from support.tables import file_name, gain_of, make_folder, metric_rows, sample_
 
 def names_of(config):
     """The checkpoints to measure, as the user names them: one, or two."""
-    return [name for name in (config.checkpoint, config.against) if name]
+    return [config.checkpoint] if config.against is None else [config.checkpoint, config.against]
 
 
 def open_all(config, dist):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from support.checkpoints import resolve_checkpoint
-from support.content import WEIGHTS, content_of, content_of_data, sha256
+from support.content import content_of, content_of_data, files_of_checkpoint, sha256
 from support.devices import Dist, auto_dtype, setup
 from support.downloads import DATASETS, data_folder
 from support.errors import CheckpointError
@@ -88,7 +88,7 @@ def content_of_path(path):
         path = resolve_checkpoint(path)
     except CheckpointError:
         path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in WEIGHTS)
+    files = files_of_checkpoint(path)
     return content_of([(file.name, sha256(file)) for file in files])
 
 

@@ -51,6 +51,8 @@ class PairFlags(PolicyConfig):
             self.pairs = "sampled" if has_verifier(self.data) else "offline"
         if self.pairs == "sampled" and self.max_tokens is not None:
             raise ConfigError("--max_tokens is for --pairs offline; the length of sampled answers is --max_new_tokens")
+        if self.pairs == "offline" and (self.rollouts, self.temperature) != (PairFlags.rollouts, PairFlags.temperature):
+            raise ConfigError("--rollouts and --temperature are for --pairs sampled: leave them out")
 
     @property
     def sizes(self):

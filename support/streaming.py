@@ -80,6 +80,7 @@ class StreamedText:
         ends = [self.held.index(stop) for stop in self.stop_texts if stop in self.held]
         if ends:
             self.held = self.held[: min(ends)]
+            self.decoder.reset()  # what follows the stop text is not the answer's
         partial = (k for stop in self.stop_texts for k in range(1, len(stop)) if self.held.endswith(stop[:k]))
         safe = len(self.held) - max(partial, default=0)
         self.shown.append(self.held[:safe])
@@ -94,6 +95,7 @@ class StreamedText:
         return torch.tensor([self.add(ids[0].item())]) if is_text else None
 
     def end(self):
-        """Print the text that was held back; returns the whole text."""
+        """Print the text that was held back, � for a character that is not whole; returns the whole text."""
+        self.held += self.decoder.decode(b"", final=True)
         print(self.held, flush=True)
         return "".join([*self.shown, self.held])

@@ -196,6 +196,8 @@ def spec_of(content, config):
         vocab = {i: from_printable(token) for token, i in plain.items()}
     else:
         raise TokenizerError(f"a {algorithm} model with this pre-tokenizer is not supported here")
+    if nfc and kind != "bpe":
+        raise TokenizerError(f"NFC of a {kind} tokenizer: not supported here, and the ids would be wrong without")
     ids = [*plain.values(), *special.values(), *added.values()]
     if len(set(ids)) < len(ids):
         raise TokenizerError("two of its tokens have the same id")
@@ -233,8 +235,9 @@ def refuse_other_ids(spec, config):
     """TokenizerError if tokenizer_config.json changes the ids that `spec` gives: by another token, by an option of a
     token, or by a space before a text, which the two plain classes do not add."""
     tokens = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    tokens += [*extra.values()] if isinstance(extra, dict) else extra
+    for key in ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"):
+        extra = config.get(key) or []
+        tokens += [*extra.values()] if isinstance(extra, dict) else extra
     decoder = (config.get("added_tokens_decoder") or {}).values()
     for token in decoder:
         refuse_options(token)

@@ -919,6 +919,9 @@ def test_longer_pairs_are_left_out(here, capsys, tokenizer):
     lengths = [len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in encoded]
     assert 0 < len(pairs) == sum(n <= longest for n in lengths) < 40
     assert f"of 40 train pairs are longer than {longest} tokens: left out" in capsys.readouterr().out
+    for sampled in (dict(rollouts=4), dict(temperature=0.7)):
+        with pytest.raises(ConfigError, match="--rollouts and --temperature are for --pairs sampled: leave them out"):
+            config(pairs="offline", **sampled)
     with pytest.raises(ConfigError, match="--max_tokens is for --pairs offline"):
         config(max_tokens=longest, pairs="sampled")
 

@@ -745,6 +745,8 @@ def test_a_model_of_transformers(scratch, tokenizer, form):
         (["--checkpoint", "base"], ["base is a base model", "sft.py"]),
         (["--checkpoint", "one", "--against", "base"], ["base is a base model"]),
         (["--checkpoint", "nowhere"], ["nowhere"]),
+        (["--checkpoint", ""], ["holds no checkpoint"]),
+        (["--checkpoint", "one", "--against", ""], ["holds no checkpoint"]),
         (["--checkpoint", "n" * 300], ["nnn: File name too long"]),
         (["--checkpoint", "one", "--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--checkpoint", "one", "--data", "n" * 300], ["nnn: File name too long"]),

@@ -298,6 +298,15 @@ def test_a_streamed_text_ends_before_the_first_stop_text(text, stops):
     assert whole == seen[: min((seen.index(stop) for stop in stops if stop in seen), default=len(seen))]
 
 
+def test_a_character_that_is_cut_off_is_shown_as_one(capsys):
+    tokenizer = ByteTokenizer()
+    for text, cut in (("né", "n�"), ("|né", "")):
+        streamed = StreamedText(tokenizer, ["|"])
+        any(streamed.add(token) for token in tokenizer.encode(text)[:-1])
+        assert streamed.end() == cut
+    assert capsys.readouterr().out == "n�\n\n"
+
+
 def test_what_generate_is_given_must_fit(model):
     for bad, words in [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -220,15 +220,15 @@ def test_what_goes_wrong_is_one_line_and_nothing_is_written(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=r"^demo\(\) of one.py ended with status 1: ValueError: no number$"):
         demo_output(source, tmp_path, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
-    monkeypatch.setattr(module, "HERE", tmp_path / "empty/support")
-    with pytest.raises(ConfigError, match=r"README\.md cannot be read"):
-        main(module.Config(out=str(tmp_path / "site")))
     with pytest.raises(ConfigError, match=r"results/claims.md: one.g is not defined"):
         module.claims_of({"one": source}, "# What the papers claim\n| a | b | `one.f` | c |\n| a | b | `one.g` | c |\n")
     (tmp_path / "results").mkdir()
     (tmp_path / "results/one.md").write_text("# One\n\n![one](one.png)\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"results/one.md shows one.png, which is not there"):
         module.pages(tmp_path, lambda source: "")
+    monkeypatch.setattr(module, "HERE", tmp_path / "empty/support")
+    with pytest.raises(ConfigError, match=r"README\.md cannot be read"):
+        main(module.Config(out=str(tmp_path / "site")))
     (tmp_path / "one.py").write_text("def\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"one.py, line 1, is no Python"):
         load(tmp_path)

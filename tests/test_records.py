@@ -206,6 +206,21 @@ def test_conversations(tmp_path):
     assert split_key(again) != split_key(first)
 
 
+def test_a_conversation_is_in_one_split_with_each_that_begins_as_it_does(tmp_path):
+    """SFT trains on every answer of a conversation, so no other may have one of them as its test."""
+    rows = []
+    for n in range(60):
+        first = [turn("user", f"What is {n}?"), turn("assistant", f"It is {n}.")]
+        rows += [{"messages": first}, {"messages": [*first, turn("user", "And?"), turn("assistant", f"More {n}.")]}]
+    path = write_pairs(tmp_path / "chats.jsonl", *rows)
+    trained = set()
+    for problem in load_problems(path, "train"):
+        trained |= {problem.solution, *(content for _, content in problem.history)}
+    tested = [problem.solution for problem in load_problems(path, "test")]
+    assert len(tested) > 4
+    assert not trained & set(tested)
+
+
 @pytest.mark.parametrize("content", ["", " \n"])
 def test_an_empty_system_turn_is_as_if_it_were_not_there(content):
     rest = [turn("user", "A?"), turn("assistant", "B."), turn("user", "C?"), turn("assistant", "D.")]

@@ -387,6 +387,8 @@ FRAME = {"content": "<|im_start|>", "special": True, "single_word": False, "lstr
         ({"pad_token": {"__type": "AddedToken", "content": "<a>"}}, "x<a>y", "names the token '<a>'"),
         ({"additional_special_tokens": ["<|im_end|>", "<a>"]}, "x<a>y", "names the token '<a>'"),
         ({"extra_special_tokens": {"image_token": "<a>"}}, "x<a>y", "names the token '<a>'"),
+        ({"extra_special_tokens": {"e": "<|im_end|>"}, "additional_special_tokens": ["<a>"]}, "x<a>y", "token '<a>'"),
+        ({"model_specific_special_tokens": {"image_token": "<a>"}}, "x<a>y", "names the token '<a>'"),
         ({"added_tokens_decoder": {"600": FRAME | {"content": "<a>"}}}, "x<a>y", "names the token '<a>'"),
         ({"added_tokens_decoder": {"598": FRAME | {"rstrip": True}}}, "x<|im_start|>\ny", "'<|im_start|>' is rstrip"),
         ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "the cat", "add_prefix_space"),
@@ -410,6 +412,18 @@ def test_what_tokenizer_config_says_of_the_ids(bpe, config, text, why, tmp_path)
         assert load_tokenizer(tmp_path).fingerprint == bpe.fingerprint
         return
     with pytest.raises(TokenizerError, match=why.replace("|", r"\|")):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer.train("cafe\u0301é")], ids=["byte", "char"])
+def test_nfc_of_bytes_and_characters_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"normalizer": {"type": "NFC"}}), encoding="utf-8")
+    theirs = tokenizers.Tokenizer.from_file(str(file)).encode("cafe\u0301").ids
+    assert theirs != tokenizer.encode("cafe\u0301")
+    with pytest.raises(TokenizerError, match=r"NFC of a (byte|char) tokenizer: not supported here"):
         load_tokenizer(tmp_path)
 
 

@@ -20,7 +20,7 @@ from support.distill_report import measure_both
 from support.lora_files import LoraState
 from support.recorder import Recorder
 from support.runs import Run
-from support.teachers import load_taught, open_teacher, student_start, teacher_start
+from support.teachers import check_shared_by, load_taught, open_teacher, student_start, teacher_start
 from support.verified import VerifiedConfig
 
 
@@ -49,6 +49,8 @@ def open_start(config):
     n = dist.per_rank("prompts", config.prompts)
     slots = list(range(dist.rank * n, (dist.rank + 1) * n))
     autocast, scaler = precision(config.dtype, dist)
+    if config.teacher is None:
+        check_shared_by(dist.world)
     init = config.init or student_start(config, dist)
     teacher_path = config.teacher or teacher_start(config, dist)
     began = time.perf_counter()

@@ -113,7 +113,8 @@ def check_choices(config):
         raise ConfigError(
             f"--scale tokens whitens over tokens, but --ratio {c.ratio} weighs whole answers: use --scale batch"
         )
-    if c.scale == "mean" and (c.overlong or min(c.correct_weight, c.format_weight, c.brevity_weight) < 0):
+    weights = [c.correct_weight, c.format_weight, c.brevity_weight, *([c.reward_weight] if c.reward else [])]
+    if c.scale == "mean" and (c.overlong or min(weights) < 0):
         raise ConfigError("--scale mean divides by a mean reward: no --overlong and no weight below 0 with it")
     if c.minibatches > c.prompts:
         raise ConfigError(f"--minibatches is {c.minibatches}, more than the {c.prompts} prompts of a step")

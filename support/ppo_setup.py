@@ -127,7 +127,9 @@ def reward_start(config, init, dist):
     settings |= {"device": config.device, "dtype": config.dtype}
     if config.data != DEFAULT_TASK:
         settings["data"] = config.data
-    name = start_name(config.data, config.seed, "reward", config.levels)
+    longer = {"max_new_tokens": config.max_new_tokens} if config.max_new_tokens != type(config).max_new_tokens else {}
+    settings |= longer  # it judges answers as long as those that it is trained on
+    name = start_name(config.data, config.seed, "reward", config.levels, **longer)
     return make_start_once(name, "no --reward_model given: training one", reward_model, settings, dist)
 
 

@@ -52,11 +52,13 @@ def consistency(score, n, seed, levels, data=DEFAULT_TASK):
     scored = ~np.isnan(scores + renamed).any(1)
     scores, renamed, ladders = scores[scored], renamed[scored], []
     for problem in load_problems(data, "test", n, levels):
+        if not (fitting := [kind for kind in kinds if problem.level >= task.corruptions[kind]][:2]):
+            continue
         with contextlib.suppress(DataError):
-            wrong = task.corrupt(problem, rng.choice(kinds[:2]), rng)
+            wrong = task.corrupt(problem, rng.choice(fitting), rng)
             worse = "\n".join(line for line in wrong.split("\n") if "####" not in line)
             ladders.append((problem.question, [problem.solution, wrong, worse]))
-    ladder = np.array(score(ladders))
+    ladder = np.array(score(ladders)).reshape(-1, 3)
     ladder = ladder[~np.isnan(ladder).any(1)]
     if not len(scores) or not len(ladder):
         return {}

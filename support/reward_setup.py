@@ -3,7 +3,7 @@ the settings, the models, the run.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from data import DEFAULT_TASK, TASKS, encode_answer, encode_prompt, load_problem
 from encoder import Encoder
 from optim import make_optimizers
 from support.checkpoints import open_checkpoint, resolve_checkpoint
-from support.checks import Count
+from support.checks import Count, Range
 from support.content import records_of, weights_of
 from support.devices import precision, setup
 from support.encoder_start import check_order, open_encoder
@@ -48,7 +48,7 @@ class RewardPairFlags(RunConfig):
     often."""
     prompts: Count = 3000
     """Training problems to sample pairs from."""
-    rollouts: Count = 8
+    rollouts: Annotated[int, Range(int, 2)] = 8
     """Answers sampled per problem."""
     max_new_tokens: Count = 64
     """Longest sampled answer, in tokens."""
@@ -63,6 +63,8 @@ def fill_in(config):
     config.pairs = pairs if config.pairs is None else config.pairs
     if config.kinds not in (None, kinds) and (config.data not in TASKS or config.pairs == "sampled"):
         raise ConfigError("--kinds has no use here: no pair is corrupted; leave it out")
+    if config.kinds == []:
+        raise ConfigError(f"--kinds is empty: name some of {', '.join(corruptions)}, or leave it out")
     config.kinds = kinds if config.kinds is None else config.kinds
     if unknown := set(config.kinds) - set(corruptions):
         raise ConfigError(f"--kinds holds {min(unknown)!r}; choose some of {', '.join(corruptions)}")

@@ -95,6 +95,8 @@ def score(functions, texts, problems, ended):
 def reward_functions(config, built_in):
     """built_in {name: function} and --reward -> {name: function}, {name: weight} of the rewards that count. Weight 0:
     measured, not rewarded."""
+    if config.reward is None and config.reward_weight != RewardFlags.reward_weight:
+        raise ConfigError("--reward_weight has no use without --reward: leave it out")
     functions = dict(built_in)
     weights = {name: getattr(config, f"{name}_weight") for name in built_in}
     if config.reward:

@@ -33,9 +33,9 @@ class Piece:
     by_student: torch.Tensor  # (b,) bool
 
 
-def written_by_student(slot, share):
-    """Whether the student answers this one of a step's questions: evenly spread, `share` of them."""
-    return int((slot + 1) * share + 1e-9) > int(slot * share + 1e-9)
+def written_by_student(place, share):
+    """Whether the student answers this one of a run's questions: evenly spread, `share` of them."""
+    return int((place + 1) * share + 1e-9) > int(place * share + 1e-9)
 
 
 class Writers:
@@ -49,7 +49,8 @@ class Writers:
         self.teacher = Sampler(teacher, tokenizer, teacher_problems, config, autocast)
 
     def __call__(self, step, slots):
-        by_student = [written_by_student(slot, self.config.on_policy) for slot in slots]
+        first = step * self.config.prompts
+        by_student = [written_by_student(first + slot, self.config.on_policy) for slot in slots]
         answers = {}  # of each slot
         for sample, is_student in ((self.student, True), (self.teacher, False)):
             own = [slot for slot, student in zip(slots, by_student, strict=True) if student == is_student]

@@ -39,6 +39,15 @@ def check_teaching(config):
         raise ConfigError("--beta has no meaning with --loss sample, where the text's author decides: leave it out")
     if c.loss == "vocabulary" and c.gamma:
         raise ConfigError("--gamma has no meaning with --loss vocabulary: use --loss sample, or leave it out")
+    if c.on_policy == 0 and c.gamma:
+        raise ConfigError("--gamma has no meaning with --on_policy 0, where no text is the student's: leave it out")
+
+
+def check_shared_by(world):
+    """ConfigError if so many processes cannot make the teacher that a run without --teacher needs."""
+    if grpo.Config.prompts % world:
+        problem = f"{world} processes cannot share the {grpo.Config.prompts} questions of a step of GRPO"
+        raise ConfigError(f"no --teacher given, and {problem}: give one, or make it first with one process")
 
 
 def shared_settings(config):
@@ -123,6 +132,10 @@ def load_taught(config, tokenizer, context, teacher_context, dist):
     same as the teacher sees them. ConfigError as `open_problems`, or if none has room."""
     problems, taught = open_problems(config, tokenizer, context, dist, checked=True), {}
     examples = problems["train"]
+    if config.teacher_sees == "example" and len(examples) < 2:
+        raise ConfigError(
+            "--teacher_sees example needs two training problems: the only one would show its own solution"
+        )
     for split, some in problems.items():
         pairs = list(zip(some, with_context(some, config.teacher_sees, examples), strict=True))
         for i, size, label in ((0, context, f"{split} prompt"), (1, teacher_context, f"teacher's {split} prompt")):

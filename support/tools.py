@@ -58,6 +58,7 @@ def load_tools(names, built_in):
             tool = getattr(importlib.import_module(module), attribute)
             texts, fits = (tool.name, tool.pattern), callable(tool.function)
             fits = fits and isinstance(tool.seconds, (int, float, type(None)))
+            fits = fits and (tool.seconds is None or 0 < tool.seconds <= threading.TIMEOUT_MAX)
             groups = re.compile(rf"(?:{tool.pattern})\Z").groups  # as agent.reply_to has it
         except re.error as error:
             what = f"pattern {tool.pattern!r}, which is put into a longer one: {error}; write flags as (?i:…)"
@@ -65,7 +66,7 @@ def load_tools(names, built_in):
         except Exception as error:  # any error of the user's module
             raise ConfigError(f"--tools {name}: {type(error).__name__}: {error}") from None
         if not fits or groups != 1 or not all(isinstance(text, str) for text in texts):
-            needs = "a name, a pattern with one group, the argument, a function of it, and seconds, a number or None"
+            needs = "a name, a pattern with one group, the argument, a function of it, and seconds above 0, or None"
             raise ConfigError(f"--tools {name}: needs {needs}")
         tools.append(tool)
     if len({tool.name for tool in tools}) < len(tools):

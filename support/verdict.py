@@ -93,7 +93,8 @@ def look_first(sample, slots, signal_of, functions, weights, init, config, dist)
         problems = [p for p in batch.problems for _ in range(c.rollouts)]
         readable = sum(task_of(p.task).answer(text) is not None for p, text in zip(problems, batch.texts, strict=True))
         here = [len(useful), (~useful).sum(), batch.ended.numel(), (~batch.ended).sum(), right, readable, formatted]
-        counts = [a + float(b) for a, b in zip(counts, [*here, sum(len(t) == 1 for t in texts)], strict=True)]
+        alike = sum(len(t) == 1 for t in texts) if c.rollouts > 1 else 0
+        counts = [a + float(b) for a, b in zip(counts, [*here, alike], strict=True)]
     groups, silent, answers, truncated, right, readable, formatted, same_text = map(int, dist.sum(*counts))
     right, readable = (right, readable) if "correct" in weights else (None, None)
     formatted = formatted if {"correct", "format"} & weights.keys() else None

@@ -213,6 +213,7 @@ compiled = Tool("x", __import__("re").compile("<<([a-z]+)="), str)
 no_name = SimpleNamespace(pattern="<<([a-z]+)=", function=str, seconds=None)
 no_seconds = SimpleNamespace(name="x", pattern="<<([a-z]+)=", function=str)
 worded = Tool("x", "<<([a-z]+)=", str, "5")
+endless, none, before = (Tool("x", "<<([a-z]+)=", str, s) for s in (float("inf"), float("nan"), -1))
 """
 
 
@@ -235,6 +236,7 @@ def test_a_tool_of_your_own(scratch, monkeypatch):
         (["own_tools:no_name"], "no attribute 'name'"),
         (["own_tools:no_seconds"], "no attribute 'seconds'"),
         (["own_tools:worded"], "seconds"),
+        *((["own_tools:" + name], "seconds above 0, or None") for name in ("endless", "none", "before")),
         (["calculator", "own_tools:same"], "same name"),
     ]:
         with pytest.raises(ConfigError, match=words) as caught:

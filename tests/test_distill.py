@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,9 +37,9 @@ from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
 from support.sampled_kl import sampled_kl
 from support.shared_prompt import pack, shared_answer_logits, shared_answer_logprobs
-from support.taught import pieces_of, written_by_student
+from support.taught import Writers, pieces_of, written_by_student
 from support.teachers import load_taught, open_teacher, student_start, teacher_start, with_context
-from tokenizer_bpe import BPETokenizer
+from tokenizer_bpe import BPETokenizer, ByteTokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs
 
 SMALL = dict(init="start", teacher="teacher", data="twos.jsonl", steps=4, prompts=6, rollouts=2, micro_batch=6)
@@ -326,6 +327,18 @@ def test_the_share_is_kept_and_spread(share):
     assert sum(own) == round(100 * share)
     for start in range(0, 100, 10):
         assert abs(sum(own[start : start + 10]) - 10 * share) <= 1
+
+
+def test_a_small_share_is_kept_over_the_steps():
+    """8 questions a step, of which the student has 0.8: 8 in ten steps, not 0."""
+    problems, config = load_problems("word", "train", 16), SimpleNamespace(on_policy=0.1, prompts=8)
+    writers, asked = object.__new__(Writers), []
+    writers.config, writers.tokenizer, writers.seen_alike = config, ByteTokenizer(), True
+    writers.teacher = writers.student = lambda step, own: SimpleNamespace(answers=[[[1]]] * len(own))
+    writers.teacher.asked = lambda step: problems
+    for step in range(10):
+        asked.append(writers(step, [*range(8)]).by_student)
+    assert sum(map(sum, asked)) == 8
 
 
 def plain_logits(model, prompt, answer):
@@ -693,6 +706,7 @@ def test_a_teacher_that_knows_fewer_ids_is_refused(here):
         ({"teacher": "self"}, "--teacher self sees what the student sees"),
         ({"loss": "sample", "beta": 0.5}, "--beta has no meaning with --loss sample"),
         ({"gamma": 1.0}, "--gamma has no meaning with --loss vocabulary"),
+        ({"gamma": 1.0, "loss": "sample", "on_policy": 0.0}, "--gamma has no meaning with --on_policy 0"),
         ({"beta": 1.5}, "--beta is 1.5"),
         ({"on_policy": -0.1}, "--on_policy is -0.1"),
         ({"temperature": 0.0}, "--temperature is 0"),
@@ -746,7 +760,7 @@ def test_a_teacher_with_a_shorter_context_decides(here, capsys):
     assert "teacher's train prompts are longer than" in capsys.readouterr().out
 
 
-def test_the_instruction_stands_after_each_question_in_all_splits(here):
+def test_the_instruction_stands_after_each_question_in_all_splits(here, monkeypatch):
     dist, tokenizer = devices.setup("cpu"), open_checkpoint("start")[1]
     plain, _ = load_taught(config(), tokenizer, 96, 96, dist)
     told, seen = load_taught(config(instruction="Add.", teacher_sees="example"), tokenizer, 96, 96, dist)
@@ -756,6 +770,9 @@ def test_the_instruction_stands_after_each_question_in_all_splits(here):
     assert all(p.history[0][1].endswith("\nAdd.") for p in seen["test"])
     with pytest.raises(ConfigError, match="no train prompt fits"):
         load_taught(config(instruction="Add. " * 60), tokenizer, 96, 96, dist)
+    monkeypatch.setattr(teachers, "open_problems", lambda *_, **__: {"train": told["train"][:1]})
+    with pytest.raises(ConfigError, match="--teacher_sees example needs two training problems"):
+        load_taught(config(**SELF), tokenizer, 96, 96, dist)
 
 
 # ------------------------------------------------------------------------------------------------ the starts
@@ -770,6 +787,9 @@ def test_both_starts_are_made_once_and_the_student_is_half_as_wide(scratch, monk
 
     for module in (teachers, sft_start):
         monkeypatch.setattr(module, "make_start_once", make)
+    with pytest.raises(ConfigError, match="no --teacher given, and 8 processes cannot share the 12 questions"):
+        teachers.check_shared_by(8)
+    teachers.check_shared_by(6)
     settings, dist = Config(seed=3, levels=[1]), devices.setup("cpu")
     assert student_start(settings, dist) == "runs/start/word-seed3-student-levels1"
     assert teacher_start(settings, dist) == "runs/start/word-seed3-teacher-levels1"

@@ -478,3 +478,5 @@ def test_a_negative_reward_of_your_own_is_refused_by_maxrl(here, monkeypatch):  
     monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, problems, ended: [-1.0 - len(t) for t in texts])
     with pytest.raises(ConfigError, match="--scale mean divides by"):
         grpo.main(config(steps=1, algorithm="maxrl"))
+    with pytest.raises(ConfigError, match="no weight below 0 with it"):  # before anything is measured
+        config(algorithm="maxrl", reward="own:letters", reward_weight=-1.0)

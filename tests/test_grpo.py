@@ -103,6 +103,8 @@ def test_a_reward_of_your_own(own):
     )
     assert weights == {"format": 0.5, "letters": 0.7}
     assert list(functions) == ["correct", "format", "brevity", "letters"]
+    with pytest.raises(ConfigError, match="--reward_weight has no use without --reward: leave it out"):
+        reward_functions(config(reward_weight=0.7), grpo.REWARDS)
 
 
 def test_a_reward_may_use_others_of_its_own_when_it_is_called(scratch, monkeypatch):

@@ -412,6 +412,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, more):
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
+def test_the_reward_model_that_a_run_makes_samples_answers_as_long_as_the_run(monkeypatch):
+    monkeypatch.setattr(ppo_setup, "make_start_once", lambda name, why, stage, settings, dist: (name, settings))
+    name, settings = ppo_setup.reward_start(Config(), "init", None)
+    assert (name, "max_new_tokens" in settings) == ("start/word-seed0-reward", False)
+    other, settings = ppo_setup.reward_start(Config(max_new_tokens=120), "init", None)
+    assert settings["max_new_tokens"] == 120
+    assert other != name
+
+
 def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
     """One step, from the sampled answers to the gradient of every weight and to the figures of the log: each answer
     alone, unpacked, GAE as its double sum. The reference is another model and the values are not 0."""

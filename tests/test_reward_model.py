@@ -17,7 +17,7 @@ from conftest import assert_one_line_error, assert_same_weights, metrics, script
 from safetensors.torch import load_file, save_file
 
 import reward_model
-from data import TASKS, Problem, encode_answer, encode_prompt, load_problems
+from data import TASKS, Problem, encode_answer, encode_prompt, load_pairs, load_problems
 from encoder import Encoder, EncoderConfig
 from reward_model import (
     Config,
@@ -503,6 +503,20 @@ def test_scores_that_cannot_be_had_are_not_reported():
     assert consistency(score, 5, 0, (1, 2)) == {}
 
 
+def test_a_task_whose_problems_can_have_no_error_has_no_ladder(monkeypatch):
+    asked = []
+
+    def score(groups):
+        asked.append(groups)
+        return [[float(len(t)) for t in texts] for _, texts in groups]
+
+    pairs = load_pairs("word", "test", 5, (1,))
+    monkeypatch.setattr(reward_report, "load_pairs", lambda *_: pairs)
+    monkeypatch.setitem(TASKS, "word", replace(TASKS["word"], corruptions=dict.fromkeys(CORRUPTIONS, 2)))
+    assert consistency(score, 5, 0, (1,)) == {}
+    assert asked[2] == []
+
+
 def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
     monkeypatch.setattr(reward_look, "length_figures", lambda *_: {"longer_is_chosen": 0.5, "none": [math.nan, 1.0]})
     result = reward_model.main(config(steps=1, pairs="corrupted", best_of_problems=0))
@@ -601,6 +615,8 @@ def test_bad_input_is_one_line(here):
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"best_of_problems": -1}, "--best_of_problems is -1; it must be at least 0"),
         ({"kinds": ["wrong_sum", "typo"]}, "--kinds holds 'typo'; choose some of wrong_sum"),
+        ({"kinds": []}, "--kinds is empty: name some of wrong_sum"),
+        ({"rollouts": 1}, "--rollouts is 1; it must be at least 2"),
         ({"kinds": ["missing_answer"], "pairs": "sampled"}, "--kinds has no use here: no pair is corrupted"),
         ({"kinds": ["missing_answer"], "data": "hh"}, "--kinds has no use here: no pair is corrupted"),
         ({"pairs": "corrupted", "data": "hh"}, "--pairs corrupted has no use here: hh has pairs of its own"),

@@ -115,6 +115,9 @@ def test_a_start_is_made_again_if_what_it_read_has_changed(here, capsys):
     model.norm.weight.data[0] += 1e-3
     model.save_pretrained("run/best")
     assert start(init="run")
+    Path("run/best/chat_template.jinja").write_text("You are A.", encoding="utf-8")  # another frame of every prompt
+    assert start(init="run")
+    assert not start(init="run")
 
 
 def test_content_is_that_of_values_not_of_names_or_places():

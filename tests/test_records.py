@@ -206,6 +206,13 @@ def test_conversations(tmp_path):
     assert split_key(again) != split_key(first)
 
 
+def test_levels_are_a_tasks(tmp_path):
+    path = write_pairs(tmp_path / "x.jsonl", {"question": "q", "answer": "#### 1"})
+    for load in (load_problems, load_pairs):
+        with pytest.raises(DataError, match=r"--levels \[1\] has no use here: .*x.jsonl is no task"):
+            load(path, "train", levels=[1])
+
+
 def test_a_conversation_is_in_one_split_with_each_that_begins_as_it_does(tmp_path):
     """SFT trains on every answer of a conversation, so no other may have one of them as its test."""
     rows = []

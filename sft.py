@@ -88,7 +88,7 @@ from support.lora_files import LoraState
 from support.pretrained_start import pretrained_start
 from support.recorder import Recorder, RecordFlags
 from support.runs import Run, RunConfig
-from support.sft_data import encode_training, load_examples
+from support.sft_data import encode_training, load_examples, refuse_unused
 from support.sft_report import Look
 from support.sharding import averaging, refuse_fsdp
 from support.sweeps import sweep
@@ -310,6 +310,10 @@ class Config(RecordFlags, RunConfig):
     """Dropout during training."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_unused(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,10 @@ def run_script(main, cls, description=None, demo=None, parse=None, without_flags
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as stop:
+        if not (isinstance(stop.code, int) and distributed.is_available() and distributed.is_initialized()):
+            raise
+        status = stop.code
     if distributed.is_available() and distributed.is_initialized():
         if status == 0:
             distributed.destroy_process_group()

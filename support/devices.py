@@ -160,6 +160,8 @@ def setup(device="auto", facts=None, folder=None):
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
+        if ":" in device and world > 1:
+            raise ConfigError(f"--device {device} is one GPU, which {world} processes cannot share; use --device cuda")
         gpus, processes = torch.cuda.device_count(), whole_from("LOCAL_WORLD_SIZE", 1)
         too_few = int(device[5:]) >= gpus if ":" in device else processes > gpus
         if too_few:

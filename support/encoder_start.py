@@ -50,15 +50,15 @@ def open_encoder(Encoder, path, device="cpu", dropout=0.0):
     return model.to(device), tokenizer, path
 
 
-def open_start(Encoder, init, model):
-    """-> (Encoder, tokenizer) of an encoder's checkpoint, or of a decoder's. Of `model`, a config, only the dropout
-    counts, and the context where a decoder's is longer. Raises CheckpointError."""
+def open_start(Encoder, init, model, seed):
+    """-> (Encoder, tokenizer) of an encoder's checkpoint, or of a decoder's, with new layers by `seed`. Of `model`, a
+    config, only the dropout counts, and the context where a decoder's is longer. Raises CheckpointError."""
     path = resolve_checkpoint(init)
     if is_encoder(path):
         return open_encoder(Encoder, path, dropout=model.dropout)[:2]
     decoder, tokenizer, _ = open_checkpoint(path)
     shorter = {} if decoder.config.positions == "learned" else {"context": min(model.context, decoder.config.context)}
-    return Encoder.from_trunk(decoder, model.dropout, **shorter), tokenizer
+    return Encoder.from_trunk(decoder, model.dropout, seed, **shorter), tokenizer
 
 
 def check_new(model):
@@ -98,7 +98,7 @@ def make_encoder(Encoder, config, dist, texts, mask):
     and a tokenizer trained on {split: texts}. mask: the special token that replaces others."""
     run_path(config)  # raises on a bad --name or --resume first
     if config.init:
-        encoder, tokenizer = open_start(Encoder, config.init, config.model)
+        encoder, tokenizer = open_start(Encoder, config.init, config.model, config.seed)
         check_opened(config.init, encoder.config, tokenizer, mask, config.mlm_steps or config.token_dropout)
         refuse_ignored(config, encoder.config, tokenizer)
         return encoder, tokenizer, replace(config, model=encoder.config)

@@ -20,5 +20,7 @@ class ConfigError(ValueError):
 class DivergedError(ConfigError):
     """The loss, the gradient or the logits are no longer finite."""
 
+    on_all_ranks = False  # whether every process has raised it, at the same place
+
 
 FOR_THE_USER = (ConfigError, CheckpointError, TokenizerError, DataError)

@@ -88,6 +88,11 @@ class Log:
         for tracker in self.trackers:
             tracker.show(step, pictures, histograms)
 
+    def flush(self):
+        """Before a checkpoint: a run that is resumed from it writes no earlier step again."""
+        for tracker in self.trackers if self.active else ():
+            tracker.flush()
+
     def close(self):
         """Close the trackers."""
         for tracker in self.trackers if self.active else ():

@@ -100,7 +100,7 @@ class Recorder:
     def text(self, *_):
         """Samples of text are in the record."""
 
-    show = close = text
+    show = flush = close = text
 
     # What a stage calls.
 

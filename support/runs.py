@@ -146,6 +146,7 @@ class Run:
             if self.interrupt:
                 written = self.save("last")
                 self.bar.close()
+                self.log.close()
                 exit_stopped(self.config.name, step, written, self.dist)
             if step != self.first and step % self.config.save_every == 0:
                 self.save("last")
@@ -159,6 +160,7 @@ class Run:
         """Write the checkpoint best/, or last/ with everything that resuming needs. Returns whether it was written."""
         state = None
         if name == "last":
+            self.log.flush()
             moments = gathered([optimizer.state_dict() for optimizer in self.optimizers], self.dist.is_main)
             state = {"step": self.done, "config": asdict(self.config), "seconds": self.seconds, **vars(self.state)}
             state["reads"] = self.reads
@@ -203,15 +205,18 @@ class Run:
         return norm_ok and all(map(math.isfinite, losses.values()))
 
     def check_finite(self, lr, norm=None, advice="try a smaller --lr", **losses):
-        """Raise DivergedError unless `is_finite`."""
+        """Raise DivergedError unless `is_finite`. The losses and the norm are those of all ranks."""
         if self.is_finite(norm, losses):
             return
         self.bar.close()  # a sweep continues with the next run
         self.close_log()
+        self.interrupt.release()
         values = {name.replace("_", " "): value for name, value in losses.items()}
         values |= {} if norm is None else {"gradient norm": norm}
         problem = ", ".join(f"the {name} is {value}" for name, value in values.items())
-        raise DivergedError(f"{problem} at step {self.done} (learning rate {lr:.1e}); {advice}")
+        error = DivergedError(f"{problem} at step {self.done} (learning rate {lr:.1e}); {advice}")
+        error.on_all_ranks = True
+        raise error
 
     def stop_or_skip(self, lr, norm, skip, **losses):
         """`check_finite`; but with `skip`, go on. Counts in state.skipped the steps without an update, the scaler's
@@ -227,8 +232,8 @@ class Run:
         room for a checkpoint. The directory stays locked, as it is still read and drawn in, until this process begins
         another run or ends."""
         self.save("last")
-        self.interrupt.release()
         self.log.close()
+        self.interrupt.release()
         if self.dist.is_main and not any((self.path / name / "config.json").is_file() for name in ("best", "last")):
             raise ConfigError(f"{self.path} holds no checkpoint, for none could be written: make room and train again")
 
@@ -436,9 +441,8 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
         "fsdp",
     }
     new = asdict(config)
-    old = asdict(type(config)()) | state["config"]  # an option that the saved run did not have yet: its default
-    changed = [f"{k} {old.get(k)!r} -> {new[k]!r}" for k in new if k not in may_change and new[k] != old.get(k)]
-    if changed:
+    old = filled(asdict(type(config)()), state["config"])
+    if changed := [line for k in new if k not in may_change for line in changes_of(k, old.get(k), new[k])]:
         raise ConfigError(f"--resume continues a run as it was, but this changed: {', '.join(changed)}")
     saved_config = state["config"].items()
     removed = [f"{k} {value!r}" for k, value in saved_config if k not in new and value != REMOVED_OPTIONS.get(k)]
@@ -467,6 +471,20 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
         scaler.load_state_dict(state["scaler"])
     set_random_state(state["rng"][dist.rank], dist.device)
     return state
+
+
+def filled(defaults, saved):
+    """The settings of a saved run, with the defaults of options that it did not have yet."""
+    nested = [k for k, v in saved.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)]
+    return defaults | saved | {k: defaults[k] | saved[k] for k in nested}
+
+
+def changes_of(name, old, new):
+    """["lr 0.1 -> 0.2"], or of nested settings a line for each that differs; [] if none does."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = old | new  # in their order
+        return [line for k in names for line in changes_of(f"{name}.{k}", old.get(k), new.get(k))]
+    return [f"{name} {old!r} -> {new!r}"] if new != old else []
 
 
 class Interrupt:

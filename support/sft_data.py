@@ -55,3 +55,13 @@ def encode_training(config, problems, tokenizer, context, dist, encode):
         which = f"{without} of {len(fitting['valid'])} validation solutions"
         print(f"{which} have no held-out loss: longer than {context} tokens, or of weight 0")
     return fitting, [(ids, flags) for ids, flags, _ in examples], held_out, difficulties
+
+
+def refuse_unused(config):
+    """ConfigError on a flag of sft.Config that another one takes the use from."""
+    default = type(config)
+    if config.sweep and config.lr != default.lr:
+        raise ConfigError("--lr has no effect beside --sweep, which names the rates: leave it out")
+    for name in ("difficulty", "pace_start", "pace"):
+        if config.order == "shuffled" and getattr(config, name) != getattr(default, name):
+            raise ConfigError(f"--{name} is for --order curriculum or anti: leave it out, or add one")

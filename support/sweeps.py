@@ -24,7 +24,10 @@ def sweep(run, config):
         try:
             results[lr] = run(replace(config, lr=lr, sweep=[], name=name, resume=resume))
         except DivergedError as error:  # a rate that is too high is a result too
-            results[lr], diverged = {"valid": -math.inf, "test": math.nan}, error
+            if dist.world > 1 and not error.on_all_ranks:  # the others would wait for this one
+                raise
+            diverged = error.with_traceback(None)  # whose frames hold the model
+            results[lr] = {"valid": -math.inf, "test": math.nan}
     if all(result["valid"] == -math.inf for result in results.values()):
         raise diverged
     best = max(results, key=lambda lr: results[lr]["valid"])

@@ -85,9 +85,13 @@ class TensorBoard:
 
         self.write(action)
 
-    def close(self):
+    def flush(self):
+        """Write what the writer still holds: its own thread does so every two minutes."""
         if self.writer is not None:
             self.write(lambda writer: writer.flush())
+
+    def close(self):
+        self.flush()
         if self.writer is not None:
             self.drop()
 
@@ -144,6 +148,9 @@ class WandB:
             self.run.log(media, step=step)
 
         self.write(action)
+
+    def flush(self):
+        """Nothing: wandb writes as it goes."""
 
     def close(self):
         self.write(self.run.finish)

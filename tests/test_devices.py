@@ -190,6 +190,14 @@ def test_an_apple_gpu_is_one_device_in_fp32(monkeypatch):
         devices.setup("mps")
 
 
+def test_one_nvidia_gpu_is_not_for_two_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--device cuda:0 is one GPU, which 2 processes cannot share"):
+        devices.setup("cuda:0")
+
+
 def test_memory_of_an_apple_gpu(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 4)

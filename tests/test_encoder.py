@@ -31,7 +31,7 @@ from support import encoder_report, encoder_start
 from support.classification import judge_labels, predict, validate_mlm, validation_windows
 from support.cli import parse_config, run_script
 from support.devices import Dist
-from support.encoder_start import check_new, open_encoder
+from support.encoder_start import check_new, make_encoder, open_encoder
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
 from support.plots import draw_curves
 from support.text_batches import TextBatch, encode, pad_rows
@@ -528,6 +528,9 @@ def test_a_run_starts_from_a_decoder(scratch):
     result = encoder.main(small(**given))
     trained, _, _ = open_encoder(Encoder, result["path"])
     assert trained.config.context == 32  # of the two the shorter
+    new = [make_encoder(Encoder, small(**given, seed=seed, name="x"), None, {}, MASK)[0] for seed in (0, 1, 1)]
+    assert not torch.equal(new[0].classifier.weight, new[1].classifier.weight)
+    assert torch.equal(new[1].classifier.weight, new[2].classifier.weight)
     for name, weight in decoder.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], weight, atol=1e-6, rtol=0)
 

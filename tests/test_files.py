@@ -189,6 +189,23 @@ def test_event_files_that_a_full_disk_cuts(tmp_path, capsys):
     assert "Traceback" not in said.err
 
 
+def test_a_run_that_is_killed_leaves_the_events_of_its_last_save(here, monkeypatch):
+    """Its steps are not written again when it is resumed, and the writer's own thread writes every two minutes only."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self):
+        raise Killed
+
+    monkeypatch.setattr(runs.Run, "on_save", property(killed, lambda self, value: None), raising=False)
+    with pytest.raises(Killed):
+        pretrain.main(config(save_every=2))
+    events = EventAccumulator(str(here / "runs/pretrain/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
 def test_a_file_system_without_hard_links(here, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")

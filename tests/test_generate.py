@@ -724,7 +724,9 @@ def test_settings_that_cannot_be_used(checkpoint, capsys, monkeypatch, flags, wo
     assert word in failure(capsys, lambda: run_script(main, Config))
 
 
-@pytest.mark.parametrize(("error", "status"), [(None, 0), (ConfigError("no"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, 0), (ConfigError("no"), 2), (KeyboardInterrupt(), 130), (SystemExit(130), 130)]
+)
 def test_one_of_several_processes_ends_at_once(monkeypatch, tmp_path, capfd, error, status):
     """At the interpreter's end gloo's threads sometimes abort a process whose work is done."""
     begun, left = [], []

@@ -237,6 +237,35 @@ def test_a_run_under_way_is_left_alone(here):
     assert (here / "runs/pretrain.1/metrics.jsonl").read_bytes() == before
 
 
+def test_what_changed_since_a_run_was_saved():
+    """An option that it did not have has its default, one of the model's too."""
+    defaults = {"lr": 0.1, "new": 1, "model": {"width": 64, "newer": None}, "texts": ["a"]}
+    assert runs.filled(defaults, {"lr": 0.2, "model": {"width": 32}}) == {
+        "lr": 0.2,
+        "new": 1,
+        "model": {"width": 32, "newer": None},
+        "texts": ["a"],
+    }
+    assert runs.changes_of("lr", 0.1, 0.1) == []
+    assert runs.changes_of("lr", 0.1, 0.2) == ["lr 0.1 -> 0.2"]
+    old, new = {"width": 32, "newer": None, "rope": None}, {"width": 64, "newer": None, "rope": {"factor": 2}}
+    assert runs.changes_of("model", old, new) == ["model.width 32 -> 64", "model.rope None -> {'factor': 2}"]
+
+
+def test_ctrl_c_in_the_step_in_which_a_run_diverges_is_not_lost(here):
+    run = SimpleNamespace(is_finite=lambda *_: False, bar=SimpleNamespace(close=lambda: None), close_log=lambda: None)
+    usual = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run.interrupt = runs.Interrupt(devices.setup("cpu"))
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            Run.check_finite(run, 0.1, loss=math.nan)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), usual, strict=True):
+            signal.signal(number, handler)
+
+
 def test_a_sweep_under_way_is_left_alone(here):
     pretrain.main(config(steps=1))
     pretrain.main(config(steps=1, name="pretrain/lr0.1"))

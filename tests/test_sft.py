@@ -6,6 +6,7 @@ import random
 import re
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -496,6 +497,31 @@ def test_a_sweep_that_torchrun_starts_again_goes_on(here, monkeypatch):
     run = lambda settings: seen.update({settings.lr: settings.resume}) or {"valid": settings.lr, "test": 0}  # noqa: E731
     sweeps.sweep(run, config(sweep=[1e-3, 3e-3]))
     assert seen == {1e-3: True, 3e-3: False}
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_sweep_of_several_processes_goes_on_only_if_all_have_the_error(here, monkeypatch, everywhere):
+    """The others would wait in the next exchange for the one that went on. A model that diverged is let go."""
+    alive, seen = [], []
+
+    def run(settings):
+        seen.append([model() is not None for model in alive])
+        model = torch.nn.Linear(1, 1)
+        alive.append(weakref.ref(model))
+        if settings.lr == 1e-3:
+            return {"valid": 0.5, "test": 0.5}
+        error = DivergedError("NaN")
+        error.on_all_ranks = everywhere
+        raise error
+
+    monkeypatch.setattr(sweeps, "setup", lambda _: devices.Dist(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(sweeps, "restarted", lambda *_: False)
+    if everywhere:
+        assert sweeps.sweep(run, config(sweep=[1.0, 1e-3]))["lr"] == 1e-3
+        assert seen == [[], [False]]
+    else:
+        with pytest.raises(DivergedError):
+            sweeps.sweep(run, config(sweep=[1.0, 1e-3]))
 
 
 def test_the_runs_of_a_sweep_encode_and_answer_as_the_sweep_does(here):

@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.rates import matrix_rate
 from generate import generate
 from support.devices import auto_dtype
 from support.heap import keep_freed_memory
@@ -46,8 +47,7 @@ def best(call, repeats, device):
 
 def rates(device, dtype):
     """-> operations per second of a product of two 2,048² matrices, bytes per second when reading 256 MB."""
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    operations = 2 * 2048**3 / best(lambda: a @ a, 5, device)
+    operations = matrix_rate(device, 2048, "bf16" if dtype == torch.bfloat16 else "fp32")
     big = torch.randn(2**26, device=device)
     return operations, big.numel() * 4 / best(big.sum, 5, device)
 

@@ -28,7 +28,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -39,6 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import grpo
+from benchmarks.rates import matrix_rate, now
 from data import DEFAULT_TASK, encode_prompt, load_problems
 from support import grpo_report, questions, rewards, rollouts, runs
 from tokenizer_bpe import BPETokenizer
@@ -51,12 +51,6 @@ PHASES = ("generation", "scoring", "training")
 def reward(text):
     """An arbitrary reward that differs within each group, so that no group is skipped."""
     return (text.count("e") + 0.01 * len(text)) / 10
-
-
-def now(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def timed(function, times, device):
@@ -172,17 +166,6 @@ def time_trl(steps, beta, prompts, device, dtype):
         results.append({"step": ended - began, "generation": generation, "scoring": prepared - began - generation})
         results[-1]["training"] = ended - prepared
     return results[1:]
-
-
-def matrix_rate(device, n, dtype):
-    """Floating-point operations per second of an n x n matrix product, the best of ten."""
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    times = []
-    for _ in range(10):
-        began = now(device)
-        a @ b
-        times.append(now(device) - began)
-    return 2 * n**3 / min(times)
 
 
 def bandwidth():

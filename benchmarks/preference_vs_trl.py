@@ -30,7 +30,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -42,6 +41,7 @@ import torch
 
 import dpo
 import sft
+from benchmarks.rates import matrix_rate, now
 from data import DEFAULT_TASK, load_pairs
 from support import runs
 from support.pair_rows import encode_pair
@@ -49,12 +49,6 @@ from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig
 
 B, LONGEST, SHORTEST, VOCABULARY = 32, 64, 54, 1280
-
-
-def now(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def time_ours(module, config, device):
@@ -149,17 +143,6 @@ def dataset(rows):
     from datasets import Dataset
 
     return Dataset.from_list(rows)
-
-
-def matrix_rate(device, n, dtype):
-    """Floating-point operations per second of an n x n matrix product, the best of ten."""
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    times = []
-    for _ in range(10):
-        began = now(device)
-        a @ b
-        times.append(now(device) - began)
-    return 2 * n**3 / min(times)
 
 
 def work(model, rows):

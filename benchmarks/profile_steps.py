@@ -6,9 +6,9 @@
 Two ceilings: a product of large matrices (by MKL and by oneDNN, support/products.py), and a copy of a large tensor. The
 *floor* of the products is their operations at the first, that of the passes their bytes at the second: what is read and
 written once each, at the width of --dtype. Times are torch.profiler's, per step, over --steps steps after three; it
-slows a step by a few per cent. "attention" is fused attention and softmax; the products (bmm) of attention where it is
-not fused, as in decoding, are among "products". Each stage runs in a process of its own, whose largest memory in the
-first three steps, first evaluation included, is in the table.
+adds a fixed time to every operation, up to twice the step again where most are small. "attention" is fused attention
+and softmax; the products (bmm) of attention where it is not fused, as in decoding, are among "products". Each stage
+runs in a process of its own, whose largest memory in the first three steps, first evaluation included, is in the table.
 """
 
 import argparse

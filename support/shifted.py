@@ -8,12 +8,11 @@ shifted_problems(name, n)    -> [Problem], name one of SHIFTS:
     by hand             tests/handwritten.jsonl: fifty in the style of GSM8K's easiest, in other words throughout
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from data import DEFAULT_TASK, Problem, load_problems
-from support.word_problems import MEN, PLURAL, POOLS, THEMES, TO_99, WOMEN, word_problems
+from support.word_problems import MEN, PLURAL, POOLS, THEMES, TO_99, WOMEN, other_words, word_problems
 
 NEW_MEN = ("Otto", "Hugo", "Felix", "Victor", "Omar", "Ivan", "Carl", "Ali", "Ken", "Dan")
 NEW_WOMEN = ("Ruth", "Vera", "Iris", "Hana", "Rosa", "Olga", "Ines", "Joan", "Ivy", "Gail")
@@ -44,8 +43,7 @@ def new_words():
 
 
 def with_new_words(text):
-    table = new_words()
-    return re.sub(r"[A-Za-z]+", lambda word: table.get(word[0], word[0]), text)
+    return other_words(text, new_words())
 
 
 def shifted_problems(name, n):

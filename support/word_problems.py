@@ -455,4 +455,10 @@ def rename(text: str) -> str:
         if len(theme.things) > 1:
             turned = _turn(theme.things)
             table |= turned | {PLURAL[a]: PLURAL[b] for a, b in turned.items()}
-    return re.sub(r"[A-Za-z]+", lambda word: table.get(word[0], word[0]), text)
+    return other_words(text, table)
+
+
+def other_words(text: str, table: dict[str, str]) -> str:
+    """The text with the words of a table replaced, but for the book whose pages are read."""
+    kept = ("book", "books") if re.search(r"\bpages?\b", text) else ()
+    return re.sub(r"[A-Za-z]+", lambda word: word[0] if word[0] in kept else table.get(word[0], word[0]), text)

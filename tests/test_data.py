@@ -18,7 +18,7 @@ from support import word_problems as built_in
 from support.answers import extract_answer, same_answer
 from support.errors import DataError
 
-REAL = Path(os.environ.get("ALIGN_DATA", ""))
+REAL = Path(os.environ.get("ALIGN_DATA") or "downloads")  # as downloads.data_folder
 needs_gsm8k = pytest.mark.skipif(not (REAL / "gsm8k/test.jsonl").is_file(), reason="no gsm8k/ in $ALIGN_DATA")
 needs_pairs = pytest.mark.skipif(not (REAL / "preferences").is_dir(), reason="no preferences/ in $ALIGN_DATA")
 
@@ -138,6 +138,8 @@ def test_a_name_is_one_as_a_path_too(tmp_path, monkeypatch):
         problems = load_problems(Path("gsm8k"), split)
         assert len(problems) == n
         assert problems == load_problems("gsm8k", split)
+    assert [p.question for p in load_problems("gsm8k", "train")] == [f"train {i}?" for i in range(100)]
+    assert [p.question for p in load_problems("gsm8k", "valid")] == [f"train {i}?" for i in range(100, 600)]
     assert load_text(Path("gsm8k"), "valid") == load_text("gsm8k", "valid")
     (tmp_path / "preferences").mkdir()
     records = [json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) for i in range(60)]

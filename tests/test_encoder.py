@@ -26,6 +26,7 @@ from encoder import (
     masked_lm_loss,
     mean_pool,
 )
+from optim import lr_at
 from reward_model import RewardEncoder
 from support import encoder_report, encoder_start
 from support.classification import judge_labels, predict, validate_mlm, validation_windows
@@ -379,6 +380,28 @@ def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):
     assert len(made) == 2
     encoder.main(small(name="labels", mlm_steps=0))
     assert len(made) == 4  # at step 0, where it makes no difference
+
+
+def test_each_objective_has_its_own_rate_and_moments(scratch, monkeypatch):
+    seen, step = [], encoder.optimizer_step
+
+    def watched(model, optimizers, scaler, autocast, lr, clip):
+        seen.append((lr, clip, sum(len(optimizer.state) for optimizer in optimizers) == 0))
+        return step(model, optimizers, scaler, autocast, lr, clip)
+
+    monkeypatch.setattr(encoder, "optimizer_step", watched)
+    encoder.main(small(mlm_lr=5e-3, lr=3e-3, clip=0.7))
+    rates = [lr_at(i, 4, peak, SMALL["warmup"]) for peak in (5e-3, 3e-3) for i in range(4)]
+    assert [lr for lr, _, _ in seen] == pytest.approx(rates)
+    assert {clip for _, clip, _ in seen} == {0.7}
+    assert [new for _, _, new in seen] == [True, False, False, False] * 2
+
+
+def test_the_share_of_tokens_that_is_hidden_from_the_classifier(scratch, monkeypatch):
+    shares, make = [], encoder.labelled_batch
+    monkeypatch.setattr(encoder, "labelled_batch", lambda *args: shares.append(args[3]) or make(*args))
+    encoder.main(small(mlm_steps=0, steps=1, token_dropout=0.25))
+    assert set(shares) == {0.25}
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6], ids=["while pretraining", "between", "while classifying"])

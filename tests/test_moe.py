@@ -599,6 +599,21 @@ def train(balancing="bias", moe_every=1, **changes):
     return pretrain.main(pretrain.Config(**RUN | rate | {"device": "cpu", "model": model} | changes))
 
 
+def test_the_routers_losses_reach_the_router(here, monkeypatch):
+    gradients, step = [], pretrain.optimizer_step
+
+    def watched(model, *rest):
+        gradients.append(model.blocks[0].ffn.router.weight.grad.clone())
+        return step(model, *rest)
+
+    monkeypatch.setattr(pretrain, "optimizer_step", watched)
+    for name, weights_of_loss in (("none", (0.0, 0.0)), ("aux", (1.0, 0.0)), ("z", (0.0, 1.0))):
+        aux, z = weights_of_loss
+        train("aux", name=name, steps=1, aux_weight=aux, z_weight=z)
+    none, *others = gradients
+    assert not any(torch.equal(none, other) for other in others)
+
+
 def test_pretraining_logs_and_draws_the_load(here):
     train("aux", moe_every=2, name="aux")
     assert (here / "runs/aux/experts.png").is_file()

@@ -78,6 +78,16 @@ def test_the_contracts_defaults():
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.95, 0.0)
 
 
+def test_the_stages_optimizers_take_what_they_are_given():
+    raw = Transformer(TransformerConfig(260, n_layer=1, width=16, n_head=2, n_kv_head=1))
+    adamw, muon = make_optimizers(raw, "muon", 1e-3, 0.1, betas=(0.8, 0.7))
+    assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.7)}
+    assert [group["weight_decay"] for group in muon.param_groups] == [0.1]
+    (adamw,) = make_optimizers(raw, "adamw", 1e-3, 0.1)
+    assert {group["betas"] for group in adamw.param_groups} == {(0.9, 0.95)}
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0.0, 0.1}
+
+
 def test_a_plain_optimizer_resumes_from_its_state():
     torch.manual_seed(0)
     gradients = torch.randn(6, 3)

@@ -101,6 +101,44 @@ def test_recomputed_activations_change_nothing(here):
         assert metrics("runs/plain", name) == pytest.approx(metrics("runs/changed", name), rel=1e-5), name
 
 
+def test_the_entropy_of_a_task_is_per_token_and_end_token(monkeypatch):
+    row = replace(pretrain_report.task_of("word"), entropy=lambda: (6.0, 0.1))
+    monkeypatch.setattr(pretrain_report, "task_of", lambda name: row)
+    assert pretrain_report.known_entropy("word", [[1, 2], [3]]) == pytest.approx(6.0 * 2 / 5)
+    monkeypatch.setattr(pretrain_report, "task_of", lambda name: replace(row, entropy=None))
+    assert pretrain_report.known_entropy("text.txt", [[1]]) is None
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, monkeypatch):
+    seen, decays, step = [], set(), pretrain.optimizer_step
+
+    def watched(model, optimizers, scaler, autocast, lr, clip):
+        seen.append((lr, clip))
+        decays.update(group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups)
+        return step(model, optimizers, scaler, autocast, lr, clip)
+
+    monkeypatch.setattr(pretrain, "optimizer_step", watched)
+    pretrain.main(config(steps=5, warmup=2, lr=1e-2, clip=0.3, weight_decay=0.2))
+    assert [clip for _, clip in seen] == [0.3] * 5
+    assert [lr for lr, _ in seen][:2] == [5e-3, 1e-2]
+    assert len({lr for lr, _ in seen[2:]}) == 3  # the cosine
+    assert decays == {0.0, 0.2}
+
+
+def test_micro_batches_and_recomputing_do_what_they_say(here, monkeypatch):
+    """That they change nothing in the weights is tested elsewhere, and would be so if they did nothing."""
+    sizes, loss = [], pretrain.next_token_loss
+    monkeypatch.setattr(pretrain, "next_token_loss", lambda *args: sizes.append(len(args[1])) or loss(*args))
+    pretrain.main(config(name="cut", steps=1, batch=8, micro_batch=3))
+    assert sizes[:3] == [3, 3, 2]
+    calls, forward = [], transformer.Block.forward
+    monkeypatch.setattr(transformer.Block, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    pretrain.main(config(name="plain", steps=1))
+    plain = len(calls)
+    pretrain.main(config(name="again", steps=1, recompute=True))
+    assert len(calls) - plain > plain
+
+
 def test_what_is_logged(here):
     limit = 0.9
     pretrain.main(config(clip=limit, steps=20, lr=1e-2, schedule="wsd", floor=0.0))

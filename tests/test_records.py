@@ -13,7 +13,18 @@ from dataclasses import replace
 
 import pytest
 
-from data import Judged, Pair, Problem, load_judged, load_pairs, load_problems, load_reviews, load_text, split_key
+from data import (
+    Judged,
+    Pair,
+    Problem,
+    load_judged,
+    load_pairs,
+    load_problems,
+    load_reviews,
+    load_text,
+    rows_at,
+    split_key,
+)
 from support import downloads, records, splits
 from support.content import content_of
 from support.errors import DataError
@@ -204,6 +215,13 @@ def test_conversations(tmp_path):
     assert (second.question, second.solution, second.history) == ("2 + 3?", "5", ())  # as it stands
     again = problem_from({"messages": long[1:]}, "x", "file")  # the same question after other words: another key
     assert split_key(again) != split_key(first)
+
+
+def test_every_epoch_and_every_seed_has_its_own_order():
+    first, second = (rows_at(20, epoch, 20, 0) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == [*range(20)]
+    assert first != second
+    assert rows_at(20, 0, 20, 1) != first
 
 
 def test_levels_are_a_tasks(tmp_path):

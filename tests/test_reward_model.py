@@ -402,6 +402,8 @@ def test_rename_keeps_the_sums_and_is_one_to_one():
         assert sorted(turned) == sorted(names)  # a man stays a man, a fruit a fruit, and no two become one
         assert not any(a == b for a, b in zip(turned, names, strict=True))
     assert rename("Tom gives Anna 1 apple and 2 oranges.") == "Ben gives Mia 1 orange and 2 pears."
+    assert rename("Tom has a book of 30 pages.") == "Ben has a book of 30 pages."  # it is read
+    assert "book" not in rename("Tom has 2 books.")
 
 
 # ------------------------------------------------------------------------------------------------ runs

@@ -20,6 +20,7 @@ import sft
 from data import Pair, Problem, conversation, encode_answers, load_problems, rows_at
 from evaluate import METRICS
 from lora import LoraConfig
+from optim import lr_at
 from sft import Config, collate, encode_example, pack_examples, sft_loss
 from support import devices, pretrained_start, runs, sft_report, sft_start, sweeps
 from support.checkpoints import open_checkpoint
@@ -337,6 +338,28 @@ def test_packed_run_equals_padded_run(here):
     for name in ("loss", "grad_norm"):
         a, b = metrics("runs/padded", name), metrics("runs/packed", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, monkeypatch):
+    seen, decays, step = [], set(), sft.optimizer_step
+
+    def watched(model, optimizers, scaler, autocast, lr, clip):
+        seen.append((lr, clip))
+        decays.update(group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups)
+        return step(model, optimizers, scaler, autocast, lr, clip)
+
+    monkeypatch.setattr(sft, "optimizer_step", watched)
+    sft.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
+    assert seen == [(pytest.approx(lr_at(i, 5, 1e-2, 3)), 0.3) for i in range(5)]
+    assert decays == {0.0, 0.2}
+
+
+def test_packing_packs(here, monkeypatch):
+    rows, pack = [], sft.pack_examples
+    monkeypatch.setattr(sft, "pack_examples", lambda *args: rows.append((len(args[0]), pack(*args))) or rows[-1][1])
+    sft.main(config(packing=True, steps=1))
+    assert rows
+    assert all(len(packed.tokens) < n for n, packed in rows)
 
 
 @pytest.mark.parametrize(("order", "first"), [("curriculum", 1), ("anti", 2)])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_decoder import SMALL, tiny
 
 from attention import KVCache, document_mask
+from norms import place, rms_norm
 from support import devices
 from support.attention_maps import attention_weights
 from support.errors import CheckpointError
@@ -29,6 +30,26 @@ def test_dropout_acts_in_training_only(tokens):
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+    model.dropout.p = 0.0
+    assert not torch.equal(model(tokens), model(tokens))  # of the branches
+    for block in model.blocks:
+        block.dropout.p = 1.0
+    torch.testing.assert_close(model.hidden(tokens), model.norm(model.embed(tokens)))
+    model.dropout.p = 0.5
+    assert not torch.equal(model(tokens), model(tokens))  # of the embeddings
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_a_block_is_place_twice(placement):
+    """norms.place is the plain form of where the norms of a block stand."""
+    block = tiny(norm_placement=placement, n_layer=1).double().blocks[0]
+    for name, weight in block.named_parameters():
+        if name.startswith("norm"):
+            weight.data.fill_(1)
+    x, ones = torch.randn(2, 5, SMALL["width"]).double(), torch.ones(SMALL["width"]).double()
+    y = place(x, lambda z: block.attn(z), placement, lambda z: rms_norm(z, ones))
+    expected = place(y, block.ffn, placement, lambda z: rms_norm(z, ones))
+    torch.testing.assert_close(block(x, None, None), expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -244,7 +265,7 @@ def test_any_split_into_cached_calls_equals_one_pass(changes, chunks, pads):
         once = model(tokens, positions, real) if padded else model(tokens)
         torch.testing.assert_close(torch.cat(parts, 1)[real], once[real], atol=1e-10, rtol=0)
         if "window" in changes:
-            assert cache.keys[0].shape[2] <= max(changes["window"] + changes.get("sinks", 0), n)
+            assert cache.keys[0].shape[2] == min(changes["window"] + changes.get("sinks", 0), n)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 0), (3, 2)])

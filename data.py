@@ -49,10 +49,11 @@ reads every example once, in an order drawn from (seed, epoch). A stream is cut 
 window once. An epoch leaves out fewer than two windows of tokens, others each time, as its windows begin elsewhere; but
 of a stream of two windows or more the last ones (tokens mod context) are never read.
 
-**The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of all that was said before the
-answer decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice. (But of
-gsm8k's train file the last 500 problems are valid.) The built-in stories are split by what happens in them, so that no
-test story is in train with another question or as the beginning of a longer one (support/word_problems.py).
+**The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of what was said up to the first
+question decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice, and a
+conversation is with each longer one that begins as it does. (But of gsm8k's train file the last 500 problems are
+valid.) The built-in stories are split by what happens in them, so that no test story is in train with another question
+or as the beginning of a longer one (support/word_problems.py).
 
 **A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name. A start
 that the stage needs is pretrained and fine-tuned on it, and its verifier judges the answers (tests/test_tasks.py has an

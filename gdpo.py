@@ -44,9 +44,9 @@ Traps:
 * The batch's std counts the groups without a signal. With one reward, and a share p of groups that differ, it is about
   √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them.
 * An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
-  brevity only where the answer is right (§3.2). In results/gdpo.md (no KL penalty) brevity in a sum costs 4.3 points of
-  accuracy, and in an earlier version some seeds learned to stop halfway: brief, tidy and wrong. With the condition
-  nothing is lost that five seeds show.
+  brevity only where the answer is right (§3.2). In results/gdpo.md (no KL penalty) format and brevity in a sum cost 4.3
+  points of accuracy, and in an earlier version some seeds learned to stop halfway: brief, tidy and wrong. The condition
+  by itself gains 3.5 points [-2.7, 9.8], not significant.
 * --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
 The log has, of both methods, how many different advantages a batch gets (`values_…`) and the share of groups in which

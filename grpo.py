@@ -89,9 +89,9 @@ its gradient is not. Watch each reward, the validation accuracy, the KL, the cli
 groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
 things. Whatever is not rewarded may degrade: on five seeds the seven rows without a KL kept the story in 0 to 93 % of
 the answers, the three with one in 69 to 98 % (results/policy-gradients.md; whole rows, not the penalty alone, were
-compared; an example: results/grpo_word.md). The validation accuracy chooses best/; the table at the end is of last/. It has pass@k:
-if training only makes the model say at once what it could already say in k tries, pass@1 rises towards the start's
-pass@k, which stays. New ability would be problems that the start does not solve however often it tries
+compared; an example: results/grpo_word.md). The validation accuracy chooses best/; the table at the end is of last/. It
+has pass@k: if training only makes the model say at once what it could already say in k tries, pass@1 rises towards the
+start's pass@k, which stays. New ability would be problems that the start does not solve however often it tries
 (arXiv:2504.13837), which 16 samples cannot show.
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was

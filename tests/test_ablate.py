@@ -388,7 +388,7 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
             ablate.main(ablate.Config(experiment="width", verify=True))
     page.write_text(json.dumps(saved), encoding="utf-8")
     experiment.variants["narrow"] = ("pretrain", experiment.variants["narrow"][1] | {"clip": 0.5})
-    with pytest.raises(ConfigError, match=r"width\.json: 'narrow' has other settings now, or another text; make the pa"):
+    with pytest.raises(ConfigError, match=r"width\.json: 'narrow' has other settings now, or another text"):
         ablate.main(ablate.Config(experiment="width", verify=True))
 
 

@@ -134,8 +134,9 @@ CLAIMS = [
         "learned rewards get over-optimised",
         "[2210.10760]",
         "best_of_n",
-        "600 steps, five seeds: not seen, best of 64 above best of 8 on three ([ladder](ladder.md)); older runs of 300 "
-        "steps: yes, by 11.4 points, uncorrected † ([page](reward_model.md))",
+        "600 steps, five seeds: not significant, best of 64 less best of 8 -0.8 points [-6.3, +4.7] "
+        "([ladder](ladder.md)); older runs of 300 steps: yes, by 11.4 points, uncorrected, and n = 8 was taken after "
+        "seeing the curves † ([page](reward_model.md))",
     ),
     Claim(
         "an LM loss helps a reward model",

@@ -205,11 +205,6 @@ def make_problems(name, split, n, levels=(1, 2), seed=0):
     return problems[:n]
 
 
-def refuse_levels(name, levels):
-    if tuple(levels) != (1, 2):
-        raise DataError(f"--levels {list(levels)} has no use here: {name} is no task, its records have no levels")
-
-
 def load_text(name=DEFAULT_TASK, split="train", skip_bad=False):
     """The documents of a split, "train" or "valid", for pretraining -> [str, …]: a task's `text`, if it has one; else
     of problems each question and its solution, in a conversation after what was said before."""
@@ -229,7 +224,6 @@ def load_problems(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), skip_
     check_split(split)
     if name in TASKS:
         return make_problems(name, split, SIZES[split] if n is None else n, levels)
-    refuse_levels(name, levels)
     problems = [Problem(**fields) for fields in read_problems(name, split, skip_bad)]
     return of_split("problem", problems, name, split)[:n]
 
@@ -248,7 +242,6 @@ def load_pairs(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), seed=0, 
         kinds, problems = corruption_kinds(name, kinds), load_problems(name, split, n, levels)
         wrong = wrong_solutions(name, problems, len(levels), split, seed, kinds)
         return [Pair(p.question, p.solution, text, kind) for p, (text, kind) in zip(problems, wrong, strict=True)]
-    refuse_levels(name, levels)
     pairs = [Pair(**fields) for fields in read_pairs(name, split, skip_bad)]
     return of_split("pair", pairs, name, split)[:n]
 

@@ -224,13 +224,6 @@ def test_every_epoch_and_every_seed_has_its_own_order():
     assert rows_at(20, 0, 20, 1) != first
 
 
-def test_levels_are_a_tasks(tmp_path):
-    path = write_pairs(tmp_path / "x.jsonl", {"question": "q", "answer": "#### 1"})
-    for load in (load_problems, load_pairs):
-        with pytest.raises(DataError, match=r"--levels \[1\] has no use here: .*x.jsonl is no task"):
-            load(path, "train", levels=[1])
-
-
 def test_a_conversation_is_in_one_split_with_each_that_begins_as_it_does(tmp_path):
     """SFT trains on every answer of a conversation, so no other may have one of them as its test."""
     rows = []
@@ -626,12 +619,12 @@ def test_what_has_a_prompt_is_no_dialogue(tmp_path):
         assert pair == Pair("Name a role", "Human: the speaker", "robot", "file")
 
 
-def test_a_dialogues_history_decides_its_split(tmp_path):
+def test_the_first_question_of_a_dialogue_decides_its_split(tmp_path):
     ask = [f"\n\nHuman: {i}\n\nAssistant: ok\n\nHuman: same\n\nAssistant:" for i in range(60)]
     path = write_pairs(tmp_path / "d.jsonl", *[{"chosen": f"{a} yes", "rejected": f"{a} no"} for a in ask])
     for split in splits.SPLITS:
         assert {p.history[0][1] for p in load_pairs(path, split)} == {
-            str(i) for i in range(60) if splits.split_of(f"{i} ok same") == split
+            str(i) for i in range(60) if splits.split_of(str(i)) == split
         }
 
 

@@ -430,8 +430,9 @@ def test_a_run_on_rated_responses(here, capsys, rated):
 
 
 def test_a_run_on_conversations(here):
-    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
-    chats = [{"messages": [*turns, {"role": "user", "content": f"And {i}?"}, turns[1]]} for i in range(80)]
+    three = {"role": "assistant", "content": "Three."}
+    asked = [[{"role": "user", "content": words} for words in (f"How many {i}?", "And now?")] for i in range(80)]
+    chats = [{"messages": [first, three, second, three]} for first, second in asked]
     (here / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     result = sft.main(config(data="chats.jsonl", steps=60, lr=1e-2, demonstrations=None, eval_every=60, packing=True))
     assert result["f1"] > 0.9  # it always says the same

@@ -24,11 +24,11 @@ LATEX = (
     (re.compile(r"\\[,;: ]|~"), " "),
 )
 BOX = "\ufdd0"  # stands for a box; never assigned to a character
-# What makes words hold a second number: the digits 0 to 9, also wide or of a mathematical font, and fractions.
 # What changes the number in a box that comes right after it, or right before it.
 SIGN = r"\\(?:times|cdot|div|pm)"
 CHANGES_AFTER = re.compile(rf"(?:[^\W_]|[-−/^]|[0-9][.,]|[0-9)]\s*\*\s*|{SIGN}\s*|(?:\A|[=(])\s*[-−]\s*)\Z")
 CHANGES_BEFORE = re.compile(rf"[^\W_]|/|[.,][0-9]|\s*(?:\^(?!\{{?\\circ)|\*\s*[0-9(]|{SIGN})")
+# What makes words hold a second number: the digits 0 to 9, also wide or of a mathematical font, and fractions.
 DIGIT = re.compile("[0-9０-９𝟎-𝟿¼-¾⅐-⅟↉⁄]")
 
 

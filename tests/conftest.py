@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pytest
 import torch
 
+from optim import lr_at
 from support import runs
 from support.errors import ConfigError
 
@@ -140,6 +142,41 @@ def assert_the_start_is_kept(stage, config, run_dir, monkeypatch):
     stage.main(config(resume=True))
     assert metrics(run_dir, "accuracy").items() >= start.items()
     assert list(start) == [0]
+
+
+class Step(NamedTuple):
+    """What an optimizer step was given; decays: the weight decays of its groups; new: no step came before it."""
+
+    lr: float
+    clip: float
+    decays: set
+    new: bool
+
+
+@pytest.fixture
+def steps_of(monkeypatch):
+    """steps_of(stage) -> a list that fills with a Step for each call of the stage's optimizer_step."""
+
+    def watch(stage):
+        seen, step = [], stage.optimizer_step
+
+        def watched(model, optimizers, scaler, autocast, lr, clip):
+            decays = {group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups}
+            seen.append(Step(lr, clip, decays, not any(optimizer.state for optimizer in optimizers)))
+            return step(model, optimizers, scaler, autocast, lr, clip)
+
+        monkeypatch.setattr(stage, "optimizer_step", watched)
+        return seen
+
+    return watch
+
+
+def assert_rate_clip_decay(seen, schedule, floor, steps=5):
+    """seen: the steps of a run with --lr 0.01 --warmup 3 --clip 0.3 --weight_decay 0.2."""
+    rates = [lr_at(i, steps, 1e-2, 3, floor, schedule) for i in range(steps)]
+    assert [step.lr for step in seen] == pytest.approx(rates)
+    assert {step.clip for step in seen} == {0.3}
+    assert set().union(*(step.decays for step in seen)) == {0.0, 0.2}
 
 
 def weights(run_dir):

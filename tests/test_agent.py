@@ -17,6 +17,7 @@ import torch
 from conftest import (
     ROOT,
     assert_one_line_error,
+    assert_rate_clip_decay,
     assert_resume_refuses_what_changed,
     assert_same_weights,
     assert_the_start_is_kept,
@@ -725,6 +726,12 @@ def test_the_kl_is_that_of_the_policys_tokens(here):
 
 def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monkeypatch):
     assert_the_start_is_kept(agent, config, "runs/agent", monkeypatch)
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(agent)
+    agent.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2, minibatches=1))
+    assert_rate_clip_decay(seen, "linear", 0.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": LoraConfig(2), "lr": 1e-2}, {"train_on_tools": True}])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     assert_one_line_error,
+    assert_rate_clip_decay,
     assert_resume_refuses_what_changed,
     assert_same_weights,
     assert_the_start_is_kept,
@@ -645,6 +646,12 @@ def test_the_cut_into_micro_batches_changes_nothing(here, changes):
     for name in ("loss", "grad_norm", "reverse_kl", "accuracy"):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-3, abs=1e-5), name
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(distill)
+    distill.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
+    assert_rate_clip_decay(seen, "cosine", 0.1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"on_policy": 0.5, "loss": "sample", "lora": LoraConfig(rank=2)}, SELF])

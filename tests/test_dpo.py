@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after
+from conftest import assert_one_line_error, assert_rate_clip_decay, assert_same_weights, metrics, script, stopped_after
 
 import dpo
 from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
@@ -726,6 +726,12 @@ def test_the_cut_into_micro_batches_changes_nothing(here, changes):
     for name in ("loss", "grad_norm", "logp_chosen", "pair_accuracy", *(["z0"] if "kto" in changes.values() else [])):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(dpo)
+    dpo.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
+    assert_rate_clip_decay(seen, "cosine", 0.1)
 
 
 @pytest.mark.parametrize("variant", ["sigmoid", "kto"])

@@ -382,19 +382,14 @@ def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):
     assert len(made) == 4  # at step 0, where it makes no difference
 
 
-def test_each_objective_has_its_own_rate_and_moments(scratch, monkeypatch):
-    seen, step = [], encoder.optimizer_step
-
-    def watched(model, optimizers, scaler, autocast, lr, clip):
-        seen.append((lr, clip, sum(len(optimizer.state) for optimizer in optimizers) == 0))
-        return step(model, optimizers, scaler, autocast, lr, clip)
-
-    monkeypatch.setattr(encoder, "optimizer_step", watched)
-    encoder.main(small(mlm_lr=5e-3, lr=3e-3, clip=0.7))
+def test_each_objective_has_its_own_rate_and_moments(scratch, steps_of):
+    seen = steps_of(encoder)
+    encoder.main(small(mlm_lr=5e-3, lr=3e-3, clip=0.7, weight_decay=0.2))
     rates = [lr_at(i, 4, peak, SMALL["warmup"]) for peak in (5e-3, 3e-3) for i in range(4)]
-    assert [lr for lr, _, _ in seen] == pytest.approx(rates)
-    assert {clip for _, clip, _ in seen} == {0.7}
-    assert [new for _, _, new in seen] == [True, False, False, False] * 2
+    assert [step.lr for step in seen] == pytest.approx(rates)
+    assert {step.clip for step in seen} == {0.7}
+    assert [step.new for step in seen] == [True, False, False, False] * 2
+    assert all(step.decays == {0.0, 0.2} for step in seen)
 
 
 def test_the_share_of_tokens_that_is_hidden_from_the_classifier(scratch, monkeypatch):

@@ -11,7 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, assert_the_start_is_kept, metrics, script, stopped_after, weights
+from conftest import (
+    ROOT,
+    assert_rate_clip_decay,
+    assert_same_weights,
+    assert_the_start_is_kept,
+    metrics,
+    script,
+    stopped_after,
+    weights,
+)
 
 import data
 import grpo
@@ -723,6 +732,12 @@ WHITENED = {"algorithm": "reinforce++-baseline", "beta": 0.05, "minibatches": 2,
 AS_RLOO = {"algorithm": "rloo", "beta": 0.05, "minibatches": 2, "lr": 1e-2}
 OLD_INT8 = STALE | {"lr": 3e-2}
 WITH_LORA = {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(grpo)
+    grpo.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
+    assert_rate_clip_decay(seen, "linear", 0.0)
 
 
 @pytest.mark.parametrize(

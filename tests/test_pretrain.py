@@ -12,7 +12,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after, weights
+from conftest import (
+    assert_one_line_error,
+    assert_rate_clip_decay,
+    assert_same_weights,
+    metrics,
+    script,
+    stopped_after,
+    weights,
+)
 from tiny import MODEL, TEXT, config, flags
 
 import pretrain
@@ -109,20 +117,10 @@ def test_the_entropy_of_a_task_is_per_token_and_end_token(monkeypatch):
     assert pretrain_report.known_entropy("text.txt", [[1]]) is None
 
 
-def test_the_rate_the_clip_and_the_decay_of_each_step(here, monkeypatch):
-    seen, decays, step = [], set(), pretrain.optimizer_step
-
-    def watched(model, optimizers, scaler, autocast, lr, clip):
-        seen.append((lr, clip))
-        decays.update(group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups)
-        return step(model, optimizers, scaler, autocast, lr, clip)
-
-    monkeypatch.setattr(pretrain, "optimizer_step", watched)
-    pretrain.main(config(steps=5, warmup=2, lr=1e-2, clip=0.3, weight_decay=0.2))
-    assert [clip for _, clip in seen] == [0.3] * 5
-    assert [lr for lr, _ in seen][:2] == [5e-3, 1e-2]
-    assert len({lr for lr, _ in seen[2:]}) == 3  # the cosine
-    assert decays == {0.0, 0.2}
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(pretrain)
+    pretrain.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
+    assert_rate_clip_decay(seen, "cosine", 0.1)
 
 
 def test_micro_batches_and_recomputing_do_what_they_say(here, monkeypatch):

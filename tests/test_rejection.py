@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import (
     assert_one_line_error,
+    assert_rate_clip_decay,
     assert_resume_refuses_what_changed,
     assert_same_weights,
     assert_the_start_is_kept,
@@ -333,6 +334,12 @@ def test_the_cut_into_micro_batches_changes_nothing(here):
     for name in ("loss", "grad_norm", "kept", "accuracy"):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3), name
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(rejection)
+    rejection.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2, round_steps=5))
+    assert_rate_clip_decay(seen, "cosine", 0.1)
 
 
 @pytest.mark.parametrize("stop", [2, 3])  # within a round, and between two

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after
+from conftest import assert_one_line_error, assert_rate_clip_decay, assert_same_weights, metrics, script, stopped_after
 from safetensors.torch import load_file, save_file
 
 import reward_model
@@ -541,6 +541,12 @@ def test_micro_batches_change_nothing(here, lucky, loss):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
     assert_same_weights("runs/whole/last", "runs/cut/last", atol=1e-4, rtol=1e-3)
+
+
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(reward_model)
+    reward_model.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
+    assert_rate_clip_decay(seen, "cosine", 0.1)
 
 
 @pytest.mark.parametrize("backbone", ["decoder", "encoder"])

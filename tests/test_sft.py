@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_same_weights, metrics, script, stopped_after
+from conftest import assert_one_line_error, assert_rate_clip_decay, assert_same_weights, metrics, script, stopped_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ import sft
 from data import Pair, Problem, conversation, encode_answers, load_problems, rows_at
 from evaluate import METRICS
 from lora import LoraConfig
-from optim import lr_at
 from sft import Config, collate, encode_example, pack_examples, sft_loss
 from support import devices, pretrained_start, runs, sft_report, sft_start, sweeps
 from support.checkpoints import open_checkpoint
@@ -340,18 +339,10 @@ def test_packed_run_equals_padded_run(here):
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
 
 
-def test_the_rate_the_clip_and_the_decay_of_each_step(here, monkeypatch):
-    seen, decays, step = [], set(), sft.optimizer_step
-
-    def watched(model, optimizers, scaler, autocast, lr, clip):
-        seen.append((lr, clip))
-        decays.update(group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups)
-        return step(model, optimizers, scaler, autocast, lr, clip)
-
-    monkeypatch.setattr(sft, "optimizer_step", watched)
+def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
+    seen = steps_of(sft)
     sft.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
-    assert seen == [(pytest.approx(lr_at(i, 5, 1e-2, 3)), 0.3) for i in range(5)]
-    assert decays == {0.0, 0.2}
+    assert_rate_clip_decay(seen, "cosine", 0.1)
 
 
 def test_packing_packs(here, monkeypatch):

@@ -62,8 +62,9 @@ def several_nodes():
 
 
 def first_on_node():
-    """Whether this is the process that prints for its node."""
-    return os.environ.get("LOCAL_RANK", "0") in ("", "0")
+    """Whether this is the process that prints for its node. So is each whose LOCAL_RANK is no number."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    return rank == "0" or not rank.isdecimal()
 
 
 def launch_id():

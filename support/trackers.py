@@ -86,7 +86,7 @@ class TensorBoard:
         self.write(action)
 
     def flush(self):
-        """Write what the writer still holds: its own thread does so every two minutes."""
+        """Write what the writer still holds. Where TensorFlow is installed, its own thread does so now and then."""
         if self.writer is not None:
             self.write(lambda writer: writer.flush())
 

@@ -667,6 +667,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, changes):
     assert parts["teacher"] == whole["teacher"]
 
 
+def test_only_a_teacher_that_is_to_be_made_needs_questions_that_the_processes_share(here, monkeypatch):
+    def refuse(world):
+        raise ConfigError("cannot share")
+
+    monkeypatch.setattr(distill_run, "check_shared_by", refuse)
+    with pytest.raises(ConfigError, match="cannot share"):
+        distill.main(config(teacher=None))
+    distill.main(config(steps=1))
+
+
 def test_resume_refuses_what_changed(here):
     shutil.copytree("start", "own")
     shutil.copytree("teacher", "master")

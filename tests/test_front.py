@@ -106,25 +106,29 @@ def test_of_last_the_figures_and_the_answers_are_those_of_last(runs):
     load_tokenizer(runs / "sft/best").save_pretrained(runs / "sft/last")
     write_recording(runs / "grpo", [record_of(*row) for row in COUNTS.items()], init="runs/sft/last")
     base, sft = runs / "start/word-seed7-pretrain", {"data": "word", "seed": 7}
-    (base / "best").rename(base / "last")
+    Transformer.from_pretrained(runs / "grpo/best").save_pretrained(base / "last")
+    load_tokenizer(base / "best").save_pretrained(base / "last")
     write_metrics(runs / "sft", sft | {"init": str(base / "last")}, {"step": 10, "accuracy": 0.5})
     stages, problem = front.stages_of("runs/grpo")
     tokenizer = load_tokenizer(runs / "sft/last")
     prompt = encode_prompt(tokenizer, problem)
     assert stages[1].text == decoded(runs / "sft/last", prompt, 12, tokenizer.stop_ids)
+    assert stages[0].text == decoded(base / "last", tokenizer.encode(problem.question), 12, (tokenizer.endoftext_id,))
     assert stages[0].number == "0.81"
 
 
 def test_only_problems_that_the_run_could_read_are_counted(runs):
     lines = [json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) for n in range(400)]
     lines[5] = '{"question": "cut'
-    lines += [json.dumps({"question": "1 + 1? " * 60, "answer": "#### 2"})] * 400  # no room for an answer
+    for n in range(400):  # no room for an answer
+        lines.append(json.dumps({"question": f"{n} + 1? " * 60, "answer": f"#### {n + 1}"}))
     (runs.parent / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
     records = [record_of(*row) for row in COUNTS.items()]
     write_recording(runs / "grpo", records, data="own.jsonl", skip_bad=True, eval_problems=400)
     stages, _ = front.stages_of("runs/grpo")
-    kept = [p for p in load_problems("own.jsonl", "valid", 400, (1, 2), True) if len(p.question) < 20]
-    assert 0 < len(kept) < 60
+    asked = load_problems("own.jsonl", "valid", 400, (1, 2), True)
+    kept = [p for p in asked if len(p.question) < 20]
+    assert 0 < len(kept) < len(asked)
     assert stages[1].meaning == f"of {len(kept)} validation problems right"
 
 

@@ -384,8 +384,10 @@ def test_a_number_of_the_environment_that_is_none(monkeypatch, name):
     nodes.tell_others("no GPU")  # raises nothing
     with pytest.raises(ConfigError, match=f"the environment has {name}='abc', which is no number"):
         nodes.connect() if name == "MASTER_PORT" else devices.setup("cpu")
+    assert nodes.first_on_node()  # prints the line
     monkeypatch.setenv(name, "")
-    nodes.tell_others("no GPU")
+    assert nodes.whole_from(name, 7) == 7
+    assert nodes.first_on_node()
 
 
 @pytest.mark.parametrize(

@@ -513,14 +513,19 @@ def test_what_a_run_gives_its_two_losses(here, monkeypatch):
 
 @pytest.mark.parametrize(("value", "share"), [("shared", 1.0), ("separate", 0.1)])
 def test_the_policys_rate_falls_and_that_of_the_values_stays(here, monkeypatch, value, share):
-    rates, steps = [], ppo.optimizer_steps
+    rates, clips, decays, steps = [], set(), [], ppo.optimizer_steps
 
-    def step(parts, *more):
+    def step(parts, scaler, autocast, clip):
         rates.append([rate for *_, rate in parts])
-        return steps(parts, *more)
+        clips.add(clip)
+        for _, optimizers, _ in parts:
+            decays.append({group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups})
+        return steps(parts, scaler, autocast, clip)
 
     monkeypatch.setattr(ppo, "optimizer_steps", step)
-    ppo.main(config(steps=4, minibatches=1, value=value, value_lr=0.01, stop_kl=0.0))
+    ppo.main(config(steps=4, minibatches=1, value=value, value_lr=0.01, stop_kl=0.0, clip=0.3, weight_decay=0.2))
+    assert clips == {0.3}
+    assert decays == [{0.0, 0.2}, {0.0}] * 4  # of the policy, of the values
     policy, values = zip(*rates, strict=True)
     assert policy == pytest.approx([1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
     assert values == pytest.approx([0.01 * share] * 4)

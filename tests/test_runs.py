@@ -23,7 +23,7 @@ from tiny import MODEL, SMALL, config, flags
 import pretrain
 from pretrain import Config
 from support import devices, locks, log, runs
-from support.errors import CheckpointError, ConfigError
+from support.errors import CheckpointError, ConfigError, DivergedError
 from support.launch import join
 from support.runs import Run
 from transformer import TransformerConfig
@@ -250,6 +250,25 @@ def test_what_changed_since_a_run_was_saved():
     assert runs.changes_of("lr", 0.1, 0.2) == ["lr 0.1 -> 0.2"]
     old, new = {"width": 32, "newer": None, "rope": None}, {"width": 64, "newer": None, "rope": {"factor": 2}}
     assert runs.changes_of("model", old, new) == ["model.width 32 -> 64", "model.rope None -> {'factor': 2}"]
+
+
+def test_a_run_without_an_option_of_the_model_goes_on(here):
+    """An older version had no such option."""
+    pretrain.main(config(steps=2))
+    path = here / "runs/pretrain/last/trainer_state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["model"]["dropout"]
+    torch.save(state, path)
+    different = TransformerConfig(**MODEL | {"dropout": 0.5})
+    with pytest.raises(ConfigError, match=r"but this changed: model\.dropout 0\.0 -> 0\.5"):
+        pretrain.main(config(resume=True, model=different))
+    pretrain.main(config(resume=True))
+
+
+def test_all_ranks_raise_at_a_loss_that_is_not_finite(here):
+    with pytest.raises(DivergedError) as error:
+        pretrain.main(config(lr=1e38, steps=3, warmup=0))
+    assert error.value.on_all_ranks
 
 
 def test_ctrl_c_in_the_step_in_which_a_run_diverges_is_not_lost(here):

@@ -625,6 +625,9 @@ def test_bad_input_is_one_line(here):
             config(**changes)
     with pytest.raises(ConfigError, match="min_rating"):
         config(min_rating=6.0)
+    for changes in ({"lr": 0.5, "sweep": [0.1]}, {"difficulty": "length"}, {"pace_start": 0.5}, {"pace": 0.5}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(changes))} (has no effect|is for --order)"):
+            config(**changes)
     (here / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": \n', encoding="utf-8")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "bad.jsonl", cwd=here), "bad.jsonl", "2")
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "gsm9k", cwd=here), "gsm9k", "gsm8k")

@@ -16,10 +16,10 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
-numbers. The same seed gives both variants the same data order and, where their shapes agree, the same start: what they
-share cancels in a_i − b_i, but widens both of two separate intervals (`demo`). A difference is *significant* if its p,
-corrected over the comparisons of its column, is below 0.05. With a single comparison that is an interval that leaves
-out 0.
+numbers. The same seed gives both variants the same data order and, if all their matrices have the same shapes, the same
+start. (One matrix more, or a larger one, moves every random number that is drawn after it.) What they share cancels in
+a_i − b_i, but widens both of two separate intervals (`demo`). A difference is *significant* if its p, corrected over
+the comparisons of its column, is below 0.05. With a single comparison that is an interval that leaves out 0.
 
 An experiment is a row of EXPERIMENTS (support/experiments.py):
 
@@ -31,9 +31,10 @@ An experiment is a row of EXPERIMENTS (support/experiments.py):
         ("loss", "grad_norm"),                                                              the curves of the picture
     )
 
-A variant is a stage and its flags, so a run can be repeated by hand with the stage's own script (but for `measure`, the
-checkpoint that later stages start from, as it is, and `student_grpo`). Where an experiment names a probe, a function of
-support/probes.py, it measures what the stage does not. In pseudo-code, as in `main`:
+A variant is a stage and its flags, so a run can be repeated by hand with the stage's own script. Two stages have none:
+`measure` tests a start, a checkpoint of runs/start that later stages begin from, and trains nothing; `student_grpo` is
+grpo.py from distill.py's student. A probe, a function of support/probes.py, measures what a stage does not return. In
+pseudo-code, as in `main`:
 
     tuned       = {variant: of a small grid, the value with the best validation accuracy in the     0. tune, if asked
                    second half of a short run with the first seed}
@@ -56,14 +57,16 @@ Traps:
 * Each interval is for its difference alone: of twenty that are all 0, one is expected to leave out 0. The p are
   corrected for that; the intervals are not.
 * The interval is of the seeds' spread, not of the test problems', which stay the same.
+* Choose the number of seeds before you look. Whoever adds seeds until a difference is significant finds one: no p here
+  is corrected for that.
 * Choosing a variant by the test split would flatter it. Tuning uses the validation split; a page's accuracies are of
   the test problems, so do not pick the best setting from a page. A tuned value is chosen once, on one seed: the
   intervals do not contain the spread of that choice.
 * A changed formula changes results and no flag, so a run notes the files that its stage imports (support/code_used.py).
 
-A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit, a digest of each of these files and all
-settings, defaults included. While settings and digests stay the same it is not repeated. An interrupted run starts
-over; one that diverged has that as its result.
+A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit, the machine, a digest of each of these files
+and all settings, defaults included. While settings and digests stay the same it is not repeated. An interrupted run
+starts over, even if only its last test was missing; one that diverged has that as its result.
 
 Run it:
     python ablate.py                         # the example by hand, and the list of experiments
@@ -75,13 +78,15 @@ Run it:
 import math
 import statistics
 import sys
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from support.ablation_report import mean_curves, seeds_on, write_report
+from support import probes
+from support.ablation_report import CURVES, HEADINGS, machine, mean_curves, seeds_on, write_report
 from support.ablation_runs import (
     TRIAL,
     TRIAL_OF_PAIRS,
@@ -229,7 +234,8 @@ class Config:
     """Repeat one run of a page, both drawn at random if no experiment is named, and compare its figures. They are the
     same on the same machine, with the same number of --jobs."""
     again: bool = False
-    """Repeat runs whose results were made by other settings (other defaults, another text) or by other code."""
+    """Repeat runs whose results were made by other settings (other defaults, another text) or by other code. Starts in
+    runs/start stay as they are: delete them to train them anew too."""
     old_code: bool = False
     """Keep runs that were made by other code; the page names its commits."""
     jobs: Count = 2
@@ -253,6 +259,8 @@ def run_missing(runs, config, name, varied):
     """runs: {(variant, value): (settings, folder)}; varied: what the values are of, "seed" or the flag that is tuned.
     Make the runs that have no result made by these settings and this code. ConfigError if one has a result made by
     others, unless --again or, for code, --old_code."""
+    if len({folder for _, folder in runs.values()}) < len(runs):
+        raise ConfigError(f"two variants of {name} would share a folder: let their names differ in letters or digits")
     saved = {key: result for key, (_, folder) in runs.items() if (result := read_result(folder))}
     other_settings = [key for key in saved if saved[key]["settings"] != runs[key][0]]
     changed = {key: files_that_differ(saved[key].get("code", {}), code_of_run(runs[key][0])) for key in saved}
@@ -266,6 +274,9 @@ def run_missing(runs, config, name, varied):
     with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc=name) as bar:
         arguments = {key: (*run, threads_each(config.jobs)) for key, run in todo.items()}
         errors = run_all(run_one, arguments, config.jobs, bar)
+    if errors and all(isinstance(error, BrokenExecutor) for error in errors.values()):
+        what = f"a worker process was killed (out of memory?), {len(errors)} runs are missing"
+        raise ConfigError(f"{what}: the same command makes them; --jobs 1 needs less memory")
     if errors:
         said = {key: str(e) if isinstance(e, FOR_THE_USER) else f"{type(e).__name__}: {e}" for key, e in errors.items()}
         failed = [f"{v}, {varied} {x}: {line} (see {todo[v, x][1]}/log.txt)" for (v, x), line in said.items()]
@@ -282,20 +293,37 @@ def trial(experiment, variant, value):
 
 def tune(experiment, seed, top, config):
     """{variant: the value of experiment.tune, of its grid, that the validation split prefers on this seed}."""
-    defaults = {v: settings_of(experiment, v, seed)["config"].get(experiment.tune) for v in experiment.variants}
+    configs = {v: settings_of(experiment, v, seed)["config"] for v in experiment.variants}
     values = {  # a start that is only measured has no such flag
-        v: [float(f"{x * default:.4g}") if experiment.times_own else x for x in experiment.grid]
-        for v, default in defaults.items()
-        if default is not None
+        v: [float(f"{x * c[experiment.tune]:.4g}") if experiment.times_own else x for x in experiment.grid]
+        for v, c in configs.items()
+        if experiment.tune in c
     }
+    if not values:
+        raise ConfigError(f"no variant of {config.experiment} has the flag that it tunes, {experiment.tune!r}")
+    tuning = top / "tuning"
     runs = {
-        (v, value): (settings_of(trial(experiment, v, value), v, seed), top / "tuning" / folder_name(v, value))
+        (v, value): (settings_of(trial(experiment, v, value), v, seed), tuning / folder_name(v, value, f"seed{seed}"))
         for v in values
         for value in values[v]
     }
     run_missing(runs, config, f"{config.experiment}, tuning", experiment.tune)
     scores = {key: validation_score(folder) for key, (_, folder) in runs.items()}
+    for v in values:
+        if all(scores[v, x] == -math.inf for x in values[v]):
+            raise ConfigError(f"{v} diverged with each {experiment.tune} of the grid: {values[v]}")
     return {v: max(values[v], key=lambda x: scores[v, x]) for v in values}
+
+
+def refuse_unknown(name, experiment):
+    """ConfigError if a row of the table names what is not there: better now than after the last run."""
+    e, unknown = experiment, []
+    unknown += [x for x in (*e.columns, *e.bars, *e.gains, *e.front) if x not in HEADINGS]
+    unknown += [x for x in e.curves if x not in CURVES]
+    unknown += [x for pair in e.compared() for x in pair if x not in e.variants]
+    unknown += [e.probe] if e.probe and not hasattr(probes, e.probe) else []
+    if unknown:
+        raise ConfigError(f"the experiment {name} names what is not there: {', '.join(sorted(set(unknown)))}")
 
 
 def verify(config):
@@ -305,6 +333,8 @@ def verify(config):
     print(f"{name}: {variant}, seed {seed}")
     folder = RUNS / "ablate" / "verify" / folder_name(name, variant, f"seed{seed}")
     repeated = run_one(settings_of(experiment, variant, seed), folder, threads_each(config.jobs))
+    for start, made_at in read_result(folder)["starts"].items():
+        print(f"{start}: made at {made_at}")
     if print_differences(figures, repeated):
         sys.exit(1)
 
@@ -320,6 +350,7 @@ def main(config):
             print(f"{name:<16}{experiment.question}\n{'':<16}{', '.join(experiment.variants)}")
         return None
     name, experiment = config.experiment, EXPERIMENTS[config.experiment]
+    refuse_unknown(name, experiment)
     seeds = config.seeds[:1] if config.quick else config.seeds
     top = RUNS / "ablate" / (f"{name}-quick" if config.quick else name)
     target = (top if config.quick else Path(__file__).parent / "results") / f"{name}.md"
@@ -334,8 +365,8 @@ def main(config):
     tuned = tune(experiment, seeds[0], top, config) if experiment.tune and not config.quick else {}
     experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in tuned.items()})
 
-    # 1. what is missing, and 2. run. Neighbours in the queue have different seeds, so that none waits for another to
-    # train its start.
+    # 1. what is missing, and 2. run. Neighbours in the queue have different seeds, so that with as many seeds as jobs
+    # none waits for another to train its start.
     runs = {
         (v, seed): (settings_of(experiment, v, seed, config.quick), top / folder_name(v, f"seed{seed}"))
         for v in experiment.variants
@@ -353,15 +384,18 @@ def main(config):
 
     # 4. report
     command = f"python ablate.py {name}" + (" --quick true" if config.quick else "")
+    command += f" --jobs {config.jobs}" if config.jobs != Config().jobs else ""
     command += f" --seeds '{seeds}'" if seeds != Config().seeds and not config.quick else ""
     commits = {result["commit"] for result in saved.values()}
     older = {commit for result in saved.values() for commit in result.get("starts", {}).values()} - commits
     commits |= {f"starts of {commit}" for commit in older}
+    machines = {result.get("machine", machine()) for result in saved.values()}  # an older version did not note it
+    where = f"{' and '.join(sorted(machines))}, commit {', '.join(sorted(commits))}"
     of_first = [row[experiment.columns[0]] for row in differences.values()]
     compared = sum(not math.isnan(x.p) for x in of_first)  # not with a run that diverged
     least = [smallest_difference(of_first, len(seeds), m) for m in (1, max(1, compared))]
     made = {v: digest_of(settings) for (v, _), (settings, _) in runs.items()}
-    write_report(target, experiment, results, means, differences, curves, seeds, command, commits, tuned, least, made)
+    write_report(target, experiment, results, means, differences, curves, seeds, command, where, tuned, least, made)
     unlock_run(top)
     return results
 

@@ -79,8 +79,9 @@ from support.calculator import calculator
 from support.calls_start import calls_start, check_agent
 from support.checks import Amount, Count
 from support.cli import run_script
+from support.family import loss_options
 from support.grpo_report import rollout_sums, step_record, tally
-from support.policy_run import begin_run, open_start
+from support.policy_run import begin_run, open_start, signals
 from support.rewards import judge_batch
 from support.rollouts import Sampler, cut, groups_in_turn, minibatches_of, piece_logprobs, reference_logprobs
 from support.sharding import averaging
@@ -254,18 +255,15 @@ def main(config):
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
-    def signal_of(batch):
-        """(n,) bool: which of this rank's groups have an A ≠ 0, before its scale."""
-        return grpo.advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)[0].ne(0).any(1)
-
     respond = WithTools(tools, start.tokenizer)
     sample = Sampler(policy, start.tokenizer, start.problems["train"], config, autocast, respond=respond)
+    signal_of = signals(config, reward_weights, grpo.advantages_of, paid_rewards)  # batch -> (n,) bool
     reads = code_of_tools(config.tools, respond.tools)
     run, look, recorder = begin_run(start, sample, signal_of, reads=reads)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
-    loss_of = recorder.noted(grpo.loss_with(config))
+    loss_of = recorder.noted(partial(grpo.grpo_loss, **loss_options(config)))
     for step in run.steps():
         # 1. ask: the policy answers each question R times, with the tools
         batch = sample(step, slots)

@@ -12,7 +12,7 @@ The policy gradient. For a question q, an answer y = y_1 … y_|y| of the policy
 That is REINFORCE (Williams, 1992). Every later method keeps this sum and makes four choices differently. GRPO's:
 
     baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
-                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1.
+                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1 (both as in TRL).
     ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
                       π_old is the policy that sampled it. Exact would be the product of an answer's ratios (--ratio
                       product): ρ_t leaves out the ratios of the answer's other tokens.
@@ -25,18 +25,22 @@ With a penalty for moving away from the reference π_ref, the policy before trai
     U = Σ_it v_it [min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β ρ_t k3_t]     (Eq. 3, which has k3 without ρ)
         k3 = x − 1 − log x,  x = π_ref(y_t) / π(y_t)                           (Eq. 4)
 
-The ρ before k3 makes its gradient, in the mean over y_t ~ π_old, that of the next token's KL(π ‖ π_ref)
-(arXiv:2512.02556, §3.1).
+k3 estimates KL(π ‖ π_ref) from the one token that was sampled. With ρ before it its gradient is, on average over
+y_t ~ π_old, that of this KL too (arXiv:2512.02556, §3.1). Without, it is that of KL(π_ref ‖ π), while ρ is near 1.
 
 As ∇ρ_t = ρ_t ∇log π(y_t), a token that is not clipped gets v_it ρ_t A_i ∇log π(y_t). Where ρ = 1 that is REINFORCE, but
 for three things. The mean has r_i in it, which scales the expected gradient by (R − 1) / R, no more. The division by
 the std is a heuristic: a group that differs only in format pushes as hard as one with right and wrong answers. And
-REINFORCE weighs every token by 1 / B, v_it also by 1 / |y_i|: each token of a long wrong answer is punished less.
+REINFORCE weighs every token by 1 / B, v_it also by 1 / |y_i|, which climbs E[(r − c) / |y|] instead of J: a token of a
+long wrong answer is punished less, and one of a long right answer rewarded less.
 
-One step (grpo_plain.py has it without this file's additions); `main` has the same five parts. A *group* is the R
-answers to one of the N questions, of up to T tokens; a *batch*, all N·R answers of the step. An *update* (optimizer
-step) takes some of the groups, a *minibatch* of B answers; a forward pass some of those, a *piece* of b answers. The
-mask is 1 on what was sampled, the token that ends an answer too.
+One step (grpo_plain.py has it without this file's additions); `main` has the same five parts. Its words:
+
+    group        the R answers to one of the N questions, of up to T tokens each
+    batch        all N·R answers of the step
+    minibatch    some of the groups, B answers: for one optimizer step, an *update*
+    piece        some groups of a minibatch, b answers: for one forward and backward pass
+    mask         1 on what was sampled, the token that ends an answer too
 
     batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
     rewards = paid_rewards(batch)                    right? well formed? or M others     (N, R, M)        2. judge
@@ -68,17 +72,17 @@ own; the functions below say what it does.
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / (BL), or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-After a clip stand ε below and above. KL has β: of ρ k3 in the loss, or of k2 = (log x)² / 2 where that stands; "reward"
-is −log x, summed over an answer; β times what that is above the group's baseline is taken off the advantage. The last
-column is the factor of ∇log π(y_t), without the KL's; "or 0" is where the clip acts. L is --max_new_tokens, *tokens*
-those of the minibatch, Πρ the product of an answer's ratios, s its |y|-th root, f' the slope of a soft clip.
-
-The papers, and what a paper has beside its row: support/family.py.
+After a clip stand ε below and above. KL: its β, in the loss, of ρ k3, or of k2 = (log x)² / 2. "reward": −log x, summed
+over an answer, is compared with that of its group, and β times the difference is taken off the advantage. The last
+column is the factor of ∇log π(y_t), the KL's aside; "or 0" is where the clip acts. L is --max_new_tokens, *tokens* the
+number of the minibatch's, Πρ the product of an answer's ratios (its |y| tokens have it in common: the mean over them is
+Πρ A), s its |y|-th root, f' the slope of a soft clip. The papers, and what a paper has beside its row:
+support/family.py.
 
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3; a right answer earns 1, a
-well-formed one 0.1. A group whose advantages are all 0 is left out, its KL too (--skip_zero_variance); its answers and
-tokens still count in v_it. So the more groups are all correct, the less KL is paid, and the logged `kl` is of the
-others. Off: --overlong and --refill; no gradient for answers that were cut off (--mask_truncated); a moving reference
+well-formed one 0.1. A group whose advantages are all 0 is left out and pays no KL (--skip_zero_variance), but v_it
+counts its answers and tokens too. So the more groups are all right, the weaker the KL; the logged `kl` is of the rest.
+Off: --overlong and --refill; no gradient for answers that were cut off (--mask_truncated); a moving reference
 (--refresh_reference); a sampler that is a rounded or older copy of the policy (support/off_policy.py); LoRA.
 
 With one update per batch (--minibatches 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip acts (but
@@ -87,12 +91,11 @@ GSPO's is so narrow that rounding can trip it), and all surrogates have the same
 What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch GRPO's policy term is 0, and
 its gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, the share of
 groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
-things. Whatever is not rewarded may degrade: on five seeds the seven rows without a KL kept the story in 0 to 93 % of
-the answers, the three with one in 69 to 98 % (results/policy-gradients.md; whole rows, not the penalty alone, were
-compared; an example: results/grpo_word.md). The validation accuracy chooses best/; the table at the end is of last/. It
-has pass@k: if training only makes the model say at once what it could already say in k tries, pass@1 rises towards the
-start's pass@k, which stays. New ability would be problems that the start does not solve however often it tries
-(arXiv:2504.13837), which 16 samples cannot show.
+things. Whatever is not rewarded may degrade: the seven rows without a KL kept the story in 0 to 93 % of the answers,
+the three with one in 69 to 98 % (results/policy-gradients.md, which compares whole rows; an example:
+results/grpo_word.md). The validation accuracy chooses best/; the table at the end is of last/. It has pass@k: if the
+model only learns to say at once what it could say in k tries, pass@1 rises towards the start's pass@k, which stays. New
+ability would be problems that the start never solves (arXiv:2504.13837): 16 samples cannot show that.
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
 sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
@@ -107,7 +110,6 @@ Run it (without --init a short pretraining and SFT on the built-in problems make
     torchrun --nproc_per_node 8 grpo.py --init runs/sft --prompts 128
 """
 
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -121,10 +123,10 @@ from support.answers import extract_answer  # noqa: F401  what the usual verifie
 from support.checks import Amount, Count, Positive, choice
 from support.cli import run_script
 from support.errors import ConfigError
-from support.family import ALGORITHMS, FamilyFlags, as_flags
+from support.family import ALGORITHMS, FamilyFlags, as_flags, loss_options, whiten_over_tokens
 from support.grpo_report import rollout_sums, step_record, tally
 from support.off_policy import RolloutPolicy, off_policy
-from support.policy_run import PolicyRunConfig, begin_run, open_start
+from support.policy_run import PolicyRunConfig, begin_run, open_start, signals
 from support.rewards import brevity_reward, format_reward, judge_batch, paid_rewards, reward_sums
 from support.rollouts import Sampler, answers_kl, groups_in_turn, minibatches_of, reference_logprobs, refill
 from support.sharding import averaging, whole
@@ -164,7 +166,7 @@ def less_baseline(rewards, baseline="mean"):
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if baseline == "leave_one_out" and R > 1:
         centred = centred * R / (R - 1)
-    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # exactly, not up to the mean's rounding
+    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (N, 1), exactly, not up to the mean's rounding
     return centred.masked_fill(same, 0.0)
 
 
@@ -175,12 +177,12 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
                 differs only in format
         batch   the std of all rewards of the batch
         none    1: the difference itself
-        mean    the group's mean reward: the rarer a right answer, the more it counts. With rewards of 0 and 1, and p
-                the chance of 1, the mean gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the first terms of ∇log p.
-                (A group with no right answer adds 0, which takes the term k = R away.)
-        tokens  subtract the token-weighted mean, divide by the token-weighted std, both of the batch; answers have
-                lengths (N, R). A long one counts for more, and a group of equal rewards has A ≠ 0, unless all groups
-                are such
+        mean    the group's mean reward: the rarer a right answer, the more it counts. If a right one earns 1 and has
+                the chance p, and a wrong one 0, the expected gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the
+                first R − 1 terms of ∇log p = ∇p / p (MaxRL)
+        tokens  std over the batch's tokens, each of which has its answer's value, after their mean is taken off too
+                (REINFORCE++): a group of equal rewards has an A ≠ 0, unless each group is one. Needs lengths (N, R),
+                the answers' tokens
 
     With a baseline and any scale but tokens, a group whose rewards are all equal gives exactly 0, and so does a group
     of one: never NaN. Raises ConfigError on an unknown name, and on a reward below 0 with "mean".
@@ -203,23 +205,13 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
     raise ConfigError(f"--scale {scale!r} is not known; use group, batch, none, mean or tokens")
 
 
-def whiten_over_tokens(centred, rewards, lengths):
-    """(N, R) each: mean 0 and variance 1 over the tokens of the batch, each of which has its answer's value."""
-    if lengths is None:
-        raise ConfigError("--scale tokens needs the lengths of the answers")
-    share = lengths.to(rewards) / lengths.sum().clamp(min=1)  # (N, R) of the tokens; sums to 1
-    centred = centred - (share * centred).sum()
-    std = (share * centred.square()).sum().clamp(min=1e-8).sqrt()  # ()
-    all_equal = (rewards == rewards[0, 0]).all()
-    return (centred / std).masked_fill(all_equal, 0.0)  # exactly 0, not the mean's rounding
-
-
 # Below, b answers of up to T tokens: a piece of the B answers of a minibatch.
 
-# log ρ_t (b, T), which is 0 on padding, and |y| (b, 1) -> ρ (b, T).
-# token: each its own. product: Πρ for all of an answer's tokens, exact, and soon far from 1; clamped, as exp would
-# overflow and the backward of the clip's minimum would multiply inf by 0. sequence: (Πρ)^(1/|y|), so the clip keeps or
-# drops whole answers, and one odd token does not decide.
+# A ratio: log ρ_t (b, T), which is 0 on padding, and |y| (b, 1) -> ρ (b, T)
+#     token       each token's own
+#     product     Πρ for all of an answer's tokens: exact, and soon far from 1. Clamped, as exp would overflow, and the
+#                 backward of the clip's minimum would multiply inf by 0
+#     sequence    (Πρ)^(1/|y|): the clip keeps or drops whole answers, and one odd token does not decide
 RATIOS = {
     "token": lambda log_ratio, length: log_ratio.exp(),
     "product": lambda log_ratio, length: log_ratio.sum(1, keepdim=True).clamp(max=80).exp().expand_as(log_ratio),
@@ -297,7 +289,7 @@ def grpo_loss(
 
     # Padding may hold any value; exp could overflow, and inf · 0 = NaN, so zero it first.
     logprobs = torch.where(mask > 0, logprobs, 0.0)
-    log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)
+    log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)  # (b, T)
     rho = ratio_of(log_ratio, length)  # (b, T)
     A = advantages[:, None]  # (b, 1)
     objective, limited = surrogate_of(rho, A, logprobs, clip_low, clip_high)  # (b, T) each
@@ -305,10 +297,11 @@ def grpo_loss(
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
-            # ∇(ρ k3) = ρ log(π / π_ref) ∇log π: in the mean over y_t ~ π_old the gradient of this token's KL(π ‖ π_ref)
+            # ∇(ρ k3) = ρ log(π / π_ref) ∇log π: on average over y_t ~ π_old the gradient of this token's KL(π ‖ π_ref)
             # after its prefix. ∇k3 alone, the paper's, is that of KL(π_ref ‖ π), while ρ = 1 (evaluate.kl_estimate).
             # Neither counts what y_t does to the KL of later tokens; --kl_in reward does.
-            distance, token_rho = kl_estimate(logprobs, ref_logprobs, kl), log_ratio.exp()  # whatever the --ratio
+            distance = kl_estimate(logprobs, ref_logprobs, kl)  # (b, T)
+            token_rho = log_ratio.exp()  # (b, T) each token's own, whatever the --ratio
             cost = cost + beta * (token_rho * distance if kl_unbiased else distance)
     loss = (cost * v).sum()
 
@@ -372,14 +365,8 @@ def demo():
         name, form = ("ρ k3", "β log(π / π_ref) / 8") if unbiased else ("k3", "β (1 − x) / 8")
         print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient {form:20s} = {slope / 8:.5f}")
 
-    # The family, second minibatch. The second answer has one token here. By hand: the first token of the fourth answer,
-    # ρ = 1.15, Πρ = 1.0925; A is 1/2 off the mean, √3/2 over the std (here over the tokens' too), 2/3 off the others'
-    # mean; 4 answers, 7 tokens.
+    # The family, second minibatch. The second answer has one token here (by hand: tests/test_family.py).
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
-    a = 3**0.5 / 2
-    fourth = {"reinforce": 1 / 8, "rloo": 1.0925 * 2 / 3 / 4, "grpo": 1.15 * a / 8, "dr_grpo": 1.15 / 2 / 8}
-    fourth |= {"dapo": 1.15 * a / 7, "gspo": 0, "cispo": 1.15 * a / 7, "sapo": 1.15 * a / 8 / math.cosh(0.075) ** 2}
-    fourth |= {"maxrl": 1.15 / 8, "reinforce++-baseline": 1.15 * a / 7}
     print("the family              A of each answer             what each token gets, answer by answer, times 100")
     for name, row in ALGORITHMS.items():
         A = group_advantages(rewards, row["scale"], row["baseline"], lengths)[0]  # (R,)
@@ -387,7 +374,6 @@ def demo():
         options = {key: row[key] for key in ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")}
         grpo_loss(logprobs, old, A, mask, **options)[0].backward()
         gets = 0.0 - 100 * logprobs.grad  # (R, T); 0.0 − 0.0 is 0.0, but −0.0 would print a sign
-        assert abs(gets[3, 0] - 100 * fourth[name]) < 0.01
         shown = [f"{g:6.1f}" if m else " " * 6 for g, m in zip(gets.flatten(), mask.flatten(), strict=True)]
         print(f"{name:<22}", *(f"{a:6.2f}" for a in A), "  ", *shown)
 
@@ -420,17 +406,12 @@ class Config(FamilyFlags, PolicyRunConfig):
     the warm-up."""
 
 
-def loss_with(config):
-    """grpo_loss with what a run's settings fix."""
-    names = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate", "kl", "kl_unbiased")
-    options = {name: getattr(config, name) for name in names} | {"max_length": config.max_new_tokens}
-    return partial(grpo_loss, beta=config.beta if config.kl_in == "loss" else 0.0, **options)
-
-
 def advantages_of(rewards, reward_weights, config, lengths=None):
-    """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the rewards up, then compare. gdpo.py has another.
+    """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the M up by their weights, then compare. gdpo.py
+    gives `main` another such function.
 
-    lengths (N, R): the tokens of each answer that count; None: no scale, where only is asked which A are 0 before it.
+    lengths (N, R): the tokens of each answer that count. None: which groups have an A ≠ 0? Then without a scale, as
+    --scale tokens gives one to groups of equal rewards too.
     """
     scale = "none" if lengths is None else config.scale
     return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
@@ -447,19 +428,15 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
-    def signal_of(batch):
-        """(n,) bool: which of this rank's groups have an A ≠ 0, before its scale, and a token that counts."""
-        A, _ = advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)
-        return A.ne(0).any(1) & (batch.ended.any(1) if config.mask_truncated else True)
-
     sample = Sampler(rollout_policy.model, start.tokenizer, start.problems["train"], config, autocast)
+    signal_of = signals(config, reward_weights, advantages_of, paid_rewards)  # batch -> (n,) bool: groups with an A ≠ 0
     # run: the steps, the optimizers, the checkpoints. look: what is logged, validated and drawn. recorder: what view.py
     # shows. look and recorder change nothing in the training
     run, look, recorder = begin_run(start, sample, signal_of, rollout_policy)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 and not config.fsdp else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
-    loss_of = recorder.noted(loss_with(config))  # the same function; the recorder keeps what it is given
+    loss_of = recorder.noted(partial(grpo_loss, **loss_options(config)))  # the recorder keeps what it is given
     for step in run.steps():
         if config.refresh_reference and step and step % config.refresh_reference == 0:
             reference.load_state_dict(policy.state_dict())
@@ -477,11 +454,11 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             refill(batch, sample, step, slots, functions, signal_of, policy, config)
             paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         look.sampled()
-        # (n·R, T) each: the denominator of ρ, and a correction weight per token (all 1 without --correction);
-        # {metric: number}: how far sampler and policy differ
+        # What ρ divides by, and a weight for each token, (n·R, T) each: what was sampled with, and 1, but for --stale,
+        # --sampler_dtype, --old_logprobs and --correction. mismatch {metric: number}: how far sampler and policy differ
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
 
-        # 3. compare within the group; with the other ranks' groups at hand, for --scale batch and tokens, and gdpo.py
+        # 3. compare within the group; all ranks' groups at once, as --scale batch and tokens and gdpo.py look beyond it
         counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
         if config.mask_truncated:
             counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # (n·R, 1); the reward still counts
@@ -490,10 +467,10 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         advantages = advantages[slots]  # (n, R)
         ref_logprobs = None
         if config.beta and config.kl_in == "reward":
-            # After the scale: before it, a small std would inflate the KL. Without a scale (rloo) this is the same as
-            # taking it off the reward.
+            # After the scale: before it, a small std would inflate the KL. Without a scale (rloo) both are the same.
+            # gdpo.py sets no --baseline: its KL is compared with the group's mean
             KL, ref_logprobs = answers_kl(reference, policy, batch, config, autocast, pad)  # (n, R), (n·R, T)
-            advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # gdpo.py has None
+            advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # (n, R)
         recorder.answers(batch, advantages)
 
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1. Groups whose A are all 0 are left
@@ -502,7 +479,7 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
         if ref_logprobs is None and needs_kl:
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
-            ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
+            ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)  # (n·R, T)
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         update_sums, norm = {}, 0.0
@@ -514,15 +491,15 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                     with averaging(model, piece is minibatch.pieces[-1]):
                         with autocast():  # (b, T), without the padding to a multiple of 8
                             logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]
-                        old, weights = old_logprobs[rows, :T], sampler_weights[rows, :T]  # (b, T) each
+                        old = old_logprobs[rows, :T]  # (b, T)
                         ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
-                        options = minibatch.counts | {"sampler_weights": weights}
+                        options = minibatch.counts | {"sampler_weights": sampler_weights[rows, :T]}  # B, *tokens*
                         loss, metrics = loss_of(logprobs, old, A[rows], piece.mask, ref, **options)  # A[rows] (b,)
                         recorder.tokens(rows)
                         # × world, because DDP averages over the ranks and v_it already counts them all
                         scaler.scale(loss * dist.world).backward()
                     tally(update_sums, metrics, piece.mask.sum().item())
-            norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)
+            norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)  # clips ‖g‖, not ρ
             run.check_finite(lr, norm)
 
         # 5. look: log the step; every so often answer validation questions

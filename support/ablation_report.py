@@ -45,7 +45,6 @@ HEADINGS = {
     "accuracy": "accuracy (%)",
     "pass_at_8": "pass@8 (%)",
     "sampled": "one sample (%)",
-    "format": "format (%)",
     "length": "tokens",
     "story_kept": "story kept (%)",
     "more_steps": "three steps (%)",
@@ -54,14 +53,14 @@ HEADINGS = {
     "by_hand": "50 by hand (%)",
     "kl": "KL to SFT (nats per token)",
     "teacher_kl": "KL to the teacher (nats per token)",
-    "tokens": "student tokens (thousands)",
+    "tokens": "student tokens (thousands)",  # of the probe `taught`
     "earned_correct": "right (%)",
     "earned_format": "well formed (%)",
     "earned_brevity": "brief (%)",
     "clipped": "tokens clipped (%)",
     "limited": "tokens truncated or masked (%)",
     "sampler_kl": "KL(sampler ‖ trainer) (nats per token)",
-    "seconds": "seconds per step",
+    "seconds": "seconds per step",  # of the probe `training`
     "collapsed": "groups collapsed (%)",
     "minutes": "minutes",
 }
@@ -98,16 +97,16 @@ PROFILES = {
 
 
 def write_report(
-    target, experiment, results, means, differences, curves, seeds, command, commits, chosen=None, least=None, made=None
+    target, experiment, results, means, differences, curves, seeds, command, where, tuned=None, least=None, made=None
 ):
     """Write the page to target, which is also printed, the picture and the figures beside it, the picture first. See
     `page`, `draw` and `figures_of_page`. Raises ConfigError."""
-    picture, text = target.with_suffix(".png"), experiment.text
-    written = page(experiment, results, means, differences, seeds, command, commits, picture.name, text, chosen, least)
+    picture = target.with_suffix(".png")
+    written = page(experiment, results, means, differences, seeds, command, where, picture.name, tuned, least)
     with must_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         draw(experiment, results, means, differences, curves, seeds, picture)
-        figures = figures_of_page(results, chosen, made)
+        figures = figures_of_page(results, tuned, made)
         write_together({target: with_reading(written, target), target.with_suffix(".json"): figures})
     print(written)
 
@@ -124,12 +123,11 @@ def power_lines(least, n):
     return [f"With {n} seeds {difference} would be seen in 4 of 5 such experiments (80 % power){corrected}.", ""]
 
 
-def page(experiment, results, means, differences, seeds, command, commits, picture, text=None, chosen=None, least=None):
-    """-> the text of results/NAME.md. commits: those of the runs; picture: the name of its file, in the page's folder;
-    text: the name of the corpus, if there is one; chosen: {variant: its tuned value}; least: see `power_lines`."""
+def page(experiment, results, means, differences, seeds, command, where, picture, tuned=None, least=None):
+    """-> the text of results/NAME.md. where: the machine and the commit of the runs; picture: the name of its file, in
+    the page's folder; tuned: {variant: its value}; least: see `power_lines`."""
     name = Path(picture).stem
-    held = experiment.held + (f"; text: {text}" if text else "")
-    where = f"{machine()}, commit {', '.join(sorted(set(commits))) or 'unknown'}"
+    held = experiment.held + (f"; text: {experiment.text}" if experiment.text else "")
     lines = [
         f"# {name}: {experiment.question}",
         "",
@@ -142,11 +140,12 @@ def page(experiment, results, means, differences, seeds, command, commits, pictu
     for variant in means:
         lines.append(f"| {variant} | " + " | ".join(plus_minus(means[variant][m]) for m in columns) + " |")
     lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
-    if chosen:
-        values = ", ".join(f"{variant} {value:g}" for variant, value in chosen.items())
+    if tuned:
+        score = "loss" if "pretrain" in {stage for stage, _ in experiment.variants.values()} else "accuracy"
+        values = ", ".join(f"{variant} {value:g}" for variant, value in tuned.items())
         grid = ", ".join(f"{value:g}" for value in experiment.grid) + " times its own" * experiment.times_own
         lines += [
-            f"--{experiment.tune}, chosen among {grid} by the validation accuracy of seed {seeds[0]} over the second "
+            f"--{experiment.tune}, chosen among {grid} by the validation {score} of seed {seeds[0]} over the second "
             f"half of {experiment.tune_steps} steps: {values}.",
             "",
         ]
@@ -154,7 +153,7 @@ def page(experiment, results, means, differences, seeds, command, commits, pictu
         if "diverged" in figures:
             lines += [f"Diverged: {variant}, seed {seed}: {figures['diverged']}", ""]
     if differences and len(seeds) > 1:
-        columns = [m for m in columns if m not in ("minutes", "seconds")]  # those depend on what else the machine does
+        columns = [m for m in columns if m not in TIMES]  # those depend on what else the machine does
         lines += [*difference_table(experiment, columns, means, differences), ""]
         lines += power_lines(least, len(seeds))
     texts = {v: results[v, seeds[0]]["text"] for v in means if "text" in results[v, seeds[0]]}
@@ -404,7 +403,7 @@ def mean_curves(logs, variants, seeds, metric, interval):
     it. interval: ablate.student_interval."""
     curves = {}
     for variant in variants:
-        runs = [logs[variant, seed][metric] for seed in seeds if metric in logs[variant, seed]]
+        runs = [logs[variant, seed].get(metric, ([], [])) for seed in seeds]  # of all seeds, or of none
         steps, values = side_by_side(runs)  # (points,), (seeds, points)
         if len(steps):
             curves[variant] = steps.tolist(), [interval(point) for point in values.T.tolist()]

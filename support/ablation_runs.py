@@ -3,7 +3,8 @@
 settings = settings_of(experiment, variant, seed)    what determines the outcome, as JSON: equal is the same run
 made     = digest_of(settings)                       the same for all seeds of a variant
 figures  = run_one(settings, folder, threads)        the stage's main, then the probe; folder/result.json
-result   = read_result(folder)                       {"settings", "commit", "code", "starts", "figures"}, or None
+result   = read_result(folder)                       {"settings", "commit", "machine", "code", "starts",
+                                                     "figures"}, or None
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import pretrain
 import rejection
 import sft
 from support import probes
+from support.ablation_report import machine
 from support.checkpoints import open_checkpoint
 from support.code_used import ROOT, code_used
 from support.content import content_of_data, sha256
@@ -106,7 +108,7 @@ def run_one(settings, folder, threads):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # this run takes the place of what it tells of
     # Noted before the run: a file that is edited while it trains is not the code that this process has imported.
-    made_by = {"commit": commit() or "unknown", "code": code_of_run(settings)}
+    made_by = {"commit": commit() or "unknown", "machine": machine(), "code": code_of_run(settings)}
     STARTS.clear()
     try:
         with log_file(folder / "log.txt") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -164,12 +166,15 @@ def read_result(folder):
 
 def folder_name(*parts):
     """The name of a folder."""
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(map(str, parts)))
+    return "".join(c if (c.isascii() and c.isalnum()) or c in ".-" else "_" for c in "-".join(map(str, parts)))
 
 
 def validation_score(folder):
-    """The mean validation accuracy over the second half of a run: steadier than the last alone; −inf if it diverged."""
+    """The mean validation accuracy over the second half of a run, which is steadier than the last alone; −inf if it
+    diverged. Of pretrain.py, which answers nothing, minus the loss."""
     if "diverged" in read_result(folder)["figures"]:
         return -math.inf
-    steps, values = read_metrics(folder / "run")["accuracy"]
-    return statistics.mean(value for step, value in zip(steps, values, strict=True) if step > steps[-1] / 2)
+    logged = read_metrics(folder / "run")
+    name, sign = ("accuracy", 1) if "accuracy" in logged else ("valid_loss", -1)
+    steps, values = logged[name]
+    return sign * statistics.mean(value for step, value in zip(steps, values, strict=True) if step > steps[-1] / 2)

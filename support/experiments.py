@@ -1,15 +1,26 @@
 """The table of controlled experiments that ablate.py runs: a question, what is held, and the variants.
 
-A new experiment is a row of EXPERIMENTS: each variant names a stage and the flags that differ. Metrics in `columns` and
-`curves` get their labels in support/ablation_report.py; what a stage does not return, a function of support/probes.py
-measures.
+A new experiment is a row of EXPERIMENTS: each variant names a stage and the flags that differ; `_pretrain`, `_grpo`,
+`_dpo` and `_distill` add those that are held. A nested flag is a dictionary: --lora.rank 4 is {"lora": {"rank": 4}}.
+Metrics in `columns` and `curves` get their labels in support/ablation_report.py; what a stage does not return, a
+function of support/probes.py measures. (As that file is then another, saved runs with a probe need --old_code true.)
+Try a row with --quick true: a few steps, the probe, the page. In ten lines:
+
+    "tying": Experiment(
+        "What does it cost to read out with the embedding matrix?",
+        _chars(),
+        {"tied": _pretrain(), "untied": _pretrain(tie_embeddings=False)},
+        ("valid_loss", "parameters"),
+        ("loss",),
+    ),
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from grpo import ALGORITHMS
 from support import probes
 from support.copy_lines import MOST_DOTS, copy_file
+from transformer import TransformerConfig
 
 
 @dataclass
@@ -60,7 +71,8 @@ def _pretrain(**changes):
     """A small character model: 0.8 M parameters, 600 steps of 16 x 128 tokens."""
     flags = {"data": probes.corpus, "tokenizer": "char", "steps": 600, "batch": 16, "micro_batch": 16}
     flags |= {"optimizer": "adamw", "lr": 2e-3, "warmup": 50, "eval_every": 200, "save_every": 100_000}
-    flags |= {k: changes.pop(k) for k in list(changes) if k in ("lr", "warmup", "clip", "data", "steps")}
+    sizes = {f.name for f in fields(TransformerConfig)}
+    flags |= {k: changes.pop(k) for k in list(changes) if k not in sizes}
     return "pretrain", flags | {"model": {"context": 128, "n_head": 4, "n_kv_head": 4, "width": 128} | changes}
 
 
@@ -161,7 +173,6 @@ EXPERIMENTS = {
         tune="lr",
         grid=(0.5, 1, 2, 4),
         times_own=True,
-        tune_steps=100,
     ),
     "norm-placement": Experiment(
         "Where should the norm stand: before a branch, after it, or both, with and without a warm-up?",

@@ -5,7 +5,7 @@ Papers (arXiv): rloo 2402.14740, with the ratio and the KL of TRL's RLOOTrainer;
 gspo 2507.18071; cispo 2506.13585, its cap of 5 from 2510.13786; sapo 2511.20347; maxrl 2602.02710; reinforce++
 2501.03262. DAPO's dynamic sampling and its penalty for length are flags of their own: --refill 3 --overlong 16. GRPO as
 in its paper, but for the learned reward there: --beta 0.04 --kl_unbiased false --skip_zero_variance false --minibatches
-1 --rollouts 64.
+1 --rollouts 64. DAPO's paper divides by the tokens of one group, here, as in TRL and verl, it is by the minibatch's.
 
 What others do differently: TRL's default is --loss_type dapo, and it leaves a NaN reward out (here it is an error);
 verl's default is a mean over the batch's tokens, its epsilon under the std 1e-6, its CISPO clips at 1 ± 0.2; it bounds
@@ -126,6 +126,24 @@ def check_choices(config):
         raise ConfigError(
             "--kl k1 in the loss has no gradient on average; use --kl_in reward, --kl_unbiased true, or k2 or k3"
         )
+
+
+def loss_options(config):
+    """The arguments of grpo.grpo_loss that a run's settings fix."""
+    names = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate", "kl", "kl_unbiased")
+    options = {name: getattr(config, name) for name in names} | {"max_length": config.max_new_tokens}
+    return options | {"beta": config.beta if config.kl_in == "loss" else 0.0}
+
+
+def whiten_over_tokens(centred, rewards, lengths):
+    """(N, R) each: mean 0 and variance 1 over the tokens of the batch, each of which has its answer's value."""
+    if lengths is None:
+        raise ConfigError("--scale tokens needs the lengths of the answers")
+    share = lengths.to(rewards) / lengths.sum().clamp(min=1)  # (N, R) of the tokens; sums to 1
+    centred = centred - (share * centred).sum()
+    std = (share * centred.square()).sum().clamp(min=1e-8).sqrt()  # ()
+    all_equal = (rewards == rewards[0, 0]).all()
+    return (centred / std).masked_fill(all_equal, 0.0)  # exactly 0, not the mean's rounding
 
 
 def refuse_replaced(config):

@@ -21,6 +21,7 @@ import os
 import re
 import subprocess
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -133,8 +134,10 @@ def cut_samples(path, step):
             os.truncate(path, later[0])
 
 
+@cache
 def commit():
-    """The commit of this repository, with + appended if files have changed since; "" without git."""
+    """The commit of this repository, with + appended if files have changed since; "" without git. Asked once: a process
+    goes on with the code that it has read."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, encoding="utf-8", check=False).stdout.strip()

@@ -106,6 +106,18 @@ def open_start(config, rewards, make_start=sft_start, says=""):
     return Start(config, began, *device, *judged, init, path, policy, reference, tokenizer, reads, problems)
 
 
+def signals(config, reward_weights, advantages_of, paid_rewards):
+    """-> signal_of(batch): (n,) bool, which of this rank's groups have an A ≠ 0, before its scale, and a token that
+    counts."""
+
+    def signal_of(batch):
+        A, _ = advantages_of(paid_rewards(batch, reward_weights, config), reward_weights, config)  # (n, R)
+        unequal = A.ne(0).any(1)  # (n,)
+        return unequal & batch.ended.any(1) if config.mask_truncated else unequal
+
+    return signal_of
+
+
 def begin_run(start, sample, signal_of, rollout_policy=None, reads=None):
     """-> Run, Look, Recorder. sample: a `Sampler`; signal_of(batch): (n,) bool, which groups have a signal;
     rollout_policy: a `RolloutPolicy`; reads: of this chapter, beside what `start` has read."""

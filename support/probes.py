@@ -1,6 +1,6 @@
 """Measurements of ablate.py: of a trained model, beyond what its stage reports, and of a start without training.
 
-A probe is a function (folder, figures, settings) -> further figures. folder: the run directory; figures: those so far,
+A probe is a function (run_dir, figures, settings) -> further figures. run_dir: of the run; figures: those so far,
 including the checkpoint's "path"; settings: what ablate.py ran the stage with. An experiment names its probe.
 
     layers     the residual stream and its gradient by layer, the attention, a sample of text
@@ -64,11 +64,11 @@ def corpus():
         return DEFAULT_TASK
 
 
-def validation_text():
-    return "".join(load_text(corpus(), "valid"))
+def validation_text(settings):
+    return "".join(load_text(settings["config"]["data"], "valid"))
 
 
-def layers(folder, figures, settings):
+def layers(run_dir, figures, settings):
     """Root mean square of the residual stream and of its gradient by layer, on one batch, before and after training;
     and a sample of the trained model's text.
 
@@ -98,7 +98,7 @@ def layers(folder, figures, settings):
     prompt, new_tokens = tokenizer.encode("\n"), min(100, trained.config.context - 1)
     text = generate(trained, [prompt], new_tokens, generator=generator).texts(tokenizer)[0]
     results["text"] = re.sub("|".join(map(re.escape, SPECIAL_TOKENS)), "", text)  # shown, not judged
-    ids = torch.tensor(tokenizer.encode(validation_text()[: 32 * 64]))
+    ids = torch.tensor(tokenizer.encode(validation_text(settings)[: 32 * 64]))
     return results | attention_figures(trained, ids[: len(ids) // 32 * 32].view(32, -1))
 
 
@@ -113,11 +113,11 @@ def attention_figures(model, tokens):
 
 
 @torch.no_grad()
-def beyond(folder, figures, settings):
+def beyond(run_dir, figures, settings):
     """Loss by position on windows of twice the trained context, unless the model's position table is too short."""
     model, tokenizer, _ = open_checkpoint(figures["path"])
     context = model.config.context
-    ids = torch.tensor(tokenizer.encode(validation_text()[: 64 * 8 * context]))
+    ids = torch.tensor(tokenizer.encode(validation_text(settings)[: 64 * 8 * context]))
     windows = ids[: len(ids) // (2 * context + 1) * (2 * context + 1)].view(-1, 2 * context + 1)[:64]
     inside = -model(windows[:, :context], targets=windows[:, 1 : context + 1]).mean().item()
     results = {"inside": inside, "outside": math.nan} | attention_figures(model, windows[:16, :context])
@@ -138,7 +138,7 @@ def stretched(model, context):
 
 
 @torch.no_grad()
-def copying(folder, figures, settings):
+def copying(run_dir, figures, settings):
     """Share of letters copied correctly, by distance, inside and beyond the distances of training."""
     model, tokenizer, _ = open_checkpoint(figures["path"])
     shares = []
@@ -155,10 +155,10 @@ def copying(folder, figures, settings):
     }
 
 
-def clipping(folder, figures, settings):
+def clipping(run_dir, figures, settings):
     """From the log: the distribution of the gradient norm, the share of clipped steps, and the number of loss
     spikes."""
-    series = read_metrics(folder)
+    series = read_metrics(run_dir)
     norms, losses = sorted(series["grad_norm"][1]), series["loss"][1]
     spikes = sum(b > a + 0.5 for a, b in pairwise(losses))
     return {
@@ -223,9 +223,10 @@ def grpo_of_student(config):
     return grpo.main(replace(config, init=make_start(config.seed, "student")))
 
 
-def held_out(folder, figures, settings):
+def held_out(run_dir, figures, settings):
     """A policy on 200 held-out problems: pass@8 at temperature 1; the share of greedy answers in the right format and
-    their length in tokens; the KL to the SFT checkpoint of the same seed, per token of the policy's own samples."""
+    their length in tokens; the KL to the SFT checkpoint of the same seed, per token of the policy's own samples. For
+    stages that begin there, on the built-in problems."""
     problems, dist = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup()
     policy, tokenizer, _ = open_checkpoint(figures["path"], dist.device)
     start = open_checkpoint(make_start(settings["config"]["seed"]), dist.device)[0]
@@ -242,31 +243,31 @@ def held_out(folder, figures, settings):
     }
 
 
-def carried_over(folder, figures, settings):
+def carried_over(run_dir, figures, settings):
     """What `held_out` measures, whether the story survives, and the greedy accuracy on problems unlike those of
     training (support/shifted.py): 500 of each kind, and the fifty by hand."""
     policy, tokenizer, _ = open_checkpoint(figures["path"], setup().device)
-    results = held_out(folder, figures, settings)
+    results = held_out(run_dir, figures, settings)
     for name in SHIFTS:
         result = evaluate(policy, tokenizer, shifted_problems(name, 500), NEW_TOKENS, setup(), dtype="auto")
         results[name.replace(" ", "_")] = 100 * result["accuracy"]
     return results
 
 
-def training(folder, figures, settings):
+def training(run_dir, figures, settings):
     """What `held_out` measures, and from the log, means over the steps: the shares of tokens that the clip and the
     correction limited, KL(sampler ‖ trainer) per token; and the median of a step's seconds."""
-    series = {name: values for name, (_, values) in read_metrics(folder).items()}
+    series = {name: values for name, (_, values) in read_metrics(run_dir).items()}
     means = {"clipped": (100, "clip_fraction"), "limited": (100, "sampler_limited"), "sampler_kl": (1, "sampler_kl")}
     means = {k: scale * statistics.mean(series[name]) for k, (scale, name) in means.items() if name in series}
     seconds = statistics.median(1 / speed for speed in series["steps_per_second"])
-    return held_out(folder, figures, settings) | means | {"seconds": seconds}
+    return held_out(run_dir, figures, settings) | means | {"seconds": seconds}
 
 
-def earned(folder, figures, settings):
+def earned(run_dir, figures, settings):
     """From the log: the share of rollouts that earned each reward in the last 20 steps, and the share of groups, over
     all steps, in which different rewards got the same advantage (see support.grpo_report.collapse)."""
-    series = read_metrics(folder)
+    series = read_metrics(run_dir)
     results = {
         f"earned_{name}": 100 * statistics.mean(series[f"reward_{name}"][1][-20:])
         for name in ("correct", "format", "brevity")
@@ -277,7 +278,7 @@ def earned(folder, figures, settings):
     return results
 
 
-def taught(folder, figures, settings):
+def taught(run_dir, figures, settings):
     """A student on 200 held-out problems: pass@8 and one sample at temperature 1, the KL to the teacher of the same
     seed, per token of its own samples; and how many tokens it was trained on, in thousands."""
     problems, dist, c = load_problems(DEFAULT_TASK, "test", 200, (1, 2)), setup(), settings["config"]
@@ -291,5 +292,5 @@ def taught(folder, figures, settings):
         "teacher_kl": sampled_kl(policy, teacher, tokenizer, prompts, NEW_TOKENS, dist),
     }
     if "rollouts" in c:  # a start has no run
-        results["tokens"] = sum(read_metrics(folder)["length"][1]) * c["prompts"] * c["rollouts"] / 1000
+        results["tokens"] = sum(read_metrics(run_dir)["length"][1]) * c["prompts"] * c["rollouts"] / 1000
     return results

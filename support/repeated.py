@@ -26,7 +26,9 @@ def draw_run(results, name=None):
     if variant not in experiment.variants:
         raise ConfigError(f"{path}: the variant {variant!r} is no longer in the experiment; make the page again")
     made = saved.get("made", {}).get(variant)
-    if made and made != digest_of(settings_of(experiment, variant, seed)):
+    if not made:
+        print(f"{path.name} does not say by which settings it was made: a difference may be of these")
+    elif made != digest_of(settings_of(experiment, variant, seed)):
         raise ConfigError(f"{path}: {variant!r} has other settings now, or another text; make the page again")
     return path.stem, experiment, variant, seed, figures
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from dataclasses import asdict, replace
 from importlib import import_module
 
@@ -124,6 +124,8 @@ def test_a_curve_is_the_mean_of_the_seeds_at_the_steps_that_all_have():
     assert [interval.mean for interval in intervals] == [2.0, 4.0]
     assert [interval.half for interval in intervals] == pytest.approx([12.706] * 2, rel=1e-4)  # s = √2, n = 2
     assert math.isnan(mean_curves(logs, "xy", [0], "kl", ablate.student_interval)["x"][1][0].half)
+    logs["x", 1] = {}  # this seed diverged at once: a mean of the others would flatter
+    assert mean_curves(logs, "xy", [0, 1], "kl", ablate.student_interval) == {}
 
 
 def test_the_worked_example_holds(capsys):
@@ -286,6 +288,10 @@ def test_the_whole_experiment_resumes_and_keeps_a_persons_words(experiment, scra
     assert ablate.main(config) == results  # nothing is run again
     assert {p: p.stat().st_mtime_ns for p in scratch.rglob("result.json")} == written
     assert target.read_text(encoding="utf-8").endswith("## Reading\nWider is dearer.\n")
+    moved = json.loads(min(written).read_text(encoding="utf-8"))
+    min(written).write_text(json.dumps(moved | {"machine": "a moved disk"}), encoding="utf-8")
+    ablate.main(config)
+    assert f"; {' and '.join(sorted([moved['machine'], 'a moved disk']))}, commit" in target.read_text(encoding="utf-8")
     shutil.rmtree(scratch / "runs/ablate/width-quick/wide-seed0/run")  # a start that is only measured has no log
     assert ablate.main(config) == results
     stale = min(written)  # the same flags, but a default was another when it was made
@@ -356,7 +362,7 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
     with pytest.raises(ConfigError, match=r"^no page of any experiment has its figures"):
         ablate.main(ablate.Config(verify=True))
     experiment.tune, experiment.grid, experiment.tune_steps = "lr", (1e-3, 1e-2), 2
-    monkeypatch.setattr(ablate, "validation_score", lambda folder: float(folder.name.endswith("0.01")))
+    monkeypatch.setattr(ablate, "validation_score", lambda folder: float(folder.name.endswith("0.01-seed0")))
     ablate.main(ablate.Config(experiment="width", seeds=[0, 1]))
     assert "2 seeds (0, 1)" in (scratch / "results/width.md").read_text(encoding="utf-8")
     page = scratch / "results/width.json"
@@ -386,7 +392,13 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
         page.write_text(json.dumps(saved | {"runs": [["narrow", 7, none]]}), encoding="utf-8")
         with pytest.raises(ConfigError, match="no run of the page has figures, all diverged"):
             ablate.main(ablate.Config(experiment="width", verify=True))
+    capsys.readouterr()
+    made = saved.pop("made")
     page.write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        ablate.main(ablate.Config(experiment="width", verify=True))
+    assert "width.json does not say by which settings it was made" in capsys.readouterr().out
+    page.write_text(json.dumps(saved | {"made": made}), encoding="utf-8")
     experiment.variants["narrow"] = ("pretrain", experiment.variants["narrow"][1] | {"clip": 0.5})
     with pytest.raises(ConfigError, match=r"width\.json: 'narrow' has other settings now, or another text"):
         ablate.main(ablate.Config(experiment="width", verify=True))
@@ -451,7 +463,7 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
         (scratch / folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
         best = 1e-3 if config["model"]["width"] == 16 else 2e-3
         values = (0.0, 0.0, 0.9, 0.6) if config["lr"] == best else (1.0, 1.0, 0.1, 0.9)  # neither start nor end decides
-        lines = [{"step": i + 1, "accuracy": x, "loss": 1.0} for i, x in enumerate(values)]
+        lines = [{"step": i + 1, "valid_loss": 1 - x, "loss": 1.0} for i, x in enumerate(values)]
         (scratch / folder / "run/metrics.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )
@@ -469,7 +481,56 @@ def test_each_variant_gets_the_value_that_the_validation_split_prefers(experimen
     chosen = {(s["config"]["model"]["width"], s["config"]["lr"]) for f, s in made.items() if f not in tuning}
     assert chosen == {(16, 1e-3), (32, 2e-3)}
     page = (scratch / "results/width.md").read_text(encoding="utf-8")
-    assert "--lr, chosen among 0.001, 0.002, 0.003 by the validation accuracy of seed 4" in page
+    assert "--lr, chosen among 0.001, 0.002, 0.003 by the validation loss of seed 4" in page
+
+
+def test_the_score_of_a_trial(tmp_path):
+    """Of the second half, the accuracy where there is one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, score in (("accuracy", 0.5), ("valid_loss", -0.5)):
+        lines = [json.dumps({"step": i + 1, name: x}) + "\n" for i, x in enumerate((9.0, 9.0, 0.4, 0.6))]
+        (run / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        (tmp_path / "result.json").write_text('{"figures": {}}', encoding="utf-8")
+        assert ablation_runs.validation_score(tmp_path) == pytest.approx(score)
+    (tmp_path / "result.json").write_text('{"figures": {"diverged": "at step 1"}}', encoding="utf-8")
+    assert ablation_runs.validation_score(tmp_path) == -math.inf
+
+
+def test_a_tuning_that_can_choose_nothing(experiment, monkeypatch, scratch):
+    monkeypatch.setattr(ablate, "run_missing", lambda *_: None)
+    monkeypatch.setattr(ablate, "validation_score", lambda _: -math.inf)
+    for flag, words in (("rate", "no variant of width has the flag that it tunes, 'rate'"), ("lr", "narrow diverged")):
+        monkeypatch.setitem(ablate.EXPERIMENTS, "width", replace(experiment, tune=flag, grid=(1e-3, 2e-3)))
+        with pytest.raises(ConfigError, match=words):
+            ablate.main(ablate.Config(experiment="width"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"columns": ("none",)}, {"curves": ("none",)}, {"pairs": (("narrow", "none"),)}, {"probe": "none"}],
+    ids=str,
+)
+def test_a_row_that_names_what_is_not_there(experiment, monkeypatch, scratch, changes):
+    monkeypatch.setattr(ablate, "run_missing", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setitem(ablate.EXPERIMENTS, "width", replace(experiment, **changes))
+    with pytest.raises(ConfigError, match=r"width names what is not there: none$"):
+        ablate.main(ablate.Config(experiment="width"))
+
+
+def test_variants_that_would_share_a_folder(experiment, monkeypatch, scratch):
+    assert ablation_runs.folder_name("β 0.1", "seed0") == "__0.1-seed0"  # a run's --name is ASCII
+    two = {"a < 1": experiment.variants["narrow"], "a > 1": experiment.variants["wide"]}
+    monkeypatch.setattr(ablate, "run_all", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setitem(ablate.EXPERIMENTS, "width", replace(experiment, variants=two))
+    with pytest.raises(ConfigError, match="two variants of width would share a folder"):
+        ablate.main(ablate.Config(experiment="width"))
+
+
+def test_a_worker_that_is_killed_is_one_line(experiment, monkeypatch, scratch):
+    monkeypatch.setattr(ablate, "run_all", lambda _, todo, *__: dict.fromkeys(todo, BrokenExecutor()))
+    with pytest.raises(ConfigError, match=r"a worker process was killed \(out of memory\?\), 2 runs are missing"):
+        ablate.main(ablate.Config(experiment="width", seeds=[0]))
 
 
 def test_the_grid_may_multiply_what_a_variant_has_anyway(experiment, scratch, monkeypatch):

@@ -22,6 +22,7 @@ EXPERIMENT = Experiment(
 def no_flags(monkeypatch):
     """The variants of these tests are names alone."""
     monkeypatch.setattr(Experiment, "unit", "token")
+    monkeypatch.setattr(Experiment, "text", None)
 
 
 def fake(experiment, values):
@@ -32,9 +33,9 @@ def fake(experiment, values):
     }
 
 
-def page(experiment, results, commits=()):
+def page(experiment, results, where="here, commit abc"):
     means, differences = (f(experiment, results, [0, 1, 2]) for f in (ablate.intervals_of, ablate.differences_of))
-    return ablation_report.page(experiment, results, means, differences, [0, 1, 2], "x", commits, "width.png")
+    return ablation_report.page(experiment, results, means, differences, [0, 1, 2], "x", where, "width.png")
 
 
 def test_numbers_and_intervals_in_words():
@@ -92,7 +93,7 @@ def test_the_page_calls_significant_only_what_the_paired_difference_does():
 def test_a_run_that_diverged_stands_on_the_page(tmp_path):
     three = replace(EXPERIMENT, variants=dict.fromkeys(["narrow", "wide", "hot"], ()))
     results = fake(three, [[1, 2, 3], [2, 1, 4], [5, 6, 7]]) | {("hot", 0): {"diverged": "at step 3"}}
-    text = page(three, results, ["abc", "abc"])
+    text = page(three, results)
     assert "Diverged: hot, seed 0: at step 3" in text
     assert "| hot | – |" in text
     assert "commit abc." in text

@@ -16,7 +16,7 @@ import grpo
 from grpo import ALGORITHMS, Config, group_advantages, grpo_loss, sapo_surrogate
 from support import rollouts
 from support.errors import ConfigError
-from support.family import NO_CLIP, FamilyFlags, as_flags
+from support.family import NO_CLIP, FamilyFlags, as_flags, loss_options
 
 NAMES = list(ALGORITHMS)
 CHOICES = ("clip_low", "clip_high", "loss_type", "ratio", "surrogate")
@@ -118,7 +118,7 @@ def test_every_row_against_a_loop(name):
     A = group_advantages(rewards, settings.scale, settings.baseline, lengths)
     expected = advantages_by_loop(name, rewards.tolist(), lengths.tolist())
     torch.testing.assert_close(A, torch.tensor(expected, dtype=torch.float64))
-    loss, figures = grpo.loss_with(settings)(new, old, A.flatten(), mask, ref)
+    loss, figures = grpo.grpo_loss(new, old, A.flatten(), mask, ref, **loss_options(settings))
     by_loop = loss_by_loop(name, new, old, ref, A.flatten().tolist(), mask, 9)
     torch.testing.assert_close(loss, by_loop)
     ours, theirs = torch.autograd.grad(loss, new)[0], torch.autograd.grad(by_loop, new)[0]

@@ -98,13 +98,12 @@ def test_clipping_by_hand(tmp_path):
 def test_the_probes_on_a_small_model(scratch, monkeypatch):
     """What the architecture experiments measure, on an untrained model of theirs: shapes and ranges."""
     (scratch / "text.txt").write_text("the cat sat on the mat. " * 400, encoding="utf-8")
-    monkeypatch.setattr(probes, "corpus", lambda: "text.txt")
     for probe, positions in (("layers", "rope"), ("beyond", "rope"), ("beyond", "learned"), ("clipping", "rope")):
         folder = f"runs/{probe}-{positions}"
         model = {"context": 32, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "width": 16, "positions": positions}
         sizes = {"steps": 2, "batch": 2, "micro_batch": 2, "model": TransformerConfig(**model)}
         figures = pretrain.main(pretrain.Config(data="text.txt", tokenizer="char", name=folder[5:], **sizes))
-        got = getattr(probes, probe)(folder, figures, {"config": {"seed": 0}})
+        got = getattr(probes, probe)(folder, figures, {"config": {"seed": 0, "data": "text.txt"}})
         if probe == "layers":
             assert len(got["stream_built"]) == len(got["gradient_trained"]) == 2
             assert got["gradient_ratio"] > 0
@@ -134,7 +133,7 @@ class Counting(torch.nn.Module):
 
 
 def test_loss_by_position_by_hand(monkeypatch):
-    monkeypatch.setattr(probes, "validation_text", lambda: "x" * 650)
+    monkeypatch.setattr(probes, "validation_text", lambda settings: "x" * 650)
     monkeypatch.setattr(probes, "stretched", lambda raw, context: Counting(context))
     monkeypatch.setattr(probes, "attention_figures", lambda raw, rows: {"rows": tuple(rows.shape)})
     tokenizer = SimpleNamespace(encode=lambda text: list(range(len(text))))
@@ -178,7 +177,7 @@ def test_stream_and_gradient_by_hand(monkeypatch):
     monkeypatch.setattr(probes, "open_checkpoint", lambda path: (Doubling(config), tokenizer, None))
     monkeypatch.setattr(probes, "Transformer", Doubling)
     monkeypatch.setattr(probes, "generate", lambda *args, **kwargs: written)
-    monkeypatch.setattr(probes, "validation_text", lambda: "x" * 2048)
+    monkeypatch.setattr(probes, "validation_text", lambda settings: "x" * 2048)
     monkeypatch.setattr(probes, "attention_figures", lambda raw, rows: {"rows": tuple(rows.shape)})
     got = probes.layers("", {"path": ""}, {"config": {"seed": 0}})
     for name in ("built", "trained"):

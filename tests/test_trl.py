@@ -13,9 +13,10 @@ import distill
 import dpo
 import gdpo
 import grpo
-from grpo import ALGORITHMS, group_advantages, grpo_loss, less_baseline, loss_with, reward_sums
+from grpo import ALGORITHMS, group_advantages, grpo_loss, less_baseline, reward_sums
 from reward_model import RewardModel, bradley_terry_loss
 from support import devices, shared_prompt, taught
+from support.family import loss_options
 from support.hf import LAYOUTS, layout_of, to_layout
 from support.judged import shift_answers
 from support.off_policy import sampler_weights
@@ -161,7 +162,9 @@ def test_the_family_loss_and_gradient(start, grpo_trainer, monkeypatch, name):
     trainer.model.zero_grad()
     theirs = trainer._compute_loss(trainer.model, batch)
     theirs.backward()
-    ours, figures = loss_with(grpo.Config(algorithm=name, max_new_tokens=20))(logprobs, old, A, mask, ref)
+    ours, figures = grpo_loss(
+        logprobs, old, A, mask, ref, **loss_options(grpo.Config(algorithm=name, max_new_tokens=20))
+    )
     ours.backward()
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
     assert (0 < figures["clip_fraction"] < 1) == (name != "sapo")
@@ -203,7 +206,7 @@ def test_rloo_loss_and_gradient(start, rloo_trainer):
     trainer.model.zero_grad()
     theirs = trainer._compute_loss(trainer.model, batch | {"old_logps": (old * mask).sum(1)})
     theirs.backward()
-    ours, figures = loss_with(grpo.Config(algorithm="rloo", max_new_tokens=20))(logprobs, old, A, mask)
+    ours, figures = grpo_loss(logprobs, old, A, mask, **loss_options(grpo.Config(algorithm="rloo", max_new_tokens=20)))
     ours.backward()
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-6, rtol=1e-6)
     assert 0 < figures["clip_fraction"] < 1

@@ -11,8 +11,8 @@ y_t, 0 where a tool wrote it:
     ∇log p(y)    = Σ_t m_t ∇log π(y_t | q, y_<t)                                  because ∇P = 0
     ∇E[r(y)]     = E[(r(y) − c) Σ_t m_t ∇log π(y_t | q, y_<t)]                    any c that does not see y
 
-So this is grpo.py with the mask m: loss, ratio, clip, KL and |y| are those of the policy's tokens. (ReTool has the same
-mask in PPO, and runs code.) Attention sees all tokens, and --max_new_tokens counts them all. A trajectory is one
+So this is grpo.py with the mask m: loss, ratio, clip, KL and |y| are those of the policy's tokens. (ReTool has this
+mask in PPO; its tool runs code.) Attention sees all tokens, and --max_new_tokens counts them all. A trajectory is one
 answer, however many turns it has: it earns one reward, has one advantage, and counts once in its group's statistics.
 
 One step, for one process (main has the same parts; the loss and the advantages are grpo.py's):
@@ -47,8 +47,8 @@ Traps:
   * An answer that the length limit cuts off, even inside a call, is scored and trained on as it stands: left out of the
     loss, too long an answer would cost nothing.
   * A call is seen only where a token ends: not at all where its `=` is part of a longer token, such as `=⏎`.
-  * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. What it is
-    asked comes from a policy: its function must survive any text, so no `eval`.
+  * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. A call's
+    argument comes from the policy: the function must survive any text, so no `eval`.
 
 Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime let other
 rows go on). Where two patterns fit, the first tool replies.
@@ -190,7 +190,7 @@ def demo():
     # if the tool replied 1 and the policy wrote 1.
     P = torch.tensor([[1 / 4, 3 / 4], [3 / 4, 1 / 4]])  # (call, reply)
     logits = [torch.zeros(shape, requires_grad=True) for shape in ((2,), (2, 2), (2, 2, 2))]  # of each token, all π = ½
-    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: π of the tool's token, which has P
+    call, guess, last = (x.log_softmax(-1) for x in logits)  # guess: π of the tool's token, drawn by P
     i, j, k = torch.tensor(list(itertools.product((0, 1), repeat=3))).T  # (8,) each: all trajectories
     logprobs = torch.stack([call[i], guess[i, j], last[i, j, k]], dim=1)  # (8, 3)
     p, r = (call[i] + last[i, j, k]).exp() * P[i, j], (j * k).float()  # (8,) their probabilities, and rewards
@@ -258,8 +258,8 @@ def main(config):
     respond = WithTools(tools, start.tokenizer)
     sample = Sampler(policy, start.tokenizer, start.problems["train"], config, autocast, respond=respond)
     signal_of = signals(config, reward_weights, grpo.advantages_of, paid_rewards)  # batch -> (n,) bool
-    reads = code_of_tools(config.tools, respond.tools)
-    run, look, recorder = begin_run(start, sample, signal_of, reads=reads)
+    reads = code_of_tools(config.tools, respond.tools)  # a resumed run must have the same
+    run, look, recorder = begin_run(start, sample, signal_of, reads=reads)  # recorder: what view.py shows
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it

@@ -32,7 +32,7 @@ One layer, `Attention.forward`, for B rows of T new tokens:
         out = weights v                                                              (B, H, T, D)
     y = wo(out)                            the heads side by side                    (B, H, T, D) -> (B, T, C)
 
-The way back (dx is short for dL/dx; the softmax has ∂w_i/∂s_j = w_i (δ_ij − w_j)):
+The backward pass (dx is short for dL/dx; for a row w = softmax(s) of weights, ∂w_i/∂s_j = w_i (δ_ij − w_j)):
 
     dv = weightsᵀ dout                     dv and dk summed over the query heads that share them
     dweights = dout vᵀ                                                               (B, H, T, S)
@@ -46,7 +46,7 @@ is what √D (and qk_norm) prevents.
 The same lines serve every use. Masks are boolean, True = visible. *Decoding*: a text is written token by token, and
 each needs the keys and values of all earlier ones, so a *cache* holds them; its `length` counts the tokens read so far,
 pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a later *chunk* adds several tokens at once.
-*Left pads* fill up the shorter prompts of a batch. *Packed*: several documents in a row, which must not see each other.
+*Left pads* fill up the shorter prompts of a batch. *Packed*: several documents in one row, hidden from each other.
 
     use                  T   S                 mask                            cache
     training             T   T                 causal (T, T)                   none
@@ -56,7 +56,7 @@ pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a la
     decoding, token n    1   n + 1             none: the newest sees all       KVCache: fills slot n
     decoding, left pads  1   length + 1        padding_mask (B, 1, 1, S)       KVCache: fills slot `length`
     later chunk          T   length + T        causal (T, S) or padding_mask   KVCache: fills the next T slots
-    all above, window W  T   as above          window_mask(…, mask as above)   as above
+    all above, window W  T, S as above         window_mask(…, mask as above)   as above
     prefill, window W    T   T                 window_mask (T, T)              RollingKVCache: keeps the sinks, last W
     decoding, token n    1   ≤ sinks + W       none: the slots are the window  RollingKVCache: fills one slot
 
@@ -94,7 +94,7 @@ window_mask. StreamingLLM counts positions inside the cache instead, so the sink
 training; the price: every key must be rotated anew in every step.
 
 Simplified: no dropout on the weights, no kernel of our own (FlexAttention, made for masks like a window's, has no
-backward pass on a CPU). benchmarks/attention.py measures all. Run it: `python attention.py`.
+backward pass on a CPU; benchmarks/attention.py times the alternatives). Run it: `python attention.py`.
 """
 
 import math
@@ -147,7 +147,7 @@ def causal_mask(T, S, device=None):
 
 
 def padding_mask(real, T):
-    """real (B, S), True on real tokens -> (B, 1, T, S): causal, without the pads; a pad still sees itself."""
+    """real (B, S), True on real tokens -> (B, 1, T, S), queries the last T: causal, no pads; a pad sees itself."""
     key = torch.arange(real.shape[1], device=real.device)  # (S,)
     query = key[-T:, None]  # (T, 1)
     return ((real[:, None] & (key <= query)) | (key == query))[:, None]
@@ -220,8 +220,8 @@ class Attention(nn.Module):
         rope: (cos, sin), each (T, D) or (B, T, D), of the T new tokens' positions; None leaves positions out.
         mask: None is causal; else boolean, broadcastable to (B, H, T, S). It must hide the future itself; only this
             layer's window is added.
-        cache: a KVCache, or what has its `update`; or, with a window, a RollingKVCache: then mask must be None or
-            padding_mask's.
+        cache: a KVCache, or any object with its `update`; or, with a window, a RollingKVCache: then mask must be
+            None or padding_mask's.
         layer: which of the cache's layers this one is.
         last_only: the output of the last token alone, (B, 1, C); the cache still gets the keys and values of all T.
         """
@@ -314,9 +314,9 @@ class RollingKVCache(RowsOfRollingKVCache):
     def roll(self, layer, k, v, mask=None):
         """Store k and v, each (B, G, T, D), and return the keys, the values and the mask for these T queries:
 
-        T = 1    the filled slots, with the new token in its own, and no mask: all are visible
-        prefill  k, v and the mask as given; the layer adds the window
-        else     T > 1 or pads, later: what support/rolling_cache.py makes of it, the window in the mask
+        T = 1, no mask  the filled slots, with the new token in its own, and no mask: all are visible
+        the first call  k, v and the mask as given; the layer adds the window
+        any other call  the old slots, then k, v; the window is in the mask (support/rolling_cache.py)
 
         mask: None or padding_mask's, over all the tokens so far, (B, 1, T, length + T); only pads on the left.
         ValueError on another one, or on None after pads.

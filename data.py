@@ -46,18 +46,18 @@ each takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
-window once. An epoch leaves out fewer than two windows of tokens, others each time, as its windows begin elsewhere; but
-of a stream of two windows or more the last ones (tokens mod context) are never read.
+window once. An epoch leaves out fewer than two windows of tokens, not the same each time, as its first window begins
+elsewhere. But the last (tokens mod context) tokens of a stream of two windows or more are never read.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of what was said up to the first
 question decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice, and a
-conversation is with each longer one that begins as it does. (But of gsm8k's train file the last 500 problems are
-valid.) The built-in stories are split by what happens in them, so that no test story is in train with another question
-or as the beginning of a longer one (support/word_problems.py).
+conversation is in the split of each longer one that begins like it. (But of gsm8k's train file the last 500 problems
+are valid.) The built-in stories are split by what happens in them, so that no test story is in train with another
+question or as the beginning of a longer one (support/word_problems.py).
 
-**A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name. A start
-that the stage needs is pretrained and fine-tuned on it, and its verifier judges the answers (tests/test_tasks.py has an
-example):
+**A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name. If a
+stage needs a checkpoint to start from, that is trained on the task too, and the task's verifier judges the answers
+(tests/test_tasks.py has an example):
 
     def sums(split, n, levels, seed): ...          in support/sums.py: at most n tuples ("2 + 3?", "#### 5", "5"), no
                                                    question in two splits (support.splits.split_of says which)
@@ -92,11 +92,11 @@ class Problem:
     """A question and how it is answered.
 
     `answer` is canonical (support/answers.py), and the last line of `solution` is `#### answer`, or what the task has
-    instead; "" if no answer can be checked, and `solution` is free text. `level` is the number of arithmetic steps;
-    `story` the theme, or "gsm8k", or "file". In a longer conversation `history` holds what was said before the
+    instead. If no answer can be checked, `answer` is "" and `solution` free text. `level` is the number of arithmetic
+    steps; `story` the theme, or "gsm8k", or "file". In a longer conversation `history` holds what was said before the
     question, as (role, content). `rating` is that of a rated solution, 1 to 5. `task` is the row of TASKS whose
-    verifier judges the answers; "" takes the usual one, the number after ####. `calls` is the solution with
-    the calls of a calculator in it, `<<48/2=24>>24`, where they are known: what agent.py demonstrates.
+    verifier judges the answers; "" takes the usual one, the number after ####. `calls` is the solution with the calls
+    of a calculator in it, `<<48/2=24>>24`, where they are known: what agent.py demonstrates.
     """
 
     question: str
@@ -206,8 +206,8 @@ def make_problems(name, split, n, levels=(1, 2), seed=0):
 
 
 def load_text(name=DEFAULT_TASK, split="train", skip_bad=False):
-    """The documents of a split, "train" or "valid", for pretraining -> [str, …]: a task's `text`, if it has one; else
-    of problems each question and its solution, in a conversation after what was said before."""
+    """The documents of a split, "train" or "valid", for pretraining -> [str, …]: a task's `text`, if it has one; of
+    other problems what was said before, the question and the solution; of plain text its documents."""
     name = str(name)
     check_split(split, ("train", "valid"))
     if task_of(name).text:

@@ -5,8 +5,8 @@ no reward, no group, no luck needed. The student meets its own mistakes, and lea
 them, which no text of the teacher shows.
 
 At one place of a text, π is the student's distribution of the next token and z its logits (divided by --temperature);
-p is the teacher's, which has no gradient. β (--beta, from 0 to 1) says which way round they are compared; it is not the
-weight of a KL that --beta is in dpo.py, ppo.py and grpo.py:
+p is the teacher's, which has no gradient. β (--beta, from 0 to 1) says which way round they are compared; it is not
+the weight of a KL, as --beta is in dpo.py, ppo.py and grpo.py:
 
     β = 0     D = KL(p ‖ π) = Σ_v p(v) log(p(v) / π(v))       forward: say all that the teacher might say
               ∂D/∂z_v = π(v) − p(v)
@@ -21,8 +21,8 @@ Whose texts? The student's for a share λ of a step's questions (--on_policy), t
 by λ who writes a whole batch. No gradient goes through the sampling: what a token does to later ones is left out.
 
 --loss sample needs of the teacher only the probability of the token y_t that stands in the text (an API often gives no
-more): L = −Σ_t m_t A_t log π(y_t) / n_tokens. Its value means nothing. Which divergence's gradient it has in the mean
-depends on who wrote the text:
+more): L = −Σ_t m_t A_t log π(y_t) / n_tokens. Its value means nothing. Its mean gradient is that of a divergence, and
+which one depends on who wrote the text:
 
     y ~ π     A_t = r_t = log p(y_t) − log π(y_t), without a gradient: a policy gradient with a reward per token.
               ∇KL(π ‖ p) = Σ_v ∇π(v) (log(π(v) / p(v)) + 1) = E[−r ∇log π(y)]       as ∇π = π ∇log π and Σ ∇π = 0
@@ -47,20 +47,20 @@ The defaults compare whole distributions by the forward KL, on the student's tex
 teacher is the built-in start taken through grpo.py, the student a model of half its width, pretrained and fine-tuned
 alike; both are made once, under runs/start. Off: the teacher's texts, --loss sample, self-distillation, LoRA.
 
-Compared in results/distill.md, each at the best of four learning rates (for most of them the highest or the lowest of
-the four, so not an optimum): the teacher's texts, SFT on them and the reverse KL end at no significantly different
-accuracy. The sampled token ends far lower; its gradient is noisier and its rate lower, and the two are not separated.
+In results/distill.md each variant has the best of four learning rates (for most the highest or the lowest of the four,
+so not an optimum). The teacher's texts, SFT on them and the reverse KL do not differ significantly in accuracy from the
+default loss and texts. The sampled token ends far lower; its noisier gradient and its lower rate were not tested apart.
 
 Self-distillation (arXiv:2601.19897): --teacher self is the student as it is now, with a longer prompt. --teacher_sees
-example puts a worked example before the question (another training problem, solved), solution this problem's own. What
-the student knows with it, it learns to know without. A teacher that does not move: --teacher with the path of --init.
+example puts another training problem, solved, before the question; solution puts this problem's own solution there. The
+student learns to answer without it as it does with it. A teacher that does not move: --teacher with the path of --init.
 
 Traps:
   * The jump at the ends. D goes to 0 as β does, like β KL(p ‖ π), and likewise at 1 (`demo`): at β = 0.01 the gradient
     is nearly that of β = 0, a hundred times smaller. SGD steps a hundred times less, and the norm's clip no longer
     acts; Adam and Muon rescale the gradient and hardly notice.
-  * The KL on the student's texts is another number than on the teacher's. `reverse_kl` is logged of all texts, with
-    --loss sample of the student's alone. Between runs compare the report's KL to the teacher, of the student's texts.
+  * The KL on the student's texts is another number than on the teacher's. `reverse_kl` is a mean over all texts,
+    with --loss sample over the student's. To compare runs take the report's KL to the teacher, on the student's texts.
   * r is a weight, not a loss: log π(y) − log p(y), differentiated, has gradient 0 in the mean (`demo`).
   * What the student never says, the reverse KL does not teach: π(v) is a factor of its gradient in z_v.
   * The teacher reads the ids that the student wrote, never the text encoded again: both need the same tokenizer.
@@ -280,10 +280,10 @@ def main(config):
 
     for step in run.steps():
         # 1. write: the student answers the questions, or the teacher some of them; n·R answers, lists of ids
-        texts = writers(step, start.slots)
+        texts = writers(step, start.slots)  # slots: the places of this rank's n questions among the N
         (n_tokens,) = dist.sum(texts.n_tokens)  # of all ranks, before the cut into pieces
         run.state.tokens += n_tokens
-        recorder.texts(texts, n_tokens)
+        recorder.texts(texts, n_tokens)  # for view.py; it changes nothing in the training
 
         # 2. compare: what student and teacher think at every token
         pieces, sums = pieces_of(texts, config.micro_batch, tokenizer.endoftext_id, dist.device), {}

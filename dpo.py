@@ -25,7 +25,7 @@ Before the first step (--pairs sampled) the policy is the model from SFT. It ans
 
     pairs = pairs_of_run(policy, …)           R answers per prompt, judged by the verifier. A right one and a wrong one
                                               are a pair. The right one must have ended; the wrong one may be cut off.
-                                              An answer is in one pair at most, and a held-out prompt gives one. log
+                                              An answer is in at most one pair; a held-out prompt gives at most one. log
                                               π_ref of both answers is computed now, once.
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
@@ -47,8 +47,8 @@ of transformer.answer_logprobs).
 
 The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, Muon at 2e-4) plus an SFT loss on the chosen
 answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**; with its paper's settings --nll 0 --beta 0.1 --batch
-64 --optimizer adamw --lr 1e-6 --warmup 150 (there RMSprop, and up to 6B weights). Off: the other variants, which stand
-in the table above VARIANTS with their papers' flags, label smoothing, LoRA, dropout.
+64 --optimizer adamw --lr 1e-6 --warmup 150 (there RMSprop, and up to 6B weights). Off: label smoothing, LoRA, dropout,
+and the other variants; the table above VARIANTS has them, and below it stand their papers' flags.
 
 Traps:
 * The logged loss, which also chooses the checkpoint, is the sum of both terms; only the first is ln 2 at the start.
@@ -91,7 +91,7 @@ from support.variants import VariantFlags, check_config, check_loss
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objective. Pure functions of u and v, (b,) each -> the loss of each pair (b,). u and v are those of the docstring;
-# a variant may take means per token for the sums, or leave π_ref out (`Variant`). h = β (u − v); σ'(x) = σ(x) σ(−x).
+# a variant may take means per token, not sums, or leave π_ref out (`Variant`). h = β (u − v); σ'(x) = σ(x) σ(−x).
 
 
 def sigmoid_loss(u, v, beta, label_smoothing=0.0):
@@ -188,7 +188,7 @@ class Variant:
 # --variant          u, v   loss of a pair                   a token of y_w                a token of y_l
 # sigmoid            sums   −log σ(h)                        −β σ(−h)                      +β σ(−h)
 # length_normalised  means  −log σ(h)                        −β σ(−h) / |y_w|              +β σ(−h) / |y_l|
-#   both with ε             −(1 − ε) log σ(h) − ε log σ(−h)  σ(−h) − ε for σ(−h)           σ(−h) − ε for σ(−h)
+#   both with ε             −(1 − ε) log σ(h) − ε log σ(−h)  σ(−h) becomes σ(−h) − ε       σ(−h) becomes σ(−h) − ε
 # hinge              sums   max(0, 1 − h)                    −β, or 0 if h > 1             +β, or 0 if h > 1
 # ipo                sums   (u − v − 1/(2β))²                2 (u − v − 1/(2β))            −2 (u − v − 1/(2β))
 # ipo_mean           means  (u − v − 1/(2β))²                2 (u − v − 1/(2β)) / |y_w|    −2 (u − v − 1/(2β)) / |y_l|
@@ -334,7 +334,7 @@ class Config(VariantFlags, RecordFlags, PairFlags):
     variant: Literal[tuple(VARIANTS)] = "sigmoid"
     """The loss of a pair, or with kto of an answer that is good or bad."""
     beta: Positive = 0.3
-    """Weight of the KL in the problem that DPO solves. Larger: closer to the reference. orpo: of the odds ratio."""
+    """Weight of the KL in the problem that DPO solves; larger: nearer π_ref. orpo: of the odds; simpo: scale of h."""
     nll: Amount = 1.0
     """Weight of the chosen answers' own loss, −log π(y_w) / |y_w|: each answer's mean per token. 0 is plain DPO."""
     dropout: FractionBelow1 = 0.0

@@ -23,7 +23,7 @@ equal: problems that are easy or hard for both move the two accuracies alike, an
     McNemar       p = 2 Σ_{i ≤ min(lost, gained)} C(m, i) / 2^m, at most 1: how often m coins are at least as uneven
     the gain      d = (gained − lost) / N, a mean of 1, −1 and 0, has the variance (p_gained + p_lost − d²) / N, where
                   p_gained = gained / N and p_lost = lost / N. Its interval is d ± z √variance with gained + 1,
-                  lost + 1, N + 2 in their places: its centre is nearer 0 than the gain, and it has a width if m = 0
+                  lost + 1, N + 2 in their places: its centre is nearer 0 than the gain, and m = 0 gives a width too
 
 Wilson's interval and these two are for verdicts of 0 or 1, so pass@k and token F1 have no interval here.
 
@@ -44,7 +44,7 @@ Traps:
     as right. Read `cut off` before the accuracy, and a dozen answers before either.
   * These intervals are over problems. Another seed of the training is another model: ablate.py pairs over seeds.
 
-Also here, for every stage: METRICS, the figures that are measured, logged and drawn; and the KL of a sampled token.
+Also here, for every stage: METRICS, the figures that are measured, logged and drawn; and `kl_estimate`.
 
 Run it:
     python evaluate.py --demo                                        # by hand, on numbers small enough for a pencil
@@ -152,7 +152,7 @@ def paired_interval(lost, gained, N, z=1.96):
 
 def compare(first, second):
     """Two lists of verdicts on the same N problems, of A and of B -> {"difference": of the accuracies, "low", "high",
-    "p", and how often "only_first", A, and "only_second", B, is right}."""
+    "p", and how many problems A alone ("only_first") and B alone ("only_second") gets right}."""
     lost = sum(a > b for a, b in zip(first, second, strict=True))
     gained = sum(b > a for a, b in zip(first, second, strict=True))
     low, high = paired_interval(lost, gained, len(first))
@@ -192,8 +192,8 @@ class Metric(NamedTuple):
     of_problem: Callable[[Problem], bool] = lambda problem: True  # whether a problem has this figure
 
 
-# A new metric is a row here, and no more: evaluated, logged, tabled and drawn by each stage under its name, which must
-# be none that a stage's log has already.
+# A new metric needs a row here and no more: each stage evaluates, logs, tables and draws it under its name. No stage's
+# log may have this name already.
 METRICS = {
     "accuracy": Metric(lambda a: a.correct, "accuracy, greedy", "share correct"),
     "story_kept": Metric(
@@ -283,13 +283,13 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     """What a sampled token says of KL(π ‖ π_ref), elementwise (J. Schulman, "Approximating KL divergence", 2020).
 
     With x = π_ref(y) / π(y), y ~ π:  estimate            its gradient     that gradient's mean over y ~ π
-        k1 = −log x                   unbiased, any sign  ∇log π           0, so never put it in the loss
+        k1 = −log x                   unbiased, any sign  ∇log π           0: in the loss it needs ρ
         k2 = (log x)² / 2             biased, ≥ 0         −log x · ∇log π  ∇KL(π ‖ π_ref)
         k3 = x − 1 − log x            unbiased, ≥ 0       (1 − x) ∇log π   ∇KL(π_ref ‖ π), close to k2's near π_ref
 
     by ∇log x = −∇log π, E[∇log π] = Σ ∇π = 0 and E[x ∇log π] = Σ π_ref ∇log π = −∇KL(π_ref ‖ π). So k1 belongs in the
-    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it. In the loss k2 has that gradient, and so has ρ k3,
-    with ρ = π / π_old: 1 on fresh samples, but with a gradient. GRPO's paper has k3 alone: the other KL's (grpo.py).
+    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it. In the loss k2 has that gradient, as have ρ k1
+    and ρ k3, with ρ = π / π_old: 1 on fresh samples, but with a gradient. GRPO's paper has k3 without ρ (grpo.py).
     """
     log_x = ref_logprobs - logprobs
     if kind == "k1":
@@ -406,7 +406,7 @@ def main(config):
 
     record = {"settings": asdict(config), "commit": commit(), "results": results}
     checked = measure_of(problems) != "f1"  # else free text: token F1 alone says something
-    if config.against and checked:  # the first of the pair is `against`: the gain is that over it
+    if config.against and checked:  # A is `against`, B the checkpoint: the gain is B's over A
         record["pair"] = compare(results[1]["verdicts"], results[0]["verdicts"])
     if dist.is_main:
         write_report(config, folder, record, METRICS, checked)

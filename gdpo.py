@@ -32,8 +32,8 @@ Four groups of four answers in one batch, two rewards of weight 1 (right, tidy);
     (1, 0) (0, 1) (0, 0) (1, 1)          0.00  0.00 -1.22  1.22         0.00  0.00 -1.38  1.38
 
 First group: right is rarer than tidy, its std is smaller, so it counts for more. Second and third: one answer earns one
-reward or both; GRPO divides that away in each group, GDPO has one scale for the batch. Fourth: GDPO collapses too,
-because the two rewards have equal weights and equal stds; other weights separate them, in both methods.
+reward or both; GRPO divides that away in each group, GDPO has one scale for the batch. Fourth: GDPO, too, gives (1, 0)
+and (0, 1) the same, as the two rewards have equal weights and equal stds; other weights separate them, in both methods.
 
 The defaults run GDPO on grpo.py's two rewards (right 1, format 0.1), all else as in grpo.py. --algorithm: grpo, dapo,
 gspo, cispo or sapo, which have GRPO's baseline and scale. Off by default: the reward for brevity, --conditioned.
@@ -43,10 +43,9 @@ Traps:
   counts as much as one that differs a lot.
 * The batch's std counts the groups without a signal. With one reward, and a share p of groups that differ, it is about
   √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them.
-* An easy reward is won first, if need be without the task: an empty answer is brief. --conditioned '[brevity]' pays
+* An easy reward is won first, even without solving the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). In results/gdpo.md (no KL penalty) format and brevity in a sum cost 4.3
-  points of accuracy, and in an earlier version some seeds learned to stop halfway: brief, tidy and wrong. The condition
-  by itself gains 3.5 points [-2.7, 9.8], not significant.
+  points of accuracy. The condition by itself gains 3.5 points [-2.7, 9.8], not significant.
 * --conditioned pays 0 in a wrong answer. For a penalty 0 is the best there is: a reward below 0 is refused.
 
 The log has, of both methods, how many different advantages a batch gets (`values_…`) and the share of groups in which
@@ -85,12 +84,13 @@ def gdpo_advantages(rewards, weights=None):
     weights = [1.0] * M if weights is None else weights
     z = [group_advantages(rewards[..., k]) for k in range(M)]  # M of (N, R), mean 0 in each group
     s = sum(w * z_k for w, z_k in zip(weights, z, strict=True))  # (N, R)
+    s = s.masked_fill(s.abs() < 1e-6 * sum(abs(w) for w in weights), 0.0)  # opposite z's, exactly, not up to rounding
     return s / (s.std() + 1e-4) if s.numel() > 1 else s  # (N, R)
 
 
 def condition(rewards, k, needed):
     """rewards (N, R, M) -> a copy in which reward k is 0 wherever reward `needed` is below the threshold 1 (§3.2).
-    ConfigError if it is a penalty."""
+    k, needed: which of the M. ConfigError if reward k is a penalty, below 0 anywhere."""
     if (lowest := rewards[..., k].min()) < 0:
         raise ConfigError(f"a --conditioned reward is {lowest:g}: a wrong answer, which is paid 0, would escape it")
     rewards = rewards.clone()
@@ -160,7 +160,7 @@ class Config(grpo.Config):
             refuse_replaced(self)  # before the algorithm's row fills them in
         super().__post_init__()
         if self.combine == "gdpo":
-            self.baseline = self.scale = None  # gdpo_advantages has its own; grpo.main's KL in the reward reads mean
+            self.baseline = self.scale = None  # gdpo_advantages has its own; for --kl_in reward grpo.main takes mean
         check_conditioned(self.conditioned, reward_functions(self, grpo.REWARDS)[1])
 
 
@@ -172,13 +172,13 @@ def gdpo_advantages_of(rewards, reward_weights, config, lengths=None):
     else:
         by_sum = group_advantages(reward_sums(rewards, reward_weights))  # (N, R), for the log alone
     figures = {}
-    if lengths is not None:  # grpo.main leaves them out where it asks only which groups have a signal
+    if lengths is not None:  # None: grpo.main asks only which groups have a signal
         figures = collapse({"grpo": by_sum, "gdpo": by_gdpo}, rewards)
     return by_sum if config.combine == "sum" else by_gdpo, figures
 
 
 def conditioned_rewards(batch, reward_weights, config):
-    """Replaces grpo.paid_rewards: (n, R, M), the rewards of --conditioned 0 where the answer is wrong."""
+    """Replaces grpo.paid_rewards: (n, R, M) of this rank's n questions, those of --conditioned 0 in wrong answers."""
     rewards, names = grpo.paid_rewards(batch, reward_weights, config), list(reward_weights)
     for name in config.conditioned:
         rewards = condition(rewards, names.index(name), names.index("correct"))

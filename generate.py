@@ -38,7 +38,7 @@ What makes it fast:
 
 What a row says does not depend on the rows beside it, on when they leave, or on how a batch is spread over GPUs: the
 table u fixes all randomness beforehand. That holds up to rounding. In fp32 the rows agree; in bf16 a batch of another
-size rounds differently, and a token on the border of two may fall to the other.
+size rounds differently, and a u on the border of two tokens may draw the other.
 
 Letters: N prompts, n rollouts each (R in the chapters that train on them), B rows still in the batch, S length of the
 longest prompt, T of the longest completion, V vocabulary.
@@ -168,14 +168,14 @@ def generate(
     """Continue N prompts (lists of ids), n rollouts each; rows i·n … i·n + n − 1 belong to prompt i. -> Rollout
 
     A row ends with a stop id, which it keeps, or after max_new_tokens. Raises ConfigError on an empty prompt, or one
-    that leaves no room in the context; DivergedError, which is one too, on logits that are not finite.
+    that leaves no room in the context; DivergedError, a ConfigError too, on logits that are not finite.
 
     generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
-    on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; may return the rows to end
-        there, (N·n,) bool. live is False, and the id 0, also where `write` wrote.
-    write: called as write(ids (N·n,), live (N·n,)), written ids included; returns the ids that rows must take next
-        instead of sampling, (N·n,), −1 where a row samples. Such tokens are read as any other and count in
-        max_new_tokens, but are not the policy's: mask False.
+    on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; live: which rows sampled, the
+        id is 0 elsewhere. May return the rows to end there, (N·n,) bool.
+    write: called as write(ids (N·n,), live (N·n,)), where live holds rows that took a written id too; returns the ids
+        that rows must take next instead of sampling, (N·n,), −1 where a row samples. Such tokens are read as any other
+        and count in max_new_tokens, but are not the policy's: mask False.
     memory: bytes for the key/value cache, default half of what is free. Prompts that do not fit together are taken one
         batch after the other, which changes no row except by rounding. With on_tokens or write all are one batch.
     static: decode with fixed shapes (StaticStep of support/fast_decode.py) where the layout allows it, default on a

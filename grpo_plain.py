@@ -1,9 +1,9 @@
 """GRPO on one page: what `python grpo.py --dtype fp32` computes, and nothing around it.
 
 Ask N questions, let the policy π answer each R times, check the answers, compare each with its siblings, and make the
-better ones more likely. With π_old the policy when it sampled, π_ref the policy before training, and B the answers of
-an update (arXiv:2402.03300, Eq. 3 and 4, with two changes: ρ before k3; and a group whose A are all 0 adds nothing, not
-even its KL, though B counts it):
+better ones more likely. y_it is token t of answer i, π_old the policy that sampled it, π_ref that before training, B
+the number of answers in an update. It is Eq. 3 and 4 of arXiv:2402.03300 with two changes: ρ before k3; and a group
+whose A are all 0 adds nothing, not even its KL, though B counts it:
 
     A_i  = (r_i − mean(r)) / (std(r) + 1e-4)            over the R answers of a group, the std with R − 1
     ρ_it = π(y_it) / π_old(y_it)                        1 in a batch's first update, near 1 in the second
@@ -14,7 +14,7 @@ One process, fp32, no resuming, no log but what it prints; the policy ends in ru
 several processes and bf16 (its default where the hardware has it), resumes, keeps logs, reads a prompt once for its R
 answers, and has the derivation and the rest of the family. In fp32 it computes the same from the same start:
 tests/test_grpo_plain.py trains both and compares the weights. (A start that has to be made first, by pretraining and
-SFT, is made in the hardware's default dtype, as by grpo.py.) Try an idea in this file first.
+SFT, is made in the hardware's default dtype, as by grpo.py without --dtype.) Try an idea in this file first.
 
 Run it (without --init it makes its start, as grpo.py does, or takes the one that is there):
     python grpo_plain.py --demo                 a group of four answers, by hand
@@ -43,7 +43,7 @@ from support.sft_start import sft_start
 from support.verified import PolicyConfig
 from transformer import answer_logprobs
 
-# The flags of grpo.py that these are, with the same defaults:
+# Each is a flag of grpo.py, with the same default:
 N, R, L = 12, 8, 64  # --prompts, questions a step; --rollouts, answers to each; --max_new_tokens of an answer
 UPDATES = 2  # --minibatches, optimizer steps for each batch of answers; question g belongs to update g % UPDATES
 EPSILON, BETA = 0.2, 0.3  # --clip_low and --clip_high of ρ; --beta of the KL
@@ -58,11 +58,11 @@ def group_advantages(rewards):
 
 
 def grpo_loss(logprobs, old, A, mask, ref, B):
-    """log π, log π_old (b, T), each 0 on padding; A (b,); mask, log π_ref (b, T) -> the loss, a scalar. b: the answers
-    that are scored; B: those of the update, left-out groups included."""
+    """log π, log π_old, mask and log π_ref (b, T), the logs 0 on padding; A (b,) -> the loss, a scalar. b: how many
+    answers are scored; B: how many the update has, left-out groups included."""
     rho, A = (logprobs - old).exp(), A[:, None]  # (b, T), (b, 1)
     gain = torch.minimum(rho * A, rho.clamp(1 - EPSILON, 1 + EPSILON) * A)
-    k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)  # (b, T); ∇(ρ k3): in the mean ∇KL(π ‖ π_ref) of the next token
+    k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)  # (b, T); over y_t ~ π_old, ∇(ρ k3) has the mean ∇KL(π ‖ π_ref)
     per_answer = ((gain - BETA * rho * k3) * mask).sum(1) / mask.sum(1)  # (b,) a mean over its tokens
     return -per_answer.sum() / B
 
@@ -79,7 +79,7 @@ def demo():
     for i, word in enumerate(("right", "wrong", "wrong", "right")):
         print(f"{word}   {A[i]:+.2f}   {rho[i, 0]:.2f}   {rho[i, 1]:.2f}      {gets[i, 0]:+7.2f} {gets[i, 1]:+7.2f}")
     expected = 100 * rho * A[:, None] / 8
-    expected[0, 0] = expected[1, 1] = expected[2, 0] = 0  # up far enough; down far enough, twice
+    expected[0, 0] = expected[1, 1] = expected[2, 0] = 0  # ρ > 1 + ε and A > 0; ρ < 1 − ε and A < 0, twice
     assert torch.allclose(gets, expected, atol=1e-3)
 
 
@@ -108,11 +108,9 @@ def main(config):
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     policy.eval()  # without dropout, which would make ρ differ from 1 on fresh answers
     reference = copy.deepcopy(policy).requires_grad_(False)
-    train, valid, test = (
-        load_problems(split="train"),
-        load_problems(split="valid", n=200),
-        load_problems(split="test", n=1000),
-    )
+    train = load_problems(split="train")
+    valid = load_problems(split="valid", n=200)
+    test = load_problems(split="test", n=1000)
     # Muon for the blocks' matrices, AdamW for the rest, both at the same rate (optim.py)
     optimizers = make_optimizers(policy, "muon", config.lr, weight_decay=0.0, betas=(0.9, 0.999))
     before = evaluate(policy, tokenizer, test, L, dist)["accuracy"]

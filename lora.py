@@ -11,16 +11,16 @@ One layer:
     forward   low = A x                            (..., in) -> (..., r)
               y = W x + s B low                    (..., out)
               y = m / ‖W + s B A‖ ⊙ y              DoRA only; a bias is frozen, and added after it
-    backward, one token (those of A, B and m add up over tokens); g = dL/dy (out,); δ = g, for DoRA δ = m / ‖V‖ ⊙ g:
+    backward, one token (gradients of A, B, m add up over tokens); g = dL/dy (out,); δ = g, for DoRA δ = m / ‖V‖ ⊙ g:
               dL/dB = s δ (A x)ᵀ                   (out, r)
               dL/dA = s (Bᵀ δ) xᵀ                  (r, in)
               dL/dx = Wᵀ δ + s Aᵀ (Bᵀ δ)           (in,)
               dL/dm = g ⊙ V x / ‖V‖                (out,)
     merge     W ← W + s B A,  or m / ‖V‖ ⊙ V       a plain Linear again: no cost in decoding
 
-dL/dW = δ xᵀ, a third of the work of a full training step, is never formed. Without a gradient W needs no moments in
-Adam either: of 16 bytes per weight (itself, its gradient, two moments, in fp32) 4 remain, under Muon, which has one
-moment, of 12. Activations stay: dL/dA needs x.
+dL/dW = δ xᵀ, a third of the work of a full training step, is never formed. Without a gradient W needs no moments
+either: of 16 bytes per weight under AdamW (itself, its gradient, two moments, in fp32) 4 remain, and of the 12 under
+Muon, which has one moment, also 4. Activations stay: dL/dA needs x.
 
 `rank` is 0 by default: every stage trains all weights. With --lora.rank 8 the defaults run LoRA with α = 16 on all
 Linear layers of attention and feed-forward (of a mixture: the router and the shared experts); DoRA is off.
@@ -33,12 +33,12 @@ In a training stage whose Config has `lora: LoraConfig` (all from sft.py on but 
     with lora_off(policy): ...                                   # the model as it came: the reference policy of DPO,
                                                                  # PPO and GRPO, with no second copy in memory
 
-Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A's is 0 in the first step. A is
-drawn from U(−1/√in, 1/√in), as nn.Linear's and PEFT's (in the paper Gaussian). s = α/r is for Adam. Take one token x:
-Adam's first step moves each B_ij by lr against the sign of δ_i (A x)_j, so the r terms of (B A x)_i have one sign and
-add up; 1/r undoes that, and the learning rate survives a change of r. Under Muon B A x grows only as √r, so there a
-larger r learns more slowly. Weight decay pulls A and B towards 0, so LoRA's W' towards the given model; DoRA's m, a
-vector, does not decay, so there the directions alone go back.
+Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A's is 0 only in the first step.
+A is drawn from U(−1/√in, 1/√in), as in nn.Linear and PEFT (in the paper Gaussian). The 1/r in s is for Adam. Take one
+token x: Adam's first step moves each B_ij by lr against the sign of δ_i (A x)_j, so the r terms of (B A x)_i have one
+sign and add up; 1/r undoes that, and the learning rate survives a change of r. Under Muon B A x grows only as √r, so
+there a larger r learns more slowly. Weight decay pulls A and B towards 0, so LoRA's W' towards the given model; DoRA's
+m, a vector, does not decay, so there the directions alone go back.
 
 Why DoRA: plain LoRA couples length and direction, a longer ΔW changes both. DoRA learns them apart, as weight
 normalisation does. (The paper takes columns; its authors' code and PEFT take output rows, and so does this file.) With

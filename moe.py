@@ -22,22 +22,22 @@ The default model has no mixture (n_expert = 0). With a mixture the defaults are
 every assignment served, and balancing by the Switch loss; shared experts, the bias and a capacity are off. An expert is
 ffn_width / (K + shared) wide, so a token costs what a dense feed-forward costs, plus E · C for the router.
 
-**Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Those
-also get all the training, so they become better and are picked more often. Left alone, a few take almost everything: in
+**Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Only
+these are trained, too, so they become better and are picked more often. Left alone, a few take almost everything: in
 results/moe.md the busiest gets 3.7 times the even share, of at most E / K = 4; in 600 steps that costs nothing
 significant. Against it, `--model.balancing`:
 
     aux     loss += 0.01 · E Σ_e f_e P_e     arXiv:2101.03961, Eq. 4: f the share of the assignments, P the mean
-                                             probability. It is 1 if f or P is even, and can be below 1 while the
-                                             load is uneven: so watch the load, not this loss. f is a count, so the
-                                             gradient goes through P. A large weight (--aux_weight) costs loss, a
-                                             small one does not balance
+                                             probability. E Σ f P is 1 if f or P is even, and can be below 1 while
+                                             the load is uneven: watch the load, not this loss. f is a count, so the
+                                             gradient goes through P. A large weight (--aux_weight, here 0.01) costs
+                                             loss, a small one does not balance
     bias    b_e ← b_e ± 0.001, each step     arXiv:2408.15664: + if expert e had less than its share, − if it had more.
                                              b decides who is chosen, never with what weight: no gradient, no term in
                                              the loss. --bias_rate sets the pace, and the swing that remains
     none
 
-aux is the Switch loss. With each of the three pretrain.py also adds the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), 0.001
+aux is the Switch loss. Whichever is chosen, pretrain.py adds the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), 0.001
 (--z_weight) · mean(logsumexp(logits)²): it keeps the logits small, so that the softmax does not saturate.
 
 The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one token; the losses are means over T:
@@ -73,9 +73,9 @@ grows.)
   dropped depends on the other tokens of the micro-batch. With K > 1 even later tokens count, because their first
   choices are served before its second. So with a capacity the model is not causal: decoding token by token would not
   give what one pass gives. Hence a capacity acts in training mode only, and an opened checkpoint has none.
-* A step in micro-batches. Independent of the cut are the bias, whose counts add up over micro-batches and DDP ranks,
-  and the z-loss, a mean over tokens. Dependent are a capacity and the Switch loss: a mean of products f P is not the
-  product of the means. It asks each micro-batch of each rank to be even, a little more than asking it of the whole.
+* A step in micro-batches. The bias does not depend on the cut, as its counts add up over micro-batches and DDP ranks;
+  nor does the z-loss, a mean over tokens. A capacity does; so does the Switch loss: a mean of products f P is not
+  the product of the means. It asks each micro-batch of each rank to be even, a little more than asking it of the whole.
 * An expert without tokens has a gradient of 0, not None. AdamW lets it come to rest in tens of steps; Muon, which
   normalises the momentum, drives it on in its last direction for hundreds.
 
@@ -148,8 +148,8 @@ def dense_experts(x, index, weights, gate, up, down):
 
 
 def experts_loop(x, tokens, n_rows, gate, up, down):
-    """A loop over the experts. x (T, C), tokens (rows,) sorted by their expert, of which n_rows (E,) go to each -> the
-    experts' outputs for these rows of x, (rows, C)."""
+    """A loop over the experts. x (T, C); tokens (rows,), the rows of x to compute, expert 0's first; n_rows (E,), how
+    many are each expert's -> the experts' outputs for these rows of x, (rows, C)."""
     # unbind, not gate[e]: the gradient of an index is a whole (E, inner, C) of zeros, and there would be E of them.
     gates = [None] * len(up) if gate is None else gate.unbind()
     pieces = zip(x.index_select(0, tokens).split(n_rows.tolist()), gates, up.unbind(), down.unbind(), strict=True)
@@ -162,7 +162,7 @@ def sparse_experts(x, index, weights, gate, up, down, keep=None, experts=experts
     computes the products: `experts_loop`, or a faster equal of it (support/expert_products.py)."""
     T, K = index.shape
     chosen = index.flatten()  # (T·K,), entry t·K + k is token t's k-th choice
-    order = chosen.argsort(stable=True)  # the assignments sorted by expert; order // K are their tokens
+    order = chosen.argsort(stable=True)  # the entries, sorted by expert; order // K: their tokens
     if keep is not None:
         order = order[keep.flatten()[order]]
     n_rows = histogram(chosen[order], len(up))  # (E,)

@@ -23,7 +23,7 @@ LayerNorm is RMSNorm of x − μ, plus b; on the way back the gradient loses its
 because x − μ = P x with the symmetric matrix P = I − 1 1ᵀ / C, which subtracts the mean. So dL/dx is P times RMSNorm's
 gradient at x − μ; and P x̂ = x̂, because x̂ has mean 0 already.
 
-Where it stands, x the residual stream and f a branch (attention or feed-forward), `place` below:
+Where it stands (`place` below), with x the residual stream and f a branch (attention or feed-forward):
 
     post       x ← Norm(x + f(x))          Vaswani et al. 2017: each norm rescales the stream itself
     pre        x ← x + f(Norm(x))          arXiv:2002.04745: nothing stands in the stream but one norm at its end
@@ -36,20 +36,20 @@ The default model runs RMSNorm before each branch (pre) with ε = 1e-6, and on t
 The trap is precision. In fp16 squares above 65,504 are infinite, so an activation of 256 is enough to make the
 statistics inf. They are taken in fp32 at least, and the result returns in the input's dtype.
 
-The gradient. From r² = mean(x²) + ε follows ∂r/∂x_j = x_j / (C r) = x̂_j / C, so ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) /
-r; multiplied by u_i and summed over i that is RMSNorm's dL/dx above. In words: the part of u along x̂ is removed (up to
-ε), as stretching x changes nothing; the rest is divided by r, so the larger x, the smaller the gradient that goes back.
+The gradient. r² = mean(x²) + ε gives ∂r/∂x_j = x_j / (C r) = x̂_j / C, so ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / C) / r with
+δ_ij = 1 if i = j, else 0. Times u_i, summed over i, that is RMSNorm's dL/dx above. In words: the part of u along x̂ is
+removed (up to ε), as stretching x changes nothing; the rest is divided by r: the larger x, the smaller the gradient.
 
-What the missing mean changes. RMSNorm saves a reduction and a bias and trains as well (results/norm-kind.md). But it
+What the missing mean changes. RMSNorm saves a reduction and a bias, at no significant cost (results/norm-kind.md). It
 notices a constant that is added to x: it divides by √(σ² + μ²), LayerNorm by σ, so the differences between the features
 come out 1 / √(1 + μ²/σ²) times as large as LayerNorm's. For C independent features of mean 0, μ is about σ/√C, and
 nothing is lost. And as the two are equal on centred vectors, a trained pre-norm LayerNorm model becomes an RMSNorm one
-by centring what writes into the stream: matrices, their biases, the embeddings; a norm's b goes into the matrices that
-read it (arXiv:2305.14858).
+by centring what writes into the stream: matrices, their biases, the embeddings (untied from the output). A norm's b,
+times the matrix that reads it, goes into that matrix's bias (arXiv:2305.14858).
 
 What the placement changes in a stack whose branches each put out as much variance as comes in (`deep_stack` below).
-(A block is one branch here; a transformer's has two, so its depth counts double. transformer.py's begin smaller, see
-the end.)
+(A block is one branch here; a transformer's has two, so its depth counts double. In transformer.py branches
+begin smaller, see the end.)
 
 * post: each norm divides x + f(x) by √2. On the way back the two paths double the gradient's square, and the norm
   halves it: all blocks' weights get gradients of one size. If each branch changes by a share δ in an independent
@@ -57,7 +57,7 @@ the end.)
   without one at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
 * pre: after l blocks the stream's variance is 1 + l, as each adds 1. On the way back the final norm divides the
   gradient by √(1 + depth). At each block k two gradients add up: the one past the branch, and the one through it, which
-  its norm divides by √k, the std that it reads: the sum is √(1 + 1/k) times as long. The product over k = l + 1 … depth
+  the norm in it divides by √k, its input's std: the sum is √(1 + 1/k) times as long. The product over k = l + 1 … depth
   is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l): deeper ones get smaller gradients. The same δ moves
   the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and one
   branch with large weights drowns all the others.

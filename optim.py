@@ -1,6 +1,6 @@
 """Optimizers: gradient descent, momentum, Adam, AdamW, Muon; the learning rate's schedule; clipping; the scaler.
 
-Given g = dL/dw, how far does each weight move? For a tensor w of any shape; g, m and v have its shape. η is the rate, λ
+Given g = dL/dw, how far does each weight move? w is a tensor of any shape; g, m and v have its shape. η is the rate, λ
 the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.95, 1e-8, Muon's μ is 0.95:
 
     gradient descent   w ← w − η g
@@ -8,8 +8,8 @@ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.9
     Adam               m ← β₁ m + (1 − β₁) g                         arXiv:1412.6980, Algorithm 1
                        v ← β₂ v + (1 − β₂) g²
                        w ← w − η m̂ / (√v̂ + ε)                        m̂ = m / (1 − β₁ᵗ),  v̂ = v / (1 − β₂ᵗ)
-    AdamW              w ← (1 − η λ) w, then Adam's step             arXiv:1711.05101, Algorithm 2, where λ meets the
-                                                                     schedule alone; here, as in torch, all of η
+    AdamW              w ← (1 − η λ) w, then Adam's step             arXiv:1711.05101, Algorithm 2, where the decay is
+                                                                     λ times the schedule; here, as in torch, η λ
     Muon               m ← μ m + (1 − μ) g,  X = (1 − μ) g + μ m     K. Jordan et al. 2024; m, X and w are matrices
                        X ← X / ‖X‖_F                                 (rows, columns), ‖X‖_F = √Σ X_ij²
                        X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X            five times; a, b, c = 3.4445, −4.7750, 2.0315
@@ -25,12 +25,12 @@ One step of training:
         g ← g / scale                  before anything looks at the gradients
         g ← g min(1, clip / ‖g‖)       ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
         w ← by Muon or AdamW           nothing moves if ‖g‖ is inf or nan: in fp16 the scale is then halved (and doubled
-                                       after 2,000 good steps in a row), otherwise the run stops
+                                       after 2,000 good steps in a row), else the run stops (pretrain.py may go on)
 
-The defaults run Muon on the matrices inside the blocks (attention, feed-forward, experts, their LoRA A and B) and AdamW
-on the rest (embeddings, output, routers, gains, biases), both at the same η, and clip at 1; PPO runs AdamW alone. η
-falls along a cosine to a tenth of the peak, in GRPO, GDPO, PPO and agent.py along a line to 0 (PPO's value head: not at
-all). Matrices and embeddings decay, gains, biases and learned positions do not: λ is 0.1 in pretraining, SFT and the
+The defaults run Muon on the matrices inside the blocks (attention and feed-forward, their LoRA A and B, experts) and
+AdamW on the rest (embeddings, output, routers, gains, biases), both at the same η, and clip at 1; PPO runs AdamW alone.
+η falls along a cosine to a tenth of the peak, in GRPO, GDPO, PPO and agent.py along a line to 0 (PPO's value head: not
+at all). Matrices and embeddings decay, gains, biases and learned positions do not: λ is 0.1 in pretraining, SFT and the
 encoder, 0.01 for reward models, elsewhere 0. β₂ is 0.999 in DPO, PPO, GRPO, GDPO and agent.py.
 
 Why:
@@ -43,9 +43,9 @@ With κ = h_max / h_min, the best η is 2 / (h_max + h_min): a step leaves (κ �
 e⁻² of it.
 
 Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign at every step stays at g/(1 + μ), with μ
-= 0.9 a nineteenth. As −η m = w(t) − w(t−1), on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), so w(t) is a sum of
+= 0.9 a 19th of it. As −η m = w(t) − w(t−1), on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), so w(t) is a sum of
 powers zᵗ of the roots of z² − (1 + μ − η h) z + μ (where they coincide, of zᵗ and t zᵗ). Both roots have size √μ as
-long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis whose η h lies between these bounds shrinks by √μ a step. To fit all in,
+long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis whose η h lies between these bounds shrinks by √μ a step. All do with
 
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
@@ -70,7 +70,7 @@ has the largest ⟨G, D⟩ = Σ G_ij D_ij? That depends on what size means (arXi
 
 The last bounds by how much the output of a layer y = W x changes: ‖D x‖ ≤ ‖x‖ for every x. With u_k, v_k the columns of
 U and V, ⟨G, D⟩ = Σ s_k u_kᵀ D v_k ≤ Σ s_k, and U Vᵀ has all of it, as each u_kᵀ U Vᵀ v_k is 1. A momentum is dominated
-by a few of these directions; U Vᵀ moves along all of them alike. It comes without an SVD: an odd polynomial of a
+by a few of these directions; U Vᵀ moves along all of them alike. No SVD is needed: an odd polynomial of a
 matrix acts on its singular values alone, (X Xᵀ) X = U S³ Vᵀ, and the five rounds bring all that begin above 0.002 to
 between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the small ones quickly, was worth more than that.
 The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2 √max(rows, columns) U Vᵀ moves a weight by
@@ -78,7 +78,7 @@ The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2
 
 Which one, at which rate. Muon is the default by choice, not by a finding: no page here separates the two. AdamW, whose
 step may be five times Muon's, wants a lower rate. Under AdamW, whose division by √v̂ limits the step already, clipping
-made no difference that five seeds show (results/grad-clip.md).
+made no difference to the loss that five seeds show (results/grad-clip.md).
 
 SGD, Adam and AdamW below are the plain form, to read and to test against; training runs torch's fused AdamW, which
 computes the same in one pass over the memory. Muon is ours. Run it: `python optim.py`.
@@ -143,7 +143,7 @@ class AdamW(Adam):
 
 def orthogonalise(m, rounds=5):
     """U S Vᵀ -> U S′ Vᵀ, S′ between 0.68 and 1.21 where S is above 0.002 ‖S‖: a stack of matrices (..., rows, columns),
-    each by itself. In autocast's dtype, which is exact enough."""
+    each by itself. Its products are in autocast's dtype, which is exact enough."""
     x = m.reshape(-1, *m.shape[-2:])  # (n, rows, columns)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1, or the polynomial blows up
     wide = m.shape[-2] <= m.shape[-1]

@@ -1,6 +1,6 @@
 """Positions: attention by itself sees a set of tokens, not a sequence. Three ways to tell it the order.
 
-    learned      x_p ← x_p + a row of a table                          GPT-2: simple; knows nothing past its last row
+    learned      x_p ← x_p + row p of a table                          GPT-2: simple; knows nothing past its last row
     sinusoidal   x_p ← √C x_p + PE[p]                                  Vaswani et al. 2017, §3.4 and 3.5
                  PE[p, 2i] = sin(p ω_i),  PE[p, 2i + 1] = cos(p ω_i)
     rotary       (a, b) ← (a cos pω_i − b sin pω_i,  a sin pω_i + b cos pω_i)              RoPE, arXiv:2104.09864,
@@ -14,8 +14,8 @@ neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, t
     cos, sin = κ cos(angles), κ sin(angles)                 (..., T, D) each, once for all layers; κ, the attention
                                                             factor, is 1 but for yarn
     q, k     = apply_rope(q, cos, sin), and k so too        (B, H, T, D), (B, G, T, D): in each layer; not the values
-    score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           q at position m, k at n, not yet rotated;
-                                                            R(m)ᵀ R(n) = R(n − m)
+    score    = ⟨R(m) q, R(n) k⟩ = ⟨q, R(n − m) k⟩           R(p): the rotation at position p. q is at m, k at n,
+                                                            neither yet rotated; R(m)ᵀ R(n) = R(n − m)
 
 So for given q and k the score depends on the distance n − m alone: attention is relative without a parameter, and a
 rotated vector keeps its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn
@@ -29,7 +29,7 @@ Hugging Face's form, says which pairs are slowed; its `factor` is s, but for dyn
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
                                                     between. s = f ℓ/L − (f − 1) for ℓ > L tokens, f the dict's factor
-    llama3    keep_i ω_i + (1 − keep_i) ω_i / s     keep_i rises from 0 at r_i = 1 to 1 at r_i = 4 (Llama 3.1's code)
+    llama3    keep_i ω_i + (1 − keep_i) ω_i / s     keep_i rises from 0 at r_i = 1 to 1 at r_i = 4 (Llama 3.1's dict)
     yarn      the same, keep_i from 0 at r_i = 1    arXiv:2309.00071; and scores times (0.1 ln s + 1)², a fit by its
               to 1 at r_i = 32                      authors
 
@@ -44,18 +44,18 @@ Traps:
   converts weights of the other kind.
 * "dynamic" changes ω as a sequence grows, but the keys in the cache were rotated by the old ω. So the longest length is
   given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives its context, so in it dynamic does nothing.
-* YaRN's keep_i goes by i between the two ends, as in its authors' code; the paper (§3.2) goes by turns.
+* YaRN's keep_i is linear in i between the two ends, as in its authors' code; in the paper (§3.2) it is linear in r_i.
 
 A small model trained on L = 64 bytes reads 4 L (nats per byte, one seed; results/benchmarks.md):
 
               first L   2nd L   4th L   after 40 steps on 4 L: first, 4th
     as is        0.56    1.02    2.95   0.62, 0.98
     linear       3.43    3.71    3.68   1.34, 1.29
-    dynamic      0.61    0.60    2.94   0.61, 1.04      the best on the 2nd L (tables for 4 L)
+    dynamic      0.61    0.60    2.94   0.61, 1.04      the best on the 2nd L (length = 4 L)
     llama3       1.15    1.59    1.65   0.65, 0.61
     yarn         0.90    1.05    1.13   0.59, 0.54      usable to 4 L, but worse on short texts until it is trained
 
-Letters: B batch, T time, C width, H heads, D head width. Run it: `python positional.py`.
+Letters: B batch, T time, C width, H query heads, G key/value heads, D head width. Run it: `python positional.py`.
 """
 
 import math
@@ -70,8 +70,8 @@ from support.rotation import fast_rotate
 
 
 class LearnedPositions(nn.Module):
-    """positions (..., T) -> (..., T, C): a row of a table of `max_len`. ValueError on a position outside it, but on a
-    GPU, where torch's own check stops the process."""
+    """positions (..., T) -> (..., T, C): a row of a table of `max_len`. ValueError on a position outside it; on an
+    NVIDIA GPU torch's own check stops the process instead."""
 
     def __init__(self, max_len, dim):
         super().__init__()
@@ -93,7 +93,7 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, context=None, length
     scaling: Hugging Face's `rope_scaling` (or `rope_parameters`) dict: its `rope_type` is default, linear, dynamic,
         yarn or llama3. A `rope_theta` inside it, as transformers 5 writes it, overrides `theta`.
     context: the model's max_position_embeddings. dynamic always needs it, yarn and llama3 where the dict does not say
-        what it was trained with.
+        at what length the model was trained.
     length: the longest sequence to come, default `context`; only "dynamic" looks at it.
     YaRN also turns the scores up: `rope_attention_factor` says by how much. Raises ValueError on a dict it cannot use.
     """

@@ -34,15 +34,15 @@ Both are a mean over a minibatch's tokens. One step, for N prompts with R answer
 the same five parts. The N·R answers are a *batch*, the R answers to one prompt a *group*; an optimizer step takes all
 answers to some of the prompts, a *minibatch*; a forward pass some of these, a *piece* of b answers. Four names say what
 an answer earns: *score* is the reward model's output; *paid* the score, normalised, less --missing_end where the answer
-was cut off; *final* what is paid, as it is or compared with --baseline's; *rewards* are per token: the KL penalty, plus
-`final` at the last:
+was cut off; *final* is paid itself, or paid compared within the group (--baseline); *rewards* are per token: the KL
+penalty, plus `final` at the last:
 
     batch  = sample(step)                              (N·R, T): ids, mask, log π_old                     1. ask
     scores = score(batch)                                                                       (N, R)    2. judge
     moments.add(scores)                                mean and std of all scores so far
     paid   = scores, normalised by these (default), less missing_end where cut off              (N, R)
     final  = paid; or less the mean of the prompt's answers; or win_rates(paid)                 (N, R)
-    minibatches  = minibatches_of(batch)                                                                  3. credit
+    minibatches  = minibatches_of(batch)               cut here: the next two lines read its pieces       3. credit
     old_values   = values_at_sampling(actor_critic)    V, no gradient                           (N·R, T)
     ref_logprobs = reference_logprobs(reference)       log π_ref, no gradient                   (N·R, T)
     rewards = token_rewards(old_logprobs − ref_logprobs, final)        the r_t above            (N·R, T)
@@ -73,7 +73,7 @@ fresh answers ρ is 1 (in bf16 near 1, as sampler and loss round differently).
 --value separate has a network of its own that starts from the reward model (as InstructGPT), but for its head; shared
 reads the policy's trunk, which is cheap, but the value loss pulls at the policy. --baseline wins: a reward model only
 compares answers to one prompt, and its level differs between prompts. So an answer is worth its chance to beat the
-prompt's other answers, less ½ (close to arXiv:2502.18770); V then predicts how far an answer will be from the others.
+prompt's other answers, less ½ (close to arXiv:2502.18770), and this is what V predicts.
 
 The reward model is a proxy and PPO finds where it errs. So each step also logs `correct`, the verifier's judgement of
 the same answers. No gradient sees it; the validation accuracy only chooses best/, and the table at the end is of last/.
@@ -109,7 +109,7 @@ from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
 # The objective, as pure functions of b answers of up to T tokens: a piece's in the losses, else all of a batch. Tensors
-# are (b, T) unless it is said; mask is True on an answer's tokens, which stand at the front.
+# are (b, T) unless said otherwise; mask is True on an answer's tokens, which stand at the front.
 
 
 def token_rewards(log_old_over_ref, final, lengths, beta):
@@ -159,7 +159,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
     with torch.no_grad():
         metrics = {
             "policy_loss": loss,
-            # of the tokens that the clip leaves no gradient; CleanRL counts every |ρ − 1| > ε
+            # the share of tokens whose gradient the clip removes; CleanRL counts every |ρ − 1| > ε
             "clip_fraction": masked_mean((clipped < plain).float(), mask),
             # two estimates of KL(π_old ‖ π), of tokens sampled by π_old: k2 = ½ (log ρ)², k3 = ρ − 1 − log ρ
             "approx_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k2"), mask),
@@ -256,7 +256,7 @@ def demo():
     show("reward r", rewards[0], "the KL penalty, and `final` at the end")
     show("value V", values[0], "the guess before each token")
     delta = [-0.1 + 0.6 - 0.4, 0.05 + 1.2 - 0.6, 1.0 + 0.0 - 1.2]  # r_t + V_{t+1} − V_t, γ = 1
-    show("δ = r + V' − V", delta, "by how much reward and guess rise")
+    show("δ = r + V' − V", delta, "its reward plus the rise of the guess")
     for lam in (0.0, 0.5, 1.0):
         A, targets = gae(rewards, values, mask, gamma=1.0, lam=lam)
         third = delta[2]
@@ -264,7 +264,7 @@ def demo():
         first = delta[0] + lam * second
         assert torch.allclose(A, torch.tensor([[first, second, third]]))
         assert torch.allclose(targets, A + values)
-        show(f"A, λ = {lam:g}", A[0], {1.0: "all later rewards less V", 0.0: "δ itself"}.get(lam, ""))
+        show(f"A, λ = {lam:g}", A[0], {1.0: "its own and all later rewards, less V", 0.0: "δ itself"}.get(lam, ""))
     assert torch.allclose(targets, rewards.flip(1).cumsum(1).flip(1))  # with λ = 1, the last, the targets are G
 
     ratio = torch.tensor([[1.3, 0.7, 1.3]])  # after an optimizer step
@@ -300,7 +300,7 @@ class Config(RecordFlags, SizeFlags):
     """Trunk of the value network: shared with the policy, or separate (starts from the reward model's trunk)."""
     name: str = "ppo"
     steps: Count = 250
-    """Batches of answers ("rollouts")."""
+    """Batches of answers; each gives --inner_epochs × --minibatches optimizer steps, fewer where --stop_kl stops."""
     beta: Amount = 0.05
     """Weight of the KL penalty in the rewards; with --kl_target its first value. Per answer: not to be compared with
     grpo.py's, which weighs a KL per token."""
@@ -339,7 +339,7 @@ class Config(RecordFlags, SizeFlags):
     lr: Amount = 5e-5
     """Peak learning rate of the policy; it falls linearly to 0 after the warm-up."""
     value_lr: Amount = 1e-3
-    """Learning rate of the value head after the warm-up, then constant; a separate network uses a tenth of it."""
+    """Learning rate of the value head, constant after the warm-up; a separate network uses a tenth of it."""
     warmup: Whole = 5
 
     def __post_init__(self):
@@ -408,7 +408,7 @@ def main(config):
         look.sampled()
 
         # 3. credit: values, rewards with the KL penalty, and from both the advantages; (n·R, T) each
-        # Of each minibatch: which of this rank's n groups are in it; drawn anew each step, where grpo.py deals in turn
+        # For each minibatch, which of this rank's n groups it has; drawn anew each step (grpo.py deals them in turn)
         groups = shuffled_groups(step, slots, config)
         minibatches = minibatches_of(batch, groups, mask, config, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]

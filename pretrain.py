@@ -16,10 +16,10 @@ torchrun there are `world` processes, the ranks: each takes B / world of the win
                  n = B · T                                  targets of the whole step, over micro-batches and ranks
     2. gradient  for x, y in micro_batches:                 of this rank's B / world windows             (b, T) each
                      nll = next_token_loss(model, x, y)     −Σ log π(y)                           (b, T) -> ()
-                     backward((nll + routers) / n · world)  routers: the losses of the experts' routers, 0 without.
+                     backward((nll + routers) / n · world)  routers: b · T times the routers' losses; 0 if no experts.
                                                             Gradients add up over micro-batches; DDP and FSDP average
                                                             them over the ranks, world makes it a sum
-    3. update    lr = lr_at(step)                           a line up, then a cosine down to --floor
+    3. update    lr = lr_at(step)                           a line up, then a cosine down to --floor · --lr
                  optimizer_step(policy, lr, clip)           g ← g · min(1, clip / ‖g‖), ‖g‖ over all weights (--clip 0
                                                             leaves g alone); Muon for the blocks' matrices but a
                                                             router, AdamW for the rest
@@ -199,7 +199,7 @@ class Config(RunConfig):
     eval_every: Count = 100
     """Steps between validations (and text samples)."""
     eval_tokens: Count = 30_000
-    """Validation tokens per evaluation; the last one uses all (all whole windows, if a text is longer than one)."""
+    """Validation tokens per evaluation; the last one uses all (of texts longer than a window, all whole windows)."""
     save_every: Count = 200
     keep: Whole = 0
     """Also keep this many of the newest checkpoints, as step_STEP; 0 keeps none."""
@@ -260,8 +260,8 @@ def shard(policy, dist, autocast):
 
 
 def main(config):
-    """Train; returns {"valid_loss" (after the last step, over the whole validation text, of one long text all whole
-    windows; best/ is chosen by the loss on --eval_tokens of it), "path" (of best/)}."""
+    """Train -> {"valid_loss": after the last step, "path": of best/}. The loss is over the whole validation text (a
+    long one: all its whole windows); best/ is chosen by the loss on --eval_tokens of it."""
     dist = setup(config.device)
     per_rank = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)
@@ -317,7 +317,7 @@ def main(config):
         balance = {}
         if config.model.n_expert:
             balance = {"balancing_loss": balancing_mean} | (load_record(policy) if run.due(config.eval_every) else {})
-            # --model.balancing bias: the biases move where the weights did. All counts of loads begin anew.
+            # --model.balancing bias: the biases move if the weights did. All counts of loads begin anew.
             update_biases(policy, config.bias_rate if math.isfinite(norm) else 0.0)
 
         # 4. look: log, and every so often validate, write a sample, keep the best checkpoint

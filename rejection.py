@@ -14,11 +14,11 @@ With exact steps J cannot fall; with samples and a few steps that holds only nea
     M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]     fine-tune on them: minimize
              L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
 
-A step below divides its sum by Σ w |y| of its own B answers, not by N: a step is as long when few answers are right.
-That changes its length and not its direction; only what one step counts against another differs from L.
+A step below divides its sum by Σ w |y| over its own B answers, where w = 1/K_x, not by N. So a step is as long when few
+answers are right. Its direction is that of its B terms of L; only the weight of one step against another differs.
 
-At the first step of a round, where π = π_k, −∇L is a policy gradient. ∇p = Σ_right π(y) ∇log π(y), so over right
-samples E[∇log π(y)] = ∇p / p, and one problem's expected step is:
+At the first step of a round, where π = π_k (with --restart in the first round alone), −∇L is a policy gradient. As
+∇p = Σ_right π(y) ∇log π(y), over right samples E[∇log π(y)] = ∇p / p, and one problem's expected step is:
 
     weight 1/K_x   P(K_x > 0) ∇p / p = ∇p (1 + (1 − p) + … + (1 − p)^(R−1))      MaxRL of order R (arXiv:2602.02710)
     weight 1/R     E[K_x / R] ∇p / p = ∇p                                        REINFORCE, reward 1 if right, else 0
@@ -46,15 +46,15 @@ N = --prompts problems with R = --rollouts answers each (main has the same four 
 
 Traps:
   * An answer that was cut off is never kept, whatever its number: the policy would learn not to stop.
-  * The verifier reads the number alone. A right one after wrong steps, or in another story, is kept, and the next round
-    samples what it taught (`story_kept`: the share of answers that keep to the story; samples.md).
-  * Only the first step of a round is on-policy. Nothing corrects for older samples: no importance ratio, no clip.
+  * The verifier reads the number alone. An answer with wrong steps, or of another story, is kept if that is right, and
+    the next round samples what it taught (`story_kept`: the share of answers that keep to the story; samples.md).
+  * At most the first step of a round is on-policy. Nothing corrects for older samples: no importance ratio, no clip.
   * It sharpens. The exact M-step of an unrestricted π moves the mass of the wrong answers to the right ones, in their
     proportions (`demo`); an unsolved problem adds nothing. pass@1 rises towards pass@k, which itself gains less.
 
 The relatives:
     STaR      arXiv:2203.14465; --rollouts 1 --temperature 0 --restart true: greedy, so no EM; without its hints
-    RFT       arXiv:2308.01825; --rollouts 64, --round_steps equal to --steps: one round. Theirs samples 100 answers,
+    RFT       arXiv:2308.01825; --rollouts 64, --round_steps equal to --steps: one round. The paper samples 100 answers,
               keeps one of each list of equations, and adds the demonstrations
     ReST-EM   --rollouts 32 --max_per_problem 10 --weigh answer --restart true
 
@@ -183,14 +183,14 @@ def main(config):
     start_weights = [p.detach().clone() for p in policy.parameters()] if config.restart else []
 
     def sample_and_keep(k):
-        """Round k: {"kept": [(prompt, answer, weight), …]} and `round_figures`. ConfigError if nothing is right."""
+        """Round k: {"kept": [(prompt, answer, weight), …]} and `round_figures`. ConfigError if nothing is kept."""
         groups = judged_answers(start.sample, k, config, dist)
         kept = keep_round(groups, config.distinct, config.max_per_problem, config.weigh)
         return {"kept": kept} | round_figures(groups, k)
 
-    # The first round, before the run opens its directory: one that ends here moves no earlier run aside.
+    # The first round is sampled before the run opens its directory: if that fails, no earlier run is moved aside.
     first = None if config.resume else sample_and_keep(0)
-    run = begin_run(start, sampled=first)  # which is saved with last/: a resumed run goes on with its round
+    run = begin_run(start, sampled=first)  # saved with last/: a resumed run goes on with its round
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     measure_start(run, problems, start.init)  # the test split; and until something beats it, the start is best/

@@ -6,7 +6,7 @@ training makes the pairs as likely as it can:
 
     p(y_w beats y_l) = e^r_w / (e^r_w + e^r_l) = σ(r_w − r_l)    σ(Δ) = 1 / (1 + e^−Δ)
     L                = −log σ(r_w − r_l)                         nats per pair; ln 2 where the scores are equal
-    dL/dr_w          = −σ(r_l − r_w) = −dL/dr_l                  = −(1 − p): near 0 once a pair is clear
+    dL/dr_w          = −σ(r_l − r_w) = −dL/dr_l                  = −(1 − p): near 0 once p is near 1
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time. `judge` is the reward model itself,
 `model` the same, perhaps wrapped in DDP:
@@ -18,7 +18,7 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
         scores, mean_logprobs = judge.read(model, packed, with_logprobs)                            (2b,), (b,)
             states   = the decoder's, with --extra_layers new blocks on top                         (2b, T, C)
             scores   = head(states at the last token)      in fp32                                  (2b,)
-            mean_logprobs = log π(y_w|x) / |y_w|           π: these states, as a language model     (b,)
+            mean_logprobs = log π(y_w|x) / |y_w|           π: softmax(states · embeddingᵀ)          (b,)
         r_w, r_l = scores.view(b, 2).unbind(1)             y_w and y_l take turns                   (b,) each
         loss = Σ [−log σ(r_w − r_l − margin) + centre · (r_w + r_l)²] / B                           ()
         nll_loss = −Σ mean_logprobs / B                                                             ()
@@ -35,9 +35,9 @@ batch element is a prompt: all pairs of its K = 4 to 9 ranked answers, averaged.
 Traps:
   * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
     (arXiv:2312.09244) pulls each pair's mean score towards 0, where PPO's values start; ppo.py needs it with
-    --normalise false.
+    --normalise false, unless its --baseline compares answers.
   * A head on the last state learns slowly. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare. The
-    policy knows it, but as a prediction: its last state before the 9 says 8, and no layer is left to compare the two.
+    policy knows the sum, but as a prediction: before the 9 its last layer says 8, and none is left to compare the two.
     Hence the extra layers, and the SFT loss of the chosen answers, which keeps what the decoder knows
     (arXiv:2406.10216).
   * For PPO take pairs of the policy's own samples too (--pairs both, the default): what a policy writes is wrong in
@@ -231,7 +231,7 @@ class RewardModel(Transformer):
     @staticmethod
     def read(model, packed, with_logprobs=False):
         """-> the score of each answer, (k,); in training k = 2b: y_w, y_l, y_w, y_l, … of n = b groups. with_logprobs:
-        also, of the first answer of each of n groups of equally many, log π per token, a mean (n,): of y_w.
+        also (n,): the mean log π per token of each group's first answer, y_w. Then all groups have equally many.
 
         `model` may be wrapped in DDP. It reads the answers in parts, of m each. Entry t of what comes back stands at
         the token before answer token t: so log π of token t is entry t, but the score, read at the last of |y| tokens,
@@ -319,7 +319,7 @@ class Config(RewardPairFlags):
     eval_pairs: Count = 200
     """Validation pairs (and problems to sample from)."""
     test_pairs: Count = 500
-    """Test pairs of the last evaluation."""
+    """Test pairs, ranked before and after training."""
     best_of: Count = 64
     """Samples per problem of the best-of-n curve."""
     best_of_problems: Whole = 100

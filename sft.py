@@ -122,7 +122,7 @@ class MicroBatch:
 
 
 def collate(examples, pad):
-    """[(ids, flags), …] -> MicroBatch: a row each, padded on the right, which a causal model never sees."""
+    """[(ids, flags), …] -> MicroBatch: a row each, padded on the right, where no token of an example looks."""
     T = max(len(ids) for ids, _ in examples)
     tokens = torch.full((len(examples), T), pad, dtype=torch.long)
     weighted = any(isinstance(flag, float) for flag in examples[0][1])
@@ -199,7 +199,7 @@ def rank_examples(difficulties, order, seed):
 
 def paced_rows(ranked, step, batch, seed, share):
     """The batch of a step from the first `share` of the ranked examples, above 0, at most 1: a pure function of step.
-    Without replacement within a batch, unless these are fewer than the batch."""
+    Without replacement within a batch, unless the share holds fewer examples than it."""
     n = max(1, round(share * len(ranked)))
     rng = np.random.default_rng((seed, 2, step))
     return [ranked[i] for i in rng.choice(n, batch, replace=n < batch)]
@@ -323,7 +323,7 @@ class Config(RecordFlags, RunConfig):
 def main(config, encode=encode_example, responder=None):
     """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test" (accuracy,
     or F1 for free text, each problem by its own measure), "valid" (the best of the same on the validation split) and
-    "path". agent.py has another encode, and a responder: with the tokenizer it makes what answers in an evaluation."""
+    "path". agent.py has an encode of its own, and a responder: responder(tokenizer) answers in its evaluations."""
     if config.sweep:
         return sweep(partial(main, encode=encode, responder=responder), config)
     dist = setup(config.device)

@@ -33,7 +33,7 @@ Merges apply in the order in which they were learned, because a new token takes 
 replays the training: a word of the training text comes out as training left it.
 
 Ids of a tokenizer that is trained here: 0 … 255 are the bytes, 256 + k is merge k, the special tokens come last. A text
-cannot write a special token: unless it is told otherwise, `Tokenizer.encode` reads its name as plain characters;
+cannot write a special token: `Tokenizer.encode` reads its name as plain characters, unless `allowed_special` has it;
 `encode_chat`, and the code that joins documents, put its id in. (Qwen3's `<think>` and its like are no special tokens:
 each is one id in any text.) A chat is framed in ChatML; SFT trains on what is underlined, the mask of `encode_chat`:
 
@@ -70,7 +70,7 @@ from support.word_counts import batches, count_words
 
 # Cut first, merge within: so "dog." and "dog!" share the token "dog". The cuts are GPT-4's as changed by Qwen2, where
 # each digit stands alone. With tokens of up to three digits the same digit has another id in every group, and which
-# columns share a token depends on the number's length: harder to learn from (arXiv:2402.14903).
+# columns share a token depends on the number's length: sums come out less accurate (arXiv:2402.14903).
 PATTERN = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
@@ -109,8 +109,8 @@ def train_bpe_naive(texts, n_merges):
 
 
 def merge(ids, pair, new):
-    """[1, 2, 3, 1, 2], (1, 2), 9 -> [9, 3, 9]: from left to right, without overlap. Of ids here; in `apply_merges` of
-    bytes."""
+    """[1, 2, 3, 1, 2], (1, 2), 9 -> [9, 3, 9]: from left to right, without overlap. `apply_merges` gives it bytes in
+    the place of ids."""
     out, i = [], 0
     while i < len(ids):
         if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
@@ -160,7 +160,7 @@ def apply_merges(word, rank):
 
 def check_spelling(merges):
     """Raises TokenizerError unless every token comes out whole when the merges are applied to its bytes. (tiktoken
-    gives a word that equals a token that id at once, which is right only if the merges build it too.)"""
+    looks a whole word up first: the id of a token that equals it is right only if the merges build that token too.)"""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in doubtful_tokens(merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
@@ -291,7 +291,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """An id per character of the texts, by code point; any other character is an error."""
+    """An id per character of the texts, in the order of code points; any other character is an error."""
 
     kind = "char"
 

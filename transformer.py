@@ -16,9 +16,9 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
 
 π is the distribution that the model gives. RL calls the model the *policy*, and so do the training scripts. The losses
-of pretraining, SFT, DPO and RL come back through log π(y) = z_y − log Σ_v exp(z_v), z = logits / temperature (1 unless
-given). The gradient is ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: the logit of y is pushed
-up by what π(y) lacks to 1, each other one down by its own π(v).
+of pretraining, SFT, DPO and RL reach the weights through log π(y) = z_y − log Σ_v exp(z_v) of a token y, where z is
+logits / temperature (1 unless given). Then ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: to
+raise log π(y) pushes the logit of y up in proportion to 1 − π(y), each other one down in proportion to its own π(v).
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
 biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropout. All that a recipe varies is a field
@@ -36,14 +36,14 @@ of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned
 At the start the std of the matrices that write into the residual stream (`wo`, `down`) is divided by √(2 n_layer), so
 that the sum of all 2 n_layer branches has the variance of one (GPT-2).
 
-With `targets` forward returns log π(targets) in the place of logits; those losses use that. (It is an
-argument because DDP wraps forward alone. Above 64 MiB of fp32 logits they are computed some tokens at a time, and again
-in the backward pass. Sampling takes its log π from the logits: generate.py.) `token_logprobs` shifts: its entry t
-scores token t + 1, so a mask over tokens must be cut to mask[:, 1:] to fit.
+With `targets` forward returns log π(targets) instead of logits; the losses named above use it. (`targets` is an
+argument of forward because DDP wraps forward alone. Logits of more than 64 MiB in fp32 are computed some tokens at a
+time, and again in the backward pass. Sampling takes its log π from the logits: generate.py.) `token_logprobs` shifts:
+its entry t scores token t + 1, so a mask over tokens must be cut to mask[:, 1:] to fit.
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
-Qwen3-MoE open here as published, and `transformers` opens what is saved here as whichever of them computes the same.
-llama.cpp's files open too (support/gguf.py).
+Qwen3-MoE open here as published. A model is saved as whichever of them computes the same, for `transformers` to open;
+if none does, in a layout of this repository's own. llama.cpp's files open too (support/gguf.py).
 
 Letters: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head width, V vocabulary.
 
@@ -118,7 +118,7 @@ class TransformerConfig:
     qk_norm: bool = True
     """RMSNorm on each query and key head."""
     bias: bool = False
-    """Biases in the linear layers and in LayerNorm."""
+    """Biases in attention, the dense feed-forward and LayerNorm."""
     qkv_bias: bool | None = None
     """Biases on queries, keys and values (Qwen2); default as `bias`."""
     tie_embeddings: bool = True
@@ -130,7 +130,7 @@ class TransformerConfig:
     n_expert_active: Count = 2
     """Experts that each token is sent to (K in moe.py)."""
     expert_width: Count | None = None
-    """Inner width of one expert; default such that the K and the shared ones together are as wide as ffn_width."""
+    """Inner width of one expert; default ffn_width / (K + n_shared_expert), down to a multiple of 8."""
     n_shared_expert: Whole = 0
     """Experts that every token passes through besides."""
     moe_every: Count = 1
@@ -142,7 +142,7 @@ class TransformerConfig:
     balancing: Literal["aux", "bias", "none"] = "aux"
     """What keeps the experts' loads even: a loss, a bias on the router, or nothing."""
     capacity_factor: Positive | None = None
-    """In pretraining, an expert takes at most this many times its even share of the tokens, the rest are dropped;
+    """In pretraining, an expert takes at most this many times its even share of the assignments, the rest are dropped;
     default dropless."""
 
     def __post_init__(self):
@@ -299,15 +299,15 @@ class Transformer(nn.Module):
     ):
         """tokens (B, T) -> logits (B, T, V).
 
-        positions: (T,) or (B, T), within the context; default 0 … T−1, or after what the cache holds. Those of the
-            default may pass the context if the model has a window and RoPE, and so sees distances only.
+        positions: (T,) or (B, T), within the context; default 0 … T−1, or after what the cache holds. With RoPE and a
+            window the default may pass the context: RoPE sees distances, and the window bounds them (but to sinks).
         mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
             (B, T, S) or (B, 1, T, S) is used as given, but for the window: it must hide the future itself (see
             attention.document_mask).
         cache: from make_cache, which this call fills and moves on.
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
-        counted: with targets, boolean (B, T): only there, and 0 elsewhere. A loss on the answers alone then leaves out
-            the prompts' share of the output matrix, with a large vocabulary a good part of a step.
+        counted: with targets, boolean (B, T): log π where True, 0 elsewhere. A loss on the answers alone then skips
+            the prompts' products with the output matrix, with a large vocabulary a good part of a step.
         last_only: logits of the last position alone, (B, 1, V): all that sampling needs of a prompt.
         with_states: returns (what comes back otherwise, `hidden`'s states (B, T, C)), for a value head.
         """
@@ -346,7 +346,7 @@ class Transformer(nn.Module):
 def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, counted=None):
     """log π(tokens[:, t+1] | tokens[:, :t+1]) for every t: tokens (B, T) -> (B, T−1), in fp32.
 
-    Entry t belongs to token t+1. counted (B, T−1): only these, 0 elsewhere. `model` may be wrapped in DDP.
+    Entry t belongs to token t+1. counted (B, T−1): those to compute, the rest are 0. `model` may be wrapped in DDP.
     """
     if positions is not None:
         positions = positions[..., :-1]
@@ -369,12 +369,12 @@ def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     tokens = torch.tensor([row + [pad] * (S - len(row)) for row in rows], device=device)  # (B, S)
     start, length = (torch.tensor([*map(len, ids)], device=device)[:, None] for ids in (prompts, answers))  # (B, 1)
 
-    place = torch.arange(1, S, device=device)  # (S−1,) of the token that each entry scores
+    place = torch.arange(1, S, device=device)  # (S−1,) where the token that each entry scores stands
     in_answer = (start <= place) & (place < start + length)  # (B, S−1)
     logprobs = token_logprobs(model, tokens, temperature, counted=in_answer)  # (B, S−1), 0 outside the answers
     t = torch.arange(T, device=device)
     counted = t < length  # (B, T)
-    entry = (start - 1 + t).clamp(max=S - 2)  # (B, T) token t of an answer stands at place start + t
+    entry = (start - 1 + t).clamp(max=S - 2)  # (B, T) scores place start + t; clamped after a row's end
     return logprobs.gather(1, entry) * counted, counted
 
 
@@ -384,7 +384,7 @@ def masked_mean(x, mask):
 
 
 def demo():
-    """Four tokens of width 2 by hand; then two layouts: parameters, loss before training, cache = one pass."""
+    """A vocabulary of four, width 2, by hand; then two layouts: parameters, loss before training, cache = one pass."""
     tiny = Transformer(TransformerConfig(vocab_size=4, width=2, n_head=1, n_kv_head=1, n_layer=1, ffn_width=3))
     assert tiny.num_params() == 4 * 2 + 4 * 2 * 2 + 3 * 3 * 2 + 3 * 2 + 2 * 2 == 52
     print("V = 4, C = 2, one block: E 8 + wq, wk, wv, wo 16 + gate, up, down 18 + norms 6 + QK-norm 4 = 52 parameters")

@@ -57,6 +57,16 @@ def test_advantages_equal_the_authors(weights):
         assert torch.equal(gdpo_advantages(rewards), got)
 
 
+def test_rewards_that_cancel_give_no_signal():
+    """Exactly 0, or such a group would be trained on and pay the KL."""
+    for R in range(2, 13):
+        right = (torch.arange(R) < R / 3).float()
+        rewards = torch.stack([torch.stack([right, 1 - right], 1), torch.stack([right, right], 1)])  # (2, R, 2)
+        A = gdpo_advantages(rewards)
+        assert A[0].tolist() == [0.0] * R
+        assert A[1].ne(0).all()
+
+
 def test_their_verl_form_is_another():
     """The last step over tokens: long answers count more, lengths move mean and std, and where length and reward are
     correlated even a group without a signal gets an advantage."""

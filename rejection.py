@@ -102,8 +102,10 @@ def encode_kept(prompt, answer, weight):
 
 def keep_round(groups, distinct=True, limit=None, weigh="problem"):
     """N pairs: prompt ids, R answers (ids, right, ended) -> [(prompt, answer, weight), …]."""
-    kept = []
-    for prompt, answers in groups:
+    kept, of_prompt = [], {}
+    for prompt, answers in groups:  # a round may ask a problem twice: where N is above their number, or an epoch ends
+        of_prompt.setdefault(tuple(prompt), (prompt, []))[1].extend(answers)
+    for prompt, answers in of_prompt.values():
         kept_here = keep_right(answers, distinct, limit)
         kept += [(prompt, ids, 1 / len(kept_here) if weigh == "problem" else 1.0) for ids in kept_here]
     return kept

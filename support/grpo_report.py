@@ -8,7 +8,7 @@ import torch
 from data import encode_prompt
 from support.checkpoints import open_checkpoint
 from support.devices import precision
-from support.held_out import add_figures, before_and_after, metric_panels
+from support.held_out import accuracies, add_figures, before_and_after, metric_panels, not_measured
 from support.plots import draw_curves
 from support.questions import measure_test, validate
 from support.rollouts import show_samples
@@ -109,9 +109,10 @@ class Look:
         if run.first == 0:  # a run that was stopped before its first step has not kept it
             run.log(0, **run.state.start)
         if run.dist.is_main:
+            measured, n_prompts = "accuracy" not in not_measured(self.problems["test"]), len(self.problems["train"])
             print(
-                f"{run.model.num_params():,} parameters from {self.init}; {len(self.problems['train']):,} training "
-                f"prompts; test accuracy before: {run.state.before['accuracy']:.1%}"
+                f"{run.model.num_params():,} parameters from {self.init}; {n_prompts:,} training prompts"
+                + (f"; test accuracy before: {run.state.before['accuracy']:.1%}" if measured else "")
             )
         self.shown = run.state.start
 
@@ -161,7 +162,7 @@ class Look:
         with whole(policy), whole(start), autocast():
             kl = sampled_kl(policy, start, run.tokenizer, prompts, *sizes, respond=self.respond)
         if dist.is_main:
-            report(config, run, after, kl, self.reward_weights, self.record)
+            report(run, after, kl, self.reward_weights, self.record, not_measured(self.problems["test"]))
         results = {"before": run.state.before, "after": after, "kl": kl}
         return results | {"seconds": run.seconds, "path": str(run.path / "last")}
 
@@ -178,25 +179,26 @@ def warn_of_collapse(run, accuracy):
     return True
 
 
-def report(config, run, after, kl, weights, record):
-    """The table of before and after, and the curves. record: of the last step."""
-    n, before = config.pass_samples, run.state.before
+def report(run, after, kl, weights, record, without=()):
+    """The table of before and after, and the curves. record: of the last step; without: `not_measured`."""
+    config, before = run.config, run.state.before
+    n, checked = config.pass_samples, "accuracy" not in without
     rows = [["KL to the start, nats per token", f"{0:.4f}", f"{kl:.4f}"]]
-    rows += sample_rows([before, after])
+    rows += sample_rows([before, after]) if checked else []
     pairs = list(zip(before["solved"], after["solved"], strict=True))
     note = (
         f"pass@k: {n} samples of each of {len(pairs)} problems, of which "
         f"{sum(a > 0 and not b for b, a in pairs)} were never solved before and are now, "
         f"{sum(b > 0 and not a for b, a in pairs)} the other way round"
     )
-    before_and_after(before, after, config.steps, run.seconds, rows, [note])
+    before_and_after(before, after, config.steps, run.seconds, rows, [note] * checked, without=without)
     drawn = {f"reward_{name}": name for name in weights}
     lost = {"zero_variance": "no signal"} | {name: name.replace("_", " by ") for name in record if "collapsed" in name}
     draw_curves(
         run.path,
-        f"{config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
+        f"{config.data}, seed {config.seed}{accuracies(before, after, without)}",
         [
-            *metric_panels(),
+            *metric_panels(without=without),
             ("rewards", drawn, "mean over rollouts", {}),
             ("entropy and KL", {"entropy": "entropy", "kl": "KL to the reference"}, "nats per token", {}),
             ("ratio ρ", {"ratio_spread": "mean |ρ − 1|", "clip_fraction": "share clipped"}, "", {}),

@@ -1,6 +1,7 @@
 """What a training stage logs, draws and prints of held-out problems: evaluate.METRICS in its log, curves and table."""
 
 from evaluate import METRICS, compare
+from support.answers import measure_of
 from support.errors import ConfigError
 from support.tables import gain_of, metric_rows, text_table
 
@@ -30,15 +31,26 @@ def metric_panels(*also, without=()):
     return [(m.label, {name: "validation"}, m.unit, {}) for name, m in selected(also, without).items()]
 
 
-def before_and_after(before, after, steps, seconds, rows=(), notes=(), warning=LAST_IS_WORSE):
-    """Print the table at the end of a stage: results of `evaluate` on the test split, the stage's own rows, [label,
-    before, after], its notes, and what was gained; if that is below 0 the warning, whose words depend on whether
-    `after` is of last/ or of best/."""
-    print("\n" + text_table([["held-out test", "before", "after"], *metric_rows([before, after], METRICS), *rows]))
+def not_measured(problems):
+    """The metrics that mean nothing of these problems: of free text no answer can be checked, all would be wrong."""
+    return ("accuracy",) if measure_of(problems) == "f1" else ()
+
+
+def accuracies(before, after, without=()):
+    """ ": accuracy 50.0% → 60.0%", for the title of a picture; nothing if it is not measured."""
+    return "" if "accuracy" in without else f": accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}"
+
+
+def before_and_after(before, after, steps, seconds, rows=(), notes=(), warning=LAST_IS_WORSE, without=()):
+    """Print the table at the end of a stage: results of `evaluate` on the test split, but for some metrics, the stage's
+    own rows, [label, before, after], its notes, and what was gained; if that is below 0 the warning, whose words depend
+    on whether `after` is of last/ or of best/."""
+    measured = metric_rows([before, after], METRICS, without)
+    print("\n" + text_table([["held-out test", "before", "after"], *measured, *rows]))
     for note in notes:
         print(note)
     gain, spent = 0.0, f"{steps} steps, {seconds / 60:.1f} minutes"
-    if "accuracy" in after:
+    if "accuracy" in after and "accuracy" not in without:
         gain = after["accuracy"] - before["accuracy"]
         paired = "verdicts" in before  # not in a run that an older version began
         points = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"

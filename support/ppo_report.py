@@ -9,7 +9,7 @@ from evaluate import evaluate, kl_estimate
 from lora import merged
 from support.answers import verifiable
 from support.devices import in_float64
-from support.held_out import add_figures, before_and_after, logged, metric_panels
+from support.held_out import accuracies, add_figures, before_and_after, logged, metric_panels, not_measured
 from support.plots import draw_curves
 
 
@@ -101,10 +101,11 @@ class Look:
             run.log(0, **state.start)
         self.shown = state.start or {"accuracy": state.best}  # older runs kept the accuracy alone
         if run.dist.is_main:
-            accuracy, n_prompts = f"{state.before['accuracy']:.1%}", len(self.problems["train"])
+            measured, n_prompts = "accuracy" not in not_measured(self.problems["test"]), len(self.problems["train"])
             print(
                 f"{run.model.num_params():,} parameters from {init}, rewards from {judge}; "
-                f"{n_prompts:,} training prompts; test accuracy before: {accuracy}"
+                f"{n_prompts:,} training prompts"
+                + (f"; test accuracy before: {state.before['accuracy']:.1%}" if measured else "")
             )
 
     def record(self, batch, judged, final, tokens, beta):
@@ -113,6 +114,7 @@ class Look:
         # paid less the KL penalty: before the baseline
         totals["reward"] = tokens.rewards.sum() + (judged["paid"] - final).sum()
         totals["missing_end"] = batch.ended.logical_not().sum()
+        totals["checked"] = batch.ended.shape[1] * sum(bool(problem.answer) for problem in batch.problems)
         config = self.run.config
         return step_record(totals | tokens.sums(), config.prompts * config.rollouts, beta, self.run.dist)
 
@@ -150,7 +152,7 @@ class Look:
         run = self.run
         after = self.measure("test")
         if run.dist.is_main:
-            report(run.config, run, after)
+            report(run.config, run, after, not_measured(self.problems["test"]))
         return {"before": run.state.before, "after": after, "seconds": run.seconds, "path": str(run.path / "last")}
 
 
@@ -170,7 +172,8 @@ def step_record(totals, n_answers, beta, dist):
     # variances over the tokens: of what the values missed, and of what they were to guess
     missed, spread = (per_token[f"{x}²"] - per_token[x] ** 2 for x in ("error", "goal"))
     return {
-        **{name: per_answer[name] for name in ("correct", "score", "paid", "reward", "missing_end")},
+        "correct": totals["correct"] / max(1, totals["checked"]),  # of those that have an answer to check
+        **{name: per_answer[name] for name in ("score", "paid", "reward", "missing_end")},
         "reward_kl": -beta * totals["kl"] / n_answers,
         "kl": per_token["kl3"],
         "kl_per_answer": per_answer["kl"],  # what β is adapted to; may be negative by chance
@@ -197,15 +200,16 @@ def show_samples(run, batch, scores, right, advantages, values):
     run.log.show(step, histograms={"scores": scores, "advantages": advantages[mask], "values": values[mask]})
 
 
-def report(config, run, after):
-    """The table of before and after, and the curves."""
+def report(config, run, after, without=()):
+    """The table of before and after, and the curves. without: `not_measured`."""
     before = run.state.before
-    before_and_after(before, after, config.steps, run.seconds)
+    before_and_after(before, after, config.steps, run.seconds, without=without)
+    right = ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {})
     draw_curves(
         run.path,
-        f"PPO on {config.data}, seed {config.seed}: accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}",
+        f"PPO on {config.data}, seed {config.seed}{accuracies(before, after, without)}",
         [
-            ("right, and held out", {"correct": "rollouts", "accuracy": "validation"}, "share correct", {}),
+            *([] if without else [right]),
             *metric_panels(without=("accuracy",)),
             ("the reward model", {"score": "score", "reward": "less missing_end, KL"}, "per answer", {}),
             ("entropy and KL", {"entropy": "entropy", "kl": "KL to the start"}, "nats per token", {}),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from data import encode_prompt, load_problems
 from evaluate import evaluate, evaluate_samples
 from lora import merged
-from support.answers import verifiable
+from support.answers import checkable, verifiable
 from support.errors import ConfigError
 from support.held_out import logged
 from support.records import load_splits
@@ -65,8 +65,8 @@ def validate(policy, tokenizer, problems, functions, weights, config, dist, resp
 
 def measure_test(policy, tokenizer, problems, config, dist, respond=None):
     """The test split -> the figures of `evaluate`, greedy, and of `evaluate_samples`, --pass_samples answers to each of
-    the first --pass_problems problems."""
-    some, n, T = problems["test"][: config.pass_problems], config.pass_samples, config.max_new_tokens
+    the first --pass_problems problems that have an answer to check."""
+    some, n, T = checkable(problems["test"])[: config.pass_problems], config.pass_samples, config.max_new_tokens
     answering = {"respond": respond, "dtype": config.dtype}
     with merged(policy):
         result = evaluate(policy, tokenizer, problems["test"], T, dist, **answering)

@@ -187,7 +187,7 @@ class Recorder:
             weights = [float(flag) for flag in flags]
             group["answers"] = [{"ids": ids[first:], "weight": weights[first:]}]
             if not group["watched"]:
-                group["answers"][0]["gets"] = numbers(torch.tensor(weights[first:], dtype=torch.float64) / max(n, 1))
+                group["answers"][0]["gets"] = numbers(torch.tensor(weights[first:], dtype=torch.float64) / (n or 1))
             groups.append(group)
             prompts.append(ids[:first])
         self.look_inside(groups, prompts)

@@ -78,7 +78,8 @@ class Sampler:
     def __call__(self, step, slots, attempt=0):
         c, R, asked = self.config, self.config.rollouts, self.asked(step, attempt)
         chosen = [asked[slot] for slot in slots]
-        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step + 2**40 * attempt)
+        # 2**20 and not more: of a seed torch reads the low 32 bits alone
+        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step + 2**20 * attempt)
         uniforms = torch.rand(c.prompts, R, c.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, L)
         prompts = [encode_prompt(self.tokenizer, p) for p in chosen]
         with self.autocast(), merged(self.policy):

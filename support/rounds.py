@@ -95,7 +95,10 @@ def round_figures(groups, k):
             f"none of {usable.numel():,} sampled answers{f' of round {k + 1}' if k else ''} is right and complete, so "
             f"there is nothing to fine-tune on: {collapsed if k else advice}"
         )
-    return {"usable": usable.double().mean().item(), "problems_solved": usable.any(1).double().mean().item()}
+    solved = {}  # a round may ask a problem twice
+    for (prompt, _), right in zip(groups, usable.any(1).tolist(), strict=True):
+        solved[tuple(prompt)] = solved.get(tuple(prompt), False) or right
+    return {"usable": usable.double().mean().item(), "problems_solved": sum(solved.values()) / len(solved)}
 
 
 def back_to_start(policy, start_weights, optimizers):

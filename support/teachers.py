@@ -122,7 +122,12 @@ def with_context(problems, sees, examples):
     own solution; "question": as they are."""
     if sees == "question":
         return problems
-    shown = problems if sees == "solution" else [examples[(i + 1) % len(examples)] for i in range(len(problems))]
+
+    def example_for(i, problem):  # the next with another question: a file may hold a question twice
+        following = (examples[(i + k) % len(examples)] for k in range(1, len(examples) + 1))
+        return next(example for example in following if example.question != problem.question)
+
+    shown = problems if sees == "solution" else [example_for(i, p) for i, p in enumerate(problems)]
     turns = [(("user", p.question), ("assistant", p.solution)) for p in shown]
     return [replace(p, history=(*turn, *p.history)) for p, turn in zip(problems, turns, strict=True)]
 
@@ -132,7 +137,7 @@ def load_taught(config, tokenizer, context, teacher_context, dist):
     same as the teacher sees them. ConfigError as `open_problems`, or if none has room."""
     problems, taught = open_problems(config, tokenizer, context, dist, checked=True), {}
     examples = problems["train"]
-    if config.teacher_sees == "example" and len(examples) < 2:
+    if config.teacher_sees == "example" and len({p.question for p in examples}) < 2:
         raise ConfigError(
             "--teacher_sees example needs two training problems: the only one would show its own solution"
         )

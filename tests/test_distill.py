@@ -667,6 +667,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, changes):
     assert parts["teacher"] == whole["teacher"]
 
 
+def test_an_example_is_of_another_question_where_a_file_holds_one_twice():
+    problems = [Problem(q, f"#### {a}", a, 1, "x") for q, a in (("a?", "1"), ("a?", "1.0"), ("b?", "2"))]
+    shown = [p.history[0][1] for p in with_context(problems, "example", problems)]
+    assert shown == ["b?", "b?", "a?"]
+
+
 def test_only_a_teacher_that_is_to_be_made_needs_questions_that_the_processes_share(here, monkeypatch):
     def refuse(world):
         raise ConfigError("cannot share")

@@ -373,6 +373,22 @@ def test_every_step_masks_its_own_tokens(scratch, monkeypatch):
     assert len(set(masks)) == len(masks) == 5  # four steps and one validation
 
 
+def test_another_seed_masks_by_other_random_numbers(scratch, monkeypatch):
+    """Not only other words: what `mask_tokens` is about to draw."""
+    drawn, whole = [], encoder.mask_tokens
+
+    def look_ahead(*args):
+        ahead = torch.Generator()
+        ahead.set_state(args[4].get_state())
+        drawn.append(tuple(torch.rand(4, generator=ahead).tolist()))
+        return whole(*args)
+
+    monkeypatch.setattr(encoder, "mask_tokens", look_ahead)
+    for seed in (0, 1):
+        encoder.main(small(name=f"seed{seed}", seed=seed, eval_every=100))
+    assert len(set(drawn[1:5] + drawn[6:])) == 8  # after the validation of each, four steps
+
+
 def test_the_second_objective_starts_with_a_new_optimizer(scratch, monkeypatch):
     made, whole = [], encoder.make_optimizers
     monkeypatch.setattr(encoder, "make_optimizers", lambda *args: made.append(args) or whole(*args))

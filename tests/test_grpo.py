@@ -1,6 +1,7 @@
 """grpo.py: rewards, advantages and loss against plain loops, its estimators against exact expectations, the invariances
 of a step (micro-batches, ranks, resuming), and runs whose reward must rise."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -29,7 +30,7 @@ from evaluate import METRICS
 from generate import Rollout
 from grpo import Config, group_advantages, grpo_loss, less_baseline
 from lora import LoraConfig
-from support import devices, grpo_report, off_policy, policy_run, questions, rollouts
+from support import devices, grpo_report, held_out, off_policy, policy_run, ppo_report, questions, rollouts
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.errors import ConfigError, DivergedError
@@ -629,6 +630,18 @@ def test_refilled_groups_are_fresh_bounded_and_trained(here, spied, monkeypatch)
     assert sum(trained) == 8 * alive.sum()  # a fresh group is trained too
 
 
+def test_a_refilled_group_is_sampled_with_other_numbers(here, monkeypatch):
+    """Those of the first attempt gave a group without a signal: with them a fresh question would do so more often."""
+    drawn, generate = [], rollouts.generate
+    monkeypatch.setattr(rollouts, "generate", lambda *a, **k: drawn.append(k["uniforms"]) or generate(*a, **k))
+    policy, tokenizer, _ = open_checkpoint("start")
+    problems = load_problems("word", "train", 8)
+    sample = rollouts.Sampler(policy, tokenizer, problems, config(), contextlib.nullcontext)
+    for step, attempt in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        sample(step, [0, 1], attempt)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+
+
 def test_a_batch_takes_over_a_group_whole(here, spied):
     grpo.main(config(steps=1, name="a"))
     grpo.main(config(steps=1, name="b", seed=1, max_new_tokens=9))
@@ -892,12 +905,42 @@ def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypa
     assert_the_start_is_kept(grpo, config, "runs/grpo", monkeypatch)
 
 
+def test_samples_are_asked_for_where_an_answer_can_be_checked(monkeypatch):
+    problems = [Problem("q", "s", answer, 1, "x") for answer in ("", "", "1", "2", "3")]
+    asked = []
+    monkeypatch.setattr(questions, "evaluate", lambda *a, **k: {})
+    monkeypatch.setattr(questions, "evaluate_samples", lambda *a, **k: asked.extend(a[2]) or {})
+    questions.measure_test(torch.nn.Linear(1, 1), None, {"test": problems}, config(pass_problems=2), None)
+    assert [problem.answer for problem in asked] == ["1", "2"]
+
+
+def test_free_text_has_no_share_of_right_answers(here, capsys, monkeypatch):
+    """No answer can be checked, so all would count as wrong, with an interval."""
+    free = [Problem("q", "some text", "", 1, "x")] * 3
+    result = {"accuracy": 0.0, "low": 0.0, "high": 0.6, "n": 3, "f1": 0.4, "length": 3.0, "by_level": {1: 0.0}}
+    result |= {"verdicts": [0.0] * 3, "pass@1": 0.0, "solved": [0, 0, 0]}
+    run = SimpleNamespace(path=here, config=config(), seconds=90.0, state=SimpleNamespace(before=result))
+    titles = []
+    for module in (grpo_report, ppo_report):
+        monkeypatch.setattr(module, "draw_curves", lambda *a: titles.append((a[1], str(a[2]))))
+    without = held_out.not_measured(free)
+    grpo_report.report(run, result, 0.1, {"correct": 1.0}, {}, without)
+    ppo_report.report(config(), run, result, without)
+    out = capsys.readouterr().out
+    assert "F1" in out
+    for word in ("accuracy", "interval", "pass@", "McNemar", "solved"):
+        assert word not in out
+        assert word not in str(titles)
+    assert held_out.not_measured([*free, Problem("q", "s", "1", 1, "x")]) == ()
+
+
 def test_the_table_tells_sharpened_from_new(here, capsys):
     result = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 4, "length": 3.0, "by_level": {1: 0.5}}
     before = result | {"pass@1": 0.4375, "pass@4": 0.75, "majority@4": 0.5, "solved": [0, 1, 4, 2]}
     after = result | {"pass@1": 0.6875, "pass@4": 0.75, "majority@4": 0.75, "solved": [3, 4, 4, 0]}
-    run = SimpleNamespace(path=here, seconds=90.0, state=SimpleNamespace(before=before))
-    grpo_report.report(config(pass_samples=4), run, after, 0.1, {"correct": 1.0}, {})
+    of_run = {"path": here, "seconds": 90.0, "config": config(pass_samples=4)}
+    run = SimpleNamespace(**of_run, state=SimpleNamespace(before=before))
+    grpo_report.report(run, after, 0.1, {"correct": 1.0}, {})
     out = capsys.readouterr().out
     rows = {line.split(",")[0]: line.split()[-2:] for line in out.splitlines() if "@" in line and line.endswith("%")}
     assert rows == {"pass@1": ["43.8%", "68.8%"], "pass@4": ["75.0%", "75.0%"], "majority@4": ["50.0%", "75.0%"]}

@@ -19,7 +19,7 @@ from conftest import (
 
 import optim
 import ppo
-from data import load_problems
+from data import Problem, load_problems
 from generate import Rollout, generate
 from lora import LoraConfig
 from ppo import (
@@ -34,7 +34,7 @@ from ppo import (
     win_rates,
 )
 from reward_model import RewardEncoder, RewardModel, score_groups
-from support import devices, ppo_setup, questions
+from support import devices, ppo_report, ppo_setup, questions
 from support.checkpoints import open_checkpoint
 from support.errors import ConfigError, DivergedError
 from support.moments import RunningMoments
@@ -607,6 +607,20 @@ def test_the_training_never_sees_the_truth(here, monkeypatch):
     assert set(metrics("runs/b", "correct").values()) == {1.0}
     assert max(metrics("runs/a", "correct").values()) < 1
     assert_same_weights("runs/a/last", "runs/b/last")
+
+
+def test_right_is_a_share_of_what_can_be_checked():
+    """Of three of four problems the answer is not known, and no answer to them is right."""
+    seen = SimpleNamespace(run=SimpleNamespace(config=config(prompts=4, rollouts=2), dist=devices.setup("cpu")))
+    problems = [Problem("q", "s", answer, 1, "x") for answer in ("1", "", "", "")]
+    batch = SimpleNamespace(problems=problems, ended=torch.ones(4, 2, dtype=torch.bool))
+    judged = {"correct": torch.tensor([[1.0, 0.0], *[[0.0, 0.0]] * 3]), "score": torch.zeros(4, 2)}
+    sums = dict.fromkeys(("tokens", "kl", "kl3", "entropy", "value", "error", "error²", "goal", "goal²"), 1.0)
+    tokens = SimpleNamespace(rewards=torch.zeros(8, 3), sums=lambda: sums)
+    zeros = torch.zeros(4, 2)
+    record = ppo_report.Look.record(seen, batch, judged | {"paid": zeros}, zeros, tokens, 0.1)
+    assert record["correct"] == 1 / 2
+    assert record["missing_end"] == 0
 
 
 def test_a_score_for_a_letter_is_learned(here, tokenizer, monkeypatch):

@@ -423,6 +423,15 @@ def test_a_round_samples_what_the_last_left_and_trains_it_or_the_start(here, mon
     assert (rates[:2] == rates[2:4] == rates[4:]) is restart
 
 
+def test_a_problem_that_a_round_asks_twice_is_one_problem():
+    once, again = [([5, 1], True, True), ([6, 1], False, True)], [([5, 1], True, True), ([7, 1], True, True)]
+    groups = [([2], once), ([3], [([9, 1], True, True), ([4, 1], False, True)]), ([2], again)]
+    assert keep_round(groups) == [([2], [5, 1], 1 / 2), ([2], [7, 1], 1 / 2), ([3], [9, 1], 1.0)]
+    assert [prompt for prompt, *_ in keep_round(groups, distinct=False, limit=1)] == [[2], [3]]
+    wrong = [([6, 1], False, True)] * 2
+    assert round_figures([([2], once), ([2], wrong), ([3], wrong)], 0)["problems_solved"] == 1 / 2
+
+
 def test_without_a_right_answer_a_run_says_so_and_moves_nothing(here, monkeypatch):
     (here / "runs/rejection").mkdir(parents=True)
     failed = script(

@@ -298,6 +298,17 @@ def test_sft_records_what_is_trained_and_what_is_masked(here, checkpoints):
     assert with_steps[0] != with_steps[2]
 
 
+def test_sft_records_a_step_whose_weights_add_up_to_less_than_1(here):
+    rows = [{"prompt": f"{i}?", "response": "So.", "rating": 1.2} for i in range(60)]
+    (here / "rated.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    sizes = dict(batch=1, micro_batch=1, packing=False, watch=0, min_rating=1.0)
+    for record in train("sft", name="rated", data="rated.jsonl", rated="weights", **sizes):
+        ((a,),) = (group["answers"] for group in record["groups"])
+        trained = [weight for weight in a["weight"] if weight]
+        assert 0 < sum(trained) < 1
+        assert sum(gets for gets in a["gets"] if gets) == pytest.approx(1, rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", ["distill", "distill, sample"])
 def test_distill_records_the_divergence_of_each_token(here, checkpoints, stage):
     records = train(stage, name="distill")

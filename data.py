@@ -49,15 +49,15 @@ reads every example once, in an order drawn from (seed, epoch). A stream is cut 
 window once. An epoch leaves out fewer than two windows of tokens, not the same each time, as its first window begins
 elsewhere. But the last (tokens mod context) tokens of a stream of two windows or more are never read.
 
-**The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of what was said up to the first
-question decides, 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice, and a
-conversation is in the split of each longer one that begins like it. (But of gsm8k's train file the last 500 problems
-are valid.) The built-in stories are split by what happens in them, so that no test story is in train with another
-question or as the beginning of a longer one (support/word_problems.py).
+**The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of the first question decides,
+80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice, and a conversation is
+in the split of each longer one that begins like it. (But of gsm8k's train file the last 500 problems are valid.) The
+built-in stories are split by what happens in them, so that no test story is in train with another question or as the
+beginning of a longer one (support/word_problems.py).
 
 **A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name. If a
 stage needs a checkpoint to start from, that is trained on the task too, and the task's verifier judges the answers
-(tests/test_tasks.py has an example):
+(tests/test_tasks.py has an example; grpo.py wants --format_weight 0 where they do not end in `#### number`):
 
     def sums(split, n, levels, seed): ...          in support/sums.py: at most n tuples ("2 + 3?", "#### 5", "5"), no
                                                    question in two splits (support.splits.split_of says which)
@@ -157,13 +157,12 @@ def turns_before_answer(record):
 
 
 def split_key(record):
-    """The text whose hash decides the split: what was said up to the first question, which a conversation has in common
-    with each longer one that begins with it (SFT trains on all its answers); of a review its text."""
+    """The text whose hash decides the split: the first question, which a conversation has in common with each longer
+    one that begins with it (SFT trains on all its answers), and with the same question in a file of pairs, which have
+    no system turn; of a review its text."""
     if isinstance(record, Review):
         return record.text
-    turns = turns_before_answer(record)
-    first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")  # before it: a system turn
-    return " ".join(turn["content"] for turn in turns[: first + 1])
+    return next(turn["content"] for turn in turns_before_answer(record) if turn["role"] == "user")
 
 
 def of_split(what, records, name, split):

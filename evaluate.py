@@ -43,6 +43,7 @@ Traps:
   * An answer that was cut off usually lacks its #### and is wrong; one cut after or inside its number may even count
     as right. Read `cut off` before the accuracy, and a dozen answers before either.
   * These intervals are over problems. Another seed of the training is another model: ablate.py pairs over seeds.
+  * A checkpoint of agent.py answers here without its tools. Its run's own table has them.
 
 Also here, for every stage: METRICS, the figures that are measured, logged and drawn; and `kl_estimate`.
 
@@ -292,6 +293,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     and ρ k3, with ρ = π / π_old: 1 on fresh samples, but with a gradient. GRPO's paper has k3 without ρ (grpo.py).
     """
     log_x = ref_logprobs - logprobs
+    log_x = log_x.to(torch.promote_types(log_x.dtype, torch.float32))  # in bf16 k3 would be wrong, and below 0
     if kind == "k1":
         return -log_x
     if kind == "k2":

@@ -129,13 +129,13 @@ from support.off_policy import RolloutPolicy, off_policy
 from support.policy_run import PolicyRunConfig, begin_run, open_start, signals
 from support.rewards import brevity_reward, format_reward, judge_batch, paid_rewards, reward_sums
 from support.rollouts import Sampler, answers_kl, groups_in_turn, minibatches_of, reference_logprobs, refill
-from support.sharding import averaging, whole
+from support.sharding import averaging, exchange, whole
 from support.shared_prompt import shared_answer_logprobs
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rewards: functions of (texts, problems, ended), three lists of one length, that return a number for each text. ended:
-# it stopped by itself, instead of being cut off. The rewards for format and brevity are in support/rewards.py.
+# it stopped by itself, instead of being cut off. Format and brevity: support/rewards.py. Your own: --reward own:f.
 
 
 def accuracy_reward(texts, problems, ended):
@@ -266,7 +266,7 @@ def grpo_loss(
     beta=0.0, clip_low=0.2, clip_high=0.2, loss_type="grpo", *, ratio="token", surrogate="clip", kl="k3",
     kl_unbiased=False, sampler_weights=None, n_answers=None, n_tokens=None, max_length=None,
 ):  # fmt: skip
-    """Log-probabilities and mask (b, T), advantages (b,) -> (loss, metrics).
+    """Log-probabilities and mask (b, T), advantages (b,), or (b, T) for each token its own -> (loss, metrics).
 
     Computed in fp32, or in float64 if the log-probabilities are.
     sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
@@ -289,9 +289,9 @@ def grpo_loss(
 
     # Padding may hold any value; exp could overflow, and inf · 0 = NaN, so zero it first.
     logprobs = torch.where(mask > 0, logprobs, 0.0)
-    log_ratio = logprobs - torch.where(mask > 0, old_logprobs, 0.0)  # (b, T)
+    log_ratio = logprobs - torch.where(mask > 0, old_logprobs.detach(), 0.0)  # (b, T)
     rho = ratio_of(log_ratio, length)  # (b, T)
-    A = advantages[:, None]  # (b, 1)
+    A = advantages.reshape(len(mask), -1)  # (b, 1) or (b, T)
     objective, limited = surrogate_of(rho, A, logprobs, clip_low, clip_high)  # (b, T) each
     cost = -objective if sampler_weights is None else -objective * sampler_weights
     if ref_logprobs is not None:
@@ -487,8 +487,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
             with whole(policy):  # FSDP: all weights on every rank, as the ranks have different numbers of pieces
                 for piece in minibatch.pieces:
                     rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
-                    # The ranks average their gradients in the last backward alone
-                    with averaging(model, piece is minibatch.pieces[-1]):
+                    # The ranks average their gradients in the last backward alone; under FSDP in `exchange`
+                    with averaging(model, piece is minibatch.pieces[-1] and not config.fsdp):
                         with autocast():  # (b, T), without the padding to a multiple of 8
                             logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]
                         old = old_logprobs[rows, :T]  # (b, T)
@@ -499,6 +499,8 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                         # × world, because DDP averages over the ranks and v_it already counts them all
                         scaler.scale(loss * dist.world).backward()
                     tally(update_sums, metrics, piece.mask.sum().item())
+                if config.fsdp:
+                    exchange(policy, autocast)
             norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)  # clips ‖g‖, not ρ
             run.check_finite(lr, norm)
 

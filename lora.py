@@ -53,7 +53,7 @@ pass, r·out·in multiplications and an (out, in) matrix per layer, however shor
 What is saved. `state_dict()` of a model with adapters is that of the merged model, so `save_pretrained` writes plain
 checkpoints that anyone opens (support/frozen_linear.py). support/lora_files.py keeps the adapters themselves: for
 resuming, and in PEFT's files. A layer's `.weight` is the merged one too, so code that reads weights instead of calling
-layers stays right.
+layers stays right. (save_pretrained does not write where an answer ends; support.runs.save, with chat=True, does.)
 
 Simplified: Linear layers only (no embeddings, no batched experts). No dropout on the adapter's input: it would make
 rollout and training differ in RL. (Against overfitting the stages keep the checkpoint that validates best.) One adapter

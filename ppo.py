@@ -82,6 +82,8 @@ A score that rises while `correct` falls is over-optimisation.
 Run it (without --init and --reward_model it makes both on the task of --data, under runs/start, and reuses them):
     python ppo.py --demo                               one answer of three tokens, by hand
     python ppo.py
+    python ppo.py --data pairs.jsonl --init runs/sft --reward_model runs/reward_model
+                                                       own pairs, if each also has its "instruction" and an "output"
     python ppo.py --value separate --prompts 512 --rollouts 1 --minibatches 8 --beta 0.02       as InstructGPT
     torchrun --nproc_per_node 2 ppo.py --init runs/sft --reward_model runs/reward_model
 """
@@ -152,7 +154,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, *, n_tok
     # Padding may hold any value; exp could overflow, and inf · 0 = NaN: zero it first.
     real = mask.bool()
     logprobs, old_logprobs, advantages = (torch.where(real, x, 0.0) for x in (logprobs, old_logprobs, advantages))
-    ratio = (logprobs - old_logprobs).float().exp()
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    ratio = (logprobs - old_logprobs).to(dtype).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     per_token = -torch.minimum(plain, clipped)  # the pessimistic one of the two, for either sign of A
     loss = (per_token * mask).sum() / (n_tokens or mask.sum().clamp(min=1))
@@ -338,6 +341,8 @@ class Config(RecordFlags, SizeFlags):
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Amount = 5e-5
     """Peak learning rate of the policy; it falls linearly to 0 after the warm-up."""
+    weight_decay: Amount = 0.0
+    """Decoupled weight decay of the policy's matrices; the values have none."""
     value_lr: Amount = 1e-3
     """Learning rate of the value head, constant after the warm-up; a separate network uses a tenth of it."""
     warmup: Whole = 5

@@ -46,7 +46,8 @@ Traps:
     loss and gradient are those of padding. No loss crosses a border: the first token of a conversation has flag 0.
 
 Ratings. Responses rated 1 to 5 train with weight w = (rating − 1) / 4: m_t becomes w m_t, in the sum and in n. Or, with
---rated threshold, all responses of at least --min_rating train alike, and the others not at all.
+--rated threshold, all responses of at least --min_rating train alike, and the others not at all. (A start that is
+pretrained for the run reads the text of all.)
 
 Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first `share` of
 them, min(1, a + (1 − a) s / (pace · steps)) at step s, with a = --pace_start; linear as in arXiv:1903.09848
@@ -265,7 +266,8 @@ class Config(RecordFlags, RunConfig):
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     demonstrations: Count | None = None
-    """Use only this many training examples; default: all."""
+    """Use only this many training examples; default: all. A start that is pretrained for the run reads the text of
+    all."""
     init: str | None = None
     """Checkpoint to start from; default: a short pretraining run, made once into runs/start."""
     name: str = "sft"

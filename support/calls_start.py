@@ -32,6 +32,10 @@ def check_agent(config):
             raise ConfigError(f"--{name} {getattr(config, name)}: grpo.py has this option, agent.py does not")
     if config.teach and config.init:
         raise ConfigError("--init is a checkpoint that calls tools already, --teach one that is taught to: give one")
+    if config.init and config.demonstrations != type(config).demonstrations:
+        raise ConfigError("--demonstrations is for a start that is made: leave it out, or --init")
+    if config.train_on_tools and not config.tools:
+        raise ConfigError("--train_on_tools has no use without --tools")
 
 
 def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
@@ -39,7 +43,8 @@ def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
     tool writes. Each turn is encoded by itself, as it is written by itself. A reply is the one that the data records
     (GSM8K's may be rounded otherwise than the calculator's). weighted: sft.main passes it; calls have no ratings."""
     ids, flags = tokenizer.encode_chat(conversation(problem)[:-1], add_generation_prompt=True)  # without the solution
-    for text, by_policy in turns(problem.calls or problem.solution, tools):  # calls: the solution with <<…>>
+    parts = turns(problem.calls or problem.solution, tools)  # calls: the solution with <<…>>
+    for text, by_policy in parts if len(parts) > 1 else [(problem.solution, True)]:  # no tool is called: no calls
         part = tokenizer.encode(text)
         ids, flags = ids + part, flags + [by_policy] * len(part)
     return [*ids, tokenizer.im_end_id], [*flags, True]
@@ -52,7 +57,11 @@ def calls_start(config, dist, tools, with_tools):
         return sft_start(config, dist)
     run_path(config)  # raises on a bad --name or --resume before a start is made
     shown = load_problems(config.data, "train", config.demonstrations, tuple(config.levels), config.skip_bad)
-    if not any(problem.calls for problem in shown):
+    texts = [problem.calls or problem.solution for problem in shown]
+    unseen = [tool.name for tool in tools if all(len(turns(text, [tool])) == 1 for text in texts)]
+    if unseen and dist.is_main:
+        print(f"no demonstration of {config.data} calls {', '.join(unseen)}: the start will not know how")
+    if len(unseen) == len(tools) and not any(problem.calls for problem in shown):
         raise ConfigError(f"--data {config.data} shows no calls, such as <<3*4=12>>, in its solutions: give an --init")
     settings = {"data": config.data, "levels": config.levels, "seed": config.seed}
     settings |= {"device": config.device, "dtype": config.dtype}

@@ -29,6 +29,11 @@ def check_architecture(config):
         return
     if config.tokenizer != "bpe" and config.vocab_size != type(config).vocab_size:
         raise ConfigError(f"--vocab_size has no effect with --tokenizer {config.tokenizer}: leave it out")
+    model = config.model
+    if model.positions != "rope" and model.rope_theta != TransformerConfig.rope_theta:
+        raise ConfigError(f"--model.rope_theta has no effect with --model.positions {model.positions}: leave it out")
+    if model.n_expert and model.moe_every == 1 and model.expert_width and model.ffn_width:
+        raise ConfigError("--model.ffn_width has no effect beside --model.expert_width, as all blocks are mixtures")
     for name in () if config.model.n_expert else (*MIXTURE_ONLY, "capacity_factor"):
         if getattr(config.model, name) != getattr(TransformerConfig, name):
             raise ConfigError(f"--model.{name} has no effect without experts: add --model.n_expert, or leave it out")

@@ -267,9 +267,7 @@ EXPERIMENTS = {
         {
             "dense": _pretrain(ffn_width=320),
             **{
-                f"8 experts, {kind}": _pretrain(
-                    n_expert=8, n_expert_active=2, ffn_width=320, expert_width=160, balancing=kind
-                )
+                f"8 experts, {kind}": _pretrain(n_expert=8, n_expert_active=2, expert_width=160, balancing=kind)
                 for kind in ("aux", "bias", "none")
             },
         },

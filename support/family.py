@@ -46,7 +46,8 @@ class FamilyFlags:
     """The columns of the family's table; the other flags that `check_choices` reads are those of grpo.Config."""
 
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
-    """Sets all of the following that are not given, from --baseline to --kl_in."""
+    """Sets all of the following that are not given, from --baseline to --kl_in; but another --surrogate has clips of
+    its own, and another --kl_in its own --kl."""
     baseline: Literal["mean", "leave_one_out", "none"] | None = None
     """What a reward is compared with: the mean of its group, of the others in it, or nothing."""
     scale: Literal["group", "batch", "none", "mean", "tokens"] | None = None
@@ -62,7 +63,7 @@ class FamilyFlags:
     loss_type: Literal["grpo", "dapo", "dr_grpo"] | None = None
     """A token's weight: a mean per answer, a mean over all tokens, or a constant."""
     beta: Amount | None = None
-    """Weight of the KL to the reference; at 0 the KL is measured now and then only."""
+    """Weight of the KL to the reference; at 0 it is measured now and then only, and the other --kl flags do nothing."""
     kl: Literal["k1", "k2", "k3"] | None = None
     """Estimator of the KL; default k3 in the loss (each token's KL), k1 in the reward (the whole answer's)."""
     kl_in: Literal["loss", "reward"] | None = None

@@ -31,6 +31,7 @@ from support.plots import pyplot
 from support.questions import instructed
 from support.recorder import read_recording
 from support.runs import RUNS, start_name
+from support.sft_start import own_length
 from support.tasks import skipping
 from support.view_page import visible
 
@@ -96,8 +97,11 @@ def began_from(config, stage):
     checkpoint of it."""
     levels = () if stage == "pretrain" else (config["levels"],)
     if not (path := config.get("init")):
-        skip = skipping(config["data"], config.get("skip_bad")) if stage == "pretrain" else {}
-        path = RUNS / start_name(config["data"], config["seed"], stage, *levels, **skip)
+        if stage == "pretrain":
+            others = skipping(config["data"], config.get("skip_bad"))
+        else:
+            others = own_length(config["data"], config["max_new_tokens"])
+        path = RUNS / start_name(config["data"], config["seed"], stage, *levels, **others)
     path = Path(path)
     return path.parent if path.name in ("best", "last") else path, path
 

@@ -17,7 +17,7 @@ from support.judged import one_by_one, prepare_judged, shift_answers
 from support.pairs import add_reference, batch_of, chunks, pair_logprobs, row_of, sample_pairs, saved_pairs, sides_of
 from support.questions import splits_with_room
 from support.records import load_splits
-from support.tasks import has_verifier
+from support.tasks import TASKS, has_verifier
 from support.verified import PolicyConfig
 
 
@@ -66,6 +66,8 @@ def pairs_of_run(policy, tokenizer, config, variant, dist, autocast):
     context = policy.config.context
     problems = load_verified(config, tokenizer, context, dist)
     texts = load_texts(config, variant.unpaired)
+    if texts and config.data not in TASKS and len(texts["train"]) == config.prompts and dist.is_main:
+        print(f"of {config.data} the first {config.prompts:,} training records are read, no more: --prompts")
     pairs = saved_pairs(config)
     if pairs is None:
         with lora_off(policy):

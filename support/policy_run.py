@@ -93,7 +93,7 @@ def open_start(config, rewards, make_start=sft_start, says=""):
     init = config.init or make_start(config, dist)
     policy, tokenizer, path = open_checkpoint(init, "cpu" if config.fsdp else dist.device)
     reads = weights_of(init, policy) | code_of(config.reward, functions)
-    advice = ", or give another --reward and --correct_weight 0"
+    advice = ", or give another --reward, --correct_weight 0 and --format_weight 0"
     context, checked = policy.config.context, config.correct_weight != 0
     problems = open_problems(config, tokenizer, context, dist, checked, advice)
     reads |= records_of(config.data, problems)

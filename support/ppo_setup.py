@@ -60,6 +60,8 @@ def check_settings(config):
         raise ConfigError(f"--baseline {c.baseline} needs --rollouts of at least 2: there is no other answer")
     if c.kl_target is not None and c.beta == 0:
         raise ConfigError("--beta 0 stays 0, as --kl_target multiplies it; start from more")
+    if c.kl_target is None and c.kl_horizon != type(c).kl_horizon:
+        raise ConfigError("--kl_horizon has no use without --kl_target: leave it out")
     least = 0.2 * c.prompts * c.rollouts  # one step multiplies β by at least 1 − 0.2 N·R / horizon
     if c.kl_target is not None and not c.kl_horizon > least:
         bound = f"above {least:g}, or one step can end the KL penalty"

@@ -48,13 +48,13 @@ def refuse_unanswered(problems, split, data, advice=""):
 
 
 def validate(policy, tokenizer, problems, functions, weights, config, dist, respond=None):
-    """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy, or if most problems have none to
-    check, what the greedy answers earn, {"valid_reward"} then too."""
+    """-> what is logged of greedy answers, and by what best/ is chosen: the accuracy; or if most problems have none to
+    check, or being right is not paid, what the greedy answers earn, {"valid_reward"} then too."""
     with merged(policy):
         sizes = config.max_new_tokens, dist
         result = evaluate(policy, tokenizer, problems["valid"], *sizes, respond=respond, dtype=config.dtype)
     record = logged(result)
-    if verifiable(problems["valid"]):
+    if verifiable(problems["valid"]) and "correct" in weights:
         return record, result["accuracy"]
     rows = [(s.text, s.problem, s.ended, s.length + s.written) for s in result["answers"]]  # this rank's
     rewards = judge(functions, *(list(part) for part in zip(*rows, strict=True)), config) if rows else {}

@@ -75,7 +75,7 @@ class Look:
             score = partial(score_texts, judge, tokenizer, dist=dist, autocast=self.autocast)
             report |= consistency(score, 200, config.seed, tuple(config.levels), config.data)
         if self.sampler is not None:
-            sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.best_of]
+            sizes = [2**i for i in range(config.best_of.bit_length())]  # 1, 2, 4 … up to --best_of
             samples = (*self.sampler, tokenizer, config, sizes)
             sampled_scores, correct, figures = probe_samples(judge, *samples, dist, self.autocast)
             accuracies = self.best_of_n(sampled_scores, correct, sizes)

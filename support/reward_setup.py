@@ -37,8 +37,8 @@ class RewardPairFlags(RunConfig):
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     n_pairs: Count | None = None
-    """Largest number of corrupted training pairs (sampled ones come on top), or of a file's; default: 12,000, or all of
-    a file's."""
+    """Largest number of corrupted training pairs (sampled ones come on top, as many as there are), or of a file's;
+    default: 12,000, or all of a file's."""
     max_tokens: Count | None = None
     """Longest pair, its prompt and its longer answer, in tokens; longer ones are left out. Default: the model's
     context."""
@@ -47,9 +47,9 @@ class RewardPairFlags(RunConfig):
     and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
     often."""
     prompts: Count = 3000
-    """Training problems to sample pairs from."""
+    """Training problems to sample pairs from; of no use with --pairs corrupted or a file."""
     rollouts: Annotated[int, Range(int, 2)] = 8
-    """Answers sampled per problem."""
+    """Answers sampled per problem; of no use with --pairs corrupted or a file."""
     max_new_tokens: Count = 64
     """Longest sampled answer, in tokens."""
 

@@ -40,9 +40,9 @@ class RewardFlags:
     """What is paid for."""
 
     correct_weight: float = 1.0
-    """Weight of the reward for a right answer."""
+    """Weight of the reward for a right answer; at 0 best/ is chosen by what the greedy answers earn."""
     format_weight: float = 0.1
-    """Weight of the reward for the format."""
+    """Weight of the reward for the format, a last line `#### number`; 0 for answers of another form."""
     brevity_weight: float = 0.0
     """Weight of the reward for being no longer than the reference solution."""
     reward: str | None = None

@@ -7,6 +7,13 @@ from support.runs import make_start_once, run_path, start_name
 SFT_START = {"steps": 200, "eval_every": 5, "stop_at": 0.5, "max_new_tokens": 64, "test_problems": 500}
 
 
+def own_length(data, longest):
+    """{"max_new_tokens": longest} for a start on another task than the built-in one, if a run allows longer answers
+    than its SFT would: cut off, none would be right, and best/ would be the first that was validated. Else {}."""
+    usual = (SFT_START | task_of(data).sft)["max_new_tokens"]
+    return {"max_new_tokens": longest} if data != DEFAULT_TASK and longest > usual else {}
+
+
 def sft_start(config, dist):
     """SFT of a pretrained start; made once, under runs/start, and reused -> its path.
 
@@ -17,6 +24,7 @@ def sft_start(config, dist):
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}
     if config.data != DEFAULT_TASK:
         settings["data"] = config.data
-    name = start_name(config.data, config.seed, "sft", config.levels)
+    longer = own_length(config.data, config.max_new_tokens)
+    name = start_name(config.data, config.seed, "sft", config.levels, **longer)
     what = "no --init given: making an SFT checkpoint to start from"
-    return make_start_once(name, what, sft, SFT_START | task_of(config.data).sft | settings, dist)
+    return make_start_once(name, what, sft, SFT_START | task_of(config.data).sft | settings | longer, dist)

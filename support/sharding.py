@@ -2,14 +2,15 @@
 
     whole(model)                       within, all weights on every rank                        lora.py, rollouts.py
     averaging(model, now)              within, whether a backward pass averages gradients      pretrain.py, grpo.py
+    exchange(model, autocast)          average what passes that did not have left               grpo.py
     unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py
     full_tensor(x)                     one tensor, where a formula needs all of it              optim.py
     in_stacks(params, ahead, f)        what Muon does to matrices, to several at once           optim.py
 
-What is not sharded is returned unchanged, so callers need no special case. All ranks must call `whole`, `unsharded`,
-`gathered` and `full_tensor` together, or the calling ranks wait forever.
+What is not sharded is returned unchanged, so callers need no special case. All ranks must call `whole`, `exchange`,
+`unsharded`, `gathered` and `full_tensor` together, or the calling ranks wait forever.
 """
 
 import contextlib
@@ -42,8 +43,7 @@ def refuse_fsdp(config, dist, scaler):
 def whole(model):
     """Within, every rank holds all weights of a model that FSDP has cut, as `generate` needs, and a call of the model
     waits for no other rank. All ranks must enter and leave; any other model stays as it is. The blocks' weights are in
-    the dtype that they are gathered in. A backward pass within exchanges gradients if `set_requires_gradient_sync` says
-    so, which all ranks must say for the same number of passes."""
+    the dtype that they are gathered in. Backward passes within must not average gradients: `exchange` follows them."""
     parts = [module for module in model.modules() if hasattr(module, "reshard")]  # fully_shard gives it its methods
     if getattr(model, "is_whole", False):  # by an outer `whole`
         parts = []
@@ -72,6 +72,18 @@ def averaging(model, now):
         model.set_requires_gradient_sync(now)
     with model.no_sync() if not now and hasattr(model, "no_sync") else contextlib.nullcontext():
         yield
+
+
+def exchange(model, autocast):
+    """Within `whole`, of a model that FSDP has cut: average over the ranks the gradients that passes without averaging
+    have left, by one more pass, of one token, with a gradient of 0. (A pass over prompts and their answers calls a
+    block several times, and FSDP would send its gradients after each call, those that are there by then: ranks with
+    other numbers of passes would send other tensors.)"""
+    model.set_requires_gradient_sync(True)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.embed.weight.device)
+    with autocast():
+        nothing = 0.0 * model(token).float().sum()
+    nothing.backward()
 
 
 def unsharded(model, dist):

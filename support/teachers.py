@@ -20,7 +20,7 @@ from support.errors import ConfigError
 from support.questions import open_problems
 from support.records import drop_too_long
 from support.runs import make_start_once, run_path, start_name
-from support.sft_start import SFT_START, sft_start
+from support.sft_start import SFT_START, own_length, sft_start
 from transformer import TransformerConfig
 
 TEACHER = {"test_problems": 500, "pass_problems": 20, "pass_samples": 4}  # of grpo.py, beside its defaults
@@ -59,8 +59,9 @@ def teacher_start(config, dist):
     """-> the run directory of the teacher; its SFT start is made first."""
     settings = shared_settings(config) | TEACHER | {"levels": config.levels, "init": sft_start(config, dist)}
     longest = task_of(config.data).sft.get("max_new_tokens")  # of an answer, where a task has a limit of its own
-    settings |= {"max_new_tokens": longest} if longest else {}
-    name = start_name(config.data, config.seed, "teacher", config.levels)
+    longer = own_length(config.data, config.max_new_tokens)
+    settings |= ({"max_new_tokens": longest} if longest else {}) | longer
+    name = start_name(config.data, config.seed, "teacher", config.levels, **longer)
     why = "no --teacher given: training one with GRPO"
     return make_start_once(name, why, grpo, settings, dist)
 
@@ -74,8 +75,9 @@ def student_start(config, dist):
     name = start_name(config.data, config.seed, "student-pretrain")
     settings = task.pretrain | shared_settings(config) | half
     base = make_start_once(name, why.format("pretraining"), pretrain, settings, dist)
-    settings = SFT_START | task.sft | shared_settings(config) | {"levels": config.levels, "init": base}
-    name = start_name(config.data, config.seed, "student", config.levels)
+    longer = own_length(config.data, config.max_new_tokens)
+    settings = SFT_START | task.sft | shared_settings(config) | {"levels": config.levels, "init": base} | longer
+    name = start_name(config.data, config.seed, "student", config.levels, **longer)
     return make_start_once(name, why.format("fine-tuning"), sft, settings, dist)
 
 

@@ -786,7 +786,19 @@ def test_two_processes_equal_one(here, wrong):
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-3, rtol=1e-3)
 
 
-def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
+def test_without_a_call_that_a_tool_answers_a_demonstration_is_the_plain_solution():
+    """Else the policy would learn to write the replies itself."""
+    problem = Problem("3 * 4?", "a 12\n#### 12", "12", calls="a <<3*4=12>>12\n#### 12")
+    prices = Tool("prices", r"<<price of (\w+)=", str)
+    for tools in ([], [prices]):
+        ids, flags = calls_start.encode_demonstration(ByteTokenizer(), problem, tools=tools)
+        plain, trained = sft.encode_example(ByteTokenizer(), problem)
+        assert (ids, flags) == (plain[: len(ids)], trained[: len(ids)])
+        assert len(plain) - len(ids) <= 1  # a line's end after the turn, which has no loss
+        assert "<<" not in ByteTokenizer().decode(ids)
+
+
+def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch, capsys):
     asked = []
 
     def see(settings, encode, responder):
@@ -825,6 +837,13 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
     assert len(mended | of_own) == 4
     named = calls_start.calls_start(Config(tools=["own:it"]), dist, [Tool("unit price", r"\[(.*)\]", str)], WithTools)
     assert "calls-unit_price" in named
+    assert f"no demonstration of {LARGE_TASK} calls unit price: the start will not know how" in capsys.readouterr().out
+    shown = [Problem("Kite?", "<<price of kite=12>>12\n#### 12", "12")]  # of a file; it has no calls of the calculator
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls_start, "load_problems", lambda *_: shown)
+        prices = Tool("prices", r"<<price of (\w+)=", str)
+        calls_start.calls_start(Config(tools=["own:prices"]), dist, [prices], WithTools)
+    assert "no demonstration" not in capsys.readouterr().out
     (scratch / "plain.jsonl").write_text('{"question": "2?", "answer": "2"}\n' * 9, encoding="utf-8")
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
     with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):
@@ -842,6 +861,8 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch):
         (["--algorithm", "rloo"], ["--kl_in reward"]),
         (["--teach", "start"], ["--init", "--teach"]),
         (["--demonstrations", "0"], ["--demonstrations"]),
+        (["--demonstrations", "100"], ["--demonstrations is for a start that is made"]),
+        (["--tools", "[]", "--train_on_tools", "true"], ["--train_on_tools has no use"]),
         (["--max_new_tokens", "64"], ["no train prompt fits"]),
     ],
 )

@@ -773,6 +773,15 @@ def test_bad_input_is_one_line(here, monkeypatch, capsys, flags, words):
         assert word in lines[0]
 
 
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_kl_of_bf16_is_computed_in_fp32(kind):
+    a = (-torch.rand(500, generator=torch.Generator().manual_seed(0))).bfloat16()
+    b = (a.double() + 0.02 * torch.randn(500, generator=torch.Generator().manual_seed(1)).double()).bfloat16()
+    got = kl_estimate(a, b, kind)
+    torch.testing.assert_close(got.double(), kl_estimate(a.double(), b.double(), kind), atol=1e-6, rtol=1e-2)
+    assert kind == "k1" or got.min() >= -1e-6
+
+
 def test_without_arguments_it_works_by_hand(here):
     done = script("evaluate.py", cwd=here)
     assert done.returncode == 0, done.stderr

@@ -609,6 +609,12 @@ def test_the_training_never_sees_the_truth(here, monkeypatch):
     assert_same_weights("runs/a/last", "runs/b/last")
 
 
+def test_the_loss_keeps_float64():
+    """A check of its gradient by differences needs that."""
+    new, old, A, mask = batch()
+    assert torch.autograd.gradcheck(lambda x: ppo.ppo_policy_loss(x, old, A, mask, clip=5.0)[0], new)
+
+
 def test_right_is_a_share_of_what_can_be_checked():
     """Of three of four problems the answer is not known, and no answer to them is right."""
     seen = SimpleNamespace(run=SimpleNamespace(config=config(prompts=4, rollouts=2), dist=devices.setup("cpu")))
@@ -841,6 +847,7 @@ def test_settings_that_cannot_be_used():
         {"temperature": 0.0},
         {"temperature": math.nan},
         {"kl_target": 0.5, "kl_horizon": 0.2 * 4 * 4, "prompts": 4, "rollouts": 4},
+        {"kl_horizon": 50.0},
         {"lam": 1.5},
         {"kl_target": 0.0},
         {"kl_target": 3.0, "beta": 0.0},

@@ -358,6 +358,13 @@ MIXTURE |= dict(routed_scale=2.0, balancing="bias", capacity_factor=1.5)
                 ("bias_rate", {"n_expert": 2}, "balancing bias"),
             )
         ],
+        *[
+            ({"model": TransformerConfig(**MODEL | model)}, f"--model.{name} has no effect")
+            for name, model in (
+                ("rope_theta", {"positions": "learned", "rope_theta": 5e5}),
+                ("ffn_width", {"n_expert": 2, "expert_width": 8, "ffn_width": 16}),
+            )
+        ],
     ],
 )
 def test_bad_settings(here, changes, message, monkeypatch):

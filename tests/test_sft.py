@@ -21,7 +21,7 @@ from data import Pair, Problem, conversation, encode_answers, load_problems, row
 from evaluate import METRICS
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
-from support import devices, pretrained_start, runs, sft_report, sft_start, sweeps
+from support import devices, pretrained_start, runs, sft_report, sft_start, sweeps, teachers
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.locks import LOCKED
@@ -274,6 +274,23 @@ def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
         assert (starts[0].name == starts[1].name) == (source == "word")
         assert starts[0].name == runs.start_name(source, 0, "pretrain")
     assert sft_start.sft_start(grpo.Config(skip_bad=True), dist) == sft_start.sft_start(grpo.Config(), dist)
+
+
+def test_a_start_on_another_task_may_write_answers_as_long_as_the_runs(monkeypatch):
+    """Cut off, all its validation answers would be wrong and best/ would be that of step 5."""
+    for module in (teachers, sft_start):
+        monkeypatch.setattr(module, "make_start_once", lambda name, what, stage, settings, dist: (name, settings))
+    dist, grpo = devices.setup("cpu"), importlib.import_module("grpo")
+    for start in (sft_start.sft_start, teachers.student_start, teachers.teacher_start):
+        short, settings = start(grpo.Config(data="word_large", max_new_tokens=64), dist)
+        assert settings.get("max_new_tokens", 64) == 64
+        long, settings = start(grpo.Config(data="word_large", max_new_tokens=150), dist)
+        assert settings["max_new_tokens"] == 150
+        assert long.startswith(short)
+        assert long != short
+        word, settings = start(grpo.Config(max_new_tokens=150), dist)  # its solutions fit
+        assert settings.get("max_new_tokens", 64) == 64
+        assert word.startswith("start/word-seed0")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """FSDP: what ranks that share the model compute, save and resume is what one process does."""
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ import pretrain
 from lora import LoraConfig
 from support import devices, policy_run, pretrain_report
 from support.errors import ConfigError
-from transformer import TransformerConfig
+from support.sharding import averaging, exchange, whole
+from support.shared_prompt import pack, shared_answer_logprobs
+from transformer import Transformer, TransformerConfig
 
 ODD = dict(n_layer=2, n_head=1, width=18, ffn_width=31)  # two ranks do not get as many rows of each matrix
 
@@ -45,6 +48,46 @@ def run_sharded():
             pretrain.main(replace(done, name=f"{case}/two-{fsdp}", fsdp=fsdp, resume=True))
 
 
+def run_pieces():
+    """What each of two ranks does: pieces of prompts and their answers, one on rank 0, two on rank 1."""
+    dist = devices.setup("cpu")
+    autocast, _ = devices.precision("fp32", dist)
+    torch.manual_seed(0)
+    policy = Transformer(TransformerConfig(**MODEL | ODD, vocab_size=40)).eval()
+    plain = copy.deepcopy(policy)
+    pieces = [pack([[1, 2, 3 + i]], [[[5, 6, 7 + i], [8]]], pad=0) for i in range(3)]
+    pretrain.shard(policy, dist, autocast)
+    for _ in range(2):  # optimizer steps
+        with whole(policy):
+            for packed in pieces[:1] if dist.is_main else pieces[1:]:
+                with averaging(policy, False):
+                    (shared_answer_logprobs(policy, packed).sum() * dist.world).backward()
+            exchange(policy, autocast)
+        for packed in pieces:
+            shared_answer_logprobs(plain, packed).sum().backward()
+        for (name, p), q in zip(policy.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad, atol=1e-5, rtol=1e-5, msg=name)
+        policy.zero_grad()
+        plain.zero_grad()
+    if dist.is_main:
+        print("the same gradients")
+
+
+def ranks_of(function):
+    """A script that calls a function of this file."""
+    return (
+        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+        f"from test_sharding import {function}\n{function}()\n"
+    )
+
+
+def test_ranks_with_other_numbers_of_pieces_have_the_gradients_of_all(here):
+    (here / "ranks.py").write_text(ranks_of("run_pieces"), encoding="utf-8")
+    process = script(here / "ranks.py", cwd=here, processes=2, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert "the same gradients" in process.stdout
+
+
 def assert_same_checkpoint(one, two, atol):
     assert_same_weights(one, two, atol=atol, rtol=0)
     one, two = (torch.load(f"{path}/trainer_state.pt", weights_only=True)["optimizers"] for path in (one, two))
@@ -55,11 +98,7 @@ def test_sharded_equals_one_process(here, monkeypatch):
     """FSDP: losses, norms, validation, samples, weights and moments are those of one process with the same batch."""
     # 33 windows to validate: one more pass for rank 0
     (here / "longer.txt").write_text((TEXT * 2)[:10_700], encoding="utf-8")
-    (here / "ranks.py").write_text(
-        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-        "from test_sharding import run_sharded\nrun_sharded()\n",
-        encoding="utf-8",
-    )
+    (here / "ranks.py").write_text(ranks_of("run_sharded"), encoding="utf-8")
     process = script(here / "ranks.py", cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
     monkeypatch.setattr(pretrain_report, "draw", lambda *args: None)

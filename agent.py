@@ -50,7 +50,7 @@ Traps:
   * What a tool writes comes from outside: it is encoded as plain characters, so it cannot hold <|im_end|>. A call's
     argument comes from the policy: the function must survive any text, so no `eval`.
   * The tools are this script's. evaluate.py, generate.py and the other stages have none: there a policy that calls one
-    writes the reply itself, mostly wrong.
+    has to guess the reply.
 
 Simplified: a tool's tokens go through the model one by one, and all rows wait for a slow tool (verl and slime let other
 rows go on). Where two patterns fit, the first tool replies.

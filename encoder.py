@@ -53,7 +53,7 @@ context, a quarter of the context is its start, the rest its end (arXiv:1905.055
 Simplified: windows of the pretraining text may hold several documents, which see each other.
 
 Run it:
-    python encoder.py                                                   # generated reviews, 2 minutes on 2 cores
+    python encoder.py                                                   # generated reviews, minutes on two CPU cores
     python encoder.py --demo                                            # ten tokens, some masked; both losses by hand
     python encoder.py --config configs/encoder_polarity.yaml            # real film reviews (needs the data)
     python encoder.py --data reviews.csv                                # columns text and label

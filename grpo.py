@@ -92,9 +92,9 @@ What to watch. Not the loss: the advantages of a group sum to 0, so in the first
 its gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, the share of
 groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
 things. Whatever is not rewarded may degrade: the seven rows without a KL kept the story in 0 to 93 % of the answers,
-the three with one in 69 to 98 % (results/policy-gradients.md, which compares whole rows; an example:
-results/grpo_word.md). The validation accuracy chooses best/; the table at the end is of last/. It has pass@k: if the
-model only learns to say at once what it could say in k tries, pass@1 rises towards the start's pass@k, which stays. New
+the three with one in 69 to 98 % (results/policy-gradients.md, which compares whole rows; but grpo 58 % on one seed of
+results/ladder.md). The validation accuracy chooses best/; the table at the end is of last/. It has pass@k: if the model
+only learns to say at once what it could say in k tries, pass@1 rises towards the start's pass@k, which stays. New
 ability would be problems that the start never solves (arXiv:2504.13837): 16 samples cannot show that.
 
 Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
@@ -402,7 +402,7 @@ class Config(FamilyFlags, PolicyRunConfig):
     minibatches: Count = 2
     """Optimizer steps in a pass; from the second on ρ differs from 1."""
     lr: Amount = 1.5e-4
-    """Peak learning rate, for Muon, the default; --optimizer adamw wants about a sixth. It falls linearly to 0 after
+    """Peak learning rate, for Muon, the default; --optimizer adamw wants a lower one. It falls linearly to 0 after
     the warm-up."""
 
 

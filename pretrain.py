@@ -77,7 +77,7 @@ moments are 16 bytes per parameter (12 for a matrix that Muon trains: one moment
                               micro-batches it also holds them whole
 
 Run it:
-    python pretrain.py                                                  # built-in stories, about 4 minutes on 2 cores
+    python pretrain.py                                                  # built-in stories, minutes on two CPU cores
     python pretrain.py --demo                                           # the loss and its gradient by hand
     python pretrain.py --data input.txt --tokenizer char --name shakespeare --steps 1000
     torchrun --nproc_per_node 8 pretrain.py --data input.txt --batch 256                # add --fsdp true for FSDP

@@ -36,10 +36,10 @@ Traps:
   * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
     (arXiv:2312.09244) pulls each pair's mean score towards 0, where PPO's values start; ppo.py needs it with
     --normalise false, unless its --baseline compares answers.
-  * A head on the last state learns slowly. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare. The
-    policy knows the sum, but as a prediction: before the 9 its last layer says 8, and none is left to compare the two.
-    Hence the extra layers, and the SFT loss of the chosen answers, which keeps what the decoder knows
-    (arXiv:2406.10216).
+  * A head on the last state may come too late. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare.
+    The policy knows the sum, but as a prediction: before the 9 its last layer says 8, and none is left to compare the
+    two. Hence the extra layers, and the SFT loss of the chosen answers, which is to keep what the decoder knows
+    (arXiv:2406.10216). Neither was tested alone.
   * For PPO take pairs of the policy's own samples too (--pairs both, the default): what a policy writes is wrong in
     other ways than a corrupted solution.
   * A reward model is a proxy. Best-of-n takes the answer with the highest score of n; where the truth falls while n

@@ -121,7 +121,7 @@ CLAIMS = [
         "easy examples first help",
         "[Bengio 2009]",
         "sft.pacing",
-        "not significant ([curriculum](curriculum.md))",
+        "by `python ablate.py curriculum`",
         Compared("curriculum", "curriculum", "shuffled", ("accuracy",), "+"),
     ),
     Claim(

@@ -75,7 +75,7 @@ class Decoder:
         if static and self.step is not None:
             self.make_static()
         # Finished sequences leave the batch once at most this share of it is still running. Copying the running ones
-        # costs about one step, recording a new graph for them about four.
+        # costs time, recording a new graph for them more.
         self.shrink_below = 0.75 if self.static is None else 0.5
 
     def make_static(self):
@@ -112,9 +112,9 @@ class DecodeStep:
     - one batched product per key head for all queries that share it, or on a CPU in bf16 SDPA.
 
     In fp32 the output matrix, and from 4 sequences on every matrix, is stored transposed, (in, out): for 4 to 32
-    sequences x @ W then takes two thirds to four fifths of the time of x @ weight.T (MKL, 2 cores). In bf16 (oneDNN) it
-    would take up to a fifth longer. Each `generate` builds this step again, because the weights may have changed; that
-    takes about as long as a few steps and holds a second copy of the weights, in autocast's dtype where it is on.
+    sequences x @ W is then faster than x @ weight.T (MKL). In bf16 (oneDNN) it would be slower. Each `generate` builds
+    this step again, because the weights may have changed; that takes as long as some steps and holds a second copy of
+    the weights, in autocast's dtype where it is on.
     Attention multiplies in the dtype of the cache; queries and keys are rotated in that of the model's attention.
     """
 

@@ -1,7 +1,7 @@
 """The pieces that a pattern cuts a text into, and their ids by tiktoken: for a run of any length of any character.
 
 tiktoken splits and merges fast, but its regular expressions panic in a run of a million blanks. The `regex` package
-does not: it splits such a text here, which takes two to three times as long. The two also know different editions of
+does not: it splits such a text here, which takes longer. The two also know different editions of
 Unicode: to the older one a newly encoded letter is no letter yet. The edition that counts is tiktoken's, which is also
 that of the `tokenizers` package, so that the ids are those which transformers gives.
 """

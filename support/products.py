@@ -1,8 +1,8 @@
 """Matrix products in fp32 on AMD's CPUs, for every linear layer that a run trains (support/runs.py: `fast_linears`).
 
 torch multiplies fp32 matrices with Intel's MKL, which keeps to AVX2 on other makers' CPUs. oneDNN, which torch brings
-along too, uses what the CPU has: per core of an AMD EPYC with AVX-512, 240 instead of 105 GFLOP/s; where there is AVX2
-alone, 120 (benchmarks/profile_steps.py). The results differ by rounding.
+along too, uses what the CPU has: on two cores of an AMD EPYC with AVX-512, 470 instead of 219 GFLOP/s
+(results/benchmarks.md). The results differ by rounding.
 """
 
 import functools

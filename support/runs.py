@@ -52,8 +52,8 @@ class RunConfig:
     steps: Count = 200
     """Optimizer steps."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """adamw, or muon for the matrices of the blocks and adamw for the rest; adamw alone needs a lower learning rate (in
-    GRPO about a sixth)."""
+    """adamw, or muon for the matrices of the blocks and adamw for the rest; adamw alone needs a lower learning
+    rate."""
     lr: Amount = 2e-3
     """Peak learning rate."""
     warmup: Whole = 10

@@ -17,8 +17,8 @@ def own_length(data, longest):
 def sft_start(config, dist):
     """SFT of a pretrained start; made once, under runs/start, and reused -> its path.
 
-    The SFT stops when half of the answers are right: there a policy has the most to learn. The accuracy then rises by
-    two points a step, so after a fixed number of steps each seed would start at another accuracy.
+    The SFT stops when half of the answers are right: there few groups of answers earn all the same. The accuracy then
+    rises by some points a step, so after a fixed number of steps each seed would start at another accuracy.
     """
     run_path(config)  # raises on a bad --name or --resume before a start is made
     settings = {"levels": config.levels, "seed": config.seed, "device": config.device, "dtype": config.dtype}

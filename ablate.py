@@ -297,7 +297,7 @@ def tune(experiment, seed, top, config):
     values = {  # a start that is only measured has no such flag
         v: [float(f"{x * c[experiment.tune]:.4g}") if experiment.times_own else x for x in experiment.grid]
         for v, c in configs.items()
-        if experiment.tune in c
+        if c.get(experiment.tune) is not None or (experiment.tune in c and not experiment.times_own)
     }
     if not values:
         raise ConfigError(f"no variant of {config.experiment} has the flag that it tunes, {experiment.tune!r}")

@@ -84,7 +84,7 @@ def gdpo_advantages(rewards, weights=None):
     weights = [1.0] * M if weights is None else weights
     z = [group_advantages(rewards[..., k]) for k in range(M)]  # M of (N, R), mean 0 in each group
     s = sum(w * z_k for w, z_k in zip(weights, z, strict=True))  # (N, R)
-    s = s.masked_fill(s.abs() < 1e-6 * sum(abs(w) for w in weights), 0.0)  # opposite z's, exactly, not up to rounding
+    s = s.masked_fill(s.abs() < 1e-6 * sum(abs(w) for w in weights), 0.0)  # where opposite z's cancel: exactly 0
     return s / (s.std() + 1e-4) if s.numel() > 1 else s  # (N, R)
 
 

@@ -181,7 +181,7 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
                 the chance p, and a wrong one 0, the expected gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the
                 first R − 1 terms of ∇log p = ∇p / p (MaxRL)
         tokens  std over the batch's tokens, each of which has its answer's value, after their mean is taken off too
-                (REINFORCE++): a group of equal rewards has an A ≠ 0, unless each group is one. Needs lengths (N, R),
+                (REINFORCE++): a group of equal rewards has an A ≠ 0, unless all groups are such. Needs lengths (N, R),
                 the answers' tokens
 
     With a baseline and any scale but tokens, a group whose rewards are all equal gives exactly 0, and so does a group
@@ -228,8 +228,8 @@ LOSS_TYPES = {
 }
 
 
-# A surrogate: ρ (b, T), A (b, 1), log π (b, T) and clips -> the objective of each token (b, T), to be maximised, and
-# where a limit was at work, (b, T) bool: the clip fraction.
+# A surrogate: ρ (b, T), A (b, 1) or (b, T), log π (b, T) and clips -> the objective of each token (b, T), to be
+# maximised, and where a limit was at work, (b, T) bool: the clip fraction.
 
 
 def clip_surrogate(rho, A, logprobs, clip_low, clip_high):
@@ -248,7 +248,7 @@ def cispo_surrogate(rho, A, logprobs, clip_low, clip_high):
 def sapo_surrogate(rho, A, logprobs, clip_low=None, clip_high=None, tau=1.0, tau_negative=1.05):
     """SAPO: f(ρ) A with f = (4 / τ) σ(τ (ρ − 1)), a soft clip. The gradient is ρ f' A ∇log π with the slope
     f' = 1 / cosh²(τ (ρ − 1) / 2). ρ f' is 1 at ρ = 1, at most 1.57, near ρ = 2, below 1 again from ρ = 3.5 (τ = 1)."""
-    tau_of_A = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # (b, 1)
+    tau_of_A = torch.full_like(A, tau_negative).masked_fill(A > 0, tau)  # as A
     return 4 / tau_of_A * torch.sigmoid(tau_of_A * (rho - 1)) * A, torch.zeros_like(rho, dtype=torch.bool)
 
 
@@ -365,7 +365,7 @@ def demo():
         name, form = ("ρ k3", "β log(π / π_ref) / 8") if unbiased else ("k3", "β (1 − x) / 8")
         print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient {form:20s} = {slope / 8:.5f}")
 
-    # The family, second minibatch. The second answer has one token here (by hand: tests/test_family.py).
+    # The family, second minibatch. The second answer has one token here. (tests/test_family.py: each row by a loop.)
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
     print("the family              A of each answer             what each token gets, answer by answer, times 100")
     for name, row in ALGORITHMS.items():

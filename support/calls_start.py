@@ -52,7 +52,7 @@ def encode_demonstration(tokenizer, problem, weighted=False, *, tools):
 
 def calls_start(config, dist, tools, with_tools):
     """SFT on demonstrations of calls, of --teach or a pretrained start; made once, under runs/start, and reused -> its
-    path. Without tools: the start of grpo.py. with_tools: agent.WithTools."""
+    path. Without tools: that of grpo.py with the same --max_new_tokens. with_tools: agent.WithTools."""
     if not tools and not config.teach:
         return sft_start(config, dist)
     run_path(config)  # raises on a bad --name or --resume before a start is made

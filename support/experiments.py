@@ -4,7 +4,7 @@ A new experiment is a row of EXPERIMENTS: each variant names a stage and the fla
 `_dpo` and `_distill` add those that are held. A nested flag is a dictionary: --lora.rank 4 is {"lora": {"rank": 4}}.
 Metrics in `columns` and `curves` get their labels in support/ablation_report.py; what a stage does not return, a
 function of support/probes.py measures. (As that file is then another, saved runs with a probe need --old_code true.)
-Try a row with --quick true: a few steps, the probe, the page. In ten lines:
+Try a row with --quick true: a few steps, the probe, the page. In seven lines:
 
     "tying": Experiment(
         "What does it cost to read out with the embedding matrix?",

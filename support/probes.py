@@ -1,7 +1,7 @@
 """Measurements of ablate.py: of a trained model, beyond what its stage reports, and of a start without training.
 
-A probe is a function (run_dir, figures, settings) -> further figures. run_dir: of the run; figures: those so far,
-including the checkpoint's "path"; settings: what ablate.py ran the stage with. An experiment names its probe.
+A probe is a function (run_dir, figures, settings) -> further figures. run_dir: the run's directory; figures: those so
+far, with the checkpoint's "path"; settings: what ablate.py ran the stage with. An experiment names its probe.
 
     layers     the residual stream and its gradient by layer, the attention, a sample of text
     beyond     the loss at positions beyond the trained context

@@ -452,7 +452,10 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
             f"{path} was made with {options}, which this version no longer has: it cannot be resumed here"
         )
     saved_reads = state.get("reads", {})  # {} in a run that an older version saved
-    if changed := [name for name, content in reads.items() if saved_reads.get(name, content) != content]:
+    changed = [name for name, content in reads.items() if saved_reads.get(name, content) != content]
+    # A start has another name if this version makes another one
+    changed += [name for name in saved_reads if name.startswith("the weights of ") and name not in reads]
+    if changed:
         raise ConfigError(f"--resume continues a run as it was, but {' and '.join(changed)} changed since it began")
     total = new["steps"] + new.get("mlm_steps", 0)  # encoder.py trains in two phases
     if state["step"] > total:

@@ -2,7 +2,7 @@
 
     whole(model)                       within, all weights on every rank                        lora.py, rollouts.py
     averaging(model, now)              within, whether a backward pass averages gradients      pretrain.py, grpo.py
-    exchange(model, autocast)          average what passes that did not have left               grpo.py
+    exchange(model, autocast)          average the gradients of passes that did not             grpo.py
     unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py

@@ -679,7 +679,7 @@ def test_only_a_teacher_that_is_to_be_made_needs_questions_that_the_processes_sh
 
     monkeypatch.setattr(distill_run, "check_shared_by", refuse)
     with pytest.raises(ConfigError, match="cannot share"):
-        distill.main(config(teacher=None))
+        distill.main(config(teacher=None, data="word"))
     distill.main(config(steps=1))
 
 

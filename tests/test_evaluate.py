@@ -451,11 +451,11 @@ def test_a_gain_below_0_is_said_of_the_checkpoint_that_was_tested(stage, monkeyp
     before, after = (figures([a, 0.0]) | {"solved": [0], "pairs": {"pair_accuracy": 0.5, "loss": 0.7}} for a in (1, 0))
     config = stage.Config(init="start", **({"reward_model": "judge"} if stage is ppo else {}))
     monkeypatch.setattr(REPORTS[stage], "draw_curves", lambda *_: None)
-    run = SimpleNamespace(path="run", seconds=60.0, state=SimpleNamespace(before=before))
+    run = SimpleNamespace(path="run", config=config, seconds=60.0, state=SimpleNamespace(before=before))
     end = {"before": before, "after": after, "kl": 0.1, "seconds": 60.0, "path": "run/best", "tokens": 9}
     end |= {"teacher": before, "teacher_kl": 0.1, "teacher_kl_before": 0.1, "closed": 0.5}
-    arguments = {grpo: (run, after, 0.1, {}, {}), ppo: (run, after), dpo: (before, after, 2, 60.0)}
-    REPORTS[stage].report(config, *arguments.get(stage, ("run", end)))
+    arguments = {grpo: (run, after, 0.1, {}, {}), ppo: (config, run, after), dpo: (config, before, after, 2, 60.0)}
+    REPORTS[stage].report(*arguments.get(stage, (config, "run", end)))
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     if stage in (grpo, ppo):
         assert said == "WARNING: the policy ended worse than it began; best/ holds the best on the validation split"

@@ -871,6 +871,17 @@ def test_a_run_of_an_earlier_version_is_resumed_if_its_choices_are_the_same(here
     grpo.main(config(steps=3, resume=True, algorithm="dapo"))
 
 
+def test_a_run_from_a_start_that_has_another_name_now_is_not_resumed(here):
+    """This version would make another one."""
+    grpo.main(config(steps=2))
+    path = here / "runs/grpo/last/trainer_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["reads"]["the weights of runs/start/word-seed0-sft"] = state["reads"].pop("the weights of start")
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match="but the weights of runs/start/word-seed0-sft changed since it began"):
+        grpo.main(config(steps=3, resume=True))
+
+
 def test_groups_without_signal_are_skipped_and_counted(here, spied, monkeypatch):
     monkeypatch.setitem(grpo.REWARDS, "correct", lambda texts, problems, ended: [1.0] * len(texts))
     grpo.main(config(format_weight=0.0, weight_decay=0.1))

@@ -642,7 +642,7 @@ def test_bad_input_is_one_line(here):
             config(**changes)
     with pytest.raises(ConfigError, match="min_rating"):
         config(min_rating=6.0)
-    for changes in ({"lr": 0.5, "sweep": [0.1]}, {"difficulty": "length"}, {"pace_start": 0.5}, {"pace": 0.5}):
+    for changes in ({"lr": 0.5, "sweep": [0.1]}, {"difficulty": "length"}, {"pace_start": 0.5}, {"pace": 0.3}):
         with pytest.raises(ConfigError, match=f"--{next(iter(changes))} (has no effect|is for --order)"):
             config(**changes)
     (here / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": \n', encoding="utf-8")

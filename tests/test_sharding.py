@@ -20,11 +20,12 @@ from support.shared_prompt import pack, shared_answer_logprobs
 from transformer import Transformer, TransformerConfig
 
 ODD = dict(n_layer=2, n_head=1, width=18, ffn_width=31)  # two ranks do not get as many rows of each matrix
+EXPERTS = dict(ffn_width=None, n_expert=3, expert_width=15, balancing="bias")
 
 SHARDED = {  # what FSDP is tried with; the mixture is of three experts, balanced by biases that no optimizer sees
     "adamw": dict(optimizer="adamw", model=ODD),
     "muon": dict(optimizer="muon", model=ODD),
-    "mixture": dict(recompute=True, bias_rate=0.01, model=ODD | dict(n_expert=3, expert_width=15, balancing="bias")),
+    "mixture": dict(recompute=True, bias_rate=0.01, model=ODD | EXPERTS),
     "bf16": dict(dtype="bf16", optimizer="adamw", model=ODD),
 }
 

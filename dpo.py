@@ -54,7 +54,8 @@ Traps:
 * The logged loss, which also chooses the checkpoint, is the sum of both terms; only the first is ln 2 at the start.
   The pair accuracy of the first step is noise: h is 0 up to rounding, and h > 0 counts.
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
-  to answers that nobody judged. Watch `logp_chosen`. --nll holds it up (measured in results/dpo.md).
+  to answers that nobody judged. Watch `logp_chosen`. --nll pulls it up: without it the runs of results/dpo.md end 24
+  points lower.
 * Sum or mean? DPO sums, so a long answer has a larger implicit reward in absolute value for its length alone (`demo`).
   The per-token variants take means, and so does the nll term.
 * --pairs sampled: the pairs are samples of the start model, and stay so while the policy moves: DPO is off-policy.
@@ -64,7 +65,7 @@ Run it:
     python dpo.py                                                         # pairs sampled from the start model
     python dpo.py --nll 0 --name plain                                    # plain DPO
     python dpo.py --pairs offline                                         # corrupted solutions
-    python dpo.py --variant kto --nll 5 --beta 0.1 --lr 1e-4              # single answers; at nll 1 the good ones fell
+    python dpo.py --variant kto --nll 5 --beta 0.1 --lr 1e-4              # single answers
     python dpo.py --variant orpo --beta 0.1                               # no reference
     python dpo.py --data style --init runs/sft --variant simpo --beta 2 --gamma 1 --nll 0
     torchrun --nproc_per_node 2 dpo.py --init runs/sft

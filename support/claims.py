@@ -128,7 +128,8 @@ CLAIMS = [
         "a policy is its own reward model",
         "[2305.18290] Eq. 7",
         "dpo.dpo_loss",
-        "not seen: 150 steps without the NLL term gain nothing significant ([dpo](dpo.md)) ‡",
+        "not seen: after 150 steps without the NLL term 9.1 points below the start [-3.5, +21.7], not significant "
+        "([dpo](dpo.md))",
     ),
     Claim(
         "learned rewards get over-optimised",

@@ -128,8 +128,8 @@ CLAIMS = [
         "a policy is its own reward model",
         "[2305.18290] Eq. 7",
         "dpo.dpo_loss",
-        "not seen: after 150 steps without the NLL term 9.1 points below the start [-3.5, +21.7], not significant "
-        "([dpo](dpo.md))",
+        "as a reward, yes: without the NLL term it orders 82.9 to 89.5 % of held-out pairs rightly; as a policy no "
+        "gain seen: after 150 steps 9.1 points below the start [-3.5, +21.7], not significant ([dpo](dpo.md))",
     ),
     Claim(
         "learned rewards get over-optimised",

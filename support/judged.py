@@ -1,7 +1,7 @@
 """Judged answers, the rows of kto: {"prompt", "answer", "good"}, ids of one answer and whether it is good.
 
 Of n_D good and n_U bad answers, choose the weights λ so that λ_D n_D / (λ_U n_U) is between 1 and 4/3. The good answers
-may become less likely with the bad ones, and did with --nll 1 (commit a23a609).
+may become less likely with the bad ones, and do, with --nll 5 too (results/dpo.md).
 
 With nll 0, λ = 1 and answers of the start model (--pairs sampled, temperature 1), the first gradient is −β/2 times that
 of the sampled accuracy: each answer gives ∓β/4 ∇log π_θ(y), and E[∇log π_θ(y)] = 0. Right answers that were cut off are

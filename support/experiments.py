@@ -402,8 +402,8 @@ EXPERIMENTS = {
     ),
     "dpo": Experiment(
         "Beta and variant, offline against sampled pairs.",
-        "the SFT checkpoint of a seed, 150 steps of 32 pairs, the pairs and their order (kto: 32 single answers, NLL 5, "
-        "lr 1e-4, beta 0.1; corrupted solutions: their own pairs)",
+        "the SFT checkpoint of a seed, 150 steps of 32 pairs, the pairs and their order (kto: 32 single answers, NLL "
+        "5, lr 1e-4, beta 0.1; corrupted solutions: their own pairs)",
         {
             "sampled pairs": _dpo(),
             "without the NLL term": _dpo(nll=0.0),

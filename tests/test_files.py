@@ -205,6 +205,7 @@ def test_a_run_that_is_killed_leaves_the_events_of_its_last_save(here, monkeypat
     with pytest.raises(Killed):
         pretrain.main(config(save_every=2))
     events = EventAccumulator(str(here / "runs/pretrain/tensorboard")).Reload()
+    runs.Run.close_log()  # the writer's thread ends with this test
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
 
 

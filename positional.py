@@ -19,7 +19,7 @@ neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, t
 
 So for given q and k the score depends on the distance n − m alone: attention is relative without a parameter, and a
 rotated vector keeps its norm. (PE[p + j] too is a rotation of PE[p], the same for every p, but attention has to learn
-to use it.) Here RoPE ends 0.36 nats per character below learned positions in validation loss (results/positions.md).
+to use it.) Here RoPE ends 0.38 nats per character below learned positions in validation loss (results/positions.md).
 
 Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast pair has met every angle. A slow pair,
 r_i < 1, has met only part of the circle, and past L it reaches angles that it never met. If its ω_i is divided by s, it

@@ -37,7 +37,7 @@ def not_measured(problems):
 
 
 def accuracies(before, after, without=()):
-    """ ": accuracy 50.0% → 60.0%", for the title of a picture; nothing if it is not measured."""
+    """For the title of a picture: ": accuracy 50.0% → 60.0%"; nothing if it is not measured."""
     return "" if "accuracy" in without else f": accuracy {before['accuracy']:.1%} → {after['accuracy']:.1%}"
 
 

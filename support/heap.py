@@ -6,8 +6,9 @@ return_freed_memory()    between two stages in one process, whenever a run saves
 
 By default glibc returns the memory of large tensors to the kernel, which must clear each page before it gives it out
 again: thousands of pages per step on a CPU. And the pages have 4 KiB, so that each pass over a tensor looks up
-thousands of addresses; with pages of 2 MiB (transparent huge pages) a GRPO step is 1.1 to 1.2 times as fast on a
-virtual machine (results/benchmarks.md). Other systems and C libraries stay as they are.
+thousands of addresses; with pages of 2 MiB (transparent huge pages) a GRPO step was 1.1 to 1.2 times as fast in
+three pairs of runs on a virtual machine, not significant after a correction for three stages (results/benchmarks.md).
+Other systems and C libraries stay as they are.
 """
 
 import contextlib

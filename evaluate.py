@@ -75,6 +75,7 @@ from support.log import commit
 from support.means import means_of, means_of_levels
 from support.output import batches
 from support.tables import gain_of
+from support.tasks import refuse_levels
 from support.words import words
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -390,6 +391,7 @@ class Config:
 
     def __post_init__(self):
         check(self)
+        refuse_levels(self)
 
 
 def main(config):

@@ -6,7 +6,7 @@ from hashlib import sha256
 from types import SimpleNamespace
 
 import sft
-from data import conversation, load_problems, task_of
+from data import TASKS, conversation, load_problems, task_of
 from support.errors import ConfigError
 from support.runs import make_start_once, run_path, start_name
 from support.sft_start import SFT_START, sft_start
@@ -63,7 +63,8 @@ def calls_start(config, dist, tools, with_tools):
         print(f"no demonstration of {config.data} calls {', '.join(unseen)}: the start will not know how")
     if len(unseen) == len(tools) and not any(problem.calls for problem in shown):
         raise ConfigError(f"--data {config.data} shows no calls, such as <<3*4=12>>, in its solutions: give an --init")
-    settings = {"data": config.data, "levels": config.levels, "seed": config.seed}
+    settings = {"data": config.data, "seed": config.seed}
+    settings |= {"levels": config.levels} if config.data in TASKS else {}  # a file has none to choose from
     settings |= {"device": config.device, "dtype": config.dtype}
     sizes = {"max_new_tokens": config.max_new_tokens, "demonstrations": config.demonstrations}
     skip, others = skipping(config.data, config.skip_bad), {}

@@ -32,6 +32,11 @@ def check_architecture(config):
     model = config.model
     if model.positions != "rope" and model.rope_theta != TransformerConfig.rope_theta:
         raise ConfigError(f"--model.rope_theta has no effect with --model.positions {model.positions}: leave it out")
+    scaling = model.rope_scaling or {}
+    if scaling.get("rope_theta") and model.rope_theta not in (scaling["rope_theta"], TransformerConfig.rope_theta):
+        raise ConfigError("--model.rope_theta has no effect beside that in --model.rope_scaling: leave one of them out")
+    if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
+        raise ConfigError("--model.rope_scaling has no effect with the type dynamic: take linear, yarn or llama3")
     if model.n_expert and model.moe_every == 1 and model.expert_width and model.ffn_width:
         raise ConfigError("--model.ffn_width has no effect beside --model.expert_width, as all blocks are mixtures")
     for name in () if config.model.n_expert else (*MIXTURE_ONLY, "capacity_factor"):

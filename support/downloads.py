@@ -112,6 +112,13 @@ def fetch(name: str, source: Source) -> Path:
     return path
 
 
+def fetch_missing(name: str | Path) -> None:
+    """Download what a data set still lacks, as far as its files have an address."""
+    for source in DATASETS.get(str(name), {}).values():
+        if source.url:
+            fetch(str(name), source)
+
+
 def imdb_reviews(part: str, source: Source) -> list[tuple[str, int]]:
     """The IMDB reviews (Maas et al. 2011), 25,000 each in train and test, through Hugging Face's `datasets` -> (text,
     label) of each."""
@@ -142,7 +149,7 @@ def find(name: str | Path, split: str = "train") -> Path:
     if path.is_dir():
         raise DataError(f"{path} is a folder: give the file in it")
     if not path.is_file():
-        known = ", ".join([*TASKS, *DATASETS])
+        known = ", ".join([*TASKS, *DATASETS, "sentiment"])
         raise DataError(f"{name}: no such file, and not one of the known datasets {known}")
     return path
 
@@ -168,5 +175,6 @@ def none_left(what: str, name: str, split: str, n: int) -> DataError:
 def refuse(name: str, what: str) -> None:
     """DataError if this is a task or a data set that has no such records. what: a row of KINDS."""
     offer = [*([] if what == "labelled texts" else TASKS), *KINDS[what]]
-    if (name in DATASETS or name in TASKS) and name not in offer:
+    known = {*TASKS, *DATASETS, *KINDS["labelled texts"]}
+    if name in known and name not in offer:
         raise DataError(f"{name} has no {what}: choose {', '.join(offer)}, or the path of a file")

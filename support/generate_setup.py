@@ -53,6 +53,8 @@ class Config:
             raise ConfigError(f"--temperature is {self.temperature}; it must be 0 (greedy) or at least 1e-5")
         if self.temperature == 0 and (self.top_k or self.top_p or self.min_p):
             raise ConfigError("top_k, top_p and min_p choose what is sampled from: give a --temperature above 0")
+        if self.temperature == 0 and self.seed != type(self).seed:
+            raise ConfigError("--seed has no effect on greedy answers: give a --temperature above 0, or leave it out")
         if "" in self.stop:
             raise ConfigError("--stop holds an empty text, which would end every answer at once")
 

@@ -22,6 +22,7 @@ from support.reward_look import Look
 from support.reward_samples import fitting_groups, make_pairs, save_pairs, saved_pairs
 from support.runs import Run, RunConfig, run_path
 from support.sft_start import sft_start
+from support.tasks import refuse_levels
 
 
 @dataclass
@@ -56,6 +57,7 @@ class RewardPairFlags(RunConfig):
 
 def fill_in(config):
     """Set, in place, what was not given. ConfigError on flags that do not go together."""
+    refuse_levels(config)
     corruptions = list(TASKS.get(config.data, TASKS[DEFAULT_TASK]).corruptions)
     pairs, kinds = "both" if corruptions else "sampled", corruptions[:1] * 3 + corruptions  # where none are given
     if config.data not in TASKS and config.pairs not in (None, pairs):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from support.checks import Amount, Count, Seed, Whole, check
 from support.content import content_of, content_of_checkpoint, content_of_data
 from support.devices import random_state, set_random_state
+from support.downloads import fetch_missing
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.files import UNWRITTEN, may_fail, must_write, say_unwritten, to_json, write_whole
 from support.finite import check_state
@@ -375,8 +376,9 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
 
 
 def keep_copy(run_dir, step, keep):
-    """Keep last/ under the name step_STEP too, and of these only the newest `keep`. The files are hard links where the
-    file system has them, since a checkpoint never changes. A copy that the disk has no room for is left out."""
+    """Keep last/ under the name step_STEP too, and of the copies up to it only the newest `keep`: later ones are there
+    where a run returned to an earlier checkpoint. The files are hard links where the file system has them, since a
+    checkpoint never changes. A copy that the disk has no room for is left out."""
 
     def link(file, to):
         try:
@@ -391,7 +393,7 @@ def keep_copy(run_dir, step, keep):
         shutil.rmtree(final, ignore_errors=True)
         new.rename(final)
     shutil.rmtree(new, ignore_errors=True)
-    for path in sorted(run_dir.glob("step_*"))[:-keep]:
+    for path in sorted(path for path in run_dir.glob("step_*") if path.name <= final.name)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -548,7 +550,9 @@ def make_start_once(name, message, stage, settings, dist):
     finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
     if dist.is_main:
-        made_by["reads"] = [content_of_data(settings.get("data", stage.Config.data))]
+        data = settings.get("data", stage.Config.data)
+        fetch_missing(data)  # now: a file that the stage downloads would make this another start the next time
+        made_by["reads"] = [content_of_data(data)]
         if settings.get("init"):
             made_by["reads"].append(content_of_checkpoint(settings["init"]))
         made_by = to_json(made_by, sort_keys=True)

@@ -5,6 +5,7 @@ from data import encode_prompt, load_problems
 from support.answers import measure_of
 from support.errors import ConfigError
 from support.records import drop_too_long
+from support.tasks import refuse_levels
 
 
 def load_examples(config, dist):
@@ -59,6 +60,7 @@ def encode_training(config, problems, tokenizer, context, dist, encode):
 
 def refuse_unused(config):
     """ConfigError on a flag of sft.Config that another one takes the use from."""
+    refuse_levels(config)
     default = type(config)
     if config.sweep and config.lr != default.lr:
         raise ConfigError("--lr has no effect beside --sweep, which names the rates: leave it out")

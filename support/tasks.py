@@ -8,13 +8,13 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 from support import word_problems as word
 from support.answers import extract_answer, same_answer
-from support.errors import DataError
+from support.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,13 @@ def has_verifier(name: str | Path) -> bool:
 def skipping(name: str | Path, skip_bad: bool) -> dict:
     """{"skip_bad": True} where that makes a difference, else {}: a task is generated and has no bad records."""
     return {"skip_bad": True} if skip_bad and str(name) not in TASKS else {}
+
+
+def refuse_levels(config) -> None:
+    """ConfigError if --levels is given with a data set that is no task: its problems have the levels that they have."""
+    default = next(f.default_factory() for f in fields(config) if f.name == "levels")
+    if str(config.data) not in TASKS and list(config.levels) != default:
+        raise ConfigError(f"--levels has no effect with --data {config.data}, which is no task: leave it out")
 
 
 def refuse_unsound(name: str, problems: list, split: str, n: int) -> None:

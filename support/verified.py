@@ -21,6 +21,7 @@ from support.questions import measure_test
 from support.runs import RunConfig
 from support.sampled_kl import sampled_kl
 from support.sft_report import write_samples
+from support.tasks import refuse_levels
 
 
 @dataclass
@@ -44,6 +45,7 @@ class PolicyConfig(RunConfig):
         super().__post_init__()
         if self.init is None and self.data not in TASKS and not getattr(self, "teach", None):
             raise ConfigError(f"--data {self.data} needs an SFT checkpoint to start from: --init runs/sft")
+        refuse_levels(self)
 
 
 @dataclass

@@ -848,6 +848,11 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch, c
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
     with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):
         calls_start.calls_start(Config(data="plain.jsonl", teach="taught"), dist, tools, WithTools)
+    called, seen = Problem("3 * 4?", "12\n#### 12", "12", calls="<<3*4=12>>12\n#### 12"), []
+    monkeypatch.setattr(calls_start, "load_problems", lambda *_: [called])
+    monkeypatch.setattr(calls_start.sft, "main", lambda settings, *_: seen.append(settings))
+    calls_start.calls_start(Config(data="plain.jsonl", teach="taught"), dist, tools, WithTools)
+    assert seen[0].levels == [1, 2]  # a file has none to choose from, and sft.py refuses them
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ its checkpoint has changed."""
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import sft
 from data import Problem, load_problems
 from encoder import EncoderConfig
 from lora import LoraConfig
-from support import devices
+from support import devices, downloads
 from support.content import content_of
 from support.runs import make_start_once
 from tokenizer_bpe import BPETokenizer
@@ -118,6 +119,23 @@ def test_a_start_is_made_again_if_what_it_read_has_changed(here, capsys):
     Path("run/best/chat_template.jinja").write_text("You are A.", encoding="utf-8")  # another frame of every prompt
     assert start(init="run")
     assert not start(init="run")
+
+
+def test_a_start_is_the_same_after_its_data_were_downloaded(scratch, monkeypatch, capsys):
+    """Though its stage reads one file of two; the run that needs the start downloads the other one later."""
+    for split in ("train", "test"):
+        Path(f"{split}.jsonl").write_text("{}\n", encoding="utf-8")
+    monkeypatch.setenv("ALIGN_DATA", "downloads")
+    monkeypatch.setitem(downloads.DATASETS, "gsm8k", downloads.files("g/{}.jsonl", f"file://{scratch}/{{}}.jsonl"))
+
+    def main(config):
+        downloads.find(config.data)
+        Path("runs/start/mini").mkdir(exist_ok=True)
+
+    stage, dist = SimpleNamespace(Config=pretrain.Config, main=main), devices.setup("cpu")
+    for _ in range(2):
+        make_start_once("start/mini", "making", stage, {"data": "gsm8k"}, dist)
+    assert capsys.readouterr().out.count("making") == 1
 
 
 def test_content_is_that_of_values_not_of_names_or_places():

@@ -193,6 +193,10 @@ def test_a_data_set_without_labelled_texts_is_refused_before_it_is_read(tmp_path
             message = f"{name} has no labelled texts: choose sentiment, polarity, reviews, imdb, or the path of a file"
             with pytest.raises(DataError, match=message):
                 load_reviews(name, split)
+    kinds = {load_problems: "problems", load_text: "text for pretraining", load_pairs: "preference pairs"}
+    for load, kind in kinds.items():
+        with pytest.raises(DataError, match=f"sentiment has no {kind}: choose word"):
+            load("sentiment")
 
 
 @pytest.mark.skipif(not (REAL / "ratings").is_dir(), reason="no ratings/ in $ALIGN_DATA")

@@ -716,6 +716,7 @@ def test_flags_that_cannot_be_read(scratch, capsys, flags, word):
         (["--max_new_tokens", "-3"], "max_new_tokens is -3"),
         (["--device", "toaster"], "'toaster'"),
         (["--top_p", "0.9", "--prompt", "the"], "--temperature above 0"),
+        (["--seed", "7", "--prompt", "the"], "--seed has no effect on greedy"),
         (["--checkpoint", "other"], "do not belong"),
         ([], "base model"),  # no prompt
     ],

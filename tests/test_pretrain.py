@@ -362,6 +362,8 @@ MIXTURE |= dict(routed_scale=2.0, balancing="bias", capacity_factor=1.5)
             ({"model": TransformerConfig(**MODEL | model)}, f"--model.{name} has no effect")
             for name, model in (
                 ("rope_theta", {"positions": "learned", "rope_theta": 5e5}),
+                ("rope_theta", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}),
+                ("rope_scaling", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
                 ("ffn_width", {"n_expert": 2, "expert_width": 8, "ffn_width": 16}),
             )
         ],

@@ -36,6 +36,14 @@ def test_the_newest_checkpoints_are_kept(here):
     assert not torch.equal(*(weights(f"runs/pretrain/step_000000{i}")["model.norm.weight"] for i in (5, 6)))
 
 
+def test_copies_of_later_steps_do_not_push_a_new_one_out(tmp_path):
+    """They are there where a run returned to an earlier checkpoint."""
+    for name in ("last", "step_0000003", "step_0000006"):
+        (tmp_path / name).mkdir()
+    runs.keep_copy(tmp_path, 4, 1)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_0000004", "step_0000006"]
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_a_full_disk_keeps_the_checkpoint_before(here, monkeypatch, capsys, error):
     pretrain.main(config(name="three", steps=3))

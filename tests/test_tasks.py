@@ -193,6 +193,16 @@ def test_a_task_needs_no_init_and_a_file_does(task):
         reward_model.Config(data="backwards", kinds=["wrong_sum"])
 
 
+def test_levels_are_of_a_task_alone():
+    """A file's problems have the levels that they have: there --levels would do nothing."""
+    needs = {sft: {}, reward_model: {}, evaluate: {"checkpoint": "x"}, grpo: {"init": "x"}, dpo: {"init": "x"}}
+    for stage, given in needs.items():
+        assert stage.Config(data="gsm8k", **given).levels == [1, 2]
+        with pytest.raises(ConfigError, match="--levels has no effect with --data gsm8k, which is no task: leave it"):
+            stage.Config(data="gsm8k", levels=[3], **given)
+        assert stage.Config(levels=[3], **given).levels == [3]
+
+
 def test_nothing_but_the_table_names_a_task():
     places = [
         f"{path.name}:{node.lineno}"

@@ -83,7 +83,7 @@ from support.cli import run_script
 from support.content import weights_of
 from support.devices import precision, setup
 from support.encoder_report import Look
-from support.encoder_start import check_sizes, make_encoder, read_texts
+from support.encoder_start import check_sizes, make_encoder, read_texts, refuse_unused
 from support.runs import Run, RunConfig
 from support.sharding import averaging
 from support.streams import make_streams
@@ -172,7 +172,9 @@ class Encoder(BertParts, nn.Module):
         x = self.hidden(tokens, real, types)  # (B, T, C)
         if targets is not None:
             return -F.cross_entropy(self.token_logits(x[masked]).float(), targets[masked], reduction="none")
-        return self.classifier(self.dropout(mean_pool(x, real))).float()
+        pooled = self.dropout(mean_pool(x, real))  # (B, C)
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 two similar texts would have the same logits
+            return self.classifier(pooled.to(self.classifier.weight.dtype)).float()
 
     @classmethod
     def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
@@ -333,6 +335,10 @@ class Config(RunConfig):
     save_every: Count = 200
     model: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1))
     """The architecture."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_unused(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------

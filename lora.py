@@ -216,13 +216,16 @@ def unmerge_lora(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Within: the merged model, which decodes as fast as one that never had adapters. Do not train within. (A run with
-    --fsdp has no adapters; then this only gives each rank all the weights within.)"""
+    """Within: the merged model, which decodes as fast as one that never had adapters. Do not train within. A model that
+    is merged already stays so. (A run with --fsdp has no adapters; then this only gives each rank all the weights
+    within.)"""
     with whole(model):
+        was_merged = is_merged(model)  # by an outer `merged`, or by merge_lora
         try:
             yield merge_lora(model)
         finally:
-            unmerge_lora(model)
+            if not was_merged:
+                unmerge_lora(model)
 
 
 @contextlib.contextmanager

@@ -95,8 +95,9 @@ from transformer import Transformer
 def bradley_terry_loss(chosen, rejected, margin=None, *, centre=0.0, n_pairs=None):
     """Scores (b,) each -> (loss, metrics): the mean of −log σ(chosen − rejected − margin).
 
-    margin: None, a number or (b,). centre: weight of (chosen + rejected)², which is added to the loss but not to the
-    metric "loss", so that runs compare. n_pairs: the pairs of the whole optimizer step; default: of this batch.
+    margin: by how much the chosen answer should win, None, a number or (b,). centre: weight of (chosen + rejected)²,
+    which is added to the loss but not to the metric "loss", so that runs compare. n_pairs: the pairs of the whole
+    optimizer step; default: of this batch.
     """
     gap = chosen - rejected
     per_pair = -F.logsigmoid(gap if margin is None else gap - margin)
@@ -113,14 +114,14 @@ LOSSES = {"bradley_terry": bradley_terry_loss, "hinge": hinge_loss}
 
 
 def with_metrics(per_pair, gap, total, centre, n_pairs):
-    """The loss of each pair, and the difference and the sum of its scores, (b,) each -> (loss, metrics). The metric
-    "margin" is the mean gap, "score" the mean score."""
+    """Of each pair the loss, the gap of its scores, chosen − rejected, and their sum, (b,) each -> (loss, metrics):
+    "gap" is the mean gap, "score" the mean score."""
     n = n_pairs or len(gap)
     loss = per_pair.sum() / n
     metrics = {"loss": loss.item(), "pair_accuracy": ranked_rightly(gap).mean().item()}
     if centre:
         loss = loss + centre * total.square().sum() / n
-    return loss, metrics | {"margin": gap.mean().item(), "score": total.mean().item() / 2}
+    return loss, metrics | {"gap": gap.mean().item(), "score": total.mean().item() / 2}
 
 
 def best_of_n(scores, correct, sizes):

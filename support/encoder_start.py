@@ -20,9 +20,20 @@ from tokenizer_bpe import BPETokenizer, load_tokenizer
 UNUSED = (*MIXTURE_ONLY, "capacity_factor", "n_type", "pooler")  # the run would be the same without them
 
 
+def refuse_unused(config):
+    """ConfigError on a flag of encoder.Config that --mlm_steps 0 takes the use from."""
+    if config.mlm_steps:
+        return
+    for name in ("mlm_batch", "mlm_lr", "mlm_rate"):
+        if getattr(config, name) != getattr(type(config), name):
+            raise ConfigError(f"--{name} is for masked-LM, which --mlm_steps 0 skips: leave it out")
+    if config.text and config.init:
+        raise ConfigError("--text is for masked-LM and a new tokenizer: with --mlm_steps 0 and --init leave it out")
+
+
 def check_sizes(config, dist):
     """ConfigError on batches that the ranks cannot share, or a vocabulary with no room for the bytes."""
-    for name in ("batch", "mlm_batch"):
+    for name in ("batch", "mlm_batch") if config.mlm_steps else ("batch",):
         dist.per_rank(name, getattr(config, name))
     if not config.init and config.vocab_size < 258:
         raise ConfigError(f"--vocab_size is {config.vocab_size}; it counts 256 bytes and 2 special tokens too")

@@ -66,7 +66,8 @@ def pairs_of_run(policy, tokenizer, config, variant, dist, autocast):
     context = policy.config.context
     problems = load_verified(config, tokenizer, context, dist)
     texts = load_texts(config, variant.unpaired)
-    if texts and config.data not in TASKS and len(texts["train"]) == config.prompts and dist.is_main:
+    cut = texts and len(texts["train"]) in (config.prompts, 2 * config.prompts)  # kto makes two answers of a pair
+    if cut and config.data not in TASKS and dist.is_main:
         print(f"of {config.data} the first {config.prompts:,} training records are read, no more: --prompts")
     pairs = saved_pairs(config)
     if pairs is None:

@@ -30,7 +30,7 @@ def pretrained_start(config, dist):
 def text_start(config, dist):
     """Pretraining on the texts of the training pairs of config.data; made once, and reused -> its path."""
     run_path(config)  # as above
-    name = start_name(config.data, config.seed, "pretrain", **skipping(config.data, config.skip_bad))
+    name = start_name(config.data, config.seed, "text", **skipping(config.data, config.skip_bad))
     text = RUNS / f"{name}.txt"
     if dist.is_main:
         pairs = load_pairs(config.data, "train", None, skip_bad=config.skip_bad)

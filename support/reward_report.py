@@ -155,7 +155,7 @@ def write_report(config, run_dir, n_pairs, report, n_params, equal_loss):
         [
             ("loss", {"loss": "train", "valid_loss": "validation"}, unit, {"equal scores": equal_loss}),
             ("pairs ranked rightly", {"pair_accuracy": "train", **kinds}, "share", {}),
-            ("scores", {"margin": "chosen − rejected", "score": "mean"}, "score", {}),
+            ("scores", {"gap": "chosen − rejected", "score": "mean"}, "score", {}),
         ],
     )
     draw_report(config, run_dir, n_pairs, report)

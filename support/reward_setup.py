@@ -65,6 +65,8 @@ def fill_in(config):
     config.pairs = pairs if config.pairs is None else config.pairs
     if config.kinds not in (None, kinds) and (config.data not in TASKS or config.pairs == "sampled"):
         raise ConfigError("--kinds has no use here: no pair is corrupted; leave it out")
+    if config.n_pairs is not None and config.data in TASKS and config.pairs == "sampled":
+        raise ConfigError("--n_pairs has no use here: no pair is corrupted; leave it out")
     if config.kinds == []:
         raise ConfigError(f"--kinds is empty: name some of {', '.join(corruptions)}, or leave it out")
     config.kinds = kinds if config.kinds is None else config.kinds
@@ -72,6 +74,8 @@ def fill_in(config):
         raise ConfigError(f"--kinds holds {min(unknown)!r}; choose some of {', '.join(corruptions)}")
     if config.sampler is not None and config.data not in TASKS:
         raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {config.data}")
+    if config.sampler is not None and config.pairs == "corrupted" and not config.best_of_problems:
+        raise ConfigError("--sampler has no use here: nothing is sampled; leave it out")
     if config.margin is None:
         config.margin = 1.0 if config.loss == "hinge" else 0.0
     if config.nll is None:

@@ -11,10 +11,14 @@ from support.tasks import refuse_levels
 def load_examples(config, dist):
     """{"train", "valid", "test"}: problems; without ratings, all there are. Of rated responses "train" keeps those with
     a weight above 0, or with --rated threshold those of at least --min_rating; "valid" and "test", whose responses are
-    references, those of at least --min_rating either way. ConfigError if a split keeps none, and on --samples of
-    free text."""
+    references, those of at least --min_rating either way. ConfigError if a split keeps none, on a flag for ratings if
+    nothing is rated, and on --samples of free text."""
     most = {"train": config.demonstrations, "valid": config.eval_problems, "test": config.test_problems}
     problems = {s: load_problems(config.data, s, n, tuple(config.levels), config.skip_bad) for s, n in most.items()}
+    if all(p.rating is None for of_split in problems.values() for p in of_split):
+        for name in ("rated", "min_rating"):
+            if getattr(config, name) != getattr(type(config), name):
+                raise ConfigError(f"--{name} has no use here: no response of {config.data} is rated; leave it out")
     least = config.min_rating if config.rated == "threshold" else 1.0 + 1e-9  # a rating of 1 has weight 0
     kept = [p for p in problems["train"] if p.rating is None or p.rating >= least]
     if not kept:
@@ -49,7 +53,8 @@ def encode_training(config, problems, tokenizer, context, dist, encode):
     difficulties = [level if config.difficulty == "level" else len(ids) for ids, _, level in examples]
     if config.order != "shuffled" and len(set(difficulties)) == 1:
         same = f"all examples have {config.difficulty} {difficulties[0]}"
-        raise ConfigError(f"--order {config.order}, but {same}; try --difficulty length")
+        advice = "; try --difficulty length" if config.difficulty == "level" else ""
+        raise ConfigError(f"--order {config.order}, but {same}{advice}")
     held_out = [encode(tokenizer, p, weighted) for p in fitting["valid"]]
     held_out = [(ids, flags) for ids, flags in held_out if len(ids) <= context and any(flags)]
     if (without := len(fitting["valid"]) - len(held_out)) and dist.is_main:

@@ -822,6 +822,13 @@ def test_lora_trains_and_resumes(here, variant):
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
+@pytest.mark.parametrize("variant", ["sigmoid", "kto"])
+def test_pairs_that_are_not_read_are_spoken_of(here, capsys, variant):
+    write_pairs(here / "toy.jsonl")
+    dpo.main(config(data="toy.jsonl", variant=variant, steps=1))
+    assert "of toy.jsonl the first 40 training records are read, no more: --prompts" in capsys.readouterr().out
+
+
 def test_long_pairs_are_left_out(here, capsys):
     write_pairs(here / "toy.jsonl", 100)
     long = {"prompt": "word " * 300, "chosen": "a", "rejected": "b"}

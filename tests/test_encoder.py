@@ -307,7 +307,10 @@ MODEL = dict(context=32, n_layer=1, n_head=2, n_kv_head=1, width=16)
 
 def small(**changes):
     model = EncoderConfig(**MODEL, dropout=changes.pop("dropout", 0.1))
-    return Config(**(SMALL | dict(model=model) | changes))
+    settings = SMALL | dict(model=model) | changes
+    if not settings["mlm_steps"]:
+        settings.pop("mlm_batch")  # of no use, and refused
+    return Config(**settings)
 
 
 def refused(capsys, *flags):
@@ -495,6 +498,16 @@ def test_flags_that_a_new_model_would_ignore_are_refused():
 
 NO_EFFECT = dict(n_expert_active=1, expert_width=8, n_shared_expert=1, moe_every=2, norm_topk_prob=False)
 NO_EFFECT |= dict(routed_scale=2.0, balancing="bias", capacity_factor=1.5, n_type=2, pooler=True)
+
+
+def test_masked_lm_that_is_skipped_has_no_flags_and_no_batch_to_share():
+    for flag in (dict(mlm_batch=16), dict(mlm_lr=1e-3), dict(mlm_rate=0.3)):
+        with pytest.raises(ConfigError, match=f"--{next(iter(flag))} is for masked-LM, which --mlm_steps 0 skips"):
+            Config(mlm_steps=0, **flag)
+    with pytest.raises(ConfigError, match="--text is for masked-LM and a new tokenizer"):
+        Config(mlm_steps=0, init="start", text=["imdb"])
+    alone = Config(mlm_steps=0, text=["imdb"], batch=6)  # the new tokenizer is trained on the text
+    encoder_start.check_sizes(alone, Dist(0, 3, torch.device("cpu")))  # 32 windows would not do
 
 
 def test_a_start_without_positions_or_with_one_score_is_refused(scratch):

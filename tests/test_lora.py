@@ -237,6 +237,18 @@ def test_off_within_off_stays_off():
     assert not torch.equal(model(tokens()), base)
 
 
+def test_merged_within_merged_stays_merged():
+    model = trained(add_lora(tiny(), 4, 8, ["wq"]))
+    with merged(model):
+        with merged(model):
+            pass
+        assert not lora_layers(model)
+    assert lora_layers(model)
+    with merged(merge_lora(model)):
+        pass
+    assert not lora_layers(model)
+
+
 def test_adapters_of_a_bf16_model_are_fp32_and_its_outputs_bf16():
     model = nn.Linear(8, 5).to(torch.bfloat16)
     ours = LoRALinear(model, 2, 2, dora=True)

@@ -95,7 +95,7 @@ def test_bradley_terry_and_its_gradient_by_hand(margin):
     assert up.tolist() == pytest.approx([-(1 - s) / 7 for s in sigma])  # −σ(−Δ)
     torch.testing.assert_close(down, -up)
     assert figures["pair_accuracy"] == pytest.approx(sum(g > 0 for g in gap) / 7)
-    assert figures["margin"] == pytest.approx(sum(gap) / 7)
+    assert figures["gap"] == pytest.approx(sum(gap) / 7)
 
 
 def test_hinge_and_its_gradient_by_hand():
@@ -455,7 +455,8 @@ def test_the_curve_shows_what_equal_scores_cost(here, monkeypatch, capsys, loss,
 
 def test_a_training_problem_gives_as_many_sampled_pairs_as_it_can_and_a_held_out_one_a_single_pair(here, lucky):
     policy, tokenizer, _ = open_checkpoint("start")
-    settings = config(rollouts=8, prompts=20, eval_pairs=20, test_pairs=20, pairs="sampled", max_new_tokens=20)
+    sizes = dict(rollouts=8, n_pairs=None, prompts=20, eval_pairs=20, test_pairs=20, max_new_tokens=20)
+    settings = config(pairs="sampled", **sizes)
     autocast, dist = devices.precision("fp32", devices.setup("cpu"))[0], devices.setup("cpu")
     problems = load_problems("word", "valid", 3, (1, 2))
     train, valid = (
@@ -537,7 +538,7 @@ def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
 def test_micro_batches_change_nothing(here, lucky, loss):
     for name, size in (("whole", 6), ("cut", 2)):
         reward_model.main(config(name=name, micro_batch=size, loss=loss))
-    for name in ("loss", "grad_norm", "pair_accuracy", "margin", "valid_loss"):
+    for name in ("loss", "grad_norm", "pair_accuracy", "gap", "valid_loss"):
         a, b = metrics("runs/whole", name), metrics("runs/cut", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
     assert_same_weights("runs/whole/last", "runs/cut/last", atol=1e-4, rtol=1e-3)
@@ -572,7 +573,7 @@ def test_two_processes_equal_one(here, backbone):
     flags = [x for k, v in (SMALL | changes | {"name": "n2"}).items() for x in (f"--{k}", v)]
     two = script("reward_model.py", *flags, cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
-    for name in ("loss", "grad_norm", "margin", "valid_loss", "valid_all"):
+    for name in ("loss", "grad_norm", "gap", "valid_loss", "valid_all"):
         a, b = metrics("runs/n1", name), metrics("runs/n2", name)
         assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
     assert_same_weights("runs/n1/last", "runs/n2/last", atol=1e-5, rtol=1e-3)
@@ -630,6 +631,8 @@ def test_bad_input_is_one_line(here):
         ({"pairs": "corrupted", "data": "hh"}, "--pairs corrupted has no use here: hh has pairs of its own"),
         ({"pairs": "sampled", "data": "hh"}, "--pairs sampled has no use here: hh has pairs of its own"),
         ({"n_pairs": -5}, "--n_pairs is -5; it must be at least 1"),
+        ({"n_pairs": 9, "pairs": "sampled"}, "--n_pairs has no use here: no pair is corrupted"),
+        ({"sampler": "start", "pairs": "corrupted", "best_of_problems": 0}, "--sampler has no use here: nothing is"),
         ({"data": "style", "n_pairs": 0}, "--n_pairs is 0; it must be at least 1"),
     ]:
         with pytest.raises(ConfigError, match=words):
@@ -643,7 +646,7 @@ def test_bad_input_is_one_line(here):
 
 def test_samples_that_are_never_right_make_no_pairs(here):
     with pytest.raises(ConfigError, match="no train problem got both a right and a wrong answer"):
-        reward_model.main(config(pairs="sampled"))
+        reward_model.main(config(pairs="sampled", n_pairs=None))
     with pytest.raises(ConfigError, match="do not fit the model's context"):
         reward_model.main(config(pairs="corrupted", max_new_tokens=150))
 
@@ -715,6 +718,16 @@ def test_what_cannot_run_is_said_before_anything_is_made(here, monkeypatch):
         reward_model.main(config(init=None, data="pairs.jsonl"))
 
 
+def test_the_start_on_the_text_of_pairs_is_another_than_that_of_sft(scratch, monkeypatch):
+    row = {"chosen": "yes", "rejected": "no"}
+    text = "".join(json.dumps(row | {"prompt": f"q{i}?"}) + "\n" for i in range(60))
+    Path("pairs.jsonl").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(pretrained_start, "make_start_once", lambda name, *_: name)
+    settings, dist = config(init=None, data="pairs.jsonl"), devices.setup("cpu")
+    starts = {start(settings, dist) for start in (pretrained_start.pretrained_start, pretrained_start.text_start)}
+    assert len(starts) == 2
+
+
 def test_a_broken_off_start_does_not_count(scratch, monkeypatch):
     rows = [{"prompt": f"q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)]
     Path("pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -732,9 +745,10 @@ def test_a_broken_off_start_does_not_count(scratch, monkeypatch):
     assert Path(made[0].data).read_text(encoding="utf-8").count("yes") > 40
 
 
-def test_scores_are_fp32_under_autocast(scratch, tokenizer):
+@pytest.mark.parametrize("kind", [RewardModel, RewardEncoder])
+def test_scores_are_fp32_under_autocast(scratch, tokenizer, kind):
     torch.manual_seed(0)
-    model = randomised(RewardModel.from_policy(Transformer(TransformerConfig(tokenizer.vocab_size, 64, 1, 2, 1, 16))))
+    model = randomised(kind.from_policy(Transformer(TransformerConfig(tokenizer.vocab_size, 64, 1, 2, 1, 16))))
     packed = model.pack([([5, 6, 7], [[8, 9], [8, 10]]), ([5, 6], [[11], [12]])], 0)
     with torch.autocast("cpu", torch.bfloat16):
         got = model.read(model, packed)

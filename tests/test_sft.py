@@ -437,6 +437,13 @@ def test_a_run_on_rated_responses(here, capsys, rated):
     assert losses[0] == pytest.approx(total / n, rel=1e-5)
 
 
+@pytest.mark.parametrize("flag", [{"rated": "threshold"}, {"min_rating": 2.0}])
+def test_a_flag_for_ratings_is_refused_where_nothing_is_rated(here, flag):
+    with pytest.raises(ConfigError, match=f"--{next(iter(flag))} has no use here: no response of word is rated"):
+        sft.main(config(**flag))
+    assert not (here / "runs").exists()
+
+
 def test_a_run_on_conversations(here):
     three = {"role": "assistant", "content": "Three."}
     asked = [[{"role": "user", "content": words} for words in (f"How many {i}?", "And now?")] for i in range(80)]
@@ -629,6 +636,8 @@ def test_bad_input_is_one_line(here):
     assert_one_line_error(script("sft.py", "--init", "start", "--data", "rated.csv", cwd=here), "record 2", "7")
     with pytest.raises(ConfigError, match="all examples have level 1; try --difficulty length"):
         sft.main(config(order="anti", levels=[1]))
+    with pytest.raises(ConfigError, match=r"all examples have length 2$"):  # no advice to do what was done
+        sft.main(config(order="anti", difficulty="length"), lambda *_: ([1, 2], [False, True]))
     for changes in (
         dict(demonstrations=0),
         dict(order="easy"),

@@ -97,7 +97,7 @@ def test_a_task_of_its_own_is_taken_by_every_stage(task, scratch, monkeypatch):
     assert started[-2:] == [f"{start}student-pretrain", f"{start}student"]
     widths = [open_checkpoint(f"runs/{start}{name}")[0].config.width for name in ("student", "teacher")]
     assert widths == [8, 16]
-    few = dict(n_pairs=8, prompts=8, eval_pairs=8, test_pairs=8, best_of=2, best_of_problems=2, batch=2)
+    few = dict(prompts=8, eval_pairs=8, test_pairs=8, best_of=2, best_of_problems=2, batch=2)
     few |= dict(data="backwards", max_new_tokens=8, steps=2, device="cpu", rollouts=8)
     result = reward_model.main(reward_model.Config(name="start/backwards-seed0-reward", **few))
     assert set(result["by_kind"]) == {"all", "sampled"}  # no corrupted solutions, no renaming

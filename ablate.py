@@ -319,6 +319,7 @@ def refuse_unknown(name, experiment):
     """ConfigError if a row of the table names what is not there: better now than after the last run."""
     e, unknown = experiment, []
     unknown += [x for x in (*e.columns, *e.bars, *e.gains, *e.front) if x not in HEADINGS]
+    unknown += [x for x in (*e.bars, *e.gains) if x not in e.columns]  # nothing else has means and differences
     unknown += [x for x in e.curves if x not in CURVES]
     unknown += [x for pair in e.compared() for x in pair if x not in e.variants]
     unknown += [e.probe] if e.probe and not hasattr(probes, e.probe) else []

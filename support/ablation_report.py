@@ -76,7 +76,7 @@ CURVES = {
     "reward_correct": "share of right rollouts",
     "reward_format": "share of well-formed rollouts",
     "reward_brevity": "share of brief rollouts",
-    "collapsed_grpo": "share of groups collapsed",
+    "collapsed_grpo": "share of groups that a sum collapses",  # in every run of gdpo.py, those of GDPO too
     "logp_chosen": "log π of chosen answers (nats)",
     "pair_accuracy": "share of pairs in order",
     "sampler_kl": "KL(sampler ‖ trainer) (nats per token)",
@@ -417,6 +417,7 @@ def side_by_side(runs):
     steps = sorted(set.intersection(*map(set, values))) if values else []
     table = torch.tensor([steps, *([run[step] for step in steps] for run in values)], dtype=torch.double)
     if steps:
-        width = max(1, len(steps) // 40)
-        table = table.unfold(1, width, width).mean(2)  # (1 + seeds, points)
+        points = len(steps) // max(1, len(steps) // 40)
+        parts = table.tensor_split(points, dim=1)  # all steps: the first parts may have one more than the others
+        table = torch.stack([part.mean(1) for part in parts], dim=1)  # (1 + seeds, points)
     return table[0], table[1:]

@@ -93,7 +93,8 @@ def digest_of(settings):
 
 def code_of_run(settings):
     """{file: digest} of what a run's figures depend on: the code of its stage, and of its probe if it has one, with the
-    files that this reads."""
+    files that this reads. This file is not among them, as it imports every stage: after a change of `figures_of`
+    delete the runs that it concerns."""
     (config, stage_main), probe = STAGES[settings["stage"]], settings["probe"]
     code = code_used([config.__module__, stage_main.__module__, *(["support.probes"] if probe else [])])
     return code | {str(path.relative_to(ROOT)): sha256(path)[:12] for path in probes.READS.get(probe, ())}

@@ -6,11 +6,13 @@ sentence what a test, a demo or a page shows.
 
 `unsupported` reads README.md, results/README.md and results/claims.md: wherever a paragraph, a list item or a row of a
 table links to pages of results/, its figures must stand on one of them, with their signs and intervals, as they are or
-with more digits; those of a fenced block on the pages of the paragraph before it. A test runs it.
+with more digits; those of a fenced block, and of a row without a link, on the pages of the paragraph before. A test
+runs it.
 """
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -39,12 +41,12 @@ class Compared(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """seen: a sentence, with its link; where `compared` is given, of use until that experiment has figures."""
+    """seen: a sentence, with its link; none where `compared` has its figures in results/."""
 
     claim: str
     paper: str
     code: str
-    seen: str
+    seen: str = ""
     compared: Compared | None = None
 
 
@@ -59,8 +61,7 @@ CLAIMS = [
         "RMSNorm does as well as LayerNorm",
         "[1910.07467]",
         "norms.RMSNorm",
-        "not significantly different ([norm-kind](norm-kind.md))",
-        Compared("norm-kind", "RMSNorm", "LayerNorm", ("valid_loss",), "0"),
+        compared=Compared("norm-kind", "RMSNorm", "LayerNorm", ("valid_loss",), "0"),
     ),
     Claim(
         "post-norm needs a warm-up",
@@ -86,8 +87,7 @@ CLAIMS = [
         "grouped queries cost little",
         "[2305.13245]",
         "attention.Attention",
-        "no significant cost ([kv-heads](kv-heads.md))",
-        Compared("kv-heads", "grouped, 2 of 4", "multi-head, 4 of 4", ("valid_loss",), "0"),
+        compared=Compared("kv-heads", "grouped, 2 of 4", "multi-head, 4 of 4", ("valid_loss",), "0"),
     ),
     Claim(
         "sink tokens keep a window stable",
@@ -99,8 +99,7 @@ CLAIMS = [
         "SwiGLU beats GELU",
         "[2002.05202]",
         "transformer.py",
-        "yes, by 0.118 nats ([ffn](ffn.md))",
-        Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-"),
+        compared=Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-"),
     ),
     Claim(
         "a bias alone balances experts, for free",
@@ -113,16 +112,14 @@ CLAIMS = [
         "clipping prevents blow-ups",
         "[1211.5063]",
         "optim.optimizer_step",
-        "nothing blows up without it, under AdamW ([grad-clip](grad-clip.md))",
-        Compared("grad-clip", "clip off, lr 0.02", "clip 1.0, lr 0.02", ("valid_loss",), "+"),
+        compared=Compared("grad-clip", "clip off, lr 0.02", "clip 1.0, lr 0.02", ("valid_loss",), "+"),
     ),
     Claim("LoRA merges exactly", "[2106.09685] §4.1", "lora.merge_lora", "yes, `test_lora.py`"),
     Claim(
         "easy examples first help",
         "[Bengio 2009]",
         "sft.pacing",
-        "by `python ablate.py curriculum`",
-        Compared("curriculum", "curriculum", "shuffled", ("accuracy",), "+"),
+        compared=Compared("curriculum", "curriculum", "shuffled", ("accuracy",), "+"),
     ),
     Claim(
         "a policy is its own reward model",
@@ -155,64 +152,55 @@ CLAIMS = [
         "a baseline beats none",
         "[2402.14740]",
         "grpo.group_advantages",
-        "compared by `python ablate.py policy-gradients`",
-        Compared("policy-gradients", "reinforce", "grpo", ("accuracy", "sampled"), "-", alone=False),
+        compared=Compared("policy-gradients", "reinforce", "grpo", ("accuracy", "sampled"), "-", alone=False),
     ),
     Claim(
         "dividing by std and length biases GRPO",
         "[2503.20783]",
         "grpo.ALGORITHMS",
-        "not significant ([grpo](grpo.md))",
-        Compared("policy-gradients", "dr_grpo", "grpo", ("accuracy", "sampled"), "+", alone=False),
+        compared=Compared("policy-gradients", "dr_grpo", "grpo", ("accuracy", "sampled"), "+", alone=False),
     ),
     Claim(
         "a ratio of the whole sequence is the better one",
         "[2507.18071]",
         "grpo.ALGORITHMS",
-        "compared by `python ablate.py policy-gradients`",
-        Compared("policy-gradients", "gspo", "grpo", ("accuracy", "sampled"), "+", alone=False),
+        compared=Compared("policy-gradients", "gspo", "grpo", ("accuracy", "sampled"), "+", alone=False),
     ),
     Claim(
         "clipped tokens should keep their gradient",
         "[2506.13585]",
         "grpo.ALGORITHMS",
-        "compared by `python ablate.py policy-gradients`",
-        Compared("policy-gradients", "cispo", "grpo", ("accuracy", "sampled"), "+", alone=False),
+        compared=Compared("policy-gradients", "cispo", "grpo", ("accuracy", "sampled"), "+", alone=False),
     ),
     Claim(
         "a sum of rewards collapses advantages",
         "[2601.05242] §2",
         "gdpo.collapse",
-        "compared by `python ablate.py gdpo`",
-        Compared("gdpo", "GRPO, sum", "GDPO", ("collapsed",), "+"),
+        compared=Compared("gdpo", "GRPO, sum", "GDPO", ("collapsed",), "+"),
     ),
     Claim(
         "pay the easy reward where the hard is won",
         "[2601.05242] §3.2",
         "gdpo.condition",
-        "compared by `python ablate.py gdpo`",
-        Compared("gdpo", "GDPO, brevity if right", "GDPO", ("accuracy",), "+"),
+        compared=Compared("gdpo", "GDPO, brevity if right", "GDPO", ("accuracy",), "+"),
     ),
     Claim(
         "mask the tokens on which sampler and trainer disagree",
         "[2510.18855]",
         "support.off_policy.sampler_weights",
-        "compared by `python ablate.py off-policy`",
-        Compared("off-policy", "16 steps old, masked", "16 steps old, uncorrected", ("accuracy",), "+"),
+        compared=Compared("off-policy", "16 steps old, masked", "16 steps old, uncorrected", ("accuracy",), "+"),
     ),
     Claim(
         "a student should meet its own mistakes",
         "[2306.13649]",
         "distill.distill_loss",
-        "compared by `python ablate.py distill`",
-        Compared("distill", "on-policy, forward KL", "off-policy, forward KL", ("accuracy",), "+"),
+        compared=Compared("distill", "on-policy, forward KL", "off-policy, forward KL", ("accuracy",), "+"),
     ),
     Claim(
         "what a tool writes must not be in the loss",
         "[2504.11536]",
         "agent.Calls",
-        "compared by `python ablate.py tools`",
-        Compared("tools", "tool, GRPO, its tokens in the loss", "tool, GRPO", ("accuracy",), "-"),
+        compared=Compared("tools", "tool, GRPO, its tokens in the loss", "tool, GRPO", ("accuracy",), "-"),
     ),
     Claim(
         "RL sharpens more than it adds",
@@ -280,7 +268,10 @@ def page(results=ROOT / "results"):
         "|---|---|---|---|",
     ]
     for row in CLAIMS:
-        seen = (row.compared and seen_in(row.compared, results)) or row.seen
+        seen = row.seen
+        if row.compared:
+            unmeasured = f"compared by `python ablate.py {row.compared.experiment}`"
+            seen = seen_in(row.compared, results) or row.seen or unmeasured
         lines.append(f"| {row.claim} | {row.paper} | `{row.code}` | {seen} |")
     papers = dict.fromkeys(re.match(r"\[(.+?)\]", row.paper)[1] for row in CLAIMS)
     places = {"Bengio 2009": "https://doi.org/10.1145/1553374.1553380"}
@@ -292,6 +283,7 @@ def page(results=ROOT / "results"):
 # Does each figure stand on the page that it is taken from?
 
 NUMBER = r"(?<![\w.,])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)"
+POWER = re.compile(r"(?<![\w.,])\d+(?:\.\d+)?e-\d+\b")  # 6e-3
 UNIT = r"(?: ?%)?(?: [A-Za-z]+){0,4}"  # also "points higher"
 MEAN = rf"({NUMBER}){UNIT}"
 FIGURE = re.compile(rf"{MEAN} ± ({NUMBER})|(?:{MEAN} ?\(? ?)?\[({NUMBER})%?, ({NUMBER})%?\]|({NUMBER})")
@@ -303,11 +295,13 @@ NO_FIGURE = re.compile(
 
 @dataclass
 class Part:
-    """A paragraph, list item or table row, with the fenced block that follows it."""
+    """A paragraph, list item or table row, with the fenced block that follows it; of a row also what stands before the
+    table."""
 
     line: int
     text: str
     block: str = ""
+    before: str = ""
 
 
 def parts_of(text):
@@ -324,7 +318,10 @@ def parts_of(text):
         elif goes_on and not line.startswith(("|", "* ", "#")):
             parts[-1].text += "\n" + line
         else:
-            parts.append(Part(number, line))
+            before = ""
+            if line.startswith("|") and parts:
+                before = parts[-1].before if parts[-1].text.startswith("|") else parts[-1].text
+            parts.append(Part(number, line, before=before))
             goes_on = True
     return parts
 
@@ -333,6 +330,7 @@ def figures_in(text):
     """The figures of a text, each written plainly: "x", "[low, high]", "mean [low, high]" or "mean ± x". Signs stay."""
     text = text.replace("−", "-").replace("‑", "-").replace("*", "").replace("95 % interval", "")
     text = re.sub(r"\n {0,2}(?=\S)", " ", text).replace(" | [", " [")  # over a line's end, and of two cells
+    text = POWER.sub(lambda power: format(Decimal(power[0]), "f"), text)
     figures = []
     for numbers in FIGURE.findall(text):
         center, half, mean, low, high, x = (number.replace(",", "") for number in numbers)
@@ -354,8 +352,8 @@ def parsed(figure):
 
 
 def stands(figure, on):
-    """Whether a figure is one of those, or one of them rounded. A sign in it must stand there. One that begins without
-    a sign may be the opposite: 0.12 [0.11, 0.13] lower is -0.12 [-0.13, -0.11]."""
+    """Whether a figure is one of those, or one of them rounded. A sign in it must stand there. One whose first number
+    has no sign may be the opposite: 0.12 [0.11, 0.13] lower is -0.12 [-0.13, -0.11]."""
 
     def near(x, other, sign=1):
         decimals = len(x.partition(".")[2])
@@ -369,9 +367,14 @@ def stands(figure, on):
         return all(near(x, other, -1) for x, other in zip(numbers, turned, strict=True))
 
     form, numbers = parsed(figure)
-    may_turn = figure[0] not in "+-" and "±" not in form
+    may_turn = numbers[0][0] not in "+-" and "±" not in form
     same_form = [others for kind, others in map(parsed, on) if kind == form]
     return any(all(map(same, numbers, others)) or (may_turn and opposite(numbers, others)) for others in same_form)
+
+
+def links_of(text):
+    """The pages of results/ that a text links to."""
+    return [link for link in LINK.findall(text) if Path(link).name not in ("README.md", "claims.md")]
 
 
 def unsupported(root=ROOT, pages=PAGES):
@@ -381,7 +384,7 @@ def unsupported(root=ROOT, pages=PAGES):
     for name in pages:
         folder = (root / name).parent
         for part in parts_of((root / name).read_text(encoding="utf-8")):
-            links = [link for link in LINK.findall(part.text) if Path(link).name not in ("README.md", "claims.md")]
+            links = links_of(part.text) or links_of(part.before)
             if lost := [link for link in links if not (folder / link).exists()]:
                 raise ConfigError(f"{name}:{part.line} links to {lost[0]}, which is not there")
             texts = [(folder / link).read_text(encoding="utf-8") for link in links]

@@ -140,8 +140,9 @@ EXPERIMENTS = {
     "ladder": Experiment(
         "What does each method add to SFT, from the same start?",
         "the pretrained and the SFT checkpoint of a seed; after it as many steps as take each method as long as GRPO's "
-        "500, all else but the tuned lr as the stage has it; the 1,000 test problems, greedy decoding (the minutes "
-        "leave out what runs/start had already: the starts, PPO's reward model)",
+        "500, all else but the tuned lr as the stage has it (GDPO is also paid for brevity, weight 0.2); the 1,000 "
+        "test problems, greedy decoding (the minutes leave out what runs/start had already: the starts, PPO's reward "
+        "model)",
         {
             "base": ("measure", {"start": "pretrain"}),
             "SFT": ("measure", {"start": "sft"}),  # from which all that follow start

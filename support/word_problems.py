@@ -194,8 +194,9 @@ class Story(NamedTuple):
         return max(map(split_of, stories), key=SPLITS.index)
 
 
-def generate_story(draw: Draw, level: int, large: Large | None = None) -> Story:
-    """One walk through the tables with `level` arithmetic steps. large: with such numbers."""
+def generate_story(draw: Draw, level: int, large: Large | None = None) -> Story | None:
+    """One walk through the tables with `level` arithmetic steps. large: with such numbers; None if no row can follow:
+    after 98 miles, where the next steps only add and 99 is the highest."""
     name = draw.choice(STORIES)
     theme = THEMES[name]
     if theme.person:
@@ -218,6 +219,8 @@ def generate_story(draw: Draw, level: int, large: Large | None = None) -> Story:
     for left in reversed(range(level - (row.op != "="))):  # steps still to come after this one
         rows = [new for new in theme.then if new is not row] + list(() if left else theme.end)
         fits = [(row, ks) for row in rows if (ks := numbers(row.op, total, left, theme.least, row.most, large))]
+        if not fits:
+            return None
         row, ks = draw.choice(fits)
         k = draw.choice(ks)
         a, b = (k, total) if row.op == "k-" else (total, k)
@@ -256,6 +259,8 @@ def _word_problem(index: int, split: str, level: int, seed: int, large: Large | 
     while True:  # 1.25 to 2 tries for train, 4 to 10 for valid and test
         draw = Draw(rng)
         story = generate_story(draw, level, large)
+        if story is None:
+            continue
         question = " ".join([*(sentence for sentence, _ in story.beats), draw.fill(story.asks)])
         if story.split == split:
             break

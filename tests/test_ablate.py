@@ -518,6 +518,14 @@ def test_a_row_that_names_what_is_not_there(experiment, monkeypatch, scratch, ch
         ablate.main(ablate.Config(experiment="width"))
 
 
+@pytest.mark.parametrize("place", ["bars", "gains"])
+def test_what_is_drawn_is_a_column(experiment, monkeypatch, scratch, place):
+    monkeypatch.setattr(ablate, "run_missing", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setitem(ablate.EXPERIMENTS, "width", replace(experiment, **{place: ("minutes",)}))
+    with pytest.raises(ConfigError, match=r"width names what is not there: minutes$"):
+        ablate.main(ablate.Config(experiment="width"))
+
+
 def test_variants_that_would_share_a_folder(experiment, monkeypatch, scratch):
     assert ablation_runs.folder_name("β 0.1", "seed0") == "__0.1-seed0"  # a run's --name is ASCII
     two = {"a < 1": experiment.variants["narrow"], "a > 1": experiment.variants["wide"]}

@@ -210,3 +210,4 @@ def test_curves_of_seeds_that_lack_steps():
     steps, values = side_by_side([many, many])
     assert steps.tolist() == [0.5 + 2 * i for i in range(50)]
     assert values.tolist() == [[0.5] * 50] * 2
+    assert side_by_side([(list(range(99)), [0.0] * 99)])[0][-1] == 97.5  # of steps 97 and 98: the end is drawn too

@@ -41,6 +41,14 @@ def test_what_is_compared_is_in_its_experiment(compared):
     assert compared.expects in ("+", "-", "0")
 
 
+def test_a_sentence_stands_only_where_there_are_no_figures(tmp_path):
+    for row in CLAIMS:
+        has_figures = row.compared and (claims.ROOT / f"results/{row.compared.experiment}.json").exists()
+        assert not (row.seen and has_figures), row.claim
+        assert row.seen or row.compared, row.claim
+    assert "| compared by `python ablate.py ffn` |" in page(tmp_path)
+
+
 @pytest.fixture
 def copy(tmp_path):
     """The pages with all that they link to, in a directory of their own."""
@@ -67,6 +75,14 @@ def test_a_figure_that_is_on_no_page(copy, line):
     [(name, number, figure, links)] = unsupported(copy)
     assert (name, figure, links) == ("README.md", "44.4", ["results/kv-heads.md"])
     assert number == before.count("\n") + 3
+
+
+def test_a_row_without_a_link_is_checked_on_the_pages_of_the_paragraph_before_the_table(copy):
+    readme = copy / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    table = "As follows ([kv](results/kv-heads.md)):\n\n| a | b |\n|---|---:|\n| gain | 44.4 |\n"
+    readme.write_text(f"{before}\n\n{table}", encoding="utf-8")
+    assert [(figure, links) for _, _, figure, links in unsupported(copy)] == [("44.4", ["results/kv-heads.md"])]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +153,10 @@ def test_figures():
         ("5 lower [-6, 1]", "-5.1 [-6.2, +0.9]", False),
         ("-5 [-6, 1]", "-5.1 [-6.2, +0.9]", True),
         ("+5 [-1, 6]", "-5.1 [-6.2, +0.9]", False),
+        ("[-6, -5]", "+5.5 [+5, +6]", False),
+        ("[5, 6]", "-5.5 [-6, -5]", True),
+        ("6e-3", "0.006", True),
+        ("6e-3", "3 at 0.002", False),
     ],
 )
 def test_what_stands(quoted, on_page, right):

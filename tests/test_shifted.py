@@ -33,6 +33,11 @@ def test_more_steps_and_larger_numbers():
     assert sum(n > 50 for n in largest) > 0.85 * len(largest)
 
 
+def test_a_story_that_cannot_go_on_is_drawn_again():
+    """Problem 623 is the first of two steps that opens where no row can follow."""
+    assert len({p.question for p in shifted_problems("larger numbers", 630)}) == 630
+
+
 def test_new_words_are_new_and_nothing_else_changes():
     table = new_words()
     assert not {word.lower() for word in table.values()} & LANGUAGE

@@ -11,16 +11,17 @@ The policy gradient. For a question q, an answer y = y_1 … y_|y| of the policy
 
 That is REINFORCE (Williams, 1992). Every later method keeps this sum and makes four choices differently. GRPO's:
 
-    baseline, scale   What is r compared with, in which unit? With the mean of its group, so no value network is needed:
-                      A_i = (r_i − mean(r)) / (std(r) + 1e-4), the std with R − 1 (both as in TRL).
-    ratio             How can one batch serve several updates? Each token is weighed by ρ_t = π(y_t) / π_old(y_t), where
-                      π_old is the policy that sampled it. Exact would be the product of an answer's ratios (--ratio
-                      product): ρ_t leaves out the ratios of the answer's other tokens.
-    surrogate         How far may they go? To PPO's clip: min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i).
+    baseline, scale   What is r compared with, in which unit? With the mean of its group, the R answers to one question:
+                      no value network is needed. The advantage of answer i is A_i = (r_i − mean(r)) / (std(r) + 1e-4),
+                      the std with R − 1 (both as in TRL).
+    ratio             How can one batch of answers serve several optimizer steps? Each token is weighed by its ratio
+                      ρ_t = π(y_t) / π_old(y_t), where π_old is the policy that sampled it. Exact would be the product
+                      of an answer's ratios (--ratio product): ρ_t leaves out those of the answer's other tokens.
+    surrogate         What is climbed in J's place, and how far? min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i): PPO's clip.
     loss_type         What does a token weigh? v_it = 1 / (B |y_i|): a mean over an answer's tokens, then over the B
-                      answers of an update.
+                      answers of an optimizer step.
 
-With a penalty for moving away from the reference π_ref, the policy before training, each update is a step of ascent on
+With β times a penalty for moving away from the reference π_ref, the policy before training, an optimizer step climbs
 
     U = Σ_it v_it [min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β ρ_t k3_t]     (Eq. 3, which has k3 without ρ)
         k3 = x − 1 − log x,  x = π_ref(y_t) / π(y_t)                           (Eq. 4)
@@ -34,17 +35,14 @@ the std is a heuristic: a group that differs only in format pushes as hard as on
 REINFORCE weighs every token by 1 / B, v_it also by 1 / |y_i|, which climbs E[(r − c) / |y|] instead of J: a token of a
 long wrong answer is punished less, and one of a long right answer rewarded less.
 
-One step (grpo_plain.py has it without this file's additions); `main` has the same five parts. Its words:
-
-    group        the R answers to one of the N questions, of up to T tokens each
-    batch        all N·R answers of the step
-    minibatch    some of the groups, B answers: for one optimizer step, an *update*
-    piece        some groups of a minibatch, b answers: for one forward and backward pass
-    mask         1 on what was sampled, the token that ends an answer too
+One step, for N questions (grpo_plain.py has it without this file's additions); `main` has the same five parts. The N·R
+answers, of up to T tokens each, are a *batch*. An optimizer step, an *update*, takes some of the groups, B answers, a
+*minibatch*; a forward and backward pass some of these, b answers, a *piece*. The mask is 1 on what was sampled, the
+token that ends an answer too.
 
     batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
     rewards = paid_rewards(batch)                    right? well formed? or M others     (N, R, M)        2. judge
-    A       = group_advantages(rewards · weights)    mean 0 in each group                (N, R)           3. compare
+    A       = group_advantages(rewards · weights)    the M added up; group mean 0        (N, R)           3. compare
     minibatches = minibatches_of(batch, A)           groups with A = 0 left out                           4. update
     ref     = reference_logprobs(minibatches)        log π_ref, no gradient              (N·R, T)
     for minibatch in minibatches:
@@ -55,10 +53,8 @@ One step (grpo_plain.py has it without this file's additions); `main` has the sa
         clip the gradient's norm, optimizer step
     log; every so often answer validation questions                                                       5. look
 
-With several ranks each has n = N / ranks of the questions, and the groups of all are compared together.
-
-The family. --algorithm NAME takes a row of this table (in code: support/family.py), and each choice is a flag of its
-own; the functions below say what it does.
+The family. --algorithm NAME takes a row of this table (in code, with the papers: support/family.py), and each choice is
+a flag of its own; the functions below say what it does.
 
     algorithm             baseline       scale   ratio     surrogate       loss_type  KL          a token gets
     reinforce             none           none    -         reinforce       dr_grpo    -           A / (BL)
@@ -76,40 +72,37 @@ After a clip stand ε below and above. KL: its β, in the loss, of ρ k3, or of 
 over an answer, is compared with that of its group, and β times the difference is taken off the advantage. The last
 column is the factor of ∇log π(y_t), the KL's aside; "or 0" is where the clip acts. L is --max_new_tokens, *tokens* the
 number of the minibatch's, Πρ the product of an answer's ratios (its |y| tokens have it in common: the mean over them is
-Πρ A), s its |y|-th root, f' the slope of a soft clip. The papers, and what a paper has beside its row:
-support/family.py.
+Πρ A), s its |y|-th root, f' the slope of a soft clip.
 
-The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3; a right answer earns 1, a
-well-formed one 0.1. A group whose advantages are all 0 is left out and pays no KL (--skip_zero_variance), but v_it
-counts its answers and tokens too. So the more groups are all right, the weaker the KL; the logged `kl` is of the rest.
-Off: --overlong and --refill; no gradient for answers that were cut off (--mask_truncated); a moving reference
-(--refresh_reference); a sampler that is a rounded or older copy of the policy (support/off_policy.py); LoRA.
-
-With one update per batch (--minibatches 1) and a sampler that is the policy, ρ = 1 up to rounding: no clip acts (but
-GSPO's is so narrow that rounding can trip it), and all surrogates have the same gradient.
+The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3; to be right earns 1, to be
+well formed 0.1. A group without a signal, whose A are all 0, is left out and pays no KL (--skip_zero_variance), but
+v_it counts its answers and tokens too. So the more groups are all right, the weaker the KL; the logged `kl` is of the
+rest. Off: a penalty for length (--overlong); fresh questions for groups without a signal (--refill); no gradient for
+answers that were cut off (--mask_truncated); a moving reference (--refresh_reference); a sampler that is a rounded or
+older copy of the policy (support/off_policy.py); LoRA.
 
 What to watch. Not the loss: the advantages of a group sum to 0, so in the first minibatch GRPO's policy term is 0, and
 its gradient is not. Watch each reward, the validation accuracy, the KL, the clip fraction, the length, the share of
-groups without a signal, and `story_kept` (evaluate.py): whether an answer still speaks of the question's names and
-things. Whatever is not rewarded may degrade: the seven rows without a KL kept the story in 0 to 93 % of the answers,
-the three with one in 69 to 98 % (results/policy-gradients.md, which compares whole rows; but grpo 58 % on one seed of
-results/ladder.md). The validation accuracy chooses best/; the table at the end is of last/. It has pass@k: if the model
-only learns to say at once what it could say in k tries, pass@1 rises towards the start's pass@k, which stays. New
-ability would be problems that the start never solves (arXiv:2504.13837): 16 samples cannot show that.
+groups without a signal, and `story_kept` (evaluate.py), whether an answer still speaks of the question's names and
+things: what is not rewarded may degrade; in each row without a KL it did on some seed (results/policy-gradients.md).
+The validation accuracy chooses best/; the table at the end is of last/. If pass@1 rises towards the start's pass@k and
+pass@k stays, the policy only says at once what it could say in k tries. New ability would be problems that the start
+never solves (arXiv:2504.13837): 16 samples cannot show that.
 
-Three traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was
-sampled, or ρ would not be 1 on fresh answers. In bf16 sampler and loss round differently and ρ is only near 1: GSPO's
-narrow clips want --dtype fp32. Answers and tokens are counted over the whole minibatch and all ranks before it is cut
-into pieces, or the gradient would depend on the cut.
+Traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was sampled, or
+ρ would not be 1 on fresh answers. With one update per batch (--minibatches 1) and a sampler that is the policy ρ = 1,
+no clip acts, and all surrogates have the same gradient. In bf16 it is only near 1, as sampler and loss round
+differently: GSPO's clips are so narrow that they act on that, and want --dtype fp32. Answers and tokens are counted
+over the whole minibatch and all ranks before it is cut into pieces, or the gradient would depend on the cut.
 
 Run it (without --init a short pretraining and SFT on the built-in problems make a start, kept in runs/start):
     python grpo.py --demo                                            four answers of two tokens, by hand; the family
     python grpo.py                                                   from nothing, minutes on two CPU cores
-    python grpo.py --algorithm cispo
     python grpo.py --data gsm8k --init runs/sft --max_new_tokens 200
     torchrun --nproc_per_node 8 grpo.py --init runs/sft --prompts 128
 """
 
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -120,16 +113,16 @@ from evaluate import is_correct, kl_estimate
 from lora import add_lora
 from optim import lr_at, optimizer_step
 from support.answers import extract_answer  # noqa: F401  what the usual verifier reads, offered here
-from support.checks import Amount, Count, Positive, choice
+from support.checks import Amount, Count, choice
 from support.cli import run_script
 from support.errors import ConfigError
-from support.family import ALGORITHMS, FamilyFlags, as_flags, loss_options, whiten_over_tokens
+from support.family import ALGORITHMS, FamilyFlags, as_flags, divide_by_mean, loss_options, whiten_over_tokens
 from support.grpo_report import rollout_sums, step_record, tally
 from support.off_policy import RolloutPolicy, off_policy
-from support.policy_run import PolicyRunConfig, begin_run, open_start, signals
+from support.policy_run import PolicyRunConfig, begin_run, open_start, refresh_copies, signals
 from support.rewards import brevity_reward, format_reward, judge_batch, paid_rewards, reward_sums
 from support.rollouts import Sampler, answers_kl, groups_in_turn, minibatches_of, reference_logprobs, refill
-from support.sharding import averaging, exchange, whole
+from support.sharding import accumulating, averaging
 from support.shared_prompt import shared_answer_logprobs
 from transformer import masked_mean
 
@@ -152,12 +145,9 @@ REWARDS = {"correct": accuracy_reward, "format": format_reward, "brevity": brevi
 
 
 def less_baseline(rewards, baseline="mean"):
-    """rewards (N, R) -> (N, R), less a baseline of each question's own answers.
-
-    mean: their mean (GRPO); leave_one_out: the others' mean (RLOO, arXiv:2402.14740), R / (R − 1) times as far off;
-    none. With a baseline, answers that all earn the same, or one alone, get exactly 0. Raises
-    ConfigError on an unknown name.
-    """
+    """rewards (N, R) -> (N, R), less a baseline of each question's own answers. mean: their mean (GRPO); leave_one_out:
+    the others' mean (RLOO, arXiv:2402.14740), R / (R − 1) times as far off; none. With a baseline, answers that all
+    earn the same, or one alone, get exactly 0. ConfigError on an unknown name."""
     if baseline == "none":
         return rewards
     if baseline not in ("mean", "leave_one_out"):
@@ -173,19 +163,15 @@ def less_baseline(rewards, baseline="mean"):
 def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
     """rewards (N, R) -> advantages (N, R): the rewards less their baseline (`less_baseline`), divided by a scale:
 
-        group   the group's std (ddof 1, + 1e-4): every group pushes as hard, even if it is very easy, very hard, or
-                differs only in format
-        batch   the std of all rewards of the batch
+        group   the group's std (ddof 1, + 1e-4): every group pushes as hard, however easy or hard it is
+        batch   the std of all rewards of the batch (the same)
         none    1: the difference itself
-        mean    the group's mean reward: the rarer a right answer, the more it counts. If a right one earns 1 and has
-                the chance p, and a wrong one 0, the expected gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1: the
-                first R − 1 terms of ∇log p = ∇p / p (MaxRL)
-        tokens  std over the batch's tokens, each of which has its answer's value, after their mean is taken off too
-                (REINFORCE++): a group of equal rewards has an A ≠ 0, unless all groups are such. Needs lengths (N, R),
-                the answers' tokens
+        mean    the group's mean reward: the rarer a right answer, the more it counts (MaxRL, support/family.py)
+        tokens  the std over the batch's tokens, each with its answer's value, after their mean is taken off too
+                (REINFORCE++): a group of equal rewards has an A ≠ 0, unless all are equal. lengths (N, R): their tokens
 
     With a baseline and any scale but tokens, a group whose rewards are all equal gives exactly 0, and so does a group
-    of one: never NaN. Raises ConfigError on an unknown name, and on a reward below 0 with "mean".
+    of one: never NaN. ConfigError on an unknown name, and on a reward below 0 with "mean".
     """
     centred = less_baseline(rewards, baseline)  # (N, R)
     if scale == "none":
@@ -196,17 +182,13 @@ def group_advantages(rewards, scale="group", baseline="mean", lengths=None):
         std = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()  # (N, 1) or ()
         return centred / (std + 1e-4)
     if scale == "mean":
-        if (rewards < 0).any():
-            raise ConfigError(f"--scale mean divides by a group's mean reward, and a reward is {rewards.min():g}")
-        mean = rewards.mean(dim=1, keepdim=True)  # (N, 1)
-        return centred / mean.masked_fill(mean == 0, 1.0)  # 0 / 1 where nobody was right
+        return divide_by_mean(centred, rewards)
     if scale == "tokens":
         return whiten_over_tokens(centred, rewards, lengths)
     raise ConfigError(f"--scale {scale!r} is not known; use group, batch, none, mean or tokens")
 
 
 # Below, b answers of up to T tokens: a piece of the B answers of a minibatch.
-
 # A ratio: log ρ_t (b, T), which is 0 on padding, and |y| (b, 1) -> ρ (b, T)
 #     token       each token's own
 #     product     Πρ for all of an answer's tokens: exact, and soon far from 1. Clamped, as exp would overflow, and the
@@ -218,9 +200,8 @@ RATIOS = {
     "sequence": lambda log_ratio, length: (log_ratio.sum(1, keepdim=True) / length).exp().expand_as(log_ratio),
 }
 
-# v_it (b, T) from mask (b, T), |y| (b, 1), the number of answers B and of tokens in the minibatch, and L, the longest
-# possible answer. "grpo" punishes a long wrong answer less per token than a short one. In the others all tokens of a
-# minibatch count the same: "dapo" divides by their number, "dr_grpo" by a constant. v_it multiplies the KL term too.
+# v_it (b, T), which the KL has too, from mask (b, T), |y| (b, 1), the numbers of answers B and of tokens in the
+# minibatch, and L, the longest possible answer. In "dapo" and "dr_grpo" all tokens of a minibatch count the same.
 LOSS_TYPES = {
     "grpo": lambda mask, length, B, tokens, L: mask / length / B,
     "dapo": lambda mask, length, B, tokens, L: mask / tokens,
@@ -230,8 +211,6 @@ LOSS_TYPES = {
 
 # A surrogate: ρ (b, T), A (b, 1) or (b, T), log π (b, T) and clips -> the objective of each token (b, T), to be
 # maximised, and where a limit was at work, (b, T) bool: the clip fraction.
-
-
 def clip_surrogate(rho, A, logprobs, clip_low, clip_high):
     """PPO (1707.06347, Eq. 7): min(ρ A, clip(ρ) A), the lower of the two, for either sign of A. No gradient where
     ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0. A higher clip_high lets unlikely tokens grow further."""
@@ -266,40 +245,33 @@ def grpo_loss(
     beta=0.0, clip_low=0.2, clip_high=0.2, loss_type="grpo", *, ratio="token", surrogate="clip", kl="k3",
     kl_unbiased=False, sampler_weights=None, n_answers=None, n_tokens=None, max_length=None,
 ):  # fmt: skip
-    """Log-probabilities and mask (b, T), advantages (b,), or (b, T) for each token its own -> (loss, metrics).
+    """Log-probabilities and mask (b, T), advantages (b,), or (b, T) for each token its own -> (loss (), metrics).
 
-    Computed in fp32, or in float64 if the log-probabilities are.
-    sampler_weights (b, T) multiply the surrogate, not the KL: see support/off_policy.py.
     n_answers, n_tokens: B and *tokens*, of the whole minibatch, over pieces and ranks; default: of these b answers.
-    max_length: dr_grpo's constant L, default T.
-    Metrics: the loss; ratio_max, the largest ρ; the others are means over these answers' tokens.
-    "kl" is always k3 without ρ: the tokens are π_old's, so it is an estimate only while ρ is near 1.
-    The defaults here are the paper's form without a KL; a run's are those of its --algorithm. Raises ConfigError on an
-    unknown name.
+    max_length: dr_grpo's constant L, default T. sampler_weights (b, T) multiply the surrogate, not the KL: see
+    support/off_policy.py. The other defaults are the paper's form without a KL; a run's are those of its --algorithm.
+    Metrics: the loss; ratio_max, the largest ρ; the others are means over these answers' tokens. "kl" is always k3
+    without ρ: the tokens are π_old's, so it is an estimate only while ρ is near 1.
+    Computed in fp32, or in float64 if the log-probabilities are. ConfigError on an unknown name.
     """
-    v_of = choice("loss_type", loss_type, LOSS_TYPES)
-    ratio_of = choice("ratio", ratio, RATIOS)
-    surrogate_of = choice("surrogate", surrogate, SURROGATES)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # a sum of ones in bf16 stops at 256
     logprobs, mask = logprobs.to(dtype), mask.to(dtype)
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (b, 1)
-    n_answers = n_answers or len(mask)  # B
-    n_tokens = n_tokens or mask.sum().clamp(min=1)
-    v = v_of(mask, length, n_answers, n_tokens, max_length or mask.shape[1])  # (b, T)
+    B, tokens, L = n_answers or len(mask), n_tokens or mask.sum().clamp(min=1), max_length or mask.shape[1]
+    v = choice("loss_type", loss_type, LOSS_TYPES)(mask, length, B, tokens, L)  # (b, T)
 
     # Padding may hold any value; exp could overflow, and inf · 0 = NaN, so zero it first.
     logprobs = torch.where(mask > 0, logprobs, 0.0)
     log_ratio = logprobs - torch.where(mask > 0, old_logprobs.detach(), 0.0)  # (b, T)
-    rho = ratio_of(log_ratio, length)  # (b, T)
+    rho = choice("ratio", ratio, RATIOS)(log_ratio, length)  # (b, T)
     A = advantages.reshape(len(mask), -1)  # (b, 1) or (b, T)
-    objective, limited = surrogate_of(rho, A, logprobs, clip_low, clip_high)  # (b, T) each
+    objective, limited = choice("surrogate", surrogate, SURROGATES)(rho, A, logprobs, clip_low, clip_high)  # (b, T)
     cost = -objective if sampler_weights is None else -objective * sampler_weights
     if ref_logprobs is not None:
         ref_logprobs = torch.where(mask > 0, ref_logprobs, 0.0)
         if beta:
-            # ∇(ρ k3) = ρ log(π / π_ref) ∇log π: on average over y_t ~ π_old the gradient of this token's KL(π ‖ π_ref)
-            # after its prefix. ∇k3 alone, the paper's, is that of KL(π_ref ‖ π), while ρ = 1 (evaluate.kl_estimate).
-            # Neither counts what y_t does to the KL of later tokens; --kl_in reward does.
+            # ∇(ρ k3) = ρ log(π / π_ref) ∇log π: over y_t ~ π_old that of this token's KL(π ‖ π_ref) after its prefix
+            # (evaluate.kl_estimate). What y_t does to the KL of later tokens is not in it; --kl_in reward counts it.
             distance = kl_estimate(logprobs, ref_logprobs, kl)  # (b, T)
             token_rho = log_ratio.exp()  # (b, T) each token's own, whatever the --ratio
             cost = cost + beta * (token_rho * distance if kl_unbiased else distance)
@@ -355,15 +327,13 @@ def demo():
     print("gradient by hand      ", *(f"{a:5.2f} {b:5.2f}" for a, b in by_hand.tolist()), "   −ρ A / 8, or 0")
     print("autograd gives the same; clip fraction 3 / 8")
 
-    ref = old - 0.1  # π_ref finds each of these tokens less likely, by a factor e^−0.1: x = π_ref / π = 0.905
-    x = torch.tensor(-0.1).exp()
-    for unbiased, slope in ((True, 0.3 * 0.1), (False, 0.3 * (1 - x.item()))):
+    ref = old - 0.1  # π_ref finds each of these tokens less likely: x = π_ref / π = e^−0.1 = 0.905
+    for name, slope, form in (("ρ k3", 0.1, "log(π / π_ref)"), ("k3", 1 - math.exp(-0.1), "(1 − x)")):
         logprobs = old.clone().requires_grad_()
-        loss, metrics = grpo_loss(logprobs, old, torch.zeros(4), mask, ref, beta=0.3, kl_unbiased=unbiased)
+        loss, metrics = grpo_loss(logprobs, old, torch.zeros(4), mask, ref, beta=0.3, kl_unbiased=name == "ρ k3")
         loss.backward()
-        assert torch.allclose(logprobs.grad, slope * mask / 8)
-        name, form = ("ρ k3", "β log(π / π_ref) / 8") if unbiased else ("k3", "β (1 − x) / 8")
-        print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient {form:20s} = {slope / 8:.5f}")
+        assert torch.allclose(logprobs.grad, 0.3 * slope * mask / 8)
+        print(f"KL penalty {name:4s}      value {metrics['kl']:.4f}, gradient β {form} / 8 = {0.3 * slope / 8:.5f}")
 
     # The family, second minibatch. The second answer has one token here. (tests/test_family.py: each row by a loop.)
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
@@ -379,9 +349,8 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage. More flags: support/verified.py (--rollouts, R = 8, and --max_new_tokens, L = 64), support/family.py (the
-# columns of the table, with β and ε), support/rewards.py (what is paid: 1 for right, 0.1 for well formed),
-# support/off_policy.py (what samples), support/policy_run.py.
+# The stage. More flags: support/verified.py (--rollouts, R, and --max_new_tokens, L), support/family.py (the columns of
+# the table, with β, ε), support/rewards.py (what is paid), support/off_policy.py (what samples), support/policy_run.py.
 
 
 @dataclass
@@ -393,26 +362,18 @@ class Config(FamilyFlags, PolicyRunConfig):
     """Batches of answers ("rollouts")."""
     prompts: Count = 12
     """Questions N per step, over all ranks."""
-    temperature: Positive = 1.0
-    """Sampling temperature, also used for the log-probabilities in the loss."""
-    skip_zero_variance: bool = True
-    """Leave out groups whose advantages are all 0, and their KL; false: they pay the KL, which takes longer."""
     inner_epochs: Count = 1
     """Passes over each batch of rollouts."""
     minibatches: Count = 2
     """Optimizer steps in a pass; from the second on ρ differs from 1."""
     lr: Amount = 1.5e-4
-    """Peak learning rate, for Muon, the default; --optimizer adamw wants a lower one. It falls linearly to 0 after
-    the warm-up."""
+    """Peak learning rate, for Muon, the default; AdamW wants a lower one. It falls linearly to 0 after the warm-up."""
 
 
 def advantages_of(rewards, reward_weights, config, lengths=None):
     """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the M up by their weights, then compare. gdpo.py
-    gives `main` another such function.
-
-    lengths (N, R): the tokens of each answer that count. None: which groups have an A ≠ 0? Then without a scale, as
-    --scale tokens gives one to groups of equal rewards too.
-    """
+    gives `main` another such function. lengths (N, R): the tokens of each answer that count; None where `signals` only
+    asks which groups have an A ≠ 0: then there is no scale, as --scale tokens gives one to groups of equal rewards."""
     scale = "none" if lengths is None else config.scale
     return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
 
@@ -420,55 +381,49 @@ def advantages_of(rewards, reward_weights, config, lengths=None):
 def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds."""
     start = open_start(config, REWARDS, says=as_flags(config))
-    dist, autocast, scaler = start.dist, start.autocast, start.scaler
+    dist, autocast, scaler, pad = start.dist, start.autocast, start.scaler, start.tokenizer.endoftext_id
     policy, reference = start.policy, start.reference  # with LoRA π_ref is the policy itself, its adapters off
     n, slots = start.n, start.slots  # this rank asks n of a step's N questions; their numbers among the N
-    functions, reward_weights, pad = start.functions, start.reward_weights, start.tokenizer.endoftext_id
+    functions, reward_weights = start.functions, start.reward_weights  # {name: function}; of the M paid, {name: weight}
     rollout_policy = RolloutPolicy(policy, config.sampler_dtype, config.stale)  # by default the policy itself
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     sample = Sampler(rollout_policy.model, start.tokenizer, start.problems["train"], config, autocast)
     signal_of = signals(config, reward_weights, advantages_of, paid_rewards)  # batch -> (n,) bool: groups with an A ≠ 0
-    # run: the steps, the optimizers, the checkpoints. look: what is logged, validated and drawn. recorder: what view.py
-    # shows. look and recorder change nothing in the training
+    # run: steps, optimizers, checkpoints. look: logs and validates. recorder: for view.py. The last two train nothing
     run, look, recorder = begin_run(start, sample, signal_of, rollout_policy)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 and not config.fsdp else policy
 
     groups = groups_in_turn(slots, config.minibatches)  # of each minibatch: which of this rank's n groups are in it
     loss_of = recorder.noted(partial(grpo_loss, **loss_options(config)))  # the recorder keeps what it is given
     for step in run.steps():
-        if config.refresh_reference and step and step % config.refresh_reference == 0:
-            reference.load_state_dict(policy.state_dict())
-        rollout_policy.refresh(policy)
+        refresh_copies(start, rollout_policy, step)  # the reference and the sampler; by default nothing
 
         # 1. ask: the policy answers each question R times
         look.begin_step()
         batch = sample(step, slots)
 
-        # 2. judge: {name: (n, R)} in batch.rewards
-        judge_batch(functions, batch, config)
+        # 2. judge
+        judge_batch(functions, batch, config)  # into batch.rewards, {name: (n, R)}
         paid = paid_rewards(batch, reward_weights, config)  # (n, R, M) those of the rewards that have a weight
         rollout_totals = rollout_sums(batch, paid, reward_weights, signal_of(batch))  # logged: before any refill
         if config.refill:
             refill(batch, sample, step, slots, functions, signal_of, policy, config)
             paid = paid_rewards(batch, reward_weights, config)  # (n, R, M)
         look.sampled()
-        # What ρ divides by, and a weight for each token, (n·R, T) each: what was sampled with, and 1, but for --stale,
-        # --sampler_dtype, --old_logprobs and --correction. mismatch {metric: number}: how far sampler and policy differ
+        # What ρ divides by and a weight of each token, (n·R, T) each: by default log π as sampled, and 1. mismatch
+        # {metric: number}: how far sampler and policy differ, by default {}
         old_logprobs, sampler_weights, mismatch = off_policy(batch, policy, config, autocast, pad, dist)
 
         # 3. compare within the group; all ranks' groups at once, as --scale batch and tokens and gdpo.py look beyond it
-        counted = batch.rollout.mask  # (n·R, T) the tokens that count in the loss
-        if config.mask_truncated:
-            counted = counted & batch.ended.flatten()[:, None].to(counted.device)  # (n·R, 1); the reward still counts
+        counted = batch.counted(config.mask_truncated)  # (n·R, T) the tokens that count in the loss: by default all
         lengths = dist.gather(counted.sum(1).view(n, -1).cpu())  # (N, R)
         advantages, more_figures = advantages_of(dist.gather(paid), reward_weights, config, lengths)  # (N, R)
         advantages = advantages[slots]  # (n, R)
         ref_logprobs = None
         if config.beta and config.kl_in == "reward":
-            # After the scale: before it, a small std would inflate the KL. Without a scale (rloo) both are the same.
-            # gdpo.py sets no --baseline: its KL is compared with the group's mean
+            # After the scale: before it, a small std would inflate the KL. gdpo.py has no --baseline: then the mean
             KL, ref_logprobs = answers_kl(reference, policy, batch, config, autocast, pad)  # (n, R), (n·R, T)
             advantages = advantages - config.beta * less_baseline(KL, config.baseline or "mean")  # (n, R)
         recorder.answers(batch, advantages)
@@ -476,18 +431,17 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
         # 4. update: an optimizer step for each minibatch, from the second on ρ ≠ 1. Groups whose A are all 0 are left
         # out; a minibatch with no group left makes no step
         minibatches = minibatches_of(batch, groups, counted, config, pad, dist, advantages)
-        needs_kl = config.beta or step == 0 or run.due(config.eval_every)  # to pay it, or to log it now and then
-        if ref_logprobs is None and needs_kl:
+        if ref_logprobs is None and (config.beta or step == 0 or run.due(config.eval_every)):  # to pay or to log it
             pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
             ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)  # (n·R, T)
         A = advantages.flatten().to(dist.device)  # (n·R,)
         lr = lr_at(step, config.steps, config.lr, config.warmup, floor=0.0, schedule="linear")
         update_sums, norm = {}, 0.0
         for minibatch in minibatches * config.inner_epochs:  # the list, so many times
-            with whole(policy):  # FSDP: all weights on every rank, as the ranks have different numbers of pieces
+            with accumulating(policy, autocast):  # FSDP: all weights on every rank, then average gradients
                 for piece in minibatch.pieces:
                     rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
-                    # The ranks average their gradients in the last backward alone; under FSDP in `exchange`
+                    # DDP averages the gradients over the ranks in the last backward alone
                     with averaging(model, piece is minibatch.pieces[-1] and not config.fsdp):
                         with autocast():  # (b, T), without the padding to a multiple of 8
                             logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]
@@ -499,8 +453,6 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
                         # × world, because DDP averages over the ranks and v_it already counts them all
                         scaler.scale(loss * dist.world).backward()
                     tally(update_sums, metrics, piece.mask.sum().item())
-                if config.fsdp:
-                    exchange(policy, autocast)
             norm = optimizer_step(policy, run.optimizers, scaler, autocast, lr, config.clip)  # clips ‖g‖, not ρ
             run.check_finite(lr, norm)
 

@@ -5,8 +5,8 @@ every token, what is still to come. A token's δ is its reward plus the rise of 
 plus λ times the next token's δ, plus λ² times the δ after that, and so on.
 
 The policy gradient. π is the policy, π_old the policy when it sampled this batch, π_ref the frozen start. An answer
-y ~ π(· | x) to a prompt x earns a reward r_t at each token. The return of token t is G_t = r_t + r_{t+1} + … (written
-for γ = 1):
+y ~ π(· | x) to a prompt x earns a reward r_t at each token, of which a KL penalty with the weight β is a part. The
+return of token t is G_t = r_t + r_{t+1} + … (the discount γ is 1 in this sum):
 
     r_t = −β (log π(y_t) − log π_ref(y_t)),                and at the last token also `final`: what the answer is worth
     J   = E[Σ_t r_t] = E[final] − β KL(π ‖ π_ref)          the KL of whole answers; the J of dpo.py
@@ -32,16 +32,14 @@ sampling.
 
 Both are a mean over a minibatch's tokens. One step, for N prompts with R answers of at most T tokens each; `main` has
 the same five parts. The N·R answers are a *batch*, the R answers to one prompt a *group*; an optimizer step takes all
-answers to some of the prompts, a *minibatch*; a forward pass some of these, a *piece* of b answers. Four names say what
-an answer earns: *score* is the reward model's output; *paid* the score, normalised, less --missing_end where the answer
-was cut off; *final* is paid itself, or paid compared within the group (--baseline); *rewards* are per token: the KL
-penalty, plus `final` at the last:
+answers to some of the prompts, a *minibatch*; a forward pass some of these, a *piece* of b answers. What an answer
+earns has three names, *score*, *paid* and *final*; only *rewards* are per token:
 
     batch  = sample(step)                              (N·R, T): ids, mask, log π_old                     1. ask
-    scores = score(batch)                                                                       (N, R)    2. judge
+    scores = score(batch)                              by the reward model                      (N, R)    2. judge
     moments.add(scores)                                mean and std of all scores so far
     paid   = scores, normalised by these (default), less missing_end where cut off              (N, R)
-    final  = paid; or less the mean of the prompt's answers; or win_rates(paid)                 (N, R)
+    final  = paid; with --baseline less the mean of the group, or win_rates(paid)               (N, R)
     minibatches  = minibatches_of(batch)               cut here: the next two lines read its pieces       3. credit
     old_values   = values_at_sampling(actor_critic)    V, no gradient                           (N·R, T)
     ref_logprobs = reference_logprobs(reference)       log π_ref, no gradient                   (N·R, T)
@@ -67,8 +65,8 @@ bonus (Eq. 9 of PPO), no pretraining term (PPO-ptx, Eq. 2 of InstructGPT), and a
 had ended.
 
 V_t is read at the token before y_t, where y_t is chosen: it must not know y_t. The targets are taken before the
-whitening: V is in units of the reward. Dropout is always off, and the old log-probabilities are the sampler's own: on
-fresh answers ρ is 1 (in bf16 near 1, as sampler and loss round differently).
+whitening: V is in units of the reward. The old log-probabilities are the sampler's own: on fresh answers ρ is 1 (in
+bf16 near 1, as sampler and loss round differently).
 
 --value separate has a network of its own that starts from the reward model (as InstructGPT), but for its head; shared
 reads the policy's trunk, which is cheap, but the value loss pulls at the policy. --baseline wins: a reward model only
@@ -99,13 +97,13 @@ from torch.nn.parallel import DistributedDataParallel
 from evaluate import is_correct, kl_estimate
 from optim import lr_at, make_optimizers, optimizer_steps
 from reward_model import score_groups
-from support.checks import Amount, Count, Fraction, Positive, Whole
+from support.checks import Amount, Count, Fraction, Positive
 from support.cli import run_script
 from support.moments import RunningMoments
 from support.ppo_report import Tokens, tally
-from support.ppo_setup import SizeFlags, begin_run, check_settings, open_start
+from support.ppo_setup import SetupFlags, begin_run, open_start
 from support.recorder import RecordFlags
-from support.rollouts import Sampler, minibatches_of, reference_logprobs, shuffled_groups
+from support.rollouts import Sampler, minibatches_of, reference_logprobs, shuffled_groups, values_at_sampling
 from support.sharding import averaging
 from transformer import masked_mean
 
@@ -225,7 +223,7 @@ class ActorCritic(nn.Module):
         an answer's end. Output t comes from the position before token t."""
         options = {"temperature": temperature, "with_states": True}
         outputs = packed.outputs(self.policy, lambda part: options | {"targets": part.targets})
-        logprobs, states = zip(*outputs, strict=True)  # of each part of the answers (b', T'), (b', T', C)
+        logprobs, states = zip(*outputs, strict=True)  # of each part, b' answers of like length: (b', T'), (b', T', C)
         return packed.in_order(logprobs), self.values(packed, states)
 
     def values(self, packed, states=None):
@@ -262,8 +260,7 @@ def demo():
     show("δ = r + V' − V", delta, "its reward plus the rise of the guess")
     for lam in (0.0, 0.5, 1.0):
         A, targets = gae(rewards, values, mask, gamma=1.0, lam=lam)
-        third = delta[2]
-        second = delta[1] + lam * third
+        third, second = delta[2], delta[1] + lam * delta[2]
         first = delta[0] + lam * second
         assert torch.allclose(A, torch.tensor([[first, second, third]]))
         assert torch.allclose(targets, A + values)
@@ -290,15 +287,14 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage. More flags: support/ppo_setup.py (--prompts, N, --rollouts, R, and --micro_batch, b), support/verified.py.
+# The stage. More flags: support/ppo_setup.py (--prompts, N, --rollouts, R, --micro_batch, b; an adaptive β; the
+# optimizer), support/verified.py.
 
 
 @dataclass
-class Config(RecordFlags, SizeFlags):
+class Config(RecordFlags, SetupFlags):
     """Train a policy against a reward model (PPO)."""
 
-    reward_model: str | None = None
-    """Reward model with the same tokenizer; default: one trained once into runs/start."""
     value: Literal["shared", "separate"] = "shared"
     """Trunk of the value network: shared with the policy, or separate (starts from the reward model's trunk)."""
     name: str = "ppo"
@@ -307,10 +303,6 @@ class Config(RecordFlags, SizeFlags):
     beta: Amount = 0.05
     """Weight of the KL penalty in the rewards; with --kl_target its first value. Per answer: not to be compared with
     grpo.py's, which weighs a KL per token."""
-    kl_target: Positive | None = None
-    """Adapt the weight of the KL penalty so that the KL stays near this many nats per answer."""
-    kl_horizon: Positive = 5000.0
-    """After this many answers with a KL at least 20 % above its target, the weight is about 1.2 times as high."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 0.95
@@ -338,31 +330,10 @@ class Config(RecordFlags, SizeFlags):
     """Optimizer steps in a pass; from the second on ρ differs from 1."""
     stop_kl: Amount = 0.1
     """End the step's updates when the KL to the policy that sampled (k3) exceeds this many nats per token; 0: never."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Amount = 5e-5
     """Peak learning rate of the policy; it falls linearly to 0 after the warm-up."""
-    weight_decay: Amount = 0.0
-    """Decoupled weight decay of the policy's matrices; the values have none."""
     value_lr: Amount = 1e-3
     """Learning rate of the value head, constant after the warm-up; a separate network uses a tenth of it."""
-    warmup: Whole = 5
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.normalise is None:
-            self.normalise = self.baseline != "wins"
-        check_settings(self)
-
-
-@torch.no_grad()
-def values_at_sampling(actor_critic, pieces, batch, autocast):
-    """V of every token of the pieces' answers, before the update: (n·R, T), 0 elsewhere."""
-    values = torch.zeros_like(batch.rollout.logprobs)
-    with autocast():
-        for piece in pieces:
-            T = piece.mask.shape[1]
-            values[piece.rows, :T] = actor_critic.values(piece.packed)[:, :T]
-    return values
 
 
 def main(config):
@@ -389,8 +360,7 @@ def main(config):
         return torch.tensor(score_groups(start.judge, answers, pad, dist.device, autocast))
 
     parts = {"value": value_model, "moments": moments}  # what a checkpoint has beside the policy
-    # run: the steps and the checkpoints. look: what is logged, validated and drawn. recorder: what view.py shows. look
-    # and recorder change nothing in the training
+    # run: steps, checkpoints. look: logs and validates. recorder: for view.py. The last two do not change the training
     run, look, recorder = begin_run(start, [*optimizers, value_optimizer], parts, sample, score)
     model = DistributedDataParallel(actor_critic, broadcast_buffers=False) if dist.world > 1 else actor_critic
     policy_loss = recorder.noted(ppo_policy_loss)  # the same function; the recorder keeps what it is given
@@ -413,8 +383,7 @@ def main(config):
         look.sampled()
 
         # 3. credit: values, rewards with the KL penalty, and from both the advantages; (n·R, T) each
-        # For each minibatch, which of this rank's n groups it has; drawn anew each step (grpo.py deals them in turn)
-        groups = shuffled_groups(step, slots, config)
+        groups = shuffled_groups(step, slots, config)  # drawn anew: which of this rank's n groups each minibatch has
         minibatches = minibatches_of(batch, groups, mask, config, pad, dist)
         pieces = [piece for minibatch in minibatches for piece in minibatch.pieces]
         old_values = values_at_sampling(actor_critic, pieces, batch, autocast)
@@ -457,9 +426,8 @@ def main(config):
             run.check_finite(lr, math.hypot(norm, value_norm))
             look.updated(norm, value_norm)
         if config.kl_target is not None:
-            n_answers = config.prompts * R
-            kl = dist.sum(log_old_over_ref.sum())[0] / n_answers
-            run.state.beta = adapt_beta(beta, kl, config.kl_target, n_answers, config.kl_horizon)
+            kl = dist.sum(log_old_over_ref.sum())[0] / (config.prompts * R)  # nats per answer
+            run.state.beta = adapt_beta(beta, kl, config.kl_target, config.prompts * R, config.kl_horizon)
 
         # 5. look: log the step; every so often answer validation problems
         tokens = Tokens(mask, old_logprobs, ref_logprobs, old_values, targets, rewards, advantages)

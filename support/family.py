@@ -136,6 +136,16 @@ def loss_options(config):
     return options | {"beta": config.beta if config.kl_in == "loss" else 0.0}
 
 
+def divide_by_mean(centred, rewards):
+    """(N, R) each: over the group's mean reward, 0 where all earn 0 (MaxRL, --scale mean). If a right answer earns 1
+    and has the chance p, and a wrong one 0, the expected gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1 (without a
+    baseline … R): the first terms of ∇log p = ∇p / p. ConfigError on a reward below 0."""
+    if (rewards < 0).any():
+        raise ConfigError(f"--scale mean divides by a group's mean reward, and a reward is {rewards.min():g}")
+    mean = rewards.mean(dim=1, keepdim=True)  # (N, 1)
+    return centred / mean.masked_fill(mean == 0, 1.0)  # 0 / 1 where nobody was right
+
+
 def whiten_over_tokens(centred, rewards, lengths):
     """(N, R) each: mean 0 and variance 1 over the tokens of the batch, each of which has its answer's value."""
     if lengths is None:

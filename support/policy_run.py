@@ -4,7 +4,8 @@ start                = open_start(config, REWARDS)           the device, the che
                                                              the rewards
 run, look, recorder  = begin_run(start, sample, signal_of)   the first look, the run directory, what is measured before
                                                              training
-Between the two a chapter makes its adapters and what samples.
+refresh_copies(start, rollout_policy, step)                  in grpo.py before each step's rollouts
+Between the first two a chapter makes its adapters and what samples.
 """
 
 import copy
@@ -18,7 +19,7 @@ import torch
 from optim import make_optimizers
 from pretrain import shard
 from support.checkpoints import open_checkpoint
-from support.checks import Count, Whole
+from support.checks import Count, Positive, Whole
 from support.content import code_of, records_of, weights_of
 from support.devices import Dist, precision, setup
 from support.grpo_report import Look
@@ -38,6 +39,10 @@ from support.verified import VerifiedConfig
 class PolicyRunConfig(SamplerFlags, RewardFlags, RecordFlags, VerifiedConfig):
     """The flags of a policy that is trained with verifiable rewards, whatever the objective."""
 
+    temperature: Positive = 1.0
+    """Sampling temperature, also used for the log-probabilities in the loss."""
+    skip_zero_variance: bool = True
+    """Leave out groups whose advantages are all 0, and their KL; false: they pay the KL, which takes longer."""
     if_hopeless: Literal["warn", "stop"] = "warn"
     """What to do if the first rollouts show nothing to learn: go on after saying so, or stop with exit status 2."""
     fsdp: bool = False
@@ -116,6 +121,15 @@ def signals(config, reward_weights, advantages_of, paid_rewards):
         return unequal & batch.ended.any(1) if config.mask_truncated else unequal
 
     return signal_of
+
+
+def refresh_copies(start, rollout_policy, step):
+    """Before a step's rollouts: every --refresh_reference steps the reference becomes the policy; a `RolloutPolicy`
+    that is a copy takes over the policy's weights."""
+    every = start.config.refresh_reference
+    if every and step and step % every == 0:
+        start.reference.load_state_dict(start.policy.state_dict())
+    rollout_policy.refresh(start.policy)
 
 
 def begin_run(start, sample, signal_of, rollout_policy=None, reads=None):

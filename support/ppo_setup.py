@@ -1,4 +1,4 @@
-"""What ppo.py does before its first step and does not teach: the flags of its sizes, which settings go together, and
+"""What ppo.py does before its first step and does not teach: flags, which settings go together, and
 
 start               = open_start(ActorCritic, config)     the device, a reward model if none was given, the models, the
                                                           problems
@@ -10,6 +10,7 @@ import copy
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from data import DEFAULT_TASK
 from lora import add_lora
 from reward_model import RewardModel, open_reward_model
 from support.checkpoints import open_checkpoint
-from support.checks import Count, Positive
+from support.checks import Amount, Count, Positive, Whole
 from support.content import records_of, weights_of
 from support.devices import Dist, precision, setup
 from support.errors import ConfigError
@@ -32,9 +33,11 @@ from support.verified import PolicyConfig
 
 
 @dataclass
-class SizeFlags(PolicyConfig):
-    """How many answers, at a time and in all, and how often a run looks."""
+class SetupFlags(PolicyConfig):
+    """How many answers, at a time and in all; how often a run looks; an adaptive KL weight; the optimizer."""
 
+    reward_model: str | None = None
+    """Reward model with the same tokenizer; default: one trained once into runs/start."""
     prompts: Count = 16
     """Prompts N per step, over all ranks."""
     rollouts: Count = 8
@@ -51,6 +54,20 @@ class SizeFlags(PolicyConfig):
     """Steps between printed rollouts."""
     eval_every: Count = 25
     save_every: Count = 50
+    kl_target: Positive | None = None
+    """Adapt the weight of the KL penalty so that the KL stays near this many nats per answer."""
+    kl_horizon: Positive = 5000.0
+    """After this many answers with a KL at least 20 % above its target, the weight is about 1.2 times as high."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: Amount = 0.0
+    """Decoupled weight decay of the policy's matrices; the values have none."""
+    warmup: Whole = 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.normalise is None:  # a field of ppo.Config, as others that `check_settings` reads
+            self.normalise = self.baseline != "wins"
+        check_settings(self)
 
 
 def check_settings(config):
@@ -77,7 +94,7 @@ def check_settings(config):
 class Start:
     """What a run has before its first step."""
 
-    config: SizeFlags
+    config: SetupFlags
     began: float  # time.perf_counter()
     dist: Dist
     n: int  # this rank asks n of a step's N prompts,

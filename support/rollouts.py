@@ -36,6 +36,12 @@ class Batch:
         R, rows = self.ended.shape[1], self.rollout.rows
         return [rows[g * R : g * R + R] for g in range(len(self.prompts))]
 
+    def counted(self, mask_truncated):
+        """(n·R, T) bool: the tokens that count in the loss. mask_truncated: none of an answer that was cut off, whose
+        reward counts all the same."""
+        mask = self.rollout.mask
+        return mask & self.ended.flatten()[:, None].to(mask.device) if mask_truncated else mask
+
     def put(self, groups, new):
         """Replace these groups by those of the batch `new`, in place."""
         R = self.ended.shape[1]
@@ -163,6 +169,17 @@ def reference_logprobs(reference, policy, pieces, batch, config, autocast):
     adapters (but for --refresh_reference)."""
     with lora_off(policy):
         return piece_logprobs(reference, pieces, batch, config.temperature, autocast)
+
+
+@torch.no_grad()
+def values_at_sampling(actor_critic, pieces, batch, autocast):
+    """V of every token of the pieces' answers, before the update: (n·R, T), 0 elsewhere. actor_critic: of ppo.py."""
+    values = torch.zeros_like(batch.rollout.logprobs)
+    with autocast():
+        for piece in pieces:
+            T = piece.mask.shape[1]
+            values[piece.rows, :T] = actor_critic.values(piece.packed)[:, :T]
+    return values
 
 
 def answers_kl(reference, policy, batch, config, autocast, pad):

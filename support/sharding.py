@@ -2,14 +2,15 @@
 
     whole(model)                       within, all weights on every rank                        lora.py, rollouts.py
     averaging(model, now)              within, whether a backward pass averages gradients      pretrain.py, grpo.py
-    exchange(model, autocast)          average the gradients of passes that did not             grpo.py
+    accumulating(model, autocast)      within, the backward passes of one optimizer step        grpo.py
+    exchange(model, autocast)          average the gradients of passes that did not             here, by `accumulating`
     unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py
     full_tensor(x)                     one tensor, where a formula needs all of it              optim.py
     in_stacks(params, ahead, f)        what Muon does to matrices, to several at once           optim.py
 
-What is not sharded is returned unchanged, so callers need no special case. All ranks must call `whole`, `exchange`,
+What is not sharded is returned unchanged, so callers need no special case. All ranks must call `whole`, `accumulating`,
 `unsharded`, `gathered` and `full_tensor` together, or the calling ranks wait forever.
 """
 
@@ -84,6 +85,16 @@ def exchange(model, autocast):
     with autocast():
         nothing = 0.0 * model(token).float().sum()
     nothing.backward()
+
+
+@contextlib.contextmanager
+def accumulating(model, autocast):
+    """Around the backward passes of one optimizer step, of which the ranks may make different numbers: `whole`, and at
+    the end `exchange`. Any model that FSDP has not cut stays as it is."""
+    with whole(model):
+        yield
+        if hasattr(model, "reshard"):  # fully_shard gives a module its methods
+            exchange(model, autocast)
 
 
 def unsharded(model, dist):

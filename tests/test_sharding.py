@@ -15,7 +15,7 @@ import pretrain
 from lora import LoraConfig
 from support import devices, policy_run, pretrain_report
 from support.errors import ConfigError
-from support.sharding import averaging, exchange, whole
+from support.sharding import accumulating, averaging
 from support.shared_prompt import pack, shared_answer_logprobs
 from transformer import Transformer, TransformerConfig
 
@@ -59,11 +59,10 @@ def run_pieces():
     pieces = [pack([[1, 2, 3 + i]], [[[5, 6, 7 + i], [8]]], pad=0) for i in range(3)]
     pretrain.shard(policy, dist, autocast)
     for _ in range(2):  # optimizer steps
-        with whole(policy):
+        with accumulating(policy, autocast):
             for packed in pieces[:1] if dist.is_main else pieces[1:]:
                 with averaging(policy, False):
                     (shared_answer_logprobs(policy, packed).sum() * dist.world).backward()
-            exchange(policy, autocast)
         for packed in pieces:
             shared_answer_logprobs(plain, packed).sum().backward()
         for (name, p), q in zip(policy.named_parameters(), plain.parameters(), strict=True):

@@ -89,6 +89,13 @@ def test_every_file_of_the_top_level_is_a_chapter_in_the_readme_and_installed():
     assert all(f'"{name}"' in installed for name in CHAPTERS)
 
 
+def test_no_chapter_is_longer_than_the_readme_says():
+    (longest,) = re.findall(r"in at most (\d+) lines each", README)
+    for name in CHAPTERS:
+        n_lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").count("\n")
+        assert n_lines <= int(longest), f"{name}.py has {n_lines} lines"
+
+
 NAMES = """
 transformer: TransformerConfig Transformer token_logprobs masked_mean
 tokenizer_bpe: BPETokenizer load_tokenizer

@@ -2,8 +2,8 @@
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √D + mask) V       mask: −∞ where hidden, else 0. arXiv:1706.03762, §3.2
 
-Three learned matrices turn the vector of each token into a query, a key and a value: the rows of Q, K and V.
-Three tokens by hand, one head: q₂ = (1, 1) meets k₀ = (1, 0), k₁ = (0, 1), k₂ = (1, 1). The dot products are 1, 1, 2;
+Three learned matrices turn each token's vector into a query and a key of D numbers, and a value: rows of Q, K and V.
+Three tokens by hand, D = 2: q₂ = (1, 1) meets k₀ = (1, 0), k₁ = (0, 1), k₂ = (1, 1). The dot products are 1, 1, 2;
 divided by √2 they are 0.7071, 0.7071, 1.4142; their exponentials 2.0281, 2.0281, 4.1133 sum to 8.1695. So the weights
 are 0.2483, 0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.48 + 4.97 + 15.10 = 22.55.
 
@@ -12,11 +12,10 @@ weighted mean of the values. If the numbers of q and k are independent, with mea
 has variance D: the division by √D brings it back to 1.
 
 A *head* is one such attention over its own D numbers of each query, key and value. H of them run side by side, so one
-token can look at H places at once, each for another reason; a last matrix, `wo`, mixes their H · D outputs back to C.
+token can look at H places at once, each for another reason; a last matrix, `wo`, mixes their H · D outputs back to C,
+the width of a token's vector. Keys and values may have fewer heads, G: each then serves H / G query heads.
 
-Letters: B rows (one sequence each), T queries, S keys, C width, H query heads, G key/value heads, D head width, W
-window. n: a token's position among the real tokens of its row (packed: of its document), from 0. Slot: its
-place in the cache; in a KVCache pads take slots too.
+Letters: B rows (one sequence each), T queries, S keys, C width, H query heads, G key/value heads, D head width.
 
 One layer, `Attention.forward`, for B rows of T new tokens:
 
@@ -26,7 +25,7 @@ One layer, `Attention.forward`, for B rows of T new tokens:
     q = apply_rope(q, cos, sin), k so too  if rope is given: rotated by the token's position; v is not
     k, v = cache.update(layer, k, v)       what the cache holds, then these          (B, G, S, D) each; no cache: S = T
     out = fast_attention(q, k, v, mask)    torch's kernels for naive_attention:      (B, H, T, D)
-        k = repeat_heads(k), v so too      one for each of H / G query heads         (B, H, S, D) each
+        k = k.repeat_interleave(H / G, 1)  v too: one for each query head            (B, H, S, D) each
         scores = q kᵀ / √D                 −∞ where the mask is False                (B, H, T, S)
         weights = softmax(scores)          over the S keys: rows sum to 1            (B, H, T, S)
         out = weights v                                                              (B, H, T, D)
@@ -43,10 +42,21 @@ In the example at the top ∂out/∂score_s = w_s (v_s − out) = −3.12, −0.
 is above out raises out. Where one weight is near 1, all these derivatives are near 0: large scores stop learning. That
 is what √D (and qk_norm) prevents.
 
-The same lines serve every use. Masks are boolean, True = visible. *Decoding*: a text is written token by token, and
-each needs the keys and values of all earlier ones, so a *cache* holds them; its `length` counts the tokens read so far,
-pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a later *chunk* adds several tokens at once.
-*Left pads* fill up the shorter prompts of a batch. *Packed*: several documents in one row, hidden from each other.
+    option          default  model's    what it changes (the model is transformer.py's)
+    n_kv_head, G    H        2 (H = 6)  wk, wv and the KV cache shrink by H / G. G = H: multi-head; G = 1: multi-query
+                                        (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
+    head_dim, D     C / H    32         the width of every head; H · D may differ from C
+    qk_norm         False    True       bounds a score by √D · max |gain of q| · max |gain of k|: stable at high
+                                        learning rates (Qwen3, arXiv:2505.09388)
+    bias            False    False      a bias in wq, wk, wv and wo
+    window, W       None     None       a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
+    sinks           0        0          with a window: how many first tokens stay visible to all (arXiv:2309.17453)
+
+The same lines serve every use. In code a mask is boolean, True = visible. *Decoding*: a text is written token by token,
+and each needs the keys and values of all earlier ones; a *cache* holds them, each token's in a *slot*, and its `length`
+counts the tokens read so far, pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a later
+*chunk* adds several tokens at once. *Left pads* fill up the shorter prompts of a batch; they take slots of a KVCache.
+*Packed*: several documents in one row, hidden from each other. n counts the tokens of a row from 0, without its pads.
 
     use                  T   S                 mask                            cache
     training             T   T                 causal (T, T)                   none
@@ -59,16 +69,6 @@ pads too. *Prefill*: the prompt is read in one pass, which fills the cache; a la
     all above, window W  T, S as above         window_mask(…, mask as above)   as above
     prefill, window W    T   T                 window_mask (T, T)              RollingKVCache: keeps the sinks, last W
     decoding, token n    1   ≤ sinks + W       none: the slots are the window  RollingKVCache: fills one slot
-
-    option          default  model's    what it changes (the model is transformer.py's)
-    n_kv_head, G    H        2 (H = 6)  wk, wv and the cache shrink by H / G. G = H is multi-head, G = 1 multi-query
-                                        (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
-    head_dim, D     C / H    32         the width of every head; H · D may differ from C
-    qk_norm         False    True       bounds a score by √D · max |gain of q| · max |gain of k|: stable at high
-                                        learning rates (Qwen3, arXiv:2505.09388)
-    bias            False    False      a bias in wq, wk, wv and wo
-    window, W       None     None       a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
-    sinks           0        0          with a window: how many first tokens stay visible to all (arXiv:2309.17453)
 
 Traps, the ones that bite most first:
 
@@ -85,16 +85,11 @@ Traps, the ones that bite most first:
   finds nothing to look at has learned to put them on the first tokens. Keep those visible, as sinks, and it works.
 
 What it costs. A head's scores are T · S dot products; a KVCache takes 2 (K and V) · n_layer · B · G · max_len · D
-numbers. With a window and no other mask about 2 · T · W of the products are computed (W ≥ 64, T ≥ 2 W), band by band;
-packed rows, left pads and shorter chunks pay for all T · S and hold their mask. A RollingKVCache keeps sinks + W slots.
-Yet with each windowed layer an output depends on W − 1 more of the tokens before it.
+numbers, a RollingKVCache sinks + W in the place of max_len. With a window and no other mask about 2 · T · W of the
+products are computed (W ≥ 64, T ≥ 2 W), band by band; packed rows, left pads and shorter chunks pay for all T · S. Yet
+every windowed layer lets an output depend on W − 1 tokens more.
 
-A rolling cache stores each key rotated by its position in the text, so the outputs are those of one full pass with
-window_mask. StreamingLLM counts positions inside the cache instead, so the sinks never appear farther away than in
-training; the price: every key must be rotated anew in every step.
-
-Simplified: no dropout on the weights, no kernel of our own (FlexAttention, made for masks like a window's, has no
-backward pass on a CPU; benchmarks/attention.py times the alternatives). Run it: `python attention.py`.
+Simplified: no dropout on the weights; the kernels are torch's. Run it: `python attention.py`.
 """
 
 import math
@@ -105,11 +100,11 @@ from torch import nn
 from norms import RMSNorm
 from positional import apply_rope
 from support.architecture import check_attention
-from support.attention_maps import attention_entropy, attention_weights
+from support.attention_maps import attention_weights
 from support.cache_rows import RowsOfKVCache, RowsOfRollingKVCache
 from support.devices import attention_dtype, cast_once
 from support.output import run_demo
-from support.rolling_cache import check_sight, roll_rows
+from support.rolling_cache import check_sight, held_tokens, roll_rows
 from support.sdpa import banded_attention, sdpa
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,19 +117,13 @@ def naive_attention(q, k, v, mask=None):
     q (B, H, T, D); k, v (B, G, S, D) with H a multiple of G; mask boolean, broadcastable to (B, H, T, S), True =
     visible. Returns the output (B, H, T, D) and the attention weights (B, H, T, S). The softmax runs in fp32 at least.
     """
-    k = repeat_heads(k, q.shape[1] // k.shape[1])  # (B, H, S, D)
-    v = repeat_heads(v, q.shape[1] // v.shape[1])  # (B, H, S, D)
+    H, G = q.shape[1], k.shape[1]
+    k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))  # (B, H, S, D): each serves H / G neighbouring heads
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)  # (B, H, T, S)
     return weights.to(v.dtype) @ v, weights
-
-
-def repeat_heads(x, repeats):
-    """(B, G, S, D) -> (B, G·repeats, S, D): each key/value head serves `repeats` neighbouring query heads."""
-    B, G, S, D = x.shape
-    return x[:, :, None].expand(B, G, repeats, S, D).reshape(B, G * repeats, S, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,8 +143,7 @@ def padding_mask(real, T):
 
 
 def document_mask(documents):
-    """documents (B, T), a number per document -> (B, 1, T, T): causal, and only inside one's own document. For rows
-    that hold several documents one after another."""
+    """documents (B, T), a number per document -> (B, 1, T, T): causal, and only inside one's own document."""
     T, same = documents.shape[1], documents[:, :, None] == documents[:, None, :]  # (B, T, T)
     return (same & causal_mask(T, T, documents.device))[:, None]
 
@@ -289,7 +277,8 @@ class RollingKVCache(RowsOfRollingKVCache):
 
     Token n goes into slot n if it is a sink, else into sinks + (n − sinks) mod window: so from n = sinks + window on it
     overwrites token n − window. The slots need no order: attention sums over them, and each key is rotated by its
-    position."""
+    position in the text, so the outputs are those of one pass with window_mask. (StreamingLLM counts positions inside
+    the cache: sinks never appear farther away than in training, but each step must rotate all keys anew.)"""
 
     def __init__(self, n_layer, batch, n_kv_head, window, head_dim, dtype=torch.float32, device=None, sinks=0):
         self.window, self.sinks, self.length = window, sinks, 0  # length: tokens read, pads included
@@ -303,35 +292,19 @@ class RollingKVCache(RowsOfRollingKVCache):
         """Which slot token n goes into."""
         return n if n < self.sinks else self.sinks + (n - self.sinks) % self.window
 
-    def tokens(self, held, newest):
-        """Which token each of the first `held` slots holds if `newest` (B, 1) is the last: (B, held), −1 for none.
-        Window 3, 1 sink, newest 7: [0, 7, 5, 6]."""
-        slot = torch.arange(held, device=newest.device)  # (held,)
-        ring = newest - (newest - slot) % self.window  # (B, held): the last n ≤ newest with n ≡ slot (mod window)
-        ring = ring.masked_fill(ring < self.sinks, -1)
-        return torch.where(slot < self.sinks, slot.where(slot <= newest, -1), ring)
-
     def roll(self, layer, k, v, mask=None):
-        """Store k and v, each (B, G, T, D), and return the keys, the values and the mask for these T queries:
+        """Store k and v, each (B, G, T, D); returns the keys, the values and the mask for these T queries.
 
-        T = 1, no mask  the filled slots, with the new token in its own, and no mask: all are visible
-        the first call  k, v and the mask as given; the layer adds the window
-        any other call  the old slots, then k, v; the window is in the mask (support/rolling_cache.py)
-
+        One token and no pads: here. Several tokens at once, or rows with pads: support/rolling_cache.py.
         mask: None or padding_mask's, over all the tokens so far, (B, 1, T, length + T); only pads on the left.
         ValueError on another one, or on None after pads.
         """
-        keys, values, T = self.keys[layer], self.values[layer], k.shape[2]
-        if mask is not None or self.pads is not None or (T > 1 and self.length > 0):
+        keys, values = self.keys[layer], self.values[layer]  # (B, G, sinks + window, D) each
+        if k.shape[2] > 1 or mask is not None or self.pads is not None:
             return roll_rows(self, layer, k, v, mask, in_sight)
-        if T == 1:
-            slot, held = self.slot(self.length), min(self.length + 1, keys.shape[2])
-            keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-            return keys[:, :, :held], values[:, :, :held], None
-        stay = [n for n in range(T) if n < self.sinks or n >= T - self.window]  # those that later tokens may see
-        slots = [self.slot(n) for n in stay]
-        keys[:, :, slots], values[:, :, slots] = k[:, :, stay], v[:, :, stay]
-        return k, v, None
+        slot, held = self.slot(self.length), min(self.length + 1, keys.shape[2])
+        keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, :held], values[:, :, :held], None  # the filled slots, the new one among them: all are seen
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -339,24 +312,17 @@ class RollingKVCache(RowsOfRollingKVCache):
 
 
 def fast_attention(q, k, v, mask=None, window=None, sinks=0):
-    """naive_attention's output under visible_mask: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
-
-    A window shorter than S goes one of three ways:
-        no mask, T ≥ 2 · window   bands of keys in a loop
-        no mask, no sinks, T = 1  the last `window` keys alone
-        else                      window_mask, over all T · S
-    """
+    """naive_attention's output under visible_mask: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
     T, S = q.shape[2], k.shape[2]
-    if window is not None and window < S:
-        if mask is None and 2 * window <= T:
-            return banded_attention(q, k, v, window, sinks)
-        if mask is None and T == 1 and not sinks:
-            k, v = k[:, :, -window:], v[:, :, -window:]
-        else:
-            mask = window_mask(T, S, window, sinks, mask, q.device)
-    if mask is None and 1 < T < S:
-        mask = causal_mask(T, S, q.device)
-    return sdpa(q, k, v, mask, is_causal=mask is None and T > 1)  # one new token sees the whole cache: no mask at all
+    if window is not None and window >= S:
+        window = None  # it hides nothing
+    if mask is None and window is None and T in (1, S):
+        return sdpa(q, k, v, is_causal=T > 1)  # one new token sees the whole cache: no mask at all
+    if mask is None and window is not None and 2 * window <= T:
+        return banded_attention(q, k, v, window, sinks)  # bands of keys in a loop
+    if mask is None and window is not None and T == 1 and not sinks:
+        return sdpa(q, k[:, :, -window:], v[:, :, -window:])  # the last keys alone
+    return sdpa(q, k, v, visible_mask(q, k, mask, window, sinks))  # the mask written out, over all T · S
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,14 +348,11 @@ def demo():
     torch.testing.assert_close(out.flatten(), torch.tensor(outputs))
     torch.testing.assert_close(weights[0, 0], by_hand)
     torch.testing.assert_close(fast_attention(q, q, v), out)
-    rises = weights[0, 0, 2] * (v.flatten() - outputs[2])  # ∂output/∂score_s for token 2
+    print("  naive_attention and fast_attention give the same")
+    rises = torch.func.grad(lambda s: s.softmax(-1) @ v.flatten())(torch.tensor([1.0, 1.0, 2.0]) / math.sqrt(2))
+    torch.testing.assert_close(rises, weights[0, 0, 2] * (v.flatten() - outputs[2]))  # w_s (v_s − out)
     torch.testing.assert_close(rises, torch.tensor([-3.116, -0.634, 3.750]), atol=1e-3, rtol=0)
-    query, k = q.clone().requires_grad_(), q
-    (dq,) = torch.autograd.grad(naive_attention(query, k, v)[0][0, 0, 2, 0], query)
-    torch.testing.assert_close(dq[0, 0, 2], rises @ k[0, 0] / math.sqrt(2))
-    nats = ", ".join(f"{h:.3f}" for h in attention_entropy(weights)[0, 0].tolist())
-    print(f"  naive_attention gives the same; entropies of the weights: {nats} nats (at most ln 1, ln 2, ln 3)")
-    print("  ∂output/∂score of token 2: " + ", ".join(f"{rise:.3f}" for rise in rises) + "; so too from autograd")
+    print("  ∂output/∂score of token 2, from autograd and as w (v − output): " + ", ".join(f"{x:.3f}" for x in rises))
 
     masks = {
         "causal": causal_mask(8, 8),
@@ -426,7 +389,7 @@ def demo():
     for t in range(T):
         outs.append(layer(x[:, t : t + 1], cache=cache))
         cache.length += 1
-        slots = cache.tokens(sinks + W, torch.tensor([[t]]))[0].tolist()
+        slots = held_tokens(cache, sinks + W, torch.tensor([[t]]))[0].tolist()
         print(f"  {t}: " + " ".join("·" if token < 0 else str(token) for token in slots), end="")
     assert slots == [0, 7, 5, 6]
     torch.testing.assert_close(torch.cat(outs, dim=1), layer(x))  # one pass, band by band

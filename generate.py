@@ -2,8 +2,8 @@
 
     token_t ~ softmax(logits_{t−1} / temperature)            drawn by token = CDF⁻¹(u), u uniform in [0, 1)
 
-`generate`, for N prompts and n rollouts of each (a rollout is one sampled continuation); B = N·n rows, fewer as rows
-end:
+`generate`, for N prompts and n rollouts of each (a rollout is one sampled continuation, up to a *stop token*, such as
+the end of a turn); B = N·n rows, fewer as rows end:
 
     logits, decoder = prefill(prompts, n)         each prompt is read once, all in one pass; the n rollouts
                                                   of a prompt start from one cache                        (N·n, V)
@@ -173,9 +173,9 @@ def generate(
     generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
     on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; live: which rows sampled, the
         id is 0 elsewhere. May return the rows to end there, (N·n,) bool.
-    write: called as write(ids (N·n,), live (N·n,)), where live holds rows that took a written id too; returns the ids
-        that rows must take next instead of sampling, (N·n,), −1 where a row samples. Such tokens are read as any other
-        and count in max_new_tokens, but are not the policy's: mask False.
+    write: for tokens that are not the policy's, such as a tool's reply (agent.py). Called at each step as
+        write(ids (N·n,), live (N·n,)), live: which rows took an id, sampled or written; returns the id that each row
+        takes next, (N·n,), −1 where it samples. A written id counts in max_new_tokens; its mask is False.
     memory: bytes for the key/value cache, default half of what is free. Prompts that do not fit together are taken one
         batch after the other, which changes no row except by rounding. With on_tokens or write all are one batch.
     static: decode with fixed shapes (StaticStep of support/fast_decode.py) where the layout allows it, default on a

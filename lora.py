@@ -34,11 +34,11 @@ In a training stage whose Config has `lora: LoraConfig` (all from sft.py on but 
                                                                  # PPO and GRPO, with no second copy in memory
 
 Why B starts at 0 and A does not: were both 0, both gradients would stay 0. With B = 0, A's is 0 only in the first step.
-A is drawn from U(−1/√in, 1/√in), as in nn.Linear and PEFT (in the paper Gaussian). The 1/r in s is for Adam. Take one
-token x: Adam's first step moves each B_ij by lr against the sign of δ_i (A x)_j, so the r terms of (B A x)_i have one
-sign and add up; 1/r undoes that, and the learning rate survives a change of r. Under Muon B A x grows only as √r, so
-there a larger r learns more slowly. Weight decay pulls A and B towards 0, so LoRA's W' towards the given model; DoRA's
-m, a vector, does not decay, so there the directions alone go back.
+A is drawn from U(−1/√in, 1/√in), as in nn.Linear and in PEFT, Hugging Face's library of adapters (in the paper
+Gaussian). The 1/r in s is for Adam. Take one token x: Adam's first step moves each B_ij by lr against the sign of
+δ_i (A x)_j, so the r terms of (B A x)_i have one sign and add up; 1/r undoes that, and the learning rate survives a
+change of r. Under Muon B A x grows only as √r, so there a larger r learns more slowly. Weight decay pulls A and B
+towards 0, so LoRA's W' towards the given model; DoRA's m, a vector, does not decay: only its directions go back.
 
 Why DoRA: plain LoRA couples length and direction, a longer ΔW changes both. DoRA learns them apart, as weight
 normalisation does. (The paper takes columns; its authors' code and PEFT take output rows, and so does this file.) With
@@ -53,7 +53,7 @@ pass, r·out·in multiplications and an (out, in) matrix per layer, however shor
 What is saved. `state_dict()` of a model with adapters is that of the merged model, so `save_pretrained` writes plain
 checkpoints that anyone opens (support/frozen_linear.py). support/lora_files.py keeps the adapters themselves: for
 resuming, and in PEFT's files. A layer's `.weight` is the merged one too, so code that reads weights instead of calling
-layers stays right. (save_pretrained does not write where an answer ends; support.runs.save, with chat=True, does.)
+layers stays right.
 
 Simplified: Linear layers only (no embeddings, no batched experts). No dropout on the adapter's input: it would make
 rollout and training differ in RL. (Against overfitting the stages keep the checkpoint that validates best.) One adapter

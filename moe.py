@@ -11,7 +11,7 @@ with E, the work per token only with K. One layer, T tokens (batch and time flat
     probs  = softmax(logits)                           (T, E)
     index  = top K of probs + b                        (T, K), b the selection bias (E,), if balanced by bias
     w      = probs at index, / their sum               (T, K); the division if norm_topk_prob
-    sort the T·K assignments by expert; count them     n_rows (E,)
+    sort the T·K pairs (token, expert) by expert       n_rows (E,), how many assignments each expert has
     for e in range(E):                                 the loop, or one kernel for all
         rows_e = expert_e(rows of x sent to e)         (n_rows_e, C) -> (n_rows_e, C)
     y      = s Σ_k w_k · row of the k-th choice        (T, C)
@@ -24,21 +24,21 @@ ffn_width / (K + shared) wide, so a token costs what a dense feed-forward costs,
 
 **Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Only
 these are trained, too, so they become better and are picked more often. Left alone, a few take almost everything: in
-results/moe.md the busiest gets 3.7 times the even share, of at most E / K = 4; in 600 steps that costs nothing
-significant. Against it, `--model.balancing`:
+results/moe.md the busiest gets 3.7 times the even share, where E / K = 4 times is the most there can be; in 600 steps
+that costs nothing significant. Against it, `--model.balancing`:
 
-    aux     loss += 0.01 · E Σ_e f_e P_e     arXiv:2101.03961, Eq. 4: f the share of the assignments, P the mean
-                                             probability. E Σ f P is 1 if f or P is even, and can be below 1 while
-                                             the load is uneven: watch the load, not this loss. f is a count, so the
-                                             gradient goes through P. A large weight (--aux_weight, here 0.01) costs
-                                             loss, a small one does not balance
+    aux     loss += 0.01 · E Σ_e f_e P_e     the Switch loss, arXiv:2101.03961, Eq. 4: f_e is expert e's share of the
+                                             assignments, its load, P_e its mean probability. E Σ f P is 1 if f or P
+                                             is even, and can be below 1 while the load is uneven: watch the load, not
+                                             this loss. f is a count, so the gradient goes through P. A large weight
+                                             (--aux_weight, here 0.01) costs loss, a small one does not balance
     bias    b_e ← b_e ± 0.001, each step     arXiv:2408.15664: + if expert e had less than its share, − if it had more.
                                              b decides who is chosen, never with what weight: no gradient, no term in
-                                             the loss. --bias_rate sets the pace, and the swing that remains
+                                             the loss. --bias_rate sets the pace, and how far the loads swing in the end
     none
 
-aux is the Switch loss. Whichever is chosen, pretrain.py adds the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), 0.001
-(--z_weight) · mean(logsumexp(logits)²): it keeps the logits small, so that the softmax does not saturate.
+With all three pretrain.py adds the z-loss (ST-MoE, arXiv:2202.08906, Eq. 5), 0.001 (--z_weight) ·
+mean(logsumexp(logits)²): it keeps the logits small, so that the softmax does not saturate.
 
 The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one token; the losses are means over T:
 

@@ -3,9 +3,10 @@
     LayerNorm   y = (x − μ) / √(σ² + ε) ⊙ g + b      μ, σ² over the C features of one token    arXiv:1607.06450
     RMSNorm     y = x / √(mean(x²) + ε) ⊙ g                                                     arXiv:1910.07467
 
-Both give every token's vector the same length, √C before the gain. A transformer is a stack of blocks, and each adds
-its output to one running vector per token, the *residual stream*. A norm before a branch gives it inputs of one scale,
-however large the stream has grown. RMSNorm, forward and backward, each token by itself:
+Both give every token's vector the same length, √C before the gain g. A transformer is a stack of blocks, each of two
+*branches*, attention and feed-forward. Each branch adds its output to one running vector per token, the *residual
+stream*. A norm before a branch gives it inputs of one scale, however large the stream has grown. RMSNorm, forward and
+backward, each token by itself (⊙ multiplies element by element):
 
     r     = √(mean(x²) + ε)                          x (..., C) -> (..., 1), in fp32 at least
     x̂     = x / r                                    (..., C)
@@ -23,7 +24,7 @@ LayerNorm is RMSNorm of x − μ, plus b; on the way back the gradient loses its
 because x − μ = P x with the symmetric matrix P = I − 1 1ᵀ / C, which subtracts the mean. So dL/dx is P times RMSNorm's
 gradient at x − μ; and P x̂ = x̂, because x̂ has mean 0 already.
 
-Where it stands (`place` below), with x the residual stream and f a branch (attention or feed-forward):
+Where it stands (`place` below), with x the residual stream and f a branch:
 
     post       x ← Norm(x + f(x))          Vaswani et al. 2017: each norm rescales the stream itself
     pre        x ← x + f(Norm(x))          arXiv:2002.04745: nothing stands in the stream but one norm at its end
@@ -43,9 +44,9 @@ removed (up to ε), as stretching x changes nothing; the rest is divided by r: t
 What the missing mean changes. RMSNorm saves a reduction and a bias, at no significant cost (results/norm-kind.md). It
 notices a constant that is added to x: it divides by √(σ² + μ²), LayerNorm by σ, so the differences between the features
 come out 1 / √(1 + μ²/σ²) times as large as LayerNorm's. For C independent features of mean 0, μ is about σ/√C, and
-nothing is lost. And as the two are equal on centred vectors, a trained pre-norm LayerNorm model becomes an RMSNorm one
-by centring what writes into the stream: matrices, their biases, the embeddings (untied from the output). A norm's b,
-times the matrix that reads it, goes into that matrix's bias (arXiv:2305.14858).
+nothing is lost. On vectors of mean 0 the two are equal, so a trained pre-norm LayerNorm model becomes an RMSNorm one
+(arXiv:2305.14858): take the mean out of all that writes into the stream (the embeddings, untied from the output, and
+each branch's last matrix and bias), and add each norm's b, times the matrix that reads it, to that matrix's bias.
 
 What the placement changes in a stack whose branches each put out as much variance as comes in (`deep_stack` below).
 (A block is one branch here; a transformer's has two, so its depth counts double. In transformer.py branches
@@ -56,8 +57,8 @@ begin smaller, see the end.)
   direction, the output moves by δ √(depth / 2) (arXiv:2004.08249): the reason for post-norm's warm-up. Here it trains
   without one at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
 * pre: after l blocks the stream's variance is 1 + l, as each adds 1. On the way back the final norm divides the
-  gradient by √(1 + depth). At each block k two gradients add up: the one past the branch, and the one through it, which
-  the norm in it divides by √k, its input's std: the sum is √(1 + 1/k) times as long. The product over k = l + 1 … depth
+  gradient by √(1 + depth). At block k two gradients add up: the one around the branch, and the one through it, which
+  its norm divides by √k, the std of its input: the sum is √(1 + 1/k) times as long. The product over k = l + 1 … depth
   is √((1 + depth)/(1 + l)), so block l's weights get 1 / √(1 + l): deeper ones get smaller gradients. The same δ moves
   the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and one
   branch with large weights drowns all the others.

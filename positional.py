@@ -6,8 +6,8 @@
     rotary       (a, b) ← (a cos pω_i − b sin pω_i,  a sin pω_i + b cos pω_i)              RoPE, arXiv:2104.09864,
                  for each pair i of features of a query or key at position p               Eq. 13 to 15, 34
 
-In the last two ω_i = θ^(−2i/D) radians per position, θ = 10,000 (in PE C stands for D): pair 0 turns fastest and tells
-neighbours apart, the last pair turns slowly and tells paragraphs apart. RoPE, the default, in a model:
+In the last two ω_i = θ^(−2i/D) radians per position, θ = 10,000, D the width of a query or key (in PE: C). Pair 0 turns
+fastest and tells neighbours apart, the last turns slowly and tells paragraphs apart. RoPE, the default, in a model:
 
     ω        = rope_frequencies(D, θ, scaling)              (D/2,)
     angles   = positions · ω, for both features of a pair   (..., T) -> (..., T, D)
@@ -24,7 +24,7 @@ to use it.) Here RoPE ends 0.38 nats per character below learned positions in va
 Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast pair has met every angle. A slow pair,
 r_i < 1, has met only part of the circle, and past L it reaches angles that it never met. If its ω_i is divided by s, it
 stays within the known part up to length s L; but nearby tokens then differ by smaller angles. `scaling`, a dict in
-Hugging Face's form, says which pairs are slowed; its `factor` is s, but for dynamic. (Llama 3.1 takes s = 8 for 16 L.)
+Hugging Face's form, says which pairs are slowed; its `factor` is s, except in dynamic. (Llama 3.1 reads 16 L at s = 8.)
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others
@@ -42,13 +42,13 @@ Traps:
   rows of W_q and W_k, so neither learns better. But weights trained with one and run with the other raise no error: the
   model is wrong, and may be nearly as bad as without positions. This repository uses halves; `interleaved_to_half`
   converts weights of the other kind.
-* "dynamic" changes ω as a sequence grows, but the keys in the cache were rotated by the old ω. So the longest length is
-  given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives its context, so in it dynamic does nothing.
+* "dynamic" changes ω as a text grows, but the keys in the cache (attention.py) were rotated by the old ω. So the
+  longest length is given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives none: ℓ = L and s = 1.
 * YaRN's keep_i is linear in i between the two ends, as in its authors' code; in the paper (§3.2) it is linear in r_i.
 
 A small model trained on L = 64 bytes reads 4 L (nats per byte, one seed; results/benchmarks.md):
 
-              first L   2nd L   4th L   after 40 steps on 4 L: first, 4th
+              first L   2nd L   4th L   after 40 training steps on 4 L: 1st L, 4th L
     as is        0.56    1.02    2.95   0.62, 0.98
     linear       3.43    3.71    3.68   1.34, 1.29
     dynamic      0.61    0.60    2.94   0.61, 1.04      the best on the 2nd L (length = 4 L)

@@ -2,7 +2,8 @@
 
     log π(token_t | tokens before it) = log softmax(logits_{t−1})[token_t]
 
-One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.09388):
+π is the distribution that the model gives; RL and the training scripts call the model the *policy*. One forward pass,
+`Transformer.forward`, in the layout of Qwen3 (arXiv:2505.09388):
 
     x = embed(tokens)                          (B, T) -> (B, T, C)    the rows of E (V, C)
     rope = cos, sin at the positions           (T, D) each, the same for all layers
@@ -15,39 +16,25 @@ One forward pass, `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.0938
     cache.length += T                          once, after all layers
     logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
 
-π is the distribution that the model gives. RL calls the model the *policy*, and so do the training scripts. The losses
-of pretraining, SFT, DPO and RL reach the weights through log π(y) = z_y − log Σ_v exp(z_v) of a token y, where z is
-logits / temperature (1 unless given). Then ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) / temperature: to
-raise log π(y) pushes the logit of y up in proportion to 1 − π(y), each other one down in proportion to its own π(v).
+The losses of pretraining, SFT, DPO and RL reach the weights through log π(y) = z_y − log Σ_v exp(z_v) of a token y,
+where z is logits / temperature (1 unless given). Then ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) /
+temperature: to raise log π(y) pushes the logit of y up in proportion to 1 − π(y), each other one down in proportion to
+its own π(v). With `targets` forward returns log π(targets) instead of logits, some tokens at a time where the logits
+would take more than 64 MiB (support/logprobs.py). It is an argument of forward because DDP wraps forward alone.
+`token_logprobs` shifts: its entry t scores token t + 1, so a mask over tokens must be cut to mask[:, 1:] to fit.
 
-The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU, tied embeddings, no
-biases, 1.7 M parameters. Off: windows, RoPE scaling, mixtures of experts, dropout. All that a recipe varies is a field
-of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout (LayerNorm, learned positions, GELU, biases).
-
-    field            what it changes
-    norm_placement   pre: above. post: x = Norm(x + f(x)). sandwich: x = x + Norm(f(Norm(x))). Compared in norms.py
-    activation       swiglu (arXiv:2002.05202): three matrices where gelu has two, so at equal parameters the inner
-                     width is 2/3 of the usual 4 C
-    tie_embeddings   whether the output matrix is E
-    window, sinks    what a token sees (attention.py)
-    rope_scaling     positions past the trained length (positional.py)
-    n_expert         every `moe_every`-th feed-forward is a mixture of experts (moe.py)
-
-At the start the std of the matrices that write into the residual stream (`wo`, `down`) is divided by √(2 n_layer), so
-that the sum of all 2 n_layer branches has the variance of one (GPT-2).
-
-With `targets` forward returns log π(targets) instead of logits; the losses named above use it. (`targets` is an
-argument of forward because DDP wraps forward alone. Logits of more than 64 MiB in fp32 are computed some tokens at a
-time, and again in the backward pass. Sampling takes its log π from the logits: generate.py.) `token_logprobs` shifts:
-its entry t scores token t + 1, so a mask over tokens must be cut to mask[:, 1:] to fit.
+The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU (`f` above), tied
+embeddings (E is the output matrix too), no biases, 1.7 M parameters. Off: windows (attention.py), RoPE scaling
+(positional.py), mixtures of experts (moe.py), dropout. SwiGLU (arXiv:2002.05202) has three matrices where GELU has two,
+so at equal parameters its inner width is 2/3 of the usual 4 C. norms.py compares the places where a norm may stand. All
+that a recipe varies is a field of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout.
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
 Qwen3-MoE open here as published. A model is saved as whichever of them computes the same, for `transformers` to open;
 if none does, in a layout of this repository's own. llama.cpp's files open too (support/gguf.py).
 
-Letters: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head width, V vocabulary.
-
-Run it: `python transformer.py`.
+Letters: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head width, V vocabulary. Run it:
+`python transformer.py`.
 """
 
 import math
@@ -61,13 +48,7 @@ from torch import nn
 from attention import Attention, KVCache, RollingKVCache, padding_mask
 from moe import MoE
 from norms import LayerNorm, RMSNorm
-from positional import (
-    LearnedPositions,
-    rope_attention_factor,
-    rope_cos_sin,
-    rope_frequencies,
-    sinusoidal_positions,
-)
+from positional import LearnedPositions, rope_attention_factor, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from support.architecture import check_architecture, derived_defaults
 from support.checks import Count, FractionBelow1, Positive, Whole
 from support.devices import attention_dtype, cast_once
@@ -213,8 +194,9 @@ class Block(nn.Module):
 
 
 def init_weights(model):
-    """Matrices: N(0, 0.02²), the std divided by √(2 n_layer) where a branch writes into the residual stream; biases: 0.
-    Gains stay 1; a mixture's experts, (E, inner, C), keep what moe.py drew by the same rule."""
+    """Matrices: N(0, 0.02²), the std divided by √(2 n_layer) where a branch writes into the residual stream (`wo`,
+    `down`), so that the sum of all 2 n_layer branches has the variance of one (GPT-2). Biases: 0. Gains stay 1; a
+    mixture's experts, (E, inner, C), keep what moe.py drew by the same rule."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -254,11 +236,10 @@ class Transformer(nn.Module):
         """tokens (B, T) -> the normalised states that the output matrix reads, (B, T, C); the rest as in `forward`."""
         c, T = self.config, tokens.shape[1]
         start = cache.length if cache is not None else 0
-        beyond = False  # whether the tokens run past the RoPE table, which is as long as the context
+        beyond = positions is None and start + T > c.context  # past the RoPE table, which is as long as the context
+        if beyond and (c.window is None or c.positions != "rope"):
+            raise ValueError(f"{start + T} tokens do not fit the model's context of {c.context}")
         if positions is None:
-            beyond = start + T > c.context
-            if beyond and (c.window is None or c.positions != "rope"):
-                raise ValueError(f"{start + T} tokens do not fit the model's context of {c.context}")
             positions = torch.arange(start, start + T, device=tokens.device)
         if mask is not None and mask.dim() < 4:
             mask = padding_mask(mask, T) if mask.dim() == 2 else mask[:, None]  # (B, 1, T, S)
@@ -335,19 +316,14 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, dropout=0.0):
-        """Open a checkpoint directory, or a hub name, in any layout of support/hf.py. Raises CheckpointError.
-
-        dtype None keeps the file's; the default, fp32, is what training wants: bf16 weights cannot take a step of
-        1e-5 of their size, the update rounds to nothing.
-        """
+        """Open a checkpoint directory, or a hub name, in any layout of support/hf.py. Raises CheckpointError. dtype
+        None keeps the file's; training wants fp32, the default: a bf16 weight rounds away steps of 1e-5 of its size."""
         return load_decoder(cls, path, dtype, dropout)
 
 
 def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, counted=None):
-    """log π(tokens[:, t+1] | tokens[:, :t+1]) for every t: tokens (B, T) -> (B, T−1), in fp32.
-
-    Entry t belongs to token t+1. counted (B, T−1): those to compute, the rest are 0. `model` may be wrapped in DDP.
-    """
+    """log π(tokens[:, t+1] | tokens[:, :t+1]) for every t: tokens (B, T) -> (B, T−1), in fp32: entry t is token t+1's.
+    counted (B, T−1): those to compute, the rest are 0. `model` may be wrapped in DDP."""
     if positions is not None:
         positions = positions[..., :-1]
     if mask is not None:
@@ -357,15 +333,14 @@ def token_logprobs(model, tokens, temperature=1.0, positions=None, mask=None, co
 
 def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     """log π of every token of an answer, given its prompt of at least one token. prompts and answers: B lists of ids
-    each -> (B, T) in fp32, 0 after an answer's end, and `counted` (B, T), True on its tokens. Here T is the longest
-    answer's length, S the longest row's.
+    each -> (B, T) in fp32, 0 after an answer's end, and `counted` (B, T), True on its tokens. T: the longest answer.
 
     The plain form: prompt and answer in one row, padded on the right, where causality hides the pads. Each answer reads
     the prompt again; support/shared_prompt.py, equal in value and gradient, reads it once for all its answers.
     """
     device = next(model.parameters()).device
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    S, T = max(map(len, rows)), max(map(len, answers))
+    S, T = max(map(len, rows)), max(map(len, answers))  # lengths of the longest row, of the longest answer
     tokens = torch.tensor([row + [pad] * (S - len(row)) for row in rows], device=device)  # (B, S)
     start, length = (torch.tensor([*map(len, ids)], device=device)[:, None] for ids in (prompts, answers))  # (B, 1)
 
@@ -401,8 +376,6 @@ def demo():
     torch.testing.assert_close(gradient, torch.tensor([0.2242, -0.1050, -0.1050, -0.0142]), atol=1e-4, rtol=0)
     print("  both branches 0, tokens 0 0 1: logits after token 0 are 2, 0, 0, −2 and ln Σ exp = 2.2539,")
     print(f"  so log π(0 | 0) = {logprobs[0, 0]:.4f}, log π(1 | 0 0) = {logprobs[0, 1]:.4f}; ", end="")
-    mean = masked_mean(logprobs, torch.tensor([[False, True]]))
-    assert abs(mean + total) < 1e-5
     answer, mask = answer_logprobs(tiny, [[0], [0]], [[0, 1], [1]])
     assert mask.tolist() == [[True, True], [True, False]]
     torch.testing.assert_close(answer, torch.tensor([[2 - total, -total], [-total, 0.0]]), atol=1e-5, rtol=0)
@@ -419,8 +392,7 @@ def demo():
         steps += [model(tokens[:, t : t + 1], cache=cache) for t in range(8, 20)]
         worst = (torch.cat(steps, dim=1) - model(tokens)).abs().max().item()
         assert worst < 1e-4
-        print(f"{title} layout: {model.num_params():,} parameters; loss before training {loss:.3f}, ", end="")
-        print(f"ln {V} = {math.log(V):.3f}")
+        print(f"{title} layout: {model.num_params():,} parameters; untrained loss {loss:.3f}, ln V = {math.log(V):.3f}")
         print(f"  prompt + 12 cached steps = one pass: largest difference in a logit {worst:.1e}")
 
 

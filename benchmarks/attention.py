@@ -6,7 +6,8 @@
 1. One windowed layer with a RollingKVCache decodes a stream token by token: time per token, bytes of the cache and peak
    memory of the process, per tenth of the stream. For comparison, the same layer without a window, with a KVCache.
 2. One windowed layer's attention over a whole sequence, forward and forward + backward, in several implementations:
-   the formula, SDPA with a (T, S) mask, SDPA band by band (what attention.py uses), FlexAttention.
+   the formula, SDPA with a (T, S) mask, SDPA band by band (what attention.py uses), FlexAttention (made for such
+   masks; it has no backward pass on a CPU).
 3. One new token for each of B rows through Attention with a KVCache, T = 1: the cost of decoding per layer.
 """
 

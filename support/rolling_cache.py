@@ -1,4 +1,4 @@
-"""The harder half of attention.RollingKVCache: rows with pads on the left, and several tokens after others.
+"""The harder half of attention.RollingKVCache: several tokens at once, rows with pads, and which token a slot holds.
 
 A row's pads take no slot, so a token's slot follows from its position, which differs from row to row. T new tokens may
 overwrite what the first of them still see, so they read a copy of the old slots with themselves after it, under a mask.
@@ -8,7 +8,7 @@ import torch
 
 
 def roll_rows(cache, layer, k, v, mask, in_sight):
-    """What `RollingKVCache.roll` does with pads or in a later chunk: stores k and v, (B, G, T, D) each -> the keys, the
+    """What `RollingKVCache.roll` does with pads or several tokens: stores k and v, (B, G, T, D) each -> the keys, the
     values and the mask of these T queries:
 
         length = 0  k, v and mask as given; the layer adds the window
@@ -17,6 +17,11 @@ def roll_rows(cache, layer, k, v, mask, in_sight):
     mask: None or padding_mask's, over all the tokens so far. in_sight: attention's. ValueError on another mask.
     """
     keys, values, (B, _, T, _) = cache.keys[layer], cache.values[layer], k.shape
+    if mask is None and cache.pads is None and cache.length == 0:  # the first call, without pads: all rows alike
+        stay = [n for n in range(T) if n < cache.sinks or n >= T - cache.window]  # those that later tokens may see
+        slots = [cache.slot(n) for n in stay]
+        keys[:, :, slots], values[:, :, slots] = k[:, :, stay], v[:, :, stay]
+        return k, v, None
     if layer == 0:  # all layers get the same mask, and to look at it is to wait for the GPU
         cache.pads = checked_pads(cache, mask, B, T)
     position = torch.arange(cache.length, cache.length + T, device=k.device).expand(B, T)
@@ -26,7 +31,7 @@ def roll_rows(cache, layer, k, v, mask, in_sight):
     if cache.length > 0:  # copies of the old slots, before they are written over
         held = min(cache.length, keys.shape[2])
         all_k, all_v = torch.cat([keys[:, :, :held], k], 2), torch.cat([values[:, :, :held], v], 2)
-        old = cache.tokens(held, position[:, :1] - 1)  # (B, held)
+        old = held_tokens(cache, held, position[:, :1] - 1)  # (B, held)
         mask = in_sight(position, torch.cat([old, position], 1), cache.window, cache.sinks)[:, None]
         mask[..., held:] |= torch.eye(T, dtype=torch.bool, device=k.device)  # a pad sees itself
     # Store the tokens that later queries may see. A pad that is its row's newest token sees itself, so it gets
@@ -40,6 +45,15 @@ def roll_rows(cache, layer, k, v, mask, in_sight):
     slot = n.where(n < cache.sinks, cache.sinks + (n - cache.sinks) % cache.window)
     keys[row, :, slot], values[row, :, slot] = k[row, :, t], v[row, :, t]  # (row, G, D) each
     return all_k, all_v, mask
+
+
+def held_tokens(cache, held, newest):
+    """Which token each of the first `held` slots holds if `newest` (B, 1) is the last: (B, held), −1 for none.
+    Window 3, 1 sink, newest 7: [0, 7, 5, 6]."""
+    slot = torch.arange(held, device=newest.device)  # (held,)
+    ring = newest - (newest - slot) % cache.window  # (B, held): the last n ≤ newest with n ≡ slot (mod window)
+    ring = ring.masked_fill(ring < cache.sinks, -1)
+    return torch.where(slot < cache.sinks, slot.where(slot <= newest, -1), ring)
 
 
 def checked_pads(cache, mask, B, T):

@@ -43,6 +43,15 @@ def here(scratch):
     return scratch
 
 
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small BPE tokenizer of word problems."""
+    from data import load_problems  # imported here: most test files need neither
+    from tokenizer_bpe import BPETokenizer
+
+    return BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
+
+
 @pytest.fixture(autouse=True)
 def fp32_on_every_cpu(monkeypatch):
     """--dtype auto means fp32 in the tests on every CPU, so that results compared for equality are rounded the same
@@ -53,6 +62,11 @@ def fp32_on_every_cpu(monkeypatch):
 def cpu_without_bf16(patch):
     for unit in ("amx_tile", "avx512_bf16"):
         patch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: False, raising=False)
+
+
+def flags_of(settings):
+    """{name: value} as the flags of a script."""
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
 
 
 def script(name, *flags, cwd, processes=1, torchrun=False, timeout=240):
@@ -121,6 +135,15 @@ def metrics(run_dir, name):
     return {r["step"]: r[name] for r in records if name in r}
 
 
+def assert_same_metrics(one, two, names, **tolerance):
+    """Two runs have logged each of these metrics, at the same steps: the same numbers, or with a tolerance (as
+    pytest.approx has it) near ones."""
+    for name in names:
+        a, b = metrics(one, name), metrics(two, name)
+        assert a, f"{one} has no {name}"
+        assert a == (pytest.approx(b, **tolerance) if tolerance else b), name
+
+
 @contextlib.contextmanager
 def stopped_after(steps):
     """The run in this block is stopped after so many steps, as by Ctrl-C: its loop asks at the top of each."""
@@ -130,6 +153,36 @@ def stopped_after(steps):
         patch.setattr(runs, "Interrupt", stop)
         with pytest.raises(SystemExit):
             yield
+
+
+@contextlib.contextmanager
+def resumed_at(step):
+    """The run in this block goes on after so many steps. Begun anew it would end alike too."""
+    first, steps = [], runs.Run.steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "steps", lambda run, *total: first.append(run.first) or steps(run, *total))
+        yield
+    assert first == [step]
+
+
+def assert_resumed_equals_whole(stage, config, stop, names, **changes):
+    """A run of `stage` that is stopped after `stop` steps and resumed has the metrics and the weights of one that is
+    not stopped, bit for bit. config(**changes) -> its settings. Returns what main returned: of the whole, of the
+    resumed."""
+
+    def seconds():
+        return torch.load("runs/parts/last/trainer_state.pt", weights_only=True)["seconds"]
+
+    whole = stage.main(config(name="whole", **changes))
+    with stopped_after(stop):
+        stage.main(config(name="parts", **changes))
+    before = seconds()
+    with resumed_at(stop):
+        parts = stage.main(config(name="parts", resume=True, **changes))
+    assert seconds() > before > 0  # the time before the stop counts
+    assert_same_metrics("runs/whole", "runs/parts", names)
+    assert_same_weights("runs/whole/last", "runs/parts/last")
+    return whole, parts
 
 
 def assert_the_start_is_kept(stage, config, run_dir, monkeypatch):
@@ -171,6 +224,31 @@ def steps_of(monkeypatch):
     return watch
 
 
+class Call(NamedTuple):
+    """A call of a function: what it was given, and what it returned."""
+
+    args: tuple
+    options: dict
+    result: object
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """calls_of(module, name) -> a list that fills with a Call for each call of the module's function."""
+
+    def watch(module, name):
+        calls, function = [], getattr(module, name)
+
+        def watched(*args, **options):
+            calls.append(Call(args, options, function(*args, **options)))
+            return calls[-1].result
+
+        monkeypatch.setattr(module, name, watched)
+        return calls
+
+    return watch
+
+
 def assert_rate_clip_decay(seen, schedule, floor, steps=5):
     """seen: the steps of a run with --lr 0.01 --warmup 3 --clip 0.3 --weight_decay 0.2."""
     rates = [lr_at(i, steps, 1e-2, 3, floor, schedule) for i in range(steps)]
@@ -202,6 +280,13 @@ def assert_one_line_error(process, *words):
     assert len(lines) == 1, process.stderr
     for word in words:
         assert word in lines[0]
+
+
+def assert_refused(capsys, call, *words):
+    """call() ends this process as `assert_one_line_error` has it."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert_one_line_error(subprocess.CompletedProcess([], stop.value.code, "", capsys.readouterr().err), *words)
 
 
 def assert_resume_refuses_what_changed(stage, config, paths, names):

@@ -623,6 +623,7 @@ def test_every_recipe_is_one_of_its_stages_settings(recipe, scratch):
     stage = re.search(r"python (\w+)\.py", recipe.read_text(encoding="utf-8"))[1]
     config = parse_config(import_module(stage).Config, ["--config", str(recipe)])
     assert recipe.stem.startswith(config.name)  # its run directory says which recipe it was
+    assert config.data == "gsm8k" or not recipe.stem.startswith("gsm8k")
 
 
 def test_a_waiting_process_that_is_stopped_refuses_the_next_run(experiment, scratch, monkeypatch):

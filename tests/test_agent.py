@@ -15,16 +15,18 @@ from functools import partial
 import pytest
 import torch
 from conftest import (
-    ROOT,
     assert_one_line_error,
     assert_rate_clip_decay,
+    assert_refused,
     assert_resume_refuses_what_changed,
+    assert_resumed_equals_whole,
+    assert_same_metrics,
     assert_same_weights,
     assert_the_start_is_kept,
     cpu_without_bf16,
+    flags_of,
     metrics,
     script,
-    stopped_after,
 )
 
 import agent
@@ -39,7 +41,7 @@ from lora import LoraConfig
 from support import calls_start, devices, questions
 from support.calls_start import encode_demonstration
 from support.checkpoints import open_checkpoint
-from support.cli import parse_config, run_script
+from support.cli import run_script
 from support.errors import ConfigError
 from support.recorder import read_recording
 from support.rewards import brevity_reward
@@ -536,7 +538,7 @@ def config(**changes):
 
 
 def flags(**changes):
-    return [x for k, v in (SMALL | changes).items() for x in (f"--{k}", v)]
+    return flags_of(SMALL | changes)
 
 
 @pytest.fixture(scope="module")
@@ -671,8 +673,8 @@ def test_without_calls_it_is_grpo_to_the_last_bit(here):
         sys.path.remove(str(here))
     assert max(metrics("runs/theirs", "grad_norm").values()) > 0
     assert not any(metrics("runs/ours", "calls").values())
-    for name in ("reward", "loss", "kl", "grad_norm", "entropy", "clip_fraction", "ratio_spread", "length", "accuracy"):
-        assert metrics("runs/ours", name) == metrics("runs/theirs", name), name
+    names = ("reward", "loss", "kl", "grad_norm", "entropy", "clip_fraction", "ratio_spread", "length", "accuracy")
+    assert_same_metrics("runs/ours", "runs/theirs", names)
     assert_same_weights("runs/ours/last", "runs/theirs/last")
 
 
@@ -736,13 +738,8 @@ def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
 
 @pytest.mark.parametrize("options", [{}, {"lora": LoraConfig(2), "lr": 1e-2}, {"train_on_tools": True}])
 def test_resumed_equals_uninterrupted_bit_for_bit(here, options):
-    whole = agent.main(config(name="whole", **options))
-    with stopped_after(2):
-        agent.main(config(name="parts", **options))
-    parts = agent.main(config(name="parts", resume=True, **options))
-    for name in ("reward", "loss", "kl", "accuracy", "calls"):
-        assert metrics("runs/whole", name) == metrics("runs/parts", name), name
-    assert_same_weights("runs/whole/last", "runs/parts/last")
+    names = ("reward", "loss", "kl", "accuracy", "calls")
+    whole, parts = assert_resumed_equals_whole(agent, config, 2, names, **options)
     assert max(metrics("runs/whole", "grad_norm").values()) > 0
     assert {k: whole[k] for k in ("before", "after", "kl")} == {k: parts[k] for k in ("before", "after", "kl")}
 
@@ -768,20 +765,8 @@ def test_two_processes_equal_one(here, wrong):
     process = script("agent.py", *flags(name="two", **more), cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
     agent.main(config(name="one", **more))
-    for name in (
-        "reward",
-        "grad_norm",
-        "kl",
-        "length",
-        "calls",
-        "call_errors",
-        "zero_variance",
-        "entropy",
-        "loss",
-        "accuracy",
-    ):
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
+    names = ("reward", "grad_norm", "kl", "length", "calls", "call_errors", "zero_variance", "entropy", "loss")
+    assert_same_metrics("runs/one", "runs/two", (*names, "accuracy"), rel=1e-3, abs=1e-6)
     assert min(metrics("runs/one", "grad_norm").values()) > 0
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-3, rtol=1e-3)
 
@@ -873,13 +858,7 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch, c
 )
 def test_bad_input_is_one_line(here, monkeypatch, capsys, given, words):
     monkeypatch.setattr(sys, "argv", ["agent.py", *map(str, flags(steps=1)), *given])
-    with pytest.raises(SystemExit) as stop:
-        run_script(agent.main, Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0]
+    assert_refused(capsys, lambda: run_script(agent.main, Config), *words)
     assert not (here / "runs").exists()
 
 
@@ -895,10 +874,6 @@ def test_the_weight_of_the_kl_is_that_of_the_algorithm():
     assert Config(algorithm="dapo").beta == 0
     assert Config(algorithm="dapo", beta=0.2).beta == 0.2
     assert Config(algorithm="reinforce++-baseline").beta == grpo.ALGORITHMS["grpo"]["beta"]
-
-
-def test_the_recipe_can_be_read():
-    assert parse_config(Config, ["--config", str(ROOT / "configs/gsm8k_agent_smollm2.yaml")]).data == "gsm8k"
 
 
 def test_the_sampler_asks_what_it_is_given(here):
@@ -919,8 +894,7 @@ def test_a_record_tells_whose_tokens_are_whose_and_changes_nothing(here, train_o
         some = dict(record_groups=groups, watch=min(groups, 2), record_every=1)
         agent.main(config(name=name, steps=3, train_on_tools=train_on_tools, **some))
     assert_same_weights("runs/seen/last", "runs/unseen/last")
-    for name in ("loss", "reward", "grad_norm", "calls", "accuracy"):
-        assert metrics("runs/seen", name) == metrics("runs/unseen", name), name
+    assert_same_metrics("runs/seen", "runs/unseen", ("loss", "reward", "grad_norm", "calls", "accuracy"))
     _, records = read_recording("runs/seen")
     pulled = by_tool = 0
     for record, group in ((r, group) for r in records for group in r["groups"]):

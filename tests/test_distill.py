@@ -16,12 +16,14 @@ from conftest import (
     assert_one_line_error,
     assert_rate_clip_decay,
     assert_resume_refuses_what_changed,
+    assert_resumed_equals_whole,
+    assert_same_metrics,
     assert_same_weights,
     assert_the_start_is_kept,
     cpu_without_bf16,
+    flags_of,
     metrics,
     script,
-    stopped_after,
 )
 
 import distill
@@ -54,7 +56,7 @@ def config(**changes):
 
 
 def as_flags(**changes):
-    return [x for k, v in (SMALL | changes).items() for x in (f"--{k}", v)]
+    return flags_of(SMALL | changes)
 
 
 @pytest.fixture(scope="module")
@@ -500,13 +502,12 @@ def test_what_the_teacher_sees():
 
 @pytest.mark.parametrize("teacher", ["teacher", "self"])
 @pytest.mark.parametrize("sees", ["example", "solution"])
-def test_student_and_teacher_read_the_same_answers_after_different_prompts(here, monkeypatch, teacher, sees):
+def test_student_and_teacher_read_the_same_answers_after_different_prompts(here, monkeypatch, calls_of, teacher, sees):
     """The example is a training problem's, not this one's; the teacher's own texts are written after it too."""
-    seen, sampled = [], []
-    monkeypatch.setattr(distill, "pieces_of", lambda texts, *a: seen.append(texts) or pieces_of(texts, *a))
+    cuts, sampled = calls_of(distill, "pieces_of"), []
     monkeypatch.setattr(taught.Sampler, "__call__", watched(taught.Sampler.__call__, sampled))
     distill.main(config(steps=1, teacher=teacher, teacher_sees=sees, on_policy=0.5))
-    (texts,) = seen
+    (texts,) = (call.args[0] for call in cuts)
     tokenizer = open_checkpoint("start")[1]
     problems = {tuple(encode_prompt(tokenizer, p)): p for p in load_problems("twos.jsonl", "train")}
     assert texts.by_student == [False, True] * 3
@@ -584,12 +585,11 @@ def test_a_student_learns_what_its_teacher_knows(here, capsys, loss):
 @pytest.mark.parametrize(
     "changes", [{}, {"beta": 0.5, "on_policy": 0.5}, {"loss": "sample", "on_policy": 0.5, "gamma": 0.5}, SELF]
 )
-def test_a_step_of_a_run_is_the_gradient_of_its_texts(here, monkeypatch, changes):
+def test_a_step_of_a_run_is_the_gradient_of_its_texts(here, calls_of, changes):
     """Loss and gradient norm of the first step, against one forward pass over all of its texts."""
-    seen = []
-    monkeypatch.setattr(distill, "pieces_of", lambda texts, *a: seen.append(texts) or pieces_of(texts, *a))
+    cuts = calls_of(distill, "pieces_of")
     distill.main(config(steps=1, **changes))
-    (texts,) = seen
+    (texts,) = (call.args[0] for call in cuts)
     settings, student = config(**changes), open_checkpoint("start")[0]
     teacher = student if settings.teacher == "self" else open_checkpoint("teacher")[0]
     assert sum(texts.by_student) == 6 * settings.on_policy
@@ -643,9 +643,8 @@ def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monk
 def test_the_cut_into_micro_batches_changes_nothing(here, changes):
     distill.main(config(name="whole", micro_batch=64, **changes))
     distill.main(config(name="cut", micro_batch=2, **changes))
-    for name in ("loss", "grad_norm", "reverse_kl", "accuracy"):
-        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-3, abs=1e-5), name
+    names = ("loss", "grad_norm", "reverse_kl", "accuracy")
+    assert_same_metrics("runs/whole", "runs/cut", names, rel=2e-3, abs=1e-5)
 
 
 def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
@@ -656,13 +655,8 @@ def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
 
 @pytest.mark.parametrize("changes", [{}, {"on_policy": 0.5, "loss": "sample", "lora": LoraConfig(rank=2)}, SELF])
 def test_resumed_equals_uninterrupted_bit_for_bit(here, changes):
-    whole = distill.main(config(name="whole", **changes))
-    with stopped_after(2):
-        distill.main(config(name="parts", **changes))
-    parts = distill.main(config(name="parts", resume=True, **changes))
-    for name in ("loss", "reverse_kl", "accuracy"):
-        assert metrics("runs/whole", name) == metrics("runs/parts", name), name
-    assert_same_weights("runs/whole/last", "runs/parts/last")
+    names = ("loss", "reverse_kl", "accuracy")
+    whole, parts = assert_resumed_equals_whole(distill, config, 2, names, **changes)
     assert parts["tokens"] == whole["tokens"]
     assert parts["teacher"] == whole["teacher"]
 
@@ -699,9 +693,8 @@ def test_two_processes_equal_one(here, changes):
     distill.main(config(name="one", **changes))
     two = script("distill.py", *as_flags(name="two", **changes), cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
-    for name in ("loss", "grad_norm", "reverse_kl", "length", "accuracy"):
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-5), name
+    names = ("loss", "grad_norm", "reverse_kl", "length", "accuracy")
+    assert_same_metrics("runs/one", "runs/two", names, rel=1e-3, abs=1e-5)
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-3)
 
 

@@ -14,7 +14,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_rate_clip_decay, assert_same_weights, metrics, script, stopped_after
+from conftest import (
+    assert_one_line_error,
+    assert_rate_clip_decay,
+    assert_resumed_equals_whole,
+    assert_same_metrics,
+    assert_same_weights,
+    flags_of,
+    metrics,
+    resumed_at,
+    script,
+    stopped_after,
+)
 
 import dpo
 from data import Judged, encode_prompt, load_pairs, load_problems, rows_at
@@ -30,7 +41,6 @@ from support.pair_rows import encode_pair, next_pairs, pair_up
 from support.pairs import Means, add_reference, batch_of, pair_logprobs
 from support.sampled_kl import sampled_kl
 from support.splits import split_of
-from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", pairs="offline", prompts=40, steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2)
@@ -44,11 +54,6 @@ def config(**changes):
 
 
 validate = partial(dpo_report.validate, loss_of=dpo.loss_of)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
 
 
 def tiny(tokenizer, seed=0):
@@ -127,14 +132,6 @@ def test_the_chosen_answers_own_loss_is_added_per_token():
     loss, _ = dpo_loss(*logps, 0.3, chosen_lengths=lengths[0], nll=0.4)
     own = sum(-logp / n for logp, n in zip(logps[0], lengths[0], strict=True)) / 7
     torch.testing.assert_close(loss, dpo_loss(*logps, 0.3)[0] + 0.4 * own, check_dtype=False)
-
-
-def test_gradient_in_closed_form():
-    logps, _ = numbers()
-    chosen, rejected = torch.autograd.grad(dpo_loss(*logps, 0.3)[0], logps[:2])
-    h = 0.3 * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
-    torch.testing.assert_close(chosen, -0.3 * torch.sigmoid(-h).detach() / 7)
-    torch.testing.assert_close(rejected, -chosen)
 
 
 def on_tokens(variant, u, v, beta, smoothing, gamma, lengths):
@@ -468,9 +465,8 @@ def test_which_variants_have_a_reference_and_which_are_per_token():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, variant):
-    asked, drawn, row = [], [], VARIANTS[variant]
-    monkeypatch.setattr(pair_rows, "add_reference", lambda *given: asked.append(1) or add_reference(*given))
+def test_a_reference_is_computed_where_it_is_used(here, monkeypatch, calls_of, variant):
+    asked, drawn, row = calls_of(pair_rows, "add_reference"), [], VARIANTS[variant]
     monkeypatch.setattr(dpo_report, "draw_curves", lambda path, title, panels: drawn.extend(panels))
     dpo.main(config(variant=variant, steps=1))
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)
@@ -723,9 +719,8 @@ def test_best_is_chosen_by_the_validation_loss(here):
 def test_the_cut_into_micro_batches_changes_nothing(here, changes):
     dpo.main(config(name="whole", **changes))
     dpo.main(config(name="cut", micro_batch=2, **changes))
-    for name in ("loss", "grad_norm", "logp_chosen", "pair_accuracy", *(["z0"] if "kto" in changes.values() else [])):
-        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+    names = ("loss", "grad_norm", "logp_chosen", "pair_accuracy", *(["z0"] if "kto" in changes.values() else []))
+    assert_same_metrics("runs/whole", "runs/cut", names, rel=1e-4)
 
 
 def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
@@ -737,12 +732,11 @@ def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
 @pytest.mark.parametrize("variant", ["sigmoid", "kto"])
 def test_two_processes_equal_one(here, variant):
     dpo.main(config(name="one", variant=variant))
-    flags = [x for k, v in (SMALL | {"variant": variant, "name": "two"}).items() for x in (f"--{k}", v)]
-    two = script("dpo.py", *flags, cwd=here, processes=2)
+    two = script("dpo.py", *flags_of(SMALL | {"variant": variant, "name": "two"}), cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
-    for name in ("loss", "grad_norm", "valid_loss", "valid_logp_chosen", "accuracy", "kl"):
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3 if name == "kl" else 1e-4), name
+    names = ("loss", "grad_norm", "valid_loss", "valid_logp_chosen", "accuracy")
+    assert_same_metrics("runs/one", "runs/two", names, rel=1e-4)
+    assert_same_metrics("runs/one", "runs/two", ["kl"], rel=1e-3)
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
 
 
@@ -804,22 +798,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, monkeypatch, variant):
             with pytest.raises(CheckpointError, match=rf"pairs\.pt is corrupt: {why}"):
                 dpo.main(config(name="parts", resume=True, **changes))
         shutil.move(f"{file}.good", file)
-        dpo.main(config(name="parts", resume=True, **changes))
-    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
+        with resumed_at(2):
+            dpo.main(config(name="parts", resume=True, **changes))
+    assert_same_metrics("runs/whole", "runs/parts", ["loss"])
     assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
 @pytest.mark.parametrize("variant", ["sigmoid", "kto"])
 def test_lora_trains_and_resumes(here, variant):
     changes = dict(lora=LoraConfig(rank=2), lr=1e-2, nll=0.1, variant=variant)
-    result = dpo.main(config(name="whole", **changes))
+    result, _ = assert_resumed_equals_whole(dpo, config, 2, ["loss"], **changes)
     assert result["after"]["pairs"]["loss"] < result["before"]["pairs"]["loss"]
     assert open_checkpoint("runs/whole/last")[0].state_dict().keys() == open_checkpoint("start")[0].state_dict().keys()
-    with stopped_after(2):
-        dpo.main(config(name="parts", **changes))
-    dpo.main(config(name="parts", resume=True, **changes))
-    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
-    assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
 @pytest.mark.parametrize("variant", ["sigmoid", "kto"])

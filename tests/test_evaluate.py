@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, assert_refused, script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,13 +52,8 @@ from support.held_out import before_and_after, logged, metric_panels
 from support.sampled_kl import sampled_kl
 from support.splits import split_of
 from support.tables import file_name, markdown_table, metric_rows, show_results, text_table, write_tables
-from tokenizer_bpe import BPETokenizer, ByteTokenizer
+from tokenizer_bpe import ByteTokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
 
 
 def tiny(tokenizer, seed=0):
@@ -764,13 +759,7 @@ def test_bad_input_is_one_line(here, monkeypatch, capsys, flags, words):
     (here / "chats.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("the long work had begun"))
-    with pytest.raises(SystemExit) as stop:
-        run_script(evaluation.main, Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0]
+    assert_refused(capsys, lambda: run_script(evaluation.main, Config), *words)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])

@@ -14,7 +14,7 @@ from support import front
 from support.cli import run_script
 from support.errors import DataError
 from support.recorder import FILE, packed_line
-from tokenizer_bpe import BPETokenizer, load_tokenizer
+from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig
 
 SETTINGS = {"init": "runs/sft", "data": "word", "levels": [1, 2], "seed": 0, "steps": 60, "eval_problems": 6}
@@ -54,11 +54,10 @@ def write_metrics(path, config, *records):
 
 
 @pytest.fixture
-def runs(scratch, monkeypatch):
+def runs(scratch, monkeypatch, tokenizer):
     """runs/grpo, and what it began from: runs/sft, and its own start of pretraining. The models are random: any answer
     is taken for one that was put right."""
     monkeypatch.setattr(front, "shows_most", lambda *asked: (True, SHOWS_MOST(*asked)[1]))
-    tokenizer = BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
     layout = TransformerConfig(tokenizer.vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
     for seed, name in enumerate(("start/word-seed7-pretrain/best", "sft/best", "grpo/best", "grpo/last")):
         torch.manual_seed(seed)

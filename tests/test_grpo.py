@@ -13,13 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
-    ROOT,
     assert_rate_clip_decay,
+    assert_refused,
+    assert_resumed_equals_whole,
+    assert_same_metrics,
     assert_same_weights,
     assert_the_start_is_kept,
+    flags_of,
     metrics,
     script,
-    stopped_after,
     weights,
 )
 
@@ -37,7 +39,6 @@ from support.errors import ConfigError, DivergedError
 from support.off_policy import rounded
 from support.rewards import load_reward, reward_functions, score
 from support.rollouts import Batch
-from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", steps=3, prompts=4, rollouts=4, max_new_tokens=6, warmup=1, eval_every=2, eval_problems=3)
@@ -156,7 +157,7 @@ def test_a_broken_reward_is_named(own, name, words, monkeypatch, capsys):
     [
         ("nothing:f", "ModuleNotFoundError"),
         ("own:f", "AttributeError"),
-        ("own", "--reward own"),
+        ("own", "--reward own: AttributeError"),
         ("own:number", "not a function"),
         ("own:correct", "correct is taken"),
         ("own:kl", "kl is taken"),
@@ -342,18 +343,6 @@ def test_a_sequence_is_clipped_as_a_whole():
     assert by_token[0].ne(0).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_on_policy_gradient_is_reinforce_with_a_baseline(loss_type):
-    new, _, _, A, mask = batch()
-    loss, figures = grpo_loss(new, new.detach(), A, mask, loss_type=loss_type)
-    (ours,) = torch.autograd.grad(loss, new, retain_graph=True)
-    lengths = mask.sum(1, keepdim=True)
-    divide = {"grpo": lengths * 5, "dapo": mask.sum(), "dr_grpo": torch.tensor(35)}[loss_type]
-    reinforce = -(A[:, None] * new * mask / divide).sum()
-    torch.testing.assert_close(ours, torch.autograd.grad(reinforce, new)[0])
-    assert figures["ratio_max"] == 1.0
-
-
 def policies():
     torch.manual_seed(1)
     theta = torch.randn(5, dtype=torch.float64).requires_grad_()
@@ -436,11 +425,10 @@ def test_any_cut_gives_the_same_gradient(loss_type):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(tmp_path_factory, tokenizer):
     """A random model of the problems' tokens."""
     path = tmp_path_factory.mktemp("start")
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
     shape = dict(context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
     Transformer(TransformerConfig(tokenizer.vocab_size, **shape)).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -790,23 +778,16 @@ def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(here, options):
     options = dict(steps=4, eval_every=2) | options
-    whole = grpo.main(config(name="whole", **options))
-    with stopped_after(3):
-        grpo.main(config(name="parts", **options))
-    first = torch.load("runs/parts/last/trainer_state.pt", weights_only=True)["seconds"]
-    parts = grpo.main(config(name="parts", resume=True, **options))
-    for name in ("reward", "loss", "kl", "accuracy", "zero_variance"):
-        assert metrics("runs/whole", name) == metrics("runs/parts", name), name
-    assert_same_weights("runs/whole/last", "runs/parts/last")
+    names = ("reward", "loss", "kl", "accuracy", "zero_variance")
+    whole, parts = assert_resumed_equals_whole(grpo, config, 3, names, **options)
     assert max(metrics("runs/whole", "grad_norm").values()) > 0
-    assert parts["seconds"] > first > 0  # the time before the break counts
     assert {k: whole[k] for k in ("before", "after", "kl")} == {k: parts[k] for k in ("before", "after", "kl")}
 
 
 def test_a_sharded_run_in_bf16_ends_with_its_table(here, own):
     """FSDP gathers bf16 weights there, and the report's KL meets them too."""
     flags = SMALL | dict(steps=1, name="sharded", fsdp=True, dtype="bf16", beta=0.05)
-    process = script("grpo.py", *(x for k, v in flags.items() for x in (f"--{k}", v)), cwd=here, processes=2)
+    process = script("grpo.py", *flags_of(flags), cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
     assert "KL to the start" in process.stdout
 
@@ -836,7 +817,7 @@ def test_two_processes_equal_one(here, own, monkeypatch, algorithm, more):
     if algorithm != "grpo":
         flags |= dict(algorithm=algorithm, max_new_tokens=40, lr=1e-4)  # a product of ratios is soon clipped
         flags = {k: v for k, v in flags.items() if k not in ("scale", "kl", "kl_in")}  # as the row has them
-    process = script("grpo.py", *(x for k, v in flags.items() for x in (f"--{k}", v)), cwd=here, processes=2)
+    process = script("grpo.py", *flags_of(flags), cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
     assert "KL to the start" in process.stdout
     assert (here / "runs/two/curves.png").stat().st_size > 0
@@ -845,9 +826,7 @@ def test_two_processes_equal_one(here, own, monkeypatch, algorithm, more):
     names = ("reward", "grad_norm", "kl", "length", "zero_variance", "valid_reward", "entropy", "loss")
     off_policy = "stale" in more
     weights_differ = ("sampler_kl", "sampler_weight", "sampler_limited", "sampler_ratio_max") if off_policy else ()
-    for name in names + weights_differ:
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
+    assert_same_metrics("runs/one", "runs/two", names + weights_differ, rel=1e-3, abs=1e-6)
     assert min(metrics("runs/one", "grad_norm").values()) > 0
     if off_policy:
         assert 0 < metrics("runs/one", "sampler_limited")[2] < 1
@@ -1029,13 +1008,7 @@ def test_bad_input_is_one_line(here, own, monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--init", "start", *flags, "--steps", "1"])
     if flags == ["--data", "gsm8k"]:
         monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        run_script(grpo.main, Config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0]
+    assert_refused(capsys, lambda: run_script(grpo.main, Config), *words)
     assert not (here / "runs").exists()
 
 
@@ -1075,13 +1048,6 @@ def test_prompts_must_be_shared_evenly(here, monkeypatch):
     monkeypatch.setattr(policy_run, "setup", lambda _: devices.Dist(0, 3, torch.device("cpu")))
     with pytest.raises(ConfigError, match="cannot be shared"):
         grpo.main(config())
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("gsm8k_grpo*.yaml")), ids=lambda p: p.stem)
-def test_recipes_can_be_read(recipe):
-    from support.cli import parse_config
-
-    assert parse_config(Config, ["--config", str(recipe)]).data == "gsm8k"
 
 
 # ------------------------------------------------------------------------------------------------ the sampler's copy
@@ -1175,8 +1141,7 @@ def test_the_first_look_changes_no_number(here, monkeypatch, capsys):
     assert "first look: 8 questions x 4 answers, " in capsys.readouterr().out  # no more than the run asks itself
     monkeypatch.setattr(policy_run, "look_first", lambda *_: None)
     grpo.main(config(name="blind", steps=2))
-    for name in ("reward", "loss", "grad_norm", "accuracy", "length"):
-        assert metrics("runs/looked", name) == metrics("runs/blind", name)
+    assert_same_metrics("runs/looked", "runs/blind", ("reward", "loss", "grad_norm", "accuracy", "length"))
     assert_same_weights("runs/looked/last", "runs/blind/last")
 
 

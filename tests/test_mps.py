@@ -14,12 +14,10 @@ from conftest import assert_same_weights
 from test_rejection import folder  # noqa: F401  a fixture: `start`, a tiny model that answers coin.jsonl with 1 or 2
 from tiny import MODEL, TEXT
 
-from data import load_problems
 from generate import generate
 from moe import balancing_loss, update_biases
 from reward_model import RewardModel
 from support.checkpoints import open_checkpoint
-from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 FILE = Path(__file__).parent / "pretend_mps.py"
@@ -119,11 +117,10 @@ def run_on_mps(path, runs):
 
 
 @pytest.fixture(scope="module")
-def here(folder):  # noqa: F811
+def here(folder, tokenizer):  # noqa: F811
     """The folder of coin.jsonl, with a text, a random model with a longer context, and a reward model of `start`."""
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
     Transformer(TransformerConfig(tokenizer.vocab_size, **MODEL | {"context": 200})).save_pretrained(folder / "wide")
     tokenizer.save_pretrained(folder / "wide")
     (folder / "wide/generation_config.json").write_text(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, metrics
+from conftest import ROOT, assert_same_metrics, assert_same_weights, flags_of, metrics
 from tiny import MODEL, TEXT, config, flags
 from torch import distributed
 
@@ -74,12 +74,6 @@ def net():
         if shutil.which("ip"):
             for name in names:
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-
-
-@pytest.fixture
-def here(scratch):
-    (scratch / "text.txt").write_text(TEXT, encoding="utf-8")
-    return scratch
 
 
 def output(node, folder="."):
@@ -143,13 +137,11 @@ def test_pretraining_on_two_nodes_and_a_node_that_is_killed(net, here):
     assert end(*processes) == [0, 0], output(0) + output(1)
     assert [line for line in errors(0) if "another process ended" in line] == errors(0) != []
     assert_same_weights("runs/two/last", "runs/killed/last")
-    assert metrics("runs/two", "loss") == metrics("runs/killed", "loss")
+    assert_same_metrics("runs/two", "runs/killed", ["loss"])
     assert not (here / "runs/killed.1").exists()  # resumed, not begun again
 
     pretrain.main(config(name="one", **long))
-    for name in ("loss", "grad_norm", "valid_loss"):
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+    assert_same_metrics("runs/one", "runs/two", ("loss", "grad_norm", "valid_loss"), rel=1e-4)
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-4, rtol=1e-4)
 
 
@@ -178,7 +170,7 @@ def test_grpo_on_two_nodes_of_which_one_is_killed(net, here, monkeypatch):
     settings |= dict(steps=10, prompts=4, rollouts=4, max_new_tokens=6, micro_batch=16, lr=1e-4, optimizer="adamw")
     settings |= dict(eval_every=10, eval_problems=3, test_problems=4, pass_problems=2, pass_samples=2, save_every=3)
     settings |= dict(device="cpu", dtype="fp32")
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    words = flags_of(settings)
     processes = both(net, here, "grpo.py", words, "killed", restarts=1)
     kill_node_1(processes, here / "runs/killed")
     processes[1] = net.torchrun(1, here, ROOT / "grpo.py", *words, "--name", "killed", restarts=1)
@@ -187,10 +179,8 @@ def test_grpo_on_two_nodes_of_which_one_is_killed(net, here, monkeypatch):
     assert "pass@2" in output(0)
 
     grpo.main(grpo.Config(name="one", **settings))
-    for name in ("reward", "grad_norm", "kl", "length", "valid_reward", "entropy", "loss"):
-        a, b = metrics("runs/one", name), metrics("runs/killed", name)
-        assert list(a) == list(b)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-6), name
+    names = ("reward", "grad_norm", "kl", "length", "valid_reward", "entropy", "loss")
+    assert_same_metrics("runs/one", "runs/killed", names, rel=1e-3, abs=1e-6)
     assert min(metrics("runs/one", "grad_norm").values()) > 0
     assert_same_weights("runs/one/last", "runs/killed/last", atol=1e-4, rtol=1e-3)
 

@@ -15,10 +15,11 @@ import torch
 from conftest import (
     assert_one_line_error,
     assert_rate_clip_decay,
+    assert_resumed_equals_whole,
+    assert_same_metrics,
     assert_same_weights,
     metrics,
     script,
-    stopped_after,
     weights,
 )
 from tiny import MODEL, TEXT, config, flags
@@ -105,8 +106,7 @@ def test_recomputed_activations_change_nothing(here):
     model = TransformerConfig(**MODEL, dropout=0.2)
     pretrain.main(config(name="plain", model=model))
     pretrain.main(config(name="changed", model=model, recompute=True))
-    for name in ("loss", "grad_norm", "valid_loss"):
-        assert metrics("runs/plain", name) == pytest.approx(metrics("runs/changed", name), rel=1e-5), name
+    assert_same_metrics("runs/plain", "runs/changed", ("loss", "grad_norm", "valid_loss"), rel=1e-5)
 
 
 def test_the_entropy_of_a_task_is_per_token_and_end_token(monkeypatch):
@@ -252,22 +252,14 @@ def test_two_processes_equal_one(here):
     two = script("pretrain.py", *flags(name="two", micro_batch=2), cwd=here, processes=2, torchrun=True)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert "Warning" not in one.stderr + two.stderr
-    for name in ("loss", "grad_norm", "valid_loss"):
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-5), name
+    assert_same_metrics("runs/one", "runs/two", ("loss", "grad_norm", "valid_loss"), rel=1e-5)
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resumed_equals_uninterrupted_bit_for_bit(here, optimizer):
     changes = dict(optimizer=optimizer, save_every=3, model=TransformerConfig(**MODEL, dropout=0.2))
-    pretrain.main(config(name="whole", **changes))
-    with stopped_after(3):
-        pretrain.main(config(name="parts", **changes))
-    assert set(metrics("runs/parts", "loss")) == {1, 2, 3}
-    pretrain.main(config(name="parts", resume=True, **changes))
-    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
-    assert_same_weights("runs/whole/last", "runs/parts/last")
+    assert_resumed_equals_whole(pretrain, config, 3, ["loss"], **changes)
     assert_same_weights("runs/whole/best", "runs/parts/best")
 
 

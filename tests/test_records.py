@@ -778,10 +778,6 @@ def test_imdb_from_the_folder_or_from_datasets_or_one_line(tmp_path, monkeypatch
 # ------------------------------------------------------------------------------------------------ judged answers
 
 
-def all_judged(path, **more):
-    return [judged for split in splits.SPLITS for judged in load_judged(path, split, **more)]
-
-
 def test_judged_answers_in_every_layout(tmp_path):
     """One answer and its label: TRL's layout, as text and as conversations; other keys; messages; the two of a pair."""
     turn = {"role": "user", "content": "before"}, {"role": "assistant", "content": "so"}
@@ -802,12 +798,12 @@ def test_judged_answers_in_every_layout(tmp_path):
         ]
     path = tmp_path / "judged.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows), encoding="utf-8")
-    assert sorted(all_judged(path), key=str) == sorted((judged for _, judged in rows), key=str)
+    assert sorted(all_of(load_judged, path), key=str) == sorted((judged for _, judged in rows), key=str)
     train = load_judged(path, "train")
     assert all(splits.split_of(split_key(judged)) == "train" for judged in train)
     assert load_judged(path, "train", 3) == train[:3]
     pairs = write_pairs(tmp_path / "pairs.jsonl", *(pair_record(f"p{i}") for i in range(60)))
-    both = all_judged(pairs)
+    both = all_of(load_judged, pairs)
     assert [j.answer for j in both] == ["good", "bad"] * 60
     assert [j.good for j in both] == [True, False] * 60
     assert load_judged("word", "valid", 3, levels=(1,))[:2] == load_pairs("word", "valid", 1, levels=(1,))[0].judged
@@ -819,7 +815,7 @@ def test_judged_answers_of_a_table(tmp_path):
     path.write_text(
         "prompt,completion,label\n" + "".join(f'"p {i}, or?",c{i},{i % 3 == 0}\n' for i in range(60)), encoding="utf-8"
     )
-    assert sorted((j.prompt, j.answer, j.good) for j in all_judged(path)) == sorted(
+    assert sorted((j.prompt, j.answer, j.good) for j in all_of(load_judged, path)) == sorted(
         (f"p {i}, or?", f"c{i}", i % 3 == 0) for i in range(60)
     )
 
@@ -852,7 +848,7 @@ def test_bad_judged_answers_name_their_record(tmp_path, record, message, capsys)
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, record]), encoding="utf-8")
     with pytest.raises(DataError, match=re.escape(f"judged.jsonl line 41: {message}")):
         load_judged(path)
-    assert len(all_judged(path, skip_bad=True)) == 39
+    assert len(all_of(load_judged, path, skip_bad=True)) == 39
     printed = capsys.readouterr().out
     assert f"skipped 1 records that cannot be used (first: line 41: {message}" in printed
     assert "skipped 1 records with an empty answer (first: line 1)" in printed

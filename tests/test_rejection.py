@@ -11,12 +11,14 @@ from conftest import (
     assert_one_line_error,
     assert_rate_clip_decay,
     assert_resume_refuses_what_changed,
+    assert_resumed_equals_whole,
+    assert_same_metrics,
     assert_same_weights,
     assert_the_start_is_kept,
     cpu_without_bf16,
+    flags_of,
     metrics,
     script,
-    stopped_after,
 )
 
 import rejection
@@ -233,12 +235,11 @@ def test_its_expectation_over_all_groups(R):
         torch.testing.assert_close(mean, factor * grad_p)
 
 
-def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
+def test_a_step_of_a_run_is_that_gradient(here, calls_of):
     """Loss and gradient norm of the first step, against a loop over the batch."""
-    seen = []
-    monkeypatch.setattr(rejection, "keep_round", lambda *a: seen.append(keep_round(*a)) or seen[-1])
+    rounds = calls_of(rejection, "keep_round")
     rejection.main(config(steps=1, round_steps=1, micro_batch=2, distinct=False))
-    kept = seen[0]
+    kept = rounds[0].result
     assert len({w for *_, w in kept}) > 1
     batch = [kept[i] for i in rows_at(len(kept), 0, 6, 0)]
     model = open_checkpoint("start")[0]
@@ -253,13 +254,12 @@ def test_a_step_of_a_run_is_that_gradient(here, monkeypatch):
     assert metrics("runs/rejection", "kept") == {1: len(kept)}
 
 
-def test_a_run_keeps_and_weighs_as_asked(here, monkeypatch):
-    seen = []
-    monkeypatch.setattr(rejection, "keep_round", lambda *a: seen.append(keep_round(*a)) or seen[-1])
+def test_a_run_keeps_and_weighs_as_asked(here, calls_of):
+    rounds = calls_of(rejection, "keep_round")
     rejection.main(config(steps=1, round_steps=1, distinct=False, max_per_problem=2, weigh="answer"))
-    prompts = [prompt for prompt, *_ in seen[0]]
+    prompts = [prompt for prompt, *_ in rounds[0].result]
     assert max(prompts.count(prompt) for prompt in prompts) == 2
-    assert {w for *_, w in seen[0]} == {1.0}
+    assert {w for *_, w in rounds[0].result} == {1.0}
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -331,9 +331,7 @@ def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monk
 def test_the_cut_into_micro_batches_changes_nothing(here):
     rejection.main(config(name="whole"))
     rejection.main(config(name="cut", micro_batch=2))
-    for name in ("loss", "grad_norm", "kept", "accuracy"):
-        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3), name
+    assert_same_metrics("runs/whole", "runs/cut", ("loss", "grad_norm", "kept", "accuracy"), rel=1e-3)
 
 
 def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
@@ -345,13 +343,7 @@ def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
 @pytest.mark.parametrize("stop", [2, 3])  # within a round, and between two
 @pytest.mark.parametrize("changes", [{}, {"restart": True, "lora": LoraConfig(rank=2)}])
 def test_resumed_equals_uninterrupted_bit_for_bit(here, stop, changes):
-    rejection.main(config(name="whole", **changes))
-    with stopped_after(stop):
-        rejection.main(config(name="parts", **changes))
-    rejection.main(config(name="parts", resume=True, **changes))
-    for name in ("loss", "kept", "usable", "accuracy"):
-        assert metrics("runs/whole", name) == metrics("runs/parts", name), name
-    assert_same_weights("runs/whole/last", "runs/parts/last")
+    assert_resumed_equals_whole(rejection, config, stop, ("loss", "kept", "usable", "accuracy"), **changes)
 
 
 def test_resume_refuses_what_changed(here):
@@ -373,13 +365,11 @@ def test_a_number_of_answers_per_problem_is_none_of_checkpoints(here):
 
 def test_two_processes_equal_one(here):
     rejection.main(config(name="one", prompts=70))
-    flags = [x for k, v in (SMALL | {"prompts": 70, "name": "two"}).items() for x in (f"--{k}", v)]
+    flags = flags_of(SMALL | {"prompts": 70, "name": "two"})
     two = script("rejection.py", *flags, cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
-    assert metrics("runs/one", "kept") == metrics("runs/two", "kept")
-    for name in ("loss", "grad_norm", "usable", "accuracy"):
-        a, b = metrics("runs/one", name), metrics("runs/two", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+    assert_same_metrics("runs/one", "runs/two", ["kept"])
+    assert_same_metrics("runs/one", "runs/two", ("loss", "grad_norm", "usable", "accuracy"), rel=1e-4)
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
 
 
@@ -434,9 +424,7 @@ def test_a_problem_that_a_round_asks_twice_is_one_problem():
 
 def test_without_a_right_answer_a_run_says_so_and_moves_nothing(here, monkeypatch):
     (here / "runs/rejection").mkdir(parents=True)
-    failed = script(
-        "rejection.py", *(x for k, v in (SMALL | {"init": "random"}).items() for x in (f"--{k}", v)), cwd=here
-    )
+    failed = script("rejection.py", *flags_of(SMALL | {"init": "random"}), cwd=here)
     assert_one_line_error(failed, "none of 24 sampled answers is right and complete", "--init")
     assert not (here / "runs/rejection.1").exists()
     monkeypatch.setattr(verified, "is_correct", lambda text, problem: False)
@@ -487,12 +475,13 @@ def test_what_is_tuned_is_what_was_sampled(here, monkeypatch):
     assert not any(modes)
 
 
-def test_the_instruction_stands_after_each_question(here, monkeypatch):
-    asked, judged = [], rejection.judged_answers
-    monkeypatch.setattr(rejection, "judged_answers", lambda *a: asked.append(judged(*a)) or asked[-1])
+def test_the_instruction_stands_after_each_question(here, calls_of):
+    asked = calls_of(rejection, "judged_answers")
     rejection.main(config(steps=3, instruction="Say it."))
     tokenizer = open_checkpoint("start")[1]
-    assert all("?\nSay it." in tokenizer.decode(prompt) for prompt, _ in asked[0])
+    prompts = [tokenizer.decode(prompt) for prompt, _ in asked[0].result]
+    assert prompts
+    assert all("?\nSay it." in prompt for prompt in prompts)
 
 
 def test_star_is_one_greedy_answer(here):

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line_error, assert_rate_clip_decay, assert_same_weights, metrics, script, stopped_after
+from conftest import (
+    assert_one_line_error,
+    assert_rate_clip_decay,
+    assert_resumed_equals_whole,
+    assert_same_metrics,
+    assert_same_weights,
+    flags_of,
+    metrics,
+    script,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,12 +30,11 @@ from data import Pair, Problem, conversation, encode_answers, load_problems, row
 from evaluate import METRICS
 from lora import LoraConfig
 from sft import Config, collate, encode_example, pack_examples, sft_loss
-from support import devices, pretrained_start, runs, sft_report, sft_start, sweeps, teachers
+from support import calls_start, devices, ppo_setup, pretrained_start, runs, sft_report, sft_start, sweeps, teachers
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.locks import LOCKED
 from support.splits import split_of
-from tokenizer_bpe import BPETokenizer
 from transformer import Transformer, TransformerConfig, token_logprobs
 
 SMALL = dict(init="start", steps=4, batch=6, micro_batch=6, warmup=1, eval_every=2, eval_problems=4, test_problems=5)
@@ -35,11 +43,6 @@ SMALL |= dict(max_new_tokens=8, device="cpu", demonstrations=40)
 
 def config(**changes):
     return Config(**(SMALL | changes))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
 
 
 @pytest.fixture
@@ -298,7 +301,7 @@ def test_a_start_on_another_task_may_write_answers_as_long_as_the_runs(monkeypat
 )
 @pytest.mark.parametrize("options", [{"resume": True}, {"name": "../elsewhere"}])
 def test_what_cannot_run_makes_no_start(here, monkeypatch, stage, options):
-    for start in (pretrained_start, sft_start):
+    for start in (pretrained_start, sft_start, teachers, ppo_setup, calls_start):
         monkeypatch.setattr(start, "make_start_once", lambda *_: pytest.fail("a start was begun"))
     module = importlib.import_module(stage)
     with pytest.raises(ConfigError, match=r"holds no saved run|cannot be a run's directory"):
@@ -343,17 +346,13 @@ def test_a_run_learns_and_leaves_everything(here):
 def test_the_cut_into_micro_batches_changes_nothing(here):
     sft.main(config(name="whole"))
     sft.main(config(name="cut", micro_batch=2))
-    for name in ("loss", "grad_norm"):
-        a, b = metrics("runs/whole", name), metrics("runs/cut", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4)
+    assert_same_metrics("runs/whole", "runs/cut", ("loss", "grad_norm"), rel=1e-4)
 
 
 def test_packed_run_equals_padded_run(here):
     sft.main(config(name="padded", micro_batch=3))
     sft.main(config(name="packed", packing=True))
-    for name in ("loss", "grad_norm"):
-        a, b = metrics("runs/padded", name), metrics("runs/packed", name)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+    assert_same_metrics("runs/padded", "runs/packed", ("loss", "grad_norm"), rel=1e-4)
 
 
 def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
@@ -362,49 +361,39 @@ def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
     assert_rate_clip_decay(seen, "cosine", 0.1)
 
 
-def test_packing_packs(here, monkeypatch):
-    rows, pack = [], sft.pack_examples
-    monkeypatch.setattr(sft, "pack_examples", lambda *args: rows.append((len(args[0]), pack(*args))) or rows[-1][1])
+def test_packing_packs(here, calls_of):
+    packed = calls_of(sft, "pack_examples")
     sft.main(config(packing=True, steps=1))
-    assert rows
-    assert all(len(packed.tokens) < n for n, packed in rows)
+    assert packed
+    assert all(len(call.result.tokens) < len(call.args[0]) for call in packed)
 
 
 @pytest.mark.parametrize(("order", "first"), [("curriculum", 1), ("anti", 2)])
-def test_a_curriculum_begins_at_its_end(here, monkeypatch, order, first):
-    chosen, rows = [], sft.paced_rows
-    monkeypatch.setattr(sft, "paced_rows", lambda *a: chosen.append(rows(*a)) or chosen[-1])
+def test_a_curriculum_begins_at_its_end(here, calls_of, order, first):
+    chosen = calls_of(sft, "paced_rows")
     sft.main(config(order=order, steps=10, pace_start=0.2, pace=0.8, eval_every=10))
     levels = [p.level for p in load_problems("word", "train", 40)]
-    assert {levels[i] for i in chosen[0]} == {first}
-    assert {levels[i] for i in chosen[-1]} == {1, 2}
+    assert {levels[i] for i in chosen[0].result} == {first}
+    assert {levels[i] for i in chosen[-1].result} == {1, 2}
     share = list(metrics("runs/sft", "open").values())
     assert share == pytest.approx([min(1, 0.2 + 0.8 * s / 8) for s in range(10)])
 
 
 def test_two_processes_equal_one(here):
-    flags = [x for k, v in SMALL.items() for x in (f"--{k}", v)]
-    flags += ["--packing", "true", "--order", "curriculum", "--samples", 2]
+    flags = flags_of(SMALL | dict(packing=True, order="curriculum", samples=2))
     sft.main(config(name="one", packing=True, order="curriculum", samples=2))
     two = script("sft.py", *flags, "--name", "two", "--micro_batch", 3, cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
     sharded = script("sft.py", *flags, "--name", "sharded", "--fsdp", "true", cwd=here, processes=2)
     assert sharded.returncode == 0, sharded.stderr
+    names = ("loss", "valid_loss", "grad_norm", "accuracy", "length")
     for other in ("two", "sharded"):
-        for name in ("loss", "valid_loss", "grad_norm", "accuracy", "length"):
-            a, b = metrics("runs/one", name), metrics(f"runs/{other}", name)
-            assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+        assert_same_metrics("runs/one", f"runs/{other}", names, rel=1e-4)
         assert_same_weights("runs/one/last", f"runs/{other}/last", atol=1e-5, rtol=1e-4)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(here):
-    changes = dict(dropout=0.1)
-    sft.main(config(name="whole", **changes))
-    with stopped_after(2):
-        sft.main(config(name="parts", **changes))
-    sft.main(config(name="parts", resume=True, **changes))
-    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
-    assert_same_weights("runs/whole/last", "runs/parts/last")
+    assert_resumed_equals_whole(sft, config, 2, ["loss"], dropout=0.1)
 
 
 def write_ratings(path, n=120):
@@ -491,20 +480,14 @@ def test_the_test_split_has_a_measure_of_its_own(here, capsys):
 
 
 def test_lora_trains_and_resumes(here):
-    changes = dict(lora=sft.LoraConfig(rank=2), lr=1e-2)
     start = open_checkpoint("start")[0].state_dict()
-    sft.main(config(name="whole", **changes))
+    assert_resumed_equals_whole(sft, config, 2, ["loss"], lora=LoraConfig(rank=2), lr=1e-2)
     state = torch.load("runs/whole/last/trainer_state.pt", weights_only=True)
     assert state["lora"]
     after = open_checkpoint("runs/whole/last")[0].state_dict()  # a plain checkpoint, the adapters folded in
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     assert moved
     assert all(".wq" in name or ".wk" in name or ".wv" in name or ".wo" in name or ".ffn." in name for name in moved)
-    with stopped_after(2):
-        sft.main(config(name="parts", **changes))
-    sft.main(config(name="parts", resume=True, **changes))
-    assert metrics("runs/whole", "loss") == metrics("runs/parts", "loss")
-    assert_same_weights("runs/whole/last", "runs/parts/last")
 
 
 def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch):

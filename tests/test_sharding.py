@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, metrics, script, weights
+from conftest import ROOT, assert_same_metrics, assert_same_weights, metrics, script, weights
 from tiny import MODEL, TEXT, config
 
 import grpo
@@ -105,9 +105,8 @@ def test_sharded_equals_one_process(here, monkeypatch):
     for case in SHARDED:
         pretrain.main(sharded_case(case, name=f"{case}/one"))
         near = 0.01 if case == "bf16" else 1e-5  # autocast leaves gains in fp32, FSDP gathers them in bf16
-        for name in ("loss", "grad_norm", "valid_loss"):
-            one, two = (list(metrics(f"runs/{case}/{x}", name).values()) for x in ("one", "two"))
-            assert one == pytest.approx(two, rel=near), (case, name)
+        names = ("loss", "grad_norm", "valid_loss")
+        assert_same_metrics(f"runs/{case}/one", f"runs/{case}/two", names, rel=near)
         assert set(metrics(f"runs/{case}/two", "grad_clipped").values()) == {1.0}
         for step in (2, 4, 6):
             assert_same_checkpoint(*(f"runs/{case}/{x}/step_000000{step}" for x in ("one", "two")), near)

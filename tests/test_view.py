@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_one_line_error, assert_same_weights, metrics, script
+from conftest import assert_one_line_error, assert_same_metrics, assert_same_weights, metrics, script, stopped_after
 
 import distill
 import dpo
@@ -26,11 +26,11 @@ import sft
 from data import encode_prompt, load_problems
 from lora import LoraConfig
 from reward_model import RewardModel
-from support import grpo_report, log, questions, recorder, runs, view_page
+from support import grpo_report, log, questions, recorder, view_page
 from support.errors import DataError
 from support.recorder import FILE, Recorder, lines_of, packed_line, portions, read_recording, spread
 from support.view_page import page_of, visible
-from tokenizer_bpe import BPETokenizer, load_tokenizer
+from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig, answer_logprobs
 
 SMALL = dict(init="start", steps=3, max_new_tokens=8, warmup=1, eval_every=2, eval_problems=4, test_problems=4, lr=1e-2)
@@ -39,10 +39,9 @@ OF_GRPO = dict(prompts=4, rollouts=4, pass_problems=2, pass_samples=2, format_we
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, tokenizer):
     """`start` and `other`, two random models of the problems' tokens; `judge`, a random reward model."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = BPETokenizer.train([p.question + p.solution for p in load_problems("word", "train", 200)], 400)
     layout = TransformerConfig(tokenizer.vocab_size, context=160, n_layer=1, n_head=2, n_kv_head=1, width=16)
     for seed, name in enumerate(("start", "other", "judge")):
         torch.manual_seed(seed)
@@ -352,8 +351,7 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_it(here, stage):
     numbers = ("loss", "grad_norm", "accuracy", "kl", "entropy", "policy_loss", "margin", "reward", "ratio_max")
     compared = [name for name in numbers if metrics("runs/seen", name)]
     assert len(compared) >= 2
-    for name in compared:
-        assert metrics("runs/seen", name) == metrics("runs/unseen", name), name
+    assert_same_metrics("runs/seen", "runs/unseen", compared)
     assert_same_weights("runs/seen/last", "runs/unseen/last")
 
 
@@ -395,13 +393,10 @@ def test_only_the_steps_asked_for(here):
 # ------------------------------------------------------------------------------------------------ the file
 
 
-def test_a_resumed_run_drops_later_records_and_goes_on(here, monkeypatch):
+def test_a_resumed_run_drops_later_records_and_goes_on(here):
     whole = train("grpo", steps=4, name="whole")
-    stops = itertools.count()
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Interrupt", lambda dist: type("Stop", (), {"__bool__": lambda self: next(stops) == 2})())
-        with pytest.raises(SystemExit):
-            train("grpo", steps=4, name="parts")
+    with stopped_after(2):
+        train("grpo", steps=4, name="parts")
     path = Path("runs/parts", FILE)
     assert [r["step"] for r in read_recording("runs/parts")[1]] == [1, 2]
     with path.open("ab") as file:  # a step after the checkpoint, then half of one

@@ -41,8 +41,8 @@ From a name to the batch of a step:
                   prompt = encode_prompt(tokenizer, records[i])                            ids; an answer follows
                   prompt, answers = encode_answers(tokenizer, records[i])                  a Pair's two, a Judged's one
 
-In `batch_at`, `batch` is that of one rank (without rank and world, of all); in `rows_at` that of all ranks, of which
-each takes its slice.
+`batch_at` returns the `batch` windows of one rank (by default there is one), `rows_at` the whole batch, of which each
+rank takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
@@ -157,9 +157,9 @@ def turns_before_answer(record):
 
 
 def split_key(record):
-    """The text whose hash decides the split: the first question, which a conversation has in common with each longer
-    one that begins with it (SFT trains on all its answers), and with the same question in a file of pairs, which have
-    no system turn; of a review its text."""
+    """The text whose hash decides the split: of a review its text, else the first question. Conversations that begin
+    with the same question are therefore in one split, with or without a system turn before it: SFT trains on all the
+    answers of a conversation."""
     if isinstance(record, Review):
         return record.text
     return next(turn["content"] for turn in turns_before_answer(record) if turn["role"] == "user")

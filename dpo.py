@@ -23,10 +23,9 @@ The reward is gone. Maximum likelihood of the pairs, with the policy π_θ in pl
 
 Before the first step (--pairs sampled) the policy is the model from SFT. It answers the prompts, and it is π_ref:
 
-    pairs = pairs_of_run(policy, …)           R answers per prompt, judged by the verifier. A right one and a wrong one
-                                              are a pair. The right one must have ended; the wrong one may be cut off.
-                                              An answer is in at most one pair; a held-out prompt gives at most one. log
-                                              π_ref of both answers is computed now, once.
+    pairs = pairs_of_run(policy, …)           R answers per prompt, judged by the verifier. A right one that has ended
+                                              and a wrong one, perhaps cut off, are a pair, each in no other; a held-out
+                                              prompt gives at most one. log π_ref of both is computed now, once.
 
 One step, for the B pairs of all ranks; a rank takes its share, b pairs at a time:
 
@@ -42,8 +41,7 @@ One step, for the B pairs of all ranks; a rank takes its share, b pairs at a tim
     log; every so often held-out pairs and problems, and the KL to the start model; keep the checkpoint       5. look
     of the lowest validation loss, and test it at the end
 
-`pair_logprobs` computes a prompt once; both answers read its keys and values (support/shared_prompt.py, the fast form
-of transformer.answer_logprobs).
+`pair_logprobs` computes a prompt once; both answers read its keys and values (support/shared_prompt.py, a fast form).
 
 The defaults run Eq. 7 on sampled pairs (β 0.3, 300 steps of 32 pairs, Muon at 2e-4) plus an SFT loss on the chosen
 answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**; with its paper's settings --nll 0 --beta 0.1 --batch
@@ -51,8 +49,8 @@ answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**; with its pap
 and the other variants; the table above VARIANTS has them, and below it stand their papers' flags.
 
 Traps:
-* The logged loss, which also chooses the checkpoint, is the sum of both terms; only the first is ln 2 at the start.
-  The pair accuracy of the first step is noise: h is 0 up to rounding, and h > 0 counts.
+* The logged loss, which also chooses the checkpoint, has the nll term in it, so it starts above ln 2. The pair accuracy
+  of the first step is noise: h is 0 up to rounding, and h > 0 counts.
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
   to answers that nobody judged. Watch `valid_logp_chosen`. --nll slows the fall: without it the runs of results/dpo.md
   lose 3.1 nats instead of 1.0, and end 24 points of accuracy lower.
@@ -67,7 +65,6 @@ Run it:
     python dpo.py --pairs offline                                         # corrupted solutions
     python dpo.py --variant kto --nll 5 --beta 0.1 --lr 1e-4              # single answers
     python dpo.py --variant orpo --beta 0.1                               # no reference
-    python dpo.py --data style --init runs/sft --variant simpo --beta 2 --gamma 1 --nll 0
     torchrun --nproc_per_node 2 dpo.py --init runs/sft
 """
 
@@ -127,11 +124,10 @@ def apo_down_loss(u, v, beta):
 
 
 def odds_ratio_loss(u, v, beta):
-    """ORPO's second term, Eq. 7 of arXiv:2403.07691. p = exp(u), the geometric mean of the token probabilities; the
-    clamp avoids infinite odds at p = 1."""
+    """ORPO's second term, Eq. 7 of arXiv:2403.07691. p = exp(u), the geometric mean of the token probabilities."""
 
     def log_odds(log_p):
-        log_p = log_p.clamp(max=-1e-7)
+        log_p = log_p.clamp(max=-1e-7)  # p = 1 has infinite odds
         return log_p - torch.log(-torch.expm1(log_p))  # log p − log(1 − p)
 
     return -beta * F.logsigmoid(log_odds(u) - log_odds(v))
@@ -205,10 +201,9 @@ class Variant:
 #
 # As published, all but orpo want --nll 0. sigmoid with ε > 0: cDPO (E. Mitchell, "A note on DPO with noisy
 # preferences", 2023). length_normalised: Tülu 3 (arXiv:2411.15124), --beta 5. hinge: SLiC (arXiv:2305.10425) with a
-# reference (arXiv:2309.06657). ipo: Eq. 17 of arXiv:2310.12036, whose τ is β, with sums; ipo_mean: as in TRL, Hugging
-# Face's library. simpo: arXiv:2405.14734, --beta 2 to 2.5 --gamma 0.5 to 1.5. apo: arXiv:2408.06266; zero if the chosen
-# answers are better than the policy's own, down if they are worse. orpo: arXiv:2403.07691, --beta 0.1 (its λ) and
-# --nll 1, which is its other half. kto: arXiv:2402.01306, --beta 0.1.
+# reference (arXiv:2309.06657). ipo: Eq. 17 of arXiv:2310.12036, its τ is β; ipo_mean: as in TRL. simpo: --beta 2 to 2.5
+# --gamma 0.5 to 1.5 (arXiv:2405.14734). apo (arXiv:2408.06266): zero if the chosen answers are better than the policy's
+# own, down if they are worse. orpo: --beta 0.1 (its λ) --nll 1 (its first term, arXiv:2403.07691). kto: --beta 0.1.
 VARIANTS = {
     "sigmoid": Variant(sigmoid_loss, settings=("label_smoothing",)),
     "hinge": Variant(hinge_loss),
@@ -249,15 +244,9 @@ def dpo_loss(
     if nll:
         losses = losses - nll * policy_chosen / chosen_lengths  # (b,)
     h = beta * (u - v)  # (b,)
-    metrics = {
-        "loss": losses.mean(),
-        "pair_accuracy": (h > 0).float().mean(),
-        "margin": h.mean(),
-        "reward_chosen": beta * u.mean(),
-        "reward_rejected": beta * v.mean(),
-        "logp_chosen": policy_chosen.mean(),
-        "logp_rejected": policy_rejected.mean(),
-    }
+    metrics = {"loss": losses.mean(), "pair_accuracy": (h > 0).float().mean(), "margin": h.mean()}
+    metrics |= {"reward_chosen": beta * u.mean(), "reward_rejected": beta * v.mean()}
+    metrics |= {"logp_chosen": policy_chosen.mean(), "logp_rejected": policy_rejected.mean()}
     return losses.sum() / (n_pairs or len(losses)), to_floats(metrics)
 
 
@@ -348,9 +337,9 @@ class Config(VariantFlags, RecordFlags, PairFlags):
 
 def loss_of(config, logps, micro, z0=None, n_pairs=None):
     """The loss of a micro-batch with a run's settings -> (loss (), metrics). logps: log π_θ of each side, (b,) each."""
-    settings = {name: getattr(config, name) for name in VARIANTS[config.variant].settings}
-    settings |= {"beta": config.beta, "n_pairs": n_pairs}
-    if VARIANTS[config.variant].unpaired:
+    kind = VARIANTS[config.variant]
+    settings = {name: getattr(config, name) for name in kind.settings} | {"beta": config.beta, "n_pairs": n_pairs}
+    if kind.unpaired:
         (logp,), (ref,) = logps, micro.ref_logps  # (b,)
         nll_losses = -config.nll * logp / micro.lengths["answer_lengths"]  # (b,)
         return kto_loss(logp - ref, micro.desirable, z0, nll_losses=nll_losses, logps=logp, **settings)

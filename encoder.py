@@ -5,12 +5,12 @@
     classification     h = mean of h_t over the real tokens,  p(label | x) = softmax(W h + bias)
                        L = −(1/B) Σ log p(label | x)
 
-x are the tokens of a text, x̃ the same with those of M corrupted; E (V, C) are the embeddings; A, a, c and the norm
-belong to the one head, W and bias to the other. A decoder predicts a token from those before it; if it saw the token
-itself, it could copy it. In an encoder every token sees the whole text, so it reads x̃ and predicts what the tokens of
-M are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay as they are: a model that predicts only where
-it sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no <|mask|> at test time.
-This way any token may be a random one, or one to predict, and the model must represent each in its context.
+x are the tokens of a text, x̃ the same with those of M corrupted; E (V, C) are the embeddings. A (C, C), a, the norm
+and c (V,) make the one head, W (labels, C) and bias the other. A decoder predicts a token from those before it; if it
+saw the token itself, it could copy it. In an encoder every token sees the whole text, so it reads x̃ and predicts what
+the tokens of M are in x. Of M, 80 % become <|mask|>, 10 % a random token, and 10 % stay: a model that predicts only
+where it sees <|mask|> could neglect the tokens that it sees elsewhere, and a text to classify has no <|mask|> at test
+time. This way any token may be a random one, or one to predict, and the model must represent each in its context.
 
 One step (main has the same four parts; first --mlm_steps of masked-LM, then --steps of labels):
 
@@ -31,26 +31,24 @@ B rows in a step, over all ranks, b of them in a micro-batch; T tokens in a row,
 
 The defaults run 300 steps of 32 windows of 128 generated tokens, then, with new optimizers, 400 steps of 64 reviews:
 0.8 M parameters and the embeddings of 555 tokens (the generated reviews have no more pairs to merge), dropout 0.1, Muon
-and AdamW. Off: a start from a checkpoint (--init), further text (--text), and BERT's layout (support/bert_parts.py).
-`Encoder.from_pretrained` opens BERT's own checkpoints (support/hf_bert.py); --init cannot, for lack of their tokenizer.
+and AdamW. Off: further text (--text), BERT's layout (support/bert_parts.py), and a start from an encoder, or from a
+decoder, whose blocks are the same (--init). If its tokenizer lacks <|mask|>, as most do, give --mlm_steps 0
+--token_dropout 0: it learns to do without the causal mask while it learns the labels. `Encoder.from_pretrained` opens
+BERT's own checkpoints (support/hf_bert.py); --init cannot, for lack of their tokenizer.
 
 Traps:
   * No mask at all means causal in this code. `real[:, None, None]`, (B, 1, 1, T), lets every token see every real one.
   * Pads must not count: `real` hides them as keys in every layer and leaves them out of the mean, so a text's label
     does not depend on the other texts of its batch. It is made where the rows are made, never from ids != pad.
-  * A decoder without positions knows the order from its causal mask. An encoder does not, and is refused.
+  * Without positions a decoder knows the order from its causal mask, an encoder not at all: it is refused.
   * The loss is read at M alone, its 10 % unchanged tokens included. A loss at all tokens would mostly reward copying.
-  * The best checkpoint is chosen on validation accuracy, and the test split is judged once, at the end. A bag of words
-    (logistic regression on which words occur), fitted to the same texts, its weight decay chosen on the same validation
-    split, is reported beside it. It knows nothing of order: "good, not bad" and "bad, not good" are one text to it.
+  * The best checkpoint is chosen on validation accuracy, and the test split is judged once, at the end, beside a bag of
+    words: logistic regression on which words occur, fitted and chosen on the same splits. That knows nothing of order:
+    "good, not bad" and "bad, not good" are one text to it.
 
 BERT reads a text's summary from its first token, trained by a second objective (does the second text follow the first?)
-that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. --init may be a
-decoder: its blocks are the same. Its tokenizer seldom has the <|mask|> that masked-LM needs; then, with --mlm_steps 0
---token_dropout 0, it learns to do without the causal mask while it learns the labels. Of a text longer than the
-context, a quarter of the context is its start, the rest its end (arXiv:1905.05583).
-
-Simplified: windows of the pretraining text may hold several documents, which see each other.
+that RoBERTa (arXiv:1907.11692) showed to be unnecessary. The mean needs no training of its own. Simplified: windows of
+the pretraining text may hold several documents, which see each other.
 
 Run it:
     python encoder.py                                                   # generated reviews, minutes on two CPU cores
@@ -63,7 +61,7 @@ Run it:
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
@@ -78,15 +76,13 @@ from optim import lr_at, make_optimizers, optimizer_step
 from positional import LearnedPositions, rope_cos_sin, rope_frequencies, sinusoidal_positions
 from support.bert_parts import BertConfig, BertParts, refuse_unsupported
 from support.checks import Amount, Count, FractionBelow1, Range, Whole
-from support.classification import validation_windows
 from support.cli import run_script
 from support.content import weights_of
 from support.devices import precision, setup
 from support.encoder_report import Look
-from support.encoder_start import check_sizes, make_encoder, read_texts, refuse_unused
+from support.encoder_start import check_sizes, make_encoder, masked_lm_texts, read_texts, refuse_unused
 from support.runs import Run, RunConfig
 from support.sharding import averaging
-from support.streams import make_streams
 from support.text_batches import TextBatch, labelled_rows, pad_rows
 from transformer import Block, Transformer, TransformerConfig, init_weights, make_norm
 
@@ -98,25 +94,21 @@ MASK = "<|mask|>"
 
 @dataclass
 class EncoderConfig(BertConfig):
-    """The architecture. The defaults are a 0.8 M-parameter model, without its embeddings."""
+    """The architecture: the decoder's settings with other defaults, 0.8 M parameters without the embeddings."""
 
     context: Count = 128
     """Longest text in tokens."""
     n_layer: Count = 4
-    """Number of blocks."""
     n_head: Count = 4
-    """Query heads H."""
     n_kv_head: Count = 4
-    """Key/value heads G."""
     width: Count = 128
-    """Width C of the residual stream."""
     n_class: Count = 2
     """Number of labels."""
 
 
 class Encoder(BertParts, nn.Module):
     """Token ids (B, T) -> states (B, T, C), each of which depends on the whole text. Two heads read them: one says
-    which token was masked, the other what label the text has. `BertParts` adds save_pretrained and from_pretrained."""
+    which token was masked, the other what label the text has. `BertParts` adds the files and from_trunk."""
 
     config_class = EncoderConfig
 
@@ -176,19 +168,6 @@ class Encoder(BertParts, nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # in bf16 two similar texts would have the same logits
             return self.classifier(pooled.to(self.classifier.weight.dtype)).float()
 
-    @classmethod
-    def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
-        """From a decoder (Transformer), whose blocks are the same: only the causal mask goes. Or from another encoder.
-        What `trunk` does not have, heads or the layers that `changes` add, starts from random weights, and
-        so does the classifier in any case: its labels may be others."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = cls(EncoderConfig(**asdict(trunk.config) | {"dropout": dropout} | changes))
-        own = model.state_dict()
-        kept = {k: v for k, v in trunk.state_dict().items() if k in own and not k.startswith("classifier.")}
-        model.load_state_dict(own | kept)
-        return model
-
 
 def mean_pool(x, real=None):
     """Mean of x (B, T, C) over the tokens where real (B, T) is True -> (B, C)."""
@@ -215,9 +194,8 @@ def masked_batch(windows, tokenizer, generator, rate):
     """windows (B, T) of a text, int64 -> a TextBatch with masked tokens, any but <|endoftext|>."""
     tokens = torch.from_numpy(windows)
     never = tokens == tokenizer.endoftext_id  # what stands between documents
-    mask_id = tokenizer.special_ids[MASK]
-    corrupted, masked = mask_tokens(tokens, mask_id, tokenizer.vocab_size, never, generator, rate)
-    return TextBatch(corrupted, torch.ones_like(masked), tokens, masked)
+    corrupted, masked = mask_tokens(tokens, tokenizer.special_ids[MASK], tokenizer.vocab_size, never, generator, rate)
+    return TextBatch(corrupted, real=torch.ones_like(masked), targets=tokens, masked=masked)
 
 
 def labelled_batch(rows, tokenizer, generator, token_dropout):
@@ -258,16 +236,14 @@ def demo():
     print(f"  {first_causal:g} in a decoder, {first:.2f} in an encoder with its weights, {pad_last:g} if it is a pad")
 
     mask_id, ln2 = 0, math.log(2)
-    never = x == 10  # the row begins with <|endoftext|>
-    corrupted, masked = mask_tokens(x, mask_id, 100, never, torch.Generator().manual_seed(97), rate=0.5)
+    corrupted, masked = mask_tokens(x, mask_id, 100, x == 10, torch.Generator().manual_seed(97), rate=0.5)
     print("the same tokens, masked at a rate of 1/2 so that there is something to see (the first is never masked)")
     for name, numbers in (("x", x), ("x̃", corrupted), ("in M", masked.int())):
         print(f"  {name:<5}" + "".join(f"{i or '<mask>' if name == 'x̃' else i:>8}" for i in numbers[0].tolist()))
     assert (corrupted == x)[~masked].all()
     assert not masked[0, 0]
     many = torch.full((1, 1_000_000), 7)
-    anywhere = torch.zeros_like(many, dtype=torch.bool)
-    corrupted, in_M = mask_tokens(many, mask_id, 100, anywhere, torch.Generator().manual_seed(0))
+    corrupted, in_M = mask_tokens(many, mask_id, 100, many != 7, torch.Generator().manual_seed(0))
     shares = [in_M.double().mean(), *((corrupted == i)[in_M].double().mean() for i in (mask_id, 7))]
     by_hand = (0.15, 0.8 + 0.1 / 100, 0.1 + 0.1 / 100)  # a random token may be any of the 100
     assert all(abs(share - wanted) < 0.003 for share, wanted in zip(shares, by_hand, strict=True))
@@ -357,20 +333,15 @@ def main(config):
     reads |= weights_of(config.init, encoder) if config.init else {}  # a resumed run must read the same
     context = config.model.context
     examples = {split: labelled_rows(part, tokenizer, context) for split, part in reviews.items()}  # (ids, label) each
-    streams, held_out = None, None
-    if config.mlm_steps:  # all texts as one array of ids; the validation windows are masked alike each time
-        streams = make_streams(config, dist, tokenizer, context, texts)
-        windows, generator = validation_windows(streams["valid"], context), torch.Generator().manual_seed(config.seed)
-        held_out = masked_batch(windows, tokenizer, generator, config.mlm_rate)
+    streams, held_out = masked_lm_texts(config, dist, tokenizer, texts, masked_batch)  # {split: ids}, a TextBatch
 
     encoder.to(dist.device)
     new_optimizers = partial(make_optimizers, encoder, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
     optimizers = new_optimizers()
     run = Run(config, dist, encoder, tokenizer, optimizers, scaler, best=-1.0, chat=False, reads=reads, began=began)
-    model = encoder
-    if dist.world > 1:  # each of the two objectives leaves the other's head without a gradient
-        model = DistributedDataParallel(encoder, broadcast_buffers=False, find_unused_parameters=True)
+    options = {"broadcast_buffers": False, "find_unused_parameters": True}  # each objective leaves out the other's head
+    model = DistributedDataParallel(encoder, **options) if dist.world > 1 else encoder
     look = Look(run, reviews, examples, streams, held_out)
     look.before()
 
@@ -401,10 +372,8 @@ def main(config):
             with averaging(model, last):  # DDP averages in the last backward; * world makes it a sum
                 if pretraining:
                     with autocast():
-                        logprobs = model(
-                            micro.tokens, micro.real, targets=micro.targets, masked=micro.masked
-                        )  # (masked,)
-                    loss, metrics = masked_lm_loss(logprobs, n)
+                        logprobs = model(micro.tokens, micro.real, targets=micro.targets, masked=micro.masked)
+                    loss, metrics = masked_lm_loss(logprobs, n)  # logprobs: (masked,)
                 else:
                     with autocast():
                         logits = model(micro.tokens, micro.real)  # (b, n_class)

@@ -22,8 +22,8 @@ equal: problems that are easy or hard for both move the two accuracies alike, an
 
     McNemar       p = 2 Σ_{i ≤ min(lost, gained)} C(m, i) / 2^m, at most 1: how often m coins are at least as uneven
     the gain      d = (gained − lost) / N, a mean of 1, −1 and 0, has the variance (p_gained + p_lost − d²) / N, where
-                  p_gained = gained / N and p_lost = lost / N. Its interval is d ± z √variance with gained + 1,
-                  lost + 1, N + 2 in their places: its centre is nearer 0 than the gain, and m = 0 gives a width too
+                  p_gained = gained / N and p_lost = lost / N. The interval is d ± z √variance, all of it computed with
+                  gained + 1, lost + 1 and N + 2: its centre is nearer 0 than the gain, and m = 0 has a width too
 
 Wilson's interval and these two are for verdicts of 0 or 1, so pass@k and token F1 have no interval here.
 
@@ -58,24 +58,22 @@ import collections
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 
-from data import DEFAULT_TASK, Problem, encode_prompt, task_of
+from data import Problem, encode_prompt, task_of
 from generate import generate
 from support.answers import checkable, extract_answer, is_checkable, measure_of, same_answer  # noqa: F401  verifier
-from support.checks import Count, Seed, Whole, check
 from support.cli import run_script
 from support.devices import precision, setup
 from support.errors import ConfigError
-from support.evaluate_script import open_all, write_report
+from support.evaluate_script import Config, open_all, write_report
 from support.log import commit
 from support.means import means_of, means_of_levels
 from support.output import batches
 from support.tables import gain_of
-from support.tasks import refuse_levels
 from support.words import words
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,10 +216,10 @@ def own_measure(answer):
 def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progress=None, respond=None, dtype="fp32"):
     """Greedy answers to N problems, dealt out to the ranks -> the same on every rank, but for `answers`:
 
-        accuracy, correct         the share and the number of right answers, of the problems that are `checkable`
+        accuracy, correct         the share and the number of right answers, of the problems with an answer to check
         low, high                 the accuracy's 95 % interval
         by_level                  {level: accuracy}
-        verdicts                  1.0 or 0.0 for each checkable problem, in their order
+        verdicts                  1.0 or 0.0 for each of these problems, in their order
         each other of METRICS     its mean over the problems that have this figure; left out if none has
         own_measure, n            the mean over all N problems; N
         answers                   this rank's, those to short questions first: a list of GreedyAnswer
@@ -229,7 +227,8 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
     progress: the name of a bar. respond: what answers the prompts, with the arguments of `generate`, which is the
     default; agent.py has one with tools. dtype: the precision of the answers, as --dtype.
     """
-    N, respond, (autocast, _) = len(problems), respond or generate, precision(dtype, dist)
+    N, respond = len(problems), respond or generate
+    autocast, _ = precision(dtype, dist)
     own = sorted(range(dist.rank, N, dist.world), key=lambda i: len(problems[i].question))  # by length: less padding
     answers, verdicts = [], [0.0] * N
     for chunk in batches(own, batch, progress, dist):
@@ -237,7 +236,7 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
         with autocast():
             rollout = respond(policy, prompts, max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
         texts, lengths, ended = rollout.texts(tokenizer), rollout.mask.sum(1), rollout.ended(tokenizer.stop_ids)
-        all_tokens = map(len, rollout.rows)
+        all_tokens = map(len, rollout.rows)  # a tool's tokens too; lengths counts the policy's own
         for i, text, length, end, size in zip(chunk, texts, lengths.tolist(), ended.tolist(), all_tokens, strict=True):
             verdicts[i] = is_correct(text, problems[i])
             answers.append(GreedyAnswer(problems[i], text, verdicts[i], length, end, size - length))
@@ -261,7 +260,8 @@ def evaluate_samples(
 
     A problem has the same random numbers on whichever rank and in whichever batch it is answered.
     """
-    problems, respond, (autocast, _) = checkable(problems), respond or generate, precision(dtype, dist)
+    problems, respond = checkable(problems), respond or generate
+    autocast, _ = precision(dtype, dist)
     uniforms = torch.rand(len(problems), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))  # (N, n, T)
     own = sorted(range(dist.rank, len(problems), dist.world), key=lambda i: len(problems[i].question))
     solved, voted = [0] * len(problems), 0
@@ -285,13 +285,14 @@ def kl_estimate(logprobs, ref_logprobs, kind="k3"):
     """What a sampled token says of KL(π ‖ π_ref), elementwise (J. Schulman, "Approximating KL divergence", 2020).
 
     With x = π_ref(y) / π(y), y ~ π:  estimate            its gradient     that gradient's mean over y ~ π
-        k1 = −log x                   unbiased, any sign  ∇log π           0: in the loss it needs ρ
+        k1 = −log x                   unbiased, any sign  ∇log π           0: in the loss it is noise
         k2 = (log x)² / 2             biased, ≥ 0         −log x · ∇log π  ∇KL(π ‖ π_ref)
         k3 = x − 1 − log x            unbiased, ≥ 0       (1 − x) ∇log π   ∇KL(π_ref ‖ π), close to k2's near π_ref
 
     by ∇log x = −∇log π, E[∇log π] = Σ ∇π = 0 and E[x ∇log π] = Σ π_ref ∇log π = −∇KL(π_ref ‖ π). So k1 belongs in the
-    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it. In the loss k2 has that gradient, as have ρ k1
-    and ρ k3, with ρ = π / π_old: 1 on fresh samples, but with a gradient. GRPO's paper has k3 without ρ (grpo.py).
+    reward, where the policy gradient makes ∇KL(π ‖ π_ref) of it. In the loss k2 has that gradient. So have ρ k1 and
+    ρ k3 with the ratio ρ = π / π_old (π_old: the policy that sampled y, a constant), which is 1 on fresh samples, with
+    the gradient ∇log π. GRPO's paper has k3 without ρ (grpo.py).
     """
     log_x = ref_logprobs - logprobs
     log_x = log_x.to(torch.promote_types(log_x.dtype, torch.float32))  # in bf16 k3 would be wrong, and below 0
@@ -351,47 +352,7 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The script.
-
-
-@dataclass
-class Config:
-    """Measure a checkpoint on held-out problems, or two on the same."""
-
-    checkpoint: str
-    """A run directory such as runs/sft, a checkpoint directory, a .gguf file, or a name on the Hugging Face hub."""
-    against: str | None = None
-    """A second checkpoint for the same problems: the difference is given with an interval and McNemar's exact test."""
-    data: str = DEFAULT_TASK
-    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl, .json or .csv of questions and
-    answers."""
-    skip_bad: bool = False
-    """Skip and count records that cannot be read or used, instead of stopping at the first one."""
-    split: Literal["test", "valid", "train"] = "test"
-    """Make choices on valid; look at test once."""
-    levels: list[int] = field(default_factory=lambda: [1, 2])
-    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
-    problems: Count | None = None
-    """Number of problems; default: all, or of the built-in ones 1,000 (20,000 of train)."""
-    instruction: str = ""
-    """Text after each question that says how to answer, for a model that was not fine-tuned to end with #### and a
-    number."""
-    samples: Whole = 0
-    """Answers to sample per problem, at temperature 1, for pass@k and majority; 0 turns them off."""
-    max_new_tokens: Count = 96
-    """Longest answer in tokens."""
-    out: str | None = None
-    """Folder for table.md and result.json, which are overwritten; default one under runs/evaluate."""
-    seed: Seed = 0
-    """Random seed of the sampling."""
-    device: str = "auto"
-    """auto (the best there is), cpu, cuda or mps (Apple)."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the answers, as in the stages; auto is the fastest that the hardware multiplies."""
-
-    def __post_init__(self):
-        check(self)
-        refuse_levels(self)
+# The script. Its flags: support/evaluate_script.py.
 
 
 def main(config):

@@ -34,8 +34,8 @@ batch element is a prompt: all pairs of its K = 4 to 9 ranked answers, averaged.
 
 Traps:
   * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
-    (arXiv:2312.09244) pulls each pair's mean score towards 0, where PPO's values start; ppo.py needs it with
-    --normalise false, unless its --baseline compares answers.
+    (arXiv:2312.09244) pulls each pair's mean score towards 0. ppo.py, whose values start there, needs that if it takes
+    scores as they are (--normalise false) and does not compare answers (--baseline).
   * A head on the last state may come too late. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare.
     The policy knows the sum, but as a prediction: before the 9 its last layer says 8, and none is left to compare the
     two. Hence the extra layers, and the SFT loss of the chosen answers, which is to keep what the decoder knows
@@ -114,8 +114,8 @@ LOSSES = {"bradley_terry": bradley_terry_loss, "hinge": hinge_loss}
 
 
 def with_metrics(per_pair, gap, total, centre, n_pairs):
-    """Of each pair the loss, the gap of its scores, chosen − rejected, and their sum, (b,) each -> (loss, metrics):
-    "gap" is the mean gap, "score" the mean score."""
+    """per_pair: the losses; gap, total: the scores' difference, chosen − rejected, and their sum, (b,) each. -> (loss,
+    metrics): "gap" is the mean gap, "score" the mean score."""
     n = n_pairs or len(gap)
     loss = per_pair.sum() / n
     metrics = {"loss": loss.item(), "pair_accuracy": ranked_rightly(gap).mean().item()}
@@ -125,7 +125,8 @@ def with_metrics(per_pair, gap, total, centre, n_pairs):
 
 
 def best_of_n(scores, correct, sizes):
-    """scores, correct (N, M) -> for each n of sizes, the expected accuracy of the answer with the highest score of n.
+    """scores, correct (N, M), of M answers to each of N problems -> for each n of sizes, the expected accuracy of the
+    answer with the highest score of n.
 
     Over all choices of n of the M answers: the answer with k lower ones is the highest with probability
     C(k, n−1) / C(M, n).
@@ -234,9 +235,9 @@ class RewardModel(Transformer):
         """-> the score of each answer, (k,); in training k = 2b: y_w, y_l, y_w, y_l, … of n = b groups. with_logprobs:
         also (n,): the mean log π per token of each group's first answer, y_w. Then all groups have equally many.
 
-        `model` may be wrapped in DDP. It reads the answers in parts, of m each. Entry t of what comes back stands at
-        the token before answer token t: so log π of token t is entry t, but the score, read at the last of |y| tokens,
-        is entry |y|, which exists because `pack` has added a pad."""
+        `model` may be wrapped in DDP. It reads the answers in parts, of m each. Entry t = 0, 1 … of what comes back
+        stands at the token before answer token t: so log π of token t is entry t, but the score, read at the last of
+        |y| tokens, token |y| − 1, is entry |y|, which exists because `pack` has added a pad."""
         n, k = len(packed.tokens), len(packed.lengths)
         lengths = packed.lengths - 1  # (k,) without the pad that `RewardModel.pack` has added
 

@@ -16,7 +16,7 @@ One step, for B examples, of which b rows of up to T tokens go through the model
 
     1. batch     batch = the next B of (ids, flags)           shuffled, or in the order of a curriculum; of all ranks
                  n     = Σ flags                              the tokens that count, before the batch is cut
-    2. gradient  for part in micro_batches:                   of this rank's B / world
+    2. gradient  for part in micro_batches:                   of this rank's B / world (world: the number of ranks)
                      tokens, loss_mask = collate(part)        padded on the right (or packed)        (b, T) each
                      logprobs = token_logprobs(model, tokens) entry t: log π of token t + 1          (b, T − 1)
                      loss = −Σ loss_mask[:, 1:] · logprobs / n    sft_loss                           ()
@@ -33,8 +33,7 @@ neither pretrain.py's balancing loss nor its move of the biases. The test split 
 
 What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where `valid_loss` rises while
 `loss` still falls, the model learns its examples by heart. Its answers may improve all the same, so they choose the
-checkpoint, by accuracy or F1. (In the paper the validation loss rises after one epoch of 16, and a reward model's score
-chooses.)
+checkpoint, by accuracy or F1. (In the paper it rises after one epoch of 16, and a reward model's score chooses.)
 
 Traps:
   * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token
@@ -46,8 +45,7 @@ Traps:
     loss and gradient are those of padding. No loss crosses a border: the first token of a conversation has flag 0.
 
 Ratings. Responses rated 1 to 5 train with weight w = (rating − 1) / 4: m_t becomes w m_t, in the sum and in n. Or, with
---rated threshold, all responses of at least --min_rating train alike, and the others not at all. (A start that is
-pretrained for the run reads the text of all.)
+--rated threshold, all responses of at least --min_rating train alike, and the others not at all.
 
 Curriculum. --order curriculum ranks the examples by level or length and draws each batch from the first `share` of
 them, min(1, a + (1 − a) s / (pace · steps)) at step s, with a = --pace_start; linear as in arXiv:1903.09848
@@ -90,7 +88,7 @@ from support.pretrained_start import pretrained_start
 from support.recorder import Recorder, RecordFlags
 from support.runs import Run, RunConfig
 from support.sft_data import encode_training, load_examples, refuse_unused
-from support.sft_report import Look
+from support.sft_report import Look, validation_loss
 from support.sharding import averaging, refuse_fsdp
 from support.sweeps import sweep
 from tokenizer_bpe import CharTokenizer
@@ -166,24 +164,6 @@ def sft_loss(logprobs, loss_mask, n_tokens=None):
     n = n if n > 0 else 1
     loss = -(logprobs * loss_mask).sum() / n
     return loss, {"loss": loss.item()}
-
-
-@torch.no_grad()
-def validation_loss(model, examples, pad, micro_batch, autocast, dist):
-    """sft_loss of all the examples as one batch: nats per token that counts. The ranks share them. A rank with no
-    examples left reads one with a mask of 0: under FSDP every forward pass needs all ranks."""
-    model.eval()
-    total, by_length = 0.0, sorted(examples, key=lambda example: len(example[0]))  # less padding
-    nothing = [(ids, [0] * len(ids)) for ids, _ in by_length[:1]]
-    for i in range(0, len(examples), micro_batch * dist.world):
-        own = by_length[i + dist.rank * micro_batch :][:micro_batch] or nothing
-        micro = collate(own, pad).to(dist.device)  # (b, T)
-        loss_mask = micro.loss_mask[:, 1:]
-        with autocast():
-            logprobs = token_logprobs(model, micro.tokens, counted=loss_mask > 0)  # (b, T − 1)
-        total += sft_loss(logprobs, loss_mask, n_tokens=1)[1]["loss"]  # divided by 1: the sum
-    (total,) = dist.sum(total)
-    return total / sum(sum(flags) for _, flags in examples)
 
 
 def pacing(step, steps, start, pace):
@@ -266,10 +246,10 @@ class Config(RecordFlags, RunConfig):
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
     demonstrations: Count | None = None
-    """Use only this many training examples; default: all. A start that is pretrained for the run reads the text of
-    all."""
+    """Use only this many training examples; default: all."""
     init: str | None = None
-    """Checkpoint to start from; default: a short pretraining run, made once into runs/start."""
+    """Checkpoint to start from; default: a short pretraining run on all the text of --data, made once into runs/start,
+    whatever --demonstrations and --min_rating leave out."""
     name: str = "sft"
     batch: Count = 64
     """Examples per optimizer step, over all ranks."""
@@ -323,9 +303,10 @@ class Config(RecordFlags, RunConfig):
 
 
 def main(config, encode=encode_example, responder=None):
-    """Fine-tune; returns {"accuracy", "low", "high", "f1", with --samples pass@k} on the test split, "test" (accuracy,
-    or F1 for free text, each problem by its own measure), "valid" (the best of the same on the validation split) and
-    "path". agent.py has an encode of its own, and a responder: responder(tokenizer) answers in its evaluations."""
+    """Fine-tune; returns of the test split "accuracy", "low", "high", "f1", with --samples pass@k, and "test", the one
+    figure that speaks for it: accuracy, F1 of free text, or the mean of each problem's own measure; "valid", the best
+    such figure of the validation split; "path". agent.py has an encode of its own, and a responder:
+    responder(tokenizer) answers in the evaluations."""
     if config.sweep:
         return sweep(partial(main, encode=encode, responder=responder), config)
     dist = setup(config.device)
@@ -337,6 +318,7 @@ def main(config, encode=encode_example, responder=None):
     policy, tokenizer, _ = open_checkpoint(init, "cpu" if config.fsdp else dist.device, config.dropout)
     add_lora(policy, **asdict(config.lora), seed=config.seed)  # --lora.rank 0, the default, changes nothing
     context = policy.config.context
+    # examples, valid: [(ids, flags), …] of the training and of the validation split; difficulties: of the examples
     problems, examples, valid, difficulties = encode_training(config, problems, tokenizer, context, dist, encode)
     ranked = rank_examples(difficulties, config.order, config.seed)
 
@@ -352,13 +334,9 @@ def main(config, encode=encode_example, responder=None):
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=-1.0, parts=adapters, reads=reads)
     recorder = Recorder(run, autocast, valid=problems["valid"])
     pad = tokenizer.endoftext_id
-    valid_loss = partial(validation_loss, model, valid, pad, config.micro_batch, autocast, dist)
+    valid_loss = partial(validation_loss, model, valid, pad, config.micro_batch, autocast, dist, collate, sft_loss)
     look = Look(run, problems, valid_loss if valid else None, responder and responder(tokenizer))
-    if dist.is_main:
-        print(
-            f"{policy.num_params():,} parameters from {init}; {len(examples):,} training examples, {config.steps} "
-            f"steps of {config.batch} = {config.steps * config.batch / len(examples):.1f} epochs"
-        )
+    look.before(init, len(examples))
 
     for step in run.steps():
         if run.state.best >= config.stop_at:  # here, so that a run that is resumed stops as well

@@ -4,7 +4,7 @@ encoder.py builds on both classes, so that BERT's checkpoints open as its `Encod
 default.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class ExactFeedForward(FeedForward):
 
 
 class BertParts:
-    """Methods of an nn.Module: BERT's parts, and the files.
+    """Methods of an nn.Module: BERT's parts, the files, and the start from another model.
 
     The module's parameters keep their order, by which an optimizer's state is saved and resumed, and by which the
     weights are drawn: so one method adds what precedes the blocks, another what follows them.
@@ -91,3 +91,16 @@ class BertParts:
         """Open a directory in BERT's layout, where missing heads start from random weights, or our own; in fp32.
         CheckpointError."""
         return load_encoder(cls, path, dropout)
+
+    @classmethod
+    def from_trunk(cls, trunk, dropout=0.0, seed=0, **changes):
+        """From a decoder (Transformer), whose blocks are the same: only the causal mask goes. Or from another encoder.
+        What `trunk` does not have, heads or the layers that `changes` add, starts from random weights, and so does the
+        classifier in any case: its labels may be others."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(cls.config_class(**asdict(trunk.config) | {"dropout": dropout} | changes))
+        own = model.state_dict()
+        kept = {k: v for k, v in trunk.state_dict().items() if k in own and not k.startswith("classifier.")}
+        model.load_state_dict(own | kept)
+        return model

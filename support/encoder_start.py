@@ -9,11 +9,13 @@ import torch
 
 from data import load_reviews
 from support.checkpoints import open_checkpoint, refuse_ignored, resolve_checkpoint
+from support.classification import validation_windows
 from support.content import records_of
 from support.errors import CheckpointError, ConfigError
 from support.hf import MIXTURE_ONLY
 from support.hf_bert import is_encoder
 from support.runs import run_path, saved_run
+from support.streams import make_streams
 from support.text_batches import spaced
 from tokenizer_bpe import BPETokenizer, load_tokenizer
 
@@ -50,6 +52,17 @@ def read_texts(config):
     if config.text:
         reads[f"the texts of --text {' '.join(config.text)}"] = further
     return reviews, texts, reads
+
+
+def masked_lm_texts(config, dist, tokenizer, texts, masked_batch):
+    """{split: texts} -> {split: all of them as one array of ids}; a TextBatch of validation windows, which are masked
+    alike each time. With --mlm_steps 0 None, None. masked_batch: encoder.py's."""
+    if not config.mlm_steps:
+        return None, None
+    streams = make_streams(config, dist, tokenizer, config.model.context, texts)
+    windows = validation_windows(streams["valid"], config.model.context)
+    generator = torch.Generator().manual_seed(config.seed)
+    return streams, masked_batch(windows, tokenizer, generator, config.mlm_rate)
 
 
 def open_encoder(Encoder, path, device="cpu", dropout=0.0):

@@ -1,15 +1,58 @@
-"""What the script of evaluate.py does before and after it measures: problems, checkpoints and folder; the table."""
+"""The script of evaluate.py, but for the measuring: its flags; problems, checkpoints and folder; the table."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-from data import encode_prompt, load_problems
+from data import DEFAULT_TASK, encode_prompt, load_problems
 from support.answers import measure_of
 from support.checkpoints import open_chat_model
+from support.checks import Count, Seed, Whole, check
 from support.errors import ConfigError
 from support.records import drop_too_long
 from support.runs import RUNS
 from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, show_results
+from support.tasks import refuse_levels
+
+
+@dataclass
+class Config:
+    """Measure a checkpoint on held-out problems, or two on the same."""
+
+    checkpoint: str
+    """A run directory such as runs/sft, a checkpoint directory, a .gguf file, or a name on the Hugging Face hub."""
+    against: str | None = None
+    """A second checkpoint for the same problems: the difference is given with an interval and McNemar's exact test."""
+    data: str = DEFAULT_TASK
+    """The name of a task (default: built-in problems), gsm8k, or the path of a .jsonl, .json or .csv of questions and
+    answers."""
+    skip_bad: bool = False
+    """Skip and count records that cannot be read or used, instead of stopping at the first one."""
+    split: Literal["test", "valid", "train"] = "test"
+    """Make choices on valid; look at test once."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Difficulty levels of the task's problems; the built-in ones have 1 to 3 steps."""
+    problems: Count | None = None
+    """Number of problems; default: all, or of the built-in ones 1,000 (20,000 of train)."""
+    instruction: str = ""
+    """Text after each question that says how to answer, for a model that was not fine-tuned to end with #### and a
+    number."""
+    samples: Whole = 0
+    """Answers to sample per problem, at temperature 1, for pass@k and majority; 0 turns them off."""
+    max_new_tokens: Count = 96
+    """Longest answer in tokens."""
+    out: str | None = None
+    """Folder for table.md and result.json, which are overwritten; default one under runs/evaluate."""
+    seed: Seed = 0
+    """Random seed of the sampling."""
+    device: str = "auto"
+    """auto (the best there is), cpu, cuda or mps (Apple)."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the answers, as in the stages; auto is the fastest that the hardware multiplies."""
+
+    def __post_init__(self):
+        check(self)
+        refuse_levels(self)
 
 
 def names_of(config):

@@ -4,8 +4,8 @@ The policy writes an expression, a calculator replies inside the same row of tok
 
     Tom has <<3127+2489=5616>>5616 apples.           the policy wrote `Tom has <<3127+2489=`, the calculator `5616>>`
 
-What is the gradient of such an answer? A trajectory y = y_1 … y_T has two authors. m_t = 1 where the policy sampled
-y_t, 0 where a tool wrote it:
+Such an answer to a question q, a trajectory y = y_1 … y_T, has two authors: m_t = 1 where the policy sampled y_t, 0
+where a tool wrote it. What is the gradient of its mean reward?
 
     p(y | q)     = Π_t π(y_t | q, y_<t)^(m_t) · P(y_t | q, y_<t)^(1 − m_t)        P: the tools, whatever they do
     ∇log p(y)    = Σ_t m_t ∇log π(y_t | q, y_<t)                                  because ∇P = 0
@@ -41,8 +41,8 @@ Traps:
   * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). π did not choose them: their
     ∇log π pulls at logits that have no part in E[r] (`demo`), and weights are shared, so at the policy's tokens too. It
     cost 4.7 points, not significant, and made the logged KL meaningless (results/tools.md).
-  * Decode, append, encode. Many lists of ids make the same text, and encoding it gives one of them, perhaps not the
-    sampled one: then ρ compares log-probabilities of different tokens. A merge may reach across a reply's end (`demo`).
+  * Decoding, appending the reply, encoding again. Many lists of ids make one text, and encoding gives one of them, not
+    always the sampled one (`demo`: a merge across a reply's end). Then ρ compares log π of different tokens.
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.
   * An answer that the length limit cuts off, even inside a call, is scored and trained on as it stands: left out of the
     loss, too long an answer would cost nothing.
@@ -99,8 +99,8 @@ from tokenizer_bpe import BPETokenizer, ByteTokenizer
 @dataclass(frozen=True)
 class Tool:
     """pattern: a regular expression with one group, the argument of a call. Where the policy's text since the last
-    reply ends with a match, function(argument) and END are written after it. seconds: how long the function may take,
-    None if it is known to be quick. Errors are replies: see `ask`."""
+    reply ends with a match, function(argument) and END, the text >>, are written after it. seconds: how long the
+    function may take, None if it is known to be quick. An error becomes a reply too: see support/tools.py."""
 
     name: str
     pattern: str
@@ -211,7 +211,7 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The stage. All other flags, such as --rollouts (R) and --clip_low, are those of grpo.py.
 
 
 @dataclass
@@ -247,7 +247,7 @@ class Config(grpo.Config):
 def main(config):
     """Train; returns {"before", "after"} (test figures), "kl", "path" and the wall time in seconds.
 
-    grpo.main again: `respond` gives the tools' replies, the mask leaves them out. No refills, stale samplers, FSDP."""
+    grpo.main's loop: `respond` lets tools reply, the mask leaves out what they wrote. No --refill, --stale, --fsdp."""
     tools = load_tools(config.tools, TOOLS)
     start = open_start(config, grpo.REWARDS, partial(calls_start, tools=tools, with_tools=WithTools))
     dist, autocast, scaler = start.dist, start.autocast, start.scaler
@@ -297,10 +297,10 @@ def main(config):
         update_sums, norm = {}, 0.0
         for minibatch in minibatches * config.inner_epochs:
             for piece in minibatch.pieces:
-                rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch, and its longest answer
+                rows, T = piece.rows, piece.mask.shape[1]  # its b rows of the batch; its mask, (b, T), is m
                 # The ranks average their gradients in the last backward alone
                 with averaging(model, piece is minibatch.pieces[-1]):
-                    with autocast():  # of all tokens, whoever wrote them; piece.mask (b, T) is m
+                    with autocast():  # of all tokens, whoever wrote them, without the padding to a multiple of 8
                         logprobs = shared_answer_logprobs(model, piece.packed, config.temperature)[:, :T]  # (b, T)
                     ref = None if ref_logprobs is None else ref_logprobs[rows, :T]  # (b, T)
                     old = old_logprobs[rows, :T]  # (b, T)

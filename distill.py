@@ -33,7 +33,7 @@ With --gamma 1 the student's texts have A_t = r_t + r_{t+1} + …: the gradient 
 
 One step, for N = --prompts questions with R = --rollouts answers each, b answers in a piece (main has the same parts):
 
-    texts    = writers(step, slots)                       N·R answers, λ of them the student's         1. write
+    texts    = writers(step)                              N·R answers, λ of them the student's         1. write
     n_tokens = tokens of all answers                      of all ranks, before the cut into pieces
     for piece in pieces_of(texts):                                                                     2. compare
         logits         = shared_answer_logits(student)    entry t predicts answer token t (b, T, V)
@@ -56,9 +56,9 @@ example puts another training problem, solved, before the question; solution put
 student learns to answer without it as it does with it. A teacher that does not move: --teacher with the path of --init.
 
 Traps:
-  * The jump at the ends. D goes to 0 as β does, like β KL(p ‖ π), and likewise at 1 (`demo`): at β = 0.01 the gradient
-    is nearly that of β = 0, a hundred times smaller. SGD steps a hundred times less, and the norm's clip no longer
-    acts; Adam and Muon rescale the gradient and hardly notice.
+  * The jump at the ends. At β = 0 D is KL(p ‖ π), but at a small β about β KL(p ‖ π), and likewise at 1 (`demo`): the
+    gradient at β = 0.01 points nearly where that at β = 0 does, and is a hundred times smaller. SGD steps a hundred
+    times less, and the norm's clip no longer acts; Adam and Muon rescale the gradient and hardly notice.
   * The KL on the student's texts is another number than on the teacher's. `reverse_kl` is a mean over all texts,
     with --loss sample over the student's. To compare runs take the report's KL to the teacher, on the student's texts.
   * r is a weight, not a loss: log π(y) − log p(y), differentiated, has gradient 0 in the mean (`demo`).
@@ -120,9 +120,9 @@ def distill_loss(student_logits, teacher_logits, mask, beta, *, temperature=1.0,
     """Logits (B, T, V), mask (B, T) -> (Σ mask · D / n_tokens, metrics). No gradient reaches the teacher.
 
     beta: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher), between them the generalised JSD. temperature: divides
-    the logits of both; no factor T² makes up for it, as Hinton's does. n_tokens: of the whole optimizer step, over
-    pieces and ranks; default: of this piece. Values outside the mask are ignored, NaN too. Metrics: "loss", and means
-    over this piece's tokens: "reverse_kl" and "forward_kl".
+    the logits of both; without Hinton's factor, its square (arXiv:1503.02531). n_tokens: of the whole optimizer step,
+    over pieces and ranks; default: of this piece. Values outside the mask are ignored, NaN too. Metrics: "loss", and
+    means over this piece's tokens: "reverse_kl" and "forward_kl".
     """
     real = mask.bool()
     n_tokens = n_tokens or mask.sum().clamp(min=1)
@@ -154,8 +154,8 @@ def sampled_loss(logprobs, teacher_logprobs, mask, by_student, gamma=0.0, *, n_t
     """log π and log p of the texts' tokens and the mask, (B, T) each; by_student (B,) bool -> (loss, metrics).
 
     REINFORCE with an advantage for each token: A on the student's texts, 1 on the teacher's. Metrics: "loss", whose
-    value means nothing, and what the sampled tokens say of the divergences (k3): "reverse_kl" on the student's texts,
-    "forward_kl" on the teacher's, 0 where there are none.
+    value means nothing, and what the sampled tokens say of the divergences (k3 of evaluate.kl_estimate): "reverse_kl"
+    on the student's texts, "forward_kl" on the teacher's, 0 where there are none.
     """
     mask = mask.bool()
     of_student = by_student[:, None] & mask  # (B, T) its tokens
@@ -213,7 +213,7 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The stage. More flags: support/verified.py (--init, --max_new_tokens, --micro_batch), support/runs.py (--warmup, …).
 
 
 @dataclass
@@ -253,7 +253,7 @@ class Config(RecordFlags, VerifiedConfig):
 
 
 def piece_loss(model, teacher, piece, config, n_tokens):
-    """The loss of a piece, (), and its metrics."""
+    """The loss of a piece, (), and its metrics. Packed: b answers, and each prompt once (support/shared_prompt.py)."""
     mask, temperature = piece.mask, config.temperature
     if config.loss == "sample":
         logprobs = shared_answer_logprobs(model, piece.packed, temperature)  # (b, T)
@@ -273,7 +273,7 @@ def main(config):
     dist, autocast, scaler = start.dist, start.autocast, start.scaler
     policy, teacher = start.policy, start.teacher  # the policy is the student
     tokenizer, problems = start.tokenizer, start.problems
-    train = problems["train"], start.teacher_problems["train"]
+    train = problems["train"], start.teacher_problems["train"]  # as the student and as the teacher sees them
     writers = Writers(policy, teacher, tokenizer, *train, config, autocast)
     run, recorder = begin_run(start, writers, loss_of=divergence if config.loss == "vocabulary" else sampled_loss)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy

@@ -1,6 +1,6 @@
 """GDPO: several rewards, each compared within its own group (arXiv:2601.05242). Only its difference from grpo.py.
 
-An answer earns M rewards (right, well formed, brief …) with weights w_k. Of answer i in a group of R:
+An answer earns M rewards (right, well formed, brief …) with weights w_k. r_ik is reward k of answer i in a group of R:
 
     GRPO    r_i  = Σ_k w_k r_ik                                           add up, then compare
             A_i  = (r_i − mean_group r) / (std_group r + 1e-4)
@@ -20,8 +20,8 @@ One step is grpo.main's, with another `paid_rewards` in "judge" and another "com
     for minibatch in minibatches: grpo_loss(…, A, …)    A_i weighs every token of answer i, as in GRPO       4. update
     log; every so often answer validation questions                                                          5. look
 
-Why: in a sum (1, 0) and (0, 1) are the same number; and dividing each group by its own std makes a winner of one reward
-and a winner of two the same number. (Neither GRPO nor GDPO keeps the scale of a single reward: each divides it away.)
+Why: in a sum (1, 0) and (0, 1) are the same number; and, divided by its group's std, the only winner of a group gets as
+much for one reward as for two. (Neither GRPO nor GDPO keeps the scale of a single reward: each divides it away.)
 
 Four groups of four answers in one batch, two rewards of weight 1 (right, tidy); `demo` computes them again:
 
@@ -41,7 +41,7 @@ gspo, cispo or sapo, which have GRPO's baseline and scale. Off by default: the r
 Traps:
 * A weight w_k now multiplies z_k, a reward in units of its group's std: a reward that hardly differs within a group
   counts as much as one that differs a lot.
-* The batch's std counts the groups without a signal. With one reward, and a share p of groups that differ, it is about
+* The batch's std counts the groups without a signal. With one reward that differs in a share p of them all it is about
   √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them.
 * An easy reward is won first, even without solving the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). In results/gdpo.md (no KL penalty) format and brevity in a sum cost 4.3

@@ -1,14 +1,17 @@
 """GRPO on one page: what `python grpo.py --dtype fp32` computes, and nothing around it.
 
 Ask N questions, let the policy π answer each R times, check the answers, compare each with its siblings, and make the
-better ones more likely. y_it is token t of answer i, π_old the policy that sampled it, π_ref that before training, B
-the number of answers in an update. It is Eq. 3 and 4 of arXiv:2402.03300 with two changes: ρ before k3; and a group
-whose A are all 0 adds nothing, not even its KL, though B counts it:
+better ones more likely. r_i is the reward of answer i, y_it its token t, of |y_i|, π_old the policy that sampled it,
+π_ref the policy before training, B the number of answers in an update:
 
     A_i  = (r_i − mean(r)) / (std(r) + 1e-4)            over the R answers of a group, the std with R − 1
     ρ_it = π(y_it) / π_old(y_it)                        1 in a batch's first update, near 1 in the second
     k3   = x − 1 − log x,  x = π_ref(y_it) / π(y_it)    how far from the start
     loss = −1/B Σ_i 1/|y_i| Σ_t [min(ρ_it A_i, clip(ρ_it, 1 − ε, 1 + ε) A_i) − β ρ_it k3_it]
+
+The clip: a token whose ρ has moved by more than ε in the direction of A_i gains nothing more. This is Eq. 3 and 4 of
+arXiv:2402.03300 with two changes: ρ before k3 (grpo.py says why); and a group whose A are all 0 adds nothing, not even
+its KL, though B counts it.
 
 One process, fp32, no resuming, no log but what it prints; the policy ends in runs/grpo_plain/last. grpo.py can use
 several processes and bf16 (its default where the hardware has it), resumes, keeps logs, reads a prompt once for its R
@@ -101,10 +104,10 @@ class Config:
 
 def main(config):
     """Train; returns {"before", "after"}, the accuracy on the test split, and "path"."""
-    dist = setup()
+    dist = setup()  # the device, and how many processes there are
     if dist.world > 1:
         raise ConfigError("grpo_plain.py runs in one process: leave torchrun out, or use grpo.py")
-    init = config.init or sft_start(PolicyConfig(name="grpo_plain", seed=config.seed), dist)  # a stage's flags
+    init = config.init or sft_start(PolicyConfig(name="grpo_plain", seed=config.seed), dist)  # the flags that it reads
     policy, tokenizer, _ = open_checkpoint(init, dist.device)
     policy.eval()  # without dropout, which would make ρ differ from 1 on fresh answers
     reference = copy.deepcopy(policy).requires_grad_(False)

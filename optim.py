@@ -1,7 +1,7 @@
 """Optimizers: gradient descent, momentum, Adam, AdamW, Muon; the learning rate's schedule; clipping; the scaler.
 
-Given g = dL/dw, how far does each weight move? w is a tensor of any shape; g, m and v have its shape. η is the rate, λ
-the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.95, 1e-8, Muon's μ is 0.95:
+Given g = dL/dw, how far does each weight move? w is a tensor; g, m, v have its shape, and all but Muon is elementwise.
+η is the rate, λ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.95, 1e-8, Muon's μ is 0.95:
 
     gradient descent   w ← w − η g
     momentum           m ← μ m + g,  w ← w − η m                     Polyak 1964; Nesterov: w ← w − η (g + μ m)
@@ -17,10 +17,9 @@ the decay, t = 1, 2, … the step; the defaults of β₁, β₂, ε are 0.9, 0.9
 
 One step of training:
 
-    (loss · scale).backward()          the caller; the scale is fp16's alone, whose least number is 6e-8: gradients
-                                       below half of it would round to 0
-    η = lr_at(step, …)                 the caller: a line up to the peak, then down: cosine, linear or wsd (warm-up,
-                                       stable, decay)
+    (loss · scale).backward()          the caller's, as the next line. Only fp16 has a scale: a gradient below
+                                       3e-8, half of its least number, would round to 0
+    η = lr_at(step, …)                 a line up to the peak, then down: cosine, linear or wsd (warm-up, stable, decay)
     optimizer_step(…):
         g ← g / scale                  before anything looks at the gradients
         g ← g min(1, clip / ‖g‖)       ‖g‖ over all weights at once (arXiv:1211.5063): shorter, in the same direction
@@ -42,10 +41,10 @@ Gradient descent. Near a minimum the loss is a bowl, along an axis of curvature 
 With κ = h_max / h_min, the best η is 2 / (h_max + h_min): a step leaves (κ − 1)/(κ + 1) of the error, κ steps about
 e⁻² of it.
 
-Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign at every step stays at g/(1 + μ), with μ
-= 0.9 a 19th of it. As −η m = w(t) − w(t−1), on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1), so w(t) is a sum of
-powers zᵗ of the roots of z² − (1 + μ − η h) z + μ (where they coincide, of zᵗ and t zᵗ). Both roots have size √μ as
-long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: every axis whose η h lies between these bounds shrinks by √μ a step. All do with
+Momentum. What the gradients agree on adds up, to g/(1 − μ); what changes sign at every step stays at g/(1 + μ), at
+μ = 0.9 a 19th of that. The last step was −η m = w(t) − w(t−1), so on the bowl w(t+1) = (1 + μ − η h) w(t) − μ w(t−1),
+and w(t) is a sum of powers zᵗ of the roots of z² − (1 + μ − η h) z + μ (where they coincide, of zᵗ and t zᵗ). Both have
+size √μ as long as (1 − √μ)² ≤ η h ≤ (1 + √μ)²: such an axis shrinks by √μ a step. All axes do with
 
     √μ = (√κ − 1)/(√κ + 1),  η = 4 / (√h_max + √h_min)²      and √κ steps do what took κ
 
@@ -61,20 +60,20 @@ the same bowl turned by 45° is not (demo).
 AdamW shrinks all weights by the same share. L2, g ← g + λ w, does not under Adam: its λ w is divided by √v̂ too, so
 weights with large gradients hardly decay.
 
-Muon sees a matrix, where Adam sees numbers. Of all D of size 1, which step w ← w − η D lowers the loss most, that is,
-has the largest ⟨G, D⟩ = Σ G_ij D_ij? That depends on what size means (arXiv:2409.20325):
+Muon sees a matrix W of gradient G, where Adam sees numbers. Of all D of size 1, which step W ← W − η D lowers the
+loss most, that is, has the largest ⟨G, D⟩ = Σ G_ij D_ij? That depends on what size means (arXiv:2409.20325):
 
     √Σ D_ij²                       D = G / ‖G‖_F                      gradient descent
     max |D_ij|                     D = sign(G)                        Adam with β₁ = β₂ = 0
     the largest singular value     D = U Vᵀ where G = U S Vᵀ          Muon
 
 The last bounds by how much the output of a layer y = W x changes: ‖D x‖ ≤ ‖x‖ for every x. With u_k, v_k the columns of
-U and V, ⟨G, D⟩ = Σ s_k u_kᵀ D v_k ≤ Σ s_k, and U Vᵀ has all of it, as each u_kᵀ U Vᵀ v_k is 1. A momentum is dominated
-by a few of these directions; U Vᵀ moves along all of them alike. No SVD is needed: an odd polynomial of a
-matrix acts on its singular values alone, (X Xᵀ) X = U S³ Vᵀ, and the five rounds bring all that begin above 0.002 to
-between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the small ones quickly, was worth more than that.
-The numbers of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2 √max(rows, columns) U Vᵀ moves a weight by
-0.2 η, about what AdamW does when the gradients are noise.
+U and V, s_k the singular values, ⟨G, D⟩ = Σ s_k u_kᵀ D v_k ≤ Σ s_k, and U Vᵀ reaches this bound, as each u_kᵀ U Vᵀ v_k
+is 1. In a momentum a few s_k are far above the rest; U Vᵀ moves along all these directions alike. No SVD is needed: an
+odd polynomial of a matrix acts on its singular values alone, (X Xᵀ) X = U S³ Vᵀ, and the five rounds bring all that
+begin above 0.002 to between 0.68 and 1.21. They do not go to 1: a large `a`, which lifts the small ones quickly, was
+worth more than that. The entries of U Vᵀ have a root mean square of 1/√max(rows, columns), so 0.2 √max(rows, columns)
+U Vᵀ moves a weight by 0.2 η, about what AdamW does when the gradients are noise.
 
 Which one, at which rate. Muon is the default by choice, not by a finding: no page here separates the two. AdamW, whose
 step may be five times Muon's, wants a lower rate. Under AdamW clipping at 1 acted on 3 to 7 % of the steps, most of
@@ -97,7 +96,7 @@ from support.sharding import full_tensor, in_stacks
 
 # ---------------------------------------------------------------------------------------------------------------
 # One weight tensor w of any shape at a time: `update` changes it in place, given its gradient g, its memory `state` (a
-# dict, empty at first) and the settings. PerTensor.step calls it for each.
+# dict, empty at first) and the settings. PerTensor.step (support/per_tensor.py) calls it for each.
 
 
 class SGD(PerTensor):
@@ -167,7 +166,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, decay, ahead = group["lr"], group["weight_decay"], partial(self.nesterov, mu=group["momentum"])
-            # as: for w in group["params"]: update = orthogonalise(ahead(w)); (..., rows, columns) each
+            # for w in group["params"]: update = orthogonalise(ahead(w)), (..., rows, columns); but several w at once
             for w, update in in_stacks(group["params"], ahead, orthogonalise):
                 w.mul_(1 - lr * decay)
                 w.add_(update, alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)

@@ -16,8 +16,8 @@ torchrun there are `world` processes, the ranks: each takes B / world of the win
                  n = B · T                                  targets of the whole step, over micro-batches and ranks
     2. gradient  for x, y in micro_batches:                 of this rank's B / world windows             (b, T) each
                      nll = next_token_loss(model, x, y)     −Σ log π(y)                           (b, T) -> ()
-                     backward((nll + routers) / n · world)  routers: b · T times the routers' losses; 0 if no experts.
-                                                            Gradients add up over micro-batches; DDP and FSDP average
+                     loss = (nll + balancing) / n           balancing: b · T times the routers' losses; 0 if no experts
+                     backward(loss · world)                 gradients add up over micro-batches; DDP and FSDP average
                                                             them over the ranks, world makes it a sum
     3. update    lr = lr_at(step)                           a line up, then a cosine down to --floor · --lr
                  optimizer_step(policy, lr, clip)           g ← g · min(1, clip / ‖g‖), ‖g‖ over all weights (--clip 0
@@ -37,7 +37,7 @@ norm_placement post, positions learned, activation gelu, bias true, qk_norm fals
 Which option changes what:
 
     the gradient     --data, --tokenizer, --vocab_size, --batch, --model.context and --seed (which tokens are in it),
-                     --init and --model.* (the function), --clip (its length). With experts --aux_weight and
+                     --init and --model.* (the model), --clip (its length). With experts --aux_weight and
                      --z_weight, which add two losses of the routers
     the update       --optimizer, --lr, --warmup, --steps, --schedule, --floor, --weight_decay, --skip_nonfinite; with
                      experts --bias_rate
@@ -61,9 +61,8 @@ Traps:
     and halves its scale, and the run stops only if the scale falls below 1.)
 
 Mixed precision (arXiv:1710.03740): weights, their gradients and what is summed over many numbers (softmax, norms, the
-loss) stay fp32; autocast runs the matrix products in bf16, or in fp16 on older GPUs. fp16 has nothing between 0 and
-6e-8, so there the scaler multiplies the loss, which keeps small gradients alive through the backward pass, and divides
-the gradients after it (optim.py).
+loss) stay fp32; autocast runs the matrix products in bf16, or on older GPUs in fp16, where the scaler keeps small
+gradients from rounding to 0 (optim.py).
 
 Many GPUs: torchrun starts one process, a rank, per GPU. Which windows a step reads depends on (seed, step) alone, so
 two ranks read what one would, and a resumed run what an uninterrupted one would. Weight, gradient and AdamW's two
@@ -272,12 +271,13 @@ def main(config):
     texts = {split: load_text(config.data, split, config.skip_bad) for split in ("train", "valid")}
     policy, tokenizer, config = make_decoder(config, dist, texts)
     context = config.model.context  # T
-    streams = make_streams(config, dist, tokenizer, context, texts)  # all documents as one array of ids, on disk
+    streams = make_streams(config, dist, tokenizer, context, texts)  # {split: (tokens,)}, ids of all documents, on disk
     reads = weights_of(config.init, policy) if config.init else {}  # what a resumed run must find unchanged
     # `model` wraps `policy`: forward passes of the loss go through it, everything else through `policy`.
     model = distribute(policy, config, dist, autocast)
     optimizers = make_optimizers(policy, config.optimizer, config.lr, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * dist.rank)  # dropout differs between ranks
+    # run: steps, checkpoints, what a resumed run must know (parts, skipped, last_valid). look: logs and validates.
     run = Run(config, dist, policy, tokenizer, optimizers, scaler, best=math.inf, lower_is_better=True, chat=False,
               parts={"streams": streams}, reads=reads, skipped=0, last_valid=math.nan)  # fmt: skip
     look = Look(run, texts["valid"], streams, autocast)

@@ -8,14 +8,15 @@ A policy π solves a problem x with probability p(x) = Σ π(y | x) over the rig
     J(π) = Σ_x log p(x)  ≥  Σ_x Σ_y q(y | x) log(π(y | x) / q(y | x))     any q over the right answers (Jensen)
 
 EM first picks the q that makes the two sides equal, then raises the right-hand side over π (ReST-EM, arXiv:2312.06585).
-With exact steps J cannot fall; with samples and a few steps that holds only nearly. Round k, at --temperature 1:
+With exact steps J cannot fall; with samples and a few steps that holds only nearly. Round k, from the policy π_k and
+its p_k, at --temperature 1:
 
     E-step   q(y | x) = π_k(y | x) / p_k(x)               sample R answers per problem from π_k; keep the K_x right ones
     M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]     fine-tune on them: minimize
              L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
 
-A step below divides its sum by Σ w |y| over its own B answers, where w = 1/K_x, not by N. So a step is as long when few
-answers are right. Its direction is that of its B terms of L; only the weight of one step against another differs.
+An optimizer step takes B of the kept answers and divides not by N, but by their Σ w |y|, where w = 1/K_x. That leaves
+the direction of their terms of L as it is, and a step is as long where few problems are solved as where all are.
 
 At the first step of a round, where π = π_k (with --restart in the first round alone), −∇L is a policy gradient. As
 ∇p = Σ_right π(y) ∇log π(y), over right samples E[∇log π(y)] = ∇p / p, and one problem's expected step is:
@@ -24,7 +25,7 @@ At the first step of a round, where π = π_k (with --restart in the first round
     weight 1/R     E[K_x / R] ∇p / p = ∇p                                        REINFORCE, reward 1 if right, else 0
 
 The first, ∇log p for large R, is also what grpo.py --algorithm maxrl --baseline none --format_weight 0 computes (which
-pays right answers that were cut off too); the second is --weigh answer, up to the divisor. Here both hold with
+pays right answers that were cut off too); the second is --weigh answer, up to the divisor. Here both need
 --distinct false and no --max_per_problem: EM counts an answer as often as it was sampled, so all right ones grow by the
 same factor 1/p. By default each distinct right answer to a problem weighs the same, so a rare one, once sampled, grows
 more.
@@ -102,7 +103,7 @@ def encode_kept(prompt, answer, weight):
 
 def keep_round(groups, distinct=True, limit=None, weigh="problem"):
     """N pairs: prompt ids, R answers (ids, right, ended) -> [(prompt, answer, weight), …]."""
-    kept, of_prompt = [], {}
+    kept, of_prompt = [], {}  # of_prompt: {its ids: (prompt, all of its answers)}
     for prompt, answers in groups:  # a round may ask a problem twice: where N is above their number, or an epoch ends
         of_prompt.setdefault(tuple(prompt), (prompt, []))[1].extend(answers)
     for prompt, answers in of_prompt.values():
@@ -112,8 +113,8 @@ def keep_round(groups, distinct=True, limit=None, weigh="problem"):
 
 
 def demo():
-    """What is kept of two problems' answers; one step on every possible group of answers; what the M-step leaves."""
-    easy = [([5, 5, 1], True, True), ([5, 5, 1], True, True), ([6, 1], True, True), ([7, 7, 7], True, False)]  # 1: end
+    """What is kept of two problems' answers (id 1 ends one); a step on each possible group; what the M-step leaves."""
+    easy = [([5, 5, 1], True, True), ([5, 5, 1], True, True), ([6, 1], True, True), ([7, 7, 7], True, False)]  # cut off
     hard = [([8, 1], False, True), ([9, 1], True, True), ([8, 8, 1], False, True), ([4, 1], False, True)]
     kept = keep_round([([2], easy), ([3], hard)])
     assert kept == [([2], [5, 5, 1], 1 / 2), ([2], [6, 1], 1 / 2), ([3], [9, 1], 1.0)]
@@ -148,7 +149,7 @@ def demo():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stage.
+# The stage. More flags: support/verified.py (--prompts, N, --rollouts, R, --temperature), support/runs.py (--steps, …).
 
 
 @dataclass
@@ -192,7 +193,7 @@ def main(config):
 
     # The first round is sampled before the run opens its directory: if that fails, no earlier run is moved aside.
     first = None if config.resume else sample_and_keep(0)
-    run = begin_run(start, sampled=first)  # saved with last/: a resumed run goes on with its round
+    run = begin_run(start, sampled=first)  # run.state.sampled is saved with last/: a resumed run goes on with its round
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 else policy
 
     measure_start(run, problems, start.init)  # the test split; and until something beats it, the start is best/

@@ -6,8 +6,8 @@ two neighbours that occur together most often, make the pair one new token, writ
 has ids, because every byte has one; frequent words are one token, rare ones a few. Before all this a regular
 expression, PATTERN below, cuts the text into words, and no merge crosses a cut. The size V of the vocabulary is a
 trade: with more merges a text has fewer ids, but each id costs a row of the embedding (V, C) and a logit at every
-position. `python pretrain.py` trains V = 768, 509 merges, on its own text; later stages take the checkpoint's
-tokenizer.
+position. `python pretrain.py` trains V = 768 on its own text: 256 bytes, 509 merges, 3 special tokens. Later stages
+take the checkpoint's tokenizer.
 
     aaabdaaabac   --aa→Z-->   ZabdZabac   --ab→Y-->   ZYdZYac   --ZY→X-->   XdXac        5 ids instead of 11
 
@@ -32,10 +32,11 @@ Encoding: a text and the merges -> ids
 Merges apply in the order in which they were learned, because a new token takes part in later merges only. So encoding
 replays the training: a word of the training text comes out as training left it.
 
-Ids of a tokenizer that is trained here: 0 … 255 are the bytes, 256 + k is merge k, the special tokens come last. A text
-cannot write a special token: `Tokenizer.encode` reads its name as plain characters, unless `allowed_special` has it;
-`encode_chat`, and the code that joins documents, put its id in. (Qwen3's `<think>` and its like are no special tokens:
-each is one id in any text.) A chat is framed in ChatML; SFT trains on what is underlined, the mask of `encode_chat`:
+Special tokens are no text: <|endoftext|> ends a document, <|im_start|> and <|im_end|> begin and end a turn of a chat.
+`encode_chat`, and the code that joins documents, put their ids in. A text cannot: `Tokenizer.encode` reads their names
+as plain characters, unless `allowed_special` has them. Ids of a tokenizer that is trained here: 0 … 255 are the bytes,
+256 + k is merge k = 0, 1, …, the special tokens come last. A chat is framed in ChatML; SFT trains on what is
+underlined, the mask of `encode_chat`:
 
     <|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n
                                                                ~~~~~~~~~~~
@@ -44,11 +45,9 @@ each is one id in any text.) A chat is framed in ChatML; SFT trains on what is u
 same merges and ids faster. Two other kinds have the same interface: `ByteTokenizer` (no merges: nothing to train, the
 longest sequences) and `CharTokenizer` (an id per character seen in training).
 
-`save_pretrained` writes the format of Hugging Face's `tokenizers`. `transformers.AutoTokenizer` then gives the same
-ids, with three exceptions: it reads the name of a special token in any text as that token; where an answer begins with
-white space, that and the line end after "assistant" can become one token; and in a checkpoint whose config.json says
-"qwen2" it splits every text as Qwen2 does, whatever tokenizer.json says. `load_tokenizer` opens that format, and
-byte-level BPE in the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
+`save_pretrained` writes the format of Hugging Face's `tokenizers`, from which `transformers.AutoTokenizer` gives the
+same ids (support/tokenizer_files.py has three exceptions). `load_tokenizer` opens that format, and byte-level BPE in
+the form of GPT-2, Qwen2 and SmolLM2; any other is refused with a reason.
 
 Simplified: no Unicode normalisation in training (NFC where a loaded tokenizer asks for it), and no merge is ever
 skipped at random (BPE-dropout, arXiv:1910.13267). Run it: `python tokenizer_bpe.py`.
@@ -69,8 +68,8 @@ from support.vocabulary import Vocabulary
 from support.word_counts import batches, count_words
 
 # Cut first, merge within: so "dog." and "dog!" share the token "dog". The cuts are GPT-4's as changed by Qwen2, where
-# each digit stands alone. With tokens of up to three digits the same digit has another id in every group, and which
-# columns share a token depends on the number's length: sums come out less accurate (arXiv:2402.14903).
+# each digit stands alone. A token of up to three digits hides its digits, and which decimal places share a token
+# depends on the number's length: sums come out less accurate (arXiv:2402.14903).
 PATTERN = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
@@ -159,8 +158,8 @@ def apply_merges(word, rank):
 
 
 def check_spelling(merges):
-    """Raises TokenizerError unless every token comes out whole when the merges are applied to its bytes. (tiktoken
-    looks a whole word up first: the id of a token that equals it is right only if the merges build that token too.)"""
+    """Raises TokenizerError unless every token comes out whole when the merges are applied to its bytes. For tiktoken
+    gives a word that equals a token the id of that token, whatever the merges would make of it."""
     rank = {pair: place for place, pair in enumerate(merges)}
     if odd := next((token for token in doubtful_tokens(merges) if len(apply_merges(token, rank)) > 1), None):
         raise TokenizerError(f"its merges do not make its token {to_printable(odd)!r}: the ids would be wrong here")
@@ -174,8 +173,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # end of a doc
 class Tokenizer(Vocabulary):
     """What all kinds share. Each kind adds `encode_ordinary`: the ids of a text in which nothing is special.
 
-    `Vocabulary` (support/vocabulary.py) keeps the tables: special_ids, {name: id}; added_ids, {word: id} of words that
-    are one token in any text (Qwen3's <think>); stop_ids, what ends an answer; and the bytes of every id.
+    `Vocabulary` (support/vocabulary.py) keeps the tables: vocab, {id: bytes} of the ordinary tokens; special_ids,
+    {name: id}; added_ids, {word: id} of words that are not special, but one token in any text (Qwen3's <think>); and
+    stop_ids, the ids that end an answer.
     """
 
     def encode(self, text, allowed_special=()):
@@ -212,9 +212,9 @@ class Tokenizer(Vocabulary):
         """[{"role", "content"}, …] -> ids, mask: True on the assistant's words and the <|im_end|> after them.
 
         The special tokens are put in as ids, so a content cannot forge one. The text between two of them is encoded as
-        a whole, as transformers does with the chat template that we save; only an answer is encoded apart from its
-        "assistant\\n", as it is sampled. If the tokenizer came with a default system turn, a chat without one begins
-        with that. add_generation_prompt: end with the opening of an answer.
+        a whole, as transformers does with the chat template that we save; only an answer is encoded apart from the
+        "assistant\\n" before it, because it is sampled after that. If the tokenizer came with a default system turn, a
+        chat without one begins with that. add_generation_prompt: end with the opening of an answer.
         """
         (start, end), newline = self.chat_ids(), self.encode("\n")
         turns = [check_message(number, message) for number, message in enumerate(messages)]

@@ -3,6 +3,11 @@ GPT-2 (read), and the tokenizer in a llama.cpp GGUF file (read).
 
 A file is read into a `TokenizerSpec`, from which tokenizer_bpe.py makes a tokenizer, and written from one. A tokenizer
 that might give different ids here is rejected with a reason, because almost right means silently wrong ids.
+
+From a file that is written here `transformers.AutoTokenizer` gives the same ids, with three exceptions: it reads the
+name of a special token in any text as that token; where an answer begins with white space, that and the line end after
+"assistant" can become one token; and in a checkpoint whose config.json says "qwen2" it splits every text as Qwen2 does,
+whatever tokenizer.json says.
 """
 
 import hashlib

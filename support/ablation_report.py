@@ -111,15 +111,16 @@ def write_report(
     print(written)
 
 
-def power_lines(least, n):
-    """What n seeds can show. least: two of `ablate.smallest_difference`, for one comparison and for all; or None."""
+def power_lines(least, n, first):
+    """What n seeds can show. least: two of `ablate.smallest_difference`, for one comparison and for all; or None.
+    first: the metric of the first column."""
     if not least or math.isnan(least[0]):
         return []
     spread, corrected = "", ""
     if least[1] > least[0]:  # several comparisons
         spread = ", at the median spread of its differences,"
-        corrected = f" before the correction, one of {number(least[1])} at its strictest step"
-    difference = f"a difference of {number(least[0])} in the first column{spread}"
+        corrected = f" before the correction, one of {number(least[1], first)} at its strictest step"
+    difference = f"a difference of {number(least[0], first)} in the first column{spread}"
     return [f"With {n} seeds {difference} would be seen in 4 of 5 such experiments (80 % power){corrected}.", ""]
 
 
@@ -138,7 +139,7 @@ def page(experiment, results, means, differences, seeds, command, where, picture
     columns = [m for m in experiment.columns if any(m in figures for figures in results.values())]
     lines += header(columns)
     for variant in means:
-        lines.append(f"| {variant} | " + " | ".join(plus_minus(means[variant][m]) for m in columns) + " |")
+        lines.append(f"| {variant} | " + " | ".join(plus_minus(means[variant][m], m) for m in columns) + " |")
     lines += ["", "Mean of the seeds ± half of Student's 95 % interval.", ""]
     if tuned:
         score = "loss" if "pretrain" in {stage for stage, _ in experiment.variants.values()} else "accuracy"
@@ -155,7 +156,7 @@ def page(experiment, results, means, differences, seeds, command, where, picture
     if differences and len(seeds) > 1:
         columns = [m for m in columns if m not in TIMES]  # those depend on what else the machine does
         lines += [*difference_table(experiment, columns, means, differences), ""]
-        lines += power_lines(least, len(seeds))
+        lines += power_lines(least, len(seeds), experiment.columns[0])
     texts = {v: results[v, seeds[0]]["text"] for v in means if "text" in results[v, seeds[0]]}
     if texts:
         lines += [f"What they write after a line's end, at temperature 1, seed {seeds[0]}:", ""]
@@ -171,7 +172,7 @@ def header(columns):
 def difference_table(experiment, columns, means, differences):
     """The lines of the table, under a heading; a row names both variants if the experiment names its pairs."""
     cells = {
-        (a, b): [signed(intervals[m], means[a][m].mean or means[b][m].mean) for m in columns]
+        (a, b): [signed(intervals[m], means[a][m].mean or means[b][m].mean, m) for m in columns]
         for (a, b), intervals in differences.items()
     }
     base = "" if experiment.pairs else f" to *{next(b for _, b in differences)}*"
@@ -186,10 +187,12 @@ def difference_table(experiment, columns, means, differences):
     return lines
 
 
-def number(x):
-    """A number with just enough digits to compare it."""
+def number(x, metric=""):
+    """A number with just enough digits to compare it; of a column in % one after the point, or two."""
     if math.isnan(x):
         return "–"
+    if x and HEADINGS.get(metric, "").endswith("(%)"):
+        return f"{x:.1f}" if abs(x) >= 1 else f"{x:.2f}"
     if abs(x) > 100:
         return f"{x:,.0f}"
     if x == 0:
@@ -197,20 +200,20 @@ def number(x):
     return f"{x:.1f}" if abs(x) >= 20 else f"{x:.3f}" if abs(x) >= 1 else f"{x:.4f}"
 
 
-def plus_minus(interval):
+def plus_minus(interval, metric=""):
     """A mean ± half its interval, with the same number of decimals."""
-    text = number(interval.mean)
+    text = number(interval.mean, metric)
     decimals = len(text.partition(".")[2])
     return f"{text} ± {interval.half:,.{decimals}f}" if interval.half > 0 else text
 
 
-def signed(difference, of):
+def signed(difference, of, metric=""):
     """A difference and its interval, with the decimals that the table gives a number of the size `of`; bold if it is
     significant."""
     mean, half, _ = difference
     if math.isnan(half):
         return "–"
-    decimals = len(number(of).partition(".")[2])
+    decimals = len(number(of, metric).partition(".")[2])
     if half == 0:
         return f"{mean:+,.{decimals}f}"
     text = f"{mean:+,.{decimals}f} [{mean - half:+,.{decimals}f}, {mean + half:+,.{decimals}f}]"

@@ -247,7 +247,8 @@ def seen_in(compared, results=ROOT / "results"):
             verdict = words[rises != (expects == "+")]
         of = means[first][metric].mean or means[second][metric].mean
         unit = {"%": "points", "": of_what}.get(unit, unit)
-        seen.append(f"{verdict} ({of_what}): {first} against {second} {signed(difference, of).strip('*')} {unit}")
+        by = signed(difference, of, metric).strip("*")
+        seen.append(f"{verdict} ({of_what}): {first} against {second} {by} {unit}")
     return f"{'' if alone else 'not tested alone; '}{'; '.join(seen)} ([{name}]({name}.md))"
 
 

@@ -43,6 +43,7 @@ def test_numbers_and_intervals_in_words():
     assert plus_minus(student_interval([0.25])) == "0.2500"  # one seed has no interval
     assert plus_minus(student_interval([1.0, math.nan, 2.0])) == "–"
     assert plus_minus(Interval(54.66, 0.0)) == "54.7"
+    assert plus_minus(Interval(4.66, 2.345), "accuracy") == "4.7 ± 2.3"  # in %
 
     def difference(a, b):
         return signed(paired_difference(a, b), student_interval(a).mean or student_interval(b).mean)
@@ -142,7 +143,7 @@ def test_many_comparisons_are_corrected_and_the_page_says_so():
     ],
 )
 def test_what_the_page_says_of_its_power(least, words):
-    line, _ = ablation_report.power_lines(least, 5)
+    line, _ = ablation_report.power_lines(least, 5, "valid_loss")
     assert all(part in line for part in words)
 
 

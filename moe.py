@@ -24,7 +24,7 @@ ffn_width / (K + shared) wide, so a token costs what a dense feed-forward costs,
 
 **Balancing.** Top-k has no gradient: the router learns only through the weights of the experts that it picked. Only
 these are trained, too, so they become better and are picked more often. Left alone, a few take almost everything: in
-results/moe.md the busiest gets 3.7 times the even share, where E / K = 4 times is the most there can be; in 600 steps
+results/moe.md the busiest gets 3.6 times the even share, where E / K = 4 times is the most there can be; in 600 steps
 that costs nothing significant. Against it, `--model.balancing`:
 
     aux     loss += 0.01 · E Σ_e f_e P_e     the Switch loss, arXiv:2101.03961, Eq. 4: f_e is expert e's share of the

@@ -105,8 +105,7 @@ CLAIMS = [
         "a bias alone balances experts, for free",
         "[2408.15664]",
         "moe.update_biases",
-        "balanced, at no significant cost ([moe](moe.md))",
-        Compared("moe", "8 experts, bias", "8 experts, none", ("valid_loss",), "0"),
+        compared=Compared("moe", "8 experts, bias", "8 experts, none", ("valid_loss",), "0"),
     ),
     Claim(
         "clipping prevents blow-ups",

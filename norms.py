@@ -66,7 +66,7 @@ begin smaller, see the end.)
 
 transformer.py divides the matrices that write into the stream by √(2 n_layer) at the start. That levels the gradients.
 In a character model of 12 blocks the gradient of the first block, divided by that of the last, is 1.1 in pre and 0.98
-in post. In sandwich, whose second norm undoes the division, it is 3.4 (results/norm-placement.md).
+in post. In sandwich, whose second norm undoes the division, it is 3.6 (results/norm-placement.md).
 
 The modules call torch's fused kernels (all of the formula in one pass over memory); where RMSNorm has none for training
 (CPU, Apple GPU), support/fast_norms.py supplies one.

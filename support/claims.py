@@ -67,9 +67,7 @@ CLAIMS = [
         "post-norm needs a warm-up",
         "[2002.04745]",
         "norms.place",
-        "not significantly at 12 layers ([norm-placement](norm-placement.md)); deeper it fails even so "
-        "([norm-depth](norm-depth.md))",
-        Compared("norm-placement", "post, no warm-up", "post, warm-up", ("valid_loss",), "+"),
+        compared=Compared("norm-placement", "post, no warm-up", "post, warm-up", ("valid_loss",), "+"),
     ),
     Claim(
         "rotated scores depend on the distance alone",

@@ -53,6 +53,8 @@ class Config:
     def __post_init__(self):
         check(self)
         refuse_levels(self)
+        if not self.samples and self.seed != type(self).seed:
+            raise ConfigError("--seed has no effect on greedy answers: give --samples, or leave it out")
 
 
 def names_of(config):

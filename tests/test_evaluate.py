@@ -840,3 +840,9 @@ def test_tables_on_a_full_disk_and_numbers_that_are_not_finite(tmp_path, monkeyp
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
     assert (tmp_path / "result.json").read_text(encoding="utf-8") == result
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_seed_without_samples_is_refused():
+    with pytest.raises(ConfigError, match="--seed has no effect on greedy answers"):
+        Config(checkpoint="x", seed=3)
+    assert Config(checkpoint="x", seed=3, samples=2).seed == 3

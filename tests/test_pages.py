@@ -149,7 +149,7 @@ def test_a_formula_shows_its_tests_and_its_claim_and_a_chapter_its_results(site)
     assert links_of(site["grpo.html"], row("clip_surrogate"))["grpo_loss"] == "grpo.html#grpo_loss"  # only in a table
     place = re.search(row("place"), site["norms.html"], re.S)[0]
     assert "post-norm needs a warm-up" in place
-    assert links_of(place, ".*")["norm-depth"] == "results/norm-depth.html"
+    assert links_of(place, ".*")["norm-placement"] == "results/norm-placement.html"
     masked = "mask the tokens on which sampler and trainer disagree"
     assert masked in re.search(row("sampler_weights"), site["support/off_policy.html"], re.S)[0]
     assert "a ratio of the whole sequence is the better one" in site["grpo.html"]  # the table is in support/family.py

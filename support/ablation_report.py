@@ -324,6 +324,7 @@ def draw_means(axis, label, means, looks):
         width = None if math.isnan(half) else half
         axis.errorbar(mean, i, xerr=width, fmt="o", color=looks[variant]["color"], capsize=4)
     axis.set(yticks=range(len(means)), yticklabels=list(means), xlabel=label)
+    axis.locator_params(axis="x", nbins=6)  # more of three decimals would touch each other
     axis.set_title("at the end: mean, 95 % interval", fontsize=10)
     if "(%)" in label:  # an interval of few seeds may go beyond 0 or 100
         left, right = axis.get_xlim()
@@ -362,18 +363,22 @@ def draw_curves(axis, label, curves, looks, crowd):
     if middles and max(middles) > 1000 * min(middles) > 0:
         axis.set_yscale("log")
     bands = not crowd and axis.get_yscale() == "linear"
+    banded = False
     for variant, (steps, intervals) in curves.items():
         axis.plot(steps, [x.mean for x in intervals], label=variant, **looks[variant])
         if bands and not math.isnan(intervals[0].half):
             low, high = [x.mean - x.half for x in intervals], [x.mean + x.half for x in intervals]
             axis.fill_between(steps, low, high, color=looks[variant]["color"], alpha=0.15, linewidth=0)
+            banded = True
     if axis.get_yscale() == "log":
         axis.set_ylim(bottom=min(line.get_ydata().min() for line in axis.lines))
     elif axis.lines and min(line.get_ydata().min() for line in axis.lines) >= 0 > axis.get_ylim()[0]:
         axis.set_ylim(bottom=0)  # a band of few seeds may go below 0
     if label.startswith("share"):
         axis.set_ylim(top=min(1.02, axis.get_ylim()[1]))
-    axis.set(title=label if bands else "mean of the seeds", xlabel="step", ylabel=label)
+    axis.set_title("mean of the seeds" + ", 95 % interval" * banded, fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel(label, fontsize=9)  # the longest is as long as a panel is high
     axis.grid(alpha=0.25)
 
 

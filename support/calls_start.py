@@ -34,6 +34,9 @@ def check_agent(config):
         raise ConfigError("--init is a checkpoint that calls tools already, --teach one that is taught to: give one")
     if config.init and config.demonstrations != type(config).demonstrations:
         raise ConfigError("--demonstrations is for a start that is made: leave it out, or --init")
+    plain = not (config.init or config.tools or config.teach)  # the start of grpo.py
+    if plain and config.demonstrations != type(config).demonstrations:
+        raise ConfigError("--demonstrations has no use with --tools '[]' and without --teach: leave it out")
     if config.train_on_tools and not config.tools:
         raise ConfigError("--train_on_tools has no use without --tools")
 

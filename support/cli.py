@@ -12,7 +12,7 @@ from pathlib import Path
 import jsonargparse
 from torch import distributed
 
-from support.checks import listed
+from support.checks import declared, listed
 from support.devices import lacking_on_mps
 from support.errors import FOR_THE_USER
 from support.files import reason
@@ -78,7 +78,7 @@ def parse_config(cls, args=None, description=None, demo=None):
             parser.error(f"{arg} is not {encoding} text, the encoding of this locale; a UTF-8 locale, or PYTHONUTF8=1")
     parsed = parser.parse_args(args)
     for f in fields(cls):
-        if is_dataclass(f.default_factory) and parsed.get(f.name) is None:
+        if is_dataclass(declared(cls)[f.name]) and parsed.get(f.name) is None:
             parser.error(f"{f.name} is empty in the --config file: give it settings, or leave the line out")
     settings = parser.instantiate(parsed)
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})

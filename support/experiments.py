@@ -339,21 +339,11 @@ EXPERIMENTS = {
         "How far may the sampler be from the policy, and what saves a run from it?",
         _HELD_POLICY,
         {"on policy": _grpo()} | _OFF_POLICY,
-        (
-            "accuracy",
-            "sampled",
-            "pass_at_8",
-            "story_kept",
-            "kl",
-            "length",
-            "clipped",
-            "sampler_kl",
-            "limited",
-            "seconds",
-        ),
+        ("accuracy", "pass_at_8", "story_kept", "kl", "clipped", "sampler_kl", "limited", "seconds"),
         ("reward_correct", "sampler_kl"),
-        pairs=tuple((v, "on policy") for v in _OFF_POLICY)
-        + tuple((v, f"{v.split(', ')[0]}, uncorrected") for v in _OFF_POLICY if "uncorrected" not in v),
+        pairs=tuple(
+            (v, "on policy" if "uncorrected" in v else f"{v.split(', ')[0]}, uncorrected") for v in _OFF_POLICY
+        ),
         probe="training",
         dashed="uncorrected",
     ),

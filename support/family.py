@@ -137,9 +137,10 @@ def loss_options(config):
 
 
 def divide_by_mean(centred, rewards):
-    """(N, R) each: over the group's mean reward, 0 where all earn 0 (MaxRL, --scale mean). If a right answer earns 1
-    and has the chance p, and a wrong one 0, the expected gradient is ∇p Σ_k (1 − p)^(k−1), k = 1 … R − 1 (without a
-    baseline … R): the first terms of ∇log p = ∇p / p. ConfigError on a reward below 0."""
+    """centred and rewards (N, R) -> (N, R): `centred` divided by the group's mean reward, 0 where all earn 0 (MaxRL,
+    --scale mean). If an answer is right with probability p and then earns 1, else 0, the expected gradient is
+    ∇p Σ_k (1 − p)^(k−1), k from 1 to R − 1 (without a baseline to R): the first terms of ∇log p = ∇p / p. ConfigError
+    on a reward below 0."""
     if (rewards < 0).any():
         raise ConfigError(f"--scale mean divides by a group's mean reward, and a reward is {rewards.min():g}")
     mean = rewards.mean(dim=1, keepdim=True)  # (N, 1)

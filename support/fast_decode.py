@@ -29,7 +29,7 @@ MODULES |= {"blocks.{}.attn": Attention, "blocks.{}.ffn": FeedForward, "blocks.{
 MODULES |= {f"blocks.{{}}.attn.{name}": nn.Linear for name in ("wq", "wk", "wv", "wo")}
 MODULES |= {f"blocks.{{}}.attn.{name}": RMSNorm for name in ("q_norm", "k_norm")}
 MODULES |= {f"blocks.{{}}.ffn.{name}": nn.Linear for name in ("gate", "up", "down")}
-METHODS = ("forward", "hidden")
+METHODS = ("forward", "hidden", "output")
 ORIGINAL_METHODS = {kind: [getattr(kind, name, None) for name in METHODS] for kind in MODULES.values()}
 TENSORS = {"weight", "bias", "rope_cos", "rope_sin"}
 

@@ -69,12 +69,12 @@ def recording_of(run_dir):
     if "algorithm" not in config or {"combine", "tools"} & config.keys():  # gdpo.py and agent.py have these too
         raise DataError(f"{run_dir} is no run of grpo.py: {visible(str(header.get('about')))}")
     watched = [[group for group in record["groups"] if group["watched"]] for record in records]
-    if len(records) < 2 or not all(watched):
+    if len(records) < 2 or not set.intersection(*({group["question"] for group in some} for some in watched)):
         raise DataError(f"{run_dir} has recorded no watched question at two steps: train with --watch 1 or more")
     if (step := records[-1]["step"]) < config["steps"]:
         raise DataError(f"{run_dir} has not ended: step {step} of {config['steps']} is the last that it recorded")
     if not all("correct" in answer["rewards"] for groups in watched for g in groups for answer in g["answers"]):
-        raise DataError(f"{run_dir} does not say which answers are right: --correct_weight was 0")
+        raise DataError(f"{run_dir} does not say which answers are right: a watched question has no answer to check")
     return config, records
 
 
@@ -157,9 +157,13 @@ def stages_of(run_dir):
 def frames_of(run_dir):
     """-> question, its right answer, [Frame, …] of some steps, {step: how many answers were right} of all."""
     _, records = recording_of(run_dir)
-    groups = [[group for group in record["groups"] if group["watched"]] for record in records]
-    counts = [[sum(a["rewards"]["correct"] >= 1 for a in group["answers"]) for group in some] for some in groups]
-    chosen = max(range(min(map(len, groups))), key=lambda k: counts[-1][k] - counts[0][k])
+    groups = [{group["question"]: group for group in record["groups"] if group["watched"]} for record in records]
+    counts = [
+        {question: sum(a["rewards"]["correct"] >= 1 for a in group["answers"]) for question, group in some.items()}
+        for some in groups
+    ]
+    of_all = [question for question in groups[0] if all(question in some for some in groups)]
+    chosen = max(of_all, key=lambda question: counts[-1][question] - counts[0][question])
     n = min(FRAMES, len(records))
     frames = []
     for i in (round(k * (len(records) - 1) / (n - 1)) for k in range(n)):

@@ -50,7 +50,7 @@ def read_gguf(path):
         raise CheckpointError(f"to open {path}: pip install gguf") from None
 
     class Reader(gguf.GGUFReader):
-        """Its arrays of strings and numbers in one pass each: a tokenizer has 150,000 entries in three of them."""
+        """Reads each array of strings or numbers in one pass: a tokenizer has three, of up to 150,000 entries each."""
 
         data = property(lambda self: self.plain, lambda self, mapped: setattr(self, "plain", np.asarray(mapped)))
 

@@ -6,7 +6,7 @@ on.
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def join(config):
 
 def facts_of(config, device):
     """{name in a message: value} of all that must be the same on each node; of files, their content."""
-    facts = {f"--{name}": value for name, value in flat(asdict(config)).items()}
+    facts = {f"--{name}": value for name, value in flat(config).items()}
     facts |= {"the device": device.type, "torch": torch.__version__, "Python": sys.version.split()[0]}
     facts["this code"] = content_of_code()
     if getattr(config, "dtype", None) == "auto":
@@ -53,11 +53,12 @@ def facts_of(config, device):
 
 
 def flat(settings, prefix=""):
-    """Nested settings -> {"model.width": value as JSON}."""
+    """A dataclass of settings -> {"model.width": value as JSON}. A dict, as of model.rope_scaling, is one value: where
+    another node has null instead, its keys would find nothing to be compared with."""
     flags = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict)
-        flags |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: to_json(value, default=str)}
+    for field in fields(settings):
+        name, value = prefix + field.name, getattr(settings, field.name)
+        flags |= flat(value, f"{name}.") if is_dataclass(value) else {name: to_json(value, default=str, sort_keys=True)}
     return flags
 
 

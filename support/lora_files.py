@@ -2,9 +2,11 @@
 
 A stage passes `LoraState(model, base)` to its Run. It saves the adapters alone and restores them over the weights of
 `base`. `save_lora` and `load_lora` write and read adapter_model.safetensors and adapter_config.json as `peft` does,
-with the layer names of `transformers`. `PeftModel.from_pretrained(AutoModelForCausalLM..., path)` opens them (except
-DoRA on a mixture's router, which the targets ffn.* include). A merged checkpoint is another thing: save_pretrained
-writes it without a word on where an answer ends; support.runs.save, with chat=True, writes that too.
+with the layer names of `transformers`. `PeftModel.from_pretrained(AutoModelForCausalLM..., path)` opens them, with two
+exceptions: DoRA on a mixture's router, which the targets ffn.* include; and a layer that is none by itself there, such
+as GPT-2's wq, which the targets attn.* include: then all names in the file are this project's. A merged checkpoint is
+another thing: save_pretrained writes it without a word on where an answer ends; support.runs.save, with chat=True,
+writes that too.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 A fast system samples with a copy μ of the policy. Its weights are rounded to bf16 or int8, and older than the policy by
 the time its answers are trained on: a mean over its answers is one over μ, not over the policy π_old of this step.
-Importance weights turn one into the other, for any f. (grpo.py's
-π_old is both μ and π_old: there they are one.)
+Importance weights turn one into the other, for any function f of an answer. (In grpo.py's docstring μ and π_old are one
+and the same, called π_old.)
 
     E_μ[k f(y)] = E_π_old[f(y)]        k = π_old(y) / μ(y), of a whole answer, or of a token after a given prefix
     k_t = sg[π_old(y_t) / μ(y_t)]      of each token: cheap and steady; biased, as it forgets how the prefix was reached

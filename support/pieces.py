@@ -119,8 +119,8 @@ class FastEncoder:
         return text
 
     def encode(self, text):
-        """text -> ids. White space of 2 BLOCK characters fills one of the blocks that are looked at. Raises
-        TokenizerError."""
+        """text -> ids. A text with a block of nothing but white space does not go to tiktoken whole; a run of 2 BLOCK
+        blanks always fills such a block, wherever it begins. Raises TokenizerError."""
         text = self.prepare(text)
         blank = len(text) >= BLOCK and any(
             text[i : i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK)
@@ -165,8 +165,8 @@ def ordered_marks(run):
 
 
 def doubtful_tokens(merges):
-    """The tokens that may not come out whole when the merges [(left bytes, right bytes), …] are applied in order to
-    their bytes: the shortest of those that do not, and few that do.
+    """Tokens that may not come out whole when the merges [(left bytes, right bytes), …] are applied in order to their
+    bytes. The shortest of those that do not is among them, and of those that do only a few.
 
     A token left + right is safe if both parts are, and no merge joins a piece across the border between them too
     early. Going back in time from left | right, the piece that was merged later is split again, and two others touch at

@@ -186,13 +186,17 @@ def step_record(totals, n_answers, beta, dist):
 
 
 def show_samples(run, batch, scores, right, advantages, values):
-    """The rollouts of the highest and of the lowest score, with the verifier's judgement; and how scores (n, R),
-    advantages and values (n·R, T) are distributed, for the trackers."""
+    """The rollouts of the highest and of the lowest score, with the verifier's judgement where there is an answer to
+    check; and how scores (n, R), advantages and values (n·R, T) are distributed, for the trackers."""
     step, R = run.done + 1, scores.shape[1]
     lines = [f"step {step}"]
     for row in dict.fromkeys((scores.argmax().item(), scores.argmin().item())):
-        problem, verdict = batch.problems[row // R], "right" if right[row] else "wrong"
-        lines.append(f"  [score {scores.flatten()[row]:.2f}, {verdict}] {problem.question} (answer {problem.answer})")
+        problem, score = batch.problems[row // R], f"score {scores.flatten()[row]:.2f}"
+        if problem.answer:
+            verdict = "right" if right[row] else "wrong"
+            lines.append(f"  [{score}, {verdict}] {problem.question} (answer {problem.answer})")
+        else:
+            lines.append(f"  [{score}] {problem.question}")
         lines.append(f"    {batch.texts[row]!r}")
     run.say("\n".join(lines))
     run.log.samples(step, "\n".join(lines))

@@ -69,8 +69,8 @@ def validation_text(settings):
 
 
 def layers(run_dir, figures, settings):
-    """Root mean square of the residual stream and of its gradient by layer, on one batch, before and after training;
-    and a sample of the trained model's text.
+    """Root mean square of the residual stream and of its gradient by layer, before and after training, each time on a
+    batch of random ids, drawn anew; and a sample of the trained model's text.
 
     Both are taken at the output of each block. If a norm placement makes the gradient shrink towards the first layers,
     they train slowly; if it lets the stream grow, the branches of the last layers become small compared with it.

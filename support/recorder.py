@@ -54,8 +54,8 @@ class RecordFlags:
     record_every: Count = 30
     """Steps between recordings; the first step and step --steps are recorded too."""
     watch: Whole = 2
-    """How many validation questions are recorded too, each time with the same random numbers; with --record_groups 0
-    and --watch 0 nothing is recorded."""
+    """How many validation questions are recorded too, each time with the same random numbers (under --fsdp none, as one
+    rank cannot answer alone); with --record_groups 0 and --watch 0 nothing is recorded."""
 
 
 class Recorder:
@@ -113,8 +113,9 @@ class Recorder:
         return True
 
     def answers(self, batch, advantages, rewards=None, **columns):
-        """Some groups of a `support.rollouts.Batch`, before the update, and the watched questions. advantages (n, R);
-        rewards {name: (n, R)}, default the batch's own; columns: of the batch's tokens, (n·R, T) each."""
+        """Some groups of a `support.rollouts.Batch`, before the update, and the watched questions. advantages (n, R),
+        of ppo.py what an answer is worth (`final`); rewards {name: (n, R)}, default the batch's own; columns: of the
+        batch's tokens, (n·R, T) each."""
         if not self.begin():
             return
         n, R = batch.ended.shape
@@ -288,12 +289,14 @@ class Recorder:
         return self.record["groups"][-1]
 
     def add_group(self, batch, g, rewards, advantages=None, watched=False):
-        """Group g of a Batch. rewards {name: (n, R)}; advantages (R,)."""
+        """Group g of a Batch. rewards {name: (n, R)}, of which "correct" is left out where the problem has no answer to
+        check; advantages (R,)."""
         problem, R = batch.problems[g], batch.ended.shape[1]
+        rewards = {name: values[g] for name, values in rewards.items() if name != "correct" or problem.answer}
         group = self.new_group(problem.question, problem.answer, watched)
         for r in range(R):
             answer = {"ids": batch.answers[g][r], "ended": bool(batch.ended[g, r])}
-            answer["rewards"] = {name: short(values[g, r].item()) for name, values in rewards.items()}
+            answer["rewards"] = {name: short(values[r].item()) for name, values in rewards.items()}
             if getattr(batch.rollout, "written", None) is not None:  # agent.py's tools
                 answer["tool"] = numbers(batch.rollout.written[g * R + r, : len(answer["ids"])].int())
             if advantages is not None:

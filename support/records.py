@@ -4,7 +4,7 @@
 `judged_fields` and `review_fields` know the keys that public data sets use for a problem, a preference pair, a judged
 answer and a review, and return the fields of data.Problem, data.Pair, data.Judged and data.Review. `read_problems`,
 `read_pairs`, `read_judged` and `read_reviews` do both for a data set by name, or a path; `read_documents` reads plain
-text. Every error is a DataError of one line that begins with the file and the place.
+text. Whatever is wrong with a file is a DataError of one line that names it and the place.
 """
 
 import csv

@@ -166,7 +166,7 @@ def piece_logprobs(model, pieces, batch, temperature, autocast):
 
 def reference_logprobs(reference, policy, pieces, batch, config, autocast):
     """log π_ref of the pieces' answers, as `piece_logprobs`. With LoRA the reference is the policy itself without its
-    adapters (but for --refresh_reference)."""
+    adapters; with --refresh_reference too it is a copy."""
     with lora_off(policy):
         return piece_logprobs(reference, pieces, batch, config.temperature, autocast)
 
@@ -183,7 +183,8 @@ def values_at_sampling(actor_critic, pieces, batch, autocast):
 
 
 def answers_kl(reference, policy, batch, config, autocast, pad):
-    """What each whole answer says of KL(π ‖ π_ref), (n, R), which becomes a reward of the batch; log π_ref (n·R, T)."""
+    """-> the estimate of KL(π ‖ π_ref) that each whole answer gives, (n, R), and log π_ref, (n·R, T). The first is also
+    put into the batch's rewards, as "kl"."""
     pieces = cut(batch, range(len(batch.prompts)), batch.rollout.mask, config.micro_batch, pad)
     ref_logprobs = reference_logprobs(reference, policy, pieces, batch, config, autocast)
     kl_of_tokens = kl_estimate(batch.rollout.logprobs, ref_logprobs, config.kl) * batch.rollout.mask  # (n·R, T)
@@ -197,8 +198,8 @@ def groups_in_turn(slots, minibatches):
 
 
 def shuffled_groups(step, slots, config):
-    """For each of a step's minibatches, drawn by (seed, step) alone, the groups of it that are this rank's, which has
-    the prompts in `slots`: [[group, …], …]."""
+    """A step's groups, dealt to its minibatches in an order that (seed, step) alone decides -> [[group, …] per
+    minibatch], of each those that this rank has. slots: the places of this rank's prompts among all of the step."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     order = torch.randperm(config.prompts, generator=generator).tolist()
     parts = [order[m :: config.minibatches] for m in range(config.minibatches)]
@@ -226,8 +227,8 @@ def minibatches_of(batch, parts, counted, config, pad, dist, advantages=None):
 
 
 def has_gradient(advantages, counted, config):
-    """(n,) bool: the groups with an A ≠ 0 and a token that counts; without --skip_zero_variance, where the loss has a
-    KL, those with such a token."""
+    """(n,) bool: the groups with an A ≠ 0 and a token that counts; with --skip_zero_variance false and a KL in the loss
+    all groups with a token that counts."""
     has_tokens = counted.reshape(len(advantages), -1).any(1).cpu()
     if config.beta and config.kl_in == "loss" and not config.skip_zero_variance:
         return has_tokens

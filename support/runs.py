@@ -376,9 +376,10 @@ def save(run_dir, name, dist, model, tokenizer, chat, state=None):
 
 
 def keep_copy(run_dir, step, keep):
-    """Keep last/ under the name step_STEP too, and of the copies up to it only the newest `keep`: later ones are there
-    where a run returned to an earlier checkpoint. The files are hard links where the file system has them, since a
-    checkpoint never changes. A copy that the disk has no room for is left out."""
+    """Keep last/ under the name step_STEP too. Of the copies up to that step only the newest `keep` stay; copies of
+    later steps, which are there if a run returned to an earlier checkpoint, are left alone. The files are hard links
+    where the file system has them, since a checkpoint never changes. A copy that the disk has no room for is left
+    out."""
 
     def link(file, to):
         try:
@@ -529,8 +530,9 @@ def exit_stopped(name, step, written, dist):
 
 
 def start_name(data, seed, stage, levels=(1, 2), **others):
-    """The run name under which a stage without --init keeps its start. Other levels are another start, and so are
-    `others`, further settings that are not the default: one that a run still reads must not be moved aside for it."""
+    """The run name under which a stage without --init keeps its start. Other levels make another name, and so do
+    `others`, further settings that are not the default: under the same name the new start would move aside one that a
+    run still reads."""
     label = data
     if not data.isidentifier():  # a path: two files of the same name are two starts
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
@@ -545,8 +547,9 @@ def make_start_once(name, message, stage, settings, dist):
 
     When the stage ends, its settings and the content of its data and --init are written to the file `finished`, beside
     it the commit. A run without `finished` is incomplete, and one where it differs was made from something else; the
-    new run renames it. If several processes need the same start, one trains it and the others wait. Other code makes no
-    other start: the commit is printed, noted in STARTS, and on the pages of ablate.py."""
+    new run renames it. If several processes need the same start, one trains it and the others wait. A
+    change of the code alone does not make a start anew, so the commit that made it is printed, kept in STARTS, and
+    named on the pages of ablate.py."""
     finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
     if dist.is_main:

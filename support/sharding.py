@@ -1,10 +1,10 @@
 """FSDP's sharded tensors, of which each rank holds some rows: from shards to full tensors and back.
 
-    whole(model)                       within, all weights on every rank                        lora.py, rollouts.py
-    averaging(model, now)              within, whether a backward pass averages gradients      pretrain.py, grpo.py
+    whole(model)                       within, all weights on every rank       lora.py, rollouts.py, grpo_report.py
+    averaging(model, now)              within, whether a backward pass averages gradients     the training loops
     accumulating(model, autocast)      within, the backward passes of one optimizer step        grpo.py
     exchange(model, autocast)          average the gradients of passes that did not             here, by `accumulating`
-    unsharded(model, dist)             a plain copy of the model, to save and to sample from    pretrain.py, runs.py
+    unsharded(model, dist)             a plain copy, to save and to sample from          pretrain_report.py, runs.py
     gathered(state, keep)              an optimizer's state with full tensors, to save          runs.py
     shard_like(x, like)                this rank's shard of a full tensor, to resume            runs.py
     full_tensor(x)                     one tensor, where a formula needs all of it              optim.py
@@ -78,8 +78,8 @@ def averaging(model, now):
 def exchange(model, autocast):
     """Within `whole`, of a model that FSDP has cut: average over the ranks the gradients that passes without averaging
     have left, by one more pass, of one token, with a gradient of 0. (A pass over prompts and their answers calls a
-    block several times, and FSDP would send its gradients after each call, those that are there by then: ranks with
-    other numbers of passes would send other tensors.)"""
+    block several times. After each call FSDP would send the gradients that are there by then, so ranks with different
+    numbers of passes would send different tensors.)"""
     model.set_requires_gradient_sync(True)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.embed.weight.device)
     with autocast():

@@ -47,7 +47,7 @@ def check_shared_by(world):
     """ConfigError if so many processes cannot make the teacher that a run without --teacher needs."""
     if grpo.Config.prompts % world:
         problem = f"{world} processes cannot share the {grpo.Config.prompts} questions of a step of GRPO"
-        raise ConfigError(f"no --teacher given, and {problem}: give one, or make it first with one process")
+        raise ConfigError(f"no --teacher given, and {problem}: give one; a run of one process leaves one in runs/start")
 
 
 def shared_settings(config):

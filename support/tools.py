@@ -75,7 +75,7 @@ def load_tools(names, built_in):
 
 
 def code_of_tools(names, tools):
-    """{the name of each tool of the user in a message: the text of its file}."""
+    """{what a message calls it: the bytes of its file} for each of the user's own tools whose file is known."""
     files = {}
     for name, tool in zip(names, tools, strict=True):
         with contextlib.suppress(OSError, TypeError):  # no file
@@ -87,10 +87,12 @@ def code_of_tools(names, tools):
 def turns(text, tools):
     """A solution with its calls -> [(text, whether it is the policy's), …]: the policy's, a tool's, the policy's, …
     "a <<3*4=12>>12" -> [("a <<3*4=", True), ("12>>", False), ("12", True)]."""
-    patterns = [re.compile(rf"(?:{tool.pattern})([^<>]*{END})") for tool in tools]  # apart: each may name its group
+    patterns = [re.compile(rf"(?:{tool.pattern})([^<>]*{END})\Z") for tool in tools]  # apart: each may name its group
     parts, start = [], 0
-    while calls := [call for pattern in patterns if (call := pattern.search(text, start))]:
-        call = min(calls, key=re.Match.start)  # the next call, of the first tool whose pattern fits
-        parts += [(text[start : call.start(2)], True), (call[2], False)]
-        start = call.end()
+    for end in re.finditer(END, text):  # reply by reply, as in a rollout: no call reaches over the reply to another
+        calls = [call for pattern in patterns if (call := pattern.search(text, start, end.end()))]
+        if calls:
+            call = min(calls, key=re.Match.start)  # of the first tool whose pattern fits
+            parts += [(text[start : call.start(2)], True), (call[2], False)]
+            start = call.end()
     return [*parts, (text[start:], True)]

@@ -35,7 +35,7 @@ COLUMNS = {
     "entropy": ("entropy", "plain", "of the policy's distribution at this place, nats"),
     "value": ("value V", "signed", "what the value head expects before the token"),
     "target": ("value target", "signed", "what V is fitted to"),
-    "reward": ("reward r", "signed", "the token's reward: the KL penalty, and at the end what the answer is paid"),
+    "reward": ("reward r", "signed", "the token's reward: the KL penalty, and at the end `final`, the answer's worth"),
     "kl_gets": ("the KL's pull", "signed", "−∂loss/∂log π by the KL penalty alone"),
     "weight": ("trained", "plain", "the weight of the token in the loss; 0: masked"),
 }
@@ -76,7 +76,10 @@ def page_of(run_dir):
         last = records[-1:] if len(records) % 2 == 0 else []
         records = records[::2] + last  # the first and the last step stay
     if len(page.encode()) > MOST:
-        raise DataError(f"one step of {run_dir} alone is too large for a page: train with a smaller --record_groups")
+        raise DataError(
+            f"even the first and the last step of {run_dir} are too large for one page: train with a smaller "
+            "--record_groups"
+        )
     return page, len(records), n_recorded - len(records)
 
 
@@ -96,8 +99,8 @@ def readable(record):
 
 
 def visible(text):
-    """Text in which every character can be seen, and none changes the direction or the place of others: a line's end
-    is ⏎ and the end, a tab ⇥; control and format characters are written as Python would, \\x00, \\u202e."""
+    """Text in which every character can be seen, and none changes the direction or the place of others: ⏎ stands before
+    a line break, a tab is ⇥; control and format characters are written as Python would, \\x00, \\u202e."""
     shown = []
     for char in text:
         if char == "\n":

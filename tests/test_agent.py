@@ -258,6 +258,8 @@ def test_a_solution_is_cut_into_turns():
     same_names = [Tool("a", r"<<a (?P<reply>\w+)=", str), Tool("b", r"<<b (?P<reply>\w) \1=", str)]
     text = "<<b 1 1=2>> <<b 1 2=3>> <<a 1=4>>"  # the second is no call: its two letters differ
     assert [part for part, by in turns(text, same_names) if not by] == ["2>>", "4>>"]
+    greedy = Tool("t", "<<(.*)=", str)  # in a rollout the first = ends the first call
+    assert [part for part, by in turns("<<1+1=2>> <<2+2=4>>", [greedy]) if not by] == ["2>>", "4>>"]
 
 
 def test_the_mask_of_every_token_of_a_demonstration_by_hand():
@@ -867,6 +869,13 @@ def test_real_data_needs_a_start(here):
     with pytest.raises(ConfigError, match="needs an SFT checkpoint to start from"):
         Config(data="gsm8k")
     assert Config(data="gsm8k", teach="somewhere").init is None
+
+
+def test_a_start_without_calls_has_no_demonstrations_of_them():
+    with pytest.raises(ConfigError, match="--demonstrations has no use with --tools"):
+        Config(tools=[], demonstrations=5)
+    assert Config(tools=[], demonstrations=5, teach="somewhere").demonstrations == 5
+    assert Config(tools=[]).init is None
 
 
 def test_the_weight_of_the_kl_is_that_of_the_algorithm():

@@ -176,6 +176,14 @@ def like(kind):
     return change
 
 
+class ScaledOutput(Transformer):
+    """Other logits without a tensor, a field or a forward of its own."""
+
+    @property
+    def output(self):
+        return 0.5 * super().output
+
+
 class Cap(nn.Linear):
     def forward(self, x):
         return super().forward(x).clamp(-0.02, 0.02)
@@ -227,6 +235,7 @@ UNKNOWN = {
     "a window in one layer": windowed,
     "another epsilon": another_eps,
     "another method": another_method,
+    "another output matrix": lambda: randomised(ScaledOutput(TransformerConfig(**SIZES))),
 }
 
 

@@ -277,9 +277,10 @@ def test_arguments_that_are_no_text(here):
     assert_one_line_error(script("pretrain.py", "--config", "bad.yaml", cwd=here), "bad.yaml is not UTF-8 text")
 
 
-def test_a_group_of_settings_without_any(here):
+@pytest.mark.parametrize("name", ["pretrain.py", "encoder.py"])  # the encoder's has a default of its own
+def test_a_group_of_settings_without_any(here, name):
     (here / "empty.yaml").write_text("steps: 5\nmodel:\n#  n_layer: 2\n", encoding="utf-8")
-    process = script("pretrain.py", "--config", "empty.yaml", cwd=here)
+    process = script(name, "--config", "empty.yaml", cwd=here)
     assert_one_line_error(process, "model is empty in the --config file")
 
 

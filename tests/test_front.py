@@ -163,6 +163,18 @@ def test_the_frames_are_those_of_the_question_that_gained_most(runs):
     assert frames[0].answers[1][0].count(VOCAB["5"]) == 40  # cut off: to its last token
 
 
+def test_a_question_is_followed_by_its_text(scratch):
+    """A run that is resumed with another --watch asks them in another order."""
+    records = [record_of(step, counts) for step, counts in COUNTS.items()]
+    for record in records[3:]:
+        record["groups"][1:] = record["groups"][:0:-1]
+    write_recording(scratch / "run", records)
+    question, _, frames, by_step = front.frames_of("run")
+    assert question == "Second: 2 + 2?"
+    assert by_step == {step: counts[1] for step, counts in COUNTS.items()}
+    assert [frame.right for frame in frames] == list(by_step.values())
+
+
 def test_of_many_steps_eight_are_shown_the_first_and_the_last_among_them(scratch):
     steps = range(1, 61)
     write_recording(scratch / "run", [record_of(step, (0, step // 15)) for step in steps])
@@ -226,6 +238,9 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, capsys):
     assert "runs/sft is no run of grpo.py: Fine-tune" in refused(capsys, "runs/sft")
     write_recording(runs / "short", records[:1])
     assert "no watched question at two steps" in refused(capsys, "runs/short")
+    others = json.loads(json.dumps(records[-1]).replace("2 + 2?", "3 + 3?"))
+    write_recording(runs / "others", [*records[:-1], others])
+    assert "no watched question at two steps" in refused(capsys, "runs/others")
     write_recording(runs / "early", records[:3])
     assert "runs/early has not ended: step 20 of 60" in refused(capsys, "runs/early")
     unpaid = json.loads(json.dumps(records).replace('"correct"', '"other"'))

@@ -439,6 +439,14 @@ def test_what_is_compared_between_nodes(here, monkeypatch):
     assert not [key for key in launch.facts_of(settings, torch.device("cpu")) if "files" in key]
 
 
+def test_a_setting_that_is_a_dict_on_one_node_alone_is_named(here):
+    scaled = TransformerConfig(**MODEL, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    facts = [launch.facts_of(settings, torch.device("cpu")) for settings in (config(), config(model=scaled))]
+    problem = nodes.what_differs([nodes.card(of_node) for of_node in facts])
+    assert "--model.rope_scaling: null on process 0" in str(problem)
+    assert '"factor": 2.0' in problem
+
+
 def test_ranks_compare_what_they_have_read(monkeypatch):
     monkeypatch.setattr(distributed, "all_gather_object", lambda into, own: into.__setitem__(slice(2), [own, other]))
     other = nodes.card({"the weights of start": "a" * 32})

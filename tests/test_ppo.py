@@ -652,6 +652,18 @@ def test_the_kl_penalty_is_in_the_rewards(here, baseline):
     assert abs(at["kl_per_answer"][3]) > 1e-4
 
 
+def test_a_sample_without_an_answer_to_check_has_no_verdict():
+    said = []
+    log = SimpleNamespace(samples=lambda step, text: said.append(text), show=lambda *_, **__: None)
+    run = SimpleNamespace(done=0, say=lambda text: None, log=log)
+    problems = [Problem("q", "s", answer, 1, "x") for answer in ("1", "")]
+    rollout = SimpleNamespace(mask=torch.ones(2, 3, dtype=torch.bool))
+    batch, zeros = SimpleNamespace(problems=problems, texts=["a", "b"], rollout=rollout), torch.zeros(2, 3)
+    ppo_report.show_samples(run, batch, torch.tensor([[0.0], [1.0]]), torch.zeros(2), zeros, zeros)
+    assert "[score 0.00, wrong] q (answer 1)\n" in said[0]
+    assert "[score 1.00] q\n" in said[0]
+
+
 def test_inner_epochs_stop_when_the_policy_has_moved(here):
     settings = dict(lr=3e-2, inner_epochs=4, steps=2)
     ppo.main(config(name="stops", stop_kl=0.01, **settings))

@@ -23,7 +23,7 @@ import dpo
 import grpo
 import ppo
 import sft
-from data import encode_prompt, load_problems
+from data import Problem, encode_prompt, load_problems
 from lora import LoraConfig
 from reward_model import RewardModel
 from support import grpo_report, log, questions, recorder, view_page
@@ -208,6 +208,17 @@ def test_an_update_that_masks_what_was_cut_off_tells_nothing_of_it(ended):
     watcher = SimpleNamespace(config=SimpleNamespace(beta=0.1, mask_truncated=True))
     group = {"answers": [{"advantage": 1.0, "ended": ended}, {"advantage": -1.0, "ended": False}]}
     assert Recorder.learns(watcher, group) == ended
+
+
+def test_an_answer_that_cannot_be_checked_is_neither_right_nor_wrong():
+    watcher = Recorder.__new__(Recorder)
+    watcher.record = {"groups": []}
+    problems = [Problem("q", "s", answer, 1, "x") for answer in ("1", "")]
+    ended = torch.ones(2, 1, dtype=torch.bool)
+    batch = SimpleNamespace(problems=problems, ended=ended, answers=[[[5]], [[6]]], rollout=SimpleNamespace())
+    rewards = {"correct": torch.zeros(2, 1), "score": torch.tensor([[0.5], [2.0]])}
+    shown = [watcher.add_group(batch, g, rewards)["answers"][0]["rewards"] for g in (0, 1)]
+    assert shown == [{"correct": 0.0, "score": 0.5}, {"score": 2.0}]
 
 
 def test_ppo_records_values_rewards_and_advantages(here, checkpoints):
@@ -712,6 +723,7 @@ def test_every_stage_has_a_page(here, stage):
 out.scales = [...pick("#scale").options].map((x) => x.value);
 out.cards = all(".answer").length;
 out.masked = all(".masked").length;
+out.facts = all(".facts")[0].textContent;
 const last = all(".text")[0].lastChild; last.focus(); out.tip = tip().map((row) => row[0]);
 """
     out = in_browser(page, steps, here)
@@ -723,3 +735,4 @@ const last = all(".text")[0].lastChild; last.focus(); out.tip = tip().map((row) 
     assert (out["masked"] > 0) == (stage == "sft")
     first = {"ppo": "gets", "dpo": "gets", "sft": "in the loss", "distill": "divergence"}[stage]
     assert out["tip"][0] == first
+    assert ("final" in out["facts"]) == ("final" in out["tip"]) == (stage == "ppo")  # it has no A of a whole answer

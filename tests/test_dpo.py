@@ -326,6 +326,7 @@ def test_kto_and_its_gradient_against_a_loop(weights):
     expected = dict(loss=loss.item(), z0=0.6, reward_chosen=0.3 * ratios[good].mean().item())
     expected |= dict(reward_rejected=0.3 * ratios[~good].mean().item())
     expected |= dict(pair_accuracy=((ratios > 0.6) == good).double().mean().item())
+    expected |= dict(margin=(0.3 * torch.where(good, ratios - 0.6, 0.6 - ratios)).mean().item())
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
@@ -339,6 +340,18 @@ def test_kto_adds_the_own_loss_of_the_good_answers_alone_per_token():
     torch.testing.assert_close(own, -0.4 * (logp / lengths)[good].sum() / 7)
     (slope,) = torch.autograd.grad(own, logp)
     torch.testing.assert_close(slope, torch.where(good, -0.4 / lengths / 7, 0.0).double(), atol=1e-7, rtol=1e-5)
+
+
+def test_the_settings_of_a_run_reach_ktos_loss():
+    ratios, good = judged_numbers()
+    batch = pairs_room.PairBatch(None, {"answer_lengths": torch.arange(1, 8)}, (torch.full((7,), -9.0),), good)
+    settings = config(variant="kto", beta=0.7, weight_desirable=1.3, weight_undesirable=0.6)
+    loss, _ = dpo.loss_of(settings, (ratios - 9.0,), batch, 0.6, n_pairs=14)
+    total = 0.0
+    for u, is_good in zip(ratios.tolist(), good.tolist(), strict=True):
+        side = u - 0.6 if is_good else 0.6 - u
+        total += (1.3 if is_good else 0.6) / (1 + math.exp(0.7 * side))  # λ (1 − σ(β side))
+    assert loss.item() == pytest.approx(total / 14)
 
 
 def test_kto_at_the_start_and_with_z0_at_zero():

@@ -112,6 +112,25 @@ def test_masked_lm_scores_the_chosen_places_alone():
     assert model(tokens, real, targets=tokens, masked=torch.zeros_like(real)).shape == (0,)
 
 
+def test_dropout_acts_on_the_embeddings_the_branches_and_the_mean():
+    """At p = 1 in one place after the other: nothing goes in, no branch adds anything, only the bias comes out."""
+    model, (tokens, real, _) = tiny(dropout=0.5).train(), example_texts()
+
+    def drop(everywhere, in_branches):
+        model.dropout.p = everywhere
+        for block in model.blocks:
+            block.dropout.p = in_branches
+
+    drop(1.0, 0.0)
+    assert not model.hidden(tokens, real).any()
+    drop(0.0, 1.0)
+    states = model.hidden(tokens, real)
+    torch.testing.assert_close(states, model.norm(model.embed(tokens)))
+    drop(1.0, 0.0)
+    model.hidden = lambda *_: states
+    torch.testing.assert_close(model(tokens, real), model.classifier.bias.expand(3, 2))
+
+
 def test_exact_gelu_is_not_the_tanh_form():
     exact, tanh = (tiny(activation="gelu", exact_gelu=flag) for flag in (True, False))
     x = torch.randn(2, 5, 24)

@@ -477,11 +477,16 @@ def test_min_p_and_the_repetition_penalty_against_transformers():
     seen = torch.zeros(5, 30, dtype=torch.bool).scatter_(1, context, True)
     u = (torch.arange(4000) + 0.5) / 4000
     for row in range(5):
-        shape = (4000, 30)
-        ids, logprobs = sample(logits[row].expand(shape), u, 1.0, penalty=1.7, seen=seen[row].expand(shape))
-        shares = ids.bincount(minlength=30) / 4000
-        torch.testing.assert_close(shares, expected[row].softmax(-1), atol=1e-3, rtol=0)
-        torch.testing.assert_close(logprobs, logits[row].log_softmax(-1)[ids])  # the model's own
+        for temperature in (1.0, 0.7):
+            shape = (4000, 30)
+            penalty = {"penalty": 1.7, "seen": seen[row].expand(shape)}
+            ids, logprobs = sample(logits[row].expand(shape), u, temperature, **penalty)
+            shares = ids.bincount(minlength=30) / 4000
+            torch.testing.assert_close(shares, (expected[row] / temperature).softmax(-1), atol=1e-3, rtol=0)
+            torch.testing.assert_close(logprobs, (logits[row] / temperature).log_softmax(-1)[ids])  # the model's own
+    ids, logprobs = sample(logits, u[:5], 0, penalty=1.7, seen=seen)
+    assert ids.tolist() == expected.argmax(-1).tolist()
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
     negative = torch.tensor([[-1.0, -1.5]])
     assert sample(negative, u[:1], 0, penalty=2.0, seen=torch.tensor([[True, False]]))[0].item() == 1
 

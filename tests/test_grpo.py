@@ -190,6 +190,8 @@ def test_advantages_by_hand():
     a = 0.5 / (s + 1e-4)
     assert group_advantages(r)[0].tolist() == pytest.approx([a, -a, -a, a])
     assert group_advantages(r)[1].tolist() == pytest.approx([-1 / 2.0001] * 3 + [3 / 2.0001])
+    of_others = group_advantages(r, "group", "leave_one_out")  # R / (R − 1) times as far off, over the rewards' std
+    assert of_others[0].tolist() == pytest.approx([4 / 3 * x for x in (a, -a, -a, a)])
     assert group_advantages(r, "none").tolist() == [[0.5, -0.5, -0.5, 0.5], [-1, -1, -1, 3]]
     everyone = r.flatten().tolist()
     mean = sum(everyone) / 8
@@ -680,17 +682,20 @@ def test_a_batch_takes_over_a_group_whole(here, spied):
     assert torch.equal(old.rewards["correct"][2], new.rewards["correct"][1])
 
 
-def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch, kind):
     """Where every rollout earns the same, what is left is −β times the KL less its mean, not divided by any std."""
-    seen, k1 = [], []
+    seen, kls = [], []
 
     def reference_logprobs(reference, raw, pieces, batch, *more, true=grpo.reference_logprobs):
         ref = true(reference, raw, pieces, batch, *more)
-        k1.append(((batch.rollout.logprobs - ref) * batch.rollout.mask).sum(1).view(-1, 4))
+        apart = batch.rollout.logprobs - ref
+        of_tokens = apart if kind == "k1" else (-apart).exp() - 1 + apart
+        kls.append((of_tokens * batch.rollout.mask).sum(1).view(-1, 4))
         return ref
 
     def grpo_loss(logprobs, old, advantages, *more, true=grpo.grpo_loss, **options):
-        seen.extend(advantages.tolist() if len(k1) == 2 else [])
+        seen.extend(advantages.tolist() if len(kls) == 2 else [])
         return true(logprobs, old, advantages, *more, **options)
 
     monkeypatch.setattr(rollouts, "reference_logprobs", reference_logprobs)
@@ -707,9 +712,9 @@ def test_kl_in_the_reward_lowers_what_went_far(here, monkeypatch):
         return true(*args, **options)
 
     monkeypatch.setattr(grpo, "optimizer_step", step_over)
-    grpo.main(config(steps=2, beta=0.2, kl="k1", kl_in="reward", lr=1e-2, record_groups=0), estimate)
-    assert k1[0].abs().max() < 1e-4 < k1[1].abs().max()
-    expected = -0.2 * (k1[1] - k1[1].mean(1, keepdim=True))
+    grpo.main(config(steps=2, beta=0.2, kl=kind, kl_in="reward", lr=1e-2, record_groups=0), estimate)
+    assert kls[0].abs().max() < 1e-4 < kls[1].abs().max()
+    expected = -0.2 * (kls[1] - kls[1].mean(1, keepdim=True))
     torch.testing.assert_close(torch.tensor(sorted(seen)), expected.flatten().sort().values, atol=1e-6, rtol=1e-5)
 
 

@@ -40,10 +40,10 @@ def test_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_modules_equal_the_formulas_in_value_and_gradient(dtype):
     x, g, b = inputs(dtype)
-    ln, rms = LayerNorm(8).to(dtype), RMSNorm(8).to(dtype)
+    ln, rms = LayerNorm(8, 0.3).to(dtype), RMSNorm(8, 0.2).to(dtype)  # an ε that shows
     ln.weight.data, ln.bias.data, rms.weight.data = g.data.clone(), b.data.clone(), g.data.clone()
     up = torch.randn(SHAPE, dtype=dtype)
-    for module, out in ((ln, layer_norm(x, g, b)), (rms, rms_norm(x, g))):
+    for module, out in ((ln, layer_norm(x, g, b, 0.3)), (rms, rms_norm(x, g, 0.2))):
         torch.testing.assert_close(module(x), out)
         (dx,) = torch.autograd.grad(module(x), x, up)
         torch.testing.assert_close(dx, torch.autograd.grad(out, x, up, retain_graph=True)[0])

@@ -169,6 +169,8 @@ def test_policy_loss_and_gradient_against_a_loop():
     assert figures["clip_fraction"] == pytest.approx(clipped / mask.sum().item())
     assert figures["approx_kl"] == pytest.approx((d**2).mean().item() / 2, rel=1e-5)
     assert figures["approx_kl3"] == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-5)
+    assert figures["ratio"] == pytest.approx(d.exp().mean().item(), rel=1e-5)
+    assert figures["ratio_spread"] == pytest.approx((d.exp() - 1).abs().mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +295,25 @@ def test_values_stand_in_front_of_the_token_that_they_judge(kind):
     other = raw(pack(prompts, changed, 0), 0.8)[1]
     assert torch.equal(other[0, :3], values[0, :3])  # V before the changed token does not know it
     assert (other[0, 3] - values[0, 3]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_the_values_train_the_trunk_that_they_read(kind):
+    """The gradient of V in every weight of the trunk, against each answer alone: with --value shared the policy's."""
+    raw, head = models(kind)
+    raw.double()
+    trunk = raw.policy if kind == "shared" else raw.critic
+    prompts, answers = [[1, 2, 3], [4]], [[[5, 6, 7, 8], [9]], [[10, 11], [12, 13, 14]]]
+    up, alone = torch.randn(4, 4), 0.0
+    _, values = raw(pack(prompts, answers, 0))  # (4, 8), 0 after an answer's end
+    for row, (prompt, answer) in enumerate((p, a) for p, group in zip(prompts, answers, strict=True) for a in group):
+        states = trunk.hidden(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        alone = alone + (head(states)[:, 0] * up[row, : len(answer)]).sum()
+    weights = list(trunk.parameters())
+    together = torch.autograd.grad((values[:, :4] * up).sum(), weights)
+    for a, b in zip(together, torch.autograd.grad(alone, weights), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6)
+        assert b.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])

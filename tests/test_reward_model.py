@@ -108,8 +108,9 @@ def test_hinge_and_its_gradient_by_hand():
     loss, _ = hinge_loss(chosen, rejected, 1.5)
     gap = (chosen - rejected).tolist()
     assert loss.item() == pytest.approx(sum(max(0, 1.5 - g) for g in gap) / 7)
-    (up,) = torch.autograd.grad(loss, chosen)
+    up, down = torch.autograd.grad(loss, (chosen, rejected))
     assert up.tolist() == pytest.approx([-1 / 7 if g < 1.5 else 0 for g in gap])
+    torch.testing.assert_close(down, -up)
     assert 0 < (up == 0).sum() < 7
 
 
@@ -130,6 +131,7 @@ def test_a_constant_changes_nothing_but_the_centring(objective):
     torch.testing.assert_close(centred - plain, 0.3 * ((chosen + rejected) ** 2).mean())
     figures = objective(chosen, rejected, 0.5, centre=0.3)[1]
     assert figures["loss"] == pytest.approx(plain.item())  # as the validation loss, next to which it is drawn
+    assert figures["score"] == pytest.approx(torch.cat([chosen, rejected]).mean().item())
 
 
 def test_far_apart_scores_stay_finite():
@@ -221,10 +223,12 @@ def randomised(model):
     return model.eval()
 
 
-def test_new_blocks_add_nothing_and_the_words_keep_the_policys_probabilities(tokenizer):
+@pytest.mark.parametrize("mixture", [{}, {"n_expert": 4, "n_shared_expert": 1, "balancing": "none"}], ids=str)
+def test_new_blocks_add_nothing_and_the_words_keep_the_policys_probabilities(mixture):
     """Before the first step: scores as without new blocks, and of the first answers log π of the policy itself."""
     torch.manual_seed(0)
-    policy = Transformer(TransformerConfig(50, context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)).eval()
+    sizes = dict(context=64, n_layer=2, n_head=2, n_kv_head=1, width=16)
+    policy = Transformer(TransformerConfig(50, **sizes, **mixture)).eval()
     groups = [([1, 2, 3], [[4, 5, 6, 7], [8, 9]]), ([10, 11], [[12, 13], [14, 15, 16]])]
     plain, taller = (RewardModel.from_policy(policy, seed=3, extra=n).eval() for n in (0, 2))
     assert taller.config.n_layer == 4

@@ -99,6 +99,8 @@ def test_a_rating_weighs_its_tokens(tokenizer):
     n = int((mask[0] > 0).sum())
     expected = -(0.25 * rows[0] + 0.75 * rows[1] + rows[2] + rows[3]) / (3.0 * n)
     torch.testing.assert_close(loss, expected)
+    light, _ = sft_loss(logprobs[:1, :3], torch.tensor([[0.0, 0.25, 0.25]]))  # n is 1/2, and divides as any other
+    torch.testing.assert_close(light, -logprobs[0, 1:3].mean())
 
 
 def test_collate_pads_on_the_right_with_mask_false():
@@ -212,6 +214,8 @@ def test_pacing_opens_the_easy_first():
         assert len(set(chosen)) == 12
         assert chosen == sft.paced_rows(easy, step, 12, 0, 0.3)  # a function of the step
     assert len(sft.paced_rows(easy, 0, 12, 0, 0.01)) == 12  # one example is open: it is repeated
+    drawn = {tuple(sft.paced_rows(easy, step, 12, seed, 0.3)) for step in range(5) for seed in (0, 1)}
+    assert len(drawn) == 10  # each step draws afresh, and so does each seed
 
 
 @settings(max_examples=30, deadline=None)

@@ -25,8 +25,9 @@ def tokens():
     return torch.randint(0, 37, (3, 11), generator=torch.Generator().manual_seed(2))
 
 
-def test_dropout_acts_in_training_only(tokens):
-    model = tiny(dropout=0.5)
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_dropout_acts_in_training_only(placement, tokens):
+    model = tiny(dropout=0.5, norm_placement=placement)
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
@@ -34,7 +35,10 @@ def test_dropout_acts_in_training_only(tokens):
     assert not torch.equal(model(tokens), model(tokens))  # of the branches
     for block in model.blocks:
         block.dropout.p = 1.0
-    torch.testing.assert_close(model.hidden(tokens), model.norm(model.embed(tokens)))
+    x = model.embed(tokens)
+    for block in model.blocks if placement == "post" else ():  # its norms stand in the stream
+        x = block.norm2(block.norm1(x))
+    torch.testing.assert_close(model.hidden(tokens), model.norm(x))
     model.dropout.p = 0.5
     assert not torch.equal(model(tokens), model(tokens))  # of the embeddings
 

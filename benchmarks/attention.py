@@ -126,6 +126,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--flex", action="store_true", help="also time FlexAttention (needs a C++ compiler)")
     args = parser.parse_args()
+    if args.tokens < 200:
+        parser.error("--tokens: 200 or more, as the last 20 of each tenth are timed with everything kept")
     torch.set_num_threads(args.threads)
     stream(args.tokens, window=252, sinks=4)
     print(f"\nattention with a window of 256 and 4 sinks, H = 6, G = 2, D = 32, {args.threads} thread(s); milliseconds")

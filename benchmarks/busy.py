@@ -34,7 +34,8 @@ def step_seconds(environment, steps, dtype):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "pretrain.py"), "--steps", str(steps), "--dtype", dtype]
         command += ["--eval_every", "1000", "--save_every", "1000", "--eval_tokens", "2000"]
-        env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS",)} | environment
+        names = {name for setting in SETTINGS.values() for name in setting}  # never the caller's own
+        env = {k: v for k, v in os.environ.items() if k not in names} | environment
         result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         if result.returncode:
             sys.exit(result.stderr[-1000:])
@@ -65,6 +66,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     args = parser.parse_args()
+    if args.steps < 6:
+        parser.error("--steps: 6 or more, as the first five are not counted")
     print(f"{os.cpu_count()} cores, --dtype {args.dtype}\n")
     print("| setting | quiet, s | busy, s | ratio |\n|---|---:|---:|---:|")
     for name in args.settings:

@@ -3,9 +3,11 @@
     python benchmarks/generate.py                     # 2 M and 10 M parameters; batch 1, 16 and 64; 128 new tokens
 
 Both sample at temperature 1 from a random Qwen3-layout model, without a stop token, with a KV cache, in fp32 and, on a
-GPU or a CPU with AMX, in bf16 too: generate.py under autocast, as in a rollout of grpo.py; transformers with weights in
-bf16. The two take turns on the same machine, and each figure is the best of two rounds of `--repeats` runs. The column
-"at best" compares the faster precision of each. The floor is the time of the arithmetic alone in generate.py's faster
+GPU or a CPU that multiplies bf16, in bf16 too: generate.py under autocast, as in a rollout of grpo.py; transformers
+with weights in bf16. The two take turns on the same machine, and each figure is the best of two rounds of `--repeats`
+runs. The column "at best" compares the faster precision of each.
+
+The floor is the time of the arithmetic alone in generate.py's faster
 precision: the operations over the measured rate of a large matrix product, or the bytes of the weights, read once per
 step, over the measured bandwidth, whichever takes longer. Needs the project's `.[dev]`.
 """
@@ -60,6 +62,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.prompt + args.new_tokens > SIZES[0].context:
+        parser.error(f"--prompt and --new_tokens do not fit the models' context of {SIZES[0].context}")
     from transformers import AutoModelForCausalLM
     from transformers import __version__ as version
 

@@ -141,9 +141,12 @@ def record(folder, repo, only):
 
 def compare(old, new, only):
     """Compare every metric that both records have, bit by bit. A metric that one of them lacks is listed but does not
-    count as a difference."""
+    count as a difference; a run that OLD has and NEW lacks does, and so does having no run in common."""
     old, new = (json.loads((path / "golden.json").read_text(encoding="utf-8")) for path in (old, new))
-    common = sorted(name for name in old.keys() & new.keys() if name.startswith(only))
+    common, missing, more = (
+        sorted(name for name in names if name.startswith(only))
+        for names in (old.keys() & new.keys(), old.keys() - new.keys(), new.keys() - old.keys())
+    )
     n_different, removed, added = 0, set(), set()
     for name in common:
         pairs = list(zip(old[name]["steps"], new[name]["steps"], strict=False))
@@ -159,11 +162,12 @@ def compare(old, new, only):
         if differences:
             n_different += 1
             print(f"{name}: {'; '.join(differences[:4])}")
-    for heading, names in (("no longer logged", removed), ("logged now", added)):
+    alone = (("runs that NEW lacks", missing), ("runs that OLD lacks", more))
+    for heading, names in (*alone, ("no longer logged", removed), ("logged now", added)):
         if names:
             print(f"{heading}: {', '.join(sorted(names))}")
     print(f"{len(common)} runs that both have, {n_different} differ")
-    return n_different == 0
+    return bool(common) and not missing and n_different == 0
 
 
 if __name__ == "__main__":
@@ -173,6 +177,8 @@ if __name__ == "__main__":
     parser.add_argument("--repo", type=Path, default=Path(__file__).resolve().parent.parent)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
+    if len(args.folders) != (1 if args.command == "record" else 2):
+        parser.error("record takes one folder; compare takes two, OLD NEW")
     if args.command == "record":
         sys.exit(not record(args.folders[0], args.repo.resolve(), args.only))
     sys.exit(not compare(*args.folders, args.only))

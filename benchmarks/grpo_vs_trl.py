@@ -10,9 +10,11 @@ figures are medians over all others.
     training     the rest of the step: log-probabilities, loss, backward, optimizer
 
 The floor is the time of the floating-point operations that a step needs at least: each prompt read once per group, 2
-operations per weight and token forward, 4 backward, plus attention; divided by the rate of a large matrix product,
-measured between the rounds. `floor, by rows` reads a prompt again for each of its rollouts, as TRL does, so a step that
-shares prompts can be faster than it. On a GPU decoding is limited by memory instead; the last line shows the share of
+operations per weight and token forward, 4 backward (the output matrix for the new tokens alone), plus attention;
+divided by the rate of a large matrix product, measured between the rounds. `floor, by rows` reads a prompt again for
+each of its rollouts, as TRL does, so a step that shares prompts can be faster than it.
+
+On a GPU decoding is limited by memory instead; the last line shows the share of
 the measured copy bandwidth that its traffic (all weights and the cache, once per token) reaches.
 
 Needs the project's `.[dev]`. Run it, from the project's directory:
@@ -182,14 +184,14 @@ def bandwidth():
 def work(model, prompts, kl, by_rows=False):
     """Floating-point operations of a step: {phase: number}; each prompt is read once per group, or by_rows once per
     rollout."""
-    c = model.config
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    c, output = model.config, model.embed.weight.numel()  # the embedding is the output matrix too
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - output
     attention = 4 * c.n_layer * c.n_head * c.head_dim  # per query and key: q · k and a · v
     lengths = [len(p) for p in prompts]
     reads = R if by_rows else 1
     tokens = sum(reads * n + R * NEW for n in lengths)
     pairs = sum(reads * n * n / 2 + R * NEW * (n + NEW / 2) for n in lengths)
-    forward = 2 * weights * tokens + attention * pairs
+    forward = 2 * weights * tokens + 2 * output * len(prompts) * R * NEW + attention * pairs
     return {"generation": forward, "scoring": forward if kl else 0.0, "training": 3 * forward}
 
 

@@ -8,8 +8,9 @@ counted, and the figures are medians over all others. TRL computes the reference
 it is told to precompute them, so dpo.py is compared with both.
 
 The floor is the time of the floating-point operations that a step needs at least: 2 per weight and token forward, 4
-backward, plus attention, with each pair's prompt read once and no reference; divided by the rate of a large matrix
-product, measured between the rounds. `floor, 2 rows` counts a pair as two rows, as TRL computes it.
+backward (the output matrix for the answers' tokens alone, and not at all in a reward model, which has none), plus
+attention, with each pair's prompt read once and no reference; divided by the rate of a large matrix product, measured
+between the rounds. `floor, 2 rows` counts a pair as two rows, as TRL computes it.
 
 With --check both train on one and the same batch, and their first two losses are compared: the same weights and ids
 must give the same loss, and the same gradient and AdamW the same loss in the next step. (The reward model is left out,
@@ -145,15 +146,15 @@ def dataset(rows):
     return Dataset.from_list(rows)
 
 
-def work(model, rows):
+def work(model, rows, scored):
     """Floating-point operations of one training step. rows: each a list of segments (number of tokens, number of
-    earlier tokens that they attend to)."""
-    c = model.config
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    earlier tokens that they attend to); scored: for how many of all tokens logits are needed."""
+    c, output = model.config, model.embed.weight.numel()  # the embedding is the output matrix too
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - output
     attention = 4 * c.n_layer * c.n_head * (c.head_dim or c.width // c.n_head)  # per query and key: q · k and a · v
     tokens = sum(n for row in rows for n, _ in row)
     query_key_pairs = sum(n * (earlier + n / 2) for row in rows for n, earlier in row)
-    return 3 * (2 * weights * tokens + attention * query_key_pairs)
+    return 3 * (2 * weights * tokens + 2 * output * scored + attention * query_key_pairs)
 
 
 def make_data(tokenizer, n):
@@ -249,6 +250,8 @@ def main():
         [(len(m["prompt"]) - 1, 0)] + [(len(m[s]), len(m["prompt"]) - 1) for s in ("chosen", "rejected")] for m in ids
     ]
     separate = [[(len(m["prompt"]) + len(m[s]) - 1, 0)] for m in ids for s in ("chosen", "rejected")]
+    answers = {side: sum(len(m[side]) for m in ids) for side in ("chosen", "rejected")}  # tokens
+    scored = {"sft": answers["chosen"], "reward": 0, "dpo": sum(answers.values())}
     print(f"{model.num_params():,} parameters, {B} examples or pairs a step, rows of {SHORTEST} to {LONGEST} tokens;")
     print(f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
@@ -280,7 +283,7 @@ def main():
             print(f"  {name:<16}{median:>10.3f}{ours / median:>12.2f}{min(seconds):>10.3f}{max(seconds):>10.3f}"
                   f"{first[stage, name][0]:>12.5f}")  # fmt: skip
         for name, layout in floors.items():
-            floor = work(model, layout) * B / len(ids) / rate
+            floor = work(model, layout, scored[stage]) * B / len(ids) / rate
             print(f"  {name:<16}{floor:>10.3f}{ours / floor:>12.2f}")
     print(f"matrix rate {rate / 1e9:.0f} G/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} between the rounds")
     if options.check:

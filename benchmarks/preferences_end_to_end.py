@@ -2,8 +2,8 @@
 
 Both train all weights of one start, which is exported to Hugging Face's format, on the same pairs in the same order,
 with the same objective (plain DPO), AdamW, learning rates, clipping, micro-batches and dtype. TRL tokenizes the texts
-itself, and the ids must be ours. Then one scorer, transformers' model and a log-softmax in fp32, reads the held-out
-pairs (validation and test) under the start and under both results.
+itself, and the ids must be ours. Then one scorer, transformers' model in fp32 and a log-softmax in fp64, reads the
+held-out pairs (validation and test) under the start and under both results.
 
     ordered rightly   h = β (log π(y_w) − log π_start(y_w) − log π(y_l) + log π_start(y_l)) is above 0
     likelier          log π(y_w) is above log π(y_l); this says something about the start too
@@ -74,6 +74,7 @@ def quick_start():
 def check_comparable(config):
     """ConfigError if TRL would not compute the same."""
     same = {"variant": "sigmoid", "nll": 0.0, "optimizer": "adamw", "label_smoothing": 0.0, "dropout": 0.0}
+    same |= {"weight_decay": 0.0, "resume": False}
     for name, value in same.items():
         if getattr(config, name) != value:
             raise ConfigError(f"--{name} {getattr(config, name)}: this comparison needs {value}")
@@ -221,6 +222,8 @@ def open_start(config, out):
         data = str(Path(config.data).resolve()) if Path(config.data).is_file() else config.data
         device = setup(config.device).device
         dtype = auto_dtype(device) if config.dtype == "auto" else config.dtype
+        if dtype == "fp16":
+            raise ConfigError("--dtype fp16: this comparison needs fp32 or bf16")
         os.environ["ALIGN_DATA"] = str(data_folder().resolve())  # found from the directory that is left below
         config = replace(config, init=START, name="ours", data=data, device=device.type, dtype=dtype)
     with must_write(out):

@@ -5,8 +5,9 @@
 
 1. Speed: nanoGPT's architecture and batch in both (4 layers, 4 heads, width 128, context 64, batch 12, AdamW;
    pretrain.py uses the tanh form of GELU), eager against eager and compiled against compiled. The figure is the median
-   over `--speed_steps` steps, each with its log, the best of `--repeats` runs; the two take turns. pretrain.py runs in
-   fp32, and on a CPU that multiplies bf16 in bf16 too; nanoGPT's script has no mixed precision on a CPU.
+   over the last three quarters of `--speed_steps` steps, each with its log, the best of `--repeats` runs; the two take
+   turns. pretrain.py runs in fp32, and on a CPU that multiplies bf16 in bf16 too; nanoGPT's script has no mixed
+   precision on a CPU.
 2. Recipes: nanoGPT's CPU recipe from its README, then configs/shakespeare_cpu.yaml, then the latter with as many steps
    as fit into nanoGPT's wall time. Wall times are those of the whole process, from import to exit. Both models are
    evaluated over the whole validation split, cut into windows of the same context.
@@ -159,6 +160,9 @@ def main():
     nanogpt = args.nanogpt.resolve()
     if not (nanogpt / "train.py").is_file():
         parser.error(f"{nanogpt} holds no train.py: git clone https://github.com/karpathy/nanoGPT, and pass its folder")
+    text = data_folder() / "tinyshakespeare" / "input.txt"
+    if not text.is_file():
+        parser.error(f"{text} is not there: set ALIGN_DATA to the data folder")
     val = prepare(nanogpt)
     with tempfile.TemporaryDirectory() as scratch:
         for part in args.parts:

@@ -8,7 +8,8 @@ Two ceilings: a product of large matrices (by MKL and by oneDNN, support/product
 written once each, at the width of --dtype. Times are torch.profiler's, per step, over --steps steps after three; it
 adds a fixed time to every operation, up to twice the step again where most are small. "attention" is fused attention
 and softmax; the products (bmm) of attention where it is not fused, as in decoding, are among "products". Each stage
-runs in a process of its own, whose largest memory in the first three steps, first evaluation included, is in the table.
+runs in a process of its own, whose largest memory in the first three steps, first evaluation included (and the start,
+if it has to make one), is in the table.
 """
 
 import argparse
@@ -122,7 +123,8 @@ def profile(stage, dtype, steps, threads):
             return
         for i, step in enumerate(all_steps(run, total)):
             if i == 3:
-                some_steps.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB -> GB; no profiler yet
+                unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+                some_steps.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9  # no profiler yet
                 some_steps.began = time.perf_counter()
                 profiler.start()
             if i == 3 + steps:

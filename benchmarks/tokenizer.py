@@ -78,7 +78,8 @@ def train(name, file, vocab_size):
     started = time.perf_counter()
     merges = trainers[name](file, vocab_size)
     seconds, merges = time.perf_counter() - started, merges()
-    peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    peak = [resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps({"seconds": seconds, "peak": peak[0], "worker": peak[1], "merges": repr(merges)}))
 
 
@@ -159,7 +160,8 @@ def main():
         raise SystemExit(f"{small} is not there: set ALIGN_DATA to the data folder")
     with tempfile.TemporaryDirectory() as scratch:
         large = args.large or all_text(folder, Path(scratch) / "all.txt")
-        print(f"{len(os.sched_getaffinity(0))} cores, best of {args.repeats} runs, in turn")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+        print(f"{cores} cores, best of {args.repeats} runs, in turn")
         training("Tiny Shakespeare", small, 4096, args)
         for size in (4096, 32768):
             training("all text", large, size, args)

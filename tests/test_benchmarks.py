@@ -168,9 +168,170 @@ def test_a_profile_is_of_the_stage_and_not_of_the_start_that_it_makes(monkeypatc
 
     monkeypatch.setattr(Run, "steps", lambda run, total=None: iter(range(total)))
     monkeypatch.setattr(script, "import_module", lambda stage: SimpleNamespace(Config=Config, main=main))
+    largest = 2**30 if sys.platform == "darwin" else 2**20  # bytes, KiB
+    monkeypatch.setattr(script.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=largest))
     script.profile("stage", "fp32", steps=2, threads=torch.get_num_threads())
     assert [name for name, _ in done] == ["start/word-seed0-sft"] * 9 + ["profile-stage"] * 5
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stage"] == "stage"
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (record["stage"], record["peak"]) == ("stage", 2**30 / 1e9)
+
+
+def test_a_check_that_fails_without_words_does_not_hide_the_others(tmp_path, monkeypatch):
+    def wordless(bench):
+        raise AssertionError
+
+    gpu = load(ROOT / "benchmarks/gpu.py", monkeypatch)
+    monkeypatch.setattr(gpu, "CHECKS", (wordless, lambda bench: [("fine", 0.0, 0.1)]))
+    with pytest.raises(SystemExit, match=r"^1 wrong or failed: wordless$"):
+        quick(gpu, tmp_path, monkeypatch, "Is it right?")
+    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "**FAILED**: AssertionError" in page
+    assert page.count("| right |") == 1
+
+
+def test_a_section_without_time_is_on_the_page(tmp_path, monkeypatch):
+    gpu = load(ROOT / "benchmarks/gpu.py", monkeypatch)
+    with pytest.raises(SystemExit, match=r"^1 wrong or failed: GRPO$"):
+        quick(gpu, tmp_path, monkeypatch, "GRPO", "--minutes", "0")
+    assert "## GRPO\n\nNot run: the time was up." in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_a_script_that_was_killed_says_its_status(monkeypatch):
+    gpu = load(ROOT / "benchmarks/gpu.py", monkeypatch)
+    killed = SimpleNamespace(returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: killed)
+    with pytest.raises(RuntimeError, match=r"^grpo.py: exit status -9$"):
+        gpu.Bench(SimpleNamespace(device="cpu", quick=True)).script("grpo.py", cwd=".")
+
+
+def test_trl_is_compared_on_the_device_of_the_page(monkeypatch):
+    gpu, called = load(ROOT / "benchmarks/gpu.py", monkeypatch), []
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu.Bench, "script", lambda bench, *args, cwd: called.append(args) or "")
+    list(gpu.grpo_step(gpu.Bench(SimpleNamespace(device="cpu", quick=True))))
+    assert called[0][-2:] == ("--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("attention", ["--tokens", "199"], "200 or more"),
+        ("busy", ["--steps", "5"], "6 or more"),
+        ("large_pages", ["--steps", "5"], "6 or more"),
+        ("generate", ["--new_tokens", "225"], "context of 256"),  # after 32 of the prompt
+    ],
+)
+def test_a_size_that_cannot_be_measured_is_refused(monkeypatch, capsys, name, flags, message):
+    script = load(ROOT / f"benchmarks/{name}.py", monkeypatch)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        script.main()
+    assert message in capsys.readouterr().err
+
+
+def test_nanogpt_is_not_compared_without_the_text(tmp_path, monkeypatch, capsys):
+    script = load(ROOT / "benchmarks/pretrain_vs_nanogpt.py", monkeypatch)
+    (tmp_path / "train.py").touch()
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["pretrain_vs_nanogpt.py", "--nanogpt", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        script.main()
+    assert "set ALIGN_DATA" in capsys.readouterr().err
+
+
+def test_the_tokenizers_take_turns_on_a_mac_too(tmp_path, monkeypatch, capsys):
+    script = load(ROOT / "benchmarks/tokenizer.py", monkeypatch)
+    monkeypatch.delattr(script.os, "sched_getaffinity", raising=False)
+    for name in ("training", "encoding"):
+        monkeypatch.setattr(script, name, lambda *args: None)
+    (tmp_path / "tinyshakespeare").mkdir()
+    (tmp_path / "tinyshakespeare/input.txt").write_text("a text", encoding="utf-8")
+    monkeypatch.setenv("ALIGN_DATA", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py"])
+    script.main()
+    assert f"{script.os.cpu_count()} cores" in capsys.readouterr().out
+
+
+def test_the_default_of_busy_is_not_the_callers(monkeypatch):
+    script, seen = load(ROOT / "benchmarks/busy.py", monkeypatch), []
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "7")
+
+    def run(command, cwd, env, **kwargs):
+        seen.append(env)
+        (ROOT / cwd / "runs/pretrain").mkdir(parents=True)  # cwd is absolute
+        lines = [json.dumps({"tokens_per_second": 4096}) for _ in range(8)]
+        (ROOT / cwd / "runs/pretrain/metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    assert script.step_seconds({"OMP_NUM_THREADS": "1"}, 8, "fp32") == 1
+    assert seen[0]["OMP_NUM_THREADS"] == "1"
+    assert not seen[0].keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+
+
+def test_neither_heap_comes_first_in_every_pair(monkeypatch, capsys):
+    script, calls = load(ROOT / "benchmarks/large_pages.py", monkeypatch), []
+    monkeypatch.setattr(script, "run", lambda stage, flags, without: calls.append(without) or (2 - without, 100))
+    monkeypatch.setattr(sys, "argv", ["large_pages.py", "--stages", "sft", "--pairs", "2"])
+    script.main()
+    assert calls == [True, False, False, True]
+    assert "| sft | 2.00, 2.00 | 100, 100 |" in capsys.readouterr().out
+
+
+def test_no_copy_of_the_inputs_is_subtracted(monkeypatch):
+    script = load(ROOT / "benchmarks/loss_memory.py", monkeypatch)
+    made, alive, randn = [], [], torch.randn
+
+    def noted(*args, **kwargs):
+        tensor = randn(*args, **kwargs)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "randn", noted)
+    monkeypatch.setattr(script, "peak", lambda: alive.append([tensor() is not None for tensor in made]) or 0)
+    for name, size in (("VOCABULARY", 20), ("CONTEXT", 4), ("WIDTH", 8)):
+        monkeypatch.setattr(script, name, size)
+    script.measure("plain", 2)
+    assert alive[0] == [True, True]  # all that was made is still there: activations, output matrix
+
+
+def test_a_floor_has_the_output_matrix_for_answers_alone(monkeypatch):
+    shape = dict(context=16, n_layer=1, n_head=2, n_kv_head=2, width=16)
+    small, large = (Transformer(TransformerConfig(vocabulary, **shape)) for vocabulary in (64, 164))
+    more = 100 * 16  # weights of the output matrix
+    script, rows = load(ROOT / "benchmarks/preference_vs_trl.py", monkeypatch), [[(5, 0), (3, 5), (4, 5)]]
+    assert script.work(large, rows, 7) - script.work(small, rows, 7) == 6 * more * 7
+    assert script.work(large, rows, 0) == script.work(small, rows, 0)  # a reward model
+    script = load(ROOT / "benchmarks/grpo_vs_trl.py", monkeypatch)
+    for by_rows in (False, True):
+        a, b = (script.work(model, [[1] * 5, [1] * 9], False, by_rows)["generation"] for model in (small, large))
+        assert b - a == 2 * more * 2 * script.R * script.NEW
+
+
+def test_a_golden_run_that_is_missing_is_a_difference(tmp_path, monkeypatch, capsys):
+    golden, run = load(ROOT / "benchmarks/golden.py", monkeypatch), {"steps": [], "weights": {}}
+    for name, runs in (("old", ("sft", "grpo")), ("new", ("sft",)), ("none", ())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "golden.json").write_text(json.dumps(dict.fromkeys(runs, run)), encoding="utf-8")
+    old, new, none = (tmp_path / name for name in ("old", "new", "none"))
+    assert golden.compare(old, old, "")
+    assert golden.compare(old, new, "sft")
+    assert golden.compare(new, old, "")  # a new run has nothing to be compared with
+    capsys.readouterr()
+    assert not golden.compare(old, new, "")
+    assert "runs that NEW lacks: grpo" in capsys.readouterr().out
+    assert not golden.compare(none, none, "")
+
+
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.1}, {"resume": True}, {"dtype": "fp16"}])
+def test_a_comparison_with_trl_refuses_what_trl_is_not_given(tmp_path, monkeypatch, changes):
+    script = load(ROOT / "benchmarks/preferences_end_to_end.py", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "open_checkpoint", lambda init: (None, None, None))
+    plain = dict(pairs="offline", nll=0.0, optimizer="adamw", init="start", device="cpu")
+    with pytest.raises(script.ConfigError, match=f"--{next(iter(changes))}"):
+        script.open_start(script.dpo.Config(**plain, **changes), tmp_path / "out")
 
 
 def test_a_comparison_with_trl_needs_a_start(monkeypatch):

@@ -217,7 +217,7 @@ def prefill(model, prompts, n, max_new_tokens, static):
 
     cache = model.make_cache(len(prompts), longest)
     logits = model(tokens, positions, real if padded else None, cache, last_only=True)[:, -1]  # (N, V)
-    dtype = decoding_dtype(model, cache)  # on a CPU bf16 under autocast, half as much to read in each step
+    dtype = decoding_dtype(model, cache)  # bf16 where that is faster: half as much to read in each step
     logits, cache = logits.repeat_interleave(n, dim=0), cache.repeat(n, longest + max_new_tokens, dtype)  # N·n rows
     position, visible = positions[:1, -1], None  # (1,) of the last token read, for all; None: all slots are seen
     if padded:

@@ -56,9 +56,12 @@ def add_product(x, h, weight):
 
 def decoding_dtype(model, cache):
     """The dtype in which a Decoder should hold its cache, None = as it is. The step reads all keys and values for one
-    token per sequence, so their size is its time: it takes them in the dtype of the products. A model that runs its own
-    forward needs them in that of attention."""
-    return product_dtype(model.embed.weight) if DecodeStep.fits(model, cache) else None
+    token per sequence, so their size is its time: it takes them in the dtype of the products, unless the device is
+    slower at bf16. A model that runs its own forward needs them in that of attention."""
+    if not DecodeStep.fits(model, cache):
+        return None
+    weight = model.embed.weight
+    return product_dtype(weight) if traits(weight).bf16_cache else attention_dtype(weight)
 
 
 class Decoder:

@@ -85,7 +85,7 @@ def test_under_autocast_the_decode_step_rounds_what_the_model_rounds():
 @pytest.mark.parametrize("by_sdpa", [True, False], ids=["as on a CPU", "as on a GPU"])
 def test_under_autocast_the_cache_is_bf16(monkeypatch, by_sdpa, static, heads):
     """By SDPA, or by two products as on a GPU; with pads, which NaN would betray, and slots that nobody wrote."""
-    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], decodes_by_sdpa=by_sdpa))
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], bf16_cache=True, decodes_by_sdpa=by_sdpa))
     raw = uneven(n_kv_head=heads)
     tokens, real = torch.randint(40, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
     real[1, :3] = real[2, :7] = False
@@ -105,6 +105,13 @@ def test_under_autocast_the_cache_is_bf16(monkeypatch, by_sdpa, static, heads):
     assert found.dtype == cache.store.dtype == torch.bfloat16
     noise = (rounded.float() - exact).norm()
     assert 0 < (found.float() - exact).norm() < 2 * noise < 0.04 * exact.norm()
+
+
+def test_a_device_that_is_slow_at_bf16_decodes_from_fp32(model, monkeypatch):
+    with torch.autocast("cpu", torch.bfloat16):
+        for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+            monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], bf16_cache=bf16))
+            assert decoding_dtype(model, model.make_cache(1, 1)) == dtype
 
 
 def test_the_dtype_of_the_cache_is_left_where_the_model_runs_its_own_forward():

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from support import cli, generate_setup
 from support.answers import extract_answer
 from support.checkpoints import open_checkpoint, resolve_checkpoint
 from support.cli import parse_config, run_script
-from support.devices import free_memory
+from support.devices import TRAITS, free_memory
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.streaming import StreamedText
 from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -528,6 +529,7 @@ def test_little_memory_means_more_batches_and_the_same_rows(model, monkeypatch):
         generate(model, PROMPTS, 9, n=2, uniforms=table)
         assert calls == batches * 2
     calls.clear()
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], bf16_cache=True))
     with torch.autocast("cpu", torch.bfloat16):  # the rollouts' in bf16, half the size
         generate(model, PROMPTS, 9, n=2, uniforms=table, memory=2 * (7 + 7 + 9) * 8 * 2 * 2 * 4)
     assert calls == [2, 1]

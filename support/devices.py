@@ -52,7 +52,7 @@ def cpu_has(unit):
 
 
 TRAITS = {
-    # Without AMX SDPA takes two and a half times as long from a bf16 cache as products from one in fp32 (EPYC of Zen 5)
+    # Without AMX rollouts by SDPA from a bf16 cache take twice as long as by products from one in fp32 (EPYC of Zen 5)
     "cpu": Traits(bf16_attention=False, expert_rows=32, bf16_cache=cpu_has("amx_tile"), decodes_by_sdpa=True),
     "cuda": Traits(repeats_shared_heads=True, fused_rms_norm=True, grouped_products=True, stops_at_bad_index=True,
                    cuda_graphs=True),

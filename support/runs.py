@@ -548,8 +548,8 @@ def make_start_once(name, message, stage, settings, dist):
     When the stage ends, its settings and the content of its data and --init are written to the file `finished`, beside
     it the commit. A run without `finished` is incomplete, and one where it differs was made from something else; the
     new run renames it. If several processes need the same start, one trains it and the others wait. A
-    change of the code alone does not make a start anew, so the commit that made it is printed, kept in STARTS, and
-    named on the pages of ablate.py."""
+    change of the code alone makes no new start: the commit that made it is printed, kept in STARTS, and named on the
+    pages of ablate.py."""
     finished, lock = RUNS / name / "finished", RUNS / f"{name}.lock"
     made_by = {k: asdict(v) if is_dataclass(v) else v for k, v in settings.items() if k not in ("device", "dtype")}
     if dist.is_main:

@@ -13,6 +13,7 @@ from conftest import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 from generate import prefill
+from support.devices import TRAITS
 from support.runs import Run
 from transformer import Transformer, TransformerConfig
 
@@ -77,13 +78,15 @@ def test_a_section_that_fails_lets_the_others_go_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("layout", ["Qwen3", "window and sinks"])  # the second does not fit the fast step
-def test_what_a_decoded_token_reads(monkeypatch, rows, layout):
+@pytest.mark.parametrize("bf16", [True, False])  # CPUs with AMX and GPUs; CPUs without
+def test_what_a_decoded_token_reads(monkeypatch, rows, layout, bf16):
     """Against the cache that generate.py makes."""
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], bf16_cache=bf16))
     gpu = load(ROOT / "benchmarks/gpu.py", monkeypatch)
     model = Transformer(TransformerConfig(**gpu.SMALL | gpu.LAYOUTS[layout])).eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         store = prefill(model, [[1, 2, 3]], rows, 5, static=False)[1].cache.store  # 8 slots
-    assert store.dtype == (torch.bfloat16 if layout == "Qwen3" else torch.float32)
+    assert store.dtype == (torch.bfloat16 if bf16 and layout == "Qwen3" else torch.float32)
     assert gpu.bytes_read(model, rows, 8) == 2 * sum(p.numel() for p in model.parameters()) + store.nbytes
 
 

@@ -79,7 +79,7 @@ CLAIMS = [
         "YaRN reads past the trained length",
         "[2309.00071]",
         "positional.rope_frequencies",
-        "after 40 steps at 4 times the length; one seed ([page](benchmarks.md))",
+        "yes, after 40 steps at 4 times the length; one seed ([page](benchmarks.md))",
     ),
     Claim(
         "grouped queries cost little",
@@ -100,7 +100,7 @@ CLAIMS = [
         compared=Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-"),
     ),
     Claim(
-        "a bias alone balances experts, for free",
+        "balancing experts by a bias costs no loss",
         "[2408.15664]",
         "moe.update_biases",
         compared=Compared("moe", "8 experts, bias", "8 experts, none", ("valid_loss",), "0"),

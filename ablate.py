@@ -47,9 +47,10 @@ pseudo-code, as in `main`:
     results/NAME.md, NAME.png, and NAME.json, the figures of every run                              4. report
 
 Without a name it works the example and lists the experiments. The defaults run five seeds, in two worker processes, and
-only what is missing. If a saved run was made by other settings or other code, an error says so and nothing runs:
---again true then repeats such runs, --old_code true keeps those of other code. Also off: --quick, a smoke run;
---verify, which repeats one run of a page.
+only what is missing. A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with all settings, the commit, the
+machine and a digest of each file that its stage imports (support/code_used.py): a changed formula changes no flag. If
+a saved run was made by other settings or other code, an error says so and nothing runs: --again true then repeats such
+runs, --old_code true keeps those of other code. One that was interrupted starts over; to diverge is a result too.
 
 Traps:
 
@@ -62,11 +63,6 @@ Traps:
 * Choosing a variant by the test split would flatter it. Tuning uses the validation split; a page's accuracies are of
   the test problems, so do not pick the best setting from a page. A tuned value is chosen once, on one seed: the
   intervals do not contain the spread of that choice.
-* A changed formula changes results and no flag, so a run notes the files that its stage imports (support/code_used.py).
-
-A run ends in runs/ablate/NAME/VARIANT-seedS/result.json, with the commit, the machine, a digest of each of these files
-and all settings, defaults included. While settings and digests stay the same it is not repeated. An interrupted run
-starts over, even if only its last test was missing; one that diverged has that as its result.
 
 Run it:
     python ablate.py                         # the example by hand, and the list of experiments
@@ -218,6 +214,8 @@ three comparisons, p = 0.01, 0.04, 0.03; by Holm {", ".join(f"{p:.2f}" for p in 
 # ---------------------------------------------------------------------------------------------------------------
 # All of them.
 
+SEEDS = [0, 1, 2, 3, 4]
+
 
 @dataclass
 class Config:
@@ -228,7 +226,7 @@ class Config:
     quick: bool = False
     """A smoke run of a few steps and one seed; results/ is left alone. (The start that later stages share is trained in
     full, in runs/start.)"""
-    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    seeds: list[Seed] = field(default_factory=lambda: [*SEEDS])
     """One run of each variant per seed."""
     verify: bool = False
     """Repeat one run of a page, both drawn at random if no experiment is named, and compare its figures. They are the
@@ -247,6 +245,9 @@ class Config:
             raise ConfigError(f"{self.experiment!r} is not an experiment; they are: {', '.join(EXPERIMENTS)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"--seeds is {self.seeds}; it must be a list of different numbers")
+        off = {"quick": False, "again": False, "old_code": False, "seeds": SEEDS}
+        if self.verify and (given := [flag for flag, value in off.items() if getattr(self, flag) != value]):
+            raise ConfigError(f"--{given[0]} has no use with --verify, which repeats one run of a page: leave it out")
 
 
 def refuse_stale(stale, made, runs, advice):

@@ -47,7 +47,7 @@ is what √D (and qk_norm) prevents.
                                         (arXiv:1911.02150), between them grouped-query attention (arXiv:2305.13245)
     head_dim, D     C / H    32         the width of every head; H · D may differ from C
     qk_norm         False    True       bounds a score by √D · max |gain of q| · max |gain of k|: stable at high
-                                        learning rates (Qwen3, arXiv:2505.09388)
+                                        learning rates (arXiv:2309.14322; in Qwen3, arXiv:2505.09388)
     bias            False    False      a bias in wq, wk, wv and wo
     window, W       None     None       a query sees itself and the W − 1 tokens before it (Mistral, arXiv:2310.06825)
     sinks           0        0          with a window: how many first tokens stay visible to all (arXiv:2309.17453)
@@ -66,8 +66,8 @@ counts the tokens read so far, pads too. *Prefill*: the prompt is read in one pa
     decoding, token n    1   n + 1             none: the newest sees all       KVCache: fills slot n
     decoding, left pads  1   length + 1        padding_mask (B, 1, 1, S)       KVCache: fills slot `length`
     later chunk          T   length + T        causal (T, S) or padding_mask   KVCache: fills the next T slots
-    all above, window W  T, S as above         window_mask(…, mask as above)   as above
-    prefill, window W    T   T                 window_mask (T, T)              RollingKVCache: keeps the sinks, last W
+    all above, window W  T, S as above         as above + the layer's window   as above
+    prefill, window W    T   T                 causal + the layer's window     RollingKVCache: keeps the sinks, last W
     decoding, token n    1   ≤ sinks + W       none: the slots are the window  RollingKVCache: fills one slot
 
 Traps, the ones that bite most first:
@@ -86,8 +86,8 @@ Traps, the ones that bite most first:
 
 What it costs. A head's scores are T · S dot products; a KVCache takes 2 (K and V) · n_layer · B · G · max_len · D
 numbers, a RollingKVCache sinks + W in the place of max_len. With a window and no other mask about 2 · T · W of the
-products are computed (W ≥ 64, T ≥ 2 W), band by band; packed rows, left pads and shorter chunks pay for all T · S. Yet
-every windowed layer lets an output depend on W − 1 tokens more.
+products are computed (W ≥ 64, T ≥ 2 W), band by band; packed rows, left pads and shorter chunks pay for all T · S. What
+a window hides is not lost: each further layer lets an output depend on W − 1 tokens more.
 
 Simplified: no dropout on the weights; the kernels are torch's. Run it: `python attention.py`.
 """
@@ -190,9 +190,9 @@ class Attention(nn.Module):
         self, width, n_head, n_kv_head=None, head_dim=None, bias=False, qk_norm=False, eps=1e-6, window=None, sinks=0
     ):
         super().__init__()
+        check_attention(width, n_head, n_kv_head, head_dim, window, sinks)
         self.n_head, self.n_kv_head = n_head, n_kv_head or n_head
         self.head_dim = head_dim or width // n_head
-        check_attention(width, n_head, self.n_kv_head, head_dim, window, sinks)
         self.window, self.sinks = window, sinks
         self.wq = nn.Linear(width, n_head * self.head_dim, bias=bias)
         self.wk = nn.Linear(width, self.n_kv_head * self.head_dim, bias=bias)

@@ -45,9 +45,9 @@ From a name to the batch of a step:
 rank takes its slice.
 
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
-reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows, and each epoch reads every
-window once. An epoch leaves out fewer than two windows of tokens, not the same each time, as its first window begins
-elsewhere. But the last (tokens mod context) tokens of a stream of two windows or more are never read.
+reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows from an offset that each
+epoch draws, and each window is read once. What lies before the first window and after the last, fewer than two windows
+of tokens, waits for another epoch; but the last (tokens mod context) of a stream of two windows or more never come.
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of the first question decides,
 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice, and a conversation is
@@ -55,13 +55,7 @@ in the split of each longer one that begins like it. (But of gsm8k's train file 
 built-in stories are split by what happens in them, so that no test story is in train with another question or as the
 beginning of a longer one (support/word_problems.py).
 
-**A task of your own** is a generator and a row of TASKS (support/tasks.py). Every stage takes it by its name. If a
-stage needs a checkpoint to start from, that is trained on the task too, and the task's verifier judges the answers
-(tests/test_tasks.py has an example; grpo.py wants --format_weight 0 where they do not end in `#### number`):
-
-    def sums(split, n, levels, seed): ...          in support/sums.py: at most n tuples ("2 + 3?", "#### 5", "5"), no
-                                                   question in two splits (support.splits.split_of says which)
-    "sums": Task(problems=sums)                    python sft.py --data sums; python grpo.py --data sums
+**A task of your own** is a generator and a row of TASKS; support/tasks.py shows one.
 
 Run it: `python data.py`.
 """

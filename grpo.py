@@ -35,10 +35,9 @@ the std is a heuristic: a group that differs only in format pushes as hard as on
 REINFORCE weighs every token by 1 / B, v_it also by 1 / |y_i|, which climbs E[(r − c) / |y|] instead of J: a token of a
 long wrong answer is punished less, and one of a long right answer rewarded less.
 
-One step, for N questions (grpo_plain.py has it without this file's additions); `main` has the same five parts. The N·R
-answers, of up to T tokens each, are a *batch*. An optimizer step, an *update*, takes some of the groups, B answers, a
-*minibatch*; a forward and backward pass some of these, b answers, a *piece*. The mask is 1 on what was sampled, the
-token that ends an answer too.
+One step, for N questions, in `main`'s five parts (plainly: grpo_plain.py). The N·R answers, of up to T tokens each, are
+a *batch*; the B answers of some of its groups a *minibatch*, for one optimizer step, an *update*; b answers of that a
+*piece*, for one forward and backward pass. The mask is 1 on what was sampled, the token that ends an answer too.
 
     batch   = sample(step)                           ids, mask, log π_old                (N·R, T) each    1. ask
     rewards = paid_rewards(batch)                    right? well formed? or M others     (N, R, M)        2. judge
@@ -68,11 +67,11 @@ a flag of its own; the functions below say what it does.
     maxrl                 mean           mean    token     clip 0.2 0.2    dr_grpo    -           ρ_t A / (BL), or 0
     reinforce++-baseline  mean           tokens  token     clip 0.2 0.2    dapo       0.3 k2      ρ_t A / tokens, or 0
 
-After a clip stand ε below and above. KL: its β, in the loss, of ρ k3, or of k2 = (log x)² / 2. "reward": −log x, summed
-over an answer, is compared with that of its group, and β times the difference is taken off the advantage. The last
-column is the factor of ∇log π(y_t), the KL's aside; "or 0" is where the clip acts. L is --max_new_tokens, *tokens* the
-number of the minibatch's, Πρ the product of an answer's ratios (its |y| tokens have it in common: the mean over them is
-Πρ A), s its |y|-th root, f' the slope of a soft clip.
+After a clip stand ε below and above. Under KL stands β, the weight of ρ k3 in the loss, or with "k2" of (log x)² / 2.
+"reward": the loss has no KL; β times an answer's Σ_t −log x, less its baseline in the group, comes off the advantage.
+The last column is the factor of ∇log π(y_t), the KL's aside; "or 0" is where the clip acts. L is --max_new_tokens,
+*tokens* the number of the minibatch's, Πρ the product of an answer's ratios (its |y| tokens have it in common: the mean
+over them is Πρ A), s its |y|-th root, f' the slope of a soft clip.
 
 The defaults run all five parts: 12 questions × 8 answers, two minibatches, ε = 0.2, β = 0.3; to be right earns 1, to be
 well formed 0.1. A group without a signal, whose A are all 0, is left out and pays no KL (--skip_zero_variance), but
@@ -91,7 +90,7 @@ never solves (arXiv:2504.13837): 16 samples cannot show that.
 
 Traps. The sampler uses temperature alone (no top-k, no top-p), as the loss scores the distribution that was sampled, or
 ρ would not be 1 on fresh answers. With one update per batch (--minibatches 1) and a sampler that is the policy ρ = 1,
-no clip acts, and all surrogates have the same gradient. In bf16 it is only near 1, as sampler and loss round
+no clip acts, and all surrogates have the same gradient. In bf16 ρ is only near 1, as sampler and loss round
 differently: GSPO's clips are so narrow that they act on that, and want --dtype fp32. Answers and tokens are counted
 over the whole minibatch and all ranks before it is cut into pieces, or the gradient would depend on the cut.
 
@@ -373,7 +372,7 @@ class Config(FamilyFlags, PolicyRunConfig):
 def advantages_of(rewards, reward_weights, config, lengths=None):
     """rewards (N, R, M) -> advantages (N, R), {metric: number}: add the M up by their weights, then compare. gdpo.py
     gives `main` another such function. lengths (N, R): the tokens of each answer that count; None where `signals` only
-    asks which groups have an A ≠ 0: then there is no scale, as --scale tokens gives one to groups of equal rewards."""
+    asks which groups have a signal: then there is no scale, as --scale tokens gives equal rewards an A ≠ 0 too."""
     scale = "none" if lengths is None else config.scale
     return group_advantages(reward_sums(rewards, reward_weights), scale, config.baseline, lengths), {}
 
@@ -390,8 +389,9 @@ def main(config, advantages_of=advantages_of, paid_rewards=paid_rewards):
     policy.eval()  # throughout: with dropout the ratio on fresh rollouts would not be 1
 
     sample = Sampler(rollout_policy.model, start.tokenizer, start.problems["train"], config, autocast)
-    signal_of = signals(config, reward_weights, advantages_of, paid_rewards)  # batch -> (n,) bool: groups with an A ≠ 0
-    # run: steps, optimizers, checkpoints. look: logs and validates. recorder: for view.py. The last two train nothing
+    # signal_of(batch): (n,) bool, the groups with an A ≠ 0 before the scale. run: steps, optimizers, checkpoints. look:
+    # logs and validates. recorder: for view.py. The last two train nothing
+    signal_of = signals(config, reward_weights, advantages_of, paid_rewards)
     run, look, recorder = begin_run(start, sample, signal_of, rollout_policy)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if dist.world > 1 and not config.fsdp else policy
 

@@ -1,11 +1,12 @@
 """Mixture of experts: many feed-forwards, of which each token passes through a few.
 
     p = softmax(W_r x)                                 router probabilities over E experts
-    y = s Σ_{e ∈ S} w_e expert_e(x)                    S the K likeliest, w_e = p_e / Σ_S p (or p_e), s a constant
+    y = s Σ_{e ∈ top} w_e expert_e(x)                  top: the K likeliest, w_e = p_e / Σ_top p (or p_e), s a constant
     expert_e(x) = down_e(silu(gate_e x) ⊙ up_e x)      a SwiGLU feed-forward; with GELU: down_e gelu(up_e x)
 
-Switch, arXiv:2101.03961, Eq. 1 and 2 (K = 1); Mixtral, arXiv:2401.04088; Qwen3-MoE, arXiv:2505.09388. Parameters grow
-with E, the work per token only with K. One layer, T tokens (batch and time flattened):
+Switch, arXiv:2101.03961, Eq. 1 and 2 (K = 1); Mixtral, arXiv:2401.04088; Qwen3-MoE, arXiv:2505.09388; shared experts:
+DeepSeekMoE, arXiv:2401.06066. Parameters grow with E, the work per token only with K. One layer, T tokens (batch and
+time flattened):
 
     logits = x W_rᵀ, in fp32                           (T, C) -> (T, E)
     probs  = softmax(logits)                           (T, E)
@@ -42,10 +43,10 @@ mean(logsumexp(logits)²): it keeps the logits small, so that the softmax does n
 
 The gradients at the router's logits l, with g_e = s dL/dy · expert_e(x) of one token; the losses are means over T:
 
-    weights that sum to 1   dL/dl_e = w_e (g_e − Σ_S w_j g_j) in S, else 0
-    w_e = p_e               dL/dl_e = p_e ([e ∈ S] g_e − Σ_S p_j g_j)
+    weights that sum to 1   dL/dl_e = w_e (g_e − Σ_top w_j g_j) in top, else 0
+    w_e = p_e               dL/dl_e = p_e ([e ∈ top] g_e − Σ_top p_j g_j)
                             A step raises the logit of an expert that lowers L more than the mix does. In the second
-                            an expert outside S counts as one that adds 0: its logit rises where the mix raises L.
+                            an expert outside top counts as one that adds 0: its logit rises where the mix raises L.
     Switch loss             d/dl_te = (E / T) p_te (f_e − Σ_j p_tj f_j): a step lowers l_te if f_e is above the token's
                             mean of f
     z-loss                  d/dl_te = (2 / T) logsumexp(l_t) p_te
@@ -63,16 +64,15 @@ grows.)
   weights that sum to 1 take the *mean*, 1/K of that. Steps of Adam and Muon do not grow with the gradient, so with the
   same init and the same steps the branch would start and stay K times smaller. So s is K by default if the weights
   sum to 1, else 1, as in Switch and OLMoE. (Opened checkpoints of Mixtral and Qwen3-MoE have s = 1.)
-* Softmax before or after the top-k? Over the K chosen logits it gives p_e / Σ_S p: the renormalised weights. So
+* Softmax before or after the top-k? Over the K chosen logits it gives p_e / Σ_top p: the renormalised weights. So
   Mixtral, which writes it after, and Qwen3-MoE with `norm_topk_prob` are one formula.
 * bf16: a probability of 0.3 is off by up to 0.001 there. So the router computes in fp32, under autocast too. (With
   --fsdp and bf16 its weights come rounded to bf16 all the same.)
 * `capacity_factor`: of a forward's T tokens an expert takes at most ⌈factor · T K / E⌉ assignments, first choices
-  first, then in the order of the tokens, so the last rows of a batch lose first. The rest are dropped: that expert adds
-  nothing to that token, whose other weights stay. They are counted: load_dropped in the log. Whether a token is
-  dropped depends on the other tokens of the micro-batch. With K > 1 even later tokens count, because their first
-  choices are served before its second. So with a capacity the model is not causal: decoding token by token would not
-  give what one pass gives. Hence a capacity acts in training mode only, and an opened checkpoint has none.
+  first, then in the order of the tokens. The rest are dropped: that expert adds nothing to that token, whose other
+  weights stay (load_dropped in the log). So a token's output depends on the other tokens of the micro-batch, with K > 1
+  even on later ones, whose first choices are served before its second: the model is not causal, and decoding token by
+  token would not give what one pass gives. Hence a capacity acts in training mode only; an opened checkpoint has none.
 * A step in micro-batches. The bias does not depend on the cut, as its counts add up over micro-batches and DDP ranks;
   nor does the z-loss, a mean over tokens. A capacity does; so does the Switch loss: a mean of products f P is not
   the product of the means. It asks each micro-batch of each rank to be even, a little more than asking it of the whole.

@@ -54,8 +54,8 @@ begin smaller, see the end.)
 
 * post: each norm divides x + f(x) by √2. On the way back the two paths double the gradient's square, and the norm
   halves it: all blocks' weights get gradients of one size. If each branch changes by a share δ in an independent
-  direction, the output moves by δ √(depth / 2) (arXiv:2004.08249): the reason for post-norm's warm-up. Here it trains
-  without one at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
+  direction, the output moves by δ √(depth / 2), for arXiv:2004.08249 what makes post-norm hard to train. Here it trains
+  without a warm-up at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
 * pre: after l blocks the stream's variance is 1 + l, as each adds 1. On the way back the final norm divides the
   gradient by √(1 + depth). At block k two gradients add up: the one around the branch, and the one through it, which
   its norm divides by √k, the std of its input: the sum is √(1 + 1/k) times as long. The product over k = l + 1 … depth
@@ -63,6 +63,7 @@ begin smaller, see the end.)
   the output by δ √(1/2 + 1/3 + … + 1/(1 + depth)), about δ √ln depth. The weakness: late branches add little, and one
   branch with large weights drowns all the others.
 * sandwich: all branches weigh the same at the start, whatever the size of their weights; their gains learn the rest.
+  The stream grows as in pre, and the weights' gradients fall with l as there.
 
 transformer.py divides the matrices that write into the stream by √(2 n_layer) at the start. That levels the gradients.
 In a character model of 12 blocks the gradient of the first block, divided by that of the last, is 1.1 in pre and 0.98

@@ -24,7 +24,7 @@ to use it.) Here RoPE ends 0.38 nats per character below learned positions in va
 Past the trained length L: pair i makes r_i = L ω_i / 2π turns within L. A fast pair has met every angle. A slow pair,
 r_i < 1, has met only part of the circle, and past L it reaches angles that it never met. If its ω_i is divided by s, it
 stays within the known part up to length s L; but nearby tokens then differ by smaller angles. `scaling`, a dict in
-Hugging Face's form, says which pairs are slowed; its `factor` is s, except in dynamic. (Llama 3.1 reads 16 L at s = 8.)
+Hugging Face's form, says which pairs are slowed; its `factor` is s, except in dynamic.
 
     linear    ω_i / s for every pair                arXiv:2306.15595. Simple, but neighbours come s times closer
     dynamic   θ ← θ s^(D/(D−2))                     "NTK": pair 0 as before, the last divided by s exactly, the others

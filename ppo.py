@@ -108,8 +108,8 @@ from support.sharding import averaging
 from transformer import masked_mean
 
 # ---------------------------------------------------------------------------------------------------------------
-# The objective, as pure functions of b answers of up to T tokens: a piece's in the losses, else all of a batch. Tensors
-# are (b, T) unless said otherwise; mask is True on an answer's tokens, which stand at the front.
+# The objective, as pure functions of b answers of up to T tokens, at the front of a row; the mask is True on them.
+# Tensors are (b, T) unless said otherwise. `main` gives the two losses a piece, the other functions a whole batch.
 
 
 def token_rewards(log_old_over_ref, final, lengths, beta):

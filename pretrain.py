@@ -32,7 +32,7 @@ step, one process, 20 steps of warm-up, weight decay 0.1, clip 1; bf16 where the
 NVIDIA GPUs, else fp32. Off: accumulation, --compile, --recompute (arXiv:1604.06174), dropout, experts (--model.n_expert
 8; moe.py). In GPT's paper: --optimizer adamw --lr 2.5e-4 --warmup 2000 --floor 0 --weight_decay 0.01 --batch 64
 --vocab_size 40478 and, each after --model., context 512, n_layer 12, n_head 12, n_kv_head 12, width 768, norm layer,
-norm_placement post, positions learned, activation gelu, bias true, qk_norm false, dropout 0.1.
+norm_placement post, positions learned, activation gelu, bias true, qk_norm false, dropout 0.1 (β₂: 0.999, here 0.95).
 
 Which option changes what:
 
@@ -284,7 +284,7 @@ def main(config):
     look.before()
 
     # `policy` is in training mode, as it was built: dropout acts. An evaluation switches it off and on again.
-    for step in run.steps():  # which also writes last/ every --save_every steps, at the end and on Ctrl-C
+    for step in run.steps():  # which also writes last/ every --save_every steps and on Ctrl-C; run.close() at the end
         # 1. the batch: B windows of T tokens, of which this rank reads its part
         started = time.perf_counter()
         batch = batch_at(streams["train"], step, per_rank, context, config.seed, dist.rank, dist.world)

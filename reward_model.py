@@ -34,8 +34,8 @@ batch element is a prompt: all pairs of its K = 4 to 9 ranked answers, averaged.
 
 Traps:
   * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
-    (arXiv:2312.09244) pulls each pair's mean score towards 0. ppo.py, whose values start there, needs that if it takes
-    scores as they are (--normalise false) and does not compare answers (--baseline).
+    (arXiv:2312.09244) pulls each pair's mean score towards 0, where the values of ppo.py start: scores that it neither
+    normalises nor compares need that.
   * A head on the last state may come too late. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare.
     The policy knows the sum, but as a prediction: before the 9 its last layer says 8, and none is left to compare the
     two. Hence the extra layers, and the SFT loss of the chosen answers, which is to keep what the decoder knows
@@ -235,9 +235,12 @@ class RewardModel(Transformer):
         """-> the score of each answer, (k,); in training k = 2b: y_w, y_l, y_w, y_l, … of n = b groups. with_logprobs:
         also (n,): the mean log π per token of each group's first answer, y_w. Then all groups have equally many.
 
-        `model` may be wrapped in DDP. It reads the answers in parts, of m each. Entry t = 0, 1 … of what comes back
-        stands at the token before answer token t: so log π of token t is entry t, but the score, read at the last of
-        |y| tokens, token |y| − 1, is entry |y|, which exists because `pack` has added a pad."""
+        `model` may be wrapped in DDP. It reads the answers in parts, of m each. The row of an answer y_0 y_1 y_2:
+
+            token       the prompt's last   y_0   y_1   y_2     y_2 stands here because `pack` has added a pad
+            log π of    y_0                 y_1   y_2   the pad: not counted
+            score                                       here: entry |y| = 3
+        """
         n, k = len(packed.tokens), len(packed.lengths)
         lengths = packed.lengths - 1  # (k,) without the pad that `RewardModel.pack` has added
 
@@ -344,22 +347,22 @@ def main(config):
     # groups: {"train", "valid", "test"} of (x, [y_w, y_l]). The functions go in: support/ cannot import this file.
     run, look, groups, autocast = begin_run(config, kind, loss_of, open_reward_model, best_of_n)
     judge, dist, scaler, pad = run.model, run.dist, run.scaler, run.tokenizer.endoftext_id
-    share = dist.per_rank("batch", config.batch)  # B / ranks: the pairs of a step on this rank
+    per_rank = dist.per_rank("batch", config.batch)  # B / ranks: the pairs of a step on this rank
     model = DistributedDataParallel(judge, broadcast_buffers=False) if dist.world > 1 else judge
 
     for step in run.steps():
         # 1. the batch: B pairs, of which this rank takes its share
         started = time.perf_counter()
         batch = [groups["train"][i] for i in rows_at(len(groups["train"]), step, config.batch, config.seed)]
-        own = batch[dist.rank * share : (dist.rank + 1) * share]
+        own = batch[dist.rank * per_rank : (dist.rank + 1) * per_rank]
         own.sort(key=lambda group: len(group[0]))  # prompts of like lengths waste no padding
 
         # 2. the gradient: parts of it add up, over micro-batches and ranks
         model.train()
         sums = {}
-        for i in range(0, share, config.micro_batch):
+        for i in range(0, per_rank, config.micro_batch):
             micro = own[i : i + config.micro_batch]
-            last = i + config.micro_batch >= share
+            last = i + config.micro_batch >= per_rank
             with averaging(model, last):  # DDP averages over the ranks in the last backward alone; * world: a sum
                 nll_loss = torch.zeros((), device=dist.device)
                 packed = judge.pack(micro, pad, dist.device)

@@ -273,7 +273,7 @@ class Config(RecordFlags, RunConfig):
     weight 1."""
     min_rating: Annotated[float, Range(float, 1, 5, below=False)] = 4.0
     """Lowest rating that is trained on with --rated threshold, and lowest rating of the references of an evaluation."""
-    stop_at: float = 1.0
+    stop_at: Amount = 1.0
     """Stop at the first evaluation whose validation accuracy (F1 for problems of free text) is at least this."""
     sweep: list[Positive] = field(default_factory=list)
     """Learning rates: one run each, then a table of their validation results."""

@@ -68,8 +68,8 @@ from support.vocabulary import Vocabulary
 from support.word_counts import batches, count_words
 
 # Cut first, merge within: so "dog." and "dog!" share the token "dog". The cuts are GPT-4's as changed by Qwen2, where
-# each digit stands alone. A token of up to three digits hides its digits, and which decimal places share a token
-# depends on the number's length: sums come out less accurate (arXiv:2402.14903).
+# each digit stands alone. GPT-4's tokens of up to three digits are cut from the left: which decimal places share one
+# depends on the number's length, and sums come out less accurate than if cut from the right (arXiv:2402.14903).
 PATTERN = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction

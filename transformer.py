@@ -5,7 +5,7 @@
 π is the distribution that the model gives; RL and the training scripts call the model the *policy*. One forward pass,
 `Transformer.forward`, in the layout of Qwen3 (arXiv:2505.09388):
 
-    x = embed(tokens)                          (B, T) -> (B, T, C)    the rows of E (V, C)
+    x = embed(tokens)                          (B, T) -> (B, T, C)    rows of the embedding matrix (V, C)
     rope = cos, sin at the positions           (T, D) each, the same for all layers
     for layer, block in enumerate(blocks):
         a = attn(norm1(x), rope, mask, cache, layer)    (B, T, C)     tokens read themselves and those before
@@ -14,7 +14,7 @@
         f = down(silu(gate(h)) ⊙ up(h))        (B, T, C) -> (B, T, inner) -> (B, T, C)    `ffn`: each token by itself
         x = x + f
     cache.length += T                          once, after all layers
-    logits = norm(x) Eᵀ                        (B, T, V)              or, with targets, log π(targets) (B, T)
+    logits = norm(x) embedᵀ                    (B, T, V)              or, with targets, log π(targets) (B, T)
 
 The losses of pretraining, SFT, DPO and RL reach the weights through log π(y) = z_y − log Σ_v exp(z_v) of a token y,
 where z is logits / temperature (1 unless given). Then ∂ log π(y) / ∂ logits_v = ((1 if v = y else 0) − π(v)) /
@@ -24,14 +24,14 @@ would take more than 64 MiB (support/logprobs.py). It is an argument of forward 
 `token_logprobs` shifts: its entry t scores token t + 1, so a mask over tokens must be cut to mask[:, 1:] to fit.
 
 The defaults run what stands above: RMSNorm, RoPE, grouped-query attention with QK-norm, SwiGLU (`f` above), tied
-embeddings (E is the output matrix too), no biases, 1.7 M parameters. Off: windows (attention.py), RoPE scaling
+embeddings (embed is the output matrix too), no biases, 1.7 M parameters. Off: windows (attention.py), RoPE scaling
 (positional.py), mixtures of experts (moe.py), dropout. SwiGLU (arXiv:2002.05202) has three matrices where GELU has two,
 so at equal parameters its inner width is 2/3 of the usual 4 C. norms.py compares the places where a norm may stand. All
 that a recipe varies is a field of `TransformerConfig`; `gpt2_config(...)` is GPT-2's layout.
 
 A checkpoint is a directory in Hugging Face's format (support/hf.py): GPT-2, Llama, Qwen2, Qwen3, Mistral, Mixtral and
-Qwen3-MoE open here as published. A model is saved as whichever of them computes the same, for `transformers` to open;
-if none does, in a layout of this repository's own. llama.cpp's files open too (support/gguf.py).
+Qwen3-MoE open as published, though not Llama 3's and Mistral's tokenizers (see tokenizer_bpe.py). A model is saved as
+whichever computes the same, for `transformers` to open, else in our own layout. llama.cpp's open too (support/gguf.py).
 
 Letters: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head width, V vocabulary. Run it:
 `python transformer.py`.
@@ -362,14 +362,14 @@ def demo():
     """A vocabulary of four, width 2, by hand; then two layouts: parameters, loss before training, cache = one pass."""
     tiny = Transformer(TransformerConfig(vocab_size=4, width=2, n_head=1, n_kv_head=1, n_layer=1, ffn_width=3))
     assert tiny.num_params() == 4 * 2 + 4 * 2 * 2 + 3 * 3 * 2 + 3 * 2 + 2 * 2 == 52
-    print("V = 4, C = 2, one block: E 8 + wq, wk, wv, wo 16 + gate, up, down 18 + norms 6 + QK-norm 4 = 52 parameters")
+    print("V = 4, C = 2, one block: embed 8 + wq … wo 16 + gate, up, down 18 + norms 6 + QK-norm 4 = 52 parameters")
     with torch.no_grad():
         tiny.embed.weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]))
         for branch in (tiny.blocks[0].attn.wo, tiny.blocks[0].ffn.down):
-            branch.weight.zero_()  # nothing is added to the stream: x stays E[token], which has length √C already
+            branch.weight.zero_()  # nothing is added to the stream: x stays embed[token], which has length √C already
         tokens = torch.tensor([[0, 0, 1]])
         logits, logprobs = tiny(tokens), token_logprobs(tiny, tokens)  # (1, 3, 4), (1, 2)
-    torch.testing.assert_close(logits[0, :2], torch.tensor([[2.0, 0.0, 0.0, -2.0]] * 2), atol=1e-5, rtol=0)  # (1, 1) Eᵀ
+    torch.testing.assert_close(logits[0, :2], torch.tensor([[2.0, 0.0, 0.0, -2.0]] * 2), atol=1e-5, rtol=0)  # x embedᵀ
     total = math.log(math.exp(2) + 2 + math.exp(-2))  # 2.2539
     torch.testing.assert_close(logprobs, torch.tensor([[2 - total, 0 - total]]), atol=1e-5, rtol=0)
     gradient = torch.func.grad(lambda z: z.log_softmax(-1)[0])(logits[0, 0])  # ∂ log π(0) / ∂ logits

@@ -62,10 +62,14 @@ def derived_defaults(config):
 
 
 def check_attention(width, n_head, n_kv_head, head_dim, window, sinks):
-    """ValueError, one line, on what attention.Attention cannot be built from; head_dim None: width / n_head."""
-    if not head_dim and width % n_head:
+    """ValueError, one line, on what attention.Attention cannot be built from. None takes the default: n_kv_head that of
+    n_head, head_dim width / n_head."""
+    for name, n in dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim).items():
+        if n is not None and n < 1:
+            raise ValueError(f"{name} is {n}; it must be at least 1")
+    if head_dim is None and width % n_head:
         raise ValueError(f"a width of {width} cannot be cut into {n_head} heads evenly; give head_dim")
-    if n_head % n_kv_head:
+    if n_kv_head is not None and n_head % n_kv_head:
         raise ValueError(f"{n_head} query heads cannot share {n_kv_head} key/value heads evenly")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens would hide a query from itself; it must be at least 1")

@@ -64,7 +64,7 @@ def calls_start(config, dist, tools, with_tools):
     unseen = [tool.name for tool in tools if all(len(turns(text, [tool])) == 1 for text in texts)]
     if unseen and dist.is_main:
         print(f"no demonstration of {config.data} calls {', '.join(unseen)}: the start will not know how")
-    if len(unseen) == len(tools) and not any(problem.calls for problem in shown):
+    if tools and len(unseen) == len(tools) and not any(problem.calls for problem in shown):
         raise ConfigError(f"--data {config.data} shows no calls, such as <<3*4=12>>, in its solutions: give an --init")
     settings = {"data": config.data, "seed": config.seed}
     settings |= {"levels": config.levels} if config.data in TASKS else {}  # a file has none to choose from

@@ -12,7 +12,7 @@ from support.errors import ConfigError
 from support.records import drop_too_long
 from support.runs import RUNS
 from support.tables import file_name, gain_of, make_folder, metric_rows, sample_rows, show_results
-from support.tasks import refuse_levels
+from support.tasks import refuse_levels, refuse_skip_bad
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Config:
     def __post_init__(self):
         check(self)
         refuse_levels(self)
+        refuse_skip_bad(self)
         if not self.samples and self.seed != type(self).seed:
             raise ConfigError("--seed has no effect on greedy answers: give --samples, or leave it out")
 

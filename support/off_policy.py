@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 import torch
 
 from evaluate import kl_estimate
-from support.checks import Range, Whole
+from support.checks import Range, Whole, choice
 from support.errors import ConfigError
 from support.rollouts import cut, piece_logprobs
 
@@ -38,20 +38,21 @@ from support.rollouts import cut, piece_logprobs
 def sampler_weights(old_logprobs, sampler_logprobs, mask, correction="truncate", level="token", bound=2.0):
     """log π_old, log μ and mask (B, T) -> the weight of each token (B, T), and k = π_old / μ (B, T); no gradient.
 
-    correction: "truncate" is min(k, bound); "mask" k, and 0 outside [1 / bound, bound]; "keep" 1, and 0 outside.
-    level: k of each token, of the "sequence" (the product over an answer), or its "geometric" mean.
+    level: k of each token, of the "sequence" (the product over an answer), or its "geometric" mean. ConfigError on an
+    unknown name.
     """
     log_k = torch.where(mask > 0, old_logprobs - sampler_logprobs, 0.0).detach()  # (B, T)
-    if level != "token":
-        log_k = log_k.sum(dim=1, keepdim=True)  # (B, 1)
-    if level == "geometric":
-        log_k = log_k / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    k = log_k.exp().expand(mask.shape)  # (B, T)
-    if correction == "truncate":
-        return k.clamp(max=bound), k
-    inside = (k >= 1 / bound) & (k <= bound)
-    weights = k if correction == "mask" else torch.ones_like(k)
-    return torch.where(inside, weights, 0.0), k  # not weights · inside: inf · 0 is NaN
+    whole, length = (x.sum(dim=1, keepdim=True) for x in (log_k, mask))  # (B, 1) each
+    levels = {"token": log_k, "sequence": whole, "geometric": whole / length.clamp(min=1)}
+    k = choice("correction_level", level, levels).exp().expand(mask.shape)  # (B, T)
+    inside, one = (k >= 1 / bound) & (k <= bound), torch.ones_like(k)
+    weights = {
+        "none": one,
+        "truncate": k.clamp(max=bound),
+        "mask": torch.where(inside, k, 0.0),  # not k · inside: inf · 0 is NaN
+        "keep": torch.where(inside, one, 0.0),
+    }
+    return choice("correction", correction, weights), k
 
 
 def rounded(weight, dtype):
@@ -154,8 +155,6 @@ def off_policy(batch, policy, config, autocast, pad, dist):
     correction = "keep" if ratio_holds_k and c.correction == "mask" else c.correction
     options = {"level": c.correction_level or "token", "bound": c.correction_bound or 2.0}
     weights, k = sampler_weights(own, sampled, mask, correction, **options)
-    if c.correction == "none":
-        weights = torch.ones_like(k)
     limited = weights != (k if correction in ("truncate", "mask") else 1.0)
     parts = {"sampler_weight": weights, "sampler_limited": limited, "sampler_kl": kl_estimate(sampled, own, "k3")}
     n, *sums = dist.sum(mask.sum(), *(x[mask].sum() for x in parts.values()))

@@ -2,8 +2,10 @@
 
 At step 1, every --record_every steps and at step --steps, rank 0 records some of the step's groups, with the numbers
 that the loss used, and how the policy answers a few validation questions. Those are sampled with the same random
-numbers at every recording, so what changes in their answers is the policy. A record is made before the step's update.
-Nothing in it is trained on, and it touches no random generator: a run trains the same without it.
+numbers at every recording, so what changes in their answers is the policy. What the policy thinks of a token is noted
+before the step's update; log π and what the loss sees of a token as the update computes them, from its second minibatch
+on after an optimizer step. Nothing in a record is trained on, and it touches no random generator: a run trains the same
+without it.
 
     recorder = Recorder(run, autocast, …)             a tracker of the run's log, which has it write a step's record
     recorder.answers(batch, advantages, …)            GRPO, PPO and relatives, before the update; and in it:
@@ -229,8 +231,9 @@ class Recorder:
                 answer["log_ratio"] = short(sum(answer["logp"]) - sum(answer["ref"]))
                 if not group["watched"]:
                     answer["gets"] = [short(-slope)] * len(answer["ids"])
-        for group in groups:
-            group["margin"] = short(group["answers"][0]["log_ratio"] - group["answers"][-1]["log_ratio"])
+        for group in groups if len(sides) == 2 else ():
+            u, v = (answer["log_ratio"] for answer in group["answers"])
+            group["difference"] = short(u - v)  # dpo.py's margin, h, is β times this
 
     def texts(self, texts, n_tokens):
         """Some groups of a distillation step's `support.taught.Texts`, and answers to the watched questions, with what

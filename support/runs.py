@@ -36,6 +36,7 @@ from support.log import Log, commit
 from support.nodes import launch_id, one_store
 from support.products import fast_linears
 from support.sharding import gathered, shard_like, unsharded
+from support.tasks import refuse_skip_bad
 
 RUNS = Path("runs")
 STARTS = {}  # {run directory: the commit that made it} of the starts that this process has taken
@@ -84,6 +85,7 @@ class RunConfig:
 
     def __post_init__(self):
         check(self)
+        refuse_skip_bad(self)
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError("--wandb needs a package that is not here: pip install wandb")
 
@@ -129,6 +131,8 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.first, self.began = saved["step"], self.began - saved.get("seconds", 0.0)
+            if saved["config"]["steps"] != config.steps:  # another learning rate from here on: another branch
+                self.leave_later_best(best)
         self.done = self.first  # number of completed steps
         try:
             self.log = Run.open_log = Log(self.path, config, dist, self.first)
@@ -173,7 +177,24 @@ class Run:
                 keep_copy(self.path, self.done, keep)
             if self.on_save:
                 self.on_save()
+        if self.dist.is_main and written and name == "best":
+            with may_fail(self.path / "best/step"):
+                write_whole(self.path / "best/step", f"{self.done + 1}\n")
         return written
+
+    def leave_later_best(self, worst):
+        """If best/ is of a later step than the one that the run goes on from, it is none of this run's: it is moved
+        aside, and the next validation makes another. worst: the value that any other beats."""
+        file = self.path / "best/step"  # a run that an older version saved has none
+        step = self.dist.from_main(lambda: int(file.read_text(encoding="utf-8")) if file.is_file() else 0)
+        if step > self.first > 0:
+            self.state.best = worst
+            if self.dist.is_main:
+                aside = self.path / f"best_{step:07d}"
+                with must_write(aside):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    file.parent.rename(aside)
+                print(f"{file.parent} is of step {step}, after the step {self.first} that is resumed: moved to {aside}")
 
     def keep_best(self, value):
         """Write best/ if the value, measured in the current step, is better than all earlier ones."""
@@ -537,7 +558,8 @@ def start_name(data, seed, stage, levels=(1, 2), **others):
     if not data.isidentifier():  # a path: two files of the same name are two starts
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
         label = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
-    some = "" if list(levels) == [1, 2] else "-levels" + "".join(map(str, levels))
+    mark = "" if all(0 <= level <= 9 for level in levels) else "-"  # 1, 23 and 12, 3 are two starts
+    some = "" if list(levels) == [1, 2] else "-levels" + "".join(f"{mark}{level}" for level in levels)
     some += "-" + hashlib.sha256(to_json(others, sort_keys=True).encode()).hexdigest()[:6] if others else ""
     return f"start/{label}-seed{seed}-{stage}{some}"
 

@@ -2,6 +2,14 @@
 
 data.py makes records of a task's problems; the stages ask its row for the verifier and the rest. Data sets that lie in
 files are in support/downloads.py.
+
+A task of your own is a generator and a row of TASKS. Every stage takes it by its name. If a stage needs a checkpoint to
+start from, that is trained on the task too, and the task's verifier judges the answers (tests/test_tasks.py has an
+example; grpo.py wants --format_weight 0 where they do not end in `#### number`):
+
+    def sums(split, n, levels, seed): ...          in support/sums.py: at most n tuples ("2 + 3?", "#### 5", "5"), no
+                                                   question in two splits (support.splits.split_of says which)
+    "sums": Task(problems=sums)                    python sft.py --data sums; python grpo.py --data sums
 """
 
 import os
@@ -101,6 +109,13 @@ def refuse_levels(config) -> None:
     default = next(f.default_factory() for f in fields(config) if f.name == "levels")
     if str(config.data) not in TASKS and list(config.levels) != default:
         raise ConfigError(f"--levels has no effect with --data {config.data}, which is no task: leave it out")
+
+
+def refuse_skip_bad(config) -> None:
+    """ConfigError if --skip_bad is given where all data are generated: they have no bad records."""
+    names = [str(getattr(config, "data", "")), *getattr(config, "text", ())]  # --text: of encoder.py
+    if config.skip_bad and all(name in TASKS or name == "sentiment" for name in names):
+        raise ConfigError(f"--skip_bad has no effect with --data {config.data}, which is generated: leave it out")
 
 
 def refuse_unsound(name: str, problems: list, split: str, n: int) -> None:

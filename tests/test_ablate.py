@@ -610,6 +610,8 @@ def test_bad_input(scratch):
         ({"seeds": [-1]}, "--seeds is -1; it must be at least 0"),
         ({"seeds": []}, r"--seeds is \[\]; it must be a list of different numbers"),
         ({"seeds": [1, 1]}, r"--seeds is \[1, 1\]; it must be a list of different numbers"),
+        ({"verify": True, "seeds": [7]}, "--seeds has no use with --verify"),
+        ({"verify": True, "quick": True}, "--quick has no use with --verify"),
     ):
         with pytest.raises(ConfigError, match=words):
             ablate.Config(experiment="ladder", **flags)

@@ -810,7 +810,6 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch, c
     others = [dict(demonstrations=100), dict(max_new_tokens=100), dict(teach="taught"), dict(teach="taught", lr=1e-5)]
     paths = {calls_start.calls_start(Config(**other), dist, tools, WithTools) for other in others}
     assert len(paths | {path}) == 5  # other settings, another start: a run may still be reading the first
-    assert calls_start.calls_start(Config(skip_bad=True), dist, tools, WithTools) == path  # there is nothing to skip
     own = [Tool("calculator", pattern, str) for pattern in (r"\(([^()]*)\)=", r"<([^<>]*)>")]
     monkeypatch.setattr(calls_start.sft, "main", lambda settings, *_: None)
     of_own = {calls_start.calls_start(Config(tools=["own:mine"]), dist, [tool], WithTools) for tool in own}
@@ -835,6 +834,8 @@ def test_a_start_is_made_of_demonstrations_and_made_once(scratch, monkeypatch, c
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [Problem("2?", "#### 2", "2")])
     with pytest.raises(ConfigError, match=r"--data plain.jsonl shows no calls, such as <<3\*4=12>>"):
         calls_start.calls_start(Config(data="plain.jsonl", teach="taught"), dist, tools, WithTools)
+    plain = Config(data="plain.jsonl", teach="taught", tools=[])  # no tool needs a call
+    assert "-calls-" in calls_start.calls_start(plain, dist, [], WithTools)
     called, seen = Problem("3 * 4?", "12\n#### 12", "12", calls="<<3*4=12>>12\n#### 12"), []
     monkeypatch.setattr(calls_start, "load_problems", lambda *_: [called])
     monkeypatch.setattr(calls_start.sft, "main", lambda settings, *_: seen.append(settings))

@@ -445,6 +445,9 @@ def test_errors():
         layer(window=4, sinks=1)(random(1, 1, 12), cache=RollingKVCache(1, 1, 2, 4, D, torch.float64))
     with pytest.raises(ValueError, match="a width of 50 cannot be cut into 6 heads evenly; give head_dim"):
         Attention(50, 6)
+    for sizes, name in (((12, 0), "n_head"), ((12, 6, 0), "n_kv_head"), ((12, 6, 2, 0), "head_dim")):
+        with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):  # not a silent default
+            Attention(*sizes)
     assert Attention(50, 6, head_dim=8).wq.weight.shape == (48, 50)
     assert Attention(48, 6).head_dim == 8
 

@@ -601,6 +601,9 @@ def test_rows_that_cannot_be_read_are_left_out_if_asked(scratch, capsys):
     Path("own.csv").write_text("\n".join(["text,label", *rows, "It was"]), encoding="utf-8")
     with pytest.raises(DataError, match="record 201"):
         encoder.main(small(data="own.csv"))
+    with pytest.raises(ConfigError, match="--skip_bad has no effect with --data sentiment, which is generated"):
+        small(data="sentiment", skip_bad=True)
+    assert small(data="sentiment", text=["own.csv"], skip_bad=True).skip_bad  # this file may have some
     encoder.main(small(data="own.csv", text=["own.csv"], skip_bad=True))
     assert capsys.readouterr().out.count("own.csv: skipped 1 records") == 4
 

@@ -197,6 +197,7 @@ def test_a_run_uses_these_advantages(here, monkeypatch):  # noqa: F811
     ("options", "words"),
     [
         ({"combine": "max"}, "max"),
+        ({"algorithm": "foo"}, "--algorithm 'foo' is not known; use reinforce, rloo"),
         ({"scale": "batch"}, "normalises each reward by itself"),
         ({"scale": "group"}, "normalises each reward by itself"),  # GRPO's default has no meaning here either
         ({"conditioned": ["brevity"]}, "brevity"),  # it has no weight

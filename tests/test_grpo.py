@@ -736,7 +736,7 @@ def test_without_answers_the_best_is_what_earns_the_most(here, monkeypatch, answ
         return [next(paid)] * 3 if len(texts) == 3 else letter("a")(texts, problems, ended)
 
     monkeypatch.setitem(grpo.REWARDS, "format", reward)
-    grpo.main(config(correct_weight=0.0, overlong=3, skip_bad=True))
+    grpo.main(config(data="few.jsonl", correct_weight=0.0, overlong=3, skip_bad=True))
     assert metrics("runs/grpo", "valid_reward") == {0: -0.5, 2: 0.5, 3: 0.0}  # half of it, less 1: they are cut off
     best, last, start = (weights(path) for path in ("runs/grpo/best", "runs/grpo/last", "start"))
     for other in (start, last):

@@ -70,6 +70,12 @@ def test_weights_by_hand():
     assert of("truncate", "geometric") == pytest.approx([1.5**0.5] * 2)
 
 
+def test_an_unknown_name_is_refused():
+    for unknown in ({"correction": "truncated"}, {"level": "answer"}):
+        with pytest.raises(ConfigError, match="is not known"):
+            sampler_weights(*batch(), **unknown)
+
+
 def test_a_product_that_overflows_is_bounded_or_dropped():
     old, sampler, mask = torch.zeros(1, 50), torch.full((1, 50), -3.0), torch.ones(1, 50)
     assert (sampler_weights(old, sampler, mask, "truncate", "sequence", 2.0)[0] == 2.0).all()

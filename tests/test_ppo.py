@@ -796,7 +796,7 @@ def test_without_answers_the_best_is_the_latest(here, monkeypatch, answered):
     monkeypatch.setattr(
         questions, "load_problems", lambda name, split, n, levels, skip_bad: few[:n] if skip_bad else []
     )
-    ppo.main(config(skip_bad=True))
+    ppo.main(config(data="few.jsonl", skip_bad=True))
     assert_same_weights("runs/ppo/best", "runs/ppo/last")
 
 

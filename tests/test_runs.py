@@ -44,6 +44,19 @@ def test_copies_of_later_steps_do_not_push_a_new_one_out(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_0000004", "step_0000006"]
 
 
+def test_after_a_return_best_is_not_of_the_branch_that_was_left(here, monkeypatch, capsys):
+    """configs/tinystories_50m.yaml says how one returns."""
+    losses = iter([5.0, 4.0, 1.0, 1.0, 6.0, 6.0])  # of steps 2, 4 and 6; then of another step 4; the last one twice
+    monkeypatch.setattr("support.pretrain_report.validate", lambda *_: (next(losses), 1.0))
+    pretrain.main(config(eval_every=2, save_every=2, keep=3))
+    shutil.rmtree("runs/pretrain/last")
+    shutil.copytree("runs/pretrain/step_0000002", "runs/pretrain/last")
+    pretrain.main(config(eval_every=2, save_every=2, keep=3, steps=4, resume=True))
+    assert_same_weights("runs/pretrain/best", "runs/pretrain/last")
+    assert_same_weights("runs/pretrain/best_0000006", "runs/pretrain/step_0000006")
+    assert "runs/pretrain/best is of step 6" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_a_full_disk_keeps_the_checkpoint_before(here, monkeypatch, capsys, error):
     pretrain.main(config(name="three", steps=3))

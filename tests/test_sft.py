@@ -238,6 +238,8 @@ def test_a_run_ends_at_the_accuracy_asked_for(here, monkeypatch):
     state = torch.load("runs/early/last/trainer_state.pt", weights_only=True)
     assert state["step"] == 4
     sft.main(config(steps=9, eval_every=2, stop_at=0.5, name="early", resume=True))  # there is nothing left to do
+    with pytest.raises(ConfigError, match=r"--stop_at is -1\.0; it must be at least 0"):  # it would not even begin
+        config(stop_at=-1.0)
     assert max(metrics("runs/early", "loss")) == 4
 
 
@@ -266,21 +268,18 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", runs.start_name("my chats.jsonl", 0, "sft"))
     names = {runs.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
     assert len(names) == 3
+    assert len({runs.start_name("word", 0, "sft", levels) for levels in ([1, 23], [12, 3], [1, 2, 3], [123])}) == 4
 
 
 def test_records_that_sft_skips_its_start_skips_too(here, monkeypatch):
-    """In a start beside the one that skips none, which a run may be reading. A task has no bad records."""
-    for module in (pretrained_start, sft_start):
-        monkeypatch.setattr(
-            module, "make_start_once", lambda name, what, stage, settings, dist: stage.Config(name=name, **settings)
-        )
-    dist, grpo = devices.setup("cpu"), importlib.import_module("grpo")
-    for source in ("word", "mine.jsonl"):
-        starts = [pretrained_start.pretrained_start(sft.Config(data=source, skip_bad=s), dist) for s in (False, True)]
-        assert [(start.data, start.skip_bad) for start in starts] == [(source, False), (source, source != "word")]
-        assert (starts[0].name == starts[1].name) == (source == "word")
-        assert starts[0].name == runs.start_name(source, 0, "pretrain")
-    assert sft_start.sft_start(grpo.Config(skip_bad=True), dist) == sft_start.sft_start(grpo.Config(), dist)
+    """In a start beside the one that skips none, which a run may be reading."""
+    monkeypatch.setattr(
+        pretrained_start, "make_start_once", lambda name, what, stage, settings, _: stage.Config(name=name, **settings)
+    )
+    dist, configs = devices.setup("cpu"), [sft.Config(data="mine.jsonl", skip_bad=skip) for skip in (False, True)]
+    starts = [pretrained_start.pretrained_start(given, dist) for given in configs]
+    assert [(start.data, start.skip_bad) for start in starts] == [("mine.jsonl", False), ("mine.jsonl", True)]
+    assert starts[0].name == runs.start_name("mine.jsonl", 0, "pretrain") != starts[1].name
 
 
 def test_a_start_on_another_task_may_write_answers_as_long_as_the_runs(monkeypatch):

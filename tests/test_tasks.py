@@ -203,6 +203,15 @@ def test_levels_are_of_a_task_alone():
         assert stage.Config(levels=[3], **given).levels == [3]
 
 
+def test_what_is_generated_has_no_bad_records_to_skip():
+    """As with --levels: a flag that would do nothing is refused."""
+    needs = {pretrain: {}, sft: {}, reward_model: {}, evaluate: {"checkpoint": "x"}, grpo: {"init": "x"}}
+    for stage, given in needs.items():
+        with pytest.raises(ConfigError, match="--skip_bad has no effect with --data word, which is generated"):
+            stage.Config(skip_bad=True, **given)
+        assert stage.Config(data="own.csv", skip_bad=True, **given).skip_bad
+
+
 def test_nothing_but_the_table_names_a_task():
     places = [
         f"{path.name}:{node.lineno}"

@@ -272,7 +272,8 @@ def test_dpo_records_both_answers(here, checkpoints):
             close(a["ref"], ref)
             close(a["log_ratio"], (logp - ref).sum(), atol=2e-3)
             sums.append((logp - ref).sum())
-        close(group["margin"], sums[0] - sums[1], atol=2e-3)
+        close(group["difference"], sums[0] - sums[1], atol=2e-3)
+        assert "margin" not in group  # that of dpo.py is β times the difference
         if group["watched"]:
             assert "gets" not in chosen
             continue

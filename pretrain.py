@@ -100,7 +100,7 @@ from optim import lr_at, make_optimizers, optimizer_step
 from support.checks import Amount, Count, Whole
 from support.cli import run_script
 from support.content import weights_of
-from support.decoder_setup import check_architecture, make_decoder
+from support.decoder_setup import check_decoder, make_decoder
 from support.devices import precision, refuse_recompute, setup
 from support.errors import ConfigError
 from support.expert_load import load_record
@@ -213,7 +213,7 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_architecture(self)
+        check_decoder(self)
         if self.fsdp and self.compile:
             raise ConfigError("--fsdp and --compile do not work together here; leave one of them out")
 

@@ -96,9 +96,7 @@ PROFILES = {
 # The page.
 
 
-def write_report(
-    target, experiment, results, means, differences, curves, seeds, command, where, tuned=None, least=None, made=None
-):
+def write_report(target, experiment, results, means, differences, curves, seeds, command, where, tuned, least, made):
     """Write the page to target, which is also printed, the picture and the figures beside it, the picture first. See
     `page`, `draw` and `figures_of_page`. Raises ConfigError."""
     picture = target.with_suffix(".png")

@@ -42,9 +42,9 @@ def judge_labels(encoder, examples, pad, dist):
     return {"accuracy": confusion.trace().item() / n, "loss": loss / n, "confusion": confusion.tolist()}
 
 
-def validation_windows(stream, context, most=256):
-    """A (tokens,) stream -> at most `most` windows, spread evenly, (n, context)."""
-    starts = np.linspace(0, len(stream) - context, min(most, max(1, len(stream) // context))).astype(int)
+def validation_windows(stream, context):
+    """A (tokens,) stream of at least one window -> at most 256 of them, spread evenly, (n, context)."""
+    starts = np.linspace(0, len(stream) - context, min(256, len(stream) // context)).astype(int)
     return np.stack([stream[s : s + context] for s in starts]).astype(np.int64)
 
 
@@ -71,14 +71,14 @@ def confusion_table(confusion, names):
     return text_table([["", *(f"taken for {name}" for name in names)], *counts])
 
 
-def write_mistakes(run_path, reviews, probabilities, names, limit=20):
-    """Write the most confident wrong answers to samples.md. reviews: with .text and .label; probabilities (N,
+def write_mistakes(run_path, reviews, probabilities, names):
+    """Write the 20 most confident wrong answers to samples.md. reviews: with .text and .label; probabilities (N,
     n_class)."""
     names = [*names, *map(str, range(len(names), probabilities.shape[1]))]
     confidence, answers = probabilities.amax(-1).tolist(), probabilities.argmax(-1).tolist()
     wrong = [(confidence[i], i) for i, review in enumerate(reviews) if answers[i] != review.label]
     text = ""
-    for p, i in sorted(wrong, reverse=True)[:limit]:
+    for p, i in sorted(wrong, reverse=True)[:20]:
         answer, truth = names[answers[i]], names[reviews[i].label]
         text += f"**{answer} with {p:.0%}, but it is {truth}**\n\n> {reviews[i].text[:500]}\n\n"
     path = run_path / "samples.md"

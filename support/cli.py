@@ -96,9 +96,13 @@ def run_script(main, cls, description=None, demo=None, parse=None, without_flags
     line, with exit status 2. demo: the chapter's worked example, which --demo runs instead of main. parse() -> config,
     instead of `parse_config` on `cls`. without_flags: for a main that needs flags: without any, the example runs, and
     then this line is printed."""
-    if without_flags and len(sys.argv) == 1:
-        run_demo(demo)
+
+    def example():
+        demo()
         print(f"\n{without_flags}")
+
+    if without_flags and len(sys.argv) == 1:
+        run_demo(example)
         return
     prepare_output()
     try:

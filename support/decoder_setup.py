@@ -12,7 +12,7 @@ from tokenizer_bpe import BPETokenizer, ByteTokenizer, CharTokenizer, load_token
 from transformer import Transformer, TransformerConfig
 
 
-def check_architecture(config):
+def check_decoder(config):
     """ConfigError on a --model that cannot be trained or sampled from, or on a flag that would be ignored. With --init
     the checkpoint decides: see `make_decoder`."""
     if config.model.context < 2:

@@ -120,7 +120,7 @@ class Dist:
         return [by_rank[i % self.world][i // self.world] for i in range(len(items))]
 
     def gather(self, values):
-        """(n, …) of each rank -> (N, …), in rank order, on the CPU."""
+        """(n, …) of each rank -> (N, …), in rank order, on the CPU; with one process `values`, where they are."""
         if self.world == 1:
             return values
         by_rank = [torch.empty_like(values).to(self.device) for _ in range(self.world)]
@@ -177,7 +177,12 @@ def setup(device="auto", facts=None, folder=None):
             device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not distributed.is_initialized():
-        store = meet(connect(), *launched(), facts and facts(torch.device(device)), folder)
+        store, own, problem = connect(), None, None
+        try:
+            own = facts and facts(torch.device(device))
+        except (OSError, ValueError) as error:  # a file that cannot be read: the others wait, and must hear of it
+            problem = error
+        store = meet(store, rank, world, own, folder, problem)
         # torch 2.13 renames DDP's broadcast_buffers; older versions do not have the new name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views: nothing writes into them

@@ -76,7 +76,8 @@ def open_encoder(Encoder, path, device="cpu", dropout=0.0):
 
 def open_start(Encoder, init, model, seed):
     """-> (Encoder, tokenizer) of an encoder's checkpoint, or of a decoder's, with new layers by `seed`. Of `model`, a
-    config, only the dropout counts, and the context where a decoder's is longer. Raises CheckpointError."""
+    config, only the dropout counts, and the context where a decoder's is longer and not a learned table's. Raises
+    CheckpointError."""
     path = resolve_checkpoint(init)
     if is_encoder(path):
         return open_encoder(Encoder, path, dropout=model.dropout)[:2]
@@ -92,7 +93,7 @@ def check_new(model):
         raise ConfigError("--model.vocab_size is the tokenizer's; for another size of its vocabulary use --vocab_size")
     if model.n_class != 2:
         raise ConfigError(f"--model.n_class is {model.n_class}; it must be 2: the labels are 0 and 1")
-    for name in UNUSED:
+    for name in UNUSED if model.positions == "rope" else (*UNUSED, "rope_theta"):
         if getattr(model, name) != getattr(default, name):
             raise ConfigError(f"--model.{name} has no effect on this training: leave it out")
     check_order(model, "--model.positions none")

@@ -262,8 +262,8 @@ class StaticStep:
         visible = self.visible & (self.slots <= self.slot)
         return self.step.compute(self.token, self.position, visible, self.slot, len(self.slots))
 
-    def __call__(self, token, position, visible=None):
-        """As DecodeStep, but `visible` was given at construction. The next call overwrites the logits (B, V)."""
+    def __call__(self, token, position):
+        """As DecodeStep, with the `visible` of its construction. The next call overwrites the logits (B, V)."""
         self.token.copy_(token)
         self.position.copy_(position)
         self.slot.fill_(self.step.cache.length)

@@ -33,7 +33,8 @@ def write_whole(path, content):
 
 
 def write_together(contents):
-    """{path: text or bytes}: write all of these files, or none of them."""
+    """{path: text or bytes}: write all of these files, or none of them if one does not fit or cannot be made. Each is
+    whole, but a kill between two renames leaves some new and some old."""
     with contextlib.ExitStack() as stack:
         for path, content in contents.items():
             stack.enter_context(replacing(path)).write_bytes(as_bytes(content))

@@ -17,10 +17,9 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-from data import encode_prompt, load_problems
+from data import encode_prompt, load_problems, task_of
 from evaluate import evaluate, is_correct
 from generate import generate
-from support.answers import extract_answer
 from support.checkpoints import open_checkpoint
 from support.cli import run_script
 from support.devices import setup
@@ -140,7 +139,7 @@ def stages_of(run_dir):
     (continued,) = generate(policy.eval(), [ids], T, temperature=0, stop_ids=end).texts(tokenizer)
 
     def stage(title, file, learns, text, number, meaning):
-        verdict = None if extract_answer(text) is None else is_correct(text, problem)
+        verdict = None if task_of(problem.task).answer(text) is None else is_correct(text, problem)
         return Stage(title, file, learns, text, verdict, number, meaning)
 
     name, of = config["algorithm"].replace("_", " ").upper(), f"of {len(problems)} validation problems right"
@@ -183,7 +182,8 @@ def frames_of(run_dir):
 
 
 def canvas(height):
-    """-> figure, write(x, y, text, …) from the top left, box(x, y, width, height, …); all in units of 1/100 inch."""
+    """-> figure, its axis, write(x, y, text, …) from the top left, box(x, y, width, height, …); all in units of 1/100
+    inch."""
     plt = pyplot()
     figure = plt.figure(figsize=(8.3, height / 100), facecolor="white")
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 830), ylim=(height, 0))

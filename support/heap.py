@@ -37,7 +37,7 @@ def reserve_heap(libc):
     libc.mallopt(MMAP_MAX, 0)  # else so large a block is no part of the heap
     libc.free(libc.malloc(room))
     libc.mallopt(MMAP_MAX, 65536)  # glibc's default
-    with open("/proc/self/maps", encoding="utf-8") as file:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:  # a file's name may be no text
         heap = [line.split()[0].split("-") for line in file if line.rstrip().endswith("[heap]")]
     for start, end in heap:  # an error, of a kernel without large pages, changes nothing
         start, end = int(start, 16), int(end, 16)

@@ -216,7 +216,8 @@ def one_label(config, pad_id):
 
 
 def write_checkpoint(path, tensors, config):
-    """Write config.json and model.safetensors, each under a temporary name first, so a crash leaves the old ones."""
+    """Write config.json and model.safetensors. Both are written under temporary names before one is renamed: a crash or
+    a full disk leaves the old ones, but for a kill between the two renames."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -415,14 +416,20 @@ def read_hf_config(path, config_class):
     try:
         if LAYOUTS[kind] is not None:
             return kind, config_class(**from_hf_config(hf, kind))
-        settings = {key: value for key, value in hf.items() if key not in EXTRA_KEYS}
-        for key in settings.keys() - {f.name for f in fields(config_class)}:  # leaving it out would change the model
-            raise CheckpointError(f"{key} = {hf[key]!r} is no field of {config_class.__name__}")
-        return kind, config_class(**settings)
+        return kind, own_config(hf, config_class)
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {missing}") from None
     except (TypeError, AttributeError, ValueError, OverflowError) as error:  # wrong types; a CheckpointError from above
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def own_config(hf, config_class):
+    """The content of config.json in the own layout -> a `config_class`. CheckpointError on a key that is none of its
+    fields: leaving it out would change the model."""
+    settings = {key: value for key, value in hf.items() if key not in EXTRA_KEYS}
+    for key in settings.keys() - {f.name for f in fields(config_class)}:
+        raise CheckpointError(f"{key} = {hf[key]!r} is no field of {config_class.__name__}")
+    return config_class(**settings)
 
 
 def from_hf_config(hf, kind):

@@ -1,7 +1,7 @@
 """BERT's checkpoint format, in and out: Hugging Face's names for an encoder, and the own format."""
 
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,12 @@ from support.files import read_json
 from support.finite import check_finite
 from support.hf import (
     EXTENSIONS_OFF,
-    EXTRA_KEYS,
     MIXTURE_ONLY,
     TRAINING_ONLY,
     Layout,
     meta_model,
     open_safetensors,
+    own_config,
     to_layout,
     write_checkpoint,
 )
@@ -151,10 +151,7 @@ def read_config(path, config_class):
         hf = read_json(file)
         kind = hf["model_type"]
         if kind == OWN:
-            settings = {key: value for key, value in hf.items() if key not in EXTRA_KEYS}
-            for key in settings.keys() - {f.name for f in fields(config_class)}:  # without it, the model would differ
-                raise CheckpointError(f"{key} = {hf[key]!r} is no field of {config_class.__name__}")
-            return kind, config_class(**settings)
+            return kind, own_config(hf, config_class)
         if kind != "bert":
             raise CheckpointError(f"model_type {kind!r} is not a known encoder; known: bert and {OWN}")
         for name, value in BERT.fixed.items():

@@ -30,7 +30,7 @@ from pathlib import Path
 from torch import distributed
 
 from support.errors import ConfigError
-from support.files import to_json
+from support.files import as_bytes, to_json
 
 REACH = timedelta(seconds=30)  # to connect to the store, which is there before the processes, or starts with them
 MESH = timedelta(seconds=20)  # to connect to each other; gloo tries for up to five times as long
@@ -162,8 +162,6 @@ def _visit(store, rank, world, card, folder):
 def _receive(store, rank, world, card, folder):
     """What process 0 does -> (token, verdict)."""
     token, verdict, cards = card["id"], None, [card]
-    span = LEAVE if card["problem"] else ARRIVE
-    end = time.monotonic() + span.total_seconds()
     if torchrun_keeps_the_store():
         MEETING["launch"] = store.compare_set("launch", "", token).decode()
     mark = None if folder is None else folder / f".meeting-{token}"
@@ -171,11 +169,14 @@ def _receive(store, rank, world, card, folder):
         if mark and not card["problem"]:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
+    except OSError as error:  # told to the others, as any other problem
+        card["problem"] = f"{error.filename} cannot be written: {error.strerror}"
+    span = LEAVE if card["problem"] else ARRIVE
+    end = time.monotonic() + span.total_seconds()
+    try:
         for other in range(1, world):
             cards.append(_welcome(store, token, other, end, span))
         verdict = what_differs(cards, folder)
-    except OSError as error:
-        verdict = f"{error.filename} cannot be written: {error.strerror}"
     except ConfigError as error:  # one did not come; what the others have to say comes first
         verdict = what_differs(cards, folder) or str(error)
     finally:
@@ -243,7 +244,8 @@ def tell_others(problem):
         if world == 1:
             return
         if MEETING["store"]:
-            MEETING["store"].set("ended", f"process {rank} on {socket.gethostname()} stopped: {problem}")
+            line = as_bytes(f"process {rank} on {socket.gethostname()} stopped: {problem}").decode()
+            MEETING["store"].compare_set("ended", "", line)  # the first stays: the next ends because of it
         elif not MEETING["began"]:
             meet(connect(), rank, world, problem=problem)
 

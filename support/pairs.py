@@ -140,7 +140,7 @@ def sample_pairs(policy, tokenizer, problems, config, dist, seed, pair_up):
 
 
 @torch.no_grad()
-def add_reference(reference, pairs, pad, dist, autocast, size=64):
+def add_reference(reference, pairs, pad, dist, autocast):
     """The pairs with the reference's log π of both answers, "ref_chosen" and "ref_rejected"; judged answers with
     "ref_answer", and "ref_other" if they have an "other". The ranks split the work."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["prompt"]))  # similar lengths need little padding
@@ -153,7 +153,7 @@ def add_reference(reference, pairs, pad, dist, autocast, size=64):
                 logprobs = torch.stack(pair_logprobs(reference, packed), dim=1)  # (b, sides)
             yield logprobs.tolist()
 
-    scored = dist.split_work(chunks([pairs[i] for i in order], sides, size), work)
+    scored = dist.split_work(chunks([pairs[i] for i in order], sides), work)
     logprobs = dict(zip(order, (row for chunk in scored for row in chunk), strict=True))  # {index of the pair: log π}
     names = [f"ref_{side}" for side in sides]
     return [p | dict(zip(names, logprobs[i], strict=True)) for i, p in enumerate(pairs)]

@@ -204,9 +204,9 @@ def first_tokens(policy, tokenizer, text, most=24):
     return [w[0] for w in weights], [tokenizer.decode([i]) for i in ids]
 
 
-def sample_text(policy, tokenizer, seed, length=60):
-    """What the model writes after an end-of-text token, at temperature 0.8."""
+def sample_text(policy, tokenizer, seed):
+    """What the model writes after an end-of-text token, at temperature 0.8: at most 60 tokens."""
     end, generator = tokenizer.endoftext_id, torch.Generator().manual_seed(seed)
-    length = min(length, policy.config.context - 1)
+    length = min(60, policy.config.context - 1)
     rollout = generate(policy, [[end]], length, temperature=0.8, stop_ids=(end,), generator=generator)
     return rollout.texts(tokenizer)[0].strip()

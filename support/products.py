@@ -1,4 +1,5 @@
-"""Matrix products in fp32 on AMD's CPUs, for every linear layer that a run trains (support/runs.py: `fast_linears`).
+"""Matrix products in fp32 on AMD's CPUs. `fast_linears` lets a model use them: one that a run trains (support/runs.py),
+and a decoder that is opened (support/checkpoints.py).
 
 torch multiplies fp32 matrices with Intel's MKL, which keeps to AVX2 on other makers' CPUs. oneDNN, which torch brings
 along too, uses what the CPU has: on two cores of an AMD EPYC with AVX-512, 470 instead of 219 GFLOP/s

@@ -1,6 +1,6 @@
 """Reading data files from any source: JSONL, JSON, CSV, TSV or plain text, optionally gzipped.
 
-`read_records` turns a file into plain dictionaries, each with its place in the file. `problem_fields`, `pair_fields`,
+`scan` turns a file into plain dictionaries, each with its place in the file. `problem_fields`, `pair_fields`,
 `judged_fields` and `review_fields` know the keys that public data sets use for a problem, a preference pair, a judged
 answer and a review, and return the fields of data.Problem, data.Pair, data.Judged and data.Review. `read_problems`,
 `read_pairs`, `read_judged` and `read_reviews` do both for a data set by name, or a path; `read_documents` reads plain
@@ -108,22 +108,11 @@ def load_splits(load, sizes, length, max_tokens, label, dist):
     return splits
 
 
-def read_records(path: Path) -> list[tuple[str, dict]]:
-    """The records of a .jsonl, a .json, a .csv, or a .tsv (without quoting: a text may contain quotes but no tab), each
-    with its place: "line 3" in JSON lines, "record 3" in the others, counted from 1. A .json holds one array, or JSON
-    lines. The name may be in capitals, and may end in .gz. Raises the DataError of the first record that cannot be
-    read."""
-    records = []
-    for place, record in scan(path):
-        if isinstance(record, DataError):
-            raise record
-        records.append((place, record))
-    return records
-
-
 def scan(path: Path):
-    """Yields (place, record) as `read_records` returns them, and for a record that cannot be read its DataError. Raises
-    DataError where nothing after it can be read: a damaged .gz, a broken array."""
+    """Yields (place, record) for the records of a .jsonl, a .json, a .csv, or a .tsv (without quoting: a text may
+    contain quotes but no tab); for one that cannot be read its DataError. place: "line 3" in JSON lines, "record 3" in
+    the others, counted from 1. A .json holds one array, or JSON lines. The name may be in capitals, and may end in .gz.
+    Raises DataError where nothing after it can be read: a damaged .gz, a broken array."""
     text, kind = read_text(path, "surrogateescape"), file_kind(path)
     parts = table_rows if kind in (".csv", ".tsv") else json_array if kind == ".json" else json_lines
     for place, record in parts(text, path):

@@ -143,11 +143,14 @@ def score_groups(model, groups, pad, device, autocast, tokens=16_384, shown=Fals
     return scores
 
 
+def score_by_all(model, groups, pad, dist, autocast):
+    """As score_groups, shared among the ranks."""
+    return dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast, shown=dist.is_main))
+
+
 def rank_pairs(model, groups, pairs, pad, dist, autocast):
     """-> scores of (chosen, rejected) as an array (n, 2), and {kind: (accuracy, low, high, n)}, "all" among them."""
-    scores = np.array(
-        dist.split_work(groups, lambda own: score_groups(model, own, pad, dist.device, autocast, shown=dist.is_main))
-    )  # (n, 2)
+    scores = np.array(score_by_all(model, groups, pad, dist, autocast))  # (n, 2)
     right = ranked_rightly(scores[:, 0] - scores[:, 1])
     by_kind = {}
     for kind in ["all", *sorted({pair.kind for pair in pairs})]:
@@ -158,16 +161,14 @@ def rank_pairs(model, groups, pairs, pad, dist, autocast):
 
 
 def score_fitting(model, groups, pad, dist, autocast):
-    """As score_groups, shared among the ranks; NaN for a whole group if one of its answers does not fit the context."""
+    """As score_by_all; NaN for a whole group if one of its answers does not fit the context."""
     context = model.config.context
     fits = [len(prompt) + max(map(len, answers)) <= context for prompt, answers in groups]
     kept = [group for group, fit in zip(groups, fits, strict=True) if fit]
     if len(kept) < len(groups) and dist.is_main:
         n = f"{len(groups) - len(kept)} of {len(groups)}"
         print(f"{n} prompts of the report are, with their answers, longer than {context} tokens: left out")
-    scores = iter(
-        dist.split_work(kept, lambda own: score_groups(model, own, pad, dist.device, autocast, shown=dist.is_main))
-    )
+    scores = iter(score_by_all(model, kept, pad, dist, autocast))
     return [next(scores) if fit else [math.nan] * len(group[1]) for group, fit in zip(groups, fits, strict=True)]
 
 
@@ -198,9 +199,6 @@ def probe_samples(model, policy, policy_tokenizer, tokenizer, config, sizes, dis
         encoded.append((prompt, [answer[:room] for answer in answers]))
     if n_cut and dist.is_main:
         print(f"{n_cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
-    pad = tokenizer.endoftext_id
-    scores = np.array(
-        dist.split_work(encoded, lambda own: score_groups(model, own, pad, dist.device, autocast, shown=dist.is_main))
-    )  # (N, M)
+    scores = np.array(score_by_all(model, encoded, tokenizer.endoftext_id, dist, autocast))  # (N, M)
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
     return scores, correct, sample_figures(scores, groups, [answers for _, answers in encoded], sizes)

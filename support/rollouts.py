@@ -236,14 +236,17 @@ def has_gradient(advantages, counted, config):
 
 
 def show_samples(run, batch, total):
-    """The best and the worst rollout of the group that differs most, with each part of its reward; and how lengths,
-    rewards and log-probabilities are distributed, for the trackers. total (n, R): what each earned in all."""
-    step = run.done + 1
+    """The best and the worst rollout of the group that differs most, with each part of its reward, but for "correct"
+    where there is no answer to check; and how lengths, rewards and log-probabilities are distributed, for the trackers.
+    total (n, R): what each earned in all."""
+    step, R = run.done + 1, total.shape[1]
     g = (total.max(1).values - total.min(1).values).argmax().item()
-    lines = [f"step {step}: {batch.problems[g].question} (answer {batch.problems[g].answer})"]
+    problem = batch.problems[g]
+    lines = [f"step {step}: {problem.question}" + (f" (answer {problem.answer})" if problem.answer else "")]
+    rewards = {name: values[g] for name, values in batch.rewards.items() if name != "correct" or problem.answer}
     for r in sorted({total[g].argmax().item(), total[g].argmin().item()}):
-        parts = "  ".join(f"{name} {values[g, r]:.4g}" for name, values in batch.rewards.items())
-        lines.append(f"  [{parts}  sum {total[g, r]:.2f}]  {batch.texts[g * total.shape[1] + r]!r}")
+        parts = "  ".join(f"{name} {values[r]:.4g}" for name, values in rewards.items())
+        lines.append(f"  [{parts}  sum {total[g, r]:.2f}]  {batch.texts[g * R + r]!r}")
     run.say("\n".join(lines))
     run.log.samples(step, "\n".join(lines))
     mask = batch.rollout.mask

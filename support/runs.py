@@ -557,7 +557,8 @@ def start_name(data, seed, stage, levels=(1, 2), **others):
     label = data
     if not data.isidentifier():  # a path: two files of the same name are two starts
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem)
-        label = f"{stem}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:6]}"
+        place = str(Path(data).resolve()).encode(errors="backslashreplace")  # a path may be no text
+        label = f"{stem}-{hashlib.sha256(place).hexdigest()[:6]}"
     mark = "" if all(0 <= level <= 9 for level in levels) else "-"  # 1, 23 and 12, 3 are two starts
     some = "" if list(levels) == [1, 2] else "-levels" + "".join(f"{mark}{level}" for level in levels)
     some += "-" + hashlib.sha256(to_json(others, sort_keys=True).encode()).hexdigest()[:6] if others else ""

@@ -19,7 +19,7 @@ NEW_WOMEN = ("Ruth", "Vera", "Iris", "Hana", "Rosa", "Olga", "Ines", "Joan", "Iv
 NEW_THINGS = (
     *("lemon", "melon", "onion", "pepper", "turnip", "olive", "button", "feather", "ribbon", "spoon", "pebble"),
     *("saddle", "magnet", "whistle", "bottle", "lantern", "waffle", "pretzel", "donut", "biscuit"),
-    *("lily", "orchid", "poppy", "violet", "drum", "robot", "doll", "scarf", "hammer", "mirror", "blanket", "candle"),
+    *("lily", "orchid", "poppy", "violet", "drum", "robot", "doll", "scarf", "hammer", "mirror"),
 )
 BY_HAND = Path(__file__).resolve().parent.parent / "tests/handwritten.jsonl"
 SHIFTS = ("more steps", "larger numbers", "new words", "by hand")
@@ -37,7 +37,7 @@ def new_words():
     things += [thing for pool in ("toy", "gift") for thing in POOLS[pool]]
     things = list(dict.fromkeys(things))
     table = dict(zip(MEN, NEW_MEN, strict=True)) | dict(zip(WOMEN, NEW_WOMEN, strict=True))
-    for old, new in zip(things, NEW_THINGS, strict=False):
+    for old, new in zip(things, NEW_THINGS, strict=True):
         table |= {old: new, PLURAL[old]: plural(new)}
     return table
 

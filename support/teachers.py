@@ -121,7 +121,7 @@ def same_weights(a, b):
 
 def with_context(problems, sees, examples):
     """Problems -> the same as the teacher sees them: after a worked example, one of `examples`, or after the problem's
-    own solution; "question": as they are."""
+    own solution; "question": as they are. A system turn stays the first."""
     if sees == "question":
         return problems
 
@@ -131,7 +131,11 @@ def with_context(problems, sees, examples):
 
     shown = problems if sees == "solution" else [example_for(i, p) for i, p in enumerate(problems)]
     turns = [(("user", p.question), ("assistant", p.solution)) for p in shown]
-    return [replace(p, history=(*turn, *p.history)) for p, turn in zip(problems, turns, strict=True)]
+    n_system = [sum(role == "system" for role, _ in p.history[:1]) for p in problems]  # 0 or 1
+    return [
+        replace(p, history=(*p.history[:n], *turn, *p.history[n:]))
+        for p, turn, n in zip(problems, turns, n_system, strict=True)
+    ]
 
 
 def load_taught(config, tokenizer, context, teacher_context, dist):

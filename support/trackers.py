@@ -1,6 +1,7 @@
 """Where a run is watched: TensorBoard, and Weights & Biases with --wandb PROJECT.
 
-Both have .numbers(step, {name: number}), .text(step, text), .show(step, {name: PNG file}, {name: tensor}), .close().
+Both have .numbers(step, {name: number}), .text(step, text), .show(step, {name: PNG file}, {name: tensor}), .flush()
+and .close(); support/recorder.py is a third.
 A tracker that cannot begin is an error; one that fails later says so once, and the run goes on.
 """
 

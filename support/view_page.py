@@ -46,7 +46,7 @@ CURVES = [
     ("right, training answers", ("reward_correct", "correct")),
     ("reward model's score", ("score",)),
     ("loss", ("loss", "valid_loss")),
-    ("pairs in the right order", ("pair_accuracy", "valid_pair_accuracy", "valid_accuracy")),
+    ("pairs in the right order", ("pair_accuracy", "valid_pair_accuracy")),
     ("log π of the answers", ("logp_chosen", "logp_rejected")),
     ("KL, nats per token", ("kl", "reverse_kl", "forward_kl")),
     ("entropy, nats", ("entropy",)),
@@ -59,7 +59,7 @@ CURVES = [
 
 def page_of(run_dir):
     """-> the page's text, the number of steps in it, and of those that had to be left out. DataError if the run has
-    recorded nothing."""
+    recorded nothing, or more than a page holds in two steps."""
     header, records = read_recording(run_dir)
     if not records:
         raise DataError(f"{run_dir} has recorded no step yet: wait for the first one")

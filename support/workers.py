@@ -46,8 +46,9 @@ def pass_on(number, _):
 
 
 def threads_each(jobs):
-    """The threads of one of so many runs at a time, which share the cores."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+    """The threads of one of so many runs at a time, which share the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    return max(1, cores // jobs)
 
 
 def run_all(call, todo, jobs, bar):

@@ -200,6 +200,14 @@ def test_a_run_writes_its_figures_and_a_repetition_gives_the_same(experiment, sc
     assert "validation loss" in (scratch / "runs/ablate/a/log.txt").read_text(encoding="utf-8")
 
 
+def test_runs_share_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert [workers.threads_each(jobs) for jobs in (1, 2, 4, 8)] == [6, 3, 1, 1]
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    assert workers.threads_each(2) == 32
+
+
 def test_a_run_that_diverged_is_a_result(experiment, scratch):
     stage, flags = small(width=32)
     experiment.variants["hot"] = stage, flags | {"lr": 1e30, "clip": 0.0, "steps": 5, "optimizer": "adamw"}

@@ -63,5 +63,5 @@ def test_a_confusion_table_and_the_surest_mistakes(tmp_path):
         "**negative with 50%, but it is positive**",
         "> d",
     ]
-    write_mistakes(tmp_path, reviews, p, ("negative", "positive"), limit=1)
-    assert (tmp_path / "samples.md").read_text(encoding="utf-8").count("but it is") == 1
+    write_mistakes(tmp_path, [Review("a", 1)] * 30, torch.tensor([[0.9, 0.1]] * 30), ("negative", "positive"))
+    assert (tmp_path / "samples.md").read_text(encoding="utf-8").count("but it is") == 20

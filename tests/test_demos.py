@@ -1,6 +1,7 @@
 """Every chapter has a `demo()`: its idea worked by hand, asserted and printed. Here all of them run."""
 
 import ast
+import io
 import sys
 from importlib import import_module
 
@@ -8,6 +9,7 @@ import pytest
 from test_floor_plan import CHAPTERS, source
 
 import grpo
+from support import output
 from support.cli import run_script
 
 
@@ -27,6 +29,22 @@ def test_every_script_has_the_flag():
             handed = [*call.args[3:], *(word.value for word in call.keywords if word.arg == "demo")]
             own_parser = [word.value for word in call.keywords if word.arg == "parse"]
             assert own_parser or [ast.unparse(value) for value in handed] == ["demo"], chapter
+
+
+class Closed(io.StringIO):
+    """A pipe whose reader has ended."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_the_line_after_a_demo_ends_as_the_demo_does(monkeypatch):
+    """`python evaluate.py | head` may stop reading between the two."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    monkeypatch.setattr(output, "RUNNING", [])
+    with pytest.raises(SystemExit) as left:
+        run_script(None, None, demo=lambda: monkeypatch.setattr(sys, "stdout", Closed()), without_flags="a hint")
+    assert left.value.code == 141
 
 
 def test_demo_is_a_flag_that_runs_it_and_leaves(capsys, monkeypatch):

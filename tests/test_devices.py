@@ -1,6 +1,7 @@
 """support/devices.py: dtype, memory, ranks."""
 
 import ctypes
+import mmap
 import os
 import re
 import subprocess
@@ -116,6 +117,16 @@ print(before, held())
     assert in_use > before + 390
     assert kept > before + 390
     assert after < before + 60
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc: where the heap lies is read there")
+def test_a_mapped_file_may_have_a_name_that_is_no_text(tmp_path):
+    """As a token stream or a library has in a folder of such a name."""
+    with open(os.fsencode(tmp_path / "caf") + b"\xe9", "w+b") as file:
+        file.write(b"text")
+        file.flush()
+        with mmap.mmap(file.fileno(), 0):
+            heap.return_freed_memory()
 
 
 def test_where_memory_is_short_each_step_gives_back_what_it_freed(tmp_path, monkeypatch):

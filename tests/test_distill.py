@@ -498,6 +498,9 @@ def test_what_the_teacher_sees():
     other = with_context(problems, "example", problems)
     assert [p.history[1][1] for p in other] == ["#### 1", "#### 2", "#### 0"]
     assert [p.question for p in other] == ["0?", "1?", "2?"]
+    asked = Problem("1?", "#### 1", "1", history=(("system", "Be brief."), *problems[1].history))
+    (shown,) = with_context([asked], "solution", problems)
+    assert shown.history == (("system", "Be brief."), *own[1].history)  # else it would be the second system turn
 
 
 @pytest.mark.parametrize("teacher", ["teacher", "self"])

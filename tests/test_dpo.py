@@ -425,11 +425,12 @@ def test_pairs_end_where_the_template_ends(tokenizer):
     assert encoded["rejected"] == [i for i, flag in zip(ids, mask, strict=True) if flag]
 
 
-def test_reference_is_the_start(tokenizer):
+def test_reference_is_the_start(tokenizer, monkeypatch):
     raw, dist = tiny(tokenizer), devices.setup("cpu")
     autocast, _ = devices.precision("fp32", dist)
     pairs = [encode_pair(tokenizer, pair) for pair in load_pairs("word", "train", 9)]
-    known = add_reference(raw, pairs, tokenizer.endoftext_id, dist, autocast, size=4)
+    monkeypatch.setattr(pairs_room, "chunks", partial(pairs_room.chunks, most=4))
+    known = add_reference(raw, pairs, tokenizer.endoftext_id, dist, autocast)
     for pair in known:
         row = torch.tensor([pair["prompt"] + pair["rejected"]])
         expected = token_logprobs(raw, row)[0, len(pair["prompt"]) - 1 :].sum().item()

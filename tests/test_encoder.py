@@ -471,7 +471,7 @@ def test_two_processes_are_one(scratch, capsys):
 
 def test_more_processes_than_validation_windows(scratch, monkeypatch):
     """Rank 1 of two has no window of a stream that holds one; it counts nothing, instead of falling over."""
-    windows = validation_windows(np.arange(40, dtype=np.uint16), 16, most=1)
+    windows = validation_windows(np.arange(20, dtype=np.uint16), 16)
     assert windows.shape == (1, 16)
     tokens, chosen = torch.from_numpy(windows), torch.arange(16)[None] % 3 == 0
     batch = TextBatch(torch.where(chosen, 1, tokens), torch.ones_like(chosen), tokens, chosen)
@@ -504,6 +504,7 @@ def test_flags_that_a_new_model_would_ignore_are_refused():
         ("--model.vocab_size is the tokenizer's", dict(vocab_size=600)),
         ("--model.n_class is 3; it must be 2", dict(n_class=3)),
         ("--model.positions none: without positions", dict(positions="none")),
+        ("--model.rope_theta has no effect", dict(positions="learned", rope_theta=500.0)),
         *((f"--model.{name} has no effect", {name: value}) for name, value in NO_EFFECT.items()),
     ]:
         with pytest.raises(ConfigError, match=words):

@@ -1,6 +1,7 @@
 """support/front.py: what its pictures show, against the files of a run and a plain decoding; what they cannot be of."""
 
 import json
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -14,6 +15,7 @@ from support import front
 from support.cli import run_script
 from support.errors import DataError
 from support.recorder import FILE, packed_line
+from support.tasks import TASKS
 from tokenizer_bpe import load_tokenizer
 from transformer import Transformer, TransformerConfig
 
@@ -151,6 +153,21 @@ def test_the_problem_is_one_that_was_put_right_with_the_least_change(runs, monke
     given = iter([first, first])
     with pytest.raises(DataError, match="runs/grpo has put none of the 6 validation problems right: train for longer"):
         front.stages_of("runs/grpo")
+
+
+def test_the_verdict_is_that_of_the_tasks_own_verifier(runs, monkeypatch):
+    """Its answers need not stand after ####."""
+    monkeypatch.setitem(TASKS, "word", replace(TASKS["word"], answer=lambda text: (text.split() or [None])[-1]))
+    monkeypatch.setattr(front, "shows_most", SHOWS_MOST)
+    problems = load_problems("word", "valid", 6)
+    given = iter([["so -1"] * 6, [f"so {p.answer}" for p in problems]])
+    monkeypatch.setattr(
+        front,
+        "evaluate",
+        lambda *_, **__: {"answers": [GreedyAnswer(p, t, 0, 0, 1) for p, t in zip(problems, next(given), strict=True)]},
+    )
+    stages, _ = front.stages_of("runs/grpo")
+    assert [stage.verdict for stage in stages[1:]] == [False, True]
 
 
 def test_the_frames_are_those_of_the_question_that_gained_most(runs):

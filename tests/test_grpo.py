@@ -934,6 +934,20 @@ def test_a_run_stopped_before_its_first_step_keeps_where_it_began(here, monkeypa
     assert_the_start_is_kept(grpo, config, "runs/grpo", monkeypatch)
 
 
+@pytest.mark.parametrize(("answer", "first", "part"), [("", "step 1: q\n", "["), ("1", "(answer 1)\n", "[correct 0  ")])
+def test_a_sample_without_an_answer_to_check_is_not_called_wrong(answer, first, part):
+    said = []
+    log = SimpleNamespace(samples=lambda step, text: said.append(text), show=lambda *_, **__: None)
+    run = SimpleNamespace(done=0, say=lambda text: None, log=log)
+    rollout = SimpleNamespace(mask=torch.ones(2, 3, dtype=torch.bool), logprobs=torch.zeros(2, 3))
+    rewards = {"correct": torch.zeros(1, 2), "mine": torch.tensor([[0.0, 0.5]])}
+    batch = SimpleNamespace(problems=[Problem("q", "s", answer, 1, "x")], texts=["a", "b"], rollout=rollout)
+    batch.rewards = rewards
+    rollouts.show_samples(run, batch, rewards["mine"])
+    assert first in said[0]
+    assert f"  {part}mine 0.5  sum 0.50]  'b'" in said[0]
+
+
 def test_samples_are_asked_for_where_an_answer_can_be_checked(monkeypatch):
     problems = [Problem("q", "s", answer, 1, "x") for answer in ("", "", "1", "2", "3")]
     asked = []

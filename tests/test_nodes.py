@@ -315,6 +315,14 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     assert not list(folders[0].iterdir())  # no mark is left
 
 
+def test_a_folder_that_process_0_cannot_write_is_told_to_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes, "_there_soon", lambda path: False)
+    (tmp_path / "runs").touch()  # a file
+    ends = meeting(distributed.HashStore(), *[{"folder": tmp_path / "runs"}] * 2)
+    problem = f"{tmp_path / 'runs'} cannot be written: File exists"
+    assert ends == [f"process 0 on {socket.gethostname()} stopped: {problem}"] * 2
+
+
 def test_each_attempt_is_among_those_that_live(monkeypatch):
     """The store is that of the attempt before, with the hello of a process that died before it was answered."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -363,6 +371,35 @@ def test_an_error_of_the_user_on_one_process_reaches_the_others(monkeypatch, cap
         nodes.meet(store, 0, 2)
     other.join(30)
     assert capsys.readouterr().err == ""  # one line per node, and process 0 has it
+
+
+def test_a_file_that_one_node_cannot_read_is_told_to_the_others(monkeypatch):
+    """It is read when the store is reached, and the others wait already."""
+
+    def unreadable(device):
+        raise PermissionError(13, "Permission denied", "text.txt")
+
+    store, ends = distributed.HashStore(), []
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="0").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(devices, "connect", lambda: store)
+    other = threading.Thread(target=lambda: ends.extend(meeting(store, {}, None)))
+    other.start()
+    with pytest.raises(ConfigError, match=r"process 1 on .* stopped: .*text\.txt"):
+        devices.setup("cpu", unreadable)
+    other.join(30)
+    assert "text.txt" in ends[0]
+
+
+def test_what_ended_first_stays_the_reason(monkeypatch):
+    """The next process ends because of it, and would only repeat it. A problem may name a file of odd bytes."""
+    nodes.MEETING["store"], broken = distributed.HashStore(), RuntimeError("Connection closed by peer")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    first = f"process 0 on {socket.gethostname()} stopped: no caf\\udce9"
+    for rank, problem in enumerate(["no caf\udce9", first]):
+        monkeypatch.setenv("RANK", str(rank))
+        nodes.tell_others(problem)
+        assert nodes.why_it_broke(broken) == first
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])

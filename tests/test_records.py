@@ -188,7 +188,7 @@ def test_damaged_files_and_other_datasets_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
-    [(place, row)] = records.read_records(tmp_path / "b.csv")
+    [(place, row)] = records.scan(tmp_path / "b.csv")
     assert (place, len(row["question"])) == ("record 1", 200_000)
     assert splits.split_of("half of a pair: \ud83d") in splits.SPLITS
 

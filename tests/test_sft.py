@@ -266,6 +266,8 @@ def test_a_start_is_made_once_and_a_broken_one_anew(here, monkeypatch, capsys):
     assert calls[2:] == ["start/word-seed0-sft-levels3"]  # beside the other, which a run may be reading
     assert Path("runs/start/word-seed0-sft/finished").is_file()
     assert re.fullmatch(r"start/my_chats-[0-9a-f]{6}-seed0-sft", runs.start_name("my chats.jsonl", 0, "sft"))
+    odd = [runs.start_name(f"caf{byte}.jsonl", 0, "sft") for byte in ("\udce9", "\udcea")]  # bytes that are no text
+    assert odd[0] != odd[1]
     names = {runs.start_name(data, 0, "pretrain") for data in ("word", "a/word.csv", "b/word.csv", "a/../a/word.csv")}
     assert len(names) == 3
     assert len({runs.start_name("word", 0, "sft", levels) for levels in ([1, 23], [12, 3], [1, 2, 3], [123])}) == 4

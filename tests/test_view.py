@@ -716,6 +716,35 @@ out.legend = pick("#what").textContent;
     assert "a tool wrote it" in out["legend"]
 
 
+def test_a_watched_question_is_found_where_another_watch_asks_it_in_another_place(scratch):
+    """--resume allows another --watch; the questions then come in another order."""
+
+    def watched(step, *questions):
+        groups = [record_of(step, question=question)["groups"][0] | {"watched": True} for question in questions]
+        return record_of(step) | {"groups": groups}
+
+    write_run(scratch / "run", [watched(1, "B?", "A?"), watched(2, "A?", "B?", "C?")])
+    steps = """
+out.seen = ["watched0", "watched1", "watched2"].map((value) => {
+  ask("question", value);
+  return [0, 1].map((i) => { ask("slider", i); return all(".group h2").map((x) => x.textContent); });
+});
+"""
+    out = in_browser(page_of(scratch / "run")[0], steps, scratch)
+    assert out["errors"] == []
+    assert out["seen"] == [[["A?"], ["A?"]], [["B?"], ["B?"]], [[], ["C?"]]]
+
+
+def test_a_run_that_has_recorded_text_alone_has_a_page(scratch):
+    """As grpo.py --fsdp true does before any group has a signal."""
+    record = record_of(1)
+    del record["groups"][0]["answers"][0]["logp"]
+    write_run(scratch / "run", [record])
+    out = in_browser(page_of(scratch / "run")[0], 'out.tokens = all(".text span").map((x) => x.textContent);', scratch)
+    assert out["errors"] == []
+    assert out["tokens"] == ["a", "b"]
+
+
 @pytest.mark.parametrize("stage", ["ppo", "dpo", "sft", "distill"])
 def test_every_stage_has_a_page(here, stage):
     records = train(stage, name=stage)

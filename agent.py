@@ -40,7 +40,7 @@ until half of the answers are right (at most 200 steps). support/calls_start.py 
 Traps:
   * The tools' tokens in the loss (--train_on_tools true does it, to see what happens). π did not choose them: their
     ∇log π pulls at logits that have no part in E[r] (`demo`), and weights are shared, so at the policy's tokens too. It
-    cost 4.7 points, not significant, and made the logged KL meaningless (results/tools.md).
+    cost 4.7 points [2.6, 6.8] and made the logged KL meaningless (results/tools.md).
   * Decoding, appending the reply, encoding again. Many lists of ids make one text, and encoding gives one of them, not
     always the sampled one (`demo`: a merge across a reply's end). Then ρ compares log π of different tokens.
   * The end token is sampled, so m = 1 on it. A loop that drops it when it puts turns together never trains stopping.

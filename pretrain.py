@@ -259,8 +259,8 @@ def shard(policy, dist, autocast):
 
 
 def main(config):
-    """Train -> {"valid_loss": after the last step, "path": of best/}. The loss is over the whole validation text (a
-    long one: all its whole windows); best/ is chosen by the loss on --eval_tokens of it."""
+    """Train -> {"valid_loss": after the last step, "path": of best/ or, without one, of last/}. The loss is over the
+    whole validation text (a long one: all its whole windows); best/ is chosen by the loss on --eval_tokens of it."""
     dist = setup(config.device)
     per_rank = dist.per_rank("batch", config.batch)  # B / world: the windows of a step on this rank
     autocast, scaler = precision(config.dtype, dist)

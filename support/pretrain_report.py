@@ -9,6 +9,7 @@ import torch
 from data import task_of
 from generate import generate
 from support.attention_maps import attention_weights
+from support.checkpoints import resolve_checkpoint
 from support.devices import peak_flops
 from support.errors import DivergedError
 from support.plots import draw_attention, draw_curves, draw_experts
@@ -68,12 +69,13 @@ class Look:
     def after(self):
         """Print the last validation loss -> what pretrain.main returns."""
         run, loss = self.run, self.run.state.last_valid
+        path = resolve_checkpoint(run.path)  # best/; last/ if no loss was finite, or none came after a return
         if run.dist.is_main:
             floor = f", entropy of the text {self.entropy:.4f}" if self.entropy else ""
             skipped = f"; {run.state.skipped} steps skipped" if run.state.skipped else ""
-            where = f"{run.path}/best, {run.path}/curves.png"
+            where = f"{path}, {run.path}/curves.png"
             print(f"validation loss {loss:.4f} nats per token{floor}{skipped}; {where}")
-        return {"valid_loss": loss, "path": str(run.path / "best")}
+        return {"valid_loss": loss, "path": str(path)}
 
 
 def flops_per_token(model, T):

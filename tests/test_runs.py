@@ -55,6 +55,9 @@ def test_after_a_return_best_is_not_of_the_branch_that_was_left(here, monkeypatc
     assert_same_weights("runs/pretrain/best", "runs/pretrain/last")
     assert_same_weights("runs/pretrain/best_0000006", "runs/pretrain/step_0000006")
     assert "runs/pretrain/best is of step 6" in capsys.readouterr().out
+    shutil.rmtree("runs/pretrain/best")
+    again = pretrain.main(config(eval_every=2, save_every=2, keep=3, steps=4, resume=True))  # no step is left
+    assert again["path"] == "runs/pretrain/last"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])

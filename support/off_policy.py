@@ -38,6 +38,7 @@ from support.rollouts import cut, piece_logprobs
 def sampler_weights(old_logprobs, sampler_logprobs, mask, correction="truncate", level="token", bound=2.0):
     """log π_old, log μ and mask (B, T) -> the weight of each token (B, T), and k = π_old / μ (B, T); no gradient.
 
+    correction: "truncate" is min(k, bound); "mask" k, and 0 outside [1 / bound, bound]; "keep" 1, and 0 outside.
     level: k of each token, of the "sequence" (the product over an answer), or its "geometric" mean. ConfigError on an
     unknown name.
     """

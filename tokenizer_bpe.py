@@ -62,7 +62,7 @@ import regex
 from support.errors import TokenizerError
 from support.fast_merges import learn_merges
 from support.output import run_demo
-from support.pieces import FastEncoder, doubtful_tokens, split, utf8
+from support.pieces import FastEncoder, around, doubtful_tokens, split, utf8
 from support.tokenizer_files import BYTE_PLACE, ROLES, check_message, errors_of, read_tokenizer, to_printable
 from support.vocabulary import Vocabulary
 from support.word_counts import batches, count_words
@@ -314,7 +314,7 @@ class CharTokenizer(Tokenizer):
         try:
             return [self._ids[character] for character in text]
         except KeyError as missing:
-            where = f"character {missing} at position {text.index(missing.args[0])}"
+            where = f"character {missing} in {around(text, text.index(missing.args[0]))}"
             raise TokenizerError(f"{where} was not in the training text of this character tokenizer") from None
 
 

@@ -2,8 +2,8 @@
 
 Both use the same random Qwen3-layout model (about 2 M parameters), the same 16 prompts x 8 rollouts x 32 new tokens
 (neither may stop earlier), the same reward, AdamW and the same --dtype; without a KL penalty and with one. Both really
-train, taking turns in one process: a round is a few steps of each, the first step of a round is not counted, and the
-figures are medians over all others.
+train, taking turns in one process: a round is a few steps of each, TRL first every other time, the first step of a
+round is not counted, and the figures are medians over all others.
 
     generation   sampling: `generate` in grpo.py, `_generate_single_turn` in TRL
     scoring      decoding to text, rewards, and with a KL the reference's log-probabilities
@@ -14,8 +14,8 @@ operations per weight and token forward, 4 backward (the output matrix for the n
 divided by the rate of a large matrix product, measured between the rounds. `floor, by rows` reads a prompt again for
 each of its rollouts, as TRL does, so a step that shares prompts can be faster than it.
 
-On a GPU decoding is limited by memory instead; the last line shows the share of
-the measured copy bandwidth that its traffic (all weights and the cache, once per token) reaches.
+On a GPU decoding is limited by memory instead; the last line shows the share of the measured copy bandwidth that its
+traffic (all weights and the cache, once per token) reaches.
 
 Needs the project's `.[dev]`. Run it, from the project's directory:
     python benchmarks/grpo_vs_trl.py                          # about 2 minutes on 2 cores
@@ -231,13 +231,15 @@ def main():
     )
 
     timings, rates = {}, []  # {(name, with KL): [{phase: seconds}, …]}
+    sides = [("ours", time_ours, problems), ("TRL", time_trl, texts)]
     for _ in range(options.rounds):
         for beta in (0.0, options.beta):
-            for name, time_steps, data in (("ours", time_ours, problems), ("TRL", time_trl, texts)):
+            for name, time_steps, data in sides:
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     step_times = time_steps(options.steps, beta, data, options.device, options.dtype)
                 timings.setdefault((name, beta > 0), []).extend(step_times)
             rates.append(matrix_rate(options.device, 1024 if options.device == "cpu" else 8192, options.dtype))
+        sides.reverse()  # so that a machine that slows down favours neither
     rate = statistics.median(rates)
 
     columns = ("step", *PHASES)

@@ -2,10 +2,10 @@
 
 All use the same random Qwen3-layout model (about 1.8 M parameters), the same 32 examples or pairs per step, prompt and
 answer together 54 to 64 tokens long, the same token ids, AdamW and the same --dtype. They really train, through their
-own `main` and `Trainer.train`, taking turns in one process. A round is a few steps of each. A step is timed from the
-end of the one before to its own end (data, loss, backward, optimizer, logging); the first step of a round is not
-counted, and the figures are medians over all others. TRL computes the reference's log-probabilities in each step unless
-it is told to precompute them, so dpo.py is compared with both.
+own `main` and `Trainer.train`, taking turns in one process. A round is a few steps of each, in the reverse order every
+other time. A step is timed from the end of the one before to its own end (data, loss, backward, optimizer, logging);
+the first step of a round is not counted, and the figures are medians over all others. TRL computes the reference's
+log-probabilities in each step unless it is told to precompute them, so dpo.py is compared with both.
 
 The floor is the time of the floating-point operations that a step needs at least: 2 per weight and token forward, 4
 backward (the output matrix for the answers' tokens alone, and not at all in a reward model, which has none), plus
@@ -23,6 +23,7 @@ Needs the project's `.[dev]`. Run it, from the project's directory:
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -256,15 +257,18 @@ def main():
     print(f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     times, first, rates = {}, {}, []
-    for _ in range(1 if options.check else options.rounds):
+    for turn in range(1 if options.check else options.rounds):
         for stage, (run_ours, trl_trainers, _) in stages.items():
             if options.only not in (None, stage):
                 continue
             silent = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
             with silent[0], silent[1]:
-                results = {"ours": run_ours()}
-                for name, make in trl_trainers.items():
-                    results[name] = time_trl(make, options.steps, options.device, options.dtype)
+                runs = {"ours": run_ours} | {
+                    name: functools.partial(time_trl, make, options.steps, options.device, options.dtype)
+                    for name, make in trl_trainers.items()
+                }
+                order = list(runs) if turn % 2 == 0 else list(reversed(runs))  # a machine that slows down favours none
+                results = {name: runs[name]() for name in order}
             for name, (seconds, losses) in results.items():
                 times.setdefault((stage, name), []).extend(seconds)
                 first.setdefault((stage, name), losses[:2])

@@ -84,8 +84,13 @@ def utf8(text):
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        where = f"character {text[error.start]!r} at position {error.start}"
+        where = f"character {text[error.start]!r} in {around(text, error.start)}"
         raise TokenizerError(f"{where} is half of a surrogate pair, which UTF-8 cannot hold") from None
+
+
+def around(text, i, margin=20):
+    """Character i of a text with its neighbours, quoted, so that a reader finds it in a long file."""
+    return repr(text[max(0, i - margin) : i + margin + 1])
 
 
 class FastEncoder:

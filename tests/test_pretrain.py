@@ -379,7 +379,7 @@ def test_the_alphabet_is_that_of_the_whole_text(here):
     assert tokenizer.vocab_size == len({*TEXT, *"\nsystemuserassistant", "ß"}) + 3
     assert tokenizer.decode(tokenizer.encode("ß")) == "ß"
     (here / "odder.txt").write_text(TEXT + "aǅ", encoding="utf-8")
-    place = r"valid text of odder.txt: character 'ǅ' at position \d+ was not in"
+    place = r"valid text of odder.txt: character 'ǅ' in '[^']*aǅ' was not in"
     with pytest.raises(TokenizerError, match=place):
         pretrain.main(config(data="odder.txt", init="runs/pretrain/last", name="more"))
 

@@ -334,7 +334,9 @@ def test_a_text_too_short_for_its_vocabulary():
 def test_errors(bpe):
     chars = CharTokenizer.train("abc")
     cases = [
-        (lambda: chars.encode("abxc"), "'x' at position 2"),
+        (lambda: chars.encode("abxc"), "'x' in 'abxc' was not in"),
+        (lambda: chars.encode("a" * 30 + "bx" + "c" * 30), f"'x' in '{'a' * 19}bx{'c' * 20}' was"),
+        (lambda: bpe.encode("a\ud800b"), r"'\\ud800' in 'a\\ud800b' is half"),
         (lambda: bpe.decode([99999]), "id 99999"),
         (lambda: bpe.encode("x", allowed_special=["<|nope|>"]), "not a special token"),
         (lambda: BPETokenizer.train("abc", 200), "too small"),

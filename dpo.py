@@ -1,7 +1,7 @@
 """DPO: a policy from preference pairs, without a reward model (Rafailov et al. 2023, arXiv:2305.18290); its relatives.
 
-A pair is a prompt x with two answers: y_w, the chosen one, and y_l, the rejected one. RLHF fits a reward r to the
-pairs, then a policy to r under a KL penalty. The best policy of that second problem is known in closed form:
+A pair is a prompt x with two answers, the chosen y_w and the rejected y_l. RLHF (reinforcement learning from human
+feedback) fits a reward r to the pairs, then a policy π to r, with a KL penalty to its start π_ref. The best π is known:
 
     J(π) = E_π[ r(x, y) ] − β KL(π ‖ π_ref)                              to be maximized
          = E_π[ r(x, y) − β log(π(y|x) / π_ref(y|x)) ]
@@ -49,8 +49,8 @@ answer (--nll 1, as in arXiv:2404.19733). **Plain DPO is --nll 0**; with its pap
 and the other variants; the table above VARIANTS has them, and below it stand their papers' flags.
 
 Traps:
-* The logged loss, which also chooses the checkpoint, has the nll term in it, so it starts above ln 2. The pair accuracy
-  of the first step is noise: h is 0 up to rounding, and h > 0 counts.
+* `loss` and `valid_loss`, which chooses the checkpoint, have the nll term in them, so they start above ln 2. The pair
+  accuracy of the first step is noise: h is 0 up to rounding, and h > 0 counts.
 * Both answers can become less likely while the loss falls (`demo`): only the difference is fitted, and the mass goes
   to answers that nobody judged. Watch `valid_logp_chosen`. --nll slows the fall: without it the runs of results/dpo.md
   lose 3.1 nats instead of 1.0, and end 24 points of accuracy lower.

@@ -41,7 +41,7 @@ gspo, cispo or sapo, which have GRPO's baseline and scale. Off by default: the r
 Traps:
 * A weight w_k now multiplies z_k, a reward in units of its group's std: a reward that hardly differs within a group
   counts as much as one that differs a lot.
-* The batch's std counts the groups without a signal. With one reward that differs in a share p of them all it is about
+* The batch's std counts groups without a signal. With one reward that differs in a share p of all groups it is about
   √(p (1 − 1/R)): at p = 1/4 the advantages are about twice GRPO's, and a KL penalty weighs half as much beside them.
 * An easy reward is won first, even without solving the task: an empty answer is brief. --conditioned '[brevity]' pays
   brevity only where the answer is right (§3.2). In results/gdpo.md (no KL penalty) format and brevity in a sum cost 4.3
@@ -125,8 +125,8 @@ def demo():
     right, tidy = group_advantages(rewards[..., 0])[0], group_advantages(rewards[..., 1])[0]  # (4,) each
     same(right, [1.5, -0.5, -0.5, -0.5])  # 1 0 0 0: mean 1/4, std 1/2
     same(tidy, [-0.87, 0.87, 0.87, -0.87])  # 0 1 1 0: mean 1/2, std 1/√3
-    same(by_gdpo[0], ((right + tidy) / 1.252).tolist())  # 1.252: the std of all 16 sums
-    print(f"the first group by hand: z of right {numbers(right)}, of tidy {numbers(tidy)}; their sum / 1.252")
+    same(by_gdpo[0], ((right + tidy) / 1.253).tolist())  # 1.253: the std of all 16 sums, √((2.54 + 3 + 12 + 6) / 15)
+    print(f"first group: z of right {numbers(right)}, of tidy {numbers(tidy)}; sum / 1.253, the std of all 16 sums")
 
     alone = torch.zeros(4, 4, 1)
     alone[0, 0] = 1.0  # one right answer among 16: the std of all sums is √(3 / 15) = 0.447

@@ -21,19 +21,19 @@ That is REINFORCE (Williams, 1992). Every later method keeps this sum and makes 
     loss_type         What does a token weigh? v_it = 1 / (B |y_i|): a mean over an answer's tokens, then over the B
                       answers of an optimizer step.
 
-With β times a penalty for moving away from the reference π_ref, the policy before training, an optimizer step climbs
+Minus β times a penalty for moving away from the reference π_ref, the policy before training, an optimizer step climbs
 
     U = Σ_it v_it [min(ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i) − β ρ_t k3_t]     (Eq. 3, which has k3 without ρ)
         k3 = x − 1 − log x,  x = π_ref(y_t) / π(y_t)                           (Eq. 4)
 
-k3 estimates KL(π ‖ π_ref) from the one token that was sampled. With ρ before it its gradient is, on average over
-y_t ~ π_old, that of this KL too (arXiv:2512.02556, §3.1). Without, it is that of KL(π_ref ‖ π), while ρ is near 1.
+k3 estimates KL(π ‖ π_ref) from the one token that was sampled. The gradient of ρ k3 is, on average over y_t ~ π_old,
+that of this KL too (arXiv:2512.02556, §3.1). The gradient of k3 alone is that of KL(π_ref ‖ π), while ρ is near 1.
 
 As ∇ρ_t = ρ_t ∇log π(y_t), a token that is not clipped gets v_it ρ_t A_i ∇log π(y_t). Where ρ = 1 that is REINFORCE, but
 for three things. The mean has r_i in it, which scales the expected gradient by (R − 1) / R, no more. The division by
 the std is a heuristic: a group that differs only in format pushes as hard as one with right and wrong answers. And
-REINFORCE weighs every token by 1 / B, v_it also by 1 / |y_i|, which climbs E[(r − c) / |y|] instead of J: a token of a
-long wrong answer is punished less, and one of a long right answer rewarded less.
+REINFORCE weighs every token by 1 / B (in the table: 1 / (BL), L a constant), v_it by 1 / (B |y_i|), which climbs
+E[(r − c) / |y|] instead of J: a token of a long wrong answer is punished less, one of a long right one rewarded less.
 
 One step, for N questions, in `main`'s five parts (plainly: grpo_plain.py). The N·R answers, of up to T tokens each, are
 a *batch*; the B answers of some of its groups a *minibatch*, for one optimizer step, an *update*; b answers of that a
@@ -336,7 +336,7 @@ def demo():
 
     # The family, second minibatch. The second answer has one token here. (tests/test_family.py: each row by a loop.)
     mask[1, 1], lengths = 0.0, torch.tensor([[2.0, 1.0, 2.0, 2.0]])  # (N, R)
-    print("the family              A of each answer             what each token gets, answer by answer, times 100")
+    print("the family (L = 2)      A of each answer             what each token gets, answer by answer, times 100")
     for name, row in ALGORITHMS.items():
         A = group_advantages(rewards, row["scale"], row["baseline"], lengths)[0]  # (R,)
         logprobs = (old + rho.log()).requires_grad_()
@@ -358,7 +358,7 @@ class Config(FamilyFlags, PolicyRunConfig):
 
     name: str = "grpo"
     steps: Count = 500
-    """Batches of answers ("rollouts")."""
+    """Batches of answers."""
     prompts: Count = 12
     """Questions N per step, over all ranks."""
     inner_epochs: Count = 1

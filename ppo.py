@@ -39,7 +39,7 @@ earns has three names, *score*, *paid* and *final*; only *rewards* are per token
     scores = score(batch)                              by the reward model                      (N, R)    2. judge
     moments.add(scores)                                mean and std of all scores so far
     paid   = scores, normalised by these (default), less missing_end where cut off              (N, R)
-    final  = paid; with --baseline less the mean of the group, or win_rates(paid)               (N, R)
+    final  = paid; --baseline mean: less the group's mean; wins: win_rates(paid)                (N, R)
     minibatches  = minibatches_of(batch)               cut here: the next two lines read its pieces       3. credit
     old_values   = values_at_sampling(actor_critic)    V, no gradient                           (N·R, T)
     ref_logprobs = reference_logprobs(reference)       log π_ref, no gradient                   (N·R, T)
@@ -232,7 +232,7 @@ class ActorCritic(nn.Module):
             values = list(packed.outputs(self.critic))  # of each part (b', T', 1): the critic's score at every token
         else:
             states = list(packed.outputs(self.policy.hidden)) if states is None else states
-            with torch.autocast(states[0].device.type, enabled=False):  # bf16 would round V' − V away
+            with torch.autocast(states[0].device.type, enabled=False):  # bf16 would round V_{t+1} − V_t away
                 values = [self.head(x.to(self.head.weight.dtype)) for x in states]  # (b', T', 1)
         return packed.in_order([x.squeeze(-1) for x in values]).float()
 
@@ -260,9 +260,8 @@ def demo():
     show("δ = r + V' − V", delta, "its reward plus the rise of the guess")
     for lam in (0.0, 0.5, 1.0):
         A, targets = gae(rewards, values, mask, gamma=1.0, lam=lam)
-        third, second = delta[2], delta[1] + lam * delta[2]
-        first = delta[0] + lam * second
-        assert torch.allclose(A, torch.tensor([[first, second, third]]))
+        second = delta[1] + lam * delta[2]
+        assert torch.allclose(A, torch.tensor([[delta[0] + lam * second, second, delta[2]]]))
         assert torch.allclose(targets, A + values)
         show(f"A, λ = {lam:g}", A[0], {1.0: "its own and all later rewards, less V", 0.0: "δ itself"}.get(lam, ""))
     assert torch.allclose(targets, rewards.flip(1).cumsum(1).flip(1))  # with λ = 1, the last, the targets are G
@@ -275,7 +274,7 @@ def demo():
     assert torch.allclose(logprobs.grad, by_hand, atol=1e-6)
     assert math.isclose(metrics["clip_fraction"], 1 / 3, rel_tol=1e-6)
     show("ratio ρ", ratio[0], "first: beyond 1 + ε = 1.2, and A > 0: no gradient; third: A < 0")
-    show("∂loss/∂log π", by_hand[0], "−ρ A / 3, or 0 where the clip stops")
+    show("∂loss/∂log π", by_hand[0], "−ρ A / 3 with the A of λ = 1, or 0 where the clip stops")
 
     moved = torch.tensor([[0.9, 0.6, 1.2]], requires_grad=True)  # the first by 0.5, towards its target 0.95
     loss, _ = value_loss(moved, values, targets, mask, clip=0.2)
@@ -283,7 +282,8 @@ def demo():
     squares = [max((0.9 - 0.95) ** 2, (0.6 - 0.95) ** 2), (0.6 - 1.05) ** 2, (1.2 - 1.0) ** 2]
     assert math.isclose(loss.item(), sum(squares) / 6, rel_tol=1e-5)
     assert moved.grad[0, 0] == 0  # it moved further than ε_v: the clipped square is the larger, and it is constant
-    show("value target A + V", targets[0], f"value loss {loss.item():.4f}; no gradient at the first: beyond ε_v")
+    show("value target A + V", targets[0], "what V is fitted to; with λ = 1: the returns G")
+    show("V after a step", moved.detach()[0], f"value loss {loss.item():.4f}; no gradient at the first: beyond V ± 0.2")
 
 
 # ---------------------------------------------------------------------------------------------------------------

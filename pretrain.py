@@ -43,8 +43,7 @@ Which option changes what:
                      experts --bias_rate
     only rounding    --micro_batch, the number of ranks, --fsdp, --recompute, --compile, --dtype: they change memory and
                      time. (But dropout draws other numbers in another cut and under --compile; the balancing loss
-                     and --model.capacity_factor are those of each micro-batch; fp16 skips a step whose gradient
-                     overflows.)
+                     and --model.capacity_factor are those of each micro-batch; fp16 may skip steps, see the traps.)
 
 Traps:
   * n is counted before the batch is cut. Averaging each micro-batch by itself, and then the means, is another loss

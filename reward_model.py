@@ -1,8 +1,8 @@
 """A reward model: which of two answers is better, learned from pairs (Bradley and Terry 1952; arXiv:2203.02155).
 
 A decoder reads the prompt x and one answer y; a linear head turns the state at the answer's last token into one number,
-the score r(x, y). In a pair, y_w was preferred to y_l. The Bradley-Terry model makes a probability of the scores, and
-training makes the pairs as likely as it can:
+the score r(x, y). In a pair, y_w was preferred to y_l, by people or by a rule. The Bradley-Terry model makes a
+probability of the scores, and training makes the pairs as likely as it can:
 
     p(y_w beats y_l) = e^r_w / (e^r_w + e^r_l) = σ(r_w − r_l)    σ(Δ) = 1 / (1 + e^−Δ)
     L                = −log σ(r_w − r_l)                         nats per pair; ln 2 where the scores are equal
@@ -33,9 +33,8 @@ batch element is a prompt: all pairs of its K = 4 to 9 ranked answers, averaged.
 − r_l)), which stops at the margin), dropout, the bidirectional form (--backbone encoder), real pairs (--data).
 
 Traps:
-  * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre
-    (arXiv:2312.09244) pulls each pair's mean score towards 0, where the values of ppo.py start: scores that it neither
-    normalises nor compares need that.
+  * A score means nothing by itself: adding any c(x) to both answers of a prompt leaves L as it is. centre pulls each
+    pair's mean score towards 0 (arXiv:2312.09244), for ppo.py --normalise false, which pays the scores as they are.
   * A head on the last state may come too late. To see that 5 + 3 = 9 is wrong, a model must know the sum and compare.
     The policy knows the sum, but as a prediction: before the 9 its last layer says 8, and none is left to compare the
     two. Hence the extra layers, and the SFT loss of the chosen answers, which is to keep what the decoder knows
@@ -45,9 +44,6 @@ Traps:
   * A reward model is a proxy. Best-of-n takes the answer with the highest score of n; where the truth falls while n
     grows, the proxy is over-optimised (arXiv:2210.10760; demo). The report shows this for n = 1 … 64, and beside it
     accuracy by kind of error, calibration, and what else moves the score: names, length, format.
-
-transformers opens the checkpoint of a decoder as its layout's …ForSequenceClassification with one label, by default
-Qwen3's. That of --backbone encoder opens here alone.
 
 Run it:
     python reward_model.py                                                  # makes its SFT start if there is none
@@ -233,7 +229,7 @@ class RewardModel(Transformer):
     @staticmethod
     def read(model, packed, with_logprobs=False):
         """-> the score of each answer, (k,); in training k = 2b: y_w, y_l, y_w, y_l, … of n = b groups. with_logprobs:
-        also (n,): the mean log π per token of each group's first answer, y_w. Then all groups have equally many.
+        also (n,): the mean log π per token of each group's first answer, y_w; all groups must be of one size.
 
         `model` may be wrapped in DDP. It reads the answers in parts, of m each. The row of an answer y_0 y_1 y_2:
 
@@ -263,7 +259,7 @@ class RewardModel(Transformer):
         return (scores, packed.in_order(mean_logprobs).view(n, -1)[:, 0]) if with_logprobs else scores
 
     def save_pretrained(self, path):
-        """As transformers' …ForSequenceClassification with num_labels 1 saves it: the trunk, and `score.weight`."""
+        """As the layout's …ForSequenceClassification of transformers, with num_labels 1: the trunk, `score.weight`."""
         save_decoder(self, path, SCORE, partial(one_label, pad_id=self.pad_id))
 
     @classmethod

@@ -33,7 +33,7 @@ neither pretrain.py's balancing loss nor its move of the biases. The test split 
 
 What to watch: `loss` beside `valid_loss`, the loss on the validation split's solutions. Where `valid_loss` rises while
 `loss` still falls, the model learns its examples by heart. Its answers may improve all the same, so they choose the
-checkpoint, by accuracy or F1. (In the paper it rises after one epoch of 16, and a reward model's score chooses.)
+checkpoint, by accuracy or F1. (In the paper it rises after one epoch of 16; a reward model, reward_model.py, chooses.)
 
 Traps:
   * The mask is made where the ids are made (tokenizer.encode_chat). A mask taken from `ids != pad` drops the end token
@@ -303,10 +303,9 @@ class Config(RecordFlags, RunConfig):
 
 
 def main(config, encode=encode_example, responder=None):
-    """Fine-tune; returns of the test split "accuracy", "low", "high", "f1", with --samples pass@k, and "test", the one
-    figure that speaks for it: accuracy, F1 of free text, or the mean of each problem's own measure; "valid", the best
-    such figure of the validation split; "path". agent.py has an encode of its own, and a responder:
-    responder(tokenizer) answers in the evaluations."""
+    """Fine-tune -> of the test split "accuracy", "low", "high", "f1", with --samples pass@k, and "test": the accuracy,
+    the F1 of free text, or, where only some problems can be checked, the mean of both kinds; "valid": the best such
+    figure of the validation split; "path". agent.py gives an encode of its own, and what answers in evaluations."""
     if config.sweep:
         return sweep(partial(main, encode=encode, responder=responder), config)
     dist = setup(config.device)

@@ -281,10 +281,9 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V).
 
         positions: (T,) or (B, T), within the context; default 0 … T−1, or after what the cache holds. With RoPE and a
-            window the default may pass the context: RoPE sees distances, and the window bounds them (but to sinks).
+            window the default may pass the context: RoPE sees distances, and the window bounds all but those to sinks.
         mask: boolean, True = visible. None is causal; (B, S) marks real tokens among pads, causality is added;
-            (B, T, S) or (B, 1, T, S) is used as given, but for the window: it must hide the future itself (see
-            attention.document_mask).
+            (B, T, S) or (B, 1, T, S) must hide the future itself (attention.document_mask): only a window is added.
         cache: from make_cache, which this call fills and moves on.
         targets: (B, T) ids; then not the logits but log π(targets) at `temperature` comes back, (B, T) in fp32.
         counted: with targets, boolean (B, T): log π where True, 0 elsewhere. A loss on the answers alone then skips
@@ -344,12 +343,12 @@ def answer_logprobs(model, prompts, answers, temperature=1.0, pad=0):
     tokens = torch.tensor([row + [pad] * (S - len(row)) for row in rows], device=device)  # (B, S)
     start, length = (torch.tensor([*map(len, ids)], device=device)[:, None] for ids in (prompts, answers))  # (B, 1)
 
-    place = torch.arange(1, S, device=device)  # (S−1,) where the token that each entry scores stands
+    place = torch.arange(1, S, device=device)  # (S−1,) entry e scores the token at place e + 1
     in_answer = (start <= place) & (place < start + length)  # (B, S−1)
     logprobs = token_logprobs(model, tokens, temperature, counted=in_answer)  # (B, S−1), 0 outside the answers
     t = torch.arange(T, device=device)
     counted = t < length  # (B, T)
-    entry = (start - 1 + t).clamp(max=S - 2)  # (B, T) scores place start + t; clamped after a row's end
+    entry = (start - 1 + t).clamp(max=S - 2)  # (B, T) it scores place start + t; clamped after a row's end
     return logprobs.gather(1, entry) * counted, counted
 
 

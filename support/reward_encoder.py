@@ -8,7 +8,7 @@ from support.text_batches import pad_rows
 
 class RewardEncoder(Encoder):
     """The bidirectional form: nothing has to be predicted, so every token may see the whole answer. The score is a
-    linear function of the mean of the states, (B, 1)."""
+    linear function of the mean of the states, (B, 1). Its checkpoint opens here alone, not in transformers."""
 
     pad_id = None
 

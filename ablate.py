@@ -246,8 +246,11 @@ class Config:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"--seeds is {self.seeds}; it must be a list of different numbers")
         off = {"quick": False, "again": False, "old_code": False, "seeds": SEEDS}
-        if self.verify and (given := [flag for flag, value in off.items() if getattr(self, flag) != value]):
+        given = [flag for flag, value in off.items() if getattr(self, flag) != value]
+        if self.verify and given:
             raise ConfigError(f"--{given[0]} has no use with --verify, which repeats one run of a page: leave it out")
+        if given and not (self.verify or self.experiment):
+            raise ConfigError(f"--{given[0]} has no use without an experiment: python ablate.py NAME")
 
 
 def refuse_stale(stale, made, runs, advice):

@@ -208,7 +208,7 @@ def load_text(name=DEFAULT_TASK, split="train", skip_bad=False):
     if name in TASKS or holds_records(name):
         problems = load_problems(name, split, skip_bad=skip_bad)
         return ["\n".join([*(turn["content"] for turn in turns_before_answer(p)), p.solution]) for p in problems]
-    return read_documents(name, split)
+    return read_documents(name, split, skip_bad)
 
 
 def load_problems(name=DEFAULT_TASK, split="train", n=None, levels=(1, 2), skip_bad=False):

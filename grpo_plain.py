@@ -165,9 +165,11 @@ def main(config):
             bar.write(f"step {step + 1}  right {right.mean():.1%} of the answers  validation accuracy {accuracy:.1%}")
 
     after = evaluate(policy, tokenizer, test, L, dist)["accuracy"]
+    print(f"test accuracy, greedy, {len(test):,} problems: {before:.1%} before, {after:.1%} after")
     path = RUNS / "grpo_plain" / "last"  # an earlier one is overwritten
-    save(path.parent, path.name, dist, policy, tokenizer, chat=True)
-    print(f"test accuracy, greedy, {len(test):,} problems: {before:.1%} before, {after:.1%} after; saved in {path}")
+    if not save(path.parent, path.name, dist, policy, tokenizer, chat=True):
+        raise ConfigError(f"{path} could not be written: make room and train again")
+    print(f"saved in {path}")
     return {"before": before, "after": after, "path": str(path)}
 
 

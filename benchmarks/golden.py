@@ -25,7 +25,7 @@ BASE = "--init runs/pretrain/best"
 SFT = "--init runs/sft/best"
 SHORT = "--eval_problems 20 --test_problems 20"
 RL = f"{SFT} {SHORT} --prompts 4 --rollouts 4 --steps 4 --eval_every 2 --max_new_tokens 40"
-PAIRS = "--n_pairs 60 --prompts 60 --eval_pairs 20 --test_pairs 20"
+PAIRS = "--n_pairs 60 --eval_pairs 20 --test_pairs 20"
 GRPO = f"{RL} --pass_problems 4 --pass_samples 4 --minibatches 1 --beta 0 --skip_zero_variance false --lr 3e-4"
 GRPO += " --kl_unbiased false --kl k3"
 PPO = f"{RL} --reward_model runs/reward_model/best --baseline wins --normalise false --lam 1 --minibatches 1"
@@ -55,7 +55,7 @@ RUNS = [
         "sft_lora": f"sft.py {BASE} {SHORT} --steps 6 --eval_every 3 --lora.rank 4 --optimizer adamw --lr 1e-3",
     },
     {
-        "reward_model": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 4",
+        "reward_model": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --prompts 60 --best_of_problems 4",
         "reward_model_2": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 0 "
         "--pairs corrupted",
         "reward_hinge": f"reward_model.py {SFT} --steps 6 --eval_every 3 {PAIRS} --best_of_problems 0 "

@@ -302,7 +302,7 @@ def time_our_reward_model(common, device):
 
     rename = {"eval_problems": "eval_pairs", "test_problems": "test_pairs"}
     fields = reward_model.Config.__dataclass_fields__
-    settings = {rename.get(k, k): v for k, v in common.items() if rename.get(k, k) in fields}
+    settings = {rename.get(k, k): v for k, v in common.items() if k != "max_new_tokens"}  # nothing is sampled
     settings |= {"data": "pairs.jsonl", "optimizer": "adamw", "extra_layers": 0, "nll": 0.0}
     config = reward_model.Config(**{k: v for k, v in settings.items() if k in fields})
     return time_ours(reward_model, config, device)

@@ -33,8 +33,8 @@ from support.ablation_report import machine
 from support.checkpoints import open_checkpoint
 from support.code_used import ROOT, code_used
 from support.content import content_of_data, sha256
-from support.errors import FOR_THE_USER, DivergedError
-from support.files import to_json, with_nan, write_whole
+from support.errors import FOR_THE_USER, ConfigError, DivergedError
+from support.files import read_json, reason, to_json, with_nan, write_whole
 from support.heap import return_freed_memory
 from support.log import commit, read_metrics
 from support.output import log_file
@@ -157,12 +157,15 @@ def figures_of(settings, folder):
 
 
 def read_result(folder):
-    """What run_one wrote to the folder, or None."""
+    """What run_one wrote to the folder, or None. ConfigError if the file is damaged."""
     path = folder / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result | {"figures": with_nan(result["figures"])}
+    try:
+        result = read_json(path)
+        return result | {"figures": with_nan(result["figures"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({reason(error)}): delete it to make this run anew") from None
 
 
 def folder_name(*parts):

@@ -7,13 +7,15 @@ import os
 import re
 import sys
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import jsonargparse
+import yaml
 from torch import distributed
 
 from support.checks import declared, listed
-from support.devices import lacking_on_mps
+from support.devices import lacking_on_mps, out_of_memory
 from support.errors import FOR_THE_USER
 from support.files import reason
 from support.launch import join
@@ -38,14 +40,33 @@ class _Parser(jsonargparse.ArgumentParser):
         sys.exit(2)
 
     def parse_path(self, path, *args, **kwargs):
-        """Read a --config file as UTF-8: jsonargparse would take the encoding of the locale."""
+        """Read a --config file as UTF-8: jsonargparse would take the encoding of the locale. Of a key that stands twice
+        YAML would take the last: it is refused."""
         try:
-            if locale.getpreferredencoding(False).lower() in ("utf-8", "utf8") or not Path(path).is_file():
-                return super().parse_path(path, *args, **kwargs)
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
         except UnicodeDecodeError as error:
             self.error(f"--config {path} is not UTF-8 text: {error}")
+        if key := key_twice(text):
+            self.error(f"--config {path}: the key {key!r} stands twice; leave one of them out")
+        if not text or locale.getpreferredencoding(False).lower() in ("utf-8", "utf8"):
+            return super().parse_path(path, *args, **kwargs)
         return self.parse_string(text, os.path.basename(path), *args, **kwargs)
+
+
+def key_twice(text):
+    """A key that stands twice in one mapping of a YAML text; None if there is none, or if it is no YAML."""
+    try:
+        nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    except (yaml.YAMLError, RecursionError):  # the parser says what is wrong with it
+        return None
+    for node in nodes:  # grows by what mappings and lists hold; an alias may hold itself
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            keys, inner = [key.value for key, _ in node.value], [value for _, value in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                return twice[0]
+        nodes += [new for new in inner if not any(new is known for known in nodes)]
+    return None
 
 
 class Demo(argparse.Action):
@@ -71,7 +92,8 @@ def parse_config(cls, args=None, description=None, demo=None):
             "--demo", action=Demo, demo=demo, help="print a small example worked by hand, in seconds, and exit"
         )
     parser.add_class_arguments(cls)
-    for arg in sys.argv[1:] if args is None else args:
+    words = sys.argv[1:] if args is None else list(args)
+    for arg in words:
         value = arg.partition("=")[2] if arg.startswith("--") else arg
         if re.search("[\udc80-\udcff]", value) and not os.path.exists(value):  # bytes that Python could not decode
             encoding = sys.getfilesystemencoding()
@@ -81,7 +103,13 @@ def parse_config(cls, args=None, description=None, demo=None):
         if is_dataclass(declared(cls)[f.name]) and parsed.get(f.name) is None:
             parser.error(f"{f.name} is empty in the --config file: give it settings, or leave the line out")
     settings = parser.instantiate(parsed)
-    return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
+    values = {f.name: getattr(settings, f.name) for f in fields(cls)}
+    for word, text in pairwise([*words, ""]):  # --prompt "# a heading": for YAML a comment, and so nothing
+        flag, equals, value = word.partition("=")
+        name, text = flag.removeprefix("--"), value if equals else text
+        if declared(cls).get(name) == str | None and values[name] is None and text.lstrip().startswith("#"):
+            values[name] = text
+    return cls(**values)
 
 
 def fail(problem):
@@ -113,7 +141,7 @@ def run_script(main, cls, description=None, demo=None, parse=None, without_flags
         fail(error)
         status = 2
     except RuntimeError as error:
-        if (line := lacking_on_mps(error) or why_it_broke(error)) is None:
+        if (line := lacking_on_mps(error) or out_of_memory(error) or why_it_broke(error)) is None:
             raise
         fail(line)
         status = 2

@@ -258,6 +258,13 @@ def lacking_on_mps(error):
     return found and f"torch {torch.__version__} has no {found[1]} on mps: {remedy}"
 
 
+def out_of_memory(error):
+    """What to do about torch's error of memory that is not there, in a line; None for any other error."""
+    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    remedy = "take fewer or shorter rows at a time (--micro_batch and what a batch is made of), or a smaller model"
+    return wanted and f"there is no memory for {wanted[1]} more: {remedy}"
+
+
 def random_state(device):
     """{kind: state} of the generators that a run on this device draws from: the CPU's as "torch", and the device's."""
     state = {"torch": torch.get_rng_state()}

@@ -42,8 +42,13 @@ MEETING = {"began": False, "store": None, "launch": None}  # of this process
 
 
 def launched():
-    """(rank, world) that torchrun gave this process; (0, 1) without it."""
-    return whole_from("RANK", 0), whole_from("WORLD_SIZE", 1)
+    """(rank, world) that torchrun gave this process; (0, 1) without it. ConfigError on a rank that is not in the world:
+    it would train, and print and save nothing."""
+    rank, world = whole_from("RANK", 0), whole_from("WORLD_SIZE", 1)
+    if rank >= world:
+        where = f"the environment has RANK={rank} and WORLD_SIZE={world}"
+        raise ConfigError(f"{where}: start this with torchrun, or unset both")
+    return rank, world
 
 
 def whole_from(name, default):

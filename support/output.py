@@ -58,7 +58,11 @@ def log_file(path):
 
 
 def run_demo(demo):
-    """The entry point of a chapter that is no script: its example worked by hand. It ends as `run_script` does."""
+    """The entry point of a chapter that is no script: its example worked by hand. It ends as `run_script` does. It has
+    no settings: any flag but --demo and --help, which change nothing, is an error."""
+    if given := [word for word in sys.argv[1:] if word not in ("--demo", "--help", "-h")]:
+        print(f"error: {sys.argv[0]} works an example and has no settings: leave {given[0]} out", file=sys.stderr)
+        sys.exit(2)
     prepare_output()
     try:
         demo()

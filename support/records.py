@@ -433,10 +433,12 @@ def holds_records(name: str) -> bool:
     return known or file_kind(name) in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
-def read_documents(name: str, split: str) -> list[str]:
+def read_documents(name: str, split: str, skip_bad: bool) -> list[str]:
     """The documents of a split, "train" or "valid", of plain text: tinystories has one per story; any other file is
-    one, of which the first 90 % of the characters is train."""
+    one, of which the first 90 % of the characters is train. DataError with skip_bad, as it has no records."""
     refuse(name, "text for pretraining")
+    if skip_bad:
+        raise DataError(f"{name} is plain text, which has no records to skip: leave --skip_bad out")
     path = find(name, split)
     text = read_text(path)
     if name == "tinystories":

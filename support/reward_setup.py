@@ -48,9 +48,9 @@ class RewardPairFlags(RunConfig):
     and the task's first (a wrong sum, the hardest to see) four times as often. Test pairs have all kinds equally
     often."""
     prompts: Count = 3000
-    """Training problems to sample pairs from; of no use with --pairs corrupted or a file."""
+    """Training problems to sample pairs from; not with --pairs corrupted or a file."""
     rollouts: Annotated[int, Range(int, 2)] = 8
-    """Answers sampled per problem; of no use with --pairs corrupted or a file."""
+    """Answers sampled per problem; not with --pairs corrupted or a file."""
     max_new_tokens: Count = 64
     """Longest sampled answer, in tokens."""
 
@@ -76,6 +76,7 @@ def fill_in(config):
         raise ConfigError(f"--sampler has no use here: there is no verifier to judge answers to {config.data}")
     if config.sampler is not None and config.pairs == "corrupted" and not config.best_of_problems:
         raise ConfigError("--sampler has no use here: nothing is sampled; leave it out")
+    refuse_sizes(config)
     if config.margin is None:
         config.margin = 1.0 if config.loss == "hinge" else 0.0
     if config.nll is None:
@@ -84,6 +85,17 @@ def fill_in(config):
         raise ConfigError("--nll needs a decoder: an encoder sees the tokens that it would have to predict")
     if config.n_pairs is None and config.data in TASKS:
         config.n_pairs = 12_000
+
+
+def refuse_sizes(config):
+    """ConfigError on the size of a sample that is not taken: for pairs, or for the report."""
+    task = config.data in TASKS
+    pairs, report = task and config.pairs != "corrupted", task and config.best_of_problems > 0
+    used = {"prompts": pairs, "rollouts": pairs, "max_new_tokens": pairs or report, "best_of": report}
+    used["best_of_problems"] = task or config.best_of_problems == 0
+    for name, is_used in used.items():
+        if not is_used and getattr(config, name) != getattr(type(config), name):
+            raise ConfigError(f"--{name} has no use here: no such answers are sampled; leave it out")
 
 
 def open_models(kind, config, init, dist):

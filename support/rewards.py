@@ -61,7 +61,7 @@ def load_reward(path, taken=()):
         sys.path.append(os.getcwd())  # permanently: the function may import modules when it is called
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # any error of the user's module
+    except (Exception, SystemExit) as error:  # any error of the user's module; a script that exits
         raise ConfigError(f"--reward {path}: {type(error).__name__}: {error}") from None
     if not callable(function) or name in taken:
         raise ConfigError(f"--reward {path}: " + (f"{name} is taken" if callable(function) else "not a function"))
@@ -81,7 +81,7 @@ def score(functions, texts, problems, ended):
     for name, function in functions.items():
         try:
             values = torch.as_tensor(function(texts, problems, ended), dtype=torch.float32).detach().cpu()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise reward_error(f"reward {name!r} raised {type(error).__name__}: {error}") from None
         if values.shape != (len(texts),):
             raise reward_error(f"reward {name!r} returned shape {tuple(values.shape)} for {len(texts)} completions")

@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -85,6 +85,9 @@ class RunConfig:
 
     def __post_init__(self):
         check(self)
+        for field in fields(self):
+            if getattr(self, field.name) == "" != field.default:  # --init "$CHECKPOINT", which is not set
+                raise ConfigError(f"--{field.name} is empty: give it a value, or leave it out")
         refuse_skip_bad(self)
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError("--wandb needs a package that is not here: pip install wandb")
@@ -277,6 +280,8 @@ def run_path(config):
         raise ConfigError(
             f"--name {config.name!r} cannot be a run's directory; use at most 200 letters, digits, . _ and -"
         )
+    if inner := {"best", "last"}.intersection(config.name.split("/")[1:]):
+        raise ConfigError(f"--name {config.name}: {min(inner)}/ is a run's checkpoint; give another --name")
     if file := next((parent for parent in path.parents if parent.is_file()), None):
         raise ConfigError(f"--name {config.name} cannot be a run's directory: {file} is a file; give another --name")
     if config.resume and not saved_run(path):
@@ -445,6 +450,8 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
     done. reads: {name: content} of what this process has read."""
     path = saved_run(run_dir)
     state = load_saved(path / "trainer_state.pt")
+    if missing := {"config", "optimizers", "rng", "scaler", "step"} - state.keys():
+        raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: it lacks {min(missing)!r}")
     check_state(state, path / "trainer_state.pt")
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")

@@ -69,6 +69,8 @@ def refuse_unused(config):
     default = type(config)
     if config.sweep and config.lr != default.lr:
         raise ConfigError("--lr has no effect beside --sweep, which names the rates: leave it out")
+    if len({f"{lr:g}" for lr in config.sweep}) < len(config.sweep):  # as support/sweeps.py names the runs
+        raise ConfigError(f"--sweep {config.sweep}: two rates are the same in six digits; leave one of them out")
     for name in ("difficulty", "pace_start", "pace"):
         if config.order == "shuffled" and getattr(config, name) != getattr(default, name):
             raise ConfigError(f"--{name} is for --order curriculum or anti: leave it out, or add one")

@@ -63,7 +63,7 @@ def load_tools(names, built_in):
         except re.error as error:
             what = f"pattern {tool.pattern!r}, which is put into a longer one: {error}; write flags as (?i:…)"
             raise ConfigError(f"--tools {name}: {what}") from None
-        except Exception as error:  # any error of the user's module
+        except (Exception, SystemExit) as error:  # any error of the user's module; a script that exits
             raise ConfigError(f"--tools {name}: {type(error).__name__}: {error}") from None
         if not fits or groups != 1 or not all(isinstance(text, str) for text in texts):
             needs = "a name, a pattern with one group, the argument, a function of it, and seconds above 0, or None"

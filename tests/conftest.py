@@ -198,11 +198,12 @@ def assert_the_start_is_kept(stage, config, run_dir, monkeypatch):
 
 
 class Step(NamedTuple):
-    """What an optimizer step was given; decays: the weight decays of its groups; new: no step came before it."""
+    """What an optimizer step was given; decays, betas: those of its groups; new: no step came before it."""
 
     lr: float
     clip: float
     decays: set
+    betas: set
     new: bool
 
 
@@ -214,8 +215,10 @@ def steps_of(monkeypatch):
         seen, step = [], stage.optimizer_step
 
         def watched(model, optimizers, scaler, autocast, lr, clip):
-            decays = {group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups}
-            seen.append(Step(lr, clip, decays, not any(optimizer.state for optimizer in optimizers)))
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            decays = {group["weight_decay"] for group in groups}
+            betas = {group["betas"] for group in groups if "betas" in group}  # Muon has none
+            seen.append(Step(lr, clip, decays, betas, not any(optimizer.state for optimizer in optimizers)))
             return step(model, optimizers, scaler, autocast, lr, clip)
 
         monkeypatch.setattr(stage, "optimizer_step", watched)
@@ -249,12 +252,13 @@ def calls_of(monkeypatch):
     return watch
 
 
-def assert_rate_clip_decay(seen, schedule, floor, steps=5):
+def assert_rate_clip_decay(seen, schedule, floor, steps=5, betas=(0.9, 0.95)):
     """seen: the steps of a run with --lr 0.01 --warmup 3 --clip 0.3 --weight_decay 0.2."""
     rates = [lr_at(i, steps, 1e-2, 3, floor, schedule) for i in range(steps)]
     assert [step.lr for step in seen] == pytest.approx(rates)
     assert {step.clip for step in seen} == {0.3}
     assert set().union(*(step.decays for step in seen)) == {0.0, 0.2}
+    assert set().union(*(step.betas for step in seen)) == {betas}
 
 
 def weights(run_dir):

@@ -101,6 +101,14 @@ def test_one_seed_shows_no_difference():
     assert math.isnan(ablate.smallest_difference([ablate.Interval(1.0, math.nan)], 3))
 
 
+def test_the_smallest_difference_is_at_the_median_spread():
+    def least(*halves):
+        return ablate.smallest_difference([ablate.Interval(0.0, half) for half in halves], 3)
+
+    assert least(1.0, 2.0, 9.0) == least(2.0)
+    assert least(0.0, 2.0, math.nan) == least(2.0)  # without a spread, or of a run that diverged
+
+
 def test_what_is_compared_with_what():
     results = {(v, s): {"a": i + s, "b": 1.0} for i, v in enumerate("xyz") for s in (0, 1)} | {("z", 1): {"b": 1.0}}
     plain = Experiment("?", "", dict.fromkeys("xyz"), ("a", "b"), ())
@@ -196,6 +204,7 @@ def test_a_run_writes_its_figures_and_a_repetition_gives_the_same(experiment, sc
     again = ablate.run_one(settings, "runs/ablate/b", 1)
     other = ablate.run_one(ablate.settings_of(experiment, "narrow", 6), "runs/ablate/c", 1)
     assert first["valid_loss"] == again["valid_loss"] != other["valid_loss"]
+    assert first["cache"] == 2 * 8  # a key and a value of one layer's one shared head
     assert json.loads((scratch / "runs/ablate/a/result.json").read_text(encoding="utf-8"))["settings"] == settings
     assert "validation loss" in (scratch / "runs/ablate/a/log.txt").read_text(encoding="utf-8")
 
@@ -251,6 +260,10 @@ def test_a_variant_may_be_a_start_that_is_measured_and_not_trained(scratch, monk
     assert not (scratch / "runs/ablate/x/run").exists()
     [(folder, _, given)] = measured
     assert (str(folder), given) == ("runs/ablate/x/run", settings)
+    told = {"accuracy": 0.25, "story_kept": 0.5, "path": "start"}
+    monkeypatch.setitem(ablation_runs.STAGES, "measure", (probes.Start, lambda config: told))
+    figures = ablate.run_one(settings, "runs/ablate/y", 1)
+    assert (figures["accuracy"], figures["story_kept"]) == (25, 50)  # in per cent, as the headings of a page say
 
 
 def test_no_experiment_trains_in_order_to_measure():
@@ -505,6 +518,13 @@ def test_the_score_of_a_trial(tmp_path):
     assert ablation_runs.validation_score(tmp_path) == -math.inf
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_result_that_is_damaged_is_one_line(tmp_path, content):
+    (tmp_path / "result.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"result\.json cannot be read \(.+\): delete it to make this run anew"):
+        ablation_runs.read_result(tmp_path)
+
+
 def test_a_tuning_that_can_choose_nothing(experiment, monkeypatch, scratch):
     monkeypatch.setattr(ablate, "run_missing", lambda *_: None)
     monkeypatch.setattr(ablate, "validation_score", lambda _: -math.inf)
@@ -623,6 +643,8 @@ def test_bad_input(scratch):
     ):
         with pytest.raises(ConfigError, match=words):
             ablate.Config(experiment="ladder", **flags)
+    with pytest.raises(ConfigError, match=r"--quick has no use without an experiment: python ablate\.py NAME"):
+        ablate.Config(quick=True)
     listed = script("ablate.py", cwd=scratch)
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in ablate.EXPERIMENTS)

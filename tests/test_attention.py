@@ -1,6 +1,7 @@
 """attention.py against torch's own kernel, a plain loop, and the properties that masks and caches must have."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from attention import (
 )
 from positional import apply_rope, rope_cos_sin, rope_frequencies
 from support.attention_maps import attention_entropy, attention_weights
-from support.devices import cast_once
+from support.devices import TRAITS, cast_once
 from support.sdpa import banded_attention
 
 B, T, S, D = 2, 5, 7, 4  # pairwise distinct, so that a swapped axis cannot pass
@@ -66,7 +67,10 @@ def test_naive_is_the_formula(H, G):
 
 @pytest.mark.parametrize(("H", "G"), HEADS)
 @pytest.mark.parametrize("case", ["causal", "mask", "decode", "chunk"])
-def test_fast_equals_naive_forward_and_backward(H, G, case):
+@pytest.mark.parametrize("repeated", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_fast_equals_naive_forward_and_backward(monkeypatch, H, G, case, repeated):
+    """With a mask, keys and values that heads share are repeated on a GPU: they fit none of its fast kernels."""
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], repeats_shared_heads=repeated))
     t, s = {"causal": (S, S), "mask": (T, S), "decode": (1, S), "chunk": (T, S)}[case]
     q, k, v = random(B, H, t, D, grad=True), random(B, G, s, D, grad=True), random(B, G, s, D, grad=True)
     mask = (torch.rand(B, 1, t, s) < 0.5) | causal_mask(t, s) if case == "mask" else None
@@ -85,6 +89,13 @@ def test_naive_equals_torch_sdpa():
     torch.testing.assert_close(
         naive_attention(q, k, v, mask)[0], F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     )
+
+
+def test_the_softmax_of_bf16_scores_is_in_fp32():
+    q, k, v = (random(B, 6, S, D).bfloat16() for _ in range(3))
+    out, weights = naive_attention(q, k, v)
+    assert (out.dtype, weights.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, 6, S))
 
 
 def test_naive_gradcheck():

@@ -47,6 +47,15 @@ def test_the_line_after_a_demo_ends_as_the_demo_does(monkeypatch):
     assert left.value.code == 141
 
 
+def test_a_chapter_without_settings_refuses_flags(capsys, monkeypatch):
+    """`python moe.py --n_expert 16` works no example of 16 experts."""
+    monkeypatch.setattr(sys, "argv", ["moe.py", "--n_expert", "16"])
+    with pytest.raises(SystemExit) as left:
+        output.run_demo(lambda: pytest.fail("the example ran"))
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: moe.py works an example and has no settings: leave --n_expert out\n"
+
+
 def test_demo_is_a_flag_that_runs_it_and_leaves(capsys, monkeypatch):
     """--demo works the example and exits with 0 before the stage starts; it is no setting of a run."""
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--demo"])

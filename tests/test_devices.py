@@ -280,6 +280,18 @@ def test_what_mps_lacks_is_one_line_with_a_remedy(monkeypatch, capsys):
         run_script(stage, pretrain.Config)
 
 
+def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda config: torch.empty(2**60), pretrain.Config)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2
+    assert line.startswith(f"error: there is no memory for {2**62} bytes more: take fewer")
+    gpu = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.00 GiB of which …"
+    assert devices.out_of_memory(RuntimeError(gpu)).startswith("there is no memory for 20.00 GiB more")
+    assert devices.out_of_memory(RuntimeError("something else")) is None
+
+
 def test_float64_is_taken_where_it_exists():
     x = torch.tensor([1.0, 2.0])
     assert devices.in_float64(x).dtype == torch.float64

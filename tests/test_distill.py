@@ -573,7 +573,8 @@ def test_a_student_learns_what_its_teacher_knows(here, capsys, loss):
     assert result["before"]["accuracy"] < 0.8
     assert result["teacher"]["accuracy"] == 1.0
     assert result["after"]["accuracy"] > 0.9
-    assert result["closed"] > 0.5
+    before, after = (result[when]["accuracy"] for when in ("before", "after"))
+    assert result["closed"] == pytest.approx((after - before) / (1 - before))
     assert result["teacher_kl"] < 0.3 * result["teacher_kl_before"]
     assert result["tokens"] == pytest.approx(32 * sum(metrics("runs/distill", "length").values()))
     kl = list(metrics("runs/distill", "reverse_kl").values())
@@ -602,6 +603,25 @@ def test_a_step_of_a_run_is_the_gradient_of_its_texts(here, calls_of, changes):
     norm = gradient_of(student, loss).norm().item()
     assert metrics("runs/distill", "grad_norm")[1] == pytest.approx(norm, rel=1e-3)
     assert norm > 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, SELF])
+def test_the_kls_of_the_report(here, monkeypatch, changes):
+    """Of best/ on its own texts: to the teacher, which reads them after its own prompts, and to the start."""
+    measured = lambda *_, step=None: {"accuracy": float(step is None), "story_kept": 0.0}  # noqa: E731
+    monkeypatch.setattr(verified, "measure_valid", measured)  # a later step is best
+    result, dist = distill.main(config(steps=2, lr=1e-2, **changes)), devices.setup("cpu")
+    (before, tokenizer, _), (after, *_) = open_checkpoint("start"), open_checkpoint("runs/distill")
+    views = load_taught(config(**changes), tokenizer, 96, 96, dist)
+    prompts, shown = ([encode_prompt(tokenizer, p) for p in problems["test"]] for problems in views)
+    for name, student in (("teacher_kl_before", before), ("teacher_kl", after)):
+        teacher = student if changes else open_checkpoint("teacher")[0]
+        expected = sampled_kl(student, teacher, tokenizer, prompts, 8, dist, ref_prompts=shown)
+        assert result[name] == pytest.approx(expected, rel=1e-4)
+        assert expected > 1e-4
+    to_start = sampled_kl(after, before, tokenizer, prompts, 8, dist)
+    assert result["kl"] == pytest.approx(to_start, rel=1e-4)
+    assert to_start > 1e-6
 
 
 def test_by_sample_each_kl_is_logged_of_its_own_texts(here):
@@ -646,7 +666,7 @@ def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monk
 def test_the_cut_into_micro_batches_changes_nothing(here, changes):
     distill.main(config(name="whole", micro_batch=64, **changes))
     distill.main(config(name="cut", micro_batch=2, **changes))
-    names = ("loss", "grad_norm", "reverse_kl", "accuracy")
+    names = ("loss", "grad_norm", "reverse_kl", "forward_kl", "accuracy")
     assert_same_metrics("runs/whole", "runs/cut", names, rel=2e-3, abs=1e-5)
 
 

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error, metrics, script
+from conftest import ROOT, assert_one_line_error, assert_refused, metrics, script
 from tiny import config, flags
 
 import pretrain
 from support import files, pretrain_report, runs, trackers
-from support.cli import run_script
+from support.cli import key_twice, parse_config, run_script
 from support.errors import ConfigError
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "", "PYTHONUNBUFFERED": ""}
@@ -275,6 +275,18 @@ def test_arguments_that_are_no_text(here):
     assert_one_line_error(script("pretrain.py", "--data", name + "x", cwd=here), "\\udce9")
     (here / "bad.yaml").write_bytes(b"name: \xff\n")
     assert_one_line_error(script("pretrain.py", "--config", "bad.yaml", cwd=here), "bad.yaml is not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("steps: 5\nname: a\nsteps: 6\n", "steps"), ("model: {width: 16, width: 32}\n", "width")]
+)
+def test_a_setting_that_stands_twice(scratch, capsys, text, key):
+    """YAML would take the last."""
+    (scratch / "twice.yaml").write_text(text, encoding="utf-8")
+    words = f"--config twice.yaml: the key '{key}' stands twice"
+    assert_refused(capsys, lambda: parse_config(pretrain.Config, ["--config", "twice.yaml"]), words)
+    for once in ("a: &m {b: 1}\nc: *m\n", "a: &m [*m]\n", "a: [", ""):  # an alias; one that holds itself; no YAML
+        assert key_twice(once) is None
 
 
 @pytest.mark.parametrize("name", ["pretrain.py", "encoder.py"])  # the encoder's has a default of its own

@@ -130,8 +130,8 @@ def test_the_readme_points_at_the_line_that_it_quotes(file, line, code):
 
 def test_the_readme_answers_with_a_line_of_code():
     answers = README.partition("## Questions")[2].partition("\n## ")[0]
-    assert answers.count("?") >= 8
-    assert len(re.findall(r"`([\w/]+\.py):(\d+)` `(.+?)`", answers)) == len(re.findall(r"^\| .*\? \|", answers, re.M))
+    quoted = re.findall(r"`([\w/]+\.py):(\d+)` `(.+?)`", answers)  # by this the test above finds its lines, if any
+    assert len(quoted) == len(re.findall(r"^\| .*\? \|", answers, re.M)) >= 8
 
 
 def opens_text_by_locale(call):

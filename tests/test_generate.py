@@ -688,6 +688,12 @@ def test_flags_and_yaml(checkpoint):
     assert (config.checkpoint, config.top_k, config.temperature, config.prompt) == ("run", 7, 0.9, None)
 
 
+@pytest.mark.parametrize("words", [["--prompt", "# A heading"], ["--prompt=# A heading"]])
+def test_a_prompt_that_yaml_takes_for_a_comment(words):
+    config = parse_config(Config, ["--checkpoint", "run", *words])
+    assert config.prompt == "# A heading"
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

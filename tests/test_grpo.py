@@ -168,6 +168,16 @@ def test_a_reward_that_is_not_there(own, path, words):
         load_reward(path, taken={*grpo.REWARDS, "kl"})
 
 
+def test_a_reward_that_exits_does_not_end_the_run(scratch, monkeypatch):
+    """A script without `if __name__ == "__main__"`; a function that calls exit."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (scratch / "leaves.py").write_text("raise SystemExit(0)\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="--reward leaves:f: SystemExit"):
+        load_reward("leaves:f")
+    with pytest.raises(ConfigError, match="reward 'exit' raised SystemExit"):
+        score({"exit": lambda *_: sys.exit()}, ["a"], [SEVEN], [True])
+
+
 # ------------------------------------------------------------------------------------------------ advantages
 
 
@@ -223,7 +233,8 @@ def batch(B=5, T=7):
     new = (-torch.rand(B, T, dtype=torch.float64) * 2).requires_grad_()
     old, ref = new.detach() + 0.4 * torch.randn(B, T), new.detach() + 0.4 * torch.randn(B, T)
     mask = torch.arange(T) < torch.tensor([[7], [3], [1], [5], [4]])[:B]
-    return new, old, ref, torch.randn(B, dtype=torch.float64), mask
+    A = torch.tensor([-0.8, 0.6, 1.1, 0.5, -1.7], dtype=torch.float64)[:B]  # both sides of the clip act
+    return new, old, ref, A, mask
 
 
 def by_loop(new, old, ref, A, mask, beta, low, high, loss_type, ratio, max_length):
@@ -263,6 +274,15 @@ def test_loss_and_gradient_against_a_loop(loss_type, ratio, beta):
     assert (ours[mask] != 0).any()
     d = (ref - new)[mask]
     assert figures["kl"] == pytest.approx((d.exp() - d - 1).mean().item())
+    log_rho = (new - old).detach() * mask
+    if ratio == "sequence":
+        log_rho = (log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)
+    rho, up = log_rho.exp()[mask], (A > 0)[:, None].expand_as(mask)[mask]
+    stopped = up & (rho > 1.28), ~up & (rho < 0.8)
+    assert all(side.any() for side in stopped)
+    logged = {"clip_fraction": sum(stopped).double().mean().item(), "ratio_max": rho.max().item()}
+    logged |= {"ratio_spread": (rho - 1).abs().mean().item()}
+    assert {name: figures[name] for name in logged} == pytest.approx(logged)
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2"])
@@ -505,8 +525,11 @@ def test_the_first_step_is_reinforce_with_a_group_baseline(here, spied, loss_typ
 @pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
 def test_micro_batches_change_nothing(here, spied, loss_type):
     for size in (64, 3):
-        grpo.main(config(steps=1, name=f"n{size}", micro_batch=size, loss_type=loss_type, beta=0.1))
-    assert_same_gradient(*spied["gradients"])
+        grpo.main(config(steps=1, name=f"n{size}", micro_batch=size, loss_type=loss_type, beta=0.1, inner_epochs=2))
+    assert len(spied["gradients"]) == 4
+    for one, other in zip(spied["gradients"][:2], spied["gradients"][2:], strict=True):
+        assert_same_gradient(one, other)
+    assert metrics("runs/n64", "ratio_spread")[1] > 1e-5  # of the second update; in the first it is 0
     for name in ("kl", "clip_fraction", "ratio_spread", "ratio_max", "loss"):
         values = [metrics(f"runs/n{size}", name)[1] for size in (64, 3)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-6), name
@@ -775,7 +798,7 @@ WITH_LORA = {"lora": LoraConfig(2), "beta": 0.05, "lr": 1e-2}
 def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
     seen = steps_of(grpo)
     grpo.main(config(steps=5, warmup=3, lr=1e-2, clip=0.3, weight_decay=0.2))
-    assert_rate_clip_decay(seen, "linear", 0.0)
+    assert_rate_clip_decay(seen, "linear", 0.0, betas=(0.9, 0.999))
 
 
 @pytest.mark.parametrize(

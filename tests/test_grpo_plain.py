@@ -86,6 +86,15 @@ def test_the_checkpoint_opens(here):
     assert 0 <= result["before"] <= 1
 
 
+def test_a_checkpoint_that_cannot_be_written_is_said(here, monkeypatch, capsys):
+    monkeypatch.setattr(grpo_plain, "save", lambda *_, **__: False)  # a full disk
+    with pytest.raises(ConfigError, match="runs/grpo_plain/last could not be written"):
+        grpo_plain.main(grpo_plain.Config(init="start", steps=1))
+    said = capsys.readouterr().out
+    assert "test accuracy, greedy" in said
+    assert "saved in" not in said
+
+
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(grpo_plain, "setup", lambda: SimpleNamespace(world=2))
     with pytest.raises(ConfigError, match=r"grpo_plain\.py runs in one process"):

@@ -402,6 +402,17 @@ def test_what_ended_first_stays_the_reason(monkeypatch):
         assert nodes.why_it_broke(broken) == first
 
 
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"WORLD_SIZE": "0"}])
+def test_a_rank_that_is_not_in_the_world(monkeypatch, variables):
+    """It would train, and print and save nothing."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"the environment has RANK=\d and WORLD_SIZE=\d: start this with torchrun"):
+        devices.setup("cpu")
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
 def test_a_number_of_the_environment_that_is_none(monkeypatch, name):
     monkeypatch.setattr(nodes, "REACH", timedelta(seconds=0.2))

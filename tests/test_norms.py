@@ -79,12 +79,15 @@ def test_rms_norm_equals_transformers():
 @pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
 def test_low_precision_keeps_its_dtype_and_fp32_statistics(make, dtype):
     module = make(64)  # fp32 parameters, as under autocast
+    torch.nn.init.constant_(module.weight, 1.003)  # in bf16 it would be 1
     x = torch.randn(5, 64) * 300 + 200  # squares overflow fp16
     out = module(x.to(dtype))
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), module(x.to(dtype).float()), atol=2e-2, rtol=2e-2)
     naive = layer_norm if make is LayerNorm else rms_norm
-    torch.testing.assert_close(naive(x.to(dtype), torch.ones(64, dtype=dtype)).float(), out.float(), atol=2e-2, rtol=0)
+    torch.testing.assert_close(naive(x.to(dtype), module.weight).float(), out.float(), atol=2e-2, rtol=0)
+    exact = naive(x.to(dtype).double(), module.weight.double())
+    assert (out.double() / exact).mean().item() == pytest.approx(1, abs=1e-3)  # rounded is the result alone
 
 
 def test_what_each_ignores():

@@ -231,6 +231,15 @@ def test_a_rounded_copy_follows_the_policy(dtype):
         move(policy)
 
 
+def test_the_bias_that_selects_experts_is_no_weight_to_round():
+    sizes = dict(context=8, n_layer=1, n_head=2, n_kv_head=1, width=8, n_expert=3, balancing="bias")
+    policy = Transformer(TransformerConfig(20, **sizes))
+    policy.blocks[0].ffn.selection_bias.fill_(1 + 2**-10)  # in bf16 it would be 1
+    copy = RolloutPolicy(policy, "bf16")
+    copy.refresh(policy)
+    assert torch.equal(copy.model.blocks[0].ffn.selection_bias, policy.blocks[0].ffn.selection_bias)
+
+
 def test_the_figures_by_hand_over_all_ranks(monkeypatch):
     """Three tokens with k = 0.5, 3 and 1 here; the other rank has three of k = 1 and a largest k of 9."""
     sampled, own = torch.tensor([[0.5, 0.2], [0.3, 0.0]]).log(), torch.tensor([[0.25, 0.6], [0.3, 0.0]]).log()

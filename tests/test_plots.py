@@ -49,6 +49,10 @@ def test_a_spike_does_not_flatten_the_curve(here, monkeypatch):
     assert [text.get_text() for text in drawn[0].get_legend().get_texts()] == ["to the start (up to 70)"]
 
 
+def test_the_running_mean_is_centred_and_shorter_at_the_ends():
+    assert plots.smooth([3, 0, 6, 0, 0], 1) == [1.5, 3, 2, 2, 0]
+
+
 def test_steps_are_whole_numbers_on_the_axis(here, monkeypatch):
     kept = []
     monkeypatch.setattr(plots, "read_metrics", lambda run_dir: {"kl": ([1, 2], [0.1, 0.2])})

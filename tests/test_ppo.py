@@ -390,6 +390,17 @@ def test_a_rank_without_a_group_takes_part_at_weight_0():
     assert (full.n_tokens, empty.n_tokens) == (9.0, 3.0)
 
 
+def test_a_value_network_of_its_own_is_a_copy_of_the_reward_model_but_for_its_head(here):
+    """And the reward model stays frozen, with the head that scores."""
+    settings = config(value="separate")
+    raw, _, judge, _ = ppo_setup.open_models(ActorCritic, settings, "start", "judge", devices.setup("cpu"))
+    differ = {name for name, p in raw.critic.named_parameters() if not torch.equal(p, judge.get_parameter(name))}
+    assert differ == {"head.weight"}
+    assert not raw.critic.head.weight.any()
+    assert all(p.requires_grad for p in raw.critic.parameters())
+    assert not any(p.requires_grad for p in judge.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ runs
 
 
@@ -420,10 +431,10 @@ def test_the_reward_model_that_a_run_makes_samples_answers_as_long_as_the_run(mo
     assert other != name
 
 
-def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
+def test_a_step_by_plain_loops(here, monkeypatch, calls_of, tokenizer):
     """One step, from the sampled answers to the gradient of every weight and to the figures of the log: each answer
     alone, unpacked, GAE as its double sum. The reference is another model and the values are not 0."""
-    seen, made = {}, ppo_setup.open_models
+    seen, made, judged = {}, ppo_setup.open_models, calls_of(ppo, "is_correct")
 
     class Sampler(ppo.Sampler):
         def __call__(self, *args):
@@ -454,8 +465,9 @@ def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
     (raw, reference, judge), batch = seen["models"], seen["batch"]
     prompts, rollout, ended = batch.prompts, batch.rollout, batch.ended.flatten()
     lengths = rollout.mask.sum(1).tolist()
+    assert [call.args for call in judged] == [(text, batch.problems[k // 2]) for k, text in enumerate(batch.texts)]
     N, K = sum(lengths), len(lengths)
-    loss, paid, k1, k3, errors, goals, earned = 0.0, 0.0, 0.0, 0.0, [], [], 0.0
+    loss, paid, k1, k3, errors, goals, earned, surprise = 0.0, 0.0, 0.0, 0.0, [], [], 0.0, 0.0
     for k, n in enumerate(lengths):
         prompt, answer = prompts[k // 2], rollout.ids[k, :n].tolist()
         row = torch.tensor([prompt + answer])
@@ -474,6 +486,7 @@ def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
         loss = loss + 0.5 * 0.5 * ((values - goal) ** 2).sum() / N
         paid, earned = paid + worth, earned + sum(rewards)
         k1, k3 = k1 + log_ratio.sum().item(), k3 + ((-log_ratio).exp() - 1 + log_ratio).sum().item()
+        surprise -= logp.sum().item()
         errors, goals = errors + (goal - values.detach()).tolist(), goals + goal.tolist()
     for p in raw.parameters():
         p.grad = None
@@ -485,6 +498,7 @@ def test_a_step_by_plain_loops(here, monkeypatch, tokenizer):
     assert max(g.abs().max() for g in expected.values()) > 0.01
     figures = {"paid": paid / K, "reward": earned / K, "kl": k3 / N, "kl_per_answer": k1 / K}
     figures |= {"explained_variance": 1 - np.var(errors) / np.var(goals), "value": np.mean(goals) - np.mean(errors)}
+    figures |= {"entropy": surprise / N, "length": N / K}
     for name, value in figures.items():
         assert metrics("runs/ppo", name)[1] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert figures["kl"] > 0.01
@@ -512,22 +526,26 @@ def test_what_a_run_gives_its_two_losses(here, monkeypatch):
 
 @pytest.mark.parametrize(("value", "share"), [("shared", 1.0), ("separate", 0.1)])
 def test_the_policys_rate_falls_and_that_of_the_values_stays(here, monkeypatch, value, share):
-    rates, clips, decays, steps = [], set(), [], ppo.optimizer_steps
+    rates, clips, decays, betas, steps = [], set(), [], set(), ppo.optimizer_steps
 
     def step(parts, scaler, autocast, clip):
         rates.append([rate for *_, rate in parts])
         clips.add(clip)
         for _, optimizers, _ in parts:
-            decays.append({group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups})
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            decays.append({group["weight_decay"] for group in groups})
+            betas.update(group["betas"] for group in groups if "betas" in group)  # Muon has none
         return steps(parts, scaler, autocast, clip)
 
     monkeypatch.setattr(ppo, "optimizer_steps", step)
-    ppo.main(config(steps=4, minibatches=1, value=value, value_lr=0.01, stop_kl=0.0, clip=0.3, weight_decay=0.2))
+    changes = dict(value_lr=0.01, warmup=2, clip=0.3, weight_decay=0.2)
+    ppo.main(config(steps=4, minibatches=1, value=value, stop_kl=0.0, **changes))
     assert clips == {0.3}
+    assert betas == {(0.9, 0.999)}
     assert decays == [{0.0, 0.2}, {0.0}] * 4  # of the policy, of the values
     policy, values = zip(*rates, strict=True)
-    assert policy == pytest.approx([1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
-    assert values == pytest.approx([0.01 * share] * 4)
+    assert policy == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
+    assert values == pytest.approx([0.005 * share, *[0.01 * share] * 3])
 
 
 def test_beta_adapts_to_the_kl_per_answer_of_the_log(here, calls_of):
@@ -662,9 +680,17 @@ def test_what_a_whole_prompt_scores_is_no_reward(here, monkeypatch):
 
 
 @pytest.mark.parametrize("baseline", ["wins", "mean", "none"])
-def test_the_kl_penalty_is_in_the_rewards(here, baseline):
-    """Nats per answer times the coefficient, and the score: nothing else is paid."""
-    ppo.main(config(beta=0.7, steps=3, missing_end=0.0, baseline=baseline))
+def test_the_kl_penalty_is_in_the_rewards(here, calls_of, baseline):
+    """Nats per answer times the coefficient, and the score, which the baseline holds against the prompt's other answer:
+    nothing else is paid."""
+    scored, rewarded = calls_of(ppo, "score_groups"), calls_of(ppo, "token_rewards")
+    ppo.main(config(beta=0.7, steps=3, missing_end=0.0, baseline=baseline, record_groups=0, watch=0))
+    for scores, rewards in zip(scored, rewarded, strict=True):
+        scores = torch.tensor(scores.result)  # (6, 2)
+        gap = scores - scores.flip(1)
+        final = {"wins": torch.sigmoid(gap) - 0.5, "mean": gap / 2, "none": scores}[baseline]
+        torch.testing.assert_close(rewards.args[1].view(6, 2), final)
+        assert gap.abs().max() > 0.01
     at = {name: metrics("runs/ppo", name) for name in ("reward", "paid", "kl_per_answer", "reward_kl")}
     for step in (1, 2, 3):  # reward is of the tokens' rewards
         assert at["reward"][step] == pytest.approx(at["paid"][step] - 0.7 * at["kl_per_answer"][step], abs=1e-5)

@@ -427,6 +427,12 @@ def test_bad_records_are_counted_and_left_out_where_asked(tmp_path, capsys):
     assert "skipped 1 records that cannot be used (first: line 101: the key" in capsys.readouterr().out
 
 
+def test_plain_text_has_no_records_to_skip(tmp_path):
+    (tmp_path / "a.txt").write_text("one text. " * 20, encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.txt is plain text, which has no records to skip: leave --skip_bad out"):
+        load_text(tmp_path / "a.txt", skip_bad=True)
+
+
 def all_of(load, path, **options):
     """What is read of a file, in all splits."""
     return [record for split in splits.SPLITS for record in load(path, split, **options)]

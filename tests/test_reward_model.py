@@ -42,7 +42,7 @@ from reward_model import (
 from support import devices, pretrained_start, reward_look, reward_report, reward_samples, reward_setup
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError, DivergedError
-from support.reward_report import calibration, consistency, shaping
+from support.reward_report import calibration, consistency, length_figures, sample_figures, shaping
 from support.reward_samples import judged_pairs, probe_samples, score_fitting
 from support.splits import split_of
 from support.word_problems import CORRUPTIONS, MEN, THEMES, WOMEN, rename
@@ -54,8 +54,20 @@ SMALL |= dict(micro_batch=6, warmup=1, eval_every=2, eval_pairs=5, test_pairs=5,
 SMALL |= dict(device="cpu", lr=1e-3)
 
 
+def small(**changes):
+    """SMALL with these changes, without the sizes of samples that are not taken: they are refused."""
+    given = SMALL | changes
+    of_file = given.get("data", "word") not in TASKS
+    no_pairs, no_report = of_file or given["pairs"] == "corrupted", of_file or given["best_of_problems"] == 0
+    unused = {"prompts", "rollouts"} if no_pairs else set()
+    unused |= {"best_of"} if no_report else set()
+    unused |= {"max_new_tokens"} if no_pairs and no_report else set()
+    unused |= {"best_of_problems"} if of_file else set()
+    return {name: value for name, value in given.items() if name in changes or name not in unused}
+
+
 def config(**changes):
-    return Config(**(SMALL | changes))
+    return Config(**small(**changes))
 
 
 @pytest.fixture
@@ -112,6 +124,7 @@ def test_hinge_and_its_gradient_by_hand():
     assert up.tolist() == pytest.approx([-1 / 7 if g < 1.5 else 0 for g in gap])
     torch.testing.assert_close(down, -up)
     assert 0 < (up == 0).sum() < 7
+    assert [config(loss=name).margin for name in ("bradley_terry", "hinge")] == [0.0, 1.0]
 
 
 def test_swap_symmetry_and_ln_2_at_a_tie():
@@ -389,6 +402,36 @@ def test_calibration_of_a_model_that_is_right_as_often_as_it_says():
     assert sure > 0.1
 
 
+def test_calibration_by_hand():
+    """Three pairs with σ(ln 3) = 3/4, two of them rightly ranked, and one with σ(ln 9) = 9/10, rightly."""
+    rows, error = calibration(np.array([1, 1, -1, 2]) * math.log(3))
+    assert rows == [pytest.approx((3 / 4, 2 / 3, 3)), pytest.approx((9 / 10, 1, 1))]
+    assert error == pytest.approx((3 * (3 / 4 - 2 / 3) + 1 / 10) / 4)
+
+
+def test_the_figures_of_samples_by_hand():
+    """Five answers to each of two problems: three right, of two texts; none right."""
+    texts = ["#### 5", "so 5", "#### 5", "#### 6", "7"], ["a", "#### 7", "b #### 7", "#### 7.", "x\n#### -7"]
+    right, lengths = ([True] * 3 + [False] * 2, [False] * 5), ([1, 2, 3, 4, 5], [5, 1, 1, 2, 2])
+    groups = [list(zip(*both, strict=True)) for both in zip(texts, right, strict=True)]
+    scores = np.array([[1.0, 3, 1, 0, 0], [2, 2, 4, 4, 3]])
+    figures = sample_figures(scores, groups, [[[0] * n for n in row] for row in lengths], (1, 2, 3))
+    assert figures["best_possible"] == pytest.approx({"1": 0.3, "2": 0.45, "3": 0.5})  # of 10 pairs 9 have a right one
+    assert figures["spread_of_right_answers"] == 1  # of the scores 1 and 3
+    assert figures["spread_of_all_answers"] == pytest.approx((1.2**0.5 + 0.8**0.5) / 2)
+    tidy = [[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+    expected = shaping(scores, correct=right, length=lengths, tidy=tidy)
+    assert figures["shaping"] == pytest.approx(expected)
+
+
+def test_the_figures_of_length_by_hand():
+    groups = [([1], [[0] * a, [0] * b]) for a, b in ((3, 1), (4, 1), (1, 2), (2, 2))]  # longer by 2, 3, −1 and 0
+    scores = np.array([[1.0, 0.0], [2.0, 2.0], [0.0, 2.0], [3.0, 2.0]])  # higher by 1, 0, −2 and 1
+    expected = {"longer_is_chosen": 2.5 / 4, "gap_length_correlation": 4 / 60**0.5}
+    assert length_figures(groups, scores) == pytest.approx(expected)
+    assert math.isnan(length_figures(groups, 0 * scores)["gap_length_correlation"])
+
+
 def test_shaping_is_the_correlation_within_a_prompt():
     values = np.array([[1.0, 2, 3], [11, 12, 13]])
     found = shaping(values, same=values * 2 + 5, length=[[3, 2, 1], [9, 8, 7]], constant=np.ones((2, 3)))
@@ -428,6 +471,7 @@ def test_a_run_learns_and_leaves_everything(here):
     assert result["low"] <= result["accuracy"] <= result["high"]
     losses = list(metrics("runs/reward_model", "loss").values())
     assert losses[-1] < 0.3 * losses[0]
+    assert metrics("runs/reward_model", "valid_loss")[40] < math.log(2)
     for name in ("best/model.safetensors", "last/trainer_state.pt", "curves.png", "report.png", "report.json"):
         assert (here / "runs" / "reward_model" / name).exists(), name
 
@@ -562,6 +606,8 @@ def test_the_rate_the_clip_and_the_decay_of_each_step(here, steps_of):
 def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, backbone):
     changes = dict(dropout=0.1, backbone=backbone, best_of_problems=0)
     reward_model.main(config(name="whole", **changes))
+    reward_model.main(config(name="plain", steps=1, **changes | {"dropout": 0.0}))
+    assert metrics("runs/plain", "loss")[1] != metrics("runs/whole", "loss")[1]  # dropout acts
     with stopped_after(2):
         reward_model.main(config(name="parts", **changes))
     monkeypatch.setattr(reward_setup, "make_pairs", None)  # the pairs are those of the first part, not sampled again
@@ -578,7 +624,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(here, lucky, monkeypatch, back
 def test_two_processes_equal_one(here, backbone):
     changes = {"pairs": "corrupted", "backbone": backbone}
     reward_model.main(config(name="n1", **changes))
-    two = script("reward_model.py", *flags_of(SMALL | changes | {"name": "n2"}), cwd=here, processes=2)
+    two = script("reward_model.py", *flags_of(small(**changes, name="n2")), cwd=here, processes=2)
     assert two.returncode == 0, two.stderr
     names = ("loss", "grad_norm", "gap", "valid_loss", "valid_all")
     assert_same_metrics("runs/n1", "runs/n2", names, rel=1e-3, abs=1e-6)
@@ -640,6 +686,11 @@ def test_bad_input_is_one_line(here):
         ({"n_pairs": 9, "pairs": "sampled"}, "--n_pairs has no use here: no pair is corrupted"),
         ({"sampler": "start", "pairs": "corrupted", "best_of_problems": 0}, "--sampler has no use here: nothing is"),
         ({"data": "style", "n_pairs": 0}, "--n_pairs is 0; it must be at least 1"),
+        ({"pairs": "corrupted", "prompts": 9}, "--prompts has no use here: no such answers are sampled"),
+        ({"pairs": "corrupted", "rollouts": 5}, "--rollouts has no use here"),
+        ({"pairs": "corrupted", "best_of_problems": 0, "max_new_tokens": 9}, "--max_new_tokens has no use here"),
+        ({"best_of_problems": 0, "best_of": 8}, "--best_of has no use here"),
+        ({"data": "hh", "best_of_problems": 9}, "--best_of_problems has no use here"),
     ]:
         with pytest.raises(ConfigError, match=words):
             config(**changes)

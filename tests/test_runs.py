@@ -23,6 +23,7 @@ from tiny import MODEL, SMALL, config, flags
 import pretrain
 from pretrain import Config
 from support import devices, locks, log, runs
+from support.cli import parse_config
 from support.errors import CheckpointError, ConfigError, DivergedError
 from support.launch import join
 from support.runs import Run
@@ -142,6 +143,19 @@ def test_a_killed_worker_is_started_again(here):
 def test_rates_below_0_are_refused(name):
     with pytest.raises(ConfigError, match=f"--{name} is -1"):
         Config(**{name: -1})
+
+
+@pytest.mark.parametrize("name", ["init", "data", "name"])
+def test_an_empty_text_is_refused(name):
+    """--init "$CHECKPOINT" where the shell does not have the variable: no start is trained in its place."""
+    with pytest.raises(ConfigError, match=f"--{name} is empty: give it a value, or leave it out"):
+        parse_config(Config, [f"--{name}", ""])
+
+
+@pytest.mark.parametrize("name", ["a/last", "a/best/b"])
+def test_a_run_is_no_checkpoint_of_another(name):
+    with pytest.raises(ConfigError, match="is a run's checkpoint; give another --name"):
+        runs.run_path(config(name=name))
 
 
 def test_ctrl_c_in_the_loop_and_after_it():
@@ -376,6 +390,9 @@ def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"trainer_state\.pt is corrupt: \w"):
             pretrain.main(config(resume=True))
+    torch.save({"step": 1}, file)  # of another program
+    with pytest.raises(CheckpointError, match=r"trainer_state\.pt is corrupt: it lacks 'config'"):
+        pretrain.main(config(resume=True))
 
 
 def test_a_run_with_an_option_that_is_gone_resumes_if_it_made_no_difference(here):

@@ -399,6 +399,8 @@ def test_two_processes_equal_one(here):
 
 def test_resumed_equals_uninterrupted_bit_for_bit(here):
     assert_resumed_equals_whole(sft, config, 2, ["loss"], dropout=0.1)
+    sft.main(config(name="plain", steps=1))
+    assert metrics("runs/plain", "loss")[1] != metrics("runs/whole", "loss")[1]  # dropout acts
 
 
 def write_ratings(path, n=120):
@@ -516,6 +518,11 @@ def test_sweep_takes_the_best_of_the_validation_split(here, capsys, monkeypatch)
     assert (result["lr"], result["valid"]) == (3e-3, 0.6)
     [best] = [line for line in capsys.readouterr().out.splitlines() if "<- best" in line]
     assert best.split()[:3] == ["0.003", "60.0%", "40.0%"]
+
+
+def test_a_sweep_names_a_rate_once():
+    with pytest.raises(ConfigError, match="two rates are the same in six digits"):
+        config(sweep=[1e-3, 3e-3, 0.00100000001])
 
 
 def test_a_sweep_that_torchrun_starts_again_goes_on(here, monkeypatch):

@@ -56,6 +56,16 @@ def test_a_block_is_place_twice(placement):
     torch.testing.assert_close(block(x, None, None), expected)
 
 
+def test_sinusoidal_positions_are_added_to_scaled_embeddings(tokens):
+    """√C x + PE by a loop, §3.4 and 3.5 of Vaswani et al.; the branches add nothing."""
+    model = tiny(positions="sinusoidal", n_layer=1)
+    for matrix in (model.blocks[0].attn.wo, model.blocks[0].ffn.down):
+        matrix.weight.data.zero_()
+    pe = [[wave(p / 10000 ** (2 * i / 16)) for i in range(8) for wave in (math.sin, math.cos)] for p in range(11)]
+    expected = rms_norm(4 * model.embed(tokens) + torch.tensor(pe), model.norm.weight)
+    torch.testing.assert_close(model.hidden(tokens), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs(tokens, temperature):
     model = tiny().double()
@@ -326,6 +336,8 @@ def test_birth():
     per_block = 4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192
     old = Transformer(gpt2_config())
     assert old.num_params() == (512 + 256) * 192 + 4 * per_block + 2 * 192
+    products = 512 * 192 + 4 * 12 * 192 * 192  # of weights; looking a position up is none
+    assert flops_per_token(old, 100) == 6 * products + 6 * 4 * 192 * 100
     assert old.blocks[3].ffn.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
     assert not old.blocks[0].attn.wq.bias.any()
     assert (old.norm.weight == 1).all()

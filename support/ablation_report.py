@@ -252,7 +252,7 @@ def figures_of_page(results, tuned, made):
 
 def read_figures(path):
     """-> {"tuned": …, "made": …, "runs": [[variant, seed, {metric: number}], …]}, as `figures_of_page` writes it; the
-    pages of before 2026-11-30 have no "made", and {} for a run that diverged."""
+    pages of before 2026-11-30 have no "made"."""
     return with_nan(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -289,12 +289,8 @@ def draw(experiment, results, means, differences, curves, seeds, target):
         draw_curves(next(panel), CURVES[metric].format(unit=experiment.unit), of_variants, looks, crowd)
     for name in profiles:
         lists = {v: [results[v, s][name] for s in seeds if name in results[v, s]] for v in means}
-        draw_profile(
-            next(panel),
-            name,
-            {v: torch.tensor(x, dtype=torch.double).mean(0).tolist() for v, x in lists.items() if x},
-            looks,
-        )
+        mean = {v: torch.tensor(x, dtype=torch.double).mean(0).tolist() for v, x in lists.items() if x}
+        draw_profile(next(panel), name, mean, looks)
     if experiment.front:
         draw_front(next(panel), *experiment.front, results, seeds, looks)
     for variant in maps:

@@ -15,13 +15,8 @@ from support.tools import code_of_tools, turns
 
 # of grpo.py's options those that agent.py does not have, with the value that turns them off
 NOT_HERE = {"refill": 0, "stale": 0, "sampler_dtype": "same", "old_logprobs": "sampler", "correction": "none"}
-NOT_HERE |= {
-    "refresh_reference": 0,
-    "kl_in": "loss",
-    "skip_zero_variance": True,
-    "mask_truncated": False,
-    "fsdp": False,
-}
+NOT_HERE |= {"refresh_reference": 0, "kl_in": "loss", "skip_zero_variance": True}
+NOT_HERE |= {"mask_truncated": False, "fsdp": False}
 START = SFT_START | {"eval_every": 10}
 
 

@@ -51,163 +51,63 @@ class Claim(NamedTuple):
 
 
 CLAIMS = [
-    Claim(
-        "√D keeps the softmax out of saturation",
-        "[1706.03762] §3.2.1",
-        "attention.naive_attention",
-        "by hand, `python attention.py`",
-    ),
-    Claim(
-        "RMSNorm does as well as LayerNorm",
-        "[1910.07467]",
-        "norms.RMSNorm",
-        compared=Compared("norm-kind", "RMSNorm", "LayerNorm", ("valid_loss",), "0"),
-    ),
-    Claim(
-        "post-norm needs a warm-up",
-        "[2002.04745]",
-        "norms.place",
-        compared=Compared("norm-placement", "post, no warm-up", "post, warm-up", ("valid_loss",), "+"),
-    ),
-    Claim(
-        "rotated scores depend on the distance alone",
-        "[2104.09864] Eq. 11",
-        "positional.apply_rope",
-        "yes, `test_positional.py`",
-    ),
-    Claim(
-        "YaRN reads past the trained length",
-        "[2309.00071]",
-        "positional.rope_frequencies",
-        "yes, after 40 steps at 4 times the length; one seed ([page](benchmarks.md))",
-    ),
-    Claim(
-        "grouped queries cost little",
-        "[2305.13245]",
-        "attention.Attention",
-        compared=Compared("kv-heads", "grouped, 2 of 4", "multi-head, 4 of 4", ("valid_loss",), "0"),
-    ),
-    Claim(
-        "sink tokens keep a window stable",
-        "[2309.17453]",
-        "attention.RollingKVCache",
-        "yes, 1,024 tokens ([benchmarks](benchmarks.md))",
-    ),
-    Claim(
-        "SwiGLU beats GELU",
-        "[2002.05202]",
-        "transformer.py",
-        compared=Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-"),
-    ),
-    Claim(
-        "balancing experts by a bias costs no loss",
-        "[2408.15664]",
-        "moe.update_biases",
-        compared=Compared("moe", "8 experts, bias", "8 experts, none", ("valid_loss",), "0"),
-    ),
-    Claim(
-        "clipping prevents blow-ups",
-        "[1211.5063]",
-        "optim.optimizer_step",
-        compared=Compared("grad-clip", "clip off, lr 0.02", "clip 1.0, lr 0.02", ("valid_loss",), "+"),
-    ),
+    Claim("√D keeps the softmax out of saturation", "[1706.03762] §3.2.1", "attention.naive_attention",
+          "by hand, `python attention.py`"),
+    Claim("RMSNorm does as well as LayerNorm", "[1910.07467]", "norms.RMSNorm",
+          compared=Compared("norm-kind", "RMSNorm", "LayerNorm", ("valid_loss",), "0")),
+    Claim("post-norm needs a warm-up", "[2002.04745]", "norms.place",
+          compared=Compared("norm-placement", "post, no warm-up", "post, warm-up", ("valid_loss",), "+")),
+    Claim("rotated scores depend on the distance alone", "[2104.09864] Eq. 11", "positional.apply_rope",
+          "yes, `test_positional.py`"),
+    Claim("YaRN reads past the trained length", "[2309.00071]", "positional.rope_frequencies",
+          "yes, after 40 steps at 4 times the length; one seed ([page](benchmarks.md))"),
+    Claim("grouped queries cost little", "[2305.13245]", "attention.Attention",
+          compared=Compared("kv-heads", "grouped, 2 of 4", "multi-head, 4 of 4", ("valid_loss",), "0")),
+    Claim("sink tokens keep a window stable", "[2309.17453]", "attention.RollingKVCache",
+          "yes, 1,024 tokens ([benchmarks](benchmarks.md))"),
+    Claim("SwiGLU beats GELU", "[2002.05202]", "transformer.py",
+          compared=Compared("ffn", "SwiGLU", "GELU", ("valid_loss",), "-")),
+    Claim("balancing experts by a bias costs no loss", "[2408.15664]", "moe.update_biases",
+          compared=Compared("moe", "8 experts, bias", "8 experts, none", ("valid_loss",), "0")),
+    Claim("clipping prevents blow-ups", "[1211.5063]", "optim.optimizer_step",
+          compared=Compared("grad-clip", "clip off, lr 0.02", "clip 1.0, lr 0.02", ("valid_loss",), "+")),
     Claim("LoRA merges exactly", "[2106.09685] §4.1", "lora.merge_lora", "yes, `test_lora.py`"),
-    Claim(
-        "easy examples first help",
-        "[Bengio 2009]",
-        "sft.pacing",
-        compared=Compared("curriculum", "curriculum", "shuffled", ("accuracy",), "+"),
-    ),
-    Claim(
-        "a policy is its own reward model",
-        "[2305.18290] Eq. 7",
-        "dpo.dpo_loss",
-        "as a reward, yes: without the NLL term it orders 82.9 to 89.5 % of held-out pairs rightly; as a policy no "
-        "gain seen: after 150 steps 9.1 points below the start [-3.5, +21.7], not significant ([dpo](dpo.md))",
-    ),
-    Claim(
-        "learned rewards get over-optimised",
-        "[2210.10760]",
-        "best_of_n",
-        "600 steps, five seeds: not significant, best of 64 less best of 8 -0.8 points [-6.3, +4.7] "
-        "([ladder](ladder.md)); older runs of 300 steps: yes, by 11.4 points, uncorrected, and n = 8 was taken after "
-        "seeing the curves † ([page](reward_model.md))",
-    ),
-    Claim(
-        "an LM loss helps a reward model",
-        "[2406.10216]",
-        "RewardModel.read",
-        "part of the recipe, not tested alone",
-    ),
-    Claim(
-        "a group's mean replaces the critic",
-        "[2402.03300]",
-        "grpo.group_advantages",
-        "it learns without one, +27.6 points; not compared with one at equal settings ([grpo_word](grpo_word.md))",
-    ),
-    Claim(
-        "a baseline beats none",
-        "[2402.14740]",
-        "grpo.group_advantages",
-        compared=Compared("policy-gradients", "reinforce", "grpo", ("accuracy", "sampled"), "-", alone=False),
-    ),
-    Claim(
-        "dividing by std and length biases GRPO",
-        "[2503.20783]",
-        "grpo.ALGORITHMS",
-        compared=Compared("policy-gradients", "dr_grpo", "grpo", ("accuracy", "sampled"), "+", alone=False),
-    ),
-    Claim(
-        "a ratio of the whole sequence is the better one",
-        "[2507.18071]",
-        "grpo.ALGORITHMS",
-        compared=Compared("policy-gradients", "gspo", "grpo", ("accuracy", "sampled"), "+", alone=False),
-    ),
-    Claim(
-        "clipped tokens should keep their gradient",
-        "[2506.13585]",
-        "grpo.ALGORITHMS",
-        compared=Compared("policy-gradients", "cispo", "grpo", ("accuracy", "sampled"), "+", alone=False),
-    ),
-    Claim(
-        "a sum of rewards collapses advantages",
-        "[2601.05242] §2",
-        "gdpo.collapse",
-        compared=Compared("gdpo", "GRPO, sum", "GDPO", ("collapsed",), "+"),
-    ),
-    Claim(
-        "pay the easy reward where the hard is won",
-        "[2601.05242] §3.2",
-        "gdpo.condition",
-        compared=Compared("gdpo", "GDPO, brevity if right", "GDPO", ("accuracy",), "+"),
-    ),
-    Claim(
-        "mask the tokens on which sampler and trainer disagree",
-        "[2510.18855]",
-        "support.off_policy.sampler_weights",
-        compared=Compared("off-policy", "16 steps old, masked", "16 steps old, uncorrected", ("accuracy",), "+"),
-    ),
-    Claim(
-        "a student should meet its own mistakes",
-        "[2306.13649]",
-        "distill.distill_loss",
-        compared=Compared("distill", "on-policy, forward KL", "off-policy, forward KL", ("accuracy",), "+"),
-    ),
-    Claim(
-        "what a tool writes must not be in the loss",
-        "[2504.11536]",
-        "agent.Calls",
-        compared=Compared("tools", "tool, GRPO, its tokens in the loss", "tool, GRPO", ("accuracy",), "-"),
-    ),
-    Claim(
-        "RL sharpens more than it adds",
-        "[2504.13837]",
-        "evaluate.pass_at_k",
-        "mixed: default task pass@1 +36.6, pass@16 +7.3 ± 9.4 of 5 to 13 possible ([grpo_word](grpo_word.md)); with a "
-        "calculator pass@16 +23.0 ± 4.3, most problems that 16 samples never solved are solved after "
-        "([agent_word](agent_word.md)); a larger k was not measured",
-    ),
-]
+    Claim("easy examples first help", "[Bengio 2009]", "sft.pacing",
+          compared=Compared("curriculum", "curriculum", "shuffled", ("accuracy",), "+")),
+    Claim("a policy is its own reward model", "[2305.18290] Eq. 7", "dpo.dpo_loss",
+          "as a reward, yes: without the NLL term it orders 82.9 to 89.5 % of held-out pairs rightly; as a policy "
+          "no gain seen: after 150 steps 9.1 points below the start [-3.5, +21.7], not significant ([dpo](dpo.md))"),
+    Claim("learned rewards get over-optimised", "[2210.10760]", "best_of_n",
+          "600 steps, five seeds: not significant, best of 64 less best of 8 -0.8 points [-6.3, +4.7] "
+          "([ladder](ladder.md)); older runs of 300 steps: yes, by 11.4 points, uncorrected, and n = 8 was taken "
+          "after seeing the curves † ([page](reward_model.md))"),
+    Claim("an LM loss helps a reward model", "[2406.10216]", "RewardModel.read",
+          "part of the recipe, not tested alone"),
+    Claim("a group's mean replaces the critic", "[2402.03300]", "grpo.group_advantages",
+          "it learns without one, +27.6 points; not compared with one at equal settings ([grpo_word](grpo_word.md))"),
+    Claim("a baseline beats none", "[2402.14740]", "grpo.group_advantages",
+          compared=Compared("policy-gradients", "reinforce", "grpo", ("accuracy", "sampled"), "-", alone=False)),
+    Claim("dividing by std and length biases GRPO", "[2503.20783]", "grpo.ALGORITHMS",
+          compared=Compared("policy-gradients", "dr_grpo", "grpo", ("accuracy", "sampled"), "+", alone=False)),
+    Claim("a ratio of the whole sequence is the better one", "[2507.18071]", "grpo.ALGORITHMS",
+          compared=Compared("policy-gradients", "gspo", "grpo", ("accuracy", "sampled"), "+", alone=False)),
+    Claim("clipped tokens should keep their gradient", "[2506.13585]", "grpo.ALGORITHMS",
+          compared=Compared("policy-gradients", "cispo", "grpo", ("accuracy", "sampled"), "+", alone=False)),
+    Claim("a sum of rewards collapses advantages", "[2601.05242] §2", "gdpo.collapse",
+          compared=Compared("gdpo", "GRPO, sum", "GDPO", ("collapsed",), "+")),
+    Claim("pay the easy reward where the hard is won", "[2601.05242] §3.2", "gdpo.condition",
+          compared=Compared("gdpo", "GDPO, brevity if right", "GDPO", ("accuracy",), "+")),
+    Claim("mask the tokens on which sampler and trainer disagree", "[2510.18855]", "support.off_policy.sampler_weights",
+          compared=Compared("off-policy", "16 steps old, masked", "16 steps old, uncorrected", ("accuracy",), "+")),
+    Claim("a student should meet its own mistakes", "[2306.13649]", "distill.distill_loss",
+          compared=Compared("distill", "on-policy, forward KL", "off-policy, forward KL", ("accuracy",), "+")),
+    Claim("what a tool writes must not be in the loss", "[2504.11536]", "agent.Calls",
+          compared=Compared("tools", "tool, GRPO, its tokens in the loss", "tool, GRPO", ("accuracy",), "-")),
+    Claim("RL sharpens more than it adds", "[2504.13837]", "evaluate.pass_at_k",
+          "mixed: default task pass@1 +36.6, pass@16 +7.3 ± 9.4 of 5 to 13 possible ([grpo_word](grpo_word.md)); "
+          "with a calculator pass@16 +23.0 ± 4.3, most problems that 16 samples never solved are solved after "
+          "([agent_word](agent_word.md)); a larger k was not measured"),
+]  # fmt: skip
 
 
 def seen_in(compared, results=ROOT / "results"):
@@ -375,11 +275,11 @@ def links_of(text):
     return [link for link in LINK.findall(text) if Path(link).name not in ("README.md", "claims.md")]
 
 
-def unsupported(root=ROOT, pages=PAGES):
+def unsupported(root=ROOT):
     """[(page, line, figure, the pages that it links to), …]: figures that do not stand on a linked page. ConfigError if
     such a page is not there."""
     missing = []
-    for name in pages:
+    for name in PAGES:
         folder = (root / name).parent
         for part in parts_of((root / name).read_text(encoding="utf-8")):
             links = links_of(part.text) or links_of(part.before)

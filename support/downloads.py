@@ -5,7 +5,6 @@ sha256 is checked. For data.py and support/records.py: `find` gives the file, `r
 records, `part_of` says which of its files a split is in, and `none_left` is the error if a split is empty.
 """
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -14,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from support.errors import DataError
+from support.files import replacing
 from support.splits import check_split
 from support.tasks import TASKS
 
@@ -85,30 +87,24 @@ def fetch(name: str, source: Source) -> Path:
     by_hand = f"put the file at {path} by hand, or set ALIGN_DATA to the folder that has {source.path}"
     if not source.url:
         raise DataError(f"{name}: no {path}, and this dataset has no automatic download: {by_hand}")
-    from tqdm import tqdm  # imported here, so that only a download needs it
-
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes must not write into the same file
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(source.url, timeout=30) as reply, open(partial, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := reply.read(1 << 16):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            if size and file.tell() != size:  # a broken connection looks like the end of the file
-                raise OSError(f"{file.tell()} of {size} bytes came")
-        expected = SHA256.get(source.path)
-        if expected and digest.hexdigest() != expected:
-            raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {expected}; {by_hand}")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            with urllib.request.urlopen(source.url, timeout=30) as reply, open(partial, "wb") as file:
+                size = int(reply.headers.get("Content-Length") or 0) or None
+                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                    while chunk := reply.read(1 << 16):
+                        file.write(chunk)
+                        digest.update(chunk)
+                        bar.update(len(chunk))
+                if size and file.tell() != size:  # a broken connection looks like the end of the file
+                    raise OSError(f"{file.tell()} of {size} bytes came")
+            expected = SHA256.get(source.path)
+            if expected and digest.hexdigest() != expected:
+                raise DataError(f"{source.url} has changed: sha256 {digest.hexdigest()}, not {expected}; {by_hand}")
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise DataError(f"{name}: cannot download {source.url} ({error}): {by_hand}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return path
 
 

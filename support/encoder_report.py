@@ -1,14 +1,7 @@
 """Where a run of encoder.py stands: its log, both validations, and at the end the test split beside a bag of words."""
 
 from evaluate import wilson
-from support.classification import (
-    bag_of_words,
-    confusion_table,
-    judge_labels,
-    predict,
-    validate_mlm,
-    write_mistakes,
-)
+from support.classification import bag_of_words, confusion_table, judge_labels, predict, validate_mlm, write_mistakes
 from support.encoder_start import open_encoder
 from support.plots import draw_curves
 

@@ -233,14 +233,7 @@ def draw_pipeline(stages, problem, path):
         write(x + 12, top + 206, stage.number.replace("%", " %"), 17, weight="bold")
         write(x + 12, top + 243, stage.meaning, 9, SOFT)
         if k:
-            arrow = {
-                "arrowstyle": "-|>",
-                "color": SOFT,
-                "linewidth": 2,
-                "mutation_scale": 13,
-                "shrinkA": 0,
-                "shrinkB": 0,
-            }
+            arrow = dict(arrowstyle="-|>", color=SOFT, linewidth=2, mutation_scale=13, shrinkA=0, shrinkB=0)
             axis.annotate("", (x - 2, top + 134), (x - gap + 2, top + 134), arrowprops=arrow)
     write(18, top + 285, f"In the place of {stages[-1].title}, after SFT:", 9, SOFT)
     write(812, top + 285.5, OTHERS, 8.6, family="monospace", ha="right")

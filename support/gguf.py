@@ -4,7 +4,6 @@ import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,8 +41,6 @@ GGUF_MODELS = ("llama", "qwen2", "qwen3")
 
 def read_gguf(path):
     """-> metadata {key: value}; tensors {name: (shape, a function that returns it dequantised)}. CheckpointError."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is not there")
     try:
         import gguf
     except ImportError:

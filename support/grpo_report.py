@@ -185,7 +185,7 @@ def report(run, after, kl, weights, record, without=()):
     n, checked = config.pass_samples, "accuracy" not in without
     rows = [["KL to the start, nats per token", f"{0:.4f}", f"{kl:.4f}"]]
     rows += sample_rows([before, after]) if checked else []
-    pairs = list(zip(before["solved"], after["solved"], strict=False))  # an older version asked fewer of these
+    pairs = list(zip(before["solved"], after["solved"], strict=True))
     note = (
         f"pass@k: {n} samples of each of {len(pairs)} problems, of which "
         f"{sum(a > 0 and not b for b, a in pairs)} were never solved before and are now, "

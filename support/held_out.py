@@ -52,9 +52,8 @@ def before_and_after(before, after, steps, seconds, rows=(), notes=(), warning=L
     gain, spent = 0.0, f"{steps} steps, {seconds / 60:.1f} minutes"
     if "accuracy" in after and "accuracy" not in without:
         gain = after["accuracy"] - before["accuracy"]
-        paired = "verdicts" in before  # not in a run that an older version began
-        points = gain_of(compare(before["verdicts"], after["verdicts"])) if paired else f"{gain * 100:+.1f} points"
-        spent = f"{len(after['verdicts']) if paired else after['n']} problems, {points} in {spent}"
+        points = gain_of(compare(before["verdicts"], after["verdicts"]))
+        spent = f"{len(after['verdicts'])} problems, {points} in {spent}"
     print(spent)
     if gain < 0:
         print(warning)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoints import resolve_checkpoint
-from support.content import content_of, content_of_data, files_of_checkpoint, sha256
+from support.content import content_of, content_of_checkpoint, content_of_data, files_of_checkpoint, sha256
 from support.devices import Dist, auto_dtype, setup
 from support.downloads import DATASETS, data_folder
 from support.errors import CheckpointError
@@ -86,11 +85,9 @@ def content_of_value(value):
 def content_of_path(path):
     """Of a file, or of the weights and the tokenizer in a folder or a run."""
     try:
-        path = resolve_checkpoint(path)
+        return content_of_checkpoint(path)
     except CheckpointError:
-        path = Path(path)
-    files = files_of_checkpoint(path)
-    return content_of([(file.name, sha256(file)) for file in files])
+        return content_of([(file.name, sha256(file)) for file in files_of_checkpoint(Path(path))])
 
 
 def content_of_code():

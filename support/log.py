@@ -39,13 +39,8 @@ class Log:
         self.run_dir, self.active = run_dir, dist.is_main
         if not self.active:
             return
-        header = {
-            "config": asdict(config),
-            "commit": commit(),
-            "torch": torch.__version__,
-            "device": str(dist.device),
-            "world": dist.world,
-        }
+        header = {"config": asdict(config), "commit": commit(), "torch": torch.__version__}
+        header |= {"device": str(dist.device), "world": dist.world}
         self.path = run_dir / "metrics.jsonl"
         lines = lines_up_to(self.path, first_step) or [to_json(header)]
         with must_write(run_dir):

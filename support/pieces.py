@@ -88,9 +88,9 @@ def utf8(text):
         raise TokenizerError(f"{where} is half of a surrogate pair, which UTF-8 cannot hold") from None
 
 
-def around(text, i, margin=20):
+def around(text, i):
     """Character i of a text with its neighbours, quoted, so that a reader finds it in a long file."""
-    return repr(text[max(0, i - margin) : i + margin + 1])
+    return repr(text[max(0, i - 20) : i + 21])
 
 
 class FastEncoder:

@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from support.attention_maps import attention_entropy
 from support.files import as_bytes, may_fail, replacing
 from support.log import read_metrics
 
@@ -79,7 +79,7 @@ def draw_attention(run_dir, maps, tokens):
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.0 * rows + 0.9), squeeze=False)
     labels = [token.replace("\n", "\\n") for token in tokens]
     for layer in range(rows):
-        entropies = torch.special.entr(maps[layer]).sum(-1).mean(-1).tolist()  # (H, T, T) -> H
+        entropies = attention_entropy(maps[layer]).mean(-1).tolist()  # (H, T, T) -> H
         for head in range(columns):
             axis = axes[layer, head]
             axis.imshow(maps[layer][head].cpu().numpy(), vmin=0, vmax=1, cmap="Blues")

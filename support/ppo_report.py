@@ -99,7 +99,7 @@ class Look:
             run.save("best")  # until something beats it, the start is the best
         if run.first == 0:  # a run that was stopped before its first step has not kept it
             run.log(0, **state.start)
-        self.shown = state.start or {"accuracy": state.best}  # older runs kept the accuracy alone
+        self.shown = state.start
         if run.dist.is_main:
             measured, n_prompts = "accuracy" not in not_measured(self.problems["test"]), len(self.problems["train"])
             print(

@@ -127,7 +127,7 @@ class Recorder:
         for row, answer in self.rows.items():
             answer |= {name: numbers(x[row, : len(answer["ids"])]) for name, x in columns.items()}
         prompts = batch.prompts[: len(groups)]
-        if self.watched and self.sample:
+        if self.watched:
             asked = self.ask()
             groups += [self.add_group(asked, g, asked.rewards, watched=True) for g in range(len(asked.prompts))]
             prompts = prompts + asked.prompts

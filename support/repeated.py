@@ -19,7 +19,7 @@ def draw_run(results, name=None):
     path = random.choice(pages)
     saved, experiment = read_figures(path), EXPERIMENTS[path.stem]
     experiment = experiment.with_flags({v: {experiment.tune: x} for v, x in saved["tuned"].items()})
-    runs = [run for run in saved["runs"] if run[2] and "diverged" not in run[2]]
+    runs = [run for run in saved["runs"] if "diverged" not in run[2]]
     if not runs:
         raise ConfigError(f"{path}: no run of the page has figures, all diverged")
     variant, seed, figures = random.choice(runs)

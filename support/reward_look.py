@@ -34,18 +34,16 @@ class Look:
         """The test split under the new head, unless an earlier part of the run has read it; and the line before the
         first step."""
         run, pairs = self.run, self.pairs["train"]
-        if run.state.before is None and run.first == 0:
+        if run.state.before is None:
             run.state.before = self.rank(run.model, "test")[1]["all"]
         if run.dist.is_main:
-            before = ""
-            if run.state.before:  # None if an older version began the run
-                accuracy, low, high, _ = run.state.before
-                before = f"; test pairs ranked rightly before: {accuracy:.1%} [{low:.1%}, {high:.1%}]"
+            accuracy, low, high, _ = run.state.before
             kinds = Counter(pair.kind for pair in pairs)
             print(
                 f"{run.model.num_params():,} parameters from {init}; {len(pairs):,} training pairs "
                 f"({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}), {run.config.steps} steps of "
-                f"{run.config.batch} = {run.config.steps * run.config.batch / len(pairs):.1f} epochs{before}"
+                f"{run.config.batch} = {run.config.steps * run.config.batch / len(pairs):.1f} epochs; test pairs "
+                f"ranked rightly before: {accuracy:.1%} [{low:.1%}, {high:.1%}]"
             )
 
     def at_step(self, step, record):

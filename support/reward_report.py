@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from data import DEFAULT_TASK, TASKS, load_pairs, load_problems
+from evaluate import pass_at_k
 from support.errors import DataError
 from support.files import may_fail, to_json, write_whole
 from support.plots import draw_curves, give_title, pyplot, save_picture
@@ -85,11 +86,11 @@ def shaping(scores, **features):
     return correlations
 
 
-def sample_figures(scores, groups, answers, sizes):
-    """Sampled answers to test problems: scores (N, M), groups N x M of (text, right, …), answers N x M lists of ids ->
-    the best possible best-of-n, what the score depends on within a prompt (`shaping`), and the spread of the scores
-    among the right answers to a question, which should be 0, and among all answers."""
-    correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)  # (N, M)
+def sample_figures(scores, correct, groups, answers, sizes):
+    """Sampled answers to test problems: scores, correct (N, M), groups N x M of (text, right, …), answers N x M lists
+    of ids -> the best possible best-of-n, what the score depends on within a prompt (`shaping`), and the spread of the
+    scores among the right answers to a question, which should be 0, and among all answers."""
+    M, n_right = scores.shape[1], correct.sum(1).astype(int).tolist()  # n_right: N
     length = [[len(ids) for ids in group] for group in answers]
     well_formed = [[bool(re.search(r"(^|\n)#### -?[0-9]+$", text.strip())) for text, *_ in group] for group in groups]
     right_spread = [
@@ -98,17 +99,11 @@ def sample_figures(scores, groups, answers, sizes):
         if len(distinct := list({text: k for k, (text, right, *_) in enumerate(group) if right}.values())) > 1
     ]
     return {
-        "best_possible": {str(n): 1 - float(np.mean([none_right(row, n) for row in correct])) for n in sizes},
+        "best_possible": {str(n): float(np.mean([pass_at_k(M, c, n) for c in n_right])) for n in sizes},
         "shaping": shaping(scores, correct=correct, length=length, tidy=well_formed),
         "spread_of_right_answers": float(np.mean(right_spread)) if right_spread else math.nan,
         "spread_of_all_answers": float(scores.std(1).mean()),
     }
-
-
-def none_right(correct, n):
-    """The probability that none of n answers drawn from these is right."""
-    M, c = len(correct), int(sum(correct))
-    return math.comb(M - c, n) / math.comb(M, n)
 
 
 def length_figures(groups, scores):
@@ -129,8 +124,7 @@ def write_report(config, run_dir, n_pairs, report, n_params, equal_loss):
     with may_fail(path):
         write_whole(path, to_json(report, indent=1) + "\n")
     print(f"\n{'held-out pairs':<18}{'ranked rightly':>15}  {'95 % interval':<18}{'pairs':>6}")
-    before = {"all, before": report["before"]} if report.get("before") else {}
-    for kind, (accuracy, low, high, n) in (before | report["by_kind"]).items():
+    for kind, (accuracy, low, high, n) in ({"all, before": report["before"]} | report["by_kind"]).items():
         print(f"{kind:<18}{accuracy:>15.1%}  {f'[{low:.1%}, {high:.1%}]':<18}{n:>6}")
     r = report
     calibrated = f"calibration error {r['calibration_error']:.3f}; " if "calibration" in r else ""

@@ -19,12 +19,12 @@ from support.reward_report import ranked_rightly, sample_figures
 from support.runs import run_path
 
 
-def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast, batch=32):
+def sample_answers(policy, tokenizer, problems, n, config, split, dist, autocast):
     """n answers of the policy to each problem, at temperature 1: [[(text, right, ended, ids), …], …].
 
     The samples depend on seed, split and place in the list, not on the number of ranks that share the work.
     """
-    chunks = [(i, problems[i : i + batch]) for i in range(0, len(problems), batch)]
+    chunks = [(i, problems[i : i + 32]) for i in range(0, len(problems), 32)]
     salt = ("train", "valid", "test").index(split)
 
     def work(own):
@@ -201,4 +201,4 @@ def probe_samples(model, policy, policy_tokenizer, tokenizer, config, sizes, dis
         print(f"{n_cut} of {len(groups) * config.best_of} sampled answers are longer than the context: cut off")
     scores = np.array(score_by_all(model, encoded, tokenizer.endoftext_id, dist, autocast))  # (N, M)
     correct = np.array([[right for _, right, *_ in group] for group in groups], dtype=float)
-    return scores, correct, sample_figures(scores, groups, [answers for _, answers in encoded], sizes)
+    return scores, correct, sample_figures(scores, correct, groups, [answers for _, answers in encoded], sizes)

@@ -88,16 +88,9 @@ class Sampler:
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step + 2**20 * attempt)
         uniforms = torch.rand(c.prompts, R, c.max_new_tokens, generator=generator)[slots].flatten(0, 1)  # (n·R, L)
         prompts = [encode_prompt(self.tokenizer, p) for p in chosen]
+        sampling = {"temperature": c.temperature, "stop_ids": self.tokenizer.stop_ids, "uniforms": uniforms}
         with self.autocast(), merged(self.policy):
-            rollout = (self.respond or generate)(
-                self.policy,
-                prompts,
-                c.max_new_tokens,
-                n=R,
-                temperature=c.temperature,
-                stop_ids=self.tokenizer.stop_ids,
-                uniforms=uniforms,
-            )
+            rollout = (self.respond or generate)(self.policy, prompts, c.max_new_tokens, n=R, **sampling)
         ended = rollout.ended(self.stop_ids or self.tokenizer.stop_ids).cpu().view(-1, R)
         return Batch(chosen, prompts, rollout, rollout.texts(self.tokenizer), ended)
 

@@ -110,17 +110,17 @@ class Run:
     """
 
     open_log = None  # of this process; an error that a sweep survives, a DivergedError, may leave it open
+    on_save = None  # a function that rank 0 calls after last/ is written: support/pretrain_report.py sets it
 
     def __init__(self, config, dist, model, tokenizer, optimizers, scaler, *, best=-math.inf, lower_is_better=False,
-                 chat=True, parts=None, reads=None, began=None, on_save=None, **state):  # fmt: skip
+                 chat=True, parts=None, reads=None, began=None, **state):  # fmt: skip
         """best: the value that a checkpoint must exceed (stay below, with lower_is_better) to become best/. chat:
         whether generation stops at the end of a turn (True) or of a document (False). reads: {name: what the stage has
         read, models as they are before the first step}; a resumed run must read the same. began: time.perf_counter() at
-        the start of the stage. on_save(): rank 0 calls it after last/ is written. Raises ConfigError on an unusable
-        name, or if the run cannot be resumed."""
+        the start of the stage. Raises ConfigError on an unusable name, or if the run cannot be resumed."""
         self.config, self.dist, self.model, self.tokenizer = config, dist, fast_linears(model), tokenizer
         self.optimizers, self.scaler, self.parts = optimizers, scaler, parts or {}
-        self.chat, self.on_save, self.lower_is_better = chat, on_save, lower_is_better
+        self.chat, self.lower_is_better = chat, lower_is_better
         self.state = SimpleNamespace(best=best, **state)
         self.began = time.perf_counter() if began is None else began
         self.reads = {name: content_of(thing) for name, thing in (reads or {}).items()}
@@ -424,15 +424,6 @@ def keep_copy(run_dir, step, keep):
         shutil.rmtree(path, ignore_errors=True)
 
 
-# Options that earlier versions had, with the value that turned them off: a run saved with that value can be resumed.
-REMOVED_OPTIONS = {
-    "z_loss": 0.0,  # pretrain.py
-    "entropy_bonus": 0.0,  # grpo.py
-    "integer_weight": 0.0,
-    "pairs_per_prompt": 4,  # dpo.py
-}
-
-
 def load_saved(path):
     """The dict that torch.save has written, on the CPU. Raises CheckpointError."""
     try:
@@ -450,39 +441,21 @@ def load_state(run_dir, dist, model, optimizers, scaler, config, reads):
     done. reads: {name: content} of what this process has read."""
     path = saved_run(run_dir)
     state = load_saved(path / "trainer_state.pt")
-    if missing := {"config", "optimizers", "rng", "scaler", "step"} - state.keys():
+    if missing := {"config", "optimizers", "reads", "rng", "scaler", "step"} - state.keys():
         raise CheckpointError(f"{path / 'trainer_state.pt'} is corrupt: it lacks {min(missing)!r}")
     check_state(state, path / "trainer_state.pt")
     if len(state["rng"]) != dist.world:
         raise ConfigError(f"{path} was saved by {len(state['rng'])} processes; resume it with as many")
-    may_change = {
-        "algorithm",  # a name for choices that are compared one by one
-        "steps",
-        "resume",
-        "save_every",
-        "keep",
-        "eval_every",
-        "sample_every",
-        "record_groups",
-        "record_every",
-        "watch",
-        "wandb",
-        "device",
-        "name",
-        "fsdp",
-    }
+    may_change = {"algorithm"}  # a name for choices that are compared one by one
+    may_change |= {"steps", "resume", "save_every", "keep", "eval_every", "sample_every"}
+    may_change |= {"record_groups", "record_every", "watch", "wandb", "device", "name", "fsdp"}
     new = asdict(config)
     old = filled(asdict(type(config)()), state["config"])
     if changed := [line for k in new if k not in may_change for line in changes_of(k, old.get(k), new[k])]:
         raise ConfigError(f"--resume continues a run as it was, but this changed: {', '.join(changed)}")
-    saved_config = state["config"].items()
-    removed = [f"{k} {value!r}" for k, value in saved_config if k not in new and value != REMOVED_OPTIONS.get(k)]
-    if removed:
-        options = ", ".join(removed)
-        raise ConfigError(
-            f"{path} was made with {options}, which this version no longer has: it cannot be resumed here"
-        )
-    saved_reads = state.get("reads", {})  # {} in a run that an older version saved
+    if gone := ", ".join(f"{k} {value!r}" for k, value in state["config"].items() if k not in new):
+        raise ConfigError(f"{path} was made with {gone}, which this version no longer has: it cannot be resumed here")
+    saved_reads = state["reads"]
     changed = [name for name, content in reads.items() if saved_reads.get(name, content) != content]
     # A start has another name if this version makes another one
     changed += [name for name in saved_reads if name.startswith("the weights of ") and name not in reads]

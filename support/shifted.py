@@ -42,17 +42,15 @@ def new_words():
     return table
 
 
-def with_new_words(text):
-    return other_words(text, new_words())
-
-
 def shifted_problems(name, n):
     """n problems of the test split, or all of the fifty. Raises KeyError on an unknown name."""
     if name == "by hand":
         return [p for split in ("train", "valid", "test") for p in load_problems(BY_HAND, split)][:n]
     if name == "new words":
-        known = load_problems(DEFAULT_TASK, "test", 2 * n, (1, 2))
-        problems = [replace(p, **{k: with_new_words(getattr(p, k)) for k in ("question", "solution")}) for p in known]
+        known, words = load_problems(DEFAULT_TASK, "test", 2 * n, (1, 2)), new_words()
+        problems = [
+            replace(p, question=other_words(p.question, words), solution=other_words(p.solution, words)) for p in known
+        ]
         return [p for p, old in zip(problems, known, strict=True) if p.question != old.question][:n]
     levels, options = {"more steps": ((3,), {}), "larger numbers": ((1, 2), {"large": TO_99})}[name]
     return [Problem(*fields, task=DEFAULT_TASK) for fields in word_problems("test", n, levels, **options)]

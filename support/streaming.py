@@ -15,7 +15,7 @@ def chat(tokenizer, context, reply):
     history = []
     while True:
         try:
-            text = read_line("> ")
+            text = read_line()
         except KeyboardInterrupt:
             text = ""
         except ConfigError as error:
@@ -44,13 +44,13 @@ def without_thoughts(text):
     return text.rpartition("</think>")[2].lstrip("\n") if "</think>" in text else text
 
 
-def read_line(prompt):
+def read_line():
     """The next line of stdin, from a terminal or a pipe, without the white space around it; "" at its end, or if there
     is no stdin. ConfigError if its bytes are no text in the encoding of the locale; the next line can be read then."""
     try:
         if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
             sys.stdin.reconfigure(errors="surrogateescape")  # strict would lose the lines that were read ahead
-        line = input(prompt).strip()
+        line = input("> ").strip()
     except UnicodeError:  # of an encoding that has no surrogateescape
         raise ConfigError("the line is no text in the encoding of this terminal; type it again") from None
     except (EOFError, OSError, ValueError, RuntimeError):  # at the end; the terminal is gone; stdin is closed; is None

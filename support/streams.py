@@ -7,13 +7,13 @@ missing; `data.batch_at` cuts a step's windows out of a stream.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import distributed
+from tqdm import tqdm
 
 from support.errors import ConfigError, DataError, TokenizerError
 from support.files import must_write, replacing, to_json, write_whole
@@ -30,10 +30,9 @@ def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: 
     path = Path(path)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     sidecar = Path(f"{path}.json")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     digest, tokens = hashlib.sha256(), 0
-    try:
+    with replacing(path) as partial:
         with open(partial, "wb") as file:
             for piece in pieces:
                 ids = np.asarray(piece, dtype=np.int64)
@@ -46,9 +45,6 @@ def write_stream(path: str | Path, pieces: Iterable[Sequence[int]], vocab_size: 
         if not tokens:
             raise DataError(f"{path}: no tokens to write")
         sidecar.unlink(missing_ok=True)  # if killed from here on, the stream has no sidecar and open_stream rejects it
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     description = dict(dtype=dtype.name, tokens=tokens, fingerprint=fingerprint, sha256=digest.hexdigest())
     write_whole(sidecar, to_json(description, indent=1) + "\n")
     return path
@@ -80,8 +76,6 @@ def tokenise(path: Path, texts: Sequence[str], tokenizer, chunk: int = 1000) -> 
 
 
 def _tokenise(path, texts, tokenizer, chunk):
-    from tqdm import tqdm
-
     parts = Path(f"{path}.parts")
     parts.mkdir(exist_ok=True)
     end = [tokenizer.endoftext_id] if len(texts) > 1 else []

@@ -24,8 +24,8 @@ def student_t(q, degrees):
     return math.sqrt(degrees) * math.tan(low)
 
 
-def detectable(t, degrees, power=0.8):
-    """The δ with P((Z + δ) / C > t) = power, Z standard normal, C = √(χ²/ν): the noncentral law, which T follows where
+def detectable(t, degrees):
+    """The δ with P((Z + δ) / C > t) = 0.8, Z standard normal, C = √(χ²/ν): the noncentral law, which T follows where
     the true mean is δ standard errors. The mean of P(Z > t C − δ) over the density of C is taken as a sum. δ is 3.761
     for 5 numbers and t = 2.776."""
     step = (8 + math.sqrt(degrees)) / 4000  # of χ, whose density is 2^(1 − ν/2) / Γ(ν/2) · χ^(ν − 1) exp(−χ²/2)
@@ -37,5 +37,5 @@ def detectable(t, degrees, power=0.8):
         middle = (low + high) / 2
         tails = (math.erfc((t * chi / math.sqrt(degrees) - middle) / math.sqrt(2)) / 2 for chi in chis)
         seen = sum(w * tail for w, tail in zip(weights, tails, strict=True))
-        low, high = (middle, high) if seen < power else (low, middle)
+        low, high = (middle, high) if seen < 0.8 else (low, middle)
     return low

@@ -80,11 +80,7 @@ TASKS = {
         **_STORIES,
         micro_batch=128,
     ),
-    LARGE_TASK: Task(
-        problems=partial(word.word_problems, large=word.FOUR_DIGITS),
-        text=word.worked_texts,
-        **_STORIES,
-    ),
+    LARGE_TASK: Task(problems=partial(word.word_problems, large=word.FOUR_DIGITS), text=word.worked_texts, **_STORIES),
 }
 FILE_DATA = Task(pretrain={"vocab_size": 2048, "model": {"context": 512}})  # real text: more words, longer windows
 

@@ -435,7 +435,7 @@ def split_by(pattern):
 ONE_CHARACTER = split_by(r"[\s\S]")
 
 
-def write_tokenizer(spec, path, model_max_length=None):
+def write_tokenizer(spec, path):
     """Write tokenizer.json and tokenizer_config.json into a directory, each under a temporary name first."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -451,8 +451,6 @@ def write_tokenizer(spec, path, model_max_length=None):
         config |= {"pad_token": ENDOFTEXT if ENDOFTEXT in spec.special_ids else spec.eos_token}
     if template := chat_template_for(spec):
         config |= {"chat_template": template}
-    if model_max_length is not None:
-        config |= {"model_max_length": model_max_length}
     contents = {"tokenizer_config.json": config, "tokenizer.json": tokenizer}
     texts = {name: to_json(content, ensure_ascii=False, indent=1) + "\n" for name, content in contents.items()}
     write_together({path / name: text for name, text in texts.items()})

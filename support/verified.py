@@ -145,9 +145,7 @@ def measure_end(run, problems, init):
     config, dist = run.config, run.dist
     policy, tokenizer, path = open_checkpoint(run.path, dist.device)
     after = measure_test(policy, tokenizer, problems, config, dist)
-    prompts, start = (
-        [encode_prompt(tokenizer, p) for p in problems["test"][:200]],
-        open_checkpoint(init, dist.device)[0],
-    )
+    prompts = [encode_prompt(tokenizer, p) for p in problems["test"][:200]]
+    start, _, _ = open_checkpoint(init, dist.device)
     kl = sampled_kl(policy, start, tokenizer, prompts, config.max_new_tokens, dist, config.seed)
     return {"before": run.state.before, "after": after, "kl": kl, "seconds": run.seconds, "path": str(path)}

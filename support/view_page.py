@@ -116,19 +116,7 @@ def visible(text):
 
 def settings_of(config):
     """The settings in a line: those that say what was run."""
-    names = (
-        "data",
-        "init",
-        "algorithm",
-        "variant",
-        "loss",
-        "beta",
-        "lr",
-        "prompts",
-        "rollouts",
-        "batch",
-        "seed",
-    )
+    names = ("data", "init", "algorithm", "variant", "loss", "beta", "lr", "prompts", "rollouts", "batch", "seed")
     return visible(", ".join(f"{name} {config[name]}" for name in names if config.get(name) is not None))
 
 

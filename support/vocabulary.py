@@ -91,6 +91,6 @@ class Vocabulary:
         """A hash of this mapping of text to ids, by which streams and checkpoints of another tokenizer are refused."""
         return self.spec().fingerprint
 
-    def save_pretrained(self, path, model_max_length=None):
+    def save_pretrained(self, path):
         """Write tokenizer.json and tokenizer_config.json into a directory."""
-        write_tokenizer(self.spec(), path, model_max_length)
+        write_tokenizer(self.spec(), path)

@@ -405,14 +405,14 @@ def test_a_run_of_a_page_is_repeated_and_compared(experiment, scratch, monkeypat
     assert "1 of " in capsys.readouterr().out
     drawn = []
     monkeypatch.setattr(repeated.random, "choice", lambda runs: drawn.append(runs) or runs[0])
-    page.write_text(json.dumps(saved | {"runs": [["narrow", 7, {}], *saved["runs"]]}), encoding="utf-8")
+    lost = ["narrow", 7, {"diverged": True}]
+    page.write_text(json.dumps(saved | {"runs": [lost, *saved["runs"]]}), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"^1$"):
         ablate.main(ablate.Config(experiment="width", verify=True))
     assert drawn[-1] == saved["runs"]  # one that diverged has no figures to compare
-    for none in ({}, {"diverged": True}):
-        page.write_text(json.dumps(saved | {"runs": [["narrow", 7, none]]}), encoding="utf-8")
-        with pytest.raises(ConfigError, match="no run of the page has figures, all diverged"):
-            ablate.main(ablate.Config(experiment="width", verify=True))
+    page.write_text(json.dumps(saved | {"runs": [lost]}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="no run of the page has figures, all diverged"):
+        ablate.main(ablate.Config(experiment="width", verify=True))
     capsys.readouterr()
     made = saved.pop("made")
     page.write_text(json.dumps(saved), encoding="utf-8")

@@ -178,7 +178,6 @@ def test_the_tokenizer_in_a_gguf_file(tmp_path):
 def test_bad_gguf(tmp_path, monkeypatch):
     path, theirs = tmp_path / "m.gguf", AutoModelForCausalLM.from_config(IN_GGUF["llama"])
     for make, message in [
-        (lambda: None, "is not there"),
         (lambda: path.write_bytes(b""), "corrupt or no GGUF file"),
         (lambda: path.write_bytes(b"PK\3\4" + bytes(100)), "corrupt or no GGUF file"),
         (lambda: write_gguf(path, theirs, "llama", architecture="mamba"), "architecture 'mamba' is not known here"),

@@ -395,14 +395,10 @@ def test_resume_refuses_another_recipe_and_a_corrupt_state(here):
         pretrain.main(config(resume=True))
 
 
-def test_a_run_with_an_option_that_is_gone_resumes_if_it_made_no_difference(here):
+def test_a_run_with_an_option_that_is_gone(here):
     pretrain.main(config(steps=3))
     path = here / "runs/pretrain/last/trainer_state.pt"
     state = torch.load(path)
-    for value in (1e-4, 0.0):
-        torch.save(state | {"config": state["config"] | {"z_loss": value}}, path)
-        if value:
-            with pytest.raises(ConfigError, match=r"made with z_loss 0\.0001, which this version no longer has"):
-                pretrain.main(config(resume=True))
-    pretrain.main(config(resume=True))
-    assert set(metrics("runs/pretrain", "loss")) == {1, 2, 3, 4, 5, 6}
+    torch.save(state | {"config": state["config"] | {"z_loss": 1e-4}}, path)
+    with pytest.raises(ConfigError, match=r"made with z_loss 0\.0001, which this version no longer has"):
+        pretrain.main(config(resume=True))

@@ -8,8 +8,8 @@ from test_word_problems import worked
 
 from data import load_problems
 from evaluate import is_correct
-from support.shifted import NEW_THINGS, SHIFTS, new_words, plural, shifted_problems, with_new_words
-from support.word_problems import LANGUAGE, NAMES
+from support.shifted import NEW_THINGS, SHIFTS, new_words, plural, shifted_problems
+from support.word_problems import LANGUAGE, NAMES, other_words
 
 
 def test_every_solution_verifies_and_no_question_is_one_of_training():
@@ -50,9 +50,9 @@ def test_new_words_are_new_and_nothing_else_changes():
         words = re.findall(r"[A-Za-z]+", problem.question)
         assert not {*words} & {*table} - ({"book", "books"} if {"page", "pages"} & {*words} else set())
         assert problem.answer == old.answer
-    assert with_new_words("Tom has 2 pears.") != "Tom has 2 pears."
-    assert with_new_words("Tom has a book of 30 pages.") == "Otto has a book of 30 pages."  # it is read
-    assert "book" not in with_new_words("Tom has 2 books.")
+    assert other_words("Tom has 2 pears.", table) != "Tom has 2 pears."
+    assert other_words("Tom has a book of 30 pages.", table) == "Otto has a book of 30 pages."  # it is read
+    assert "book" not in other_words("Tom has 2 books.", table)
     assert [plural(noun) for noun in ("lily", "scarf", "drum")] == ["lilies", "scarves", "drums"]
     assert not [thing for thing in NEW_THINGS if thing.endswith(("s", "x", "ch"))]  # `plural` does not know these
 

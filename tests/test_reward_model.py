@@ -415,7 +415,8 @@ def test_the_figures_of_samples_by_hand():
     right, lengths = ([True] * 3 + [False] * 2, [False] * 5), ([1, 2, 3, 4, 5], [5, 1, 1, 2, 2])
     groups = [list(zip(*both, strict=True)) for both in zip(texts, right, strict=True)]
     scores = np.array([[1.0, 3, 1, 0, 0], [2, 2, 4, 4, 3]])
-    figures = sample_figures(scores, groups, [[[0] * n for n in row] for row in lengths], (1, 2, 3))
+    correct, answers = np.array(right, dtype=float), [[[0] * n for n in row] for row in lengths]
+    figures = sample_figures(scores, correct, groups, answers, (1, 2, 3))
     assert figures["best_possible"] == pytest.approx({"1": 0.3, "2": 0.45, "3": 0.5})  # of 10 pairs 9 have a right one
     assert figures["spread_of_right_answers"] == 1  # of the scores 1 and 3
     assert figures["spread_of_all_answers"] == pytest.approx((1.2**0.5 + 0.8**0.5) / 2)

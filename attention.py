@@ -5,7 +5,7 @@
 Three learned matrices turn each token's vector into a query and a key of D numbers, and a value: rows of Q, K and V.
 Three tokens by hand, D = 2: q₂ = (1, 1) meets k₀ = (1, 0), k₁ = (0, 1), k₂ = (1, 1). The dot products are 1, 1, 2;
 divided by √2 they are 0.7071, 0.7071, 1.4142; their exponentials 2.0281, 2.0281, 4.1133 sum to 8.1695. So the weights
-are 0.2483, 0.2483, 0.5035, and with the values 10, 20, 30 the output is 2.48 + 4.97 + 15.10 = 22.55.
+are 0.2483, 0.2483, 0.5035, and with values of one number, 10, 20, 30, the output is 2.48 + 4.97 + 15.10 = 22.55.
 
 A query asks "which keys match me?", the softmax turns the scores into weights that sum to 1, and the output is the
 weighted mean of the values. If the numbers of q and k are independent, with mean 0 and variance 1, their dot product
@@ -33,10 +33,10 @@ One layer, `Attention.forward`, for B rows of T new tokens:
 
 The backward pass (dx is short for dL/dx; for a row w = softmax(s) of weights, ∂w_i/∂s_j = w_i (δ_ij − w_j)):
 
-    dv = weightsᵀ dout                     dv and dk summed over the query heads that share them
+    dv = weightsᵀ dout                     then summed over the heads that share v   (B, H, S, D) -> (B, G, S, D)
     dweights = dout vᵀ                                                               (B, H, T, S)
     dscores = weights ⊙ (dweights − Σ_S weights ⊙ dweights)                          (B, H, T, S), rows sum to 0
-    dq = dscores k / √D,  dk = dscoresᵀ q / √D
+    dq = dscores k / √D,  dk = dscoresᵀ q / √D, then summed as dv is                 (B, H, T, D), (B, G, S, D)
 
 In the example at the top ∂out/∂score_s = w_s (v_s − out) = −3.12, −0.63, 3.75: raising the score of a key whose value
 is above out raises out. Where one weight is near 1, all these derivatives are near 0: large scores stop learning. That
@@ -243,7 +243,7 @@ class Attention(nn.Module):
         else:  # for attention_weights: the fused kernel never holds them
             out, weights = naive_attention(q, k, v, visible_mask(q, k, mask, window, self.sinks))
             self.record.append(weights.detach())
-        out = out.to(x.dtype).transpose(1, 2).reshape(B, -1, H * D)  # heads side by side
+        out = out.to(x.dtype).transpose(1, 2).reshape(B, -1, H * D)  # (B, T_q, H·D), heads side by side
         return self.wo(out)  # (B, T_q, C)
 
 

@@ -47,7 +47,7 @@ rank takes its slice.
 **The step.** What a step reads is a pure function of (seed, step), so a resumed run needs only its step. Each epoch
 reads every example once, in an order drawn from (seed, epoch). A stream is cut into windows from an offset that each
 epoch draws, and each window is read once. What lies before the first window and after the last, fewer than two windows
-of tokens, waits for another epoch; but the last (tokens mod context) of a stream of two windows or more never come.
+of tokens, waits for another epoch; but a stream of two windows or more never gives its last (tokens mod context).
 
 **The split.** Nothing is ever selected on the test split. A hash (`split_of`, blake2b) of the first question decides,
 80 / 10 / 10 %: a record stays in its split when the file grows, is shuffled, or holds it twice, and a conversation is
@@ -55,7 +55,7 @@ in the split of each longer one that begins like it. (But of gsm8k's train file 
 built-in stories are split by what happens in them, so that no test story is in train with another question or as the
 beginning of a longer one (support/word_problems.py).
 
-**A task of your own** is a generator and a row of TASKS; support/tasks.py shows one.
+**A task** is a generated data set with a row in TASKS: word, word_large, or your own (support/tasks.py shows one).
 
 Run it: `python data.py`.
 """
@@ -337,9 +337,6 @@ def encode_answers(tokenizer, record):
     return encode_prompt(tokenizer, record), [encode_answer(tokenizer, text) for text in texts]
 
 
-# -----------------------------------------------------------------------------------------------------------------
-
-
 def demo():
     """The split of a question, a pair as text and as ids, and what steps read."""
     questions = ["Is 4 odd?", " is 4  ODD?", "Is 3 odd?", "Is 5 odd?"]
@@ -364,7 +361,8 @@ def demo():
     assert np.array_equal(targets, whole + 1)  # one token ahead
     halves = [batch_at(np.arange(30), 3, 2, 6, seed=0, rank=rank, world=2)[0] for rank in (0, 1)]  # (2, 6) each
     assert np.array_equal(whole, np.concatenate(halves))
-    print(f"Step 3 on one process reads the windows {whole[:, 0]}, on two {halves[0][:, 0]} and {halves[1][:, 0]}")
+    one, two = (half[:, 0] for half in halves)
+    print(f"0 … 29 in windows of 6: step 3 on one process reads those from {whole[:, 0]}, on two {one} and {two}")
 
 
 if __name__ == "__main__":

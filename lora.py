@@ -251,9 +251,9 @@ def demo():
     g = torch.tensor([[1.0, 0.0]])  # dL/dy
     by_hand = {  # V = W + 2 B A = [[3, 4], [5, 12]], whose rows have the lengths 5 and 13
         "LoRA": ([7, 17], {"B": [[4], [0]], "A": [[2, 2]], "x": [[3, 4]]}),
-        "DoRA": ([14, 17], {"B": [[8], [0]], "A": [[4, 4]], "x": [[6, 8]], "m": [1.4, 0]}),  # row 1 twice as long
+        "DoRA": ([14, 17], {"B": [[8], [0]], "A": [[4, 4]], "x": [[6, 8]], "m": [1.4, 0]}),  # m = (10, 13)
     }
-    print("by hand: W = [[1, 2], [1, 8]], A = [[1, 1]], B = [[1], [2]], s = 2, x = (1, 1), dL/dy = (1, 0)")
+    print("W = [[1, 2], [1, 8]], A = [[1, 1]], B = [[1], [2]], s = 2, m = (10, 13), x = (1, 1), dL/dy = (1, 0)")
     for title, (y, gradients) in by_hand.items():
         linear = nn.Linear(2, 2, bias=False)
         linear.weight.data = W.clone()

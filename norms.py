@@ -54,7 +54,7 @@ begin smaller, see the end.)
 
 * post: each norm divides x + f(x) by √2. On the way back the two paths double the gradient's square, and the norm
   halves it: all blocks' weights get gradients of one size. If each branch changes by a share δ in an independent
-  direction, the output moves by δ √(depth / 2), for arXiv:2004.08249 what makes post-norm hard to train. Here it trains
+  direction, the output moves by δ √(depth / 2): that makes post-norm hard to train (arXiv:2004.08249). Here it trains
   without a warm-up at 12 layers (results/norm-placement.md) and fails even with one at 48 (results/norm-depth.md).
 * pre: after l blocks the stream's variance is 1 + l, as each adds 1. On the way back the final norm divides the
   gradient by √(1 + depth). At block k two gradients add up: the one around the branch, and the one through it, which
@@ -163,7 +163,7 @@ def deep_stack(placement, depth, first=1.0):
     `first`. The loss is a random linear function of the normalised stream.
     """
     C, rng = 128, torch.Generator().manual_seed(0)
-    x, up = torch.randn(2, 256, C, generator=rng)  # (tokens, C) each: what comes in, dL/d(output)
+    x, upstream = torch.randn(2, 256, C, generator=rng)  # (tokens, C) each: what comes in, dL/d(output)
     W = torch.randn(depth, C, C, generator=rng) * (2 / C) ** 0.5  # relu halves the mean square
     W[0] *= first
     move = torch.randn(depth, C, C, generator=rng)
@@ -178,7 +178,7 @@ def deep_stack(placement, depth, first=1.0):
 
     W.requires_grad_()
     stream, y = forward(W)
-    (gradient,) = torch.autograd.grad((y * up).sum() / len(x), W)
+    (gradient,) = torch.autograd.grad((y * upstream).sum() / len(x), W)
     with torch.no_grad():
         moved = ((forward(W + move)[1] - y).norm() / y.norm()).item()
     return gradient.norm(dim=(1, 2)).tolist(), stream.pow(2).mean().sqrt().item(), moved
@@ -187,7 +187,7 @@ def deep_stack(placement, depth, first=1.0):
 def demo():
     """x = (1, 1, 7, 7): mean 4, deviation 3, root mean square 5. Then the trap of fp16, and the three placements."""
     x, one = torch.tensor([1.0, 1.0, 7.0, 7.0]), torch.ones(4)
-    up = torch.tensor([1.0, 0.0, 0.0, 0.0])  # dL/dy
+    upstream = torch.tensor([1.0, 0.0, 0.0, 0.0])  # dL/dy
     by_hand = {
         # mean(u) = 1/4 and mean(u ⊙ x̂) = −1/4, so dL/dx = (u − 1/4 + x̂/4) / 3; for RMSNorm it is (u − x̂/20) / 5
         "LayerNorm": (layer_norm, F.layer_norm, layer_norm_gradient, [-1.0, -1.0, 1.0, 1.0], [1 / 6, -1 / 6, 0.0, 0.0]),
@@ -198,7 +198,7 @@ def demo():
         torch.testing.assert_close(norm(x, one, eps=0.0), torch.tensor(y))
         torch.testing.assert_close(norm(10 * x, one, eps=0.0), torch.tensor(y))  # the length of x does not matter
         torch.testing.assert_close(fused(x, (4,), one, eps=1e-6), torch.tensor(y))
-        torch.testing.assert_close(gradient(x, one, up, eps=0.0), torch.tensor(dx))
+        torch.testing.assert_close(gradient(x, one, upstream, eps=0.0), torch.tensor(dx))
         same = torch.allclose(norm(x + 5, one, eps=0.0), torch.tensor(y))
         assert same == (name == "LayerNorm")  # the missing mean
         numbers = ["".join(f"{number:>8.3f}" for number in row) for row in (y, dx)]
@@ -206,9 +206,7 @@ def demo():
     torch.testing.assert_close(rms_norm(x - 4, one, eps=0.0), layer_norm(x, one, eps=0.0))
     left = (rms_norm(x, one).std() / layer_norm(x, one).std()).item()
     assert abs(left - (1 + (4 / 3) ** 2) ** -0.5) < 1e-5
-    print(
-        f"  RMSNorm(x − μ) = LayerNorm(x); not centred, x's differences come out {left:.1f} = 1 / √(1 + μ²/σ²) as large"
-    )
+    print(f"  RMSNorm(x − μ) = LayerNorm(x); RMSNorm(x)'s differences are {left:.1f} = 1 / √(1 + μ²/σ²) times as large")
 
     big = torch.full((1, 4), 300.0, dtype=torch.float16)
     square = big.pow(2).mean(-1, keepdim=True)
@@ -220,9 +218,7 @@ def demo():
     print(f"; statistics in fp32 give {ours[0, 0]:.0f}")
 
     depth, shown = 16, (1, 2, 4, 8, 16)
-    print(
-        f"\n{depth} untrained blocks: gradient norm of block l's weights; move of the output if all weights move by 1 %"
-    )
+    print(f"\n{depth} untrained blocks: gradient norm of block l's weights; the output's move if all move by 1 %")
     print(f"  {'block l':<24}" + "".join(f"{n:>8}" for n in shown) + "   stream's RMS   move   move of 2 blocks")
     last = {}
     for first in (1.0, 30.0):

@@ -140,18 +140,18 @@ class AdamW(Adam):
 # Muon: matrices of one shape are stacked and go through the rounds together.
 
 
-def orthogonalise(m, rounds=5):
+def orthogonalise(matrices, rounds=5):
     """U S Vᵀ -> U S′ Vᵀ, S′ between 0.68 and 1.21 where S is above 0.002 ‖S‖: a stack of matrices (..., rows, columns),
     each by itself. Its products are in autocast's dtype, which is exact enough."""
-    x = m.reshape(-1, *m.shape[-2:])  # (n, rows, columns)
+    x = matrices.reshape(-1, *matrices.shape[-2:])  # (n, rows, columns)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1, or the polynomial blows up
-    wide = m.shape[-2] <= m.shape[-1]
+    wide = matrices.shape[-2] <= matrices.shape[-1]
     x = x if wide else x.mT.contiguous()  # so that X Xᵀ is the smaller product
     for _ in range(rounds):
         gram = x @ x.mT  # (n, r, r), r the smaller of rows and columns
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # b gram + c gram @ gram
         x = torch.baddbmm(x, factor, x, beta=3.4445)  # a x + factor @ x
-    return (x if wide else x.mT).reshape(m.shape)
+    return (x if wide else x.mT).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -165,10 +165,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, decay, ahead = group["lr"], group["weight_decay"], partial(self.nesterov, mu=group["momentum"])
+            lr, weight_decay, ahead = group["lr"], group["weight_decay"], partial(self.nesterov, mu=group["momentum"])
             # for w in group["params"]: update = orthogonalise(ahead(w)), (..., rows, columns); but several w at once
             for w, update in in_stacks(group["params"], ahead, orthogonalise):
-                w.mul_(1 - lr * decay)
+                w.mul_(1 - lr * weight_decay)
                 w.add_(update, alpha=-0.2 * math.sqrt(max(w.shape[-2:])) * lr)
 
     def nesterov(self, w, mu):
@@ -338,7 +338,7 @@ def demo():
         gains.append((G * D).sum().item())
         print(f"  {name:<9}singular values 1 and {torch.linalg.svdvals(D)[1]:.2f}    ⟨G, D⟩ = {gains[-1]:.3f}")
     assert abs(max(gains) - 4 * math.sqrt(5)) < 1e-9  # the sum of S
-    print("singular values on their way to U Vᵀ, round by round (the first two are those of G / ‖G‖)")
+    print("singular values on their way to U Vᵀ, round by round (the first two rows: those of G / ‖G‖_F)")
     for x in (3 / math.sqrt(10), 1 / math.sqrt(10), 0.01, 0.001):
         matrix = torch.diag(torch.tensor([x, math.sqrt(1 - x**2)], dtype=torch.float64))
         rounds = [orthogonalise(matrix, n)[0, 0].item() for n in range(6)]
@@ -350,7 +350,7 @@ def demo():
     torch.testing.assert_close(torch.cat(gradients), torch.tensor([0.6, 0.8]))
     print("\nclipping: gradients 3 and 4 of two tensors have the norm 5; clipped at 1 they are 0.6 and 0.8")
 
-    print("\nlearning rate of steps 0 … 9: peak 1, two steps of warm-up, floor 0.1")
+    print("\nlearning rate of steps 0 … 9: peak 1, two steps of warm-up, floor 0.1, wsd's decay 0.4")
     for schedule in ("cosine", "linear", "wsd"):
         rates = [lr_at(step, 10, 1.0, 2, schedule=schedule, decay=0.4) for step in range(10)]
         print(f"  {schedule:<7}" + "".join(f"{rate:>6.2f}" for rate in rates))

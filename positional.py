@@ -44,7 +44,7 @@ Traps:
   converts weights of the other kind.
 * "dynamic" changes ω as a text grows, but the keys in the cache (attention.py) were rotated by the old ω. So the
   longest length is given beforehand: `rope_frequencies(..., length=...)`. A Transformer gives none: ℓ = L and s = 1.
-* YaRN's keep_i is linear in i between the two ends, as in its authors' code; in the paper (§3.2) it is linear in r_i.
+* YaRN's keep_i is linear in i between ends rounded outwards, as its authors code it; in the paper (§3.2), in r_i.
 
 A small model trained on L = 64 bytes reads 4 L (nats per byte, one seed; results/benchmarks.md):
 

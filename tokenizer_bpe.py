@@ -17,7 +17,7 @@ Training: a text -> n merges
     parts = the bytes of each word                      [32, 100, 111, 103]
     for new in 256, 257, …, 255 + n:
         pairs = how often each two neighbours occur     over all words, times how often the word does
-        best  = the most frequent                       (111, 103), "o" + "g"
+        best  = the most frequent; ties by `tie_order`  (111, 103), "o" + "g"
         in every word, best -> new                      [32, 100, 256]
         merges += best
 
@@ -73,7 +73,7 @@ from support.word_counts import batches, count_words
 PATTERN = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word with one leading non-letter: in a sentence, its space
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, and one sign or space before it
         r"\p{N}",  # a digit
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
         r"\s*[\r\n]+",  # line ends
@@ -367,9 +367,7 @@ def demo():
 
     rank = {(b"a", b"b"): 0, (b"b", b"c"): 1, (b"bc", b"d"): 2}
     assert apply_merges(b"abcd", rank) == [b"ab", b"c", b"d"]
-    print(
-        "\nabcd by the merges a + b, b + c, bc + d: ab|c|d, and not the shorter a|bcd, because a + b was learned first"
-    )
+    print("\nabcd by the merges a + b, b + c, bc + d: ab|c|d, not the shorter a|bcd: a + b was learned first")
 
     pieces = regex.findall(PATTERN, "I'll walk 12  dogs.\n")
     print(f"\nno merge crosses these cuts: {pieces}")

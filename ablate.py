@@ -10,9 +10,9 @@ seeds, and an interval is reported (arXiv:2304.01315 on why few seeds mislead). 
                     variants would differ at least as much
     Holm            of m comparisons sorted by p, the k-th smallest becomes min(1, (m − k + 1) p), and none falls below
                     the one before it: so the chance of any false positive in a column is at most 5 %
-    detectable      δ · s / √n, where T with a true mean of δ standard errors exceeds t(0.975, n − 1) in 4 of 5 cases:
-                    the difference that 4 in 5 such experiments would call significant (80 % power), before Holm's
-                    correction; with 1 − 0.025 / m in the place of 0.975, after its strictest step
+    smallest        δ times the median of s / √n over the differences; T with a true mean of δ standard errors exceeds
+    difference      t(0.975, n − 1) in 4 of 5 cases: what 4 in 5 such experiments would call significant (80 % power),
+                    before Holm's correction; with 1 − 0.025 / m in the place of 0.975, at its strictest step
 
 The interval covers the true mean in 95 % of such experiments if the seeds' results are roughly normal. t is Student's
 quantile, 2.78 for five seeds, 4.30 for three, and not the normal law's 1.96, because s is itself estimated from few
@@ -43,7 +43,7 @@ pseudo-code, as in `main`:
     results     = {(variant, seed): {metric: number}}
     means       = {variant: {metric: student_interval(its n numbers)}}                              3. compare
     differences = {(a, b): {metric: paired_difference(n numbers of a, n of b)}}, p by Holm
-    least       = smallest_difference(the first metric's differences, n), before and after Holm's first step
+    least       = smallest_difference(the first metric's differences, n), before Holm and at its strictest step
     results/NAME.md, NAME.png, and NAME.json, the figures of every run                              4. report
 
 Without a name it works the example and lists the experiments. The defaults run five seeds, in two worker processes, and
@@ -81,8 +81,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from support import probes
-from support.ablation_report import CURVES, HEADINGS, machine, mean_curves, seeds_on, write_report
+from support.ablation_report import machine, mean_curves, seeds_on, write_report
 from support.ablation_runs import (
     TRIAL,
     TRIAL_OF_PAIRS,
@@ -100,7 +99,7 @@ from support.checks import Count, Seed, check
 from support.cli import run_script
 from support.code_used import files_that_differ
 from support.errors import FOR_THE_USER, ConfigError
-from support.experiments import EXPERIMENTS
+from support.experiments import EXPERIMENTS, refuse_unknown
 from support.files import must_write
 from support.locks import lock_run, unlock_run
 from support.repeated import draw_run, print_differences
@@ -113,7 +112,7 @@ from support.workers import run_all, threads_each
 
 
 class Interval(NamedTuple):
-    """mean ± half; p: two-sided, the mean against 0, read of differences alone, after `differences_of` has corrected
+    """mean ± half; p: two-sided, of the mean against 0, used for differences alone, once `differences_of` has corrected
     it. NaN: none."""
 
     mean: float
@@ -317,18 +316,6 @@ def tune(experiment, seed, top, config):
         if all(scores[v, x] == -math.inf for x in values[v]):
             raise ConfigError(f"{v} diverged with each {experiment.tune} of the grid: {values[v]}")
     return {v: max(values[v], key=lambda x: scores[v, x]) for v in values}
-
-
-def refuse_unknown(name, experiment):
-    """ConfigError if a row of the table names what is not there: better now than after the last run."""
-    e, unknown = experiment, []
-    unknown += [x for x in (*e.columns, *e.bars, *e.gains, *e.front) if x not in HEADINGS]
-    unknown += [x for x in (*e.bars, *e.gains) if x not in e.columns]  # nothing else has means and differences
-    unknown += [x for x in e.curves if x not in CURVES]
-    unknown += [x for pair in e.compared() for x in pair if x not in e.variants]
-    unknown += [e.probe] if e.probe and not hasattr(probes, e.probe) else []
-    if unknown:
-        raise ConfigError(f"the experiment {name} names what is not there: {', '.join(sorted(set(unknown)))}")
 
 
 def verify(config):

@@ -129,10 +129,10 @@ class Calls:
         self.forced = [-1] * rows  # the id that the row takes instead of sampling, −1: it samples
         self.replies = []  # to all calls, for the record
 
-    def __call__(self, ids, live):
-        """The newest tokens, and which rows wrote one -> the next ids, −1 where a row samples; (N·R,) each."""
+    def __call__(self, ids, taken):
+        """The newest tokens, and which rows took one -> the next ids, −1 where a row samples; (N·R,) each."""
         newest = ids.tolist()
-        for row in live.nonzero().flatten().tolist():
+        for row in taken.nonzero().flatten().tolist():
             if self.forced[row] < 0:  # the newest token was sampled
                 self.since_reply[row].append(newest[row])
                 text = self.tokenizer.decode_answer(self.since_reply[row])  # whole: a letter may span two tokens
@@ -198,7 +198,7 @@ def demo():
     p, r = (call[i] + last[i, j, k]).exp() * P[i, j], (j * k).float()  # (8,) their probabilities, and rewards
     exact = torch.autograd.grad((p * r).sum(), (logits[0], logits[2]), retain_graph=True)
     assert exact[0].tolist() == [1 / 16, -1 / 16]  # π(a) (E[r | a] − E[r]) = ½ (3/8 − 1/4)
-    print("call a or b, a reply, write 0 or 1, E[r] = 1/4: the gradient of E[r], and what the loss makes of it")
+    print("call a or b, reply 1 with P = 3/4, 1/4, write 0 or 1, π = 1/2, r = 1 if both are 1: the gradient of E[r]")
     print(f"  {'by the logit of':<24}call a   the tool's 1 after a\n  {'exact':<24}{exact[0][0]:+.4f}  {0:+.4f}")
     for name, mask, wrong in (("m = 1 0 1", [1, 0, 1], 0.0), ("all tokens", [1, 1, 1], 1 / 16)):
         A = 8 * p.detach() * (r - 1 / 4)  # the loss is a plain mean over 8 rows: 8 p weighs each by its probability
@@ -206,7 +206,7 @@ def demo():
         loss, _ = grpo_loss(logprobs, logprobs.detach(), A, **options)
         of_call, of_guess, of_last = (-g for g in torch.autograd.grad(loss, logits, retain_graph=True))
         torch.testing.assert_close([of_call, of_last], list(exact))
-        torch.testing.assert_close(of_guess[0, 1], torch.tensor(wrong))
+        torch.testing.assert_close(of_guess[0, 1], torch.tensor(wrong))  # ½ Σ_j P(j | a) (j/2 − ¼) (1[j = 1] − ½)
         print(f"  {'−∇loss, ' + name:<24}{of_call[0]:+.4f}  {of_guess[0, 1] + 0.0:+.4f}")
 
 

@@ -12,8 +12,8 @@ the weight of a KL, as --beta is in dpo.py, ppo.py and grpo.py:
               ∂D/∂z_v = π(v) − p(v)
     β = 1     D = KL(π ‖ p) = Σ_v π(v) log(π(v) / p(v))       reverse: say nothing that the teacher would not
               ∂D/∂z_v = π(v) (log(π(v) / p(v)) − D)
-    between   D = β KL(p ‖ M) + (1 − β) KL(π ‖ M)             generalised Jensen-Shannon, M = β p + (1 − β) π
-                                                              (GKD, arXiv:2306.13649, Eq. 1; the ends as in TRL)
+    between   D = β KL(p ‖ M) + (1 − β) KL(π ‖ M)             generalised Jensen-Shannon (GKD), M = β p + (1 − β) π
+              ∂D/∂z_v = (1 − β) π(v) (log(π(v) / M(v)) − KL(π ‖ M))      (arXiv:2306.13649, Eq. 1; the ends as in TRL)
     L = Σ_t m_t D_t / n_tokens                                m_t = 1 on the answers' tokens, n_tokens their number in
                                                               the step (in the paper a mean per text, then over texts)
 
@@ -45,10 +45,9 @@ One step, for N = --prompts questions with R = --rollouts answers each, b answer
 
 The defaults compare whole distributions by the forward KL, on the student's texts alone: 200 steps of 96 answers. The
 teacher is the built-in start taken through grpo.py, the student a model of half its width, pretrained and fine-tuned
-alike; both are made once, under runs/start. Off: the teacher's texts, --loss sample, self-distillation, LoRA.
-
-In results/distill.md, each at the best of four learning rates, the teacher's texts, SFT on them and the reverse KL do
-not differ significantly in accuracy from the default loss and texts; the sampled token ends far lower.
+alike; both are made once, under runs/start. Off: the teacher's texts, --loss sample, self-distillation, LoRA. In
+results/distill.md neither the reverse KL, nor the teacher's texts, nor SFT on them differs significantly from the
+defaults in accuracy, each at its best of four learning rates; --loss sample on the student's texts ends far lower.
 
 Self-distillation (arXiv:2601.19897): --teacher self is the student as it is now, with a longer prompt. --teacher_sees
 example puts another training problem, solved, before the question; solution puts this problem's own solution there. The
@@ -179,19 +178,20 @@ def demo():
     forward = (math.log(5 / 8) + math.log(5 / 2)) / 2  # Σ p log(p / π) = 0.2231
     reverse = (4 * math.log(8 / 5) + math.log(2 / 5)) / 5  # Σ π log(π / p) = 0.1927
     slope = 4 / 5 * (math.log(8 / 5) - reverse)  # of the reverse one in z_0: 0.2218
+    to_M = (4 * math.log(16 / 13) + math.log(4 / 7)) / 5  # KL(π ‖ M) at β = 1/2, M = 13/20, 7/20: 0.0542
     assert math.isclose(at(0, pi, p)[0], forward)
     assert math.isclose(at(1, pi, p)[0], reverse)
-    assert math.isclose(at(0, pi, p)[1][0], 4 / 5 - 1 / 2)
-    assert math.isclose(at(1, pi, p)[1][0], slope)
+    for beta, in_z in ((0, 4 / 5 - 1 / 2), (0.5, 2 / 5 * (math.log(16 / 13) - to_M)), (1, slope)):
+        assert math.isclose(at(beta, pi, p)[1][0], in_z)
     print("π = 4/5, 1/5, p = 1/2, 1/2         D       ∂D/∂z_0")
     names = {0: "KL(p ‖ π)", 0.01: "", 0.5: "", 0.99: "", 1: "KL(π ‖ p)"}
-    by_hand = {0: "π − p = 4/5 − 1/2", 1: "π (log(π / p) − D) = 4/5 (0.4700 − 0.1927)"}
+    by_hand = {0: "π − p = 4/5 − 1/2", 0.5: "(1 − β) π (log(π / M) − KL(π ‖ M)) = 2/5 (0.2076 − 0.0542)"}
+    by_hand[1] = "π (log(π / p) − D) = 4/5 (0.4700 − 0.1927)"
     for beta, name in names.items():
         value, gradient = at(beta, pi, p)
         print(f"  β = {beta:<4}   {name:<18}  {value:.4f}   {gradient[0]:+.4f}   {by_hand.get(beta, '')}".rstrip())
-    tiny = 1e-6
-    assert math.isclose(at(tiny, pi, p)[0] / tiny, forward, rel_tol=1e-5)
-    assert math.isclose(at(1 - tiny, pi, p)[0] / tiny, reverse, rel_tol=1e-5)
+    assert math.isclose(at(1e-6, pi, p)[0] / 1e-6, forward, rel_tol=1e-5)
+    assert math.isclose(at(1 - 1e-6, pi, p)[0] / 1e-6, reverse, rel_tol=1e-5)
     print("the jump: D goes to 0 at both ends, D / β to KL(p ‖ π), D / (1 − β) to KL(π ‖ p)")
 
     logits = pi.log().requires_grad_()
@@ -232,7 +232,7 @@ class Config(RecordFlags, VerifiedConfig):
     beta: Fraction | None = None
     """0 (the default): KL(teacher ‖ student), 1: KL(student ‖ teacher), between them the generalised JSD."""
     gamma: Fraction = 0.0
-    """With --loss sample: how much a token's advantage counts those after it; 1: all of them."""
+    """With --loss sample: γ in A_t = Σ_{s ≥ t} γ^(s − t) r_s; 0: r_t alone, 1: all that follows counts in full."""
     prompts: Count = 96
     """Questions N per step, over all ranks."""
     rollouts: Count = 1

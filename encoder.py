@@ -181,8 +181,8 @@ def mean_pool(x, real=None):
 
 
 def mask_tokens(tokens, mask_id, vocab_size, never, generator, rate=0.15):
-    """tokens x (B, T), and never (B, T), True where none may be masked -> x̃ (B, T), masked (B, T), which is True on M,
-    whatever stands there now: 80 % become mask_id, 10 % a random token, 10 % stay."""
+    """tokens x (B, T), never (B, T): True on what M must not hold -> x̃ (B, T), masked (B, T): True on M, whatever x̃
+    has there: 80 % of M become mask_id, 10 % a random token, 10 % stay."""
     masked = (torch.rand(tokens.shape, generator=generator) < rate) & ~never
     u = torch.rand(tokens.shape, generator=generator)
     random_tokens = torch.randint(vocab_size, tokens.shape, generator=generator)
@@ -330,7 +330,7 @@ def main(config):
     # {split: reviews}; {split: their texts and those of --text}; what a resumed run must find unchanged
     reviews, texts, reads = read_texts(config)
     encoder, tokenizer, config = make_encoder(Encoder, config, dist, texts, MASK)
-    reads |= weights_of(config.init, encoder) if config.init else {}  # a resumed run must read the same
+    reads |= weights_of(config.init, encoder) if config.init else {}
     context = config.model.context
     examples = {split: labelled_rows(part, tokenizer, context) for split, part in reviews.items()}  # (ids, label) each
     streams, held_out = masked_lm_texts(config, dist, tokenizer, texts, masked_batch)  # {split: ids}, a TextBatch

@@ -229,7 +229,7 @@ def evaluate(policy, tokenizer, problems, max_new_tokens, dist, batch=256, progr
     """
     N, respond = len(problems), respond or generate
     autocast, _ = precision(dtype, dist)
-    own = sorted(range(dist.rank, N, dist.world), key=lambda i: len(problems[i].question))  # by length: less padding
+    own = sorted(range(dist.rank, N, dist.world), key=lambda i: len(problems[i].question))  # this rank's, by length
     answers, verdicts = [], [0.0] * N
     for chunk in batches(own, batch, progress, dist):
         prompts = [encode_prompt(tokenizer, problems[i]) for i in chunk]
@@ -255,10 +255,9 @@ def evaluate_samples(
     policy, tokenizer, problems, n, max_new_tokens, dist, seed=0, batch=32, progress=None, respond=None, dtype="fp32"
 ):
     """n answers, sampled at temperature 1, to each of the N problems that are `checkable` -> {"pass@1", "pass@2", …,
-    "pass@n", "majority@n"}, k in powers of two, and "solved", how many of each problem's answers are right. The rest as
-    in `evaluate`.
-
-    A problem has the same random numbers on whichever rank and in whichever batch it is answered.
+    "pass@n", "majority@n"}, k in powers of two, and "solved", how many of each problem's answers are right. The other
+    arguments as in `evaluate`. A problem has the same random numbers on whichever rank and in whichever batch it is
+    answered.
     """
     problems, respond = checkable(problems), respond or generate
     autocast, _ = precision(dtype, dist)
@@ -348,7 +347,7 @@ def demo():
         gradient = torch.autograd.grad((pi * estimate).sum(), z, retain_graph=True)[0]
         assert torch.allclose(gradient, by_hand, atol=1e-6)
     samples = f"k1 {k1[0]:.3f} or {k1[1]:.3f}, k3 {k3[0]:.3f} or {k3[1]:.3f}"
-    print(f"KL of two tokens {exact:.4f}; a sample says {samples}: both right on average, k3 never below 0")
+    print(f"KL(½ ½ ‖ ¼ ¾)    {exact:.4f}; a sample says {samples}: both right on average, k3 never below 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 the end of a turn); B = N·n rows, fewer as rows end:
 
     logits, decoder = prefill(prompts, n)         each prompt is read once, all in one pass; the n rollouts
-                                                  of a prompt start from one cache                        (N·n, V)
+                                                  of a prompt start from copies of its cache              (N·n, V)
     for t in range(max_new_tokens):               decode: one token per row and step
         token, logprob = sample(logits, u[:, t])  u (N·n, max_new_tokens) is drawn beforehand             (B,)
         live = live and token is no stop          a row keeps its stop token
@@ -170,7 +170,7 @@ def generate(
     A row ends with a stop id, which it keeps, or after max_new_tokens. Raises ConfigError on an empty prompt, or one
     that leaves no room in the context; DivergedError, a ConfigError too, on logits that are not finite.
 
-    generator: a CPU torch.Generator; or give `uniforms`, the (N·n, max_new_tokens) table, yourself.
+    generator: a CPU torch.Generator that draws the table u; or give `uniforms`, u (N·n, max_new_tokens), yourself.
     on_tokens: called at each step as on_tokens(ids, sampled), (N·n,) each, for streaming: `sampled` is False on rows
         that did not sample, whose id is 0. May return the rows to end there, (N·n,) bool.
     write: for tokens that are not the policy's, such as a tool's reply (agent.py). Called at each step as
@@ -325,7 +325,7 @@ def demo():
         "top-p 0.4": ({"top_p": 0.4}, (0.5, 0.5, 0.5), (0, 0, 0)),
         "min-p 0.5": ({"min_p": 0.5}, (0.5, 0.8, 0.8), (0, 0, 1)),  # 0.2 < 0.5 · 0.5
     }
-    print("by hand: probabilities 0.5, 0.3, 0.2; the tokens that u = 0.4, 0.6, 0.9 draw")
+    print("probabilities 0.5, 0.3, 0.2; u = 0.4, 0.6, 0.9 draws the first whose cumulative is above u · the last one")
     for name, (options, cdf, tokens) in by_hand.items():
         ids, logprobs = sample(probs.log().expand(3, 3), u, **options)
         assert tuple(ids.tolist()) == tokens
@@ -339,7 +339,7 @@ def demo():
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
     uniforms = torch.rand(6, 20)
     batch = generate(model, prompts, 20, n=2, stop_ids=(7,), uniforms=uniforms)
-    print("\n3 prompts of 3, 7 and 1 tokens, 2 rollouts each, stop token 7: row by row the same; a loss scores it so")
+    print("\n3 prompts of 3, 7 and 1 tokens, 2 rollouts each, stop token 7: each as if alone, log π as in a loss")
     for i, prompt in enumerate(prompts):
         for r in (2 * i, 2 * i + 1):
             alone = generate(model, [prompt], 20, stop_ids=(7,), uniforms=uniforms[r : r + 1])

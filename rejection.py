@@ -15,8 +15,8 @@ its p_k, at --temperature 1:
     M-step   π_{k+1} = argmax_π Σ_x E_q[log π(y | x)]     fine-tune on them: minimize
              L = −1/N Σ_x 1/K_x Σ_{y kept} Σ_t log π(y_t | x, y_<t)           (no term where K_x = 0)
 
-An optimizer step takes B of the kept answers and divides not by N, but by their Σ w |y|, where w = 1/K_x. That leaves
-the direction of their terms of L as it is, and a step is as long where few problems are solved as where all are.
+An optimizer step takes B of the kept answers and divides not by N, but by their Σ w |y|, where w = 1/K_x. Their terms
+of L keep the direction of their gradient, and a step is as long where few problems are solved as where all are.
 
 At the first step of a round, where π = π_k (with --restart in the first round alone), −∇L is a policy gradient. As
 ∇p = Σ_right π(y) ∇log π(y), over right samples E[∇log π(y)] = ∇p / p, and one problem's expected step is:
@@ -34,8 +34,7 @@ The defaults run 8 rounds of 512 problems × 8 answers and 25 steps, each from w
 N = --prompts problems with R = --rollouts answers each (main has the same four parts):
 
     groups = judged_answers(sample, k)      N times R answers of π_k: ids, right?, ended?                    1. sample
-    kept   = keep_round(groups)             (prompt, answer, w): right, complete, no copies; w = 1 / how     2. keep
-                                            many of this problem are kept
+    kept   = keep_round(groups)             (prompt, answer, w = 1/K_x): the K_x right, complete; no copies  2. keep
     --round_steps times, for the next B = --batch of kept:        reshuffled each epoch; B counts all ranks  3. tune
         n_tokens = Σ w |y|                  before the cut into ranks and micro-batches
         for micro in micro_batches(batch):  tokens, loss_mask: w on an answer's tokens, 0 on a prompt's (b, T) each
@@ -47,7 +46,7 @@ N = --prompts problems with R = --rollouts answers each (main has the same four 
 
 Traps:
   * An answer that was cut off is never kept, whatever its number: the policy would learn not to stop.
-  * The verifier reads the number alone. An answer with wrong steps, or of another story, is kept if that is right, and
+  * The verifier reads the number alone. Where it is right, an answer with wrong steps or of another story is kept, and
     the next round samples what it taught (`story_kept`: the share of answers that keep to the story; samples.md).
   * At most the first step of a round is on-policy. Nothing corrects for older samples: no importance ratio, no clip.
   * It sharpens. The exact M-step of an unrestricted π moves the mass of the wrong answers to the right ones, in their
@@ -125,7 +124,7 @@ def demo():
     pi, right = torch.tensor([1 / 2, 3 / 8, 1 / 8], dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0])
     logits = pi.log().requires_grad_()  # (3,) π = softmax(logits): three answers of one token, the last two right
     p = (pi * right).sum().item()  # 1/2
-    grad_p = pi * (right - p)  # (3,) ∇p
+    grad_p = pi * (right - p)  # (3,) ∂p/∂z_v of the logits z, as ∂π_u/∂z_v = π_u (1[u = v] − π_v)
     assert grad_p.tolist() == [-1 / 4, 3 / 16, 1 / 16]
     print("π = 1/2 (wrong), 3/8, 1/8 (right), p = 1/2, ∇log p = 2 ∇p. The mean of −∇L over all groups of R answers:")
     for R, weight in itertools.product((2, 4), ("1/K", "1/R")):

@@ -7,9 +7,9 @@
 A run of grpo.py, gdpo.py, agent.py, ppo.py, dpo.py, sft.py or distill.py records a few groups of answers (pairs,
 examples) as it trains (--record_groups, --record_every, --watch; support/recorder.py). The page shows a step's groups
 side by side. Each token is tinted by what the loss did to it, or by its log-probability, ratio, KL or entropy; hover
-over a token or move to it with the arrow keys to read the numbers. The slider goes through the steps. Watched questions
-are answered with the same random numbers at each recorded step (of sft.py and dpo.py: watched solutions and pairs are
-scored again), so what changes is the policy.
+over a token or move to it with the arrow keys to read the numbers. The slider goes through the steps. A watched
+question is answered with the same random numbers at each recorded step (in a run of sft.py or dpo.py a watched solution
+or pair is scored again): what changes is the policy.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from grpo import grpo_loss
 from support.cli import Demo, run_script
 from support.files import must_write, write_whole
 from support.recorder import pull
-from support.view_page import page_of, visible
+from support.view_page import page_of
 
 
 def demo():
-    """What two answers of two tokens get, by hand; how a text that would disturb the page is shown."""
+    """What two answers of two tokens get, by hand."""
     old = torch.tensor([[0.5, 0.8], [0.5, 0.9]]).log()  # (B, T) log π_old
     rho, A = torch.tensor([[1.3, 1.05], [1.1, 0.7]]), torch.tensor([1.0, -1.0])  # (B, T), (B,)
     gets = pull(grpo_loss, (old + rho.log(), old, A, torch.ones(2, 2)), {"clip_low": 0.2, "clip_high": 0.2})
@@ -35,9 +35,6 @@ def demo():
     for name, x in (("ratio ρ = π / π_old", rho), ("gets, −∂loss/∂log π = A ρ / 4, or 0", gets)):
         print(f"{name:<53}" + "".join(f"{first:+8.4f} {second:+8.4f}       " for first, second in x.tolist()).rstrip())
     print("the tint: blue above 0, orange below, none at 0; dotted where the clip stops: the first token and the last")
-    hostile = "\u202e<b>\x07"
-    assert visible(hostile) == "\\u202e<b>\\x07"
-    print(f"a text that turns the line around, a tag and a bell are shown as they are written: {visible(hostile)}")
 
 
 def parse(args=None):

@@ -19,7 +19,9 @@ from dataclasses import dataclass, fields, replace
 
 from grpo import ALGORITHMS
 from support import probes
+from support.ablation_report import CURVES, HEADINGS
 from support.copy_lines import MOST_DOTS, copy_file
+from support.errors import ConfigError
 from transformer import TransformerConfig
 
 
@@ -65,6 +67,18 @@ class Experiment:
     def unit(self):
         """Of a loss: the character models' tokens are characters."""
         return "character" if any(flags.get("tokenizer") == "char" for _, flags in self.variants.values()) else "token"
+
+
+def refuse_unknown(name, experiment):
+    """ConfigError if a row of the table names what is not there: better now than after the last run."""
+    e, unknown = experiment, []
+    unknown += [x for x in (*e.columns, *e.bars, *e.gains, *e.front) if x not in HEADINGS]
+    unknown += [x for x in (*e.bars, *e.gains) if x not in e.columns]  # nothing else has means and differences
+    unknown += [x for x in e.curves if x not in CURVES]
+    unknown += [x for pair in e.compared() for x in pair if x not in e.variants]
+    unknown += [e.probe] if e.probe and not hasattr(probes, e.probe) else []
+    if unknown:
+        raise ConfigError(f"the experiment {name} names what is not there: {', '.join(sorted(set(unknown)))}")
 
 
 def _pretrain(**changes):

@@ -104,9 +104,9 @@ CLAIMS = [
     Claim("what a tool writes must not be in the loss", "[2504.11536]", "agent.Calls",
           compared=Compared("tools", "tool, GRPO, its tokens in the loss", "tool, GRPO", ("accuracy",), "-")),
     Claim("RL sharpens more than it adds", "[2504.13837]", "evaluate.pass_at_k",
-          "mixed: default task pass@1 +36.6, pass@16 +7.3 ± 9.4 where 5 to 13 were possible ([grpo_word](grpo_word.md)); with "
-          "a calculator pass@16 +23.0 ± 4.3, most problems that 16 samples never solved are solved after "
-          "([agent_word](agent_word.md)); a larger k was not measured"),
+          "mixed: default task pass@1 +36.6, pass@16 +7.3 ± 9.4 where 5 to 13 were possible "
+          "([grpo_word](grpo_word.md)); with a calculator pass@16 +23.0 ± 4.3, most problems that 16 samples never "
+          "solved are solved after ([agent_word](agent_word.md)); a larger k was not measured"),
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 
 from optim import lr_at
 from support import runs
+from support.devices import precision
 from support.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +228,19 @@ def steps_of(monkeypatch):
     return watch
 
 
+@pytest.fixture
+def scaled(monkeypatch):
+    """scaled(module): the stage that takes `precision` from this module gets a gradient scaler, as in fp16. In fp32 it
+    changes nothing: its scale, a power of 2, comes off the gradients before anything looks at them."""
+
+    def scale(module):
+        monkeypatch.setattr(
+            f"{module}.precision", lambda *args: (precision(*args)[0], torch.amp.GradScaler("cpu", init_scale=1024.0))
+        )
+
+    return scale
+
+
 class Call(NamedTuple):
     """A call of a function: what it was given, and what it returned."""
 
@@ -275,6 +289,12 @@ def assert_same_weights(a, b, **tolerance):
             torch.testing.assert_close(a[name], b[name], **tolerance)
         else:
             assert torch.equal(a[name], b[name]), name
+
+
+def assert_ranks_draw_apart(run_dir):
+    """The random generators of a run's two ranks have other states: each drops other numbers."""
+    first, second = torch.load(Path(run_dir) / "last/trainer_state.pt", weights_only=True)["rng"]
+    assert not torch.equal(first["torch"], second["torch"])
 
 
 def assert_one_line_error(process, *words):

@@ -772,10 +772,11 @@ def test_resume_refuses_what_changed(here, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_two_processes_equal_one(here, wrong):
+def test_two_processes_equal_one(here, scaled, wrong):
     more = dict(train_on_tools=wrong, prompts=6, scale="batch", loss_type="dapo", dtype="fp32", steps=2)
     process = script("agent.py", *flags(name="two", **more), cwd=here, processes=2)
     assert process.returncode == 0, process.stderr
+    scaled("support.policy_run")  # in one process; it changes nothing
     agent.main(config(name="one", **more))
     names = ("reward", "grad_norm", "kl", "length", "calls", "call_errors", "zero_variance", "entropy", "loss")
     assert_same_metrics("runs/one", "runs/two", (*names, "accuracy"), rel=1e-3, abs=1e-6)

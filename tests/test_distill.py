@@ -35,7 +35,7 @@ from distill import Config, distill_loss, sampled_loss, token_advantages
 from generate import generate
 from lora import LoraConfig
 from sft import sft_loss
-from support import devices, distill_run, sft_start, taught, teachers, verified
+from support import devices, distill_report, distill_run, sft_start, taught, teachers, verified
 from support.checkpoints import open_checkpoint
 from support.errors import CheckpointError, ConfigError, DataError
 from support.sampled_kl import sampled_kl
@@ -573,8 +573,7 @@ def test_a_student_learns_what_its_teacher_knows(here, capsys, loss):
     assert result["before"]["accuracy"] < 0.8
     assert result["teacher"]["accuracy"] == 1.0
     assert result["after"]["accuracy"] > 0.9
-    before, after = (result[when]["accuracy"] for when in ("before", "after"))
-    assert result["closed"] == pytest.approx((after - before) / (1 - before))
+    assert result["closed"] > 0.5
     assert result["teacher_kl"] < 0.3 * result["teacher_kl_before"]
     assert result["tokens"] == pytest.approx(32 * sum(metrics("runs/distill", "length").values()))
     kl = list(metrics("runs/distill", "reverse_kl").values())
@@ -584,6 +583,19 @@ def test_a_student_learns_what_its_teacher_knows(here, capsys, loss):
     printed = capsys.readouterr().out
     assert "KL to the teacher" in printed
     assert "of what it lacked" in printed
+
+
+@pytest.mark.parametrize(("best", "share"), [(0.8, 0.5), (0.1, math.nan)])
+def test_the_share_of_the_gap_that_is_closed(monkeypatch, best, share):
+    """From 20 % to 50 %, where the teacher has 80 %; it may be worse than the student."""
+    told = {"before": {"accuracy": 0.2}, "after": {"accuracy": 0.5}}
+    monkeypatch.setattr(distill_report, "measure_end", lambda *_: dict(told))
+    monkeypatch.setattr(distill_report, "open_checkpoint", lambda *_: (None, None, None))
+    monkeypatch.setattr(distill_report, "kl_to_teacher", lambda *_: 0.0)
+    state = SimpleNamespace(teacher={"accuracy": best, "kl": 0.0}, tokens=7)
+    run = SimpleNamespace(path="", dist=devices.setup("cpu"), config=config(), state=state)
+    closed = distill_report.measure_student(run, SimpleNamespace(problems=None, init=None, teacher=None))["closed"]
+    assert closed == pytest.approx(share, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -663,8 +675,10 @@ def test_a_run_that_was_stopped_before_its_first_step_keeps_the_start(here, monk
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss": "sample", "on_policy": 0.5}, SELF])
-def test_the_cut_into_micro_batches_changes_nothing(here, changes):
+def test_the_cut_into_micro_batches_changes_nothing(here, scaled, changes):
+    """Nor does a gradient scaler."""
     distill.main(config(name="whole", micro_batch=64, **changes))
+    scaled("support.distill_run")
     distill.main(config(name="cut", micro_batch=2, **changes))
     names = ("loss", "grad_norm", "reverse_kl", "forward_kl", "accuracy")
     assert_same_metrics("runs/whole", "runs/cut", names, rel=2e-3, abs=1e-5)

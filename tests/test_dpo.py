@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import (
     assert_one_line_error,
+    assert_ranks_draw_apart,
     assert_rate_clip_decay,
     assert_resumed_equals_whole,
     assert_same_metrics,
@@ -743,9 +744,18 @@ def test_best_is_chosen_by_the_validation_loss(here):
     assert figures["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
 
 
+def test_dropout_acts_in_training_alone(here):
+    """Not while the reference reads and not in validation: where nothing moves, the validation loss stays ln 2."""
+    dpo.main(config(steps=1, lr=0.0, dropout=0.5))
+    assert metrics("runs/dpo", "valid_loss")[1] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics("runs/dpo", "loss")[1] != pytest.approx(math.log(2), abs=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"variant": "kto", "lr": 1e-2}, {"variant": "orpo", "nll": 1.0}])
-def test_the_cut_into_micro_batches_changes_nothing(here, changes):
+def test_the_cut_into_micro_batches_changes_nothing(here, scaled, changes):
+    """Nor does a gradient scaler."""
     dpo.main(config(name="whole", **changes))
+    scaled("support.dpo_run")
     dpo.main(config(name="cut", micro_batch=2, **changes))
     names = ("loss", "grad_norm", "logp_chosen", "pair_accuracy", *(["z0"] if "kto" in changes.values() else []))
     assert_same_metrics("runs/whole", "runs/cut", names, rel=1e-4)
@@ -766,6 +776,7 @@ def test_two_processes_equal_one(here, variant):
     assert_same_metrics("runs/one", "runs/two", names, rel=1e-4)
     assert_same_metrics("runs/one", "runs/two", ["kl"], rel=1e-3)
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
+    assert_ranks_draw_apart("runs/two")
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
@@ -774,18 +785,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run(here, monkeypatch):
         dpo.main(config())
 
 
-def test_a_rank_without_a_pair_adds_nothing(here):
-    dpo.main(config())
+@pytest.mark.parametrize(("variant", "sums"), [("sigmoid", 1), ("kto", 2)])  # kto's first is that of z0
+def test_a_rank_without_a_pair_adds_nothing(here, variant, sums):
+    dpo.main(config(variant=variant))
     raw, tokenizer, _ = open_checkpoint("runs/dpo")
     pairs = torch.load("runs/dpo/pairs.pt", weights_only=True)["valid"][:1]
     autocast, sent = devices.precision("fp32", devices.setup("cpu"))[0], []
     for rank in (0, 1):
         dist = SimpleNamespace(rank=rank, is_main=rank == 0, world=2, device="cpu")
-        dist.sum = lambda *values: sent.append(values) or values
-        validate(raw, pairs, tokenizer, config(), dist, autocast)
-    assert len(sent[0]) == len(sent[1]) > 0
-    assert any(sent[0])
-    assert not any(sent[1])
+        dist.sum = lambda *values: sent.append(values) or [1.0] * len(values)
+        validate(raw, pairs, tokenizer, config(variant=variant), dist, autocast)
+    first, second = sent[:sums], sent[sums:]
+    assert list(map(len, first)) == list(map(len, second))
+    assert all(map(any, first))
+    assert not any(map(any, second))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     assert_one_line_error,
+    assert_ranks_draw_apart,
     assert_resumed_equals_whole,
     assert_same_metrics,
     assert_same_weights,
@@ -457,11 +458,12 @@ def test_micro_batches_change_nothing(scratch):
         assert_same_metrics("runs/cut6", f"runs/cut{size}", ("mlm_loss", "loss", "train_accuracy"), rel=1e-3)
 
 
-def test_two_processes_are_one(scratch, capsys):
+def test_two_processes_are_one(scratch, scaled, capsys):
     reviews = [r for split in ("train", "valid", "test") for r in generated(split)]
     text = "".join(json.dumps({"text": r.text, "label": r.label}) + "\n" for r in reviews)
     Path("own.jsonl").write_text(text, encoding="utf-8")
     settings = SMALL | dict(data="own.jsonl", eval_every=4)
+    scaled("encoder")  # in one process; it changes nothing
     encoder.main(small(**settings, name="world1", dropout=0.0))
     flags = [f"--{k}={v}" for k, v in settings.items()]
     flags += [f"--model.{k}={v}" for k, v in MODEL.items()] + ["--model.dropout=0", "--name=world2"]
@@ -470,6 +472,7 @@ def test_two_processes_are_one(scratch, capsys):
     for out in (capsys.readouterr().out, process.stdout):
         assert "test accuracy" in out
     assert_same_weights("runs/world1/last", "runs/world2/last", atol=2e-5, rtol=1e-4)
+    assert_ranks_draw_apart("runs/world2")
     names = ("mlm_loss", "mlm_valid_loss", "loss", "accuracy")
     assert_same_metrics("runs/world1", "runs/world2", names, rel=1e-4)
     assert_same_metrics("runs/world1", "runs/world2", ("valid_loss", "train_accuracy", "grad_norm"), rel=1e-2)

@@ -562,15 +562,17 @@ def test_the_defaults_run_the_algorithm(here, spied):
     assert any((pulled[-1][name] - free[-1][name]).norm() > 1e-3 * free[-1][name].norm() for name in free[-1])
 
 
-@pytest.mark.parametrize("beta", [0.0, 3.0])
-def test_groups_without_a_signal_pay_the_kl_only_when_asked(here, spied, monkeypatch, beta):
+@pytest.mark.parametrize(("beta", "loss_type"), [(0.0, "grpo"), (3.0, "grpo"), (3.0, "dapo")])
+def test_groups_without_a_signal_pay_the_kl_only_when_asked(here, spied, monkeypatch, beta, loss_type):
+    """Their answers and tokens count either way."""
+
     def long_questions(texts, problems, ended):  # the same for a whole group, unless its prompt is a long one
         return [float("e" in t) * (len(p.question) > 80) for t, p in zip(texts, problems, strict=True)]
 
     monkeypatch.setitem(grpo.REWARDS, "correct", long_questions)
     for skip in (True, False):
         flags = dict(steps=1, inner_epochs=2, prompts=8, lr=1e-2, warmup=0, beta=beta, format_weight=0.0)
-        grpo.main(config(name=f"skip_{skip}", skip_zero_variance=skip, **flags))
+        grpo.main(config(name=f"skip_{skip}", skip_zero_variance=skip, loss_type=loss_type, **flags))
     assert 0 < metrics("runs/skip_True", "zero_variance")[1] < 1
     left_out, paid = spied["gradients"][:2], spied["gradients"][2:]
     assert_same_gradient(left_out[0], paid[0])  # at the reference itself the KL has no gradient
@@ -833,7 +835,7 @@ STALE_BY_TOKEN = STALE | {"stale": 1, "correction_level": "token", "correction_b
         ("grpo", {"fsdp": True, "micro_batch": 5, "minibatches": 1, "refill": 0, "kl": "k3", "kl_in": "loss"}),
     ],
 )
-def test_two_processes_equal_one(here, own, monkeypatch, algorithm, more):
+def test_two_processes_equal_one(here, own, scaled, monkeypatch, algorithm, more):
     known = [p for split in ("train", "valid", "test") for p in load_problems("word", split, 60)]
     (here / "p.jsonl").write_text(
         "".join(json.dumps({"question": p.question, "answer": "None to check."}) + "\n" for p in known),
@@ -850,6 +852,7 @@ def test_two_processes_equal_one(here, own, monkeypatch, algorithm, more):
     assert "KL to the start" in process.stdout
     assert (here / "runs/two/curves.png").stat().st_size > 0
     monkeypatch.setattr(questions, "load_problems", load_problems)
+    scaled("support.policy_run")  # in one process; it changes nothing
     grpo.main(Config(**(flags | {"name": "one", "fsdp": False})))
     names = ("reward", "grad_norm", "kl", "length", "zero_variance", "valid_reward", "entropy", "loss")
     off_policy = "stale" in more
@@ -1131,7 +1134,7 @@ def test_a_stale_run_rolls_out_with_the_weights_of_that_many_steps_ago(here, sam
 
 
 def test_a_sampler_that_is_the_policy_costs_and_changes_nothing(here, spied, monkeypatch):
-    flags = dict(steps=2, lr=1e-2, minibatches=2, beta=0.1)
+    flags = dict(steps=2, lr=1e-2, minibatches=2, beta=0.1, temperature=0.7)
     scored = []
     monkeypatch.setattr(
         off_policy, "piece_logprobs", lambda *a, true=off_policy.piece_logprobs: scored.append(a) or true(*a)

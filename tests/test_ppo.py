@@ -405,9 +405,11 @@ def test_a_value_network_of_its_own_is_a_copy_of_the_reward_model_but_for_its_he
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
-def test_micro_batches_change_nothing(here, value):
-    for name, size in (("whole", 64), ("cut", 3)):
-        ppo.main(config(name=name, micro_batch=size, value=value))
+def test_micro_batches_change_nothing(here, scaled, value):
+    """Nor does a gradient scaler."""
+    ppo.main(config(name="whole", value=value))
+    scaled("support.ppo_setup")
+    ppo.main(config(name="cut", micro_batch=3, value=value))
     names = ("score", "grad_norm", "grad_norm_value", "kl", "value_loss", "approx_kl3", "explained_variance")
     assert_same_metrics("runs/whole", "runs/cut", names, rel=2e-3, abs=1e-5)
     assert max(metrics("runs/whole", "grad_norm").values()) > 0
@@ -511,9 +513,15 @@ def score(judge, prompt, answer):
 
 
 def test_what_a_run_gives_its_two_losses(here, monkeypatch):
-    """Whitened advantages, and to each loss its own clip."""
-    seen, clips, policy_loss, value_loss = [], [], ppo.ppo_policy_loss, ppo.value_loss
-    monkeypatch.setattr(ppo, "value_loss", lambda *a, **k: clips.append(k["clip"]) or value_loss(*a, **k))
+    """Whitened advantages, targets from those before, and to each loss its own clip."""
+    seen, raw, clips, policy_loss, value_loss = [], [], [], ppo.ppo_policy_loss, ppo.value_loss
+
+    def see(values, old_values, targets, mask, **options):
+        raw.append((targets - old_values)[mask])
+        clips.append(options["clip"])
+        return value_loss(values, old_values, targets, mask, **options)
+
+    monkeypatch.setattr(ppo, "value_loss", see)
     monkeypatch.setattr(
         ppo, "ppo_policy_loss", lambda *a, **k: seen.append((a[2][a[3]], k["clip"])) or policy_loss(*a, **k)
     )
@@ -522,6 +530,9 @@ def test_what_a_run_gives_its_two_losses(here, monkeypatch):
     assert (clip, clips) == (0.1, [0.3])
     assert A.mean().item() == pytest.approx(0, abs=1e-5)
     assert A.std(correction=0).item() == pytest.approx(1, rel=1e-3)
+    (own,) = raw
+    torch.testing.assert_close(A, (own - own.mean()) / own.std(correction=0), atol=1e-4, rtol=1e-4)
+    assert own.std() < 0.6  # a win is worth less than ½
 
 
 @pytest.mark.parametrize(("value", "share"), [("shared", 1.0), ("separate", 0.1)])

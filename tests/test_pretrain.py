@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import (
     assert_one_line_error,
+    assert_ranks_draw_apart,
     assert_rate_clip_decay,
     assert_resumed_equals_whole,
     assert_same_metrics,
@@ -49,7 +50,7 @@ def test_a_run_learns_and_leaves_everything(here, capsys):
 
 
 def test_the_final_validation_loss_is_torchs_cross_entropy(here):
-    pretrain.main(config())
+    pretrain.main(config(model=TransformerConfig(**MODEL, dropout=0.3)))  # which acts in training alone
     raw, tokenizer, _ = open_checkpoint("runs/pretrain/last")
     ids = torch.tensor(tokenizer.encode(TEXT[len(TEXT) * 9 // 10 :]))
     n = (len(ids) - 1) // 32
@@ -239,9 +240,11 @@ def test_a_gradient_that_is_never_finite_stops_the_run(here, monkeypatch, dtype,
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_cut_into_micro_batches_changes_nothing(here, optimizer):
-    for name, size in (("whole", 8), ("cut", 3)):
-        pretrain.main(config(name=name, micro_batch=size, optimizer=optimizer))
+def test_the_cut_into_micro_batches_changes_nothing(here, scaled, optimizer):
+    """Nor does a gradient scaler."""
+    pretrain.main(config(name="whole", optimizer=optimizer))
+    scaled("pretrain")
+    pretrain.main(config(name="cut", micro_batch=3, optimizer=optimizer))
     a, b = metrics("runs/whole", "loss"), metrics("runs/cut", "loss")
     assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-5)
     assert metrics("runs/whole", "grad_norm")[1] == pytest.approx(metrics("runs/cut", "grad_norm")[1], rel=1e-5)
@@ -254,6 +257,7 @@ def test_two_processes_equal_one(here):
     assert "Warning" not in one.stderr + two.stderr
     assert_same_metrics("runs/one", "runs/two", ("loss", "grad_norm", "valid_loss"), rel=1e-5)
     assert_same_weights("runs/one/last", "runs/two/last", atol=1e-5, rtol=1e-4)
+    assert_ranks_draw_apart("runs/two")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import (
     assert_one_line_error,
+    assert_ranks_draw_apart,
     assert_rate_clip_decay,
     assert_same_metrics,
     assert_same_weights,
@@ -589,9 +590,11 @@ def test_without_samples_the_rest_is_reported_in_plain_json(here, monkeypatch):
 
 
 @pytest.mark.parametrize("loss", ["bradley_terry", "hinge"])
-def test_micro_batches_change_nothing(here, lucky, loss):
-    for name, size in (("whole", 6), ("cut", 2)):
-        reward_model.main(config(name=name, micro_batch=size, loss=loss))
+def test_micro_batches_change_nothing(here, lucky, scaled, loss):
+    """Nor does a gradient scaler."""
+    reward_model.main(config(name="whole", loss=loss))
+    scaled("support.reward_setup")
+    reward_model.main(config(name="cut", micro_batch=2, loss=loss))
     names = ("loss", "grad_norm", "pair_accuracy", "gap", "valid_loss")
     assert_same_metrics("runs/whole", "runs/cut", names, rel=1e-3, abs=1e-6)
     assert_same_weights("runs/whole/last", "runs/cut/last", atol=1e-4, rtol=1e-3)
@@ -630,6 +633,7 @@ def test_two_processes_equal_one(here, backbone):
     names = ("loss", "grad_norm", "gap", "valid_loss", "valid_all")
     assert_same_metrics("runs/n1", "runs/n2", names, rel=1e-3, abs=1e-6)
     assert_same_weights("runs/n1/last", "runs/n2/last", atol=1e-5, rtol=1e-3)
+    assert_ranks_draw_apart("runs/n2")
     reports = [json.loads((here / f"runs/n{n}/report.json").read_text(encoding="utf-8")) for n in (1, 2)]
     assert reports[0]["best_of"] == pytest.approx(reports[1]["best_of"], abs=1e-6)  # the same samples
 
@@ -841,9 +845,11 @@ def test_equal_and_empty_answers_are_skipped_and_counted(here, capsys):
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_the_accuracy_before_is_that_of_the_new_head(here, kind):
-    changes = dict(pairs="corrupted", steps=1, test_pairs=40, lr=0.0, warmup=0, best_of_problems=0, backbone=kind)
+    changes = dict(pairs="corrupted", steps=2, test_pairs=40, lr=0.0, warmup=0, best_of_problems=0, backbone=kind)
+    changes |= dict(dropout=0.5, eval_every=1)
     result = reward_model.main(config(**changes))  # with lr 0 nothing moves
     assert tuple(result["before"]) == tuple(result["by_kind"]["all"])
+    assert len(set(metrics("runs/reward_model", "valid_loss").values())) == 1  # dropout acts in training alone
     changed = reward_model.main(config(**changes | {"lr": 1.0, "steps": 3, "name": "moved"}))
     assert tuple(changed["before"]) == tuple(result["before"])
     assert changed["scores"] != result["scores"]

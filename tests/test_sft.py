@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import (
     assert_one_line_error,
+    assert_ranks_draw_apart,
     assert_rate_clip_decay,
     assert_resumed_equals_whole,
     assert_same_metrics,
@@ -348,8 +349,10 @@ def test_a_run_learns_and_leaves_everything(here):
     assert stops == list(open_checkpoint("runs/sft")[1].stop_ids)
 
 
-def test_the_cut_into_micro_batches_changes_nothing(here):
+def test_the_cut_into_micro_batches_changes_nothing(here, scaled):
+    """Nor does a gradient scaler."""
     sft.main(config(name="whole"))
+    scaled("sft")
     sft.main(config(name="cut", micro_batch=2))
     assert_same_metrics("runs/whole", "runs/cut", ("loss", "grad_norm"), rel=1e-4)
 
@@ -395,6 +398,7 @@ def test_two_processes_equal_one(here):
     for other in ("two", "sharded"):
         assert_same_metrics("runs/one", f"runs/{other}", names, rel=1e-4)
         assert_same_weights("runs/one/last", f"runs/{other}/last", atol=1e-5, rtol=1e-4)
+        assert_ranks_draw_apart(f"runs/{other}")
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(here):
@@ -574,7 +578,7 @@ def test_the_runs_of_a_sweep_encode_and_answer_as_the_sweep_does(here):
 
 
 def test_the_validation_loss_is_cross_entropy_over_the_answers_of_the_validation_problems(here):
-    sft.main(config(steps=2, micro_batch=3, lr=1e-2, dtype="fp32"))
+    sft.main(config(steps=2, micro_batch=3, lr=1e-2, dtype="fp32", dropout=0.3))  # which acts in training alone
     policy, tokenizer, _ = open_checkpoint("runs/sft/last", "cpu")
     total, count = 0.0, 0
     for problem in load_problems("word", "valid", SMALL["eval_problems"], (1, 2)):

@@ -945,7 +945,8 @@ def test_a_collapsing_policy_is_reported(here, monkeypatch, capsys):
     def fake(*_, **__):
         a = next(figures)
         asked.append(a)
-        return dict.fromkeys(METRICS, a) | {"low": a, "high": a, "n": 4, "by_level": {1: a}, "answers": []}
+        verdicts = [k < 10 * a for k in range(10)]
+        return dict.fromkeys(METRICS, a) | {"low": a, "high": a, "n": 4, "by_level": {1: a}, "verdicts": verdicts}
 
     monkeypatch.setattr(questions, "evaluate", fake)
     grpo.main(config(eval_every=1))
@@ -1005,6 +1006,7 @@ def test_free_text_has_no_share_of_right_answers(here, capsys, monkeypatch):
 
 def test_the_table_tells_sharpened_from_new(here, capsys):
     result = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 4, "length": 3.0, "by_level": {1: 0.5}}
+    result["verdicts"] = [True, True, False, False]
     before = result | {"pass@1": 0.4375, "pass@4": 0.75, "majority@4": 0.5, "solved": [0, 1, 4, 2]}
     after = result | {"pass@1": 0.6875, "pass@4": 0.75, "majority@4": 0.75, "solved": [3, 4, 4, 0]}
     of_run = {"path": here, "seconds": 90.0, "config": config(pass_samples=4)}

@@ -74,10 +74,11 @@ def run_pieces():
 
 
 def ranks_of(function):
-    """A script that calls a function of this file."""
+    """A script that calls a function of this file, and ends as cli.run_script does: torch's threads may abort the
+    interpreter's end."""
     return (
-        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-        f"from test_sharding import {function}\n{function}()\n"
+        f"import os\nimport sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+        f"from test_sharding import {function}\n{function}()\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n"
     )
 
 
